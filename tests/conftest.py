@@ -1,0 +1,68 @@
+"""Fixtures that several test modules share. Nothing here starts an engine or Ray unless a test asks for it."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+# Tests never reach a hub, and thread pools of several processes would fight over a small machine's cores.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session")
+def repo() -> Path:
+    """The checkout."""
+    return REPO
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real tokenizers and data beside the checkout; tests that need it skip where it is absent."""
+    folder = REPO.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("needs the real tokenizers and data in ../shared/data, which the project does not ship")
+    return folder
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A teacher and a student whose vocabulary extends the teacher's."""
+
+    teacher: Path
+    student: Path
+    extend_vocab_start_token: int
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizers(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Folders of a teacher's tokenizer (some hundred ids) and of a student's with item tokens added."""
+    from tiny_tokenizer import build_tiny_tokenizers
+
+    teacher, student = build_tiny_tokenizers(tmp_path_factory.mktemp("tokenizers"))
+    return Path(teacher), Path(student)
+
+
+@pytest.fixture(scope="session")
+def tiny_pair(tiny_tokenizers: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    """Random teacher and student of two layers over the tiny tokenizers."""
+    out = tmp_path_factory.mktemp("pair")
+    teacher_tokenizer, student_tokenizer = tiny_tokenizers
+    return make_pair(teacher_tokenizer, student_tokenizer, out, "--hidden", "64")
+
+
+def make_pair(teacher_tokenizer: Path, student_tokenizer: Path, out: Path, *options: str) -> Pair:
+    """Run ``recipe.onpolicy_distill.tiny_models`` as a user would."""
+    command = [sys.executable, "-m", "recipe.onpolicy_distill.tiny_models"]
+    command += ["--teacher-tokenizer", str(teacher_tokenizer), "--student-tokenizer", str(student_tokenizer)]
+    subprocess.run([*command, "--out", str(out), *options], cwd=REPO, check=True, timeout=300)
+    tokenizer = json.loads((teacher_tokenizer / "tokenizer.json").read_text())
+    ids = [*tokenizer["model"]["vocab"].values(), *(token["id"] for token in tokenizer["added_tokens"])]
+    return Pair(out / "teacher", out / "student", max(ids) + 1)

@@ -1,0 +1,57 @@
+"""The entry point's command line, as a process of its own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[3]
+MODULE = "recipe.onpolicy_distill.main_onpolicy_distill"
+
+
+def launch(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(REPO)}
+    command = [sys.executable, "-m", MODULE, *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def test_help_shows_every_key_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    result = launch(tmp_path, "--help")
+    assert result.returncode == 0, result.stderr
+    assert "extend_vocab_start_token: null" in result.stdout
+    assert "adv_estimator: on_policy_distill" in result.stdout
+    assert os.listdir(tmp_path) == []
+
+
+def test_cfg_takes_overrides_as_verl_writes_them(tmp_path: Path) -> None:
+    result = launch(tmp_path, "--cfg", "job", "+actor_rollout_ref.ref.model.path=T", "data.image_key=x", "--resolve")
+    assert result.returncode == 0, result.stderr
+    assert "path: T" in result.stdout
+    assert result.stderr.count("data.image_key is accepted and has no effect here") == 1
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_config_of_ones_own(tmp_path: Path) -> None:
+    text = "defaults: [ppo_trainer, _self_]\ndata: {seed: 77}\nhydra: {searchpath: ['pkg://verl.trainer.config']}\n"
+    (tmp_path / "mine.yaml").write_text(text)
+    result = launch(tmp_path, "--config-dir", str(tmp_path), "-cn", "mine", "--cfg", "job")
+    assert result.returncode == 0, result.stderr
+    assert "seed: 77" in result.stdout
+    assert "adv_estimator: grpo" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["data.max_promt_length=5"], "data.max_promt_length is no known key; did you mean data.max_prompt_length"),
+        (["trainer.save_freq=often"], "trainer.save_freq='often' must be a whole number"),
+        ([], "actor_rollout_ref.model.path is not set"),
+    ],
+)
+def test_user_errors_end_the_run_in_the_first_line(tmp_path: Path, arguments: list[str], expected: str) -> None:
+    result = launch(tmp_path, *arguments)
+    assert result.returncode == 1
+    assert result.stderr.startswith(f"error: {expected}"), result.stderr
+    assert os.listdir(tmp_path) == []

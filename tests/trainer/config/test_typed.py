@@ -1,0 +1,194 @@
+"""From Hydra's configuration to dataclasses."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from verl.trainer.config import PPOConfig
+from verl.trainer.config.typed import load_config, public_dict, save_config, to_typed
+
+ENV = "ray_kwargs.ray_init.runtime_env.env_vars"
+
+
+def typed(values: dict[str, Any]) -> PPOConfig:
+    return to_typed(OmegaConf.create(values))
+
+
+def test_missing_keys_keep_their_defaults() -> None:
+    assert typed({}) == PPOConfig()
+    assert typed({"data": {"seed": 7}}).data.seed == 7
+
+
+@pytest.mark.parametrize("value", ["[console,file]", "'[console,file]'", '["console","file"]', "['console', 'file']"])
+def test_logger_lists(value: str) -> None:
+    assert load_config([f"trainer.logger={value}"]).trainer.logger == ["console", "file"]
+
+
+@pytest.mark.parametrize("value", ["console", "'console'", "[console]", "'[console]'", "'[\"console\"]'"])
+def test_a_single_logger(value: str) -> None:
+    assert load_config([f"trainer.logger={value}"]).trainer.logger == ["console"]
+
+
+def test_train_files_as_text_list_or_null() -> None:
+    assert load_config(["data.train_files=/d/a=1.parquet"]).data.train_files == ["/d/a=1.parquet"]
+    assert load_config(["data.train_files=[a.parquet,b.parquet]"]).data.train_files == ["a.parquet", "b.parquet"]
+    assert load_config(["data.train_files='[a.parquet,b.parquet]'"]).data.train_files == ["a.parquet", "b.parquet"]
+    assert load_config(["data.train_files=''"]).data.train_files == []
+    assert load_config([]).data.train_files is None
+
+
+def test_betas_become_a_tuple_of_floats() -> None:
+    betas = load_config(["actor_rollout_ref.actor.optim.betas=[0,0.95]"]).actor_rollout_ref.actor.optim.betas
+    assert betas == (0.0, 0.95)
+    assert [type(beta) for beta in betas] == [float, float]
+
+
+def test_whole_numbers_serve_as_floats_and_numbers_as_texts() -> None:
+    config = load_config(["actor_rollout_ref.actor.ref_log_prob_replace_val=-100", "trainer.experiment_name=20260101"])
+    assert isinstance(config.actor_rollout_ref.actor.ref_log_prob_replace_val, float)
+    assert config.trainer.experiment_name == "20260101"
+    assert config.trainer.default_local_dir == "checkpoints/kai-verl/20260101"
+
+
+def test_texts_from_the_environment_become_what_they_spell(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SEED_OF_RUN", "12")
+    monkeypatch.setenv("SHUFFLE_OF_RUN", "False")
+    config = load_config(["data.seed=${oc.env:SEED_OF_RUN}", "data.shuffle=${oc.env:SHUFFLE_OF_RUN}"])
+    assert config.data.seed == 12
+    assert config.data.shuffle is False
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("trainer.save_freq=often", "trainer.save_freq='often' must be a whole number"),
+        ("data.train_batch_size=2.5", "data.train_batch_size=2.5 must be a whole number"),
+        ("data.train_batch_size=null", "data.train_batch_size=None must be a whole number"),
+        ("data.train_batch_size=true", "data.train_batch_size=True must be a whole number"),
+        ("data.shuffle=1", "data.shuffle=1 must be True or False"),
+        ("data.shuffle=maybe", "data.shuffle='maybe' must be True or False"),
+        ("actor_rollout_ref.actor.optim.lr=small", "actor_rollout_ref.actor.optim.lr='small' must be a number"),
+        ("actor_rollout_ref.actor.optim.betas=[0.9]", "actor_rollout_ref.actor.optim.betas=[0.9] must be a list of 2"),
+        ("trainer.resume_mode=[auto]", "trainer.resume_mode=['auto'] must be a text"),
+        ("trainer.resume_mode=true", "trainer.resume_mode=True must be a text"),
+        ("trainer.logger=3", "trainer.logger=3 must be a list"),
+        ("trainer.logger=[console,[file]]", "trainer.logger[1]=['file'] must be a text"),
+        ("ray_kwargs.ray_init=4", "ray_kwargs.ray_init=4 must be a section"),
+        ("actor_rollout_ref.actor.optim=adam", "actor_rollout_ref.actor.optim='adam' must be a section"),
+        ("data.seed=${data.sed}", "data.seed cannot be resolved"),
+        ("data.seed=???", "data.seed cannot be resolved"),
+    ],
+)
+def test_wrong_types_name_key_value_and_type(override: str, expected: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        load_config([override])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["trainer.device=tpu"], "trainer.device='tpu' is not one of auto, cuda, cpu"),
+        (["trainer.logger=[mlflow]"], "trainer.logger=['mlflow'] names ['mlflow']; choose from console"),
+        (["actor_rollout_ref.rollout.name=sglang"], "actor_rollout_ref.rollout.name='sglang' is unknown; use one of"),
+        (["actor_rollout_ref.rollout.max_model_len=100"], "actor_rollout_ref.rollout.max_model_len=100 is below"),
+        (
+            ["actor_rollout_ref.ref.fsdp_config.model_dtype=int8"],
+            "actor_rollout_ref.ref.fsdp_config.model_dtype='int8'",
+        ),
+        (
+            ["actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype=int8"],
+            "actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype='int8' is not one of",
+        ),
+        (
+            ["data.train_batch_size=10", "actor_rollout_ref.actor.ppo_mini_batch_size=4"],
+            "data.train_batch_size=10 is no multiple of actor_rollout_ref.actor.ppo_mini_batch_size=4",
+        ),
+        (["trainer.n_gpus_per_node=3"], "ppo_mini_batch_size=256 x actor_rollout_ref.rollout.n=1 rows do not divide"),
+        (
+            ["data.max_prompt_length=900", "actor_rollout_ref.rollout.prompt_length=512"],
+            "data.max_prompt_length=900 is above actor_rollout_ref.rollout.prompt_length=512",
+        ),
+        (
+            ["actor_rollout_ref.ref.log_prob_max_token_len_per_gpu=1000"],
+            "actor_rollout_ref.ref.log_prob_max_token_len_per_gpu=1000 is below "
+            "actor_rollout_ref.rollout.prompt_length=512 + actor_rollout_ref.rollout.response_length=512 = 1024",
+        ),
+        (
+            ["actor_rollout_ref.ref.ref_log_prob_replace_val=-5"],
+            "actor_rollout_ref.actor.ref_log_prob_replace_val=-100.0 differs from "
+            "actor_rollout_ref.ref.ref_log_prob_replace_val=-5.0",
+        ),
+        (
+            ["actor_rollout_ref.rollout.tensor_model_parallel_size=2"],
+            "actor_rollout_ref.rollout.tensor_model_parallel_size=2 does not divide trainer.n_gpus_per_node=1",
+        ),
+        (
+            ["algorithm.rollout_correction.rollout_is=token"],
+            "needs the sampler's log-probs, but actor_rollout_ref.rollout.calculate_log_probs=False",
+        ),
+        (
+            ["algorithm.distill_adv_max_clip=-1", "algorithm.distill_adv_min_clip=0"],
+            "algorithm.distill_adv_min_clip=0.0 is above algorithm.distill_adv_max_clip=-1.0",
+        ),
+    ],
+)
+def test_settings_that_cannot_be_name_every_key_and_value(overrides: list[str], expected: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        load_config(overrides)
+
+
+def test_bound_of_zero_stays_a_bound() -> None:
+    algorithm = load_config(["algorithm.distill_adv_max_clip=0", "algorithm.distill_adv_min_clip=null"]).algorithm
+    assert (algorithm.distill_adv_max_clip, algorithm.distill_adv_min_clip) == (0.0, None)
+
+
+def test_unknown_key_of_a_yaml_file() -> None:
+    with pytest.raises(ValueError, match=r"data\.sead is no known key; did you mean data\.seed"):
+        typed({"data": {"sead": 1}})
+
+
+def test_key_without_effect_in_a_yaml_file(caplog: pytest.LogCaptureFixture) -> None:
+    assert typed({"critic": {"optim": {"lr": 1}}}) == PPOConfig()
+    assert "critic is accepted and has no effect here" in caplog.text
+
+
+def test_environment_variables_of_a_yaml_file_become_texts() -> None:
+    config = typed({"ray_kwargs": {"ray_init": {"runtime_env": {"env_vars": {"A": 1, "B": True, "C": "x"}}}}})
+    assert config.ray_kwargs.ray_init["runtime_env"]["env_vars"] == {"A": "1", "B": "True", "C": "x"}
+
+
+def test_null_stands_for_an_empty_open_map() -> None:
+    assert typed({"actor_rollout_ref": {"rollout": {"engine_kwargs": None}}}) == PPOConfig()
+
+
+def test_saved_config_reads_back_equal(tmp_path: Path) -> None:
+    config = load_config(
+        ["trainer.logger=[console,file]", f"{ENV}.N=2", "ray_kwargs.ray_init.num_cpus=2", "data.train_files=[a,b]"],
+        "recipe.onpolicy_distill.config",
+        "onpolicy_distill_trainer",
+    )
+    path = tmp_path / "new" / "config.yaml"
+    save_config(config, path)
+    assert "${" not in path.read_text()
+    assert to_typed(OmegaConf.load(path)) == config  # type: ignore[arg-type]
+
+
+def test_saved_config_holds_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "")
+    config = load_config(
+        [
+            f"{ENV}.HF_TOKEN=hunter2",
+            f"{ENV}.NCCL_DEBUG=INFO",
+            "ray_kwargs.ray_init._redis_password=hunter2",
+            "actor_rollout_ref.rollout.engine_kwargs.vllm.hf_token=hunter2",
+        ]
+    )
+    save_config(config, tmp_path / "config.yaml")
+    text = (tmp_path / "config.yaml").read_text()
+    assert "hunter2" not in text
+    assert "NCCL_DEBUG: INFO" in text
+    assert "hunter2" not in str(public_dict(config))
+    assert config.ray_kwargs.ray_init["runtime_env"]["env_vars"]["HF_TOKEN"] == "hunter2"

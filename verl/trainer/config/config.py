@@ -1,0 +1,114 @@
+"""The whole configuration of a run, and the checks that need more than one section."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from verl.trainer.config.algorithm import AlgoConfig
+from verl.trainer.config.data import CustomClassConfig, DataConfig
+from verl.trainer.config.trainer import TrainerConfig
+from verl.workers.config import FSDPActorConfig, HFModelConfig, RefConfig, RolloutConfig
+
+
+@dataclass
+class ActorRolloutRefConfig:
+    """Student, teacher and generation."""
+
+    model: HFModelConfig = field(default_factory=HFModelConfig)
+    actor: FSDPActorConfig = field(default_factory=FSDPActorConfig)
+    ref: RefConfig = field(default_factory=RefConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+
+
+@dataclass
+class RayKwargsConfig:
+    """How the driver connects to Ray."""
+
+    ray_init: dict[str, Any] = field(default_factory=dict)
+    """Arguments of ``ray.init``, such as ``num_cpus``, ``address`` or ``runtime_env``."""
+
+
+@dataclass
+class PPOConfig:
+    """Everything a trainer is built from."""
+
+    actor_rollout_ref: ActorRolloutRefConfig = field(default_factory=ActorRolloutRefConfig)
+    algorithm: AlgoConfig = field(default_factory=AlgoConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    custom_reward_function: CustomClassConfig = field(default_factory=CustomClassConfig)
+    ray_kwargs: RayKwargsConfig = field(default_factory=RayKwargsConfig)
+
+    def __post_init__(self) -> None:
+        self._check_batch_sizes()
+        self._check_lengths()
+        self._check_token_limits()
+        self._check_roles()
+
+    def _check_batch_sizes(self) -> None:
+        actor, rollout = self.actor_rollout_ref.actor, self.actor_rollout_ref.rollout
+        batch, mini, ranks = self.data.train_batch_size, actor.ppo_mini_batch_size, self.trainer.world_size
+        if batch % mini:
+            raise ValueError(
+                f"data.train_batch_size={batch} is no multiple of actor_rollout_ref.actor.ppo_mini_batch_size={mini}; "
+                "every optimizer step needs a whole mini-batch, so make it one"
+            )
+        if mini * rollout.n % ranks:
+            raise ValueError(
+                f"actor_rollout_ref.actor.ppo_mini_batch_size={mini} x actor_rollout_ref.rollout.n={rollout.n} rows "
+                f"do not divide over trainer.nnodes={self.trainer.nnodes} x "
+                f"trainer.n_gpus_per_node={self.trainer.n_gpus_per_node} = {ranks} ranks; change one of them"
+            )
+
+    def _check_lengths(self) -> None:
+        data, rollout = self.data, self.actor_rollout_ref.rollout
+        pairs = (
+            ("max_prompt_length", data.max_prompt_length, "prompt_length", rollout.prompt_length),
+            ("max_response_length", data.max_response_length, "response_length", rollout.response_length),
+        )
+        for data_name, wanted, rollout_name, room in pairs:
+            if wanted > room:
+                raise ValueError(
+                    f"data.{data_name}={wanted} is above actor_rollout_ref.rollout.{rollout_name}={room}; "
+                    f"leave the second to follow the first"
+                )
+
+    def _check_token_limits(self) -> None:
+        """A row is never split, so a micro-batch has to hold the longest one."""
+        actor, ref, rollout = self.actor_rollout_ref.actor, self.actor_rollout_ref.ref, self.actor_rollout_ref.rollout
+        longest = rollout.prompt_length + rollout.response_length
+        limits = (
+            (actor.use_dynamic_bsz, "actor.ppo_max_token_len_per_gpu", actor.ppo_max_token_len_per_gpu),
+            (ref.log_prob_use_dynamic_bsz, "ref.log_prob_max_token_len_per_gpu", ref.log_prob_max_token_len_per_gpu),
+            (
+                rollout.log_prob_use_dynamic_bsz,
+                "rollout.log_prob_max_token_len_per_gpu",
+                rollout.log_prob_max_token_len_per_gpu,
+            ),
+        )
+        for used, name, limit in limits:
+            if used and limit < longest:
+                raise ValueError(
+                    f"actor_rollout_ref.{name}={limit} is below actor_rollout_ref.rollout.prompt_length="
+                    f"{rollout.prompt_length} + actor_rollout_ref.rollout.response_length={rollout.response_length} = "
+                    f"{longest}; raise it to {longest} at least, or shorten the sequences"
+                )
+
+    def _check_roles(self) -> None:
+        actor, ref, rollout = self.actor_rollout_ref.actor, self.actor_rollout_ref.ref, self.actor_rollout_ref.rollout
+        if actor.ref_log_prob_replace_val != ref.ref_log_prob_replace_val:
+            raise ValueError(
+                f"actor_rollout_ref.actor.ref_log_prob_replace_val={actor.ref_log_prob_replace_val} differs from "
+                f"actor_rollout_ref.ref.ref_log_prob_replace_val={ref.ref_log_prob_replace_val}; set both to one value"
+            )
+        if self.trainer.n_gpus_per_node % rollout.tensor_model_parallel_size:
+            raise ValueError(
+                f"actor_rollout_ref.rollout.tensor_model_parallel_size={rollout.tensor_model_parallel_size} does not "
+                f"divide trainer.n_gpus_per_node={self.trainer.n_gpus_per_node}; an engine replica takes whole GPUs of "
+                "one machine, so change one of them"
+            )
+        rollout_is = self.algorithm.rollout_correction.rollout_is
+        if rollout_is is not None and not rollout.calculate_log_probs:
+            raise ValueError(
+                f"algorithm.rollout_correction.rollout_is={rollout_is} needs the sampler's log-probs, but "
+                "actor_rollout_ref.rollout.calculate_log_probs=False; set it to True"
+            )

@@ -1,0 +1,85 @@
+"""Prompts: files, lengths, filters (``data``)."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class CustomClassConfig:
+    """A class of the user's own, loaded by path."""
+
+    path: str | None = None
+    """Python file; null: the built-in one."""
+    name: str | None = None
+    """Name of the class or function in it."""
+
+
+@dataclass
+class DataConfig:
+    """Where prompts come from and which of them are used."""
+
+    train_files: str | list[str] | None = None
+    """Parquet file, folder, glob, or a list of these. Required."""
+    val_files: str | list[str] | None = None
+    """The same for validation; null: no validation."""
+    prompt_key: str = "prompt"
+    """Column of the prompt, for data that is already a list of messages."""
+    data_source_key: str = "source"
+    """Column that names a row's source: the unit of per-source metrics."""
+    reward_fn_key: str = "source"
+    """Column passed to the reward function as ``data_source``."""
+    max_prompt_length: int = 512
+    """Most tokens of a prompt, chat template included."""
+    max_response_length: int = 512
+    """Most tokens of a response, over all turns."""
+    train_batch_size: int = 1024
+    """Prompts per step."""
+    val_batch_size: int | None = None
+    """Prompts per validation batch; null: all at once."""
+    shuffle: bool = True
+    """New order every epoch."""
+    seed: int = 1
+    """Seed of the order and of the think draws."""
+    filter_overlong_prompts: bool = False
+    """Leave out prompts above ``max_prompt_length`` (counted and recorded)."""
+    filter_overlong_prompts_workers: int = 1
+    """Processes that count tokens."""
+    truncation: str = "error"
+    """What happens to a prompt above the limit: ``error``, ``left``, ``right`` or ``middle``."""
+    return_raw_chat: bool = True
+    """Keep the messages; agent loops need them, so False is refused."""
+    enable_think: bool = False
+    """Append a think switch to the last user turn."""
+    think_mode: str = "auto"
+    """``auto`` (drawn), ``force_think`` or ``force_nothink``."""
+    prompt_extend_tokens: str = "drop"
+    """Prompts that hold extended tokens: ``drop`` (counted), ``replace`` (for the teacher only) or ``error``."""
+    on_bad_row: str = "drop"
+    """Rows that cannot be used: ``drop`` (counted and recorded) or ``error``."""
+    train_max_samples: int = -1
+    """Use only the first rows; -1: all."""
+    val_max_samples: int = -1
+    """The same for validation."""
+    dataloader_num_workers: int = 0
+    """Processes that prepare rows."""
+    apply_chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Passed to the tokenizer's ``apply_chat_template``."""
+    custom_cls: CustomClassConfig = field(default_factory=CustomClassConfig)
+
+    def __post_init__(self) -> None:
+        choices = {
+            "truncation": ("error", "left", "right", "middle"),
+            "think_mode": ("auto", "force_think", "force_nothink"),
+            "prompt_extend_tokens": ("drop", "replace", "error"),
+            "on_bad_row": ("drop", "error"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"data.{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}")
+        for name in ("max_prompt_length", "max_response_length", "train_batch_size", "filter_overlong_prompts_workers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"data.{name}={getattr(self, name)} must be at least 1")
+        if self.val_batch_size is not None and self.val_batch_size < 1:
+            raise ValueError(f"data.val_batch_size={self.val_batch_size} must be at least 1, or null for one batch")
+        if not self.return_raw_chat:
+            raise ValueError("data.return_raw_chat=False: agent loops need the messages; set it to True")

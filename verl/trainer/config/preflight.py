@@ -1,0 +1,309 @@
+"""What can be wrong with a run outside its configuration, found before anything heavy starts.
+
+In: a ``PPOConfig``, whose sections have checked themselves. Looks at folders, JSON and parquet headers, and installed
+packages. Loads no model, no tokenizer and no row; starts nothing. All errors come at once.
+"""
+
+import glob
+import importlib.util
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from verl.trainer.config.config import PPOConfig
+
+LOGGER_PACKAGES = {"wandb": "wandb", "tensorboard": "tensorboard"}
+
+
+@dataclass
+class Findings:
+    """What the checks found."""
+
+    errors: list[str] = field(default_factory=list)
+    """Reasons why the run cannot start."""
+    notices: list[str] = field(default_factory=list)
+    """What the user should know and may have meant."""
+
+
+def check_run(config: PPOConfig) -> list[str]:
+    """Look for user errors.
+
+    Returns:
+        Notices, a line each, for the caller to log.
+
+    Raises:
+        ValueError: what has to change before the run can start, a line each with key, value and fix.
+    """
+    found = Findings()
+    for check in (_check_models, _check_estimator, _check_data, _check_engine, _check_sampling, _check_outputs):
+        check(config, found)
+    if found.errors:
+        raise ValueError("\n".join(found.errors))
+    return found.notices
+
+
+def _check_estimator(config: PPOConfig, found: Findings) -> None:
+    # torch comes with it, which --help has to do without.
+    from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY, AdvantageEstimator
+
+    name = config.algorithm.adv_estimator
+    if name not in ADV_ESTIMATOR_REGISTRY:
+        known = ", ".join(sorted(ADV_ESTIMATOR_REGISTRY))
+        found.errors.append(f"algorithm.adv_estimator={name!r} is unknown; choose from {known}")
+    if name == str(AdvantageEstimator.ON_POLICY_DISTILL) and not config.actor_rollout_ref.ref.model.path:
+        found.errors.append(
+            f"actor_rollout_ref.ref.model.path is not set, and algorithm.adv_estimator={name} learns from a teacher; "
+            "give the teacher's folder or hub name"
+        )
+
+
+def _check_models(config: PPOConfig, found: Findings) -> None:
+    student_key, teacher_key = "actor_rollout_ref.model", "actor_rollout_ref.ref.model"
+    models = config.actor_rollout_ref
+    if not models.model.path:
+        found.errors.append(f"{student_key}.path is not set; give the student's folder or hub name")
+    student = _read_model_config(f"{student_key}.path", models.model.path, found)
+    teacher = _read_model_config(f"{teacher_key}.path", models.ref.model.path, found)
+    for key, path in ((student_key, models.model.tokenizer_path), (teacher_key, models.ref.model.tokenizer_path)):
+        _find_model_folder(f"{key}.tokenizer_path", path, found)
+    if student is not None:
+        student = {**student, **models.model.override_config}
+        _check_length_fits(f"{student_key}.path={models.model.path}", student, config, found)
+    if teacher is not None:
+        _check_length_fits(f"{teacher_key}.path={models.ref.model.path}", teacher, config, found)
+    _check_vocabulary(config, student, teacher, found)
+
+
+def _find_model_folder(key: str, path: str | None, found: Findings) -> Path | None:
+    """The local folder of a model, or None where it is not set, wrong (an error was noted) or still on the hub."""
+    if not path:
+        return None
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        found.errors.append(f"{key}={path} is a file; give the folder it lies in")
+        return None
+    if not _is_hub_name(path):
+        found.errors.append(f"{key}={path}: there is no such folder; correct the path, or give a hub name (owner/name)")
+        return None
+    return _find_in_hub_cache(key, path, found)
+
+
+def _is_hub_name(path: str) -> bool:
+    """Whether a path that does not exist can be meant as ``owner/name`` rather than as a folder, misspelt."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    if path.count("/") != 1 or path[0] in "./~" or Path(path.split("/")[0]).is_dir():
+        return False
+    try:
+        validate_repo_id(path)
+    except HFValidationError:
+        return False
+    return True
+
+
+def _find_in_hub_cache(key: str, name: str, found: Findings) -> Path | None:
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    cached = try_to_load_from_cache(name, "config.json")
+    if isinstance(cached, str):
+        return Path(cached).parent
+    if constants.HF_HUB_OFFLINE:
+        found.errors.append(
+            f"{key}={name} is neither a folder nor in the local hub cache, and HF_HUB_OFFLINE forbids to fetch it; "
+            "correct the path, or unset HF_HUB_OFFLINE"
+        )
+    else:
+        found.notices.append(f"{key}={name} is no local folder; it will be fetched from the hub")
+    return None
+
+
+def _read_model_config(key: str, path: str | None, found: Findings) -> dict[str, Any] | None:
+    folder = _find_model_folder(key, path, found)
+    if folder is None:
+        return None
+    try:
+        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        found.errors.append(f"{key}={path} holds no config.json; give a model folder in Hugging Face format")
+    except json.JSONDecodeError as error:
+        found.errors.append(f"{key}={path}: config.json is no JSON ({error}); copy the model again")
+    return None
+
+
+def _check_length_fits(model: str, model_config: dict[str, Any], config: PPOConfig, found: Findings) -> None:
+    if "max_position_embeddings" not in model_config or _scales_positions(model_config):
+        return
+    limit, rollout = model_config["max_position_embeddings"], config.actor_rollout_ref.rollout
+    longest = rollout.prompt_length + rollout.response_length
+    if longest > limit:
+        found.errors.append(
+            f"data.max_prompt_length={rollout.prompt_length} + data.max_response_length={rollout.response_length} = "
+            f"{longest} is above max_position_embeddings={limit} of {model}; shorten one of them"
+        )
+
+
+def _scales_positions(model_config: dict[str, Any]) -> bool:
+    """Whether the model stretches its rotary embedding beyond ``max_position_embeddings``."""
+    for name in ("rope_parameters", "rope_scaling"):
+        rope = model_config.get(name)
+        if isinstance(rope, dict) and "rope_type" in rope and rope["rope_type"] != "default":
+            return True
+    return False
+
+
+def _check_vocabulary(
+    config: PPOConfig, student: dict[str, Any] | None, teacher: dict[str, Any] | None, found: Findings
+) -> None:
+    models = config.actor_rollout_ref
+    start, replacement = models.rollout.extend_vocab_start_token, models.ref.ref_replace_token_id
+    rows = student["vocab_size"] if student and "vocab_size" in student else None
+    teacher_rows = teacher["vocab_size"] if teacher and "vocab_size" in teacher else None
+    if rows is not None and start is not None and start >= rows:
+        found.errors.append(
+            f"actor_rollout_ref.rollout.extend_vocab_start_token={start} is not below vocab_size={rows} of "
+            f"actor_rollout_ref.model.path={models.model.path}; give the first id that the teacher lacks"
+        )
+    if rows is not None and teacher_rows is not None and start is None and rows > teacher_rows:
+        found.notices.append(
+            f"the student has {rows} vocabulary rows, the teacher {teacher_rows}, and "
+            "actor_rollout_ref.rollout.extend_vocab_start_token is null; set it to the first id that the teacher lacks"
+        )
+    if teacher_rows is not None and replacement is not None and not 0 <= replacement < teacher_rows:
+        found.errors.append(
+            f"actor_rollout_ref.ref.ref_replace_token_id={replacement} is no id of "
+            f"actor_rollout_ref.ref.model.path={models.ref.model.path} with vocab_size={teacher_rows}; "
+            "give one below it, or null for the pad id"
+        )
+
+
+def _check_data(config: PPOConfig, found: Findings) -> None:
+    data = config.data
+    if not data.train_files:
+        found.errors.append("data.train_files is not set; give a parquet file, a folder, a glob or a list of these")
+    rows = _check_files("data.train_files", data.train_files, config, found)
+    _check_files("data.val_files", data.val_files, config, found)
+    if rows is not None and data.train_max_samples > 0:
+        rows = min(rows, data.train_max_samples)
+    if rows is not None and rows < data.train_batch_size:
+        found.errors.append(
+            f"data.train_batch_size={data.train_batch_size} is more than the {rows} rows of "
+            f"data.train_files={data.train_files}; lower it"
+        )
+    if not data.val_files and config.trainer.val_only:
+        found.errors.append("trainer.val_only=True needs data.val_files; set it")
+    elif not data.val_files and config.trainer.test_freq > 0:
+        found.notices.append(f"trainer.test_freq={config.trainer.test_freq} has no effect: data.val_files is not set")
+    scripts = {
+        "data.custom_cls.path": data.custom_cls.path,
+        "custom_reward_function.path": config.custom_reward_function.path,
+        "actor_rollout_ref.rollout.multi_turn.tool_config_path": (
+            config.actor_rollout_ref.rollout.multi_turn.tool_config_path
+        ),
+    }
+    for key, path in scripts.items():
+        is_file_name = path is not None and (os.sep in path or path.endswith((".py", ".yaml", ".yml", ".json")))
+        if path and is_file_name and not Path(path).expanduser().is_file():
+            found.errors.append(f"{key}={path}: there is no such file; correct the path")
+
+
+def _check_files(key: str, files: str | list[str] | None, config: PPOConfig, found: Findings) -> int | None:
+    """Check the headers of parquet files; their rows in all, None where that is unknown."""
+    patterns = [files] if isinstance(files, str) else files or []
+    rows: int | None = None
+    for pattern in patterns:
+        names = _expand(pattern)
+        if not names:
+            found.errors.append(f"{key}={pattern} matches no parquet file; correct the path")
+        for name in names:
+            if config.data.custom_cls.path:
+                continue  # a data set class of the user's own reads what it likes
+            count = _check_parquet(key, name, config.data.prompt_key, found)
+            rows = (rows or 0) + count if count is not None else rows
+    return rows
+
+
+def _expand(pattern: str) -> list[str]:
+    """The files that an entry of ``data.train_files`` names."""
+    if not pattern:
+        return []
+    path = Path(pattern).expanduser()
+    if path.is_dir():
+        return sorted(str(file) for file in path.rglob("*.parquet"))
+    if path.is_file():
+        return [str(path)]
+    return sorted(glob.glob(str(path), recursive=True))
+
+
+def _check_parquet(key: str, name: str, prompt_key: str, found: Findings) -> int | None:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        metadata = pyarrow.parquet.read_metadata(name)
+        columns = metadata.schema.to_arrow_schema().names
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        found.errors.append(f"{key}={name} cannot be read as parquet ({error}); write it again")
+        return None
+    if "messages" not in columns and prompt_key not in columns:
+        found.errors.append(
+            f"{key}={name} has neither a column 'messages' nor data.prompt_key={prompt_key!r}, only "
+            f"{', '.join(columns)}; name the column that holds the messages in data.prompt_key"
+        )
+    return metadata.num_rows
+
+
+def _check_engine(config: PPOConfig, found: Findings) -> None:
+    rollout = config.actor_rollout_ref.rollout
+    if rollout.name == "vllm" and not is_installed("vllm"):
+        found.errors.append(
+            "actor_rollout_ref.rollout.name=vllm needs vLLM, which is not installed; run deploy_env.sh, or set it to hf"
+        )
+    for engine in rollout.engine_kwargs:
+        if engine != rollout.name:
+            found.notices.append(
+                f"actor_rollout_ref.rollout.engine_kwargs.{engine} is accepted and has no effect here: "
+                f"actor_rollout_ref.rollout.name={rollout.name}"
+            )
+
+
+def _check_sampling(config: PPOConfig, found: Findings) -> None:
+    rollout = config.actor_rollout_ref.rollout
+    if (rollout.top_p < 1 or rollout.top_k != -1) and config.algorithm.rollout_correction.rollout_is is None:
+        found.notices.append(
+            f"biased: actor_rollout_ref.rollout.top_p={rollout.top_p} and top_k={rollout.top_k} cut the tail off the "
+            "sampler, and the loss treats its tokens as the whole policy's; set top_p=1 and top_k=-1, or "
+            "algorithm.rollout_correction.rollout_is=token with actor_rollout_ref.rollout.calculate_log_probs=True"
+        )
+
+
+def _check_outputs(config: PPOConfig, found: Findings) -> None:
+    trainer = config.trainer
+    for name in trainer.logger:
+        if name in LOGGER_PACKAGES and not is_installed(LOGGER_PACKAGES[name]):
+            found.errors.append(
+                f"trainer.logger={trainer.logger} needs the package {LOGGER_PACKAGES[name]}, which is not installed; "
+                f"install it, or leave {name} out"
+            )
+    for name in ("default_local_dir", "rollout_data_dir", "validation_data_dir", "ray_timeline_dir"):
+        folder = getattr(trainer, name)
+        if folder and not _is_writable(Path(folder).expanduser()):
+            found.errors.append(f"trainer.{name}={folder} cannot be written; give a folder that can")
+    if trainer.resume_mode == "resume_path" and not Path(str(trainer.resume_from_path)).expanduser().is_dir():
+        found.errors.append(
+            f"trainer.resume_from_path={trainer.resume_from_path}: there is no such folder; correct the path"
+        )
+
+
+def is_installed(package: str) -> bool:
+    """Whether ``import package`` would find something; imports nothing."""
+    return importlib.util.find_spec(package) is not None
+
+
+def _is_writable(folder: Path) -> bool:
+    """Whether files can be made in ``folder``, or it can be made itself."""
+    existing = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    return existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)

@@ -1,0 +1,82 @@
+"""The run: resources, steps, logging, checkpoints (``trainer``)."""
+
+from dataclasses import dataclass, field
+
+LOGGERS = ("console", "wandb", "tensorboard", "file")
+
+
+@dataclass
+class TrainerConfig:
+    """Length, cadence and outputs of a run."""
+
+    project_name: str = "kai-verl"
+    """Project in the experiment loggers."""
+    experiment_name: str = "default"
+    """Run in the experiment loggers."""
+    logger: list[str] = field(default_factory=lambda: ["console"])
+    """Any of ``console``, ``wandb``, ``tensorboard``, ``file``."""
+    device: str = "auto"
+    """``auto`` (CUDA where there is one, else CPU), ``cuda`` or ``cpu``."""
+    nnodes: int = 1
+    """Machines."""
+    n_gpus_per_node: int = 1
+    """Training ranks per machine: GPUs, or processes on CPU."""
+    total_epochs: int = 1
+    """Passes over the training prompts."""
+    total_training_steps: int | None = None
+    """Steps of the run; null: ``total_epochs`` times the steps of an epoch."""
+    save_freq: int = -1
+    """Steps between checkpoints; -1: none."""
+    test_freq: int = -1
+    """Steps between validations; -1: none."""
+    val_before_train: bool = True
+    """Validate the starting model."""
+    val_only: bool = False
+    """Validate and stop."""
+    default_local_dir: str = ""
+    """Folder of the checkpoints and of ``metrics.jsonl``; empty: ``checkpoints/<project_name>/<experiment_name>``."""
+    rollout_data_dir: str | None = None
+    """Folder that receives every training rollout as JSONL; null: none."""
+    validation_data_dir: str | None = None
+    """The same for validation."""
+    max_actor_ckpt_to_keep: int | None = None
+    """Newest checkpoints that stay; null: all."""
+    resume_mode: str = "auto"
+    """``auto`` (the newest checkpoint in ``default_local_dir``), ``disable`` or ``resume_path``."""
+    resume_from_path: str | None = None
+    """Checkpoint folder for ``resume_mode=resume_path``."""
+    balance_batch: bool = True
+    """Give every rank about as many tokens."""
+    log_val_generations: int = 0
+    """Validation answers printed with each validation."""
+    ray_timeline_dir: str | None = None
+    """Folder that receives Ray's timeline at the end; null: none."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.logger, str):
+            self.logger = [self.logger]
+        unknown = [name for name in self.logger if name not in LOGGERS]
+        if unknown:
+            raise ValueError(f"trainer.logger={self.logger} names {unknown}; choose from {', '.join(LOGGERS)}")
+        if not self.default_local_dir:
+            self.default_local_dir = f"checkpoints/{self.project_name}/{self.experiment_name}"
+        if self.device not in ("auto", "cuda", "cpu"):
+            raise ValueError(f"trainer.device={self.device!r} is not one of auto, cuda, cpu")
+        if self.resume_mode not in ("auto", "disable", "resume_path"):
+            raise ValueError(f"trainer.resume_mode={self.resume_mode!r} is not one of auto, disable, resume_path")
+        if self.resume_mode == "resume_path" and not self.resume_from_path:
+            raise ValueError(
+                "trainer.resume_mode=resume_path needs trainer.resume_from_path; name the folder of a checkpoint"
+            )
+        for name in ("nnodes", "n_gpus_per_node", "total_epochs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"trainer.{name}={getattr(self, name)} must be at least 1")
+        if self.total_training_steps is not None and self.total_training_steps < 1:
+            raise ValueError(
+                f"trainer.total_training_steps={self.total_training_steps} must be at least 1, or null for whole epochs"
+            )
+
+    @property
+    def world_size(self) -> int:
+        """Training ranks over all machines."""
+        return self.nnodes * self.n_gpus_per_node

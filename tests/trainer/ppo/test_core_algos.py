@@ -1,0 +1,369 @@
+"""Advantages, losses and KL terms against numbers worked out by hand."""
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from verl.trainer.config import AlgoConfig, KLControlConfig
+from verl.trainer.ppo import core_algos
+from verl.trainer.ppo.core_algos import (
+    ADV_ESTIMATOR_REGISTRY,
+    AdvantageEstimator,
+    agg_loss,
+    compute_grpo_outcome_advantage,
+    compute_on_policy_distill_reverse_kl,
+    compute_policy_loss_vanilla,
+    compute_reinforce_plus_plus_outcome_advantage,
+    compute_rloo_outcome_advantage,
+    count_trained,
+    get_adv_estimator_fn,
+    kl_penalty,
+    register_adv_est,
+)
+from verl.workers.config import FSDPActorConfig
+
+NAN = float("nan")
+MODES = ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"]
+
+
+def close(actual: torch.Tensor, expected: list, atol: float = 1e-6) -> None:
+    torch.testing.assert_close(actual, torch.tensor(expected, dtype=actual.dtype), atol=atol, rtol=0)
+
+
+# ---------------------------------------------------------------- on-policy distillation
+
+# teacher - student:   -2-(-1) = -1   -1-(-2) = 1   -100-(-3) = -97   masked
+STUDENT = torch.tensor([[-1.0, -2.0, -3.0, NAN]])
+TEACHER = torch.tensor([[-2.0, -1.0, -100.0, -5.0]])
+TRAINED = torch.tensor([[1, 1, 1, 0]])
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (None, None, [-1.0, 1.0, -97.0, 0.0]),
+        (-30.0, 5.0, [-1.0, 1.0, -30.0, 0.0]),
+        (None, 0.0, [-1.0, 0.0, -97.0, 0.0]),
+        (0.0, None, [0.0, 1.0, 0.0, 0.0]),
+        (0.0, 0.0, [0.0, 0.0, 0.0, 0.0]),
+        (-30.0, -2.0, [-2.0, -2.0, -30.0, 0.0]),  # a negative upper bound never reaches the masked position
+    ],
+)
+def test_distillation_advantage_is_the_clipped_log_ratio(
+    low: float | None, high: float | None, expected: list[float]
+) -> None:
+    config = AlgoConfig(distill_adv_min_clip=low, distill_adv_max_clip=high)
+    by_config = compute_on_policy_distill_reverse_kl(STUDENT, TEACHER, TRAINED, config=config)
+    by_argument = compute_on_policy_distill_reverse_kl(
+        STUDENT, TEACHER, TRAINED, distill_adv_max_clip=high, distill_adv_min_clip=low
+    )
+    for advantages, returns in (by_config, by_argument):
+        close(advantages, [expected])
+        close(returns, [expected])
+
+
+def test_a_bound_given_as_argument_goes_before_the_config() -> None:
+    config = AlgoConfig(distill_adv_min_clip=-30.0, distill_adv_max_clip=5.0)
+    advantages, _ = compute_on_policy_distill_reverse_kl(STUDENT, TEACHER, TRAINED, config, distill_adv_max_clip=0.0)
+    close(advantages, [[-1.0, 0.0, -30.0, 0.0]])
+
+
+def test_equal_student_and_teacher_give_no_advantage() -> None:
+    advantages, _ = compute_on_policy_distill_reverse_kl(TEACHER, TEACHER.clone(), TRAINED)
+    close(advantages, [[0.0, 0.0, 0.0, 0.0]], atol=0)
+
+
+def test_low_precision_log_probs_are_subtracted_in_float32() -> None:
+    advantages, _ = compute_on_policy_distill_reverse_kl(
+        STUDENT.bfloat16(), torch.tensor([[-1.01, -2.0, -3.0, 0.0]]), TRAINED
+    )
+    assert advantages.dtype == torch.float32
+    close(advantages, [[-0.01, 0.0, 0.0, 0.0]])
+
+
+def test_bounds_the_wrong_way_round_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"distill_adv_min_clip=5.*distill_adv_max_clip=-30"):
+        compute_on_policy_distill_reverse_kl(
+            STUDENT, TEACHER, TRAINED, distill_adv_max_clip=-30.0, distill_adv_min_clip=5.0
+        )
+
+
+# ---------------------------------------------------------------- advantages from task rewards
+
+GROUPS = np.array(["a", "b", "a", "c", "a"], dtype=object)
+MASK = torch.tensor([[1, 1, 0], [1, 0, 0], [1, 1, 1], [0, 0, 0], [0, 1, 0]])
+
+
+def rewards_of(*scores: float) -> torch.Tensor:
+    """Each score at the last of three tokens, trained or not."""
+    return torch.tensor([[0.0, 0.0, score] for score in scores])
+
+
+def test_grpo_compares_with_the_group_mean_in_units_of_its_deviation() -> None:
+    # Group a: 1, 3, 8: mean 4, deviations -3, -1, 4, unbiased variance (9 + 1 + 16) / 2 = 13, std 3.6055513.
+    # b and c are alone: no baseline, no scale; c trains nothing.
+    advantages, returns = compute_grpo_outcome_advantage(rewards_of(1, 5, 3, 7, 8), MASK, GROUPS)
+    low, middle, high = -3 / (math.sqrt(13) + 1e-6), -1 / (math.sqrt(13) + 1e-6), 4 / (math.sqrt(13) + 1e-6)
+    expected = [[low, low, 0], [5 / (1 + 1e-6), 0, 0], [middle] * 3, [0, 0, 0], [0, high, 0]]
+    close(advantages, expected)
+    close(returns, expected)
+
+
+def test_grpo_without_the_division_is_the_distance_to_the_mean() -> None:
+    advantages, _ = compute_grpo_outcome_advantage(
+        rewards_of(1, 5, 3, 7, 8), MASK, GROUPS, norm_adv_by_std_in_grpo=False
+    )
+    close(advantages, [[-3, -3, 0], [5, 0, 0], [-1, -1, -1], [0, 0, 0], [0, 4, 0]])
+
+
+def test_grpo_gives_nothing_where_a_group_agrees() -> None:
+    index = np.array([7, 7], dtype=object)
+    advantages, _ = compute_grpo_outcome_advantage(rewards_of(2, 2), MASK[:2], index)
+    close(advantages, [[0, 0, 0], [0, 0, 0]], atol=0)
+
+
+def test_rloo_compares_with_the_mean_of_the_others() -> None:
+    # Group a: 1 - (3 + 8) / 2 = -4.5, 3 - (1 + 8) / 2 = -1.5, 8 - (1 + 3) / 2 = 6; b is alone: 5.
+    advantages, _ = compute_rloo_outcome_advantage(rewards_of(1, 5, 3, 7, 8), MASK, GROUPS)
+    close(advantages, [[-4.5, -4.5, 0], [5, 0, 0], [-1.5, -1.5, -1.5], [0, 0, 0], [0, 6, 0]])
+
+
+def test_reinforce_plus_plus_discounts_over_trained_tokens_and_whitens() -> None:
+    # Row 0: 1 at the end, gamma 1/2: returns 0.25, 0.5, 1.
+    # Row 1: 2 at the end, a tool token between: it passes the return on undiscounted: 1, -, 2.
+    # Whitened over 0.25, 0.5, 1, 1, 2: mean 0.95, squared deviations sum to 1.8, / 4 = 0.45, std 0.6708204.
+    rewards = torch.tensor([[0.0, 0.0, 1.0], [0.0, 0.0, 2.0]])
+    mask = torch.tensor([[1, 1, 1], [1, 0, 1]])
+    advantages, returns = compute_reinforce_plus_plus_outcome_advantage(rewards, mask, config=AlgoConfig(gamma=0.5))
+    close(returns, [[0.25, 0.5, 1.0], [1.0, 0.0, 2.0]])
+    close(advantages, [[-1.0434984, -0.6708204, 0.0745356], [0.0745356, 0.0, 1.5652476]], atol=1e-5)
+
+
+def test_reinforce_plus_plus_sees_a_reward_behind_the_last_trained_token() -> None:
+    # The answer leaked at its second token; the reward sits at its end.
+    _, returns = compute_reinforce_plus_plus_outcome_advantage(rewards_of(3), torch.tensor([[1, 1, 0]]))
+    close(returns, [[3, 3, 0]])
+
+
+@pytest.mark.parametrize("mask", [[[0, 0, 0]], [[0, 1, 0]]])
+def test_reinforce_plus_plus_has_no_scale_below_two_tokens(mask: list[list[int]]) -> None:
+    advantages, _ = compute_reinforce_plus_plus_outcome_advantage(rewards_of(3), torch.tensor(mask))
+    close(advantages, [[0, 0, 0]], atol=0)
+
+
+# ---------------------------------------------------------------- registry
+
+
+def test_registry_holds_the_built_in_estimators_by_name_and_enum() -> None:
+    assert AdvantageEstimator.ON_POLICY_DISTILL == "on_policy_distill"
+    assert get_adv_estimator_fn("on_policy_distill") is compute_on_policy_distill_reverse_kl
+    assert get_adv_estimator_fn(AdvantageEstimator.GRPO) is compute_grpo_outcome_advantage
+    assert {"on_policy_distill", "grpo", "rloo", "reinforce_plus_plus"} <= ADV_ESTIMATOR_REGISTRY.keys()
+
+
+def test_an_unknown_estimator_lists_the_known_ones() -> None:
+    with pytest.raises(ValueError, match=r"'gae' is unknown; choose from .*grpo.*on_policy_distill"):
+        get_adv_estimator_fn("gae")
+
+
+def test_a_name_cannot_be_taken_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(core_algos, "ADV_ESTIMATOR_REGISTRY", {})
+    first = register_adv_est("mine")(lambda: None)
+    assert register_adv_est("mine")(first) is first
+    with pytest.raises(ValueError, match="'mine' exists"):
+        register_adv_est("mine")(lambda: None)
+
+
+# ---------------------------------------------------------------- aggregation
+
+LOSSES = torch.tensor([[1.0, 2.0, NAN], [4.0, NAN, NAN], [NAN, NAN, NAN]])
+LOSS_MASK = torch.tensor([[1, 1, 0], [1, 0, 0], [0, 0, 0]])
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [
+        ("token-mean", 7 / 3),  # (1 + 2 + 4) / 3 tokens
+        ("seq-mean-token-sum", 3.5),  # (3 + 4) / 2 sequences; the third has nothing to train
+        ("seq-mean-token-mean", 2.75),  # (1.5 + 4) / 2
+    ],
+)
+def test_aggregation_by_hand(mode: str, expected: float) -> None:
+    assert agg_loss(LOSSES, LOSS_MASK, mode).item() == pytest.approx(expected)
+
+
+def test_counts_are_trained_tokens_and_sequences_that_have_any() -> None:
+    assert [int(count) for count in count_trained(LOSS_MASK)] == [3, 2]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("cuts", [[8], [4, 4], [1, 3, 2, 2], [1] * 8])
+@pytest.mark.parametrize("dp_size", [1, 2])
+def test_shares_of_ranks_and_micro_batches_add_up_to_the_whole(mode: str, cuts: list[int], dp_size: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    losses = torch.randn(8 * dp_size, 5, generator=generator, dtype=torch.float64, requires_grad=True)
+    mask = (torch.rand(8 * dp_size, 5, generator=generator) < 0.5).long()
+    mask[0] = 0  # one micro-batch of [1] * 8 trains nothing
+    whole = agg_loss(losses, mask, mode)
+    (whole_grad,) = torch.autograd.grad(whole, losses)
+
+    tokens, sequences = count_trained(mask)
+    ranks = []
+    for rank_losses, rank_mask in zip(losses.chunk(dp_size), mask.chunk(dp_size), strict=True):
+        pieces = zip(rank_losses.split(cuts), rank_mask.split(cuts), strict=True)
+        ranks.append(sum(agg_loss(loss, part, mode, dp_size, int(tokens), int(sequences)) for loss, part in pieces))
+    averaged = sum(ranks) / dp_size  # what data-parallel training does to gradients
+    torch.testing.assert_close(averaged, whole)
+    (grad,) = torch.autograd.grad(averaged, losses)
+    torch.testing.assert_close(grad, whole_grad)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("counts", [(None, None), (0, 0), (torch.tensor(0), torch.tensor(0))])
+def test_nothing_to_train_is_zero_with_zero_gradient(mode: str, counts: tuple) -> None:
+    losses = torch.tensor([[NAN, 1.0]], requires_grad=True)
+    loss = agg_loss(losses, torch.zeros(1, 2), mode, 1, *counts)
+    assert loss.item() == 0.0
+    loss.backward()
+    assert losses.grad is not None
+    close(losses.grad, [[0, 0]], atol=0)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_several_ranks_need_the_count_over_all_of_them(mode: str) -> None:
+    with pytest.raises(ValueError, match=r"needs (batch_num_tokens|global_batch_size) over all ranks"):
+        agg_loss(LOSSES, LOSS_MASK, mode, dp_size=2)
+
+
+def test_an_unknown_aggregation_is_refused() -> None:
+    with pytest.raises(ValueError, match="'mean' is not one of token-mean"):
+        agg_loss(LOSSES, LOSS_MASK, "mean")
+
+
+# ---------------------------------------------------------------- policy loss
+
+CLIP = FSDPActorConfig(clip_ratio_low=0.2, clip_ratio_high=0.3, clip_ratio_c=3.0)
+# token   A   ratio  -A r  -A clip(r)  max    dual clip   loss
+#   0    +1   1.5    -1.5    -1.3     -1.3                -1.3   clipped
+#   1    +1   0.5    -0.5    -0.8     -0.5                -0.5
+#   2    -1   5.0     5.0     1.3      5.0   at most 3.0   3.0   dual-clipped
+#   3    -1   0.5     0.5     0.8      0.8                 0.8   clipped
+#   4   masked
+ADVANTAGES = torch.tensor([[1.0, 1.0, -1.0, -1.0, NAN]])
+NEW = torch.tensor([[1.5, 0.5, 5.0, 0.5, NAN]]).log()
+OLD = torch.tensor([[0.0, 0.0, 0.0, 0.0, 1000.0]])
+FIVE = torch.tensor([[1, 1, 1, 1, 0]])
+
+
+def test_policy_loss_clips_both_ways_and_doubly() -> None:
+    loss, metrics = compute_policy_loss_vanilla(OLD, NEW, ADVANTAGES, FIVE, "token-mean", CLIP)
+    assert loss.item() == pytest.approx(0.5)  # (-1.3 - 0.5 + 3.0 + 0.8) / 4
+    assert metrics["actor/pg_clipfrac"].item() == pytest.approx(0.5)  # tokens 0 and 3
+    assert metrics["actor/pg_clipfrac_lower"].item() == pytest.approx(0.25)  # token 2
+    # -(ln 1.5 + ln 0.5 + ln 5 + ln 0.5) / 4
+    assert metrics["actor/ppo_kl"].item() == pytest.approx(-0.1571523, abs=1e-6)
+
+
+def test_policy_gradient_on_policy_is_the_advantage_and_stops_at_the_mask() -> None:
+    # d/dlogp of -A exp(logp - old) at logp = old is -A; each of 4 tokens counts 1/4. Nothing past the mask, whatever
+    # stands there.
+    for beyond in (NAN, 1000.0, -1000.0, float("inf")):
+        log_prob = torch.tensor([[-1.0, -2.0, -3.0, -4.0, beyond]], requires_grad=True)
+        old = torch.tensor([[-1.0, -2.0, -3.0, -4.0, 0.0]])
+        advantages = torch.tensor([[1.0, 2.0, -3.0, 0.0, NAN]])
+        loss, _ = compute_policy_loss_vanilla(old, log_prob, advantages, FIVE, "token-mean", CLIP)
+        loss.backward()
+        assert log_prob.grad is not None
+        close(log_prob.grad, [[-0.25, -0.5, 0.75, 0.0, 0.0]])
+
+
+def test_importance_weights_scale_each_token() -> None:
+    weights = torch.tensor([[2.0, 1.0, 1.0, 0.5, NAN]])
+    loss, _ = compute_policy_loss_vanilla(OLD, NEW, ADVANTAGES, FIVE, "token-mean", CLIP, weights)
+    assert loss.item() == pytest.approx((-2.6 - 0.5 + 3.0 + 0.4) / 4)
+
+
+def test_policy_loss_and_metrics_of_shares_add_up() -> None:
+    generator = torch.Generator().manual_seed(1)
+    old, new, advantages = torch.randn(3, 4, 6, generator=generator)
+    mask = (torch.rand(4, 6, generator=generator) < 0.6).long()
+    tokens, sequences = count_trained(mask)
+    for mode in MODES:
+        loss, metrics = compute_policy_loss_vanilla(old, new, advantages, mask, mode, CLIP)
+        shares = [
+            compute_policy_loss_vanilla(
+                old[row], new[row], advantages[row], mask[row], mode, CLIP, None, 2, tokens, sequences
+            )
+            for row in ([0], [1, 2], [3])
+        ]
+        assert sum(share.item() for share, _ in shares) / 2 == pytest.approx(loss.item(), rel=1e-5)
+        for key, value in metrics.items():
+            assert sum(more[key].item() for _, more in shares) / 2 == pytest.approx(value.item(), rel=1e-5)
+
+
+def test_an_exploded_ratio_stays_finite() -> None:
+    loss, metrics = compute_policy_loss_vanilla(
+        torch.tensor([[-200.0]]), torch.tensor([[0.0]]), torch.tensor([[-1.0]]), torch.ones(1, 1), config=CLIP
+    )
+    assert loss.item() == pytest.approx(3.0)  # the dual clip
+    assert metrics["actor/ppo_kl"].item() == pytest.approx(-20.0)
+
+
+@pytest.mark.parametrize(
+    ("config", "counts", "message"),
+    [
+        (None, {}, "needs a config"),
+        (SimpleNamespace(clip_ratio_low=0.2, clip_ratio_high=None, clip_ratio_c=3.0), {}, "clip_ratio_high"),
+        (SimpleNamespace(clip_ratio_low=0.2, clip_ratio_high=0.2, clip_ratio_c=1.0), {}, "must be above 1"),
+        (CLIP, {"batch_num_tokens": 4}, "together"),
+    ],
+)
+def test_policy_loss_refuses_half_a_description(config: object, counts: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        compute_policy_loss_vanilla(OLD, NEW, ADVANTAGES, FIVE, "token-mean", config, **counts)
+
+
+# ---------------------------------------------------------------- KL
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        # d = logprob - ref = 1 and -1
+        ("kl", [1.0, -1.0]),
+        ("k1", [1.0, -1.0]),
+        ("abs", [1.0, 1.0]),
+        ("mse", [0.5, 0.5]),
+        ("k2", [0.5, 0.5]),
+        ("low_var_kl", [0.36787944, 0.71828183]),  # e^-1 + 1 - 1 and e - 1 - 1
+        ("k3", [0.36787944, 0.71828183]),
+    ],
+)
+def test_kl_estimators_by_hand(name: str, expected: list[float]) -> None:
+    close(kl_penalty(torch.tensor([-1.0, -2.0]), torch.tensor([-2.0, -1.0]), name), expected)
+
+
+def test_k3_is_bounded() -> None:
+    close(kl_penalty(torch.tensor([-1000.0]), torch.tensor([0.0]), "k3"), [10.0])
+
+
+@pytest.mark.parametrize(("name", "reason"), [("full", "whole distribution"), ("k4", "unknown")])
+def test_other_kl_estimators_are_refused(name: str, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        kl_penalty(torch.zeros(1), torch.zeros(1), name)
+
+
+def test_kl_controllers() -> None:
+    fixed = core_algos.get_kl_controller(KLControlConfig(type="fixed", kl_coef=0.1))
+    fixed.update(current_kl=5.0, n_steps=10)
+    assert fixed.value == 0.1
+    adaptive = core_algos.get_kl_controller(KLControlConfig(type="adaptive", kl_coef=0.1, target_kl=1.0, horizon=100))
+    adaptive.update(current_kl=2.0, n_steps=10)  # error held at 0.2: 0.1 * (1 + 0.2 * 10 / 100)
+    assert adaptive.value == pytest.approx(0.102)
+    adaptive.update(current_kl=0.9, n_steps=10)  # error -0.1: 0.102 * (1 - 0.1 * 10 / 100)
+    assert adaptive.value == pytest.approx(0.10098)
+    with pytest.raises(ValueError, match="horizon=0"):
+        core_algos.get_kl_controller(KLControlConfig(type="adaptive", horizon=0))

@@ -1,0 +1,234 @@
+"""Figures of a small batch, each worked out by hand."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from verl.protocol import DataProto
+from verl.trainer.config import AlgoConfig
+from verl.trainer.ppo.metric_utils import (
+    compute_data_metrics,
+    compute_on_policy_distill_data_metrics,
+    compute_throughout_metrics,
+    compute_timing_metrics,
+    compute_validation_distill_metrics,
+    compute_validation_reward_metrics,
+    reduce_metrics,
+)
+
+NAN = float("nan")
+
+
+def batch_of_three() -> DataProto:
+    """Prompts of 2, 1, 2 tokens (room for 2), responses of 4, 3, 2 tokens (room for 4).
+
+    ::
+
+        row  source  response  response_mask  extended  what happened
+         0   math    a b c d   1 1 1 1        0 0 0 0   nothing special
+         1   item    a E b -   1 1 0 -        0 1 0 -   leaks at its second token: trained up to and including it
+         2   item    E a - -   0 0 - -        1 0 - -   leaks at once and is dropped as a whole
+
+    NaN stands where no figure may look.
+    """
+    student = [[-1.0, -2.0, -1.0, -4.0], [-1.0, -0.5, NAN, NAN], [NAN, NAN, NAN, NAN]]
+    teacher = [[-2.0, -2.0, -1.5, -1.0], [-3.0, -100.0, NAN, NAN], [NAN, NAN, NAN, NAN]]
+    return DataProto.from_dict(
+        {
+            "responses": torch.ones(3, 4, dtype=torch.int64),
+            "attention_mask": torch.tensor([[1, 1, 1, 1, 1, 1], [0, 1, 1, 1, 1, 0], [1, 1, 1, 1, 0, 0]]),
+            "response_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [0, 0, 0, 0]]),
+            "distill_special_token_mask": torch.tensor([[0, 0, 0, 0], [0, 1, 0, 0], [1, 0, 0, 0]]),
+            "old_log_probs": torch.tensor(student),
+            "ref_log_prob": torch.tensor(teacher),
+            "extend_mass": torch.tensor([[0.1, 0.2, 0.1, 0.2], [0.3, 0.9, NAN, NAN], [NAN] * 4]),
+            "entropys": torch.tensor([[1.0, 1.0, 2.0, 2.0], [3.0, 3.0, NAN, NAN], [NAN] * 4]),
+            "advantages": torch.tensor([[-1.0, 0.0, -0.5, 2.0], [-2.0, -30.0, 0.0, 0.0], [0.0] * 4]),
+            "returns": torch.tensor([[-1.0, 0.0, -0.5, 2.0], [-2.0, -30.0, 0.0, 0.0], [0.0] * 4]),
+        },
+        {
+            "data_source": np.array(["math", "item", "item"], dtype=object),
+            "__num_turns__": np.array([2, 2, 4], dtype=object),
+        },
+    )
+
+
+CLIPS = AlgoConfig(distill_adv_min_clip=-30.0, distill_adv_max_clip=2.5)
+
+
+def test_distillation_figures_overall() -> None:
+    metrics = compute_on_policy_distill_data_metrics(batch_of_three(), CLIPS)
+    overall = {key: value for key, value in metrics.items() if key.count("/") == 1}
+    assert overall == {
+        # student - teacher at shared trained tokens: 1, 0, 0.5, -3 (row 0), 2 (row 1, before E): 0.5 / 5
+        "distill/reverse_kl": pytest.approx(0.1),
+        "distill/extend_seq_ratio": pytest.approx(2 / 3),
+        "distill/extend_token_ratio": pytest.approx(2 / 9),  # of 4 + 3 + 2 response tokens
+        "distill/first_leak_position": pytest.approx(0.5),  # 1 and 0
+        "distill/extend_mass": pytest.approx(0.3),  # (0.1 + 0.2 + 0.1 + 0.2 + 0.3 + 0.9) / 6 trained tokens
+        "distill/adv_clipfrac_low": pytest.approx(1 / 6),  # -99.5 < -30
+        "distill/adv_clipfrac_high": pytest.approx(1 / 6),  # 3 > 2.5
+        "distill/num_sequences": 3.0,
+        "distill/trained_tokens": 6.0,
+        "distill/trained_token_ratio": pytest.approx(6 / 9),
+        "distill/masked_seq_ratio": pytest.approx(1 / 3),
+        "distill/entropy": pytest.approx(2.0),  # 12 / 6
+    }
+
+
+def test_distillation_figures_per_source() -> None:
+    metrics = compute_on_policy_distill_data_metrics(batch_of_three(), CLIPS)
+    assert metrics["distill/math/reverse_kl"] == pytest.approx(-0.375)  # -1.5 / 4
+    assert metrics["distill/item/reverse_kl"] == pytest.approx(2.0)
+    assert metrics["distill/math/extend_seq_ratio"] == 0.0
+    assert metrics["distill/item/extend_seq_ratio"] == 1.0
+    assert metrics["distill/math/extend_mass"] == pytest.approx(0.15)
+    assert metrics["distill/item/extend_mass"] == pytest.approx(0.6)
+    assert metrics["distill/math/adv_clipfrac_low"] == 0.0
+    assert metrics["distill/item/adv_clipfrac_low"] == pytest.approx(0.5)
+    assert metrics["distill/item/first_leak_position"] == pytest.approx(0.5)
+    assert metrics["distill/math/num_sequences"] == 1.0
+    assert metrics["distill/item/masked_seq_ratio"] == pytest.approx(0.5)
+    assert "distill/math/first_leak_position" not in metrics, "nothing leaked there: no position to report"
+    # Every figure stands per source too, but for the one just named.
+    names = {key.removeprefix("distill/") for key in metrics if key.count("/") == 1}
+    for source, missing in (("math", {"first_leak_position"}), ("item", set())):
+        assert {key.split("/")[2] for key in metrics if key.startswith(f"distill/{source}/")} == names - missing
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected_low", "expected_high"),
+    [
+        (None, None, 0.0, 0.0),
+        (0.0, None, 4 / 6, 0.0),  # -1, -0.5, -2, -99.5 lie below 0
+        (None, 0.0, 0.0, 1 / 6),  # 3 lies above 0
+    ],
+)
+def test_a_bound_of_zero_is_counted_and_none_is_not(
+    low: float | None, high: float | None, expected_low: float, expected_high: float
+) -> None:
+    config = AlgoConfig(distill_adv_min_clip=low, distill_adv_max_clip=high)
+    metrics = compute_on_policy_distill_data_metrics(batch_of_three(), config)
+    assert metrics["distill/adv_clipfrac_low"] == pytest.approx(expected_low)
+    assert metrics["distill/adv_clipfrac_high"] == pytest.approx(expected_high)
+
+
+def test_figures_over_nothing_are_left_out() -> None:
+    batch = batch_of_three()
+    batch.batch["response_mask"] = torch.zeros_like(batch.batch["response_mask"])
+    distill = compute_on_policy_distill_data_metrics(batch, CLIPS)
+    for key in ("reverse_kl", "extend_mass", "adv_clipfrac_low", "entropy"):
+        assert f"distill/{key}" not in distill
+    assert distill["distill/trained_tokens"] == 0.0
+    assert distill["distill/masked_seq_ratio"] == 1.0
+    data = compute_data_metrics(batch)
+    assert "critic/advantages/mean" not in data
+    assert all(math.isfinite(value) for value in (distill | data).values())
+
+
+def test_rows_without_a_source_have_overall_figures_alone() -> None:
+    batch = batch_of_three()
+    batch.pop(non_tensor_batch_keys=["data_source"])
+    metrics = compute_on_policy_distill_data_metrics(batch, CLIPS)
+    assert all(key.count("/") == 1 for key in metrics)
+
+
+def test_data_metrics_under_verls_names() -> None:
+    metrics = compute_data_metrics(batch_of_three())
+    expected = {
+        "critic/advantages/mean": -31.5 / 6,
+        "critic/advantages/max": 2.0,
+        "critic/advantages/min": -30.0,
+        "critic/returns/mean": -31.5 / 6,
+        "actor/entropy": 2.0,
+        "response_length/mean": 3.0,
+        "response_length/max": 4.0,
+        "response_length/min": 2.0,
+        "response_length/clip_ratio": 1 / 3,
+        "prompt_length/mean": 5 / 3,
+        "prompt_length/clip_ratio": 2 / 3,
+        "num_turns/mean": 8 / 3,
+        "num_turns/max": 4.0,
+    }
+    for key, value in expected.items():
+        assert metrics[key] == pytest.approx(value), key
+    assert not [key for key in metrics if key.startswith(("critic/score", "critic/rewards", "training/"))]
+    assert all(isinstance(value, float) for value in metrics.values())
+
+
+def test_scores_are_summed_over_a_row() -> None:
+    batch = batch_of_three()
+    batch.batch["token_level_scores"] = torch.tensor([[0.0, 0, 0, 1], [0, 0, 3, 0], [0, 2, 0, 0]])
+    metrics = compute_data_metrics(batch)
+    assert [metrics[f"critic/score/{name}"] for name in ("mean", "max", "min")] == [2.0, 3.0, 1.0]
+
+
+def test_distance_between_sampler_and_policy() -> None:
+    batch = batch_of_three()
+    rollout = batch.batch["old_log_probs"].clone()
+    rollout[0, 0] = math.log(0.5)  # the policy's is e^-1 = 0.36788
+    batch.batch["rollout_log_probs"] = rollout
+    metrics = compute_data_metrics(batch)
+    assert metrics["training/rollout_probs_diff_max"] == pytest.approx(0.5 - math.exp(-1))
+    assert metrics["training/rollout_probs_diff_mean"] == pytest.approx((0.5 - math.exp(-1)) / 6)
+    assert metrics["training/rollout_log_probs_diff_max"] == pytest.approx(1 - math.log(2))
+    assert metrics["rollout_corr/kl"] == pytest.approx((1 - math.log(2)) / 6)
+
+    batch.batch["rollout_is_weights"] = torch.tensor([[2.0, 1, 1, 1], [1, 0, NAN, NAN], [NAN] * 4])
+    metrics = compute_data_metrics(batch)
+    assert metrics["rollout_corr/rollout_is_mean"] == pytest.approx(1.0)
+    assert metrics["rollout_corr/rollout_is_max"] == 2.0
+    assert metrics["rollout_corr/rollout_is_eff_sample_size"] == pytest.approx(36 / (6 * 8))
+
+
+def test_timing_per_token() -> None:
+    # 5 prompt and 9 response tokens.
+    metrics = compute_timing_metrics(batch_of_three(), {"gen": 0.9, "update_actor": 1.4, "step": 3.0})
+    assert metrics == {
+        "timing_s/gen": 0.9,
+        "timing_s/update_actor": 1.4,
+        "timing_s/step": 3.0,
+        "timing_per_token_ms/gen": pytest.approx(100.0),
+        "timing_per_token_ms/update_actor": pytest.approx(100.0),
+    }
+
+
+def test_throughput_is_per_rank() -> None:
+    metrics = compute_throughout_metrics(batch_of_three(), {"gen": 0.9, "step": 3.5}, n_gpus=2)
+    assert metrics == {
+        "perf/total_num_tokens": 14.0,
+        "perf/time_per_step": 3.5,
+        "perf/throughput": pytest.approx(2.0),
+        "perf/generated_tokens_per_s": pytest.approx(10.0),
+    }
+
+
+def test_validation_figures() -> None:
+    metrics = compute_validation_distill_metrics(batch_of_three())
+    assert metrics["val/reverse_kl"] == pytest.approx(0.1)
+    assert metrics["val/math/reverse_kl"] == pytest.approx(-0.375)
+    assert metrics["val/item/reverse_kl"] == pytest.approx(2.0)
+    assert metrics["val/item/extend_seq_ratio"] == 1.0
+    assert metrics["val/response_length"] == 3.0
+
+
+def test_validation_rewards() -> None:
+    batch = batch_of_three()
+    batch.batch["token_level_scores"] = torch.tensor([[0.0, 0, 0, 1], [0, 0, 3, 0], [0, 2, 0, 0]])
+    assert compute_validation_reward_metrics(batch) == {
+        "val/reward": 2.0,
+        "val/item/reward": 2.5,
+        "val/math/reward": 1.0,
+    }
+
+
+def test_reduction_follows_the_name() -> None:
+    metrics = {"actor/pg_loss": [1.0, 3.0], "perf/max_memory": [1, 5], "perf/min_free": [1, 5], "maximum/mean": [1, 3]}
+    assert reduce_metrics(metrics) == {
+        "actor/pg_loss": 2.0,
+        "perf/max_memory": 5.0,
+        "perf/min_free": 1.0,
+        "maximum/mean": 2.0,
+    }

@@ -1,0 +1,96 @@
+"""Loading a reward function and applying it to answers."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from verl.protocol import DataProto
+from verl.trainer.config import CustomClassConfig
+from verl.trainer.ppo.reward import compute_rewards, load_reward_fn
+
+
+class LetterTokenizer:
+    """Id 0 is padding and special, 1 the end and special, the others letters from ``a`` = 2 on."""
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = False) -> str:
+        letters = ["<pad>", "<end>", *"abcdefgh"]
+        return "".join(letters[token] for token in ids if token > 1 or not skip_special_tokens)
+
+
+def answers() -> DataProto:
+    """Responses ``ab<end>``, nothing, and ``cdef`` without an end; prompts of one token."""
+    return DataProto.from_dict(
+        {
+            "responses": torch.tensor([[2, 3, 1, 0], [0, 0, 0, 0], [4, 5, 6, 7]]),
+            "attention_mask": torch.tensor([[1, 1, 1, 1, 0], [1, 0, 0, 0, 0], [1, 1, 1, 1, 1]]),
+        },
+        {
+            "data_source": np.array(["x", "y", "z"], dtype=object),
+            "reward_model": np.array([{"ground_truth": "ab"}, {"ground_truth": ""}, None], dtype=object),
+            "extra_info": np.array([{"level": 1}, None, None], dtype=object),
+            "__num_turns__": np.array([2, 2, 3], dtype=object),
+        },
+    )
+
+
+def test_scores_stand_at_the_last_token_of_each_answer() -> None:
+    calls = []
+
+    def length(**call) -> float:
+        calls.append(call)
+        return len(call["solution_str"]) + 0.5
+
+    scores, extra = compute_rewards(answers(), LetterTokenizer(), length)
+    assert scores.tolist() == [[0, 0, 2.5, 0], [0.5, 0, 0, 0], [0, 0, 0, 4.5]]
+    assert extra == {}
+    assert calls[0] == {
+        "data_source": "x",
+        "solution_str": "ab",
+        "ground_truth": "ab",
+        "extra_info": {"level": 1, "num_turns": 2},
+    }
+    assert calls[2]["ground_truth"] is None
+
+
+def test_a_mapping_reports_more_than_the_score() -> None:
+    def graded(solution_str: str, **_) -> dict:
+        return {"score": 1} if not solution_str else {"score": np.float64(2), "correct": solution_str == "ab"}
+
+    scores, extra = compute_rewards(answers(), LetterTokenizer(), graded)
+    assert scores.sum(-1).tolist() == [2, 1, 2]
+    assert extra == {"correct": [True, None, False]}
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        ({"acc": 1}, "row 0; it must hold 'score'"),
+        (None, "returned None for row 0; a number"),
+        ("high", "returned 'high' for row 0; a number"),
+        (float("nan"), "must be finite"),
+        ({"score": float("inf")}, "must be finite"),
+    ],
+)
+def test_results_that_are_no_score_are_refused(result: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        compute_rewards(answers(), LetterTokenizer(), lambda **_: result)
+
+
+def test_loading_by_path(tmp_path: Path) -> None:
+    path = tmp_path / "rewards.py"
+    path.write_text("def compute_score(**_): return 1.0\ndef other(**_): return 2.0\nLIMIT = 3\n")
+    default = load_reward_fn(CustomClassConfig(path=str(path)))
+    assert default is not None
+    assert default() == 1.0
+    named = load_reward_fn(CustomClassConfig(path=str(path), name="other"))
+    assert named is not None
+    assert named() == 2.0
+    assert load_reward_fn(CustomClassConfig()) is None
+    with pytest.raises(ValueError, match=r"custom_reward_function.path=.*defines no 'absent'; it defines .*other"):
+        load_reward_fn(CustomClassConfig(path=str(path), name="absent"))
+    with pytest.raises(ValueError, match=r"custom_reward_function.name='LIMIT'.*is a int; name a function"):
+        load_reward_fn(CustomClassConfig(path=str(path), name="LIMIT"))
+    with pytest.raises(ValueError, match=r"custom_reward_function.path=.*gone.py.* is no file"):
+        load_reward_fn(CustomClassConfig(path=str(tmp_path / "gone.py")))

@@ -1,0 +1,204 @@
+"""Partitions, row orders and micro-batches on small lists, with the sums written out."""
+
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+from tensordict import TensorDict
+
+from verl.utils.seqlen_balancing import (
+    balanced_order,
+    get_reverse_idx,
+    get_seqlen_balanced_partitions,
+    log_seqlen_unbalance,
+    rearrange_micro_batches,
+    restore_dynamic_batch,
+)
+
+
+def sums(seqlens: list[int], parts: list[list[int]]) -> list[int]:
+    return [sum(seqlens[row] for row in part) for part in parts]
+
+
+def rows_of(*lengths: int, width: int = 16) -> TensorDict:
+    """Rows with so many attended tokens, and their number."""
+    mask = (torch.arange(width) < torch.tensor(lengths).unsqueeze(1)).long()
+    return TensorDict({"attention_mask": mask, "row": torch.arange(len(lengths))}, batch_size=len(lengths))
+
+
+# ---------------------------------------------------------------- partitions
+
+
+def test_karmarkar_karp_by_hand() -> None:
+    # The textbook case 8 7 6 5 4: differences 8-7=1, 6-5=1, then 4-1=3, then 3-1=2: parts of 16 and 14.
+    seqlens = [8, 7, 6, 5, 4]
+    parts = get_seqlen_balanced_partitions(seqlens, 2, equal_size=False)
+    assert sums(seqlens, parts) == [16, 14]
+    assert sorted(row for part in parts for row in part) == [0, 1, 2, 3, 4]
+
+
+def test_equal_sizes_by_hand() -> None:
+    # Neighbours in length 9 8 | 5 4 | 3 1 differ by 1, 1, 2: (3) against (9|8) leaves 1, (5|4) against that leaves 0.
+    seqlens = [9, 8, 5, 4, 3, 1]
+    parts = get_seqlen_balanced_partitions(seqlens, 2, equal_size=True)
+    assert [len(part) for part in parts] == [3, 3]
+    assert sums(seqlens, parts) == [15, 15]
+
+
+def test_partitions_hold_every_row_once_and_none_is_empty() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        rows = int(torch.randint(1, 24, (1,), generator=generator))
+        parts_wanted = int(torch.randint(1, rows + 1, (1,), generator=generator))
+        seqlens = torch.randint(0, 30, (rows,), generator=generator).tolist()
+        parts = get_seqlen_balanced_partitions(seqlens, parts_wanted, equal_size=False)
+        assert len(parts) == parts_wanted
+        assert all(part and part == sorted(part) for part in parts)
+        assert sorted(row for part in parts for row in part) == list(range(rows))
+        assert sums(seqlens, parts) == sorted(sums(seqlens, parts), reverse=True)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8])
+def test_equal_size_partitions_are_equal_and_balanced(ranks: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    seqlens = torch.randint(1, 1000, (24,), generator=generator).tolist()
+    parts = get_seqlen_balanced_partitions(seqlens, ranks, equal_size=True)
+    assert [len(part) for part in parts] == [24 // ranks] * ranks
+    tokens = sums(seqlens, parts)
+    assert max(tokens) - min(tokens) < max(seqlens) / 2
+    assert parts == get_seqlen_balanced_partitions(list(seqlens), ranks, equal_size=True)
+
+
+@pytest.mark.parametrize(
+    ("rows", "parts", "equal_size", "message"),
+    [(3, 4, False, "3 rows cannot fill 4 parts"), (3, 0, False, "cannot fill 0"), (5, 2, True, "5 rows do not divide")],
+)
+def test_impossible_partitions_are_refused(rows: int, parts: int, equal_size: bool, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        get_seqlen_balanced_partitions([1] * rows, parts, equal_size)
+
+
+def test_unbalance_figures() -> None:
+    # In order of arrival 9 + 8 and 1 + 2; balanced 9 + 1 and 8 + 2.
+    assert log_seqlen_unbalance([9, 8, 1, 2], [[0, 2], [1, 3]], "global_seqlen") == {
+        "global_seqlen/min": 3,
+        "global_seqlen/max": 17,
+        "global_seqlen/minmax_diff": 14,
+        "global_seqlen/balanced_min": 10,
+        "global_seqlen/balanced_max": 10,
+        "global_seqlen/mean": 10,
+    }
+
+
+def test_reverse_index_undoes_a_permutation() -> None:
+    order = [2, 0, 3, 1]
+    assert get_reverse_idx(order) == [1, 3, 0, 2]
+    assert [order[place] for place in get_reverse_idx(order)] == [0, 1, 2, 3]
+
+
+# ---------------------------------------------------------------- order over ranks
+
+
+def test_balanced_order_by_hand() -> None:
+    # Mini-batch 0 is rows 0-3 (10 1 1 10): the ranks get 11 tokens each. Mini-batch 1 is rows 4-7 (5 5 9 1): 10 each.
+    seqlens = [10, 1, 1, 10, 5, 5, 9, 1]
+    order = balanced_order(seqlens, mini_batch_rows=4, dp_size=2)
+    first, second = order[:4], order[4:]
+    for share in (first, second):
+        assert sum(seqlens[row] for row in share[:2]) == 11
+        assert sum(seqlens[row] for row in share[2:]) == 10
+    assert sorted(first[:2] + second[:2]) == [0, 1, 2, 3]
+    assert sorted(first[2:] + second[2:]) == [4, 5, 6, 7]
+
+
+def test_one_rank_keeps_the_order() -> None:
+    assert balanced_order([3, 1, 2, 5], mini_batch_rows=2, dp_size=1) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("dp_size", [1, 2, 3, 4, 6])
+@pytest.mark.parametrize("mini_batch_rows", [12, 24, 48])
+def test_mini_batches_hold_the_same_rows_for_any_number_of_ranks(dp_size: int, mini_batch_rows: int) -> None:
+    generator = torch.Generator().manual_seed(2)
+    seqlens = torch.randint(1, 500, (48,), generator=generator).tolist()
+    order = balanced_order(seqlens, mini_batch_rows, dp_size)
+    assert sorted(order) == list(range(48))
+    share, local = 48 // dp_size, mini_batch_rows // dp_size
+    for number in range(48 // mini_batch_rows):
+        slices = [order[rank * share + number * local :][:local] for rank in range(dp_size)]
+        together = sorted(row for rows in slices for row in rows)
+        assert together == list(range(number * mini_batch_rows, (number + 1) * mini_batch_rows))
+
+
+def test_the_fullest_part_goes_to_the_rank_with_the_fewest_tokens() -> None:
+    # Each mini-batch of two rows gives one rank 9 and the other 1 token: turned, both have 10 after two.
+    order = balanced_order([9, 1, 9, 1], mini_batch_rows=2, dp_size=2)
+    assert order == [0, 3, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("rows", "mini", "ranks", "message"),
+    [(6, 4, 2, "6 rows does not divide into mini-batches of 4"), (6, 3, 2, "3 rows does not divide over 2 ranks")],
+)
+def test_rows_that_do_not_divide_are_refused(rows: int, mini: int, ranks: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        balanced_order([1] * rows, mini, ranks)
+
+
+# ---------------------------------------------------------------- micro-batches
+
+
+def test_micro_batches_hold_every_row_once_within_the_limit_fullest_first() -> None:
+    seqlens = [3, 9, 4, 1, 6, 8, 2]
+    micro_batches, parts = rearrange_micro_batches(rows_of(*seqlens), max_token_len=11)
+    tokens = sums(seqlens, parts)
+    assert tokens == [11, 11, 11]  # 33 tokens need three of 11, and there is a perfect cut
+    assert [part["row"].tolist() for part in micro_batches] == parts
+    assert [int(part["attention_mask"].sum()) for part in micro_batches] == tokens
+    rows = torch.cat([part["row"] for part in micro_batches])
+    assert restore_dynamic_batch(rows, parts).tolist() == [0, 1, 2, 3, 4, 5, 6]
+
+
+def test_the_limit_holds_where_the_fewest_parts_cannot_be_balanced() -> None:
+    # 18 tokens would fit two micro-batches of 10 by their sum, but no two rows of 6 fit one.
+    _, parts = rearrange_micro_batches(rows_of(6, 6, 6), max_token_len=10)
+    assert sorted(parts) == [[0], [1], [2]]
+
+
+def test_limit_of_random_rows() -> None:
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(50):
+        seqlens = torch.randint(1, 17, (12,), generator=generator).tolist()
+        _, parts = rearrange_micro_batches(rows_of(*seqlens), max_token_len=18)
+        assert max(sums(seqlens, parts)) <= 18
+        assert sorted(row for part in parts for row in part) == list(range(12))
+
+
+def test_a_least_number_of_micro_batches() -> None:
+    _, parts = rearrange_micro_batches(rows_of(1, 1, 1, 1), max_token_len=16, min_num_micro_batch=3)
+    assert len(parts) == 3
+
+
+def test_a_row_above_the_limit_is_named() -> None:
+    with pytest.raises(ValueError, match=r"row 1 has 12 tokens and a micro-batch holds 11; raise"):
+        rearrange_micro_batches(rows_of(3, 12), max_token_len=11)
+
+
+def _rank(rank: int, port: int, lengths: list[list[int]], results: torch.Tensor) -> None:
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=len(lengths))
+    seqlens = lengths[rank]
+    _, parts = rearrange_micro_batches(rows_of(*seqlens), max_token_len=10)
+    _, alone = rearrange_micro_batches(rows_of(*seqlens), max_token_len=10, same_micro_num_in_dp=False)
+    assert sorted(row for part in parts for row in part) == list(range(len(seqlens)))
+    results[rank] = torch.tensor([len(parts), len(alone), max(sums(seqlens, parts))])
+    dist.destroy_process_group()
+
+
+def test_ranks_agree_on_the_number_of_micro_batches() -> None:
+    # Rank 0 has 8 tokens and would take one micro-batch, rank 1 needs four of one row each.
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    results = torch.zeros(2, 3, dtype=torch.int64).share_memory_()
+    torch.multiprocessing.spawn(_rank, args=(port, [[2, 2, 2, 2], [9, 9, 9, 9]], results), nprocs=2)
+    assert results.tolist() == [[4, 1, 2], [4, 4, 9]]

@@ -1,0 +1,248 @@
+"""Figures of a batch: advantages, lengths, speed, and what distillation over an extended vocabulary does.
+
+In:  a `DataProto` after the advantage stage, or stage timings. Out: flat dicts of floats.
+Not here: figures of the optimizer (``actor/*`` comes from the workers), and where figures are logged.
+
+A figure over nothing (a source without a trained token, say) is left out rather than made up.
+
+Letters: B sequences, R response tokens. "Trained" is ``response_mask`` 1; "shared" is trained and known to the
+teacher (``distill_special_token_mask`` 0); E is the extended vocabulary.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from verl.protocol import DataProto
+from verl.trainer.ppo.advantage import known_token_mask
+
+if TYPE_CHECKING:
+    from verl.trainer.config.algorithm import AlgoConfig
+
+Metrics = dict[str, float]
+
+RESPONSE_STAGES = ("gen",)
+"""Stages whose time is set against response tokens; all others work on prompt and response."""
+
+
+def reduce_metrics(metrics: Mapping[str, Any]) -> Metrics:
+    """Lists of figures as one figure each: largest for keys named ``max``, smallest for ``min``, else the mean."""
+    reduced = {}
+    for key, values in metrics.items():
+        last = key.rsplit("/", 1)[-1]
+        reduce: Callable[[Any], Any] = np.max if "max" in last else np.min if "min" in last else np.mean
+        reduced[key] = float(reduce(values))
+    return reduced
+
+
+def _summary(prefix: str, values: torch.Tensor) -> Metrics:
+    """``<prefix>/mean``, ``max`` and ``min`` of the values; nothing where there are none."""
+    if values.numel() == 0:
+        return {}
+    values = values.float()
+    return {
+        f"{prefix}/mean": values.mean().item(),
+        f"{prefix}/max": values.max().item(),
+        f"{prefix}/min": values.min().item(),
+    }
+
+
+def _mean(name: str, values: torch.Tensor) -> Metrics:
+    return {name: values.float().mean().item()} if values.numel() else {}
+
+
+def _response_tokens(batch: DataProto) -> torch.Tensor:
+    """(B, R) bool: every token of the response, those of tools included."""
+    return batch.tensor("attention_mask")[:, -batch.tensor("responses").shape[1] :].bool()
+
+
+def compute_data_metrics(batch: DataProto) -> Metrics:
+    """Rewards, advantages, lengths and turns under verl's names, and how far the sampler is from the policy.
+
+    - ``critic/score``, ``critic/rewards``: sums over a row of ``token_level_scores``, ``token_level_rewards``.
+    - ``critic/advantages``, ``critic/returns``: trained tokens. ``actor/entropy``: mean over them, nats.
+    - ``response_length``, ``prompt_length``: tokens; ``clip_ratio``: share of rows that fill the room there is.
+    - ``num_turns``: turns of the conversation.
+    - ``training/rollout_probs_diff_*`` and ``rollout_corr/*``: see `_sampler_metrics`.
+    """
+    trained = batch.tensor("response_mask").bool()
+    responses = _response_tokens(batch)
+    prompts = batch.tensor("attention_mask")[:, : -responses.shape[1]].bool()
+    metrics: Metrics = {}
+    for name, key in (("score", "token_level_scores"), ("rewards", "token_level_rewards")):
+        if key in batch.batch:
+            metrics |= _summary(f"critic/{name}", batch.tensor(key).sum(dim=-1))
+    for name in ("advantages", "returns"):
+        if name in batch.batch:
+            metrics |= _summary(f"critic/{name}", batch.tensor(name)[trained])
+    if "entropys" in batch.batch:
+        metrics |= _mean("actor/entropy", batch.tensor("entropys")[trained])
+    for name, tokens in (("response_length", responses), ("prompt_length", prompts)):
+        lengths = tokens.sum(dim=-1)
+        metrics |= _summary(name, lengths) | _mean(f"{name}/clip_ratio", lengths == tokens.shape[1])
+    if "__num_turns__" in batch.non_tensor_batch:
+        metrics |= _summary("num_turns", torch.tensor(batch.array("__num_turns__").astype(np.int64)))
+    return metrics | _sampler_metrics(batch, trained)
+
+
+def _sampler_metrics(batch: DataProto, trained: torch.Tensor) -> Metrics:
+    """Distance between the sampler's distribution and the policy's over trained tokens.
+
+    - ``training/rollout_probs_diff_{mean,max,std}``: ``|p_sampler(y) - p_policy(y)|``; an engine that lags behind or
+      rounds otherwise shows here. ``training/rollout_log_probs_diff_{mean,max}``: the same of the log-probs.
+    - ``rollout_corr/kl``: estimate of KL(sampler || policy), nats.
+    - ``rollout_corr/rollout_is_{mean,max}``: importance weights; ``..._eff_sample_size``: (sum w)^2 / (n sum w^2).
+    """
+    if "rollout_log_probs" not in batch.batch or "old_log_probs" not in batch.batch or not trained.any():
+        return {}
+    sampler = batch.tensor("rollout_log_probs")[trained].double()
+    policy = batch.tensor("old_log_probs")[trained].double()
+    probs, log_probs = (sampler.exp() - policy.exp()).abs(), (sampler - policy).abs()
+    metrics = {
+        "training/rollout_probs_diff_mean": probs.mean().item(),
+        "training/rollout_probs_diff_max": probs.max().item(),
+        "training/rollout_probs_diff_std": probs.std(correction=0).item(),
+        "training/rollout_log_probs_diff_mean": log_probs.mean().item(),
+        "training/rollout_log_probs_diff_max": log_probs.max().item(),
+        "rollout_corr/kl": (sampler - policy).mean().item(),
+    }
+    if "rollout_is_weights" in batch.batch:
+        weights = batch.tensor("rollout_is_weights")[trained].double()
+        metrics |= {
+            "rollout_corr/rollout_is_mean": weights.mean().item(),
+            "rollout_corr/rollout_is_max": weights.max().item(),
+            "rollout_corr/rollout_is_eff_sample_size": (
+                weights.sum().square() / (len(weights) * weights.square().sum()).clamp(min=1e-12)
+            ).item(),
+        }
+    return metrics
+
+
+def compute_timing_metrics(batch: DataProto, timing_raw: Mapping[str, float]) -> Metrics:
+    """``timing_s/<stage>`` in seconds, and ``timing_per_token_ms/<stage>`` in milliseconds per token it worked on."""
+    response_tokens = int(_response_tokens(batch).sum())
+    all_tokens = int(batch.tensor("attention_mask").sum())
+    metrics = {f"timing_s/{stage}": seconds for stage, seconds in timing_raw.items()}
+    for stage, seconds in timing_raw.items():
+        tokens = response_tokens if stage in RESPONSE_STAGES else all_tokens
+        if stage != "step" and tokens:
+            metrics[f"timing_per_token_ms/{stage}"] = seconds * 1000 / tokens
+    return metrics
+
+
+def compute_throughout_metrics(batch: DataProto, timing_raw: Mapping[str, float], n_gpus: int) -> Metrics:
+    """Speed of a step: tokens (prompt and response), seconds, and tokens per second and training rank.
+
+    ``perf/generated_tokens_per_s`` is response tokens over the time of the ``gen`` stage, over all engines.
+    """
+    tokens, seconds = int(batch.tensor("attention_mask").sum()), timing_raw["step"]
+    metrics = {
+        "perf/total_num_tokens": float(tokens),
+        "perf/time_per_step": seconds,
+        "perf/throughput": tokens / (seconds * n_gpus),
+    }
+    if timing_raw.get("gen"):
+        metrics["perf/generated_tokens_per_s"] = int(_response_tokens(batch).sum()) / timing_raw["gen"]
+    return metrics
+
+
+def _sources(batch: DataProto) -> dict[str, np.ndarray]:
+    """Row numbers by data source, in the order of their names; empty where rows name none."""
+    for key in ("data_source", "source"):
+        if key in batch.non_tensor_batch:
+            names = batch.array(key).astype(str)
+            return {str(name): np.flatnonzero(names == name) for name in np.unique(names)}
+    return {}
+
+
+def _overall_and_per_source(prefix: str, batch: DataProto, measure: Callable[[DataProto], Metrics]) -> Metrics:
+    """``<prefix>/<name>`` over all rows and ``<prefix>/<source>/<name>`` over those of each source."""
+    metrics = {f"{prefix}/{name}": value for name, value in measure(batch).items()}
+    for source, rows in _sources(batch).items():
+        metrics |= {f"{prefix}/{source}/{name}": value for name, value in measure(batch[rows]).items()}
+    return metrics
+
+
+def _reverse_kl(batch: DataProto) -> Metrics:
+    """Mean of log p_student - log p_teacher over shared tokens, nats a token."""
+    gap = batch.tensor("old_log_probs").float() - batch.tensor("ref_log_prob").float()
+    return _mean("reverse_kl", gap[known_token_mask(batch)])
+
+
+def _extension_metrics(batch: DataProto) -> Metrics:
+    """How often, how much and how early the student leaves the shared vocabulary."""
+    extended = batch.tensor("distill_special_token_mask").bool()
+    leaks = extended.any(dim=-1)
+    metrics = _mean("extend_seq_ratio", leaks) | _mean("extend_token_ratio", extended[_response_tokens(batch)])
+    metrics |= _mean("first_leak_position", extended[leaks].int().argmax(dim=-1))
+    if "extend_mass" in batch.batch:
+        metrics |= _mean("extend_mass", batch.tensor("extend_mass")[batch.tensor("response_mask").bool()])
+    return metrics
+
+
+def _clip_metrics(batch: DataProto, low: float | None, high: float | None) -> Metrics:
+    """Shares of trained tokens whose advantage lies beyond a bound; 0 for a bound that is not set."""
+    trained = batch.tensor("response_mask").bool()
+    advantages = (batch.tensor("ref_log_prob").float() - batch.tensor("old_log_probs").float())[trained]
+    nowhere = torch.zeros_like(advantages, dtype=torch.bool)
+    return _mean("adv_clipfrac_low", nowhere if low is None else advantages < low) | _mean(
+        "adv_clipfrac_high", nowhere if high is None else advantages > high
+    )
+
+
+def _coverage_metrics(batch: DataProto) -> Metrics:
+    """How much of the batch is trained on."""
+    trained, responses = batch.tensor("response_mask").bool(), _response_tokens(batch)
+    metrics = {"num_sequences": float(len(batch)), "trained_tokens": float(trained.sum())}
+    metrics |= _mean("trained_token_ratio", trained[responses])
+    metrics |= _mean("masked_seq_ratio", ~trained.any(dim=-1))
+    if "entropys" in batch.batch:
+        metrics |= _mean("entropy", batch.tensor("entropys")[trained])
+    return metrics
+
+
+def compute_on_policy_distill_data_metrics(batch: DataProto, config: "AlgoConfig | None" = None) -> Metrics:
+    """The ``distill/*`` family, over all rows and as ``distill/<source>/*`` per data source.
+
+    - ``reverse_kl``: mean log p_student - log p_teacher over shared tokens, nats.
+    - ``extend_seq_ratio``, ``extend_token_ratio``: share of sequences, of response tokens, with an id in E.
+    - ``extend_mass``: the student's mean probability of E at trained positions.
+    - ``first_leak_position``: mean index in the response (from 0) of the first id in E, over sequences that have one.
+    - ``adv_clipfrac_low``, ``adv_clipfrac_high``: shares of trained tokens that a bound clips.
+    - ``num_sequences``, ``trained_tokens``, ``trained_token_ratio`` (of response tokens), ``masked_seq_ratio``
+      (sequences that train nothing), ``entropy`` (nats, trained tokens).
+
+    Args:
+        batch: with ``old_log_probs``, ``ref_log_prob``, ``response_mask``, ``distill_special_token_mask``,
+            ``attention_mask``, ``responses``; ``extend_mass`` and ``entropys`` where they were computed.
+        config: gives the bounds of the advantage; None: no bounds.
+    """
+    low, high = (None, None) if config is None else (config.distill_adv_min_clip, config.distill_adv_max_clip)
+
+    def measure(rows: DataProto) -> Metrics:
+        return _reverse_kl(rows) | _extension_metrics(rows) | _clip_metrics(rows, low, high) | _coverage_metrics(rows)
+
+    return _overall_and_per_source("distill", batch, measure)
+
+
+def compute_validation_distill_metrics(batch: DataProto) -> Metrics:
+    """``val/reverse_kl``, ``val/extend_seq_ratio`` and ``val/response_length``, and ``val/<source>/*``.
+
+    As in training, but on held-out prompts: the reverse KL is over shared tokens of the student's own answers.
+    """
+
+    def measure(rows: DataProto) -> Metrics:
+        leaks = rows.tensor("distill_special_token_mask").bool().any(dim=-1)
+        length = _mean("response_length", _response_tokens(rows).sum(dim=-1))
+        return _reverse_kl(rows) | _mean("extend_seq_ratio", leaks) | length
+
+    return _overall_and_per_source("val", batch, measure)
+
+
+def compute_validation_reward_metrics(batch: DataProto) -> Metrics:
+    """``val/reward``, the mean over all answers of their summed ``token_level_scores``, and ``val/<source>/reward``."""
+    return _overall_and_per_source(
+        "val", batch, lambda rows: _mean("reward", rows.tensor("token_level_scores").sum(dim=-1))
+    )

@@ -1,0 +1,104 @@
+"""Task rewards: a user's function applied to every answer.
+
+In:  a batch after generation, and a function ``(data_source, solution_str, ground_truth, extra_info)``.
+Out: ``token_level_scores`` (B, R), zero but for one position a row. Not here: rewards as advantages, KL penalties.
+
+Letters: B sequences, R response tokens.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from verl.protocol import DataProto
+from verl.utils.import_utils import load_extern_type
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from verl.trainer.config.data import CustomClassConfig
+
+RewardFn = Callable[..., Any]
+"""Called with the keywords ``data_source``, ``solution_str``, ``ground_truth`` and ``extra_info``; returns a number, or
+a mapping with the number as ``score`` and anything else to report."""
+
+DEFAULT_NAME = "compute_score"
+
+
+def load_reward_fn(config: "CustomClassConfig") -> RewardFn | None:
+    """The function that ``custom_reward_function.path`` and ``.name`` (default ``compute_score``) give, or None.
+
+    Raises:
+        ValueError: no such file or name, or what it names cannot be called.
+    """
+    if config.path is None:
+        return None
+    name = config.name or DEFAULT_NAME
+    try:
+        function = load_extern_type(config.path, name)
+    except ValueError as error:
+        raise ValueError(f"custom_reward_function.path={config.path}: {error}") from error
+    if not callable(function):
+        raise ValueError(
+            f"custom_reward_function.name={name!r} in {config.path} is a {type(function).__name__}; name a function"
+        )
+    return function
+
+
+def _score_and_extra(result: Any, row: int) -> tuple[float, dict[str, Any]]:
+    score, extra = result, {}
+    if isinstance(result, Mapping):
+        if "score" not in result:
+            raise ValueError(f"the reward function returned {sorted(result)} for row {row}; it must hold 'score'")
+        score, extra = result["score"], {key: value for key, value in result.items() if key != "score"}
+    try:
+        number = float(score)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the reward function returned {score!r} for row {row}; a number is needed") from error
+    if not math.isfinite(number):
+        raise ValueError(f"the reward function returned {score!r} for row {row}; the score must be finite")
+    return number, extra
+
+
+def compute_rewards(
+    batch: DataProto, tokenizer: "PreTrainedTokenizerBase", reward_fn: RewardFn
+) -> tuple[torch.Tensor, dict[str, list[Any]]]:
+    """Score every answer.
+
+    The function sees the response as text without special tokens (item tokens stay), the row's ``data_source`` (None
+    where it has none), ``reward_model["ground_truth"]`` (likewise), and a copy of ``extra_info`` with ``num_turns``.
+
+    Args:
+        batch: with ``responses``, ``attention_mask``.
+        tokenizer: decodes the responses.
+        reward_fn: see `RewardFn`.
+
+    Returns:
+        scores (B, R) float32, each at its response's last token, tools' tokens included (of an empty response: at
+        position 0); and what else the function reported, key to list of B values, None where a row lacks it.
+
+    Raises:
+        ValueError: the function returned no finite number.
+    """
+    responses = batch.tensor("responses")
+    written = batch.tensor("attention_mask")[:, -responses.shape[1] :].bool()
+    scores = torch.zeros(responses.shape, dtype=torch.float32)
+    reported: dict[str, list[Any]] = {}
+    for row in range(len(batch)):
+        columns = {key: values[row] for key, values in batch.non_tensor_batch.items()}
+        extra_info = dict(columns.get("extra_info") or {})
+        if "__num_turns__" in columns:
+            extra_info["num_turns"] = int(columns["__num_turns__"])
+        result = reward_fn(
+            data_source=columns.get("data_source"),
+            solution_str=tokenizer.decode(responses[row][written[row]].tolist(), skip_special_tokens=True),
+            ground_truth=(columns.get("reward_model") or {}).get("ground_truth"),
+            extra_info=extra_info,
+        )
+        score, extra = _score_and_extra(result, row)
+        scores[row, max(int(written[row].sum()) - 1, 0)] = score
+        for key, value in extra.items():
+            reported.setdefault(key, [None] * len(batch))[row] = value
+    return scores, reported

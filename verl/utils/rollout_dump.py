@@ -1,0 +1,56 @@
+"""Writes the answers of a batch where a person can read them.
+
+In:  a batch after generation. Out: ``<folder>/<step>.jsonl``, one row a line. Training does not read it back.
+"""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from verl.protocol import DataProto
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+COPIED_COLUMNS = ("uid", "index", "data_source")
+"""Object columns that are copied as they are, where the batch has them."""
+
+
+def generation_rows(batch: DataProto, tokenizer: "PreTrainedTokenizerBase") -> list[dict[str, Any]]:
+    """One dict a row.
+
+    ``input`` and ``output`` (text with its special and item tokens, padding left out), ``gts`` (the ground truth or
+    None), ``response_tokens``, ``trained_tokens``, ``extend_tokens``; ``num_turns``, ``score`` and the columns of
+    `COPIED_COLUMNS` where the batch has them.
+    """
+    responses, attention = batch.tensor("responses"), batch.tensor("attention_mask").bool()
+    width = responses.shape[1]
+    rows = []
+    for row in range(len(batch)):
+        prompt_mask, response_mask = attention[row, :-width], attention[row, -width:]
+        columns = {key: batch.non_tensor_batch[key][row] for key in batch.non_tensor_batch}
+        described: dict[str, Any] = {key: columns[key] for key in COPIED_COLUMNS if key in columns}
+        described["input"] = tokenizer.decode(batch.tensor("prompts")[row][prompt_mask].tolist())
+        described["output"] = tokenizer.decode(responses[row][response_mask].tolist())
+        reward_model = columns.get("reward_model")
+        described["gts"] = reward_model.get("ground_truth") if isinstance(reward_model, dict) else None
+        described["response_tokens"] = int(response_mask.sum())
+        described["trained_tokens"] = int(batch.tensor("response_mask")[row].sum())
+        described["extend_tokens"] = int(batch.tensor("distill_special_token_mask")[row].sum())
+        if "__num_turns__" in columns:
+            described["num_turns"] = int(columns["__num_turns__"])
+        if "token_level_scores" in batch.batch:
+            described["score"] = float(batch.batch["token_level_scores"][row].sum())
+        rows.append(described)
+    return rows
+
+
+def dump_generations(folder: str | Path, step: int, batch: DataProto, tokenizer: "PreTrainedTokenizerBase") -> Path:
+    """Write the rows of a batch to ``<folder>/<step>.jsonl`` and return its path; a file of that step is replaced."""
+    path = Path(folder) / f"{step}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [
+        json.dumps({"step": step, **row}, ensure_ascii=False, default=str) for row in generation_rows(batch, tokenizer)
+    ]
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return path

@@ -1,0 +1,207 @@
+"""Sharing sequences out so that every part holds about as many tokens.
+
+In:  sequence lengths, or a batch with an ``attention_mask``. Out: index lists, or the batch cut into micro-batches.
+`balanced_order` lays the rows of a step out over ranks (driver); `rearrange_micro_batches` cuts one rank's rows into
+micro-batches (worker). Not here: padding, packing, and which rows form a mini-batch.
+
+Letters: B sequences, T tokens of a padded row.
+"""
+
+import heapq
+from collections.abc import Sequence
+from itertools import chain, pairwise
+
+import torch
+import torch.distributed as dist
+from tensordict import TensorDict
+
+Part = tuple[int, list[int]]
+"""Tokens of a part, and its rows."""
+
+
+def _merge(left: list[Part], right: list[Part]) -> list[Part]:
+    """Two divisions into k parts as one: the fullest part of one takes the emptiest of the other."""
+    merged = [
+        (tokens + other, rows + more) for (tokens, rows), (other, more) in zip(left, reversed(right), strict=True)
+    ]
+    # By rows too: with rows of no tokens an empty part must still count as emptier, or one could stay empty.
+    return sorted(merged, key=lambda part: (part[0], len(part[1])), reverse=True)
+
+
+def _karmarkar_karp(seqlens: Sequence[int], k_partitions: int, equal_size: bool) -> list[list[int]]:
+    """Largest differencing method: divisions into k parts are merged, those with the largest spread first.
+
+    It starts from one division per row or, for parts of equal size, per k rows next to each other in length.
+    """
+    order = sorted(range(len(seqlens)), key=lambda row: (-seqlens[row], row))
+    rows_each = k_partitions if equal_size else 1
+    heap: list[tuple[int, int, list[Part]]] = []
+    for start in range(0, len(order), rows_each):
+        division: list[Part] = [(int(seqlens[row]), [row]) for row in order[start : start + rows_each]]
+        division += [(0, [])] * (k_partitions - len(division))
+        heapq.heappush(heap, (division[-1][0] - division[0][0], start, division))
+    while len(heap) > 1:
+        _, ticket, first = heapq.heappop(heap)
+        _, _, second = heapq.heappop(heap)
+        merged = _merge(first, second)
+        heapq.heappush(heap, (merged[-1][0] - merged[0][0], ticket, merged))
+    return [sorted(rows) for _, rows in heap[0][2]]
+
+
+def get_seqlen_balanced_partitions(seqlen_list: Sequence[int], k_partitions: int, equal_size: bool) -> list[list[int]]:
+    """Divide rows into parts of about equal numbers of tokens (Karmarkar-Karp).
+
+    Args:
+        seqlen_list: (B,) tokens of each row.
+        k_partitions: number of parts.
+        equal_size: every part gets B / k rows.
+
+    Returns:
+        k lists of row numbers, none empty, each ascending, the fullest part first; the same for the same lengths.
+
+    Raises:
+        ValueError: fewer rows than parts, or rows that do not divide into parts of equal size.
+    """
+    if not 1 <= k_partitions <= len(seqlen_list):
+        raise ValueError(f"{len(seqlen_list)} rows cannot fill {k_partitions} parts; every part needs a row")
+    if equal_size and len(seqlen_list) % k_partitions:
+        raise ValueError(f"{len(seqlen_list)} rows do not divide into {k_partitions} parts of equal size")
+    return _karmarkar_karp(seqlen_list, k_partitions, equal_size)
+
+
+def log_seqlen_unbalance(seqlen_list: Sequence[int], partitions: list[list[int]], prefix: str) -> dict[str, float]:
+    """Tokens of the parts with and without balancing, as metrics ``<prefix>/<name>``.
+
+    ``min``, ``max``, ``minmax_diff`` of parts cut in the order of arrival; ``balanced_min``, ``balanced_max`` of
+    ``partitions``; ``mean`` of either.
+    """
+    bounds = [len(seqlen_list) * part // len(partitions) for part in range(len(partitions) + 1)]
+    plain = [sum(seqlen_list[start:end]) for start, end in pairwise(bounds)]
+    balanced = [sum(seqlen_list[row] for row in rows) for rows in partitions]
+    return {
+        f"{prefix}/min": min(plain),
+        f"{prefix}/max": max(plain),
+        f"{prefix}/minmax_diff": max(plain) - min(plain),
+        f"{prefix}/balanced_min": min(balanced),
+        f"{prefix}/balanced_max": max(balanced),
+        f"{prefix}/mean": sum(seqlen_list) / len(partitions),
+    }
+
+
+def get_reverse_idx(idx_map: Sequence[int]) -> list[int]:
+    """The inverse permutation: ``x[idx_map][get_reverse_idx(idx_map)]`` is ``x``."""
+    reverse = [0] * len(idx_map)
+    for position, row in enumerate(idx_map):
+        reverse[row] = position
+    return reverse
+
+
+def restore_dynamic_batch(data: torch.Tensor, batch_idx_list: list[list[int]]) -> torch.Tensor:
+    """Rows of concatenated micro-batches (B, ...), back in the order before `rearrange_micro_batches`."""
+    return data[torch.tensor(get_reverse_idx(list(chain.from_iterable(batch_idx_list))), device=data.device)]
+
+
+def balanced_order(seqlens: Sequence[int], mini_batch_rows: int, dp_size: int) -> list[int]:
+    """Row order in which contiguous shares of a batch, one a rank, hold balanced shares of every mini-batch.
+
+    Global mini-batch k is rows ``[k * mini_batch_rows, (k + 1) * mini_batch_rows)`` as they come, whatever
+    ``dp_size``. After reordering, rank r's share (rows ``[r * B / dp_size, (r + 1) * B / dp_size)``) is, mini-batch by
+    mini-batch, an equal number of rows of each. Within a mini-batch the ranks get about equal tokens, and the fullest
+    part goes to the rank that has the fewest so far.
+
+    Args:
+        seqlens: (B,) tokens of each row.
+        mini_batch_rows: rows of one optimizer step over all ranks.
+        dp_size: ranks.
+
+    Returns:
+        (B,) a permutation; the identity for one rank.
+
+    Raises:
+        ValueError: the batch is no multiple of the mini-batch, or the mini-batch none of ``dp_size``.
+    """
+    rows = len(seqlens)
+    if mini_batch_rows < 1 or rows % mini_batch_rows:
+        raise ValueError(f"a batch of {rows} rows does not divide into mini-batches of {mini_batch_rows}")
+    if dp_size < 1 or mini_batch_rows % dp_size:
+        raise ValueError(f"a mini-batch of {mini_batch_rows} rows does not divide over {dp_size} ranks")
+    shares: list[list[int]] = [[] for _ in range(dp_size)]
+    tokens = [0] * dp_size
+    for start in range(0, rows, mini_batch_rows):
+        lengths = seqlens[start : start + mini_batch_rows]
+        parts = get_seqlen_balanced_partitions(lengths, dp_size, equal_size=True)
+        fewest_first = sorted(range(dp_size), key=lambda rank: (tokens[rank], rank))
+        for rank, part in zip(fewest_first, parts, strict=True):
+            shares[rank] += [start + row for row in part]
+            tokens[rank] += sum(lengths[row] for row in part)
+    return list(chain.from_iterable(shares))
+
+
+def _fewest_parts(seqlens: list[int], max_token_len: int, at_least: int) -> list[list[int]]:
+    """Balanced parts of at most ``max_token_len`` tokens, as few as the method finds from ``at_least`` on."""
+    start = min(max(at_least, -(-sum(seqlens) // max_token_len)), len(seqlens))
+    for k_partitions in range(start, len(seqlens)):
+        parts = _karmarkar_karp(seqlens, k_partitions, equal_size=False)
+        if max(sum(seqlens[row] for row in part) for part in parts) <= max_token_len:
+            return parts
+    return [[row] for row in sorted(range(len(seqlens)), key=lambda row: -seqlens[row])]
+
+
+def _split_up(parts: list[list[int]], seqlens: list[int], k_partitions: int) -> list[list[int]]:
+    """More parts out of fewer, none fuller than before: the fullest part of several rows is halved, again and again."""
+    parts = list(parts)
+    while len(parts) < k_partitions:
+        fullest = max((part for part in parts if len(part) > 1), key=lambda part: sum(seqlens[row] for row in part))
+        halves = _karmarkar_karp([seqlens[row] for row in fullest], 2, equal_size=False)
+        parts.remove(fullest)
+        parts += [[fullest[row] for row in half] for half in halves]
+    return sorted(parts, key=lambda part: -sum(seqlens[row] for row in part))
+
+
+def _most_over_ranks(number: int, device: torch.device, dp_group: dist.ProcessGroup | None) -> int:
+    value = torch.tensor(number, device=device)
+    dist.all_reduce(value, op=dist.ReduceOp.MAX, group=dp_group)
+    return int(value.item())
+
+
+def rearrange_micro_batches(
+    batch: TensorDict,
+    max_token_len: int,
+    dp_group: dist.ProcessGroup | None = None,
+    same_micro_num_in_dp: bool = True,
+    min_num_micro_batch: int | None = None,
+) -> tuple[list[TensorDict], list[list[int]]]:
+    """Cut one rank's rows into micro-batches of about equal tokens, none above ``max_token_len``.
+
+    Every rank gets the same NUMBER of micro-batches (that of the rank that needs most), because sharded training
+    communicates in each of them. The fullest comes first on every rank: they wait for each other least, and memory
+    runs out at once or not at all.
+
+    Args:
+        batch: (B, ...) with ``attention_mask`` (B, T), whose sum is a row's length.
+        max_token_len: most tokens of one micro-batch, padding not counted.
+        dp_group: ranks that must agree; None: all. The batch lies on a device that the group communicates from.
+        same_micro_num_in_dp: False: do not ask the other ranks.
+        min_num_micro_batch: at least so many micro-batches.
+
+    Returns:
+        the micro-batches, and the rows of each; `restore_dynamic_batch` undoes the order.
+
+    Raises:
+        ValueError: a row is longer than ``max_token_len``, or another rank needs more micro-batches than there are
+            rows here.
+    """
+    seqlens = [int(length) for length in batch["attention_mask"].sum(dim=1).tolist()]
+    longest = max(seqlens)
+    if longest > max_token_len:
+        raise ValueError(
+            f"row {seqlens.index(longest)} has {longest} tokens and a micro-batch holds {max_token_len}; raise the "
+            "limit (ppo_max_token_len_per_gpu, log_prob_max_token_len_per_gpu) to the longest prompt plus response"
+        )
+    parts = _fewest_parts(seqlens, max_token_len, min_num_micro_batch or 1)
+    if same_micro_num_in_dp and dist.is_initialized():
+        wanted = _most_over_ranks(len(parts), batch["attention_mask"].device, dp_group)
+        if wanted > len(seqlens):
+            raise ValueError(f"another rank needs {wanted} micro-batches and this one has {len(seqlens)} rows")
+        parts = _split_up(parts, seqlens, wanted)
+    return [batch[torch.tensor(part, device=batch.device)] for part in parts], parts

@@ -1,0 +1,193 @@
+"""Where figures go: the console, a file, TensorBoard, Weights & Biases.
+
+In:  a flat dict of numbers per step. Out: one record of that step in each place. Not here: computing figures, and
+secrets: the key of Weights & Biases is read from the environment by its own library and never from the config.
+"""
+
+import importlib
+import json
+import math
+import numbers
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol
+
+import torch
+from tqdm import tqdm
+
+from verl.trainer.config.config import PPOConfig
+from verl.trainer.config.redaction import redacted
+from verl.trainer.config.typed import public_dict
+
+MAIN_FIGURES = (
+    "distill/reverse_kl",
+    "critic/rewards/mean",
+    "actor/pg_loss",
+    "response_length/mean",
+    "distill/extend_seq_ratio",
+    "timing_s/step",
+    "val/reverse_kl",
+    "val/reward",
+)
+"""What the console shows of a step, in this order, as far as the step has it."""
+
+
+class Backend(Protocol):
+    """A place that figures go to."""
+
+    def log(self, data: Mapping[str, float], step: int) -> None:
+        """Record the figures of a step."""
+
+    def finish(self) -> None:
+        """Write out what is pending."""
+
+
+class ConsoleBackend:
+    """One line a step, written around a progress bar rather than through it."""
+
+    def log(self, data: Mapping[str, float], step: int) -> None:
+        """Write the main figures; all of them where none of the main ones is there."""
+        names = [name for name in MAIN_FIGURES if name in data] or list(data)
+        tqdm.write(" | ".join([f"step {step}", *(f"{name} {data[name]:.4g}" for name in names)]))
+
+    def finish(self) -> None:
+        """Nothing is pending."""
+
+
+class FileBackend:
+    """``metrics.jsonl``, a line ``{"step": N, "data": {...}}`` a step, appended to; NaN and infinity become null."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._stream = open(folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 - open for the whole run
+
+    def log(self, data: Mapping[str, float], step: int) -> None:
+        """Append a line and flush it: a run that dies keeps all steps."""
+        finite = {name: value if math.isfinite(value) else None for name, value in data.items()}
+        self._stream.write(json.dumps({"step": step, "data": finite}, allow_nan=False) + "\n")
+        self._stream.flush()
+
+    def finish(self) -> None:
+        """Close the file."""
+        self._stream.close()
+
+
+class TensorboardBackend:
+    """Event files in ``$TENSORBOARD_DIR`` or ``<local_dir>/tensorboard``."""
+
+    def __init__(self, folder: Path) -> None:
+        _require("tensorboard")
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(os.environ.get("TENSORBOARD_DIR") or str(folder / "tensorboard"))
+
+    def log(self, data: Mapping[str, float], step: int) -> None:
+        """Record one scalar a figure."""
+        for name, value in data.items():
+            self._writer.add_scalar(name, value, step)
+
+    def finish(self) -> None:
+        """Write out pending events."""
+        self._writer.close()
+
+
+class WandbBackend:
+    """A run in Weights & Biases; ``WANDB_MODE``, ``WANDB_API_KEY``, ``WANDB_DIR`` and the like work as usual."""
+
+    def __init__(self, project: str, experiment: str, config: Mapping[str, Any], folder: Path) -> None:
+        wandb: Any = _require("wandb")
+        folder.mkdir(parents=True, exist_ok=True)
+        place = os.environ.get("WANDB_DIR") or str(folder)
+        self._run = wandb.init(project=project, name=experiment, config=dict(config), dir=place)
+
+    def log(self, data: Mapping[str, float], step: int) -> None:
+        """Record the figures of a step."""
+        self._run.log(dict(data), step=step)
+
+    def finish(self) -> None:
+        """Upload or save what is pending."""
+        self._run.finish()
+
+
+def _require(package: str) -> ModuleType:
+    """Import an optional package.
+
+    Raises:
+        ValueError: it is not installed.
+    """
+    try:
+        return importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        if error.name != package:
+            raise
+        raise ValueError(
+            f"trainer.logger names {package}, which is not installed; install it or take it out of trainer.logger"
+        ) from error
+
+
+def _as_number(name: str, value: Any) -> float:
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
+        value = value.item()
+    if isinstance(value, numbers.Real):
+        return int(value) if isinstance(value, numbers.Integral) else float(value)
+    raise ValueError(f"the figure {name!r} is {value!r:.80}; loggers take single numbers")
+
+
+class Tracking:
+    """Sends the figures of each step to every configured place."""
+
+    def __init__(
+        self,
+        project_name: str,
+        experiment_name: str,
+        default_backend: str | Sequence[str] = ("console",),
+        config: PPOConfig | Mapping[str, Any] | None = None,
+        local_dir: str | Path = ".",
+    ) -> None:
+        """Open every place.
+
+        Args:
+            project_name: project in Weights & Biases.
+            experiment_name: run in it.
+            default_backend: any of ``console``, ``file``, ``tensorboard``, ``wandb``.
+            config: recorded by Weights & Biases, secrets replaced by ``***``.
+            local_dir: folder of ``metrics.jsonl``, ``tensorboard/`` and ``wandb/``.
+
+        Raises:
+            ValueError: an unknown name, or a package that is not installed.
+        """
+        folder = Path(local_dir)
+        settings = public_dict(config) if isinstance(config, PPOConfig) else redacted(dict(config or {}))
+        openers: dict[str, Callable[[], Backend]] = {
+            "console": ConsoleBackend,
+            "file": lambda: FileBackend(folder),
+            "tensorboard": lambda: TensorboardBackend(folder),
+            "wandb": lambda: WandbBackend(project_name, experiment_name, settings, folder),
+        }
+        names = [default_backend] if isinstance(default_backend, str) else list(default_backend)
+        unknown = [name for name in names if name not in openers]
+        if unknown:
+            raise ValueError(f"trainer.logger={names} names {unknown}; choose from {', '.join(openers)}")
+        self._backends = [openers[name]() for name in dict.fromkeys(names)]
+
+    def log(self, data: Mapping[str, Any], step: int) -> None:
+        """Record the figures of a step everywhere.
+
+        Args:
+            data: name to a single number, of Python, numpy or torch.
+            step: training step; must not fall from call to call (Weights & Biases drops what does).
+
+        Raises:
+            ValueError: a value is no single number.
+        """
+        figures = {name: _as_number(name, value) for name, value in data.items()}
+        for backend in self._backends:
+            backend.log(figures, step)
+
+    def finish(self) -> None:
+        """Close every place; nothing can be logged afterwards, and a second call does nothing."""
+        for backend in self._backends:
+            backend.finish()
+        self._backends = []

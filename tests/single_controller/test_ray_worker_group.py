@@ -1,0 +1,181 @@
+"""Worker groups on a local Ray cluster of two CPUs: places, data, co-located roles, and how failures read."""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+
+import pytest
+import ray
+import torch
+import torch.distributed as dist
+from ray.cloudpickle import register_pickle_by_value
+
+from verl.protocol import DataProto
+from verl.single_controller.base import Worker, WorkerError
+from verl.single_controller.base.decorator import Dispatch, register
+from verl.single_controller.ray import (
+    RayClassWithInitArgs,
+    RayResourcePool,
+    RayWorkerGroup,
+    create_colocated_worker_cls,
+)
+
+register_pickle_by_value(sys.modules[__name__])  # ranks do not import test modules
+
+
+class Student(Worker):
+    def __init__(self, offset: int, fail_on_rank: int | None = None) -> None:
+        super().__init__()
+        self.offset = offset
+        if self.rank == fail_on_rank:
+            raise ValueError(f"cannot build with offset {offset}")
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def join(self) -> int:
+        self.init_process_group("gloo", timeout_s=60)
+        total = torch.tensor(self.rank + 1)
+        dist.all_reduce(total)
+        return int(total)
+
+    @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO)
+    def compute_log_prob(self, data: DataProto) -> DataProto:
+        data.batch["x"].add_(self.offset)  # what arrives is the worker's own, so writing to it is allowed
+        return DataProto.from_dict({"old_log_probs": data.batch["x"]}, {"rank": [self.rank] * len(data)})
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def environment(self, names: list[str]) -> list[str | None]:
+        return [os.environ.get(name) for name in names]
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def total(self, data: DataProto) -> float:
+        return float(data.batch["x"].sum())
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def raise_on(self, rank: int) -> int:
+        if self.rank == rank:
+            raise ValueError("the numbers do not add up\nsecond line")
+        return self.rank
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def die_in_collective(self, rank: int) -> None:
+        self.init_process_group("gloo", timeout_s=60)
+        if self.rank == rank:
+            time.sleep(0.5)
+            os.kill(os.getpid(), signal.SIGKILL)
+        dist.all_reduce(torch.ones(1))
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL, blocking=False)
+    def process(self) -> int:
+        return os.getpid()
+
+
+class Teacher(Worker):
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def joined(self) -> bool:
+        return dist.is_initialized()
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def process(self) -> int:
+        return os.getpid()
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    runtime_env = {"env_vars": {"NCCL_DEBUG": "INFO"}}
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env=runtime_env)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def colocated(cluster: None) -> Iterator[RayWorkerGroup]:
+    classes = {"actor": RayClassWithInitArgs(Student, 3), "ref": RayClassWithInitArgs(ray.remote(Teacher))}
+    pool = RayResourcePool([2], use_gpu=False)
+    group = RayWorkerGroup(pool, create_colocated_worker_cls(classes), "train", {"MINE": "yes"})
+    yield group
+    group.shutdown()
+
+
+def test_places(colocated):
+    first, second = colocated.get_placement()
+    assert (first["rank"], first["local_rank"], second["rank"], second["local_rank"]) == (0, 0, 1, 1)
+    assert first["node_id"] == second["node_id"] == ray.get_runtime_context().get_node_id()
+    assert first["node_ip"] == ray.nodes()[0]["NodeManagerAddress"]
+    assert first["cuda_visible_devices"] is None
+    actor = colocated.spawn({"actor"})["actor"]
+    names = ["RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR"]
+    assert actor.environment(names)[1] == ["1", "2", "2", "127.0.0.1"]
+    names = ["MINE", "TOKENIZERS_PARALLELISM", "NCCL_DEBUG"]
+    assert actor.environment(names) == [["yes", "false", "INFO"]] * 2, "the user's settings win over the defaults"
+    assert colocated.world_size == actor.world_size == 2
+
+
+def test_rows_travel_and_come_back(colocated):
+    actor = colocated.spawn({"actor"})["actor"]
+    data = DataProto.from_dict({"x": torch.arange(5)}, {"uid": list("abcde")})
+    result = actor.compute_log_prob(data)
+    assert result.batch["old_log_probs"].tolist() == [3, 4, 5, 6, 7]
+    assert result.non_tensor_batch["rank"].tolist() == [0, 0, 0, 1, 1]
+    assert data.batch["x"].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_large_batches_arrive_writable(colocated):
+    data = DataProto.from_dict({"x": torch.ones(4, 250_000)})
+    actor = colocated.spawn({"actor"})["actor"]
+    assert actor.compute_log_prob(data).batch["old_log_probs"].unique().tolist() == [4.0]
+    assert actor.total(data) == [1e6, 1e6]
+
+
+def test_roles_share_processes_and_process_group(colocated):
+    roles = colocated.spawn({"actor", "ref"})
+    assert roles["actor"].join() == [3, 3]
+    assert roles["ref"].joined() == [True, True]
+    assert roles["actor"].process().get() == roles["ref"].process()
+    with pytest.raises(ValueError, match=r"no roles \['critic'\] in this group; it holds \['actor', 'ref'\]"):
+        colocated.spawn({"critic"})
+
+
+def test_an_exception_names_role_method_rank_node_and_cause(colocated):
+    actor = colocated.spawn({"actor"})["actor"]
+    with pytest.raises(WorkerError) as caught:
+        actor.raise_on(1)
+    lines = str(caught.value).splitlines()
+    node = ray.nodes()[0]["NodeManagerAddress"]
+    assert lines[0] == f"actor.raise_on failed on rank 1 of 2, node {node}: ValueError: the numbers do not add up"
+    assert "raise ValueError" in str(caught.value)
+    assert actor.raise_on(-1) == [0, 1]
+
+
+def test_a_pool_larger_than_the_cluster_fails_at_once(cluster):
+    started = time.monotonic()
+    with pytest.raises(ValueError, match=r"'student' asks for \[9\] processes .* CPU 0.25.* CPU 2, GPU 0"):
+        RayWorkerGroup(RayResourcePool([9], use_gpu=False, name_prefix="student"), RayClassWithInitArgs(Student, 0))
+    assert time.monotonic() - started < 1.0
+
+
+def test_a_constructor_that_fails_is_reported_by_the_first_call(cluster):
+    pool = RayResourcePool([1], use_gpu=False)
+    group = RayWorkerGroup(pool, RayClassWithInitArgs(Student, 7, fail_on_rank=0), name_prefix="student")
+    with pytest.raises(WorkerError, match=r"student.__init__ failed on rank 0 of 1, .*: ValueError: cannot build"):
+        group.join()
+    group.shutdown()
+
+
+def test_a_killed_rank_is_reported_before_those_that_waited_for_it(cluster):
+    pool = RayResourcePool([2], use_gpu=False, max_colocate_count=1)
+    group = RayWorkerGroup(pool, RayClassWithInitArgs(Student, 0), name_prefix="student")
+    with pytest.raises(WorkerError) as caught:
+        group.die_in_collective(1)
+    lines = str(caught.value).splitlines()
+    assert lines[0].startswith("student.die_in_collective failed on rank 1 of 2, node ")
+    assert "the process died: Worker unexpectedly exits" in lines[0]
+    assert lines[1].startswith("rank 0, node ")
+    with pytest.raises(ValueError, match="'pool' holds 1 worker groups already"):
+        RayWorkerGroup(pool, RayClassWithInitArgs(Student, 0))
+    group.shutdown()
+    group.shutdown()
+    free = pool.acquire()
+    assert len(free) == 2
+    pool.release()

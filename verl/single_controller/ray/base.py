@@ -1,0 +1,242 @@
+"""Worker groups on Ray.
+
+    driver                                   rank r (one Ray actor, one process)
+    RayWorkerGroup ── WorkerHost.call ─────► {"actor": StudentWorker, "ref": TeacherWorker}
+      spawn() ──► a view per role
+
+Each rank's process is a ``WorkerHost``. It holds one instance per role, so that co-located roles share the process,
+its device and its process group. A rank's place (``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, ``LOCAL_WORLD_SIZE``,
+``MASTER_ADDR``, ``MASTER_PORT``) stands in its environment before anything is imported. Dead ranks are reported, never
+restarted.
+"""
+
+import os
+import random
+import socket
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
+
+from verl.single_controller.base.decorator import Call
+from verl.single_controller.base.worker import Worker
+from verl.single_controller.base.worker_group import WorkerGroup
+from verl.single_controller.ray.failures import gather
+from verl.single_controller.ray.resource_pool import RankPlace, RayResourcePool
+
+QUIET_ENV = {
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+    "NCCL_DEBUG": "WARN",
+}
+"""Keeps libraries from writing the same lines once per rank; what the user sets wins."""
+NOSET_VARIABLE = "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"
+"""Where this is set, Ray shows every GPU of the node to every actor."""
+
+
+class RayClassWithInitArgs:
+    """A worker class (plain or wrapped by ``ray.remote``) and the arguments each rank builds it with."""
+
+    def __init__(self, cls: Any, *args: Any, **kwargs: Any) -> None:
+        metadata = getattr(cls, "__ray_metadata__", None)
+        self.cls: type = metadata.modified_class.__ray_actor_class__ if metadata else cls
+        self.args = args
+        self.kwargs = kwargs
+
+
+class ColocatedClasses:
+    """Several roles for one process per rank, as ``create_colocated_worker_cls`` makes it."""
+
+    def __init__(self, roles: Mapping[str, RayClassWithInitArgs]) -> None:
+        self.roles = dict(roles)
+
+
+def create_colocated_worker_cls(class_dict: Mapping[str, RayClassWithInitArgs]) -> ColocatedClasses:
+    """Put one instance of each role, built in this order, into every rank's process."""
+    if not class_dict:
+        raise ValueError("create_colocated_worker_cls needs at least one role")
+    return ColocatedClasses(class_dict)
+
+
+class WorkerHost:
+    """The actor: builds the roles of one rank and runs their methods, one at a time."""
+
+    def __init__(self, label: str) -> None:
+        self._label = label
+        self._workers: dict[str, Any] = {}
+        if NOSET_VARIABLE in os.environ and ray.get_gpu_ids():
+            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, ray.get_gpu_ids()))
+
+    def __repr__(self) -> str:
+        return self._label  # the prefix of this process's lines in the driver's output
+
+    def build(self, roles: Mapping[str, RayClassWithInitArgs]) -> None:
+        for role, worker in roles.items():
+            self._workers[role] = worker.cls(*worker.args, **worker.kwargs)
+
+    def call(self, role: str, method: str, call: Call) -> Any:
+        return getattr(self._workers[role], method)(*call.args, **call.kwargs)
+
+
+class RoleWorkerGroup(WorkerGroup):
+    """One role's methods on the processes of a ``RayWorkerGroup``."""
+
+    def __init__(self, owner: "RayWorkerGroup", role: str, worker_class: type) -> None:
+        super().__init__(worker_class, owner.world_size)
+        self._owner = owner
+        self._role = role
+
+    def _start(self, method: str, calls: Sequence[Call]) -> list[Any]:
+        return self._owner.start_calls(self._role, method, calls)
+
+    def _finish(self, method: str, running: list[Any]) -> list[Any]:
+        return self._owner.finish_calls(f"{self._role}.{method}", running)
+
+
+class RayWorkerGroup(WorkerGroup):
+    """One process per place of the pool, each holding the given class or classes.
+
+    Returns while the processes still start; the first call waits for them and reports what went wrong. With
+    co-located classes the group itself offers what every ``Worker`` has, and ``spawn`` the roles.
+    """
+
+    def __init__(
+        self,
+        resource_pool: RayResourcePool,
+        ray_cls_with_init: RayClassWithInitArgs | ColocatedClasses,
+        name_prefix: str = "",
+        worker_env: Mapping[str, str] | None = None,
+    ) -> None:
+        """
+        Args:
+            name_prefix: what the processes are called in messages and logs; default: the class or the roles.
+            worker_env: further environment of every rank.
+        """
+        worker_class: type
+        if isinstance(ray_cls_with_init, ColocatedClasses):
+            roles, worker_class = ray_cls_with_init.roles, Worker
+        else:
+            roles = {name_prefix or ray_cls_with_init.cls.__name__: ray_cls_with_init}
+            worker_class = ray_cls_with_init.cls
+        super().__init__(worker_class, resource_pool.world_size)
+        self._roles = roles
+        self._main_role = next(iter(roles))
+        self._pool: RayResourcePool | None = resource_pool
+        places = resource_pool.acquire()
+        self._node_ips = [place.node_ip for place in places]
+        label = name_prefix or "+".join(roles)
+        self._hosts = [
+            _start_host(f"{label} rank {rank}", place, environment, resource_pool)
+            for rank, (place, environment) in enumerate(
+                zip(places, _environments(places, worker_env or {}), strict=True)
+            )
+        ]
+        shared_roles = ray.put(roles)
+        self._building: list[Any] | None = [host.build.remote(shared_roles) for host in self._hosts]
+
+    def spawn(self, prefix_set: set[str]) -> dict[str, RoleWorkerGroup]:
+        """A view per role, which shares this group's processes."""
+        unknown = sorted(prefix_set - self._roles.keys())
+        if unknown:
+            raise ValueError(f"no roles {unknown} in this group; it holds {sorted(self._roles)}")
+        return {role: RoleWorkerGroup(self, role, self._roles[role].cls) for role in self._roles if role in prefix_set}
+
+    def start_calls(self, role: str, method: str, calls: Sequence[Call]) -> list[Any]:
+        """Begin ``calls[i]`` on rank i; arguments that go to several ranks are stored once."""
+        self._wait_built()
+        first, payloads = calls[0], list[Any](calls)
+        if len(calls) > 1 and (first.args or first.kwargs) and all(call is first for call in calls):
+            payloads = [ray.put(first)] * len(calls)
+        hosts = self._hosts[: len(calls)]
+        return [host.call.remote(role, method, payload) for host, payload in zip(hosts, payloads, strict=True)]
+
+    def finish_calls(self, call_name: str, running: Sequence[Any]) -> list[Any]:
+        """Wait for the results of ``start_calls``; raises ``WorkerError``."""
+        return gather(running, self._node_ips, call_name)
+
+    def _wait_built(self) -> None:
+        if self._building is not None:
+            gather(self._building, self._node_ips, f"{'+'.join(self._roles)}.__init__")
+            self._building = None
+
+    def shutdown(self) -> None:
+        """End the processes and give their resources back; a second call does nothing."""
+        if self._pool is None:
+            return
+        if ray.is_initialized():
+            for host in self._hosts:
+                ray.kill(host, no_restart=True)
+        self._pool.release()
+        self._pool = None
+
+    def _start(self, method: str, calls: Sequence[Call]) -> list[Any]:
+        return self.start_calls(self._main_role, method, calls)
+
+    def _finish(self, method: str, running: list[Any]) -> list[Any]:
+        return self.finish_calls(f"{self._main_role}.{method}", running)
+
+
+def _start_host(label: str, place: RankPlace, environment: dict[str, str], pool: RayResourcePool) -> Any:
+    share = {kind: amount / pool.max_colocate_count for kind, amount in pool.bundle.items()}
+    host_class: Any = ray.remote(WorkerHost)
+    return host_class.options(
+        num_cpus=share["CPU"],
+        num_gpus=share.get("GPU", 0),
+        scheduling_strategy=PlacementGroupSchedulingStrategy(
+            place.group, placement_group_bundle_index=place.bundle_index
+        ),
+        runtime_env={"env_vars": environment},
+    ).remote(label)
+
+
+def _environments(places: Sequence[RankPlace], worker_env: Mapping[str, str]) -> list[dict[str, str]]:
+    """The environment of each rank: its place, quiet libraries, its share of the node's threads, the user's wishes."""
+    ranks_on_node = Counter(place.node_id for place in places)
+    cpus = {node["NodeID"]: node["Resources"].get("CPU", 1.0) for node in ray.nodes()}
+    job_env = ray.get_runtime_context().runtime_env.get("env_vars") or {}
+    seen: Counter[str] = Counter()
+    environments = []
+    for rank, place in enumerate(places):
+        threads = max(1, int(cpus[place.node_id] // ranks_on_node[place.node_id]))
+        defaults = {**QUIET_ENV, "OMP_NUM_THREADS": str(threads)}
+        inherited = {name: os.environ.get(name, value) for name, value in defaults.items()}
+        rank_env = {
+            "RANK": rank,
+            "WORLD_SIZE": len(places),
+            "LOCAL_RANK": seen[place.node_id],
+            "LOCAL_WORLD_SIZE": ranks_on_node[place.node_id],
+            "VERL_NODE_ID": place.node_id,
+            "VERL_NODE_IP": place.node_ip,
+        }
+        environments.append({**inherited, **job_env, **worker_env, **{k: str(v) for k, v in rank_env.items()}})
+        seen[place.node_id] += 1
+    master = {"MASTER_ADDR": _master_address(places), "MASTER_PORT": str(_master_port(places[0].node_id))}
+    return [{**environment, **master} for environment in environments]
+
+
+def _master_address(places: Sequence[RankPlace]) -> str:
+    alone = len({place.node_id for place in places}) == 1
+    return "127.0.0.1" if alone else places[0].node_ip
+
+
+def _master_port(node_id: str) -> int:
+    if node_id == ray.get_runtime_context().get_node_id():
+        return find_free_port()
+    task: Any = ray.remote(num_cpus=0)(find_free_port)
+    return ray.get(task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False)).remote())
+
+
+def find_free_port() -> int:
+    """A port of this machine that nothing listens on.
+
+    Below the range that outgoing connections draw from (32768 on Linux): Ray opens many of those before rank 0 listens.
+    """
+    for port in random.sample(range(20000, 32000), 100):
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe, suppress(OSError):
+            probe.bind(("", port))
+            return port
+    raise RuntimeError("100 ports tried between 20000 and 32000 are all in use on this machine")

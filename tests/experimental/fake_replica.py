@@ -1,0 +1,65 @@
+"""A replica without a model, for the manager's Ray test: the real order and checks, an engine of four lines.
+
+It answers a prompt with ``[last prompt token, seed mod 100, replica]`` and the end token, and writes what happens to
+it into the file ``engine_kwargs["fake"]["log"]``. A prompt that begins with ``RAISE`` or ``DIE`` does that.
+"""
+
+import asyncio
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from verl.workers.rollout.model_facts import ModelFacts, WeightManifest
+from verl.workers.rollout.replica import RolloutReplica, SamplingOptions, TokenOutput
+from verl.workers.rollout.weight_bucket import bucket_shapes
+
+RAISE, DIE, END = 100, 101, 102
+SHAPES = {"embed.weight": (4, 2), "norm.weight": (2,)}
+
+
+class FakeReplica(RolloutReplica):
+    """See the module."""
+
+    def log(self, event: str) -> None:
+        with Path(self.config.engine_kwargs["fake"]["log"]).open("a", encoding="utf-8") as stream:
+            stream.write(f"{self.replica_rank} {event}\n")
+
+    async def launch(self) -> None:
+        if self.config.engine_kwargs["fake"].get("fail_launch"):
+            raise RuntimeError("no memory for the cache")
+        self._facts = ModelFacts(200, 200, (END,), END, WeightManifest(SHAPES, frozenset()))
+        self.log(f"launch {os.environ.get('CUDA_VISIBLE_DEVICES')}")
+
+    async def _launch(self) -> None:
+        pass
+
+    async def generate(self, prompt_ids: Sequence[int], sampling_params: Mapping[str, Any], request_id: str):
+        if prompt_ids[0] == DIE:
+            os._exit(1)
+        return await super().generate(prompt_ids, sampling_params, request_id)
+
+    async def _generate(self, prompt: list[int], options: SamplingOptions, request_id: str) -> TokenOutput:
+        if prompt[0] == RAISE:
+            raise RuntimeError("the kernel failed")
+        await asyncio.sleep(0.01)
+        ids = [prompt[-1], (options.seed or 0) % 100, self.replica_rank, END][: options.max_tokens]
+        return TokenOutput(ids, [-0.5] * len(ids) if options.logprobs else None, "stop", self.weight_version)
+
+    async def _start_update(self) -> None:
+        self.log("start")
+
+    async def _load_bucket(self, update_info: Mapping[str, Any]) -> None:
+        self.log(f"load {' '.join(name for name, _ in bucket_shapes(update_info))}")
+
+    async def _finish_update(self) -> None:
+        self.log("finish")
+
+    async def _sleep(self) -> None:
+        self.log("sleep")
+
+    async def _wake_weights(self) -> None:
+        self.log("wake weights")
+
+    async def _shutdown(self) -> None:
+        self.log("shutdown")

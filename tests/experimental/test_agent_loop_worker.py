@@ -1,0 +1,108 @@
+"""One agent-loop worker on a fake engine, without Ray: which loop a row gets, its seed, its failure."""
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from agent_loop_fakes import load
+
+from verl.experimental.agent_loop.base import AgentLoopBase, AgentLoopOutput, register
+from verl.experimental.agent_loop.sampling import SEED_KEY
+from verl.experimental.agent_loop.worker import AgentLoopWorker
+from verl.protocol import DataProto
+from verl.trainer.config import PPOConfig
+from verl.workers.rollout.replica import TokenOutput
+
+
+@register("two_turns_for_test")
+class TwoTurns(AgentLoopBase):
+    """A user's own loop: the model writes twice."""
+
+    async def run(self, sampling_params: dict[str, Any], **row: Any) -> AgentLoopOutput:
+        trajectory = self.start(row, with_tools=False)
+        await self.write_turn(trajectory, sampling_params)
+        await self.write_turn(trajectory, sampling_params)
+        return self.finish(trajectory, num_turns=3)
+
+
+class EchoServers:
+    """Answers with the last prompt token and the seed; the prompt ``[0]`` raises, ``[9]`` takes long."""
+
+    def __init__(self) -> None:
+        self.conversations: dict[str, int] = {}
+        self.forgotten: list[str] = []
+        self.cancelled = 0
+
+    async def generate(self, prompt_ids: list[int], sampling_params: dict[str, Any], request_id: str) -> TokenOutput:
+        self.conversations[request_id] = self.conversations.get(request_id, 0) + 1
+        if prompt_ids == [0]:
+            raise RuntimeError("no more")
+        if prompt_ids == [9]:
+            try:
+                await asyncio.sleep(60)
+            except asyncio.CancelledError:
+                self.cancelled += 1
+                raise
+        return TokenOutput([prompt_ids[-1], sampling_params["seed"]], [-1.0, -1.0], "stop", 0)
+
+    def forget(self, request_id: str) -> None:
+        self.forgotten.append(request_id)
+
+
+@pytest.fixture
+def worker(tiny_tokenizers: tuple[Path, Path]) -> AgentLoopWorker:
+    config = PPOConfig()
+    config.actor_rollout_ref.rollout.prompt_length = 4
+    config.actor_rollout_ref.rollout.response_length = 6
+    config.actor_rollout_ref.rollout.calculate_log_probs = True
+    return AgentLoopWorker(config, load(tiny_tokenizers[1]), EchoServers())
+
+
+def rows(prompts: list[list[int]], **columns: list[Any]) -> DataProto:
+    values = {"prompt_ids": prompts, SEED_KEY: list(range(50, 50 + len(prompts)))} | columns
+    arrays = {key: np.empty(len(prompts), dtype=object) for key in values}
+    for key, column in values.items():
+        arrays[key][:] = column
+    return DataProto.from_dict(non_tensors=arrays, meta_info={"validate": False})
+
+
+async def test_every_row_gets_its_loop_and_seed_in_order(worker: AgentLoopWorker) -> None:
+    names = [None, "two_turns_for_test", "single_turn_agent"]
+    result = await worker.generate_sequences(rows([[1], [2], [3, 4]], agent_name=names))
+    pad = worker.context.template.tokenizer.pad_token_id
+    expected = [[1, 50, pad, pad, pad, pad], [2, 51, 51, 52, pad, pad], [4, 52, pad, pad, pad, pad]]
+    assert result.rows.batch["responses"].tolist() == expected
+    assert result.rows.batch["response_mask"].sum(1).tolist() == [2, 4, 2]
+    assert result.rows.non_tensor_batch["__num_turns__"].tolist() == [2, 3, 2]
+    assert sorted(worker.servers.conversations.values()) == [1, 1, 2], "a conversation keeps its id over turns"
+    assert sorted(worker.servers.forgotten) == sorted(worker.servers.conversations)
+    assert (len(result.metrics), result.weight_versions, await worker.finished_rows()) == (3, {0}, 3)
+
+
+async def test_the_first_failure_ends_the_other_conversations(worker: AgentLoopWorker) -> None:
+    with pytest.raises(RuntimeError, match="no more"):
+        await asyncio.wait_for(worker.generate_sequences(rows([[9], [0], [9]])), timeout=20)
+    await asyncio.sleep(0)
+    assert worker.servers.cancelled == 2
+
+
+async def test_an_unknown_loop_is_a_value_error(worker: AgentLoopWorker) -> None:
+    with pytest.raises(ValueError, match="agent loop 'browser_agent' is unknown"):
+        await worker.generate_sequences(rows([[1]], agent_name=["browser_agent"]))
+
+
+async def test_tools_come_from_the_yaml(tmp_path: Path, tiny_tokenizers: tuple[Path, Path]) -> None:
+    schema = "{type: function, function: {name: add, parameters: {type: object, properties: {}}}}"
+    path = tmp_path / "tools.yaml"
+    path.write_text(f"tools: [{{class_name: agent_loop_fakes.AddTool, tool_schema: {schema}}}]")
+    config = PPOConfig()
+    config.actor_rollout_ref.rollout.multi_turn.tool_config_path = str(path)
+    tokenizer = load(tiny_tokenizers[1])
+    context = AgentLoopWorker(config, tokenizer, EchoServers()).context
+    assert list(context.tools) == ["add"]
+    assert '"name": "add"' in tokenizer.decode(
+        context.template.encode_prompt([{"role": "user", "content": "hi"}], with_tools=True)
+    )
+    assert context.template.end_of_turn_id == tokenizer.convert_tokens_to_ids("<|im_end|>")

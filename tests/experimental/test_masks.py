@@ -1,0 +1,65 @@
+"""Masks token by token. A letter is a token: m, u written by the model or by a tool; M, U the same, extended."""
+
+import pytest
+
+from verl.experimental.agent_loop.masks import extended_token_mask, trainable_mask
+
+START = 100
+
+
+def masks_of(drawing: str, drop_whole: bool = False) -> tuple[str, str]:
+    token_ids = [START + place if letter.isupper() else place for place, letter in enumerate(drawing)]
+    extended = extended_token_mask(token_ids, START)
+    trainable = trainable_mask([int(letter in "mM") for letter in drawing], extended, drop_whole)
+    return "".join(map(str, extended)), "".join(map(str, trainable))
+
+
+@pytest.mark.parametrize(
+    ("drawing", "extended", "trainable"),
+    [
+        # no tools
+        ("mmmm", "0000", "1111"),
+        ("Mmmm", "1000", "1000"),
+        ("mmMm", "0010", "1110"),
+        ("mmmM", "0001", "1111"),
+        ("mMmM", "0101", "1100"),
+        ("MMMM", "1111", "1000"),
+        ("m", "0", "1"),
+        ("M", "1", "1"),
+        ("", "", ""),
+        # one tool turn
+        ("mmuumm", "000000", "110011"),
+        ("mMuumm", "010000", "110000"),
+        ("mmuUmm", "000100", "110000"),
+        ("mmUumm", "001000", "110000"),
+        ("mmuumM", "000001", "110011"),
+        ("mmuuMm", "000010", "110010"),
+        ("mmuU", "0001", "1100"),
+        # two tool turns, extended tokens on both sides
+        ("mmuummuumm", "0000000000", "1100110011"),
+        ("mmuumMuumm", "0000010000", "1100110000"),
+        ("mmuummUUmM", "0000001101", "1100110000"),
+        ("MmuUmMuUmM", "1001010101", "1000000000"),
+    ],
+)
+def test_masks_are_cut_after_the_first_extended_token(drawing: str, extended: str, trainable: str) -> None:
+    assert masks_of(drawing) == (extended, trainable)
+    dropped = trainable if "1" not in extended else "0" * len(drawing)
+    assert masks_of(drawing, drop_whole=True) == (extended, dropped)
+
+
+def test_the_threshold_itself_is_extended() -> None:
+    assert extended_token_mask([99, 100, 101], 100) == [0, 1, 1]
+
+
+def test_a_threshold_of_zero_is_a_threshold() -> None:
+    assert extended_token_mask([0, 1], 0) == [1, 1]
+
+
+def test_without_extension_nothing_is_extended() -> None:
+    assert extended_token_mask([0, 10**6], None) == [0, 0]
+
+
+def test_masks_of_different_length_are_refused() -> None:
+    with pytest.raises(ValueError, match="2 tokens and extended_mask 3"):
+        trainable_mask([1, 1], [0, 0, 0], drop_whole=False)

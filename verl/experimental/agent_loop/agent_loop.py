@@ -1,0 +1,345 @@
+"""From prompts to rollouts: engines, agent-loop workers and the manager that the trainer talks to.
+
+::
+
+    AgentLoopManager (driver) --rows--> AgentLoopWorker 0..W-1 (Ray actors, one asyncio task per conversation)
+            |                                   |  generate(token_ids), to the least busy replica
+            |  launch, weights, sleep           v
+            +---------------------------> RolloutReplica 0..N-1 (Ray actors, one engine each)
+
+In: prompts as a ``DataProto`` (``uid``, and ``raw_prompt`` or ``prompt_ids``). Out: the rollout's keys alone
+(``verl/protocol.py``), rows in the order of the prompts; ``meta_info["metrics"]`` has the batch's figures.
+
+This is the only module of the package that knows Ray; its public names are verl's.
+"""
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import numpy as np
+import ray
+from ray.exceptions import RayActorError, RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from transformers import PreTrainedTokenizerBase
+
+from verl.experimental.agent_loop.base import AgentLoopBase, AgentLoopOutput, RolloutError, register
+from verl.experimental.agent_loop.placement import ReplicaPlace, bucket_for, plan_replicas
+from verl.experimental.agent_loop.rows import summarise
+from verl.experimental.agent_loop.sampling import SEED_KEY, sample_seeds
+from verl.experimental.agent_loop.worker import AgentLoopWorker, WorkerResult, load_tools
+from verl.protocol import DataProto
+from verl.trainer.config import PPOConfig
+from verl.utils.tokenizer import hf_tokenizer
+from verl.workers.config import HFModelConfig
+from verl.workers.rollout.replica import RolloutReplica, TokenOutput, get_replica_class
+
+__all__ = [
+    "AgentLoopBase",
+    "AgentLoopManager",
+    "AgentLoopOutput",
+    "AgentLoopWorker",
+    "AsyncLLMServerManager",
+    "RolloutError",
+    "register",
+]
+
+logger = logging.getLogger(__name__)
+
+_POLL_S = 0.5
+_SHUTDOWN_S = 30.0
+
+
+@dataclass(frozen=True)
+class Replica:
+    """One engine: its Ray actor, and what errors call it."""
+
+    name: str
+    actor: Any
+
+
+class WeightSource(Protocol):
+    """The part of the student's worker group that a weight sync needs; lists have one entry per rank."""
+
+    def num_weight_buckets(self) -> int: ...
+
+    def export_weight_bucket(self, index: int) -> list[dict[str, Any] | None]: ...
+
+    def release_weight_bucket(self, index: int) -> Any: ...
+
+
+class PlacedGroup(Protocol):
+    """The part of a worker group that says where its ranks run."""
+
+    def get_placement(self) -> list[dict[str, Any]]: ...
+
+
+class AsyncLLMServerManager:
+    """The replicas as one async engine, for the conversations of one worker.
+
+    A conversation starts on the replica with the fewest requests in flight and stays there, where the cache holds its
+    earlier turns.
+    """
+
+    def __init__(self, replicas: Sequence[Replica], first: int = 0) -> None:
+        """``first``: the replica to begin with among equally busy ones; workers differ in it."""
+        self._replicas = list(replicas)
+        self._order = [(first + offset) % len(self._replicas) for offset in range(len(self._replicas))]
+        self._in_flight = [0] * len(self._replicas)
+        self._chosen: dict[str, int] = {}
+        self._requests = 0
+
+    async def generate(self, prompt_ids: list[int], sampling_params: dict[str, Any], request_id: str) -> TokenOutput:
+        """One turn of the conversation ``request_id``.
+
+        Raises:
+            RolloutError: the replica failed; names it and the cause.
+        """
+        if request_id not in self._chosen:
+            self._chosen[request_id] = min(self._order, key=self._in_flight.__getitem__)
+        chosen = self._chosen[request_id]
+        replica = self._replicas[chosen]
+        self._in_flight[chosen] += 1
+        self._requests += 1  # part of the engine's request id: it may still be closing the conversation's last turn
+        try:
+            return await replica.actor.generate.remote(prompt_ids, sampling_params, f"{request_id}-{self._requests}")
+        except RayError as error:
+            raise RolloutError(f"{replica.name} failed to generate: {cause_of(error)}") from error
+        finally:
+            self._in_flight[chosen] -= 1
+
+    def forget(self, request_id: str) -> None:
+        """The conversation is over."""
+        self._chosen.pop(request_id, None)
+
+
+class AgentLoopManager:
+    """The trainer's side: starts engines and workers, generates, and carries weights to the engines."""
+
+    def __init__(
+        self,
+        config: PPOConfig,
+        worker_group: PlacedGroup | None = None,
+        *,
+        device: str,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        replica_class: type[RolloutReplica] | None = None,
+    ) -> None:
+        """Plan the replicas and check the tools; start nothing.
+
+        Args:
+            worker_group: the training ranks, whose nodes and GPUs the replicas share; None: one replica, on this node.
+            device: ``cpu`` or ``cuda``.
+            tokenizer: the student's; None: loaded from ``actor_rollout_ref.model``.
+            replica_class: the engine; None: the one that ``rollout.name`` names.
+
+        Raises:
+            ValueError: a tool cannot be loaded, or the ranks do not divide into replicas.
+        """
+        self.config = config
+        self.rollout = config.actor_rollout_ref.rollout
+        self.device = device
+        self.asleep = False
+        """Whether the engines have given up their memory; only a weight sync brings them back."""
+        self.weight_version: int | None = None
+        """Version of the last weight sync; None before the first."""
+        self._tokenizer = tokenizer or _load_tokenizer(config.actor_rollout_ref.model)
+        self._replica_class = replica_class or get_replica_class(self.rollout.name)
+        self._placements = worker_group.get_placement() if worker_group else [_this_node()]
+        self._places = plan_replicas(self._placements, device, self.rollout.tensor_model_parallel_size)
+        self._with_tools = bool(load_tools(self.rollout))
+        self._replicas: list[Replica] = []
+        self._workers: list[Any] = []
+        self._launching: dict[Any, str] = {}
+
+    def start(self) -> None:
+        """Begin to launch engines and workers, all at once; returns at once."""
+        self._replicas = [self._create_replica(place) for place in self._places]
+        self._launching = {replica.actor.launch.remote(): replica.name for replica in self._replicas}
+        cpus = int(ray.cluster_resources().get("CPU", 1))
+        worker_class = ray.remote(AgentLoopWorker).options(num_cpus=0, scheduling_strategy="SPREAD")
+        tokenizer = ray.put(self._tokenizer)
+        self._workers = [
+            worker_class.remote(self.config, tokenizer, AsyncLLMServerManager(self._replicas, first=index))
+            for index in range(max(1, min(self.rollout.agent.num_workers, cpus)))
+        ]
+        self._launching |= {
+            worker.finished_rows.remote(): f"agent-loop worker {index}" for index, worker in enumerate(self._workers)
+        }
+
+    def wait_ready(self) -> None:
+        """Wait until every engine and worker has started.
+
+        Raises:
+            RolloutError: one could not; named, with the cause.
+        """
+        collect(self._launching, "start")
+        self._launching = {}
+
+    def generate_sequences(self, prompts: DataProto, progress: Callable[[int, int], None] | None = None) -> DataProto:
+        """Answer every prompt.
+
+        Args:
+            prompts: ``uid`` and ``raw_prompt`` or ``prompt_ids`` per row; ``meta_info`` with ``global_steps`` and
+                ``validate``.
+            progress: called now and then with the rows finished and the rows in all.
+
+        Returns:
+            The rollout's new keys, in the order of ``prompts``.
+
+        Raises:
+            ValueError: a prompt or an agent name cannot be used.
+            RolloutError: an engine or a worker failed, or samples from other weights than the last sync's.
+        """
+        if self.asleep:
+            raise RolloutError("the engines sleep and have no weights; call update_weights before generate_sequences")
+        rows = self._rows_to_send(prompts)
+        parts = np.array_split(np.arange(len(rows)), min(len(self._workers), len(rows)))
+        workers = self._workers[: len(parts)]
+        calls = {
+            worker.generate_sequences.remote(rows[part[0] : part[-1] + 1]): f"agent-loop worker {index}"
+            for index, (worker, part) in enumerate(zip(workers, parts, strict=True))
+        }
+        report = partial(self._report_progress, workers, progress, len(rows)) if progress else None
+        results: list[WorkerResult] = collect(calls, "generate", report)
+        self._check_versions(set().union(*(result.weight_versions for result in results)))
+        generated = DataProto.concat([result.rows for result in results])
+        metrics = [row for result in results for row in result.metrics]
+        generated.meta_info = {"metrics": summarise(metrics, self._with_tools)}
+        return generated
+
+    def update_weights(self, worker_group: WeightSource, version: int) -> None:
+        """Carry the training ranks' weights to every engine, bucket by bucket, and wake the engines.
+
+        Raises:
+            RolloutError: an engine failed or did not get every tensor; named, with the cause.
+        """
+        self._all("start_weight_update", "begin a weight sync")
+        for index in range(worker_group.num_weight_buckets()):
+            infos = worker_group.export_weight_bucket(index)
+            try:
+                buckets = [(bucket_for(place, self._placements, infos, self.device),) for place in self._places]
+                self._each("update_weights", f"load weight bucket {index} of version {version}", buckets)
+            finally:
+                worker_group.release_weight_bucket(index)
+        self._all("finish_weight_update", f"finish the weight sync of version {version}", version)
+        self.asleep = False
+        self.weight_version = version
+
+    def sleep(self) -> None:
+        """Give the engines' memory to training, where they hold any that training wants; a weight sync wakes them."""
+        if self.device == "cuda" and self.rollout.free_cache_engine:
+            self._all("sleep", "sleep")
+            self.asleep = True
+
+    def shutdown(self) -> None:
+        """End engines and workers; safe to call at any time, and twice."""
+        calls = {replica.actor.shutdown.remote(): replica.name for replica in self._replicas}
+        done, late = ray.wait(list(calls), num_returns=len(calls), timeout=_SHUTDOWN_S) if calls else ([], [])
+        for call in done:
+            try:
+                ray.get(call)
+            except RayError as error:
+                logger.warning("%s failed to shut down: %s", calls[call], cause_of(error))
+        for call in late:
+            logger.warning("%s did not shut down within %.0f s and is killed", calls[call], _SHUTDOWN_S)
+        for actor in (*self._workers, *(replica.actor for replica in self._replicas)):
+            ray.kill(actor)
+        self._replicas, self._workers, self._launching = [], [], {}
+
+    def _create_replica(self, place: ReplicaPlace) -> Replica:
+        environment = {}
+        if place.cuda_visible_devices is not None:
+            # The GPUs belong to the training ranks; without the second entry Ray could hide them from the replica.
+            environment = {
+                "CUDA_VISIBLE_DEVICES": place.cuda_visible_devices,
+                "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",
+            }
+        actor_class = ray.remote(self._replica_class).options(
+            num_cpus=0,
+            num_gpus=0,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(place.node_id, soft=False),
+            runtime_env={"env_vars": environment},
+        )
+        model = self.config.actor_rollout_ref.model
+        actor = actor_class.remote(self.rollout, model, place.index, self.device)
+        return Replica(f"rollout replica {place.index} ({self.rollout.name}, node {place.node_ip})", actor)
+
+    def _rows_to_send(self, prompts: DataProto) -> DataProto:
+        if "prompt_ids" not in prompts.non_tensor_batch:
+            prompts.require("raw_prompt")
+        seeds = sample_seeds(self.rollout.seed, prompts)
+        return DataProto.from_dict(
+            non_tensors={**prompts.non_tensor_batch, SEED_KEY: np.array(seeds, dtype=object)},
+            meta_info={"validate": prompts.meta_info["validate"]},
+        )
+
+    def _check_versions(self, versions: set[int]) -> None:
+        if self.weight_version is not None and versions != {self.weight_version}:
+            raise RolloutError(
+                f"the engines sampled from weights of versions {sorted(versions)} after the sync of version "
+                f"{self.weight_version}"
+            )
+
+    def _report_progress(self, workers: Sequence[Any], progress: Callable[[int, int], None], total: int) -> None:
+        counts = {worker.finished_rows.remote(): f"agent-loop worker {i}" for i, worker in enumerate(workers)}
+        progress(sum(collect(counts, "report progress")), total)
+
+    def _all(self, method: str, doing: str, *args: Any) -> None:
+        self._each(method, doing, [args] * len(self._replicas))
+
+    def _each(self, method: str, doing: str, args: Iterable[tuple[Any, ...]]) -> None:
+        collect(
+            {
+                getattr(replica.actor, method).remote(*own): replica.name
+                for replica, own in zip(self._replicas, args, strict=True)
+            },
+            doing,
+        )
+
+
+def collect(calls: Mapping[Any, str], doing: str, report: Callable[[], None] | None = None) -> list[Any]:
+    """Results of remote calls, in order; the first to fail ends the wait.
+
+    Args:
+        calls: who makes each call, for the message.
+        doing: what they do, for the message: "... failed to {doing}".
+        report: called every half second while they do it.
+    """
+    results: dict[Any, Any] = {}
+    pending = list(calls)
+    while pending:
+        done, pending = ray.wait(pending, num_returns=1, timeout=_POLL_S if report else None)
+        for call in done:
+            try:
+                results[call] = ray.get(call)
+            except RayError as error:
+                kind = ValueError if isinstance(error, ValueError) else RolloutError
+                raise kind(f"{calls[call]} failed to {doing}: {cause_of(error)}") from error
+        if report:
+            report()
+    return [results[call] for call in calls]
+
+
+def cause_of(error: RayError) -> str:
+    """What went wrong in the remote process, without the trace through Ray."""
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, RolloutError):
+        return str(cause)
+    if isinstance(cause, BaseException):
+        return f"{type(cause).__name__}: {cause}"
+    return f"its process died: {error}" if isinstance(error, RayActorError) else str(error)
+
+
+def _load_tokenizer(model: HFModelConfig) -> PreTrainedTokenizerBase:
+    path = model.tokenizer_path or model.path
+    if path is None:
+        raise ValueError("actor_rollout_ref.model.path is not set; give the folder or hub name of the model")
+    return hf_tokenizer(path, model.trust_remote_code)
+
+
+def _this_node() -> dict[str, Any]:
+    node_id = ray.get_runtime_context().get_node_id()
+    return {"rank": 0, "local_rank": 0, "node_id": node_id, "node_ip": ray.util.get_node_ip_address()}

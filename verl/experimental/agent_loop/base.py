@@ -1,0 +1,206 @@
+"""What every agent loop takes and returns, and the registry of loops by name.
+
+In: one row of the batch (its messages or prompt ids) and an async ``generate(token_ids, sampling_params)``.
+Out: an ``AgentLoopOutput``: prompt and response ids with masks and log-probs, unpadded.
+
+A loop knows the engine as that function alone; it knows neither Ray nor which replica answers.
+R: the token budget of a response over all turns, ``rollout.response_length``.
+"""
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from verl.experimental.agent_loop.chat_template import ChatTemplate
+from verl.experimental.agent_loop.masks import extended_token_mask, trainable_mask
+from verl.tools.base_tool import BaseTool
+from verl.workers.config import RolloutConfig
+from verl.workers.rollout.replica import TokenOutput
+
+Generate = Callable[[list[int], dict[str, Any]], Awaitable[TokenOutput]]
+
+
+class RolloutError(RuntimeError):
+    """An engine or an agent-loop worker failed; the message names it and the cause."""
+
+
+@dataclass
+class AgentLoopMetrics:
+    """Seconds and counts of one conversation."""
+
+    generate_s: float = 0.0
+    """Time waiting for the engine, all turns."""
+    tool_calls_s: float = 0.0
+    """Time waiting for tools, all turns."""
+    tool_calls: int = 0
+    """Calls that were answered, failed ones included."""
+    tool_errors: int = 0
+    """Calls of known tools that raised."""
+    unknown_tools: int = 0
+    """Calls of tools that do not exist."""
+    malformed_calls: int = 0
+    """Calls that could not be read."""
+    dropped_calls: int = 0
+    """Calls of a turn beyond ``multi_turn.max_parallel_calls``: not run."""
+    tool_reward: float = 0.0
+    """Sum of what the tools returned as reward; measured, not trained on."""
+
+
+@dataclass
+class AgentLoopOutput:
+    """One finished conversation. The four response lists (log-probs where kept) have one entry per response token."""
+
+    prompt_ids: list[int]
+    response_ids: list[int]
+    response_mask: list[int]
+    """1 for tokens that are trained on (``masks.trainable_mask``)."""
+    distill_special_token_mask: list[int]
+    """1 for tokens of the extended vocabulary, whoever wrote them."""
+    response_logprobs: list[float] | None
+    """The sampler's log-probs, 0 at tokens that it did not sample; None where not asked for."""
+    num_turns: int
+    """Turns of prompt, model and tools together; 2 for a plain answer."""
+    metrics: AgentLoopMetrics
+    weight_version: int
+    """Version of the weights that wrote the oldest turn."""
+
+
+class Trajectory:
+    """A response in the making: tokens of the model and of tools, in order."""
+
+    def __init__(self, prompt_ids: Sequence[int], response_length: int, keep_log_probs: bool) -> None:
+        self.prompt_ids = list(prompt_ids)
+        self.response_length = response_length
+        self.response_ids: list[int] = []
+        self.model_mask: list[int] = []
+        self.log_probs: list[float] | None = [] if keep_log_probs else None
+        self.weight_versions: list[int] = []
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Everything so far: what the engine continues."""
+        return self.prompt_ids + self.response_ids
+
+    @property
+    def room(self) -> int:
+        """Tokens that the response may still grow by."""
+        return self.response_length - len(self.response_ids)
+
+    def add_model_turn(self, turn: TokenOutput) -> None:
+        """Append what the model wrote."""
+        if len(turn.token_ids) > self.room:
+            raise RolloutError(f"the engine wrote {len(turn.token_ids)} tokens where max_tokens was {self.room}")
+        if self.log_probs is not None:
+            if turn.log_probs is None or len(turn.log_probs) != len(turn.token_ids):
+                have = "no" if turn.log_probs is None else str(len(turn.log_probs))
+                raise RolloutError(f"the engine returned {have} log-probs for {len(turn.token_ids)} tokens")
+            self.log_probs += turn.log_probs
+        self.response_ids += turn.token_ids
+        self.model_mask += [1] * len(turn.token_ids)
+        self.weight_versions.append(turn.weight_version)
+
+    def add_other_turn(self, token_ids: Sequence[int]) -> None:
+        """Append what tools or users wrote: read by the model, never trained on."""
+        self.response_ids += token_ids
+        self.model_mask += [0] * len(token_ids)
+        if self.log_probs is not None:
+            self.log_probs += [0.0] * len(token_ids)
+
+
+@dataclass(frozen=True)
+class AgentLoopContext:
+    """What all conversations of one agent-loop worker share."""
+
+    rollout: RolloutConfig
+    template: ChatTemplate
+    tools: Mapping[str, BaseTool] = field(default_factory=dict)
+
+
+class AgentLoopBase(ABC):
+    """One conversation; a new object for each, so that a loop may keep its state on itself."""
+
+    def __init__(self, context: AgentLoopContext, generate: Generate) -> None:
+        self.context = context
+        self.rollout = context.rollout
+        self.template = context.template
+        self.metrics = AgentLoopMetrics()
+        self._generate = generate
+
+    @abstractmethod
+    async def run(self, sampling_params: dict[str, Any], **row: Any) -> AgentLoopOutput:
+        """Hold the conversation that ``row`` (the batch row's non-tensor values) opens, to its end."""
+
+    def start(self, row: Mapping[str, Any], with_tools: bool) -> Trajectory:
+        """The prompt, ready for the first turn: ``prompt_ids`` of the row where given, else its templated messages.
+
+        Raises:
+            ValueError: the prompt has more than ``rollout.prompt_length`` tokens.
+        """
+        prompt_ids = row.get("prompt_ids")
+        if prompt_ids is None:
+            prompt_ids = self.template.encode_prompt(row["raw_prompt"], with_tools)
+        if len(prompt_ids) > self.rollout.prompt_length:
+            raise ValueError(
+                f"the prompt of row {row.get('index')} has {len(prompt_ids)} tokens, above data.max_prompt_length="
+                f"{self.rollout.prompt_length} (actor_rollout_ref.rollout.prompt_length); raise it, or set "
+                "data.filter_overlong_prompts=True"
+            )
+        return Trajectory(prompt_ids, self.rollout.response_length, self.rollout.calculate_log_probs)
+
+    async def write_turn(self, trajectory: Trajectory, sampling_params: Mapping[str, Any]) -> list[int]:
+        """Let the model write one turn, within what is left of the budget; returns the turn's tokens.
+
+        Every turn of a conversation draws from a random stream of its own.
+        """
+        params = dict(sampling_params, max_tokens=trajectory.room)
+        params["seed"] += len(trajectory.weight_versions)
+        started = time.perf_counter()
+        turn = await self._generate(trajectory.token_ids, params)
+        self.metrics.generate_s += time.perf_counter() - started
+        trajectory.add_model_turn(turn)
+        return turn.token_ids
+
+    def finish(self, trajectory: Trajectory, num_turns: int) -> AgentLoopOutput:
+        """Close the conversation: its masks over all turns."""
+        extended = extended_token_mask(trajectory.response_ids, self.rollout.extend_vocab_start_token)
+        drop_whole = self.rollout.mask_response_if_have_extend_token
+        return AgentLoopOutput(
+            prompt_ids=trajectory.prompt_ids,
+            response_ids=trajectory.response_ids,
+            response_mask=trainable_mask(trajectory.model_mask, extended, drop_whole),
+            distill_special_token_mask=extended,
+            response_logprobs=trajectory.log_probs,
+            num_turns=num_turns,
+            metrics=self.metrics,
+            weight_version=min(trajectory.weight_versions),
+        )
+
+
+_AGENT_LOOPS: dict[str, type[AgentLoopBase]] = {}
+_Loop = TypeVar("_Loop", bound=type[AgentLoopBase])
+
+
+def register(agent_name: str) -> Callable[[_Loop], _Loop]:
+    """Class decorator: make a loop known as ``agent_name``."""
+
+    def add(loop_class: _Loop) -> _Loop:
+        _AGENT_LOOPS[agent_name] = loop_class
+        return loop_class
+
+    return add
+
+
+def get_agent_loop_class(agent_name: str) -> type[AgentLoopBase]:
+    """The loop registered as ``agent_name``.
+
+    Raises:
+        ValueError: there is none; the message lists those there are.
+    """
+    if agent_name not in _AGENT_LOOPS:
+        raise ValueError(
+            f"agent loop {agent_name!r} is unknown (column agent_name, or "
+            f"actor_rollout_ref.rollout.agent.default_agent_loop); use one of {', '.join(sorted(_AGENT_LOOPS))}"
+        )
+    return _AGENT_LOOPS[agent_name]

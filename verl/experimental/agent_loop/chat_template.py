@@ -1,0 +1,84 @@
+"""Messages to token ids: a conversation's prompt, and the tool turn that continues it.
+
+The model's own tokens are never decoded and encoded again: its text may have several tokenisations, and only the one
+it sampled has the log-probs that training needs. So a tool turn is encoded alone, as the text that the chat template
+puts after an assistant's words. That text begins with the token that ends the assistant's turn, a token of its own that
+no tokenisation merges with its neighbours; the model has written it already, and the rest is appended to its tokens.
+Prompt, model tokens and appended tokens together are what the template yields for the same conversation, wherever the
+model's text has only the tokenisation that it sampled and the template shows it unchanged.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+Message = Mapping[str, Any]
+
+# Stands for the assistant's words when a continuation is rendered; any plain text that no template contains.
+_ASSISTANT_WORDS = "words-of-the-assistant"
+
+
+class ChatTemplate:
+    """A tokenizer's chat template with the tools and options of this run."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        tool_schemas: Sequence[Mapping[str, Any]] = (),
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Hold the parts; with tools, find the token that ends an assistant's turn.
+
+        Args:
+            tool_schemas: OpenAI function schemas shown to the model.
+            template_kwargs: options of the template, such as ``enable_thinking``.
+
+        Raises:
+            ValueError: there are tools, and the template does not fit them.
+        """
+        self.tokenizer = tokenizer
+        self.tool_schemas: list[Any] = [dict(schema) for schema in tool_schemas]
+        self.template_kwargs = dict(template_kwargs or {})
+        self.end_of_turn_id = self._find_end_of_turn() if self.tool_schemas else None
+
+    def encode_prompt(self, messages: Sequence[Message], with_tools: bool) -> list[int]:
+        """Ids of the conversation up to where the assistant begins to write."""
+        ids: Any = self.tokenizer.apply_chat_template(
+            [dict(message) for message in messages],
+            tools=self.tool_schemas if with_tools and self.tool_schemas else None,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=False,
+            **self.template_kwargs,
+        )
+        return ids
+
+    def encode_tool_turn(self, messages: Sequence[Message]) -> list[int]:
+        """Ids between the assistant's end-of-turn token and the start of its next turn: ``messages`` of tools."""
+        return self._continuation(messages)[1:]
+
+    def _continuation(self, messages: Sequence[Message]) -> list[int]:
+        conversation = [
+            {"role": "user", "content": "question"},
+            {"role": "assistant", "content": _ASSISTANT_WORDS},
+            *(dict(message) for message in messages),
+        ]
+        text: Any = self.tokenizer.apply_chat_template(
+            conversation,
+            tools=self.tool_schemas or None,
+            add_generation_prompt=True,
+            tokenize=False,
+            **self.template_kwargs,
+        )
+        return self.tokenizer.encode(text.partition(_ASSISTANT_WORDS)[2], add_special_tokens=False)
+
+    def _find_end_of_turn(self) -> int:
+        ids = self._continuation([{"role": "tool", "name": "probe", "content": "result"}])
+        if not ids or ids[0] not in self.tokenizer.added_tokens_decoder:
+            raise ValueError(
+                f"the chat template of {self.tokenizer.name_or_path} ends an assistant's turn with "
+                f"{self.tokenizer.decode(ids[:1])!r}, which is no special token; tools need a template whose turns end "
+                "with one, so unset actor_rollout_ref.rollout.multi_turn.tool_config_path"
+            )
+        return ids[0]

@@ -1,0 +1,39 @@
+"""Which response tokens are trained on, and which the teacher does not know.
+
+Token ids and 0/1 lists in, 0/1 lists of the same length out, an empty response included. Nothing else computes these
+masks: the trainer takes them as they are.
+
+With E for an id at or above ``extend_start``, M for a token the model wrote, U for one that a tool or user wrote::
+
+    token              M  M  U  U  M  E  M  U  M
+    extended           0  0  0  0  0  1  0  0  0
+    trainable          1  1  0  0  1  1  0  0  0     the teacher's context is void after the first E
+    ... drop_whole     0  0  0  0  0  0  0  0  0
+"""
+
+from collections.abc import Sequence
+
+
+def extended_token_mask(token_ids: Sequence[int], extend_start: int | None) -> list[int]:
+    """1 where a token's id is at or above ``extend_start``, whoever wrote it; all 0 where that is None."""
+    if extend_start is None:
+        return [0] * len(token_ids)
+    return [int(token_id >= extend_start) for token_id in token_ids]
+
+
+def trainable_mask(model_mask: Sequence[int], extended_mask: Sequence[int], drop_whole: bool) -> list[int]:
+    """1 for the model's own tokens up to and including the first extended token, 0 after it.
+
+    Args:
+        model_mask: 1 for tokens the model wrote, 0 for tokens of tools and users.
+        extended_mask: as ``extended_token_mask`` gives it, of the same length.
+        drop_whole: train on nothing of a response that holds an extended token.
+    """
+    if len(model_mask) != len(extended_mask):
+        raise ValueError(f"model_mask has {len(model_mask)} tokens and extended_mask {len(extended_mask)}")
+    if 1 not in extended_mask:
+        return list(model_mask)
+    if drop_whole:
+        return [0] * len(model_mask)
+    kept = list(extended_mask).index(1) + 1
+    return [*model_mask[:kept], *[0] * (len(model_mask) - kept)]

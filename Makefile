@@ -1,0 +1,29 @@
+# Every target sets up what it needs; a fresh machine needs Python 3.11 or newer and nothing else.
+ENV_DIR ?= .venv
+PYTEST = $(ENV_DIR)/bin/python -m pytest
+export ENV_DIR
+
+.PHONY: env test test-slow test-all lint format clean
+
+env:
+	bash deploy_env.sh --dev
+
+test: env
+	$(PYTEST) -m "not slow and not cluster and not gpu" $(ARGS)
+
+test-slow: env
+	$(PYTEST) -m "slow or cluster" $(ARGS)
+
+test-all: test test-slow
+
+lint: env
+	$(ENV_DIR)/bin/ruff check .
+	$(ENV_DIR)/bin/ruff format --check .
+	$(ENV_DIR)/bin/mypy
+
+format: env
+	$(ENV_DIR)/bin/ruff check --fix .
+	$(ENV_DIR)/bin/ruff format .
+
+clean:
+	rm -rf .pytest_cache .ruff_cache .mypy_cache build *.egg-info

@@ -1,0 +1,110 @@
+"""Entry point: Hydra -> typed config -> checks -> concrete classes -> ``trainer.fit()``.
+
+::
+
+    python -m recipe.onpolicy_distill.main_onpolicy_distill \\
+        actor_rollout_ref.model.path=STUDENT actor_rollout_ref.ref.model.path=TEACHER data.train_files=TRAIN.parquet
+
+Everything a user can get wrong is looked at before Ray starts. Heavy imports wait until then, so ``--help`` is quick.
+"""
+
+import logging
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+import hydra
+from omegaconf import DictConfig
+
+from verl.trainer.config.overrides import normalized_argv
+from verl.trainer.config.preflight import check_run
+from verl.trainer.config.typed import save_config, to_typed
+
+if TYPE_CHECKING:
+    from recipe.onpolicy_distill.onpolicy_distill_trainer import RayOnPolicyDistillTrainer
+    from verl.trainer.config import PPOConfig
+
+logger = logging.getLogger(__name__)
+
+
+def build_trainer(config: "PPOConfig") -> "RayOnPolicyDistillTrainer":
+    """Tokenizer, data, reward function and worker classes, put together; starts nothing."""
+    from recipe.onpolicy_distill.onpolicy_distill_trainer import RayOnPolicyDistillTrainer
+    from verl.trainer.dataloader import build_datasets
+    from verl.trainer.ppo.reward import load_reward_fn
+    from verl.utils.device import get_device_name
+    from verl.utils.tokenizer import hf_tokenizer
+    from verl.workers.student_worker import StudentWorker
+    from verl.workers.teacher_worker import TeacherWorker
+
+    model = config.actor_rollout_ref.model
+    tokenizer = hf_tokenizer(model.tokenizer_path or str(model.path), trust_remote_code=model.trust_remote_code)
+    train_dataset, val_dataset = build_datasets(
+        config.data,
+        tokenizer,
+        extend_vocab_start_token=config.actor_rollout_ref.rollout.extend_vocab_start_token,
+        bad_rows_folder=config.trainer.default_local_dir,
+    )
+    return RayOnPolicyDistillTrainer(
+        config,
+        tokenizer,
+        {"actor": StudentWorker, "ref": TeacherWorker},
+        train_dataset,
+        val_dataset,
+        load_reward_fn(config.custom_reward_function),
+        device_name=get_device_name(config.trainer.device),
+    )
+
+
+def run(trainer: "RayOnPolicyDistillTrainer") -> None:
+    """Train, and leave no process behind however it ends."""
+    import ray
+
+    config = trainer.config
+    os.makedirs(config.trainer.default_local_dir, exist_ok=True)
+    save_config(config, os.path.join(config.trainer.default_local_dir, "config.yaml"))
+    ray.init(**ray_init_kwargs(config))
+    try:
+        trainer.init_workers()
+        trainer.fit()
+    finally:
+        trainer.shutdown()
+        if config.trainer.ray_timeline_dir:
+            os.makedirs(config.trainer.ray_timeline_dir, exist_ok=True)
+            ray.timeline(filename=os.path.join(config.trainer.ray_timeline_dir, "timeline.json"))
+        ray.shutdown()
+
+
+def ray_init_kwargs(config: "PPOConfig") -> dict[str, Any]:
+    """``ray_kwargs.ray_init`` over our defaults: no dashboard on a run of its own, workers that find this checkout."""
+    given = dict(config.ray_kwargs.ray_init)
+    runtime_env = dict(given.pop("runtime_env", {}))
+    env_vars = {"TOKENIZERS_PARALLELISM": "false", **runtime_env.pop("env_vars", {})}
+    defaults: dict[str, Any] = {} if "address" in given else {"include_dashboard": False}
+    return {**defaults, **given, "runtime_env": {**runtime_env, "env_vars": env_vars}}
+
+
+@hydra.main(version_base=None, config_path="config", config_name="onpolicy_distill_trainer")
+def hydra_main(cfg: DictConfig) -> None:
+    """Compose, type and check the configuration, read the data, then run."""
+    try:
+        config = to_typed(cfg)
+        for notice in check_run(config):
+            logger.warning(notice)
+        trainer = build_trainer(config)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    run(trainer)
+
+
+def main() -> None:
+    """Accept the command line as users of verl write it, then hand it to Hydra."""
+    try:
+        sys.argv[1:] = normalized_argv(sys.argv[1:])
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    hydra_main()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,247 @@
+"""The loop on fakes: what each stage gets and gives, in which order, and what is logged, saved and resumed."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import Dataset
+
+from recipe.onpolicy_distill.onpolicy_distill_trainer import RayOnPolicyDistillTrainer
+from verl.protocol import DataProto
+from verl.trainer.config import PPOConfig, TrainerConfig
+from verl.trainer.ppo import checkpoint
+from verl.trainer.ppo.ray_trainer import RayPPOTrainer
+
+P, R = 2, 3
+
+
+class Prompts(Dataset[dict[str, Any]]):
+    """Eight prompts from two sources."""
+
+    def __init__(self, rows: int = 8) -> None:
+        self.rows = rows
+        self.epochs: list[int] = []
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {
+            "raw_prompt": [{"role": "user", "content": str(index)}],
+            "data_source": "ab"[index % 2],
+            "index": index,
+            "reward_model": {"style": "rule", "ground_truth": str(index)},
+        }
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epochs.append(epoch)
+
+
+class Log(list[str]):
+    """What happened, in order."""
+
+
+class Engines:
+    """Stands in for the agent-loop manager: every answer is one shared token, one extended token, padding."""
+
+    def __init__(self, log: Log) -> None:
+        self.log = log
+        self.asleep = False
+        self.meta: list[dict[str, Any]] = []
+
+    def generate_sequences(self, prompts: DataProto) -> DataProto:
+        self.log.append("generate")
+        self.meta.append(dict(prompts.meta_info))
+        rows = len(prompts)
+        ones = torch.ones(rows, 1, dtype=torch.int64)
+        mask = torch.tensor([[1, 1, 0]]).expand(rows, R).clone()
+        tensors = {
+            "prompts": ones.expand(rows, P).clone(),
+            "responses": torch.tensor([[5, 9, 0]]).expand(rows, R).clone(),
+            "input_ids": torch.cat([ones, ones, 5 * ones, 9 * ones, 0 * ones], dim=1),
+            "attention_mask": torch.tensor([[1, 1, 1, 1, 0]]).expand(rows, P + R).clone(),
+            "position_ids": torch.arange(P + R).expand(rows, P + R).clone(),
+            "response_mask": mask,
+            "distill_special_token_mask": torch.tensor([[0, 1, 0]]).expand(rows, R).clone(),
+        }
+        turns = {"__num_turns__": np.array([2] * rows, dtype=object)}
+        return DataProto.from_dict(tensors, turns, {"metrics": {"agent_loop/turns": 2.0}})
+
+    def update_weights(self, worker_group: Any, version: int) -> None:
+        self.log.append(f"sync {version}")
+        self.asleep = False
+
+    def sleep(self) -> None:
+        self.log.append("sleep")
+        self.asleep = True
+
+
+class Ranks:
+    """Stands in for the student's and the teacher's worker groups."""
+
+    def __init__(self, log: Log) -> None:
+        self.log = log
+        self.updated: list[DataProto] = []
+
+    def compute_log_prob(self, batch: DataProto) -> DataProto:
+        self.log.append("old_log_prob")
+        values = torch.tensor([[-1.0, -2.0, 0.0]]).expand(len(batch), R).clone()
+        return DataProto.from_dict({"old_log_probs": values, "entropys": -values, "extend_mass": 0.1 * -values})
+
+    def compute_ref_log_prob(self, batch: DataProto) -> DataProto:
+        self.log.append("ref_log_prob")
+        return DataProto.from_dict({"ref_log_prob": torch.tensor([[-3.0, -100.0, 0.0]]).expand(len(batch), R).clone()})
+
+    def update_actor(self, batch: DataProto) -> DataProto:
+        self.log.append("update")
+        self.updated.append(batch)
+        return DataProto(meta_info={"metrics": {"actor/pg_loss": [1.0, 1.0]}})
+
+    def save_checkpoint(self, path: str, step: int) -> None:
+        self.log.append(f"save {step}")
+        (Path(path) / "model").write_text(str(step))
+
+    def load_checkpoint(self, path: str) -> None:
+        self.log.append("load " + (Path(path) / "model").read_text())
+
+
+class Logger:
+    def __init__(self) -> None:
+        self.lines: list[tuple[int, dict[str, float]]] = []
+
+    def log(self, data: dict[str, float], step: int) -> None:
+        self.lines.append((step, data))
+
+
+def make_config(folder: Path, **trainer: Any) -> PPOConfig:
+    config = PPOConfig(trainer=TrainerConfig(default_local_dir=str(folder), val_before_train=False, **trainer))
+    config.data.train_batch_size = 4
+    config.actor_rollout_ref.actor.ppo_mini_batch_size = 4
+    config.algorithm.adv_estimator = "on_policy_distill"
+    config.algorithm.distill_adv_min_clip = -30.0
+    config.algorithm.distill_adv_max_clip = 5.0
+    return config
+
+
+def make_trainer(
+    config: PPOConfig, cls: type[RayPPOTrainer] = RayOnPolicyDistillTrainer, **options: Any
+) -> tuple[Any, Log]:
+    trainer: Any = cls(config, None, {}, Prompts(), **options)  # type: ignore[arg-type]
+    log = Log()
+    trainer.agent_loop_manager = Engines(log)
+    trainer.actor_wg = trainer.ref_wg = Ranks(log)
+    trainer.logger = Logger()
+    return trainer, log
+
+
+def test_one_step_runs_its_stages_in_order(tmp_path: Path) -> None:
+    trainer, log = make_trainer(make_config(tmp_path, total_training_steps=1))
+    trainer.fit()
+    assert log == ["generate", "sleep", "old_log_prob", "ref_log_prob", "update", "sync 1"]
+
+
+def test_the_advantage_is_the_clipped_reverse_kl(tmp_path: Path) -> None:
+    trainer, _ = make_trainer(make_config(tmp_path, total_training_steps=1))
+    trainer.fit()
+    # Shared token: -(-1 - -3) = -2. Extended token: -(-2 - -100) = -98, held at -30. Padding: 0.
+    expected = torch.tensor([[-2.0, -30.0, 0.0]]).expand(4, R)
+    torch.testing.assert_close(trainer.actor_wg.updated[0].batch["advantages"], expected)
+
+
+def test_a_step_logs_every_family_once(tmp_path: Path) -> None:
+    trainer, _ = make_trainer(make_config(tmp_path, total_training_steps=1))
+    trainer.fit()
+    [(step, data)] = trainer.logger.lines
+    assert step == 1
+    assert data["actor/pg_loss"] == 1.0
+    assert data["agent_loop/turns"] == 2.0
+    assert data["distill/reverse_kl"] == pytest.approx(2.0)
+    assert data["distill/a/reverse_kl"] == pytest.approx(2.0)
+    assert data["distill/extend_seq_ratio"] == 1.0
+    assert data["distill/first_leak_position"] == 1.0
+    assert {"timing_s/gen", "timing_s/update_weights", "timing_s/step", "perf/throughput"} <= set(data)
+
+
+def test_answers_of_a_prompt_share_its_uid_and_prompts_do_not(tmp_path: Path) -> None:
+    config = make_config(tmp_path, total_training_steps=1)
+    config.actor_rollout_ref.rollout.n = 2
+    trainer, _ = make_trainer(config)
+    trainer.fit()
+    uids = sorted(trainer.actor_wg.updated[0].non_tensor_batch["uid"])
+    assert len(uids) == 8
+    assert len(set(uids)) == 4
+    assert all(uids.count(uid) == 2 for uid in uids)
+
+
+def test_epochs_go_on_until_the_last_step_and_are_announced_to_the_data(tmp_path: Path) -> None:
+    trainer, log = make_trainer(make_config(tmp_path, total_training_steps=5))
+    trainer.fit()
+    assert [step for step, _ in trainer.logger.lines] == [1, 2, 3, 4, 5]
+    assert trainer.train_dataset.epochs == [0, 1, 2]  # two batches of four an epoch
+    assert log.count("update") == 5
+    rows = [index for batch in trainer.actor_wg.updated[:2] for index in batch.non_tensor_batch["index"]]
+    assert sorted(rows) == list(range(8)), "an epoch shows every prompt once"
+
+
+def test_engines_that_slept_through_validation_are_synced_before_they_generate(tmp_path: Path) -> None:
+    config = make_config(tmp_path, total_training_steps=1, test_freq=1)
+    trainer, log = make_trainer(config, val_dataset=Prompts(2))
+    trainer.fit()
+    validation = log[log.index("sync 1") + 1 :]
+    assert validation == ["generate", "sleep", "old_log_prob", "ref_log_prob"]
+    assert [meta["validate"] for meta in trainer.agent_loop_manager.meta] == [False, True]
+    log.clear()
+    trainer.generate(trainer.prepare(next(iter(trainer.val_loader)), n=1, validate=True))
+    assert log == ["sync 1", "generate", "sleep"]
+
+
+def test_validation_measures_held_out_reverse_kl_per_source(tmp_path: Path) -> None:
+    trainer, _ = make_trainer(make_config(tmp_path), val_dataset=Prompts(2))
+    metrics = trainer.validate()
+    assert metrics["val/reverse_kl"] == pytest.approx(2.0)
+    assert metrics["val/a/reverse_kl"] == metrics["val/b/reverse_kl"] == pytest.approx(2.0)
+
+
+def test_greedy_validation_estimates_no_reverse_kl(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    config.actor_rollout_ref.rollout.val_kwargs.do_sample = False
+    trainer, log = make_trainer(config, val_dataset=Prompts(2))
+    assert "val/reverse_kl" not in trainer.validate()
+    assert "ref_log_prob" not in log
+
+
+def test_a_run_resumes_where_it_was_saved(tmp_path: Path) -> None:
+    first, log = make_trainer(make_config(tmp_path, total_training_steps=3, save_freq=1, max_actor_ckpt_to_keep=1))
+    first.fit()
+    assert [entry for entry in log if entry.startswith("save")] == ["save 1", "save 2", "save 3"]
+    assert [path.name for path in tmp_path.glob("global_step_*")] == ["global_step_3"]
+
+    second, log = make_trainer(make_config(tmp_path, total_training_steps=4))
+    second.fit()
+    assert log[:2] == ["load 3", "sync 3"]
+    assert [step for step, _ in second.logger.lines] == [4]
+    seen = [row for batch in first.actor_wg.updated[2:] for row in batch.non_tensor_batch["index"]]
+    seen += list(second.actor_wg.updated[0].non_tensor_batch["index"])
+    assert sorted(seen) == list(range(8)), "the second epoch goes on with the prompts it had not shown"
+
+
+def test_a_task_reward_needs_a_function(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    config.algorithm.adv_estimator = "grpo"
+    with pytest.raises(ValueError, match=r"custom_reward_function\.path"):
+        make_trainer(config, RayPPOTrainer)
+
+
+def test_a_batch_larger_than_the_data_is_refused(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    config.data.train_batch_size = 16
+    with pytest.raises(ValueError, match=r"data\.train_batch_size=16 .* 8 usable prompts"):
+        make_trainer(config)
+
+
+def test_a_named_checkpoint_that_is_none_is_refused(tmp_path: Path) -> None:
+    config = TrainerConfig(resume_mode="resume_path", resume_from_path=str(tmp_path))
+    with pytest.raises(ValueError, match=r"trainer\.resume_from_path"):
+        checkpoint.find_checkpoint(config)

@@ -1,0 +1,365 @@
+"""The training loop: one controller, one line per stage.
+
+::
+
+    prompts -> generate -> reward -> old_log_prob -> ref_log_prob -> advantage -> update_actor -> sync_weights
+                                                                                                        |
+              the next step generates with the weights that were just sent  <-----------------------------
+
+A stage takes the batch and returns a ``DataProto`` of its new keys alone (``verl/protocol.py`` lists every key with
+its producer); ``train_step`` unions them. A recipe overrides stages, never ``fit`` or ``train_step``.
+
+The controller computes nothing on models: workers do (``single_controller``), engines generate (``agent_loop``).
+Letters: B sequences, R response tokens.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from verl.experimental.agent_loop.agent_loop import AgentLoopManager
+from verl.protocol import DataProto
+from verl.single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
+from verl.single_controller.ray.base import create_colocated_worker_cls
+from verl.trainer.config import PPOConfig
+from verl.trainer.dataloader import build_train_loader, build_val_loader
+from verl.trainer.ppo import checkpoint
+from verl.trainer.ppo.advantage import apply_kl_penalty, compute_advantage
+from verl.trainer.ppo.kl_control import get_kl_controller
+from verl.trainer.ppo.metric_utils import (
+    compute_data_metrics,
+    compute_throughout_metrics,
+    compute_timing_metrics,
+    compute_validation_reward_metrics,
+    reduce_metrics,
+)
+from verl.trainer.ppo.reward import RewardFn, compute_rewards
+from verl.utils.dataset.rl_dataset import RLHFDataset
+from verl.utils.rollout_dump import dump_generations
+from verl.utils.seqlen_balancing import balanced_order
+from verl.utils.timing import marked_timer
+from verl.utils.tracking import Tracking
+
+__all__ = ["RayPPOTrainer", "compute_advantage"]
+
+logger = logging.getLogger(__name__)
+
+Metrics = dict[str, float]
+
+
+class RayPPOTrainer:
+    """Policy optimisation with a task reward: generate, score, weigh, update, sync, repeat."""
+
+    def __init__(
+        self,
+        config: PPOConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        role_worker_mapping: dict[str, type],
+        train_dataset: RLHFDataset,
+        val_dataset: RLHFDataset | None = None,
+        reward_fn: RewardFn | None = None,
+        *,
+        device_name: str = "cpu",
+    ) -> None:
+        """Hold the parts together; start nothing.
+
+        Args:
+            role_worker_mapping: worker class by role: ``actor`` (trained) and ``ref`` (frozen, where it is used).
+            reward_fn: scores an answer; needed wherever the advantage is made from rewards.
+            device_name: ``cuda`` or ``cpu``.
+
+        Raises:
+            ValueError: no reward function although this trainer needs one, or too few prompts for one batch.
+        """
+        self.config = config
+        self.tokenizer = tokenizer
+        self.role_worker_mapping = role_worker_mapping
+        self.reward_fn = reward_fn
+        self.device_name = device_name
+        self.train_dataset = train_dataset
+        self.train_loader = build_train_loader(train_dataset, config.data)
+        self.val_loader = build_val_loader(val_dataset, config.data) if val_dataset is not None else None
+        self.kl_controller = get_kl_controller(config.algorithm.kl_ctrl)
+        self.stage_metrics: Metrics = {}
+        self.global_steps = 0
+        self.epoch = 0
+        self.total_steps = config.trainer.total_training_steps or len(self.train_loader) * config.trainer.total_epochs
+        optim = config.actor_rollout_ref.actor.optim
+        if optim.total_training_steps < 0:
+            updates = config.data.train_batch_size // config.actor_rollout_ref.actor.ppo_mini_batch_size
+            optim.total_training_steps = self.total_steps * updates * config.actor_rollout_ref.actor.ppo_epochs
+        self._check_reward_fn()
+
+    # ------------------------------------------------------------------ what a recipe may override
+
+    @property
+    def uses_reference(self) -> bool:
+        """Whether reference log-probs are needed."""
+        return self.config.algorithm.use_kl_in_reward or self.config.actor_rollout_ref.actor.use_kl_loss
+
+    @property
+    def uses_reward(self) -> bool:
+        """Whether advantages are made from task rewards."""
+        return True
+
+    def reward(self, batch: DataProto) -> DataProto:
+        """``token_level_scores`` (B, R): the task reward at each answer's last token."""
+        assert self.reward_fn is not None, "checked at construction"
+        scores, _ = compute_rewards(batch, self.tokenizer, self.reward_fn)
+        return DataProto.from_dict({"token_level_scores": scores})
+
+    def advantage(self, batch: DataProto) -> DataProto:
+        """``advantages`` and ``returns`` (B, R), and ``token_level_rewards`` where they come from rewards."""
+        algorithm = self.config.algorithm
+        rewarded = batch
+        if self.uses_reward and algorithm.use_kl_in_reward:
+            rewarded, metrics = apply_kl_penalty(batch, self.kl_controller, algorithm.kl_penalty)
+            self.stage_metrics |= metrics
+        weighed = compute_advantage(
+            rewarded,
+            adv_estimator=algorithm.adv_estimator,
+            gamma=algorithm.gamma,
+            lam=algorithm.lam,
+            num_repeat=self.config.actor_rollout_ref.rollout.n,
+            norm_adv_by_std_in_grpo=algorithm.norm_adv_by_std_in_grpo,
+            config=algorithm,
+        )
+        return new_keys(weighed, batch)
+
+    def step_metrics(self, batch: DataProto) -> Metrics:
+        """Figures of one step's batch."""
+        return compute_data_metrics(batch)
+
+    def score_validation(self, batch: DataProto) -> DataProto:
+        """New keys that ``validation_metrics`` needs, for one validation batch."""
+        return self.reward(batch) if self.reward_fn is not None else DataProto()
+
+    def validation_metrics(self, batch: DataProto) -> Metrics:
+        """Figures of all validation answers together."""
+        return compute_validation_reward_metrics(batch) if self.reward_fn is not None else {}
+
+    # ------------------------------------------------------------------ stages
+
+    def prepare(self, rows: dict[str, Any], *, n: int, validate: bool = False) -> DataProto:
+        """Rows of the data set as a batch of prompts, ``n`` copies each, with one ``uid`` per prompt."""
+        prompts = DataProto.from_single_dict(rows)
+        # Sampling seeds follow from these: validation draws the same random numbers every time, training never does.
+        step = 0 if validate else self.global_steps
+        uids = [f"{'val' if validate else step}-{index}" for index in prompts.non_tensor_batch["index"]]
+        prompts.non_tensor_batch["uid"] = np.array(uids, dtype=object)
+        rollout = self.config.actor_rollout_ref.rollout
+        prompts.meta_info = {
+            "global_steps": step,
+            "validate": validate,
+            "temperature": rollout.val_kwargs.temperature if validate else rollout.temperature,
+        }
+        return prompts.repeat(n, interleave=True)
+
+    def generate(self, batch: DataProto) -> DataProto:
+        """Answers, their masks and the sampler's log-probs; the engines sleep afterwards where they free memory."""
+        if self.agent_loop_manager.asleep:
+            self.sync_weights()
+        generated = self.agent_loop_manager.generate_sequences(batch)
+        self.stage_metrics |= generated.meta_info.pop("metrics")
+        self.agent_loop_manager.sleep()
+        return generated
+
+    def balance(self, batch: DataProto) -> DataProto:
+        """Rows in the order in which every rank gets its equal, token-balanced share of every mini-batch."""
+        rollout, actor = self.config.actor_rollout_ref.rollout, self.config.actor_rollout_ref.actor
+        lengths = batch.batch["attention_mask"].sum(-1).tolist()
+        order = balanced_order(
+            lengths if self.config.trainer.balance_batch else [1] * len(lengths),
+            mini_batch_rows=actor.ppo_mini_batch_size * rollout.n,
+            dp_size=self.config.trainer.world_size,
+        )
+        return batch[order]
+
+    def old_log_prob(self, batch: DataProto) -> DataProto:
+        """``old_log_probs``, ``entropys`` and ``extend_mass`` (B, R) of the student."""
+        return self.actor_wg.compute_log_prob(batch)
+
+    def ref_log_prob(self, batch: DataProto) -> DataProto:
+        """``ref_log_prob`` (B, R) of the reference."""
+        return self.ref_wg.compute_ref_log_prob(batch) if self.uses_reference else DataProto()
+
+    def update_actor(self, batch: DataProto) -> Metrics:
+        """One pass of optimizer steps over the batch; its figures."""
+        return reduce_metrics(self.actor_wg.update_actor(batch).meta_info["metrics"])
+
+    def sync_weights(self) -> None:
+        """Send the student's weights to the engines, which then sample from them."""
+        self.agent_loop_manager.update_weights(self.actor_wg, version=self.global_steps)
+
+    # ------------------------------------------------------------------ the loop
+
+    def fit(self) -> None:
+        """Train until ``total_steps``: resume, step, validate, save, log."""
+        config = self.config.trainer
+        self.resume()
+        if self.val_loader is not None and (config.val_before_train or config.val_only):
+            self.logger.log(self.validate(), self.global_steps)
+        if config.val_only:
+            return
+        with tqdm(total=self.total_steps, initial=self.global_steps, desc="train", unit="step") as progress:
+            for rows in self.prompt_rows():
+                self.global_steps += 1
+                metrics = self.train_step(rows)
+                if self.is_due(config.test_freq) and self.val_loader is not None:
+                    metrics |= self.validate()
+                if self.is_due(config.save_freq):
+                    metrics |= self.save_checkpoint()
+                self.logger.log(metrics, self.global_steps)
+                progress.update()
+
+    def train_step(self, rows: dict[str, Any]) -> Metrics:
+        """One step, one line per stage."""
+        timing: dict[str, float] = {}
+        self.stage_metrics = {}
+        stage = partial(run_stage, timing)
+        with marked_timer("step", timing):
+            batch = self.prepare(rows, n=self.config.actor_rollout_ref.rollout.n)
+            batch = stage("gen", self.generate, batch)
+            batch = stage("reward", self.reward, batch) if self.uses_reward else batch
+            batch = self.balance(batch)
+            batch = stage("old_log_prob", self.old_log_prob, batch)
+            batch = stage("ref", self.ref_log_prob, batch) if self.uses_reference else batch
+            batch = stage("adv", self.advantage, batch)
+            with marked_timer("update_actor", timing):
+                metrics = self.update_actor(batch)
+            with marked_timer("update_weights", timing):
+                self.sync_weights()
+        self.dump(self.config.trainer.rollout_data_dir, batch)
+        metrics |= self.stage_metrics | self.step_metrics(batch)
+        metrics |= compute_timing_metrics(batch, timing)
+        metrics |= compute_throughout_metrics(batch, timing, self.config.trainer.world_size)
+        return metrics | {"training/global_step": self.global_steps, "training/epoch": self.epoch}
+
+    def validate(self) -> Metrics:
+        """Answer every validation prompt and measure the answers."""
+        assert self.val_loader is not None, "called only where there are validation prompts"
+        timing: dict[str, float] = {}
+        with marked_timer("testing", timing):
+            parts = []
+            for rows in tqdm(self.val_loader, desc="validate", unit="batch", leave=False):
+                batch = self.prepare(rows, n=self.config.actor_rollout_ref.rollout.val_kwargs.n, validate=True)
+                batch = batch.union(self.generate(batch))
+                parts.append(batch.union(self.score_validation(batch)))
+            batch = DataProto.concat(parts)
+        self.dump(self.config.trainer.validation_data_dir, batch, show=self.config.trainer.log_val_generations)
+        return self.validation_metrics(batch) | {"timing_s/testing": timing["testing"]}
+
+    # ------------------------------------------------------------------ set-up, data, checkpoints
+
+    def init_workers(self) -> None:
+        """Start training ranks and engines, side by side; build the models."""
+        trainer = self.config.trainer
+        pool = RayResourcePool([trainer.n_gpus_per_node] * trainer.nnodes, use_gpu=self.device_name == "cuda")
+        roles = ["actor", "ref"] if self.uses_reference else ["actor"]
+        classes = {
+            role: RayClassWithInitArgs(
+                self.role_worker_mapping[role], config=self.config.actor_rollout_ref, device=trainer.device
+            )
+            for role in roles
+        }
+        self.worker_group = RayWorkerGroup(pool, create_colocated_worker_cls(classes), name_prefix="train")
+        groups = self.worker_group.spawn(set(roles))
+        self.actor_wg = groups["actor"]
+        self.agent_loop_manager = AgentLoopManager(
+            self.config, self.worker_group, device=self.device_name, tokenizer=self.tokenizer
+        )
+        self.agent_loop_manager.start()
+        self.actor_wg.init_model()
+        if self.uses_reference:
+            self.ref_wg = groups["ref"]
+            self.ref_wg.init_model()
+        self.agent_loop_manager.wait_ready()
+        self.logger = Tracking(
+            trainer.project_name,
+            trainer.experiment_name,
+            trainer.logger,
+            config=self.config,
+            local_dir=trainer.default_local_dir,
+        )
+
+    def shutdown(self) -> None:
+        """End engines, workers and loggers; safe to call after a failure anywhere."""
+        for part, method in (("agent_loop_manager", "shutdown"), ("worker_group", "shutdown"), ("logger", "finish")):
+            if hasattr(self, part):
+                getattr(getattr(self, part), method)()
+
+    def prompt_rows(self) -> Iterator[dict[str, Any]]:
+        """Batches of data rows from the current position until ``total_steps``, over as many epochs as that takes."""
+        while self.global_steps < self.total_steps:
+            self.train_dataset.set_epoch(self.epoch)
+            for rows in self.train_loader:
+                yield rows
+                if self.global_steps >= self.total_steps:
+                    return
+            self.epoch += 1
+
+    def is_due(self, every: int) -> bool:
+        """Whether something done every so many steps (and after the last) is due now; never where ``every`` < 1."""
+        return every > 0 and (self.global_steps % every == 0 or self.global_steps >= self.total_steps)
+
+    def save_checkpoint(self) -> Metrics:
+        """Write model, optimizer and data position; delete the oldest beyond ``max_actor_ckpt_to_keep``."""
+        config = self.config.trainer
+        timing: dict[str, float] = {}
+        with marked_timer("save_checkpoint", timing):
+            folder = checkpoint.step_folder(config.default_local_dir, self.global_steps)
+            (folder / "actor").mkdir(parents=True, exist_ok=True)
+            self.actor_wg.save_checkpoint(str((folder / "actor").absolute()), self.global_steps)
+            checkpoint.save_data_state(folder, {"loader": self.train_loader.state_dict(), "epoch": self.epoch})
+            checkpoint.mark_latest(config.default_local_dir, self.global_steps)
+            checkpoint.prune_checkpoints(config.default_local_dir, config.max_actor_ckpt_to_keep)
+        return {"timing_s/save_checkpoint": timing["save_checkpoint"]}
+
+    def resume(self) -> None:
+        """Continue from the checkpoint that ``trainer.resume_mode`` names, if there is one."""
+        folder = checkpoint.find_checkpoint(self.config.trainer)
+        if folder is None:
+            return
+        self.global_steps = checkpoint.checkpoint_step(folder)
+        self.actor_wg.load_checkpoint(str((folder / "actor").absolute()))
+        state = checkpoint.load_data_state(folder)
+        if state is not None:
+            self.train_loader.load_state_dict(state["loader"])
+            self.epoch = state["epoch"]
+        logger.info("resumed from %s at step %d", folder, self.global_steps)
+        self.sync_weights()
+
+    def dump(self, folder: str | None, batch: DataProto, show: int = 0) -> None:
+        """Write the answers of a batch as JSONL where ``folder`` is set, and show the first few."""
+        if folder is not None:
+            dump_generations(Path(folder), self.global_steps, batch, self.tokenizer)
+        for row in range(min(show, len(batch))):
+            ids = batch.batch["responses"][row][: int(batch.batch["attention_mask"][row].sum())]
+            tqdm.write(f"[{batch.non_tensor_batch['uid'][row]}] {self.tokenizer.decode(ids)}")
+
+    def _check_reward_fn(self) -> None:
+        if self.uses_reward and self.reward_fn is None:
+            raise ValueError(
+                f"algorithm.adv_estimator={self.config.algorithm.adv_estimator} learns from a task reward and none is "
+                "given; set custom_reward_function.path and custom_reward_function.name"
+            )
+
+
+def run_stage(
+    timing: dict[str, float], name: str, stage: Callable[[DataProto], DataProto], batch: DataProto
+) -> DataProto:
+    """Run a stage, time it under ``name``, and return the batch with the stage's new keys."""
+    with marked_timer(name, timing):
+        return batch.union(stage(batch))
+
+
+def new_keys(after: DataProto, before: DataProto) -> DataProto:
+    """What ``after`` holds and ``before`` lacks."""
+    # A TensorDict iterates over rows, so its keys have to be named.
+    return after.select(batch_keys=[key for key in after.batch.keys() if key not in before.batch])  # noqa: SIM118

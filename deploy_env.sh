@@ -56,7 +56,8 @@ install_packages() {
     if [[ -n "$torch" ]]; then
         # First and alone: a package that asks for any torch would otherwise bring a build for another device.
         say "installing $torch"
-        "${pip[@]}" ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} "$torch"
+        "${pip[@]}" ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} "$torch" ||
+            die "no index that pip knows has $torch; set TORCH_INDEX_URL to one that has"
     fi
     say "installing requirements for $device (some minutes the first time)"
     "${pip[@]}" "${requirements[@]}"

@@ -44,7 +44,7 @@ class Pair:
 @pytest.fixture(scope="session")
 def tiny_tokenizers(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Folders of a teacher's tokenizer (some hundred ids) and of a student's with item tokens added."""
-    from tiny_tokenizer import build_tiny_tokenizers
+    from recipe.onpolicy_distill.tiny_tokenizers import build_tiny_tokenizers
 
     teacher, student = build_tiny_tokenizers(tmp_path_factory.mktemp("tokenizers"))
     return Path(teacher), Path(student)

@@ -8,6 +8,7 @@ HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 main() {
     local hostfile=()
     case "${1:-}" in
+        -h | --help) exec bash "$HERE/run_qwen3_distill.sh" --help ;;
         "" | *=* | [+~-]*) ;;
         *) hostfile=("$1"); shift ;;
     esac

@@ -15,7 +15,7 @@
 #   DISTILL_ADV_MAX, DISTILL_ADV_MIN             bounds of the advantage (default: 5.0, -30.0)
 #   N_GPUS_PER_NODE                              training ranks per machine (default: its GPUs, or 1)
 #   OUTPUT_DIR                                   checkpoints and metrics (default: ./outputs/on_policy_distill)
-#   ENV_DIR                                      Python environment (default: .venv of the checkout, else python3)
+#   ENV_DIR                                      Python environment (default: the active one, else .venv of the checkout)
 #   DRY_RUN=1                                    print the command and stop
 set -euo pipefail
 
@@ -36,7 +36,7 @@ is_this_machine() {
 }
 
 python_of_run() {
-    local env_dir="${ENV_DIR:-$REPO/.venv}"
+    local env_dir="${ENV_DIR:-${VIRTUAL_ENV:-$REPO/.venv}}"
     if [[ -x "$env_dir/bin/python" ]]; then echo "$env_dir/bin/python"; else command -v python3 || command -v python; fi
 }
 

@@ -42,8 +42,6 @@ class DataConfig:
     """Seed of the order and of the think draws."""
     filter_overlong_prompts: bool = False
     """Leave out prompts above ``max_prompt_length`` (counted and recorded)."""
-    filter_overlong_prompts_workers: int = 1
-    """Processes that count tokens."""
     truncation: str = "error"
     """What happens to a prompt above the limit: ``error``, ``left``, ``right`` or ``middle``."""
     return_raw_chat: bool = True
@@ -76,7 +74,7 @@ class DataConfig:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"data.{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}")
-        for name in ("max_prompt_length", "max_response_length", "train_batch_size", "filter_overlong_prompts_workers"):
+        for name in ("max_prompt_length", "max_response_length", "train_batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"data.{name}={getattr(self, name)} must be at least 1")
         if self.val_batch_size is not None and self.val_batch_size < 1:

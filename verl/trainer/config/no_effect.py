@@ -29,6 +29,7 @@ NO_EFFECT: dict[str, NoEffect] = {
     "data.return_multi_modal_inputs": NoEffect("prompts are text"),
     "data.return_raw_input_ids": NoEffect("agent loops read the messages"),
     "data.return_full_prompt": NoEffect("agent loops read the messages"),
+    "data.filter_overlong_prompts_workers": NoEffect("one process counts the tokens of all prompts"),
     "data.use_shm": NoEffect("files are read where they are"),
     # trainer
     "trainer.default_hdfs_dir": NoEffect("checkpoints are written to trainer.default_local_dir alone"),

@@ -35,7 +35,7 @@ class MultiTurnConfig:
     max_tool_response_length: int = 256
     """Most characters of one tool response."""
     tool_response_truncate_side: str = "middle"
-    """Which part of an overlong tool response stays: its ``left`` end, its ``right`` end, or both ends (``middle`` cut)."""
+    """What stays of an overlong tool response: its ``left`` or ``right`` end, or both with the ``middle`` cut."""
     tool_config_path: str | None = None
     """YAML that names the tools; null: none."""
     format: str = "hermes"

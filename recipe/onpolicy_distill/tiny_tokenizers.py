@@ -1,0 +1,96 @@
+"""A pair of tiny tokenizers for tests and benchmarks: a teacher's, and a student's that adds item tokens to it.
+
+Byte-level BPE trained on the few lines below, Qwen's names for the special tokens, and a small ChatML template.
+The ids, in order: bytes and merges, the marker tokens, and in the student alone 3 x 8 item tokens and the two
+brackets around an item. Nothing is downloaded and the same ids come out every time.
+"""
+
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+TEXT = (
+    "You are a careful assistant. Work the problem out, then state the answer.",
+    "Tom has 12 apples and gives 5 to Ann. How many apples are left? Tom has 12 - 5 = 7 apples left.",
+    "The user bought a white heart lantern and then a red tea set. What will the user buy next?",
+    '{"name": "add", "arguments": {"first": 2, "second": 3}}',
+    "system user assistant tool think no_think answer question result",
+    "Why is the sky blue? The air sends the blue light of the sun in all directions.",
+)
+
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+MARKER_TOKENS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>")
+CODES_PER_LEVEL = 8
+ITEM_TOKENS = (
+    *(f"<s_{level}_{code}>" for level in "abc" for code in range(CODES_PER_LEVEL)),
+    "<|sid_begin|>",
+    "<|sid_end|>",
+)
+
+CHAT_TEMPLATE = """\
+{%- macro text_of(content) -%}
+  {%- if content is string -%}{{- content -}}
+  {%- elif content is mapping -%}{{- content.text -}}
+  {%- elif content -%}{%- for part in content -%}{{- part if part is string else part.text -}}{%- endfor -%}
+  {%- endif -%}
+{%- endmacro -%}
+{%- if tools -%}
+  {{- '<|im_start|>system\\n' -}}
+  {%- if messages[0].role == 'system' -%}{{- text_of(messages[0].content) + '\\n' -}}{%- endif -%}
+  {{- 'tools:' -}}
+  {%- for tool in tools -%}{{- '\\n' + (tool | tojson) -}}{%- endfor -%}
+  {{- '<|im_end|>\\n' -}}
+{%- endif -%}
+{%- for message in messages -%}
+  {%- if message.role == 'system' and loop.first and tools -%}
+  {%- elif message.role in ['system', 'user'] -%}
+    {{- '<|im_start|>' + message.role + '\\n' + text_of(message.content) + '<|im_end|>\\n' -}}
+  {%- elif message.role == 'assistant' -%}
+    {{- '<|im_start|>assistant\\n' + text_of(message.content) -}}
+    {%- for call in message.tool_calls or [] -%}
+      {{- '\\n<tool_call>\\n' + ((call.function or call) | tojson) + '\\n</tool_call>' -}}
+    {%- endfor -%}
+    {{- '<|im_end|>\\n' -}}
+  {%- elif message.role == 'tool' -%}
+    {%- if loop.first or messages[loop.index0 - 1].role != 'tool' -%}{{- '<|im_start|>user' -}}{%- endif -%}
+    {{- '\\n<tool_response>\\n' + text_of(message.content) + '\\n</tool_response>' -}}
+    {%- if loop.last or messages[loop.index0 + 1].role != 'tool' -%}{{- '<|im_end|>\\n' -}}{%- endif -%}
+  {%- else -%}
+    {{- raise_exception('unknown role ' + (message.role | string)) -}}
+  {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+  {{- '<|im_start|>assistant\\n' -}}
+  {%- if enable_thinking is defined and enable_thinking is false -%}{{- '<think>\\n\\n</think>\\n\\n' -}}{%- endif -%}
+{%- endif -%}
+"""
+
+
+def build_tiny_tokenizers(out_dir: str | Path) -> tuple[Path, Path]:
+    """Write ``out_dir/teacher`` (about 330 ids) and ``out_dir/student`` (26 ids more); return both folders."""
+    teacher_dir, student_dir = Path(out_dir) / "teacher", Path(out_dir) / "student"
+    tokenizer = _train_teacher()
+    tokenizer.save_pretrained(teacher_dir)
+    tokenizer.add_tokens(list(ITEM_TOKENS))
+    tokenizer.save_pretrained(student_dir)
+    return teacher_dir, student_dir
+
+
+def _train_teacher() -> PreTrainedTokenizerFast:
+    bpe = Tokenizer(models.BPE())
+    words = Regex(r"\p{N}| ?\p{L}+|[^\s\p{L}\p{N}]+|\s+")
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(words, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=320, initial_alphabet=alphabet, show_progress=False)
+    bpe.train_from_iterator(TEXT, trainer)
+    bpe.add_special_tokens(list(SPECIAL_TOKENS))
+    bpe.add_tokens(list(MARKER_TOKENS))
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>", model_max_length=40960
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer

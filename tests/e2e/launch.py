@@ -1,0 +1,78 @@
+"""Start a distillation run as a user does, and read what it left behind."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+REPO = Path(__file__).resolve().parents[2]
+SCRIPT = "recipe/onpolicy_distill/run_qwen3_distill.sh"
+WORDS = "copy reverse upper sort add count name list draw find".split()
+
+
+def write_onerec_parquet(path: Path, rows: int, sources: tuple[str, ...] = ("letters", "sums")) -> Path:
+    """Chat rows in OneRec's layout, whose prompts differ, spread over the sources in turn."""
+    messages = [
+        [
+            {"role": "user", "content": [{"type": "text", "text": f"{WORDS[row % 10]} {row} and {row * 7 % 50}"}]},
+            {"role": "assistant", "content": [{"type": "text", "text": str(row)}]},
+        ]
+        for row in range(rows)
+    ]
+    columns = {
+        "source": [sources[row % len(sources)] for row in range(rows)],
+        "uuid": [f"row-{row}" for row in range(rows)],
+        "messages": [json.dumps(chat, ensure_ascii=False) for chat in messages],
+        "metadata": ["{}"] * rows,
+    }
+    pq.write_table(pa.table(columns), path)
+    return path
+
+
+@dataclass
+class Run:
+    """A finished run."""
+
+    folder: Path
+    output: str
+    returncode: int
+
+    @property
+    def metrics(self) -> dict[int, dict[str, float]]:
+        """Logged figures by step."""
+        lines = (self.folder / "metrics.jsonl").read_text().splitlines()
+        merged: dict[int, dict[str, float]] = {}
+        for line in map(json.loads, lines):
+            merged.setdefault(line["step"], {}).update(line["data"])
+        return merged
+
+    def series(self, key: str) -> list[float]:
+        """Values of one figure in step order, over the steps that have it."""
+        return [data[key] for _, data in sorted(self.metrics.items()) if key in data]
+
+
+def launch(folder: Path, overrides: list[str], env: dict[str, str], *, timeout_s: int = 600) -> Run:
+    """Run the launch script in a process group of its own, and check that it leaves no process behind."""
+    folder.mkdir(parents=True, exist_ok=True)
+    command = ["bash", str(REPO / SCRIPT), *overrides]
+    process = subprocess.Popen(
+        [*command, f"trainer.default_local_dir={folder}"],
+        cwd=folder,
+        env={**os.environ, "ENV_DIR": sys.prefix, "WANDB_MODE": "offline", **env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, 9)
+        output, _ = process.communicate()
+        raise AssertionError(f"no end after {timeout_s} s; the last lines:\n{output[-4000:]}") from None
+    return Run(folder, output, process.returncode)

@@ -1,0 +1,61 @@
+"""A launch line of verl's distillation recipe starts and makes a step: every key as it stands, paths and sizes replaced."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from conftest import REPO, Pair
+from launch import Run, write_onerec_parquet
+
+
+def reference_launch(replaced: dict[str, str], paths: dict[str, Path]) -> list[str]:
+    """The arguments of tests/data/reference_launch.txt with other values for some keys and for the paths."""
+    arguments = []
+    for line in (REPO / "tests/data/reference_launch.txt").read_text().splitlines():
+        if not line or line.startswith("#"):
+            continue
+        key, value = line.split("=", 1)
+        for name, path in paths.items():
+            value = value.replace(name, str(path))
+        arguments.append(f"{key}={replaced.pop(key, value)}")
+    assert not replaced, f"not in the reference launch: {sorted(replaced)}"
+    return arguments
+
+
+def test_every_reference_key_on_one_command_line(tiny_pair: Pair, tmp_path: Path) -> None:
+    paths = {
+        "STUDENT": tiny_pair.student,
+        "TEACHER": tiny_pair.teacher,
+        "TRAIN": write_onerec_parquet(tmp_path / "train.parquet", 16),
+        "VAL": write_onerec_parquet(tmp_path / "val.parquet", 8),
+        "OUT": tmp_path / "out",
+    }
+    replaced = {
+        "data.max_prompt_length": "64",
+        "data.max_response_length": "32",
+        "data.train_batch_size": "8",
+        "actor_rollout_ref.actor.ppo_mini_batch_size": "8",
+        "actor_rollout_ref.rollout.extend_vocab_start_token": str(tiny_pair.extend_vocab_start_token),
+        "trainer.logger": "[console,file]",
+        "trainer.save_freq": "1",
+        "trainer.default_local_dir": str(tmp_path / "run"),
+    }
+    command = [sys.executable, "-m", "recipe.onpolicy_distill.main_onpolicy_distill"]
+    process = subprocess.run(
+        [*command, *reference_launch(replaced, paths), "trainer.total_training_steps=1"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(REPO)},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    run = Run(tmp_path / "run", process.stdout + process.stderr, process.returncode)
+    assert run.returncode == 0, run.output[-6000:]
+    assert sorted(run.metrics) == [1]
+    assert run.metrics[1]["distill/trained_tokens"] > 0
+    assert (run.folder / "global_step_1" / "actor").is_dir()
+    for key in ("data.image_key", "data.video_key", "trainer.default_hdfs_dir"):
+        assert run.output.count(f"{key} is accepted") == 1
+    # top_p=0.95 and top_k=200 are not corrected for: the run says so.
+    assert "biased" in run.output

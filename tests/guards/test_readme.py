@@ -1,0 +1,60 @@
+"""What the README says is there, is there."""
+
+import re
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parents[2]
+README = (REPO / "README.md").read_text(encoding="utf-8")
+
+
+def tree_paths() -> list[str]:
+    """Paths of the README's annotated tree, with their folders put in front by indentation."""
+    block = next(part for part in README.split("```") if "recipe/onpolicy_distill/" in part and "protocol.py" in part)
+    paths, parent = [], ""
+    for line in block.strip().splitlines():
+        name = line.split()[0]
+        if line.startswith(" "):
+            paths.append(parent + name)
+        else:
+            parent = name
+            paths.append(name)
+    return paths
+
+
+def test_every_path_of_the_tree_exists() -> None:
+    paths = tree_paths()
+    assert len(paths) > 15
+    missing = [path for path in paths if not (REPO / path).exists()]
+    assert not missing
+
+
+def test_every_package_is_in_the_tree() -> None:
+    paths = tree_paths()
+    folders = {
+        str(init.parent.relative_to(REPO)) + "/"
+        for top in ("verl", "recipe/onpolicy_distill")
+        for init in (REPO / top).rglob("__init__.py")
+        if "quickstart" not in init.parts
+    }
+    unnamed = [
+        folder
+        for folder in sorted(folders)
+        if not any(folder.startswith(path) for path in paths) and not any(path.startswith(folder) for path in paths)
+    ]
+    assert not unnamed
+
+
+def test_scripts_make_targets_and_modules_that_it_names_exist() -> None:
+    scripts = set(re.findall(r"\b[\w/]+\.sh\b", README))
+    assert scripts and not [name for name in scripts if not (REPO / name).is_file()]
+    targets = set(re.findall(r"\bmake ([\w-]+)", README + (REPO / "CONTRIBUTING.md").read_text(encoding="utf-8")))
+    makefile = (REPO / "Makefile").read_text(encoding="utf-8")
+    assert targets and not [name for name in targets if not re.search(rf"^{name}:", makefile, re.MULTILINE)]
+    modules = set(re.findall(r"python -m ([\w.]+)", README))
+    assert modules and not [name for name in modules if not (REPO / (name.replace(".", "/") + ".py")).is_file()]
+    links = set(re.findall(r"\]\(([\w/.]+)\)", README))
+    assert links and not [name for name in links if not (REPO / name).is_file()]
+
+
+def test_it_stays_short() -> None:
+    assert len(README.splitlines()) < 200

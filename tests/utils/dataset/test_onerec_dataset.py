@@ -1,0 +1,199 @@
+"""OneRecDataset on files written here, row by row, and on real files where they are at hand."""
+
+import json
+import logging
+from collections import Counter
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from verl.trainer.config import DataConfig
+from verl.utils.dataset.onerec_dataset import OneRecDataset
+from verl.utils.dataset.rl_dataset import collate_fn
+from verl.utils.tokenizer import hf_tokenizer
+
+EXTEND_START = 329
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_tokenizers):
+    tokenizer = hf_tokenizer(tiny_tokenizers[1])
+    assert tokenizer.convert_tokens_to_ids("<s_a_0>") == EXTEND_START
+    return tokenizer
+
+
+def chat(question, answer="Yes.", **row):
+    messages = [
+        {"role": "user", "content": [{"type": "text", "text": question}]},
+        {"role": "assistant", "content": [{"type": "text", "text": answer}]},
+    ]
+    return {"source": "letters", "uuid": f"id-{question}", "messages": json.dumps(messages), **row}
+
+
+def write(path, rows):
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
+def prompts_of(dataset):
+    return [entry["raw_prompt"][-1]["content"] for entry in (dataset[i] for i in range(len(dataset)))]
+
+
+def test_an_item_and_its_batch(tokenizer, tmp_path):
+    rows = [
+        chat("a", "A", metadata='{"uid": 7, "label": 1}', source="upper"),
+        chat("b", "B", metadata=None, uuid=None),
+    ]
+    dataset = OneRecDataset(write(tmp_path / "d.parquet", rows), tokenizer, DataConfig())
+    assert dataset[0] == {
+        "raw_prompt": [{"role": "user", "content": "a"}],
+        "data_source": "upper",
+        "source": "upper",
+        "reward_model": {"style": "rule", "ground_truth": "A"},
+        "uuid": "id-a",
+        "index": 0,
+        "extra_info": {"uid": 7, "label": 1},
+        "tools_kwargs": {},
+    }
+    assert dataset[1]["uuid"] == dataset[1]["uuid"]  # made from file and row, so the same each time
+    batch = collate_fn([dataset[0], dataset[1]])
+    assert {key: column.shape for key, column in batch.items()} == dict.fromkeys(dataset[0], (2,))
+    assert batch["raw_prompt"][1] == [{"role": "user", "content": "b"}]
+
+
+def test_bad_rows_are_counted_and_recorded(tokenizer, tmp_path, caplog):
+    rows = [
+        chat("a", segments=None),
+        {**chat("b"), "messages": None},
+        {**chat("c"), "messages": None, "segments": '[{"type": "text", "text": "plain"}]'},
+        {**chat("d"), "messages": "[{"},
+        chat(" "),
+        {**chat("e"), "messages": r'[{"role": "user", "content": "\ud83d"}]'},
+        chat("f", source="other"),
+    ]
+    record = tmp_path / "run" / "dropped.jsonl"
+    with caplog.at_level(logging.INFO):
+        dataset = OneRecDataset(
+            write(tmp_path / "d.parquet", rows), tokenizer, DataConfig(max_prompt_length=64), bad_rows_path=record
+        )
+    assert prompts_of(dataset) == ["a", "f"]
+    assert [dataset[i]["index"] for i in range(2)] == [0, 6]
+    assert dataset.ledger.kept == {"letters": 1, "other": 1}
+    assert len(dataset) + dataset.ledger.dropped.total() == len(rows)
+    lines = [json.loads(line) for line in record.read_text().splitlines()]
+    assert [(line["row"], line["reason"]) for line in lines] == [
+        (1, "no_messages"),
+        (2, "plain_text"),
+        (3, "unreadable_messages"),
+        (4, "blank_user_turn"),
+        (5, "unencodable_text"),
+    ]
+    assert lines[2]["text"] == "[{"
+    assert lines[2]["uuid"] == "id-d"
+    assert "kept 2 of 7 rows" in caplog.text
+    assert "dropped 1: plain_text" in caplog.text
+
+
+def test_on_bad_row_error_names_file_and_row(tokenizer, tmp_path):
+    path = write(tmp_path / "d.parquet", [chat("a"), {**chat("b"), "messages": "oops"}])
+    with pytest.raises(ValueError, match=r"d\.parquet, row 1: .*unreadable_messages.*data\.on_bad_row=drop"):
+        OneRecDataset(path, tokenizer, DataConfig(on_bad_row="error"))
+
+
+def test_overlong_prompts_are_filtered_exactly_at_the_limit(tokenizer, tmp_path):
+    questions = ["x" * n for n in range(1, 9)]
+    path = write(tmp_path / "d.parquet", [chat(question) for question in questions])
+    message = [{"role": "user", "content": "xxxx"}]
+    limit = len(tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False))
+    dataset = OneRecDataset(path, tokenizer, DataConfig(max_prompt_length=limit, filter_overlong_prompts=True))
+    assert prompts_of(dataset) == questions[:4]
+    assert dataset.ledger.dropped == {"overlong": 4}
+    with pytest.raises(ValueError, match=rf"row 4: {limit + 1} tokens, data.max_prompt_length={limit}"):
+        OneRecDataset(path, tokenizer, DataConfig(max_prompt_length=limit))
+
+
+def test_a_prompt_that_fits_without_its_think_switch_alone_is_overlong(tokenizer, tmp_path):
+    path = write(tmp_path / "d.parquet", [chat("x"), chat("x" * 30)])
+    message = [{"role": "user", "content": "x" * 30}]
+    limit = len(tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False))
+    kept = {}
+    for think in (False, True):
+        config = DataConfig(max_prompt_length=limit, filter_overlong_prompts=True, enable_think=think)
+        kept[think] = len(OneRecDataset(path, tokenizer, config))
+    assert kept == {False: 2, True: 1}
+
+
+@pytest.mark.parametrize("side", ["left", "right", "middle"])
+def test_truncation_gives_ids_for_the_prompts_it_cuts(tokenizer, tmp_path, side):
+    path = write(tmp_path / "d.parquet", [chat("x"), chat("x" * 50)])
+    dataset = OneRecDataset(path, tokenizer, DataConfig(max_prompt_length=20, truncation=side))
+    whole = tokenizer.apply_chat_template(dataset[1]["raw_prompt"], add_generation_prompt=True, return_dict=False)
+    expected = {"left": whole[-20:], "right": whole[:20], "middle": whole[:10] + whole[-10:]}[side]
+    assert dataset[0]["prompt_ids"] is None
+    assert dataset[1]["prompt_ids"] == expected
+
+
+def test_prompts_with_extended_tokens(tokenizer, tmp_path):
+    path = write(tmp_path / "d.parquet", [chat("a"), chat("<s_a_0>", "b"), chat("c", "<s_a_0>")])
+
+    def load(extend_start=EXTEND_START, **settings):
+        return OneRecDataset(path, tokenizer, DataConfig(**settings), extend_vocab_start_token=extend_start)
+
+    assert prompts_of(load()) == ["a", "c"]  # an answer may hold them
+    assert load().ledger.dropped == {"extended_tokens": 1}
+    assert len(load(prompt_extend_tokens="replace")) == 3
+    assert len(load(extend_start=None)) == 3
+    assert len(load(extend_start=EXTEND_START + 1)) == 3
+    with pytest.raises(ValueError, match=r"row 1: the prompt holds 1 ids from 329 on.*prompt_extend_tokens"):
+        load(prompt_extend_tokens="error")
+
+
+def test_think_draws_change_with_the_epoch_and_come_back(tokenizer, tmp_path):
+    path = write(tmp_path / "d.parquet", [chat(f"q{n}") for n in range(30)])
+    dataset = OneRecDataset(path, tokenizer, DataConfig(enable_think=True))
+    first = prompts_of(dataset)
+    dataset.set_epoch(1)
+    assert prompts_of(dataset) != first
+    dataset.set_epoch(0)
+    assert prompts_of(dataset) == first
+    assert Counter(prompt.partition(" ")[2] for prompt in first).keys() == {"", "/think", "/no_think"}
+
+
+def test_several_files_and_max_samples(tokenizer, tmp_path):
+    write(tmp_path / "1.parquet", [chat("a"), chat("b")])
+    write(tmp_path / "2.parquet", [{key: value for key, value in chat("c").items() if key != "uuid"}])
+    assert prompts_of(OneRecDataset(str(tmp_path), tokenizer, DataConfig())) == ["a", "b", "c"]
+    assert prompts_of(OneRecDataset(str(tmp_path), tokenizer, DataConfig(), max_samples=2)) == ["a", "b"]
+
+
+def test_list_and_struct_columns(tokenizer, tmp_path):
+    messages = [{"role": "user", "content": [{"type": "text", "text": "a"}]}, {"role": "assistant", "content": None}]
+    messages[1]["content"] = [{"type": "text", "text": "b"}]
+    path = write(tmp_path / "d.parquet", [{"source": "s", "messages": messages}])
+    dataset = OneRecDataset(path, tokenizer, DataConfig())
+    assert dataset[0]["reward_model"]["ground_truth"] == "b"
+
+
+@pytest.mark.parametrize(
+    ("rows", "config", "message"),
+    [
+        ([{"text": "a"}], {}, "no column 'messages'"),
+        ([{"messages": "[]", "source": "s"}], {}, "no usable row"),
+        ([chat("a")], {"data_source_key": "task"}, "data.data_source_key='task' names no column"),
+    ],
+)
+def test_unusable_files_give_a_clear_error(tokenizer, tmp_path, rows, config, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        OneRecDataset(write(tmp_path / "d.parquet", rows), tokenizer, DataConfig(**config))
+    assert "d.parquet" in str(caught.value)
+
+
+def test_real_files(shared_data):
+    tokenizer = hf_tokenizer(shared_data / "tokenizer" / "mini8k-item256")
+    config = DataConfig(max_prompt_length=256, filter_overlong_prompts=True)
+    dataset = OneRecDataset(shared_data / "onerec", tokenizer, config, extend_vocab_start_token=8218)
+    # 2,000 rows: 800 of GSM8K and 200 of SVAMP are general, the others are recommendations full of item tokens.
+    assert dataset.ledger.kept.keys() == {"gsm8k_train", "svamp"}
+    assert dataset.ledger.dropped["extended_tokens"] == 1000
+    assert dataset.ledger.kept.total() + dataset.ledger.dropped["overlong"] == 1000

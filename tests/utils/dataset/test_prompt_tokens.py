@@ -1,0 +1,84 @@
+"""Think switches, truncation and exact prompt lengths."""
+
+from collections import Counter
+
+import pytest
+
+from verl.trainer.config import DataConfig
+from verl.utils.dataset.onerec_messages import BadRowError
+from verl.utils.dataset.prompt_tokens import PromptEncoder, append_switch, possible_switches, think_switch, truncate
+from verl.utils.tokenizer import hf_tokenizer
+
+QUESTION = [{"role": "user", "content": "Why?"}]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_tokenizers):
+    return hf_tokenizer(tiny_tokenizers[1])
+
+
+def test_switch_modes():
+    assert think_switch(DataConfig(), "row", 0) == ""
+    assert think_switch(DataConfig(enable_think=True, think_mode="force_think"), "row", 0) == " /think"
+    assert think_switch(DataConfig(enable_think=True, think_mode="force_nothink"), "row", 0) == " /no_think"
+
+
+def test_auto_draws_a_third_each_and_depends_on_seed_row_and_epoch_alone():
+    config = DataConfig(enable_think=True)
+    draws = [think_switch(config, f"row {n}", 0) for n in range(3000)]
+    assert set(draws) == set(possible_switches(config))
+    assert all(900 < count < 1100 for count in Counter(draws).values())
+    assert draws == [think_switch(config, f"row {n}", 0) for n in range(3000)]
+    for other in (
+        [think_switch(config, f"row {n}", 1) for n in range(3000)],
+        [think_switch(DataConfig(enable_think=True, seed=2), f"row {n}", 0) for n in range(3000)],
+    ):
+        assert 900 < sum(a == b for a, b in zip(draws, other, strict=True)) < 1100  # a third agree by chance
+
+
+def test_the_switch_goes_to_the_last_user_turn_of_a_copy():
+    chat = [*QUESTION, {"role": "assistant", "content": "So."}, {"role": "user", "content": "And?"}]
+    switched = append_switch(chat, " /think")
+    assert [message["content"] for message in switched] == ["Why?", "So.", "And? /think"]
+    assert chat[2]["content"] == "And?"
+    assert append_switch([{"role": "system", "content": "x"}], " /think") == [{"role": "system", "content": "x"}]
+
+
+@pytest.mark.parametrize(
+    ("side", "limit", "expected"),
+    [("left", 3, [3, 4, 5]), ("right", 3, [1, 2, 3]), ("middle", 3, [1, 4, 5]), ("middle", 4, [1, 2, 4, 5])],
+)
+def test_truncation_keeps_the_side_that_verl_keeps(side, limit, expected):
+    assert truncate([1, 2, 3, 4, 5], limit, side) == expected
+    assert truncate([1, 2], limit, side) == [1, 2]
+
+
+def test_ids_are_those_of_the_chat_template(tokenizer):
+    encoder = PromptEncoder(tokenizer, DataConfig(apply_chat_template_kwargs={"enable_thinking": False}))
+    text = tokenizer.decode(encoder.encode([QUESTION])[0])
+    assert text == "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+
+
+def test_a_refused_prompt_leaves_the_others_of_its_block(tokenizer):
+    encoder = PromptEncoder(tokenizer, DataConfig())
+    good, bad, again = encoder.encode_each([QUESTION, [{"role": "nobody", "content": "x"}], QUESTION])
+    assert good == again == encoder.encode([QUESTION])[0]
+    assert isinstance(bad, BadRowError)
+    assert bad.reason == "template"
+    assert "unknown role nobody" in bad.detail
+
+
+def test_longest_length_counts_the_longest_switch(tokenizer):
+    lengths = {switch: len(tokenizer.encode("Why?" + switch)) for switch in (" /think", " /no_think", "")}
+    config = DataConfig(enable_think=True, max_prompt_length=16)
+    encoder = PromptEncoder(tokenizer, config)
+    ids = encoder.encode([QUESTION])[0]
+    assert encoder.longest_length(QUESTION, ids) == len(ids) + max(lengths.values()) - lengths[""]
+    assert PromptEncoder(tokenizer, DataConfig()).longest_length(QUESTION, ids) == len(ids)
+
+
+def test_a_tokenizer_without_a_template_is_refused(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    with pytest.raises(ValueError, match="no chat template"):
+        PromptEncoder(hf_tokenizer(tmp_path), DataConfig())

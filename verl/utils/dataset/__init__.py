@@ -1,0 +1,1 @@
+"""Prompts from parquet files."""

@@ -1,0 +1,227 @@
+"""Log-prob, entropy and extended-vocabulary mass of tokens, straight from hidden states and the lm head.
+
+In:  hidden states (N, D), head weight (V, D), the tokens that followed (N,). Out: one number per token of each kind,
+differentiable in hidden states and weight. The logits (N, V) never exist as a whole: with V = 176,384 those of 24,000
+tokens are 17 GB. Rows are taken in chunks; the backward pass computes a chunk's logits again.
+
+Not here: which positions are scored, masks, losses.
+
+Letters: N positions, D hidden size, V rows of the head, K <= V ids in the softmax, C rows of a chunk.
+
+With s = hidden @ weight[:K].T / temperature, p = softmax(s) and y the token that followed:
+
+    log_prob = s_y - logsumexp(s)              d/ds_j = 1[j = y] - p_j
+    entropy  = -sum_j p_j log p_j              d/ds_j = -p_j (log p_j + entropy)
+    mass     = sum_{j >= extend_start} p_j     d/ds_j = p_j (1[j >= extend_start] - mass)
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+DEFAULT_CHUNK_BYTES = 256 * 2**20
+"""Size of one fp32 (C, K) buffer. Two of them live at once, and a third of the weights' dtype if that is another."""
+
+
+class TokenStats(NamedTuple):
+    """What is known of each of N tokens; float32 (float64 for float64 inputs), in nats where it is a logarithm."""
+
+    log_probs: torch.Tensor
+    """(N,) log-prob of the token."""
+    entropy: torch.Tensor | None
+    """(N,) entropy of the distribution it was drawn from; None where it was not asked for."""
+    extend_mass: torch.Tensor | None
+    """(N,) probability of all ids from ``extend_start`` on; None without ``extend_start``."""
+
+
+class _Options(NamedTuple):
+    temperature: float
+    vocab_size: int
+    extend_start: int | None
+    with_entropy: bool
+    chunk_rows: int
+
+
+def _chunks(num_rows: int, chunk_rows: int) -> Iterator[slice]:
+    return (slice(start, min(start + chunk_rows, num_rows)) for start in range(0, num_rows, chunk_rows))
+
+
+def _scaled_logits(hidden: torch.Tensor, weight: torch.Tensor, temperature: float) -> torch.Tensor:
+    """(C, K) logits over the temperature, at least float32; memory of its own, which callers overwrite."""
+    logits = F.linear(hidden, weight)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return logits if temperature == 1.0 else logits.div_(temperature)
+
+
+class _LinearTokenStats(torch.autograd.Function):
+    """Forward and backward in chunks of rows."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, options: _Options
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        ctx.set_materialize_grads(False)
+        rows = hidden.shape[0]
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        log_probs, normalizer = (torch.empty(rows, dtype=dtype, device=hidden.device) for _ in range(2))
+        entropy = torch.empty_like(log_probs) if options.with_entropy else None
+        mass = None if options.extend_start is None else torch.empty_like(log_probs)
+        vocabulary = weight[: options.vocab_size]
+        for chunk in _chunks(rows, options.chunk_rows):
+            stats, normalizer[chunk] = _chunk_stats(hidden[chunk], vocabulary, labels[chunk, None], options)
+            for values, into in zip(stats, (log_probs, entropy, mass), strict=True):
+                if values is not None and into is not None:
+                    into[chunk] = values
+        ctx.options = options
+        ctx.save_for_backward(hidden, weight, labels, normalizer, entropy, mass)
+        return log_probs, entropy, mass
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any,
+        grad_log_probs: torch.Tensor | None,
+        grad_entropy: torch.Tensor | None = None,
+        grad_mass: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
+        hidden, weight, labels, normalizer, entropy, mass = ctx.saved_tensors
+        options: _Options = ctx.options
+        if grad_log_probs is None:
+            grad_log_probs = torch.zeros_like(normalizer)
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        grad_weight = _WeightGradient(weight) if ctx.needs_input_grad[1] else None
+        vocabulary = weight[: options.vocab_size]
+        for chunk in _chunks(hidden.shape[0], options.chunk_rows):
+            grad = _chunk_gradient(
+                _scaled_logits(hidden[chunk], vocabulary, options.temperature).sub_(normalizer[chunk, None]),
+                labels[chunk, None],
+                grad_log_probs[chunk, None],
+                None if grad_entropy is None else (grad_entropy[chunk, None], entropy[chunk, None]),
+                None if grad_mass is None else (grad_mass[chunk, None], mass[chunk, None]),
+                options,
+            ).to(weight.dtype)
+            if grad_hidden is not None:
+                torch.mm(grad, vocabulary, out=grad_hidden[chunk])
+            if grad_weight is not None:
+                grad_weight.add(grad, hidden[chunk])
+            del grad  # before the next chunk makes its own
+        return grad_hidden, None if grad_weight is None else grad_weight.result(), None, None
+
+
+def _chunk_stats(
+    hidden: torch.Tensor, vocabulary: torch.Tensor, labels: torch.Tensor, options: _Options
+) -> tuple[TokenStats, torch.Tensor]:
+    """Statistics (C,) of a chunk, and the logarithm of its softmax's denominator. ``labels`` is (C, 1)."""
+    log_softmax = _scaled_logits(hidden, vocabulary, options.temperature)
+    normalizer = log_softmax.logsumexp(dim=-1)
+    log_softmax.sub_(normalizer[:, None])
+    log_probs = log_softmax.gather(1, labels).squeeze(1)
+    start, entropy, mass = options.extend_start, None, None
+    if options.with_entropy:
+        probs = log_softmax.exp()
+        if start is not None:
+            mass = probs[:, start:].sum(dim=-1)
+        entropy = probs.mul_(log_softmax).sum(dim=-1).neg_()
+    elif start is not None:
+        mass = log_softmax[:, start:].exp().sum(dim=-1)
+    return TokenStats(log_probs, entropy, mass), normalizer
+
+
+def _chunk_gradient(
+    log_softmax: torch.Tensor,
+    labels: torch.Tensor,
+    grad_log_probs: torch.Tensor,
+    entropy: tuple[torch.Tensor, torch.Tensor] | None,
+    mass: tuple[torch.Tensor, torch.Tensor] | None,
+    options: _Options,
+) -> torch.Tensor:
+    """Gradient in the logits (C, K), as the table of the module says.
+
+    Every term but 1[j = y] has the factor p_j, so the others' coefficients are summed first: per row, plus, for the
+    entropy, one per id, which overwrites ``log_softmax``. ``entropy`` and ``mass`` are pairs of gradient and value;
+    all per-row arguments are (C, 1).
+    """
+    grad, start = log_softmax.exp(), options.extend_start
+    coefficient = -grad_log_probs
+    if mass is not None:
+        coefficient = coefficient - mass[0] * mass[1]
+    if entropy is not None:
+        log_softmax.add_(entropy[1]).mul_(-entropy[0]).add_(coefficient)
+        if mass is not None:
+            log_softmax[:, start:].add_(mass[0])
+        grad.mul_(log_softmax)
+    elif mass is not None:
+        grad[:, :start].mul_(coefficient)
+        grad[:, start:].mul_(coefficient + mass[0])
+    else:
+        grad.mul_(coefficient)
+    return grad.scatter_add_(1, labels, grad_log_probs.to(grad.dtype)).div_(options.temperature)
+
+
+class _WeightGradient:
+    """Sum of the chunks' contributions to the head's gradient (V, D).
+
+    In half precision a sum over dozens of chunks would lose the small ones, so it is kept in float32 and rounded once.
+    """
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self._dtype = weight.dtype
+        self._sum = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+
+    def add(self, grad_logits: torch.Tensor, hidden: torch.Tensor) -> None:
+        used = self._sum[: grad_logits.shape[1]]
+        if self._sum.dtype == self._dtype:
+            used.addmm_(grad_logits.T, hidden)
+        else:
+            used.add_(grad_logits.T @ hidden)
+
+    def result(self) -> torch.Tensor:
+        return self._sum.to(self._dtype)
+
+
+def linear_token_stats(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
+    extend_start: int | None = None,
+    with_entropy: bool = False,
+    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+) -> TokenStats:
+    """Score tokens under ``softmax(hidden @ weight[:vocab_size].T / temperature)``.
+
+    Args:
+        hidden: (N, D) hidden states at the positions that predict the tokens; N = 0 is fine.
+        weight: (V, D) of the lm head, of the same dtype.
+        labels: (N,) int64 ids of the tokens, below ``vocab_size``.
+        temperature: divides the logits.
+        vocab_size: ids that take part in the softmax; None: all rows.
+        extend_start: first id whose probability counts for ``extend_mass``; None: no ``extend_mass``.
+        with_entropy: compute the entropy too.
+        chunk_bytes: size of one buffer of logits; it changes memory and speed, not the result.
+
+    Returns:
+        `TokenStats`, every tensor (N,).
+
+    Raises:
+        ValueError: a label outside the softmax, a ``vocab_size`` above V, or a temperature that is not positive.
+    """
+    vocab_size = weight.shape[0] if vocab_size is None else vocab_size
+    if not 0 < vocab_size <= weight.shape[0]:
+        raise ValueError(f"vocab_size={vocab_size} must be between 1 and the {weight.shape[0]} rows of the lm head")
+    if temperature <= 0:
+        raise ValueError(f"temperature={temperature} must be above 0")
+    if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < vocab_size:
+        raise ValueError(
+            f"labels run from {int(labels.min())} to {int(labels.max())}; the softmax is over ids below {vocab_size}"
+        )
+    # Nothing extended below the limit: the mass is an empty sum, and slices from there on are empty.
+    start = None if extend_start is None else min(extend_start, vocab_size)
+    bytes_per_row = vocab_size * torch.promote_types(weight.dtype, torch.float32).itemsize
+    options = _Options(temperature, vocab_size, start, with_entropy, max(1, chunk_bytes // bytes_per_row))
+    return TokenStats(*_LinearTokenStats.apply(hidden, weight, labels, options))

@@ -1,0 +1,45 @@
+"""Fixtures of the training workers' tests."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+from tiny_workers import write_model
+from transformers import AutoTokenizer
+
+
+@pytest.fixture(scope="module")
+def one_rank() -> Iterator[None]:
+    """Workers in this process form a group of one, which ends with the module, and use half the machine's cores."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOCAL_WORLD_SIZE", "2")
+        yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="session")
+def extend_start(tiny_tokenizers: tuple[Path, Path]) -> int:
+    """First id that the student's tokenizer has over the teacher's."""
+    return len(AutoTokenizer.from_pretrained(tiny_tokenizers[0]))
+
+
+@pytest.fixture(scope="session")
+def student_ids(tiny_tokenizers: tuple[Path, Path]) -> int:
+    """Number of ids of the student's tokenizer."""
+    return len(AutoTokenizer.from_pretrained(tiny_tokenizers[1]))
+
+
+@pytest.fixture(scope="session")
+def student_model(tiny_tokenizers: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tied Qwen3 over the extended vocabulary."""
+    return write_model(tmp_path_factory.mktemp("student"), tiny_tokenizers[1])
+
+
+@pytest.fixture(scope="session")
+def teacher_model(
+    tiny_tokenizers: tuple[Path, Path], student_ids: int, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A tied Qwen3 whose padded rows reach past the first extended ids, as the real teacher's do."""
+    return write_model(tmp_path_factory.mktemp("teacher"), tiny_tokenizers[0], rows=student_ids - 10, seed=1)

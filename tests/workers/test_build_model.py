@@ -1,0 +1,132 @@
+"""How a model is loaded: attention, dropout, blocks, and models that cannot be used."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_workers import load_plain, write_model
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule
+from transformers import LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3Config
+
+from verl.single_controller.base import Worker
+from verl.workers.config import FSDPConfig, HFModelConfig, MixedPrecisionConfig
+from verl.workers.fsdp import build as build_module
+from verl.workers.fsdp.attention import PACKED_SDPA, packed_sdpa_attention
+from verl.workers.fsdp.build import Attention, build_model, choose_attention, load_config
+from verl.workers.fsdp.token_stats_model import TokenStatsModel
+
+pytestmark = pytest.mark.usefixtures("one_rank")
+
+
+@pytest.fixture
+def mesh() -> DeviceMesh:
+    """One rank on the CPU."""
+    Worker().init_process_group("gloo")
+    return init_device_mesh("cpu", (1,))
+
+
+@pytest.mark.parametrize(
+    ("config", "packed"),
+    [
+        (Qwen3Config(), True),
+        (Qwen2Config(), True),
+        (LlamaConfig(), True),
+        (MistralConfig(sliding_window=128), False),
+        (Qwen2Config(num_hidden_layers=4, use_sliding_window=True, sliding_window=128, max_window_layers=2), False),
+    ],
+)
+def test_rows_are_packed_where_attention_is_only_causal(config: PretrainedConfig, packed: bool) -> None:
+    chosen = choose_attention(config, HFModelConfig(), "cpu", torch.float32)
+    assert chosen == (Attention(PACKED_SDPA, True) if packed else Attention("sdpa", False))
+
+
+def test_flash_attention_is_taken_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build_module.importlib.util, "find_spec", lambda name: object())
+    assert choose_attention(Qwen3Config(), HFModelConfig(), "cuda", torch.bfloat16) == ("flash_attention_2", True)
+    assert choose_attention(Qwen3Config(), HFModelConfig(), "cuda", torch.float32) == (PACKED_SDPA, True)
+    assert choose_attention(Qwen3Config(), HFModelConfig(), "cpu", torch.bfloat16) == (PACKED_SDPA, True)
+
+
+def test_settings_decide_over_attention() -> None:
+    wanted = HFModelConfig(override_config={"attn_implementation": "eager"})
+    assert choose_attention(Qwen3Config(), wanted, "cpu", torch.float32) == ("eager", False)
+    padded = HFModelConfig(use_remove_padding=False)
+    assert choose_attention(Qwen3Config(), padded, "cpu", torch.float32) == ("sdpa", False)
+
+
+def test_packed_attention_is_attention_row_by_row() -> None:
+    query, key, value = torch.randn(1, 4, 7, 8), torch.randn(1, 2, 7, 8), torch.randn(1, 2, 7, 8)
+    packed, _ = packed_sdpa_attention(nn.Module(), query, key, value, None, row_lengths=(3, 4))
+    scores = (query @ key.repeat_interleave(2, dim=1).transpose(-1, -2)) / 8**0.5
+    row = torch.tensor([0, 0, 0, 1, 1, 1, 1])
+    visible = (row[:, None] == row[None, :]) & torch.ones(7, 7).tril().bool()
+    right = scores.masked_fill(~visible, float("-inf")).softmax(-1) @ value.repeat_interleave(2, dim=1)
+    torch.testing.assert_close(packed, right.transpose(1, 2))
+
+
+@pytest.mark.parametrize("extra", [{"sliding_window": 4}, {"softcap": 30.0}, {"s_aux": torch.zeros(4)}])
+def test_packed_attention_refuses_what_it_would_ignore(extra: dict[str, object]) -> None:
+    tensor = torch.randn(1, 2, 3, 4)
+    with pytest.raises(ValueError, match=f"packed attention knows no {next(iter(extra))}"):
+        packed_sdpa_attention(nn.Module(), tensor, tensor, tensor, None, **extra)
+
+
+def test_flash_attention_gets_the_row_boundaries_in_its_form(student_model: Path) -> None:
+    model = TokenStatsModel(load_plain(student_model), flash_attention=True)
+    arguments = model._row_boundaries((3, 1, 4))
+    assert arguments["cu_seq_lens_q"].tolist() == arguments["cu_seq_lens_k"].tolist() == [0, 3, 4, 8]
+    assert arguments["cu_seq_lens_q"].dtype == torch.int32
+    assert arguments["max_length_q"] == arguments["max_length_k"] == 4
+
+
+def test_dropout_is_switched_off(student_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = json.loads((student_model / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.1}))
+    assert load_config(str(tmp_path), HFModelConfig()).attention_dropout == 0.0
+    assert "attention_dropout=0.1" in caplog.text
+
+
+def test_entries_are_laid_over_the_config(student_model: Path) -> None:
+    model = HFModelConfig(override_config={"rms_norm_eps": 0.5, "attn_implementation": "sdpa"})
+    assert load_config(str(student_model), model).rms_norm_eps == 0.5
+    with pytest.raises(ValueError, match=r"override_config\.rms_norm=0\.5: Qwen3Config has no such entry"):
+        load_config(str(student_model), HFModelConfig(override_config={"rms_norm": 0.5}))
+
+
+@pytest.mark.parametrize(
+    ("trainable", "fsdp", "dtype"),
+    [
+        (True, FSDPConfig(mixed_precision=MixedPrecisionConfig(param_dtype="bf16")), torch.float32),
+        (False, FSDPConfig(mixed_precision=MixedPrecisionConfig(param_dtype="bf16")), torch.bfloat16),
+        (True, FSDPConfig(model_dtype="bf16"), torch.bfloat16),
+        (False, FSDPConfig(), torch.float32),
+    ],
+)
+def test_precision_of_stored_weights(
+    trainable: bool, fsdp: FSDPConfig, dtype: torch.dtype, student_model: Path, mesh: DeviceMesh
+) -> None:
+    module = build_model(str(student_model), HFModelConfig(), fsdp, mesh, trainable=trainable).module
+    assert {parameter.dtype for parameter in module.parameters()} == {dtype}
+    assert {parameter.requires_grad for parameter in module.parameters()} == {trainable}
+
+
+def test_every_block_is_sharded_and_a_shared_embedding_stays_one(student_model: Path, mesh: DeviceMesh) -> None:
+    module = build_model(str(student_model), HFModelConfig(), FSDPConfig(), mesh, trainable=True).module
+    sharded = [name for name, part in module.named_modules() if isinstance(part, FSDPModule)]
+    assert sharded == ["", "causal_lm.model.layers.0", "causal_lm.model.layers.1"]
+    causal_lm = module.causal_lm
+    assert causal_lm.get_output_embeddings().weight is causal_lm.get_input_embeddings().weight
+
+
+def test_heads_that_are_more_than_a_matrix_are_refused(tiny_tokenizers: tuple[Path, Path], tmp_path: Path) -> None:
+    model = load_plain(write_model(tmp_path, tiny_tokenizers[0], tied=False))
+    model.config.final_logit_softcapping = 30.0
+    with pytest.raises(ValueError, match="final_logit_softcapping"):
+        TokenStatsModel(model)
+    model.config.final_logit_softcapping = None
+    model.set_output_embeddings(nn.Linear(64, 10, bias=True))
+    with pytest.raises(ValueError, match="plain matrix"):
+        TokenStatsModel(model)

@@ -1,0 +1,93 @@
+"""Learning-rate schedules in numbers, and what a step does."""
+
+import pytest
+import torch
+from torch import nn
+
+from verl.workers.config import OptimizerConfig
+from verl.workers.fsdp.optimizer import LearningRateSchedule, build_optimizer, clipped_step, learning_rate
+
+
+def rates(config: OptimizerConfig, steps: int) -> list[float]:
+    return [learning_rate(config, step) for step in range(steps)]
+
+
+def test_constant_after_warmup() -> None:
+    config = OptimizerConfig(lr=1.0, lr_warmup_steps=4)
+    assert rates(config, 6) == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+
+
+def test_warmup_as_a_share_of_all_steps() -> None:
+    config = OptimizerConfig(lr=1.0, lr_warmup_steps_ratio=0.2, total_training_steps=10)
+    assert rates(config, 4) == [0.5, 1.0, 1.0, 1.0]
+
+
+def test_linear_falls_to_its_minimum() -> None:
+    config = OptimizerConfig(lr=1.0, lr_scheduler_type="linear", lr_warmup_steps=1, total_training_steps=5)
+    assert rates(config, 7) == [1.0, 1.0, 0.75, 0.5, 0.25, 0.0, 0.0]
+    config.min_lr_ratio = 0.2
+    assert rates(config, 6) == pytest.approx([1.0, 1.0, 0.8, 0.6, 0.4, 0.2])
+
+
+def test_cosine_is_half_way_down_in_the_middle() -> None:
+    config = OptimizerConfig(lr=2.0, lr_scheduler_type="cosine", min_lr_ratio=0.5, total_training_steps=8)
+    assert learning_rate(config, 0) == 2.0
+    assert learning_rate(config, 4) == pytest.approx(1.5)
+    assert learning_rate(config, 8) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("change", [{"lr_scheduler_type": "cosine"}, {"lr_warmup_steps_ratio": 0.1}])
+def test_schedules_that_need_the_length_of_the_run_say_so(change: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=r"optim\.total_training_steps=-1"):
+        learning_rate(OptimizerConfig(**change), 0)
+
+
+def test_the_schedule_drives_the_optimizer() -> None:
+    config = OptimizerConfig(lr=1.0, lr_warmup_steps=2)
+    optimizer = build_optimizer(nn.Linear(2, 2), config)
+    schedule = LearningRateSchedule(optimizer, config)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.5]
+    schedule.advance()
+    assert [group["lr"] for group in optimizer.param_groups] == [1.0, 1.0]
+    schedule.go_to(0)
+    assert schedule.rate == 0.5
+
+
+def test_only_matrices_decay() -> None:
+    model = nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2))
+    optimizer = build_optimizer(model, OptimizerConfig(lr=0.1, weight_decay=0.5))
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        factor = 1 - 0.1 * 0.5 if name == "0.weight" else 1.0
+        torch.testing.assert_close(parameter.detach(), before[name] * factor)
+
+
+def test_frozen_parameters_stay_out() -> None:
+    model = nn.Linear(3, 2)
+    model.bias.requires_grad_(False)
+    optimizer = build_optimizer(model, OptimizerConfig())
+    assert [len(group["params"]) for group in optimizer.param_groups] == [1, 0]
+
+
+def test_a_step_clips_to_the_largest_norm() -> None:
+    model = nn.Linear(2, 1, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    before = model.weight.detach().clone()
+    model.weight.grad = torch.tensor([[3.0, 4.0]])
+    result = clipped_step(model, optimizer, max_norm=1.0)
+    assert result.taken and result.grad_norm == pytest.approx(5.0)
+    torch.testing.assert_close(before - model.weight.detach(), torch.tensor([[0.6, 0.8]]))
+    assert model.weight.grad is None
+
+
+def test_a_gradient_that_is_not_finite_takes_no_step() -> None:
+    model = nn.Linear(2, 1, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    before = model.weight.detach().clone()
+    model.weight.grad = torch.tensor([[float("nan"), 4.0]])
+    assert not clipped_step(model, optimizer, max_norm=1.0).taken
+    assert torch.equal(model.weight.detach(), before)
+    assert model.weight.grad is None

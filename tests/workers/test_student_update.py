@@ -1,0 +1,255 @@
+"""The student worker's gradient: against autograd on whole logits, and for every way to cut a batch up.
+
+The gradient is read off Adam's first moment after one step, so everything up to the optimizer takes part.
+"""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_workers import (
+    assert_same_gradient,
+    draw_rows,
+    first_gradient,
+    load_plain,
+    of_tokens,
+    plain_gradient,
+    plain_log_probs,
+    rollouts,
+    with_loss_inputs,
+    worker_config,
+)
+
+from verl.protocol import DataProto
+from verl.trainer.config import ActorRolloutRefConfig
+from verl.workers.config import FSDPConfig, MixedPrecisionConfig
+from verl.workers.student_worker import StudentWorker
+
+pytestmark = pytest.mark.usefixtures("one_rank")
+
+ROWS = 8
+
+
+def update(config: ActorRolloutRefConfig, batch: DataProto) -> tuple[StudentWorker, dict[str, float]]:
+    """A fresh student after one call."""
+    worker = StudentWorker(config=config, device="cpu")
+    worker.init_model()
+    return worker, worker.update_actor(batch).meta_info["metrics"]
+
+
+def token_losses(log_probs: torch.Tensor, batch: DataProto) -> torch.Tensor:
+    """The clipped policy loss (B, R), written down anew: clip range 0.2, dual clip 3."""
+    ratio = (log_probs - batch.tensor("old_log_probs")).exp()
+    advantages = batch.tensor("advantages")
+    losses = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(0.8, 1.2))
+    return torch.where(advantages < 0, torch.minimum(losses, -advantages * 3.0), losses)
+
+
+def aggregate(losses: torch.Tensor, mask: torch.Tensor, mode: str) -> torch.Tensor:
+    rows = mask.any(dim=1)
+    sums = (losses * mask).sum(dim=1)[rows]
+    if mode == "token-mean":
+        return sums.sum() / mask.sum()
+    return (sums if mode == "seq-mean-token-sum" else sums / mask.sum(dim=1)[rows]).mean()
+
+
+@pytest.mark.parametrize("mode", ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"])
+def test_gradient_is_that_of_the_loss_over_whole_logits(
+    mode: str, student_model: Path, student_ids: int, extend_start: int
+) -> None:
+    batch = rollouts(draw_rows(ROWS, student_ids), extend_start, temperature=1.2)
+    batch = with_loss_inputs(batch)
+    batch = batch.union(DataProto.from_dict({"rollout_is_weights": torch.rand_like(batch.tensor("advantages"))}))
+    config = worker_config(student_model, extend_start=extend_start, actor={"loss_agg_mode": mode})
+    worker, metrics = update(config, batch)
+
+    plain = load_plain(student_model)
+    log_probs = of_tokens(plain_log_probs(plain, batch, student_ids, temperature=1.2), batch)
+    losses = token_losses(log_probs, batch) * batch.tensor("rollout_is_weights")
+    loss = aggregate(losses, batch.tensor("response_mask"), mode)
+    right = plain_gradient(plain, loss)
+    assert_same_gradient(first_gradient(worker), right)
+    assert metrics["actor/pg_loss"] == pytest.approx(float(loss.detach()), abs=1e-5)
+    norm = torch.stack([value.norm() for value in right.values()]).norm()
+    assert metrics["actor/grad_norm"] == pytest.approx(float(norm), rel=1e-4)
+    assert metrics["actor/lr"] == config.actor.optim.lr
+
+
+def test_entropy_and_kl_terms(student_model: Path, student_ids: int, extend_start: int) -> None:
+    batch = with_loss_inputs(rollouts(draw_rows(ROWS, student_ids), extend_start))
+    unknown = batch.tensor("distill_special_token_mask").bool()
+    ref = (batch.tensor("old_log_probs") - 0.5).masked_fill(unknown, -100.0)
+    batch = batch.union(DataProto.from_dict({"ref_log_prob": ref}))
+    terms = {"entropy_coeff": 0.3, "use_kl_loss": True, "kl_loss_coef": 0.7, "kl_loss_type": "k2"}
+    worker, metrics = update(worker_config(student_model, extend_start=extend_start, actor=terms), batch)
+
+    plain = load_plain(student_model)
+    distribution = plain_log_probs(plain, batch, student_ids)
+    log_probs, trained = of_tokens(distribution, batch), batch.tensor("response_mask")
+    entropy = aggregate(-(distribution.exp() * distribution).sum(-1), trained, "token-mean")
+    # The KL term runs over tokens the teacher knows: -100 is no log-prob.
+    known = trained * ~unknown
+    assert 0 < known.sum() < trained.sum()
+    kl = aggregate(0.5 * (log_probs - ref).square(), known, "token-mean")
+    loss = aggregate(token_losses(log_probs, batch), trained, "token-mean") - 0.3 * entropy + 0.7 * kl
+    assert_same_gradient(first_gradient(worker), plain_gradient(plain, loss))
+    assert metrics["actor/entropy_loss"] == pytest.approx(float(entropy.detach()), abs=1e-4)
+    assert metrics["actor/kl_loss"] == pytest.approx(float(kl.detach()), abs=1e-4)
+
+
+CUTS = {
+    "one micro-batch": ({"use_dynamic_bsz": False, "ppo_micro_batch_size_per_gpu": ROWS}, {}),
+    "four micro-batches": ({"use_dynamic_bsz": False, "ppo_micro_batch_size_per_gpu": ROWS // 4}, {}),
+    "by tokens": ({"ppo_max_token_len_per_gpu": 20}, {}),
+    "padded": ({"ppo_max_token_len_per_gpu": 20}, {"use_remove_padding": False}),
+    "no checkpointing": ({}, {"enable_gradient_checkpointing": False}),
+    "gathered throughout": ({"fsdp_config": FSDPConfig(reshard_after_forward=False)}, {}),
+}
+
+
+@pytest.mark.parametrize("loss_agg_mode", ["token-mean", "seq-mean-token-mean"])
+def test_gradient_does_not_depend_on_how_a_batch_is_cut(
+    loss_agg_mode: str, student_model: Path, student_ids: int, extend_start: int
+) -> None:
+    batch = with_loss_inputs(rollouts(draw_rows(ROWS, student_ids), extend_start))
+    results = {}
+    for name, (actor, model) in CUTS.items():
+        actor = {**actor, "loss_agg_mode": loss_agg_mode}
+        worker, metrics = update(
+            worker_config(student_model, extend_start=extend_start, actor=actor, model=model), batch
+        )
+        results[name] = first_gradient(worker), metrics
+    gradient, metrics = results.pop("one micro-batch")
+    for other_gradient, other_metrics in results.values():
+        assert_same_gradient(other_gradient, gradient)
+        assert other_metrics == pytest.approx(metrics, abs=1e-5)
+
+
+# One row per case of DESIGN section 4: p prompt, a b c d ordinary tokens, E an extended one.
+def extended_batch(extend_start: int) -> DataProto:
+    e = extend_start
+    rows = [
+        ([5, 6, 7], [20, 21, e + 2, 30, 31]),  # t* = 2, then two tokens in a void context
+        ([8, 9], [e, 40, e + 1]),  # t* = 0
+        ([10, 11, 12], [50, 51, 52, 53]),  # no extended token
+        ([13, e + 3], [60, e + 4]),  # extended ids in the prompt, t* last
+    ]
+    return with_loss_inputs(rollouts(rows, extend_start))
+
+
+def test_nothing_after_the_first_extended_token_has_a_gradient(student_model: Path, extend_start: int) -> None:
+    """Whatever stands after t* (advantages, old log-probs, the tokens themselves), the gradient is the same."""
+    batch = extended_batch(extend_start)
+    trained = batch.tensor("response_mask").bool()
+    assert trained.tolist()[:2] == [[True] * 3 + [False] * 5, [True] + [False] * 7]
+    config = worker_config(student_model, extend_start=extend_start, rows_per_step=4)
+    gradient = first_gradient(update(config, batch)[0])
+
+    other = copy.deepcopy(batch)
+    after = ~trained & other.tensor("attention_mask")[:, -trained.shape[1] :].bool()
+    assert after.sum() == 4
+    other.tensor("advantages")[~trained] = 1e6
+    other.tensor("old_log_probs")[~trained] = float("-inf")
+    other.tensor("responses")[after] = 77
+    other.tensor("input_ids")[:, -trained.shape[1] :][after] = 77
+    assert_same_gradient(first_gradient(update(config, other)[0]), gradient)
+
+
+def test_a_dropped_response_has_no_gradient(student_model: Path, extend_start: int) -> None:
+    """With mask_response_if_have_extend_token, only the row without E counts: in the sum and in the denominator."""
+    batch = extended_batch(extend_start)
+    has_extended = batch.tensor("distill_special_token_mask").any(dim=1)
+    batch.tensor("response_mask")[has_extended] = 0
+    batch.tensor("advantages")[has_extended] = float("nan")
+    config = worker_config(student_model, extend_start=extend_start, rows_per_step=4)
+    alone = worker_config(student_model, extend_start=extend_start, rows_per_step=1)
+    right = first_gradient(update(alone, batch.select_idxs(~has_extended))[0])
+    assert_same_gradient(first_gradient(update(config, batch)[0]), right)
+
+
+def test_the_first_extended_token_itself_is_trained(student_model: Path, extend_start: int) -> None:
+    batch = extended_batch(extend_start)
+    config = worker_config(student_model, extend_start=extend_start, rows_per_step=4)
+    batch.tensor("advantages").fill_(0)
+    batch.tensor("advantages")[1, 0] = -30.0  # t* of the second row alone has an advantage
+    before = StudentWorker(config=config, device="cpu")
+    before.init_model()
+    old = before.compute_log_prob(batch).tensor("old_log_probs")
+    batch.tensor("old_log_probs").copy_(old)
+    metrics = before.update_actor(batch).meta_info["metrics"]
+    assert metrics["actor/grad_norm"] > 0
+    assert before.compute_log_prob(batch).tensor("old_log_probs")[1, 0] < old[1, 0] - 0.01
+
+
+def test_a_mini_batch_without_trained_tokens_changes_nothing(student_model: Path, extend_start: int) -> None:
+    batch = extended_batch(extend_start)
+    batch.tensor("response_mask").zero_()
+    config = worker_config(student_model, extend_start=extend_start, rows_per_step=4)
+    worker, metrics = update(config, batch)
+    assert all(not value.any() for value in first_gradient(worker).values())
+    assert metrics["actor/skipped_updates"] == 1
+    assert all(value == value for value in metrics.values())  # no NaN
+    plain = dict(load_plain(student_model).named_parameters())
+    for name, parameter in worker.actor.actor_module.causal_lm.named_parameters():
+        assert torch.equal(parameter.full_tensor(), plain[name])
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing(student_model: Path, extend_start: int) -> None:
+    batch = extended_batch(extend_start)
+    batch.tensor("advantages")[0, 0] = float("inf")
+    worker, metrics = update(worker_config(student_model, extend_start=extend_start, rows_per_step=4), batch)
+    assert metrics["actor/skipped_updates"] == 1
+    assert not any(value.any() for value in first_gradient(worker).values())
+
+
+def test_mini_batches_and_epochs_are_optimizer_steps(student_model: Path, student_ids: int) -> None:
+    batch = with_loss_inputs(rollouts(draw_rows(ROWS, student_ids)))
+    worker, _ = update(worker_config(student_model, rows_per_step=2, actor={"ppo_epochs": 3}), batch)
+    (steps,) = {float(state["step"]) for state in worker._state.optimizer.state.values()}
+    assert steps == worker._state.schedule.steps == 12
+
+
+def test_training_raises_what_has_a_positive_advantage(student_model: Path, student_ids: int) -> None:
+    batch = rollouts(draw_rows(ROWS, student_ids))
+    worker = StudentWorker(config=worker_config(student_model), device="cpu")
+    worker.init_model()
+    first = worker.compute_log_prob(batch).tensor("old_log_probs")
+    for _ in range(5):
+        old = worker.compute_log_prob(batch).tensor("old_log_probs")
+        inputs = DataProto.from_dict({"old_log_probs": old, "advantages": torch.ones_like(old)})
+        worker.update_actor(rollouts(draw_rows(ROWS, student_ids)).union(inputs))
+    gain = (worker.compute_log_prob(batch).tensor("old_log_probs") - first)[batch.tensor("response_mask").bool()]
+    assert gain.mean() > 0.2
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda batch: batch.select_idxs([0, 1, 2]), "3 rows on this rank"),
+        (lambda batch: batch.tensor("response_mask").fill_(1) is None or batch, "response_mask is 1 at padding"),
+    ],
+    ids=["rows", "padding"],
+)
+def test_batches_that_cannot_be_trained(student_model: Path, student_ids: int, change: Callable, words: str) -> None:
+    batch = with_loss_inputs(rollouts(draw_rows(ROWS, student_ids)))
+    with pytest.raises(ValueError, match=words):
+        update(worker_config(student_model, rows_per_step=2), change(batch))
+
+
+def test_fp16_training_is_refused(student_model: Path) -> None:
+    fsdp = FSDPConfig(mixed_precision=MixedPrecisionConfig(param_dtype="fp16"))
+    with pytest.raises(ValueError, match="loss scaling"):
+        update(worker_config(student_model, actor={"fsdp_config": fsdp}), rollouts([([1], [2])]))
+
+
+def test_bf16_compute_is_close(student_model: Path, student_ids: int) -> None:
+    """Mixed precision as on GPUs, on the CPU: fp32 parameters, bf16 passes, a gradient near the fp32 one."""
+    batch = with_loss_inputs(rollouts(draw_rows(ROWS, student_ids)))
+    fsdp = FSDPConfig(mixed_precision=MixedPrecisionConfig(param_dtype="bf16"))
+    low, _ = update(worker_config(student_model, actor={"fsdp_config": fsdp}), batch)
+    high, _ = update(worker_config(student_model), batch)
+    for name, value in first_gradient(high).items():
+        error = (first_gradient(low)[name] - value).norm() / value.norm()
+        assert error < 0.05, f"{name}: {error}"

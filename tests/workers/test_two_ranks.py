@@ -1,0 +1,142 @@
+"""Two ranks do what one does: gradients, metrics, scores, exported weights, checkpoints.
+
+All of it in one pair of processes per model, since starting them is what takes time.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_workers import (
+    assert_same_gradient,
+    draw_rows,
+    first_gradient,
+    load_plain,
+    rollouts,
+    run_ranks,
+    with_loss_inputs,
+    worker_config,
+    write_model,
+)
+
+from verl.protocol import DataProto
+from verl.trainer.config import ActorRolloutRefConfig
+from verl.workers.student_worker import StudentWorker
+from verl.workers.teacher_worker import TeacherWorker
+
+pytestmark = pytest.mark.usefixtures("one_rank")
+
+ROWS = 8
+
+
+def export_weights(worker: StudentWorker) -> tuple[list[str], dict[str, torch.Tensor]]:
+    """Where a rank's buckets lay, and the weights in them."""
+    paths, weights = [], {}
+    for index in range(worker.num_weight_buckets()):
+        bucket = worker.export_weight_bucket(index)
+        if bucket is not None:
+            paths.append(bucket["path"])
+            weights |= load_file(bucket["path"])
+        worker.release_weight_bucket(index)
+    return paths, weights
+
+
+def run_student(config: ActorRolloutRefConfig, share: DataProto, other: DataProto, folder: Path) -> dict[str, Any]:
+    """Two steps, a checkpoint between them, and everything that can be seen on the way."""
+    worker = StudentWorker(config=config, device="cpu")
+    worker.init_model()
+    teacher = TeacherWorker(config=config, device="cpu")
+    teacher.init_model()  # a second role in the process joins the group that is there
+    seen: dict[str, Any] = {
+        "scores": dict(worker.compute_log_prob(share).batch),
+        "ref": dict(teacher.compute_ref_log_prob(share).batch),
+    }
+    seen["metrics"] = worker.update_actor(share).meta_info["metrics"]
+    seen["gradient"] = first_gradient(worker)
+    worker.save_checkpoint(str(folder / "checkpoint"), 1)
+    seen["paths"], seen["weights"] = export_weights(worker)
+    worker.update_actor(other)
+    seen["moments"] = first_gradient(worker)
+    return seen
+
+
+def rank_program(cases: list[tuple[ActorRolloutRefConfig, DataProto, DataProto, Path]]) -> None:
+    """What each of the two ranks runs: its share of every case."""
+    for config, batch, other, folder in cases:
+        rank = int(os.environ["RANK"])
+        seen = run_student(config, batch.chunk(2)[rank], other.chunk(2)[rank], folder)
+        torch.save(seen, folder / f"seen_{rank}.pt")
+
+
+def make_batches(student_ids: int, extend_start: int) -> tuple[DataProto, DataProto]:
+    """A batch of which the second rank trains little, and one of which it trains nothing."""
+    batch = with_loss_inputs(rollouts(draw_rows(ROWS, student_ids), extend_start))
+    other = with_loss_inputs(rollouts(draw_rows(ROWS, student_ids, seed=5), extend_start), seed=5)
+    batch.tensor("response_mask")[5:] = 0
+    other.tensor("response_mask")[ROWS // 2 :] = 0
+    for data in (batch, other):
+        unknown = data.tensor("distill_special_token_mask").bool()
+        data.union(
+            DataProto.from_dict({"ref_log_prob": (data.tensor("old_log_probs") + 0.2).masked_fill(unknown, -100)})
+        )
+    return batch, other
+
+
+def test_two_ranks_do_what_one_does(
+    tiny_tokenizers: tuple[Path, Path], student_ids: int, extend_start: int, tmp_path: Path
+) -> None:
+    terms = {"entropy_coeff": 0.1, "use_kl_loss": True, "kl_loss_coef": 0.5, "ppo_max_token_len_per_gpu": 24}
+    cases = []
+    for tied, mode, padded in ((True, "token-mean", False), (False, "seq-mean-token-mean", True)):
+        folder = tmp_path / mode
+        model = write_model(folder / "model", tiny_tokenizers[1], tied=tied, rows=student_ids + 6)  # an odd number
+        config = worker_config(
+            model,
+            extend_start=extend_start,
+            actor={**terms, "loss_agg_mode": mode},
+            model={"use_remove_padding": padded},
+        )
+        cases.append((config, *make_batches(student_ids, extend_start), folder))
+    run_ranks(2, rank_program, cases)
+    for config, batch, other, folder in cases:
+        two = [torch.load(folder / f"seen_{rank}.pt", weights_only=False) for rank in range(2)]
+        one = run_student(config, batch, other, tmp_path / "alone" / folder.name)
+        check_scores(one, two)
+        check_gradient(one, two)
+        check_weights(folder, two)
+        check_resumed(config, other, folder, two)
+
+
+def check_scores(one: dict[str, Any], two: list[dict[str, Any]]) -> None:
+    for role in ("scores", "ref"):
+        for key, value in one[role].items():
+            joined = torch.cat([seen[role][key] for seen in two])
+            torch.testing.assert_close(joined, value, rtol=0, atol=1e-5)
+
+
+def check_gradient(one: dict[str, Any], two: list[dict[str, Any]]) -> None:
+    assert two[0]["metrics"] == two[1]["metrics"] == pytest.approx(one["metrics"], rel=1e-4, abs=1e-5)
+    for seen in two:
+        assert_same_gradient(seen["gradient"], one["gradient"])
+
+
+def check_weights(folder: Path, two: list[dict[str, Any]]) -> None:
+    """One rank of the machine writes, its files are gone, and what they held is what the checkpoint holds."""
+    assert two[0]["paths"] and not two[1]["paths"] and not two[1]["weights"]
+    assert not any(Path(path).exists() for path in two[0]["paths"])
+    plain = dict(load_plain(folder / "checkpoint" / "huggingface").named_parameters())
+    assert two[0]["weights"].keys() == plain.keys()
+    assert all(torch.equal(two[0]["weights"][name], value) for name, value in plain.items())
+
+
+def check_resumed(config: ActorRolloutRefConfig, other: DataProto, folder: Path, two: list[dict[str, Any]]) -> None:
+    """A checkpoint of two ranks goes on on one, as the two went on."""
+    worker = StudentWorker(config=config, device="cpu")
+    worker.init_model()
+    worker.load_checkpoint(str(folder / "checkpoint"))
+    assert worker._state.schedule.steps == 1
+    worker.update_actor(other)
+    assert_same_gradient(first_gradient(worker), two[0]["moments"], atol=5e-5)

@@ -1,0 +1,178 @@
+"""From padded rows of a batch to the inputs of a model, without the padding.
+
+In:  rows [left padding][prompt][response][right padding], and the response positions to score. Out: micro-batches of
+model inputs in which a row ends with the token that predicts its last scored position; what comes after is causal and
+would change nothing.
+
+Two layouts: `packed`, all rows end to end in one sequence with their lengths beside it, and `padded`, rows below each
+other, cut to the longest of them, for attention implementations that cannot keep packed rows apart.
+
+Not here: which positions are scored, which models can take which layout.
+
+Letters: B sequences, P prompt, R response, T = P + R, N input tokens of a micro-batch, S scored positions.
+"""
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from tensordict import TensorDict
+
+from verl.utils.seqlen_balancing import rearrange_micro_batches
+
+
+class ModelInputs(NamedTuple):
+    """One micro-batch as the model takes it."""
+
+    input_ids: torch.Tensor
+    """(1, N) packed, or (rows, longest) padded on the right."""
+    position_ids: torch.Tensor
+    """The same shape; counts from 0 in each row."""
+    row_lengths: tuple[int, ...] | None
+    """Tokens of each packed row; None where rows are padded."""
+    select_index: torch.Tensor
+    """(S,) positions in the flattened ``input_ids`` that predict a scored token."""
+    labels: torch.Tensor
+    """(S,) the scored tokens."""
+
+    def to(self, device: torch.device) -> "ModelInputs":
+        """The same on another device."""
+        return self._replace(
+            input_ids=self.input_ids.to(device),
+            position_ids=self.position_ids.to(device),
+            select_index=self.select_index.to(device),
+            labels=self.labels.to(device),
+        )
+
+
+class MicroBatch(NamedTuple):
+    """Model inputs, and where in the batch their scored positions lie."""
+
+    inputs: ModelInputs
+    rows: torch.Tensor
+    """(S,) row in the batch."""
+    columns: torch.Tensor
+    """(S,) position in the response."""
+
+
+class BatchSizes(NamedTuple):
+    """How large micro-batches may be: by tokens, or else by rows."""
+
+    max_tokens: int | None
+    max_rows: int | None
+
+
+class ScoredRows:
+    """Rows of a batch with the response positions to score, ready to be cut into micro-batches.
+
+    Args:
+        input_ids: (B, T).
+        attention_mask: (B, T), 1 from the first prompt token to the last response token.
+        select: (B, R) bool, response positions to score; real tokens only.
+
+    Raises:
+        ValueError: a row with scored positions has no prompt token, so nothing predicts its first token.
+    """
+
+    def __init__(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, select: torch.Tensor) -> None:
+        self.input_ids = input_ids
+        self.select = select
+        self._prompt_length = input_ids.shape[1] - select.shape[1]
+        scored = select.any(dim=1)
+        starts = attention_mask.int().argmax(dim=1)
+        without_prompt = (scored & (starts >= self._prompt_length)).nonzero().flatten().tolist()
+        if without_prompt:
+            raise ValueError(f"rows {without_prompt} have no prompt token, so nothing predicts their first token")
+        last_scored = select.shape[1] - 1 - select.int().flip(1).argmax(dim=1)
+        self._starts = starts
+        self.lengths = torch.where(scored, self._prompt_length + last_scored - starts, 0)
+        """(B,) input tokens that each row needs; 0 where nothing is scored."""
+
+    def micro_batches(
+        self, sizes: BatchSizes, packed: bool, dp_group: dist.ProcessGroup | None = None
+    ) -> list[MicroBatch]:
+        """Cut the rows into micro-batches: as many on every rank, for sharded models communicate in each.
+
+        A micro-batch with nothing to score (there may be such on a rank with little to do) holds one arbitrary token.
+
+        Raises:
+            ValueError: a row is longer than a micro-batch may be.
+        """
+        return [self._build(rows, packed) for rows in self._partition(sizes, packed, dp_group)]
+
+    def _partition(
+        self, sizes: BatchSizes, packed: bool, dp_group: dist.ProcessGroup | None
+    ) -> Sequence[Sequence[int]]:
+        num_rows = len(self.lengths)
+        if sizes.max_tokens is None:
+            if sizes.max_rows is None:
+                raise ValueError("a micro-batch needs a limit of tokens or of rows")
+            # All ranks have as many rows, so as many micro-batches.
+            return [range(start, min(start + sizes.max_rows, num_rows)) for start in range(0, num_rows, sizes.max_rows)]
+        if packed:
+            needed = torch.arange(self.input_ids.shape[1]) < self.lengths[:, None]
+            _, parts = rearrange_micro_batches(
+                TensorDict({"attention_mask": needed.cpu()}, batch_size=[num_rows]), sizes.max_tokens, dp_group
+            )
+            return parts
+        return _equal_number(_rectangles(self.lengths.tolist(), sizes.max_tokens), dp_group)
+
+    def _build(self, rows: Sequence[int], packed: bool) -> MicroBatch:
+        used = [row for row in rows if self.lengths[row] > 0]
+        if not used:
+            return self._nothing(packed)
+        lengths = self.lengths[used].tolist()
+        starts = self._starts[used].tolist()
+        width = max(lengths)
+        pieces = [self.input_ids[row, start : start + n] for row, start, n in zip(used, starts, lengths, strict=True)]
+        local_rows, columns = self.select[used].nonzero(as_tuple=True)
+        if packed:
+            input_ids = torch.cat(pieces).unsqueeze(0)
+            position_ids = torch.cat([torch.arange(n) for n in lengths]).unsqueeze(0)
+            offsets = torch.tensor([0, *accumulate(lengths[:-1])])
+        else:
+            input_ids = torch.nn.utils.rnn.pad_sequence(pieces, batch_first=True)
+            # Counting on through the padding: a count that starts anew would be taken for the start of a packed row.
+            position_ids = torch.arange(width).expand(len(used), width)
+            offsets = torch.arange(len(used)) * width
+        chosen = torch.tensor(used)[local_rows]
+        predicting = self._prompt_length + columns - self._starts[chosen] - 1
+        inputs = ModelInputs(
+            input_ids=input_ids,
+            position_ids=position_ids,
+            row_lengths=tuple(lengths) if packed else None,
+            select_index=offsets[local_rows] + predicting,
+            labels=self.input_ids[chosen, self._prompt_length + columns],
+        )
+        return MicroBatch(inputs, chosen, columns)
+
+    def _nothing(self, packed: bool) -> MicroBatch:
+        token, none = torch.zeros(1, 1, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
+        return MicroBatch(ModelInputs(token, token, (1,) if packed else None, none, none), none, none)
+
+
+def _rectangles(lengths: list[int], max_tokens: int) -> list[list[int]]:
+    """Rows of like length together, so that rows x longest row stays within ``max_tokens``; longest first."""
+    parts: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        if lengths[row] > max_tokens:
+            raise ValueError(
+                f"row {row} has {lengths[row]} tokens and a micro-batch holds {max_tokens}; raise the limit "
+                "(ppo_max_token_len_per_gpu, log_prob_max_token_len_per_gpu) to the longest prompt plus response"
+            )
+        if parts and (len(parts[-1]) + 1) * lengths[parts[-1][0]] <= max_tokens:
+            parts[-1].append(row)
+        else:
+            parts.append([row])
+    return parts
+
+
+def _equal_number(parts: list[list[int]], dp_group: dist.ProcessGroup | None) -> list[list[int]]:
+    """The parts, followed by empty ones up to the number of the rank that has most."""
+    if not dist.is_initialized():
+        return parts
+    most = torch.tensor(len(parts))
+    dist.all_reduce(most, op=dist.ReduceOp.MAX, group=dp_group)
+    return parts + [[] for _ in range(int(most) - len(parts))]

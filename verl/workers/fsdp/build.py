@@ -1,0 +1,203 @@
+"""Any Hugging Face causal language model as a sharded `TokenStatsModel`.
+
+In:  a model folder, the model and sharding settings, a device mesh. Out: the model, sharded over the mesh with FSDP2
+and holding the folder's weights. Rank 0 alone reads the weights; the others get their shards from it, one parameter
+at a time.
+
+    config ─► rank 0: weights from disk ─┐
+              others: empty skeleton  ───┴─► fully_shard ─► scatter each parameter from rank 0
+
+Not here: optimizer, roles, tokenizers.
+"""
+
+import importlib.util
+import logging
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
+
+from verl.utils.device import resolve_dtype
+from verl.workers.config import FSDPConfig, HFModelConfig
+from verl.workers.fsdp.attention import PACKED_SDPA, register_packed_attention
+from verl.workers.fsdp.shard import ShardPolicy, shard_model
+from verl.workers.fsdp.token_stats_model import TokenStatsModel
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINTING = {"use_reentrant": False, "preserve_rng_state": False}
+"""Blocks draw no random numbers, so recomputing one needs no generator's state."""
+
+
+class Attention(NamedTuple):
+    """How a model computes attention."""
+
+    implementation: str
+    """Name in transformers' attention interface."""
+    packed: bool
+    """Whether rows are laid end to end."""
+
+    @property
+    def is_flash(self) -> bool:
+        """Whether it is one of the flash-attention packages."""
+        return self.implementation.startswith("flash_attention")
+
+
+class BuiltModel(NamedTuple):
+    """A sharded model and what its users must know of it."""
+
+    module: TokenStatsModel
+    packed: bool
+    """Layout of its inputs."""
+
+
+def _only_causal(config: PretrainedConfig) -> bool:
+    """Whether every layer attends to all earlier tokens of its row, so that rows are all a mask would hold."""
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types is not None:
+        return set(layer_types) == {"full_attention"}
+    return getattr(config, "sliding_window", None) is None
+
+
+def choose_attention(
+    config: PretrainedConfig, model: HFModelConfig, device_name: str, compute_dtype: torch.dtype
+) -> Attention:
+    """Flash-attention where it is installed, else torch's own; packed where rows can be kept apart.
+
+    ``model.override_config.attn_implementation`` decides where it is set.
+    """
+    wanted = model.override_config.get("attn_implementation")
+    if wanted is not None:
+        return Attention(wanted, model.use_remove_padding and (wanted.startswith("flash") or wanted == PACKED_SDPA))
+    has_flash = importlib.util.find_spec("flash_attn") is not None
+    if device_name == "cuda" and has_flash and compute_dtype in (torch.bfloat16, torch.float16):
+        return Attention("flash_attention_2", model.use_remove_padding)
+    if model.use_remove_padding and _only_causal(config):
+        return Attention(PACKED_SDPA, True)
+    return Attention("sdpa", False)
+
+
+def load_config(path: str, model: HFModelConfig) -> PretrainedConfig:
+    """The model's own config with ``model.override_config`` over it, and without dropout.
+
+    Dropout would make the policy that is trained another one than the policy that is scored.
+
+    Raises:
+        ValueError: an override that this kind of model has no entry for.
+    """
+    config = AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code)
+    for name, value in model.override_config.items():
+        if name == "attn_implementation":
+            continue
+        if not hasattr(config, name):
+            raise ValueError(
+                f"actor_rollout_ref.model.override_config.{name}={value!r}: {type(config).__name__} has no such entry"
+            )
+        setattr(config, name, value)
+    for name, value in config.to_dict().items():
+        if ("dropout" in name or name.endswith("pdrop")) and isinstance(value, float) and value > 0:
+            logger.warning("%s=%s of %s is set to 0: training and scoring must be the same function", name, value, path)
+            setattr(config, name, 0.0)
+    return config
+
+
+def _read_weights(
+    path: str, config: PretrainedConfig, model: HFModelConfig, dtype: torch.dtype, attention: str
+) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(
+        path,
+        config=config,
+        dtype=dtype,
+        attn_implementation=attention,
+        trust_remote_code=model.trust_remote_code,
+    )
+
+
+def _empty_skeleton(
+    config: PretrainedConfig, model: HFModelConfig, dtype: torch.dtype, attention: str
+) -> PreTrainedModel:
+    """The model with uninitialised weights on the CPU, of which the system commits no page before it is written."""
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=attention, trust_remote_code=model.trust_remote_code
+        )
+    skeleton.to_empty(device="cpu")
+    skeleton.tie_weights()  # to_empty makes two tensors of a shared one
+    return skeleton
+
+
+def _scatter_from_rank_zero(module: torch.nn.Module, weights: dict[str, torch.Tensor], mesh: DeviceMesh) -> None:
+    """Give every rank its shard of rank 0's ``weights``, and rank 0's buffers, which no file holds."""
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            assert isinstance(parameter, DTensor), f"{name} is not sharded"
+            if name in weights:
+                whole = weights.pop(name).to(mesh.device_type)
+            else:
+                whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=mesh.device_type)
+            shard = distribute_tensor(whole, mesh, parameter.placements)
+            parameter.to_local().copy_(shard.to_local())
+        for buffer in module.buffers():
+            dist.broadcast(buffer, src=0)
+
+
+def build_model(
+    path: str,
+    model: HFModelConfig,
+    fsdp: FSDPConfig,
+    mesh: DeviceMesh,
+    *,
+    trainable: bool,
+) -> BuiltModel:
+    """Load and shard a model; every rank of the mesh takes part.
+
+    A trained model is stored in fp32 (``model_dtype=auto``) and computes in ``mixed_precision.param_dtype``. A frozen
+    one is stored in that precision at once, without gradients.
+
+    Args:
+        path: folder or hub name of the weights and the config.
+        model: how to load and run it.
+        fsdp: sharding and precision.
+        mesh: the ranks, one dimension; its device is where the model goes.
+        trainable: whether an optimizer will change it.
+
+    Raises:
+        ValueError: fp16 training, which needs loss scaling, or a model whose head or blocks cannot be used here.
+    """
+    device_name = mesh.device_type
+    compute_dtype = resolve_dtype(fsdp.mixed_precision.param_dtype, device_name)
+    if trainable and compute_dtype == torch.float16:
+        raise ValueError(
+            "actor.fsdp_config.mixed_precision.param_dtype=fp16: gradients underflow without loss scaling; use bf16"
+        )
+    storage_dtype = torch.float32 if trainable else compute_dtype
+    if fsdp.model_dtype != "auto":
+        storage_dtype = resolve_dtype(fsdp.model_dtype, device_name)
+    config = load_config(path, model)
+    attention = choose_attention(config, model, device_name, compute_dtype)
+    register_packed_attention()
+    disable_progress_bar()  # the log of a worker is no terminal
+    if dist.get_rank() == 0:
+        causal_lm = _read_weights(path, config, model, storage_dtype, attention.implementation)
+    else:
+        causal_lm = _empty_skeleton(config, model, storage_dtype, attention.implementation)
+    offload = model.enable_activation_offload and device_name == "cuda"
+    if offload and not model.enable_gradient_checkpointing:
+        raise ValueError(
+            "actor_rollout_ref.model.enable_activation_offload=True moves the inputs of checkpointed blocks; set "
+            "actor_rollout_ref.model.enable_gradient_checkpointing=True with it"
+        )
+    module = TokenStatsModel(causal_lm, flash_attention=attention.is_flash, offload_activations=offload)
+    module.requires_grad_(trainable)
+    if trainable and model.enable_gradient_checkpointing:
+        causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs=CHECKPOINTING)
+    weights = {name: p.detach() for name, p in module.named_parameters()} if dist.get_rank() == 0 else {}
+    reduce_dtype = resolve_dtype(fsdp.mixed_precision.reduce_dtype, device_name)
+    policy = ShardPolicy(storage_dtype, compute_dtype, reduce_dtype, fsdp.reshard_after_forward)
+    shard_model(module, mesh, policy)
+    _scatter_from_rank_zero(module, weights, mesh)
+    return BuiltModel(module, attention.packed)

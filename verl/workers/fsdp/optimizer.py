@@ -1,0 +1,122 @@
+"""AdamW, its learning-rate schedule and the clipped step.
+
+In:  a sharded model and ``actor.optim``. Out: an optimizer whose learning rate follows warm-up and schedule, and a step
+that clips the gradient over all ranks. Weight decay touches matrices only.
+
+Not here: losses, offload of the optimizer's state (``shard``).
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from verl.workers.config import OptimizerConfig
+
+
+def warmup_steps(config: OptimizerConfig) -> int:
+    """Steps of the warm-up.
+
+    Raises:
+        ValueError: they are a share of a total that is not known.
+    """
+    if config.lr_warmup_steps >= 0:
+        return config.lr_warmup_steps
+    if config.lr_warmup_steps_ratio > 0 and config.total_training_steps <= 0:
+        raise ValueError(
+            f"optim.lr_warmup_steps_ratio={config.lr_warmup_steps_ratio} needs "
+            f"optim.total_training_steps={config.total_training_steps} above 0"
+        )
+    return int(config.lr_warmup_steps_ratio * max(config.total_training_steps, 0))
+
+
+def learning_rate(config: OptimizerConfig, step: int) -> float:
+    """Learning rate of optimizer step ``step`` (from 0).
+
+    Warm-up rises linearly and reaches the peak in its last step; none of its steps is lost at 0. After it the rate is
+    constant, or falls to ``min_lr_ratio`` by the end of the run: linearly, or along half a cosine.
+
+    Raises:
+        ValueError: a falling schedule without ``total_training_steps``.
+    """
+    warmup = warmup_steps(config)
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    if config.lr_scheduler_type == "constant":
+        return config.lr
+    if config.total_training_steps <= 0:
+        raise ValueError(
+            f"optim.lr_scheduler_type={config.lr_scheduler_type} needs "
+            f"optim.total_training_steps={config.total_training_steps} above 0"
+        )
+    done = min(1.0, (step - warmup) / max(1, config.total_training_steps - warmup))
+    left = 1.0 - done if config.lr_scheduler_type == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+    return config.lr * (config.min_lr_ratio + (1.0 - config.min_lr_ratio) * left)
+
+
+class LearningRateSchedule:
+    """Keeps an optimizer's learning rate on its schedule.
+
+    Its only state is the number of steps, so a resumed run follows the settings it is resumed with.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, config: OptimizerConfig) -> None:
+        self._optimizer = optimizer
+        self._config = config
+        self.go_to(0)
+
+    @property
+    def rate(self) -> float:
+        """Learning rate of the next step."""
+        return learning_rate(self._config, self.steps)
+
+    def go_to(self, steps: int) -> None:
+        """Continue as after ``steps`` steps."""
+        self.steps = steps
+        for group in self._optimizer.param_groups:
+            group["lr"] = self.rate
+
+    def advance(self) -> None:
+        """One step is done."""
+        self.go_to(self.steps + 1)
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters, with its state in place from the start (zeros), as checkpoints need it."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    beta1, beta2 = config.betas
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(beta1, beta2), eps=config.eps)
+    for parameter in parameters:
+        optimizer.state[parameter] = {
+            "step": torch.tensor(0.0),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+    return optimizer
+
+
+class StepResult(NamedTuple):
+    """What an optimizer step did."""
+
+    grad_norm: float
+    """Norm of the gradient over all parameters and ranks, before clipping."""
+    taken: bool
+    """False where the norm was not finite: nothing was changed."""
+
+
+def clipped_step(model: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float) -> StepResult:
+    """Clip the gradient to ``max_norm``, take the step, drop the gradient. Every rank returns the same."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
+    taken = bool(norm.isfinite())
+    if taken:
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return StepResult(float(norm), taken)

@@ -1,0 +1,84 @@
+"""FSDP2 sharding of a `TokenStatsModel`, and moving it between host and GPU.
+
+In:  the model and a device mesh. Out: the same module, its parameters DTensors sharded over the mesh. Blocks are
+sharded one by one; the rest (embedding, last norm, head) belongs to the root, so that an embedding shared with the
+head is one parameter of one group.
+
+Not here: building the model, gradients' clipping, optimizer steps.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from verl.utils.device import release_cached_memory
+from verl.workers.fsdp.token_stats_model import TokenStatsModel
+
+
+class ShardPolicy(NamedTuple):
+    """Precisions, and what happens to gathered parameters."""
+
+    storage_dtype: torch.dtype
+    compute_dtype: torch.dtype
+    reduce_dtype: torch.dtype
+    reshard_after_forward: bool
+
+    def mixed_precision(self) -> MixedPrecisionPolicy:
+        """Casts where precisions differ, and none where they do not (fp32 on CPU)."""
+        return MixedPrecisionPolicy(
+            param_dtype=self.compute_dtype if self.compute_dtype != self.storage_dtype else None,
+            reduce_dtype=self.reduce_dtype if self.reduce_dtype != self.compute_dtype else None,
+        )
+
+
+def decoder_blocks(model: TokenStatsModel) -> list[nn.Module]:
+    """The model's repeated blocks, in order.
+
+    Raises:
+        ValueError: the model class does not name them.
+    """
+    names = set(model.causal_lm._no_split_modules or ())
+    blocks = [module for module in model.causal_lm.modules() if type(module).__name__ in names]
+    if not blocks:
+        raise ValueError(
+            f"{type(model.causal_lm).__name__} names no blocks (_no_split_modules); it cannot be sharded here"
+        )
+    return blocks
+
+
+def shard_model(model: TokenStatsModel, mesh: DeviceMesh, policy: ShardPolicy) -> None:
+    """Shard in place: every block, then the rest."""
+    mixed_precision = policy.mixed_precision()
+    for block in decoder_blocks(model):
+        fully_shard(block, mesh=mesh, mp_policy=mixed_precision, reshard_after_forward=policy.reshard_after_forward)
+    # The root is needed first in backward, so it stays gathered after forward; `reshard` ends that.
+    fully_shard(model, mesh=mesh, mp_policy=mixed_precision, reshard_after_forward=False)
+
+
+def reshard(model: nn.Module) -> None:
+    """Free all gathered parameters.
+
+    Needed after passes without backward: a parameter that is still gathered would keep its old value through an
+    optimizer step, a checkpoint or an export.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def move_parameters(model: nn.Module, device: torch.device) -> None:
+    """Move the shards of all parameters, their gradients and all buffers to ``device``."""
+    reshard(model)
+    model.to(device)
+    release_cached_memory()
+
+
+def move_optimizer_state(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+    """Move the moments of the optimizer to ``device``; step counts stay where the optimizer keeps them."""
+    for state in optimizer.state.values():
+        for key, value in state.items():
+            if isinstance(value, torch.Tensor) and value.dim() > 0:
+                state[key] = value.to(device)

@@ -1,0 +1,123 @@
+"""A causal language model whose forward pass ends in numbers per token instead of logits.
+
+In:  rows of token ids, and which positions are scored with which token. Out: `TokenStats` of the scored tokens.
+The head is applied inside this module's forward, so that FSDP2, for which this is the root module, has gathered the
+parameters that belong to no block: embedding, last norm and head, which may be one tensor with the embedding.
+
+Not here: how rows become inputs (``workers.actor.row_layout``), sharding (``shard``).
+
+Letters: N tokens of all rows, S scored positions, D hidden size.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.autograd.graph import save_on_cpu
+from transformers import PreTrainedModel
+
+from verl.utils.linear_log_prob import TokenStats, linear_token_stats
+
+
+class ScoreOptions(NamedTuple):
+    """What is computed at each scored position."""
+
+    temperature: float = 1.0
+    vocab_size: int | None = None
+    extend_start: int | None = None
+    with_entropy: bool = False
+
+
+class TokenStatsModel(nn.Module):
+    """Decoder, then `linear_token_stats` at the scored positions.
+
+    Args:
+        causal_lm: a Hugging Face causal language model with a linear head without bias.
+        flash_attention: the model's attention is flash-attention, which takes row boundaries in its own form.
+        offload_activations: keep what the decoder saves for backward in host memory.
+
+    Raises:
+        ValueError: the head does more to the hidden states than one matrix product.
+    """
+
+    causal_lm: PreTrainedModel
+    flash_attention: bool
+    offload_activations: bool
+
+    def __init__(
+        self, causal_lm: PreTrainedModel, flash_attention: bool = False, offload_activations: bool = False
+    ) -> None:
+        super().__init__()
+        head = causal_lm.get_output_embeddings()
+        if not isinstance(head, nn.Linear) or head.bias is not None:
+            raise ValueError(
+                f"the lm head of {type(causal_lm).__name__} is no plain matrix; this model cannot be trained here"
+            )
+        for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+            if getattr(causal_lm.config, name, None) is not None:
+                raise ValueError(
+                    f"{type(causal_lm).__name__} changes its logits ({name}); this model cannot be trained here"
+                )
+        self.causal_lm = causal_lm
+        self.flash_attention = flash_attention
+        self.offload_activations = offload_activations
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        row_lengths: tuple[int, ...] | None,
+        select_index: torch.Tensor,
+        labels: torch.Tensor,
+        options: ScoreOptions,
+    ) -> TokenStats:
+        """Score tokens.
+
+        Args:
+            input_ids: (1, N) packed rows, or (B, L) rows padded on the right.
+            position_ids: of the same shape; counts from 0 in each row.
+            row_lengths: tokens of each packed row; None for padded rows.
+            select_index: (S,) positions in the flattened ``input_ids`` whose next token is scored.
+            labels: (S,) that token.
+            options: temperature and what to compute.
+
+        Returns:
+            `TokenStats`, every tensor (S,).
+        """
+        with self._saved_activations():
+            # No attention mask: rows are causal, and what pads them stands on their right, where nothing looks.
+            output = self.causal_lm.get_decoder()(
+                input_ids=input_ids, position_ids=position_ids, use_cache=False, **self._row_boundaries(row_lengths)
+            )
+        hidden = output.last_hidden_state.flatten(0, 1)[select_index]
+        return linear_token_stats(
+            hidden,
+            self.causal_lm.get_output_embeddings().weight,
+            labels,
+            temperature=options.temperature,
+            vocab_size=options.vocab_size,
+            extend_start=options.extend_start,
+            with_entropy=options.with_entropy,
+        )
+
+    def _saved_activations(self) -> AbstractContextManager[object]:
+        if self.offload_activations and self.training and torch.is_grad_enabled():
+            return save_on_cpu(pin_memory=True)
+        return nullcontext()
+
+    def _row_boundaries(self, row_lengths: tuple[int, ...] | None) -> dict[str, object]:
+        """Arguments that tell the attention function where rows begin."""
+        if row_lengths is None:
+            return {}
+        if not self.flash_attention:
+            return {"row_lengths": row_lengths}
+        device = next(self.causal_lm.parameters()).device
+        ends = torch.tensor((0, *row_lengths)).cumsum(0).to(device=device, dtype=torch.int32)
+        longest = max(row_lengths)
+        return {
+            "cu_seq_lens_q": ends,
+            "cu_seq_lens_k": ends,
+            "max_length_q": longest,
+            "max_length_k": longest,
+        }

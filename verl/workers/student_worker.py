@@ -1,0 +1,151 @@
+"""One rank of the trained student.
+
+In:  batches from the controller, split over the ranks. Out: the student's log-probs, an updated model, its weights for
+the rollout engines, checkpoints. The model lives here between calls; with offload it waits in host memory.
+
+Not here: the teacher (``teacher_worker``), losses (``workers.actor``), sharding and files (``workers.fsdp``).
+
+Letters: B rows of this rank, R response.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from verl.protocol import DataProto
+from verl.single_controller.base import Worker
+from verl.single_controller.base.decorator import Dispatch, Execute, register
+from verl.trainer.config import ActorRolloutRefConfig
+from verl.utils.device import max_memory_metrics, resolve_dtype
+from verl.utils.tokenizer import hf_tokenizer
+from verl.workers.actor.dp_actor import DataParallelPPOActor, with_scoring_limits
+from verl.workers.fsdp.build import build_model
+from verl.workers.fsdp.checkpoint import TrainingState, load_checkpoint, save_checkpoint
+from verl.workers.fsdp.optimizer import LearningRateSchedule, build_optimizer
+from verl.workers.fsdp.process import join_ranks, require_path, softmax_size
+from verl.workers.fsdp.shard import move_optimizer_state, move_parameters
+from verl.workers.fsdp.weight_export import Placement, WeightExporter, WeightInfo
+
+
+class StudentWorker(Worker):
+    """Scores and trains the student.
+
+    Args:
+        config: ``actor_rollout_ref``.
+        device: ``trainer.device``.
+    """
+
+    def __init__(self, config: ActorRolloutRefConfig, device: str = "auto") -> None:
+        super().__init__()
+        self.config = config
+        self._device_setting = device
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def init_model(self) -> None:
+        """Join the other ranks, load and shard the model, build the optimizer."""
+        config, actor = self.config, self.config.actor
+        self._ranks = join_ranks(self, self._device_setting, seed=config.rollout.seed)
+        path = require_path("actor_rollout_ref.model.path", config.model.path)
+        self._tokenizer = hf_tokenizer(config.model.tokenizer_path or path)
+        built = build_model(path, config.model, actor.fsdp_config, self._ranks.mesh, trainable=True)
+        optimizer = build_optimizer(built.module, actor.optim)
+        schedule = LearningRateSchedule(optimizer, actor.optim)
+        self._state = TrainingState(built.module, optimizer, schedule, self._tokenizer)
+        self.actor = DataParallelPPOActor(
+            actor,
+            built.module,
+            optimizer,
+            lr_schedule=schedule,
+            vocab_size=softmax_size(len(self._tokenizer), built.module),
+            extend_start=config.rollout.extend_vocab_start_token,
+            packed=built.packed,
+            mini_batch_rows=actor.ppo_mini_batch_size * config.rollout.n // self.world_size,
+            device=self._ranks.device,
+        )
+        self._exporter = WeightExporter(
+            built.module,
+            Placement(self._ranks.device, is_node_writer=self.local_rank == 0),
+            resolve_dtype(config.rollout.dtype, self._ranks.device.type),
+            config.rollout.weight_sync_bucket_mb * 2**20,
+        )
+        self._offload(parameters=True, optimizer=True)
+
+    @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO)
+    def compute_log_prob(self, data: DataProto) -> DataProto:
+        """``old_log_probs``, ``entropys`` and ``extend_mass`` (B, R) of the current student."""
+        rollout = self.config.rollout
+        data = with_scoring_limits(
+            data,
+            rollout.log_prob_use_dynamic_bsz,
+            rollout.log_prob_max_token_len_per_gpu,
+            rollout.log_prob_micro_batch_size_per_gpu,
+        )
+        with self._on_device():
+            stats = self.actor.compute_token_stats(data)
+        assert stats.entropy is not None and stats.extend_mass is not None, "compute_token_stats gives all three"
+        return DataProto.from_dict(
+            {"old_log_probs": stats.log_probs, "entropys": stats.entropy, "extend_mass": stats.extend_mass}
+        )
+
+    @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO, padding=False)
+    def update_actor(self, data: DataProto) -> DataProto:
+        """Train on a batch; the metrics stand in ``meta_info["metrics"]``, the same on every rank."""
+        with self._on_device(optimizer=True):
+            metrics = self.actor.update_policy(data)
+        return DataProto(meta_info={"metrics": metrics | max_memory_metrics(self._ranks.device.type)})
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def weight_metadata(self) -> list[WeightInfo]:
+        """Name, dtype and shape of every tensor that the buckets hold, in order."""
+        return self._exporter.metadata()
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL, execute_mode=Execute.RANK_ZERO)
+    def num_weight_buckets(self) -> int:
+        """Buckets of one export."""
+        return self._exporter.num_buckets
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def export_weight_bucket(self, index: int) -> dict[str, Any] | None:
+        """Lend a bucket of whole weights to the engines; see `WeightExporter.export`."""
+        return self._exporter.export(index)
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def release_weight_bucket(self, index: int) -> None:
+        """Take a bucket back, once every engine has loaded it."""
+        self._exporter.release(index)
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def save_checkpoint(self, local_path: str, global_step: int) -> None:
+        """Write a checkpoint below ``local_path``, a folder that all ranks see."""
+        with self._on_device(optimizer=True):
+            save_checkpoint(self._state, self.config.actor.checkpoint, Path(local_path), global_step)
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def load_checkpoint(self, local_path: str) -> None:
+        """Go on from a checkpoint that `save_checkpoint` wrote, on any number of ranks."""
+        with self._on_device(optimizer=True):
+            load_checkpoint(self._state, self.config.actor.checkpoint, Path(local_path))
+
+    @contextmanager
+    def _on_device(self, optimizer: bool = False) -> Iterator[None]:
+        """Have the parameters, and the optimizer's state if asked for, on the device for the time of the block."""
+        device = self._ranks.device
+        if self._offloads(self.config.actor.fsdp_config.param_offload):
+            move_parameters(self._state.module, device)
+        if optimizer and self._offloads(self.config.actor.fsdp_config.optimizer_offload):
+            move_optimizer_state(self._state.optimizer, device)
+        yield
+        self._offload(parameters=True, optimizer=optimizer)
+
+    def _offload(self, parameters: bool, optimizer: bool) -> None:
+        host = torch.device("cpu")
+        if parameters and self._offloads(self.config.actor.fsdp_config.param_offload):
+            move_parameters(self._state.module, host)
+        if optimizer and self._offloads(self.config.actor.fsdp_config.optimizer_offload):
+            move_optimizer_state(self._state.optimizer, host)
+
+    def _offloads(self, setting: bool) -> bool:
+        return setting and self._ranks.device.type == "cuda"

@@ -1,0 +1,103 @@
+"""One rank of the frozen teacher.
+
+In:  rollouts of a student whose vocabulary may extend the teacher's. Out: the teacher's log-probs of the student's
+tokens. The teacher's distribution runs over B alone, the ids below the extension that its tokenizer names; of anything
+else it reads a stand-in and says ``ref_log_prob_replace_val``.
+
+Letters: B rows of this rank, R response.
+"""
+
+import torch
+
+from verl.protocol import DataProto
+from verl.single_controller.base import Worker
+from verl.single_controller.base.decorator import Dispatch, register
+from verl.trainer.config import ActorRolloutRefConfig
+from verl.utils.tokenizer import hf_tokenizer
+from verl.workers.actor.dp_actor import DataParallelPPOActor, with_scoring_limits
+from verl.workers.fsdp.build import build_model
+from verl.workers.fsdp.process import join_ranks, require_path, softmax_size
+from verl.workers.fsdp.shard import move_parameters
+
+
+class TeacherWorker(Worker):
+    """Scores the student's tokens.
+
+    Args:
+        config: ``actor_rollout_ref``; without ``ref.model.path`` the student's own starting weights are the teacher.
+        device: ``trainer.device``.
+    """
+
+    def __init__(self, config: ActorRolloutRefConfig, device: str = "auto") -> None:
+        super().__init__()
+        self.config = config
+        self._device_setting = device
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def init_model(self) -> None:
+        """Join the other ranks, load and shard the model."""
+        config, ref = self.config, self.config.ref
+        self._ranks = join_ranks(self, self._device_setting, seed=config.rollout.seed)
+        path = require_path("actor_rollout_ref.ref.model.path", ref.model.path or config.model.path)
+        tokenizer_path = ref.model.tokenizer_path or (path if ref.model.path else config.model.tokenizer_path or path)
+        tokenizer = hf_tokenizer(tokenizer_path)
+        built = build_model(path, config.model, ref.fsdp_config, self._ranks.mesh, trainable=False)
+        shared_ids = shared_vocabulary(len(tokenizer), config.rollout.extend_vocab_start_token)
+        self.actor = DataParallelPPOActor(
+            ref,
+            built.module,
+            vocab_size=softmax_size(shared_ids, built.module),
+            replace_token_id=choose_replacement(
+                ref.ref_replace_token_id, [tokenizer.pad_token_id, tokenizer.eos_token_id], shared_ids
+            ),
+            packed=built.packed,
+            device=self._ranks.device,
+        )
+        self._move(torch.device("cpu"))
+
+    @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO)
+    def compute_ref_log_prob(self, data: DataProto) -> DataProto:
+        """``ref_log_prob`` (B, R): the teacher's log-probs of the responses."""
+        ref = self.config.ref
+        data = with_scoring_limits(
+            data,
+            ref.log_prob_use_dynamic_bsz,
+            ref.log_prob_max_token_len_per_gpu,
+            ref.log_prob_micro_batch_size_per_gpu,
+        )
+        self._move(self._ranks.device)
+        log_probs, _ = self.actor.compute_log_prob(data, mask_special_token=True)
+        self._move(torch.device("cpu"))
+        return DataProto.from_dict({"ref_log_prob": log_probs})
+
+    def _move(self, device: torch.device) -> None:
+        """With ``param_offload`` on CUDA, keep the model in host memory but for the time it is used."""
+        if self.config.ref.fsdp_config.param_offload and self._ranks.device.type == "cuda":
+            move_parameters(self.actor.actor_module, device)
+
+
+def shared_vocabulary(tokenizer_size: int, extend_start: int | None) -> int:
+    """Number of ids in B: those the teacher's tokenizer names, below the extension."""
+    return tokenizer_size if extend_start is None else min(tokenizer_size, extend_start)
+
+
+def choose_replacement(setting: int | None, candidates: list[int | None], shared_ids: int) -> int:
+    """What the teacher reads in place of ids it lacks: the setting, or the first candidate that it knows.
+
+    Raises:
+        ValueError: the teacher does not know the id that is set, or none of the candidates.
+    """
+    if setting is None:
+        known = [token for token in candidates if token is not None and token < shared_ids]
+        if known:
+            return known[0]
+        raise ValueError(
+            f"none of the pad and eos tokens {candidates} is among the teacher's {shared_ids} ids; set "
+            "actor_rollout_ref.ref.ref_replace_token_id"
+        )
+    if not 0 <= setting < shared_ids:
+        raise ValueError(
+            f"actor_rollout_ref.ref.ref_replace_token_id={setting} is none of the teacher's {shared_ids} ids; "
+            "choose one below that"
+        )
+    return setting

@@ -131,9 +131,8 @@ def main() -> None:
     print(f"\n{'stage':<16}{'median s':>10}{'share':>8}")
     for name, value in report["seconds_per_stage"].items():
         print(f"{name:<16}{value:>10.3f}{value / report['seconds_per_stage']['step']:>8.0%}")
-    print(
-        f"generated tokens/s: {report['generated_tokens_per_s']:.0f}; end to end: {report['end_to_end_tokens_per_s']:.0f}"
-    )
+    for name in ("generated_tokens_per_s", "end_to_end_tokens_per_s"):
+        print(f"{name:<26}{report[name]:>8.0f}")
     print(json.dumps(report))
 
 

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 REPO = Path(__file__).resolve().parents[2]
 SCRIPT = "recipe/onpolicy_distill/run_qwen3_distill.sh"
-WORDS = "copy reverse upper sort add count name list draw find".split()
+WORDS = ["copy", "reverse", "upper", "sort", "add", "count", "name", "list", "draw", "find"]
 
 
 def write_onerec_parquet(path: Path, rows: int, sources: tuple[str, ...] = ("letters", "sums")) -> Path:

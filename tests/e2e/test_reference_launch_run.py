@@ -1,4 +1,4 @@
-"""A launch line of verl's distillation recipe starts and makes a step: every key as it stands, paths and sizes replaced."""
+"""A launch line of verl's distillation recipe starts and makes a step; only paths and sizes are replaced."""
 
 import os
 import subprocess

@@ -1,0 +1,117 @@
+"""What the rollout config becomes for vLLM, and what is made of a dead engine's log. vLLM is not imported."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from verl.workers.config import HFModelConfig, RolloutConfig
+from verl.workers.rollout.model_facts import ModelFacts, WeightManifest
+from verl.workers.rollout.vllm_failure import describe_exit, last_exception
+from verl.workers.rollout.vllm_settings import engine_arguments, engine_environment, engine_threads
+
+MODEL = HFModelConfig(path="model", override_config={"attn_implementation": "eager", "rope_theta": 5.0})
+
+
+def arguments(device: str, vocab_size: int = 90, **options: Any) -> dict[str, Any]:
+    facts = ModelFacts(vocab_size, 100, (7,), 0, WeightManifest({}, frozenset()))
+    return engine_arguments(RolloutConfig(prompt_length=20, response_length=10, **options), MODEL, facts, 2, device)
+
+
+def test_cpu_engine() -> None:
+    given = arguments("cpu", seed=40, cpu_kvcache_space_gb=0.5)
+    expected = {
+        "dtype": "float32",
+        "max_model_len": 30,
+        "seed": 42,
+        "enforce_eager": True,
+        "kv_cache_memory_bytes": 2**29,
+        "logprobs_mode": "processed_logprobs",
+        "hf_overrides": {"rope_theta": 5.0},
+        "additional_config": {"verl_vocab_size": 90},
+    }
+    assert given | expected == given
+    assert "enable_sleep_mode" not in given
+
+
+def test_cuda_engine() -> None:
+    given = arguments("cuda", tensor_model_parallel_size=2, gpu_memory_utilization=0.7, free_cache_engine=False)
+    expected = {
+        "dtype": "bfloat16",
+        "enforce_eager": False,
+        "gpu_memory_utilization": 0.7,
+        "enable_sleep_mode": False,
+        "tensor_parallel_size": 2,
+        "distributed_executor_backend": "mp",
+    }
+    assert given | expected == given
+    assert given["worker_extension_cls"].endswith("vllm_worker.WorkerExtension")
+
+
+def test_no_limit_where_every_row_has_a_token() -> None:
+    assert "logits_processors" not in arguments("cpu", vocab_size=100)
+
+
+def test_engine_kwargs_of_vllm_win_and_others_are_left_out() -> None:
+    given = arguments("cpu", engine_kwargs={"vllm": {"block_size": 32, "seed": 1}, "sglang": {"x": 1}})
+    assert (given["block_size"], given["seed"]) == (32, 1)
+    assert "x" not in given
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"enable_chunked_prefill": False, "max_num_batched_tokens": 29, "max_num_seqs": 4}, "longest sequence of 30"),
+        ({"max_num_batched_tokens": 8, "max_num_seqs": 9}, "max_num_batched_tokens=8 is below .*max_num_seqs=9"),
+    ],
+)
+def test_batch_limits_that_contradict_name_both_keys(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        arguments("cpu", **options)
+
+
+def test_environment(tmp_path: Path) -> None:
+    config = RolloutConfig()
+    cpu = engine_environment(config, "cpu", tmp_path / "errors.log")
+    cuda = engine_environment(config, "cuda", tmp_path / "errors.log")
+    assert (cpu["VLLM_ENABLE_V1_MULTIPROCESSING"], cuda["VLLM_ENABLE_V1_MULTIPROCESSING"]) == ("0", "1")
+    assert "TORCH_COMPILE_DISABLE" in cpu and "TORCH_COMPILE_DISABLE" not in cuda
+    assert Path(cuda["VLLM_LOGGING_CONFIG_PATH"]).is_file() and "VLLM_LOGGING_CONFIG_PATH" not in cpu
+    assert "VLLM_ALLOW_INSECURE_SERIALIZATION" in cuda and "VLLM_ALLOW_INSECURE_SERIALIZATION" not in cpu
+
+
+@pytest.mark.parametrize(
+    ("omp", "cores", "ranks", "threads"), [("1", 2, 1, 1), ("1", 16, 1, 8), ("1", 16, 4, 2), ("3", 16, 1, 3)]
+)
+def test_threads(monkeypatch: pytest.MonkeyPatch, omp: str, cores: int, ranks: int, threads: int) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", omp)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(cores)))
+    assert engine_threads(RolloutConfig(tensor_model_parallel_size=ranks)) == threads
+
+
+LOG = """\
+ERROR 2026-11-22 10:00:00 VllmWorker-0 vllm.v1.executor: WorkerProc hit an exception.
+Traceback (most recent call last):
+  File "worker.py", line 1, in execute
+    raise torch.OutOfMemoryError("CUDA out of memory")
+torch.OutOfMemoryError: CUDA out of memory
+ERROR 2026-11-22 10:00:01 EngineCore vllm.v1.engine.core: EngineCore encountered a fatal error.
+RuntimeError: Worker failed
+"""
+
+
+def test_the_first_exception_in_the_log_is_the_cause(tmp_path: Path) -> None:
+    log = tmp_path / "errors.log"
+    assert last_exception(log) is None
+    log.write_text("")
+    assert last_exception(log) is None
+    log.write_text(LOG)
+    assert last_exception(log) == "torch.OutOfMemoryError: CUDA out of memory"
+    log.write_text(LOG.splitlines()[0])
+    assert last_exception(log) == LOG.splitlines()[0]
+
+
+def test_exits_in_words() -> None:
+    assert describe_exit(3) == "exited with code 3"
+    assert describe_exit(-9) == "was killed by SIGKILL, perhaps for want of memory"
+    assert describe_exit(-11) == "was killed by SIGSEGV"

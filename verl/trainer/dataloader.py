@@ -17,7 +17,6 @@ from verl.trainer.config import DataConfig
 from verl.utils.dataset.factory import create_rl_dataset
 from verl.utils.dataset.rl_dataset import RLHFDataset, collate_fn
 
-
 # torchdata calls what torch has deprecated; nothing a user of either could do about it.
 warnings.filterwarnings("ignore", message="'set_vital' is deprecated", category=UserWarning)
 

@@ -21,16 +21,21 @@ from verl.trainer.config.preflight import check_run
 from verl.trainer.config.typed import save_config, to_typed
 
 if TYPE_CHECKING:
-    from recipe.onpolicy_distill.onpolicy_distill_trainer import RayOnPolicyDistillTrainer
     from verl.trainer.config import PPOConfig
+    from verl.trainer.ppo.ray_trainer import RayPPOTrainer
 
 logger = logging.getLogger(__name__)
 
 
-def build_trainer(config: "PPOConfig") -> "RayOnPolicyDistillTrainer":
-    """Tokenizer, data, reward function and worker classes, put together; starts nothing."""
+def build_trainer(config: "PPOConfig") -> "RayPPOTrainer":
+    """Tokenizer, data, reward function and worker classes, put together; starts nothing.
+
+    The advantage decides the trainer: distillation learns from a teacher, every other estimator from a task reward.
+    """
     from recipe.onpolicy_distill.onpolicy_distill_trainer import RayOnPolicyDistillTrainer
     from verl.trainer.dataloader import build_datasets
+    from verl.trainer.ppo.core_algos import AdvantageEstimator
+    from verl.trainer.ppo.ray_trainer import RayPPOTrainer
     from verl.trainer.ppo.reward import load_reward_fn
     from verl.utils.device import get_device_name
     from verl.utils.tokenizer import hf_tokenizer
@@ -45,7 +50,9 @@ def build_trainer(config: "PPOConfig") -> "RayOnPolicyDistillTrainer":
         extend_vocab_start_token=config.actor_rollout_ref.rollout.extend_vocab_start_token,
         bad_rows_folder=config.trainer.default_local_dir,
     )
-    return RayOnPolicyDistillTrainer(
+    distils = config.algorithm.adv_estimator == AdvantageEstimator.ON_POLICY_DISTILL
+    trainer_class = RayOnPolicyDistillTrainer if distils else RayPPOTrainer
+    return trainer_class(
         config,
         tokenizer,
         {"actor": StudentWorker, "ref": TeacherWorker},
@@ -56,7 +63,7 @@ def build_trainer(config: "PPOConfig") -> "RayOnPolicyDistillTrainer":
     )
 
 
-def run(trainer: "RayOnPolicyDistillTrainer") -> None:
+def run(trainer: "RayPPOTrainer") -> None:
     """Train, and leave no process behind however it ends."""
     import ray
 

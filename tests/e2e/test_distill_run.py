@@ -58,8 +58,31 @@ def test_reverse_kl_on_held_out_prompts_falls(vllm_run: Run) -> None:
 
 def test_engine_samples_from_the_policy_that_is_trained(vllm_run: Run) -> None:
     # The sampler's log-probs and the trainer's belong to the same tokens and weights at every step.
-    gaps = vllm_run.series("training/rollout_probs_diff_max")
+    gaps = vllm_run.series("training/rollout_log_probs_diff_max")
     assert len(gaps) == 20
+    assert max(gaps) < 1e-4
+
+
+def test_a_head_tied_to_the_embedding_is_synced_too(
+    tiny_tokenizers: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("tied_run")
+    pair = make_pair(*tiny_tokenizers, folder / "pair", "--hidden", "64", "--tied")
+    train = write_onerec_parquet(folder / "train.parquet", 48)
+    overrides = [
+        *SIZES,
+        "data.train_batch_size=8",
+        "actor_rollout_ref.actor.ppo_mini_batch_size=8",
+        "actor_rollout_ref.actor.optim.lr=1e-3",
+        "actor_rollout_ref.rollout.weight_sync_bucket_mb=1",
+        "trainer.n_gpus_per_node=2",
+        "trainer.total_training_steps=6",
+        "trainer.logger=[file]",
+    ]
+    run = launch(folder / "run", overrides, script_env(pair, train))
+    assert run.returncode == 0, run.output[-6000:]
+    gaps = run.series("training/rollout_log_probs_diff_max")
+    assert len(gaps) == 6, "the last of them after five updates"
     assert max(gaps) < 1e-4
 
 
@@ -95,11 +118,22 @@ def test_rollouts_are_dumped(vllm_run: Run) -> None:
 
 @pytest.fixture(scope="module")
 def resumed_runs(tiny_pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Run]:
-    """Two steps with the small engine and a checkpoint, then two more from it."""
+    """GRPO on a task reward with the small engine: two steps and a checkpoint, then two more from it."""
     folder = tmp_path_factory.mktemp("hf_run")
     train = write_onerec_parquet(folder / "train.parquet", 64)
+    reward = folder / "reward.py"
+    reward.write_text(
+        "def compute_score(data_source, solution_str, ground_truth, extra_info):\n"
+        "    return float(len(solution_str) % 7)\n"
+    )
     overrides = [
         *SIZES,
+        "algorithm.adv_estimator=grpo",
+        f"custom_reward_function.path={reward}",
+        f"data.val_files={train}",
+        "data.val_max_samples=8",
+        "trainer.test_freq=2",
+        "trainer.val_before_train=False",
         "data.train_batch_size=8",
         "actor_rollout_ref.actor.ppo_mini_batch_size=4",
         "actor_rollout_ref.rollout.name=hf",
@@ -122,6 +156,14 @@ def test_a_run_continues_from_its_checkpoint(resumed_runs: tuple[Run, Run]) -> N
     assert sorted(second.metrics) == [1, 2, 3, 4]
     assert (second.folder / "latest_checkpointed_iteration.txt").read_text().strip() == "4"
     assert [path.name for path in second.folder.glob("global_step_*")] == ["global_step_4"]
+
+
+def test_a_task_reward_is_learned_from_and_validated(resumed_runs: tuple[Run, Run]) -> None:
+    _, second = resumed_runs
+    data = second.metrics[4]
+    assert 0 <= data["critic/score/mean"] <= 6
+    assert 0 <= data["val/letters/reward"] <= 6
+    assert not [key for key in data if key.startswith("distill/")]
 
 
 def test_a_wrong_model_path_is_named_before_anything_starts(tiny_pair: Pair, tmp_path: Path) -> None:

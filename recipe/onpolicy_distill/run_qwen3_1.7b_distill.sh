@@ -1,6 +1,10 @@
 #!/usr/bin/env bash
-# The settings of run_qwen3_distill.sh (see there for arguments and environment) for a 1.7B student: it fits one GPU of
-# 80 GB, shares its embedding with its head, and takes larger micro-batches.
+# run_qwen3_distill.sh with settings for a 1.7B student, which fits one GPU of 80 GB: larger micro-batches, and a smaller
+# share of each GPU for the engine.
+#
+#   BASE_MODEL=... TEACHER_MODEL=... DATASET_PARQUET=... bash run_qwen3_1.7b_distill.sh [HOSTFILE] [HYDRA_OVERRIDES...]
+#
+# Arguments and environment as there.
 set -euo pipefail
 
 HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
@@ -8,7 +12,7 @@ HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 main() {
     local hostfile=()
     case "${1:-}" in
-        -h | --help) exec bash "$HERE/run_qwen3_distill.sh" --help ;;
+        -h | --help) sed -n '2,/^set -/p' "${BASH_SOURCE[0]}" | sed '$d; s/^# \{0,1\}//'; exit 0 ;;
         "" | *=* | [+~-]*) ;;
         *) hostfile=("$1"); shift ;;
     esac

@@ -86,6 +86,7 @@ async def test_what_a_request_leaves_out_comes_from_the_config() -> None:
         ([1], {"top_p": 0.0}, "top_p=0.0 must lie in"),
         ([1], {"top_k": 0}, "top_k=0 must be -1"),
         ([1], {"max_tokens": 0}, "max_tokens=0 must be at least 1"),
+        ([1], {"seed": 2**63}, "seed=9223372036854775808 must lie in"),
         ([1], {"allowed_token_ids": []}, "at least one id, all of them from 0 to 89"),
         ([1], {"allowed_token_ids": [3, 90]}, "at least one id, all of them from 0 to 89"),
     ],

@@ -58,6 +58,12 @@ def test_engine_kwargs_of_vllm_win_and_others_are_left_out() -> None:
     assert "x" not in given
 
 
+def test_options_that_vllm_dropped_get_a_notice(caplog: pytest.LogCaptureFixture) -> None:
+    given = arguments("cpu", engine_kwargs={"vllm": {"swap_space": 8, "block_size": None}})
+    assert "swap_space" not in given and "block_size" not in given
+    assert "engine_kwargs.vllm.swap_space has no effect" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -114,7 +114,7 @@ class RolloutConfig:
     enable_chunked_prefill: bool = True
     """Split long prompts over engine steps."""
     engine_kwargs: dict[str, Any] = field(default_factory=dict)
-    """Options by engine, ``engine_kwargs.vllm.swap_space=8``; another engine's group is ignored."""
+    """Options by engine, ``engine_kwargs.vllm.block_size=32``; another engine's group is ignored."""
     weight_sync_bucket_mb: int = 1024
     """Most weights in flight at once during a weight sync, in MiB."""
     log_prob_use_dynamic_bsz: bool = True

@@ -314,6 +314,8 @@ def _check_sampling(asked: _RequestedSampling, vocab_size: int) -> None:
         raise ValueError(f"top_k={asked.top_k} must be -1 (all) or at least 1")
     if asked.max_tokens < 1:
         raise ValueError(f"max_tokens={asked.max_tokens} must be at least 1")
+    if asked.seed is not None and not 0 <= asked.seed < 2**63:
+        raise ValueError(f"seed={asked.seed} must lie in [0, 2**63)")
     allowed = asked.allowed_token_ids
     if allowed is not None and (not allowed or min(allowed) < 0 or max(allowed) >= vocab_size):
         raise ValueError(f"allowed_token_ids must hold at least one id, all of them from 0 to {vocab_size - 1}")

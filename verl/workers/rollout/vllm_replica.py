@@ -176,12 +176,13 @@ class VLLMReplica(RolloutReplica):
 
     async def _guard(self, call: Awaitable[Result], what: str) -> Result:
         """Await a call of the engine; where the engine died of it, say of what."""
+        from vllm.exceptions import VLLMValidationError
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
         try:
             return await call
-        except ValueError:
-            raise
+        except VLLMValidationError as error:  # a ValueError in vLLM 0.24, not in 0.32
+            raise ValueError(f"vLLM refused the request: {error}") from error
         except EngineDeadError as error:
             cause = self._processes.cause_of_death() if self._processes is not None else str(error)
             self._unusable = f"its engine is dead: {cause}"

@@ -8,6 +8,7 @@ wait: they share the cores with the training ranks. What the user set in the env
 """
 
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,13 @@ from verl.utils.device import dtype_name, resolve_dtype
 from verl.workers.config import HFModelConfig, RolloutConfig
 from verl.workers.rollout.model_facts import ModelFacts
 
+logger = logging.getLogger(__name__)
+
 ROLLOUT_KEY = "actor_rollout_ref.rollout"
 TRAINING_ONLY_OVERRIDES = ("attn_implementation",)
 """Entries of ``model.override_config`` that mean nothing to vLLM."""
+RETIRED_OPTIONS = frozenset({"swap_space", "disable_mm_preprocessor_cache"})
+"""Engine options that launch lines for verl name, and that no vLLM from 0.24 on has."""
 
 
 def runs_in_process(config: RolloutConfig, device: str) -> bool:
@@ -138,7 +143,16 @@ def engine_arguments(
             "enforce_eager": True,
             "worker_extension_cls": "verl.workers.rollout.vllm_weight_transfer.SharedMemoryWorkerExtension",
         }
-    return arguments | config.engine_kwargs.get("vllm", {})
+    return arguments | _own_options(config)
+
+
+def _own_options(config: RolloutConfig) -> dict[str, Any]:
+    """``engine_kwargs.vllm`` without what is null (vLLM's default) and without options that vLLM has no more."""
+    options = {name: value for name, value in config.engine_kwargs.get("vllm", {}).items() if value is not None}
+    for name in RETIRED_OPTIONS & options.keys():
+        del options[name]
+        logger.warning("%s.engine_kwargs.vllm.%s has no effect: vLLM dropped this option", ROLLOUT_KEY, name)
+    return options
 
 
 def _check_batching(config: RolloutConfig) -> None:

@@ -36,21 +36,28 @@ def build_trainer(config: "PPOConfig") -> "RayPPOTrainer":
     The advantage decides the trainer: distillation learns from a teacher, every other estimator from a task reward.
     """
     from recipe.onpolicy_distill.onpolicy_distill_trainer import RayOnPolicyDistillTrainer
+    from verl.experimental.agent_loop.worker import load_tools
     from verl.trainer.dataloader import build_datasets
     from verl.trainer.ppo.core_algos import AdvantageEstimator
     from verl.trainer.ppo.ray_trainer import RayPPOTrainer
     from verl.trainer.ppo.reward import load_reward_fn
     from verl.utils.device import get_device_name
     from verl.utils.tokenizer import hf_tokenizer
+    from verl.utils.vocab_contract import check_extension
     from verl.workers.student_worker import StudentWorker
     from verl.workers.teacher_worker import TeacherWorker
 
-    model = config.actor_rollout_ref.model
+    models = config.actor_rollout_ref
+    model, teacher, start = models.model, models.ref.model, models.rollout.extend_vocab_start_token
     tokenizer = hf_tokenizer(model.tokenizer_path or str(model.path), trust_remote_code=model.trust_remote_code)
+    if teacher.path:
+        known = hf_tokenizer(teacher.tokenizer_path or teacher.path, trust_remote_code=model.trust_remote_code)
+        check_extension(len(tokenizer), len(known), start)
     train_dataset, val_dataset = build_datasets(
         config.data,
         tokenizer,
-        extend_vocab_start_token=config.actor_rollout_ref.rollout.extend_vocab_start_token,
+        extend_vocab_start_token=start,
+        tool_schemas=[tool.get_openai_tool_schema() for tool in load_tools(models.rollout).values()],
         bad_rows_folder=config.trainer.default_local_dir,
     )
     distils = config.algorithm.adv_estimator == AdvantageEstimator.ON_POLICY_DISTILL

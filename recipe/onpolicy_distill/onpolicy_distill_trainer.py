@@ -1,13 +1,12 @@
 """On-policy distillation as a trainer: the reference is a teacher, and its disagreement is the advantage.
 
-Overrides three stages of ``RayPPOTrainer`` (reward: none; advantage: clipped reverse KL per token; metrics) and what
-validation measures. The loop is the base class's.
+No task reward, always a teacher, and figures of its own in training and validation. The clipped reverse KL itself is an
+advantage estimator in ``core_algos``; the loop is the base class's.
 """
 
 import logging
 
 from verl.protocol import DataProto
-from verl.trainer.ppo.advantage import compute_rollout_is_weights
 from verl.trainer.ppo.metric_utils import (
     compute_on_policy_distill_data_metrics,
     compute_validation_distill_metrics,
@@ -29,14 +28,6 @@ class RayOnPolicyDistillTrainer(RayPPOTrainer):
     def uses_reward(self) -> bool:
         """No task reward; a reward function, where given, is used by validation alone."""
         return False
-
-    def advantage(self, batch: DataProto) -> DataProto:
-        """``advantages`` and ``returns`` (B, R), with ``rollout_is_weights`` where the sampler is corrected for."""
-        advantages = super().advantage(batch)
-        correction = self.config.algorithm.rollout_correction
-        if correction.rollout_is is None:
-            return advantages
-        return advantages.union(compute_rollout_is_weights(batch, correction))
 
     def step_metrics(self, batch: DataProto) -> Metrics:
         """The base figures and the ``distill/*`` family, overall and per data source."""

@@ -48,7 +48,14 @@ ALLOWED = {
         "verl.utils",
         "verl.protocol",
     ),
-    "verl/trainer/config/": ("verl.trainer.config", "verl.workers.config", "verl.trainer.ppo.core_algos"),
+    # The last three are imported inside functions of preflight.py alone, to look at a run before it starts.
+    "verl/trainer/config/": (
+        "verl.trainer.config",
+        "verl.workers.config",
+        "verl.trainer.ppo.core_algos",
+        "verl.utils.dataset.parquet_files",
+        "verl.experimental.agent_loop.base",
+    ),
     "verl/trainer/": (
         "verl.trainer",
         "verl.single_controller",

@@ -27,11 +27,13 @@ def build_datasets(
     *,
     extend_vocab_start_token: int | None = None,
     bad_rows_folder: str | Path,
+    tool_schemas: list[dict[str, Any]] | None = None,
 ) -> tuple[RLHFDataset, RLHFDataset | None]:
     """Read the training prompts and, where ``data.val_files`` is set, the validation prompts.
 
     Args:
         bad_rows_folder: receives ``bad_rows_train.jsonl`` and ``bad_rows_val.jsonl``, a line per row left out.
+        tool_schemas: OpenAI function schemas of the run's tools, which count towards a prompt's length.
 
     Raises:
         ValueError: files that cannot be read, or hold no usable prompt.
@@ -45,6 +47,7 @@ def build_datasets(
             extend_vocab_start_token=extend_vocab_start_token,
             bad_rows_path=Path(bad_rows_folder) / f"bad_rows_{part}.jsonl",
             max_samples=max_samples,
+            tool_schemas=tool_schemas,
         )
 
     train = build("train", config.train_files, config.train_max_samples)

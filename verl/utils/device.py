@@ -93,9 +93,9 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def release_cached_memory() -> None:
+def release_cached_memory(device_name: str) -> None:
     """Give memory that the allocator holds unused back to the GPU, where the rollout engine may want it."""
-    if is_cuda_available():
+    if device_name == "cuda":
         torch.cuda.ipc_collect()
         torch.cuda.empty_cache()
 

@@ -12,7 +12,7 @@ from verl.protocol import DataProto
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-COPIED_COLUMNS = ("uid", "index", "data_source")
+COPIED_COLUMNS = ("uid", "index", "source", "data_source")
 """Object columns that are copied as they are, where the batch has them."""
 
 

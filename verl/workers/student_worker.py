@@ -19,7 +19,7 @@ from verl.protocol import DataProto
 from verl.single_controller.base import Worker
 from verl.single_controller.base.decorator import Dispatch, Execute, register
 from verl.trainer.config import ActorRolloutRefConfig
-from verl.utils.device import max_memory_metrics, resolve_dtype
+from verl.utils.device import max_memory_metrics, release_cached_memory, resolve_dtype
 from verl.utils.tokenizer import hf_tokenizer
 from verl.workers.actor.dp_actor import DataParallelPPOActor, with_scoring_limits
 from verl.workers.fsdp.build import build_model
@@ -49,7 +49,9 @@ class StudentWorker(Worker):
         config, actor = self.config, self.config.actor
         self._ranks = join_ranks(self, self._device_setting, seed=config.rollout.seed)
         path = require_path("actor_rollout_ref.model.path", config.model.path)
-        self._tokenizer = hf_tokenizer(config.model.tokenizer_path or path)
+        self._tokenizer = hf_tokenizer(
+            config.model.tokenizer_path or path, trust_remote_code=config.model.trust_remote_code
+        )
         built = build_model(path, config.model, actor.fsdp_config, self._ranks.mesh, trainable=True)
         optimizer = build_optimizer(built.module, actor.optim)
         schedule = LearningRateSchedule(optimizer, actor.optim)
@@ -141,11 +143,13 @@ class StudentWorker(Worker):
         self._offload(parameters=True, optimizer=optimizer)
 
     def _offload(self, parameters: bool, optimizer: bool) -> None:
+        """Leave the GPU to the engine: what is offloaded goes to the host, what the allocator caches goes back."""
         host = torch.device("cpu")
         if parameters and self._offloads(self.config.actor.fsdp_config.param_offload):
             move_parameters(self._state.module, host)
         if optimizer and self._offloads(self.config.actor.fsdp_config.optimizer_offload):
             move_optimizer_state(self._state.optimizer, host)
+        release_cached_memory(self._ranks.device.type)
 
     def _offloads(self, setting: bool) -> bool:
         return setting and self._ranks.device.type == "cuda"

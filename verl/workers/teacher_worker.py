@@ -13,6 +13,7 @@ from verl.protocol import DataProto
 from verl.single_controller.base import Worker
 from verl.single_controller.base.decorator import Dispatch, register
 from verl.trainer.config import ActorRolloutRefConfig
+from verl.utils.device import release_cached_memory
 from verl.utils.tokenizer import hf_tokenizer
 from verl.workers.actor.dp_actor import DataParallelPPOActor, with_scoring_limits
 from verl.workers.fsdp.build import build_model
@@ -40,7 +41,7 @@ class TeacherWorker(Worker):
         self._ranks = join_ranks(self, self._device_setting, seed=config.rollout.seed)
         path = require_path("actor_rollout_ref.ref.model.path", ref.model.path or config.model.path)
         tokenizer_path = ref.model.tokenizer_path or (path if ref.model.path else config.model.tokenizer_path or path)
-        tokenizer = hf_tokenizer(tokenizer_path)
+        tokenizer = hf_tokenizer(tokenizer_path, trust_remote_code=config.model.trust_remote_code)
         built = build_model(path, config.model, ref.fsdp_config, self._ranks.mesh, trainable=False)
         shared_ids = shared_vocabulary(len(tokenizer), config.rollout.extend_vocab_start_token)
         self.actor = DataParallelPPOActor(
@@ -71,9 +72,13 @@ class TeacherWorker(Worker):
         return DataProto.from_dict({"ref_log_prob": log_probs})
 
     def _move(self, device: torch.device) -> None:
-        """With ``param_offload`` on CUDA, keep the model in host memory but for the time it is used."""
+        """With ``param_offload`` on CUDA, keep the model in host memory but for the time it is used.
+
+        What the allocator caches goes back to the GPU in any case: the engine wants it.
+        """
         if self.config.ref.fsdp_config.param_offload and self._ranks.device.type == "cuda":
             move_parameters(self.actor.actor_module, device)
+        release_cached_memory(self._ranks.device.type)
 
 
 def shared_vocabulary(tokenizer_size: int, extend_start: int | None) -> int:

@@ -81,12 +81,24 @@ def test_a_secret_leaves_the_command_line(monkeypatch: pytest.MonkeyPatch, caplo
     assert config.ray_kwargs.ray_init["runtime_env"]["env_vars"] == {"WANDB_API_KEY": "hunter2"}
 
 
-@pytest.mark.parametrize("name", ["WANDB_API_KEY", "HF_TOKEN", "AWS_ACCESS_KEY_ID", "_redis_password", "MY_SECRET"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("WANDB_API_KEY", "HF_TOKEN", "AWS_ACCESS_KEY_ID", "_redis_password", "MY_SECRET"),
+        *("DB_PASS", "mysql_pwd", "REGISTRY-AUTH", "GCP_CREDENTIAL", "APPCREDENTIAL", "AWS_CREDENTIALS_FILE"),
+    ],
+)
 def test_secret_names(name: str) -> None:
     assert looks_secret(name)
 
 
-@pytest.mark.parametrize("name", ["TOKENIZERS_PARALLELISM", "NCCL_DEBUG", "max_num_batched_tokens", "KEYBOARD"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("TOKENIZERS_PARALLELISM", "NCCL_DEBUG", "max_num_batched_tokens", "KEYBOARD"),
+        *("PWD", "OLDPWD", "SSH_AUTH_SOCK", "COMPASS", "PASS_THROUGH"),
+    ],
+)
 def test_names_that_are_no_secrets(name: str) -> None:
     assert not looks_secret(name)
 

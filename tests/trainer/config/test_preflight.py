@@ -1,5 +1,6 @@
 """User errors that a look at files and packages finds."""
 
+import importlib
 import json
 import re
 from pathlib import Path
@@ -9,9 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from verl.experimental.agent_loop.base import AgentLoopBase, get_agent_loop_class, register
 from verl.trainer.config import preflight
 from verl.trainer.config.preflight import check_run
 from verl.trainer.config.typed import load_config
+from verl.workers.config.rollout import AGENT_LOOPS
 
 
 @pytest.fixture(autouse=True)
@@ -111,6 +114,11 @@ def test_a_run_in_order_passes_and_makes_nothing(run: list[str], tmp_path: Path)
             ["actor_rollout_ref.rollout.multi_turn.tool_config_path=tools.yaml"],
             "tool_config_path=tools.yaml: there is no",
         ),
+        (
+            ["actor_rollout_ref.rollout.agent.default_agent_loop=browser_agent"],
+            "actor_rollout_ref.rollout.agent.default_agent_loop='browser_agent' is unknown; use tool_agent or "
+            "single_turn_agent, or register one's own (verl.experimental.agent_loop.base.register)",
+        ),
         (["trainer.default_local_dir=train.parquet/x"], "trainer.default_local_dir=train.parquet/x cannot be written"),
         (["trainer.rollout_data_dir=train.parquet"], "trainer.rollout_data_dir=train.parquet cannot be written"),
         (
@@ -165,6 +173,32 @@ def test_files_may_be_folders_globs_and_lists(run: list[str], tmp_path: Path) ->
             check(*run, f"data.train_files={files}", "data.train_batch_size=34")
 
 
+def test_a_folder_stands_for_its_own_files_as_it_does_when_they_are_read(run: list[str], tmp_path: Path) -> None:
+    (tmp_path / "top" / "deeper").mkdir(parents=True)
+    write_parquet(tmp_path / "top" / "deeper" / "train.parquet")
+    with pytest.raises(ValueError, match=r"data\.train_files=top matches no parquet file"):
+        check(*run, "data.train_files=top")
+    write_parquet(tmp_path / "top" / "train.parquet")
+    assert check(*run, "data.train_files=top", "data.train_batch_size=40") == []
+    with pytest.raises(ValueError, match="more than the 40 rows"):
+        check(*run, "data.train_files=top", "data.train_batch_size=80")
+    assert check(*run, "data.train_files=top/**/*.parquet", "data.train_batch_size=80") == []
+
+
+def test_the_built_in_agent_loops_are_known_without_their_registry() -> None:
+    for module in ("tool_agent_loop", "single_turn_agent_loop"):
+        importlib.import_module(f"verl.experimental.agent_loop.{module}")
+    assert [get_agent_loop_class(name).__name__ for name in AGENT_LOOPS] == ["ToolAgentLoop", "SingleTurnAgentLoop"]
+
+
+def test_a_registered_agent_loop_is_known(run: list[str]) -> None:
+    override = "actor_rollout_ref.rollout.agent.default_agent_loop=own_agent_of_the_preflight_test"
+    with pytest.raises(ValueError, match="own_agent_of_the_preflight_test"):
+        check(*run, override)
+    register("own_agent_of_the_preflight_test")(AgentLoopBase)
+    assert check(*run, override) == []
+
+
 def test_messages_may_stand_in_another_column(run: list[str], tmp_path: Path) -> None:
     write_parquet(tmp_path / "chat.parquet", column="chat")
     assert check(*run, "data.train_files=chat.parquet", "data.prompt_key=chat") == []
@@ -207,6 +241,16 @@ def test_task_rewards_need_no_teacher(run: list[str]) -> None:
 def test_notices(run: list[str], overrides: list[str], expected: str) -> None:
     (notice,) = check(*run, *overrides)
     assert expected in notice
+
+
+@pytest.mark.parametrize("setting", ["do_sample=False", "temperature=0"])
+def test_greedy_validation_says_what_it_does_not_measure(run: list[str], setting: str) -> None:
+    override = f"actor_rollout_ref.rollout.val_kwargs.{setting}"
+    (notice,) = check(*run, "data.val_files=train.parquet", override)
+    assert "validation is greedy" in notice
+    assert "val/reverse_kl" in notice
+    assert check(*run, override) == []
+    assert check(*run, "data.val_files=train.parquet", "algorithm.adv_estimator=grpo", override) == []
 
 
 def test_importance_weights_take_the_notice_away(run: list[str]) -> None:

@@ -10,6 +10,8 @@ from omegaconf import OmegaConf
 from verl.trainer.config import PPOConfig
 from verl.trainer.config.typed import load_config, public_dict, save_config, to_typed
 
+ROLLOUT = "actor_rollout_ref.rollout"
+VAL = f"{ROLLOUT}.val_kwargs"
 ENV = "ray_kwargs.ray_init.runtime_env.env_vars"
 
 
@@ -109,7 +111,13 @@ def test_wrong_types_name_key_value_and_type(override: str, expected: str) -> No
         (["trainer.n_gpus_per_node=3"], "ppo_mini_batch_size=256 x actor_rollout_ref.rollout.n=1 rows do not divide"),
         (
             ["data.max_prompt_length=900", "actor_rollout_ref.rollout.prompt_length=512"],
-            "data.max_prompt_length=900 is above actor_rollout_ref.rollout.prompt_length=512",
+            "data.max_prompt_length=900 differs from actor_rollout_ref.rollout.prompt_length=512; "
+            "set data.max_prompt_length only",
+        ),
+        (
+            ["data.max_response_length=100", "actor_rollout_ref.rollout.response_length=512"],
+            "data.max_response_length=100 differs from actor_rollout_ref.rollout.response_length=512; "
+            "set data.max_response_length only",
         ),
         (
             ["actor_rollout_ref.ref.log_prob_max_token_len_per_gpu=1000"],
@@ -133,11 +141,70 @@ def test_wrong_types_name_key_value_and_type(override: str, expected: str) -> No
             ["algorithm.distill_adv_max_clip=-1", "algorithm.distill_adv_min_clip=0"],
             "algorithm.distill_adv_min_clip=0.0 is above algorithm.distill_adv_max_clip=-1.0",
         ),
+        (
+            ["algorithm.adv_estimator=on_policy_distill", "algorithm.use_kl_in_reward=True"],
+            "algorithm.use_kl_in_reward=True has no effect with algorithm.adv_estimator=on_policy_distill, whose "
+            "advantage comes from the teacher and not from rewards; set it to False, and "
+            "actor_rollout_ref.actor.use_kl_loss=True",
+        ),
+        (
+            ["data.truncation=left", f"{ROLLOUT}.multi_turn.tool_config_path=tools.yaml"],
+            f"data.truncation=left would cut the tools of {ROLLOUT}.multi_turn.tool_config_path=tools.yaml",
+        ),
+        (
+            ["data.apply_chat_template_kwargs.add_generation_prompt=False"],
+            "data.apply_chat_template_kwargs.add_generation_prompt=False is set by the agent loops",
+        ),
+        (["actor_rollout_ref.actor.clip_ratio_c=1"], "actor_rollout_ref.actor.clip_ratio_c=1.0 must be above 1"),
+        (["trainer.max_actor_ckpt_to_keep=0"], "trainer.max_actor_ckpt_to_keep=0 must be at least 1, or null to keep"),
+        ([f"{ROLLOUT}.top_k=0"], f"{ROLLOUT}.top_k=0 must be -1 (all) or at least 1"),
+        ([f"{VAL}.temperature=-0.1"], f"{VAL}.temperature=-0.1 must be at least 0"),
+        ([f"{VAL}.n=0"], f"{VAL}.n=0 must be at least 1"),
+        ([f"{VAL}.top_p=0"], f"{VAL}.top_p=0.0 must lie in (0, 1]"),
+        ([f"{VAL}.top_p=1.1"], f"{VAL}.top_p=1.1 must lie in (0, 1]"),
+        ([f"{VAL}.top_k=-2"], f"{VAL}.top_k=-2 must be -1 (all) or at least 1"),
+        (
+            [f"{ROLLOUT}.enable_chunked_prefill=False", f"{ROLLOUT}.max_num_batched_tokens=1023"],
+            f"{ROLLOUT}.max_num_batched_tokens=1023 is below the longest sequence of 1024 tokens; raise it, or set "
+            f"{ROLLOUT}.enable_chunked_prefill=True",
+        ),
+        (
+            [f"{ROLLOUT}.max_num_batched_tokens=8", f"{ROLLOUT}.max_num_seqs=9"],
+            f"{ROLLOUT}.max_num_batched_tokens=8 is below {ROLLOUT}.max_num_seqs=9; raise the first or lower",
+        ),
+        (
+            [f"{ROLLOUT}.engine_kwargs.vllm.max_num_seqs=8193"],
+            f"{ROLLOUT}.max_num_batched_tokens=8192 is below {ROLLOUT}.engine_kwargs.vllm.max_num_seqs=8193",
+        ),
     ],
 )
 def test_settings_that_cannot_be_name_every_key_and_value(overrides: list[str], expected: str) -> None:
     with pytest.raises(ValueError, match=re.escape(expected)):
         load_config(overrides)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["algorithm.adv_estimator=grpo", "algorithm.use_kl_in_reward=True"],
+        ["data.truncation=left"],
+        [
+            "data.truncation=left",
+            "data.filter_overlong_prompts=True",
+            f"{ROLLOUT}.multi_turn.tool_config_path=tools.yaml",
+        ],
+        ["trainer.max_actor_ckpt_to_keep=1"],
+        [f"{VAL}.temperature=0", f"{VAL}.top_k=1"],
+        [f"{ROLLOUT}.enable_chunked_prefill=False", f"{ROLLOUT}.max_num_batched_tokens=1024"],
+        [f"{ROLLOUT}.max_num_batched_tokens=8", f"{ROLLOUT}.max_num_seqs=8"],
+        # A limit that is vLLM's: another engine has none, and vLLM's own options win.
+        [f"{ROLLOUT}.name=hf", f"{ROLLOUT}.max_num_batched_tokens=8"],
+        [f"{ROLLOUT}.max_num_batched_tokens=8", f"{ROLLOUT}.engine_kwargs.vllm.max_num_batched_tokens=256"],
+        [f"{ROLLOUT}.max_num_batched_tokens=8", f"{ROLLOUT}.engine_kwargs.vllm.max_num_seqs=8"],
+    ],
+)
+def test_settings_at_the_edge_are_accepted(overrides: list[str]) -> None:
+    load_config(overrides)
 
 
 def test_bound_of_zero_stays_a_bound() -> None:

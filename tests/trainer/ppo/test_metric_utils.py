@@ -11,6 +11,7 @@ from verl.trainer.config import AlgoConfig
 from verl.trainer.ppo.metric_utils import (
     compute_data_metrics,
     compute_on_policy_distill_data_metrics,
+    compute_reward_extra_metrics,
     compute_throughout_metrics,
     compute_timing_metrics,
     compute_validation_distill_metrics,
@@ -232,3 +233,8 @@ def test_reduction_follows_the_name() -> None:
         "perf/min_free": 1.0,
         "maximum/mean": 2.0,
     }
+
+
+def test_what_a_reward_function_reports_beside_the_score_is_averaged() -> None:
+    reported = {"format_ok": [True, False, None, True], "note": ["a", "b", "c", "d"]}
+    assert compute_reward_extra_metrics(reported) == {"reward_extra/format_ok": pytest.approx(2 / 3)}

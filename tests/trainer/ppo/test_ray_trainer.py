@@ -220,11 +220,66 @@ def test_a_run_resumes_where_it_was_saved(tmp_path: Path) -> None:
 
     second, log = make_trainer(make_config(tmp_path, total_training_steps=4))
     second.fit()
-    assert log[:2] == ["load 3", "sync 3"]
+    assert log[:3] == ["sleep", "load 3", "sync 3"], "loading needs the memory that an engine may hold"
     assert [step for step, _ in second.logger.lines] == [4]
     seen = [row for batch in first.actor_wg.updated[2:] for row in batch.non_tensor_batch["index"]]
     seen += list(second.actor_wg.updated[0].non_tensor_batch["index"])
     assert sorted(seen) == list(range(8)), "the second epoch goes on with the prompts it had not shown"
+
+
+def test_old_checkpoints_of_another_run_do_not_cost_a_new_run_its_own(tmp_path: Path) -> None:
+    for step in (400, 450):
+        (tmp_path / f"global_step_{step}" / "actor").mkdir(parents=True)
+    config = make_config(tmp_path, total_training_steps=3, save_freq=1, max_actor_ckpt_to_keep=2, resume_mode="disable")
+    trainer, _ = make_trainer(config)
+    trainer.fit()
+    left = sorted(path.name for path in tmp_path.glob("global_step_*"))
+    assert left == ["global_step_2", "global_step_3", "global_step_400", "global_step_450"]
+
+
+def test_a_checkpoint_of_other_data_is_refused(tmp_path: Path) -> None:
+    first, _ = make_trainer(make_config(tmp_path, total_training_steps=1, save_freq=1))
+    first.fit()
+    second, _ = make_trainer(make_config(tmp_path, total_training_steps=2))
+    second.train_dataset.rows = 12
+    with pytest.raises(ValueError, match="8 prompts in batches of 4, and this run has 12 in batches of 4"):
+        second.fit()
+
+
+def test_a_checkpoint_without_a_data_position_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    first, _ = make_trainer(make_config(tmp_path, total_training_steps=1, save_freq=1))
+    first.fit()
+    (tmp_path / "global_step_1" / "data.pt").unlink()
+    second, _ = make_trainer(make_config(tmp_path, total_training_steps=2))
+    second.fit()
+    assert "data.pt" in caplog.text
+
+
+def test_an_adaptive_kl_weight_survives_a_resume(tmp_path: Path) -> None:
+    first, _ = make_trainer(make_config(tmp_path, total_training_steps=1, save_freq=1))
+    first.kl_controller.value = 0.25
+    first.fit()
+    second, _ = make_trainer(make_config(tmp_path, total_training_steps=1))
+    second.resume()
+    assert second.kl_controller.value == 0.25
+
+
+@pytest.mark.parametrize("cls", [RayOnPolicyDistillTrainer, RayPPOTrainer])
+def test_every_estimator_corrects_for_the_sampler_where_asked(tmp_path: Path, cls: type[RayPPOTrainer]) -> None:
+    config = make_config(tmp_path, total_training_steps=1)
+    config.algorithm.rollout_correction.rollout_is = "token"
+    if cls is RayPPOTrainer:
+        config.algorithm.adv_estimator = "grpo"
+    trainer, _ = make_trainer(config, cls, reward_fn=lambda **_: 1.0)
+    batch = trainer.prepare(next(iter(trainer.train_loader)), n=1)
+    batch = batch.union(trainer.generate(batch)).union(trainer.actor_wg.compute_log_prob(batch))
+    batch = batch.union(trainer.actor_wg.compute_ref_log_prob(batch))
+    batch.batch["token_level_scores"] = torch.ones(4, R)
+    # The sampler gave both tokens log-prob -1.5; the policy gives -1 and -2.
+    batch.batch["rollout_log_probs"] = torch.full((4, R), -1.5)
+    weights = trainer.advantage(batch).batch["rollout_is_weights"]
+    expected = torch.tensor([[0.5, -0.5, 0.0]]).exp() * torch.tensor([1.0, 1.0, 0.0])
+    torch.testing.assert_close(weights, expected.expand(4, R))
 
 
 def test_a_task_reward_needs_a_function(tmp_path: Path) -> None:

@@ -33,6 +33,8 @@ def test_what_stands_for_no_file_is_named(tmp_path, missing):
 def test_no_files_at_all():
     with pytest.raises(ValueError, match="no data file is given"):
         expand_data_files([])
+    with pytest.raises(ValueError, match="data file ''"):
+        expand_data_files([""])  # not the current folder
 
 
 def test_rows_over_files_with_different_columns(tmp_path):

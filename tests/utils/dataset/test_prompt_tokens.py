@@ -4,6 +4,7 @@ from collections import Counter
 
 import pytest
 
+from verl.experimental.agent_loop.chat_template import ChatTemplate
 from verl.trainer.config import DataConfig
 from verl.utils.dataset.onerec_messages import BadRowError
 from verl.utils.dataset.prompt_tokens import PromptEncoder, append_switch, possible_switches, think_switch, truncate
@@ -57,6 +58,22 @@ def test_ids_are_those_of_the_chat_template(tokenizer):
     encoder = PromptEncoder(tokenizer, DataConfig(apply_chat_template_kwargs={"enable_thinking": False}))
     text = tokenizer.decode(encoder.encode([QUESTION])[0])
     assert text == "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+
+
+@pytest.mark.parametrize("name", ["tiny", "mini8k", "mini8k-item256"])
+def test_tools_stand_in_the_prompt_as_the_agent_loop_puts_them(request, tiny_tokenizers, name):
+    folder = tiny_tokenizers[1]
+    if name != "tiny":
+        folder = request.getfixturevalue("shared_data") / "tokenizer" / name
+    tokenizer = hf_tokenizer(folder)
+    schemas = [{"type": "function", "function": {"name": "look", "description": "<tools>\n ä", "parameters": {}}}]
+    chats = [QUESTION, [{"role": "system", "content": "Be brief."}, *QUESTION]]
+    encoder = PromptEncoder(tokenizer, DataConfig(), schemas)
+    template = ChatTemplate(tokenizer, schemas)
+    for with_tools in (True, False):
+        expected = [template.encode_prompt(chat, with_tools) for chat in chats]
+        assert encoder.encode(chats, with_tools) == encoder.encode_each(chats, with_tools) == expected
+    assert encoder.encode(chats) != PromptEncoder(tokenizer, DataConfig(), []).encode(chats) == expected
 
 
 def test_a_refused_prompt_leaves_the_others_of_its_block(tokenizer):

@@ -1,11 +1,15 @@
 """RLHFDataset on verl's layout, collation, and the choice of a data set class."""
 
+import json
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 
+from verl.experimental.agent_loop.chat_template import ChatTemplate
 from verl.trainer.config import CustomClassConfig, DataConfig
+from verl.trainer.dataloader import build_datasets
 from verl.utils.dataset.factory import create_rl_dataset, get_dataset_class
 from verl.utils.dataset.onerec_dataset import OneRecDataset
 from verl.utils.dataset.rl_dataset import RLHFDataset, collate_fn
@@ -97,3 +101,73 @@ def test_a_custom_class(tokenizer, tmp_path):
         get_dataset_class(data, DataConfig(custom_cls=CustomClassConfig(path=str(module), name="other")))
     with pytest.raises(ValueError, match=r"needs data\.custom_cls\.name"):
         get_dataset_class(data, DataConfig(custom_cls=CustomClassConfig(path=str(module))))
+
+
+def test_columns_of_json_text(tokenizer, tmp_path):
+    row = verl_row("2 + 2")
+    kwargs = {"add": {"create_kwargs": {"start": 1}}}
+    columns = {
+        "reward_model": row["reward_model"],
+        "extra_info": {"split": "train", "tools_kwargs": json.dumps(kwargs)},
+    }
+    texts = {name: json.dumps(value) for name, value in columns.items()}
+    rows = [row | texts, row | {name: text.encode() for name, text in texts.items()}]
+    for number, each in enumerate(rows):
+        entry = RLHFDataset(write(tmp_path / f"{number}.parquet", [each]), tokenizer, DataConfig())[0]
+        assert entry["reward_model"] == {"style": "rule", "ground_truth": "4"}
+        assert entry["extra_info"] == columns["extra_info"]
+        assert entry["tools_kwargs"] == kwargs
+
+
+def test_columns_that_cannot_be_read_are_bad_rows(tokenizer, tmp_path):
+    row = {**verl_row("a"), "reward_model": None, "extra_info": " "}
+    rows = [
+        row,
+        row | {"extra_info": "{"},
+        row | {"extra_info": "[1]"},
+        row | {"reward_model": "four"},
+        row | {"extra_info": '{"tools_kwargs": 3}'},
+    ]
+    path = write(tmp_path / "d.parquet", rows)
+    dataset = RLHFDataset(path, tokenizer, DataConfig())
+    assert dataset[0]["reward_model"] == {"style": "rule", "ground_truth": None}
+    assert dataset[0]["extra_info"] == dataset[0]["tools_kwargs"] == {}
+    assert len(dataset) == 1
+    assert dataset.ledger.dropped == {
+        "unreadable_extra_info": 2,
+        "unreadable_reward_model": 1,
+        "unreadable_tools_kwargs": 1,
+    }
+    with pytest.raises(ValueError, match=r"row 1: extra_info is a text that is no JSON.*data\.on_bad_row=drop"):
+        RLHFDataset(path, tokenizer, DataConfig(on_bad_row="error"))
+
+
+def test_prompts_are_as_long_as_the_agent_loop_makes_them(tokenizer, tmp_path):
+    parameters = {"type": "object", "properties": {"first": {"type": "number"}}, "required": ["first"]}
+    schemas = [
+        {"type": "function", "function": {"name": name, "description": "Für dich", "parameters": parameters}}
+        for name in ("add", "look")
+    ]
+    template = ChatTemplate(tokenizer, schemas, {"enable_thinking": False})
+    message = [{"role": "user", "content": "2 + 2"}]
+    sent = {
+        "tool_agent": len(template.encode_prompt(message, with_tools=True)),
+        "single_turn_agent": len(template.encode_prompt(message, with_tools=False)),
+    }
+    assert sent["single_turn_agent"] < sent["tool_agent"]
+    path = write(tmp_path / "d.parquet", [verl_row("2 + 2", agent_name=name) for name in (*sent, None)])
+
+    def kept(limit):
+        config = DataConfig(
+            train_files=str(path),
+            max_prompt_length=limit,
+            filter_overlong_prompts=True,
+            apply_chat_template_kwargs={"enable_thinking": False},
+        )
+        dataset, _ = build_datasets(config, tokenizer, bad_rows_folder=tmp_path, tool_schemas=schemas)
+        return [entry["agent_name"] for entry in (dataset[place] for place in range(len(dataset)))]
+
+    assert kept(sent["tool_agent"]) == ["tool_agent", "single_turn_agent", None]
+    assert kept(sent["tool_agent"] - 1) == kept(sent["single_turn_agent"]) == ["single_turn_agent"]
+    with pytest.raises(ValueError, match="no usable row"):
+        kept(sent["single_turn_agent"] - 1)

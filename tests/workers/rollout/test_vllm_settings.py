@@ -64,18 +64,6 @@ def test_options_that_vllm_dropped_get_a_notice(caplog: pytest.LogCaptureFixture
     assert "engine_kwargs.vllm.swap_space has no effect" in caplog.text
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"enable_chunked_prefill": False, "max_num_batched_tokens": 29, "max_num_seqs": 4}, "longest sequence of 30"),
-        ({"max_num_batched_tokens": 8, "max_num_seqs": 9}, "max_num_batched_tokens=8 is below .*max_num_seqs=9"),
-    ],
-)
-def test_batch_limits_that_contradict_name_both_keys(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        arguments("cpu", **options)
-
-
 def test_environment(tmp_path: Path) -> None:
     config = RolloutConfig()
     cpu = engine_environment(config, "cpu", tmp_path / "errors.log")

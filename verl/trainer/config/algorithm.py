@@ -4,6 +4,9 @@ from dataclasses import dataclass, field
 
 from verl.workers.config.actor import KL_ESTIMATORS
 
+ON_POLICY_DISTILL = "on_policy_distill"
+"""``AdvantageEstimator.ON_POLICY_DISTILL``, for checks that have to do without torch."""
+
 
 @dataclass
 class KLControlConfig:
@@ -55,7 +58,7 @@ class AlgoConfig:
     norm_adv_by_std_in_grpo: bool = True
     """Divide GRPO advantages by the group's standard deviation."""
     use_kl_in_reward: bool = False
-    """Subtract a KL penalty to the reference from the token rewards."""
+    """Subtract a KL penalty to the reference from the token rewards; not with ``on_policy_distill``, which has none."""
     kl_penalty: str = "kl"
     """Estimator of that penalty: ``kl`` (k1), ``abs``, ``mse`` (k2) or ``low_var_kl`` (k3)."""
     kl_ctrl: KLControlConfig = field(default_factory=KLControlConfig)

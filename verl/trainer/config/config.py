@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from verl.trainer.config.algorithm import AlgoConfig
+from verl.trainer.config.algorithm import ON_POLICY_DISTILL, AlgoConfig
 from verl.trainer.config.data import CustomClassConfig, DataConfig
 from verl.trainer.config.trainer import TrainerConfig
 from verl.workers.config import FSDPActorConfig, HFModelConfig, RefConfig, RolloutConfig
@@ -43,6 +43,8 @@ class PPOConfig:
         self._check_lengths()
         self._check_token_limits()
         self._check_roles()
+        self._check_algorithm()
+        self._check_tools()
 
     def _check_batch_sizes(self) -> None:
         actor, rollout = self.actor_rollout_ref.actor, self.actor_rollout_ref.rollout
@@ -66,10 +68,10 @@ class PPOConfig:
             ("max_response_length", data.max_response_length, "response_length", rollout.response_length),
         )
         for data_name, wanted, rollout_name, room in pairs:
-            if wanted > room:
+            if wanted != room:
                 raise ValueError(
-                    f"data.{data_name}={wanted} is above actor_rollout_ref.rollout.{rollout_name}={room}; "
-                    f"leave the second to follow the first"
+                    f"data.{data_name}={wanted} differs from actor_rollout_ref.rollout.{rollout_name}={room}; "
+                    f"set data.{data_name} only, which the other follows"
                 )
 
     def _check_token_limits(self) -> None:
@@ -106,9 +108,28 @@ class PPOConfig:
                 f"divide trainer.n_gpus_per_node={self.trainer.n_gpus_per_node}; an engine replica takes whole GPUs of "
                 "one machine, so change one of them"
             )
-        rollout_is = self.algorithm.rollout_correction.rollout_is
+
+    def _check_algorithm(self) -> None:
+        algorithm, rollout = self.algorithm, self.actor_rollout_ref.rollout
+        if algorithm.use_kl_in_reward and algorithm.adv_estimator == ON_POLICY_DISTILL:
+            raise ValueError(
+                f"algorithm.use_kl_in_reward=True has no effect with algorithm.adv_estimator={ON_POLICY_DISTILL}, "
+                "whose advantage comes from the teacher and not from rewards; set it to False, and "
+                "actor_rollout_ref.actor.use_kl_loss=True for a KL term in the loss"
+            )
+        rollout_is = algorithm.rollout_correction.rollout_is
         if rollout_is is not None and not rollout.calculate_log_probs:
             raise ValueError(
                 f"algorithm.rollout_correction.rollout_is={rollout_is} needs the sampler's log-probs, but "
                 "actor_rollout_ref.rollout.calculate_log_probs=False; set it to True"
+            )
+
+    def _check_tools(self) -> None:
+        """A prompt that is cut loses tool schemas, which the chat template puts into it, or parts of them."""
+        data, tools = self.data, self.actor_rollout_ref.rollout.multi_turn.tool_config_path
+        if tools and data.truncation != "error" and not data.filter_overlong_prompts:
+            raise ValueError(
+                f"data.truncation={data.truncation} would cut the tools of "
+                f"actor_rollout_ref.rollout.multi_turn.tool_config_path={tools} out of long prompts; set "
+                "data.filter_overlong_prompts=True to leave such prompts out, or data.truncation=error"
             )

@@ -3,6 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+TEMPLATE_ARGUMENTS = ("conversation", "tools", "add_generation_prompt", "tokenize", "return_dict")
+"""Arguments of ``apply_chat_template`` that the code sets itself."""
+
 
 @dataclass
 class CustomClassConfig:
@@ -61,7 +64,7 @@ class DataConfig:
     dataloader_num_workers: int = 0
     """Processes that prepare rows."""
     apply_chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
-    """Passed to the tokenizer's ``apply_chat_template``."""
+    """Options of the chat template, such as ``enable_thinking``."""
     custom_cls: CustomClassConfig = field(default_factory=CustomClassConfig)
 
     def __post_init__(self) -> None:
@@ -79,5 +82,11 @@ class DataConfig:
                 raise ValueError(f"data.{name}={getattr(self, name)} must be at least 1")
         if self.val_batch_size is not None and self.val_batch_size < 1:
             raise ValueError(f"data.val_batch_size={self.val_batch_size} must be at least 1, or null for one batch")
+        for name in TEMPLATE_ARGUMENTS:
+            if name in self.apply_chat_template_kwargs:
+                raise ValueError(
+                    f"data.apply_chat_template_kwargs.{name}={self.apply_chat_template_kwargs[name]!r} is set by the "
+                    "agent loops; leave it out (tools: actor_rollout_ref.rollout.multi_turn.tool_config_path)"
+                )
         if not self.return_raw_chat:
             raise ValueError("data.return_raw_chat=False: agent loops need the messages; set it to True")

@@ -4,7 +4,6 @@ In: a ``PPOConfig``, whose sections have checked themselves. Looks at folders, J
 packages. Loads no model, no tokenizer and no row; starts nothing. All errors come at once.
 """
 
-import glob
 import importlib.util
 import json
 import os
@@ -12,7 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from verl.trainer.config.algorithm import ON_POLICY_DISTILL
 from verl.trainer.config.config import PPOConfig
+from verl.workers.config.rollout import AGENT_LOOPS
 
 LOGGER_PACKAGES = {"wandb": "wandb", "tensorboard": "tensorboard"}
 
@@ -46,13 +47,13 @@ def check_run(config: PPOConfig) -> list[str]:
 
 def _check_estimator(config: PPOConfig, found: Findings) -> None:
     # torch comes with it, which --help has to do without.
-    from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY, AdvantageEstimator
+    from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY
 
     name = config.algorithm.adv_estimator
     if name not in ADV_ESTIMATOR_REGISTRY:
         known = ", ".join(sorted(ADV_ESTIMATOR_REGISTRY))
         found.errors.append(f"algorithm.adv_estimator={name!r} is unknown; choose from {known}")
-    if name == str(AdvantageEstimator.ON_POLICY_DISTILL) and not config.actor_rollout_ref.ref.model.path:
+    if name == ON_POLICY_DISTILL and not config.actor_rollout_ref.ref.model.path:
         found.errors.append(
             f"actor_rollout_ref.ref.model.path is not set, and algorithm.adv_estimator={name} learns from a teacher; "
             "give the teacher's folder or hub name"
@@ -212,12 +213,17 @@ def _check_data(config: PPOConfig, found: Findings) -> None:
 
 def _check_files(key: str, files: str | list[str] | None, config: PPOConfig, found: Findings) -> int | None:
     """Check the headers of parquet files; their rows in all, None where that is unknown."""
+    # pyarrow comes with it, which --help has to do without.
+    from verl.utils.dataset.parquet_files import expand_data_files
+
     patterns = [files] if isinstance(files, str) else files or []
     rows: int | None = None
     for pattern in patterns:
-        names = _expand(pattern)
-        if not names:
+        try:
+            names = expand_data_files(pattern)
+        except ValueError:
             found.errors.append(f"{key}={pattern} matches no parquet file; correct the path")
+            continue
         for name in names:
             if config.data.custom_cls.path:
                 continue  # a data set class of the user's own reads what it likes
@@ -226,19 +232,7 @@ def _check_files(key: str, files: str | list[str] | None, config: PPOConfig, fou
     return rows
 
 
-def _expand(pattern: str) -> list[str]:
-    """The files that an entry of ``data.train_files`` names."""
-    if not pattern:
-        return []
-    path = Path(pattern).expanduser()
-    if path.is_dir():
-        return sorted(str(file) for file in path.rglob("*.parquet"))
-    if path.is_file():
-        return [str(path)]
-    return sorted(glob.glob(str(path), recursive=True))
-
-
-def _check_parquet(key: str, name: str, prompt_key: str, found: Findings) -> int | None:
+def _check_parquet(key: str, name: Path, prompt_key: str, found: Findings) -> int | None:
     import pyarrow
     import pyarrow.parquet
 
@@ -268,6 +262,26 @@ def _check_engine(config: PPOConfig, found: Findings) -> None:
                 f"actor_rollout_ref.rollout.engine_kwargs.{engine} is accepted and has no effect here: "
                 f"actor_rollout_ref.rollout.name={rollout.name}"
             )
+    if not _is_agent_loop(rollout.agent.default_agent_loop):
+        found.errors.append(
+            f"actor_rollout_ref.rollout.agent.default_agent_loop={rollout.agent.default_agent_loop!r} is unknown; use "
+            f"{' or '.join(AGENT_LOOPS)}, or register one's own (verl.experimental.agent_loop.base.register) in a "
+            "module that this process imports, and the agent-loop workers through "
+            "ray_kwargs.ray_init.runtime_env.worker_process_setup_hook"
+        )
+
+
+def _is_agent_loop(name: str) -> bool:
+    if name in AGENT_LOOPS:
+        return True
+    # transformers comes with it; only a loop of the user's own is worth that here.
+    from verl.experimental.agent_loop.base import get_agent_loop_class
+
+    try:
+        get_agent_loop_class(name)
+    except ValueError:
+        return False
+    return True
 
 
 def _check_sampling(config: PPOConfig, found: Findings) -> None:
@@ -277,6 +291,14 @@ def _check_sampling(config: PPOConfig, found: Findings) -> None:
             f"biased: actor_rollout_ref.rollout.top_p={rollout.top_p} and top_k={rollout.top_k} cut the tail off the "
             "sampler, and the loss treats its tokens as the whole policy's; set top_p=1 and top_k=-1, or "
             "algorithm.rollout_correction.rollout_is=token with actor_rollout_ref.rollout.calculate_log_probs=True"
+        )
+    validation = rollout.val_kwargs
+    if config.data.val_files and validation.greedy and config.algorithm.adv_estimator == ON_POLICY_DISTILL:
+        key = "actor_rollout_ref.rollout.val_kwargs"
+        found.notices.append(
+            f"validation is greedy ({key}.do_sample={validation.do_sample}, {key}.temperature="
+            f"{validation.temperature}): val/reverse_kl, which drawn answers estimate, will not be measured; set "
+            f"{key}.do_sample=True and {key}.temperature above 0 to have it"
         )
 
 

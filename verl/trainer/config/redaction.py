@@ -1,7 +1,7 @@
 """Keeps secrets out of what is printed and saved.
 
-A secret is a text below a key whose last word is one of ``SECRET_WORDS``. Only open maps are searched (the arguments of
-``ray.init``, engine options): the keys of this project itself hold none.
+A secret is a text below a key that holds one of ``SECRET_WORDS`` or ends in one of ``SECRET_ENDINGS``. Only open maps
+are searched (the arguments of ``ray.init``, engine options): the keys of this project itself hold none.
 """
 
 import re
@@ -10,6 +10,8 @@ from typing import Any
 SECRET_WORDS = frozenset(
     {"KEY", "APIKEY", "TOKEN", "SECRET", "PASSWORD", "PASSWD", "PASSPHRASE", "CREDENTIAL", "CREDENTIALS"}
 )
+SECRET_ENDINGS = frozenset({"PASS", "PWD", "AUTH"})
+"""Secret as the last of several words: ``PWD`` alone is a folder, and ``SSH_AUTH_SOCK`` a path."""
 REDACTED = "***"
 
 
@@ -18,7 +20,9 @@ def looks_secret(name: str) -> bool:
 
     Whole words count: ``TOKENIZERS_PARALLELISM`` is none.
     """
-    return not SECRET_WORDS.isdisjoint(re.split(r"[^A-Z0-9]+", name.upper()))
+    words = [word for word in re.split(r"[^A-Z0-9]+", name.upper()) if word]
+    ends_secret = len(words) > 1 and words[-1] in SECRET_ENDINGS
+    return ends_secret or any(word in SECRET_WORDS or word.endswith("CREDENTIAL") for word in words)
 
 
 def redacted(value: Any, name: str = "") -> Any:

@@ -68,12 +68,19 @@ class TrainerConfig:
             raise ValueError(
                 "trainer.resume_mode=resume_path needs trainer.resume_from_path; name the folder of a checkpoint"
             )
+        self._check_counts()
+
+    def _check_counts(self) -> None:
         for name in ("nnodes", "n_gpus_per_node", "total_epochs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"trainer.{name}={getattr(self, name)} must be at least 1")
         if self.total_training_steps is not None and self.total_training_steps < 1:
             raise ValueError(
                 f"trainer.total_training_steps={self.total_training_steps} must be at least 1, or null for whole epochs"
+            )
+        if self.max_actor_ckpt_to_keep is not None and self.max_actor_ckpt_to_keep < 1:
+            raise ValueError(
+                f"trainer.max_actor_ckpt_to_keep={self.max_actor_ckpt_to_keep} must be at least 1, or null to keep all"
             )
 
     @property

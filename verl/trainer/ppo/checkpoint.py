@@ -10,8 +10,10 @@ Layout, as verl's::
 Reads and writes only this layout; model state is the workers' business.
 """
 
+import logging
 import re
 import shutil
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,24 @@ import torch
 
 from verl.trainer.config import TrainerConfig
 
+logger = logging.getLogger(__name__)
+
 LATEST = "latest_checkpointed_iteration.txt"
 _STEP_FOLDER = re.compile(r"global_step_(\d+)$")
+
+
+@dataclass
+class DataState:
+    """What the driver itself has to remember."""
+
+    loader: dict[str, Any]
+    """State of the data loader."""
+    epoch: int
+    prompts: int
+    """Usable prompts of the training data."""
+    batch_size: int
+    kl_coef: float
+    """Weight of the KL penalty in the reward, which an adaptive controller moves."""
 
 
 def step_folder(root: str | Path, step: int) -> Path:
@@ -63,15 +81,33 @@ def checkpoint_step(folder: Path) -> int:
     return int(match.group(1))
 
 
-def save_data_state(folder: Path, state: dict[str, Any]) -> None:
+def save_data_state(folder: Path, state: DataState) -> None:
     """Keep the position in the training data beside the model."""
-    torch.save(state, folder / "data.pt")
+    torch.save(asdict(state), folder / "data.pt")
 
 
-def load_data_state(folder: Path) -> dict[str, Any] | None:
-    """The saved data position, or None where the checkpoint has none."""
+def load_data_state(folder: Path, prompts: int, batch_size: int) -> DataState | None:
+    """The saved data position, or None (and a warning) where the checkpoint has none.
+
+    Args:
+        prompts: usable prompts of this run.
+        batch_size: ``data.train_batch_size`` of this run.
+
+    Raises:
+        ValueError: the data or the batch size is not what the position belongs to.
+    """
     path = folder / "data.pt"
-    return torch.load(path, weights_only=False) if path.is_file() else None
+    if not path.is_file():
+        logger.warning("%s holds no data.pt: the training data starts over at its first epoch", folder)
+        return None
+    state = DataState(**torch.load(path, weights_only=False))
+    if (state.prompts, state.batch_size) != (prompts, batch_size):
+        raise ValueError(
+            f"{folder} was saved after training on {state.prompts} prompts in batches of {state.batch_size}, and this "
+            f"run has {prompts} in batches of {batch_size}: its position would repeat some and leave out others; give "
+            "the same data.* settings, or remove data.pt to start the data over"
+        )
+    return state
 
 
 def mark_latest(root: str | Path, step: int) -> None:
@@ -82,12 +118,20 @@ def mark_latest(root: str | Path, step: int) -> None:
     beside.replace(path)
 
 
-def prune_checkpoints(root: str | Path, keep: int | None) -> list[Path]:
-    """Delete all but the ``keep`` newest checkpoints (None: delete none); returns the deleted folders."""
+def prune_checkpoints(root: str | Path, keep: int | None, current: int) -> list[Path]:
+    """Delete all but the ``keep`` newest checkpoints of this run; returns the deleted folders.
+
+    Checkpoints of later steps than ``current`` were left by another run in the same folder and are not touched.
+
+    Args:
+        keep: how many stay, ``current`` among them; None: all.
+        current: step of the checkpoint that was just written.
+    """
     if keep is None:
         return []
-    folders = sorted((p for p in Path(root).glob("global_step_*") if _STEP_FOLDER.search(p.name)), key=checkpoint_step)
-    stale = folders[: max(0, len(folders) - keep)]
+    folders = (path for path in Path(root).glob("global_step_*") if _STEP_FOLDER.search(path.name))
+    own = sorted((path for path in folders if checkpoint_step(path) <= current), key=checkpoint_step)
+    stale = own[: max(0, len(own) - keep)]
     for folder in stale:
         shutil.rmtree(folder)
     return stale

@@ -150,7 +150,8 @@ def compute_throughout_metrics(batch: DataProto, timing_raw: Mapping[str, float]
 
 def _sources(batch: DataProto) -> dict[str, np.ndarray]:
     """Row numbers by data source, in the order of their names; empty where rows name none."""
-    for key in ("data_source", "source"):
+    # data.data_source_key fills the first; the second is what the reward function is told.
+    for key in ("source", "data_source"):
         if key in batch.non_tensor_batch:
             names = batch.array(key).astype(str)
             return {str(name): np.flatnonzero(names == name) for name in np.unique(names)}
@@ -230,7 +231,8 @@ def compute_on_policy_distill_data_metrics(batch: DataProto, config: "AlgoConfig
 def compute_validation_distill_metrics(batch: DataProto) -> Metrics:
     """``val/reverse_kl``, ``val/extend_seq_ratio`` and ``val/response_length``, and ``val/<source>/*``.
 
-    As in training, but on held-out prompts: the reverse KL is over shared tokens of the student's own answers.
+    As in training, but on held-out prompts: the reverse KL is over shared tokens of the student's own answers, of those
+    that are trained. With ``mask_response_if_have_extend_token`` answers that leak are not among them.
     """
 
     def measure(rows: DataProto) -> Metrics:
@@ -246,3 +248,17 @@ def compute_validation_reward_metrics(batch: DataProto) -> Metrics:
     return _overall_and_per_source(
         "val", batch, lambda rows: _mean("reward", rows.tensor("token_level_scores").sum(dim=-1))
     )
+
+
+def compute_reward_extra_metrics(reported: Mapping[str, list[Any]]) -> Metrics:
+    """``reward_extra/<key>``: mean of each number that the reward function reported beside the score.
+
+    Args:
+        reported: by key, a value per row; None where a row has none. What is no number is left out.
+    """
+    metrics: Metrics = {}
+    for key, values in reported.items():
+        numbers = [float(value) for value in values if isinstance(value, int | float)]
+        if numbers:
+            metrics[f"reward_extra/{key}"] = sum(numbers) / len(numbers)
+    return metrics

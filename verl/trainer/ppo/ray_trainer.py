@@ -30,10 +30,11 @@ from verl.single_controller.ray.base import create_colocated_worker_cls
 from verl.trainer.config import PPOConfig
 from verl.trainer.dataloader import build_train_loader, build_val_loader
 from verl.trainer.ppo import checkpoint
-from verl.trainer.ppo.advantage import apply_kl_penalty, compute_advantage
+from verl.trainer.ppo.advantage import apply_kl_penalty, compute_advantage, compute_rollout_is_weights
 from verl.trainer.ppo.kl_control import get_kl_controller
 from verl.trainer.ppo.metric_utils import (
     compute_data_metrics,
+    compute_reward_extra_metrics,
     compute_throughout_metrics,
     compute_timing_metrics,
     compute_validation_reward_metrics,
@@ -111,11 +112,16 @@ class RayPPOTrainer:
     def reward(self, batch: DataProto) -> DataProto:
         """``token_level_scores`` (B, R): the task reward at each answer's last token."""
         assert self.reward_fn is not None, "checked at construction"
-        scores, _ = compute_rewards(batch, self.tokenizer, self.reward_fn)
+        scores, reported = compute_rewards(batch, self.tokenizer, self.reward_fn)
+        self.stage_metrics |= compute_reward_extra_metrics(reported)
         return DataProto.from_dict({"token_level_scores": scores})
 
     def advantage(self, batch: DataProto) -> DataProto:
-        """``advantages`` and ``returns`` (B, R), and ``token_level_rewards`` where they come from rewards."""
+        """``advantages`` and ``returns`` (B, R).
+
+        With them ``token_level_rewards`` where they come from rewards, and ``rollout_is_weights`` where the sampler is
+        corrected for.
+        """
         algorithm = self.config.algorithm
         rewarded = batch
         if self.uses_reward and algorithm.use_kl_in_reward:
@@ -130,7 +136,10 @@ class RayPPOTrainer:
             norm_adv_by_std_in_grpo=algorithm.norm_adv_by_std_in_grpo,
             config=algorithm,
         )
-        return new_keys(weighed, batch)
+        advantages = new_keys(weighed, batch)
+        if algorithm.rollout_correction.rollout_is is None:
+            return advantages
+        return advantages.union(compute_rollout_is_weights(batch, algorithm.rollout_correction))
 
     def step_metrics(self, batch: DataProto) -> Metrics:
         """Figures of one step's batch."""
@@ -258,7 +267,10 @@ class RayPPOTrainer:
     # ------------------------------------------------------------------ set-up, data, checkpoints
 
     def init_workers(self) -> None:
-        """Start training ranks and engines, side by side; build the models."""
+        """Start training ranks and engines, and build the models.
+
+        On CPU side by side. On CUDA one after the other: both sides measure how much of a GPU's memory is free.
+        """
         trainer = self.config.trainer
         pool = RayResourcePool([trainer.n_gpus_per_node] * trainer.nnodes, use_gpu=self.device_name == "cuda")
         roles = ["actor", "ref"] if self.uses_reference else ["actor"]
@@ -274,11 +286,14 @@ class RayPPOTrainer:
         self.agent_loop_manager = AgentLoopManager(
             self.config, self.worker_group, device=self.device_name, tokenizer=self.tokenizer
         )
-        self.agent_loop_manager.start()
+        if self.device_name == "cpu":
+            self.agent_loop_manager.start()
         self.actor_wg.init_model()
         if self.uses_reference:
             self.ref_wg = groups["ref"]
             self.ref_wg.init_model()
+        if self.device_name != "cpu":
+            self.agent_loop_manager.start()
         self.agent_loop_manager.wait_ready()
         self.logger = Tracking(
             trainer.project_name,
@@ -315,10 +330,13 @@ class RayPPOTrainer:
         with marked_timer("save_checkpoint", timing):
             folder = checkpoint.step_folder(config.default_local_dir, self.global_steps)
             (folder / "actor").mkdir(parents=True, exist_ok=True)
+            self.agent_loop_manager.sleep()
             self.actor_wg.save_checkpoint(str((folder / "actor").absolute()), self.global_steps)
-            checkpoint.save_data_state(folder, {"loader": self.train_loader.state_dict(), "epoch": self.epoch})
+            checkpoint.save_data_state(folder, self._data_state())
             checkpoint.mark_latest(config.default_local_dir, self.global_steps)
-            checkpoint.prune_checkpoints(config.default_local_dir, config.max_actor_ckpt_to_keep)
+            checkpoint.prune_checkpoints(
+                config.default_local_dir, config.max_actor_ckpt_to_keep, current=self.global_steps
+            )
         return {"timing_s/save_checkpoint": timing["save_checkpoint"]}
 
     def resume(self) -> None:
@@ -327,20 +345,31 @@ class RayPPOTrainer:
         if folder is None:
             return
         self.global_steps = checkpoint.checkpoint_step(folder)
-        self.actor_wg.load_checkpoint(str((folder / "actor").absolute()))
-        state = checkpoint.load_data_state(folder)
+        state = checkpoint.load_data_state(folder, len(self.train_dataset), self.config.data.train_batch_size)
         if state is not None:
-            self.train_loader.load_state_dict(state["loader"])
-            self.epoch = state["epoch"]
+            self.train_loader.load_state_dict(state.loader)
+            self.epoch, self.kl_controller.value = state.epoch, state.kl_coef
+        self.agent_loop_manager.sleep()
+        self.actor_wg.load_checkpoint(str((folder / "actor").absolute()))
         logger.info("resumed from %s at step %d", folder, self.global_steps)
         self.sync_weights()
+
+    def _data_state(self) -> checkpoint.DataState:
+        return checkpoint.DataState(
+            loader=self.train_loader.state_dict(),
+            epoch=self.epoch,
+            prompts=len(self.train_dataset),
+            batch_size=self.config.data.train_batch_size,
+            kl_coef=self.kl_controller.value,
+        )
 
     def dump(self, folder: str | None, batch: DataProto, show: int = 0) -> None:
         """Write the answers of a batch as JSONL where ``folder`` is set, and show the first few."""
         if folder is not None:
             dump_generations(Path(folder), self.global_steps, batch, self.tokenizer)
         for row in range(min(show, len(batch))):
-            ids = batch.batch["responses"][row][: int(batch.batch["attention_mask"][row].sum())]
+            responses = batch.batch["responses"]
+            ids = responses[row][: int(batch.batch["attention_mask"][row, -responses.shape[1] :].sum())]
             tqdm.write(f"[{batch.non_tensor_batch['uid'][row]}] {self.tokenizer.decode(ids)}")
 
     def _check_reward_fn(self) -> None:

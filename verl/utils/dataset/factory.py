@@ -6,7 +6,7 @@ that the files' columns call for.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -48,6 +48,7 @@ def create_rl_dataset(
     extend_vocab_start_token: int | None = None,
     bad_rows_path: str | Path | None = None,
     max_samples: int = -1,
+    tool_schemas: list[dict[str, Any]] | None = None,
 ) -> RLHFDataset:
     """Build the data set of ``get_dataset_class``; arguments and errors as in ``RLHFDataset``."""
     dataset_class = get_dataset_class(data_files, config)
@@ -58,4 +59,5 @@ def create_rl_dataset(
         extend_vocab_start_token=extend_vocab_start_token,
         bad_rows_path=bad_rows_path,
         max_samples=max_samples,
+        tool_schemas=tool_schemas,
     )

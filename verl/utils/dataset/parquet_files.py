@@ -24,7 +24,8 @@ ROWS_PER_READ = 1024
 def expand_data_files(data_files: str | Path | Sequence[str | Path]) -> list[Path]:
     """The parquet files that a path, a folder (its own files), a glob, or a list of these stands for.
 
-    Files of a folder or glob come in the order of their names. Raises ValueError where one stands for nothing.
+    Files of a folder or glob come in the order of their names. Raises ValueError where one stands for nothing, as an
+    empty text does.
     """
     entries = [data_files] if isinstance(data_files, str | Path) else list(data_files or [])
     if not entries:
@@ -32,14 +33,20 @@ def expand_data_files(data_files: str | Path | Sequence[str | Path]) -> list[Pat
     files: list[Path] = []
     for entry in entries:
         path = Path(entry).expanduser()
-        if path.is_dir():
+        if not str(entry):
+            found = []  # as a path it would be the current folder
+        elif path.is_dir():
             found = sorted(path.glob("*.parquet"))
         elif path.is_file():
             found = [path]
         else:
             found = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
         if not found:
-            kind = "the folder holds no *.parquet file" if path.is_dir() else "no such file, folder or match"
+            kind = (
+                "the folder holds no *.parquet file"
+                if str(entry) and path.is_dir()
+                else "no such file, folder or match"
+            )
             raise ValueError(f"data file {str(entry)!r}: {kind}")
         files.extend(found)
     return files

@@ -5,8 +5,8 @@ Which rows are then kept is the dataset's business.
 """
 
 import hashlib
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -59,9 +59,23 @@ def truncate(ids: list[int], limit: int, side: str) -> list[int]:
 
 
 class PromptEncoder:
-    """Renders and tokenizes prompts with one tokenizer's chat template."""
+    """Renders and tokenizes prompts with one tokenizer's chat template.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: "DataConfig") -> None:
+    Args:
+        tokenizer: the student's.
+        config: the ``data`` settings.
+        tool_schemas: OpenAI function schemas, which the template puts into every prompt encoded ``with_tools``.
+
+    Raises:
+        ValueError: the tokenizer has no chat template.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        config: "DataConfig",
+        tool_schemas: Sequence[Mapping[str, Any]] | None = None,
+    ) -> None:
         if not tokenizer.chat_template:
             raise ValueError(
                 f"the tokenizer in {tokenizer.name_or_path!r} has no chat template; "
@@ -69,8 +83,9 @@ class PromptEncoder:
             )
         self._tokenizer = tokenizer
         self._config = config
+        self._tool_schemas: list[Any] | None = [dict(schema) for schema in tool_schemas or ()] or None
 
-    def encode(self, prompts: Sequence[list[Message]]) -> list[list[int]]:
+    def encode(self, prompts: Sequence[list[Message]], with_tools: bool = True) -> list[list[int]]:
         """Ids of each prompt, the opening of the answer included. Tokenizes the whole list on all cores.
 
         Raises BadRowError ``template`` where the chat template refuses one of them.
@@ -78,6 +93,7 @@ class PromptEncoder:
         try:
             return self._tokenizer.apply_chat_template(
                 list(prompts),
+                tools=self._tool_schemas if with_tools else None,
                 add_generation_prompt=True,
                 tokenize=True,
                 return_dict=False,
@@ -86,19 +102,19 @@ class PromptEncoder:
         except (TemplateError, TypeError) as error:
             raise BadRowError("template", f"the chat template refuses the prompt: {error}") from error
 
-    def encode_each(self, prompts: Sequence[list[Message]]) -> list[list[int] | BadRowError]:
+    def encode_each(self, prompts: Sequence[list[Message]], with_tools: bool = True) -> list[list[int] | BadRowError]:
         """As ``encode``, with the error in its place for each prompt that the template refuses."""
         try:
-            return list(self.encode(prompts))
+            return list(self.encode(prompts, with_tools))
         except BadRowError as error:
             if len(prompts) == 1:
                 return [error]
-            return [outcome for prompt in prompts for outcome in self.encode_each([prompt])]
+            return [outcome for prompt in prompts for outcome in self.encode_each([prompt], with_tools)]
 
-    def longest_length(self, messages: list[Message], ids: list[int]) -> int:
+    def longest_length(self, messages: list[Message], ids: list[int], with_tools: bool = True) -> int:
         """Most tokens the prompt can have in any epoch; ``ids`` is the prompt with its first possible switch."""
         others = possible_switches(self._config)[1:]
         if not others or len(ids) + LONGEST_SWITCH_TOKENS <= self._config.max_prompt_length:
             return len(ids)
-        variants = self.encode([append_switch(messages, switch) for switch in others])
+        variants = self.encode([append_switch(messages, switch) for switch in others], with_tools)
         return max(len(variant) for variant in (ids, *variants))

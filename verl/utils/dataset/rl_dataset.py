@@ -14,9 +14,10 @@ Rows that cannot be used are dropped, counted and recorded when the data set is 
 resume belong to the data loader.
 """
 
+import json
 import logging
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -42,6 +43,8 @@ PROMPTS_PER_ENCODE = 256
 SOURCE_COLUMNS = ("source", "data_source")
 """OneRec's and verl's names for the column of the source; each stands in for the other."""
 UNKNOWN_SOURCE = "unknown"
+LOOPS_WITHOUT_TOOLS = ("single_turn_agent",)
+"""Values of ``agent_name`` whose prompts list no tools, whatever tools there are."""
 
 
 def collate_fn(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -68,12 +71,40 @@ def collate_fn(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 @dataclass
 class PromptRow:
-    """What a data set reads out of one row."""
+    """What a data set reads out of one row; errors of ``tools_kwargs`` are those of ``mapping_of``."""
 
     messages: list[Message]
     ground_truth: Any = None
     style: str = "rule"
     extra_info: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def tools_kwargs(self) -> dict[str, Any]:
+        """Options of the row's tools, by tool name."""
+        return mapping_of(self.extra_info.get("tools_kwargs"), "tools_kwargs")
+
+
+def mapping_of(value: Any, column: str) -> dict[str, Any]:
+    """A cell that should hold a mapping: a struct, JSON text of an object, or nothing.
+
+    Raises:
+        BadRowError: with reason ``unreadable_<column>``.
+    """
+    if isinstance(value, str | bytes):
+        try:
+            value = json.loads(value) if value.strip() else None
+        except (ValueError, RecursionError) as error:
+            raise BadRowError(f"unreadable_{column}", f"{column} is a text that is no JSON: {error}") from error
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise BadRowError(f"unreadable_{column}", f"{column} is a {type(value).__name__}, not a mapping")
+    return dict(value)
+
+
+def lists_tools(row: Row) -> bool:
+    """Whether the row's agent loop lists the tools in the prompt; rows that name no loop count as if it did."""
+    return row.get("agent_name") not in LOOPS_WITHOUT_TOOLS
 
 
 class RLHFDataset(Dataset[dict[str, Any]]):
@@ -88,6 +119,8 @@ class RLHFDataset(Dataset[dict[str, Any]]):
         extend_vocab_start_token: first extended id; None: no extension.
         bad_rows_path: JSONL that receives a line per dropped row; None: counts alone.
         max_samples: read only the first rows; -1: all.
+        tool_schemas: OpenAI function schemas of the tools that the agent loops list in the prompts. They count towards
+            a prompt's length, but for rows whose ``agent_name`` is a loop without tools.
 
     Raises:
         ValueError: files missing or unreadable, the prompt column absent, no row left, an overlong prompt under
@@ -103,10 +136,11 @@ class RLHFDataset(Dataset[dict[str, Any]]):
         extend_vocab_start_token: int | None = None,
         bad_rows_path: str | Path | None = None,
         max_samples: int = -1,
+        tool_schemas: list[dict[str, Any]] | None = None,
     ) -> None:
         self.config = config
         self._extend_start = extend_vocab_start_token
-        self._encoder = PromptEncoder(tokenizer, config)
+        self._encoder = PromptEncoder(tokenizer, config, tool_schemas)
         self._rows = ParquetRows(expand_data_files(data_files), self.columns())
         self._check_columns()
         self._cuts = config.truncation != "error" and not config.filter_overlong_prompts
@@ -134,12 +168,12 @@ class RLHFDataset(Dataset[dict[str, Any]]):
             "uuid": row_id,
             "index": index,
             "extra_info": prompt.extra_info,
-            "tools_kwargs": prompt.extra_info.get("tools_kwargs") or {},
+            "tools_kwargs": prompt.tools_kwargs,
         }
         if "agent_name" in self._rows.columns:
             entry["agent_name"] = row.get("agent_name")
         if self._cuts:
-            entry["prompt_ids"] = self._cut_ids(messages)
+            entry["prompt_ids"] = self._cut_ids(messages, lists_tools(row))
         return entry
 
     def set_epoch(self, epoch: int) -> None:
@@ -159,12 +193,12 @@ class RLHFDataset(Dataset[dict[str, Any]]):
         """Read one row; raises BadRowError where it cannot be used."""
         messages = parse_messages(row.get(self.message_column()))
         require_user_turn(messages)
-        reward_model = row.get("reward_model") or {}
+        reward_model = mapping_of(row.get("reward_model"), "reward_model")
         return PromptRow(
             messages,
             ground_truth=reward_model.get("ground_truth"),
             style=reward_model.get("style") or "rule",
-            extra_info=row.get("extra_info") or {},
+            extra_info=mapping_of(row.get("extra_info"), "extra_info"),
         )
 
     def _check_columns(self) -> None:
@@ -186,7 +220,7 @@ class RLHFDataset(Dataset[dict[str, Any]]):
         """Walk over the rows, book each one in the ledger, and yield the numbers of those that are kept."""
         readable = self._readable_rows(max_samples)
         while block := list(islice(readable, PROMPTS_PER_ENCODE)):
-            outcomes = self._check_prompts([prompt for _, _, prompt in block])
+            outcomes = self._check_prompts(block)
             for (index, row, _), bad in zip(block, outcomes, strict=True):
                 if bad is None:
                     self.ledger.keep(self._source_of(row, self.config.data_source_key))
@@ -199,21 +233,26 @@ class RLHFDataset(Dataset[dict[str, Any]]):
         for index, row in enumerate(islice(self._rows, limit)):
             try:
                 prompt = self.read_prompt(row)
+                _ = prompt.tools_kwargs  # read here for its errors
             except BadRowError as bad:
                 self._drop(index, row, bad)
             else:
                 yield index, row, prompt
 
-    def _check_prompts(self, prompts: list[PromptRow]) -> list[BadRowError | None]:
+    def _check_prompts(self, block: list[tuple[int, Row, PromptRow]]) -> list[BadRowError | None]:
         """For each prompt None, or why its tokens rule it out."""
         first = possible_switches(self.config)[0]
-        encoded = self._encoder.encode_each([append_switch(prompt.messages, first) for prompt in prompts])
-        return [
-            ids if isinstance(ids, BadRowError) else self._check_ids(prompt.messages, ids)
-            for prompt, ids in zip(prompts, encoded, strict=True)
-        ]
+        outcomes: list[BadRowError | None] = [None] * len(block)
+        for with_tools in (True, False):
+            members = [place for place, (_, row, _) in enumerate(block) if lists_tools(row) == with_tools]
+            chats = [block[place][2].messages for place in members]
+            switched = [append_switch(messages, first) for messages in chats]
+            encoded = self._encoder.encode_each(switched, with_tools) if members else []
+            for place, messages, ids in zip(members, chats, encoded, strict=True):
+                outcomes[place] = ids if isinstance(ids, BadRowError) else self._check_ids(messages, ids, with_tools)
+        return outcomes
 
-    def _check_ids(self, messages: list[Message], ids: list[int]) -> BadRowError | None:
+    def _check_ids(self, messages: list[Message], ids: list[int], with_tools: bool) -> BadRowError | None:
         config = self.config
         start = self._extend_start
         if start is not None and config.prompt_extend_tokens != "replace":
@@ -221,7 +260,7 @@ class RLHFDataset(Dataset[dict[str, Any]]):
             if extended:
                 return BadRowError("extended_tokens", f"the prompt holds {extended} ids from {start} on")
         if config.filter_overlong_prompts or config.truncation == "error":
-            length = self._encoder.longest_length(messages, ids)
+            length = self._encoder.longest_length(messages, ids, with_tools)
             if length > config.max_prompt_length:
                 return BadRowError("overlong", f"{length} tokens, data.max_prompt_length={config.max_prompt_length}")
         return None
@@ -256,8 +295,8 @@ class RLHFDataset(Dataset[dict[str, Any]]):
         path, number = self._rows.location(index)
         return row.get("uuid") or str(uuid.uuid5(uuid.NAMESPACE_URL, f"{path.name}:{number}"))
 
-    def _cut_ids(self, messages: list[Message]) -> list[int] | None:
-        ids = self._encoder.encode([messages])[0]
+    def _cut_ids(self, messages: list[Message], with_tools: bool) -> list[int] | None:
+        ids = self._encoder.encode([messages], with_tools)[0]
         if len(ids) <= self.config.max_prompt_length:
             return None
         return truncate(ids, self.config.max_prompt_length, self.config.truncation)

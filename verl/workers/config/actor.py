@@ -33,7 +33,7 @@ class FSDPActorConfig:
     clip_ratio_high: float | None = None
     """Upper PPO clip bound: the ratio is held below ``1 + clip_ratio_high``."""
     clip_ratio_c: float = 3.0
-    """Dual clip: bound of the ratio for negative advantages."""
+    """Dual clip: bound of the ratio for negative advantages, above 1."""
     loss_agg_mode: str = "token-mean"
     """How token losses become one number, over the whole mini-batch and all ranks:
     ``token-mean``, ``seq-mean-token-sum`` or ``seq-mean-token-mean``."""
@@ -65,11 +65,7 @@ class FSDPActorConfig:
             raise ValueError(
                 f"actor_rollout_ref.actor.kl_loss_type={self.kl_loss_type!r} is not one of {', '.join(KL_ESTIMATORS)}"
             )
-        for name in ("ppo_mini_batch_size", "ppo_max_token_len_per_gpu", "ppo_epochs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"actor_rollout_ref.actor.{name}={getattr(self, name)} must be at least 1")
-        if self.grad_clip <= 0:
-            raise ValueError(f"actor_rollout_ref.actor.grad_clip={self.grad_clip} must be above 0")
+        self._check_numbers()
         if not self.use_dynamic_bsz and self.ppo_micro_batch_size_per_gpu is None:
             raise ValueError(
                 "actor_rollout_ref.actor.use_dynamic_bsz=False needs "
@@ -79,6 +75,17 @@ class FSDPActorConfig:
             self.clip_ratio_low = self.clip_ratio
         if self.clip_ratio_high is None:
             self.clip_ratio_high = self.clip_ratio
+
+    def _check_numbers(self) -> None:
+        for name in ("ppo_mini_batch_size", "ppo_max_token_len_per_gpu", "ppo_epochs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"actor_rollout_ref.actor.{name}={getattr(self, name)} must be at least 1")
+        if self.clip_ratio_c <= 1:
+            raise ValueError(
+                f"actor_rollout_ref.actor.clip_ratio_c={self.clip_ratio_c} must be above 1; the usual value is 3"
+            )
+        if self.grad_clip <= 0:
+            raise ValueError(f"actor_rollout_ref.actor.grad_clip={self.grad_clip} must be above 0")
 
 
 @dataclass

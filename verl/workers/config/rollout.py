@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 ENGINES = ("vllm", "hf")
+AGENT_LOOPS = ("tool_agent", "single_turn_agent")
+"""The agent loops that are built in."""
 
 
 @dataclass
@@ -20,6 +22,19 @@ class SamplingConfig:
     """Answers per prompt."""
     do_sample: bool = True
     """False: take the most likely token, whatever ``temperature`` says."""
+
+    def __post_init__(self) -> None:
+        key = "actor_rollout_ref.rollout.val_kwargs"
+        if self.temperature < 0:
+            raise ValueError(f"{key}.temperature={self.temperature} must be at least 0 (greedy)")
+        if self.n < 1:
+            raise ValueError(f"{key}.n={self.n} must be at least 1")
+        _check_tail(key, self.top_p, self.top_k)
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most likely token is taken rather than a drawn one."""
+        return not self.do_sample or self.temperature == 0
 
 
 @dataclass
@@ -139,11 +154,9 @@ class RolloutConfig:
                 f"actor_rollout_ref.rollout.temperature={self.temperature} must be above 0: log-probs are taken at "
                 "this temperature (greedy answers belong in actor_rollout_ref.rollout.val_kwargs)"
             )
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"actor_rollout_ref.rollout.top_p={self.top_p} must lie in (0, 1]")
-        if self.top_k != -1 and self.top_k < 1:
-            raise ValueError(f"actor_rollout_ref.rollout.top_k={self.top_k} must be -1 (all) or at least 1")
+        _check_tail("actor_rollout_ref.rollout", self.top_p, self.top_k)
         self._check_sizes()
+        self._check_engine_step()
         if not self.log_prob_use_dynamic_bsz and self.log_prob_micro_batch_size_per_gpu is None:
             raise ValueError(
                 "actor_rollout_ref.rollout.log_prob_use_dynamic_bsz=False needs "
@@ -165,3 +178,34 @@ class RolloutConfig:
                 f"{key}.max_model_len={self.max_model_len} is below {key}.prompt_length={self.prompt_length} + "
                 f"{key}.response_length={self.response_length} = {longest}; raise it, or set it to null"
             )
+
+    def _check_engine_step(self) -> None:
+        """vLLM's rule: an engine step holds a token per sequence and, unless prompts are split, a whole one."""
+        if self.name != "vllm":
+            return
+        tokens_key, tokens = self._engine_setting("max_num_batched_tokens")
+        seqs_key, seqs = self._engine_setting("max_num_seqs")
+        chunked_key, chunked = self._engine_setting("enable_chunked_prefill")
+        longest = self._engine_setting("max_model_len")[1] or self.prompt_length + self.response_length
+        if not chunked and tokens < longest:
+            raise ValueError(
+                f"{tokens_key}={tokens} is below the longest sequence of {longest} tokens; raise it, or set "
+                f"{chunked_key}=True"
+            )
+        if tokens < seqs:
+            raise ValueError(f"{tokens_key}={tokens} is below {seqs_key}={seqs}; raise the first or lower the second")
+
+    def _engine_setting(self, name: str) -> tuple[str, Any]:
+        """Key and value of what the engine gets: ``engine_kwargs`` wins where it holds a number."""
+        key = "actor_rollout_ref.rollout"
+        value = (self.engine_kwargs.get(self.name) or {}).get(name)
+        if isinstance(value, int):
+            return f"{key}.engine_kwargs.{self.name}.{name}", value
+        return f"{key}.{name}", getattr(self, name)
+
+
+def _check_tail(key: str, top_p: float, top_k: int) -> None:
+    if not 0 < top_p <= 1:
+        raise ValueError(f"{key}.top_p={top_p} must lie in (0, 1]")
+    if top_k != -1 and top_k < 1:
+        raise ValueError(f"{key}.top_k={top_k} must be -1 (all) or at least 1")

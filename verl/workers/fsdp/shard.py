@@ -14,7 +14,6 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from verl.utils.device import release_cached_memory
 from verl.workers.fsdp.token_stats_model import TokenStatsModel
 
 
@@ -73,7 +72,6 @@ def move_parameters(model: nn.Module, device: torch.device) -> None:
     """Move the shards of all parameters, their gradients and all buffers to ``device``."""
     reshard(model)
     model.to(device)
-    release_cached_memory()
 
 
 def move_optimizer_state(optimizer: torch.optim.Optimizer, device: torch.device) -> None:

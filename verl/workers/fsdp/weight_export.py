@@ -122,7 +122,7 @@ class WeightExporter:
 
         def release() -> None:
             tensors.clear()
-            release_cached_memory()
+            release_cached_memory("cuda")
 
         self._release[index] = release
         handles = [dict(pair for own in of_one for pair in own.items()) for of_one in zip(*gathered, strict=True)]

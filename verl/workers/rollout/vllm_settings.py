@@ -103,7 +103,6 @@ def engine_arguments(
     config: RolloutConfig, model_config: HFModelConfig, facts: ModelFacts, replica_rank: int, device: str
 ) -> dict[str, Any]:
     """Keyword arguments of ``AsyncEngineArgs``; ``engine_kwargs.vllm`` comes last and wins."""
-    _check_batching(config)
     overrides = {k: v for k, v in model_config.override_config.items() if k not in TRAINING_ONLY_OVERRIDES}
     arguments: dict[str, Any] = {
         "model": model_config.path,
@@ -153,17 +152,3 @@ def _own_options(config: RolloutConfig) -> dict[str, Any]:
         del options[name]
         logger.warning("%s.engine_kwargs.vllm.%s has no effect: vLLM dropped this option", ROLLOUT_KEY, name)
     return options
-
-
-def _check_batching(config: RolloutConfig) -> None:
-    longest = config.max_model_len or config.prompt_length + config.response_length
-    if not config.enable_chunked_prefill and config.max_num_batched_tokens < longest:
-        raise ValueError(
-            f"{ROLLOUT_KEY}.max_num_batched_tokens={config.max_num_batched_tokens} is below the longest sequence of "
-            f"{longest} tokens; raise it, or set {ROLLOUT_KEY}.enable_chunked_prefill=True"
-        )
-    if config.max_num_batched_tokens < config.max_num_seqs:
-        raise ValueError(
-            f"{ROLLOUT_KEY}.max_num_batched_tokens={config.max_num_batched_tokens} is below "
-            f"{ROLLOUT_KEY}.max_num_seqs={config.max_num_seqs}; raise the first or lower the second"
-        )

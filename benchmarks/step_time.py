@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 REPO = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPO))  # a checkout serves as well as an installation
+
 STAGES = ("gen", "old_log_prob", "ref", "adv", "update_actor", "update_weights", "step")
 
 

@@ -47,6 +47,10 @@ def build_trainer(config: "PPOConfig") -> "RayPPOTrainer":
     from verl.workers.student_worker import StudentWorker
     from verl.workers.teacher_worker import TeacherWorker
 
+    device_name = get_device_name(config.trainer.device)
+    check_ranks(config, device_name)
+    prepare_folder(config.trainer.default_local_dir)
+    reward_fn = load_reward_fn(config.custom_reward_function)
     models = config.actor_rollout_ref
     model, teacher, start = models.model, models.ref.model, models.rollout.extend_vocab_start_token
     tokenizer = hf_tokenizer(model.tokenizer_path or str(model.path), trust_remote_code=model.trust_remote_code)
@@ -68,22 +72,80 @@ def build_trainer(config: "PPOConfig") -> "RayPPOTrainer":
         {"actor": StudentWorker, "ref": TeacherWorker},
         train_dataset,
         val_dataset,
-        load_reward_fn(config.custom_reward_function),
-        device_name=get_device_name(config.trainer.device),
+        reward_fn,
+        device_name=device_name,
     )
 
 
+def check_ranks(config: "PPOConfig", device_name: str) -> None:
+    """On a Ray of the run's own, this machine has to hold all ranks; a cluster says itself what it has.
+
+    Raises:
+        ValueError: it does not.
+    """
+    from verl.single_controller.ray.resource_pool import CPUS_PER_PROCESS
+    from verl.utils.device import get_torch_device
+
+    ray_init, trainer = config.ray_kwargs.ray_init, config.trainer
+    if "address" in ray_init:
+        return
+    if device_name == "cuda":
+        room, have = get_torch_device("cuda").device_count(), "GPUs"
+    else:
+        cores = ray_init["num_cpus"] if "num_cpus" in ray_init else len(os.sched_getaffinity(0))
+        room, have = int(cores / CPUS_PER_PROCESS), f"ranks' room on its {cores} cores"
+    if trainer.nnodes > 1:
+        raise ValueError(
+            f"trainer.nnodes={trainer.nnodes} and no cluster is named; start Ray on the machines "
+            "(init_ray_cluster.sh HOSTFILE) and set ray_kwargs.ray_init.address=auto"
+        )
+    if trainer.n_gpus_per_node > room:
+        raise ValueError(
+            f"trainer.n_gpus_per_node={trainer.n_gpus_per_node}: this machine has {room} {have}; lower it so far"
+        )
+
+
+def prepare_folder(folder: str) -> None:
+    """Create the run's folder.
+
+    Raises:
+        ValueError: it cannot be written.
+    """
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"trainer.default_local_dir={folder} (OUTPUT_DIR of the launch script) cannot be created: {error}; "
+            "name a folder that you may write"
+        ) from error
+
+
 def run(trainer: "RayPPOTrainer") -> None:
-    """Train, and leave no process behind however it ends."""
+    """Train, and leave no process behind however it ends; exits with what went wrong as the first line."""
     import ray
 
+    from verl.experimental.agent_loop.agent_loop import RolloutError
+    from verl.single_controller.base import WorkerError
+
     config = trainer.config
-    os.makedirs(config.trainer.default_local_dir, exist_ok=True)
     save_config(config, os.path.join(config.trainer.default_local_dir, "config.yaml"))
-    ray.init(**ray_init_kwargs(config))
+    try:
+        ray.init(**ray_init_kwargs(config))
+    except ConnectionError as error:
+        sys.exit(
+            f"error: no Ray answers at ray_kwargs.ray_init.address; start it: init_ray_cluster.sh HOSTFILE ({error})"
+        )
     try:
         trainer.init_workers()
         trainer.fit()
+        logger.info("done: %s", trainer.progress())
+    except (WorkerError, RolloutError) as error:
+        # Said before anything is shut down, and to Ray's own account of a death: the cause comes first.
+        print(f"error: {error}\n{trainer.progress()}", file=sys.stderr, flush=True)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        print(f"interrupted: {trainer.progress()}", file=sys.stderr, flush=True)
+        raise SystemExit(130) from None
     finally:
         trainer.shutdown()
         if config.trainer.ray_timeline_dir:

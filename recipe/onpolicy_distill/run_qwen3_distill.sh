@@ -53,10 +53,11 @@ main() {
         "" | *=* | [+~-]*) ;;
         *) hostfile="$1"; shift ;;
     esac
-    local name
+    local name missing=()
     for name in BASE_MODEL TEACHER_MODEL DATASET_PARQUET; do
-        [[ -n "${!name:-}" ]] || die "$name is not set; see --help"
+        [[ -n "${!name:-}" ]] || missing+=("$name")
     done
+    ((${#missing[@]} == 0)) || die "${missing[*]} is not set; see --help"
 
     local nnodes=1 connect=()
     if [[ -n "$hostfile" ]]; then

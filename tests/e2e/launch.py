@@ -56,12 +56,18 @@ class Run:
         return [data[key] for _, data in sorted(self.metrics.items()) if key in data]
 
 
-def launch(folder: Path, overrides: list[str], env: dict[str, str], *, timeout_s: int = 600) -> Run:
-    """Run the launch script in a process group of its own, and check that it leaves no process behind."""
+def launch(
+    folder: Path, overrides: list[str], env: dict[str, str], *, last: str | None = None, timeout_s: int = 600
+) -> Run:
+    """Run the launch script in a session of its own; a run that takes too long is ended with all it started.
+
+    Args:
+        last: one more override, behind the folder of the run.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     command = ["bash", str(REPO / SCRIPT), *overrides]
     process = subprocess.Popen(
-        [*command, f"trainer.default_local_dir={folder}"],
+        [*command, f"trainer.default_local_dir={folder}", *([last] if last else [])],
         cwd=folder,
         env={**os.environ, "ENV_DIR": sys.prefix, "WANDB_MODE": "offline", **env},
         stdout=subprocess.PIPE,

@@ -195,3 +195,23 @@ def test_real_tokenizers_and_vocabulary(shared_data: Path, tmp_path: Path) -> No
     run = launch(tmp_path / "run", overrides, script_env(pair, train), timeout_s=900)
     assert run.returncode == 0, run.output[-6000:]
     assert sorted(run.metrics) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("trainer.n_gpus_per_node=64", "trainer.n_gpus_per_node=64: this machine has"),
+        ("trainer.default_local_dir=/proc/nowhere", "trainer.default_local_dir=/proc/nowhere"),
+        ("actor_rollout_ref.rollout.extend_vocab_start_token=null", "neither shared nor extended"),
+    ],
+)
+def test_what_only_this_machine_or_these_models_tell_is_said_before_ray_starts(
+    tiny_pair: Pair, tmp_path: Path, override: str, message: str
+) -> None:
+    train = write_onerec_parquet(tmp_path / "train.parquet", 64)
+    batch = ["data.train_batch_size=64", "actor_rollout_ref.actor.ppo_mini_batch_size=64"]
+    run = launch(tmp_path / "run", [*SIZES, *batch], script_env(tiny_pair, train), timeout_s=120, last=override)
+    assert run.returncode != 0
+    assert message in run.output
+    assert "Traceback" not in run.output
+    assert "local Ray instance" not in run.output

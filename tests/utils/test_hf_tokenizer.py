@@ -38,6 +38,13 @@ def test_neither_pad_nor_end_token(folder):
         hf_tokenizer(folder)
 
 
+def test_a_model_folder_whose_tokenizer_was_left_out(tmp_path):
+    # transformers builds an empty tokenizer here, which encodes every prompt to nothing.
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3", "vocab_size": 512}))
+    with pytest.raises(ValueError, match=r"holds no tokenizer that can encode text|no tokenizer could be loaded"):
+        hf_tokenizer(tmp_path)
+
+
 def test_folders_without_a_tokenizer(tmp_path):
     with pytest.raises(ValueError, match="does not exist"):
         hf_tokenizer(tmp_path / "missing")

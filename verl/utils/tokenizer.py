@@ -29,6 +29,12 @@ def hf_tokenizer(path: str | Path, trust_remote_code: bool = False) -> PreTraine
             f"no tokenizer could be loaded from {name!r} ({reason}); "
             "give a folder that holds tokenizer.json and tokenizer_config.json"
         ) from error
+    if not tokenizer.encode("a", add_special_tokens=False):
+        # transformers makes an empty tokenizer of a folder that holds only a model's config.
+        raise ValueError(
+            f"{name!r} holds no tokenizer that can encode text; copy tokenizer.json and tokenizer_config.json "
+            "there, or name their folder as model.tokenizer_path"
+        )
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise ValueError(

@@ -255,11 +255,18 @@ def test_a_checkpoint_without_a_data_position_says_so(tmp_path: Path, caplog: py
     assert "data.pt" in caplog.text
 
 
+def test_a_run_that_has_nothing_left_to_train_says_so_before_it_starts(tmp_path: Path) -> None:
+    first, _ = make_trainer(make_config(tmp_path, total_training_steps=2, save_freq=1))
+    first.fit()
+    with pytest.raises(ValueError, match=r"nothing to train: .*global_step_2 is at step 2 .*resume_mode=disable"):
+        make_trainer(make_config(tmp_path, total_training_steps=2))
+
+
 def test_an_adaptive_kl_weight_survives_a_resume(tmp_path: Path) -> None:
     first, _ = make_trainer(make_config(tmp_path, total_training_steps=1, save_freq=1))
     first.kl_controller.value = 0.25
     first.fit()
-    second, _ = make_trainer(make_config(tmp_path, total_training_steps=1))
+    second, _ = make_trainer(make_config(tmp_path, total_training_steps=2))
     second.resume()
     assert second.kl_controller.value == 0.25
 

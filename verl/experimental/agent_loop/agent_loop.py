@@ -241,6 +241,8 @@ class AgentLoopManager:
         for call in done:
             try:
                 ray.get(call)
+            except RayActorError:
+                logger.debug("%s was dead before it could be shut down", calls[call])
             except RayError as error:
                 logger.warning("%s failed to shut down: %s", calls[call], cause_of(error))
         for call in late:

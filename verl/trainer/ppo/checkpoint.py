@@ -61,16 +61,19 @@ def find_checkpoint(config: TrainerConfig) -> Path | None:
                 f"trainer.resume_from_path={folder} is no checkpoint; name a folder global_step_N that holds actor/"
             )
         return folder
-    latest = Path(config.default_local_dir) / LATEST
-    if not latest.is_file():
-        return None
-    folder = step_folder(config.default_local_dir, int(latest.read_text().strip()))
-    if not (folder / "actor").is_dir():
+    folder = latest_checkpoint(config.default_local_dir)
+    if folder is not None and not (folder / "actor").is_dir():
         raise ValueError(
-            f"{latest} names {folder.name}, which holds no actor/; "
+            f"{Path(config.default_local_dir) / LATEST} names {folder.name}, which holds no actor/; "
             "set trainer.resume_mode=resume_path and trainer.resume_from_path to a whole one, or resume_mode=disable"
         )
     return folder
+
+
+def latest_checkpoint(root: str | Path) -> Path | None:
+    """The checkpoint that was finished last, or None."""
+    latest = Path(root) / LATEST
+    return step_folder(root, int(latest.read_text().strip())) if latest.is_file() else None
 
 
 def checkpoint_step(folder: Path) -> int:

@@ -96,6 +96,7 @@ class RayPPOTrainer:
             updates = config.data.train_batch_size // config.actor_rollout_ref.actor.ppo_mini_batch_size
             optim.total_training_steps = self.total_steps * updates * config.actor_rollout_ref.actor.ppo_epochs
         self._check_reward_fn()
+        self._check_steps()
 
     # ------------------------------------------------------------------ what a recipe may override
 
@@ -216,7 +217,9 @@ class RayPPOTrainer:
             self.logger.log(self.validate(), self.global_steps)
         if config.val_only:
             return
-        with tqdm(total=self.total_steps, initial=self.global_steps, desc="train", unit="step") as progress:
+        with tqdm(
+            total=self.total_steps, initial=self.global_steps, desc="train", unit="step", disable=None
+        ) as progress:
             for rows in self.prompt_rows():
                 self.global_steps += 1
                 metrics = self.train_step(rows)
@@ -256,7 +259,7 @@ class RayPPOTrainer:
         timing: dict[str, float] = {}
         with marked_timer("testing", timing):
             parts = []
-            for rows in tqdm(self.val_loader, desc="validate", unit="batch", leave=False):
+            for rows in tqdm(self.val_loader, desc="validate", unit="batch", leave=False, disable=None):
                 batch = self.prepare(rows, n=self.config.actor_rollout_ref.rollout.val_kwargs.n, validate=True)
                 batch = batch.union(self.generate(batch))
                 parts.append(batch.union(self.score_validation(batch)))
@@ -280,6 +283,12 @@ class RayPPOTrainer:
             )
             for role in roles
         }
+        logger.info(
+            "starting %d training ranks (%s) and the %s engines",
+            pool.world_size,
+            ", ".join(roles),
+            self.config.actor_rollout_ref.rollout.name,
+        )
         self.worker_group = RayWorkerGroup(pool, create_colocated_worker_cls(classes), name_prefix="train")
         groups = self.worker_group.spawn(set(roles))
         self.actor_wg = groups["actor"]
@@ -294,6 +303,7 @@ class RayPPOTrainer:
             self.ref_wg.init_model()
         if self.device_name != "cpu":
             self.agent_loop_manager.start()
+        logger.info("models are ready, waiting for the engines")
         self.agent_loop_manager.wait_ready()
         self.logger = Tracking(
             trainer.project_name,
@@ -351,7 +361,11 @@ class RayPPOTrainer:
             self.epoch, self.kl_controller.value = state.epoch, state.kl_coef
         self.agent_loop_manager.sleep()
         self.actor_wg.load_checkpoint(str((folder / "actor").absolute()))
-        logger.info("resumed from %s at step %d", folder, self.global_steps)
+        logger.warning(
+            "resumed from %s at step %d (trainer.resume_mode=disable or another default_local_dir starts afresh)",
+            folder,
+            self.global_steps,
+        )
         self.sync_weights()
 
     def _data_state(self) -> checkpoint.DataState:
@@ -371,6 +385,23 @@ class RayPPOTrainer:
             responses = batch.batch["responses"]
             ids = responses[row][: int(batch.batch["attention_mask"][row, -responses.shape[1] :].sum())]
             tqdm.write(f"[{batch.non_tensor_batch['uid'][row]}] {self.tokenizer.decode(ids)}")
+
+    def progress(self) -> str:
+        """Where the run stands and what it left: step, newest checkpoint, folder of the figures."""
+        folder = Path(self.config.trainer.default_local_dir)
+        latest = checkpoint.latest_checkpoint(folder)
+        saved = f"newest checkpoint {latest}" if latest else "no checkpoint"
+        return f"step {self.global_steps} of {self.total_steps}, {saved}, run folder {folder}"
+
+    def _check_steps(self) -> None:
+        folder = checkpoint.find_checkpoint(self.config.trainer)
+        if folder is None or self.config.trainer.val_only or checkpoint.checkpoint_step(folder) < self.total_steps:
+            return
+        raise ValueError(
+            f"nothing to train: {folder} is at step {checkpoint.checkpoint_step(folder)} and the run ends at step "
+            f"{self.total_steps}; raise trainer.total_training_steps, or start afresh with trainer.resume_mode=disable "
+            "or another trainer.default_local_dir (OUTPUT_DIR)"
+        )
 
     def _check_reward_fn(self) -> None:
         if self.uses_reward and self.reward_fn is None:

@@ -15,7 +15,7 @@
 set -euo pipefail
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
-ENV_DIR="${ENV_DIR:-$ROOT/.venv}"
+ENV_DIR="$(realpath --canonicalize-missing "${ENV_DIR:-$ROOT/.venv}")"
 PYTHON="${PYTHON:-python3}"
 
 say() { printf '[deploy_env] %s\n' "$*"; }

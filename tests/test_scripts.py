@@ -212,7 +212,8 @@ def deploy(tmp_path):
 
     def call(*arguments, **env):
         log.write_text("")
-        done = run(DEPLOY, *arguments, PYTHON=python, FAKE_LOG=log, ENV_DIR=tmp_path / "my env", **env)
+        env = {"ENV_DIR": tmp_path / "my env", "PYTHON": python, "FAKE_LOG": log, **env}
+        done = run(DEPLOY, *arguments, cwd=tmp_path, **env)
         return done, log.read_text().splitlines()
 
     return call
@@ -237,6 +238,14 @@ def test_a_second_deployment_only_checks_and_a_change_installs_again(deploy):
     assert "up to date" in done.stdout
     assert calls == ["check"]
     assert len(deploy("--device", "cpu", "--dev")[1]) > 1
+
+
+def test_an_environment_named_relative_to_the_current_folder(deploy, tmp_path):
+    # As `make` names it. The check runs from another folder, so that it imports what is installed.
+    done, calls = deploy("--device", "cpu", ENV_DIR="env")
+    assert done.returncode == 0, done.stderr
+    assert calls[-1] == "check"
+    assert (tmp_path / "env" / "bin" / "python").is_file()
 
 
 def test_deployment_on_cuda_leaves_torch_to_vllm(deploy):

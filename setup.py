@@ -31,7 +31,11 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["verl", "verl.*", "recipe", "recipe.*"]),
-    package_data={"verl.trainer.config": ["*.yaml"], "recipe.onpolicy_distill": ["config/*.yaml", "*.sh"]},
+    package_data={
+        "verl.trainer.config": ["*.yaml"],
+        "recipe.onpolicy_distill": ["config/*.yaml", "*.sh"],
+        "recipe.onpolicy_distill.quickstart": ["*.html"],
+    },
     install_requires=requirements("base"),
     extras_require={
         "cpu": requirements("cpu"),

@@ -61,13 +61,13 @@ def find_checkpoint(config: TrainerConfig) -> Path | None:
                 f"trainer.resume_from_path={folder} is no checkpoint; name a folder global_step_N that holds actor/"
             )
         return folder
-    folder = latest_checkpoint(config.default_local_dir)
-    if folder is not None and not (folder / "actor").is_dir():
+    newest = latest_checkpoint(config.default_local_dir)
+    if newest is not None and not (newest / "actor").is_dir():
         raise ValueError(
-            f"{Path(config.default_local_dir) / LATEST} names {folder.name}, which holds no actor/; "
+            f"{Path(config.default_local_dir) / LATEST} names {newest.name}, which holds no actor/; "
             "set trainer.resume_mode=resume_path and trainer.resume_from_path to a whole one, or resume_mode=disable"
         )
-    return folder
+    return newest
 
 
 def latest_checkpoint(root: str | Path) -> Path | None:

@@ -1,0 +1,122 @@
+"""Items as OneRec writes them, and the trie of those that exist.
+
+In:  a catalogue file (parquet, column ``sid``: one list of codes per item) or a text that holds items; a tokenizer
+that names the item tokens. Out: items as tuples of codes, and the tokens that may follow each beginning of an item.
+
+    <|sid_begin|><s_a_3><s_b_7><s_c_1><|sid_end|>  <->  (3, 7, 1)
+
+Not here: who chooses among the allowed tokens (``ranking``).
+"""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from verl.utils.dataset.parquet_files import ParquetRows, column_names, expand_data_files
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Item = tuple[int, ...]
+"""Codes of an item, first level first."""
+
+SID_COLUMN = "sid"
+ITEM_BEGIN, ITEM_END = "<|sid_begin|>", "<|sid_end|>"
+LEVELS = "abcdefgh"
+_CODES = r"(?:<s_[a-h]_\d+>)+"
+_ITEM = re.compile(re.escape(ITEM_BEGIN) + f"({_CODES})" + re.escape(ITEM_END))
+_ITEM_LIST = re.compile(f"(?:{_ITEM.pattern})+")
+_CODE = re.compile(r"<s_([a-h])_(\d+)>")
+
+
+def items_in(text: str) -> list[Item]:
+    """The items of a text in order, each once; what is not a whole item with its levels in order is passed over."""
+    found: dict[Item, None] = {}
+    for match in _ITEM.finditer(text):
+        codes = _CODE.findall(match.group(1))
+        if "".join(level for level, _ in codes) == LEVELS[: len(codes)]:
+            found[tuple(int(code) for _, code in codes)] = None
+    return list(found)
+
+
+def listed_items(text: str) -> list[Item]:
+    """The items of a text that is items and nothing else; none of any other text."""
+    return items_in(text) if _ITEM_LIST.fullmatch(text.strip()) else []
+
+
+def read_catalogue(path: str | Path) -> list[Item]:
+    """The items of a catalogue, each once, in order of their codes.
+
+    Raises:
+        ValueError: no such file, no column ``sid``, or rows that are not lists of as many codes each.
+    """
+    files = expand_data_files(path)
+    if SID_COLUMN not in (columns := column_names(files)):
+        raise ValueError(f"the catalogue {path} has the columns {sorted(columns)} and no {SID_COLUMN!r} (list of ints)")
+    items: set[Item] = set()
+    for row in ParquetRows(files, [SID_COLUMN]):
+        codes = row[SID_COLUMN]
+        if not isinstance(codes, list) or not codes or not all(isinstance(code, int) for code in codes):
+            raise ValueError(f"the catalogue {path} has {codes!r} as {SID_COLUMN}; a list of ints is needed")
+        items.add(tuple(codes))
+    depths = sorted({len(item) for item in items})
+    if len(depths) != 1 or depths[0] > len(LEVELS):
+        raise ValueError(f"the items of {path} have {depths} codes; all must have as many, {len(LEVELS)} at most")
+    return sorted(items)
+
+
+class ItemTrie:
+    """Which tokens may follow which beginning of an item.
+
+    Args:
+        items: the catalogue, at least one item, all of as many codes.
+        tokenizer: names every item token.
+
+    Raises:
+        ValueError: an item token that the tokenizer does not name.
+    """
+
+    def __init__(self, items: Iterable[Item], tokenizer: "PreTrainedTokenizerBase") -> None:
+        self._items = {tuple(item) for item in items}
+        vocabulary = tokenizer.get_vocab()
+        self.begin_id = _token_id(vocabulary, ITEM_BEGIN)
+        self.depth = len(next(iter(self._items)))
+        """Codes of an item."""
+        self._codes: list[dict[int, int]] = [{} for _ in range(self.depth)]
+        children: dict[tuple[int, ...], set[int]] = {}
+        for item in self._items:
+            path: tuple[int, ...] = ()
+            for level, code in enumerate(item):
+                token = _token_id(vocabulary, _code_token(level, code))
+                self._codes[level][token] = code
+                children.setdefault(path, set()).add(token)
+                path = (*path, token)
+        self._children = {path: tuple(sorted(tokens)) for path, tokens in children.items()}
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __contains__(self, item: object) -> bool:
+        return item in self._items
+
+    def allowed_after(self, path: tuple[int, ...]) -> tuple[int, ...]:
+        """Token ids that may follow the ids ``path``; at least one, for a path of fewer than ``depth`` ids."""
+        return self._children[path]
+
+    def item_of(self, path: tuple[int, ...]) -> Item:
+        """The item that ``depth`` token ids name."""
+        return tuple(self._codes[level][token] for level, token in enumerate(path))
+
+
+def _code_token(level: int, code: int) -> str:
+    return f"<s_{LEVELS[level]}_{code}>"
+
+
+def _token_id(vocabulary: dict[str, int], token: str) -> int:
+    if token not in vocabulary:
+        raise ValueError(
+            f"the model's tokenizer does not name {token}, which the catalogue needs; recommendation can be measured "
+            "only on a model with item tokens: leave out the recommendation data for this one"
+        )
+    return vocabulary[token]

@@ -1,0 +1,109 @@
+"""From answers and rankings to figures. Pure Python, no model.
+
+In:  answers beside what was asked for. Out: shares between 0 and 1 by name.
+A figure over nothing is left out rather than made up.
+"""
+
+import re
+from collections.abc import Container, Sequence, Set
+from dataclasses import dataclass
+from statistics import fmean
+
+from recipe.onpolicy_distill.scoreboard.items import Item, listed_items
+
+KS = (1, 5, 10)
+"""Lengths of recommendation lists that are judged."""
+
+_THOUGHTS = re.compile(r"^.*?</think>", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Answered:
+    """One answer beside its question."""
+
+    source: str
+    text: str
+    """The answer, without special tokens; item tokens are in it."""
+    wanted: str
+
+
+def final_answer(text: str) -> str:
+    """What a text says: without what was thought before it, and without blanks around it."""
+    return _THOUGHTS.sub("", text).strip()
+
+
+def is_exact(answered: Answered) -> bool:
+    """Whether the answer is, but for thoughts and outer blanks, the one that was wanted."""
+    return final_answer(answered.text) == final_answer(answered.wanted)
+
+
+def accuracy_figures(prefix: str, answers: Sequence[Answered]) -> dict[str, float | dict[str, float]]:
+    """``<prefix>accuracy``, the share of exact answers, and ``<prefix>accuracy_by_task``, that of each source."""
+    if not answers:
+        return {}
+    by_task: dict[str, list[bool]] = {}
+    for answered in answers:
+        by_task.setdefault(answered.source, []).append(is_exact(answered))
+    return {
+        f"{prefix}accuracy": fmean(map(is_exact, answers)),
+        f"{prefix}accuracy_by_task": {task: fmean(exact) for task, exact in sorted(by_task.items())},
+    }
+
+
+def recall_at(ranking: Sequence[Item], targets: Set[Item], k: int) -> float:
+    """Share of the targets that are among the first ``k`` of the ranking."""
+    return len(targets & set(ranking[:k])) / len(targets)
+
+
+def ranking_figures(rankings: Sequence[Sequence[Item]], targets: Sequence[Set[Item]]) -> dict[str, float]:
+    """How good lists of items are, over prompts.
+
+    - ``rec_recall_at_{1,10}``, and ``rec_recall`` for Recall@5: mean share of a prompt's targets in the first k.
+    - ``rec_pass_at_{1,5,10}``: share of prompts with at least one target in the first k.
+
+    Popularity is judged with the same list for every prompt.
+    """
+    if not rankings:
+        return {}
+    pairs = list(zip(rankings, targets, strict=True))
+    figures = {}
+    for k in KS:
+        recalls = [recall_at(ranking, wanted, k) for ranking, wanted in pairs]
+        figures["rec_recall" if k == 5 else f"rec_recall_at_{k}"] = fmean(recalls)
+        figures[f"rec_pass_at_{k}"] = fmean(recall > 0 for recall in recalls)
+    return figures
+
+
+def recall_by_task(
+    rankings: Sequence[Sequence[Item]], targets: Sequence[Set[Item]], sources: Sequence[str]
+) -> dict[str, float]:
+    """Recall@5 of each source's prompts."""
+    recalls: dict[str, list[float]] = {}
+    for ranking, wanted, source in zip(rankings, targets, sources, strict=True):
+        recalls.setdefault(source, []).append(recall_at(ranking, wanted, 5))
+    return {source: fmean(values) for source, values in sorted(recalls.items())}
+
+
+def free_figures(answers: Sequence[str], targets: Sequence[Set[Item]], catalogue: Container[Item]) -> dict[str, float]:
+    """What unconstrained answers to recommendation prompts are worth.
+
+    - ``free_rate``: share of answers that are items and nothing else, the first of them a target.
+    - ``free_valid_rate``: share of answers that are items and nothing else, the first of them in the catalogue.
+    """
+    if not answers:
+        return {}
+    firsts = [next(iter(listed_items(final_answer(answer))), None) for answer in answers]
+    return {
+        "free_rate": fmean(first in wanted for first, wanted in zip(firsts, targets, strict=True)),
+        "free_valid_rate": fmean(first in catalogue for first in firsts),
+    }
+
+
+def one_of_each_in_turn(sources: Sequence[str]) -> list[int]:
+    """Row numbers such that the sources alternate: each one's first row, then each one's second, and so on."""
+    seen: dict[str, int] = {}
+    turns = []
+    for row, source in enumerate(sources):
+        seen[source] = seen.get(source, 0) + 1
+        turns.append((seen[source], source, row))
+    return [row for _, _, row in sorted(turns)]

@@ -1,0 +1,178 @@
+"""What student and teacher make of the student's own sampled answers.
+
+In:  questions with the token ids of sampled answers, model folders. Out: the batch that distillation would be trained
+on, with the log-probs, masks and advantages of training, computed by the same code in this one process.
+
+Letters: B answers, R response tokens.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
+
+from recipe.onpolicy_distill.scoreboard.questions import Question
+from verl.experimental.agent_loop.base import AgentLoopMetrics, AgentLoopOutput
+from verl.experimental.agent_loop.masks import extended_token_mask, trainable_mask
+from verl.experimental.agent_loop.rows import pad_outputs
+from verl.protocol import DataProto
+from verl.trainer.config import AlgoConfig
+from verl.trainer.ppo.advantage import compute_advantage
+from verl.trainer.ppo.core_algos import AdvantageEstimator
+from verl.trainer.ppo.metric_utils import compute_on_policy_distill_data_metrics
+from verl.utils.device import release_cached_memory, resolve_dtype, select_device
+from verl.utils.tokenizer import hf_tokenizer
+from verl.workers.actor.dp_actor import DataParallelPPOActor, with_scoring_limits
+from verl.workers.config import HFModelConfig, RefConfig
+from verl.workers.fsdp.attention import register_packed_attention
+from verl.workers.fsdp.build import choose_attention, load_config
+from verl.workers.fsdp.process import softmax_size
+from verl.workers.fsdp.token_stats_model import TokenStatsModel
+from verl.workers.teacher_worker import choose_replacement, shared_vocabulary
+
+MICRO_BATCH_TOKENS = 16384
+
+
+@dataclass(frozen=True)
+class ScoringConfig:
+    """Who scores, and how."""
+
+    model: str
+    """The student that wrote the answers."""
+    teacher: str | None
+    """None: no reverse KL and no advantages."""
+    extend_vocab_start_token: int | None
+    """First extended id."""
+    temperature: float
+    """At which the answers were sampled, and at which both models score them."""
+    device: str
+    """``cpu`` or ``cuda``."""
+    algorithm: AlgoConfig
+    """Bounds of the advantage."""
+
+
+def sampled_batch(
+    questions: Sequence[Question], answers: Sequence[list[int]], config: ScoringConfig, pad_token_id: int
+) -> DataProto:
+    """The rollout's tensors of ``verl/protocol.py`` for one sampled answer per question."""
+    outputs = [_output(q.prompt_ids, ids, config) for q, ids in zip(questions, answers, strict=True)]
+    prompt_length = max(len(output.prompt_ids) for output in outputs)
+    response_length = max(1, *(len(output.response_ids) for output in outputs))
+    tensors = pad_outputs(outputs, prompt_length, response_length, pad_token_id)
+    return DataProto.from_dict(tensors, None, {"temperature": config.temperature})
+
+
+def _output(prompt: list[int], response: list[int], config: ScoringConfig) -> AgentLoopOutput:
+    extended = extended_token_mask(response, config.extend_vocab_start_token)
+    return AgentLoopOutput(
+        prompt_ids=prompt,
+        response_ids=response,
+        response_mask=trainable_mask([1] * len(response), extended, drop_whole=False),
+        distill_special_token_mask=extended,
+        response_logprobs=None,
+        num_turns=2,
+        metrics=AgentLoopMetrics(),
+        weight_version=0,
+    )
+
+
+def score(batch: DataProto, config: ScoringConfig) -> DataProto:
+    """The batch with the student's ``old_log_probs``, ``entropys`` and ``extend_mass`` (B, R), and, with a teacher,
+    its ``ref_log_prob`` and the ``advantages``.
+    """
+    longest = batch.tensor("input_ids").shape[1]
+    limited = with_scoring_limits(batch, True, max(MICRO_BATCH_TOKENS, longest), None)
+    stats = _load_student(config).compute_token_stats(limited)
+    assert stats.entropy is not None and stats.extend_mass is not None, "the student computes both"
+    release_cached_memory(config.device)
+    batch = batch.union(
+        DataProto.from_dict(
+            {"old_log_probs": stats.log_probs, "entropys": stats.entropy, "extend_mass": stats.extend_mass}
+        )
+    )
+    if config.teacher is None:
+        return batch
+    log_probs, _ = _load_teacher(config.teacher, config).compute_log_prob(limited, mask_special_token=True)
+    release_cached_memory(config.device)
+    batch = batch.union(DataProto.from_dict({"ref_log_prob": log_probs}))
+    return compute_advantage(batch, AdvantageEstimator.ON_POLICY_DISTILL, config=config.algorithm)
+
+
+def distillation_figures(batch: DataProto, extended: bool) -> dict[str, float]:
+    """Figures of a scored batch, as training measures them (``distill/*``).
+
+    ``leak_rate`` (share of answers with an extended token), ``extend_mass`` (mean probability of extended tokens at
+    trained positions), where there are any, ``entropy`` (nats a token), and, with a teacher, ``reverse_kl`` (mean over
+    the shared tokens, nats).
+    """
+    has_teacher = "ref_log_prob" in batch.batch
+    if not has_teacher:  # the model as its own teacher: all but the reverse KL is as it would be
+        batch = batch.union(DataProto.from_dict({"ref_log_prob": batch.tensor("old_log_probs")}))
+    measured = compute_on_policy_distill_data_metrics(batch)
+    names = {"entropy": "entropy"}
+    names |= {"leak_rate": "extend_seq_ratio", "extend_mass": "extend_mass"} if extended else {}
+    names |= {"reverse_kl": "reverse_kl"} if has_teacher else {}
+    return {name: measured[f"distill/{key}"] for name, key in names.items() if f"distill/{key}" in measured}
+
+
+def describe_tokens(batch: DataProto, row: int, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+    """Each token of an answer for a person to look at: text, advantage, log-probs, and how training treats it."""
+    written = int(batch.tensor("attention_mask")[row, -batch.tensor("responses").shape[1] :].sum())
+    figures = {"student_log_prob": "old_log_probs", "teacher_log_prob": "ref_log_prob", "advantage": "advantages"}
+    return [
+        {
+            "text": tokenizer.decode([int(batch.tensor("responses")[row, position])]),
+            "extended": bool(batch.tensor("distill_special_token_mask")[row, position]),
+            "masked": not bool(batch.tensor("response_mask")[row, position]),
+            **{
+                name: round(float(batch.tensor(key)[row, position]), 4)
+                for name, key in figures.items()
+                if key in batch.batch
+            },
+        }
+        for position in range(written)
+    ]
+
+
+def _load_student(config: ScoringConfig) -> DataParallelPPOActor:
+    tokenizer = hf_tokenizer(config.model)
+    module, packed = _load(config.model, config.device)
+    return DataParallelPPOActor(
+        RefConfig(),
+        module,
+        vocab_size=softmax_size(len(tokenizer), module),
+        extend_start=config.extend_vocab_start_token,
+        packed=packed,
+        device=select_device(config.device, 0),
+    )
+
+
+def _load_teacher(path: str, config: ScoringConfig) -> DataParallelPPOActor:
+    tokenizer = hf_tokenizer(path)
+    module, packed = _load(path, config.device)
+    shared_ids = shared_vocabulary(len(tokenizer), config.extend_vocab_start_token)
+    return DataParallelPPOActor(
+        RefConfig(),
+        module,
+        vocab_size=softmax_size(shared_ids, module),
+        replace_token_id=choose_replacement(None, [tokenizer.pad_token_id, tokenizer.eos_token_id], shared_ids),
+        packed=packed,
+        device=select_device(config.device, 0),
+    )
+
+
+def _load(path: str, device: str) -> tuple[TokenStatsModel, bool]:
+    """A frozen model, whole, on one device; and whether its rows are packed."""
+    model = HFModelConfig(path=path)
+    dtype = resolve_dtype("auto", device)
+    config = load_config(path, model)
+    attention = choose_attention(config, model, device, dtype)
+    register_packed_attention()
+    disable_progress_bar()
+    causal_lm = AutoModelForCausalLM.from_pretrained(
+        path, config=config, dtype=dtype, attn_implementation=attention.implementation
+    )
+    module = TokenStatsModel(causal_lm.to(select_device(device, 0)), flash_attention=attention.is_flash)
+    return module.requires_grad_(False), attention.packed

@@ -1,0 +1,172 @@
+"""The scoreboard on the tiny pair with the small engine, against the models' own distributions."""
+
+import itertools
+import json
+import random
+import subprocess
+import sys
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from recipe.onpolicy_distill.evaluate import EvaluationConfig, evaluate, main
+from verl.utils.tokenizer import hf_tokenizer
+
+ITEMS = sorted(random.Random(0).sample(list(itertools.product(range(8), repeat=3)), 40))
+KINDS = ("general_copy", "general_sum")
+
+
+def text(item):
+    return (
+        "<|sid_begin|>"
+        + "".join(f"<s_{level}_{code}>" for level, code in zip("abc", item, strict=True))
+        + "<|sid_end|>"
+    )
+
+
+def row(source, number, question, reply, **metadata):
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
+    return {
+        "uuid": f"{source}-{number}",
+        "source": source,
+        "metadata": json.dumps(metadata),
+        "messages": json.dumps(messages[: 1 if reply is None else 2]),
+    }
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scoreboard")
+    general = [row(kind, n, f"{kind} {'abcdef'[n]}", "ab") for n in range(6) for kind in KINDS]
+    general.append(row("general_copy", 9, f"what is {text(ITEMS[0])}", "ab"))  # items in a general prompt: left out
+    rec = [row("rec_next", n, f"after {text(ITEMS[n])}", text(ITEMS[n + 1])) for n in range(4)]
+    rec.append(row("rec_bench", 0, "what next?", None, answer=text(ITEMS[5]) + text(ITEMS[6])))
+    rec.append(row("rec_caption", 0, f"what is {text(ITEMS[3])}", "abc"))
+    for name, rows in (("general", general), ("rec", rec)):
+        pq.write_table(pa.Table.from_pylist(rows), folder / f"{name}.parquet")
+    pq.write_table(pa.table({"pid": range(len(ITEMS)), "sid": [list(item) for item in ITEMS]}), folder / "sid.parquet")
+    return folder
+
+
+def options(files, model, **changes):
+    return EvaluationConfig(
+        **{
+            "model": str(model),
+            "general": str(files / "general.parquet"),
+            "rec": str(files / "rec.parquet"),
+            "catalogue": str(files / "sid.parquet"),
+            "engine": "hf",
+            "device": "cpu",
+            "max_prompt_length": 64,
+            "max_new_tokens": 12,
+            **changes,
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def student(files, tiny_pair):
+    return evaluate(
+        options(
+            files,
+            tiny_pair.student,
+            teacher=str(tiny_pair.teacher),
+            extend_vocab_start_token=tiny_pair.extend_vocab_start_token,
+        )
+    )
+
+
+def prompt_ids(tokenizer, question):
+    chat = [{"role": "user", "content": question}]
+    return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+
+
+def test_the_figures_are_all_there(student):
+    figures = student.figures
+    assert figures["rows"] == {"general": 12, "ranked": 5, "rec_text": 1}
+    assert set(figures["general_accuracy_by_task"]) == set(KINDS)
+    assert set(figures["rec_recall_by_task"]) == {"rec_next", "rec_bench"}
+    assert set(figures["rec_text_accuracy_by_task"]) == {"rec_caption"}
+    for name in ("general_accuracy", "rec_recall", "rec_recall_at_1", "rec_pass_at_10", "free_rate", "leak_rate"):
+        assert 0 <= figures[name] <= 1, name
+    assert 0 < figures["extend_mass"] < 0.2
+    assert figures["entropy"] > 0 and figures["reverse_kl"] > 0
+    assert figures["seconds"] >= sum(figures["seconds_by_phase"].values()) * 0.99
+    json.dumps(figures)
+
+
+def test_recall_is_that_of_scoring_every_item(student, tiny_pair):
+    """Each item's log-prob from full forward passes, renormalised over the catalogue at every level."""
+    tokenizer = hf_tokenizer(tiny_pair.student)
+    model = AutoModelForCausalLM.from_pretrained(tiny_pair.student, dtype=torch.float32)
+    asked = [(f"after {text(ITEMS[n])}", {ITEMS[n + 1]}) for n in range(4)] + [("what next?", {ITEMS[5], ITEMS[6]})]
+    recalls = []
+    for question, targets in asked:
+        prompt = [*prompt_ids(tokenizer, question), tokenizer.convert_tokens_to_ids("<|sid_begin|>")]
+        codes = [[tokenizer.convert_tokens_to_ids(f"<s_{level}_{c}>") for c in range(8)] for level in "abc"]
+        log_probs = torch.zeros(len(ITEMS))
+        ids = torch.tensor([[*prompt, *(codes[n][c] for n, c in enumerate(item))] for item in ITEMS])
+        with torch.no_grad():
+            logits = model(ids).logits[:, len(prompt) - 1 : -1]
+        for number, item in enumerate(ITEMS):
+            for level in range(3):
+                allowed = sorted({other[level] for other in ITEMS if other[:level] == item[:level]})
+                scores = logits[number, level, [codes[level][c] for c in allowed]].log_softmax(-1)
+                log_probs[number] += scores[allowed.index(item[level])]
+        best = {ITEMS[n] for n in log_probs.argsort(descending=True)[:10]}
+        recalls.append(len(best & targets) / len(targets))
+    assert student.figures["rec_recall_at_10"] == pytest.approx(sum(recalls) / len(recalls))
+
+
+def test_samples_carry_what_training_would_see(student, tiny_pair):
+    assert [sample["source"] for sample in student.samples[:4]] == ["general_copy", "general_sum"] * 2
+    assert len(student.samples) == 12
+    for sample in student.samples:
+        tokens = sample["tokens"]
+        leaks = [n for n, token in enumerate(tokens) if token["extended"]]
+        first = leaks[0] if leaks else len(tokens)
+        assert [token["masked"] for token in tokens] == [n > first for n in range(len(tokens))]
+        for token in tokens[:first]:
+            gap = token["teacher_log_prob"] - token["student_log_prob"]
+            assert token["advantage"] == pytest.approx(min(gap, 5.0), abs=2e-4)
+
+
+def test_a_teacher_has_no_items_to_recommend(files, tiny_pair):
+    teacher = options(files, tiny_pair.teacher, rec=None, catalogue=None, max_rows=4)
+    figures = evaluate(teacher).figures
+    assert figures["rows"] == {"general": 4, "ranked": 0, "rec_text": 0}
+    assert not {"rec_recall", "free_rate", "leak_rate", "extend_mass", "reverse_kl"} & set(figures)
+    with pytest.raises(ValueError, match=r"does not name <\|sid_begin\|>"):
+        evaluate(options(files, tiny_pair.teacher))
+
+
+def test_command_line(files, tiny_pair, tmp_path, capsys):
+    out, samples = tmp_path / "deep" / "figures.json", tmp_path / "samples.json"
+    command = ["--model", str(tiny_pair.student), "--general", str(files / "general.parquet"), "--engine", "hf"]
+    command += ["--max-rows", "2", "--max-new-tokens", "4", "--max-prompt-length", "64", "--device", "cpu"]
+    main([*command, "--rollout", '{"max_num_seqs": 4}', "--out", str(out), "--samples-out", str(samples)])
+    figures = json.loads(out.read_text())
+    assert figures["rows"]["general"] == 2 and "reverse_kl" not in figures
+    assert "advantage" not in json.loads(samples.read_text())[0]["tokens"][0]
+    assert "general_accuracy_by_task\n  general_copy" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="error: --rec and --catalogue belong together"):
+        main([*command, "--rec", str(files / "rec.parquet")])
+
+
+@pytest.mark.slow
+def test_vllm_gives_the_same_figures(files, student, tiny_pair, repo, tmp_path):
+    """Greedy answers and rankings do not depend on the engine; samples do."""
+    out = tmp_path / "figures.json"
+    command = [sys.executable, "-m", "recipe.onpolicy_distill.evaluate", "--model", str(tiny_pair.student)]
+    command += ["--general", str(files / "general.parquet"), "--rec", str(files / "rec.parquet"), "--device", "cpu"]
+    command += ["--catalogue", str(files / "sid.parquet"), "--max-prompt-length", "64", "--max-new-tokens", "12"]
+    command += ["--extend-vocab-start-token", str(tiny_pair.extend_vocab_start_token), "--out", str(out)]
+    subprocess.run([*command, "--rollout", '{"cpu_kvcache_space_gb": 0.1}'], cwd=repo, check=True, timeout=300)
+    figures = json.loads(out.read_text())
+    same = [name for name in figures if name.startswith(("general_", "rec_", "free_"))]
+    assert len(same) > 8
+    for name in [*same, "rows", "requests"]:
+        assert figures[name] == student.figures[name], name

@@ -1,0 +1,161 @@
+"""Items, their trie, the exact ranking and the figures, on numbers made by hand."""
+
+import asyncio
+import itertools
+import math
+import random
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from recipe.onpolicy_distill.scoreboard.items import ItemTrie, items_in, listed_items, read_catalogue
+from recipe.onpolicy_distill.scoreboard.metrics import (
+    Answered,
+    accuracy_figures,
+    free_figures,
+    one_of_each_in_turn,
+    ranking_figures,
+    recall_by_task,
+)
+from recipe.onpolicy_distill.scoreboard.ranking import most_likely_items
+
+
+def text(*codes):
+    levels = "".join(f"<s_{level}_{code}>" for level, code in zip("abc", codes, strict=False))
+    return f"<|sid_begin|>{levels}<|sid_end|>"
+
+
+class Vocabulary:
+    """A tokenizer as far as the trie knows one: ``sid_begin`` is 0, level a from 100 on, b from 200, c from 300."""
+
+    def __init__(self, codes):
+        self.ids = {"<|sid_begin|>": 0}
+        for level, start in zip("abc", (100, 200, 300), strict=True):
+            self.ids |= {f"<s_{level}_{code}>": start + code for code in range(codes)}
+
+    def get_vocab(self):
+        return self.ids
+
+
+class SoftmaxEngine:
+    """Draws logits for every context from its seed; answers like an engine with ``allowed_token_ids``."""
+
+    def __init__(self, seed, scale):
+        self.seed, self.scale, self.calls = seed, scale, 0
+
+    def log_softmax(self, context, allowed):
+        logits = {token: random.Random(f"{self.seed} {context} {token}").gauss(0, self.scale) for token in allowed}
+        total = math.log(sum(map(math.exp, logits.values())))
+        return {token: logit - total for token, logit in logits.items()}
+
+    async def best_token(self, context, allowed):
+        self.calls += 1
+        assert len(allowed) > 1, "a forced token needs no request"
+        shares = self.log_softmax(tuple(context), allowed)
+        best = max(shares, key=shares.__getitem__)
+        return best, shares[best]
+
+    def every_item(self, prompt, items, trie):
+        """All items with their log-probs, best first, by scoring each of them."""
+        scored = []
+        for item in items:
+            path, log_prob = (), 0.0
+            for level, code in enumerate(item):
+                token = 100 * (level + 1) + code
+                log_prob += self.log_softmax((*prompt, *path), trie.allowed_after(path))[token]
+                path = (*path, token)
+            scored.append((item, log_prob))
+        return sorted(scored, key=lambda entry: -entry[1])
+
+
+@pytest.mark.parametrize("scale", [0.3, 2.0, 5.0])
+def test_the_ranking_is_exact_and_lazy(scale):
+    codes, k = 8, 10
+    items = sorted(random.Random(1).sample(list(itertools.product(range(codes), repeat=3)), 150))
+    trie = ItemTrie(items, Vocabulary(codes))
+    for seed in range(5):
+        engine = SoftmaxEngine(seed, scale)
+        found = asyncio.run(most_likely_items([7, 0], trie, k, engine.best_token))
+        wanted = engine.every_item([7, 0], items, trie)[:k]
+        assert found.exact
+        assert [item for item, _ in found.items] == [item for item, _ in wanted]
+        assert [log_prob for _, log_prob in found.items] == pytest.approx(
+            [log_prob for _, log_prob in wanted], abs=1e-6
+        )
+        assert engine.calls < 100
+
+
+def test_a_small_catalogue_is_ranked_whole():
+    trie = ItemTrie([(0, 0, 0), (0, 1, 2), (3, 1, 1)], Vocabulary(4))
+    engine = SoftmaxEngine(0, 1.0)
+    found = asyncio.run(most_likely_items([0], trie, 10, engine.best_token))
+    assert sorted(item for item, _ in found.items) == [(0, 0, 0), (0, 1, 2), (3, 1, 1)]
+    assert sum(math.exp(log_prob) for _, log_prob in found.items) == pytest.approx(1.0)
+    assert engine.calls == 2  # one choice at the root and one after code 0; all else is forced
+
+
+def test_a_narrow_search_says_that_it_may_miss_some():
+    trie = ItemTrie(itertools.product(range(8), repeat=3), Vocabulary(8))
+    engine = SoftmaxEngine(0, 0.1)
+    found = asyncio.run(most_likely_items([0], trie, 10, engine.best_token, width=12))
+    assert len(found.items) == 10 and not found.exact
+    assert engine.calls <= 8 + 12 + 12
+
+
+def test_the_trie_knows_what_may_follow():
+    trie = ItemTrie([(0, 1, 2), (0, 1, 3), (1, 0, 0)], Vocabulary(4))
+    assert trie.begin_id == 0
+    assert trie.allowed_after(()) == (100, 101)
+    assert trie.allowed_after((100, 201)) == (302, 303)
+    assert trie.item_of((101, 200, 300)) == (1, 0, 0)
+    assert (0, 1, 3) in trie and (0, 1, 1) not in trie and len(trie) == 3
+    with pytest.raises(ValueError, match=r"does not name <s_a_9>.*leave out the recommendation data"):
+        ItemTrie([(9, 0, 0)], Vocabulary(4))
+
+
+def test_items_in_texts():
+    assert items_in(f"buy {text(3, 7, 1)}{text(0, 0, 2)} or {text(3, 7, 1)}") == [(3, 7, 1), (0, 0, 2)]
+    assert items_in("<|sid_begin|><s_b_1><s_a_2><s_c_0><|sid_end|> <|sid_begin|><s_a_1>") == []
+    assert listed_items(f" {text(1, 2, 3)}{text(4, 5, 6)}\n") == [(1, 2, 3), (4, 5, 6)]
+    assert listed_items(f"{text(1, 2, 3)} yes") == []
+
+
+def test_a_catalogue_file(tmp_path):
+    path = tmp_path / "catalogue.parquet"
+    pq.write_table(pa.table({"pid": [5, 6, 7], "sid": [[1, 0, 2], [0, 0, 1], [1, 0, 2]]}), path)
+    assert read_catalogue(path) == [(0, 0, 1), (1, 0, 2)]
+    pq.write_table(pa.table({"pid": [5], "code": [[1]]}), path)
+    with pytest.raises(ValueError, match=r"\['code', 'pid'\] and no 'sid'"):
+        read_catalogue(path)
+    pq.write_table(pa.table({"sid": [[1, 2], [1, 2, 3]]}), path)
+    with pytest.raises(ValueError, match=r"have \[2, 3\] codes"):
+        read_catalogue(path)
+
+
+def test_figures_by_hand():
+    answers = [
+        Answered("copy", " a b\n", "a b"),
+        Answered("copy", "<think>\nwell\n</think>\n\nab", "ab"),
+        Answered("sum", "7", "8"),
+    ]
+    assert accuracy_figures("general_", answers) == {
+        "general_accuracy": 2 / 3,
+        "general_accuracy_by_task": {"copy": 1.0, "sum": 0.0},
+    }
+    assert accuracy_figures("general_", []) == {}
+    ranking = [(n, 0, 0) for n in range(10)]
+    targets = [frozenset({(0, 0, 0)}), frozenset({(4, 0, 0), (9, 0, 0), (11, 0, 0), (12, 0, 0)})]
+    assert ranking_figures([ranking, ranking], targets) == {
+        "rec_recall_at_1": 0.5,
+        "rec_pass_at_1": 0.5,
+        "rec_recall": 0.625,
+        "rec_pass_at_5": 1.0,
+        "rec_recall_at_10": 0.75,
+        "rec_pass_at_10": 1.0,
+    }
+    assert recall_by_task([ranking, ranking], targets, ["video", "ad"]) == {"ad": 0.25, "video": 1.0}
+    free = [text(0, 0, 0), f"{text(5, 0, 0)}{text(4, 0, 0)}"]
+    assert free_figures(free, targets, frozenset(ranking)) == {"free_rate": 0.5, "free_valid_rate": 1.0}
+    assert free_figures(["I recommend " + text(0, 0, 0)], targets[:1], ranking)["free_rate"] == 0.0
+    assert one_of_each_in_turn(["b", "b", "a", "b", "a"]) == [2, 0, 4, 1, 3]

@@ -1,0 +1,49 @@
+"""Folders that are made once and found again, as long as nothing that decides what is in them has changed.
+
+A folder's name ends in a digest of its key, so another seed, size, setting or source text means another folder. A
+folder appears under its name only when it is complete.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+KEY_FILE = "key.json"
+
+
+def cached_folder(folder: Path, name: str, key: dict[str, Any], make: Callable[[Path], None]) -> Path:
+    """Return ``folder/<name>-<digest of key>``, filled by ``make`` where it is not there yet.
+
+    Args:
+        folder: holds all cached folders; made where absent.
+        name: what the folder is, for people.
+        key: everything that decides the contents, as JSON values.
+        make: called with an empty folder to write into.
+    """
+    text = json.dumps(key, sort_keys=True, indent=2)
+    target = folder / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    if (target / KEY_FILE).is_file():
+        return target
+    unfinished = folder / f"{target.name}.unfinished-{os.getpid()}"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        make(unfinished)
+        (unfinished / KEY_FILE).write_text(text + "\n", encoding="utf-8")
+        shutil.rmtree(target, ignore_errors=True)
+        unfinished.rename(target)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return target
+
+
+def file_digest(*paths: str | Path) -> str:
+    """A digest of files' contents: models, data, or source text, whose change makes its results anew."""
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(Path(path).read_bytes())
+    return digest.hexdigest()[:12]

@@ -1,0 +1,8 @@
+"""The quickstart's reward in validation: 1 for exactly the answer that is wanted."""
+
+from typing import Any
+
+
+def compute_score(data_source: str, solution_str: str, ground_truth: str, extra_info: dict[str, Any]) -> float:
+    """1.0 where the answer, stripped, is the ground truth, else 0.0."""
+    return float(solution_str.strip() == ground_truth.strip())

@@ -1,0 +1,275 @@
+"""A teacher that knows the general tasks, and a student that was the teacher before it learned to recommend.
+
+In: a world's files. Out: two Hugging Face folders (weights in safetensors, fp32; config; generation config;
+tokenizer), each found again by everything it was made from.
+
+- The teacher is a Qwen3 trained from nothing on ``general_train``, on the answers. It has more embedding rows than its
+  tokenizer has ids, as Qwen3 has, and the student's first item ids fall among the spare ones.
+- The student is the teacher with rows for the item tokens, trained on ``rec_train`` alone: on every token of the
+  chats, since histories tell what follows what far more often than answers do. It learns to recommend, and forgets.
+
+Plain PyTorch on the CPU, where models of this size train fastest. Distillation and evaluation are not dealt with here.
+
+B sequences, T tokens, H hidden size, V rows of the embedding.
+"""
+
+import copy
+import dataclasses
+import math
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import NamedTuple
+
+import pyarrow.parquet as pq
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+from transformers import GenerationConfig, PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
+
+from recipe.onpolicy_distill.quickstart.cache import cached_folder, file_digest
+from recipe.onpolicy_distill.quickstart.tokenizers import MAX_TOKENS
+from recipe.onpolicy_distill.quickstart.world import World
+from verl.utils.dataset.onerec_messages import parse_messages, split_answer
+from verl.utils.tokenizer import hf_tokenizer
+
+HEAD_DIM = 32
+"""The smallest size of an attention head that vLLM's CPU kernels take."""
+MIN_TEACHER_PADDING = 8
+"""Rows that the teacher has beyond its tokenizer, at least."""
+ROW_MULTIPLE = 16
+"""Embedding rows are rounded up to a multiple of this."""
+MAX_THREADS = 4
+"""More threads than this only wait for each other on models of this size."""
+WARM_UP_STEPS = 20
+FINAL_LEARNING_RATE_SHARE = 0.1
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How long and how fast a model learns."""
+
+    seed: int = 0
+    """Seed of first weights and of the order of chats."""
+    steps: int = 450
+    """Optimizer steps."""
+    batch_size: int = 64
+    """Chats per step."""
+    learning_rate: float = 3e-3
+    """The highest; reached after the warm-up, then a cosine down to a tenth."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "learning_rate"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} {getattr(self, name)} must be positive")
+
+
+@dataclass(frozen=True)
+class TeacherConfig(TrainingConfig):
+    """Shape and training of the teacher."""
+
+    hidden: int = 96
+    """Hidden size H."""
+    layers: int = 3
+    """Transformer blocks."""
+    heads: int = 4
+    """Attention heads of HEAD_DIM each, an even number; two of them share keys and values."""
+    tied: bool = True
+    """Share the embedding with the lm head, as Qwen3 up to 4B does."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.heads < 2 or self.heads % 2:
+            raise ValueError(f"heads {self.heads} must be even and at least 2")
+
+
+@dataclass(frozen=True)
+class StudentConfig(TrainingConfig):
+    """Training of the student; its shape is the teacher's."""
+
+    steps: int = 450
+    batch_size: int = 32
+    learning_rate: float = 1.5e-3
+
+
+class TokenizedChat(NamedTuple):
+    """The ids of a chat up to its answer's end token, and where the answer begins."""
+
+    ids: list[int]
+    answer_start: int
+
+
+def make_teacher(world: World, folder: Path, config: TeacherConfig) -> Path:
+    """Train the teacher into a folder of its own below ``folder``, or find it there."""
+
+    def make(target: Path) -> None:
+        tokenizer = hf_tokenizer(world.teacher_tokenizer)
+        model = _new_model(config, tokenizer)
+        _train(model, tokenized_chats(world.general_train, tokenizer), config, "teacher", on_questions=False)
+        _save(target, model, tokenizer)
+
+    key = {"world": world.folder.name, "code": file_digest(__file__), **dataclasses.asdict(config)}
+    return cached_folder(folder, "teacher", key, make)
+
+
+def make_student(world: World, teacher: Path, folder: Path, config: StudentConfig) -> Path:
+    """Train the student of the teacher in folder ``teacher`` into a folder of its own, or find it there."""
+
+    def make(target: Path) -> None:
+        tokenizer = hf_tokenizer(world.student_tokenizer)
+        model = _extended(teacher, world.extend_vocab_start_token, tokenizer, config.seed)
+        _train(model, tokenized_chats(world.rec_train, tokenizer), config, "student", on_questions=True)
+        _save(target, model, tokenizer)
+
+    key = {
+        "world": world.folder.name,
+        "teacher": file_digest(teacher / "config.json", teacher / "model.safetensors"),
+        "code": file_digest(__file__),
+        **dataclasses.asdict(config),
+    }
+    return cached_folder(folder, "student", key, make)
+
+
+def _rows_for(ids: int) -> int:
+    return -(-ids // ROW_MULTIPLE) * ROW_MULTIPLE
+
+
+def _new_model(config: TeacherConfig, tokenizer: PreTrainedTokenizerBase) -> Qwen3ForCausalLM:
+    model_config = Qwen3Config(
+        vocab_size=_rows_for(len(tokenizer) + MIN_TEACHER_PADDING),
+        hidden_size=config.hidden,
+        intermediate_size=3 * config.hidden,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        num_key_value_heads=config.heads // 2,
+        head_dim=HEAD_DIM,
+        max_position_embeddings=MAX_TOKENS,
+        initializer_range=0.05,
+        tie_word_embeddings=config.tied,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        dtype="float32",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return Qwen3ForCausalLM(model_config)
+
+
+@torch.no_grad()
+def _extended(teacher: Path, known: int, tokenizer: PreTrainedTokenizerBase, seed: int) -> Qwen3ForCausalLM:
+    """The teacher with rows for all ids of ``tokenizer``; rows from ``known`` on are drawn around the mean row."""
+    source = Qwen3ForCausalLM.from_pretrained(teacher, dtype=torch.float32)
+    config = copy.deepcopy(source.config)
+    config.vocab_size = _rows_for(len(tokenizer))
+    model = Qwen3ForCausalLM(config)
+    generator = torch.Generator().manual_seed(seed)
+    weights = dict(source.named_parameters())
+    for name, weight in model.named_parameters():
+        if weight.shape == weights[name].shape:
+            weight.copy_(weights[name])
+            continue
+        rows = weights[name][:known]
+        weight[:known] = rows
+        noise = torch.randn(weight[known:].shape, generator=generator)
+        weight[known:] = rows.mean(0) + 0.5 * rows.std(0) * noise
+    return model
+
+
+def tokenized_chats(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[TokenizedChat]:
+    chats = [
+        split_answer(parse_messages(cell)) for cell in pq.read_table(path, columns=["messages"])["messages"].to_pylist()
+    ]
+    prompts = tokenizer.apply_chat_template([prompt for prompt, _ in chats], add_generation_prompt=True, tokenize=False)
+    prompt_ids = tokenizer(prompts)["input_ids"]
+    answer_ids = tokenizer([answer + tokenizer.eos_token for _, answer in chats])["input_ids"]
+    return [TokenizedChat(prompt + answer, len(prompt)) for prompt, answer in zip(prompt_ids, answer_ids, strict=True)]
+
+
+def _train(
+    model: Qwen3ForCausalLM, chats: list[TokenizedChat], config: TrainingConfig, name: str, *, on_questions: bool
+) -> None:
+    """Next-token training: on every token of the chats with ``on_questions``, else on those of the answers."""
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _learning_rate_share(config.steps))
+    batches = _batches(chats, config, on_questions)
+    model.train()
+    with _few_threads(), tqdm(total=config.steps, desc=f"training the {name}", unit="step") as progress:
+        for _ in range(config.steps):
+            loss = _loss(model, *next(batches))
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+            progress.update()
+
+
+def _learning_rate_share(steps: int) -> Callable[[int], float]:
+    """The learning rate at a step, as a share of the highest: a line up, then a cosine down."""
+
+    def share(step: int) -> float:
+        cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
+        floor = FINAL_LEARNING_RATE_SHARE
+        return min(1.0, (step + 1) / WARM_UP_STEPS) * (floor + (1 - floor) * cosine)
+
+    return share
+
+
+def _batches(
+    chats: list[TokenizedChat], config: TrainingConfig, on_questions: bool
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Batches without end, every chat once before any comes again: ids and labels, both (B, T) int64."""
+    random, waiting = Random(config.seed), list[TokenizedChat]()
+    while True:
+        while len(waiting) < config.batch_size:
+            waiting += random.sample(chats, len(chats))
+        batch, waiting = waiting[: config.batch_size], waiting[config.batch_size :]
+        yield token_ids_and_labels(batch, on_questions)
+
+
+def token_ids_and_labels(batch: list[TokenizedChat], on_questions: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    length = max(len(chat.ids) for chat in batch)
+    ids = torch.zeros(len(batch), length, dtype=torch.int64)
+    labels = torch.full_like(ids, IGNORED)
+    for row, chat in enumerate(batch):
+        end, start = len(chat.ids), 1 if on_questions else chat.answer_start
+        ids[row, :end] = torch.tensor(chat.ids)
+        labels[row, start:end] = ids[row, start:end]
+    return ids, labels
+
+
+def _loss(model: Qwen3ForCausalLM, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy of the labels that are not IGNORED; ids and labels (B, T).
+
+    Padding stands on the right, where no earlier token attends to it, so no attention mask is needed.
+    """
+    hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]  # (B, T - 1, H)
+    targets = labels[:, 1:]
+    trained = targets != IGNORED
+    return F.cross_entropy(model.lm_head(hidden[trained]), targets[trained])
+
+
+@contextmanager
+def _few_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(min(MAX_THREADS, len(os.sched_getaffinity(0))))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _save(folder: Path, model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
+    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    # Qwen ends an answer at either of the two; the first is the tokenizer's own.
+    model.generation_config = GenerationConfig(eos_token_id=[eos, pad], pad_token_id=pad)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

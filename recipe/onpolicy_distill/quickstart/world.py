@@ -1,0 +1,248 @@
+"""A small world to forget and recover in: general tasks, a catalogue, users; as files like anyone's.
+
+In: sizes and a seed. Out: a folder, found again by what it was made from, with
+
+    general_train.parquet   chats of general tasks: what the teacher learns, and the prompts to distil on
+    general_test.parquet    the same tasks; no prompt of it is in general_train
+    rec_train.parquet       next items of users, and captions of items: what the student learns
+    rec_test.parquet        next items of further users, whose histories are not in rec_train, and captions
+    catalogue.parquet       item, a, b, c, text, caption, popularity (in the training histories)
+    tokenizers/             teacher, and student with the item tokens
+
+The chats are OneRec's: columns ``source``, ``uuid``, ``messages`` and ``metadata``, the last two JSON text, the answer
+the last message. ``metadata`` holds ``answer`` and, where an item is asked for or about, ``target_item`` (its number in
+the catalogue). Captions are looked up, not inferred, so the test asks for items that training had too.
+Nothing is trained or scored here.
+"""
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from recipe.onpolicy_distill import tiny_tokenizers
+from recipe.onpolicy_distill.quickstart.cache import cached_folder, file_digest
+from recipe.onpolicy_distill.quickstart.catalogue import Catalogue
+from recipe.onpolicy_distill.quickstart.general_tasks import TASKS, draw_problem
+from recipe.onpolicy_distill.quickstart.tokenizers import build_tokenizers
+from verl.utils.tokenizer import hf_tokenizer
+
+QUESTION_WORDS = [*TASKS, "history", "caption"]
+SOURCES = (
+    Path(tiny_tokenizers.__file__),
+    *(Path(__file__).with_name(name) for name in ("world.py", "general_tasks.py", "catalogue.py", "tokenizers.py")),
+)
+"""The source text that decides what is in a world."""
+
+
+@dataclass(frozen=True)
+class WorldConfig:
+    """Sizes of the world."""
+
+    seed: int = 0
+    """Seed of everything in it."""
+    general_train: int = 20_000
+    """Chats of general tasks to learn and to distil on."""
+    general_test: int = 250
+    """Chats of general tasks to test on, equally many per task."""
+    rec_train: int = 20_000
+    """Recommendation chats to learn."""
+    caption_share: float = 0.2
+    """Share of captions among them."""
+    test_users: int = 256
+    """Users to test recommendation on."""
+    test_captions: int = 64
+    """Captions to test."""
+    items: int = 128
+    """Items in the catalogue, a multiple of ``tastes``."""
+    tastes: int = 8
+    """Groups of items; a user likes two."""
+    codes_per_level: int = 8
+    """Codes at each of the three levels of an item's id."""
+    history: int = 6
+    """Items in a user's history, before the one to predict."""
+
+    def __post_init__(self) -> None:
+        for name in ("general_train", "general_test", "rec_train", "test_users", "history"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
+        if self.general_test % len(TASKS):
+            raise ValueError(f"general_test {self.general_test} must be a multiple of the {len(TASKS)} tasks")
+        if not 2 <= self.tastes <= self.codes_per_level:
+            raise ValueError(f"tastes {self.tastes} must lie between 2 and codes_per_level {self.codes_per_level}")
+        if self.items % self.tastes or not self.tastes <= self.items <= self.tastes * self.codes_per_level**2:
+            raise ValueError(
+                f"items {self.items} must be a multiple of tastes {self.tastes}, "
+                f"and at most tastes x codes_per_level² = {self.tastes * self.codes_per_level**2}"
+            )
+        if not 0 <= self.caption_share < 1:
+            raise ValueError(f"caption_share {self.caption_share} must be at least 0 and less than 1")
+        if not 0 <= self.test_captions <= self.items:
+            raise ValueError(f"test_captions {self.test_captions} must lie between 0 and items {self.items}")
+
+
+@dataclass(frozen=True)
+class World:
+    """Where everything is."""
+
+    folder: Path
+    general_train: Path
+    general_test: Path
+    rec_train: Path
+    rec_test: Path
+    catalogue: Path
+    teacher_tokenizer: Path
+    student_tokenizer: Path
+    extend_vocab_start_token: int
+    """First id of the student's tokenizer that the teacher's lacks."""
+
+
+class Chat(NamedTuple):
+    """One question and its answer."""
+
+    source: str
+    question: str
+    answer: str
+    metadata: dict[str, Any]
+
+
+def build(folder: Path, config: WorldConfig) -> World:
+    """Write the world into a folder of its own below ``folder``, or find it there."""
+    key = {**dataclasses.asdict(config), "code": file_digest(*SOURCES)}
+    return _open(cached_folder(folder, "world", key, lambda target: _write(target, config)))
+
+
+def _open(folder: Path) -> World:
+    teacher_tokenizer = folder / "tokenizers" / "teacher"
+    return World(
+        folder=folder,
+        general_train=folder / "general_train.parquet",
+        general_test=folder / "general_test.parquet",
+        rec_train=folder / "rec_train.parquet",
+        rec_test=folder / "rec_test.parquet",
+        catalogue=folder / "catalogue.parquet",
+        teacher_tokenizer=teacher_tokenizer,
+        student_tokenizer=folder / "tokenizers" / "student",
+        extend_vocab_start_token=len(hf_tokenizer(teacher_tokenizer)),
+    )
+
+
+def _write(folder: Path, config: WorldConfig) -> None:
+    build_tokenizers(folder / "tokenizers", QUESTION_WORDS, config.codes_per_level)
+    general_test = _general_test(config)
+    _write_chats(folder / "general_test.parquet", general_test)
+    _write_chats(folder / "general_train.parquet", _general_train(config, {chat.question for chat in general_test}))
+    catalogue = Catalogue(config.items, config.tastes, config.codes_per_level, _random(config, "catalogue"))
+    rec_test = _rec_test(config, catalogue)
+    rec_train = _rec_train(config, catalogue, {chat.question for chat in rec_test})
+    _write_chats(folder / "rec_test.parquet", rec_test)
+    _write_chats(folder / "rec_train.parquet", rec_train)
+    _write_catalogue(folder / "catalogue.parquet", catalogue, rec_train)
+
+
+def _random(config: WorldConfig, purpose: str) -> Random:
+    return Random(f"{config.seed} {purpose}")
+
+
+def _general_test(config: WorldConfig) -> list[Chat]:
+    """Equally many chats per task, no question twice."""
+    random = _random(config, "general test")
+    chats: dict[str, Chat] = {}
+    for number, task in enumerate(TASKS, 1):
+        while len(chats) < number * config.general_test // len(TASKS):
+            chat = _general_chat(task, random)
+            chats[chat.question] = chat
+    return list(chats.values())
+
+
+def _general_train(config: WorldConfig, test_questions: set[str]) -> list[Chat]:
+    random = _random(config, "general train")
+    return _draw(config.general_train, lambda: _general_chat(random.choice(list(TASKS)), random), test_questions)
+
+
+def _general_chat(task: str, random: Random) -> Chat:
+    question, answer = draw_problem(task, random)
+    return Chat(f"general_{task}", question, answer, {"answer": answer})
+
+
+def _rec_test(config: WorldConfig, catalogue: Catalogue) -> list[Chat]:
+    """Users with different histories, then items with different captions to look up."""
+    random = _random(config, "recommendation test")
+    users: dict[str, Chat] = {}
+    while len(users) < config.test_users:
+        chat = _next_chat(config, catalogue, random)
+        users[chat.question] = chat
+    items = random.sample(range(config.items), config.test_captions)
+    return [*users.values(), *(_caption_chat(catalogue, item) for item in items)]
+
+
+def _rec_train(config: WorldConfig, catalogue: Catalogue, test_questions: set[str]) -> list[Chat]:
+    random = _random(config, "recommendation train")
+    captions = round(config.rec_train * config.caption_share)
+    users = _draw(config.rec_train - captions, lambda: _next_chat(config, catalogue, random), test_questions)
+    chats = users + [_caption_chat(catalogue, random.randrange(config.items)) for _ in range(captions)]
+    random.shuffle(chats)
+    return chats
+
+
+def _next_chat(config: WorldConfig, catalogue: Catalogue, random: Random) -> Chat:
+    *history, target = catalogue.draw_history(config.history + 1, random)
+    answer = catalogue.items[target].text
+    metadata = {"answer": answer, "target_item": target, "history": history}
+    return Chat("rec_next", "history: " + "".join(catalogue.items[item].text for item in history), answer, metadata)
+
+
+def _caption_chat(catalogue: Catalogue, number: int) -> Chat:
+    item = catalogue.items[number]
+    return Chat("rec_caption", f"caption: {item.text}", item.caption, {"answer": item.caption, "target_item": number})
+
+
+def _draw(count: int, draw: Callable[[], Chat], test_questions: set[str]) -> list[Chat]:
+    """``count`` chats, none of which asks what the test asks."""
+    chats: list[Chat] = []
+    for _ in range(100 * count):
+        chat = draw()
+        if chat.question not in test_questions:
+            chats.append(chat)
+        if len(chats) == count:
+            return chats
+    raise ValueError(f"after {100 * count} draws only {len(chats)} of {count} questions are not in the test; test less")
+
+
+def _write_chats(path: Path, chats: list[Chat]) -> None:
+    """One row per chat, in OneRec's columns."""
+    columns: dict[str, list[str]] = {
+        "source": [chat.source for chat in chats],
+        "uuid": [f"{path.stem}-{number}" for number in range(len(chats))],
+        "messages": [json.dumps([_message("user", c.question), _message("assistant", c.answer)]) for c in chats],
+        "metadata": [json.dumps(chat.metadata) for chat in chats],
+    }
+    pq.write_table(pa.table(columns), path)
+
+
+def _message(role: str, text: str) -> dict[str, Any]:
+    return {"role": role, "content": [{"type": "text", "text": text}]}
+
+
+def _write_catalogue(path: Path, catalogue: Catalogue, rec_train: list[Chat]) -> None:
+    popularity: Counter[int] = Counter()
+    for chat in rec_train:
+        if chat.source == "rec_next":
+            popularity.update([*chat.metadata["history"], chat.metadata["target_item"]])
+    items = catalogue.items
+    columns: dict[str, list[Any]] = {
+        "item": list(range(len(items))),
+        "sid": [list(item.codes) for item in items],
+        **{level: [item.codes[place] for item in items] for place, level in enumerate("abc")},
+        "text": [item.text for item in items],
+        "caption": [item.caption for item in items],
+        "popularity": [popularity[number] for number in range(len(items))],
+    }
+    pq.write_table(pa.table(columns), path)

@@ -76,6 +76,28 @@ def latest_checkpoint(root: str | Path) -> Path | None:
     return step_folder(root, int(latest.read_text().strip())) if latest.is_file() else None
 
 
+def require_steps_left(config: TrainerConfig, total_steps: int) -> None:
+    """A run that would resume behind its own end is told so before it starts.
+
+    Raises:
+        ValueError: the checkpoint to resume from is at ``total_steps`` or beyond.
+    """
+    folder = find_checkpoint(config)
+    if folder is None or config.val_only or checkpoint_step(folder) < total_steps:
+        return
+    raise ValueError(
+        f"nothing to train: {folder} is at step {checkpoint_step(folder)} and the run ends at step {total_steps}; "
+        "raise trainer.total_training_steps, or start afresh with trainer.resume_mode=disable or another "
+        "trainer.default_local_dir (OUTPUT_DIR)"
+    )
+
+
+def describe(root: str | Path) -> str:
+    """What a run's folder holds, in words."""
+    latest = latest_checkpoint(root)
+    return f"{f'newest checkpoint {latest}' if latest else 'no checkpoint'}, run folder {root}"
+
+
 def checkpoint_step(folder: Path) -> int:
     """Step number in the name of a checkpoint folder."""
     match = _STEP_FOLDER.search(folder.name)

@@ -320,9 +320,8 @@ def compute_policy_loss_vanilla(
     A < 0 at most ``-A c``.
 
     Args:
-        old_log_prob: (B, R) log-probs of the policy that the advantages belong to.
+        old_log_prob, advantages: (B, R) log-probs of the policy that the advantages belong to, and these.
         log_prob: (B, R) of the policy that is trained; gradients flow here.
-        advantages: (B, R).
         response_mask: (B, R) 1 at trained tokens.
         loss_agg_mode: see `agg_loss`, which also explains the last three arguments.
         config: clip_ratio_low, clip_ratio_high, clip_ratio_c.

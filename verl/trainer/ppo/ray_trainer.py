@@ -14,7 +14,7 @@ Letters: B sequences, R response tokens.
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ from verl.trainer.ppo.metric_utils import (
     reduce_metrics,
 )
 from verl.trainer.ppo.reward import RewardFn, compute_rewards
+from verl.trainer.ppo.stages import new_keys, run_stage
 from verl.utils.dataset.rl_dataset import RLHFDataset
 from verl.utils.rollout_dump import dump_generations
 from verl.utils.seqlen_balancing import balanced_order
@@ -96,7 +97,7 @@ class RayPPOTrainer:
             updates = config.data.train_batch_size // config.actor_rollout_ref.actor.ppo_mini_batch_size
             optim.total_training_steps = self.total_steps * updates * config.actor_rollout_ref.actor.ppo_epochs
         self._check_reward_fn()
-        self._check_steps()
+        checkpoint.require_steps_left(config.trainer, self.total_steps)
 
     # ------------------------------------------------------------------ what a recipe may override
 
@@ -387,21 +388,9 @@ class RayPPOTrainer:
             tqdm.write(f"[{batch.non_tensor_batch['uid'][row]}] {self.tokenizer.decode(ids)}")
 
     def progress(self) -> str:
-        """Where the run stands and what it left: step, newest checkpoint, folder of the figures."""
-        folder = Path(self.config.trainer.default_local_dir)
-        latest = checkpoint.latest_checkpoint(folder)
-        saved = f"newest checkpoint {latest}" if latest else "no checkpoint"
-        return f"step {self.global_steps} of {self.total_steps}, {saved}, run folder {folder}"
-
-    def _check_steps(self) -> None:
-        folder = checkpoint.find_checkpoint(self.config.trainer)
-        if folder is None or self.config.trainer.val_only or checkpoint.checkpoint_step(folder) < self.total_steps:
-            return
-        raise ValueError(
-            f"nothing to train: {folder} is at step {checkpoint.checkpoint_step(folder)} and the run ends at step "
-            f"{self.total_steps}; raise trainer.total_training_steps, or start afresh with trainer.resume_mode=disable "
-            "or another trainer.default_local_dir (OUTPUT_DIR)"
-        )
+        """Where the run stands and what it left."""
+        saved = checkpoint.describe(self.config.trainer.default_local_dir)
+        return f"step {self.global_steps} of {self.total_steps}, {saved}"
 
     def _check_reward_fn(self) -> None:
         if self.uses_reward and self.reward_fn is None:
@@ -409,17 +398,3 @@ class RayPPOTrainer:
                 f"algorithm.adv_estimator={self.config.algorithm.adv_estimator} learns from a task reward and none is "
                 "given; set custom_reward_function.path and custom_reward_function.name"
             )
-
-
-def run_stage(
-    timing: dict[str, float], name: str, stage: Callable[[DataProto], DataProto], batch: DataProto
-) -> DataProto:
-    """Run a stage, time it under ``name``, and return the batch with the stage's new keys."""
-    with marked_timer(name, timing):
-        return batch.union(stage(batch))
-
-
-def new_keys(after: DataProto, before: DataProto) -> DataProto:
-    """What ``after`` holds and ``before`` lacks."""
-    # A TensorDict iterates over rows, so its keys have to be named.
-    return after.select(batch_keys=[key for key in after.batch.keys() if key not in before.batch])  # noqa: SIM118

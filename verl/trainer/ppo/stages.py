@@ -1,0 +1,23 @@
+"""What every stage of a step has in common: it takes the batch and returns its new keys.
+
+In:  a batch and a stage. Out: the batch with the stage's keys, and the seconds it took.
+"""
+
+from collections.abc import Callable
+
+from verl.protocol import DataProto
+from verl.utils.timing import marked_timer
+
+
+def run_stage(
+    timing: dict[str, float], name: str, stage: Callable[[DataProto], DataProto], batch: DataProto
+) -> DataProto:
+    """Run a stage, time it under ``name``, and return the batch with the stage's new keys."""
+    with marked_timer(name, timing):
+        return batch.union(stage(batch))
+
+
+def new_keys(after: DataProto, before: DataProto) -> DataProto:
+    """What ``after`` holds and ``before`` lacks."""
+    # A TensorDict iterates over rows, so its keys have to be named.
+    return after.select(batch_keys=[key for key in after.batch.keys() if key not in before.batch])  # noqa: SIM118

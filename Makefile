@@ -3,7 +3,7 @@ ENV_DIR ?= .venv
 PYTEST = $(ENV_DIR)/bin/python -m pytest
 export ENV_DIR
 
-.PHONY: env test test-slow test-all lint format clean
+.PHONY: env test test-slow test-all quickstart lint format clean
 
 env:
 	bash deploy_env.sh --dev
@@ -15,6 +15,9 @@ test-slow: env
 	$(PYTEST) -m "slow or cluster" $(ARGS)
 
 test-all: test test-slow
+
+quickstart: env
+	$(ENV_DIR)/bin/python -m recipe.onpolicy_distill.quickstart $(ARGS)
 
 lint: env
 	$(ENV_DIR)/bin/ruff check .

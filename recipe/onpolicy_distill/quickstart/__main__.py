@@ -2,7 +2,7 @@
 
 ::
 
-    python -m recipe.onpolicy_distill.quickstart [--seed 0] [--steps 100] [--out DIR] [HYDRA_OVERRIDES...]
+    python -m recipe.onpolicy_distill.quickstart [--seed 0] [--steps 200] [--out DIR] [HYDRA_OVERRIDES...]
 
     world ─► teacher ─► student, which forgot ─► scoreboard ─► distillation ─► scoreboard ─► report
 
@@ -30,7 +30,7 @@ MAX_ANSWER_TOKENS = 12
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="quickstart", description=str(__doc__).splitlines()[0])
     parser.add_argument("--seed", type=int, default=0, help="of the world, the models and the sampling (default 0)")
-    parser.add_argument("--steps", type=int, default=100, help="steps of distillation (default 100)")
+    parser.add_argument("--steps", type=int, default=200, help="steps of distillation (default 200)")
     parser.add_argument("--out", type=Path, default=Path("outputs/quickstart"), help="default outputs/quickstart")
     parser.add_argument("overrides", nargs="*", help="Hydra overrides for the distillation")
     return parser.parse_args(argv)
@@ -43,6 +43,8 @@ def distillation_command(world: Any, teacher: Path, student: Path, run: Path, ar
         "actor_rollout_ref.ref.model.path": teacher,
         "actor_rollout_ref.actor.optim.lr": 1e-3,
         "actor_rollout_ref.actor.optim.lr_warmup_steps": 5,
+        "actor_rollout_ref.actor.optim.lr_scheduler_type": "cosine",
+        "actor_rollout_ref.actor.optim.min_lr_ratio": 0.1,
         "actor_rollout_ref.rollout.extend_vocab_start_token": world.extend_vocab_start_token,
         "actor_rollout_ref.rollout.seed": args.seed,
         "actor_rollout_ref.rollout.agent.num_workers": 1,

@@ -41,9 +41,21 @@ class RayOnPolicyDistillTrainer(RayPPOTrainer):
         return scores
 
     def validation_metrics(self, batch: DataProto) -> Metrics:
-        """``val/reverse_kl`` and ``val/<source>/reverse_kl``, and the reward figures where there are any."""
+        """``val/reverse_kl`` and ``val/<source>/reverse_kl`` over the prompts that the teacher can read, and the reward
+        figures of all, where there are any.
+        """
         metrics = super().validation_metrics(batch)
-        return metrics | compute_validation_distill_metrics(batch) if self.samples_validation else metrics
+        readable = self.readable_by_teacher(batch)
+        if self.samples_validation and len(readable):
+            metrics |= compute_validation_distill_metrics(readable)
+        return metrics
+
+    def readable_by_teacher(self, batch: DataProto) -> DataProto:
+        """The rows whose prompt holds no extended token: an item in an answer to any other is no leak, and the
+        teacher's opinion of it is void.
+        """
+        start = self.config.actor_rollout_ref.rollout.extend_vocab_start_token
+        return batch if start is None else batch.select_idxs((batch.tensor("prompts") < start).all(dim=-1))
 
     @property
     def samples_validation(self) -> bool:

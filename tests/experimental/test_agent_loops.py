@@ -86,6 +86,14 @@ async def test_masks_of_one_turn(tokenizer, item_start, loop, drawing, drop_whol
     assert output.distill_special_token_mask == [int(letter == "M") for letter in drawing]
 
 
+async def test_the_rest_is_trained_on_only_where_asked_for(tokenizer, item_start) -> None:
+    turn = [40, item_start, 41, item_start + 1, 42]
+    for mask_after, expected in ((True, [1, 1, 0, 0, 0]), (False, [1, 1, 1, 1, 1])):
+        context = make_context(tokenizer, extend_vocab_start_token=item_start, mask_after_extend_token=mask_after)
+        output = await converse(context, ScriptedEngine(tokenizer, [turn]))
+        assert output.response_mask == expected
+
+
 async def test_a_prompt_of_ids_is_taken_as_it_is(tokenizer) -> None:
     engine = ScriptedEngine(tokenizer, [END])
     output = await converse(make_context(tokenizer), engine, raw_prompt=None, prompt_ids=[5, 6, 7])

@@ -7,10 +7,11 @@ from verl.experimental.agent_loop.masks import extended_token_mask, trainable_ma
 START = 100
 
 
-def masks_of(drawing: str, drop_whole: bool = False) -> tuple[str, str]:
+def masks_of(drawing: str, *, drop_whole: bool = False, keep_rest: bool = False) -> tuple[str, str]:
     token_ids = [START + place if letter.isupper() else place for place, letter in enumerate(drawing)]
     extended = extended_token_mask(token_ids, START)
-    trainable = trainable_mask([int(letter in "mM") for letter in drawing], extended, drop_whole)
+    model_mask = [int(letter in "mM") for letter in drawing]
+    trainable = trainable_mask(model_mask, extended, drop_whole=drop_whole, keep_rest=keep_rest)
     return "".join(map(str, extended)), "".join(map(str, trainable))
 
 
@@ -46,6 +47,8 @@ def test_masks_are_cut_after_the_first_extended_token(drawing: str, extended: st
     assert masks_of(drawing) == (extended, trainable)
     dropped = trainable if "1" not in extended else "0" * len(drawing)
     assert masks_of(drawing, drop_whole=True) == (extended, dropped)
+    written = "".join(str(int(letter in "mM")) for letter in drawing)
+    assert masks_of(drawing, keep_rest=True) == (extended, written)
 
 
 def test_the_threshold_itself_is_extended() -> None:
@@ -62,4 +65,4 @@ def test_without_extension_nothing_is_extended() -> None:
 
 def test_masks_of_different_length_are_refused() -> None:
     with pytest.raises(ValueError, match="2 tokens and extended_mask 3"):
-        trainable_mask([1, 1], [0, 0, 0], drop_whole=False)
+        trainable_mask([1, 1], [0, 0, 0])

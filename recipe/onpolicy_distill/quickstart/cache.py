@@ -6,11 +6,14 @@ folder appears under its name only when it is complete.
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 KEY_FILE = "key.json"
 
@@ -27,6 +30,7 @@ def cached_folder(folder: Path, name: str, key: dict[str, Any], make: Callable[[
     text = json.dumps(key, sort_keys=True, indent=2)
     target = folder / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
     if (target / KEY_FILE).is_file():
+        logger.info("reused: %s", target)
         return target
     unfinished = folder / f"{target.name}.unfinished-{os.getpid()}"
     shutil.rmtree(unfinished, ignore_errors=True)

@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 from recipe.onpolicy_distill.quickstart.cache import cached_folder, file_digest
 from recipe.onpolicy_distill.quickstart.tokenizers import MAX_TOKENS
@@ -163,6 +164,7 @@ def _new_model(config: TeacherConfig, tokenizer: PreTrainedTokenizerBase) -> Qwe
 @torch.no_grad()
 def _extended(teacher: Path, known: int, tokenizer: PreTrainedTokenizerBase, seed: int) -> Qwen3ForCausalLM:
     """The teacher with rows for all ids of ``tokenizer``; rows from ``known`` on are drawn around the mean row."""
+    disable_progress_bar()
     source = Qwen3ForCausalLM.from_pretrained(teacher, dtype=torch.float32)
     config = copy.deepcopy(source.config)
     config.vocab_size = _rows_for(len(tokenizer))
@@ -268,6 +270,7 @@ def _few_threads() -> Iterator[None]:
 
 
 def _save(folder: Path, model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
+    disable_progress_bar()
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     # Qwen ends an answer at either of the two; the first is the tokenizer's own.
     model.generation_config = GenerationConfig(eos_token_id=[eos, pad], pad_token_id=pad)

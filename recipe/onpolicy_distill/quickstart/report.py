@@ -15,7 +15,7 @@ from string import Template
 from typing import Any
 
 from recipe.onpolicy_distill.quickstart.charts import COLOURS, Series, line_chart, stacked_bars
-from recipe.onpolicy_distill.quickstart.scoreboard_table import COLUMNS, comparison
+from recipe.onpolicy_distill.quickstart.scoreboard_table import COLUMNS, comparison, popularity_line
 
 TEMPLATE = Path(__file__).with_name("report.html")
 STRONG_ADVANTAGE = 3.0
@@ -117,7 +117,10 @@ def _table(summary: Mapping[str, Any]) -> str:
         + "</tr>"
         for row in rows
     )
-    return f'<h2>Scoreboard</h2><div class="panel scroll"><table><tr>{head}</tr>{body}</table></div>'
+    popular = escape(popularity_line(summary))
+    return f'<h2>Scoreboard</h2><div class="panel scroll"><table><tr>{head}</tr>{body}</table></div>' + (
+        f'<p class="soft">{popular}</p>' if popular else ""
+    )
 
 
 # ---------------------------------------------------------------------- curves
@@ -171,17 +174,18 @@ def _ability(
     if level is not None and ends:
         series.append(Series("teacher", [(ends[0][0], level), (ends[-1][0], level)], dashed=True))
     if ends:
-        series.append(Series("scoreboard, before and after", ends, markers=True))
+        series.append(Series("scoreboard", ends, markers=True))
     if not series:
         return None
-    note = "exact answers" if figure == "general_accuracy" else "dots Recall@5, curves exact answers"
+    note = "exact answers" if figure == "general_accuracy" else "dots Recall@5, curves exact answers of any kind"
     return _Chart(title, note, line_chart(series, percent=True, highest=1.0), series)
 
 
 def _ends(curves: Curves, summary: Mapping[str, Any], figure: str) -> list[tuple[float, float]]:
-    """The scoreboard's figure at the first and at the last step."""
+    """The scoreboard's figure at the first and at the last step, and where it was taken between them."""
     last = max((points[-1][0] for points in curves.values()), default=float(summary.get("steps", 1)))
-    pairs = ((0.0, summary.get("before")), (last, summary.get("after")))
+    between = [(float(step), figures) for step, figures in (summary.get("half_way") or {}).items()]
+    pairs = ((0.0, summary.get("before")), *between, (last, summary.get("after")))
     return [(step, figures[figure]) for step, figures in pairs if figures and figures.get(figure) is not None]
 
 

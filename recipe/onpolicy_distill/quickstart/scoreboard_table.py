@@ -88,3 +88,14 @@ def comparison_table(summary: Mapping[str, Any]) -> str:
         "  ".join(cell.ljust(width) if not number else cell.rjust(width) for number, (cell, width) in cells).rstrip()
         for cells in (enumerate(zip(row, widths, strict=True)) for row in rows)
     )
+
+
+def popularity_line(summary: Mapping[str, Any]) -> str:
+    """What the same items for every user would reach, to read recall against; empty where it was not measured."""
+    figures = summary.get("popularity") or {}
+    if "rec_recall" not in figures:
+        return ""
+    return (
+        "Recommending the most popular items to everyone: "
+        f"Recall@1 {figures['rec_recall_at_1']:.1%}, Recall@5 {figures['rec_recall']:.1%}"
+    )

@@ -69,7 +69,7 @@ def _output(prompt: list[int], response: list[int], config: ScoringConfig) -> Ag
     return AgentLoopOutput(
         prompt_ids=prompt,
         response_ids=response,
-        response_mask=trainable_mask([1] * len(response), extended, drop_whole=False),
+        response_mask=trainable_mask([1] * len(response), extended),
         distill_special_token_mask=extended,
         response_logprobs=None,
         num_turns=2,

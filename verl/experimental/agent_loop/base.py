@@ -165,11 +165,15 @@ class AgentLoopBase(ABC):
     def finish(self, trajectory: Trajectory, num_turns: int) -> AgentLoopOutput:
         """Close the conversation: its masks over all turns."""
         extended = extended_token_mask(trajectory.response_ids, self.rollout.extend_vocab_start_token)
-        drop_whole = self.rollout.mask_response_if_have_extend_token
         return AgentLoopOutput(
             prompt_ids=trajectory.prompt_ids,
             response_ids=trajectory.response_ids,
-            response_mask=trainable_mask(trajectory.model_mask, extended, drop_whole),
+            response_mask=trainable_mask(
+                trajectory.model_mask,
+                extended,
+                drop_whole=self.rollout.mask_response_if_have_extend_token,
+                keep_rest=not self.rollout.mask_after_extend_token,
+            ),
             distill_special_token_mask=extended,
             response_logprobs=trajectory.log_probs,
             num_turns=num_turns,

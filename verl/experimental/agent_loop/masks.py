@@ -9,6 +9,7 @@ With E for an id at or above ``extend_start``, M for a token the model wrote, U 
     extended           0  0  0  0  0  1  0  0  0
     trainable          1  1  0  0  1  1  0  0  0     the teacher's context is void after the first E
     ... drop_whole     0  0  0  0  0  0  0  0  0
+    ... keep_rest      1  1  0  0  1  1  1  0  1
 """
 
 from collections.abc import Sequence
@@ -21,13 +22,16 @@ def extended_token_mask(token_ids: Sequence[int], extend_start: int | None) -> l
     return [int(token_id >= extend_start) for token_id in token_ids]
 
 
-def trainable_mask(model_mask: Sequence[int], extended_mask: Sequence[int], drop_whole: bool) -> list[int]:
+def trainable_mask(
+    model_mask: Sequence[int], extended_mask: Sequence[int], *, drop_whole: bool = False, keep_rest: bool = False
+) -> list[int]:
     """1 for the model's own tokens up to and including the first extended token, 0 after it.
 
     Args:
         model_mask: 1 for tokens the model wrote, 0 for tokens of tools and users.
         extended_mask: as ``extended_token_mask`` gives it, of the same length.
         drop_whole: train on nothing of a response that holds an extended token.
+        keep_rest: train on what follows the first extended token too, void as the teacher's context is there.
     """
     if len(model_mask) != len(extended_mask):
         raise ValueError(f"model_mask has {len(model_mask)} tokens and extended_mask {len(extended_mask)}")
@@ -35,5 +39,7 @@ def trainable_mask(model_mask: Sequence[int], extended_mask: Sequence[int], drop
         return list(model_mask)
     if drop_whole:
         return [0] * len(model_mask)
+    if keep_rest:
+        return list(model_mask)
     kept = list(extended_mask).index(1) + 1
     return [*model_mask[:kept], *[0] * (len(model_mask) - kept)]

@@ -104,6 +104,9 @@ class RolloutConfig:
     """First id of the extended vocabulary E, which the teacher lacks; null: no extension."""
     mask_response_if_have_extend_token: bool = False
     """Train on nothing of a response that holds an extended token."""
+    mask_after_extend_token: bool = True
+    """Train on nothing behind the first extended token of a response, where the teacher's context is void. False is
+    what the public fork of verl does."""
     calculate_log_probs: bool = False
     """Keep the engine's log-probs of the sampled tokens (``rollout_log_probs``)."""
     dtype: str = "auto"
@@ -155,6 +158,11 @@ class RolloutConfig:
                 "this temperature (greedy answers belong in actor_rollout_ref.rollout.val_kwargs)"
             )
         _check_tail("actor_rollout_ref.rollout", self.top_p, self.top_k)
+        if self.mask_response_if_have_extend_token and not self.mask_after_extend_token:
+            raise ValueError(
+                "actor_rollout_ref.rollout.mask_response_if_have_extend_token=True trains on nothing of a response that "
+                "holds an extended token, and mask_after_extend_token=False on all of it; set one of them"
+            )
         self._check_sizes()
         self._check_engine_step()
         if not self.log_prob_use_dynamic_bsz and self.log_prob_micro_batch_size_per_gpu is None:

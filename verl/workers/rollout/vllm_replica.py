@@ -13,6 +13,7 @@ import base64
 import dataclasses
 import difflib
 import importlib.util
+import logging
 import os
 import pickle
 import shutil
@@ -78,6 +79,9 @@ class VLLMReplica(RolloutReplica):
         environment = engine_environment(self.config, self.device, error_log)
         forced = ("VLLM_ENABLE_V1_MULTIPROCESSING", "OMP_NUM_THREADS")
         os.environ.update({k: v for k, v in environment.items() if k in forced or k not in os.environ})
+        if self.device == "cpu":
+            # While it is imported, vLLM says three times over that Triton has no CPU backend.
+            logging.getLogger("vllm.triton_utils").setLevel(logging.CRITICAL)
         arguments = await asyncio.to_thread(self._engine_arguments)
         self._processes = EngineProcesses(error_log)
         try:

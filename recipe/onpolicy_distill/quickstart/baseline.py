@@ -1,0 +1,22 @@
+"""What recommending without a model is worth: the same most popular items to every user.
+
+In: a world's files. Out: the figures that the scoreboard has of a model's rankings.
+"""
+
+import json
+
+import pyarrow.parquet as pq
+
+from recipe.onpolicy_distill.quickstart.world import World
+from recipe.onpolicy_distill.scoreboard.items import Item
+from recipe.onpolicy_distill.scoreboard.metrics import KS, ranking_figures
+
+
+def popularity_figures(world: World) -> dict[str, float]:
+    """Recall and Pass of the items that the training histories hold most often, over the test users."""
+    catalogue = pq.read_table(world.catalogue, columns=["item", "sid", "popularity"]).to_pylist()
+    items: dict[int, Item] = {row["item"]: tuple(row["sid"]) for row in catalogue}
+    favourites = sorted(catalogue, key=lambda row: -row["popularity"])[: max(KS)]
+    rows = pq.read_table(world.rec_test, columns=["source", "metadata"]).to_pylist()
+    targets = [{items[json.loads(row["metadata"])["target_item"]]} for row in rows if row["source"] == "rec_next"]
+    return ranking_figures([[items[row["item"]] for row in favourites]] * len(targets), targets)

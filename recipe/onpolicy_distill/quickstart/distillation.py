@@ -1,0 +1,99 @@
+"""The quickstart's distillation: the normal entry point, in a process of its own.
+
+In: a world, teacher, student, and what the user asked for. Out: the run's folder with ``metrics.jsonl`` and a few
+checkpoints. Settings are those of a real run but for their size.
+"""
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from recipe.onpolicy_distill.quickstart.world import World
+from verl.utils.tokenizer import hf_tokenizer
+
+MAX_PROMPT_TOKENS = 64
+MAX_ANSWER_TOKENS = 12
+MASKED, PUBLIC_FORK = "masked", "public-fork"
+MODES = (MASKED, PUBLIC_FORK)
+"""``masked`` trains on nothing behind an answer's first item token. ``public-fork`` does as the public fork of verl: it
+trains on that too, while the teacher reads an end token in place of each item token."""
+EXACT_MATCH = Path(__file__).with_name("exact_match.py")
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """What is distilled, and how."""
+
+    world: World
+    teacher: Path
+    student: Path
+    folder: Path
+    """Where the run writes; emptied before it starts."""
+    steps: int
+    seed: int
+    mode: str = MASKED
+    """One of MODES."""
+    overrides: Sequence[str] = ()
+    """The user's Hydra overrides."""
+
+    def run(self) -> None:
+        """Train; raises RuntimeError where the run fails."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        done = subprocess.run(self.command(), check=False)
+        if done.returncode:
+            raise RuntimeError(f"the distillation ended with code {done.returncode}; its own first error is above")
+
+    def checkpoints(self) -> list[tuple[int, Path]]:
+        """Steps and Hugging Face folders of the students that were kept, oldest first."""
+        found = self.folder.glob("global_step_*/actor/huggingface")
+        return sorted((int(path.parent.parent.name.removeprefix("global_step_")), path) for path in found)
+
+    def command(self) -> list[str]:
+        """The entry point with the quickstart's settings, then the user's."""
+        settings = self._settings() | self._settings_of_mode()
+        command = [sys.executable, "-m", "recipe.onpolicy_distill.main_onpolicy_distill"]
+        return [*command, *(f"{key}={value}" for key, value in settings.items()), *self.overrides]
+
+    def _settings(self) -> dict[str, Any]:
+        world = self.world
+        return {
+            "actor_rollout_ref.model.path": self.student,
+            "actor_rollout_ref.ref.model.path": self.teacher,
+            "actor_rollout_ref.actor.optim.lr": 1e-3,
+            "actor_rollout_ref.actor.optim.lr_warmup_steps": 5,
+            "actor_rollout_ref.actor.optim.lr_scheduler_type": "cosine",
+            "actor_rollout_ref.actor.optim.min_lr_ratio": 0.1,
+            "actor_rollout_ref.rollout.extend_vocab_start_token": world.extend_vocab_start_token,
+            "actor_rollout_ref.rollout.seed": self.seed,
+            "actor_rollout_ref.rollout.agent.num_workers": 1,
+            "data.train_files": world.general_train,
+            # Validation asks for items too; the teacher cannot read such prompts, so they are measured by reward alone.
+            "data.val_files": f"[{world.general_test},{world.rec_test}]",
+            "data.prompt_extend_tokens": "replace",
+            "data.max_prompt_length": MAX_PROMPT_TOKENS,
+            "data.max_response_length": MAX_ANSWER_TOKENS,
+            "data.train_batch_size": 128,
+            "data.seed": self.seed,
+            "custom_reward_function.path": EXACT_MATCH,
+            "trainer.n_gpus_per_node": 2,
+            "trainer.total_training_steps": self.steps,
+            "trainer.total_epochs": 1000,
+            "trainer.test_freq": max(1, self.steps // 8),
+            "trainer.save_freq": max(1, self.steps // 2),
+            "trainer.max_actor_ckpt_to_keep": 3,
+            "trainer.resume_mode": "disable",
+            "trainer.logger": "[console,file]",
+            "trainer.default_local_dir": self.folder,
+        }
+
+    def _settings_of_mode(self) -> dict[str, Any]:
+        if self.mode == MASKED:
+            return {}
+        return {
+            "actor_rollout_ref.rollout.mask_after_extend_token": False,
+            "actor_rollout_ref.ref.ref_replace_token_id": hf_tokenizer(self.world.teacher_tokenizer).eos_token_id,
+        }

@@ -1,0 +1,113 @@
+"""The experiment as a whole: its command line, its settings, and on a small scale its result."""
+
+import json
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from small_world import SHORT_STUDENT, SHORT_TEACHER, SMALL, build_small_world
+
+from recipe.onpolicy_distill.quickstart import __main__ as quickstart
+from recipe.onpolicy_distill.quickstart import models, world
+from recipe.onpolicy_distill.quickstart.baseline import popularity_figures
+from recipe.onpolicy_distill.quickstart.distillation import Distillation
+from recipe.onpolicy_distill.quickstart.scoreboard_table import popularity_line
+from verl.utils.tokenizer import hf_tokenizer
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    return build_small_world(tmp_path_factory.mktemp("quickstart"))
+
+
+def settings_of(small, **changes):
+    run = Distillation(small, Path("/t"), Path("/s"), Path("/run"), **{"steps": 8, "seed": 3, **changes})
+    return [argument for argument in run.command() if "=" in argument]
+
+
+def test_arguments():
+    args = quickstart.parse_args(["trainer.test_freq=5", "--seed", "2", "data.seed=1", "--mode", "public-fork"])
+    assert (args.seed, args.steps, args.mode) == (2, quickstart.STEPS, "public-fork")
+    assert args.overrides == ["trainer.test_freq=5", "data.seed=1"]
+
+
+@pytest.mark.parametrize("argv", [["--steps", "0"], ["--mode", "other"], ["--sed", "1"]])
+def test_bad_arguments(argv, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        quickstart.parse_args(argv)
+    assert argv[0] in capsys.readouterr().err
+
+
+def test_the_modes_differ_in_the_mask_and_in_what_the_teacher_reads(small):
+    masked, fork = settings_of(small), settings_of(small, mode="public-fork")
+    end = hf_tokenizer(small.teacher_tokenizer).eos_token_id
+    assert fork[: len(masked)] == masked
+    assert fork[len(masked) :] == [
+        "actor_rollout_ref.rollout.mask_after_extend_token=False",
+        f"actor_rollout_ref.ref.ref_replace_token_id={end}",
+    ]
+
+
+def test_the_user_has_the_last_word(small):
+    assert settings_of(small, mode="public-fork", overrides=["data.seed=9"])[-1] == "data.seed=9"
+
+
+def test_checkpoints_come_in_the_order_of_their_steps(small, tmp_path):
+    for step in (100, 20, 5):
+        (tmp_path / f"global_step_{step}" / "actor" / "huggingface").mkdir(parents=True)
+    (tmp_path / "global_step_7" / "actor").mkdir(parents=True)
+    run = Distillation(small, tmp_path, tmp_path, tmp_path, steps=100, seed=0)
+    assert [step for step, _ in run.checkpoints()] == [5, 20, 100]
+
+
+def test_popularity_by_hand(small):
+    """Recounted the long way round: from the histories as text."""
+    text = {row["item"]: row for row in pq.read_table(small.catalogue).to_pylist()}
+    best = sorted(text, key=lambda item: -text[item]["popularity"])[:5]
+    rows = [row for row in pq.read_table(small.rec_test).to_pylist() if row["source"] == "rec_next"]
+    wanted = [json.loads(row["messages"])[-1]["content"][0]["text"] for row in rows]
+    favourites = [text[item]["text"] for item in best]
+    figures = popularity_figures(small)
+    assert figures["rec_recall"] == sum(answer in favourites for answer in wanted) / len(wanted) > 0
+    assert figures["rec_recall_at_1"] == sum(answer == favourites[0] for answer in wanted) / len(wanted)
+    assert popularity_line({"popularity": figures}).endswith(f"Recall@5 {figures['rec_recall']:.1%}")
+    assert popularity_line({}) == ""
+
+
+@pytest.mark.slow
+def test_the_whole_experiment_and_what_a_second_one_makes_anew(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(world, "WorldConfig", lambda seed: WORLD_CONFIG(**SMALL, seed=seed))
+    monkeypatch.setattr(models, "TeacherConfig", lambda seed: TEACHER_CONFIG(**SHORT_TEACHER, seed=seed))
+    monkeypatch.setattr(models, "StudentConfig", lambda seed: STUDENT_CONFIG(**SHORT_STUDENT, seed=seed))
+    arguments = ["--out", str(tmp_path), "--steps", "2", "data.train_batch_size=8", "trainer.n_gpus_per_node=1"]
+
+    quickstart.main([*arguments, "--seed", "1"])
+    console = capsys.readouterr().out
+    assert "[6/6]" in console and "General tasks, exact answers" in console
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["seed"] == 1 and summary["steps"] == 2 and summary["mode"] == "masked"
+    assert set(summary["seconds"]) == {"total", *PHASES}
+    assert "general_accuracy" in summary["teacher"]
+    for when in ("before", "after"):
+        assert set(SCORED) <= set(summary[when])
+    assert set(summary["half_way"]) == {"1"} and "rec_recall" in summary["half_way"]["1"]
+    page = (tmp_path / "report.html").read_text()
+    for heading in ("General accuracy", "Recommendation", "Reverse KL to the teacher", "Step time by stage"):
+        assert heading in page
+    metrics = [json.loads(line)["data"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert {"val/rec_next/reward", "val/general_add/reverse_kl"} <= set(metrics[0])
+    assert "val/rec_next/reverse_kl" not in metrics[0], "the teacher cannot read such prompts"
+    made = sorted(folder.name for folder in (tmp_path / "cache").iterdir())
+    assert [name.split("-")[0] for name in made] == ["student", "teacher", "world"]
+
+    quickstart.main([*arguments, "--seed", "1", "--mode", "public-fork"])
+    assert sorted(folder.name for folder in (tmp_path / "cache").iterdir()) == made
+    fork = json.loads((tmp_path / "public-fork" / "summary.json").read_text())
+    assert fork["mode"] == "public-fork" and fork["before"]["rec_recall"] == summary["before"]["rec_recall"]
+    assert json.loads((tmp_path / "summary.json").read_text()) == summary
+
+
+PHASES = ("world", "teacher", "student", "scoreboard_before", "distillation", "scoreboard_after")
+SCORED = ("general_accuracy", "general_accuracy_by_task", "rec_recall", "rec_recall_at_1", "leak_rate", "extend_mass")
+SCORED = (*SCORED, "reverse_kl")
+WORLD_CONFIG, TEACHER_CONFIG, STUDENT_CONFIG = world.WorldConfig, models.TeacherConfig, models.StudentConfig

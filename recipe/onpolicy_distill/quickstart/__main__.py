@@ -13,6 +13,7 @@ distillation is the normal entry point, in a process of its own; Hydra overrides
 import argparse
 import json
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -134,6 +135,8 @@ def experiment(args: argparse.Namespace, out: Path) -> Path:
 def main(argv: list[str] | None = None) -> None:
     """Run the experiment and say where the report is."""
     args = parse_args(argv)
+    # Read when torch is loaded. Threads that spin while they wait make a machine that does other things crawl.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("recipe").setLevel(logging.INFO)
     out = args.out.resolve()

@@ -10,10 +10,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from recipe.onpolicy_distill.quickstart.world import World
-from verl.utils.tokenizer import hf_tokenizer
+if TYPE_CHECKING:
+    from recipe.onpolicy_distill.quickstart.world import World
 
 MAX_PROMPT_TOKENS = 64
 MAX_ANSWER_TOKENS = 12
@@ -28,7 +28,7 @@ EXACT_MATCH = Path(__file__).with_name("exact_match.py")
 class Distillation:
     """What is distilled, and how."""
 
-    world: World
+    world: "World"
     teacher: Path
     student: Path
     folder: Path
@@ -93,6 +93,8 @@ class Distillation:
     def _settings_of_mode(self) -> dict[str, Any]:
         if self.mode == MASKED:
             return {}
+        from verl.utils.tokenizer import hf_tokenizer
+
         return {
             "actor_rollout_ref.rollout.mask_after_extend_token": False,
             "actor_rollout_ref.ref.ref_replace_token_id": hf_tokenizer(self.world.teacher_tokenizer).eos_token_id,

@@ -1,27 +1,35 @@
 #!/usr/bin/env bash
-# Make a complete Python environment for kai-verl on this machine.
+# Make a complete Python environment for kai-verl, on this machine or on every host of a hostfile.
 #
-#   bash deploy_env.sh [--device cpu|cuda] [--dev] [--help]
+#   bash deploy_env.sh [--device cpu|cuda] [--dev] [--dry-run] [--help]
+#   bash deploy_env.sh --all-nodes [--copy] [the same] [HOSTFILE]
 #
-#   --device   cpu or cuda; default: cuda where nvidia-smi lists a GPU, else cpu
-#   --dev      also install the test and lint tools
+#   --device     cpu or cuda; default: cuda where nvidia-smi lists a GPU, else cpu
+#   --dev        also install the test and lint tools
+#   --all-nodes  on all hosts of HOSTFILE at once (default: $HOSTFILE, else /etc/mpi/hostfile, else this machine alone);
+#                ends with a table, and fails if a host failed or if versions differ between hosts
+#   --copy       first copy this folder to the same path on the hosts (rsync); without it they have to share it
+#   --dry-run    print what would be done
 #
 # Environment:
-#   ENV_DIR          where the environment goes (default: .venv beside this script)
+#   ENV_DIR          where the environment goes (default: .venv beside this script). One that this script did not make
+#                    is checked and used as it is
 #   PYTHON           interpreter to build it with, 3.11 or newer (default: python3)
+#   CONDA_ENV_NAME   build it with the Python of this conda environment
 #   TORCH_INDEX_URL  package index to take torch from, where the default one has no build for this device
+#   SSH_PORT, SSH_OPTS, CONNECT_S, LOG_DIR   for --all-nodes: ssh's port, its options (quoted as in a shell), seconds to
+#                    wait for a connection (10), folder of the hosts' logs (outputs/cluster)
 #
 # Safe to run twice: an environment that is up to date is only checked.
 set -euo pipefail
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+SCRIPT=deploy_env
+PASSED=(ENV_DIR PYTHON CONDA_ENV_NAME CONDA_EXE TORCH_INDEX_URL PIP_INDEX_URL PIP_EXTRA_INDEX_URL)
 ENV_DIR="$(realpath --canonicalize-missing "${ENV_DIR:-$ROOT/.venv}")"
-PYTHON="${PYTHON:-python3}"
-
-say() { printf '[deploy_env] %s\n' "$*"; }
-die() { printf '[deploy_env] error: %s\n' "$*" >&2; exit 1; }
-
-usage() { sed -n '2,/^set -/p' "${BASH_SOURCE[0]}" | sed '$d; s/^# \{0,1\}//'; }
+STAMP="$ENV_DIR/.kai-verl-environment"
+# shellcheck source=SCRIPTDIR/scripts/hosts.sh
+source "$ROOT/scripts/hosts.sh"
 
 detect_device() {
     if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q '^GPU'; then
@@ -37,11 +45,21 @@ fingerprint() {
     { cat "$ROOT"/requirements/*.txt; "$PYTHON" --version; echo "$device $dev $ROOT"; } | sha256sum | cut -d' ' -f1
 }
 
-create_venv() {
+find_python() {
+    if [[ -n "${CONDA_ENV_NAME:-}" ]]; then
+        PYTHON="$("${CONDA_EXE:-conda}" run -n "$CONDA_ENV_NAME" python -c 'import sys; print(sys.executable)')" ||
+            die "conda has no environment $CONDA_ENV_NAME with a Python (CONDA_ENV_NAME; CONDA_EXE names conda itself)"
+    fi
+    PYTHON="${PYTHON:-python3}"
+    command -v "$PYTHON" >/dev/null || die "no $PYTHON here; install Python 3.11 or newer, or set PYTHON"
     "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
         die "$PYTHON is $("$PYTHON" --version 2>&1); kai-verl needs Python 3.11 or newer (set PYTHON)"
+}
+
+create_venv() {
     if [[ ! -x "$ENV_DIR/bin/python" ]]; then
         say "creating $ENV_DIR with $("$PYTHON" --version)"
+        echo unfinished >"$STAMP"
         "$PYTHON" -m venv "$ENV_DIR" || die "$PYTHON cannot create an environment; is its venv module installed?"
     fi
 }
@@ -73,7 +91,7 @@ install_packages() {
 
 check_environment() {
     say "checking imports"
-    (cd / && VLLM_LOGGING_LEVEL=ERROR "$ENV_DIR/bin/python" - <<'PY'
+    (cd / && PYTHONPATH="$ROOT" VLLM_LOGGING_LEVEL=ERROR "$ENV_DIR/bin/python" - <<'PY'
 import importlib
 import sys
 
@@ -82,33 +100,107 @@ for name in ("torch", "ray", "vllm", "transformers", "tensordict", "verl"):
     print(f"    {name:<14}{importlib.import_module(name).__version__}")
 PY
     ) || die "the environment in $ENV_DIR does not import; remove the folder and run this again"
+    "$ENV_DIR/bin/python" "$ROOT/scripts/versions.py"
 }
 
-main() {
-    local device="" dev=no
-    while (($#)); do
-        case "$1" in
-            --device) device="${2:-}"; shift 2 || die "--device needs cpu or cuda" ;;
-            --dev) dev=yes; shift ;;
-            --help | -h) usage; exit 0 ;;
-            *) die "unknown argument $1 (see --help)" ;;
-        esac
-    done
-    device="${device:-$(detect_device)}"
-    [[ "$device" == cpu || "$device" == cuda ]] || die "--device $device: choose cpu or cuda"
-    command -v "$PYTHON" >/dev/null || die "no $PYTHON here; install Python 3.11 or newer, or set PYTHON"
-
+deploy_here() {
+    local device="$1" dev="$2" wanted
+    if [[ -x "$ENV_DIR/bin/python" && ! -f "$STAMP" ]]; then
+        say "$ENV_DIR was not made by this script and is used as it is"
+        check_environment
+        return
+    fi
+    find_python
     say "device $device, environment $ENV_DIR"
+    # Hosts that share the folder take turns; the later ones find the work done.
+    mkdir -p "$ENV_DIR"
+    exec 9>"$ENV_DIR/.deploy.lock"
+    flock --nonblock 9 || { say "waiting for another deployment into $ENV_DIR"; flock 9; }
     create_venv
-    local stamp="$ENV_DIR/.kai-verl-environment" wanted
     wanted="$(fingerprint "$device" "$dev")"
-    if [[ -f "$stamp" && "$(cat "$stamp")" == "$wanted" ]]; then
+    if [[ "$(cat "$STAMP" 2>/dev/null)" == "$wanted" ]]; then
         say "up to date"
     else
         install_packages "$device" "$dev"
     fi
     check_environment
-    echo "$wanted" >"$stamp"
+    echo "$wanted" >"$STAMP"
+}
+
+# This folder to the same path on one host; what is only there stays, except below the folders of the package.
+copy_to() {
+    local target="${HOST_TARGETS[$1]}" SSH_COMMAND=() shell
+    [[ -n "$target" ]] || { echo "this is the machine that holds $ROOT"; return 0; }
+    ssh_command "$1"
+    shell="$(printf "'%s' " "${SSH_COMMAND[@]}")"
+    [[ "${target#*@}" != *:* ]] || target="${target%"${target#*@}"}[${target#*@}]"
+    local command=(rsync --archive --protect-args --mkpath --delete --filter 'P /*' --exclude .git --exclude __pycache__
+        --exclude '.*_cache' --exclude /.venv --exclude /outputs --exclude "/${ENV_DIR#"$ROOT/"}" --rsh "$shell"
+        "$ROOT/" "$target:$ROOT/")
+    if [[ -n "$DRY_RUN" ]]; then show "$1" "${command[@]}"; else "${command[@]}"; fi
+}
+
+table() {
+    local index pair
+    local -A of=()
+    printf '%-24s %-8s %8s  %-10s %-16s %-12s\n' host result seconds python torch vllm
+    for index in "${!HOSTS[@]}"; do
+        of=([python]=- [torch]=- [vllm]=-)
+        for pair in $(answer deploy "$index" versions); do of[${pair%%=*}]="${pair#*=}"; done
+        printf '%-24s %-8s %8s  %-10s %-16s %-12s\n' "${HOSTS[index]}" \
+            "$([[ "${HOST_STATUS[index]}" == 0 ]] && echo ok || echo failed)" "${HOST_SECONDS[index]:--}" \
+            "${of[python]}" "${of[torch]}" "${of[vllm]}"
+    done
+}
+
+deploy_all() {
+    local copy="$1" hostfile AT=()
+    hostfile="$(find_hostfile "$2")"
+    read_hosts "$hostfile"
+    AT=("${!HOSTS[@]}")
+    say "hosts: ${HOSTS[*]}"
+    if [[ "$copy" == yes ]]; then
+        [[ -n "$DRY_RUN" ]] || command -v rsync >/dev/null || die "--copy needs rsync here and on the hosts; install it"
+        say "copying $ROOT; logs in $LOG_DIR"
+        each_host copy copy_to
+        failures copy "could not be copied to" || exit 1
+    fi
+    say "deploying; logs in $LOG_DIR"
+    each_host deploy on_host "$ROOT/deploy_env.sh" "${@:3}"
+    [[ -z "$DRY_RUN" ]] || return 0
+    table
+    local status=0
+    failures deploy "failed" || status=1
+    agree deploy || status=1
+    return "$status"
+}
+
+main() {
+    local device="" dev=no all=no copy=no hostfile="" arguments=()
+    while (($#)); do
+        case "$1" in
+            --device) device="${2:-}"; arguments+=(--device "$device"); shift 2 || die "--device needs cpu or cuda" ;;
+            --dev) dev=yes; arguments+=(--dev); shift ;;
+            --all-nodes) all=yes; shift ;;
+            --copy) copy=yes; shift ;;
+            --dry-run) DRY_RUN=yes; shift ;;
+            --help | -h) usage; exit 0 ;;
+            -*) die "unknown argument $1 (see --help)" ;;
+            *) hostfile="$1"; shift ;;
+        esac
+    done
+    [[ "$all" == yes || ("$copy" == no && -z "$hostfile") ]] || die "--copy and a hostfile need --all-nodes (see --help)"
+    [[ -z "$device" || "$device" == cpu || "$device" == cuda ]] || die "--device $device: choose cpu or cuda"
+    if [[ "$all" == yes ]]; then
+        deploy_all "$copy" "$hostfile" ${arguments[@]+"${arguments[@]}"}
+        return
+    fi
+    device="${device:-$(detect_device)}"
+    if [[ -n "$DRY_RUN" ]]; then
+        say "would make or check $ENV_DIR for $device$([[ "$dev" == no ]] || echo ", with the development tools")"
+        return
+    fi
+    deploy_here "$device" "$dev"
     say "done; activate it with: source $ENV_DIR/bin/activate"
 }
 

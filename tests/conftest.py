@@ -1,16 +1,14 @@
 """Fixtures that several test modules share. Nothing here starts an engine or Ray unless a test asks for it."""
 
-import json
 import os
-import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from tiny_pairs import REPO, Pair, make_pair
 
 # Tests never reach a hub, and thread pools of several processes would fight over a small machine's cores.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -33,15 +31,6 @@ def shared_data() -> Path:
     return folder
 
 
-@dataclass(frozen=True)
-class Pair:
-    """A teacher and a student whose vocabulary extends the teacher's."""
-
-    teacher: Path
-    student: Path
-    extend_vocab_start_token: int
-
-
 @pytest.fixture(scope="session")
 def tiny_tokenizers(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Folders of a teacher's tokenizer (some hundred ids) and of a student's with item tokens added."""
@@ -57,13 +46,3 @@ def tiny_pair(tiny_tokenizers: tuple[Path, Path], tmp_path_factory: pytest.TempP
     out = tmp_path_factory.mktemp("pair")
     teacher_tokenizer, student_tokenizer = tiny_tokenizers
     return make_pair(teacher_tokenizer, student_tokenizer, out, "--hidden", "64")
-
-
-def make_pair(teacher_tokenizer: Path, student_tokenizer: Path, out: Path, *options: str) -> Pair:
-    """Run ``recipe.onpolicy_distill.tiny_models`` as a user would."""
-    command = [sys.executable, "-m", "recipe.onpolicy_distill.tiny_models"]
-    command += ["--teacher-tokenizer", str(teacher_tokenizer), "--student-tokenizer", str(student_tokenizer)]
-    subprocess.run([*command, "--out", str(out), *options], cwd=REPO, check=True, timeout=300)
-    tokenizer = json.loads((teacher_tokenizer / "tokenizer.json").read_text())
-    ids = [*tokenizer["model"]["vocab"].values(), *(token["id"] for token in tokenizer["added_tokens"])]
-    return Pair(out / "teacher", out / "student", max(ids) + 1)

@@ -2,38 +2,11 @@
 
 import os
 import subprocess
-from pathlib import Path
 
 import pytest
+from script_runner import CLUSTER, DEPLOY, LAUNCH, LAUNCH_SMALL, MODELS, RAY_NODE, REPO, executable, run
 
-REPO = Path(__file__).resolve().parent.parent
-RECIPE = REPO / "recipe" / "onpolicy_distill"
-LAUNCH = RECIPE / "run_qwen3_distill.sh"
-LAUNCH_SMALL = RECIPE / "run_qwen3_1.7b_distill.sh"
-CLUSTER = REPO / "init_ray_cluster.sh"
-DEPLOY = REPO / "deploy_env.sh"
 MODULE = "recipe.onpolicy_distill.main_onpolicy_distill"
-
-MODELS = {"BASE_MODEL": "/m/student", "TEACHER_MODEL": "/m/teacher", "DATASET_PARQUET": "/d/train.parquet"}
-SCRIPT_VARIABLES = (
-    *MODELS,
-    *("VAL_PARQUET", "EXTEND_VOCAB_START_TOKEN", "MASK_RESPONSE_IF_HAVE_EXTEND_TOKEN", "DISTILL_ADV_MAX"),
-    *("DISTILL_ADV_MIN", "N_GPUS_PER_NODE", "OUTPUT_DIR", "DRY_RUN", "HOSTFILE", "NODE_IP", "RAY_PORT", "SSH_OPTS"),
-    *("ENV_DIR", "PYTHON", "TORCH_INDEX_URL", "PYTHONPATH"),
-)
-
-
-def run(script, *arguments, cwd=REPO, **env):
-    """Run a script with nothing of this process's settings for it but ``env``."""
-    clean = {name: value for name, value in os.environ.items() if name not in SCRIPT_VARIABLES}
-    return subprocess.run(
-        ["bash", str(script), *map(str, arguments)],
-        cwd=cwd,
-        env=clean | {name: str(value) for name, value in env.items()},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
 
 
 def launch(*arguments, script=LAUNCH, **env):
@@ -48,14 +21,7 @@ def settings(command):
     return dict(argument.split("=", 1) for argument in command[3:])
 
 
-def executable(path, text):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
-    path.chmod(0o755)
-    return path
-
-
-@pytest.mark.parametrize("script", [LAUNCH, LAUNCH_SMALL, CLUSTER, DEPLOY])
+@pytest.mark.parametrize("script", [LAUNCH, LAUNCH_SMALL, CLUSTER, DEPLOY, RAY_NODE])
 def test_help_and_syntax(script):
     done = run(script, "--help")
     assert done.returncode == 0
@@ -168,37 +134,13 @@ def test_the_small_preset_changes_the_settings_and_loses_to_the_users(tmp_path):
     assert settings(launch(f"{key}=99", script=LAUNCH_SMALL))[key] == "99"
 
 
-def test_the_cluster_starts_at_the_head_and_the_others_join(tmp_path):
-    hostfile = tmp_path / "hosts"
-    hostfile.write_text("node-a\nnode-b # a comment\nnode-c slots=4\n")
-    env = {"ENV_DIR": "/env", "NODE_IP": "10.0.0.1", "RAY_PORT": 7000, "SSH_OPTS": "-p 2222"}
-    lines = run(CLUSTER, "--dry-run", hostfile, **env).stdout.splitlines()
-    assert lines[0].startswith("/env/bin/ray start --head --node-ip-address=10.0.0.1 --port=7000")
-    for line, host in zip(lines[1:], ("node-b", "node-c"), strict=True):
-        assert line.startswith("ssh ")
-        assert f"-p 2222 {host} /env/bin/ray start --address=10.0.0.1:7000" in line
-
-
-@pytest.mark.parametrize("action", ["--stop", "--status"])
-def test_cluster_actions_can_be_shown(tmp_path, action):
-    hostfile = tmp_path / "hosts"
-    hostfile.write_text("node-a\nnode-b\n")
-    done = run(CLUSTER, action, "--dry-run", HOSTFILE=hostfile, ENV_DIR="/env")
-    assert done.returncode == 0
-    assert f"/env/bin/ray {action.removeprefix('--')}" in done.stdout
-
-
-def test_the_cluster_script_names_what_is_wrong(tmp_path):
-    assert "does not exist" in run(CLUSTER, tmp_path / "missing").stderr
-    assert "unknown argument --halt" in run(CLUSTER, "--halt").stderr
-
-
 # Answers for both interpreters that deploy_env.sh uses; every call of the environment's one is written down.
 FAKE_PYTHON = """\
 #!/usr/bin/env bash
 case "$*" in
     "--version") echo "Python 3.11.0" ;;
     "-m venv "*) mkdir -p "$3/bin"; cp "$0" "$3/bin/python" ;;
+    *versions.py) echo "versions python=3.11.0 torch=2.13.0 vllm=none" ;;
     "-m pip "*) printf '%s\\n' "$*" >>"$FAKE_LOG" ;;
     -) cat >/dev/null; echo check >>"$FAKE_LOG" ;;
 esac
@@ -261,6 +203,35 @@ def test_deployment_refuses_unknown_arguments(deploy, arguments):
     assert done.returncode == 1
     assert "error:" in done.stderr
     assert calls == []
+
+
+def test_a_dry_run_changes_nothing(deploy, tmp_path):
+    done, calls = deploy("--device", "cpu", "--dev", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert "would make or check" in done.stdout
+    assert calls == [] and not (tmp_path / "my env").exists()
+
+
+def test_an_environment_of_somebody_else_is_checked_and_not_changed(deploy, tmp_path):
+    executable(tmp_path / "my env" / "bin" / "python", FAKE_PYTHON)
+    done, calls = deploy("--device", "cpu")
+    assert "was not made by this script and is used as it is" in done.stdout
+    assert calls == ["check"]
+
+
+def test_an_interrupted_deployment_goes_on(deploy, tmp_path):
+    executable(tmp_path / "my env" / "bin" / "python", FAKE_PYTHON)
+    (tmp_path / "my env" / ".kai-verl-environment").write_text("unfinished\n")
+    assert any("--editable" in call for call in deploy("--device", "cpu")[1])
+
+
+def test_conda_is_used_where_it_is_asked_for(deploy, tmp_path):
+    python = tmp_path / "bin" / "python3"
+    conda = executable(tmp_path / "conda", f'#!/usr/bin/env bash\n[[ "$3" == mine ]] || exit 1\necho "{python}"\n')
+    done, _ = deploy("--device", "cpu", CONDA_ENV_NAME="mine", CONDA_EXE=conda, PYTHON="/no/python")
+    assert done.returncode == 0, done.stderr
+    done, _ = deploy("--device", "cpu", "--dev", CONDA_ENV_NAME="other", CONDA_EXE=conda)
+    assert "conda has no environment other" in done.stderr
 
 
 def test_deployment_refuses_an_old_python(tmp_path):

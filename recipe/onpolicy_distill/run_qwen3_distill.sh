@@ -3,9 +3,10 @@
 #
 #   BASE_MODEL=... TEACHER_MODEL=... DATASET_PARQUET=... bash run_qwen3_distill.sh [HOSTFILE] [HYDRA_OVERRIDES...]
 #
-# HOSTFILE names one machine a line. Without it, or if it names this machine alone, the run stays on this machine and
-# starts Ray itself; for several machines start Ray on them first (init_ray_cluster.sh HOSTFILE). What follows goes to
-# Hydra and wins over the settings below.
+# HOSTFILE (default: $HOSTFILE, else /etc/mpi/hostfile where it exists) has one host a line, as [USER@]HOST[:PORT]
+# [slots=N]. Without one, or if it names this machine alone, the run stays on this machine and starts Ray itself. For
+# several hosts first run init_ray_cluster.sh HOSTFILE, with the same RAY_PORT and CLUSTER_DIR, then this on one of them.
+# What follows goes to Hydra and wins over the settings below.
 #
 # Environment:
 #   BASE_MODEL, TEACHER_MODEL, DATASET_PARQUET   student, teacher, training prompts (required)
@@ -13,27 +14,26 @@
 #   EXTEND_VOCAB_START_TOKEN                     first id that the teacher lacks (default: none)
 #   MASK_RESPONSE_IF_HAVE_EXTEND_TOKEN           train on nothing of a response that holds one (default: False)
 #   DISTILL_ADV_MAX, DISTILL_ADV_MIN             bounds of the advantage (default: 5.0, -30.0)
-#   N_GPUS_PER_NODE                              training ranks per machine (default: its GPUs, or 1)
+#   N_GPUS_PER_NODE                              training ranks per host (default: slots of the hostfile, else the
+#                                                GPUs of this machine, or 1)
 #   OUTPUT_DIR                                   checkpoints and metrics (default: ./outputs/on_policy_distill)
 #   ENV_DIR                                      Python environment (default: the active one, else .venv of the checkout)
+#   RAY_PORT, CLUSTER_DIR                        as for init_ray_cluster.sh
 #   DRY_RUN=1                                    print the command and stop
+#
+# Variables that begin with NCCL_, GLOO_, UCX_, VLLM_, TORCH_, HF_ or TRANSFORMERS_ go along to all hosts, through Ray's
+# runtime_env; those that look like secrets do not (workers read a hub's token from its own file on their host). Each
+# host finds the interface of its own for NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME, where you do not name one.
 set -euo pipefail
 
 REPO="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 
-die() { printf 'run_qwen3_distill: error: %s\n' "$*" >&2; exit 2; }
-
-usage() { sed -n '2,/^set -/p' "${BASH_SOURCE[0]}" | sed '$d; s/^# \{0,1\}//'; }
-
-# Machines of a hostfile, one a line: comments, blank lines, duplicates and what follows the name are left out.
-hosts_in() { sed 's/#.*//' "$1" | awk 'NF && !seen[$1]++ { print $1 }'; }
-
-is_this_machine() {
-    case "$1" in
-        localhost | 127.0.0.1 | ::1 | "$(hostname)" | "$(hostname -s 2>/dev/null || hostname)") return 0 ;;
-    esac
-    hostname -I 2>/dev/null | tr ' ' '\n' | grep -qxF "$1"
-}
+SCRIPT=run_qwen3_distill
+ROOT="$REPO"
+DIE_STATUS=2
+PASSED=()
+# shellcheck source=SCRIPTDIR/../../scripts/hosts.sh
+source "$REPO/scripts/hosts.sh"
 
 python_of_run() {
     local env_dir="${ENV_DIR:-${VIRTUAL_ENV:-$REPO/.venv}}"
@@ -44,6 +44,41 @@ gpus_here() {
     local gpus=0
     if command -v nvidia-smi >/dev/null 2>&1; then gpus="$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)"; fi
     echo "$((gpus > 0 ? gpus : 1))"
+}
+
+# Ranks per host: what the user says, else the slots of the hostfile, else what this machine has.
+ranks_per_host() {
+    local slots
+    slots="$(printf '%s\n' "${HOST_SLOTS[@]}" | sed '/^$/d' | sort -nu)"
+    if [[ -n "${N_GPUS_PER_NODE:-}" ]]; then
+        echo "$N_GPUS_PER_NODE"
+    elif [[ "$slots" == *$'\n'* ]]; then
+        die "hosts differ in slots (${slots//$'\n'/, }); every host has the same number of ranks: set N_GPUS_PER_NODE"
+    else
+        echo "${slots:-$(gpus_here)}"
+    fi
+}
+
+# Overrides that give the workers those of this shell's variables that they need.
+worker_variables() {
+    local name
+    while IFS= read -r name; do
+        case "_${name}_" in *_KEY_* | *_TOKEN_* | *_SECRET_* | *_PASSWORD_* | *_AUTH_* | *CREDENTIAL*) continue ;; esac
+        printf '++ray_kwargs.ray_init.runtime_env.env_vars.%s=%s\n' "$name" "${!name}"
+    done < <(compgen -e | grep -E '^(NCCL|GLOO|UCX|VLLM|TORCH|HF|TRANSFORMERS)_' || true)
+}
+
+# The overrides for it, into connect. Ray that init_ray_cluster.sh did not start is found by its own means.
+connect_to_cluster() {
+    local node="$REPO/scripts/ray_node.sh" head
+    mapfile -t connect < <(worker_variables)
+    if head="$(bash "$node" known head 2>/dev/null)"; then
+        export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH
+        RAY_AUTH_TOKEN_PATH="$(bash "$node" folder)/token"
+        connect+=("ray_kwargs.ray_init.address=$head" "++ray_kwargs.ray_init._node_ip_address=$(bash "$node" known address)")
+    else
+        connect+=(ray_kwargs.ray_init.address=auto)
+    fi
 }
 
 main() {
@@ -59,16 +94,14 @@ main() {
     done
     ((${#missing[@]} == 0)) || die "${missing[*]} is not set; see --help"
 
-    local nnodes=1 connect=()
-    if [[ -n "$hostfile" ]]; then
-        [[ -f "$hostfile" ]] || die "hostfile $hostfile does not exist"
-        local hosts=()
-        mapfile -t hosts < <(hosts_in "$hostfile")
-        ((${#hosts[@]})) || die "hostfile $hostfile names no host"
-        if ((${#hosts[@]} > 1)) || ! is_this_machine "${hosts[0]}"; then
-            nnodes=${#hosts[@]}
-            connect=("ray_kwargs.ray_init.address=auto")
-        fi
+    local python
+    python="$(python_of_run)" || die "no Python environment; run deploy_env.sh, or set ENV_DIR"
+    local connect=() ranks
+    hostfile="$(find_hostfile "$hostfile")"
+    read_hosts "$hostfile"
+    ranks="$(ranks_per_host)"
+    if ((${#HOSTS[@]} > 1)) || [[ -n "${HOST_TARGETS[0]}" ]]; then
+        connect_to_cluster
     fi
 
     local output="${OUTPUT_DIR:-$PWD/outputs/on_policy_distill}"
@@ -99,19 +132,17 @@ main() {
         "actor_rollout_ref.rollout.extend_vocab_start_token=${EXTEND_VOCAB_START_TOKEN:-null}"
         "actor_rollout_ref.rollout.mask_response_if_have_extend_token=${MASK_RESPONSE_IF_HAVE_EXTEND_TOKEN:-False}"
 
-        "trainer.n_gpus_per_node=${N_GPUS_PER_NODE:-$(gpus_here)}"
-        "trainer.nnodes=$nnodes"
+        "trainer.n_gpus_per_node=$ranks"
+        "trainer.nnodes=${#HOSTS[@]}"
         "trainer.default_local_dir=$output"
         trainer.project_name=on_policy_distill
-        trainer.logger=[console,file]
+        "trainer.logger=[console,file]"
         trainer.save_freq=50
         trainer.test_freq=50
         trainer.max_actor_ckpt_to_keep=3
         trainer.total_epochs=1
     )
 
-    local python
-    python="$(python_of_run)" || die "no Python environment; run deploy_env.sh, or set ENV_DIR"
     local command=("$python" -m recipe.onpolicy_distill.main_onpolicy_distill "${settings[@]}" "${connect[@]}" "$@")
     if [[ -n "${DRY_RUN:-}" ]]; then
         printf '%s\n' "${command[@]}"

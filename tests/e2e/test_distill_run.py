@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import Pair, make_pair
 from launch import Run, launch, write_onerec_parquet
+from tiny_pairs import Pair, make_pair
 
 SIZES = [
     "data.max_prompt_length=64",
@@ -79,8 +79,10 @@ def test_a_head_tied_to_the_embedding_is_synced_too(
         "trainer.total_training_steps=6",
         "trainer.logger=[file]",
     ]
-    run = launch(folder / "run", overrides, script_env(pair, train))
+    run = launch(folder / "run", overrides, {**script_env(pair, train), "EXTEND_VOCAB_START_TOKEN": "auto"})
     assert run.returncode == 0, run.output[-6000:]
+    saved = (run.folder / "config.yaml").read_text()
+    assert f"extend_vocab_start_token: {pair.extend_vocab_start_token}\n" in saved, "auto is settled once, at the start"
     gaps = run.series("training/rollout_log_probs_diff_max")
     assert len(gaps) == 6, "the last of them after five updates"
     assert max(gaps) < 1e-4

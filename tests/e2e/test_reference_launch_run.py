@@ -5,8 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from conftest import REPO, Pair
 from launch import Run, write_onerec_parquet
+from tiny_pairs import REPO, Pair
 
 
 def reference_launch(replaced: dict[str, str], paths: dict[str, Path]) -> list[str]:

@@ -1,0 +1,117 @@
+"""Whole runs that stop and go on, through the launch script, and what is exported from them."""
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from launch import Run, launch, write_onerec_parquet
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from workers.rollout.replica_process import ReplicaProcess
+from workers.rollout.rollout_reference import largest_difference
+
+from verl import model_merger
+from verl.workers.config import HFModelConfig, RolloutConfig
+
+pytestmark = pytest.mark.slow
+
+STEPS = 4
+CLOCK = ("timing", "perf/")
+
+
+def settings(engine: str, ranks: int, **changes: Any) -> list[str]:
+    values = {
+        "actor_rollout_ref.actor.optim.lr": 3e-4,
+        "actor_rollout_ref.actor.optim.lr_scheduler_type": "cosine",
+        "actor_rollout_ref.actor.optim.total_training_steps": STEPS,
+        "actor_rollout_ref.actor.ppo_mini_batch_size": 8,
+        "actor_rollout_ref.actor.ppo_max_token_len_per_gpu": 2048,
+        "actor_rollout_ref.ref.log_prob_max_token_len_per_gpu": 2048,
+        "actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu": 2048,
+        "actor_rollout_ref.rollout.name": engine,
+        "data.max_prompt_length": 64,
+        "data.max_response_length": 16,
+        "data.train_batch_size": 8,
+        "data.enable_think": True,
+        "trainer.n_gpus_per_node": ranks,
+        "trainer.total_training_steps": STEPS,
+        "trainer.save_freq": 2,
+        "trainer.val_before_train": False,
+        "trainer.logger": "[console,file]",
+        **changes,
+    }
+    return [f"{key}={value}" for key, value in values.items()]
+
+
+@pytest.fixture(scope="module")
+def env(tiny_pair: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    train = write_onerec_parquet(tmp_path_factory.mktemp("data") / "train.parquet", 18)
+    return {
+        "BASE_MODEL": str(tiny_pair.student),
+        "TEACHER_MODEL": str(tiny_pair.teacher),
+        "DATASET_PARQUET": str(train),
+        "EXTEND_VOCAB_START_TOKEN": str(tiny_pair.extend_vocab_start_token),
+    }
+
+
+def run(folder: Path, overrides: list[str], env: dict[str, str]) -> Run:
+    done = launch(folder, overrides, env)
+    assert done.returncode == 0, done.output[-6000:]
+    return done
+
+
+def figures(of: Run) -> dict[int, dict[str, float]]:
+    """Figures by step but for what the clock says, and every step once."""
+    steps = [json.loads(line)["step"] for line in (of.folder / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, STEPS + 1))
+    return {step: {k: v for k, v in data.items() if not k.startswith(CLOCK)} for step, data in of.metrics.items()}
+
+
+@pytest.mark.parametrize("engine", ["hf", "vllm"])
+def test_a_resumed_run_equals_a_whole_one(engine: str, env: dict[str, str], tmp_path: Path) -> None:
+    whole = run(tmp_path / "whole", settings(engine, 2), env)
+    first_half = settings(engine, 2, **{"trainer.total_training_steps": 2})
+    run(tmp_path / "halves", first_half, env)
+    halves = run(tmp_path / "halves", settings(engine, 2), env)
+    assert "resumed from" in halves.output
+    expected, got = figures(whole), figures(halves)
+    for step in expected:
+        assert got[step] == pytest.approx(expected[step], rel=1e-6, abs=1e-6), f"step {step}"
+    assert (halves.folder / "config.1.yaml").is_file(), "the first half's settings"
+
+
+def test_a_run_goes_on_on_another_number_of_ranks_and_its_model_is_exported(
+    env: dict[str, str], tmp_path: Path
+) -> None:
+    whole = run(tmp_path / "whole", settings("hf", 2), env)
+    run(tmp_path / "halves", settings("hf", 2, **{"trainer.total_training_steps": 2}), env)
+    halves = run(tmp_path / "halves", settings("hf", 1), env)
+    assert "resuming on 1 ranks what 2 wrote" in halves.output
+    expected, got = figures(whole), figures(halves)
+    for step in expected:
+        for key in ("distill/reverse_kl", "actor/pg_loss", "actor/grad_norm", "actor/lr", "response_length/mean"):
+            assert got[step][key] == pytest.approx(expected[step][key], rel=1e-3, abs=1e-4), f"step {step}: {key}"
+    check_export(whole.folder / f"global_step_{STEPS}", tmp_path / "model")
+
+
+def check_export(checkpoint: Path, target: Path) -> None:
+    """vLLM and transformers load what the shards of two ranks became, and agree on it."""
+    assert model_merger.main(["merge", "--local_dir", str(checkpoint / "actor"), "--target_dir", str(target)]) == 0
+    model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    assert model.get_input_embeddings().weight.shape[0] >= len(tokenizer)
+    config = RolloutConfig(prompt_length=64, response_length=16, cpu_kvcache_space_gb=0.1)
+    engine = ReplicaProcess(config, HFModelConfig(path=str(target)))
+    prompts = [tokenizer.encode("copy 1 and 7"), tokenizer.encode("sort 3 and 21")]
+    sampling = {"temperature": 1.0, "top_p": 1.0, "top_k": -1}
+    try:
+        outputs = engine.run(generate, prompts, {**sampling, "logprobs": True, "seed": 1})
+    finally:
+        engine.close()
+    assert largest_difference(model, len(tokenizer), prompts, sampling, outputs) < 1e-4
+
+
+async def generate(replica: Any, prompts: list[list[int]], params: dict[str, Any]) -> list[Any]:
+    return list(await asyncio.gather(*(replica.generate(ids, params, str(ids)) for ids in prompts)))

@@ -1,0 +1,42 @@
+"""A whole run whose teacher has a rank of its own does what the co-located one does, figure by figure."""
+
+from pathlib import Path
+
+from launch import Run, launch, write_onerec_parquet
+from tiny_pairs import Pair
+
+OVERRIDES = [
+    "data.max_prompt_length=64",
+    "data.max_response_length=16",
+    "data.train_batch_size=8",
+    "actor_rollout_ref.actor.ppo_mini_batch_size=8",
+    "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=2048",
+    "actor_rollout_ref.actor.optim.lr=1e-3",
+    "actor_rollout_ref.rollout.name=hf",
+    "trainer.total_training_steps=2",
+    "trainer.logger=[file]",
+]
+FIGURES = ("distill/reverse_kl", "actor/pg_loss", "actor/grad_norm", "critic/advantages/mean", "response_length/mean")
+
+
+def run(pair: Pair, folder: Path, *overrides: str) -> Run:
+    folder.mkdir()
+    env = {
+        "BASE_MODEL": str(pair.student),
+        "TEACHER_MODEL": str(pair.teacher),
+        "DATASET_PARQUET": str(write_onerec_parquet(folder / "train.parquet", 16)),
+        "EXTEND_VOCAB_START_TOKEN": str(pair.extend_vocab_start_token),
+        "N_GPUS_PER_NODE": "1",
+    }
+    finished = launch(folder / "run", [*OVERRIDES, *overrides], env)
+    assert finished.returncode == 0, finished.output[-6000:]
+    return finished
+
+
+def test_a_teacher_in_its_own_pool_changes_no_figure(tiny_pair: Pair, tmp_path: Path) -> None:
+    beside = run(tiny_pair, tmp_path / "beside")
+    apart = run(tiny_pair, tmp_path / "apart", "trainer.teacher_nnodes=1", "trainer.teacher_n_gpus_per_node=1")
+    assert "pool teacher: 1 process of CPU 0.25, GPU 0 on one node, for ref" in apart.output
+    for figure in FIGURES:
+        assert apart.series(figure) == beside.series(figure), figure
+        assert len(beside.series(figure)) == 2

@@ -1,0 +1,56 @@
+"""A run on a Ray cluster of two nodes (two raylets of this machine) that somebody else started."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from launch import Run, launch, write_onerec_parquet
+from ray.cluster_utils import Cluster
+from tiny_pairs import REPO, Pair
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    """Where the cluster's head answers."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(REPO))
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+        cluster.add_node(num_cpus=1)
+    yield cluster.address
+    cluster.shutdown()
+
+
+def run(pair: Pair, folder: Path, address: str, *overrides: str) -> Run:
+    env = {
+        "BASE_MODEL": str(pair.student),
+        "TEACHER_MODEL": str(pair.teacher),
+        "DATASET_PARQUET": str(write_onerec_parquet(folder / "train.parquet", 16)),
+        "EXTEND_VOCAB_START_TOKEN": str(pair.extend_vocab_start_token),
+        "N_GPUS_PER_NODE": "1",
+    }
+    sizes = ["data.max_prompt_length=64", "data.max_response_length=16", "data.train_batch_size=8"]
+    sizes += ["actor_rollout_ref.actor.ppo_mini_batch_size=8", "actor_rollout_ref.rollout.name=hf"]
+    sizes += ["trainer.logger=[file]", f"ray_kwargs.ray_init.address={address}"]
+    return launch(folder / "run", [*sizes, *overrides], env)
+
+
+def test_student_on_both_nodes_and_a_teacher_of_its_own(tiny_pair: Pair, address: str, tmp_path: Path) -> None:
+    pools = ["trainer.nnodes=2", "trainer.teacher_nnodes=1", "trainer.teacher_n_gpus_per_node=1"]
+    finished = run(tiny_pair, tmp_path, address, *pools, "trainer.total_training_steps=2", "trainer.save_freq=2")
+    assert finished.returncode == 0, finished.output[-6000:]
+    assert "pool train: 1 process of CPU 0.25, GPU 0 on each of 2 nodes, for actor" in finished.output
+    assert len(finished.series("distill/reverse_kl")) == 2
+    assert (finished.folder / "global_step_2").is_dir()
+    assert not list(finished.folder.glob(".seen-by-all-nodes-*"))
+
+
+def test_a_pool_that_the_cluster_cannot_hold_is_said_in_the_last_lines(
+    tiny_pair: Pair, address: str, tmp_path: Path
+) -> None:
+    override = ["trainer.nnodes=4", "trainer.total_training_steps=1"]
+    finished = run(tiny_pair, tmp_path, address, *override)
+    assert finished.returncode == 1
+    assert "error: 'train' asks for 1 process of CPU 0.25, GPU 0 on each of 4 nodes; the cluster has" in finished.output
+    assert "Traceback" not in finished.output

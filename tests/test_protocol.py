@@ -294,6 +294,17 @@ def test_unpadding_undoes_padding(rows, divisor):
     assert first_column(unpad_dataproto(padded, pad_size)) == first_column(data)
 
 
+def test_a_reorder_that_cannot_be_changes_nothing_and_shares_nothing_with_others():
+    data = DataProto.from_dict({"x": torch.arange(3), "y": torch.arange(3)}, {"uid": list("abc")})
+    other = data.select()
+    with pytest.raises(IndexError):
+        data.reorder([0, 1, 3])
+    assert data.batch["x"].tolist() == data.batch["y"].tolist() == [0, 1, 2]
+    data.reorder([2, 1, 0])
+    assert data.batch["y"].tolist() == [2, 1, 0] and data.array("uid").tolist() == ["c", "b", "a"]
+    assert other.batch["y"].tolist() == [0, 1, 2] and other.array("uid").tolist() == ["a", "b", "c"]
+
+
 def test_padding_nothing_is_nothing():
     assert pad_dataproto_to_divisor(DataProto(), 4)[1] == 0
 

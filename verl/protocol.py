@@ -108,7 +108,7 @@ def _join(kind: str, first: Mapping[str, Any], second: Mapping[str, Any]) -> dic
     return {**first, **second}
 
 
-def _merge_meta_info(infos: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def merge_meta_info(infos: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Facts that agree, once; the ``metrics`` dicts as one dict of lists."""
     merged: dict[str, Any] = {}
     metrics: dict[str, list[Any]] = {}
@@ -335,11 +335,7 @@ class DataProto:
 
     @staticmethod
     def concat(data: Sequence["DataProto"]) -> "DataProto":
-        """All rows in order.
-
-        ``meta_info`` must agree where a key stands in several parts (ValueError names it), but for ``metrics``: the
-        parts' dicts become one dict of lists.
-        """
+        """All rows in order; ``meta_info["metrics"]`` become lists, the rest must agree (ValueError names the key)."""
         if not data:
             raise ValueError("concat needs at least one DataProto")
         keys = [part._tensors().keys() | part.non_tensor_batch.keys() for part in data]
@@ -348,7 +344,7 @@ class DataProto:
         first = data[0]
         tensors = {key: torch.cat([part.batch[key] for part in data]) for key in first._tensors()}
         arrays = {key: np.concatenate([part.non_tensor_batch[key] for part in data]) for key in first.non_tensor_batch}
-        return type(first).from_dict(tensors, arrays, _merge_meta_info([part.meta_info for part in data]))
+        return type(first).from_dict(tensors, arrays, merge_meta_info([part.meta_info for part in data]))
 
     def repeat(self, repeat_times: int = 2, interleave: bool = True) -> "DataProto":
         """Every row ``repeat_times`` times: next to each other where ``interleave``, else the batch over and over."""
@@ -356,10 +352,13 @@ class DataProto:
         index = index.repeat_interleave(repeat_times) if interleave else index.repeat(repeat_times)
         return self.select_idxs(index)
 
-    def reorder(self, indices: torch.Tensor) -> None:
-        """Put row ``indices[i]`` at place i, in place."""
-        ordered = self.select_idxs(indices)
-        self.batch, self.non_tensor_batch = ordered.batch, ordered.non_tensor_batch
+    def reorder(self, indices: Sequence[int] | torch.Tensor) -> None:
+        """Put row ``indices[i]`` at place i, in place, key by key: there are never two copies of the batch."""
+        index = torch.arange(len(self))[torch.as_tensor(indices).cpu()]  # raises before anything has changed
+        self.non_tensor_batch = {key: value[index.numpy()] for key, value in self.non_tensor_batch.items()}
+        if self.batch is not None:
+            tensors, self.batch = self._tensors(), None
+            self.batch = TensorDict({key: tensors.pop(key)[index] for key in list(tensors)}, batch_size=[len(index)])
 
     def to(self, device: torch.device | str) -> "DataProto":
         """Move the tensors, in place."""

@@ -23,6 +23,7 @@ from verl.trainer.config.typed import save_config, to_typed
 if TYPE_CHECKING:
     from verl.trainer.config import PPOConfig
     from verl.trainer.ppo.ray_trainer import RayPPOTrainer
+    from verl.utils.vocab_contract import VocabContract
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,7 @@ def build_trainer(config: "PPOConfig") -> "RayPPOTrainer":
     """Tokenizer, data, reward function and worker classes, put together; starts nothing.
 
     The advantage decides the trainer: distillation learns from a teacher, every other estimator from a task reward.
+    An ``extend_vocab_start_token`` that is ``auto`` becomes the id it stands for.
     """
     from recipe.onpolicy_distill.onpolicy_distill_trainer import RayOnPolicyDistillTrainer
     from verl.experimental.agent_loop.worker import load_tools
@@ -43,7 +45,6 @@ def build_trainer(config: "PPOConfig") -> "RayPPOTrainer":
     from verl.trainer.ppo.reward import load_reward_fn
     from verl.utils.device import get_device_name
     from verl.utils.tokenizer import hf_tokenizer
-    from verl.utils.vocab_contract import check_extension
     from verl.workers.student_worker import StudentWorker
     from verl.workers.teacher_worker import TeacherWorker
 
@@ -51,18 +52,15 @@ def build_trainer(config: "PPOConfig") -> "RayPPOTrainer":
     check_ranks(config, device_name)
     prepare_folder(config.trainer.default_local_dir)
     reward_fn = load_reward_fn(config.custom_reward_function)
-    models = config.actor_rollout_ref
-    model, teacher, start = models.model, models.ref.model, models.rollout.extend_vocab_start_token
+    settle_vocabulary(config)
+    model, rollout = config.actor_rollout_ref.model, config.actor_rollout_ref.rollout
     tokenizer = hf_tokenizer(model.tokenizer_path or str(model.path), trust_remote_code=model.trust_remote_code)
-    if teacher.path:
-        known = hf_tokenizer(teacher.tokenizer_path or teacher.path, trust_remote_code=model.trust_remote_code)
-        check_extension(len(tokenizer), len(known), start)
     train_dataset, val_dataset = build_datasets(
         config.data,
         tokenizer,
-        extend_vocab_start_token=start,
-        tool_schemas=[tool.get_openai_tool_schema() for tool in load_tools(models.rollout).values()],
-        bad_rows_folder=config.trainer.default_local_dir,
+        extend_vocab_start_token=rollout.extend_start,
+        tool_schemas=[tool.get_openai_tool_schema() for tool in load_tools(rollout).values()],
+        dropped_rows_folder=config.trainer.default_local_dir,
     )
     distils = config.algorithm.adv_estimator == AdvantageEstimator.ON_POLICY_DISTILL
     trainer_class = RayOnPolicyDistillTrainer if distils else RayPPOTrainer
@@ -77,6 +75,39 @@ def build_trainer(config: "PPOConfig") -> "RayPPOTrainer":
     )
 
 
+def settle_vocabulary(config: "PPOConfig") -> "VocabContract | None":
+    """Check that the vocabularies fit together, and put the id in the place of ``extend_vocab_start_token=auto``.
+
+    Returns:
+        What the two models share; None where there is no teacher of its own, or ``trainer.vocab_check=off``.
+
+    Raises:
+        ValueError: a tokenizer is missing, or under ``trainer.vocab_check=strict`` the two do not fit.
+    """
+    from verl.utils.vocab_contract import enforce, read_contract
+
+    model, teacher = config.actor_rollout_ref.model, config.actor_rollout_ref.ref.model
+    rollout, mode = config.actor_rollout_ref.rollout, str(config.trainer.vocab_check)
+    if not teacher.path:
+        if rollout.extend_vocab_start_token == "auto":
+            rollout.extend_vocab_start_token = None  # the student's own starting weights are the reference
+        return None
+    if mode == "off":
+        return None
+    contract = read_contract(
+        str(model.path),
+        teacher.path,
+        rollout.extend_vocab_start_token,
+        student_tokenizer=model.tokenizer_path,
+        teacher_tokenizer=teacher.tokenizer_path,
+        trust_remote_code=model.trust_remote_code,
+        overrides=model.override_config,
+    )
+    enforce(contract, mode)
+    rollout.extend_vocab_start_token = contract.extend_start
+    return contract
+
+
 def check_ranks(config: "PPOConfig", device_name: str) -> None:
     """On a Ray of the run's own, this machine has to hold all ranks; a cluster says itself what it has.
 
@@ -89,20 +120,22 @@ def check_ranks(config: "PPOConfig", device_name: str) -> None:
     ray_init, trainer = config.ray_kwargs.ray_init, config.trainer
     if "address" in ray_init:
         return
+    for key, nodes in (("nnodes", trainer.nnodes), ("teacher_nnodes", trainer.teacher_nnodes or 1)):
+        if nodes > 1:
+            raise ValueError(
+                f"trainer.{key}={nodes} and no cluster is named; start Ray on the machines "
+                "(init_ray_cluster.sh HOSTFILE) and set ray_kwargs.ray_init.address=auto"
+            )
     if device_name == "cuda":
         room, have = get_torch_device("cuda").device_count(), "GPUs"
     else:
         cores = ray_init["num_cpus"] if "num_cpus" in ray_init else len(os.sched_getaffinity(0))
         room, have = int(cores / CPUS_PER_PROCESS), f"ranks' room on its {cores} cores"
-    if trainer.nnodes > 1:
-        raise ValueError(
-            f"trainer.nnodes={trainer.nnodes} and no cluster is named; start Ray on the machines "
-            "(init_ray_cluster.sh HOSTFILE) and set ray_kwargs.ray_init.address=auto"
-        )
-    if trainer.n_gpus_per_node > room:
-        raise ValueError(
-            f"trainer.n_gpus_per_node={trainer.n_gpus_per_node}: this machine has {room} {have}; lower it so far"
-        )
+    asked, teacher = f"trainer.n_gpus_per_node={trainer.n_gpus_per_node}", sum(trainer.teacher_ranks_on_nodes)
+    if teacher:
+        asked += f" and trainer.teacher_n_gpus_per_node={teacher}"
+    if trainer.n_gpus_per_node + teacher > room:
+        raise ValueError(f"{asked}: this machine has {room} {have}; lower {'them' if teacher else 'it'} so far")
 
 
 def prepare_folder(folder: str) -> None:
@@ -136,7 +169,7 @@ def run(trainer: "RayPPOTrainer") -> None:
             f"error: no Ray answers at ray_kwargs.ray_init.address; start it: init_ray_cluster.sh HOSTFILE ({error})"
         )
     try:
-        trainer.init_workers()
+        start_workers(trainer)
         trainer.fit()
         logger.info("done: %s", trainer.progress())
     except (WorkerError, RolloutError) as error:
@@ -152,6 +185,19 @@ def run(trainer: "RayPPOTrainer") -> None:
             os.makedirs(config.trainer.ray_timeline_dir, exist_ok=True)
             ray.timeline(filename=os.path.join(config.trainer.ray_timeline_dir, "timeline.json"))
         ray.shutdown()
+
+
+def start_workers(trainer: "RayPPOTrainer") -> None:
+    """Start everything that trains and generates; ends the run where the cluster or a setting does not allow it."""
+    from verl.single_controller.ray import ResourcesInUseError
+
+    try:
+        trainer.init_workers()
+    except (ValueError, ResourcesInUseError) as error:
+        # Before anything is shut down: the cause comes first.
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        logger.debug("where it came from", exc_info=True)
+        raise SystemExit(1) from None
 
 
 def ray_init_kwargs(config: "PPOConfig") -> dict[str, Any]:

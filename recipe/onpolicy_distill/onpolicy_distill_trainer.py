@@ -54,7 +54,7 @@ class RayOnPolicyDistillTrainer(RayPPOTrainer):
         """The rows whose prompt holds no extended token: an item in an answer to any other is no leak, and the
         teacher's opinion of it is void.
         """
-        start = self.config.actor_rollout_ref.rollout.extend_vocab_start_token
+        start = self.config.actor_rollout_ref.rollout.extend_start
         return batch if start is None else batch.select_idxs((batch.tensor("prompts") < start).all(dim=-1))
 
     @property

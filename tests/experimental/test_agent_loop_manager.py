@@ -92,7 +92,7 @@ class Ranks:
         path = self.folder / f"bucket-{index}.safetensors"
         save_file({name: torch.zeros(SHAPES[name])}, path)
         self.events.append(f"export {index}")
-        return [{"path": str(path), "names": [name]}, None]
+        return [{"path": str(path), "names": [name]}] * 2  # each replica reads what the rank beside it exported
 
     def release_weight_bucket(self, index: int) -> None:
         self.events.append(f"release {index}")
@@ -228,7 +228,7 @@ def test_prompts_without_messages_name_what_is_missing(manager: AgentLoopManager
 
 
 def test_an_engine_that_raises_is_named_with_its_cause(manager: AgentLoopManager) -> None:
-    message = r"^agent-loop worker 0 failed to generate: rollout replica \d .*RuntimeError: the kernel failed$"
+    message = r"^agent-loop worker 0 \(node 10.0.0.1\) failed to generate: rollout replica \d .*: the kernel failed$"
     with pytest.raises(RolloutError, match=message):
         manager.generate_sequences(prompts([[RAISE]]))
 

@@ -21,7 +21,10 @@ def ranks(nodes: int, per_node: int) -> list[dict]:
 
 def test_cpu_has_one_replica_per_node() -> None:
     places = plan_replicas(ranks(2, 3), "cpu", 1)
-    assert places == [ReplicaPlace(0, "n0", "10.0.0.0", None), ReplicaPlace(1, "n1", "10.0.0.1", None)]
+    assert places == [
+        ReplicaPlace(0, "n0", "10.0.0.0", None, (0, 1, 2)),
+        ReplicaPlace(1, "n1", "10.0.0.1", None, (3, 4, 5)),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -54,13 +57,28 @@ def test_a_cpu_replica_reads_the_export_of_its_own_node() -> None:
     placements = ranks(2, 2)
     infos = [{"path": "a"}, None, None, {"path": "b"}]
     places = plan_replicas(placements, "cpu", 1)
-    assert [bucket_for(place, placements, infos, "cpu")["path"] for place in places] == ["a", "b"]
+    assert [bucket_for(place, infos)["path"] for place in places] == ["a", "b"]
     with pytest.raises(ValueError, match=r"node 10\.0\.0\.1"):
-        bucket_for(places[1], placements, [{"path": "a"}, None, None, None], "cpu")
+        bucket_for(places[1], [{"path": "a"}, None, None, None])
 
 
-def test_a_cuda_replica_reads_the_export_that_rank_zero_merged() -> None:
-    placements = ranks(2, 2)
-    places = plan_replicas(placements, "cuda", 1)
-    infos = [{"rank": 0}, {"rank": 1}, {"rank": 2}, {"rank": 3}]
-    assert [bucket_for(place, placements, infos, "cuda") for place in places] == [{"rank": 0}] * 4
+@pytest.mark.parametrize("parallel", [1, 2])
+def test_a_cuda_replica_gets_the_handles_of_its_own_gpus_alone(parallel: int) -> None:
+    infos = [
+        {"names": ["a", "b"], "ipc_handles": [{f"gpu{rank}": f"a of {rank}"}, {f"gpu{rank}": f"b of {rank}"}]}
+        for rank in range(4)
+    ]
+    places = plan_replicas(ranks(2, 2), "cuda", parallel)
+    assert [place.ranks for place in places] == [tuple(range(i, i + parallel)) for i in range(0, 4, parallel)]
+    for place in places:
+        bucket = bucket_for(place, infos)
+        assert bucket["names"] == ["a", "b"]
+        assert bucket["ipc_handles"] == [
+            {f"gpu{rank}": f"{name} of {rank}" for rank in place.ranks} for name in ("a", "b")
+        ]
+
+
+def test_gpus_of_other_pools_are_nobodys() -> None:
+    """A teacher's ranks on GPUs 0 and 1 of the node do not come in; the student's replica has 2 and 3."""
+    student = [rank | {"cuda_visible_devices": str(rank["local_rank"] + 2)} for rank in ranks(1, 2)]
+    assert [place.cuda_visible_devices for place in plan_replicas(student, "cuda", 2)] == ["2,3"]

@@ -63,6 +63,7 @@ ALLOWED = {
         "verl.utils",
         "verl.protocol",
     ),
+    "verl/model_merger.py": ("verl.workers.fsdp", "verl.utils"),
     "verl/__init__.py": ("verl.protocol",),
     "recipe/": ("recipe", "verl"),
 }

@@ -14,6 +14,7 @@ from verl.single_controller.base.decorator import (
     Dispatch,
     Execute,
     Registration,
+    Results,
     WorkerFuture,
     plan_calls,
     register,
@@ -33,8 +34,8 @@ class LocalGroup(WorkerGroup):
         self.calls = list(calls)
         return [getattr(worker, method)(*call.args, **call.kwargs) for worker, call in zip(self.workers, calls)]  # noqa: B905
 
-    def _finish(self, method: str, running: list[Any]) -> list[Any]:
-        return running
+    def _finish(self, method: str, running: list[Any]) -> Results:
+        return reversed(list(enumerate(running)))  # in another order than they were called
 
 
 class Arithmetic:
@@ -82,6 +83,10 @@ class Arithmetic:
     @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO, blocking=False)
     def later(self, data: DataProto) -> DataProto:
         return DataProto.from_dict({"x": data.batch["x"] + 1})
+
+    @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO, reads=("x", "absent"))
+    def square(self, data: DataProto) -> DataProto:
+        return DataProto.from_dict({"squared": data.batch["x"] ** 2})
 
     def unregistered(self, value: int) -> int:
         return value - self.rank
@@ -147,6 +152,17 @@ def test_runs_share_memory_with_the_batch():
     assert group.calls[1].args[0].batch["x"].tolist() == [99, 3]
 
 
+def test_only_what_a_method_reads_travels():
+    group, data = make_group(), rows(3)
+    data.batch["y"], data.meta_info["step"] = torch.zeros(3), 7
+    assert group.square(data).batch["squared"].tolist() == [0, 1, 4]
+    for call in group.calls:
+        (sent,) = call.args
+        assert set(sent.batch.keys()) == {"x"} and not sent.non_tensor_batch
+        assert sent.meta_info == {"step": 7}
+    assert set(data.batch.keys()) == {"x", "y"}, "the driver's batch keeps everything"
+
+
 def test_several_batches_are_split_alike_and_other_arguments_pass():
     group = make_group()
     result = group.double(rows(4), other=rows(4), scale=3)
@@ -163,7 +179,7 @@ def test_no_repeated_row_where_it_would_count_twice():
 
 def test_results_without_rows_and_of_other_types():
     assert make_group().count(rows(5)) == [3, 3]
-    with pytest.raises(ValueError, match="one_row returned 2 rows for 6"):
+    with pytest.raises(ValueError, match=r"one_row must return 3 rows on every rank.* rows by rank \{0: 1, 1: 1\}"):
         make_group().one_row(rows(5))
 
 

@@ -1,46 +1,86 @@
-"""Whether a cluster can hold a pool, from plain numbers; no Ray runs here."""
+"""Whether a cluster can hold pools, from plain numbers; no Ray runs here."""
+
+import re
 
 import pytest
 
 from verl.single_controller.ray.base import find_free_port
 from verl.single_controller.ray.resource_pool import NodeResources, RayResourcePool, check_capacity
 
-CPU_RANK = {"CPU": 0.25}
-GPU_RANK = {"CPU": 1.0, "GPU": 1.0}
+
+def cpu(process_on_nodes, name="train", **options):
+    return RayResourcePool(process_on_nodes, use_gpu=False, name_prefix=name, **options)
+
+
+def gpu(process_on_nodes, name="train", **options):
+    return RayResourcePool(process_on_nodes, name_prefix=name, **options)
+
+
+def nodes(*resources):
+    return [NodeResources(f"10.0.0.{number}", has) for number, has in enumerate(resources)]
+
+
+GPUS_8, GPUS_4 = {"CPU": 64.0, "GPU": 8.0}, {"CPU": 64.0, "GPU": 4.0}
 
 
 def test_what_fits_passes():
-    check_capacity("train", [8], CPU_RANK, [NodeResources("10.0.0.1", {"CPU": 2.0})])
-    check_capacity("train", [20], {"CPU": 0.1}, [NodeResources("10.0.0.1", {"CPU": 2.0})])
-    two = [NodeResources("10.0.0.1", {"CPU": 9.0, "GPU": 8.0}), NodeResources("10.0.0.2", {"CPU": 64.0, "GPU": 4.0})]
-    check_capacity("train", [4, 8], GPU_RANK, two)
-    check_capacity("train", [4, 4, 4], GPU_RANK, two)
+    check_capacity([cpu([8])], nodes({"CPU": 2.0}))
+    check_capacity([cpu([20], cpus_per_process=0.1)], nodes({"CPU": 2.0}))
+    check_capacity([gpu([4, 8])], nodes({"CPU": 9.0, "GPU": 8.0}, GPUS_4))
 
 
 @pytest.mark.parametrize(
-    ("process_on_nodes", "bundle", "nodes", "have"),
+    ("student", "teacher", "cluster"),
     [
-        ([9], CPU_RANK, [{"CPU": 2.0}], "CPU 2, GPU 0"),
-        ([1], GPU_RANK, [{"CPU": 2.0}], "CPU 2, GPU 0"),
-        ([2], GPU_RANK, [{"CPU": 9.0, "GPU": 1.0}, {"CPU": 9.0, "GPU": 1.0}], "node 10.0.0.1: CPU 9, GPU 1"),
-        ([1, 1], GPU_RANK, [{"CPU": 9.0, "GPU": 1.0}], "CPU 9, GPU 1"),
-        ([1], CPU_RANK, [], "no node"),
+        ([4], [4], [GPUS_8]),
+        ([4], [8], [GPUS_8, GPUS_4]),
+        ([8], [4], [GPUS_4, GPUS_8]),
+        ([6, 6], [2, 2], [GPUS_8, GPUS_8]),
+        ([8, 8], [8], [GPUS_8] * 3),
     ],
-    ids=["too many ranks", "no GPU", "ranks of a node stay together", "too few nodes", "no cluster"],
+    ids=["one node", "the larger first", "whichever it is", "beside each other", "a node of its own"],
 )
-def test_what_does_not_fit_says_what_there_is(process_on_nodes, bundle, nodes, have):
-    described = [NodeResources(f"10.0.0.{number}", resources) for number, resources in enumerate(nodes)]
-    with pytest.raises(ValueError, match=have) as caught:
-        check_capacity("train", process_on_nodes, bundle, described)
-    assert f"'train' asks for {process_on_nodes} processes" in str(caught.value)
+def test_two_pools_that_fit(student, teacher, cluster):
+    check_capacity([gpu(student), gpu(teacher, "teacher")], nodes(*cluster))
+
+
+@pytest.mark.parametrize(
+    ("pool", "cluster", "asked", "have"),
+    [
+        (cpu([9]), [{"CPU": 2.0}], "9 processes of CPU 0.25, GPU 0 on one node", "CPU 2, GPU 0"),
+        (gpu([1]), [{"CPU": 2.0}], "1 process of CPU 1, GPU 1 on one node", "CPU 2, GPU 0"),
+        (gpu([2]), [{"CPU": 9.0, "GPU": 1.0}] * 2, "2 processes", "node 10.0.0.1: CPU 9, GPU 1"),
+        (
+            gpu([1, 1]),
+            [GPUS_8],
+            "1 process of CPU 1, GPU 1 on each of 2 nodes",
+            "has node 10.0.0.0: CPU 64, GPU 8. Lower",
+        ),
+        (gpu([4, 2]), [GPUS_4, {"CPU": 9.0, "GPU": 1.0}], "[4, 2] processes", "GPU 1"),
+        (cpu([1]), [], "1 process of", "no node"),
+        (gpu([16]), [GPUS_8] * 20, "16 processes", "; and 4 more. Lower"),
+    ],
+    ids=["too many ranks", "no GPU", "packed", "nodes are machines", "one too small", "no cluster", "many nodes"],
+)
+def test_what_does_not_fit_says_what_is_asked_for_and_what_there_is(pool, cluster, asked, have):
+    with pytest.raises(ValueError, match=re.escape(have)) as caught:
+        check_capacity([pool], nodes(*cluster))
+    assert f"'train' asks for {asked}" in str(caught.value)
     assert "trainer.n_gpus_per_node" in str(caught.value)
 
 
+def test_a_pool_that_finds_the_gpus_taken_names_its_own_settings_and_the_other_pool():
+    teacher = gpu([8], "teacher", settings="trainer.teacher_n_gpus_per_node")
+    with pytest.raises(ValueError, match=r"trainer\.teacher_n_gpus_per_node, or add") as caught:
+        check_capacity([gpu([8, 8]), teacher], nodes(GPUS_8, GPUS_8))
+    assert "'teacher' asks for 8 processes of CPU 1, GPU 1 on one node, beside 'train' with 8" in str(caught.value)
+
+
 def test_defaults():
-    assert RayResourcePool([2, 2]).bundle == {"CPU": 1.0, "GPU": 1.0}
+    assert RayResourcePool([2, 2]).rank_share == {"CPU": 1.0, "GPU": 1.0}
     pool = RayResourcePool([2, 3], use_gpu=False)
-    assert (pool.bundle, pool.world_size) == ({"CPU": 0.25}, 5)
-    assert RayResourcePool([1], use_gpu=False, cpus_per_process=2.0).bundle == {"CPU": 2.0}
+    assert (pool.rank_share, pool.world_size) == ({"CPU": 0.25}, 5)
+    assert RayResourcePool([1], use_gpu=False, cpus_per_process=2.0).rank_share == {"CPU": 2.0}
 
 
 @pytest.mark.parametrize("process_on_nodes", [[], [0], [2, -1]])

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from file_faults import no_room
 from tqdm import tqdm
 from wandb.proto import wandb_internal_pb2
 
@@ -71,6 +72,63 @@ def test_tensorboard_events_read_back(tmp_path: Path, monkeypatch: pytest.Monkey
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(event.step, event.value) for event in events.Scalars("distill/reverse_kl")] == [(1, 0.5), (2, 0.25)]
     assert [(event.step, event.value) for event in events.Scalars("val/reverse_kl")] == [(2, 0.125)]
+
+
+def recorded_steps(path: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+
+
+def test_steps_that_are_taken_again_are_not_there_twice(tmp_path: Path) -> None:
+    first = Tracking("project", "run", ["file"], local_dir=tmp_path)
+    for step in (1, 2, 3, 4):
+        first.log({"loss": float(step)}, step)
+    first.finish()
+    path, void = tmp_path / "metrics.jsonl", tmp_path / "metrics_void.jsonl"
+    with open(path, "a") as stream:
+        stream.write('{"step": 5, "da')  # killed while it wrote
+    second = Tracking("project", "run", ["console", "file"], local_dir=tmp_path)
+    second.go_on_after(2)
+    second.log({"loss": 30.0}, 3)
+    second.finish()
+    assert recorded_steps(path) == [1, 2, 3]
+    assert json.loads(path.read_text().splitlines()[-1])["data"] == {"loss": 30.0}
+    assert void.read_text().count("\n") == 3 and '"step": 5, "da' in void.read_text()
+
+    afresh = Tracking("project", "run", ["file"], local_dir=tmp_path)
+    afresh.go_on_after(None)
+    afresh.log({"loss": 0.0}, 0)
+    afresh.finish()
+    assert recorded_steps(path) == [0]
+    assert void.read_text().count("\n") == 6
+
+
+def test_a_full_disk_delays_lines_and_loses_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tracking = Tracking("project", "run", ["file"], local_dir=tmp_path)
+    tracking.log({"loss": 1.0}, 1)
+    with no_room(50):
+        tracking.log({"loss": 2.0}, 2)
+        tracking.log({"loss": 3.0}, 3)
+    assert "step 2 is not yet in" in caplog.text
+    tracking.log({"loss": 4.0}, 4)
+    tracking.finish()
+    assert recorded_steps(tmp_path / "metrics.jsonl") == [1, 2, 3, 4]
+
+
+def test_tensorboard_passes_over_steps_that_come_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.delenv("TENSORBOARD_DIR", raising=False)
+    first = Tracking("project", "run", ["tensorboard"], local_dir=tmp_path)
+    for step in (1, 2, 3):
+        first.log({"loss": 1.0}, step)
+    first.finish()
+    time.sleep(1.1)  # event files are ordered by the second of their making
+    second = Tracking("project", "run", ["tensorboard"], local_dir=tmp_path)
+    second.go_on_after(1)
+    second.log({"loss": 2.0}, 2)
+    second.finish()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 1.0), (2, 2.0)]
 
 
 def records_of(recording: Path) -> list[wandb_internal_pb2.Record]:

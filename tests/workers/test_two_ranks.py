@@ -15,13 +15,17 @@ from tiny_workers import (
     draw_rows,
     first_gradient,
     load_plain,
+    of_tokens,
+    plain_log_probs,
     rollouts,
     run_ranks,
     with_loss_inputs,
     worker_config,
     write_model,
 )
+from transformers import AutoTokenizer, GenerationConfig
 
+from verl import model_merger
 from verl.protocol import DataProto
 from verl.trainer.config import ActorRolloutRefConfig
 from verl.workers.student_worker import StudentWorker
@@ -57,6 +61,7 @@ def run_student(config: ActorRolloutRefConfig, share: DataProto, other: DataProt
     seen["metrics"] = worker.update_actor(share).meta_info["metrics"]
     seen["gradient"] = first_gradient(worker)
     worker.save_checkpoint(str(folder / "checkpoint"), 1)
+    seen["saved_scores"] = worker.compute_log_prob(share).tensor("old_log_probs")
     seen["paths"], seen["weights"] = export_weights(worker)
     worker.update_actor(other)
     seen["moments"] = first_gradient(worker)
@@ -107,6 +112,7 @@ def test_two_ranks_do_what_one_does(
         check_scores(one, two)
         check_gradient(one, two)
         check_weights(folder, two)
+        check_export(batch, student_ids, folder, two)
         check_resumed(config, other, folder, two)
 
 
@@ -130,6 +136,25 @@ def check_weights(folder: Path, two: list[dict[str, Any]]) -> None:
     plain = dict(load_plain(folder / "checkpoint" / "huggingface").named_parameters())
     assert two[0]["weights"].keys() == plain.keys()
     assert all(torch.equal(two[0]["weights"][name], value) for name, value in plain.items())
+
+
+def check_export(batch: DataProto, student_ids: int, folder: Path, two: list[dict[str, Any]]) -> None:
+    """The shards of two ranks alone become the model that the two had: same weights, same log-probs."""
+    actor, target = folder / "checkpoint", folder / "merged"
+    for path in (actor / "huggingface").glob("*.safetensors"):
+        path.unlink()
+    command = ["merge", "--backend", "fsdp", "--local_dir", str(actor), "--target_dir", str(target)]
+    assert model_merger.main(command) == 0
+    assert model_merger.main(command) == 1, "a model is not written over"
+    plain = load_plain(target)
+    assert all(torch.equal(two[0]["weights"][name], value) for name, value in plain.named_parameters())
+    assert plain.get_input_embeddings().weight.shape[0] == student_ids + 6
+    assert (plain.lm_head.weight is plain.model.embed_tokens.weight) == plain.config.tie_word_embeddings
+    log_probs = of_tokens(plain_log_probs(plain, batch, student_ids), batch)
+    trained = torch.cat([seen["saved_scores"] for seen in two])
+    torch.testing.assert_close(trained, log_probs, rtol=0, atol=1e-5)
+    assert len(AutoTokenizer.from_pretrained(target)) == student_ids
+    assert GenerationConfig.from_pretrained(target).eos_token_id == plain.generation_config.eos_token_id
 
 
 def check_resumed(config: ActorRolloutRefConfig, other: DataProto, folder: Path, two: list[dict[str, Any]]) -> None:

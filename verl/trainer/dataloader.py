@@ -5,12 +5,13 @@ Tokenises nothing itself: chat templates are applied by the data set (to count) 
 """
 
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
+from torch.utils.data import Sampler
 from torchdata.stateful_dataloader import StatefulDataLoader
-from torchdata.stateful_dataloader.sampler import RandomSampler
 from transformers import PreTrainedTokenizerBase
 
 from verl.trainer.config import DataConfig
@@ -20,42 +21,73 @@ from verl.utils.dataset.rl_dataset import RLHFDataset, collate_fn
 # torchdata calls what torch has deprecated; nothing a user of either could do about it.
 warnings.filterwarnings("ignore", message="'set_vital' is deprecated", category=UserWarning)
 
+TRAIN_DROPPED_ROWS = "dropped_rows.jsonl"
+VAL_DROPPED_ROWS = "dropped_rows_val.jsonl"
+
 
 def build_datasets(
     config: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
     *,
     extend_vocab_start_token: int | None = None,
-    bad_rows_folder: str | Path,
+    dropped_rows_folder: str | Path,
     tool_schemas: list[dict[str, Any]] | None = None,
 ) -> tuple[RLHFDataset, RLHFDataset | None]:
     """Read the training prompts and, where ``data.val_files`` is set, the validation prompts.
 
     Args:
-        bad_rows_folder: receives ``bad_rows_train.jsonl`` and ``bad_rows_val.jsonl``, a line per row left out.
+        dropped_rows_folder: receives ``dropped_rows.jsonl`` (training) and ``dropped_rows_val.jsonl``, a line per row
+            left out.
         tool_schemas: OpenAI function schemas of the run's tools, which count towards a prompt's length.
 
     Raises:
         ValueError: files that cannot be read, or hold no usable prompt.
     """
 
-    def build(part: str, files: Any, max_samples: int) -> RLHFDataset:
+    def build(files: Any, max_samples: int, dropped_rows: str) -> RLHFDataset:
         return create_rl_dataset(
             files,
             tokenizer,
             config,
             extend_vocab_start_token=extend_vocab_start_token,
-            bad_rows_path=Path(bad_rows_folder) / f"bad_rows_{part}.jsonl",
+            dropped_rows_path=Path(dropped_rows_folder) / dropped_rows,
             max_samples=max_samples,
             tool_schemas=tool_schemas,
         )
 
-    train = build("train", config.train_files, config.train_max_samples)
-    return train, build("val", config.val_files, config.val_max_samples) if config.val_files else None
+    train = build(config.train_files, config.train_max_samples, TRAIN_DROPPED_ROWS)
+    if not config.val_files:
+        return train, None
+    return train, build(config.val_files, config.val_max_samples, VAL_DROPPED_ROWS)
+
+
+class EpochSampler(Sampler[int]):
+    """The places of a data set in an order drawn from the seed and the data set's epoch, and nothing else.
+
+    So the position in the data is an epoch and a number of batches, whatever the number of loader processes. The order
+    of a generator that runs on would depend on that: torchdata starts a sampler once more where it has processes.
+    """
+
+    def __init__(self, dataset: RLHFDataset, seed: int, shuffle: bool) -> None:
+        self._dataset = dataset
+        self._seed = seed
+        self._shuffle = shuffle
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __iter__(self) -> Iterator[int]:
+        if not self._shuffle:
+            return iter(range(len(self)))
+        # The seeds of neighbouring epochs have nothing in common: both numbers go through SeedSequence.
+        order = np.random.default_rng([self._seed, self._dataset.epoch]).permutation(len(self))
+        return iter(order.tolist())
 
 
 def build_train_loader(dataset: RLHFDataset, config: DataConfig) -> StatefulDataLoader:
     """Whole batches of ``data.train_batch_size`` prompts, in a new order every epoch where ``data.shuffle``.
+
+    Call the data set's ``set_epoch`` before each pass, the first after ``load_state_dict`` included.
 
     Raises:
         ValueError: fewer usable prompts than one batch.
@@ -65,11 +97,10 @@ def build_train_loader(dataset: RLHFDataset, config: DataConfig) -> StatefulData
             f"data.train_batch_size={config.train_batch_size} is more than the {len(dataset)} usable prompts of "
             f"data.train_files={config.train_files}; lower it, or see the data summary for dropped rows"
         )
-    sampler = RandomSampler(dataset, generator=torch.Generator().manual_seed(config.seed)) if config.shuffle else None
     return StatefulDataLoader(
         dataset,
         batch_size=config.train_batch_size,
-        sampler=sampler,
+        sampler=EpochSampler(dataset, config.seed, config.shuffle),
         num_workers=config.dataloader_num_workers,
         drop_last=True,
         collate_fn=collate_fn,

@@ -6,13 +6,14 @@ secrets: the key of Weights & Biases is read from the environment by its own lib
 
 import importlib
 import json
+import logging
 import math
 import numbers
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 import torch
 from tqdm import tqdm
@@ -20,6 +21,9 @@ from tqdm import tqdm
 from verl.trainer.config.config import PPOConfig
 from verl.trainer.config.redaction import redacted
 from verl.trainer.config.typed import public_dict
+from verl.utils.durable_files import write_durably
+
+logger = logging.getLogger(__name__)
 
 MAIN_FIGURES = (
     "distill/reverse_kl",
@@ -37,6 +41,9 @@ MAIN_FIGURES = (
 class Backend(Protocol):
     """A place that figures go to."""
 
+    def go_on_after(self, step: int | None) -> None:
+        """What was recorded of later steps than this one is void: they will come again. None: all of it."""
+
     def log(self, data: Mapping[str, float], step: int) -> None:
         """Record the figures of a step."""
 
@@ -46,6 +53,9 @@ class Backend(Protocol):
 
 class ConsoleBackend:
     """One line a step, written around a progress bar rather than through it."""
+
+    def go_on_after(self, step: int | None) -> None:
+        """Nothing is recorded."""
 
     def log(self, data: Mapping[str, float], step: int) -> None:
         """Write the main figures; all of them where none of the main ones is there."""
@@ -57,21 +67,54 @@ class ConsoleBackend:
 
 
 class FileBackend:
-    """``metrics.jsonl``, a line ``{"step": N, "data": {...}}`` a step, appended to; NaN and infinity become null."""
+    """``metrics.jsonl``, a line ``{"step": N, "data": {...}}`` a step, appended to; NaN and infinity become null.
+
+    Lines of steps that a resumed run takes again go to ``metrics_void.jsonl``, so that no step is there twice.
+    """
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._stream = open(folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 - open for the whole run
+        self._path = folder / "metrics.jsonl"
+        self._stream = self._open()
+
+    def go_on_after(self, step: int | None) -> None:
+        """Move the lines of later steps, and a line that a killed run left unfinished, out of the file."""
+        lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if step is not None and _step_of(line) <= step]
+        if kept == lines:
+            return
+        void = [line for line in lines if step is None or _step_of(line) > step]
+        with open(self._path.with_name("metrics_void.jsonl"), "a", encoding="utf-8") as stream:
+            stream.writelines(line if line.endswith("\n") else f"{line}\n" for line in void)
+        write_durably(self._path, "".join(kept))
+        self._stream.close()
+        self._stream = self._open()
 
     def log(self, data: Mapping[str, float], step: int) -> None:
-        """Append a line and flush it: a run that dies keeps all steps."""
+        """Append a line and flush it: a run that dies keeps all steps. Where there is no room, it waits for the next
+        step.
+        """
         finite = {name: value if math.isfinite(value) else None for name, value in data.items()}
         self._stream.write(json.dumps({"step": step, "data": finite}, allow_nan=False) + "\n")
-        self._stream.flush()
+        try:
+            self._stream.flush()
+        except OSError as error:  # what could not be written stays in the buffer
+            logger.error("step %d is not yet in %s: %s", step, self._path, error)
 
     def finish(self) -> None:
         """Close the file."""
         self._stream.close()
+
+    def _open(self) -> TextIO:
+        return open(self._path, "a", encoding="utf-8")
+
+
+def _step_of(line: str) -> float:
+    """The step of a line; of one that was not finished, later than any."""
+    try:
+        return json.loads(line)["step"] if line.endswith("\n") else math.inf
+    except ValueError:
+        return math.inf
 
 
 class TensorboardBackend:
@@ -81,7 +124,15 @@ class TensorboardBackend:
         _require("tensorboard")
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(os.environ.get("TENSORBOARD_DIR") or str(folder / "tensorboard"))
+        self._place = os.environ.get("TENSORBOARD_DIR") or str(folder / "tensorboard")
+        self._writer = SummaryWriter(self._place)
+
+    def go_on_after(self, step: int | None) -> None:
+        """Have readers pass over events of later steps."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer.close()
+        self._writer = SummaryWriter(self._place, purge_step=0 if step is None else step + 1)
 
     def log(self, data: Mapping[str, float], step: int) -> None:
         """Record one scalar a figure."""
@@ -101,6 +152,9 @@ class WandbBackend:
         folder.mkdir(parents=True, exist_ok=True)
         place = os.environ.get("WANDB_DIR") or str(folder)
         self._run = wandb.init(project=project, name=experiment, config=dict(config), dir=place)
+
+    def go_on_after(self, step: int | None) -> None:
+        """Every start is a run of its own there."""
 
     def log(self, data: Mapping[str, float], step: int) -> None:
         """Record the figures of a step."""
@@ -171,6 +225,15 @@ class Tracking:
         if unknown:
             raise ValueError(f"trainer.logger={names} names {unknown}; choose from {', '.join(openers)}")
         self._backends = [openers[name]() for name in dict.fromkeys(names)]
+
+    def go_on_after(self, step: int | None) -> None:
+        """Continue behind a step that was recorded earlier, in this folder: what is there of later ones is void.
+
+        Args:
+            step: the step of the checkpoint; None: the run starts afresh.
+        """
+        for backend in self._backends:
+            backend.go_on_after(step)
 
     def log(self, data: Mapping[str, Any], step: int) -> None:
         """Record the figures of a step everywhere.

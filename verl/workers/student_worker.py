@@ -20,10 +20,11 @@ from verl.single_controller.base import Worker
 from verl.single_controller.base.decorator import Dispatch, Execute, register
 from verl.trainer.config import ActorRolloutRefConfig
 from verl.utils.device import max_memory_metrics, release_cached_memory, resolve_dtype
+from verl.utils.save_outcome import SaveOutcome
 from verl.utils.tokenizer import hf_tokenizer
-from verl.workers.actor.dp_actor import DataParallelPPOActor, with_scoring_limits
+from verl.workers.actor.dp_actor import SCORED_KEYS, UPDATE_KEYS, DataParallelPPOActor, with_scoring_limits
 from verl.workers.fsdp.build import build_model
-from verl.workers.fsdp.checkpoint import TrainingState, load_checkpoint, save_checkpoint
+from verl.workers.fsdp.checkpoint import CheckpointWriter, TrainingState, load_checkpoint
 from verl.workers.fsdp.optimizer import LearningRateSchedule, build_optimizer
 from verl.workers.fsdp.process import join_ranks, require_path, softmax_size
 from verl.workers.fsdp.shard import move_optimizer_state, move_parameters
@@ -56,13 +57,14 @@ class StudentWorker(Worker):
         optimizer = build_optimizer(built.module, actor.optim)
         schedule = LearningRateSchedule(optimizer, actor.optim)
         self._state = TrainingState(built.module, optimizer, schedule, self._tokenizer)
+        self._checkpoint_writer = CheckpointWriter(actor.checkpoint)
         self.actor = DataParallelPPOActor(
             actor,
             built.module,
             optimizer,
             lr_schedule=schedule,
             vocab_size=softmax_size(len(self._tokenizer), built.module),
-            extend_start=config.rollout.extend_vocab_start_token,
+            extend_start=config.rollout.extend_start,
             packed=built.packed,
             mini_batch_rows=actor.ppo_mini_batch_size * config.rollout.n // self.world_size,
             device=self._ranks.device,
@@ -75,7 +77,7 @@ class StudentWorker(Worker):
         )
         self._offload(parameters=True, optimizer=True)
 
-    @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO)
+    @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO, reads=SCORED_KEYS)
     def compute_log_prob(self, data: DataProto) -> DataProto:
         """``old_log_probs``, ``entropys`` and ``extend_mass`` (B, R) of the current student."""
         rollout = self.config.rollout
@@ -92,7 +94,7 @@ class StudentWorker(Worker):
             {"old_log_probs": stats.log_probs, "entropys": stats.entropy, "extend_mass": stats.extend_mass}
         )
 
-    @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO, padding=False)
+    @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO, padding=False, reads=UPDATE_KEYS)
     def update_actor(self, data: DataProto) -> DataProto:
         """Train on a batch; the metrics stand in ``meta_info["metrics"]``, the same on every rank."""
         with self._on_device(optimizer=True):
@@ -120,10 +122,30 @@ class StudentWorker(Worker):
         self._exporter.release(index)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
-    def save_checkpoint(self, local_path: str, global_step: int) -> None:
-        """Write a checkpoint below ``local_path``, a folder that all ranks see."""
+    def begin_checkpoint(self, local_path: str, global_step: int) -> None:
+        """Start to write a checkpoint below ``local_path``, a folder that all ranks see.
+
+        Returns once the state is copied: training may go on while the copy is written.
+        """
         with self._on_device(optimizer=True):
-            save_checkpoint(self._state, self.config.actor.checkpoint, Path(local_path), global_step)
+            self._checkpoint_writer.begin(self._state, Path(local_path), global_step)
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def checkpoint_outcome(self, wait: bool) -> SaveOutcome:
+        """How the checkpoint that was begun last is doing; ``wait`` until it is written."""
+        return self._checkpoint_writer.outcome(wait)
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def save_checkpoint(self, local_path: str, global_step: int) -> None:
+        """Write a checkpoint and wait for it.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        self.begin_checkpoint(local_path, global_step)
+        outcome = self.checkpoint_outcome(wait=True)
+        if outcome.error:
+            raise OSError(f"the checkpoint in {local_path} is not whole: {outcome.error}")
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def load_checkpoint(self, local_path: str) -> None:

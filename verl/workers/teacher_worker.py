@@ -15,7 +15,7 @@ from verl.single_controller.base.decorator import Dispatch, register
 from verl.trainer.config import ActorRolloutRefConfig
 from verl.utils.device import release_cached_memory
 from verl.utils.tokenizer import hf_tokenizer
-from verl.workers.actor.dp_actor import DataParallelPPOActor, with_scoring_limits
+from verl.workers.actor.dp_actor import SCORED_KEYS, DataParallelPPOActor, with_scoring_limits
 from verl.workers.fsdp.build import build_model
 from verl.workers.fsdp.process import join_ranks, require_path, softmax_size
 from verl.workers.fsdp.shard import move_parameters
@@ -43,7 +43,7 @@ class TeacherWorker(Worker):
         tokenizer_path = ref.model.tokenizer_path or (path if ref.model.path else config.model.tokenizer_path or path)
         tokenizer = hf_tokenizer(tokenizer_path, trust_remote_code=config.model.trust_remote_code)
         built = build_model(path, config.model, ref.fsdp_config, self._ranks.mesh, trainable=False)
-        shared_ids = shared_vocabulary(len(tokenizer), config.rollout.extend_vocab_start_token)
+        shared_ids = shared_vocabulary(len(tokenizer), config.rollout.extend_start)
         self.actor = DataParallelPPOActor(
             ref,
             built.module,
@@ -56,7 +56,7 @@ class TeacherWorker(Worker):
         )
         self._move(torch.device("cpu"))
 
-    @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO)
+    @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO, reads=SCORED_KEYS)
     def compute_ref_log_prob(self, data: DataProto) -> DataProto:
         """``ref_log_prob`` (B, R): the teacher's log-probs of the responses."""
         ref = self.config.ref

@@ -85,6 +85,7 @@ def read_questions(
     config = DataConfig(
         max_prompt_length=max_prompt_length,
         filter_overlong_prompts=True,
+        max_dropped_fraction=1.0,
         apply_chat_template_kwargs=dict(chat_template_kwargs or {}),
     )
     dataset = HeldOutDataset(

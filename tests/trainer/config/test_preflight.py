@@ -81,10 +81,6 @@ def test_a_run_in_order_passes_and_makes_nothing(run: list[str], tmp_path: Path)
             "actor_rollout_ref.model.tokenizer_path=nowhere: there is",
         ),
         (
-            ["actor_rollout_ref.rollout.extend_vocab_start_token=120"],
-            "actor_rollout_ref.rollout.extend_vocab_start_token=120 is not below vocab_size=120 of",
-        ),
-        (
             ["actor_rollout_ref.ref.ref_replace_token_id=100"],
             "actor_rollout_ref.ref.ref_replace_token_id=100 is no id of",
         ),
@@ -230,10 +226,6 @@ def test_task_rewards_need_no_teacher(run: list[str]) -> None:
     [
         (["actor_rollout_ref.rollout.top_p=0.9"], "biased: actor_rollout_ref.rollout.top_p=0.9 and top_k=-1"),
         (["actor_rollout_ref.rollout.top_k=20"], "biased: actor_rollout_ref.rollout.top_p=1.0 and top_k=20"),
-        (
-            ["actor_rollout_ref.rollout.extend_vocab_start_token=null"],
-            "the student has 120 vocabulary rows, the teacher",
-        ),
         (["actor_rollout_ref.rollout.engine_kwargs.sglang.x=1"], "engine_kwargs.sglang is accepted and has no effect"),
         (["trainer.test_freq=5"], "trainer.test_freq=5 has no effect: data.val_files is not set"),
     ],

@@ -42,6 +42,30 @@ def test_train_files_as_text_list_or_null() -> None:
     assert load_config([]).data.train_files is None
 
 
+@pytest.mark.parametrize(("value", "expected"), [("null", None), ("auto", "auto"), ("151669", 151669)])
+def test_extend_vocab_start_token(value: str, expected: int | str | None) -> None:
+    rollout = load_config([f"{ROLLOUT}.extend_vocab_start_token={value}"]).actor_rollout_ref.rollout
+    assert rollout.extend_vocab_start_token == expected
+
+
+@pytest.mark.parametrize("value", ["0", "soon", "1.5"])
+def test_extend_vocab_start_token_that_is_none(value: str) -> None:
+    with pytest.raises(ValueError, match=rf"extend_vocab_start_token={value} must be a whole number from 1 on, auto"):
+        load_config([f"{ROLLOUT}.extend_vocab_start_token={value}"])
+
+
+@pytest.mark.parametrize(("value", "expected"), [("off", "off"), ("false", "off"), ("warn", "warn")])
+def test_vocab_check(value: str, expected: str) -> None:
+    assert load_config([f"trainer.vocab_check={value}"]).trainer.vocab_check == expected
+    with pytest.raises(ValueError, match=r"trainer.vocab_check='loose' is not one of strict, warn, off"):
+        load_config(["trainer.vocab_check=loose"])
+
+
+def test_auto_needs_the_vocabulary_check() -> None:
+    with pytest.raises(ValueError, match=r"extend_vocab_start_token=auto .* trainer.vocab_check=off compares nothing"):
+        load_config([f"{ROLLOUT}.extend_vocab_start_token=auto", "trainer.vocab_check=off"])
+
+
 def test_betas_become_a_tuple_of_floats() -> None:
     betas = load_config(["actor_rollout_ref.actor.optim.betas=[0,0.95]"]).actor_rollout_ref.actor.optim.betas
     assert betas == (0.0, 0.95)
@@ -259,3 +283,12 @@ def test_saved_config_holds_no_secret(tmp_path: Path, monkeypatch: pytest.Monkey
     assert "NCCL_DEBUG: INFO" in text
     assert "hunter2" not in str(public_dict(config))
     assert config.ray_kwargs.ray_init["runtime_env"]["env_vars"]["HF_TOKEN"] == "hunter2"
+
+
+def test_a_saved_configuration_keeps_those_of_earlier_runs_beside_it(tmp_path: Path) -> None:
+    config, path = PPOConfig(), tmp_path / "config.yaml"
+    for rate in (1e-6, 2e-6, 2e-6, 3e-6):
+        config.actor_rollout_ref.actor.optim.lr = rate
+        save_config(config, path)
+    rates = {file.name: OmegaConf.load(file).actor_rollout_ref.actor.optim.lr for file in tmp_path.iterdir()}
+    assert rates == {"config.1.yaml": 1e-6, "config.2.yaml": 2e-6, "config.yaml": 3e-6}

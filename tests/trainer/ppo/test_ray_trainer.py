@@ -11,8 +11,8 @@ from torch.utils.data import Dataset
 from recipe.onpolicy_distill.onpolicy_distill_trainer import RayOnPolicyDistillTrainer
 from verl.protocol import DataProto
 from verl.trainer.config import PPOConfig, TrainerConfig
-from verl.trainer.ppo import checkpoint
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer
+from verl.utils.save_outcome import SaveOutcome
 
 P, R = 2, 3
 
@@ -23,6 +23,7 @@ class Prompts(Dataset[dict[str, Any]]):
     def __init__(self, rows: int = 8) -> None:
         self.rows = rows
         self.epochs: list[int] = []
+        self.epoch = 0
 
     def __len__(self) -> int:
         return self.rows
@@ -37,6 +38,7 @@ class Prompts(Dataset[dict[str, Any]]):
 
     def set_epoch(self, epoch: int) -> None:
         self.epochs.append(epoch)
+        self.epoch = epoch
 
 
 class Log(list[str]):
@@ -99,9 +101,12 @@ class Ranks:
         self.updated.append(batch)
         return DataProto(meta_info={"metrics": {"actor/pg_loss": [1.0, 1.0]}})
 
-    def save_checkpoint(self, path: str, step: int) -> None:
+    def begin_checkpoint(self, path: str, step: int) -> None:
         self.log.append(f"save {step}")
         (Path(path) / "model").write_text(str(step))
+
+    def checkpoint_outcome(self, wait: bool) -> list[SaveOutcome]:
+        return [SaveOutcome(done=True, seconds=0.5)]
 
     def load_checkpoint(self, path: str) -> None:
         self.log.append("load " + (Path(path) / "model").read_text())
@@ -110,6 +115,10 @@ class Ranks:
 class Logger:
     def __init__(self) -> None:
         self.lines: list[tuple[int, dict[str, float]]] = []
+        self.went_on_after: list[int | None] = []
+
+    def go_on_after(self, step: int | None) -> None:
+        self.went_on_after.append(step)
 
     def log(self, data: dict[str, float], step: int) -> None:
         self.lines.append((step, data))
@@ -222,6 +231,7 @@ def test_a_run_resumes_where_it_was_saved(tmp_path: Path) -> None:
     second.fit()
     assert log[:3] == ["sleep", "load 3", "sync 3"], "loading needs the memory that an engine may hold"
     assert [step for step, _ in second.logger.lines] == [4]
+    assert (first.logger.went_on_after, second.logger.went_on_after) == ([None], [3])
     seen = [row for batch in first.actor_wg.updated[2:] for row in batch.non_tensor_batch["index"]]
     seen += list(second.actor_wg.updated[0].non_tensor_batch["index"])
     assert sorted(seen) == list(range(8)), "the second epoch goes on with the prompts it had not shown"
@@ -242,17 +252,18 @@ def test_a_checkpoint_of_other_data_is_refused(tmp_path: Path) -> None:
     first.fit()
     second, _ = make_trainer(make_config(tmp_path, total_training_steps=2))
     second.train_dataset.rows = 12
-    with pytest.raises(ValueError, match="8 prompts in batches of 4, and this run has 12 in batches of 4"):
+    with pytest.raises(ValueError, match=r"8 prompts in batches of 4 by 0 .* this run has 12 prompts"):
         second.fit()
 
 
-def test_a_checkpoint_without_a_data_position_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_data_may_be_exchanged_where_that_is_meant(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     first, _ = make_trainer(make_config(tmp_path, total_training_steps=1, save_freq=1))
     first.fit()
-    (tmp_path / "global_step_1" / "data.pt").unlink()
-    second, _ = make_trainer(make_config(tmp_path, total_training_steps=2))
+    second, _ = make_trainer(make_config(tmp_path, total_training_steps=2, resume_allow_changed=["data.train_files"]))
+    second.train_dataset.rows = 12
     second.fit()
-    assert "data.pt" in caplog.text
+    assert "the training data start over" in caplog.text
+    assert second.train_dataset.epochs == [0]
 
 
 def test_a_run_that_has_nothing_left_to_train_says_so_before_it_starts(tmp_path: Path) -> None:
@@ -301,9 +312,3 @@ def test_a_batch_larger_than_the_data_is_refused(tmp_path: Path) -> None:
     config.data.train_batch_size = 16
     with pytest.raises(ValueError, match=r"data\.train_batch_size=16 .* 8 usable prompts"):
         make_trainer(config)
-
-
-def test_a_named_checkpoint_that_is_none_is_refused(tmp_path: Path) -> None:
-    config = TrainerConfig(resume_mode="resume_path", resume_from_path=str(tmp_path))
-    with pytest.raises(ValueError, match=r"trainer\.resume_from_path"):
-        checkpoint.find_checkpoint(config)

@@ -129,7 +129,7 @@ def test_columns_that_cannot_be_read_are_bad_rows(tokenizer, tmp_path):
         row | {"extra_info": '{"tools_kwargs": 3}'},
     ]
     path = write(tmp_path / "d.parquet", rows)
-    dataset = RLHFDataset(path, tokenizer, DataConfig())
+    dataset = RLHFDataset(path, tokenizer, DataConfig(max_dropped_fraction=0.8))
     assert dataset[0]["reward_model"] == {"style": "rule", "ground_truth": None}
     assert dataset[0]["extra_info"] == dataset[0]["tools_kwargs"] == {}
     assert len(dataset) == 1
@@ -162,9 +162,10 @@ def test_prompts_are_as_long_as_the_agent_loop_makes_them(tokenizer, tmp_path):
             train_files=str(path),
             max_prompt_length=limit,
             filter_overlong_prompts=True,
+            max_dropped_fraction=0.7,
             apply_chat_template_kwargs={"enable_thinking": False},
         )
-        dataset, _ = build_datasets(config, tokenizer, bad_rows_folder=tmp_path, tool_schemas=schemas)
+        dataset, _ = build_datasets(config, tokenizer, dropped_rows_folder=tmp_path, tool_schemas=schemas)
         return [entry["agent_name"] for entry in (dataset[place] for place in range(len(dataset)))]
 
     assert kept(sent["tool_agent"]) == ["tool_agent", "single_turn_agent", None]

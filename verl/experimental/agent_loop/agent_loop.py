@@ -14,7 +14,7 @@ This is the only module of the package that knows Ray; its public names are verl
 """
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -25,13 +25,20 @@ from ray.exceptions import RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from transformers import PreTrainedTokenizerBase
 
-from verl.experimental.agent_loop.base import AgentLoopBase, AgentLoopOutput, RolloutError, register
+from verl.experimental.agent_loop.base import (
+    AgentLoopBase,
+    AgentLoopMetrics,
+    AgentLoopOutput,
+    RolloutError,
+    register,
+)
 from verl.experimental.agent_loop.placement import ReplicaPlace, bucket_for, plan_replicas
 from verl.experimental.agent_loop.rows import summarise
 from verl.experimental.agent_loop.sampling import SEED_KEY, sample_seeds
 from verl.experimental.agent_loop.worker import AgentLoopWorker, WorkerResult, load_tools
 from verl.protocol import DataProto
 from verl.trainer.config import PPOConfig
+from verl.utils.row_buffer import RowBuffer
 from verl.utils.tokenizer import hf_tokenizer
 from verl.workers.config import HFModelConfig
 from verl.workers.rollout.replica import RolloutReplica, TokenOutput, get_replica_class
@@ -49,15 +56,20 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 _POLL_S = 0.5
+_GATHER_S = 0.05
 _SHUTDOWN_S = 30.0
 
 
 @dataclass(frozen=True)
-class Replica:
-    """One engine: its Ray actor, and what errors call it."""
+class Remote:
+    """A Ray actor, and what errors call it."""
 
     name: str
     actor: Any
+
+
+class Replica(Remote):
+    """One engine."""
 
 
 class WeightSource(Protocol):
@@ -147,27 +159,21 @@ class AgentLoopManager:
         """Version of the last weight sync; None before the first."""
         self._tokenizer = tokenizer or _load_tokenizer(config.actor_rollout_ref.model)
         self._replica_class = replica_class or get_replica_class(self.rollout.name)
-        self._placements = worker_group.get_placement() if worker_group else [_this_node()]
-        self._places = plan_replicas(self._placements, device, self.rollout.tensor_model_parallel_size)
+        placements = worker_group.get_placement() if worker_group else [_this_node()]
+        self._places = plan_replicas(placements, device, self.rollout.tensor_model_parallel_size)
         self._with_tools = bool(load_tools(self.rollout))
         self._replicas: list[Replica] = []
-        self._workers: list[Any] = []
+        self._workers: list[Remote] = []
         self._launching: dict[Any, str] = {}
 
     def start(self) -> None:
         """Begin to launch engines and workers, all at once; returns at once."""
         self._replicas = [self._create_replica(place) for place in self._places]
         self._launching = {replica.actor.launch.remote(): replica.name for replica in self._replicas}
-        cpus = int(ray.cluster_resources().get("CPU", 1))
-        worker_class = ray.remote(AgentLoopWorker).options(num_cpus=0, scheduling_strategy="SPREAD")
+        count = max(1, min(self.rollout.agent.num_workers, int(ray.cluster_resources().get("CPU", 1))))
         tokenizer = ray.put(self._tokenizer)
-        self._workers = [
-            worker_class.remote(self.config, tokenizer, AsyncLLMServerManager(self._replicas, first=index))
-            for index in range(max(1, min(self.rollout.agent.num_workers, cpus)))
-        ]
-        self._launching |= {
-            worker.finished_rows.remote(): f"agent-loop worker {index}" for index, worker in enumerate(self._workers)
-        }
+        self._workers = [self._create_worker(index, count, tokenizer) for index in range(count)]
+        self._launching |= {worker.actor.finished_rows.remote(): worker.name for worker in self._workers}
 
     def wait_ready(self) -> None:
         """Wait until every engine and worker has started.
@@ -199,15 +205,21 @@ class AgentLoopManager:
         parts = np.array_split(np.arange(len(rows)), min(len(self._workers), len(rows)))
         workers = self._workers[: len(parts)]
         calls = {
-            worker.generate_sequences.remote(rows[part[0] : part[-1] + 1]): f"agent-loop worker {index}"
-            for index, (worker, part) in enumerate(zip(workers, parts, strict=True))
+            worker.actor.generate_sequences.remote(rows[part[0] : part[-1] + 1]): worker.name
+            for worker, part in zip(workers, parts, strict=True)
         }
         report = partial(self._report_progress, workers, progress, len(rows)) if progress else None
-        results: list[WorkerResult] = collect(calls, "generate", report)
-        self._check_versions(set().union(*(result.weight_versions for result in results)))
-        generated = DataProto.concat([result.rows for result in results])
-        metrics = [row for result in results for row in result.metrics]
-        generated.meta_info = {"metrics": summarise(metrics, self._with_tools)}
+        buffer, versions = RowBuffer(len(rows)), set[int]()
+        metrics: dict[int, list[AgentLoopMetrics]] = {}
+        result: WorkerResult
+        for index, result in as_they_come(calls, "generate", report):
+            buffer.put(int(parts[index][0]), result.rows)
+            metrics[index], versions = result.metrics, versions | result.weight_versions
+            del result
+        self._check_versions(versions)
+        generated = buffer.take()
+        in_order = [row for index in sorted(metrics) for row in metrics[index]]
+        generated.meta_info = {"metrics": summarise(in_order, self._with_tools)}
         return generated
 
     def update_weights(self, worker_group: WeightSource, version: int) -> None:
@@ -220,7 +232,7 @@ class AgentLoopManager:
         for index in range(worker_group.num_weight_buckets()):
             infos = worker_group.export_weight_bucket(index)
             try:
-                buckets = [(bucket_for(place, self._placements, infos, self.device),) for place in self._places]
+                buckets = [(bucket_for(place, infos),) for place in self._places]
                 self._each("update_weights", f"load weight bucket {index} of version {version}", buckets)
             finally:
                 worker_group.release_weight_bucket(index)
@@ -247,8 +259,8 @@ class AgentLoopManager:
                 logger.warning("%s failed to shut down: %s", calls[call], cause_of(error))
         for call in late:
             logger.warning("%s did not shut down within %.0f s and is killed", calls[call], _SHUTDOWN_S)
-        for actor in (*self._workers, *(replica.actor for replica in self._replicas)):
-            ray.kill(actor)
+        for remote in (*self._workers, *self._replicas):
+            ray.kill(remote.actor)
         self._replicas, self._workers, self._launching = [], [], {}
 
     def _create_replica(self, place: ReplicaPlace) -> Replica:
@@ -269,6 +281,17 @@ class AgentLoopManager:
         actor = actor_class.remote(self.rollout, model, place.index, self.device)
         return Replica(f"rollout replica {place.index} ({self.rollout.name}, node {place.node_ip})", actor)
 
+    def _create_worker(self, index: int, count: int, tokenizer: Any) -> Remote:
+        """Workers begin with replicas evenly apart, so that few workers keep many replicas busy, each on its node."""
+        first = index * len(self._places) // count
+        place = self._places[first]
+        worker_class = ray.remote(AgentLoopWorker).options(
+            num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(place.node_id, soft=False)
+        )
+        servers = AsyncLLMServerManager(self._replicas, first=first)
+        actor = worker_class.remote(self.config, tokenizer, servers)
+        return Remote(f"agent-loop worker {index} (node {place.node_ip})", actor)
+
     def _rows_to_send(self, prompts: DataProto) -> DataProto:
         if "prompt_ids" not in prompts.non_tensor_batch:
             prompts.require("raw_prompt")
@@ -285,8 +308,8 @@ class AgentLoopManager:
                 f"{self.weight_version}"
             )
 
-    def _report_progress(self, workers: Sequence[Any], progress: Callable[[int, int], None], total: int) -> None:
-        counts = {worker.finished_rows.remote(): f"agent-loop worker {i}" for i, worker in enumerate(workers)}
+    def _report_progress(self, workers: Sequence[Remote], progress: Callable[[int, int], None], total: int) -> None:
+        counts = {worker.actor.finished_rows.remote(): worker.name for worker in workers}
         progress(sum(collect(counts, "report progress")), total)
 
     def _all(self, method: str, doing: str, *args: Any) -> None:
@@ -302,27 +325,38 @@ class AgentLoopManager:
         )
 
 
-def collect(calls: Mapping[Any, str], doing: str, report: Callable[[], None] | None = None) -> list[Any]:
-    """Results of remote calls, in order; the first to fail ends the wait.
+def collect(calls: Mapping[Any, str], doing: str) -> list[Any]:
+    """Results of remote calls, in order; see ``as_they_come``."""
+    results = dict(as_they_come(calls, doing))
+    return [results[index] for index in range(len(calls))]
+
+
+def as_they_come(
+    calls: Mapping[Any, str], doing: str, report: Callable[[], None] | None = None
+) -> Iterator[tuple[int, Any]]:
+    """Numbers and results of remote calls in the order in which they finish; the first to fail ends the wait.
 
     Args:
         calls: who makes each call, for the message.
         doing: what they do, for the message: "... failed to {doing}".
         report: called every half second while they do it.
     """
-    results: dict[Any, Any] = {}
+    numbers = {call: number for number, call in enumerate(calls)}
     pending = list(calls)
     while pending:
-        done, pending = ray.wait(pending, num_returns=1, timeout=_POLL_S if report else None)
+        done, _ = ray.wait(pending, num_returns=1, timeout=_POLL_S if report else None)
+        # Those that finish together are taken together: one look at all per call would be quadratic in their number.
+        done, pending = ray.wait(pending, num_returns=len(pending), timeout=_GATHER_S) if done else (done, pending)
         for call in done:
             try:
-                results[call] = ray.get(call)
+                result = ray.get(call)
             except RayError as error:
                 kind = ValueError if isinstance(error, ValueError) else RolloutError
                 raise kind(f"{calls[call]} failed to {doing}: {cause_of(error)}") from error
+            yield numbers[call], result
+            del result  # before the next one comes
         if report:
             report()
-    return [results[call] for call in calls]
 
 
 def cause_of(error: RayError) -> str:

@@ -164,7 +164,7 @@ class AgentLoopBase(ABC):
 
     def finish(self, trajectory: Trajectory, num_turns: int) -> AgentLoopOutput:
         """Close the conversation: its masks over all turns."""
-        extended = extended_token_mask(trajectory.response_ids, self.rollout.extend_vocab_start_token)
+        extended = extended_token_mask(trajectory.response_ids, self.rollout.extend_start)
         return AgentLoopOutput(
             prompt_ids=trajectory.prompt_ids,
             response_ids=trajectory.response_ids,

@@ -1,7 +1,8 @@
 """Where rollout replicas go, and which part of a weight sync each of them reads.
 
-In: one placement per training rank, as ``Worker.get_placement`` gives it. Out: one ``ReplicaPlace`` per replica.
-Replicas share the training ranks' devices and nodes, so they ask Ray for nothing: a node and, on CUDA, device ids.
+In: one placement per rank of the student, as ``Worker.get_placement`` gives it. Out: one ``ReplicaPlace`` per replica.
+Replicas share these ranks' devices and nodes, so they ask Ray for nothing: a node and, on CUDA, device ids. Ranks of
+other pools, such as a teacher's, do not come in: their GPUs are their own.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,8 @@ class ReplicaPlace:
     node_ip: str
     cuda_visible_devices: str | None
     """Comma-separated device ids; None on CPU."""
+    ranks: tuple[int, ...]
+    """The student's ranks beside it: on CUDA those whose GPUs it uses, on CPU all of the node."""
 
 
 def plan_replicas(placements: Sequence[Mapping[str, Any]], device: str, gpus_per_replica: int) -> list[ReplicaPlace]:
@@ -36,7 +39,7 @@ def plan_replicas(placements: Sequence[Mapping[str, Any]], device: str, gpus_per
     places: list[ReplicaPlace] = []
     for node_id, ranks in nodes.items():
         if device == "cpu":
-            places.append(ReplicaPlace(len(places), node_id, ranks[0]["node_ip"], None))
+            places.append(ReplicaPlace(len(places), node_id, ranks[0]["node_ip"], None, _numbers(ranks)))
             continue
         if len(ranks) % gpus_per_replica:
             raise ValueError(
@@ -44,9 +47,14 @@ def plan_replicas(placements: Sequence[Mapping[str, Any]], device: str, gpus_per
                 f"{len(ranks)} GPUs of node {ranks[0]['node_ip']} (trainer.n_gpus_per_node)"
             )
         for first in range(0, len(ranks), gpus_per_replica):
-            devices = ",".join(_gpu_of(rank) for rank in ranks[first : first + gpus_per_replica])
-            places.append(ReplicaPlace(len(places), node_id, ranks[0]["node_ip"], devices))
+            beside = ranks[first : first + gpus_per_replica]
+            devices = ",".join(_gpu_of(rank) for rank in beside)
+            places.append(ReplicaPlace(len(places), node_id, ranks[0]["node_ip"], devices, _numbers(beside)))
     return places
+
+
+def _numbers(ranks: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
+    return tuple(rank["rank"] for rank in ranks)
 
 
 def _gpu_of(rank: Mapping[str, Any]) -> str:
@@ -60,24 +68,22 @@ def _gpu_of(rank: Mapping[str, Any]) -> str:
     return devices[0] if len(devices) == 1 else devices[rank["local_rank"]]
 
 
-def bucket_for(
-    place: ReplicaPlace, placements: Sequence[Mapping[str, Any]], infos: Sequence[dict[str, Any] | None], device: str
-) -> dict[str, Any]:
-    """What ``place``'s replica reads one weight bucket from, out of what the ranks exported.
+def bucket_for(place: ReplicaPlace, infos: Sequence[dict[str, Any] | None]) -> dict[str, Any]:
+    """What ``place``'s replica reads one weight bucket from: the exports of the ranks beside it, in one.
 
-    On CPU a bucket lies in the shared memory of each node, on CUDA rank 0 names every rank's device memory.
+    A file in a node's shared memory serves as it is. Handles of GPU memory are joined, so that the replica gets those
+    of its own GPUs: all ranks' handles for all replicas would grow with the square of the cluster.
 
     Args:
-        infos: per rank, its export or None.
+        infos: the export of each rank, or None.
 
     Raises:
         ValueError: no rank exported a bucket for this replica.
     """
-    if device == "cuda":
-        fitting = [infos[0]]
-    else:
-        fitting = [info for info, rank in zip(infos, placements, strict=True) if rank["node_id"] == place.node_id]
-    found = [info for info in fitting if info is not None]
+    found = [info for info in (infos[rank] for rank in place.ranks) if info is not None]
     if not found:
         raise ValueError(f"no training rank exported the weights for node {place.node_ip} ({len(infos)} ranks asked)")
-    return found[0]
+    if "ipc_handles" not in found[0]:
+        return found[0]
+    by_tensor = zip(*(info["ipc_handles"] for info in found), strict=True)
+    return {**found[0], "ipc_handles": [{gpu: of for own in tensor for gpu, of in own.items()} for tensor in by_tensor]}

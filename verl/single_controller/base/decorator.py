@@ -7,14 +7,15 @@ how a call reaches a rank.
                                           rank 1: method(rows k..2k) ──┴─ collect ──► one DataProto
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
-from verl.protocol import DataProto, unpad_dataproto
+from verl.protocol import DataProto
+from verl.utils.row_buffer import RowBuffer
 
 F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
@@ -53,6 +54,7 @@ class Registration:
     execute_mode: Execute
     blocking: bool
     padding: bool
+    reads: tuple[str, ...] | None = None
 
 
 class Call(NamedTuple):
@@ -62,7 +64,9 @@ class Call(NamedTuple):
     kwargs: dict[str, Any]
 
 
-Collect = Callable[[list[Any]], Any]
+Results = Iterable[tuple[int, Any]]
+"""Ranks and their results, in the order in which they come."""
+Collect = Callable[[Results], Any]
 
 
 class WorkerFuture(Generic[T]):
@@ -84,6 +88,7 @@ def register(
     execute_mode: Execute = Execute.ALL,
     blocking: bool = True,
     padding: bool = True,
+    reads: Sequence[str] | None = None,
 ) -> Callable[[F], F]:
     """Make a worker's method callable on its group.
 
@@ -93,12 +98,15 @@ def register(
         blocking: wait for the result; False returns a ``WorkerFuture``.
         padding: with ``DP_COMPUTE_PROTO``, repeat rows where they do not divide over the ranks and drop their results.
             False raises ValueError instead: for methods where a repeated row would count twice.
+        reads: with ``DP_COMPUTE_PROTO``, the batch keys that the method reads where they are there; no others travel.
+            None: all.
     """
     if execute_mode is Execute.RANK_ZERO and dispatch_mode in (Dispatch.DP_COMPUTE, Dispatch.DP_COMPUTE_PROTO):
         raise ValueError(f"{dispatch_mode} splits its arguments over all ranks; it cannot run on rank 0 alone")
 
     def mark(method: F) -> F:
-        setattr(method, _ATTRIBUTE, Registration(dispatch_mode, execute_mode, blocking, padding))
+        read_keys = None if reads is None else tuple(reads)
+        setattr(method, _ATTRIBUTE, Registration(dispatch_mode, execute_mode, blocking, padding, read_keys))
         return method
 
     return mark
@@ -128,22 +136,28 @@ def plan_calls(
     if mode is Dispatch.RANK_ZERO or registration.execute_mode is Execute.RANK_ZERO:
         return [Call(args, kwargs)], _first
     if mode is Dispatch.DP_COMPUTE_PROTO:
-        return _split_rows(method, registration.padding, world_size, args, kwargs)
+        return _split_rows(method, registration, world_size, args, kwargs)
     values = [*args, *kwargs.values()]
     listed = [isinstance(value, list | tuple) and len(value) == world_size for value in values]
     if mode is Dispatch.DP_COMPUTE and not all(listed):
         raise ValueError(f"{method} takes lists with one entry for each of its {world_size} ranks")
     if mode is Dispatch.DP_COMPUTE or (mode is Dispatch.ALL_TO_ALL and listed and all(listed)):
-        return [_pick(args, kwargs, rank) for rank in range(world_size)], list
-    return [Call(args, kwargs)] * world_size, list
+        return [_pick(args, kwargs, rank) for rank in range(world_size)], by_rank
+    return [Call(args, kwargs)] * world_size, by_rank
 
 
 def _materialize(value: Any) -> Any:
     return value.get() if isinstance(value, WorkerFuture) else value
 
 
-def _first(results: list[Any]) -> Any:
-    return results[0]
+def _first(results: Results) -> Any:
+    return by_rank(results)[0]
+
+
+def by_rank(results: Results) -> list[Any]:
+    """The results of ranks 0, 1, ..."""
+    found = dict(results)
+    return [found[rank] for rank in sorted(found)]
 
 
 def _pick(args: Sequence[Any], kwargs: dict[str, Any], rank: int) -> Call:
@@ -151,15 +165,15 @@ def _pick(args: Sequence[Any], kwargs: dict[str, Any], rank: int) -> Call:
 
 
 def _split_rows(
-    method: str, padding: bool, world_size: int, args: Sequence[Any], kwargs: dict[str, Any]
+    method: str, registration: Registration, world_size: int, args: Sequence[Any], kwargs: dict[str, Any]
 ) -> tuple[list[Call], Collect]:
-    values = [*args, *kwargs.values()]
+    values = [_only(value, registration.reads) for value in (*args, *kwargs.values())]
     sizes = sorted({len(value) for value in values if isinstance(value, DataProto)})
     if len(sizes) > 1:
         raise ValueError(f"{method} got batches of {' and '.join(map(str, sizes))} rows; they must be equally long")
     rows = sizes[0] if sizes else 0
     pad_size = -rows % world_size
-    if pad_size and not padding:
+    if pad_size and not registration.padding:
         raise ValueError(
             f"{method} got {rows} rows for {world_size} ranks, which do not divide; use a batch size that is a "
             f"multiple of {world_size} (a repeated row would count twice)"
@@ -171,7 +185,15 @@ def _split_rows(
     calls = [
         Call(tuple(row[:count]), dict(zip(kwargs, row[count:], strict=True))) for row in zip(*columns, strict=True)
     ] or [Call((), {})] * world_size
-    return calls, lambda results: _join_rows(method, results, rows, pad_size)
+    return calls, lambda results: _join_rows(method, results, rows, -(-rows // world_size))
+
+
+def _only(value: Any, keys: Sequence[str] | None) -> Any:
+    """The columns that a method reads; what it does not stays on the driver."""
+    if keys is None or not isinstance(value, DataProto):
+        return value
+    tensors = None if value.batch is None else [key for key in keys if key in value.batch]
+    return value.select(tensors, [key for key in keys if key in value.non_tensor_batch])
 
 
 def _row_runs(data: DataProto, world_size: int) -> list[DataProto]:
@@ -185,12 +207,27 @@ def _row_runs(data: DataProto, world_size: int) -> list[DataProto]:
     ]
 
 
-def _join_rows(method: str, results: list[Any], rows: int, pad_size: int) -> Any:
-    if not all(isinstance(result, DataProto) for result in results):
-        return results
-    joined = DataProto.concat(results)
-    if not pad_size or len(joined) == 0:
-        return joined
-    if len(joined) != rows + pad_size:
-        raise ValueError(f"{method} returned {len(joined)} rows for {rows + pad_size}; rows and padding cannot be told")
-    return unpad_dataproto(joined, pad_size)
+def _join_rows(method: str, results: Results, rows: int, share: int) -> Any:
+    """One ``DataProto`` of all ranks' rows without the padding; each rank's is let go as soon as it is in place.
+
+    Results without rows, such as figures alone, are joined as facts; results of other types come back as a list.
+    """
+    buffer, others = RowBuffer(rows), dict[int, Any]()
+    for rank, result in results:
+        if isinstance(result, DataProto) and 0 < len(result) == share:
+            buffer.put(rank * share, result)
+        else:
+            others[rank] = result
+        del result  # before the next one comes
+    if not others:
+        return buffer.take()
+    values = by_rank(others.items())
+    if buffer.is_empty and not all(isinstance(value, DataProto) for value in values):
+        return values
+    odd = {rank: len(value) for rank, value in sorted(others.items()) if isinstance(value, DataProto) and len(value)}
+    if odd or not buffer.is_empty:
+        raise ValueError(
+            f"{method} must return {share} rows on every rank, or none on any, for padding to be told from rows; it "
+            f"did not on ranks {sorted(others)}, with rows by rank {odd}"
+        )
+    return DataProto.concat(values)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from verl.single_controller.base.decorator import Call, WorkerFuture, plan_calls, registered_methods
+from verl.single_controller.base.decorator import Call, Results, WorkerFuture, by_rank, plan_calls, registered_methods
 
 
 class WorkerError(RuntimeError):
@@ -45,11 +45,11 @@ class WorkerGroup(ABC):
 
     def execute_all(self, method: str, *args: Any, **kwargs: Any) -> list[Any]:
         """Run any method with the same arguments on every rank; returns the results by rank."""
-        return self._finish(method, self._start(method, [Call(args, kwargs)] * self._world_size))
+        return by_rank(self._finish(method, self._start(method, [Call(args, kwargs)] * self._world_size)))
 
     def execute_rank_zero(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """Run any method on rank 0 and return its result."""
-        return self._finish(method, self._start(method, [Call(args, kwargs)]))[0]
+        return by_rank(self._finish(method, self._start(method, [Call(args, kwargs)])))[0]
 
     def _run(self, method: str, *args: Any, **kwargs: Any) -> Any:
         registration = self._registrations[method]
@@ -63,5 +63,5 @@ class WorkerGroup(ABC):
         """Begin call i on rank i, and return what ``_finish`` waits for."""
 
     @abstractmethod
-    def _finish(self, method: str, running: Any) -> list[Any]:
-        """Wait for the results, by rank; raises ``WorkerError``."""
+    def _finish(self, method: str, running: Any) -> Results:
+        """Ranks and results as they come, none kept here; raises ``WorkerError``."""

@@ -21,7 +21,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from verl.single_controller.base.decorator import Call
+from verl.single_controller.base.decorator import Call, Results, by_rank
 from verl.single_controller.base.worker import Worker
 from verl.single_controller.base.worker_group import WorkerGroup
 from verl.single_controller.ray.failures import gather
@@ -93,7 +93,7 @@ class RoleWorkerGroup(WorkerGroup):
     def _start(self, method: str, calls: Sequence[Call]) -> list[Any]:
         return self._owner.start_calls(self._role, method, calls)
 
-    def _finish(self, method: str, running: list[Any]) -> list[Any]:
+    def _finish(self, method: str, running: list[Any]) -> Results:
         return self._owner.finish_calls(f"{self._role}.{method}", running)
 
 
@@ -154,13 +154,13 @@ class RayWorkerGroup(WorkerGroup):
         hosts = self._hosts[: len(calls)]
         return [host.call.remote(role, method, payload) for host, payload in zip(hosts, payloads, strict=True)]
 
-    def finish_calls(self, call_name: str, running: Sequence[Any]) -> list[Any]:
-        """Wait for the results of ``start_calls``; raises ``WorkerError``."""
+    def finish_calls(self, call_name: str, running: Sequence[Any]) -> Results:
+        """Ranks and results of ``start_calls`` as they come; raises ``WorkerError``."""
         return gather(running, self._node_ips, call_name)
 
     def _wait_built(self) -> None:
         if self._building is not None:
-            gather(self._building, self._node_ips, f"{'+'.join(self._roles)}.__init__")
+            by_rank(gather(self._building, self._node_ips, f"{'+'.join(self._roles)}.__init__"))
             self._building = None
 
     def shutdown(self) -> None:
@@ -176,12 +176,12 @@ class RayWorkerGroup(WorkerGroup):
     def _start(self, method: str, calls: Sequence[Call]) -> list[Any]:
         return self.start_calls(self._main_role, method, calls)
 
-    def _finish(self, method: str, running: list[Any]) -> list[Any]:
+    def _finish(self, method: str, running: list[Any]) -> Results:
         return self.finish_calls(f"{self._main_role}.{method}", running)
 
 
 def _start_host(label: str, place: RankPlace, environment: dict[str, str], pool: RayResourcePool) -> Any:
-    share = {kind: amount / pool.max_colocate_count for kind, amount in pool.bundle.items()}
+    share = {kind: amount / pool.max_colocate_count for kind, amount in pool.rank_share.items()}
     host_class: Any = ray.remote(WorkerHost)
     return host_class.options(
         num_cpus=share["CPU"],

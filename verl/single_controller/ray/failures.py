@@ -4,7 +4,7 @@ Ranks that wait for a dead one in a collective fail after it, or never: the firs
 get a moment to show theirs, and the likeliest cause is reported first.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,11 @@ from verl.single_controller.base.worker_group import WorkerError
 
 GRACE_S = 5.0
 """Seconds the other ranks have, after the first failure, to report theirs."""
+PEER_GRACE_S = 40.0
+"""The same where all failures so far may come from a peer's death: a machine that is cut off is missed only after some
+failed health checks, and it is the one to name."""
+GATHER_S = 0.05
+"""Seconds in which results that arrive after the first are taken with it."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +34,8 @@ class Failure:
     """0 a dead process, 1 an exception, 2 an exception that a peer's death may have caused."""
 
 
-def gather(refs: Sequence[Any], node_ips: Sequence[str], call_name: str) -> list[Any]:
-    """The results of ``refs``, one per rank, as soon as all are there.
+def gather(refs: Sequence[Any], node_ips: Sequence[str], call_name: str) -> Iterator[tuple[int, Any]]:
+    """Ranks and results of ``refs`` as they come; nothing more once a rank has failed.
 
     Args:
         refs: object references, by rank.
@@ -38,24 +43,34 @@ def gather(refs: Sequence[Any], node_ips: Sequence[str], call_name: str) -> list
         call_name: role and method, for the message.
 
     Raises:
-        WorkerError: at the first rank that fails.
+        WorkerError: at the first rank that fails, once the others have had their moment.
     """
     ranks = {ref: rank for rank, ref in enumerate(refs)}
-    results: dict[int, Any] = {}
     failures: list[Failure] = []
     pending = list(refs)
     while pending:
-        done, pending = ray.wait(pending, num_returns=1, timeout=GRACE_S if failures else None)
+        done, _ = ray.wait(pending, num_returns=1, timeout=_patience(failures))
         if not done:
             break
-        rank = ranks[done[0]]
-        try:
-            results[rank] = ray.get(done[0])
-        except RayError as error:
-            failures.append(_failure(rank, node_ips[rank], error))
+        # Those that finish together are taken together: one look at all per rank would be quadratic in their number.
+        done, pending = ray.wait(pending, num_returns=len(pending), timeout=GATHER_S)
+        for ref in done:
+            rank = ranks[ref]
+            try:
+                result = ray.get(ref)
+            except RayError as error:
+                failures.append(_failure(rank, node_ips[rank], error))
+                continue
+            yield rank, result
+            del result  # before the next one comes
     if failures:
         raise WorkerError(_message(call_name, len(node_ips), failures))
-    return [results[rank] for rank in range(len(refs))]
+
+
+def _patience(failures: Sequence[Failure]) -> float | None:
+    if not failures:
+        return None
+    return GRACE_S if any(failure.likelihood < 2 for failure in failures) else PEER_GRACE_S
 
 
 def _failure(rank: int, node_ip: str, error: RayError) -> Failure:

@@ -1,7 +1,9 @@
-"""The places a worker group's ranks run at: one placement group per node, one bundle per rank.
+"""The places a worker group's ranks run at: one placement group per pool, in it one bundle per node.
 
-Whether the cluster can hold them at all is checked before anything waits. On the CPU a bundle asks for a quarter of a
-CPU: ranks take turns with the rollout engines, so Ray's CPU count only limits how many share a core.
+A bundle holds all of a node's ranks, and no two bundles of a pool share a node: ranks are packed, and a pool of two
+nodes is on two machines. Pools may share nodes with each other, never GPUs. Whether the cluster can hold them at all is
+checked before anything waits. On the CPU a rank asks for a quarter of a CPU: ranks take turns with the rollout engines,
+so Ray's CPU count only limits how many share a core.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,6 +18,12 @@ CPUS_PER_PROCESS = 0.25
 """Default share of a CPU that a rank asks Ray for where it has no GPU: at most four ranks per CPU."""
 WAIT_S = 120
 """Seconds to wait for resources that exist and are in use."""
+LISTED_NODES = 16
+"""Most nodes that an error lists."""
+
+
+class ResourcesInUseError(RuntimeError):
+    """The cluster has what a pool asks for, and something else keeps it."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +36,7 @@ class NodeResources:
 
 @dataclass(frozen=True)
 class RankPlace:
-    """One rank's place."""
+    """One rank's place; the ranks of a node share a bundle."""
 
     group: PlacementGroup
     bundle_index: int
@@ -49,14 +57,16 @@ class RayResourcePool:
         name_prefix: str = "pool",
         max_colocate_count: int = 1,
         cpus_per_process: float | None = None,
+        settings: str = "trainer.n_gpus_per_node or trainer.nnodes",
     ) -> None:
         """
         Args:
-            process_on_nodes: ranks per node.
+            process_on_nodes: ranks per node, each entry a node of its own.
             use_gpu: one GPU per rank.
             name_prefix: what the pool is called in messages.
-            max_colocate_count: worker groups that share the pool, each rank taking that part of its bundle.
+            max_colocate_count: worker groups that share the pool, each rank taking that part of its share.
             cpus_per_process: CPUs per rank; None: 1 with a GPU, else ``CPUS_PER_PROCESS``.
+            settings: the keys that a message tells the user to lower.
         """
         if not process_on_nodes or min(process_on_nodes) < 1 or max_colocate_count < 1:
             raise ValueError(
@@ -67,8 +77,10 @@ class RayResourcePool:
         self.process_on_nodes = list(process_on_nodes)
         self.name_prefix = name_prefix
         self.max_colocate_count = max_colocate_count
-        self.bundle: dict[str, float] = {"CPU": cpus, "GPU": 1.0} if use_gpu else {"CPU": cpus}
-        self._groups: list[PlacementGroup] = []
+        self.settings = settings
+        self.rank_share: dict[str, float] = {"CPU": cpus, "GPU": 1.0} if use_gpu else {"CPU": cpus}
+        """What one rank asks for."""
+        self._group: PlacementGroup | None = None
         self._users = 0
 
     @property
@@ -77,87 +89,115 @@ class RayResourcePool:
         return sum(self.process_on_nodes)
 
     def acquire(self) -> list[RankPlace]:
-        """The ranks' places in rank order; every ``acquire`` needs a ``release``.
+        """The ranks' places in rank order, for one worker group; every ``acquire`` needs a ``release``.
 
         Raises:
             ValueError: the cluster is too small, or too many worker groups share the pool.
-            RuntimeError: the resources exist and stay in use.
+            ResourcesInUseError: the resources exist and stay in use.
         """
         if self._users == self.max_colocate_count:
             raise ValueError(
                 f"{self.name_prefix!r} holds {self._users} worker groups already; raise max_colocate_count"
             )
-        if not self._groups:
-            nodes = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
-            check_capacity(
-                self.name_prefix,
-                self.process_on_nodes,
-                self.bundle,
-                [NodeResources(node["NodeManagerAddress"], node["Resources"]) for node in nodes.values()],
-            )
-            self._groups = self._reserve()
+        places = self.reserve()
         self._users += 1
-        return self._places()
+        return places
+
+    def reserve(self) -> list[RankPlace]:
+        """The places in rank order, kept until ``remove`` or the last ``release``; raises what ``acquire`` does."""
+        if self._group is None:
+            check_capacity([self], alive_nodes())
+            self._group = self._wait_for_group()
+        return _places(self._group, self.process_on_nodes)
 
     def release(self) -> None:
         """Give the resources back when the last worker group has."""
         self._users -= 1
         if self._users == 0:
-            self._remove()
+            self.remove()
 
-    def _reserve(self) -> list[PlacementGroup]:
-        self._groups = [
-            placement_group([dict(self.bundle)] * count, strategy="STRICT_PACK") for count in self.process_on_nodes
+    def remove(self) -> None:
+        """Give the resources back at once; nothing happens where none are reserved."""
+        if self._group is not None and ray.is_initialized():
+            remove_placement_group(self._group)
+        self._group = None
+
+    def describe(self) -> str:
+        """What the pool asks for, in words."""
+        first, nodes = self.process_on_nodes[0], len(self.process_on_nodes)
+        ranks = first if set(self.process_on_nodes) == {first} else self.process_on_nodes
+        on = "one node" if nodes == 1 else f"each of {nodes} nodes"
+        return f"{ranks} process{'' if ranks == 1 else 'es'} of {_describe(self.rank_share)} on {on}"
+
+    def _wait_for_group(self) -> PlacementGroup:
+        bundles = [
+            {kind: amount * count for kind, amount in self.rank_share.items()} for count in self.process_on_nodes
         ]
-        if not all(group.wait(WAIT_S) for group in self._groups):
-            self._remove()
-            raise RuntimeError(
-                f"{self.name_prefix!r} waited {WAIT_S} s for {self.process_on_nodes} x {_describe(self.bundle)}; "
-                f"free in the cluster now: {_describe(ray.available_resources())}. End what holds the rest"
+        group = placement_group(bundles, strategy="STRICT_SPREAD")
+        if not group.wait(WAIT_S):
+            remove_placement_group(group)
+            raise ResourcesInUseError(
+                f"{self.name_prefix!r} waited {WAIT_S} s for {self.describe()}; free in the cluster now: "
+                f"{_describe(ray.available_resources())}. End what holds the rest, or lower {self.settings}"
             )
-        return self._groups
-
-    def _remove(self) -> None:
-        if ray.is_initialized():
-            for group in self._groups:
-                remove_placement_group(group)
-        self._groups = []
-
-    def _places(self) -> list[RankPlace]:
-        addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
-        located = [(placement_group_table(group)["bundles_to_node_id"][0], group) for group in self._groups]
-        located.sort(key=lambda entry: ip_address(addresses[entry[0]]))
-        return [
-            RankPlace(group, index, node_id, addresses[node_id])
-            for node_id, group in located
-            for index in range(group.bundle_count)
-        ]
+        return group
 
 
-def check_capacity(
-    name: str, process_on_nodes: Sequence[int], bundle: Mapping[str, float], nodes: Sequence[NodeResources]
-) -> None:
-    """Raise ValueError, with what is asked for and what there is, where the nodes cannot hold the pool.
+def _places(group: PlacementGroup, process_on_nodes: Sequence[int]) -> list[RankPlace]:
+    addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
+    nodes = placement_group_table(group)["bundles_to_node_id"]
+    in_order = sorted(range(len(process_on_nodes)), key=lambda bundle: ip_address(addresses[nodes[bundle]]))
+    return [
+        RankPlace(group, bundle, nodes[bundle], addresses[nodes[bundle]])
+        for bundle in in_order
+        for _ in range(process_on_nodes[bundle])
+    ]
+
+
+def alive_nodes() -> list[NodeResources]:
+    """The cluster's nodes with all they have, free or not."""
+    return [NodeResources(node["NodeManagerAddress"], node["Resources"]) for node in ray.nodes() if node["Alive"]]
+
+
+def check_capacity(pools: Sequence[RayResourcePool], nodes: Sequence[NodeResources]) -> None:
+    """Raise ValueError, with what is asked for and what there is, where the nodes cannot hold all pools at once.
 
     Args:
-        process_on_nodes: ranks of each part; a part's ranks share one node.
-        bundle: what one rank asks for.
+        pools: none of them reserved; those with the most ranks on a node choose first, and take the roomiest node.
         nodes: what there is in all, free or not.
     """
+    left = [dict(node.resources) for node in nodes]
+    held: list[RayResourcePool] = []
+    for pool in largest_first(pools):
+        unused = list(range(len(nodes)))
+        for count in sorted(pool.process_on_nodes, reverse=True):
+            roomiest = max(unused, key=lambda node: _slots(left[node], pool.rank_share), default=None)
+            if roomiest is None or _slots(left[roomiest], pool.rank_share) < count:
+                raise ValueError(_does_not_fit(pool, held, nodes))
+            unused.remove(roomiest)
+            for kind, amount in pool.rank_share.items():
+                left[roomiest][kind] -= amount * count
+        held.append(pool)
+
+
+def largest_first(pools: Sequence[RayResourcePool]) -> list[RayResourcePool]:
+    """The order in which pools are reserved: a small one must not break up the nodes that a large one needs."""
+    return sorted(pools, key=lambda pool: max(pool.process_on_nodes), reverse=True)
+
+
+def _slots(resources: Mapping[str, float], rank_share: Mapping[str, float]) -> int:
     # The small term lets fractions such as 0.1 fill a CPU in spite of rounding.
-    slots = [
-        int(min(node.resources.get(kind, 0.0) / amount for kind, amount in bundle.items() if amount) + 1e-6)
-        for node in nodes
-    ] or [0]
-    for count in sorted(process_on_nodes, reverse=True):
-        roomiest = max(range(len(slots)), key=slots.__getitem__)
-        if slots[roomiest] < count:
-            have = "; ".join(f"node {node.address}: {_describe(node.resources)}" for node in nodes)
-            raise ValueError(
-                f"{name!r} asks for {list(process_on_nodes)} processes (per node) of {_describe(bundle)} each; the "
-                f"cluster has {have or 'no node'}. Lower trainer.n_gpus_per_node or trainer.nnodes, or add machines"
-            )
-        slots[roomiest] -= count
+    return int(min(resources.get(kind, 0.0) / amount for kind, amount in rank_share.items() if amount) + 1e-6)
+
+
+def _does_not_fit(pool: RayResourcePool, held: Sequence[RayResourcePool], nodes: Sequence[NodeResources]) -> str:
+    have = "; ".join(f"node {node.address}: {_describe(node.resources)}" for node in nodes[:LISTED_NODES])
+    more = f"; and {len(nodes) - LISTED_NODES} more" if len(nodes) > LISTED_NODES else ""
+    beside = "".join(f", beside {other.name_prefix!r} with {other.describe()}" for other in held)
+    return (
+        f"{pool.name_prefix!r} asks for {pool.describe()}{beside}; the cluster has {have or 'no node'}{more}. "
+        f"Lower {pool.settings}, or add machines"
+    )
 
 
 def _describe(resources: Mapping[str, Any]) -> str:

@@ -45,6 +45,7 @@ class PPOConfig:
         self._check_roles()
         self._check_algorithm()
         self._check_tools()
+        self._check_vocabulary_settings()
 
     def _check_batch_sizes(self) -> None:
         actor, rollout = self.actor_rollout_ref.actor, self.actor_rollout_ref.rollout
@@ -122,6 +123,14 @@ class PPOConfig:
             raise ValueError(
                 f"algorithm.rollout_correction.rollout_is={rollout_is} needs the sampler's log-probs, but "
                 "actor_rollout_ref.rollout.calculate_log_probs=False; set it to True"
+            )
+
+    def _check_vocabulary_settings(self) -> None:
+        start = self.actor_rollout_ref.rollout.extend_vocab_start_token
+        if start == "auto" and self.trainer.vocab_check == "off":
+            raise ValueError(
+                f"actor_rollout_ref.rollout.extend_vocab_start_token={start} is found by comparing the tokenizers, and "
+                "trainer.vocab_check=off compares nothing; give the number, or set trainer.vocab_check=warn"
             )
 
     def _check_tools(self) -> None:

@@ -57,6 +57,10 @@ class DataConfig:
     """Prompts that hold extended tokens: ``drop`` (counted), ``replace`` (for the teacher only) or ``error``."""
     on_bad_row: str = "drop"
     """Rows that cannot be used: ``drop`` (counted and recorded) or ``error``."""
+    max_dropped_fraction: float = 0.5
+    """Largest share of the rows read that may be dropped, for whatever reason; above it the run stops."""
+    cache_dir: str = "~/.cache/kai-verl"
+    """Folder of memory-mapped copies of the data and of what was found out about its rows, shared by all runs."""
     train_max_samples: int = -1
     """Use only the first rows; -1: all."""
     val_max_samples: int = -1
@@ -77,11 +81,14 @@ class DataConfig:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"data.{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}")
-        for name in ("max_prompt_length", "max_response_length", "train_batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"data.{name}={getattr(self, name)} must be at least 1")
+        least = {"max_prompt_length": 1, "max_response_length": 1, "train_batch_size": 1, "seed": 0}
+        for name, bound in least.items():
+            if getattr(self, name) < bound:
+                raise ValueError(f"data.{name}={getattr(self, name)} must be at least {bound}")
         if self.val_batch_size is not None and self.val_batch_size < 1:
             raise ValueError(f"data.val_batch_size={self.val_batch_size} must be at least 1, or null for one batch")
+        if not 0 <= self.max_dropped_fraction <= 1:
+            raise ValueError(f"data.max_dropped_fraction={self.max_dropped_fraction} is no share from 0 to 1")
         for name in TEMPLATE_ARGUMENTS:
             if name in self.apply_chat_template_kwargs:
                 raise ValueError(

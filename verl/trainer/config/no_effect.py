@@ -74,6 +74,7 @@ NO_EFFECT: dict[str, NoEffect] = {
     # policy update
     f"{_ACTOR}.ppo_micro_batch_size": NoEffect("write ppo_micro_batch_size_per_gpu", ("null",)),
     f"{_ACTOR}.shuffle": NoEffect("mini-batches keep the order of the batch", _OFF),
+    f"{_ACTOR}.checkpoint.async_save": NoEffect("write trainer.async_save"),
     f"{_ACTOR}.data_loader_seed": NoEffect("mini-batches keep the order of the batch"),
     f"{_ACTOR}.policy_loss.loss_mode": NoEffect("the loss is PPO's clipped one", ("vanilla",)),
     f"{_ACTOR}.optim.warmup_style": NoEffect("write lr_scheduler_type", ("null", "constant")),

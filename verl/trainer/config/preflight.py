@@ -1,7 +1,8 @@
 """What can be wrong with a run outside its configuration, found before anything heavy starts.
 
 In: a ``PPOConfig``, whose sections have checked themselves. Looks at folders, JSON and parquet headers, and installed
-packages. Loads no model, no tokenizer and no row; starts nothing. All errors come at once.
+packages. Loads no model, no tokenizer and no row; starts nothing. All errors come at once. Whether the vocabularies
+of student and teacher fit together is left to ``verl.utils.vocab_contract``.
 """
 
 import importlib.util
@@ -74,7 +75,7 @@ def _check_models(config: PPOConfig, found: Findings) -> None:
         _check_length_fits(f"{student_key}.path={models.model.path}", student, config, found)
     if teacher is not None:
         _check_length_fits(f"{teacher_key}.path={models.ref.model.path}", teacher, config, found)
-    _check_vocabulary(config, student, teacher, found)
+    _check_replacement(config, teacher, found)
 
 
 def _find_model_folder(key: str, path: str | None, found: Findings) -> Path | None:
@@ -156,27 +157,14 @@ def _scales_positions(model_config: dict[str, Any]) -> bool:
     return False
 
 
-def _check_vocabulary(
-    config: PPOConfig, student: dict[str, Any] | None, teacher: dict[str, Any] | None, found: Findings
-) -> None:
+def _check_replacement(config: PPOConfig, teacher: dict[str, Any] | None, found: Findings) -> None:
     models = config.actor_rollout_ref
-    start, replacement = models.rollout.extend_vocab_start_token, models.ref.ref_replace_token_id
-    rows = student["vocab_size"] if student and "vocab_size" in student else None
-    teacher_rows = teacher["vocab_size"] if teacher and "vocab_size" in teacher else None
-    if rows is not None and start is not None and start >= rows:
-        found.errors.append(
-            f"actor_rollout_ref.rollout.extend_vocab_start_token={start} is not below vocab_size={rows} of "
-            f"actor_rollout_ref.model.path={models.model.path}; give the first id that the teacher lacks"
-        )
-    if rows is not None and teacher_rows is not None and start is None and rows > teacher_rows:
-        found.notices.append(
-            f"the student has {rows} vocabulary rows, the teacher {teacher_rows}, and "
-            "actor_rollout_ref.rollout.extend_vocab_start_token is null; set it to the first id that the teacher lacks"
-        )
-    if teacher_rows is not None and replacement is not None and not 0 <= replacement < teacher_rows:
+    replacement = models.ref.ref_replace_token_id
+    rows = teacher["vocab_size"] if teacher and "vocab_size" in teacher else None
+    if rows is not None and replacement is not None and not 0 <= replacement < rows:
         found.errors.append(
             f"actor_rollout_ref.ref.ref_replace_token_id={replacement} is no id of "
-            f"actor_rollout_ref.ref.model.path={models.ref.model.path} with vocab_size={teacher_rows}; "
+            f"actor_rollout_ref.ref.model.path={models.ref.model.path} with vocab_size={rows}; "
             "give one below it, or null for the pad id"
         )
 
@@ -214,9 +202,10 @@ def _check_data(config: PPOConfig, found: Findings) -> None:
 def _check_files(key: str, files: str | list[str] | None, config: PPOConfig, found: Findings) -> int | None:
     """Check the headers of parquet files; their rows in all, None where that is unknown."""
     # pyarrow comes with it, which --help has to do without.
-    from verl.utils.dataset.parquet_files import expand_data_files
+    from verl.utils.dataset.parquet_files import expand_data_files, read_header
 
     patterns = [files] if isinstance(files, str) else files or []
+    columns: dict[str, None] = {}
     rows: int | None = None
     for pattern in patterns:
         try:
@@ -227,27 +216,20 @@ def _check_files(key: str, files: str | list[str] | None, config: PPOConfig, fou
         for name in names:
             if config.data.custom_cls.path:
                 continue  # a data set class of the user's own reads what it likes
-            count = _check_parquet(key, name, config.data.prompt_key, found)
-            rows = (rows or 0) + count if count is not None else rows
-    return rows
-
-
-def _check_parquet(key: str, name: Path, prompt_key: str, found: Findings) -> int | None:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        metadata = pyarrow.parquet.read_metadata(name)
-        columns = metadata.schema.to_arrow_schema().names
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        found.errors.append(f"{key}={name} cannot be read as parquet ({error}); write it again")
-        return None
-    if "messages" not in columns and prompt_key not in columns:
+            try:
+                header, count = read_header(name)
+            except ValueError as error:
+                found.errors.append(f"{key}={error}")
+                continue
+            columns |= dict.fromkeys(header)
+            rows = (rows or 0) + count
+    if columns and not {"messages", config.data.prompt_key} & set(columns):
         found.errors.append(
-            f"{key}={name} has neither a column 'messages' nor data.prompt_key={prompt_key!r}, only "
-            f"{', '.join(columns)}; name the column that holds the messages in data.prompt_key"
+            f"{key}={', '.join(patterns)} has neither a column 'messages' nor data.prompt_key="
+            f"{config.data.prompt_key!r}, only {', '.join(columns)}; name the column that holds the messages in "
+            "data.prompt_key"
         )
-    return metadata.num_rows
+    return rows
 
 
 def _check_engine(config: PPOConfig, found: Findings) -> None:

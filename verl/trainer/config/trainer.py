@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 LOGGERS = ("console", "wandb", "tensorboard", "file")
+VOCAB_CHECKS = ("strict", "warn", "off")
 
 
 @dataclass
@@ -21,6 +22,10 @@ class TrainerConfig:
     """Machines."""
     n_gpus_per_node: int = 1
     """Training ranks per machine: GPUs, or processes on CPU."""
+    teacher_nnodes: int | None = None
+    """Machines of a teacher with GPUs of its own; null: the teacher shares the student's ranks."""
+    teacher_n_gpus_per_node: int | None = None
+    """Ranks per machine of a teacher with GPUs of its own; goes with ``teacher_nnodes``."""
     total_epochs: int = 1
     """Passes over the training prompts."""
     total_training_steps: int | None = None
@@ -40,11 +45,23 @@ class TrainerConfig:
     validation_data_dir: str | None = None
     """The same for validation."""
     max_actor_ckpt_to_keep: int | None = None
-    """Newest checkpoints that stay; null: all."""
+    """Newest whole checkpoints that stay; null: all. A new one is written before the oldest goes."""
+    async_save: bool = True
+    """Write checkpoints while training goes on, at most one at a time; until it is written, a copy of parameters and
+    optimizer state takes host memory. False: training waits. Either way a save that fails (no room, no right to write)
+    is said and counted (``training/failed_saves``) and training goes on; a run whose last save failed ends in an
+    error. What was whole before stays."""
     resume_mode: str = "auto"
     """``auto`` (the newest checkpoint in ``default_local_dir``), ``disable`` or ``resume_path``."""
     resume_from_path: str | None = None
     """Checkpoint folder for ``resume_mode=resume_path``."""
+    resume_allow_changed: list[str] = field(default_factory=list)
+    """What may differ from the checkpoint that is resumed though it changes what is trained: keys or sections, such as
+    ``algorithm.distill_adv_max_clip`` or ``data`` (whose position then starts over), and ``student.weights``,
+    ``teacher``, ``vocabulary``."""
+    vocab_check: str | bool = "strict"
+    """What to do where the vocabularies of student and teacher do not fit together: ``strict`` (stop), ``warn`` (say
+    so) or ``off`` (do not look)."""
     balance_batch: bool = True
     """Give every rank about as many tokens."""
     log_val_generations: int = 0
@@ -68,12 +85,17 @@ class TrainerConfig:
             raise ValueError(
                 "trainer.resume_mode=resume_path needs trainer.resume_from_path; name the folder of a checkpoint"
             )
+        if self.vocab_check is False:  # what YAML makes of a bare off
+            self.vocab_check = "off"
+        if self.vocab_check not in VOCAB_CHECKS:
+            raise ValueError(f"trainer.vocab_check={self.vocab_check!r} is not one of {', '.join(VOCAB_CHECKS)}")
         self._check_counts()
 
     def _check_counts(self) -> None:
         for name in ("nnodes", "n_gpus_per_node", "total_epochs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"trainer.{name}={getattr(self, name)} must be at least 1")
+        self._check_teacher_pool()
         if self.total_training_steps is not None and self.total_training_steps < 1:
             raise ValueError(
                 f"trainer.total_training_steps={self.total_training_steps} must be at least 1, or null for whole epochs"
@@ -83,7 +105,29 @@ class TrainerConfig:
                 f"trainer.max_actor_ckpt_to_keep={self.max_actor_ckpt_to_keep} must be at least 1, or null to keep all"
             )
 
+    def _check_teacher_pool(self) -> None:
+        nodes, ranks = self.teacher_nnodes, self.teacher_n_gpus_per_node
+        if (nodes is None) != (ranks is None):
+            raise ValueError(
+                f"trainer.teacher_nnodes={nodes} and trainer.teacher_n_gpus_per_node={ranks} go together; set both for "
+                "a teacher with GPUs of its own, or neither for one that shares the student's"
+            )
+        for name in ("teacher_nnodes", "teacher_n_gpus_per_node"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"trainer.{name}={value} must be at least 1, or null")
+
     @property
     def world_size(self) -> int:
-        """Training ranks over all machines."""
+        """The student's ranks over all machines."""
         return self.nnodes * self.n_gpus_per_node
+
+    @property
+    def ranks_on_nodes(self) -> list[int]:
+        """The student's ranks, machine by machine."""
+        return [self.n_gpus_per_node] * self.nnodes
+
+    @property
+    def teacher_ranks_on_nodes(self) -> list[int]:
+        """Ranks of a teacher with GPUs of its own, machine by machine; empty where it shares the student's."""
+        return [self.teacher_n_gpus_per_node or 0] * (self.teacher_nnodes or 0)

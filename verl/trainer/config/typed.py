@@ -7,9 +7,10 @@ checks no path: that is ``check_run``'s part.
 """
 
 import dataclasses
+import itertools
 import logging
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -69,9 +70,21 @@ def public_dict(config: PPOConfig) -> dict[str, Any]:
 
 
 def save_config(config: PPOConfig, path: str | Path) -> None:
-    """Write the configuration as YAML without secrets; makes the folder where it is missing."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(OmegaConf.create(public_dict(config)), path)
+    """Write the configuration as YAML without secrets; makes the folder where it is missing.
+
+    Another configuration that lies there already, of an earlier run in the same folder, stays beside it, numbered:
+    ``config.1.yaml`` is the oldest.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = OmegaConf.to_yaml(OmegaConf.create(public_dict(config)))
+    if path.is_file() and path.read_text(encoding="utf-8") != text:
+        path.rename(next(place for place in _numbered(path) if not place.exists()))
+    path.write_text(text, encoding="utf-8")
+
+
+def _numbered(path: Path) -> Iterator[Path]:
+    return (path.with_name(f"{path.stem}.{number}{path.suffix}") for number in itertools.count(1))
 
 
 def _env_vars_to_text(ray_init: dict[str, Any]) -> None:

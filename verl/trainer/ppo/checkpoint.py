@@ -1,44 +1,61 @@
 """Where checkpoints lie and which one is the newest.
 
-Layout, as verl's::
+Layout, as verl's, with what makes it survive a kill at any instant::
 
     default_local_dir/
-        latest_checkpointed_iteration.txt      step of the newest complete checkpoint
+        latest_checkpointed_iteration.txt      step of the newest checkpoint
         global_step_N/actor/                   written by the training workers
         global_step_N/data.pt                  position in the training data
+        global_step_N/config.yaml              settings of the run, without secrets
+        global_step_N/manifest.json            written last: every file and its size
+        global_step_N.unfinished/              being written, or left by a run that was killed while it wrote
+        global_step_N.deleted/                 being deleted, or left likewise
 
-Reads and writes only this layout; model state is the workers' business.
+    .unfinished ──seal──► whole ──rename──► global_step_N ──► latest_... ──► older ones renamed to .deleted, removed
+
+Reads and writes only this layout; model state is the workers' business, when to save is the saver's.
 """
 
+import io
 import logging
 import re
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from verl.trainer.config import TrainerConfig
+from verl.trainer.ppo.checkpoint_manifest import find_faults
+from verl.utils.durable_files import flush_entries, write_durably
 
 logger = logging.getLogger(__name__)
 
 LATEST = "latest_checkpointed_iteration.txt"
+DATA_STATE = "data.pt"
+UNFINISHED, DELETED = ".unfinished", ".deleted"
 _STEP_FOLDER = re.compile(r"global_step_(\d+)$")
+_LEFTOVER = re.compile(r"global_step_(\d+)(\.unfinished|\.deleted)$")
 
 
 @dataclass
 class DataState:
     """What the driver itself has to remember."""
 
-    loader: dict[str, Any]
-    """State of the data loader."""
+    loader: dict[str, Any] | None
+    """State of the data loader; None: the data start over."""
     epoch: int
     prompts: int
     """Usable prompts of the training data."""
     batch_size: int
+    num_workers: int
+    """Processes of the data loader, on which the order depends."""
     kl_coef: float
     """Weight of the KL penalty in the reward, which an adaptive controller moves."""
+
+
+# ------------------------------------------------------------------ names
 
 
 def step_folder(root: str | Path, step: int) -> Path:
@@ -46,56 +63,9 @@ def step_folder(root: str | Path, step: int) -> Path:
     return Path(root) / f"global_step_{step}"
 
 
-def find_checkpoint(config: TrainerConfig) -> Path | None:
-    """The checkpoint to resume from, or None for a fresh start.
-
-    Raises:
-        ValueError: ``resume_from_path`` is no checkpoint folder, or the newest one is incomplete.
-    """
-    if config.resume_mode == "disable":
-        return None
-    if config.resume_mode == "resume_path":
-        folder = Path(str(config.resume_from_path))
-        if not _STEP_FOLDER.search(folder.name) or not (folder / "actor").is_dir():
-            raise ValueError(
-                f"trainer.resume_from_path={folder} is no checkpoint; name a folder global_step_N that holds actor/"
-            )
-        return folder
-    newest = latest_checkpoint(config.default_local_dir)
-    if newest is not None and not (newest / "actor").is_dir():
-        raise ValueError(
-            f"{Path(config.default_local_dir) / LATEST} names {newest.name}, which holds no actor/; "
-            "set trainer.resume_mode=resume_path and trainer.resume_from_path to a whole one, or resume_mode=disable"
-        )
-    return newest
-
-
-def latest_checkpoint(root: str | Path) -> Path | None:
-    """The checkpoint that was finished last, or None."""
-    latest = Path(root) / LATEST
-    return step_folder(root, int(latest.read_text().strip())) if latest.is_file() else None
-
-
-def require_steps_left(config: TrainerConfig, total_steps: int) -> None:
-    """A run that would resume behind its own end is told so before it starts.
-
-    Raises:
-        ValueError: the checkpoint to resume from is at ``total_steps`` or beyond.
-    """
-    folder = find_checkpoint(config)
-    if folder is None or config.val_only or checkpoint_step(folder) < total_steps:
-        return
-    raise ValueError(
-        f"nothing to train: {folder} is at step {checkpoint_step(folder)} and the run ends at step {total_steps}; "
-        "raise trainer.total_training_steps, or start afresh with trainer.resume_mode=disable or another "
-        "trainer.default_local_dir (OUTPUT_DIR)"
-    )
-
-
-def describe(root: str | Path) -> str:
-    """What a run's folder holds, in words."""
-    latest = latest_checkpoint(root)
-    return f"{f'newest checkpoint {latest}' if latest else 'no checkpoint'}, run folder {root}"
+def unfinished_folder(root: str | Path, step: int) -> Path:
+    """Where that checkpoint is written before it is whole."""
+    return Path(root) / f"global_step_{step}{UNFINISHED}"
 
 
 def checkpoint_step(folder: Path) -> int:
@@ -106,57 +76,191 @@ def checkpoint_step(folder: Path) -> int:
     return int(match.group(1))
 
 
-def save_data_state(folder: Path, state: DataState) -> None:
-    """Keep the position in the training data beside the model."""
-    torch.save(asdict(state), folder / "data.pt")
+def step_folders(root: str | Path) -> list[Path]:
+    """All checkpoints of a run's folder, whole or not, the newest first."""
+    folders = [path for path in Path(root).glob("global_step_*") if _STEP_FOLDER.search(path.name)]
+    return sorted(folders, key=checkpoint_step, reverse=True)
 
 
-def load_data_state(folder: Path, prompts: int, batch_size: int) -> DataState | None:
-    """The saved data position, or None (and a warning) where the checkpoint has none.
+# ------------------------------------------------------------------ finding
 
-    Args:
-        prompts: usable prompts of this run.
-        batch_size: ``data.train_batch_size`` of this run.
+
+def find_checkpoint(config: TrainerConfig) -> Path | None:
+    """The checkpoint to resume from, or None for a fresh start.
+
+    ``resume_mode=auto`` takes the newest; where that is damaged, the newest whole one before it, and says so.
 
     Raises:
-        ValueError: the data or the batch size is not what the position belongs to.
+        ValueError: ``resume_from_path`` is no whole checkpoint, or there are checkpoints and none of them is whole.
     """
-    path = folder / "data.pt"
-    if not path.is_file():
-        logger.warning("%s holds no data.pt: the training data starts over at its first epoch", folder)
+    if config.resume_mode == "disable":
         return None
-    state = DataState(**torch.load(path, weights_only=False))
-    if (state.prompts, state.batch_size) != (prompts, batch_size):
+    if config.resume_mode == "resume_path":
+        return _named_checkpoint(Path(str(config.resume_from_path)))
+    newest = latest_checkpoint(config.default_local_dir)
+    if newest is None:
+        return None
+    older = [path for path in step_folders(config.default_local_dir) if checkpoint_step(path) < checkpoint_step(newest)]
+    damage: list[str] = []
+    for folder in (newest, *older):
+        faults = find_faults(folder)
+        if not faults:
+            if damage:
+                logger.warning("resuming from the older %s, because %s", folder, "; ".join(damage))
+            return folder
+        damage.append(f"{folder} is not whole: {', '.join(faults)}")
+    raise ValueError(
+        f"trainer.resume_mode=auto finds no whole checkpoint in trainer.default_local_dir={config.default_local_dir}; "
+        "set trainer.resume_mode=disable to start afresh:\n" + "\n".join(f"- {line}" for line in damage)
+    )
+
+
+def _named_checkpoint(folder: Path) -> Path:
+    if not _STEP_FOLDER.search(folder.name):
+        raise ValueError(f"trainer.resume_from_path={folder} is no checkpoint; name a folder global_step_N")
+    faults = find_faults(folder)
+    if faults:
         raise ValueError(
-            f"{folder} was saved after training on {state.prompts} prompts in batches of {state.batch_size}, and this "
-            f"run has {prompts} in batches of {batch_size}: its position would repeat some and leave out others; give "
-            "the same data.* settings, or remove data.pt to start the data over"
+            f"trainer.resume_from_path={folder} is not whole: {', '.join(faults)}; name another checkpoint"
         )
-    return state
+    return folder
+
+
+def latest_checkpoint(root: str | Path) -> Path | None:
+    """The checkpoint that was finished last, or None; it may have been damaged since."""
+    latest = Path(root) / LATEST
+    if not latest.is_file():
+        return None
+    text = latest.read_text().strip()
+    if text.isdecimal():
+        return step_folder(root, int(text))
+    logger.warning("%s holds no step but %r; taking the newest folder", latest, text)
+    return next(iter(step_folders(root)), None)
+
+
+def newest_whole(root: str | Path) -> Path | None:
+    """The newest checkpoint that could be resumed from now."""
+    return next((folder for folder in step_folders(root) if not find_faults(folder)), None)
+
+
+def describe(root: str | Path) -> str:
+    """What a run's folder holds, in words."""
+    latest = newest_whole(root)
+    return f"{f'newest checkpoint {latest}' if latest else 'no checkpoint'}, run folder {root}"
+
+
+# ------------------------------------------------------------------ the position in the data
+
+
+def save_data_state(folder: Path, state: DataState) -> None:
+    """Keep the position in the training data beside the model.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    content = io.BytesIO()
+    torch.save(asdict(state), content)
+    write_durably(folder / DATA_STATE, content.getvalue())
+
+
+def load_data_state(folder: Path, now: DataState, *, may_differ: bool) -> DataState:
+    """The saved position in the training data.
+
+    Args:
+        now: the state of this run.
+        may_differ: start the data over, rather than stop, where the position belongs to other data.
+
+    Raises:
+        ValueError: the data, the batch size or the loader's processes are not those that the position belongs to.
+    """
+    state = DataState(**torch.load(folder / DATA_STATE, weights_only=True))
+
+    def told(of: DataState) -> str:
+        return f"{of.prompts} prompts in batches of {of.batch_size} by {of.num_workers} loader processes"
+
+    if told(state) == told(now):
+        return state
+    difference = f"{folder} was saved after training on {told(state)}, and this run has {told(now)}"
+    if not may_differ:
+        raise ValueError(
+            f"{difference}: its position would repeat some and leave out others; give the same data.* settings, or "
+            "start the data over with trainer.resume_allow_changed=[data]"
+        )
+    logger.warning("%s: the training data start over", difference)
+    return replace(state, loader=None, epoch=0)
+
+
+# ------------------------------------------------------------------ putting into place, deleting
+
+
+def publish(root: str | Path, step: int) -> None:
+    """Give a sealed checkpoint its name and declare it the newest.
+
+    Raises:
+        OSError: no right to write.
+    """
+    folder = step_folder(root, step)
+    if folder.exists():
+        _discard(folder)
+    unfinished_folder(root, step).rename(folder)
+    flush_entries(Path(root))
+    mark_latest(root, step)
+    _remove(folder.with_name(folder.name + DELETED))
 
 
 def mark_latest(root: str | Path, step: int) -> None:
     """Declare a finished checkpoint the newest one."""
-    path = Path(root) / LATEST
-    beside = path.with_suffix(".tmp")
-    beside.write_text(f"{step}\n")
-    beside.replace(path)
+    write_durably(Path(root) / LATEST, f"{step}\n")
+
+
+def clear_leftovers(root: str | Path) -> None:
+    """Put into place what a killed run had written whole, and remove what it had not, or had begun to delete.
+
+    Raises:
+        OSError: no right to do so.
+    """
+    left = [path for path in Path(root).glob("global_step_*.*") if _LEFTOVER.search(path.name)]
+    for path in sorted(left, key=lambda path: path.suffix, reverse=True):  # .unfinished may stand in for .deleted
+        step = int(path.stem.rpartition("_")[2])
+        if path.suffix == UNFINISHED and not find_faults(path) and not step_folder(root, step).exists():
+            logger.warning("%s is whole and was not yet in place; it is now", path)
+            publish(root, step)
+        else:
+            logger.info("removing %s, which an earlier run left", path)
+            _remove(path)
 
 
 def prune_checkpoints(root: str | Path, keep: int | None, current: int) -> list[Path]:
-    """Delete all but the ``keep`` newest checkpoints of this run; returns the deleted folders.
+    """Delete what is older than the ``keep`` newest whole checkpoints of this run; returns the deleted folders.
 
-    Checkpoints of later steps than ``current`` were left by another run in the same folder and are not touched.
+    Checkpoints of later steps than ``current`` were left by another run in the same folder and are not touched. One
+    that is not whole counts for nothing: it goes when it is older than all that stay.
 
     Args:
         keep: how many stay, ``current`` among them; None: all.
-        current: step of the checkpoint that was just written.
+        current: step of the checkpoint that was just put into place.
     """
     if keep is None:
         return []
-    folders = (path for path in Path(root).glob("global_step_*") if _STEP_FOLDER.search(path.name))
-    own = sorted((path for path in folders if checkpoint_step(path) <= current), key=checkpoint_step)
-    stale = own[: max(0, len(own) - keep)]
+    own = [path for path in step_folders(root) if checkpoint_step(path) <= current]
+    whole = [path for path in own if not find_faults(path)]
+    if len(whole) < keep:
+        return []
+    stale = [path for path in own if checkpoint_step(path) < checkpoint_step(whole[keep - 1])]
     for folder in stale:
-        shutil.rmtree(folder)
+        _remove(_discard(folder))
     return stale
+
+
+def _discard(folder: Path) -> Path:
+    """Take a checkpoint's name away, so that what is being deleted is never taken for one; returns where it lies."""
+    deleted = folder.with_name(folder.name + DELETED)
+    _remove(deleted)
+    folder.rename(deleted)
+    flush_entries(folder.parent)
+    return deleted
+
+
+def _remove(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)

@@ -25,12 +25,12 @@ from transformers import PreTrainedTokenizerBase
 
 from verl.experimental.agent_loop.agent_loop import AgentLoopManager
 from verl.protocol import DataProto
-from verl.single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
-from verl.single_controller.ray.base import create_colocated_worker_cls
 from verl.trainer.config import PPOConfig
 from verl.trainer.dataloader import build_train_loader, build_val_loader
 from verl.trainer.ppo import checkpoint
 from verl.trainer.ppo.advantage import apply_kl_penalty, compute_advantage, compute_rollout_is_weights
+from verl.trainer.ppo.checkpoint_saver import CheckpointSaver
+from verl.trainer.ppo.cluster_check import check_nodes
 from verl.trainer.ppo.kl_control import get_kl_controller
 from verl.trainer.ppo.metric_utils import (
     compute_data_metrics,
@@ -40,8 +40,10 @@ from verl.trainer.ppo.metric_utils import (
     compute_validation_reward_metrics,
     reduce_metrics,
 )
+from verl.trainer.ppo.resume_check import require_resumable, run_facts
 from verl.trainer.ppo.reward import RewardFn, compute_rewards
 from verl.trainer.ppo.stages import new_keys, run_stage
+from verl.trainer.ppo.worker_groups import WorkerGroups, plan_pools
 from verl.utils.dataset.rl_dataset import RLHFDataset
 from verl.utils.rollout_dump import dump_generations
 from verl.utils.seqlen_balancing import balanced_order
@@ -68,6 +70,7 @@ class RayPPOTrainer:
         reward_fn: RewardFn | None = None,
         *,
         device_name: str = "cpu",
+        vocab_fingerprint: str | None = None,
     ) -> None:
         """Hold the parts together; start nothing.
 
@@ -75,9 +78,11 @@ class RayPPOTrainer:
             role_worker_mapping: worker class by role: ``actor`` (trained) and ``ref`` (frozen, where it is used).
             reward_fn: scores an answer; needed wherever the advantage is made from rewards.
             device_name: ``cuda`` or ``cpu``.
+            vocab_fingerprint: of the vocabularies that student and teacher share; None: checkpoints are not held to it.
 
         Raises:
-            ValueError: no reward function although this trainer needs one, or too few prompts for one batch.
+            ValueError: no reward function although this trainer needs one, too few prompts for one batch, or a
+                checkpoint that this run cannot go on from.
         """
         self.config = config
         self.tokenizer = tokenizer
@@ -97,7 +102,12 @@ class RayPPOTrainer:
             updates = config.data.train_batch_size // config.actor_rollout_ref.actor.ppo_mini_batch_size
             optim.total_training_steps = self.total_steps * updates * config.actor_rollout_ref.actor.ppo_epochs
         self._check_reward_fn()
-        checkpoint.require_steps_left(config.trainer, self.total_steps)
+        roles = ["actor", "ref"] if self.uses_reference else ["actor"]
+        self.pools = plan_pools(config.trainer, roles, use_gpu=device_name == "cuda")
+        self.worker_groups = WorkerGroups()
+        facts = run_facts(config, vocab_fingerprint)
+        require_resumable(config, facts, self.total_steps)
+        self.saver = CheckpointSaver(config, facts)
 
     # ------------------------------------------------------------------ what a recipe may override
 
@@ -182,7 +192,7 @@ class RayPPOTrainer:
         return generated
 
     def balance(self, batch: DataProto) -> DataProto:
-        """Rows in the order in which every rank gets its equal, token-balanced share of every mini-batch."""
+        """The rows, in place, in the order that gives every rank its equal, token-balanced share of a mini-batch."""
         rollout, actor = self.config.actor_rollout_ref.rollout, self.config.actor_rollout_ref.actor
         lengths = batch.batch["attention_mask"].sum(-1).tolist()
         order = balanced_order(
@@ -190,7 +200,8 @@ class RayPPOTrainer:
             mini_batch_rows=actor.ppo_mini_batch_size * rollout.n,
             dp_size=self.config.trainer.world_size,
         )
-        return batch[order]
+        batch.reorder(order)
+        return batch
 
     def old_log_prob(self, batch: DataProto) -> DataProto:
         """``old_log_probs``, ``entropys`` and ``extend_mass`` (B, R) of the student."""
@@ -226,10 +237,10 @@ class RayPPOTrainer:
                 metrics = self.train_step(rows)
                 if self.is_due(config.test_freq) and self.val_loader is not None:
                     metrics |= self.validate()
-                if self.is_due(config.save_freq):
-                    metrics |= self.save_checkpoint()
+                metrics |= self.save_checkpoint() if self.is_due(config.save_freq) else self.saver.poll()
                 self.logger.log(metrics, self.global_steps)
                 progress.update()
+        self.saver.finish()
 
     def train_step(self, rows: dict[str, Any]) -> Metrics:
         """One step, one line per stage."""
@@ -251,7 +262,7 @@ class RayPPOTrainer:
         self.dump(self.config.trainer.rollout_data_dir, batch)
         metrics |= self.stage_metrics | self.step_metrics(batch)
         metrics |= compute_timing_metrics(batch, timing)
-        metrics |= compute_throughout_metrics(batch, timing, self.config.trainer.world_size)
+        metrics |= compute_throughout_metrics(batch, timing, self.pools.get_n_gpus())
         return metrics | {"training/global_step": self.global_steps, "training/epoch": self.epoch}
 
     def validate(self) -> Metrics:
@@ -275,26 +286,15 @@ class RayPPOTrainer:
 
         On CPU side by side. On CUDA one after the other: both sides measure how much of a GPU's memory is free.
         """
-        trainer = self.config.trainer
-        pool = RayResourcePool([trainer.n_gpus_per_node] * trainer.nnodes, use_gpu=self.device_name == "cuda")
-        roles = ["actor", "ref"] if self.uses_reference else ["actor"]
-        classes = {
-            role: RayClassWithInitArgs(
-                self.role_worker_mapping[role], config=self.config.actor_rollout_ref, device=trainer.device
-            )
-            for role in roles
-        }
-        logger.info(
-            "starting %d training ranks (%s) and the %s engines",
-            pool.world_size,
-            ", ".join(roles),
-            self.config.actor_rollout_ref.rollout.name,
+        self.pools.create_resource_pool()
+        if "address" in self.config.ray_kwargs.ray_init:
+            check_nodes(self.config, self.pools)
+        groups = self.worker_groups.start(
+            self.pools, self.role_worker_mapping, config=self.config.actor_rollout_ref, device=self.device_name
         )
-        self.worker_group = RayWorkerGroup(pool, create_colocated_worker_cls(classes), name_prefix="train")
-        groups = self.worker_group.spawn(set(roles))
         self.actor_wg = groups["actor"]
         self.agent_loop_manager = AgentLoopManager(
-            self.config, self.worker_group, device=self.device_name, tokenizer=self.tokenizer
+            self.config, self.actor_wg, device=self.device_name, tokenizer=self.tokenizer
         )
         if self.device_name == "cpu":
             self.agent_loop_manager.start()
@@ -307,18 +307,21 @@ class RayPPOTrainer:
         logger.info("models are ready, waiting for the engines")
         self.agent_loop_manager.wait_ready()
         self.logger = Tracking(
-            trainer.project_name,
-            trainer.experiment_name,
-            trainer.logger,
+            self.config.trainer.project_name,
+            self.config.trainer.experiment_name,
+            self.config.trainer.logger,
             config=self.config,
-            local_dir=trainer.default_local_dir,
+            local_dir=self.config.trainer.default_local_dir,
         )
 
     def shutdown(self) -> None:
         """End engines, workers and loggers; safe to call after a failure anywhere."""
-        for part, method in (("agent_loop_manager", "shutdown"), ("worker_group", "shutdown"), ("logger", "finish")):
-            if hasattr(self, part):
-                getattr(getattr(self, part), method)()
+        if hasattr(self, "agent_loop_manager"):
+            self.agent_loop_manager.shutdown()
+        self.worker_groups.shutdown()
+        self.pools.shutdown()
+        if hasattr(self, "logger"):
+            self.logger.finish()
 
     def prompt_rows(self) -> Iterator[dict[str, Any]]:
         """Batches of data rows from the current position until ``total_steps``, over as many epochs as that takes."""
@@ -335,31 +338,25 @@ class RayPPOTrainer:
         return every > 0 and (self.global_steps % every == 0 or self.global_steps >= self.total_steps)
 
     def save_checkpoint(self) -> Metrics:
-        """Write model, optimizer and data position; delete the oldest beyond ``max_actor_ckpt_to_keep``."""
-        config = self.config.trainer
-        timing: dict[str, float] = {}
-        with marked_timer("save_checkpoint", timing):
-            folder = checkpoint.step_folder(config.default_local_dir, self.global_steps)
-            (folder / "actor").mkdir(parents=True, exist_ok=True)
-            self.agent_loop_manager.sleep()
-            self.actor_wg.save_checkpoint(str((folder / "actor").absolute()), self.global_steps)
-            checkpoint.save_data_state(folder, self._data_state())
-            checkpoint.mark_latest(config.default_local_dir, self.global_steps)
-            checkpoint.prune_checkpoints(
-                config.default_local_dir, config.max_actor_ckpt_to_keep, current=self.global_steps
-            )
-        return {"timing_s/save_checkpoint": timing["save_checkpoint"]}
+        """Begin a checkpoint of model, optimizer and data position; the last one of a run is waited for."""
+        self.agent_loop_manager.sleep()
+        state = self._data_state(self.train_loader.state_dict())
+        return self.saver.save(self.actor_wg, self.global_steps, state, last=self.global_steps >= self.total_steps)
 
     def resume(self) -> None:
         """Continue from the checkpoint that ``trainer.resume_mode`` names, if there is one."""
-        folder = checkpoint.find_checkpoint(self.config.trainer)
+        config = self.config.trainer
+        folder = checkpoint.find_checkpoint(config)
+        if not config.val_only:
+            self.logger.go_on_after(None if folder is None else checkpoint.checkpoint_step(folder))
         if folder is None:
             return
         self.global_steps = checkpoint.checkpoint_step(folder)
-        state = checkpoint.load_data_state(folder, len(self.train_dataset), self.config.data.train_batch_size)
-        if state is not None:
+        may_differ = any(key.split(".")[0] == "data" for key in config.resume_allow_changed)
+        state = checkpoint.load_data_state(folder, self._data_state(None), may_differ=may_differ)
+        if state.loader is not None:
             self.train_loader.load_state_dict(state.loader)
-            self.epoch, self.kl_controller.value = state.epoch, state.kl_coef
+        self.epoch, self.kl_controller.value = state.epoch, state.kl_coef
         self.agent_loop_manager.sleep()
         self.actor_wg.load_checkpoint(str((folder / "actor").absolute()))
         logger.warning(
@@ -369,12 +366,13 @@ class RayPPOTrainer:
         )
         self.sync_weights()
 
-    def _data_state(self) -> checkpoint.DataState:
+    def _data_state(self, loader: dict[str, Any] | None) -> checkpoint.DataState:
         return checkpoint.DataState(
-            loader=self.train_loader.state_dict(),
+            loader=loader,
             epoch=self.epoch,
             prompts=len(self.train_dataset),
             batch_size=self.config.data.train_batch_size,
+            num_workers=self.config.data.dataloader_num_workers,
             kl_coef=self.kl_controller.value,
         )
 

@@ -46,7 +46,7 @@ def create_rl_dataset(
     config: "DataConfig",
     *,
     extend_vocab_start_token: int | None = None,
-    bad_rows_path: str | Path | None = None,
+    dropped_rows_path: str | Path | None = None,
     max_samples: int = -1,
     tool_schemas: list[dict[str, Any]] | None = None,
 ) -> RLHFDataset:
@@ -57,7 +57,7 @@ def create_rl_dataset(
         tokenizer,
         config,
         extend_vocab_start_token=extend_vocab_start_token,
-        bad_rows_path=bad_rows_path,
+        dropped_rows_path=dropped_rows_path,
         max_samples=max_samples,
         tool_schemas=tool_schemas,
     )

@@ -7,6 +7,7 @@ as code. Chat templates and tokens come later.
 
 import ast
 import json
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,7 +34,10 @@ def parse_messages(value: Any) -> list[Message]:
         BadRowError: with reason ``no_messages``, ``unreadable_messages``, ``unknown_role``, ``null_content``,
             ``non_text_content``, ``unencodable_text`` or ``blank_user_turn``.
     """
-    return [_parse_message(turn, number) for number, turn in enumerate(_decode(value), 1)]
+    try:
+        return [_parse_message(turn, number) for number, turn in enumerate(_decode(value), 1)]
+    except RecursionError as error:
+        raise BadRowError("unreadable_messages", "nested too deeply") from error
 
 
 def split_answer(messages: list[Message]) -> tuple[list[Message], str]:
@@ -63,9 +67,10 @@ def _decode(value: Any) -> list[Any]:
         except UnicodeDecodeError as error:
             raise BadRowError("unreadable_messages", f"bytes that are not UTF-8: {error}") from error
     if isinstance(value, str):
-        value = _decode_text(value) if value.strip() else None
+        text = value.removeprefix("\ufeff").strip()
+        value = _decode_text(text) if text else None
     if isinstance(value, Mapping):
-        value = _rows_of(value)
+        value = _rows_of(value) if value else None
     if value is None or (isinstance(value, list | tuple) and not value):
         raise BadRowError("no_messages", "the cell is empty")
     if not isinstance(value, list | tuple):
@@ -78,7 +83,9 @@ def _decode_text(text: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as json_error:
         try:
-            return ast.literal_eval(text.strip())
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of Python about backslashes in the user's text
+                return ast.literal_eval(text)
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             raise BadRowError("unreadable_messages", f"neither JSON nor a Python literal: {json_error}") from json_error
 
@@ -99,17 +106,32 @@ def _parse_message(turn: Any, number: int) -> Message:
     if role not in ROLES:
         raise BadRowError("unknown_role", f"message {number} has the role {turn.get('role')!r}")
     extras = {key: turn[key] for key in TEMPLATE_KEYS if turn.get(key) is not None}
+    _require_json(extras, number)
     content = turn.get("content")
     if content is None and extras.get("tool_calls"):
         content = ""  # a turn that only calls tools
     text = _text_of(content, number)
+    _require_encodable(text, number)
+    if role == "user" and not text.strip():
+        raise BadRowError("blank_user_turn", f"message {number} is blank")
+    return {"role": role, "content": text, **extras}
+
+
+def _require_json(extras: dict[str, Any], number: int) -> None:
+    """Chat templates write these as JSON."""
+    try:
+        text = json.dumps(extras, ensure_ascii=False)
+    except (TypeError, ValueError) as error:
+        keys = ", ".join(extras)
+        raise BadRowError("unreadable_messages", f"message {number} holds {keys} that JSON cannot: {error}") from error
+    _require_encodable(text, number)
+
+
+def _require_encodable(text: str, number: int) -> None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise BadRowError("unencodable_text", f"message {number}: {error}") from error
-    if role == "user" and not text.strip():
-        raise BadRowError("blank_user_turn", f"message {number} is blank")
-    return {"role": role, "content": text, **extras}
 
 
 def _text_of(content: Any, number: int) -> str:

@@ -5,12 +5,16 @@ Which rows are then kept is the dataset's business.
 """
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import tokenizers
+import transformers
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from verl.utils.dataset.data_cache import text_digest
 from verl.utils.dataset.onerec_messages import BadRowError, Message
 
 if TYPE_CHECKING:
@@ -58,6 +62,22 @@ def truncate(ids: list[int], limit: int, side: str) -> list[int]:
     return ids[:head] + ids[len(ids) - (limit - head) :]
 
 
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Digest of everything that makes ids out of messages; None for a tokenizer that cannot be written as one text."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if not isinstance(backend, tokenizers.Tokenizer):
+        return None
+    parts = [
+        type(tokenizer).__name__,
+        backend.to_str(),
+        tokenizer.chat_template,
+        {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+        transformers.__version__,
+        tokenizers.__version__,
+    ]
+    return text_digest(json.dumps(parts, sort_keys=True))
+
+
 class PromptEncoder:
     """Renders and tokenizes prompts with one tokenizer's chat template.
 
@@ -85,6 +105,12 @@ class PromptEncoder:
         self._config = config
         self._tool_schemas: list[Any] | None = [dict(schema) for schema in tool_schemas or ()] or None
 
+    def digest(self) -> str | None:
+        """Digest of all that the ids of a prompt depend on; None where the tokenizer has none."""
+        tokenizer = tokenizer_digest(self._tokenizer)
+        options = [self._tool_schemas, self._config.apply_chat_template_kwargs]
+        return tokenizer and text_digest(json.dumps([tokenizer, options]))
+
     def encode(self, prompts: Sequence[list[Message]], with_tools: bool = True) -> list[list[int]]:
         """Ids of each prompt, the opening of the answer included. Tokenizes the whole list on all cores.
 
@@ -99,7 +125,7 @@ class PromptEncoder:
                 return_dict=False,
                 **self._config.apply_chat_template_kwargs,
             )
-        except (TemplateError, TypeError) as error:
+        except (TemplateError, TypeError, ValueError, RecursionError) as error:
             raise BadRowError("template", f"the chat template refuses the prompt: {error}") from error
 
     def encode_each(self, prompts: Sequence[list[Message]], with_tools: bool = True) -> list[list[int] | BadRowError]:

@@ -10,41 +10,43 @@ one dictionary per prompt:
     prompt_ids    list[int] of a cut prompt, None of one that fits; only where data.truncation cuts
     agent_name    str or None; only where the files have that column
 
-Rows that cannot be used are dropped, counted and recorded when the data set is built, never later. Order, batches and
-resume belong to the data loader.
+Rows that cannot be used are dropped, counted and recorded when the data set is built, never later. Rows stay on disk;
+what was found out about them is kept in ``data.cache_dir``, so that the next run over the same data starts at once.
+Order, batches and resume belong to the data loader.
 """
 
-import json
 import logging
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import torch
 from torch.utils.data import Dataset
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from verl.utils.dataset.data_cache import DataCache, code_digest
 from verl.utils.dataset.dropped_rows import RowLedger
-from verl.utils.dataset.onerec_messages import BadRowError, Message, parse_messages, require_user_turn
-from verl.utils.dataset.parquet_files import ParquetRows, Row, expand_data_files
-from verl.utils.dataset.prompt_tokens import PromptEncoder, append_switch, possible_switches, think_switch, truncate
+from verl.utils.dataset.onerec_messages import Message, parse_messages, require_user_turn
+from verl.utils.dataset.parquet_files import ParquetRows, Row, column_names, expand_data_files
+from verl.utils.dataset.prompt_rows import PromptRow, lists_tools, mapping_of, text_of
+from verl.utils.dataset.prompt_tokens import PromptEncoder, append_switch, think_switch, truncate
+from verl.utils.dataset.row_facts import RowExaminer, RowFact, fact_table
 
 if TYPE_CHECKING:
     from verl.trainer.config import DataConfig
 
 logger = logging.getLogger(__name__)
 
-PROMPTS_PER_ENCODE = 256
-"""Prompts tokenized at a time while the data set is built."""
 SOURCE_COLUMNS = ("source", "data_source")
 """OneRec's and verl's names for the column of the source; each stands in for the other."""
 UNKNOWN_SOURCE = "unknown"
-LOOPS_WITHOUT_TOOLS = ("single_turn_agent",)
-"""Values of ``agent_name`` whose prompts list no tools, whatever tools there are."""
 
 
 def collate_fn(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -69,44 +71,6 @@ def collate_fn(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return batch
 
 
-@dataclass
-class PromptRow:
-    """What a data set reads out of one row; errors of ``tools_kwargs`` are those of ``mapping_of``."""
-
-    messages: list[Message]
-    ground_truth: Any = None
-    style: str = "rule"
-    extra_info: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def tools_kwargs(self) -> dict[str, Any]:
-        """Options of the row's tools, by tool name."""
-        return mapping_of(self.extra_info.get("tools_kwargs"), "tools_kwargs")
-
-
-def mapping_of(value: Any, column: str) -> dict[str, Any]:
-    """A cell that should hold a mapping: a struct, JSON text of an object, or nothing.
-
-    Raises:
-        BadRowError: with reason ``unreadable_<column>``.
-    """
-    if isinstance(value, str | bytes):
-        try:
-            value = json.loads(value) if value.strip() else None
-        except (ValueError, RecursionError) as error:
-            raise BadRowError(f"unreadable_{column}", f"{column} is a text that is no JSON: {error}") from error
-    if value is None:
-        return {}
-    if not isinstance(value, Mapping):
-        raise BadRowError(f"unreadable_{column}", f"{column} is a {type(value).__name__}, not a mapping")
-    return dict(value)
-
-
-def lists_tools(row: Row) -> bool:
-    """Whether the row's agent loop lists the tools in the prompt; rows that name no loop count as if it did."""
-    return row.get("agent_name") not in LOOPS_WITHOUT_TOOLS
-
-
 class RLHFDataset(Dataset[dict[str, Any]]):
     """Prompts from a column that already holds messages (``data.prompt_key``), as verl's data preparation writes it.
 
@@ -117,14 +81,15 @@ class RLHFDataset(Dataset[dict[str, Any]]):
         tokenizer: the student's; counts prompt tokens and finds extended ids.
         config: the ``data`` settings.
         extend_vocab_start_token: first extended id; None: no extension.
-        bad_rows_path: JSONL that receives a line per dropped row; None: counts alone.
+        dropped_rows_path: JSONL that receives a line per dropped row; None: counts alone.
         max_samples: read only the first rows; -1: all.
         tool_schemas: OpenAI function schemas of the tools that the agent loops list in the prompts. They count towards
             a prompt's length, but for rows whose ``agent_name`` is a loop without tools.
 
     Raises:
-        ValueError: files missing or unreadable, the prompt column absent, no row left, an overlong prompt under
-            ``truncation=error``, and bad rows or extended tokens where ``data`` says ``error``.
+        ValueError: files missing or unreadable, the prompt column absent, no row left or more of them dropped than
+            ``data.max_dropped_fraction``, an overlong prompt under ``truncation=error``, and bad rows or extended
+            tokens where ``data`` says ``error``.
     """
 
     def __init__(
@@ -134,36 +99,37 @@ class RLHFDataset(Dataset[dict[str, Any]]):
         config: "DataConfig",
         *,
         extend_vocab_start_token: int | None = None,
-        bad_rows_path: str | Path | None = None,
+        dropped_rows_path: str | Path | None = None,
         max_samples: int = -1,
         tool_schemas: list[dict[str, Any]] | None = None,
     ) -> None:
         self.config = config
-        self._extend_start = extend_vocab_start_token
         self._encoder = PromptEncoder(tokenizer, config, tool_schemas)
-        self._rows = ParquetRows(expand_data_files(data_files), self.columns())
+        self._rows = ParquetRows(expand_data_files(data_files), self.columns(), config.cache_dir)
         self._check_columns()
         self._cuts = config.truncation != "error" and not config.filter_overlong_prompts
         self._epoch = 0
-        with RowLedger(bad_rows_path) as self.ledger:
-            self._kept = list(self._select(max_samples))
+        examiner = RowExaminer(self._encoder, config, extend_vocab_start_token, self.read_prompt, self._source_of)
+        self.facts = self._find_facts(examiner, max_samples)
+        """What was found out about each row read, in order (``row_facts.FACT_SCHEMA``)."""
+        with RowLedger(dropped_rows_path) as self.ledger:
+            self._kept = self._book_rows()
         logger.info("%s: %s", ", ".join(path.name for path in self._rows.files[:4]), self.ledger.summary())
-        if not self._kept:
-            raise ValueError(f"no usable row in {[str(path) for path in self._rows.files]}: {self.ledger.summary()}")
+        self._check_losses()
 
     def __len__(self) -> int:
         return len(self._kept)
 
     def __getitem__(self, item: int) -> dict[str, Any]:
         """The prompt at place ``item``, with the think switch of the current epoch."""
-        index = self._kept[item]
+        index = int(self._kept[item])
         row = self._rows[index]
         prompt, row_id = self.read_prompt(row), self._row_id(row, index)
         messages = append_switch(prompt.messages, think_switch(self.config, row_id, self._epoch))
         entry = {
             "raw_prompt": messages,
             "data_source": self._source_of(row, self.config.reward_fn_key),
-            "source": self._source_of(row, self.config.data_source_key),
+            "source": self._source_of(row),
             "reward_model": {"style": prompt.style, "ground_truth": prompt.ground_truth},
             "uuid": row_id,
             "index": index,
@@ -176,16 +142,30 @@ class RLHFDataset(Dataset[dict[str, Any]]):
             entry["prompt_ids"] = self._cut_ids(messages, lists_tools(row))
         return entry
 
+    @property
+    def files(self) -> list[Path]:
+        """The files that the rows come from."""
+        return self._rows.files
+
+    def location(self, index: int) -> tuple[Path, int]:
+        """The file of an item's ``index``, and the row number there."""
+        return self._rows.location(index)
+
     def set_epoch(self, epoch: int) -> None:
-        """Choose the draws of the think switch. Loader processes see it from their next start on."""
+        """Choose the order and the draws of the think switch. Loader processes see it from their next start on."""
         self._epoch = epoch
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that was set last; 0 at first."""
+        return self._epoch
 
     def message_column(self) -> str:
         """The column that holds the messages."""
         return self.config.prompt_key
 
     def columns(self) -> set[str]:
-        """Columns to keep in memory; those that a file lacks are read as None."""
+        """Columns to read; those that a file lacks are read as None."""
         sources = {self.config.data_source_key, self.config.reward_fn_key, *SOURCE_COLUMNS}
         return sources | {self.message_column(), "uuid", "agent_name", "reward_model", "extra_info"}
 
@@ -201,79 +181,102 @@ class RLHFDataset(Dataset[dict[str, Any]]):
             extra_info=mapping_of(row.get("extra_info"), "extra_info"),
         )
 
-    def _check_columns(self) -> None:
-        if self.message_column() not in self._rows.columns:
-            raise ValueError(
-                f"no column {self.message_column()!r} in {[str(path) for path in self._rows.files]}; OneRec data has "
-                "a column 'messages', verl's a column of prompts that data.prompt_key names"
-            )
+    def text_of(self, row: Row) -> str:
+        """What a dropped row is recognised by."""
+        return text_of(row.get(self.message_column()))
 
+    def _check_columns(self) -> None:
+        files = [str(path) for path in self._rows.files]
+        if self.message_column() not in self._rows.columns:
+            there = ", ".join(sorted(column_names(self._rows.files)))
+            raise ValueError(
+                f"no column {self.message_column()!r} in {files}, which have {there}; OneRec data has a column "
+                "'messages', verl's a column of prompts that data.prompt_key names"
+            )
         for name in ("data_source_key", "reward_fn_key"):
             column = getattr(self.config, name)
             if column not in SOURCE_COLUMNS and column not in self._rows.columns:
                 raise ValueError(
-                    f"data.{name}={column!r} names no column of {[str(path) for path in self._rows.files]}; "
-                    f"the usual one is {' or '.join(SOURCE_COLUMNS)}"
+                    f"data.{name}={column!r} names no column of {files}; the usual one is {' or '.join(SOURCE_COLUMNS)}"
                 )
 
-    def _select(self, max_samples: int) -> Iterator[int]:
-        """Walk over the rows, book each one in the ledger, and yield the numbers of those that are kept."""
-        readable = self._readable_rows(max_samples)
-        while block := list(islice(readable, PROMPTS_PER_ENCODE)):
-            outcomes = self._check_prompts(block)
-            for (index, row, _), bad in zip(block, outcomes, strict=True):
-                if bad is None:
-                    self.ledger.keep(self._source_of(row, self.config.data_source_key))
-                    yield index
-                else:
-                    self._drop(index, row, bad)
+    def _find_facts(self, examiner: RowExaminer, max_samples: int) -> pa.Table:
+        """Facts of the first ``max_samples`` rows (-1: all), read from the cache where they are there."""
+        wanted = min(max_samples, len(self._rows)) if max_samples >= 0 else len(self._rows)
+        settings, tables = self._fact_settings(examiner), []
+        with tqdm(total=wanted, desc="read prompts", unit="row", disable=None, leave=False) as progress:
+            for number in range(len(self._rows.files)):
+                rows = min(self._rows.count(number), wanted - self._rows.start(number))
+                if rows > 0:
+                    tables.append(self._facts_of_file(examiner, settings, number, rows, progress))
+        return pa.concat_tables(tables).unify_dictionaries() if tables else fact_table([])
 
-    def _readable_rows(self, max_samples: int) -> Iterator[tuple[int, Row, PromptRow]]:
-        limit = max_samples if max_samples >= 0 else None
-        for index, row in enumerate(islice(self._rows, limit)):
-            try:
-                prompt = self.read_prompt(row)
-                _ = prompt.tools_kwargs  # read here for its errors
-            except BadRowError as bad:
-                self._drop(index, row, bad)
-            else:
-                yield index, row, prompt
+    def _fact_settings(self, examiner: RowExaminer) -> dict[str, Any] | None:
+        """All that facts depend on beside the file; None where that cannot be told, and no fact is kept.
 
-    def _check_prompts(self, block: list[tuple[int, Row, PromptRow]]) -> list[BadRowError | None]:
-        """For each prompt None, or why its tokens rule it out."""
-        first = possible_switches(self.config)[0]
-        outcomes: list[BadRowError | None] = [None] * len(block)
-        for with_tools in (True, False):
-            members = [place for place, (_, row, _) in enumerate(block) if lists_tools(row) == with_tools]
-            chats = [block[place][2].messages for place in members]
-            switched = [append_switch(messages, first) for messages in chats]
-            encoded = self._encoder.encode_each(switched, with_tools) if members else []
-            for place, messages, ids in zip(members, chats, encoded, strict=True):
-                outcomes[place] = ids if isinstance(ids, BadRowError) else self._check_ids(messages, ids, with_tools)
-        return outcomes
+        That is so for a class of the user's own: its code may read anything, and nothing here sees it change.
+        """
+        own, here = type(self).__module__.rpartition(".")[0], __name__.rpartition(".")[0]
+        settings = examiner.fact_settings() if own == here else None
+        return settings and settings | {"class": type(self).__name__, "code": code_digest()}
 
-    def _check_ids(self, messages: list[Message], ids: list[int], with_tools: bool) -> BadRowError | None:
-        config = self.config
-        start = self._extend_start
-        if start is not None and config.prompt_extend_tokens != "replace":
-            extended = sum(token >= start for token in ids)
-            if extended:
-                return BadRowError("extended_tokens", f"the prompt holds {extended} ids from {start} on")
-        if config.filter_overlong_prompts or config.truncation == "error":
-            length = self._encoder.longest_length(messages, ids, with_tools)
-            if length > config.max_prompt_length:
-                return BadRowError("overlong", f"{length} tokens, data.max_prompt_length={config.max_prompt_length}")
-        return None
+    def _facts_of_file(
+        self, examiner: RowExaminer, settings: dict[str, Any] | None, number: int, rows: int, progress: "tqdm[Any]"
+    ) -> pa.Table:
+        cache = DataCache(self.config.cache_dir)
+        depends_on = {"file": self._rows.digests[number], "rows": rows, "settings": settings}
+        kept = cache.path("facts", ".parquet", **depends_on) if settings else None
+        if kept is not None and kept.is_file():
+            progress.update(rows)
+            return pq.read_table(kept)
 
-    def _drop(self, index: int, row: Row, bad: BadRowError) -> None:
-        """Record the row, or stop where the settings ask for it."""
-        path, number = self._rows.location(index)
-        fix = self._fix_for(bad.reason)
+        def examined() -> Iterator[RowFact]:
+            for row, fact in enumerate(examiner.examine(islice(self._rows.scan(number), rows))):
+                self._stop_if_asked(self._rows.start(number) + row, fact.reason, fact.detail)
+                progress.update()
+                yield fact
+
+        table = fact_table(examined())
+        if kept is not None:
+            with cache.writing(kept) as path:
+                pq.write_table(table, path)
+        return table
+
+    def _book_rows(self) -> np.ndarray:
+        """Enter every row into the ledger; returns the numbers of those that are kept, in order."""
+        is_kept = self.facts["reason"].is_null()
+        kept, dropped = self.facts.filter(is_kept), self.facts.filter(pc.invert(is_kept))
+        for count in kept["source"].value_counts().to_pylist():
+            self.ledger.keep(count["values"], count["counts"])
+        places = is_kept.to_numpy()
+        facts = (fact for batch in dropped.to_batches() for fact in batch.to_pylist())
+        for index, fact in zip(np.flatnonzero(~places).tolist(), facts, strict=True):
+            self._stop_if_asked(index, fact["reason"], fact["detail"])
+            row, place = self._rows[index], self._rows.location(index)
+            row_id, text = self._row_id(row, index), self.text_of(row)
+            self.ledger.drop(place, row_id, fact["source"], fact["reason"], fact["detail"], text)
+        return np.flatnonzero(places)
+
+    def _stop_if_asked(self, index: int, reason: str | None, detail: str | None) -> None:
+        """Raise ValueError where the settings make this reason an error."""
+        fix = self._fix_for(reason) if reason is not None else None
         if fix is not None:
-            raise ValueError(f"{path}, row {number}: {bad.detail} ({bad.reason}); {fix}") from bad
-        source = self._source_of(row, self.config.data_source_key)
-        text = row.get(self.message_column())
-        self.ledger.drop((path, number), self._row_id(row, index), source, bad.reason, bad.detail, text)
+            path, number = self._rows.location(index)
+            raise ValueError(f"{path}, row {number}: {detail} ({reason}); {fix}")
+
+    def _check_losses(self) -> None:
+        """Raise ValueError where no row is left, or too few."""
+        ledger, most = self.ledger, self.config.max_dropped_fraction
+        files = ", ".join(str(path) for path in self._rows.files)
+        where = f"; each dropped row is in {ledger.path}" if ledger.path else ""
+        if not len(self):
+            raise ValueError(f"no usable row in {files}: dropped are {ledger.reasons() or 'none of 0 rows'}{where}")
+        if ledger.dropped_fraction > most:
+            raise ValueError(
+                f"{ledger.dropped_fraction:.1%} of the {ledger.rows:,} rows of {files} are dropped "
+                f"({ledger.reasons()}), more than data.max_dropped_fraction={most}; give other data or settings, or "
+                f"raise it where this is meant{where}"
+            )
 
     def _fix_for(self, reason: str) -> str | None:
         """What to set instead where the settings make this reason an error; None where the row is dropped."""
@@ -285,15 +288,16 @@ class RLHFDataset(Dataset[dict[str, Any]]):
             return fix if self.config.prompt_extend_tokens == "error" else None
         return "data.on_bad_row=drop leaves such rows out" if self.config.on_bad_row == "error" else None
 
-    def _source_of(self, row: Row, key: str) -> str:
-        for column in (key, *SOURCE_COLUMNS):
+    def _source_of(self, row: Row, key: str | None = None) -> str:
+        """The row's value of the column ``key``, by default that of ``data.data_source_key``."""
+        for column in (key or self.config.data_source_key, *SOURCE_COLUMNS):
             if row.get(column):
-                return str(row[column])
+                return text_of(row[column])
         return UNKNOWN_SOURCE
 
     def _row_id(self, row: Row, index: int) -> str:
         path, number = self._rows.location(index)
-        return row.get("uuid") or str(uuid.uuid5(uuid.NAMESPACE_URL, f"{path.name}:{number}"))
+        return text_of(row.get("uuid")) or str(uuid.uuid5(uuid.NAMESPACE_URL, f"{path.name}:{number}"))
 
     def _cut_ids(self, messages: list[Message], with_tools: bool) -> list[int] | None:
         ids = self._encoder.encode([messages], with_tools)[0]

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from verl.protocol import DataProto
 from verl.utils.linear_log_prob import TokenStats
-from verl.workers.actor.mini_batch_loss import MiniBatchLoss
+from verl.workers.actor.mini_batch_loss import LOSS_TENSORS, MiniBatchLoss
 from verl.workers.actor.row_layout import BatchSizes, MicroBatch, ScoredRows
 from verl.workers.config import FSDPActorConfig, RefConfig
 from verl.workers.fsdp.optimizer import LearningRateSchedule, clipped_step
@@ -26,6 +26,10 @@ from verl.workers.fsdp.shard import reshard
 from verl.workers.fsdp.token_stats_model import ScoreOptions, TokenStatsModel
 
 LOSS_KEYS = ("responses", "response_mask", "old_log_probs", "advantages")
+SCORED_KEYS = ("responses", "input_ids", "attention_mask", "distill_special_token_mask")
+"""What scoring reads of a batch, where it is there; the rest need not travel."""
+UPDATE_KEYS = tuple(dict.fromkeys((*LOSS_KEYS, "input_ids", "attention_mask", *LOSS_TENSORS)))
+"""What an update reads, where it is there."""
 
 
 class DataParallelPPOActor:
@@ -220,14 +224,13 @@ def with_scoring_limits(
     data: DataProto, use_dynamic_bsz: bool, max_token_len: int, micro_batch_size: int | None
 ) -> DataProto:
     """What scoring reads of a batch, with the micro-batch limits in ``meta_info`` under verl's names."""
-    keys = ("responses", "input_ids", "attention_mask", "distill_special_token_mask")
     limits = {
         "use_dynamic_bsz": use_dynamic_bsz,
         "max_token_len": max_token_len,
         "micro_batch_size": micro_batch_size,
     }
     return DataProto.from_dict(
-        {key: data.tensor(key) for key in keys if key in data.batch}, None, data.meta_info | limits
+        {key: data.tensor(key) for key in SCORED_KEYS if key in data.batch}, None, data.meta_info | limits
     )
 
 

@@ -23,6 +23,9 @@ from verl.utils.linear_log_prob import TokenStats
 from verl.workers.actor.row_layout import MicroBatch
 from verl.workers.config import FSDPActorConfig
 
+LOSS_TENSORS = ("old_log_probs", "advantages", "ref_log_prob", "rollout_is_weights")
+"""What the loss reads per token, where it is there."""
+
 
 class _Counts(NamedTuple):
     """Denominators: trained tokens, and sequences with at least one, over the mini-batch on all ranks."""
@@ -45,11 +48,7 @@ class MiniBatchLoss:
     def __init__(self, mini: DataProto, config: FSDPActorConfig, device: torch.device, dp_size: int) -> None:
         self._config = config
         self._dp_size = dp_size
-        self._tensors = {
-            key: mini.tensor(key).to(device)
-            for key in ("old_log_probs", "advantages", "ref_log_prob", "rollout_is_weights")
-            if key in mini.batch
-        }
+        self._tensors = {key: mini.tensor(key).to(device) for key in LOSS_TENSORS if key in mini.batch}
         self.trained = mini.tensor("response_mask").bool()
         """(M, R) positions that are scored and trained, on the CPU."""
         self._known = self.trained

@@ -48,7 +48,8 @@ class CheckpointConfig:
     """What a checkpoint holds and what is read back from it."""
 
     save_contents: list[str] = field(default_factory=lambda: ["model", "optimizer", "extra", "hf_model"])
-    """Any of ``model`` and ``optimizer`` (shards), ``extra`` (schedule and RNG), ``hf_model`` (full weights)."""
+    """Any of ``model`` and ``optimizer`` (shards), ``extra`` (schedule and RNG), ``hf_model`` (weights in
+    ``huggingface/``, for transformers and vLLM; ``python -m verl.model_merger merge`` makes them of ``model``)."""
     load_contents: list[str] = field(default_factory=lambda: ["model", "optimizer", "extra"])
     """Parts read on resume."""
 

@@ -100,8 +100,9 @@ class RolloutConfig:
     """Tokens of the longest prompt; follows ``data.max_prompt_length``."""
     response_length: int = 512
     """Tokens of the longest response over all turns; follows ``data.max_response_length``."""
-    extend_vocab_start_token: int | None = None
-    """First id of the extended vocabulary E, which the teacher lacks; null: no extension."""
+    extend_vocab_start_token: int | str | None = None
+    """First id of the extended vocabulary E, which the teacher lacks; null: no extension; ``auto``: found by comparing
+    the tokenizers. Read it as ``extend_start``."""
     mask_response_if_have_extend_token: bool = False
     """Train on nothing of a response that holds an extended token."""
     mask_after_extend_token: bool = True
@@ -172,14 +173,32 @@ class RolloutConfig:
                 "set it, or log_prob_use_dynamic_bsz=True"
             )
 
+    @property
+    def extend_start(self) -> int | None:
+        """``extend_vocab_start_token`` once it is settled, which happens before anything reads it.
+
+        Raises:
+            ValueError: it is still ``auto``.
+        """
+        start = self.extend_vocab_start_token
+        if isinstance(start, str):
+            raise ValueError(
+                f"actor_rollout_ref.rollout.extend_vocab_start_token={start} was not settled; the entry point does so "
+                "by comparing the tokenizers, anything else has to set a number or null"
+            )
+        return start
+
     def _check_sizes(self) -> None:
         key = "actor_rollout_ref.rollout"
         for name in ("n", "prompt_length", "response_length", "tensor_model_parallel_size", "weight_sync_bucket_mb"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{key}.{name}={getattr(self, name)} must be at least 1")
         start = self.extend_vocab_start_token
-        if start is not None and start < 1:
-            raise ValueError(f"{key}.extend_vocab_start_token={start} must be at least 1, or null for no extension")
+        if start != "auto" and start is not None and (isinstance(start, str) or start < 1):
+            raise ValueError(
+                f"{key}.extend_vocab_start_token={start} must be a whole number from 1 on, auto (found by comparing "
+                "the tokenizers), or null for no extension"
+            )
         longest = self.prompt_length + self.response_length
         if self.max_model_len is not None and self.max_model_len < longest:
             raise ValueError(

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -85,8 +84,8 @@ class WeightExporter:
         """Gather a bucket and lend it; all ranks together.
 
         Returns:
-            On CUDA, the same on every rank: ``names``, ``dtype_names``, ``shapes`` and ``ipc_handles`` (by GPU). On
-            the CPU ``path`` and ``names`` on the writing rank of each machine, and None on the others.
+            On CUDA, on every rank: ``names``, ``dtype_names``, ``shapes`` and ``ipc_handles``, per tensor that of
+            this rank's GPU. On the CPU ``path`` and ``names`` on the writing rank of each machine, else None.
         """
         weights = named_weights(self._module)
         keeps = self._placement.device.type == "cuda" or self._placement.is_node_writer
@@ -112,12 +111,11 @@ class WeightExporter:
         return {"path": str(path), "names": list(tensors)}
 
     def _lend_handles(self, index: int, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
-        # An engine may run on any of the GPUs, so each rank holds the bucket and the handles go by GPU.
+        # Every GPU has an engine beside it, so each rank holds the bucket; one on several GPUs reads several ranks'.
         from torch.multiprocessing.reductions import reduce_tensor
 
-        own = [{get_device_uuid("cuda"): reduce_tensor(tensor)[1]} for tensor in tensors.values()]
-        gathered: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, own)
+        gpu = get_device_uuid("cuda")
+        handles = [{gpu: reduce_tensor(tensor)[1]} for tensor in tensors.values()]
         synchronize("cuda")  # readers may start at once
 
         def release() -> None:
@@ -125,7 +123,6 @@ class WeightExporter:
             release_cached_memory("cuda")
 
         self._release[index] = release
-        handles = [dict(pair for own in of_one for pair in own.items()) for of_one in zip(*gathered, strict=True)]
         return {
             "names": list(tensors),
             "dtype_names": [dtype_name(tensor.dtype) for tensor in tensors.values()],

@@ -1,0 +1,40 @@
+"""Whether this machine has room for all ranks, asked before Ray starts."""
+
+from typing import Any
+
+import pytest
+
+from recipe.onpolicy_distill.main_onpolicy_distill import check_ranks
+from verl.trainer.config import PPOConfig, TrainerConfig
+
+
+def check(ray_init: dict[str, Any], **trainer: Any) -> None:
+    config = PPOConfig(trainer=TrainerConfig(**trainer))
+    config.ray_kwargs.ray_init = ray_init
+    check_ranks(config, "cpu")
+
+
+def test_both_pools_fit() -> None:
+    check({"num_cpus": 2}, n_gpus_per_node=8)
+    check({"num_cpus": 2}, n_gpus_per_node=4, teacher_nnodes=1, teacher_n_gpus_per_node=4)
+
+
+@pytest.mark.parametrize(
+    ("trainer", "message"),
+    [
+        ({"n_gpus_per_node": 16}, "trainer.n_gpus_per_node=16: this machine has 8 ranks' room .* lower it so far"),
+        (
+            {"n_gpus_per_node": 4, "teacher_nnodes": 1, "teacher_n_gpus_per_node": 8},
+            "n_gpus_per_node=4 and trainer.teacher_n_gpus_per_node=8: this machine has 8 ranks' room .* lower them",
+        ),
+        ({"nnodes": 2}, "trainer.nnodes=2 and no cluster is named"),
+        ({"teacher_nnodes": 2, "teacher_n_gpus_per_node": 1}, "trainer.teacher_nnodes=2 and no cluster is named"),
+    ],
+)
+def test_what_does_not_fit_is_asked_for_and_had(trainer: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check({"num_cpus": 2}, **trainer)
+
+
+def test_a_cluster_says_itself_what_it_has() -> None:
+    check({"address": "auto"}, nnodes=32, n_gpus_per_node=8, teacher_nnodes=8, teacher_n_gpus_per_node=8)

@@ -1,0 +1,89 @@
+"""The driver's cost does not grow with the cluster: rows are views, bytes are the batch's, memory is one copy."""
+
+import importlib.util
+import pickle
+import sys
+import weakref
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from verl.protocol import DataProto
+from verl.single_controller.base.decorator import plan_calls, registered_methods
+from verl.workers.student_worker import StudentWorker
+
+REPO = Path(__file__).resolve().parents[1]
+HEADER_BYTES = 2048
+"""Most bytes that a call takes besides its rows: names, dtypes, shapes, facts."""
+
+
+@pytest.fixture(scope="module")
+def driver_scale() -> ModuleType:
+    """The benchmark as a module."""
+    spec = importlib.util.spec_from_file_location("driver_scale", REPO / "benchmarks" / "driver_scale.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["driver_scale"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_what_goes_to_a_rank_is_a_view_of_the_batch(driver_scale: ModuleType) -> None:
+    batch = driver_scale.Sizes(64, 8, 16).rollout(64)
+    registration = registered_methods(StudentWorker)["compute_log_prob"]
+    calls, _ = plan_calls("compute_log_prob", registration, 32, (batch,), {})
+    for rank, call in enumerate(calls):
+        share = call.args[0]
+        assert set(share.batch.keys()) == {"responses", "input_ids", "attention_mask", "distill_special_token_mask"}
+        assert not share.non_tensor_batch
+        for key, tensor in share.batch.items():
+            whole = batch.batch[key]
+            assert tensor.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
+            assert tensor.data_ptr() == whole[2 * rank].data_ptr()
+
+
+def test_packing_a_share_copies_nothing(driver_scale: ModuleType) -> None:
+    batch = driver_scale.Sizes(64, 8, 16).rollout(64)
+    buffers: list[pickle.PickleBuffer] = []
+    head = pickle.dumps(batch.slice(2, 4), protocol=5, buffer_callback=buffers.append)
+    assert len(head) < HEADER_BYTES
+    addresses = {torch.frombuffer(buffer.raw(), dtype=torch.uint8).data_ptr() for buffer in buffers}
+    assert addresses == {tensor[2].data_ptr() for _, tensor in batch.batch.items()}
+
+
+def test_bytes_of_a_step_are_those_of_its_rows_for_any_number_of_workers(driver_scale: ModuleType) -> None:
+    sizes = driver_scale.Sizes(512, 8, 24)
+    runs = [driver_scale.run_step(workers, sizes) for workers in (2, 32, 512)]
+    # int64 columns: response, input ids, attention and special mask to both scorers; float32 and int64 to the update.
+    scored = 8 * (2 * 24 + 2 * 32)
+    updated = 8 * (2 * 24 + 2 * 32) + 4 * 3 * 24
+    for run in runs:
+        sent = {name: call["bytes_out"] for name, call in run["calls"].items()}
+        overhead = HEADER_BYTES * run["workers"]
+        assert 0 <= sent["compute_log_prob"] - 512 * scored < overhead
+        assert 0 <= sent["compute_ref_log_prob"] - 512 * scored < overhead
+        assert 0 <= sent["update_actor"] - 512 * updated < overhead
+    more = runs[-1]["bytes_per_step"] - runs[0]["bytes_per_step"]
+    assert more / (4 * (512 - 2)) < HEADER_BYTES
+
+
+def test_the_driver_gathers_into_one_copy(driver_scale: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the ranks' answers no more than one is there at a time."""
+    present: list[int] = []
+    most: list[int] = []
+    unpack = driver_scale.Packed.unpack
+
+    def counting(packed: object) -> DataProto:
+        part = unpack(packed)
+        present.append(1)
+        most.append(len(present))
+        weakref.finalize(part.batch, present.pop)
+        return part
+
+    monkeypatch.setattr(driver_scale.Packed, "unpack", counting)
+    sizes = driver_scale.Sizes(64, 8, 16)
+    group = driver_scale.Transport(driver_scale.Engines, 16, lambda method, rows: sizes.rollout(rows))
+    assert len(group.generate(sizes.prompts())) == 64
+    assert most == [1] * 16 and present == []

@@ -1,0 +1,130 @@
+"""A teacher with ranks of its own, on Ray: the same scores as beside the student, GPUs of its own, nodes checked."""
+
+import dataclasses
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+import torch
+from ray.cloudpickle import register_pickle_by_value
+from tiny_pairs import Pair
+from workers.tiny_workers import draw_rows, rollouts, worker_config
+
+from verl.experimental.agent_loop.placement import plan_replicas
+from verl.protocol import DataProto
+from verl.single_controller.base import Worker
+from verl.single_controller.base.decorator import Dispatch, register
+from verl.single_controller.ray.node_check import check_nodes_hold
+from verl.single_controller.ray.node_report import NeededPath
+from verl.trainer.config import ActorRolloutRefConfig, TrainerConfig
+from verl.trainer.ppo.worker_groups import WorkerGroups, plan_pools
+from verl.workers.teacher_worker import TeacherWorker
+
+register_pickle_by_value(sys.modules[__name__])  # ranks do not import test modules
+
+ROWS = 7
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster(repo: Path) -> Iterator[None]:
+    """One node of four CPUs that says it has four GPUs, for Ray's accounts alone.
+
+    On one core, so that every rank computes with one thread: with more of them sums are rounded differently.
+    """
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})
+    env = {"PYTHONPATH": f"{repo}:{repo / 'tests'}"}
+    ray.init(num_cpus=4, num_gpus=4, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": env})
+    yield
+    ray.shutdown()
+    os.sched_setaffinity(0, cores)
+
+
+class Bystander(Worker):
+    """A student that does nothing, beside which the teacher runs."""
+
+    def __init__(self, config: ActorRolloutRefConfig, device: str) -> None:
+        super().__init__()
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def ranks(self) -> tuple[int, int]:
+        return self.rank, self.world_size
+
+
+def score(trainer: TrainerConfig, config: ActorRolloutRefConfig, batch: DataProto) -> tuple[torch.Tensor, int]:
+    """``ref_log_prob`` as the trainer gets it, and the number of pools."""
+    pools, groups = plan_pools(trainer, ["actor", "ref"], use_gpu=False), WorkerGroups()
+    try:
+        pools.create_resource_pool()
+        views = groups.start(pools, {"actor": Bystander, "ref": TeacherWorker}, config=config, device="cpu")
+        assert len(views["actor"].ranks()) == trainer.world_size
+        views["ref"].init_model()
+        return views["ref"].compute_ref_log_prob(batch).tensor("ref_log_prob"), len(pools.resource_pool_dict)
+    finally:
+        groups.shutdown()
+        pools.shutdown()
+
+
+def test_a_teacher_of_its_own_says_what_one_beside_the_student_says(tiny_pair: Pair) -> None:
+    start = tiny_pair.extend_vocab_start_token
+    # A row a pass: the same products whoever has which rows, so that equal means equal to the bit.
+    ref = {"log_prob_use_dynamic_bsz": False, "log_prob_micro_batch_size_per_gpu": 1}
+    config = worker_config(tiny_pair.student, tiny_pair.teacher, extend_start=start, ref=ref)
+    batch = rollouts(draw_rows(ROWS, start + 20), start, temperature=0.9)
+    beside, pools = score(TrainerConfig(n_gpus_per_node=2), config, batch)
+    assert pools == 1 and beside.shape[0] == ROWS
+    apart, pools = score(TrainerConfig(teacher_nnodes=1, teacher_n_gpus_per_node=1), config, batch)
+    assert pools == 2
+    assert torch.equal(beside, apart)
+    assert (beside == -100).any() and beside.unique().numel() > ROWS
+    config = dataclasses.replace(config, ref=dataclasses.replace(config.ref, log_prob_use_dynamic_bsz=True))
+    packed, _ = score(TrainerConfig(teacher_nnodes=1, teacher_n_gpus_per_node=1), config, batch)
+    torch.testing.assert_close(packed, beside, rtol=0, atol=1e-5)
+
+
+def test_each_pool_has_gpus_of_its_own_and_replicas_those_of_the_student() -> None:
+    trainer = TrainerConfig(n_gpus_per_node=2, teacher_nnodes=1, teacher_n_gpus_per_node=2)
+    pools, groups = plan_pools(trainer, ["actor", "ref"], use_gpu=True), WorkerGroups()
+    pools.create_resource_pool()
+    config = ActorRolloutRefConfig()
+    views = groups.start(pools, {"actor": Bystander, "ref": Bystander}, config=config, device="cuda")
+    try:
+        student, teacher = views["actor"].get_placement(), views["ref"].get_placement()
+        students, teachers = ({rank["cuda_visible_devices"] for rank in ranks} for ranks in (student, teacher))
+        assert len(students) == len(teachers) == 2 and students | teachers == {"0", "1", "2", "3"}
+        assert views["actor"].ranks() == views["ref"].ranks() == [(0, 2), (1, 2)], "a process group each"
+        (replica,) = plan_replicas(student, "cuda", 2)
+        assert set(str(replica.cuda_visible_devices).split(",")) == students
+        assert ray.available_resources().get("GPU", 0) == 0
+    finally:
+        groups.shutdown()
+        pools.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("trainer", "message"),
+    [
+        (TrainerConfig(n_gpus_per_node=3, teacher_nnodes=1, teacher_n_gpus_per_node=2), "beside 'train' with 3 proc"),
+        (TrainerConfig(nnodes=2), "1 process of CPU 1, GPU 1 on each of 2 nodes"),
+    ],
+)
+def test_pools_that_do_not_fit_reserve_nothing(trainer: TrainerConfig, message: str) -> None:
+    pools = plan_pools(trainer, ["actor", "ref"], use_gpu=True)
+    with pytest.raises(ValueError, match=message):
+        pools.create_resource_pool()
+    assert all(pool._group is None for pool in pools.resource_pool_dict.values())
+
+
+def test_a_node_is_asked_on_the_node(tmp_path: Path) -> None:
+    """The one node has what the driver has; a node that is gone is named."""
+    (tmp_path / "config.json").write_text("{}")
+    node = ray.get_runtime_context().get_node_id()
+    needed = [NeededPath("actor_rollout_ref.model.path", str(tmp_path))]
+    check_nodes_hold({node: needed}, {node: "10.0.0.1"}, ["torch", "ray", "transformers", "tensordict"])
+    gone = "ab" * (len(node) // 2)
+    with pytest.raises(ValueError, match=r"node 10.0.0.9: it could not be asked") as caught:
+        check_nodes_hold({node: needed, gone: needed}, {node: "10.0.0.1", gone: "10.0.0.9"}, ["torch"])
+    assert "10.0.0.1" not in str(caught.value)

@@ -1,0 +1,137 @@
+"""Chats made up by hypothesis: nothing crashes, no row is lost, what is kept is what was written."""
+
+import json
+import tempfile
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from verl.trainer.config import DataConfig
+from verl.utils.dataset.onerec_dataset import OneRecDataset
+from verl.utils.dataset.onerec_messages import BadRowError, parse_messages, split_answer
+from verl.utils.dataset.prompt_tokens import append_switch, possible_switches, think_switch
+from verl.utils.tokenizer import hf_tokenizer
+
+quick = settings(max_examples=60, derandomize=True, deadline=None, database=None)
+
+texts = st.text(max_size=12)  # hypothesis leaves lone surrogates out
+parts = st.builds(lambda text: {"type": "text", "text": text}, texts)
+contents = texts | parts | st.lists(texts | parts, max_size=3)
+known_roles = st.sampled_from(["system", "user", "assistant", "tool", "User", "ASSISTANT"])
+chats = st.lists(st.builds(lambda role, content: {"role": role, "content": content}, known_roles, contents), max_size=5)
+dumps = st.sampled_from(
+    [
+        json.dumps,
+        lambda chat: json.dumps(chat, ensure_ascii=False),
+        lambda chat: json.dumps(chat, separators=(",", ":"), indent=1),
+        repr,
+    ]
+)
+
+oddities = st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=5)
+anything = st.recursive(
+    oddities,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["role", "content", "type", "text", "name", "tool_calls"]), inner, max_size=4)
+    ),
+    max_leaves=8,
+)
+
+
+def joined(content) -> str:
+    """What a content says, in the words of this test."""
+    if isinstance(content, str):
+        return content
+    return content["text"] if isinstance(content, dict) else "".join(map(joined, content))
+
+
+def expected_split(chat):
+    """Prompt and answer of a chat, or None where it cannot be used."""
+    turns = [(message["role"].lower(), joined(message["content"])) for message in chat]
+    answers = [place for place, (role, _) in enumerate(turns) if role == "assistant"]
+    blank = any(role == "user" and not text.strip() for role, text in turns)
+    if blank or not answers or not any(role == "user" for role, _ in turns[: answers[-1]]):
+        return None
+    return turns[: answers[-1]], turns[answers[-1]][1]
+
+
+@quick
+@given(chats, dumps)
+def test_a_chat_is_read_back_as_it_was_written(chat, dump):
+    try:
+        prompt, answer = split_answer(parse_messages(dump(chat)))
+    except BadRowError:
+        assert expected_split(chat) is None
+    else:
+        assert ([(message["role"], message["content"]) for message in prompt], answer) == expected_split(chat)
+
+
+@quick
+@given(anything)
+def test_whatever_a_cell_holds_is_a_chat_or_a_bad_row(value):
+    for cell in (value, json.dumps(value), repr(value), repr(value).encode("utf-8", errors="surrogatepass")):
+        try:
+            messages = parse_messages(cell)
+        except BadRowError as bad:
+            assert bad.reason
+            assert bad.detail
+        else:
+            assert all(isinstance(message["content"], str) for message in messages)
+            assert json.dumps(messages, ensure_ascii=False).encode("utf-8")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_tokenizers):
+    return hf_tokenizer(tiny_tokenizers[1])
+
+
+cells = st.builds(lambda chat, dump: dump(chat), chats, dumps) | st.text(max_size=10) | st.none()
+
+
+@settings(quick, max_examples=25)
+@given(st.lists(cells, min_size=1, max_size=12), st.integers(30, 60), st.sampled_from(["drop", "replace"]))
+def test_no_row_is_lost(tokenizer, rows, limit, prompt_extend_tokens):
+    good = json.dumps([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+    with tempfile.TemporaryDirectory() as folder:
+        path, record = Path(folder) / "rows.parquet", Path(folder) / "dropped_rows.jsonl"
+        pq.write_table(pa.table({"messages": pa.array([good, *rows], pa.string())}), path)
+        config = DataConfig(
+            max_prompt_length=limit,
+            filter_overlong_prompts=True,
+            prompt_extend_tokens=prompt_extend_tokens,
+            max_dropped_fraction=1.0,
+            cache_dir=f"{folder}/cache",
+        )
+        for _ in range(2):  # the second time from the cache
+            dataset = OneRecDataset(path, tokenizer, config, extend_vocab_start_token=329, dropped_rows_path=record)
+            kept = [dataset[place] for place in range(len(dataset))]
+            dropped = [json.loads(line)["row"] for line in record.read_text(encoding="utf-8").splitlines()]
+            assert sorted([entry["index"] for entry in kept] + dropped) == list(range(len(rows) + 1))
+            lengths = [
+                len(tokenizer.apply_chat_template(entry["raw_prompt"], add_generation_prompt=True, return_dict=False))
+                for entry in kept
+            ]
+            assert max(lengths) <= limit
+
+
+@quick
+@given(chats, st.text(max_size=8), st.integers(0, 2**31), st.integers(0, 50), st.sampled_from(["auto", "force_think"]))
+def test_think_switches(chat, row_id, seed, epoch, mode):
+    split = expected_split(chat)
+    if split is None:
+        return
+    messages = [{"role": role, "content": content} for role, content in split[0]]
+    config = DataConfig(enable_think=True, think_mode=mode, seed=seed)
+    switch = think_switch(config, row_id, epoch)
+    assert switch in possible_switches(config)
+    assert switch == think_switch(config, row_id, epoch)
+    switched = append_switch(messages, switch)
+    last = max(place for place, message in enumerate(messages) if message["role"] == "user")
+    for place, (before, after) in enumerate(zip(messages, switched, strict=True)):
+        assert after == (before | {"content": before["content"] + switch} if place == last else before)
+    assert not switch or switch[0] == " "

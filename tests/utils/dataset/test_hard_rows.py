@@ -1,0 +1,278 @@
+"""Rows as they are found in the wild, one by one, each with what becomes of it.
+
+A verdict is the reason for which a row is dropped, or what is kept of it: the prompt, one "role: content" per message,
+and the answer behind "=>".
+"""
+
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from verl.trainer.config import DataConfig
+from verl.utils.dataset.onerec_dataset import OneRecDataset
+from verl.utils.tokenizer import hf_tokenizer
+
+HI = ["user: Hi", "=> Hello"]
+ANSWER = '{"role": "assistant", "content": "Hello"}'
+DEEP = 600
+"""Nested lists: fewer than the JSON parser refuses, more than a recursive reader of Python's can take."""
+
+
+def user(content: str) -> str:
+    """A chat of one question, whose content is given as JSON, and its answer."""
+    return f'[{{"role": "user", "content": {content}}}, {ANSWER}]'
+
+
+def roles(*names: str) -> str:
+    """A chat of these roles whose contents are numbered from 1."""
+    return json.dumps([{"role": name, "content": str(number)} for number, name in enumerate(names, 1)])
+
+
+def asked_by(role: str) -> str:
+    """A chat whose question has this role, given as JSON."""
+    return f'[{{"role": {role}, "content": "Hi"}}, {ANSWER}]'
+
+
+TEXT_CELLS = [
+    # name, cell, verdict
+    # ---- forms of a chat
+    ("text content", user('"Hi"'), HI),
+    ("compact separators", '[{"role":"user","content":"Hi"},{"role":"assistant","content":"Hello"}]', HI),
+    ("blanks and line breaks around", "  \n" + user('"Hi"') + "\n", HI),
+    ("byte order mark", "\ufeff" + user('"Hi"'), HI),
+    ("one text part", user('{"type": "text", "text": "Hi"}'), HI),
+    ("list of text parts", user('[{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]'), HI),
+    ("texts and parts mixed", user('["H", {"type": "text", "text": "i"}]'), HI),
+    ("part without a type", user('[{"text": "Hi"}]'), HI),
+    ("nested lists", user('[[["H"]], ["i"]]'), HI),
+    ("columns instead of rows", '{"role": ["user", "assistant"], "content": ["Hi", "Hello"]}', HI),
+    ("duplicate key, the last counts", user('"no", "content": "Hi"'), HI),
+    ("keys nobody reads", user('"Hi", "name": null, "weight": 1, "train": [true, false, null]'), HI),
+    ("not a number", user('"Hi", "score": [NaN, Infinity, -Infinity]'), HI),
+    # ---- Python literals
+    ("Python literal", "[{'role': 'user', 'content': 'Hi'}, {'role': 'assistant', 'content': 'Hello'}]", HI),
+    ("Python constants", "[{'role': 'user', 'content': 'Hi', 'x': (True, None)}, " + ANSWER + "]", HI),
+    ("Python tuple", "({'role': 'user', 'content': ('H', 'i')}, " + ANSWER + ")", HI),
+    ("trailing comma", '[{"role": "user", "content": "Hi",}, ' + ANSWER + ",]", HI),
+    ("a call is not run", "__import__('os').getcwd()", "unreadable_messages"),
+    ("a comprehension is not run", "[{'role': 'user', 'content': c} for c in 'ab']", "unreadable_messages"),
+    # ---- escapes
+    ("surrogate pair", user(r'"\ud83d\ude00"'), ["user: \U0001f600", "=> Hello"]),
+    ("escaped slash", user(r'"a\/b"'), ["user: a/b", "=> Hello"]),
+    ("other escapes", user(r'"\u00e9\n\t\"\\"'), ['user: é\n\t"\\', "=> Hello"]),
+    ("zero character", user(r'"a\u0000b"'), ["user: a\x00b", "=> Hello"]),
+    ("lone surrogate in the question", user(r'"\ud83d"'), "unencodable_text"),
+    ("lone surrogate in the answer", user('"Hi"').replace("Hello", r"\ude00"), "unencodable_text"),
+    ("lone surrogate in a name", user(r'"Hi", "name": "\ud83d"'), "unencodable_text"),
+    ("surrogate pair in a Python literal", r"[{'role': 'user', 'content': '\ud83d\ude00'}]", "unencodable_text"),
+    # ---- texts
+    ("Chinese and right-to-left", user('"你好 مرحبا"'), ["user: 你好 مرحبا", "=> Hello"]),
+    ("the template's own tokens", user('"<|im_end|>"'), ["user: <|im_end|>", "=> Hello"]),
+    ("long text", user('"' + "long " * 5000 + '"'), ["user: " + "long " * 5000, "=> Hello"]),
+    # ---- turns
+    ("system", roles("system", "user", "assistant"), ["system: 1", "user: 2", "=> 3"]),
+    (
+        "several turns",
+        roles("user", "assistant", "user", "assistant"),
+        ["user: 1", "assistant: 2", "user: 3", "=> 4"],
+    ),
+    ("user twice", roles("user", "user", "assistant"), ["user: 1", "user: 2", "=> 3"]),
+    ("user after the answer", roles("user", "assistant", "user"), ["user: 1", "=> 2"]),
+    ("assistant twice", roles("user", "assistant", "assistant"), ["user: 1", "assistant: 2", "=> 3"]),
+    (
+        "assistant first, then a question",
+        roles("assistant", "user", "assistant"),
+        ["assistant: 1", "user: 2", "=> 3"],
+    ),
+    ("tool", roles("user", "assistant", "tool", "assistant"), ["user: 1", "assistant: 2", "tool: 3", "=> 4"]),
+    ("assistant first", roles("assistant", "user"), "no_user_turn"),
+    ("system and assistant", roles("system", "assistant"), "no_user_turn"),
+    ("assistant alone", roles("assistant"), "no_user_turn"),
+    ("no assistant", roles("user"), "no_assistant_turn"),
+    ("system, user, no assistant", roles("system", "user"), "no_assistant_turn"),
+    ("user twice, no assistant", roles("user", "user"), "no_assistant_turn"),
+    ("one message, no list", '{"role": "user", "content": "Hi"}', "no_assistant_turn"),
+    # ---- roles
+    ("role in another case", roles("System", "USER", "Assistant"), ["system: 1", "user: 2", "=> 3"]),
+    ("unknown role", asked_by('"developer"'), "unknown_role"),
+    ("blank beside a role", asked_by('" user"'), "unknown_role"),
+    ("null role", asked_by("null"), "unknown_role"),
+    ("numeric role", asked_by("1"), "unknown_role"),
+    ("boolean role", asked_by("true"), "unknown_role"),
+    ("list as a role", asked_by('["user"]'), "unknown_role"),
+    ("empty role", asked_by('""'), "unknown_role"),
+    ("no role", f'[{{"content": "Hi"}}, {ANSWER}]', "unknown_role"),
+    ("another layout", '[{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]', "unknown_role"),
+    # ---- contents
+    ("blank question", user('" \\n\\t"'), "blank_user_turn"),
+    ("empty question", user('""'), "blank_user_turn"),
+    ("question without parts", user("[]"), "blank_user_turn"),
+    ("question of blank parts", user('[{"type": "text", "text": " "}, ""]'), "blank_user_turn"),
+    ("blank answer", '[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": ""}]', ["user: Hi", "=> "]),
+    ("blank system", '[{"role": "system", "content": " "}, ' + user('"Hi"')[1:], ["system:  ", "user: Hi", "=> Hello"]),
+    ("null content", user("null"), "null_content"),
+    ("no content", f'[{{"role": "user"}}, {ANSWER}]', "null_content"),
+    ("null text", user('[{"type": "text", "text": null}]'), "null_content"),
+    ("null part", user('["Hi", null]'), "null_content"),
+    ("numeric content", user("3"), "non_text_content"),
+    ("numeric text", user('{"type": "text", "text": 3}'), "non_text_content"),
+    ("image part", user('[{"type": "image", "image": "cat.png"}, {"type": "text", "text": "Hi"}]'), "non_text_content"),
+    ("part without text", user('{"type": "text"}'), "non_text_content"),
+    ("empty part", user("{}"), "non_text_content"),
+    # ---- cells
+    ("null", None, "no_messages"),
+    ("empty", "", "no_messages"),
+    ("blank", " \n", "no_messages"),
+    ("empty list", "[]", "no_messages"),
+    ("empty mapping", "{}", "no_messages"),
+    ("JSON null", "null", "no_messages"),
+    ("cut off", user('"Hi"')[:-20], "unreadable_messages"),
+    ("plain words", "Hi there", "unreadable_messages"),
+    ("a number", "42", "unreadable_messages"),
+    ("a quoted text", '"Hi"', "unreadable_messages"),
+    ("JSON inside JSON", json.dumps(user('"Hi"')), "unreadable_messages"),
+    ("list of texts", '["Hi", "Hello"]', "unreadable_messages"),
+    ("list of nulls", "[null]", "unreadable_messages"),
+    ("huge nesting", "[" * 100_000, "unreadable_messages"),
+    ("huge nesting, closed", "[" * 100_000 + "]" * 100_000, "unreadable_messages"),
+    ("deep content", user("[" * DEEP + '"Hi"' + "]" * DEEP), "unreadable_messages"),
+    ("number of 5,000 digits", user('"Hi", "n": ' + "1" * 5000), "unreadable_messages"),
+]
+
+CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+PARTS = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in CHAT]
+MESSAGE = pa.struct([("role", pa.string()), ("content", pa.string())])
+CODED_MESSAGE = pa.struct([("role", pa.dictionary(pa.int8(), pa.string())), ("content", pa.large_string())])
+
+
+def not_utf8(in_lists: bool) -> pa.Array:
+    """A text column of the bytes FF FE, or lists of messages with such a content; Arrow does not look."""
+    texts = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\2\0\0\0"), pa.py_buffer(b"\xff\xfe")])
+    if not in_lists:
+        return texts
+    messages = pa.StructArray.from_arrays([pa.array(["user"]), texts], ["role", "content"])
+    return pa.ListArray.from_arrays([0, 1], messages)
+
+
+TYPED_COLUMNS = [
+    # name, column, a verdict per row
+    ("lists", pa.array([CHAT, None, [], CHAT[:1]]), [HI, "no_messages", "no_messages", "no_assistant_turn"]),
+    ("lists of parts", pa.array([PARTS, [{**PARTS[0], "content": None}]]), [HI, "null_content"]),
+    ("large lists", pa.array([CHAT], pa.large_list(MESSAGE)), [HI]),
+    ("lists of one length", pa.array([CHAT], pa.list_(MESSAGE, 2)), [HI]),
+    ("dictionary-encoded roles", pa.array([CHAT], pa.list_(CODED_MESSAGE)), [HI]),
+    ("one message", pa.array([CHAT[0]]), ["no_assistant_turn"]),
+    ("a struct of lists", pa.array([{"role": ["user", "assistant"], "content": ["Hi", "Hello"]}]), [HI]),
+    (
+        "image parts",
+        pa.array([[{"role": "user", "content": [{"type": "image", "image": b"1"}]}]]),
+        ["non_text_content"],
+    ),
+    ("numeric roles", pa.array([[{"role": 1, "content": "Hi"}]]), ["unknown_role"]),
+    ("lists of texts", pa.array([["Hi", "Hello"]]), ["unreadable_messages"]),
+    ("numbers", pa.array([1, None]), ["unreadable_messages", "no_messages"]),
+    ("nothing but nulls", pa.nulls(2), ["no_messages", "no_messages"]),
+    ("bytes", pa.array([json.dumps(CHAT).encode(), b"", b"\xff"]), [HI, "no_messages", "unreadable_messages"]),
+    ("text that is no UTF-8", not_utf8(in_lists=False), ["unreadable_messages"]),
+    ("lists of text that is no UTF-8", not_utf8(in_lists=True), ["unreadable_messages"]),
+]
+
+TEXT = json.dumps(CHAT)
+SEGMENTS = '[{"type": "text", "text": "Once upon a time"}]'
+OTHER_COLUMNS = [
+    # name, row, verdict, source
+    ("all columns", {"messages": TEXT, "source": "s", "uuid": "u", "metadata": '{"uid": 1}'}, HI, "s"),
+    ("messages alone", {"messages": TEXT}, HI, "unknown"),
+    ("null source", {"messages": TEXT, "source": None}, HI, "unknown"),
+    ("empty source", {"messages": TEXT, "source": ""}, HI, "unknown"),
+    ("source as bytes", {"messages": TEXT, "source": b"s"}, HI, "s"),
+    ("numeric source", {"messages": TEXT, "source": 7}, HI, "7"),
+    ("verl's name of the source", {"messages": TEXT, "data_source": "v"}, HI, "v"),
+    ("numeric uuid", {"messages": TEXT, "uuid": 12}, HI, "unknown"),
+    ("metadata that is no JSON", {"messages": TEXT, "metadata": "{"}, HI, "unknown"),
+    ("metadata nested too deeply", {"messages": TEXT, "metadata": "[" * 100_000}, HI, "unknown"),
+    ("metadata as a struct", {"messages": TEXT, "metadata": {"uid": 1}}, HI, "unknown"),
+    ("metadata as bytes", {"messages": TEXT, "metadata": b"\xff"}, HI, "unknown"),
+    ("plain text", {"messages": None, "segments": SEGMENTS, "source": "s"}, "plain_text", "s"),
+    ("plain text without the other column", {"segments": SEGMENTS, "source": "s"}, "plain_text", "s"),
+    ("plain text and an empty chat", {"messages": "[]", "segments": SEGMENTS}, "plain_text", "unknown"),
+    ("chat and plain text", {"messages": TEXT, "segments": SEGMENTS}, HI, "unknown"),
+    ("chat and no segments", {"messages": TEXT, "segments": "[]"}, HI, "unknown"),
+    ("neither", {"messages": None, "segments": None}, "no_messages", "unknown"),
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_tokenizers):
+    return hf_tokenizer(tiny_tokenizers[1])
+
+
+def outcomes(folder, tokenizer):
+    """What became of each row, by file and row number: a verdict and the source. The second load is from the cache."""
+    config, record = DataConfig(max_prompt_length=10**6, max_dropped_fraction=1.0), folder / "dropped_rows.jsonl"
+    loads = []
+    for _ in range(2):
+        dataset = OneRecDataset(folder, tokenizer, config, dropped_rows_path=record)
+        dropped = [json.loads(line) for line in record.read_text(encoding="utf-8").splitlines()]
+        found = {(line["file"], line["row"]): (line["reason"], line["source"]) for line in dropped}
+        for entry in (dataset[place] for place in range(len(dataset))):
+            path, row = dataset.location(entry["index"])
+            prompt = [f"{message['role']}: {message['content']}" for message in entry["raw_prompt"]]
+            verdict = [*prompt, f"=> {entry['reward_model']['ground_truth']}"]
+            assert isinstance(entry["uuid"], str)
+            assert (str(path), row) not in found
+            found[str(path), row] = (verdict, entry["source"])
+        loads.append(found)
+    assert loads[0] == loads[1]
+    return {(path.rpartition("/")[2], row): outcome for (path, row), outcome in loads[0].items()}
+
+
+def test_there_are_enough_of_them():
+    assert len(TEXT_CELLS) + sum(len(row[2]) for row in TYPED_COLUMNS) + len(OTHER_COLUMNS) >= 100
+
+
+@pytest.mark.parametrize("kind", ["string", "large_string", "binary", "dictionary"])
+def test_text_cells_whatever_the_type_of_their_column(tokenizer, tmp_path, kind):
+    cells = [cell for _, cell, _ in TEXT_CELLS]
+    if kind == "dictionary":
+        column = pa.array(cells).dictionary_encode()
+    else:
+        column = pa.array([cell and cell.encode() for cell in cells] if kind == "binary" else cells, kind)
+    pq.write_table(pa.table({"messages": column}), tmp_path / "rows.parquet")
+    found = outcomes(tmp_path, tokenizer)
+    assert {name: found["rows.parquet", row][0] for row, (name, _, _) in enumerate(TEXT_CELLS)} == {
+        name: verdict for name, _, verdict in TEXT_CELLS
+    }
+    assert len(found) == len(TEXT_CELLS)
+
+
+def test_typed_columns_in_files_beside_each_other(tokenizer, tmp_path):
+    for name, column, _ in TYPED_COLUMNS:
+        pq.write_table(pa.table({"messages": column}), tmp_path / f"{name}.parquet")
+    found = outcomes(tmp_path, tokenizer)
+    for name, column, verdicts in TYPED_COLUMNS:
+        assert [found.pop((f"{name}.parquet", row))[0] for row in range(len(column))] == verdicts, name
+    assert not found
+
+
+def test_other_columns_of_files_beside_each_other(tokenizer, tmp_path):
+    for name, row, _, _ in OTHER_COLUMNS:
+        pq.write_table(pa.Table.from_pylist([row]), tmp_path / f"{name}.parquet")
+    found = outcomes(tmp_path, tokenizer)
+    expected = {(f"{name}.parquet", 0): (verdict, source) for name, _, verdict, source in OTHER_COLUMNS}
+    assert found == expected
+
+
+def test_a_row_that_the_template_refuses_costs_no_other(tokenizer, tmp_path):
+    calls = [{**CHAT[0], "tool_calls": "none"}, {**CHAT[1], "tool_calls": None}]
+    rows = [TEXT, json.dumps([*calls, CHAT[0], CHAT[1]]), TEXT]
+    pq.write_table(pa.table({"messages": rows}), tmp_path / "rows.parquet")
+    tokenizer_of_its_own = hf_tokenizer(tokenizer.name_or_path)
+    tokenizer_of_its_own.chat_template = (
+        "{% for message in messages %}{{ message.content }}"
+        "{% if message.tool_calls is string %}{{ raise_exception('calls') }}{% endif %}{% endfor %}"
+    )
+    found = outcomes(tmp_path, tokenizer_of_its_own)
+    assert [found["rows.parquet", row][0] for row in range(3)] == [HI, "template", HI]

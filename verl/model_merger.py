@@ -1,0 +1,83 @@
+"""Make a Hugging Face model of a checkpoint's shards.
+
+::
+
+    python -m verl.model_merger merge --local_dir RUN/global_step_N/actor --target_dir OUT
+
+In: a checkpoint of any number of training ranks. Out: weights in safetensors, config, generation config and tokenizer,
+as transformers and vLLM load them. Starts no ranks and holds one tensor in memory at a time. Takes verl's options.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from verl.utils.device import dtype_name, resolve_dtype
+from verl.utils.durable_files import write_durably
+from verl.workers.fsdp.checkpoint import HUGGINGFACE, SHARDS
+from verl.workers.fsdp.huggingface import WEIGHTS_INDEX, write_weights
+
+CONFIG = "config.json"
+
+
+def merge(local_dir: Path, target_dir: Path, dtype: str | None = None) -> int:
+    """Write the model of a checkpoint into ``target_dir``.
+
+    Args:
+        local_dir: the ``actor`` folder of a checkpoint, or the checkpoint's folder above it.
+        target_dir: receives the model; made where it is missing.
+        dtype: precision of the weights, such as ``bfloat16``; None: as the trainer stores them.
+
+    Returns:
+        Parameters written.
+
+    Raises:
+        ValueError: no whole checkpoint there, an unknown precision, or a target that is a model already.
+    """
+    actor = local_dir / "actor" if (local_dir / "actor").is_dir() else local_dir
+    described = actor / HUGGINGFACE
+    if not (described / CONFIG).is_file():
+        raise ValueError(f"--local_dir {local_dir} holds no {HUGGINGFACE}/{CONFIG}; name the actor/ of a checkpoint")
+    if any(target_dir.glob("*.safetensors")):
+        raise ValueError(f"--target_dir {target_dir} holds a model already; name another folder")
+    precision = None if dtype is None else resolve_dtype(dtype, "cpu")
+    infos = write_weights(actor / SHARDS, target_dir, precision)
+    for path in described.iterdir():
+        if path.suffix != ".safetensors" and path.name not in (WEIGHTS_INDEX, CONFIG):
+            shutil.copyfile(path, target_dir / path.name)
+    config = json.loads((described / CONFIG).read_text(encoding="utf-8"))
+    if precision is not None:
+        config["dtype"] = dtype_name(precision)
+    # Last: a folder without it is no model.
+    write_durably(target_dir / CONFIG, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    return sum(info.num_bytes // info.dtype.itemsize for info in infos)
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m verl.model_merger", description="Export a checkpoint.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("merge", help="write a Hugging Face model")
+    command.add_argument("--local_dir", required=True, type=Path, metavar="CKPT", help="actor/ of a checkpoint")
+    command.add_argument("--target_dir", required=True, type=Path, metavar="OUT", help="folder of the model")
+    command.add_argument("--backend", choices=("fsdp", "fsdp2"), default="fsdp", help="all checkpoints are FSDP2's")
+    command.add_argument("--dtype", help="such as bfloat16; default: as the trainer stores the weights (float32)")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    args = parse_args(argv)
+    try:
+        count = merge(args.local_dir, args.target_dir, args.dtype)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"{args.target_dir}: {count / 1e6:,.1f} million parameters")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,140 @@
+"""Which ranks hold which role: the resource pools, and the worker groups that run in them.
+
+::
+
+    co-located        pool "train"     rank r: actor + ref          (one process, one process group)
+    teacher apart     pool "train"     rank r: actor                (a process group of its own)
+                      pool "teacher"   rank s: ref                  (a process group of its own)
+
+In: the trainer's settings and the worker class of each role. Out: a view per role, whose methods the trainer calls.
+Rollout engines are placed beside the student's ranks (``agent_loop``); a teacher in its own pool has its GPUs alone.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from verl.single_controller.ray import (
+    RayClassWithInitArgs,
+    RayResourcePool,
+    RayWorkerGroup,
+    create_colocated_worker_cls,
+)
+from verl.single_controller.ray.base import RoleWorkerGroup
+from verl.single_controller.ray.resource_pool import RankPlace, alive_nodes, check_capacity, largest_first
+from verl.trainer.config import TrainerConfig
+
+logger = logging.getLogger(__name__)
+
+TRAIN, TEACHER = "train", "teacher"
+SETTINGS = {
+    TRAIN: "trainer.n_gpus_per_node or trainer.nnodes",
+    TEACHER: "trainer.teacher_n_gpus_per_node or trainer.teacher_nnodes",
+}
+"""The keys that decide a pool's size, for messages."""
+
+
+@dataclass
+class ResourcePoolManager:
+    """The pools of a run, and the pool of each role."""
+
+    resource_pool_spec: Mapping[str, Sequence[int]]
+    """Ranks per node, by pool."""
+    mapping: Mapping[str, str]
+    """The pool of each role."""
+    use_gpu: bool = True
+    """One GPU per rank."""
+    resource_pool_dict: dict[str, RayResourcePool] = field(default_factory=dict)
+    """The pools, once created."""
+
+    def create_resource_pool(self) -> None:
+        """Reserve the places of all pools.
+
+        Raises:
+            ValueError: the cluster cannot hold them; says what is asked for and what there is.
+            ResourcesInUseError: it could, and something else holds what they need.
+        """
+        self.resource_pool_dict = {
+            name: RayResourcePool(
+                ranks, self.use_gpu, name_prefix=name, settings=SETTINGS.get(name, f"the size of pool {name!r}")
+            )
+            for name, ranks in self.resource_pool_spec.items()
+        }
+        check_capacity(list(self.resource_pool_dict.values()), alive_nodes())
+        for pool in largest_first(list(self.resource_pool_dict.values())):
+            pool.reserve()
+
+    def get_resource_pool(self, role: str) -> RayResourcePool:
+        """The pool of a role."""
+        return self.resource_pool_dict[self.mapping[role]]
+
+    def get_n_gpus(self) -> int:
+        """Ranks of all pools: GPUs, or processes on CPU."""
+        return sum(sum(ranks) for ranks in self.resource_pool_spec.values())
+
+    def roles_of(self, pool: str) -> list[str]:
+        """The roles that share a pool's ranks."""
+        return [role for role, name in self.mapping.items() if name == pool]
+
+    def places(self, role: str) -> list[RankPlace]:
+        """Where each rank of a role will run, in rank order; reserved already."""
+        return self.get_resource_pool(role).reserve()
+
+    def shutdown(self) -> None:
+        """Give everything back, used or not; a second call does nothing."""
+        for pool in self.resource_pool_dict.values():
+            pool.remove()
+
+
+def plan_pools(config: TrainerConfig, roles: Sequence[str], use_gpu: bool) -> ResourcePoolManager:
+    """The pools that the settings ask for; nothing is reserved yet.
+
+    Args:
+        roles: ``actor``, and ``ref`` where a reference is used.
+
+    Raises:
+        ValueError: a pool for a teacher that nobody asks.
+    """
+    spec: dict[str, list[int]] = {TRAIN: config.ranks_on_nodes}
+    mapping = dict.fromkeys(roles, TRAIN)
+    if config.teacher_ranks_on_nodes:
+        if "ref" not in roles:
+            raise ValueError(
+                f"trainer.teacher_nnodes={config.teacher_nnodes} and trainer.teacher_n_gpus_per_node="
+                f"{config.teacher_n_gpus_per_node} give GPUs to a teacher, and this run asks none; set both to null"
+            )
+        spec[TEACHER] = config.teacher_ranks_on_nodes
+        mapping["ref"] = TEACHER
+    return ResourcePoolManager(spec, mapping, use_gpu)
+
+
+class WorkerGroups:
+    """One worker group per pool; roles that share a pool share its processes."""
+
+    def __init__(self) -> None:
+        self._groups: list[RayWorkerGroup] = []
+
+    def start(
+        self, pools: ResourcePoolManager, worker_classes: Mapping[str, type], **init: Any
+    ) -> dict[str, RoleWorkerGroup]:
+        """Start every rank of every role; returns while the processes still start.
+
+        Args:
+            worker_classes: by role; those without a pool are left out.
+            init: what each worker is built with.
+        """
+        views: dict[str, RoleWorkerGroup] = {}
+        for name, pool in pools.resource_pool_dict.items():
+            roles = pools.roles_of(name)
+            logger.info("pool %s: %s, for %s", name, pool.describe(), " and ".join(roles))
+            classes = {role: RayClassWithInitArgs(worker_classes[role], **init) for role in roles}
+            group = RayWorkerGroup(pool, create_colocated_worker_cls(classes), name_prefix=name)
+            self._groups.append(group)
+            views |= group.spawn(set(roles))
+        return views
+
+    def shutdown(self) -> None:
+        """End the processes; a second call does nothing."""
+        for group in self._groups:
+            group.shutdown()

@@ -52,13 +52,15 @@ def build_trainer(config: "PPOConfig") -> "RayPPOTrainer":
     check_ranks(config, device_name)
     prepare_folder(config.trainer.default_local_dir)
     reward_fn = load_reward_fn(config.custom_reward_function)
-    settle_vocabulary(config)
+    contract = settle_vocabulary(config)
     model, rollout = config.actor_rollout_ref.model, config.actor_rollout_ref.rollout
+    distill = config.algorithm.distill
     tokenizer = hf_tokenizer(model.tokenizer_path or str(model.path), trust_remote_code=model.trust_remote_code)
     train_dataset, val_dataset = build_datasets(
         config.data,
         tokenizer,
         extend_vocab_start_token=rollout.extend_start,
+        extended_sources=distill.extended_sources,
         tool_schemas=[tool.get_openai_tool_schema() for tool in load_tools(rollout).values()],
         dropped_rows_folder=config.trainer.default_local_dir,
     )
@@ -67,11 +69,12 @@ def build_trainer(config: "PPOConfig") -> "RayPPOTrainer":
     return trainer_class(
         config,
         tokenizer,
-        {"actor": StudentWorker, "ref": TeacherWorker},
+        {"actor": StudentWorker, **dict.fromkeys(distill.roles, TeacherWorker)},
         train_dataset,
         val_dataset,
         reward_fn,
         device_name=device_name,
+        vocab_fingerprint=contract.fingerprint if contract else None,
     )
 
 
@@ -159,6 +162,7 @@ def run(trainer: "RayPPOTrainer") -> None:
 
     from verl.experimental.agent_loop.agent_loop import RolloutError
     from verl.single_controller.base import WorkerError
+    from verl.trainer.ppo.checkpoint_saver import CheckpointError
 
     config = trainer.config
     save_config(config, os.path.join(config.trainer.default_local_dir, "config.yaml"))
@@ -172,7 +176,7 @@ def run(trainer: "RayPPOTrainer") -> None:
         start_workers(trainer)
         trainer.fit()
         logger.info("done: %s", trainer.progress())
-    except (WorkerError, RolloutError) as error:
+    except (WorkerError, RolloutError, CheckpointError) as error:
         # Said before anything is shut down, and to Ray's own account of a death: the cause comes first.
         print(f"error: {error}\n{trainer.progress()}", file=sys.stderr, flush=True)
         raise SystemExit(1) from None

@@ -1,11 +1,16 @@
-"""On-policy distillation as a trainer: the reference is a teacher, and its disagreement is the advantage.
+"""On-policy distillation as a trainer: the reference is a teacher, and its disagreement is what is learned from.
 
-No task reward, always a teacher, and figures of its own in training and validation. The clipped reverse KL itself is an
-advantage estimator in ``core_algos``; the loop is the base class's.
+No task reward, always a teacher or several, and figures of its own in training and validation. The clipped reverse KL
+is an advantage estimator in ``core_algos``, exact objectives are computed by the update; the loop is the base class's.
 """
 
 import logging
+from typing import Any
 
+import numpy as np
+import torch
+
+from verl.experimental.agent_loop.base import TEACHER_READS_EXTENDED
 from verl.protocol import DataProto
 from verl.trainer.ppo.metric_utils import (
     compute_on_policy_distill_data_metrics,
@@ -25,13 +30,52 @@ class RayOnPolicyDistillTrainer(RayPPOTrainer):
         return True
 
     @property
+    def roles(self) -> list[str]:
+        """The student, then its teachers in the order of ``algorithm.distill``."""
+        return ["actor", *self.config.algorithm.distill.roles]
+
+    def worker_arguments(self, role: str) -> dict[str, Any]:
+        """The student knows its objective, a further teacher what it is."""
+        distill, base = self.config.algorithm.distill, super().worker_arguments(role)
+        return base | ({"distill": distill} if role == "actor" else {"teacher": distill.teachers.get(role)})
+
+    def prepare(self, rows: dict[str, Any], *, n: int, validate: bool = False) -> DataProto:
+        """As in the base class; where there are several teachers, with the place of each row's among them (B,)."""
+        batch, distill = super().prepare(rows, n=n, validate=validate), self.config.algorithm.distill
+        if not distill.teachers:
+            return batch
+        sources = [str(source) for source in batch.non_tensor_batch["source"]]
+        batch.non_tensor_batch[TEACHER_READS_EXTENDED] = np.array([distill.reads_extended(s) for s in sources])
+        places = torch.tensor([distill.teacher_of(source) for source in sources])
+        return batch.union(DataProto.from_dict({"teacher": places}))
+
+    def ref_log_prob(self, batch: DataProto) -> DataProto:
+        """``ref_log_prob`` (B, R), each row's by its own teacher."""
+        if not self.config.algorithm.distill.teachers:
+            return super().ref_log_prob(batch)
+        scores = torch.zeros(batch.tensor("responses").shape)
+        for place, role in enumerate(self.config.algorithm.distill.roles):
+            rows = (batch.tensor("teacher") == place).nonzero().flatten()
+            if len(rows):
+                scored = self.role_groups[role].compute_ref_log_prob(batch.select_idxs(rows))
+                scores[rows] = scored.tensor("ref_log_prob")
+        return DataProto.from_dict({"ref_log_prob": scores})
+
+    @property
     def uses_reward(self) -> bool:
         """No task reward; a reward function, where given, is used by validation alone."""
         return False
 
     def step_metrics(self, batch: DataProto) -> Metrics:
-        """The base figures and the ``distill/*`` family, overall and per data source."""
-        return super().step_metrics(batch) | compute_on_policy_distill_data_metrics(batch, self.config.algorithm)
+        """The base figures and the ``distill/*`` family: per data source, and overall over the rows whose teacher lacks
+        the item tokens, for an item is no leak where it was asked for.
+        """
+        metrics = super().step_metrics(batch) | compute_on_policy_distill_data_metrics(batch, self.config.algorithm)
+        if TEACHER_READS_EXTENDED not in batch.non_tensor_batch:
+            return metrics
+        lacking = batch.select_idxs(~batch.non_tensor_batch[TEACHER_READS_EXTENDED].astype(bool))
+        overall = compute_on_policy_distill_data_metrics(lacking, self.config.algorithm) if len(lacking) else {}
+        return metrics | {name: value for name, value in overall.items() if name.count("/") == 1}
 
     def score_validation(self, batch: DataProto) -> DataProto:
         """Log-probs of student and teacher for the held-out reverse KL; rewards where there is a function."""

@@ -94,6 +94,17 @@ async def test_the_rest_is_trained_on_only_where_asked_for(tokenizer, item_start
         assert output.response_mask == expected
 
 
+@pytest.mark.parametrize("drop_whole", [True, False])
+async def test_a_teacher_that_reads_item_tokens_judges_the_whole_answer(tokenizer, item_start, drop_whole) -> None:
+    turn = [40, item_start, 41, item_start + 1, 42]
+    context = make_context(
+        tokenizer, extend_vocab_start_token=item_start, mask_response_if_have_extend_token=drop_whole
+    )
+    output = await converse(context, ScriptedEngine(tokenizer, [turn]), teacher_reads_extended=True)
+    assert output.response_mask == [1, 1, 1, 1, 1]
+    assert output.distill_special_token_mask == [0, 1, 0, 1, 0]
+
+
 async def test_a_prompt_of_ids_is_taken_as_it_is(tokenizer) -> None:
     engine = ScriptedEngine(tokenizer, [END])
     output = await converse(make_context(tokenizer), engine, raw_prompt=None, prompt_ids=[5, 6, 7])

@@ -43,6 +43,19 @@ def loader_of(config, data, tiny_tokenizers):
     return dataset, build_train_loader(dataset, config)
 
 
+def test_batches_hold_sources_in_their_shares(tmp_path, tiny_tokenizers):
+    sources = ["general"] * 40 + ["rec_next"] * 5
+    chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    table = pa.table({"messages": [json.dumps(chat)] * len(sources), "source": sources})
+    pq.write_table(table, tmp_path / "train.parquet")
+    dataset, loader = loader_of(
+        config_of(tmp_path, 0, source_weights={"rec_*": 0.25, "*": 0.75}), tmp_path, tiny_tokenizers
+    )
+    dataset.set_epoch(0)
+    batches = [list(batch["source"]) for batch in loader]
+    assert len(batches) == 11 and all(batch.count("rec_next") == 1 for batch in batches)
+
+
 def prompts(batch):
     return [messages[-1]["content"] for messages in batch["raw_prompt"]]
 

@@ -5,7 +5,7 @@ Tokenises nothing itself: chat templates are applied by the data set (to count) 
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from verl.trainer.config import DataConfig
 from verl.utils.dataset.factory import create_rl_dataset
 from verl.utils.dataset.rl_dataset import RLHFDataset, collate_fn
+from verl.utils.dataset.source_mix import group_by_weight, mixed_order
 
 # torchdata calls what torch has deprecated; nothing a user of either could do about it.
 warnings.filterwarnings("ignore", message="'set_vital' is deprecated", category=UserWarning)
@@ -30,12 +31,14 @@ def build_datasets(
     tokenizer: PreTrainedTokenizerBase,
     *,
     extend_vocab_start_token: int | None = None,
+    extended_sources: Sequence[str] = (),
     dropped_rows_folder: str | Path,
     tool_schemas: list[dict[str, Any]] | None = None,
 ) -> tuple[RLHFDataset, RLHFDataset | None]:
     """Read the training prompts and, where ``data.val_files`` is set, the validation prompts.
 
     Args:
+        extended_sources: patterns of the sources whose prompts may hold extended tokens, whatever the settings say.
         dropped_rows_folder: receives ``dropped_rows.jsonl`` (training) and ``dropped_rows_val.jsonl``, a line per row
             left out.
         tool_schemas: OpenAI function schemas of the run's tools, which count towards a prompt's length.
@@ -50,6 +53,7 @@ def build_datasets(
             tokenizer,
             config,
             extend_vocab_start_token=extend_vocab_start_token,
+            extended_sources=extended_sources,
             dropped_rows_path=Path(dropped_rows_folder) / dropped_rows,
             max_samples=max_samples,
             tool_schemas=tool_schemas,
@@ -64,12 +68,17 @@ def build_datasets(
 class EpochSampler(Sampler[int]):
     """The places of a data set in an order drawn from the seed and the data set's epoch, and nothing else.
 
+    With ``weights`` (``data.source_weights``) every stretch of it holds each group of sources in its share.
+
     So the position in the data is an epoch and a number of batches, whatever the number of loader processes. The order
     of a generator that runs on would depend on that: torchdata starts a sampler once more where it has processes.
     """
 
-    def __init__(self, dataset: RLHFDataset, seed: int, shuffle: bool) -> None:
+    def __init__(
+        self, dataset: RLHFDataset, seed: int, shuffle: bool, weights: Mapping[str, float] | None = None
+    ) -> None:
         self._dataset = dataset
+        self._groups = group_by_weight(dataset.sources, weights) if weights else None
         self._seed = seed
         self._shuffle = shuffle
 
@@ -77,11 +86,11 @@ class EpochSampler(Sampler[int]):
         return len(self._dataset)
 
     def __iter__(self) -> Iterator[int]:
-        if not self._shuffle:
-            return iter(range(len(self)))
         # The seeds of neighbouring epochs have nothing in common: both numbers go through SeedSequence.
-        order = np.random.default_rng([self._seed, self._dataset.epoch]).permutation(len(self))
-        return iter(order.tolist())
+        random = np.random.default_rng([self._seed, self._dataset.epoch])
+        if self._groups is not None:
+            return iter(mixed_order(self._groups, random, self._shuffle))
+        return iter(random.permutation(len(self)).tolist() if self._shuffle else range(len(self)))
 
 
 def build_train_loader(dataset: RLHFDataset, config: DataConfig) -> StatefulDataLoader:
@@ -100,7 +109,7 @@ def build_train_loader(dataset: RLHFDataset, config: DataConfig) -> StatefulData
     return StatefulDataLoader(
         dataset,
         batch_size=config.train_batch_size,
-        sampler=EpochSampler(dataset, config.seed, config.shuffle),
+        sampler=EpochSampler(dataset, config.seed, config.shuffle, config.source_weights),
         num_workers=config.dataloader_num_workers,
         drop_last=True,
         collate_fn=collate_fn,

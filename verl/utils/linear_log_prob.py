@@ -45,11 +45,12 @@ class _Options(NamedTuple):
     chunk_rows: int
 
 
-def _chunks(num_rows: int, chunk_rows: int) -> Iterator[slice]:
+def row_chunks(num_rows: int, chunk_rows: int) -> Iterator[slice]:
+    """The rows of each chunk in turn."""
     return (slice(start, min(start + chunk_rows, num_rows)) for start in range(0, num_rows, chunk_rows))
 
 
-def _scaled_logits(hidden: torch.Tensor, weight: torch.Tensor, temperature: float) -> torch.Tensor:
+def scaled_logits(hidden: torch.Tensor, weight: torch.Tensor, temperature: float) -> torch.Tensor:
     """(C, K) logits over the temperature, at least float32; memory of its own, which callers overwrite."""
     logits = F.linear(hidden, weight)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -70,7 +71,7 @@ class _LinearTokenStats(torch.autograd.Function):
         entropy = torch.empty_like(log_probs) if options.with_entropy else None
         mass = None if options.extend_start is None else torch.empty_like(log_probs)
         vocabulary = weight[: options.vocab_size]
-        for chunk in _chunks(rows, options.chunk_rows):
+        for chunk in row_chunks(rows, options.chunk_rows):
             stats, normalizer[chunk] = _chunk_stats(hidden[chunk], vocabulary, labels[chunk, None], options)
             for values, into in zip(stats, (log_probs, entropy, mass), strict=True):
                 if values is not None and into is not None:
@@ -92,11 +93,11 @@ class _LinearTokenStats(torch.autograd.Function):
         if grad_log_probs is None:
             grad_log_probs = torch.zeros_like(normalizer)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        grad_weight = _WeightGradient(weight) if ctx.needs_input_grad[1] else None
+        grad_weight = WeightGradient(weight) if ctx.needs_input_grad[1] else None
         vocabulary = weight[: options.vocab_size]
-        for chunk in _chunks(hidden.shape[0], options.chunk_rows):
+        for chunk in row_chunks(hidden.shape[0], options.chunk_rows):
             grad = _chunk_gradient(
-                _scaled_logits(hidden[chunk], vocabulary, options.temperature).sub_(normalizer[chunk, None]),
+                scaled_logits(hidden[chunk], vocabulary, options.temperature).sub_(normalizer[chunk, None]),
                 labels[chunk, None],
                 grad_log_probs[chunk, None],
                 None if grad_entropy is None else (grad_entropy[chunk, None], entropy[chunk, None]),
@@ -115,7 +116,7 @@ def _chunk_stats(
     hidden: torch.Tensor, vocabulary: torch.Tensor, labels: torch.Tensor, options: _Options
 ) -> tuple[TokenStats, torch.Tensor]:
     """Statistics (C,) of a chunk, and the logarithm of its softmax's denominator. ``labels`` is (C, 1)."""
-    log_softmax = _scaled_logits(hidden, vocabulary, options.temperature)
+    log_softmax = scaled_logits(hidden, vocabulary, options.temperature)
     normalizer = log_softmax.logsumexp(dim=-1)
     log_softmax.sub_(normalizer[:, None])
     log_probs = log_softmax.gather(1, labels).squeeze(1)
@@ -161,7 +162,7 @@ def _chunk_gradient(
     return grad.scatter_add_(1, labels, grad_log_probs.to(grad.dtype)).div_(options.temperature)
 
 
-class _WeightGradient:
+class WeightGradient:
     """Sum of the chunks' contributions to the head's gradient (V, D).
 
     In half precision a sum over dozens of chunks would lose the small ones, so it is kept in float32 and rounded once.

@@ -9,7 +9,7 @@ Letters: B rows of this rank, R response.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,14 @@ from verl.utils.device import max_memory_metrics, release_cached_memory, resolve
 from verl.utils.save_outcome import SaveOutcome
 from verl.utils.tokenizer import hf_tokenizer
 from verl.workers.actor.dp_actor import SCORED_KEYS, UPDATE_KEYS, DataParallelPPOActor, with_scoring_limits
+from verl.workers.config import DistillConfig
 from verl.workers.fsdp.build import build_model
 from verl.workers.fsdp.checkpoint import CheckpointWriter, TrainingState, load_checkpoint
 from verl.workers.fsdp.optimizer import LearningRateSchedule, build_optimizer
 from verl.workers.fsdp.process import join_ranks, require_path, softmax_size
 from verl.workers.fsdp.shard import move_optimizer_state, move_parameters
 from verl.workers.fsdp.weight_export import Placement, WeightExporter, WeightInfo
+from verl.workers.teacher_worker import TeacherWorker
 
 
 class StudentWorker(Worker):
@@ -37,11 +39,15 @@ class StudentWorker(Worker):
     Args:
         config: ``actor_rollout_ref``.
         device: ``trainer.device``.
+        distill: ``algorithm.distill``; None: policy-gradient losses alone.
     """
 
-    def __init__(self, config: ActorRolloutRefConfig, device: str = "auto") -> None:
+    def __init__(
+        self, config: ActorRolloutRefConfig, device: str = "auto", distill: DistillConfig | None = None
+    ) -> None:
         super().__init__()
         self.config = config
+        self._distill = distill
         self._device_setting = device
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
@@ -67,6 +73,7 @@ class StudentWorker(Worker):
             extend_start=config.rollout.extend_start,
             packed=built.packed,
             mini_batch_rows=actor.ppo_mini_batch_size * config.rollout.n // self.world_size,
+            distill=self._distill,
             device=self._ranks.device,
         )
         self._exporter = WeightExporter(
@@ -97,8 +104,8 @@ class StudentWorker(Worker):
     @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO, padding=False, reads=UPDATE_KEYS)
     def update_actor(self, data: DataProto) -> DataProto:
         """Train on a batch; the metrics stand in ``meta_info["metrics"]``, the same on every rank."""
-        with self._on_device(optimizer=True):
-            metrics = self.actor.update_policy(data)
+        with self._on_device(optimizer=True), ExitStack() as stack:
+            metrics = self.actor.update_policy(data, [self._teacher(role, stack) for role in self._teacher_roles()])
         return DataProto(meta_info={"metrics": metrics | max_memory_metrics(self._ranks.device.type)})
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
@@ -152,6 +159,17 @@ class StudentWorker(Worker):
         """Go on from a checkpoint that `save_checkpoint` wrote, on any number of ranks."""
         with self._on_device(optimizer=True):
             load_checkpoint(self._state, self.config.actor.checkpoint, Path(local_path))
+
+    def _teacher_roles(self) -> list[str]:
+        """The teachers that the update itself asks."""
+        return self._distill.roles if self._distill is not None and self._distill.is_exact else []
+
+    def _teacher(self, role: str, stack: ExitStack) -> tuple[DataParallelPPOActor, float]:
+        """A teacher of this process, ready until ``stack`` closes, and the weight of its rows."""
+        peer = self.peers.get(role)
+        if not isinstance(peer, TeacherWorker) or self._distill is None:
+            raise ValueError(f"there is no teacher {role!r} beside the student; it holds {sorted(self.peers)}")
+        return stack.enter_context(peer.on_device()), self._distill.weight_of(role)
 
     @contextmanager
     def _on_device(self, optimizer: bool = False) -> Iterator[None]:

@@ -2,10 +2,14 @@
 
 In:  rollouts of a student whose vocabulary may extend the teacher's. Out: the teacher's log-probs of the student's
 tokens. The teacher's distribution runs over B alone, the ids below the extension that its tokenizer names; of anything
-else it reads a stand-in and says ``ref_log_prob_replace_val``.
+else it reads a stand-in and says ``ref_log_prob_replace_val``. A teacher with the student's vocabulary (the student
+itself, frozen) reads and judges every id.
 
 Letters: B rows of this rank, R response.
 """
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -16,9 +20,10 @@ from verl.trainer.config import ActorRolloutRefConfig
 from verl.utils.device import release_cached_memory
 from verl.utils.tokenizer import hf_tokenizer
 from verl.workers.actor.dp_actor import SCORED_KEYS, DataParallelPPOActor, with_scoring_limits
+from verl.workers.config import RefModelConfig, TeacherConfig
 from verl.workers.fsdp.build import build_model
 from verl.workers.fsdp.process import join_ranks, require_path, softmax_size
-from verl.workers.fsdp.shard import move_parameters
+from verl.workers.fsdp.shard import move_parameters, reshard
 
 
 class TeacherWorker(Worker):
@@ -27,30 +32,39 @@ class TeacherWorker(Worker):
     Args:
         config: ``actor_rollout_ref``; without ``ref.model.path`` the student's own starting weights are the teacher.
         device: ``trainer.device``.
+        teacher: a further teacher; None: the one of ``actor_rollout_ref.ref``.
     """
 
-    def __init__(self, config: ActorRolloutRefConfig, device: str = "auto") -> None:
+    def __init__(
+        self, config: ActorRolloutRefConfig, device: str = "auto", teacher: TeacherConfig | None = None
+    ) -> None:
         super().__init__()
         self.config = config
         self._device_setting = device
+        self._reads_extended = teacher is not None and teacher.reads_extended
+        ref = config.ref.model if teacher is None else RefModelConfig(path=teacher.path)
+        self._path = ref.path or config.model.path
+        self._tokenizer_path = ref.tokenizer_path or (self._path if ref.path else config.model.tokenizer_path)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def init_model(self) -> None:
         """Join the other ranks, load and shard the model."""
         config, ref = self.config, self.config.ref
         self._ranks = join_ranks(self, self._device_setting, seed=config.rollout.seed)
-        path = require_path("actor_rollout_ref.ref.model.path", ref.model.path or config.model.path)
-        tokenizer_path = ref.model.tokenizer_path or (path if ref.model.path else config.model.tokenizer_path or path)
-        tokenizer = hf_tokenizer(tokenizer_path, trust_remote_code=config.model.trust_remote_code)
+        path = require_path("actor_rollout_ref.ref.model.path", self._path)
+        tokenizer = hf_tokenizer(self._tokenizer_path or path, trust_remote_code=config.model.trust_remote_code)
         built = build_model(path, config.model, ref.fsdp_config, self._ranks.mesh, trainable=False)
-        shared_ids = shared_vocabulary(len(tokenizer), config.rollout.extend_start)
+        known, replacement = len(tokenizer), None
+        if not self._reads_extended:
+            known = shared_vocabulary(known, config.rollout.extend_start)
+            candidates = [tokenizer.pad_token_id, tokenizer.eos_token_id]
+            replacement = choose_replacement(ref.ref_replace_token_id, candidates, known)
         self.actor = DataParallelPPOActor(
             ref,
             built.module,
-            vocab_size=softmax_size(shared_ids, built.module),
-            replace_token_id=choose_replacement(
-                ref.ref_replace_token_id, [tokenizer.pad_token_id, tokenizer.eos_token_id], shared_ids
-            ),
+            vocab_size=softmax_size(known, built.module),
+            replace_token_id=replacement,
+            reads_extended=self._reads_extended,
             packed=built.packed,
             device=self._ranks.device,
         )
@@ -66,10 +80,17 @@ class TeacherWorker(Worker):
             ref.log_prob_max_token_len_per_gpu,
             ref.log_prob_micro_batch_size_per_gpu,
         )
-        self._move(self._ranks.device)
-        log_probs, _ = self.actor.compute_log_prob(data, mask_special_token=True)
-        self._move(torch.device("cpu"))
+        with self.on_device():
+            log_probs, _ = self.actor.compute_log_prob(data, mask_special_token=not self._reads_extended)
         return DataProto.from_dict({"ref_log_prob": log_probs})
+
+    @contextmanager
+    def on_device(self) -> Iterator[DataParallelPPOActor]:
+        """The model, on its device for the time of the block, with what it gathered freed behind it."""
+        self._move(self._ranks.device)
+        yield self.actor
+        reshard(self.actor.actor_module)
+        self._move(torch.device("cpu"))
 
     def _move(self, device: torch.device) -> None:
         """With ``param_offload`` on CUDA, keep the model in host memory but for the time it is used.

@@ -2,7 +2,7 @@
 
 ::
 
-    python -m recipe.onpolicy_distill.quickstart [--seed 0] [--steps 200] [--mode masked] [--out DIR] [OVERRIDES...]
+    python -m recipe.onpolicy_distill.quickstart [--seed 0] [--objective exact] [--out DIR] [OVERRIDES...]
 
     world ─► teacher ─► student, which forgot ─► scoreboard ─► distillation ─► scoreboard ─► report
 
@@ -25,28 +25,38 @@ from verl.utils.timing import marked_timer
 logger = logging.getLogger(__name__)
 
 PHASES = 6
-STEPS = 200
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line; Hydra overrides may stand anywhere in it."""
-    from recipe.onpolicy_distill.quickstart.distillation import MASKED, MODES
+    from recipe.onpolicy_distill.quickstart.distillation import EXACT, MASKED, MODES, OBJECTIVES, SAMPLED, STEPS
 
     parser = argparse.ArgumentParser(
         prog="python -m recipe.onpolicy_distill.quickstart", description=str(__doc__).splitlines()[0]
     )
     parser.add_argument("--seed", type=int, default=0, help="of world, models and sampling; default: %(default)s")
-    parser.add_argument("--steps", type=int, default=STEPS, help="steps of distillation; default: %(default)s")
+    parser.add_argument("--steps", type=int, help=f"of distillation; default: {STEPS[EXACT]}, sampled {STEPS[SAMPLED]}")
+    parser.add_argument(
+        "--objective",
+        choices=OBJECTIVES,
+        help="exact: whole distributions, with recommendation prompts judged by the student as it was (default); "
+        "sampled: the original method, drawn tokens of general prompts alone",
+    )
     parser.add_argument(
         "--mode",
         choices=MODES,
         default=MASKED,
         help="masked: nothing behind an answer's first item token is trained on (default); public-fork: all of it is, "
-        "and the teacher reads an end token in place of item tokens, as in the public fork of verl",
+        "and the teacher reads an end token in place of item tokens, as in the public fork of verl; takes the "
+        "objective sampled",
     )
     parser.add_argument("--out", type=Path, default=Path("outputs/quickstart"), help="default: %(default)s")
     parser.add_argument("overrides", nargs="*", help="Hydra overrides for the distillation")
     args = parser.parse_intermixed_args(argv)
+    if args.mode != MASKED and args.objective == EXACT:
+        parser.error(f"--mode {args.mode} has no meaning with --objective {EXACT}, which masks by itself")
+    args.objective = args.objective or (EXACT if args.mode == MASKED else SAMPLED)
+    args.steps = STEPS[args.objective] if args.steps is None else args.steps
     if args.steps < 1:
         parser.error(f"--steps {args.steps} must be at least 1")
     return args
@@ -89,10 +99,11 @@ def score(world: Any, model: Path, teacher: Path, seed: int, *, general: bool = 
 def experiment(args: argparse.Namespace, out: Path) -> Path:
     """Everything from the world to the report; returns the report. Raises RuntimeError where the distillation fails."""
     from recipe.onpolicy_distill.quickstart import baseline, models, report, scoreboard_table, world
-    from recipe.onpolicy_distill.quickstart.distillation import MASKED, Distillation
+    from recipe.onpolicy_distill.quickstart.distillation import EXACT, MASKED, Distillation
 
     cache, seed = out / "cache", args.seed
-    results = out if args.mode == MASKED else out / args.mode
+    method = args.objective if args.mode == MASKED else args.mode
+    results = out if method == EXACT else out / method
     phase, total = Phases(), dict[str, float]()
     with marked_timer("total", total):
         with phase("world", "a world: general tasks, a catalogue, users"):
@@ -104,8 +115,10 @@ def experiment(args: argparse.Namespace, out: Path) -> Path:
         with phase("scoreboard_before", "what teacher and student can do"):
             of_teacher = score(built, teacher, teacher, seed, rec=False)
             before = score(built, student, teacher, seed)
-        run = Distillation(built, teacher, student, results / "run", args.steps, seed, args.mode, args.overrides)
-        with phase("distillation", f"{args.steps} steps of on-policy distillation on general prompts ({args.mode})"):
+        run = Distillation(
+            built, teacher, student, results / "run", args.steps, seed, args.objective, args.mode, args.overrides
+        )
+        with phase("distillation", f"{args.steps} steps of on-policy distillation ({method})"):
             run.run()
         with phase("scoreboard_after", "what the student can do now, and could half-way"):
             *earlier, (last, trained) = run.checkpoints()
@@ -114,6 +127,7 @@ def experiment(args: argparse.Namespace, out: Path) -> Path:
     summary = {
         "seed": seed,
         "steps": last,
+        "objective": args.objective,
         "mode": args.mode,
         "overrides": args.overrides,
         "seconds": phase.seconds | total,

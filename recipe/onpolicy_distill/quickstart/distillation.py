@@ -19,6 +19,14 @@ MAX_PROMPT_TOKENS = 64
 MAX_ANSWER_TOKENS = 12
 MASKED, PUBLIC_FORK = "masked", "public-fork"
 MODES = (MASKED, PUBLIC_FORK)
+EXACT, SAMPLED = "exact", "sampled"
+OBJECTIVES = (EXACT, SAMPLED)
+"""``exact``: the whole reverse KL to the teacher on general prompts, and to the student as it was, frozen, on
+recommendation prompts, a quarter of each batch. ``sampled``: the original method, drawn tokens on general prompts."""
+REHEARSAL_SHARE = 0.25
+LEARNING_RATES = {EXACT: 5e-4, SAMPLED: 1e-3}
+STEPS = {EXACT: 120, SAMPLED: 200}
+"""Steps that an objective needs here."""
 """``masked`` trains on nothing behind an answer's first item token. ``public-fork`` does as the public fork of verl: it
 trains on that too, while the teacher reads an end token in place of each item token."""
 EXACT_MATCH = Path(__file__).with_name("exact_match.py")
@@ -35,6 +43,8 @@ class Distillation:
     """Where the run writes; emptied before it starts."""
     steps: int
     seed: int
+    objective: str = EXACT
+    """One of OBJECTIVES."""
     mode: str = MASKED
     """One of MODES."""
     overrides: Sequence[str] = ()
@@ -54,7 +64,7 @@ class Distillation:
 
     def command(self) -> list[str]:
         """The entry point with the quickstart's settings, then the user's."""
-        settings = self._settings() | self._settings_of_mode()
+        settings = self._settings() | self._settings_of_objective() | self._settings_of_mode()
         command = [sys.executable, "-m", "recipe.onpolicy_distill.main_onpolicy_distill"]
         return [*command, *(f"{key}={value}" for key, value in settings.items()), *self.overrides]
 
@@ -63,14 +73,13 @@ class Distillation:
         return {
             "actor_rollout_ref.model.path": self.student,
             "actor_rollout_ref.ref.model.path": self.teacher,
-            "actor_rollout_ref.actor.optim.lr": 1e-3,
+            "actor_rollout_ref.actor.optim.lr": LEARNING_RATES[self.objective],
             "actor_rollout_ref.actor.optim.lr_warmup_steps": 5,
             "actor_rollout_ref.actor.optim.lr_scheduler_type": "cosine",
             "actor_rollout_ref.actor.optim.min_lr_ratio": 0.1,
             "actor_rollout_ref.rollout.extend_vocab_start_token": world.extend_vocab_start_token,
             "actor_rollout_ref.rollout.seed": self.seed,
             "actor_rollout_ref.rollout.agent.num_workers": 1,
-            "data.train_files": world.general_train,
             # Validation asks for items too; the teacher cannot read such prompts, so they are measured by reward alone.
             "data.val_files": f"[{world.general_test},{world.rec_test}]",
             "data.prompt_extend_tokens": "replace",
@@ -88,6 +97,19 @@ class Distillation:
             "trainer.resume_mode": "disable",
             "trainer.logger": "[console,file]",
             "trainer.default_local_dir": self.folder,
+        }
+
+    def _settings_of_objective(self) -> dict[str, Any]:
+        world = self.world
+        if self.objective == SAMPLED:
+            return {"data.train_files": world.general_train}
+        return {
+            "data.train_files": f"[{world.general_train},{world.rec_train}]",
+            "data.source_weights": f"{{rec_*:{REHEARSAL_SHARE},general_*:{1 - REHEARSAL_SHARE}}}",
+            "algorithm.distill.objective": "exact",
+            "algorithm.distill.support": "shared",
+            "algorithm.distill.leak_coef": 1.0,
+            "++algorithm.distill.teachers.self": "{vocabulary:full,sources:[rec_*]}",
         }
 
     def _settings_of_mode(self) -> dict[str, Any]:

@@ -10,8 +10,9 @@ from small_world import SHORT_STUDENT, SHORT_TEACHER, SMALL, build_small_world
 from recipe.onpolicy_distill.quickstart import __main__ as quickstart
 from recipe.onpolicy_distill.quickstart import models, world
 from recipe.onpolicy_distill.quickstart.baseline import popularity_figures
-from recipe.onpolicy_distill.quickstart.distillation import Distillation
+from recipe.onpolicy_distill.quickstart.distillation import STEPS, Distillation
 from recipe.onpolicy_distill.quickstart.scoreboard_table import popularity_line
+from verl.trainer.config.typed import load_config
 from verl.utils.tokenizer import hf_tokenizer
 
 
@@ -27,11 +28,16 @@ def settings_of(small, **changes):
 
 def test_arguments():
     args = quickstart.parse_args(["trainer.test_freq=5", "--seed", "2", "data.seed=1", "--mode", "public-fork"])
-    assert (args.seed, args.steps, args.mode) == (2, quickstart.STEPS, "public-fork")
+    assert (args.seed, args.steps, args.objective, args.mode) == (2, STEPS["sampled"], "sampled", "public-fork")
     assert args.overrides == ["trainer.test_freq=5", "data.seed=1"]
+    args = quickstart.parse_args([])
+    assert (args.steps, args.objective, args.mode) == (STEPS["exact"], "exact", "masked")
+    assert quickstart.parse_args(["--objective", "sampled", "--steps", "7"]).steps == 7
 
 
-@pytest.mark.parametrize("argv", [["--steps", "0"], ["--mode", "other"], ["--sed", "1"]])
+@pytest.mark.parametrize(
+    "argv", [["--steps", "0"], ["--mode", "other"], ["--sed", "1"], ["--mode", "public-fork", "--objective", "exact"]]
+)
 def test_bad_arguments(argv, capsys):
     with pytest.raises(SystemExit, match="2"):
         quickstart.parse_args(argv)
@@ -39,7 +45,7 @@ def test_bad_arguments(argv, capsys):
 
 
 def test_the_modes_differ_in_the_mask_and_in_what_the_teacher_reads(small):
-    masked, fork = settings_of(small), settings_of(small, mode="public-fork")
+    masked, fork = (settings_of(small, objective="sampled", mode=mode) for mode in ("masked", "public-fork"))
     end = hf_tokenizer(small.teacher_tokenizer).eos_token_id
     assert fork[: len(masked)] == masked
     assert fork[len(masked) :] == [
@@ -48,8 +54,22 @@ def test_the_modes_differ_in_the_mask_and_in_what_the_teacher_reads(small):
     ]
 
 
+@pytest.mark.parametrize("objective", ["exact", "sampled"])
+@pytest.mark.parametrize("mode", ["masked", "public-fork"])
+def test_settings_are_settings_of_the_entry_point(small, objective, mode):
+    if (objective, mode) != ("exact", "public-fork"):
+        config = load_config(
+            settings_of(small, objective=objective, mode=mode),
+            "recipe.onpolicy_distill.config",
+            "onpolicy_distill_trainer",
+        )
+        distill = config.algorithm.distill
+        assert distill.is_exact == (objective == "exact")
+        assert distill.reads_extended("rec_next") == distill.is_exact and not distill.reads_extended("general_add")
+
+
 def test_the_user_has_the_last_word(small):
-    assert settings_of(small, mode="public-fork", overrides=["data.seed=9"])[-1] == "data.seed=9"
+    assert settings_of(small, overrides=["data.seed=9"])[-1] == "data.seed=9"
 
 
 def test_checkpoints_come_in_the_order_of_their_steps(small, tmp_path):
@@ -85,7 +105,7 @@ def test_the_whole_experiment_and_what_a_second_one_makes_anew(tmp_path, monkeyp
     console = capsys.readouterr().out
     assert "[6/6]" in console and "General tasks, exact answers" in console
     summary = json.loads((tmp_path / "summary.json").read_text())
-    assert summary["seed"] == 1 and summary["steps"] == 2 and summary["mode"] == "masked"
+    assert summary["seed"] == 1 and summary["steps"] == 2 and summary["objective"] == "exact"
     assert set(summary["seconds"]) == {"total", *PHASES}
     assert "general_accuracy" in summary["teacher"]
     for when in ("before", "after"):

@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from verl.trainer.config import PPOConfig
 from verl.trainer.config.typed import load_config, public_dict, save_config, to_typed
 
+EXACT = ["algorithm.adv_estimator=on_policy_distill", "algorithm.distill.objective=exact"]
 ROLLOUT = "actor_rollout_ref.rollout"
 VAL = f"{ROLLOUT}.val_kwargs"
 ENV = "ray_kwargs.ray_init.runtime_env.env_vars"
@@ -180,6 +181,25 @@ def test_wrong_types_name_key_value_and_type(override: str, expected: str) -> No
             "data.apply_chat_template_kwargs.add_generation_prompt=False is set by the agent loops",
         ),
         (["actor_rollout_ref.actor.clip_ratio_c=1"], "actor_rollout_ref.actor.clip_ratio_c=1.0 must be above 1"),
+        (["algorithm.distill.objective=kl"], "algorithm.distill.objective='kl' is not one of sampled, exact"),
+        (["algorithm.distill.support=shared"], "algorithm.distill.support=shared has no effect with"),
+        (["algorithm.distill.leak_target=0"], "algorithm.distill.leak_target=0.0 must lie between 0 and 1"),
+        (["++algorithm.distill.teachers.ref={}"], "algorithm.distill.teachers.ref: that name is taken"),
+        (["++algorithm.distill.teachers.a={vocabulary:most}"], "vocabulary='most' is not one of base, full"),
+        (["++algorithm.distill.teachers.a={color:red}"], "algorithm.distill.teachers.a.color is no known key"),
+        (
+            ["++algorithm.distill.teachers={a:{vocabulary:base},b:{vocabulary:full}}"],
+            "list those with the vocabulary full first",
+        ),
+        (["algorithm.distill.objective=exact"], "belongs to algorithm.adv_estimator=on_policy_distill, not grpo"),
+        (
+            [*EXACT, "actor_rollout_ref.actor.entropy_coeff=0.1"],
+            "actor_rollout_ref.actor.entropy_coeff=0.1 has no effect with algorithm.distill.objective=exact",
+        ),
+        (
+            [*EXACT, "trainer.teacher_nnodes=1", "trainer.teacher_n_gpus_per_node=1"],
+            "needs it beside the student",
+        ),
         (["trainer.max_actor_ckpt_to_keep=0"], "trainer.max_actor_ckpt_to_keep=0 must be at least 1, or null to keep"),
         ([f"{ROLLOUT}.top_k=0"], f"{ROLLOUT}.top_k=0 must be -1 (all) or at least 1"),
         ([f"{VAL}.temperature=-0.1"], f"{VAL}.temperature=-0.1 must be at least 0"),

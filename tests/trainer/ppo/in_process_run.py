@@ -94,9 +94,10 @@ def run_in_process(config: PPOConfig, dies_in_batch: int | None = None) -> None:
     trainer: Any = build_trainer(config)
     models, trainer_settings = config.actor_rollout_ref, config.trainer
     trainer.actor_wg = InProcessGroup(trainer.role_worker_mapping["actor"](config=models, device="cpu"))
-    trainer.ref_wg = InProcessGroup(trainer.role_worker_mapping["ref"](config=models, device="cpu"))
+    teacher = InProcessGroup(trainer.role_worker_mapping["ref"](config=models, device="cpu"))
+    trainer.role_groups = {"actor": trainer.actor_wg, "ref": teacher}
     trainer.actor_wg.init_model()
-    trainer.ref_wg.init_model()
+    teacher.init_model()
     trainer.agent_loop_manager = InProcessEngines(config, trainer.tokenizer, dies_in_batch)
     trainer.logger = Tracking("project", "run", ["file"], config=config, local_dir=trainer_settings.default_local_dir)
     try:

@@ -140,7 +140,8 @@ def make_trainer(
     trainer: Any = cls(config, None, {}, Prompts(), **options)  # type: ignore[arg-type]
     log = Log()
     trainer.agent_loop_manager = Engines(log)
-    trainer.actor_wg = trainer.ref_wg = Ranks(log)
+    trainer.actor_wg = Ranks(log)
+    trainer.role_groups = {"actor": trainer.actor_wg, "ref": trainer.actor_wg}
     trainer.logger = Logger()
     return trainer, log
 

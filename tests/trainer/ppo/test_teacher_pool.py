@@ -59,7 +59,9 @@ def score(trainer: TrainerConfig, config: ActorRolloutRefConfig, batch: DataProt
     pools, groups = plan_pools(trainer, ["actor", "ref"], use_gpu=False), WorkerGroups()
     try:
         pools.create_resource_pool()
-        views = groups.start(pools, {"actor": Bystander, "ref": TeacherWorker}, config=config, device="cpu")
+        views = groups.start(
+            pools, {"actor": Bystander, "ref": TeacherWorker}, lambda _: {"config": config, "device": "cpu"}
+        )
         assert len(views["actor"].ranks()) == trainer.world_size
         views["ref"].init_model()
         return views["ref"].compute_ref_log_prob(batch).tensor("ref_log_prob"), len(pools.resource_pool_dict)
@@ -90,7 +92,7 @@ def test_each_pool_has_gpus_of_its_own_and_replicas_those_of_the_student() -> No
     pools, groups = plan_pools(trainer, ["actor", "ref"], use_gpu=True), WorkerGroups()
     pools.create_resource_pool()
     config = ActorRolloutRefConfig()
-    views = groups.start(pools, {"actor": Bystander, "ref": Bystander}, config=config, device="cuda")
+    views = groups.start(pools, {"actor": Bystander, "ref": Bystander}, lambda _: {"config": config, "device": "cuda"})
     try:
         student, teacher = views["actor"].get_placement(), views["ref"].get_placement()
         students, teachers = ({rank["cuda_visible_devices"] for rank in ranks} for ranks in (student, teacher))

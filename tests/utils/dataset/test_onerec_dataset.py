@@ -152,6 +152,16 @@ def test_prompts_with_extended_tokens(tokenizer, tmp_path):
         load(prompt_extend_tokens="error")
 
 
+def test_sources_whose_teacher_reads_item_tokens_keep_them(tokenizer, tmp_path):
+    rows = [chat("<s_a_0>", source=source) for source in ("rec_next", "recipes", "letters")]
+    path = write(tmp_path / "d.parquet", rows)
+    dataset = OneRecDataset(
+        path, tokenizer, DataConfig(), extend_vocab_start_token=EXTEND_START, extended_sources=["rec_*", "l?tters"]
+    )
+    assert dataset.sources == ["rec_next", "letters"]
+    assert dataset.ledger.dropped == {"extended_tokens": 1}
+
+
 def test_think_draws_change_with_the_epoch_and_come_back(tokenizer, tmp_path):
     path = write(tmp_path / "d.parquet", [chat(f"q{n}") for n in range(30)])
     dataset = OneRecDataset(path, tokenizer, DataConfig(enable_think=True))

@@ -118,6 +118,10 @@ class AgentLoopContext:
     tools: Mapping[str, BaseTool] = field(default_factory=dict)
 
 
+TEACHER_READS_EXTENDED = "teacher_reads_extended"
+"""Key of a row, true where its teacher knows item tokens."""
+
+
 class AgentLoopBase(ABC):
     """One conversation; a new object for each, so that a loop may keep its state on itself."""
 
@@ -126,6 +130,8 @@ class AgentLoopBase(ABC):
         self.rollout = context.rollout
         self.template = context.template
         self.metrics = AgentLoopMetrics()
+        self.teacher_reads_extended = False
+        """Whether the teacher of this row knows item tokens, so that nothing is masked on their account."""
         self._generate = generate
 
     @abstractmethod
@@ -138,6 +144,7 @@ class AgentLoopBase(ABC):
         Raises:
             ValueError: the prompt has more than ``rollout.prompt_length`` tokens.
         """
+        self.teacher_reads_extended = bool(row.get(TEACHER_READS_EXTENDED))
         prompt_ids = row.get("prompt_ids")
         if prompt_ids is None:
             prompt_ids = self.template.encode_prompt(row["raw_prompt"], with_tools)
@@ -171,8 +178,8 @@ class AgentLoopBase(ABC):
             response_mask=trainable_mask(
                 trajectory.model_mask,
                 extended,
-                drop_whole=self.rollout.mask_response_if_have_extend_token,
-                keep_rest=not self.rollout.mask_after_extend_token,
+                drop_whole=self.rollout.mask_response_if_have_extend_token and not self.teacher_reads_extended,
+                keep_rest=self.teacher_reads_extended or not self.rollout.mask_after_extend_token,
             ),
             distill_special_token_mask=extended,
             response_logprobs=trajectory.log_probs,

@@ -5,6 +5,7 @@ them. Models, devices and the choice of a communication backend belong to the su
 """
 
 import os
+from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -33,6 +34,8 @@ class Worker:
         """The scheduler's name of this node."""
         self.node_ip = env.get("VERL_NODE_IP", "127.0.0.1")
         """Address of this node."""
+        self.peers: Mapping[str, Worker] = {}
+        """The workers of this process by role, this one among them; filled once all of them are built."""
 
     def init_process_group(self, backend: str, timeout_s: float = 1800.0) -> None:
         """Join ``torch.distributed``; a second call in one process (co-located roles) does nothing.

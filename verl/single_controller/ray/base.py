@@ -77,6 +77,8 @@ class WorkerHost:
     def build(self, roles: Mapping[str, RayClassWithInitArgs]) -> None:
         for role, worker in roles.items():
             self._workers[role] = worker.cls(*worker.args, **worker.kwargs)
+        for built in self._workers.values():
+            built.peers = self._workers
 
     def call(self, role: str, method: str, call: Call) -> Any:
         return getattr(self._workers[role], method)(*call.args, **call.kwargs)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from verl.workers.config.actor import KL_ESTIMATORS
+from verl.workers.config.distill import DistillConfig
 
 ON_POLICY_DISTILL = "on_policy_distill"
 """``AdvantageEstimator.ON_POLICY_DISTILL``, for checks that have to do without torch."""
@@ -66,6 +67,7 @@ class AlgoConfig:
     """Upper bound of the distillation advantage; 0 is a bound, null is none."""
     distill_adv_min_clip: float | None = None
     """Lower bound of the distillation advantage; 0 is a bound, null is none."""
+    distill: DistillConfig = field(default_factory=DistillConfig)
     rollout_correction: RolloutCorrectionConfig = field(default_factory=RolloutCorrectionConfig)
 
     def __post_init__(self) -> None:

@@ -45,6 +45,7 @@ class PPOConfig:
         self._check_roles()
         self._check_algorithm()
         self._check_tools()
+        self._check_distill()
         self._check_vocabulary_settings()
 
     def _check_batch_sizes(self) -> None:
@@ -60,6 +61,28 @@ class PPOConfig:
                 f"actor_rollout_ref.actor.ppo_mini_batch_size={mini} x actor_rollout_ref.rollout.n={rollout.n} rows "
                 f"do not divide over trainer.nnodes={self.trainer.nnodes} x "
                 f"trainer.n_gpus_per_node={self.trainer.n_gpus_per_node} = {ranks} ranks; change one of them"
+            )
+
+    def _check_distill(self) -> None:
+        """Settings that an exact objective has no use for, and where its teachers have to be."""
+        distill, actor, trainer = self.algorithm.distill, self.actor_rollout_ref.actor, self.trainer
+        if not distill.is_exact:
+            return
+        key = f"algorithm.distill.objective={distill.objective}"
+        if self.algorithm.adv_estimator != ON_POLICY_DISTILL:
+            raise ValueError(
+                f"{key} belongs to algorithm.adv_estimator={ON_POLICY_DISTILL}, not {self.algorithm.adv_estimator}"
+            )
+        for name, value in (("entropy_coeff", actor.entropy_coeff), ("use_kl_loss", actor.use_kl_loss)):
+            if value:
+                raise ValueError(
+                    f"actor_rollout_ref.actor.{name}={value} has no effect with {key}, whose loss is the divergence "
+                    "alone; leave it out"
+                )
+        if trainer.teacher_ranks_on_nodes:
+            raise ValueError(
+                f"trainer.teacher_nnodes={trainer.teacher_nnodes} puts the teacher on other ranks, and {key} needs it "
+                "beside the student; leave it out, or set algorithm.distill.objective=sampled"
             )
 
     def _check_lengths(self) -> None:

@@ -57,6 +57,9 @@ class DataConfig:
     """Prompts that hold extended tokens: ``drop`` (counted), ``replace`` (for the teacher only) or ``error``."""
     on_bad_row: str = "drop"
     """Rows that cannot be used: ``drop`` (counted and recorded) or ``error``."""
+    source_weights: dict[str, float] = field(default_factory=dict)
+    """Share of each group of sources in every batch, by shell pattern (``{"rec_*": 0.25, "*": 0.75}``); empty: as the
+    files have them."""
     max_dropped_fraction: float = 0.5
     """Largest share of the rows read that may be dropped, for whatever reason; above it the run stops."""
     cache_dir: str = "~/.cache/kai-verl"

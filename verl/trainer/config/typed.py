@@ -186,7 +186,7 @@ def _convert_container(value: Any, hint: Any, key: str) -> Any:
             return {}
         if not isinstance(value, Mapping):
             raise ValueError(f"{key}={value!r} must be a section with keys below it")
-        return dict(value)
+        return {name: _convert(item, arguments[1], f"{key}.{name}") for name, item in value.items()}
     if origin is list:
         items = ([value] if value else []) if isinstance(value, str) else value
         if not isinstance(items, Sequence):

@@ -102,8 +102,7 @@ class RayPPOTrainer:
             updates = config.data.train_batch_size // config.actor_rollout_ref.actor.ppo_mini_batch_size
             optim.total_training_steps = self.total_steps * updates * config.actor_rollout_ref.actor.ppo_epochs
         self._check_reward_fn()
-        roles = ["actor", "ref"] if self.uses_reference else ["actor"]
-        self.pools = plan_pools(config.trainer, roles, use_gpu=device_name == "cuda")
+        self.pools = plan_pools(config.trainer, self.roles, use_gpu=device_name == "cuda")
         self.worker_groups = WorkerGroups()
         facts = run_facts(config, vocab_fingerprint)
         require_resumable(config, facts, self.total_steps)
@@ -115,6 +114,15 @@ class RayPPOTrainer:
     def uses_reference(self) -> bool:
         """Whether reference log-probs are needed."""
         return self.config.algorithm.use_kl_in_reward or self.config.actor_rollout_ref.actor.use_kl_loss
+
+    @property
+    def roles(self) -> list[str]:
+        """The models of a run: ``actor``, which is trained, and those that are frozen."""
+        return ["actor", "ref"] if self.uses_reference else ["actor"]
+
+    def worker_arguments(self, role: str) -> dict[str, Any]:
+        """What the workers of a role are built with."""
+        return {"config": self.config.actor_rollout_ref, "device": self.device_name}
 
     @property
     def uses_reward(self) -> bool:
@@ -209,7 +217,7 @@ class RayPPOTrainer:
 
     def ref_log_prob(self, batch: DataProto) -> DataProto:
         """``ref_log_prob`` (B, R) of the reference."""
-        return self.ref_wg.compute_ref_log_prob(batch) if self.uses_reference else DataProto()
+        return self.role_groups["ref"].compute_ref_log_prob(batch) if self.uses_reference else DataProto()
 
     def update_actor(self, batch: DataProto) -> Metrics:
         """One pass of optimizer steps over the batch; its figures."""
@@ -289,19 +297,15 @@ class RayPPOTrainer:
         self.pools.create_resource_pool()
         if "address" in self.config.ray_kwargs.ray_init:
             check_nodes(self.config, self.pools)
-        groups = self.worker_groups.start(
-            self.pools, self.role_worker_mapping, config=self.config.actor_rollout_ref, device=self.device_name
-        )
-        self.actor_wg = groups["actor"]
+        self.role_groups = self.worker_groups.start(self.pools, self.role_worker_mapping, self.worker_arguments)
+        self.actor_wg = self.role_groups["actor"]
         self.agent_loop_manager = AgentLoopManager(
             self.config, self.actor_wg, device=self.device_name, tokenizer=self.tokenizer
         )
         if self.device_name == "cpu":
             self.agent_loop_manager.start()
-        self.actor_wg.init_model()
-        if self.uses_reference:
-            self.ref_wg = groups["ref"]
-            self.ref_wg.init_model()
+        for role in self.roles:
+            self.role_groups[role].init_model()
         if self.device_name != "cpu":
             self.agent_loop_manager.start()
         logger.info("models are ready, waiting for the engines")

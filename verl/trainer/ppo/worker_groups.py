@@ -11,7 +11,7 @@ Rollout engines are placed beside the student's ranks (``agent_loop``); a teache
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -91,7 +91,7 @@ def plan_pools(config: TrainerConfig, roles: Sequence[str], use_gpu: bool) -> Re
     """The pools that the settings ask for; nothing is reserved yet.
 
     Args:
-        roles: ``actor``, and ``ref`` where a reference is used.
+        roles: ``actor``, then those of its frozen models.
 
     Raises:
         ValueError: a pool for a teacher that nobody asks.
@@ -99,13 +99,13 @@ def plan_pools(config: TrainerConfig, roles: Sequence[str], use_gpu: bool) -> Re
     spec: dict[str, list[int]] = {TRAIN: config.ranks_on_nodes}
     mapping = dict.fromkeys(roles, TRAIN)
     if config.teacher_ranks_on_nodes:
-        if "ref" not in roles:
+        if len(roles) == 1:
             raise ValueError(
                 f"trainer.teacher_nnodes={config.teacher_nnodes} and trainer.teacher_n_gpus_per_node="
                 f"{config.teacher_n_gpus_per_node} give GPUs to a teacher, and this run asks none; set both to null"
             )
         spec[TEACHER] = config.teacher_ranks_on_nodes
-        mapping["ref"] = TEACHER
+        mapping = {role: TRAIN if role == roles[0] else TEACHER for role in roles}
     return ResourcePoolManager(spec, mapping, use_gpu)
 
 
@@ -116,19 +116,22 @@ class WorkerGroups:
         self._groups: list[RayWorkerGroup] = []
 
     def start(
-        self, pools: ResourcePoolManager, worker_classes: Mapping[str, type], **init: Any
+        self,
+        pools: ResourcePoolManager,
+        worker_classes: Mapping[str, type],
+        arguments_of: Callable[[str], Mapping[str, Any]],
     ) -> dict[str, RoleWorkerGroup]:
         """Start every rank of every role; returns while the processes still start.
 
         Args:
             worker_classes: by role; those without a pool are left out.
-            init: what each worker is built with.
+            arguments_of: what each role's workers are built with.
         """
         views: dict[str, RoleWorkerGroup] = {}
         for name, pool in pools.resource_pool_dict.items():
             roles = pools.roles_of(name)
             logger.info("pool %s: %s, for %s", name, pool.describe(), " and ".join(roles))
-            classes = {role: RayClassWithInitArgs(worker_classes[role], **init) for role in roles}
+            classes = {role: RayClassWithInitArgs(worker_classes[role], **arguments_of(role)) for role in roles}
             group = RayWorkerGroup(pool, create_colocated_worker_cls(classes), name_prefix=name)
             self._groups.append(group)
             views |= group.spawn(set(roles))

@@ -81,6 +81,8 @@ class RLHFDataset(Dataset[dict[str, Any]]):
         tokenizer: the student's; counts prompt tokens and finds extended ids.
         config: the ``data`` settings.
         extend_vocab_start_token: first extended id; None: no extension.
+        extended_sources: patterns of the sources whose prompts may hold extended tokens, whatever
+            ``data.prompt_extend_tokens`` says.
         dropped_rows_path: JSONL that receives a line per dropped row; None: counts alone.
         max_samples: read only the first rows; -1: all.
         tool_schemas: OpenAI function schemas of the tools that the agent loops list in the prompts. They count towards
@@ -99,6 +101,7 @@ class RLHFDataset(Dataset[dict[str, Any]]):
         config: "DataConfig",
         *,
         extend_vocab_start_token: int | None = None,
+        extended_sources: Sequence[str] = (),
         dropped_rows_path: str | Path | None = None,
         max_samples: int = -1,
         tool_schemas: list[dict[str, Any]] | None = None,
@@ -109,7 +112,9 @@ class RLHFDataset(Dataset[dict[str, Any]]):
         self._check_columns()
         self._cuts = config.truncation != "error" and not config.filter_overlong_prompts
         self._epoch = 0
-        examiner = RowExaminer(self._encoder, config, extend_vocab_start_token, self.read_prompt, self._source_of)
+        examiner = RowExaminer(
+            self._encoder, config, extend_vocab_start_token, extended_sources, self.read_prompt, self._source_of
+        )
         self.facts = self._find_facts(examiner, max_samples)
         """What was found out about each row read, in order (``row_facts.FACT_SCHEMA``)."""
         with RowLedger(dropped_rows_path) as self.ledger:
@@ -150,6 +155,11 @@ class RLHFDataset(Dataset[dict[str, Any]]):
     def location(self, index: int) -> tuple[Path, int]:
         """The file of an item's ``index``, and the row number there."""
         return self._rows.location(index)
+
+    @property
+    def sources(self) -> list[str]:
+        """The source of each item."""
+        return self.facts["source"].take(pa.array(self._kept)).to_pylist()
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order and the draws of the think switch. Loader processes see it from their next start on."""

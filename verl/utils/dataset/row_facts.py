@@ -9,6 +9,7 @@ own. Processes would gain nothing where that counting is what takes the time.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -72,6 +73,7 @@ class RowExaminer:
         encoder: counts the tokens of prompts.
         config: the ``data`` settings.
         extend_start: first extended id; None: no extension.
+        extended_sources: patterns of the sources whose prompts may hold extended tokens.
         read_prompt: reads one row; raises BadRowError.
         source_of: the source of a row.
     """
@@ -81,12 +83,14 @@ class RowExaminer:
         encoder: PromptEncoder,
         config: "DataConfig",
         extend_start: int | None,
+        extended_sources: Sequence[str],
         read_prompt: Callable[[Row], PromptRow],
         source_of: Callable[[Row], str],
     ) -> None:
         self._encoder = encoder
         self._config = config
         self._extend_start = extend_start
+        self._extended_sources = extended_sources
         self._read_prompt = read_prompt
         self._source_of = source_of
         self._limited = config.filter_overlong_prompts or config.truncation == "error"
@@ -102,6 +106,7 @@ class RowExaminer:
             "prompt_key": self._config.prompt_key,
             "data_source_key": self._config.data_source_key,
             "drop_extended": self._drops_extended,
+            "extended_sources": list(self._extended_sources),
             "limit": self._config.max_prompt_length if self._limited else None,
             "switches": possible_switches(self._config),
         }
@@ -155,7 +160,7 @@ class RowExaminer:
             return RowFact(source, ids.reason, ids.detail)
         tokens, start = len(ids), self._extend_start
         extended = sum(token >= start for token in ids) if start is not None else 0
-        if self._drops_extended and extended:
+        if extended and self._drops_extended and not any(fnmatchcase(source, p) for p in self._extended_sources):
             detail = f"the prompt holds {extended} ids from {start} on"
             return RowFact(source, "extended_tokens", detail, tokens, extended)
         if self._limited:

@@ -13,22 +13,27 @@ Not here: advantages, moving models between host and GPU, which process is which
 Letters: B rows of this rank, P prompt, R response, T = P + R, S scored positions of a micro-batch.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.distributed as dist
 
 from verl.protocol import DataProto
+from verl.utils.linear_divergence import LinearTeacher
 from verl.utils.linear_log_prob import TokenStats
-from verl.workers.actor.mini_batch_loss import LOSS_TENSORS, MiniBatchLoss
+from verl.workers.actor.exact_distill import ROW_TENSORS, ExactDistillLoss, Teacher, Vocabulary
+from verl.workers.actor.mini_batch_loss import LOSS_TENSORS, MiniBatchLoss, temperature_of
 from verl.workers.actor.row_layout import BatchSizes, MicroBatch, ScoredRows
-from verl.workers.config import FSDPActorConfig, RefConfig
+from verl.workers.config import DistillConfig, FSDPActorConfig, RefConfig
 from verl.workers.fsdp.optimizer import LearningRateSchedule, clipped_step
 from verl.workers.fsdp.shard import reshard
-from verl.workers.fsdp.token_stats_model import ScoreOptions, TokenStatsModel
+from verl.workers.fsdp.token_stats_model import Head, ScoreOptions, TokenStatsModel
 
 LOSS_KEYS = ("responses", "response_mask", "old_log_probs", "advantages")
 SCORED_KEYS = ("responses", "input_ids", "attention_mask", "distill_special_token_mask")
 """What scoring reads of a batch, where it is there; the rest need not travel."""
-UPDATE_KEYS = tuple(dict.fromkeys((*LOSS_KEYS, "input_ids", "attention_mask", *LOSS_TENSORS)))
+UPDATE_KEYS = tuple(dict.fromkeys((*LOSS_KEYS, "input_ids", "attention_mask", *LOSS_TENSORS, *ROW_TENSORS)))
 """What an update reads, where it is there."""
 
 
@@ -45,6 +50,8 @@ class DataParallelPPOActor:
         replace_token_id: what a frozen model reads in place of ids from ``vocab_size`` on.
         packed: layout of the model's inputs.
         mini_batch_rows: rows of this rank in one optimizer step.
+        distill: the objective of a student; None: the policy-gradient losses.
+        reads_extended: of a frozen model, whether it knows all of the student's ids.
         device: where the model computes.
     """
 
@@ -60,6 +67,8 @@ class DataParallelPPOActor:
         replace_token_id: int | None = None,
         packed: bool = True,
         mini_batch_rows: int | None = None,
+        distill: DistillConfig | None = None,
+        reads_extended: bool = False,
         device: torch.device | None = None,
     ) -> None:
         self.config = config
@@ -71,6 +80,8 @@ class DataParallelPPOActor:
         self.replace_token_id = replace_token_id
         self.packed = packed
         self.mini_batch_rows = mini_batch_rows
+        self.distill = distill
+        self.reads_extended = reads_extended
         self.device = torch.device("cpu") if device is None else device
         self.dp_size = dist.get_world_size() if dist.is_initialized() else 1
 
@@ -120,7 +131,7 @@ class DataParallelPPOActor:
     @torch.no_grad()
     def _score(self, data: DataProto, input_ids: torch.Tensor, options: ScoreOptions) -> TokenStats:
         """Score every real response token of ``input_ids``."""
-        options = options._replace(temperature=_temperature(data), vocab_size=self.vocab_size)
+        options = options._replace(temperature=temperature_of(data), vocab_size=self.vocab_size)
         real = _real_response_tokens(data)
         result = TokenStats(
             torch.zeros(real.shape),
@@ -136,12 +147,27 @@ class DataParallelPPOActor:
         reshard(self.actor_module)
         return result
 
-    def _forward(self, micro: MicroBatch, options: ScoreOptions) -> TokenStats:
-        return self.actor_module(*micro.inputs.to(self.device), options)
+    @torch.no_grad()
+    def teach(self, micro: MicroBatch, temperature: float) -> LinearTeacher:
+        """Log-probs of this frozen model's ids at the scored positions; see `exact_distill.Teacher`.
+
+        What it returns reads the gathered head: it is to be used before `reshard`.
+        """
+        assert self.vocab_size is not None, "a teacher's vocabulary is known"
+        input_ids = micro.inputs.input_ids
+        if self.replace_token_id is not None:
+            input_ids = input_ids.masked_fill(input_ids >= self.vocab_size, self.replace_token_id)
+        read = micro._replace(inputs=micro.inputs._replace(input_ids=input_ids))
+        self.actor_module.eval()
+        hidden, weight = self._forward(read, _hidden_states)
+        return LinearTeacher(hidden, weight, self.vocab_size, temperature)
+
+    def _forward(self, micro: MicroBatch, head: Head) -> Any:
+        return self.actor_module(*micro.inputs.to(self.device), head)
 
     # ------------------------------------------------------------------ training
 
-    def update_policy(self, data: DataProto) -> dict[str, float]:
+    def update_policy(self, data: DataProto, teachers: Sequence[tuple[Teacher, float]] = ()) -> dict[str, float]:
         """Train on a batch: ``ppo_epochs`` passes, an optimizer step for every ``mini_batch_rows`` rows.
 
         A mini-batch without a trained token, or with a gradient that is not finite, changes nothing; it still counts
@@ -151,6 +177,8 @@ class DataParallelPPOActor:
             data: rows with the keys of ``LOSS_KEYS``, ``input_ids`` and ``attention_mask``, with ``ref_log_prob``
                 where the KL term is on, and with ``rollout_is_weights`` (B, R) where token losses are weighted;
                 ``meta_info["temperature"]``.
+            teachers: of an exact objective, and the weight of each one's rows; ``data["teacher"]`` says which of them
+                a row belongs to.
 
         Returns:
             metrics, the same on every rank: means over the optimizer steps, each over the whole mini-batch of all
@@ -168,9 +196,10 @@ class DataParallelPPOActor:
         self.actor_module.train()
         for _ in range(config.ppo_epochs):
             for start in range(0, len(data), rows):
-                steps.append(self._update_mini_batch(data.slice(start, start + rows), config))
+                steps.append(self._update_mini_batch(data.slice(start, start + rows), config, teachers))
         reshard(self.actor_module)
-        return _summarise(steps)
+        exact = self.distill is not None and self.distill.is_exact
+        return _summarise(steps, "actor/distill_loss" if exact else "actor/pg_loss")
 
     def _check_batch(self, data: DataProto, config: FSDPActorConfig) -> None:
         data.require(*LOSS_KEYS, "input_ids", "attention_mask", *(("ref_log_prob",) if config.use_kl_loss else ()))
@@ -182,11 +211,13 @@ class DataParallelPPOActor:
         if (data.tensor("response_mask").bool() & ~_real_response_tokens(data)).any():
             raise ValueError("response_mask is 1 at padding, where attention_mask is 0; there is no token to train on")
 
-    def _update_mini_batch(self, mini: DataProto, config: FSDPActorConfig) -> dict[str, float]:
+    def _update_mini_batch(
+        self, mini: DataProto, config: FSDPActorConfig, teachers: Sequence[tuple[Teacher, float]]
+    ) -> dict[str, float]:
         """One optimizer step over this rank's rows of a mini-batch."""
         assert self.actor_optimizer is not None and self.lr_schedule is not None, "checked by update_policy"
         metrics = {"actor/lr": self.lr_schedule.rate, "actor/skipped_updates": 1.0}
-        mini_loss = MiniBatchLoss(mini, config, self.device, self.dp_size)
+        mini_loss = self._loss_of(mini, config, teachers)
         if not mini_loss.is_empty:
             metrics |= self._accumulate_gradient(mini, mini_loss, config)
             step = clipped_step(self.actor_module, self.actor_optimizer, config.grad_clip)
@@ -194,18 +225,25 @@ class DataParallelPPOActor:
         self.lr_schedule.advance()
         return metrics
 
+    def _loss_of(
+        self, mini: DataProto, config: FSDPActorConfig, teachers: Sequence[tuple[Teacher, float]]
+    ) -> MiniBatchLoss | ExactDistillLoss:
+        if self.distill is None or not self.distill.is_exact:
+            return MiniBatchLoss(mini, config, self.device, self.dp_size, self.vocab_size)
+        vocabulary = Vocabulary(self.vocab_size, self.extend_start)
+        return ExactDistillLoss(mini, config, self.distill, teachers, vocabulary, self.device, self.dp_size)
+
     def _accumulate_gradient(
-        self, mini: DataProto, mini_loss: MiniBatchLoss, config: FSDPActorConfig
+        self, mini: DataProto, mini_loss: MiniBatchLoss | ExactDistillLoss, config: FSDPActorConfig
     ) -> dict[str, float]:
         """Forward and backward over all micro-batches; the loss metrics of the whole mini-batch over all ranks."""
-        options = ScoreOptions(_temperature(mini), self.vocab_size, None, with_entropy=config.entropy_coeff != 0)
         sizes = BatchSizes(
             config.ppo_max_token_len_per_gpu if config.use_dynamic_bsz else None, config.ppo_micro_batch_size_per_gpu
         )
         rows = ScoredRows(mini.tensor("input_ids"), mini.tensor("attention_mask"), mini_loss.trained)
         totals: dict[str, torch.Tensor] = {}
         for micro in rows.micro_batches(sizes, self.packed):
-            loss, values = mini_loss(micro, self._forward(micro, options))
+            loss, values = mini_loss(micro, self._forward(micro, mini_loss.head(micro)))
             loss.backward()
             totals = {name: totals[name] + value if totals else value for name, value in values.items()}
         shares = torch.stack(list(totals.values()))
@@ -214,10 +252,11 @@ class DataParallelPPOActor:
         return dict(zip(totals, (shares / self.dp_size).tolist(), strict=True))
 
 
-def _temperature(data: DataProto) -> float:
-    if "temperature" not in data.meta_info:
-        raise ValueError("the batch has no meta_info['temperature']; the trainer sets it to rollout.temperature")
-    return float(data.meta_info["temperature"])
+def _hidden_states(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A head that computes nothing."""
+    return hidden, weight
 
 
 def with_scoring_limits(
@@ -248,9 +287,9 @@ def _real_response_tokens(data: DataProto) -> torch.Tensor:
     return data.tensor("attention_mask")[:, -data.tensor("responses").shape[1] :].bool()
 
 
-def _summarise(steps: list[dict[str, float]]) -> dict[str, float]:
+def _summarise(steps: list[dict[str, float]], loss: str) -> dict[str, float]:
     """Mean of each metric over the optimizer steps that have it; skipped steps are counted."""
-    names = {"actor/pg_loss", "actor/grad_norm"}.union(*steps)
+    names = {loss, "actor/grad_norm"}.union(*steps)
     columns = {name: [step[name] for step in steps if name in step] for name in sorted(names)}
     means = {name: sum(values) / max(1, len(values)) for name, values in columns.items()}
     return means | {"actor/skipped_updates": sum(columns["actor/skipped_updates"])}

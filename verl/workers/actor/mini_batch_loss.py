@@ -22,6 +22,7 @@ from verl.trainer.ppo.core_algos import agg_loss, compute_policy_loss_vanilla, c
 from verl.utils.linear_log_prob import TokenStats
 from verl.workers.actor.row_layout import MicroBatch
 from verl.workers.config import FSDPActorConfig
+from verl.workers.fsdp.token_stats_model import ScoreOptions
 
 LOSS_TENSORS = ("old_log_probs", "advantages", "ref_log_prob", "rollout_is_weights")
 """What the loss reads per token, where it is there."""
@@ -43,11 +44,21 @@ class MiniBatchLoss:
         config: the loss settings.
         device: where statistics arrive.
         dp_size: ranks whose gradients are averaged.
+        vocab_size: ids in the policy's softmax; None: all rows of its head.
     """
 
-    def __init__(self, mini: DataProto, config: FSDPActorConfig, device: torch.device, dp_size: int) -> None:
+    def __init__(
+        self,
+        mini: DataProto,
+        config: FSDPActorConfig,
+        device: torch.device,
+        dp_size: int,
+        vocab_size: int | None = None,
+    ) -> None:
         self._config = config
         self._dp_size = dp_size
+        with_entropy = config.entropy_coeff != 0
+        self._head = ScoreOptions(temperature_of(mini), vocab_size, None, with_entropy=with_entropy)
         self._tensors = {key: mini.tensor(key).to(device) for key in LOSS_TENSORS if key in mini.batch}
         self.trained = mini.tensor("response_mask").bool()
         """(M, R) positions that are scored and trained, on the CPU."""
@@ -60,6 +71,10 @@ class MiniBatchLoss:
         self._trained_counts, self._known_counts = _Counts(counts[0], counts[1]), _Counts(counts[2], counts[3])
         self.is_empty = int(counts[0]) == 0
         """Whether no rank has a trained token in this mini-batch."""
+
+    def head(self, micro: MicroBatch) -> ScoreOptions:
+        """What the model has to compute of a micro-batch."""
+        return self._head
 
     def __call__(self, micro: MicroBatch, stats: TokenStats) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Loss of a micro-batch and its metrics, 0-dim, both shares of the mini-batch's times ``dp_size``.
@@ -105,3 +120,10 @@ class MiniBatchLoss:
 
     def _mean(self, values: torch.Tensor, mask: torch.Tensor, counts: _Counts) -> torch.Tensor:
         return agg_loss(values, mask, self._config.loss_agg_mode, self._dp_size, counts.tokens, counts.sequences)
+
+
+def temperature_of(data: DataProto) -> float:
+    """The sampling temperature that a batch was drawn with; raises ValueError where it does not say."""
+    if "temperature" not in data.meta_info:
+        raise ValueError("the batch has no meta_info['temperature']; the trainer sets it to rollout.temperature")
+    return float(data.meta_info["temperature"])

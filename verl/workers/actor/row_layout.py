@@ -100,7 +100,7 @@ class ScoredRows:
         Raises:
             ValueError: a row is longer than a micro-batch may be.
         """
-        return [self._build(rows, packed) for rows in self._partition(sizes, packed, dp_group)]
+        return [self.build(rows, packed) for rows in self._partition(sizes, packed, dp_group)]
 
     def _partition(
         self, sizes: BatchSizes, packed: bool, dp_group: dist.ProcessGroup | None
@@ -119,7 +119,8 @@ class ScoredRows:
             return parts
         return _equal_number(_rectangles(self.lengths.tolist(), sizes.max_tokens), dp_group)
 
-    def _build(self, rows: Sequence[int], packed: bool) -> MicroBatch:
+    def build(self, rows: Sequence[int], packed: bool) -> MicroBatch:
+        """The given rows as one micro-batch, in the order given; as in `micro_batches`, never without any token."""
         used = [row for row in rows if self.lengths[row] > 0]
         if not used:
             return self._nothing(packed)

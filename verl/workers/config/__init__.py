@@ -1,14 +1,17 @@
 """Typed settings of the workers."""
 
 from verl.workers.config.actor import FSDPActorConfig, RefConfig
+from verl.workers.config.distill import BASE_TEACHER, DistillConfig, TeacherConfig
 from verl.workers.config.engine import CheckpointConfig, FSDPConfig, MixedPrecisionConfig
 from verl.workers.config.model import HFModelConfig, RefModelConfig
 from verl.workers.config.optimizer import OptimizerConfig
 from verl.workers.config.rollout import AgentConfig, MultiTurnConfig, RolloutConfig, SamplingConfig
 
 __all__ = [
+    "BASE_TEACHER",
     "AgentConfig",
     "CheckpointConfig",
+    "DistillConfig",
     "FSDPActorConfig",
     "FSDPConfig",
     "HFModelConfig",
@@ -19,4 +22,5 @@ __all__ = [
     "RefModelConfig",
     "RolloutConfig",
     "SamplingConfig",
+    "TeacherConfig",
 ]

@@ -161,8 +161,8 @@ class RolloutConfig:
         _check_tail("actor_rollout_ref.rollout", self.top_p, self.top_k)
         if self.mask_response_if_have_extend_token and not self.mask_after_extend_token:
             raise ValueError(
-                "actor_rollout_ref.rollout.mask_response_if_have_extend_token=True trains on nothing of a response that "
-                "holds an extended token, and mask_after_extend_token=False on all of it; set one of them"
+                "actor_rollout_ref.rollout.mask_response_if_have_extend_token=True trains on nothing of a response "
+                "that holds an extended token, and mask_after_extend_token=False on all of it; set one of them"
             )
         self._check_sizes()
         self._check_engine_step()

@@ -1,6 +1,7 @@
 """A causal language model whose forward pass ends in numbers per token instead of logits.
 
-In:  rows of token ids, and which positions are scored with which token. Out: `TokenStats` of the scored tokens.
+In:  rows of token ids, which positions are scored with which token, and what to make of their hidden states (`Head`).
+Out: what the head makes of them, mostly `TokenStats`.
 The head is applied inside this module's forward, so that FSDP2, for which this is the root module, has gathered the
 parameters that belong to no block: embedding, last norm and head, which may be one tensor with the embedding.
 
@@ -10,7 +11,7 @@ Letters: N tokens of all rows, S scored positions, D hidden size.
 """
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -20,13 +21,32 @@ from transformers import PreTrainedModel
 from verl.utils.linear_log_prob import TokenStats, linear_token_stats
 
 
+class Head(Protocol):
+    """What is made of the scored positions."""
+
+    def __call__(self, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, /) -> Any:
+        """From hidden states (S, D), the head's weight (V, D) and labels (S,)."""
+
+
 class ScoreOptions(NamedTuple):
-    """What is computed at each scored position."""
+    """A `Head` that gives `TokenStats`: what is computed at each scored position."""
 
     temperature: float = 1.0
     vocab_size: int | None = None
     extend_start: int | None = None
     with_entropy: bool = False
+
+    def __call__(self, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> TokenStats:
+        """`TokenStats`, every tensor (S,)."""
+        return linear_token_stats(
+            hidden,
+            weight,
+            labels,
+            temperature=self.temperature,
+            vocab_size=self.vocab_size,
+            extend_start=self.extend_start,
+            with_entropy=self.with_entropy,
+        )
 
 
 class TokenStatsModel(nn.Module):
@@ -70,8 +90,8 @@ class TokenStatsModel(nn.Module):
         row_lengths: tuple[int, ...] | None,
         select_index: torch.Tensor,
         labels: torch.Tensor,
-        options: ScoreOptions,
-    ) -> TokenStats:
+        head: Head,
+    ) -> Any:
         """Score tokens.
 
         Args:
@@ -80,10 +100,10 @@ class TokenStatsModel(nn.Module):
             row_lengths: tokens of each packed row; None for padded rows.
             select_index: (S,) positions in the flattened ``input_ids`` whose next token is scored.
             labels: (S,) that token.
-            options: temperature and what to compute.
+            head: what to compute.
 
         Returns:
-            `TokenStats`, every tensor (S,).
+            what ``head`` makes of it.
         """
         with self._saved_activations():
             # No attention mask: rows are causal, and what pads them stands on their right, where nothing looks.
@@ -91,15 +111,7 @@ class TokenStatsModel(nn.Module):
                 input_ids=input_ids, position_ids=position_ids, use_cache=False, **self._row_boundaries(row_lengths)
             )
         hidden = output.last_hidden_state.flatten(0, 1)[select_index]
-        return linear_token_stats(
-            hidden,
-            self.causal_lm.get_output_embeddings().weight,
-            labels,
-            temperature=options.temperature,
-            vocab_size=options.vocab_size,
-            extend_start=options.extend_start,
-            with_entropy=options.with_entropy,
-        )
+        return head(hidden, self.causal_lm.get_output_embeddings().weight, labels)
 
     def _saved_activations(self) -> AbstractContextManager[object]:
         if self.offload_activations and self.training and torch.is_grad_enabled():

@@ -1,0 +1,62 @@
+"""Orders of rows by source weights."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from verl.utils.dataset.source_mix import group_by_weight, mixed_order
+
+SOURCES = ["general_a"] * 60 + ["general_b"] * 20 + ["rec_next"] * 9 + ["rec_caption"] * 11
+
+
+def order_of(weights, *, sources=SOURCES, seed=0, shuffle=True):
+    return mixed_order(group_by_weight(sources, weights), np.random.default_rng(seed), shuffle)
+
+
+@pytest.mark.parametrize("weights", [{"rec_*": 0.25, "*": 0.75}, {"general_*": 3, "rec_*": 1}, {"*": 1}])
+def test_every_stretch_from_the_start_holds_the_shares(weights) -> None:
+    order, share = order_of(weights), 0.25 if "rec_*" in weights else None
+    assert len(order) == len(SOURCES)
+    for length in range(1, len(order) + 1):
+        items = sum(SOURCES[place].startswith("rec") for place in order[:length])
+        assert share is None or abs(items - share * length) <= 1
+
+
+def test_a_small_group_comes_round_again_only_when_all_of_it_has_come() -> None:
+    order = order_of({"rec_*": 0.6, "*": 0.4})
+    items = [place for place in order if SOURCES[place].startswith("rec")]
+    assert len(items) == 60
+    for start in range(0, 60, 20):
+        assert sorted(items[start : start + 20]) == list(range(80, 100))
+    assert items[:20] != items[20:40]
+    others = Counter(place for place in order if place < 80)
+    assert max(others.values()) == 1
+
+
+def test_one_weight_for_all_is_a_permutation() -> None:
+    assert sorted(order_of({"*": 2.5})) == list(range(100))
+    assert order_of({"*": 2.5}, shuffle=False) == list(range(100))
+
+
+def test_the_generator_decides() -> None:
+    weights = {"rec_*": 0.25, "*": 0.75}
+    assert order_of(weights) == order_of(weights) != order_of(weights, seed=1)
+
+
+def test_the_first_pattern_that_matches_counts() -> None:
+    groups = group_by_weight(SOURCES, {"rec_next": 1, "*": 3})
+    assert [(share, len(places)) for share, places in groups] == [(0.25, 9), (0.75, 91)]
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ({"rec_*": 1}, r"matches no source \['general_a', 'general_b'\]"),
+        ({"rec_*": 1, "general*": 1, "video": 1}, r"no usable row has a source like \['video'\]"),
+        ({"*": 0}, r"data.source_weights.\*=0 must be above 0"),
+    ],
+)
+def test_weights_that_do_not_fit_the_data(weights, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        group_by_weight(SOURCES, weights)

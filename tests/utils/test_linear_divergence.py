@@ -1,0 +1,284 @@
+"""Exact divergences in chunks, against whole distributions and autograd."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from verl.utils.linear_divergence import (
+    DIVERGENCES,
+    DivergenceOptions,
+    LinearTeacher,
+    StitchedTeacher,
+    linear_divergence,
+)
+
+N, D, V, K, E = 13, 6, 20, 17, 11  # positions, hidden, rows of the head, ids in the softmax, first extended id
+TEACHER_ROWS = 14  # three rows past the shared ids, as Qwen3 has
+LEAK = {"leak_coef": 0.7, "leak_target": 0.03}
+
+
+class Case:
+    """Student, base teacher and frozen student, all random."""
+
+    def __init__(self, dtype: torch.dtype = torch.float64, seed: int = 0, scale: float = 1.0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+
+        def draw(*shape: int) -> torch.Tensor:
+            return scale * torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+        self.hidden, self.weight = draw(N, D).requires_grad_(), draw(V, D).requires_grad_()
+        self.base_hidden, self.base_weight = draw(N, 4), draw(TEACHER_ROWS, 4)
+        self.frozen_hidden, self.frozen_weight = draw(N, D), draw(V, D)
+        self.labels = torch.randint(0, K, (N,), generator=generator)
+        self.token_weights = torch.rand(N, generator=generator, dtype=torch.float64).to(dtype)
+        self.token_weights[3] = 0.0
+
+    def base(self, temperature: float = 1.0) -> LinearTeacher:
+        return LinearTeacher(self.base_hidden, self.base_weight, E, temperature)
+
+    def frozen(self, temperature: float = 1.0) -> LinearTeacher:
+        return LinearTeacher(self.frozen_hidden, self.frozen_weight, K, temperature)
+
+    def loss(self, teacher, options: DivergenceOptions, rows: int = 4, start: int | None = E):
+        size = self.hidden.dtype.itemsize
+        return linear_divergence(
+            self.hidden,
+            self.weight,
+            self.labels,
+            self.token_weights,
+            teacher,
+            options,
+            vocab_size=K,
+            extend_start=start,
+            chunk_bytes=6 * rows * K * size,
+        )
+
+
+def definition(case: Case, log_q: torch.Tensor, options: DivergenceOptions) -> tuple[torch.Tensor, torch.Tensor]:
+    """D and the leak term (N,) from whole distributions; ``log_q`` over B or over all ids."""
+    logits = case.hidden @ case.weight[:K].T / options.temperature
+    size = E if options.support == "shared" else K
+    log_p = logits[:, :size].log_softmax(-1)
+    if log_q.shape[1] > size:
+        log_q = log_q[:, :size].log_softmax(-1)
+    if log_q.shape[1] < size:
+        missing = options.missing_log_prob if options.kind == "reverse_kl" else -torch.inf
+        log_q = torch.cat([log_q, torch.full((N, size - log_q.shape[1]), missing, dtype=log_q.dtype)], dim=1)
+    p, q = log_p.exp(), log_q.exp()
+    known = torch.where(q > 0, log_q, 0.0)  # 0 log 0 is 0
+    if options.kind == "reverse_kl":
+        divergence = (p * (log_p - log_q)).sum(-1)
+    elif options.kind == "forward_kl":
+        divergence = (q * (known - log_p)).sum(-1)
+    else:
+        log_m = (options.beta * q + (1 - options.beta) * p).log()
+        divergence = options.beta * (q * (known - log_m)).sum(-1) + (1 - options.beta) * (p * (log_p - log_m)).sum(-1)
+    eps, delta = logits.softmax(-1)[:, E:].sum(-1), options.leak_target
+    leak = delta * (delta / eps).log() + (1 - delta) * ((1 - delta) / (1 - eps)).log()
+    return divergence, leak
+
+
+@pytest.mark.parametrize("kind", DIVERGENCES)
+@pytest.mark.parametrize("support", ["shared", "full"])
+@pytest.mark.parametrize("who", ["base", "frozen"])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_values_and_gradients_are_those_of_the_definition(kind, support, who, temperature) -> None:
+    case = Case()
+    options = DivergenceOptions(kind, beta=0.3, support=support, temperature=temperature, missing_log_prob=-20, **LEAK)
+    log_q = getattr(case, who)(temperature)(slice(None))
+    divergence, leak = definition(case, log_q, options)
+    expected = (case.token_weights * (divergence + 0.7 * leak)).sum()
+    loss, stats = case.loss(getattr(case, who)(temperature), options)
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(stats.divergence, divergence, rtol=1e-10, atol=1e-14)
+    torch.testing.assert_close(stats.leak, leak, rtol=1e-10, atol=1e-14)
+    right = torch.autograd.grad(expected, (case.hidden, case.weight))
+    for gradient, wanted in zip(torch.autograd.grad(3 * loss, (case.hidden, case.weight)), right, strict=True):
+        torch.testing.assert_close(gradient, 3 * wanted, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("kind", DIVERGENCES)
+def test_gradients_are_those_of_finite_differences(kind) -> None:
+    case = Case()
+    options = DivergenceOptions(kind, support="full", missing_log_prob=-5, **LEAK)
+    loss, _ = case.loss(case.base(), options)
+    gradient, step = torch.autograd.grad(loss, case.hidden)[0], 1e-6
+    for place in ((0, 0), (5, 3), (12, 5)):
+        moved = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                case.hidden[place] += sign * step
+                moved.append(case.loss(case.base(), options)[0].item())
+                case.hidden[place] -= sign * step
+        assert (moved[0] - moved[1]) / (2 * step) == pytest.approx(gradient[place].item(), rel=1e-6, abs=1e-9)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, N, 1000])
+def test_chunks_change_nothing(rows) -> None:
+    options = DivergenceOptions("jsd", **LEAK)
+    whole, case = Case(), Case()
+    right = torch.autograd.grad(whole.loss(whole.base(), options, rows=N)[0], (whole.hidden, whole.weight))
+    chunked = torch.autograd.grad(case.loss(case.base(), options, rows=rows)[0], (case.hidden, case.weight))
+    for gradient, wanted in zip(chunked, right, strict=True):
+        torch.testing.assert_close(gradient, wanted, rtol=1e-12, atol=1e-14)
+
+
+def test_figures_are_those_of_the_whole_softmax() -> None:
+    case = Case()
+    _, stats = case.loss(case.base(), DivergenceOptions(missing_log_prob=-50))
+    logits = case.hidden @ case.weight[:K].T
+    whole, shared = logits.log_softmax(-1), logits[:, :E].log_softmax(-1)
+    labels = case.labels[:, None]
+    torch.testing.assert_close(stats.log_probs, whole.gather(1, labels)[:, 0])
+    torch.testing.assert_close(stats.extend_mass, whole.exp()[:, E:].sum(-1))
+    torch.testing.assert_close(stats.entropy, -(shared.exp() * shared).sum(-1))
+    log_q = torch.cat([case.base()(slice(None)), torch.full((N, K - E), -50.0, dtype=torch.float64)], dim=1)
+    torch.testing.assert_close(stats.teacher_log_probs, log_q.gather(1, labels)[:, 0])
+    assert not any(values.requires_grad for values in stats)
+    assert (case.labels >= E).any() and (case.labels < E).any()
+
+
+def test_two_ids_by_hand() -> None:
+    # Student 1/4 and 3/4, teacher 1/2 and 1/2: KL(p | q) = 1/4 ln(1/2) + 3/4 ln(3/2).
+    hidden = torch.tensor([[1.0]], requires_grad=True)
+    weight = torch.tensor([[0.0], [math.log(3.0)]])
+    teacher = LinearTeacher(torch.zeros(1, 1), torch.zeros(2, 1), 2)
+    loss, _ = linear_divergence(
+        hidden, weight, torch.tensor([0]), torch.tensor([2.0]), teacher, DivergenceOptions("reverse_kl")
+    )
+    divergence = 0.25 * math.log(0.5) + 0.75 * math.log(1.5)
+    assert loss.item() == pytest.approx(2 * divergence)
+    loss.backward()
+    # ds_1 / dh = ln 3, dD / ds_1 = 3/4 (ln(3/2) - D)
+    assert hidden.grad.item() == pytest.approx(2 * math.log(3) * 0.75 * (math.log(1.5) - divergence), rel=1e-5)
+
+
+def test_the_shared_support_does_not_move_with_the_mass_of_item_tokens() -> None:
+    """Logits of E alone change: no divergence on B moves, nor has it a gradient there."""
+    case = Case()
+    loss, stats = case.loss(case.base(), DivergenceOptions("reverse_kl"))
+    gradient = torch.autograd.grad(loss, case.weight)[0]
+    assert gradient[E:].abs().max() == 0 and gradient[:E].abs().max() > 0
+    with torch.no_grad():
+        case.weight[E:] *= 3
+    _, moved = case.loss(case.base(), DivergenceOptions("reverse_kl"))
+    torch.testing.assert_close(moved.divergence, stats.divergence)
+    assert (moved.extend_mass - stats.extend_mass).abs().max() > 0.1
+
+
+def test_no_divergence_from_oneself() -> None:
+    case = Case()
+    itself = LinearTeacher(case.hidden.detach(), case.weight.detach(), K)
+    for kind in DIVERGENCES:
+        loss, stats = case.loss(itself, DivergenceOptions(kind, support="full"))
+        assert stats.divergence.abs().max() < 1e-12
+        assert all(g.abs().max() < 1e-12 for g in torch.autograd.grad(loss, (case.hidden, case.weight)))
+
+
+def test_the_leak_term_vanishes_at_its_target_and_pulls_towards_it() -> None:
+    case = Case()
+    eps = (case.hidden @ case.weight[:K].T).softmax(-1)[:, E:].sum(-1)
+    row = int(eps.argmax())
+    case.token_weights = torch.nn.functional.one_hot(torch.tensor(row), N).to(torch.float64)
+    for target, sign in ((eps[row].item(), 0), (0.9 * eps[row].item(), 1), (1.1 * eps[row].item(), -1)):
+        options = DivergenceOptions(leak_coef=1.0, leak_target=min(target, 0.999))
+        with_leak = torch.autograd.grad(case.loss(case.base(), options)[0], case.weight)[0]
+        without = torch.autograd.grad(case.loss(case.base(), DivergenceOptions())[0], case.weight)[0]
+        pull = ((with_leak - without)[E:] @ case.hidden[row].detach()).sum()  # d leak / d (a shift of E's logits)
+        assert abs(pull) < 1e-12 if sign == 0 else pull * sign > 1e-4
+
+
+def test_a_stitched_teacher_is_a_distribution_of_both() -> None:
+    case = Case()
+    stitched = StitchedTeacher(case.base(), case.frozen(), E)(slice(2, 9)).exp()
+    base, frozen = case.base()(slice(2, 9)).exp(), case.frozen()(slice(2, 9)).exp()
+    torch.testing.assert_close(stitched.sum(-1), torch.ones(7, dtype=torch.float64))
+    torch.testing.assert_close(stitched[:, E:], frozen[:, E:])
+    torch.testing.assert_close(stitched[:, :E], base * frozen[:, :E].sum(-1, keepdim=True))
+
+
+def test_extreme_logits_stay_finite() -> None:
+    """Differences of hundreds of nats: probabilities underflow, gradients and figures do not become NaN."""
+    case = Case(torch.float32, scale=12.0)
+    for kind in DIVERGENCES:
+        for support in ("shared", "full"):
+            loss, stats = case.loss(case.base(), DivergenceOptions(kind, support=support, **LEAK))
+            numbers = [loss, *stats, *torch.autograd.grad(loss, (case.hidden, case.weight))]
+            assert all(number.isfinite().all() for number in numbers)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_lower_precision_is_near(dtype) -> None:
+    exact, low = Case(), Case(dtype)
+    options = DivergenceOptions(**LEAK)
+    right = torch.autograd.grad(exact.loss(exact.base(), options)[0], (exact.hidden, exact.weight))
+    loss, stats = low.loss(low.base(), options)
+    assert stats.divergence.dtype == torch.float32
+    for gradient, wanted in zip(torch.autograd.grad(loss, (low.hidden, low.weight)), right, strict=True):
+        assert gradient.dtype == dtype
+        error = (gradient.double() - wanted).norm() / wanted.norm()
+        assert error < (1e-5 if dtype == torch.float32 else 0.05)
+
+
+def test_nothing_to_score_and_no_extension() -> None:
+    case = Case()
+    empty = linear_divergence(
+        case.hidden[:0], case.weight, case.labels[:0], case.token_weights[:0], case.frozen(), DivergenceOptions()
+    )
+    assert empty[0].item() == 0
+    everything = LinearTeacher(case.frozen_hidden, case.frozen_weight, K)
+    _, stats = case.loss(everything, DivergenceOptions(), start=None)
+    assert stats.extend_mass.abs().max() == 0 and stats.leak.abs().max() == 0
+
+
+class LargestTensor(TorchDispatchMode):
+    """Elements of the largest tensor that any operation returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Callable, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for value in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(value, torch.Tensor):
+                self.elements = max(self.elements, value.numel())
+        return result
+
+
+def test_whole_logits_never_exist() -> None:
+    case = Case()
+    with LargestTensor() as largest:
+        loss, _ = case.loss(case.base(), DivergenceOptions("jsd", **LEAK), rows=2)
+        loss.backward()
+    assert largest.elements == max(2 * K, V * D)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"kind": "kl"}, "kind='kl' must be one of reverse_kl, forward_kl, jsd"),
+        ({"support": "half"}, "support='half'"),
+        ({"temperature": 0.0}, "temperature=0.0 must be above 0"),
+        ({"kind": "jsd", "beta": 1.0}, "beta=1.0 must lie between 0 and 1"),
+        ({"leak_target": 0.0}, "leak_target=0.0 must lie between 0 and 1"),
+    ],
+)
+def test_bad_options(settings, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(DivergenceOptions(), **settings)
+
+
+def test_sizes_that_do_not_fit() -> None:
+    case = Case()
+    with pytest.raises(ValueError, match="the teacher scores 14 ids; it has to score 11"):
+        case.loss(LinearTeacher(case.base_hidden, case.base_weight, 14), DivergenceOptions())
+    with pytest.raises(ValueError, match="vocab_size=15"):
+        LinearTeacher(case.base_hidden, case.base_weight, 15)
+    case.labels = case.labels[:5]
+    with pytest.raises(ValueError, match="have 13, 5 and 13 positions"):
+        case.loss(case.base(), DivergenceOptions())

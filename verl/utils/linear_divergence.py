@@ -1,0 +1,314 @@
+"""Exact divergence of a student from a teacher, straight from hidden states and lm heads, gradients with it.
+
+In:  the student's hidden states (N, D) and head (V, D), what the teacher gives each id at the same positions, a weight
+per position. Out: one scalar to minimise, and figures per position. The logits (N, V) never exist as a whole: rows are
+taken in chunks, and a chunk's gradient is taken while its logits are there, so that nothing is computed twice.
+
+Not here: which positions are trained, how their loss is normalised, who the teacher of a row is.
+
+Letters: N positions, D hidden size, V rows of the head, K <= V ids of the student's softmax, of which those below
+``extend_start`` are B, which the teacher knows, and the others E; S the support, B or all K; C rows of a chunk.
+
+With s the student's logits over the temperature, p = softmax of s over S, q the teacher's distribution over S:
+
+    reverse_kl   D = sum_S p a,  a = log p - log q                           d/ds_j = p_j (a_j - D)
+    forward_kl   D = sum_S q (log q - log p)                                 d/ds_j = p_j - q_j
+    jsd          D = beta KL(q | m) + (1 - beta) KL(p | m), m = beta q + (1 - beta) p, a = log p - log m
+                                                                             d/ds_j = (1 - beta) p_j (a_j - KL(p | m))
+
+and with eps the student's mass on E and delta the mass it should have there at most (Bernoulli KL, forward form):
+
+    leak = delta log(delta / eps) + (1 - delta) log((1 - delta) / (1 - eps))
+    d/ds_j = P_j - delta p(j | E)  for j in E,   P_j - (1 - delta) p(j | B)  for j in B,   P softmax of s over all K
+
+The generalised Jensen-Shannon divergence is that of Agarwal et al., "On-Policy Distillation of Language Models"
+(2024): beta near 0 behaves as reverse, near 1 as forward KL.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from verl.utils.linear_log_prob import WeightGradient, row_chunks, scaled_logits
+
+REVERSE_KL, FORWARD_KL, JSD = "reverse_kl", "forward_kl", "jsd"
+DIVERGENCES = (REVERSE_KL, FORWARD_KL, JSD)
+SHARED, FULL = "shared", "full"
+SUPPORTS = (SHARED, FULL)
+DEFAULT_CHUNK_BYTES = 384 * 2**20
+"""Of all buffers of one chunk together."""
+BUFFERS = 6
+"""(C, K) buffers of the logits' precision that live at once."""
+
+TeacherLogProbs = Callable[[slice], torch.Tensor]
+"""Rows of the positions -> (C, T) log-probs of the first T ids; T is the size of the teacher's vocabulary."""
+
+
+class LinearTeacher:
+    """What a frozen head gives the first ``vocab_size`` ids: ``log_softmax(hidden @ weight[:vocab_size].T / T)``."""
+
+    def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, vocab_size: int, temperature: float = 1.0) -> None:
+        if not 0 < vocab_size <= weight.shape[0]:
+            raise ValueError(f"vocab_size={vocab_size} must be between 1 and the {weight.shape[0]} rows of the head")
+        self._hidden, self._weight, self._temperature = hidden, weight[:vocab_size], temperature
+
+    def __call__(self, rows: slice) -> torch.Tensor:
+        logits = scaled_logits(self._hidden[rows], self._weight, self._temperature)
+        return logits.sub_(logits.logsumexp(dim=-1, keepdim=True))
+
+
+class StitchedTeacher:
+    """The base teacher on B and the frozen student on E, as one distribution over all ids.
+
+    q(v) = (1 - d) q_base(v) on B and q_self(v) on E, d being the frozen student's mass on E.
+    """
+
+    def __init__(self, base: TeacherLogProbs, frozen: TeacherLogProbs, extend_start: int) -> None:
+        self._base, self._frozen, self._start = base, frozen, extend_start
+
+    def __call__(self, rows: slice) -> torch.Tensor:
+        log_probs = self._frozen(rows)
+        known = log_probs[:, : self._start]
+        known.copy_(self._base(rows) + known.logsumexp(dim=-1, keepdim=True))
+        return log_probs
+
+
+@dataclass(frozen=True)
+class DivergenceOptions:
+    """What is minimised."""
+
+    kind: str = REVERSE_KL
+    """One of DIVERGENCES."""
+    beta: float = 0.5
+    """Of ``jsd``, strictly between 0 and 1."""
+    support: str = SHARED
+    """``shared``: p over B alone, so that mass on E neither counts nor moves. ``full``: p over all ids."""
+    temperature: float = 1.0
+    """Of the student's softmax."""
+    missing_log_prob: float = -100.0
+    """What a teacher that lacks E gives an id of E in ``reverse_kl`` over the full support. The other divergences
+    take the probability 0."""
+    leak_coef: float = 0.0
+    """Weight of the leak term."""
+    leak_target: float = 1e-4
+    """delta of the leak term, strictly between 0 and 1."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in DIVERGENCES or self.support not in SUPPORTS:
+            raise ValueError(
+                f"kind={self.kind!r} must be one of {', '.join(DIVERGENCES)}, support={self.support!r} one of "
+                f"{', '.join(SUPPORTS)}"
+            )
+        if self.temperature <= 0:
+            raise ValueError(f"temperature={self.temperature} must be above 0")
+        for name in ("beta", "leak_target"):
+            if not 0 < getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must lie between 0 and 1")
+
+
+class DivergenceStats(NamedTuple):
+    """Figures of each of N positions, without gradient; float32, or float64 for float64 inputs."""
+
+    divergence: torch.Tensor
+    """(N,) D, nats."""
+    leak: torch.Tensor
+    """(N,) the leak term before its weight, nats; 0 without E."""
+    extend_mass: torch.Tensor
+    """(N,) eps; 0 without E."""
+    log_probs: torch.Tensor
+    """(N,) the student's log-prob of ``labels`` over all K ids."""
+    teacher_log_probs: torch.Tensor
+    """(N,) the teacher's; ``missing_log_prob`` where it lacks the label."""
+    entropy: torch.Tensor
+    """(N,) of p, nats."""
+
+
+def linear_divergence(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    token_weights: torch.Tensor,
+    teacher: TeacherLogProbs,
+    options: DivergenceOptions,
+    *,
+    vocab_size: int | None = None,
+    extend_start: int | None = None,
+    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+) -> tuple[torch.Tensor, DivergenceStats]:
+    """``sum_n token_weights[n] (D_n + leak_coef leak_n)``, differentiable in ``hidden`` and ``weight``.
+
+    Args:
+        hidden: (N, D) of the student, at the positions that predict the tokens; N = 0 is fine.
+        weight: (V, D) of its head, of the same dtype.
+        labels: (N,) int64, the tokens that were drawn; for the figures alone.
+        token_weights: (N,) of the positions; 0 leaves one out.
+        teacher: log-probs of its ids; of B, or of all K.
+        options: what is minimised.
+        vocab_size: K; None: all rows.
+        extend_start: first id of E; None: no E.
+        chunk_bytes: memory for the buffers of a chunk; changes memory and speed, not the result.
+
+    Raises:
+        ValueError: sizes that do not fit each other.
+    """
+    ids = weight.shape[0] if vocab_size is None else vocab_size
+    if not 0 < ids <= weight.shape[0]:
+        raise ValueError(f"vocab_size={ids} must be between 1 and the {weight.shape[0]} rows of the lm head")
+    if not hidden.shape[0] == labels.shape[0] == token_weights.shape[0]:
+        raise ValueError(
+            f"hidden, labels and token_weights have {hidden.shape[0]}, {labels.shape[0]} and "
+            f"{token_weights.shape[0]} positions"
+        )
+    if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < ids:
+        raise ValueError(f"labels run from {int(labels.min())} to {int(labels.max())}; the softmax has {ids} ids")
+    start = ids if extend_start is None else min(extend_start, ids)
+    bytes_per_row = ids * torch.promote_types(weight.dtype, torch.float32).itemsize
+    job = _Job(options, ids, start, max(1, chunk_bytes // (BUFFERS * bytes_per_row)))
+    loss, *stats = _LinearDivergence.apply(hidden, weight, labels, token_weights, teacher, job)
+    return loss, DivergenceStats(*stats)
+
+
+class _Job(NamedTuple):
+    options: DivergenceOptions
+    ids: int
+    """K."""
+    start: int
+    """Size of B; K without E."""
+    chunk_rows: int
+
+
+class _LinearDivergence(torch.autograd.Function):
+    """The gradient is taken in the forward pass; backward only multiplies it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        labels: torch.Tensor,
+        token_weights: torch.Tensor,
+        teacher: TeacherLogProbs,
+        job: _Job,
+    ) -> tuple[torch.Tensor, ...]:
+        rows, dtype = hidden.shape[0], torch.promote_types(hidden.dtype, torch.float32)
+        stats = DivergenceStats(*(torch.zeros(rows, dtype=dtype, device=hidden.device) for _ in range(6)))
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        grad_weight = WeightGradient(weight) if ctx.needs_input_grad[1] else None
+        head = weight[: job.ids]
+        for chunk in row_chunks(rows, job.chunk_rows):
+            logits = scaled_logits(hidden[chunk], head, job.options.temperature)
+            measured, grad = _chunk(logits, labels[chunk], teacher(chunk), job)
+            for values, into in zip(measured, stats, strict=True):
+                into[chunk] = values
+            if grad_hidden is not None or grad_weight is not None:
+                grad = grad.mul_(token_weights[chunk, None] / job.options.temperature).to(weight.dtype)
+            if grad_hidden is not None:
+                torch.mm(grad, head, out=grad_hidden[chunk])
+            if grad_weight is not None:
+                grad_weight.add(grad, hidden[chunk])
+            del logits, grad  # before the next chunk makes its own
+        loss = (token_weights * (stats.divergence + job.options.leak_coef * stats.leak)).sum()
+        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.result())
+        ctx.mark_non_differentiable(*stats)
+        return loss, *stats
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: torch.Tensor, *_: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        scaled = (None if grad is None else grad * grad_loss.to(grad.dtype) for grad in (grad_hidden, grad_weight))
+        return *scaled, None, None, None, None
+
+
+def _chunk(
+    logits: torch.Tensor, labels: torch.Tensor, teacher: torch.Tensor, job: _Job
+) -> tuple[DivergenceStats, torch.Tensor]:
+    """Figures (C,) of a chunk and its gradient in the logits (C, K), of unit weight; overwrites both inputs."""
+    options, start = job.options, job.start
+    support = start if options.support == SHARED else job.ids
+    if teacher.shape[1] not in (start, job.ids):
+        raise ValueError(f"the teacher scores {teacher.shape[1]} ids; it has to score {start} (B) or all {job.ids}")
+    base = logits[:, :start].logsumexp(dim=-1)
+    extended = logits[:, start:].logsumexp(dim=-1)  # -inf where E is empty
+    whole = torch.logaddexp(base, extended)
+    log_probs = logits.gather(1, labels[:, None]).squeeze(1) - whole
+    of_label = _at_label(teacher, labels, options.missing_log_prob)
+    teacher = _on_support(teacher, support, options)
+
+    grad = torch.zeros_like(logits)
+    leak = torch.zeros_like(base)
+    if start < job.ids:
+        leak = _leak(logits, (base, extended, whole), grad, options, start)
+    log_p = logits[:, :support].sub_((base if support == start else whole)[:, None])
+    p = log_p.exp()
+    entropy = -torch.linalg.vecdot(p, log_p)
+    divergence, of_divergence = _divergence(log_p, p, teacher, options)
+    grad[:, :support].add_(of_divergence)
+    mass = (extended - whole).exp()
+    return DivergenceStats(divergence, leak, mass, log_probs, of_label, entropy), grad
+
+
+def _at_label(teacher: torch.Tensor, labels: torch.Tensor, missing: float) -> torch.Tensor:
+    """The teacher's log-prob of each label (C,), ``missing`` where it does not know it."""
+    known = labels < teacher.shape[1]
+    found = teacher.gather(1, labels.clamp_max(teacher.shape[1] - 1)[:, None]).squeeze(1)
+    return torch.where(known, found, missing)
+
+
+def _on_support(teacher: torch.Tensor, support: int, options: DivergenceOptions) -> torch.Tensor:
+    """The teacher's log-probs over S (C, S)."""
+    known = teacher.shape[1]
+    if known < support:  # it knows nothing of E
+        missing = options.missing_log_prob if options.kind == REVERSE_KL else -torch.inf
+        return torch.nn.functional.pad(teacher, (0, support - known), value=missing)
+    if known > support:  # it speaks of E too, and is asked about B alone
+        teacher = teacher[:, :support]
+        return teacher.sub_(teacher.logsumexp(dim=-1, keepdim=True))
+    return teacher
+
+
+def _divergence(
+    log_p: torch.Tensor, p: torch.Tensor, log_q: torch.Tensor, options: DivergenceOptions
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """D (C,), and its gradient in the logits of S (C, S). Overwrites ``p`` and ``log_q``."""
+    if options.kind == FORWARD_KL:
+        q = log_q.exp()
+        # Nothing is divided by p, which may underflow where q has not: the gradient is p - q.
+        value = torch.where(q > 0, q.mul(log_q.sub_(log_p)), 0.0).sum(dim=-1)
+        return value, p.sub_(q)
+    if options.kind == REVERSE_KL:
+        slope = log_q.neg_().add_(log_p)
+        value = torch.linalg.vecdot(p, slope)
+        return value, p.mul_(slope.sub_(value[:, None]))
+    beta, q = options.beta, log_q.exp()
+    log_m = torch.lerp(p, q, beta).log_()
+    of_teacher = torch.where(q > 0, q.mul_(log_q.sub_(log_m)), 0.0).sum(dim=-1)
+    slope = torch.where(p > 0, torch.sub(log_p, log_m, out=log_m), 0.0)
+    of_student = torch.linalg.vecdot(p, slope)
+    gradient = p.mul_(slope.sub_(of_student[:, None])).mul_(1 - beta)
+    return beta * of_teacher + (1 - beta) * of_student, gradient
+
+
+def _leak(
+    logits: torch.Tensor,
+    normalizers: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    grad: torch.Tensor,
+    options: DivergenceOptions,
+    start: int,
+) -> torch.Tensor:
+    """The leak term (C,); adds its weighted gradient to ``grad``. Normalizers (C,) of B, E and both together."""
+    base, extended, whole = normalizers
+    delta = options.leak_target
+    log_outside, log_inside = base - whole, extended - whole
+    value = delta * (math.log(delta) - log_inside) + (1 - delta) * (math.log1p(-delta) - log_outside)
+    if options.leak_coef:
+        # P_j - share p(j | part) = (1 - share / mass of the part) P_j, as exponentials so that no mass is divided by.
+        for part, of_part, share in ((slice(0, start), base, 1 - delta), (slice(start, None), extended, delta)):
+            inside = (logits[:, part] - of_part[:, None]).exp_()
+            factor = (of_part - whole).exp() - share
+            grad[:, part] = inside.mul_(options.leak_coef * factor[:, None])
+    return value

@@ -1,0 +1,174 @@
+"""The loss of one mini-batch where whole distributions are compared, share by share.
+
+In:  the rows of one optimizer step that lie on this rank, and the frozen teachers that live in the same process. Out:
+what the student's head computes of a micro-batch, and losses that, summed over micro-batches and averaged over ranks as
+FSDP does, are the loss of the whole mini-batch.
+
+    loss = mean over trained tokens of  weight of the row's teacher x (D(student, teacher) + leak_coef x leak)
+
+Every row has one teacher. A teacher reads its own rows alone, in the same micro-batch as the student, so neither its
+logits nor its hidden states are kept or sent. A teacher that knows all ids judges over all of them, without leak term.
+
+Not here: the divergences (``utils.linear_divergence``), forward and backward passes.
+
+Letters: M rows of the mini-batch, R response, S scored positions of a micro-batch.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.distributed as dist
+
+from verl.protocol import DataProto
+from verl.trainer.ppo.core_algos import agg_loss, count_trained
+from verl.utils.linear_divergence import DivergenceOptions, DivergenceStats, TeacherLogProbs, linear_divergence
+from verl.workers.actor.mini_batch_loss import temperature_of
+from verl.workers.actor.row_layout import MicroBatch, ScoredRows
+from verl.workers.config import DistillConfig, FSDPActorConfig
+
+DIVERGENCE_OF = {"exact": "reverse_kl", "forward_kl": "forward_kl", "jsd": "jsd"}
+"""The divergence that each exact objective minimises."""
+ROW_TENSORS = ("teacher",)
+"""What the loss reads per row, where it is there."""
+
+
+class Teacher(Protocol):
+    """A frozen model of this process."""
+
+    reads_extended: bool
+    """Whether it knows all of the student's ids."""
+    packed: bool
+
+    def teach(self, micro: MicroBatch, temperature: float) -> TeacherLogProbs:
+        """Log-probs at the scored positions of a micro-batch; every rank has to call it as often."""
+
+
+class Vocabulary(NamedTuple):
+    """The student's ids."""
+
+    size: int | None
+    extend_start: int | None
+
+
+class ExactDistillLoss:
+    """Loss of the micro-batches of one mini-batch. Every rank must construct it: the counts are summed over ranks.
+
+    Args:
+        mini: M rows with ``input_ids``, ``attention_mask``, ``response_mask`` and, where there are several teachers,
+            ``teacher`` (M,), the place of each row's teacher among ``teachers``; ``meta_info["temperature"]``.
+        config: the actor's settings, of which the loss aggregation is used.
+        distill: the objective.
+        teachers: the frozen models, and the weight of each one's rows.
+        vocabulary: the student's.
+        device: where the models compute.
+        dp_size: ranks whose gradients are averaged.
+    """
+
+    def __init__(
+        self,
+        mini: DataProto,
+        config: FSDPActorConfig,
+        distill: DistillConfig,
+        teachers: Sequence[tuple[Teacher, float]],
+        vocabulary: Vocabulary,
+        device: torch.device,
+        dp_size: int,
+    ) -> None:
+        self.trained = mini.tensor("response_mask").bool()
+        """(M, R) positions that are scored and trained, on the CPU."""
+        self._distill, self._vocabulary, self._device = distill, vocabulary, device
+        self._temperature = temperature_of(mini)
+        self._teachers = [teacher for teacher, _ in teachers]
+        self._teacher_of = torch.zeros(len(mini), dtype=torch.int64)
+        if "teacher" in mini.batch:
+            self._teacher_of = mini.tensor("teacher").cpu()
+        self._rows = ScoredRows(mini.tensor("input_ids"), mini.tensor("attention_mask"), self.trained)
+        tokens, sequences = count_trained(self.trained)
+        counts = torch.stack([tokens, sequences]).to(device)
+        if dist.is_initialized():
+            dist.all_reduce(counts)
+        self.is_empty = int(counts[0]) == 0
+        """Whether no rank has a trained token in this mini-batch."""
+        self._token_share = _token_weights(self.trained, config.loss_agg_mode, dp_size, counts.cpu())
+        of_row = torch.tensor([weight for _, weight in teachers])[self._teacher_of]
+        self._token_weights = self._token_share * of_row[:, None]
+
+    def head(self, micro: MicroBatch) -> "_Divergence":
+        """What the student's head has to compute; runs the teachers' forward passes."""
+        groups = []
+        for number, teacher in enumerate(self._teachers):
+            members = self._teacher_of[micro.rows] == number
+            rows = micro.rows[members].unique().tolist()
+            taught = teacher.teach(self._rows.build(rows, teacher.packed), self._temperature)
+            groups.append((members.nonzero().flatten().to(self._device), taught, self._options_of(teacher)))
+        weights = self._token_weights[micro.rows, micro.columns].to(self._device)
+        return _Divergence(groups, weights, self._vocabulary)
+
+    def _options_of(self, teacher: Teacher) -> DivergenceOptions:
+        distill = self._distill
+        return DivergenceOptions(
+            kind=DIVERGENCE_OF[distill.objective],
+            beta=distill.beta,
+            support="full" if teacher.reads_extended else distill.support,
+            temperature=self._temperature,
+            leak_coef=0.0 if teacher.reads_extended else distill.leak_coef,
+            leak_target=distill.leak_target,
+        )
+
+    def __call__(
+        self, micro: MicroBatch, result: tuple[torch.Tensor, DivergenceStats]
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Loss of a micro-batch and its metrics, 0-dim, both shares of the mini-batch's times ``dp_size``."""
+        loss, stats = result
+        share = self._token_share[micro.rows, micro.columns].to(stats.divergence.device)
+        metrics = {
+            "actor/distill_loss": loss.detach(),
+            "actor/distill_divergence": (share * stats.divergence).sum(),
+            "actor/leak_loss": (share * stats.leak).sum(),
+        }
+        return loss, metrics
+
+
+class _Divergence:
+    """A head: the divergence of each group of positions from its teacher, added up.
+
+    A plain class, so that FSDP's casts of a forward pass's arguments leave the tensors in it alone.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[tuple[torch.Tensor, TeacherLogProbs, DivergenceOptions]],
+        weights: torch.Tensor,
+        vocabulary: Vocabulary,
+    ) -> None:
+        self._groups, self._weights, self._vocabulary = groups, weights, vocabulary
+
+    def __call__(
+        self, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor
+    ) -> tuple[torch.Tensor, DivergenceStats]:
+        """The loss, and figures of all S positions in their order."""
+        losses, measured = [], []
+        for members, teacher, options in self._groups:
+            loss, stats = linear_divergence(
+                hidden[members],
+                weight,
+                labels[members],
+                self._weights[members],
+                teacher,
+                options,
+                vocab_size=self._vocabulary.size,
+                extend_start=self._vocabulary.extend_start,
+            )
+            losses.append(loss)
+            measured.append(stats if options.leak_coef else stats._replace(leak=torch.zeros_like(stats.leak)))
+        order = torch.cat([members for members, _, _ in self._groups]).argsort()
+        columns = zip(*measured, strict=True)
+        return torch.stack(losses).sum(), DivergenceStats(*(torch.cat(values)[order] for values in columns))
+
+
+def _token_weights(trained: torch.Tensor, mode: str, dp_size: int, counts: torch.Tensor) -> torch.Tensor:
+    """(M, R) what each token's loss is multiplied with: the gradient of ``agg_loss``, which is linear in them."""
+    losses = torch.zeros(trained.shape, requires_grad=True)
+    total = agg_loss(losses, trained, mode, dp_size, counts[0], counts[1])
+    return torch.autograd.grad(total, losses)[0]

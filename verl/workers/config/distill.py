@@ -1,0 +1,121 @@
+"""What distillation minimises (``algorithm.distill``)."""
+
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+SAMPLED, EXACT = "sampled", "exact"
+OBJECTIVES = (SAMPLED, EXACT, "forward_kl", "jsd")
+SUPPORTS = ("full", "shared")
+VOCABULARIES = ("base", "full")
+BASE_TEACHER = "ref"
+"""Role of the teacher of ``actor_rollout_ref.ref``, which judges every row that no other teacher claims."""
+
+
+@dataclass
+class TeacherConfig:
+    """A further teacher."""
+
+    path: str | None = None
+    """Folder or hub name; null: the student as it was before the run, frozen."""
+    vocabulary: str = "full"
+    """``full``: it knows all of the student's ids, reads item tokens and judges them. ``base``: it knows what the
+    teacher of ``actor_rollout_ref.ref`` knows."""
+    sources: list[str] = field(default_factory=lambda: ["*"])
+    """Sources of the rows it judges, as shell patterns (``rec_*``)."""
+    weight: float = 1.0
+    """Of its rows in the loss."""
+
+    def __post_init__(self) -> None:
+        if self.vocabulary not in VOCABULARIES:
+            raise ValueError(
+                f"algorithm.distill.teachers.*.vocabulary={self.vocabulary!r} is not one of {', '.join(VOCABULARIES)}"
+            )
+        if self.weight < 0:
+            raise ValueError(f"algorithm.distill.teachers.*.weight={self.weight} must not be negative")
+
+    @property
+    def reads_extended(self) -> bool:
+        """Whether it knows item tokens."""
+        return self.vocabulary == "full"
+
+
+@dataclass
+class DistillConfig:
+    """Objective of on-policy distillation."""
+
+    objective: str = SAMPLED
+    """``sampled``: the advantage of the drawn token, by policy gradient. ``exact``: the whole reverse KL at every
+    trained position, differentiated directly; likewise ``forward_kl``, and ``jsd`` with ``beta``."""
+    beta: float = 0.5
+    """Share of the teacher in the mixture of ``jsd``."""
+    support: str = "full"
+    """``full``: the student's distribution over all its ids. ``shared``: over the ids that the teacher knows, so that
+    the mass on item tokens neither counts nor moves."""
+    leak_coef: float = 0.0
+    """Weight of the term that keeps the student's mass on item tokens at ``leak_target``; needs an exact objective."""
+    leak_target: float = 1e-4
+    """Mass on item tokens that is aimed at."""
+    teachers: dict[str, TeacherConfig] = field(default_factory=dict)
+    """Further teachers by name. A row belongs to the first of them that its source matches, else to the teacher of
+    ``actor_rollout_ref.ref``."""
+
+    def __post_init__(self) -> None:
+        key = "algorithm.distill"
+        for name, value, known in (("objective", self.objective, OBJECTIVES), ("support", self.support, SUPPORTS)):
+            if value not in known:
+                raise ValueError(f"{key}.{name}={value!r} is not one of {', '.join(known)}")
+        for name in ("beta", "leak_target"):
+            if not 0 < getattr(self, name) < 1:
+                raise ValueError(f"{key}.{name}={getattr(self, name)} must lie between 0 and 1")
+        if self.leak_coef < 0:
+            raise ValueError(f"{key}.leak_coef={self.leak_coef} must not be negative")
+        if self.objective == SAMPLED:
+            for name, default in (("support", "full"), ("leak_coef", 0.0)):
+                if getattr(self, name) != default:
+                    raise ValueError(
+                        f"{key}.{name}={getattr(self, name)} has no effect with {key}.objective=sampled, which follows "
+                        f"the drawn token alone; set {key}.objective=exact, or leave {name} at {default}"
+                    )
+        self._check_teachers()
+
+    def _check_teachers(self) -> None:
+        key = "algorithm.distill.teachers"
+        if BASE_TEACHER in self.teachers:
+            raise ValueError(f"{key}.{BASE_TEACHER}: that name is taken by actor_rollout_ref.ref; choose another")
+        vocabularies = [teacher.vocabulary for teacher in self.teachers.values()]
+        if vocabularies != sorted(vocabularies, reverse=True):
+            raise ValueError(
+                f"{key} lists {list(self.teachers)} with the vocabularies {vocabularies}; list those with the "
+                "vocabulary full first, so that it is plain which prompts may hold item tokens"
+            )
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether whole distributions are compared."""
+        return self.objective != SAMPLED
+
+    @property
+    def roles(self) -> list[str]:
+        """All teachers, the one of ``actor_rollout_ref.ref`` first; a row's ``teacher`` is a place in this list."""
+        return [BASE_TEACHER, *self.teachers]
+
+    def teacher_of(self, source: str) -> int:
+        """Place of the teacher that judges a source's rows."""
+        for place, teacher in enumerate(self.teachers.values(), 1):
+            if any(fnmatchcase(source, pattern) for pattern in teacher.sources):
+                return place
+        return 0
+
+    @property
+    def extended_sources(self) -> list[str]:
+        """Patterns of the sources whose teacher knows item tokens."""
+        return [p for teacher in self.teachers.values() if teacher.reads_extended for p in teacher.sources]
+
+    def weight_of(self, role: str) -> float:
+        """Weight of a teacher's rows in the loss."""
+        return 1.0 if role == BASE_TEACHER else self.teachers[role].weight
+
+    def reads_extended(self, source: str) -> bool:
+        """Whether the teacher of a source's rows knows item tokens."""
+        place = self.teacher_of(source)
+        return place > 0 and self.teachers[self.roles[place]].reads_extended

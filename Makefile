@@ -23,6 +23,7 @@ lint: env
 	$(ENV_DIR)/bin/ruff check .
 	$(ENV_DIR)/bin/ruff format --check .
 	$(ENV_DIR)/bin/mypy
+	$(ENV_DIR)/bin/shellcheck -x *.sh scripts/*.sh recipe/onpolicy_distill/*.sh .ci/run
 
 format: env
 	$(ENV_DIR)/bin/ruff check --fix .

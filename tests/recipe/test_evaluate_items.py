@@ -41,20 +41,19 @@ class Vocabulary:
 class SoftmaxEngine:
     """Draws logits for every context from its seed; answers like an engine with ``allowed_token_ids``."""
 
-    def __init__(self, seed, scale):
-        self.seed, self.scale, self.calls = seed, scale, 0
+    def __init__(self, seed, scale, tells=20):
+        self.seed, self.scale, self.tells, self.calls = seed, scale, tells, 0
 
     def log_softmax(self, context, allowed):
         logits = {token: random.Random(f"{self.seed} {context} {token}").gauss(0, self.scale) for token in allowed}
         total = math.log(sum(map(math.exp, logits.values())))
         return {token: logit - total for token, logit in logits.items()}
 
-    async def best_token(self, context, allowed):
+    async def best_tokens(self, context, allowed):
         self.calls += 1
         assert len(allowed) > 1, "a forced token needs no request"
         shares = self.log_softmax(tuple(context), allowed)
-        best = max(shares, key=shares.__getitem__)
-        return best, shares[best]
+        return sorted(shares.items(), key=lambda entry: -entry[1])[: self.tells]
 
     def every_item(self, prompt, items, trie):
         """All items with their log-probs, best first, by scoring each of them."""
@@ -69,27 +68,28 @@ class SoftmaxEngine:
         return sorted(scored, key=lambda entry: -entry[1])
 
 
+@pytest.mark.parametrize(("tells", "most"), [(1, 100), (3, 60), (20, 40)])
 @pytest.mark.parametrize("scale", [0.3, 2.0, 5.0])
-def test_the_ranking_is_exact_and_lazy(scale):
+def test_the_ranking_is_exact_and_lazy(scale, tells, most):
     codes, k = 8, 10
     items = sorted(random.Random(1).sample(list(itertools.product(range(codes), repeat=3)), 150))
     trie = ItemTrie(items, Vocabulary(codes))
     for seed in range(5):
-        engine = SoftmaxEngine(seed, scale)
-        found = asyncio.run(most_likely_items([7, 0], trie, k, engine.best_token))
+        engine = SoftmaxEngine(seed, scale, tells)
+        found = asyncio.run(most_likely_items([7, 0], trie, k, engine.best_tokens))
         wanted = engine.every_item([7, 0], items, trie)[:k]
         assert found.exact
         assert [item for item, _ in found.items] == [item for item, _ in wanted]
         assert [log_prob for _, log_prob in found.items] == pytest.approx(
             [log_prob for _, log_prob in wanted], abs=1e-6
         )
-        assert engine.calls < 100
+        assert engine.calls < most
 
 
 def test_a_small_catalogue_is_ranked_whole():
     trie = ItemTrie([(0, 0, 0), (0, 1, 2), (3, 1, 1)], Vocabulary(4))
     engine = SoftmaxEngine(0, 1.0)
-    found = asyncio.run(most_likely_items([0], trie, 10, engine.best_token))
+    found = asyncio.run(most_likely_items([0], trie, 10, engine.best_tokens))
     assert sorted(item for item, _ in found.items) == [(0, 0, 0), (0, 1, 2), (3, 1, 1)]
     assert sum(math.exp(log_prob) for _, log_prob in found.items) == pytest.approx(1.0)
     assert engine.calls == 2  # one choice at the root and one after code 0; all else is forced
@@ -97,8 +97,8 @@ def test_a_small_catalogue_is_ranked_whole():
 
 def test_a_narrow_search_says_that_it_may_miss_some():
     trie = ItemTrie(itertools.product(range(8), repeat=3), Vocabulary(8))
-    engine = SoftmaxEngine(0, 0.1)
-    found = asyncio.run(most_likely_items([0], trie, 10, engine.best_token, width=12))
+    engine = SoftmaxEngine(0, 0.1, tells=1)
+    found = asyncio.run(most_likely_items([0], trie, 10, engine.best_tokens, width=12))
     assert len(found.items) == 10 and not found.exact
     assert engine.calls <= 8 + 12 + 12
 

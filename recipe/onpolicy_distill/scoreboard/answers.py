@@ -14,7 +14,7 @@ from recipe.onpolicy_distill.scoreboard.items import ItemTrie
 from recipe.onpolicy_distill.scoreboard.questions import Question
 from recipe.onpolicy_distill.scoreboard.ranking import Ranking, most_likely_items
 from verl.workers.config import HFModelConfig, RolloutConfig
-from verl.workers.rollout.replica import get_replica_class
+from verl.workers.rollout.replica import MAX_TOP_LOGPROBS, get_replica_class
 
 Result = TypeVar("Result")
 
@@ -55,19 +55,20 @@ class Answerer:
 
     async def ranked(self, questions: Sequence[Question], trie: ItemTrie, k: int) -> list[Ranking]:
         """The ``k`` most likely items after each prompt."""
-        calls = [most_likely_items([*q.prompt_ids, trie.begin_id], trie, k, self._best_token) for q in questions]
+        calls = [most_likely_items([*q.prompt_ids, trie.begin_id], trie, k, self._best_tokens) for q in questions]
         return await _with_progress("recommendations", calls)
 
     async def _write(self, prompt: list[int], sampling: dict[str, float | int]) -> list[int]:
         self.requests += 1
         return (await self._replica.generate(prompt, sampling, f"evaluation-{self.requests}")).token_ids
 
-    async def _best_token(self, prompt: list[int], allowed: tuple[int, ...]) -> tuple[int, float]:
+    async def _best_tokens(self, prompt: list[int], allowed: tuple[int, ...]) -> list[tuple[int, float]]:
         self.requests += 1
-        sampling = GREEDY | {"max_tokens": 1, "logprobs": True, "ignore_eos": True, "allowed_token_ids": allowed}
+        count = min(len(allowed), MAX_TOP_LOGPROBS)
+        sampling = GREEDY | {"max_tokens": 1, "top_logprobs": count, "ignore_eos": True, "allowed_token_ids": allowed}
         output = await self._replica.generate(prompt, sampling, f"evaluation-{self.requests}")
-        assert output.log_probs is not None, "they were asked for"
-        return output.token_ids[0], output.log_probs[0]
+        assert output.top_log_probs is not None, "they were asked for"
+        return sorted(output.top_log_probs[0].items(), key=lambda told: -told[1])
 
 
 async def _with_progress(what: str, calls: Sequence[Awaitable[Result]]) -> list[Result]:

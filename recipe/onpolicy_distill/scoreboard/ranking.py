@@ -1,9 +1,9 @@
 """The k most likely items after a prompt, by asking the engine for single tokens.
 
-In:  a prompt that ends where an item's first code is due, the trie of items, and an engine as a function that takes
-the most likely of some allowed tokens and tells its log-prob AMONG THEM. Out: k items with their log-probs, best
-first. The distribution is the model's, renormalised at each level over the codes that continue some item of the
-catalogue: nothing outside of it is ever generated.
+In:  a prompt that ends where an item's first code is due, the trie of items, and an engine as a function that tells the
+most likely of some allowed tokens, with their log-probs AMONG THEM. Out: k items with their log-probs, best first. The
+distribution is the model's, renormalised at each level over the codes that continue some item of the catalogue: nothing
+outside of it is ever generated.
 
 Best-first search over two kinds of nodes, each with the log-prob of all that lies below it:
 
@@ -11,14 +11,15 @@ Best-first search over two kinds of nodes, each with the log-prob of all that li
     rest    the allowed codes after a path that were not looked at yet: what the path has left after those that were
 
 The largest node is taken from the heap. A whole path is the next best item, a shorter one is exchanged for the rest
-of all its continuations, and a rest costs one request: its best code leaves it and becomes a path of its own. No node
-is larger than the one it came from, so items come out in order, and no request is made that the order does not need.
+of all its continuations, and a rest costs one request: its best codes (20 at most) leave it and become paths of their
+own. No node is larger than the one it came from, so items come out in order, and no request is made that the order
+does not need.
 
-Requests per prompt for k = 10 and 8 codes a level, measured: about 30 on models that know what they want, up to 90 on
-random ones. With 3 x 8,192 codes and a model that spreads its bets it would be thousands, so at most ``width`` paths of
-each length are looked at: never more than depth x width requests, and a ranking that this cut short is marked as not
-exact. A code that is the only one allowed costs no request, the prompt itself is in the engine's prefix cache, and a
-request carries its allowed ids (up to 8,192 at the first level, mostly few below it).
+Requests per prompt for k = 10 and 8 codes a level: one for each path that is opened, measured 13 to 18. With 3 x 8,192
+codes and a model that spreads its bets it would be hundreds, so at most ``width`` paths of each length are looked at,
+and a ranking that this cut short is marked as not exact. A code that is the only one allowed costs no request, the
+prompt itself is in the engine's prefix cache, and a request carries its allowed ids (up to 8,192 at the first level,
+mostly few below it).
 
 Precision: what is left of a path is 1 - sum(p) in the engine's float32, so items with less than about 1e-7 of their
 path's probability are ranked below the others and arbitrarily among themselves.
@@ -32,9 +33,9 @@ from typing import NamedTuple
 
 from recipe.onpolicy_distill.scoreboard.items import Item, ItemTrie
 
-BestToken = Callable[[list[int], tuple[int, ...]], Awaitable[tuple[int, float]]]
-"""``(token_ids, allowed) -> (token, log_prob)``: the most likely next token among ``allowed``, and its log-prob under
-the softmax over ``allowed`` alone."""
+BestTokens = Callable[[list[int], tuple[int, ...]], Awaitable[list[tuple[int, float]]]]
+"""``(token_ids, allowed) -> [(token, log_prob), ...]``: the most likely next tokens among ``allowed``, best first, and
+their log-probs under the softmax over ``allowed`` alone; as many as the engine tells, one at least."""
 
 RESOLUTION = 2.0**-24
 """Smallest share of a path's probability that float32 log-probs near 0 can tell from none."""
@@ -61,7 +62,7 @@ class Ranking(NamedTuple):
 
 
 async def most_likely_items(
-    prompt: list[int], trie: ItemTrie, k: int, best_token: BestToken, width: int = WIDTH
+    prompt: list[int], trie: ItemTrie, k: int, best_tokens: BestTokens, width: int = WIDTH
 ) -> Ranking:
     """The ``k`` most likely items, or all of a smaller catalogue.
 
@@ -69,7 +70,7 @@ async def most_likely_items(
         prompt: token ids up to and including the one that opens an item.
         trie: the catalogue.
         k: how many.
-        best_token: the engine.
+        best_tokens: the engine.
         width: most paths of each length that are looked at, at least ``k``.
     """
     order = itertools.count()  # equal nodes come out in the order they went in, and are never compared
@@ -91,16 +92,16 @@ async def most_likely_items(
         elif seen[len(path) + 1] >= max(width, k):
             exact = False
         else:
-            seen[len(path) + 1] += 1
-            token, share = rest[0], 0.0
-            if len(rest) > 1:
-                token, share = await best_token([*prompt, *path], rest)
-                others = tuple(other for other in rest if other != token)
-                push(log_prob + _log_of_what_is_left(share), _Node(path, others))
-            push(log_prob + share, _Node((*path, token)))
+            told = [(rest[0], 0.0)] if len(rest) == 1 else await best_tokens([*prompt, *path], rest)
+            seen[len(path) + 1] += len(told)
+            for token, share in told:
+                push(log_prob + share, _Node((*path, token)))
+            others = tuple(other for other in rest if other not in dict(told))
+            if others:
+                push(log_prob + _log_of_what_is_left(told), _Node(path, others))
     return Ranking(found, exact)
 
 
-def _log_of_what_is_left(log_prob: float) -> float:
-    """log(1 - exp(log_prob)), not below what float32 resolves."""
-    return math.log(max(-math.expm1(min(log_prob, 0.0)), RESOLUTION))
+def _log_of_what_is_left(told: list[tuple[int, float]]) -> float:
+    """log(1 - sum of the probabilities), not below what float32 resolves."""
+    return math.log(max(1.0 - math.fsum(math.exp(share) for _, share in told), RESOLUTION))

@@ -85,6 +85,7 @@ async def test_what_a_request_leaves_out_comes_from_the_config() -> None:
         ([1], {"temperature": -0.1}, "temperature=-0.1 must not be negative"),
         ([1], {"top_p": 0.0}, "top_p=0.0 must lie in"),
         ([1], {"top_k": 0}, "top_k=0 must be -1"),
+        ([1], {"top_logprobs": 21}, "top_logprobs=21 must lie in"),
         ([1], {"max_tokens": 0}, "max_tokens=0 must be at least 1"),
         ([1], {"seed": 2**63}, "seed=9223372036854775808 must lie in"),
         ([1], {"allowed_token_ids": []}, "at least one id, all of them from 0 to 89"),

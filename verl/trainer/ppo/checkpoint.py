@@ -50,7 +50,7 @@ class DataState:
     """Usable prompts of the training data."""
     batch_size: int
     num_workers: int
-    """Processes of the data loader, on which the order depends."""
+    """Processes of the data loader, on which the form of its state depends."""
     kl_coef: float
     """Weight of the KL penalty in the reward, which an adaptive controller moves."""
 

@@ -138,9 +138,14 @@ class HFReplica(RolloutReplica):
         )
         log_probs = torch.stack(sampler.log_probs, dim=1).tolist()  # B x steps
         written = sequences[:, longest:].tolist()
-        return [self._cut(*row) for row in zip(options, written, log_probs, strict=True)]
+        return [
+            self._cut(option, written[row], log_probs[row], [step[row] for step in sampler.top])
+            for row, option in enumerate(options)
+        ]
 
-    def _cut(self, options: SamplingOptions, written: list[int], log_probs: list[float]) -> TokenOutput:
+    def _cut(
+        self, options: SamplingOptions, written: list[int], log_probs: list[float], top: list[dict[int, float]]
+    ) -> TokenOutput:
         stops = (step + 1 for step, token_id in enumerate(written) if token_id in options.stop_token_ids)
         stop = next((step for step in stops if step <= options.max_tokens), None)
         end = options.max_tokens if stop is None else stop
@@ -149,6 +154,7 @@ class HFReplica(RolloutReplica):
             log_probs=log_probs[:end] if options.logprobs else None,
             stop_reason="length" if stop is None else "stop",
             weight_version=self.weight_version,
+            top_log_probs=top[:end] if options.top_logprobs else None,
         )
 
     async def _start_update(self) -> None:
@@ -192,6 +198,9 @@ class _Sampler(LogitsProcessor):
     def __init__(self, options: Sequence[SamplingOptions], seeds: Sequence[int], vocab_size: int) -> None:
         self.log_probs: list[torch.Tensor] = []
         """Per step (B,): log-prob of the drawn token under the distribution it was drawn from."""
+        self.top: list[list[dict[int, float]]] = []
+        """Per step and row the likeliest tokens with their log-probs, and the drawn one; as many as the row asks."""
+        self._tops = [option.top_logprobs for option in options]
         self._vocab_size = vocab_size
         self._greedy = torch.tensor([option.temperature == 0 for option in options])
         self._temperature = torch.tensor([option.temperature or 1.0 for option in options])
@@ -216,7 +225,16 @@ class _Sampler(LogitsProcessor):
         log_probs = logits.log_softmax(-1)
         drawn = (log_probs + self._noise(log_probs)).argmax(-1, keepdim=True)
         self.log_probs.append(log_probs.gather(1, drawn)[:, 0].cpu())
+        self.top.append([self._likeliest(*row) for row in zip(log_probs, drawn[:, 0], self._tops, strict=True)])
         return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)
+
+    @staticmethod
+    def _likeliest(log_probs: torch.Tensor, drawn: torch.Tensor, count: int) -> dict[int, float]:
+        if not count:
+            return {}
+        values, tokens = log_probs.topk(count)
+        likeliest = dict(zip(tokens.tolist(), values.tolist(), strict=True))
+        return {int(drawn): float(log_probs[drawn]), **likeliest}
 
     def _noise(self, log_probs: torch.Tensor) -> torch.Tensor:
         noise = torch.zeros(log_probs.shape)

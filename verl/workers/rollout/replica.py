@@ -38,6 +38,12 @@ class TokenOutput:
     """``stop`` (a stop token) or ``length`` (``max_tokens``)."""
     weight_version: int
     """Version of the last finished weight sync; 0 before the first."""
+    top_log_probs: list[dict[int, float]] | None = None
+    """At each new token the likeliest tokens with their log-probs, the drawn one among them; None: not asked."""
+
+
+MAX_TOP_LOGPROBS = 20
+"""Most of the likeliest tokens that a request may ask for: vLLM's own limit."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,8 @@ class SamplingOptions:
     """Tokens that end the answer: the model's own end tokens unless ``ignore_eos``, and those asked for."""
     allowed_token_ids: tuple[int, ...] | None
     """The only tokens that may be written; None: all that the tokenizer names."""
+    top_logprobs: int = 0
+    """How many of the likeliest tokens are told at each new token, at most MAX_TOP_LOGPROBS."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +80,7 @@ class _RequestedSampling:
     logprobs: bool = False
     stop_token_ids: Sequence[int] = ()
     allowed_token_ids: Sequence[int] | None = None
+    top_logprobs: int = 0
 
 
 class RolloutReplica(ABC):
@@ -270,6 +279,7 @@ class RolloutReplica(ABC):
             logprobs=bool(asked.logprobs),
             stop_token_ids=frozenset(stop_token_ids),
             allowed_token_ids=None if asked.allowed_token_ids is None else tuple(asked.allowed_token_ids),
+            top_logprobs=int(asked.top_logprobs),
         )
 
     @abstractmethod
@@ -316,6 +326,8 @@ def _check_sampling(asked: _RequestedSampling, vocab_size: int) -> None:
         raise ValueError(f"max_tokens={asked.max_tokens} must be at least 1")
     if asked.seed is not None and not 0 <= asked.seed < 2**63:
         raise ValueError(f"seed={asked.seed} must lie in [0, 2**63)")
+    if not 0 <= asked.top_logprobs <= MAX_TOP_LOGPROBS:
+        raise ValueError(f"top_logprobs={asked.top_logprobs} must lie in [0, {MAX_TOP_LOGPROBS}]")
     allowed = asked.allowed_token_ids
     if allowed is not None and (not allowed or min(allowed) < 0 or max(allowed) >= vocab_size):
         raise ValueError(f"allowed_token_ids must hold at least one id, all of them from 0 to {vocab_size - 1}")

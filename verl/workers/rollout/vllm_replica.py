@@ -136,7 +136,10 @@ class VLLMReplica(RolloutReplica):
         log_probs = None
         if options.logprobs:
             log_probs = [entry[token_id].logprob for token_id, entry in zip(token_ids, answer.logprobs, strict=True)]
-        return TokenOutput(token_ids, log_probs, answer.finish_reason, version)
+        top = None
+        if options.top_logprobs:
+            top = [{token: told.logprob for token, told in entry.items()} for entry in answer.logprobs]
+        return TokenOutput(token_ids, log_probs, answer.finish_reason, version, top)
 
     async def _start_update(self) -> None:
         await self._rpc("start_weight_update")
@@ -204,8 +207,8 @@ def _sampling_params(options: SamplingOptions) -> "SamplingParams":
         top_k=options.top_k,
         max_tokens=options.max_tokens,
         seed=options.seed,
-        # The log-prob of the sampled token alone.
-        logprobs=0 if options.logprobs else None,
+        # 0: the log-prob of the sampled token alone.
+        logprobs=options.top_logprobs if options.logprobs or options.top_logprobs else None,
         # Its own notion of end tokens is replaced by the explicit list.
         ignore_eos=True,
         stop_token_ids=sorted(options.stop_token_ids),

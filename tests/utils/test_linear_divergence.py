@@ -2,7 +2,10 @@
 
 import dataclasses
 import math
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -282,3 +285,15 @@ def test_sizes_that_do_not_fit() -> None:
     case.labels = case.labels[:5]
     with pytest.raises(ValueError, match="have 13, 5 and 13 positions"):
         case.loss(case.base(), DivergenceOptions())
+
+
+@pytest.mark.slow
+def test_memory_at_the_real_vocabulary_is_that_of_a_chunk() -> None:
+    """Under a tenth of the logits of 8,192 positions, and no more for twice the positions."""
+    program, sizes = Path(__file__).with_name("divergence_memory.py"), (256, 512)
+    grown = [
+        float(subprocess.run([sys.executable, program, str(size)], check=True, capture_output=True, text=True).stdout)
+        for size in sizes
+    ]
+    assert max(grown) < 0.1 * 8192 * 176_384 * 4 / 2**20
+    assert grown[1] < grown[0] * 1.1

@@ -15,7 +15,7 @@ of all its continuations, and a rest costs one request: its best codes (20 at mo
 own. No node is larger than the one it came from, so items come out in order, and no request is made that the order
 does not need.
 
-Requests per prompt for k = 10 and 8 codes a level: one for each path that is opened, measured 13 to 18. With 3 x 8,192
+Requests per prompt for k = 10 and 8 codes a level: one for each path that is opened, measured 16. With 3 x 8,192
 codes and a model that spreads its bets it would be hundreds, so at most ``width`` paths of each length are looked at,
 and a ranking that this cut short is marked as not exact. A code that is the only one allowed costs no request, the
 prompt itself is in the engine's prefix cache, and a request carries its allowed ids (up to 8,192 at the first level,

@@ -1,0 +1,78 @@
+"""Rows go to the teacher of their source, and come back in their places."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+
+from recipe.onpolicy_distill.onpolicy_distill_trainer import RayOnPolicyDistillTrainer
+from verl.experimental.agent_loop.base import TEACHER_READS_EXTENDED
+from verl.protocol import DataProto
+from verl.trainer.config import PPOConfig
+from verl.workers.config import TeacherConfig
+
+SOURCES = ["rec_next", "general", "code", "rec_caption", "general", "code"]
+
+
+class Teacher:
+    """Scores a token by its id and a number of its own, and remembers what it was asked."""
+
+    def __init__(self, number: float) -> None:
+        self.number = number
+        self.asked: list[list[int]] = []
+
+    def compute_ref_log_prob(self, batch: DataProto) -> DataProto:
+        responses = batch.tensor("responses")
+        self.asked.append(responses[:, 0].tolist())
+        return DataProto.from_dict({"ref_log_prob": -self.number * responses.float()})
+
+
+def trainer_of(teachers: dict[str, TeacherConfig]) -> Any:
+    config = PPOConfig()
+    config.algorithm.distill.teachers = teachers
+    trainer: Any = object.__new__(RayOnPolicyDistillTrainer)
+    trainer.config, trainer.global_steps = config, 3
+    return trainer
+
+
+def test_rows_of_three_teachers_get_the_numbers_that_each_gives_alone() -> None:
+    further = {"self": TeacherConfig(sources=["rec_*"]), "coder": TeacherConfig(vocabulary="base", sources=["code"])}
+    trainer = trainer_of(further)
+    groups = {role: Teacher(number) for role, number in (("ref", 1.0), ("self", 10.0), ("coder", 100.0))}
+    trainer.role_groups = groups
+    rows = {"source": np.array(SOURCES, dtype=object), "index": np.arange(6)}
+    batch = trainer.prepare(rows, n=2)
+    assert batch.tensor("teacher").tolist() == [1, 1, 0, 0, 2, 2, 1, 1, 0, 0, 2, 2]
+    reads = batch.non_tensor_batch[TEACHER_READS_EXTENDED].tolist()
+    assert reads == [place == 1 for place in batch.tensor("teacher").tolist()]
+    responses = torch.arange(12)[:, None].expand(12, 4).clone()
+    batch = batch.union(DataProto.from_dict({"responses": responses}))
+    scores = trainer.ref_log_prob(batch).tensor("ref_log_prob")
+    number_of = torch.tensor([1.0, 10.0, 100.0])[batch.tensor("teacher")]
+    torch.testing.assert_close(scores, -number_of[:, None] * responses)
+    assert groups["ref"].asked == [[2, 3, 8, 9]] and groups["coder"].asked == [[4, 5, 10, 11]]
+
+
+def test_a_teacher_without_rows_is_not_asked() -> None:
+    trainer = trainer_of({"self": TeacherConfig(sources=["rec_*"])})
+    trainer.role_groups = {"ref": Teacher(1.0), "self": Teacher(2.0)}
+    batch = trainer.prepare({"source": np.array(["general"], dtype=object), "index": np.arange(1)}, n=1)
+    trainer.ref_log_prob(batch.union(DataProto.from_dict({"responses": torch.ones(1, 2)})))
+    assert trainer.role_groups["self"].asked == []
+
+
+def test_one_teacher_needs_no_routing() -> None:
+    trainer = trainer_of({})
+    batch = trainer.prepare({"index": np.arange(2)}, n=1)
+    assert batch.batch is None and TEACHER_READS_EXTENDED not in batch.non_tensor_batch
+
+
+def test_workers_know_what_they_are() -> None:
+    kept = TeacherConfig(sources=["rec_*"])
+    trainer = trainer_of({"self": kept})
+    trainer.device_name = "cpu"
+    assert trainer.roles == ["actor", "ref", "self"]
+    arguments = {role: SimpleNamespace(**trainer.worker_arguments(role)) for role in trainer.roles}
+    assert arguments["actor"].distill is trainer.config.algorithm.distill
+    assert (arguments["ref"].teacher, arguments["self"].teacher) == (None, kept)

@@ -1,0 +1,34 @@
+"""Prints by how many MiB the peak memory grows over an exact divergence at the real vocabulary size, with gradients.
+
+Run as a program, ``divergence_memory.py POSITIONS``, so that what a process had at its peak before does not disturb it.
+"""
+
+import resource
+import sys
+
+import torch
+
+from verl.utils.linear_divergence import DivergenceOptions, LinearTeacher, linear_divergence
+
+ROWS, TEACHER_IDS, HIDDEN = 176_384, 151_669, 8
+
+
+def peak_mib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def main(positions: int) -> None:
+    torch.set_num_threads(1)
+    hidden = torch.randn(positions, HIDDEN, requires_grad=True)
+    weight = torch.randn(ROWS, HIDDEN, requires_grad=True)
+    teacher = LinearTeacher(torch.randn(positions, HIDDEN), torch.randn(TEACHER_IDS, HIDDEN), TEACHER_IDS)
+    labels, weights = torch.zeros(positions, dtype=torch.int64), torch.full((positions,), 1 / positions)
+    before = peak_mib()
+    options = DivergenceOptions(leak_coef=1.0)
+    loss, _ = linear_divergence(hidden, weight, labels, weights, teacher, options, extend_start=TEACHER_IDS)
+    loss.backward()
+    print(peak_mib() - before)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

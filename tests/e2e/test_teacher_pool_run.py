@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
+import pytest
 from launch import Run, launch, write_onerec_parquet
 from tiny_pairs import Pair
 
+pytestmark = pytest.mark.slow
 OVERRIDES = [
     "data.max_prompt_length=64",
     "data.max_response_length=16",

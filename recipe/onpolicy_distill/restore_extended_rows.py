@@ -1,0 +1,105 @@
+"""Put the rows of item tokens back as they were before a run: a free repair of the recommender, at no training.
+
+::
+
+    python -m recipe.onpolicy_distill.restore_extended_rows --before M0 --after M1 --out M2 \\
+        --extend-vocab-start-token 151669
+
+In:  a student before and after distillation, in Hugging Face format. Out: M1 with the embedding's rows from the first
+extended id on, and those of the lm head where it is a matrix of its own, taken from M0. Nothing else changes. It helps
+where the two are tied, and little where they are not; with rehearsal (``algorithm.distill.teachers``) it is not needed.
+"""
+
+import argparse
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+ROW_TENSORS = ("model.embed_tokens.weight", "lm_head.weight")
+"""What has a row per id, in the names of Hugging Face's decoders."""
+
+
+def restore_extended_rows(before: Path, after: Path, out: Path, extend_vocab_start_token: int) -> list[str]:
+    """Write the model; returns the names of the tensors whose rows were put back.
+
+    Args:
+        before: folder of the student before the run.
+        after: folder of the student after it.
+        out: a folder that does not exist yet.
+        extend_vocab_start_token: first extended id.
+
+    Raises:
+        ValueError: a folder without weights, an output that exists, or tensors that do not fit each other.
+    """
+    files, restored = weight_files(after), list[str]()
+    if out.exists():
+        raise ValueError(f"--out {out} exists already; name a folder that does not")
+    shutil.copytree(after, out, ignore=shutil.ignore_patterns("*.safetensors"))
+    for file in tqdm(files, desc="write", unit="file", leave=False):
+        tensors = load_file(file)
+        for name in ROW_TENSORS:
+            if name in tensors:
+                tensors[name] = _with_rows_of(_read(before, name), tensors[name], name, extend_vocab_start_token)
+                restored.append(name)
+        save_file(tensors, out / file.name, metadata={"format": "pt"})
+    if not restored:
+        raise ValueError(f"--after {after} holds none of {', '.join(ROW_TENSORS)}; it is no decoder in that format")
+    return restored
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model; raises ValueError where there are none."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"{folder} holds no *.safetensors; give a model folder in Hugging Face format")
+    return files
+
+
+def _read(folder: Path, name: str) -> torch.Tensor:
+    found: Iterator[torch.Tensor] = (
+        weights.get_tensor(name)
+        for file in weight_files(folder)
+        for weights in [safe_open(file, framework="pt")]
+        if name in weights.keys()  # noqa: SIM118  no mapping
+    )
+    tensor = next(found, None)
+    if tensor is None:
+        raise ValueError(f"--before {folder} holds no {name}, which --after has: one is tied and the other is not")
+    return tensor
+
+
+def _with_rows_of(before: torch.Tensor, after: torch.Tensor, name: str, start: int) -> torch.Tensor:
+    if before.shape != after.shape:
+        raise ValueError(f"{name} has the shape {list(before.shape)} before and {list(after.shape)} after")
+    if not 0 < start < len(after):
+        raise ValueError(
+            f"--extend-vocab-start-token {start} must lie between 1 and the {len(after) - 1} rows of {name}"
+        )
+    return torch.cat([after[:start], before[start:].to(after.dtype)])
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m recipe.onpolicy_distill.restore_extended_rows", description=str(__doc__).splitlines()[0]
+    )
+    parser.add_argument("--before", type=Path, required=True, help="folder of the student before distillation")
+    parser.add_argument("--after", type=Path, required=True, help="folder of the student after it")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--extend-vocab-start-token", type=int, required=True, help="first extended id")
+    args = parser.parse_args(argv)
+    try:
+        restored = restore_extended_rows(args.before, args.after, args.out, args.extend_vocab_start_token)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    print(f"rows from {args.extend_vocab_start_token} on put back in {', '.join(restored)}: {args.out}")
+
+
+if __name__ == "__main__":
+    main()

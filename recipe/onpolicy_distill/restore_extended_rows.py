@@ -13,7 +13,6 @@ where the two are tied, and little where they are not; with rehearsal (``algorit
 import argparse
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -37,20 +36,21 @@ def restore_extended_rows(before: Path, after: Path, out: Path, extend_vocab_sta
     Raises:
         ValueError: a folder without weights, an output that exists, or tensors that do not fit each other.
     """
-    files, restored = weight_files(after), list[str]()
     if out.exists():
         raise ValueError(f"--out {out} exists already; name a folder that does not")
-    shutil.copytree(after, out, ignore=shutil.ignore_patterns("*.safetensors"))
-    for file in tqdm(files, desc="write", unit="file", leave=False):
-        tensors = load_file(file)
-        for name in ROW_TENSORS:
-            if name in tensors:
-                tensors[name] = _with_rows_of(_read(before, name), tensors[name], name, extend_vocab_start_token)
-                restored.append(name)
-        save_file(tensors, out / file.name, metadata={"format": "pt"})
-    if not restored:
+    repaired = {
+        name: _with_rows_of(_read(before, name), tensor, name, extend_vocab_start_token)
+        for name in ROW_TENSORS
+        if (tensor := _find(after, name)) is not None
+    }
+    if not repaired:
         raise ValueError(f"--after {after} holds none of {', '.join(ROW_TENSORS)}; it is no decoder in that format")
-    return restored
+    shutil.copytree(after, out, ignore=shutil.ignore_patterns("*.safetensors"))
+    for file in tqdm(weight_files(after), desc="write", unit="file", leave=False):
+        tensors = load_file(file)
+        tensors |= {name: tensor for name, tensor in repaired.items() if name in tensors}
+        save_file(tensors, out / file.name, metadata={"format": "pt"})
+    return list(repaired)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -61,14 +61,16 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
+def _find(folder: Path, name: str) -> torch.Tensor | None:
+    for file in weight_files(folder):
+        with safe_open(file, framework="pt") as weights:
+            if name in weights.keys():  # noqa: SIM118  no mapping
+                return weights.get_tensor(name)
+    return None
+
+
 def _read(folder: Path, name: str) -> torch.Tensor:
-    found: Iterator[torch.Tensor] = (
-        weights.get_tensor(name)
-        for file in weight_files(folder)
-        for weights in [safe_open(file, framework="pt")]
-        if name in weights.keys()  # noqa: SIM118  no mapping
-    )
-    tensor = next(found, None)
+    tensor = _find(folder, name)
     if tensor is None:
         raise ValueError(f"--before {folder} holds no {name}, which --after has: one is tied and the other is not")
     return tensor

@@ -28,6 +28,8 @@ token_level_rewards         float32  (B, R)  reward       advantage, metrics
 rollout_is_weights          float32  (B, R)  advantage    update, metrics
 advantages                  float32  (B, R)  advantage    update, metrics
 returns                     float32  (B, R)  advantage    metrics
+teacher                     int64    (B,)    trainer      teacher scores, update
+teacher_reads_extended      object   (B,)    trainer      rollout (masks), metrics
 uid                         object   (B,)    trainer      rollout (seeds), advantage (groups)
 raw_prompt                  object   (B,)    dataset      rollout
 data_source                 object   (B,)    dataset      reward, metrics

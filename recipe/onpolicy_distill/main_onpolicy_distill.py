@@ -108,7 +108,36 @@ def settle_vocabulary(config: "PPOConfig") -> "VocabContract | None":
     )
     enforce(contract, mode)
     rollout.extend_vocab_start_token = contract.extend_start
+    for name, further in config.algorithm.distill.teachers.items():
+        if further.path is not None:
+            check_further_teacher(config, name)
     return contract
+
+
+def check_further_teacher(config: "PPOConfig", name: str) -> None:
+    """Hold a teacher of ``algorithm.distill.teachers`` to what it is said to know.
+
+    Raises:
+        ValueError: under ``trainer.vocab_check=strict``, it does not fit the student.
+    """
+    from verl.utils.vocab_contract import enforce, read_contract
+
+    model, teacher = config.actor_rollout_ref.model, config.algorithm.distill.teachers[name]
+    start = None if teacher.reads_extended else config.actor_rollout_ref.rollout.extend_start
+    contract = read_contract(
+        str(model.path),
+        str(teacher.path),
+        start,
+        student_tokenizer=model.tokenizer_path,
+        trust_remote_code=model.trust_remote_code,
+        overrides=model.override_config,
+    )
+    try:
+        enforce(contract, str(config.trainer.vocab_check))
+    except ValueError as error:
+        raise ValueError(
+            f"algorithm.distill.teachers.{name} (vocabulary={teacher.vocabulary}) does not fit: {error}"
+        ) from error
 
 
 def check_ranks(config: "PPOConfig", device_name: str) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from verl.experimental.agent_loop.base import TEACHER_READS_EXTENDED
 from verl.protocol import DataProto
+from verl.trainer.config import PPOConfig
 from verl.trainer.ppo.metric_utils import (
     compute_on_policy_distill_data_metrics,
     compute_validation_distill_metrics,
@@ -23,6 +24,22 @@ logger = logging.getLogger(__name__)
 
 class RayOnPolicyDistillTrainer(RayPPOTrainer):
     """The student answers, the teacher scores every token it knows, the student follows the reverse KL."""
+
+    def __init__(self, config: PPOConfig, *parts: Any, **options: Any) -> None:
+        """As the base class.
+
+        Raises:
+            ValueError: as the base class, and where a further teacher has no row to judge.
+        """
+        super().__init__(config, *parts, **options)
+        teachers = config.algorithm.distill.teachers
+        judged = {config.algorithm.distill.teacher_of(s) for s in self.train_dataset.sources} if teachers else set()
+        for place, (name, teacher) in enumerate(teachers.items(), 1):
+            if place not in judged:
+                raise ValueError(
+                    f"algorithm.distill.teachers.{name}.sources={teacher.sources} matches no usable training row; the "
+                    f"sources are {sorted(set(self.train_dataset.sources))}"
+                )
 
     @property
     def uses_reference(self) -> bool:
@@ -70,12 +87,18 @@ class RayOnPolicyDistillTrainer(RayPPOTrainer):
         """The base figures and the ``distill/*`` family: per data source, and overall over the rows whose teacher lacks
         the item tokens, for an item is no leak where it was asked for.
         """
-        metrics = super().step_metrics(batch) | compute_on_policy_distill_data_metrics(batch, self.config.algorithm)
+        measured = compute_on_policy_distill_data_metrics(batch, self.config.algorithm)
+        lacking = self.rows_of_lacking_teachers(batch)
+        if len(lacking) < len(batch):
+            overall = compute_on_policy_distill_data_metrics(lacking, self.config.algorithm) if len(lacking) else {}
+            measured = _with_overall(measured, overall)
+        return super().step_metrics(batch) | measured
+
+    def rows_of_lacking_teachers(self, batch: DataProto) -> DataProto:
+        """The rows whose teacher lacks the item tokens: all of them where there is one teacher."""
         if TEACHER_READS_EXTENDED not in batch.non_tensor_batch:
-            return metrics
-        lacking = batch.select_idxs(~batch.non_tensor_batch[TEACHER_READS_EXTENDED].astype(bool))
-        overall = compute_on_policy_distill_data_metrics(lacking, self.config.algorithm) if len(lacking) else {}
-        return metrics | {name: value for name, value in overall.items() if name.count("/") == 1}
+            return batch
+        return batch.select_idxs(~batch.non_tensor_batch[TEACHER_READS_EXTENDED].astype(bool))
 
     def score_validation(self, batch: DataProto) -> DataProto:
         """Log-probs of student and teacher for the held-out reverse KL; rewards where there is a function."""
@@ -85,11 +108,11 @@ class RayOnPolicyDistillTrainer(RayPPOTrainer):
         return scores
 
     def validation_metrics(self, batch: DataProto) -> Metrics:
-        """``val/reverse_kl`` and ``val/<source>/reverse_kl`` over the prompts that the teacher can read, and the reward
-        figures of all, where there are any.
+        """``val/reverse_kl`` and ``val/<source>/reverse_kl`` over the rows of teachers that lack the item tokens, as
+        far as they can read the prompt, and the reward figures of all, where there are any.
         """
         metrics = super().validation_metrics(batch)
-        readable = self.readable_by_teacher(batch)
+        readable = self.readable_by_teacher(self.rows_of_lacking_teachers(batch))
         if self.samples_validation and len(readable):
             metrics |= compute_validation_distill_metrics(readable)
         return metrics
@@ -106,3 +129,9 @@ class RayOnPolicyDistillTrainer(RayPPOTrainer):
         """The reverse KL is an average over the student's own samples: greedy answers do not estimate it."""
         sampling = self.config.actor_rollout_ref.rollout.val_kwargs
         return sampling.do_sample and sampling.temperature > 0
+
+
+def _with_overall(measured: Metrics, overall: Metrics) -> Metrics:
+    """The figures per source of ``measured``, and the overall ones of ``overall``."""
+    by_source = {name: value for name, value in measured.items() if name.count("/") > 1}
+    return by_source | {name: value for name, value in overall.items() if name.count("/") == 1}

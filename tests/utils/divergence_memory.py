@@ -22,10 +22,10 @@ def main(positions: int) -> None:
     hidden = torch.randn(positions, HIDDEN, requires_grad=True)
     weight = torch.randn(ROWS, HIDDEN, requires_grad=True)
     teacher = LinearTeacher(torch.randn(positions, HIDDEN), torch.randn(TEACHER_IDS, HIDDEN), TEACHER_IDS)
-    labels, weights = torch.zeros(positions, dtype=torch.int64), torch.full((positions,), 1 / positions)
+    weights = torch.full((positions,), 1 / positions)
     before = peak_mib()
     options = DivergenceOptions(leak_coef=1.0)
-    loss, _ = linear_divergence(hidden, weight, labels, weights, teacher, options, extend_start=TEACHER_IDS)
+    loss, _ = linear_divergence(hidden, weight, weights, teacher, options, extend_start=TEACHER_IDS)
     loss.backward()
     print(peak_mib() - before)
 

@@ -5,11 +5,12 @@ from verl.workers.config import DistillConfig, TeacherConfig
 
 def test_rows_belong_to_the_first_teacher_their_source_matches() -> None:
     distill = DistillConfig(
+        "exact",
         teachers={
             "self": TeacherConfig(sources=["rec_*"], weight=0.5),
             "items": TeacherConfig(path="x", sources=["rec_next", "video"]),
             "code": TeacherConfig(path="y", vocabulary="base", sources=["code"]),
-        }
+        },
     )
     assert distill.roles == ["ref", "self", "items", "code"]
     sources = ["general", "rec_next", "video", "code", "Rec_next"]

@@ -26,7 +26,7 @@ from verl.workers.config import DistillConfig, TeacherConfig
 from verl.workers.student_worker import StudentWorker
 from verl.workers.teacher_worker import TeacherWorker
 
-ROWS, TEMPERATURE = 8, 1.3
+ROWS, TEMPERATURE, MISSING = 8, 1.3, -40.0
 LEAK = {"leak_coef": 0.5, "leak_target": 0.2}
 pytestmark = pytest.mark.usefixtures("one_rank")
 
@@ -55,7 +55,7 @@ def dense_loss(log_p, log_q, distill: DistillConfig, full: bool, extend_start: i
     mass = log_p[..., extend_start:].exp().sum(-1)
     if not full and distill.support == "shared":
         log_p = log_p[..., :extend_start].log_softmax(-1)
-    missing = torch.full((*log_p.shape[:-1], log_p.shape[-1] - log_q.shape[-1]), -100.0)
+    missing = torch.full((*log_p.shape[:-1], log_p.shape[-1] - log_q.shape[-1]), MISSING)
     log_q = torch.cat([log_q, missing], dim=-1)
     divergence = (log_p.exp() * (log_p - log_q)).sum(-1)
     if full or not distill.leak_coef:
@@ -97,13 +97,18 @@ def frozen_model(tiny_tokenizers, tmp_path_factory) -> Path:
         ("shared", LEAK, 2, {"use_dynamic_bsz": False, "ppo_micro_batch_size_per_gpu": 3}),
     ],
 )
+@pytest.mark.parametrize("packed", [True, False])
 def test_gradient_is_that_of_the_whole_distributions(
-    support, leak, teachers, limits, student_model, teacher_model, frozen_model, student_ids, extend_start
+    support, leak, teachers, limits, packed, student_model, teacher_model, frozen_model, student_ids, extend_start
 ) -> None:
     further = {"kept": TeacherConfig(path=str(frozen_model), sources=["rec_*"], weight=0.6)}
     distill = DistillConfig("exact", support=support, teachers=further if teachers == 2 else {}, **leak)
     batch = mixed_batch(student_ids, extend_start, teachers)
-    student = workers(worker_config(student_model, teacher_model, extend_start=extend_start, actor=limits), distill)
+    limits = {**limits, "ref_log_prob_replace_val": MISSING}
+    config = worker_config(
+        student_model, teacher_model, extend_start=extend_start, actor=limits, model={"use_remove_padding": packed}
+    )
+    student = workers(config, distill)
     metrics = student.update_actor(batch).meta_info["metrics"]
 
     models = load_plain(student_model), load_plain(teacher_model), load_plain(frozen_model)

@@ -61,22 +61,6 @@ class LinearTeacher:
         return logits.sub_(logits.logsumexp(dim=-1, keepdim=True))
 
 
-class StitchedTeacher:
-    """The base teacher on B and the frozen student on E, as one distribution over all ids.
-
-    q(v) = (1 - d) q_base(v) on B and q_self(v) on E, d being the frozen student's mass on E.
-    """
-
-    def __init__(self, base: TeacherLogProbs, frozen: TeacherLogProbs, extend_start: int) -> None:
-        self._base, self._frozen, self._start = base, frozen, extend_start
-
-    def __call__(self, rows: slice) -> torch.Tensor:
-        log_probs = self._frozen(rows)
-        known = log_probs[:, : self._start]
-        known.copy_(self._base(rows) + known.logsumexp(dim=-1, keepdim=True))
-        return log_probs
-
-
 @dataclass(frozen=True)
 class DivergenceOptions:
     """What is minimised."""
@@ -119,18 +103,11 @@ class DivergenceStats(NamedTuple):
     """(N,) the leak term before its weight, nats; 0 without E."""
     extend_mass: torch.Tensor
     """(N,) eps; 0 without E."""
-    log_probs: torch.Tensor
-    """(N,) the student's log-prob of ``labels`` over all K ids."""
-    teacher_log_probs: torch.Tensor
-    """(N,) the teacher's; ``missing_log_prob`` where it lacks the label."""
-    entropy: torch.Tensor
-    """(N,) of p, nats."""
 
 
 def linear_divergence(
     hidden: torch.Tensor,
     weight: torch.Tensor,
-    labels: torch.Tensor,
     token_weights: torch.Tensor,
     teacher: TeacherLogProbs,
     options: DivergenceOptions,
@@ -144,7 +121,6 @@ def linear_divergence(
     Args:
         hidden: (N, D) of the student, at the positions that predict the tokens; N = 0 is fine.
         weight: (V, D) of its head, of the same dtype.
-        labels: (N,) int64, the tokens that were drawn; for the figures alone.
         token_weights: (N,) of the positions; 0 leaves one out.
         teacher: log-probs of its ids; of B, or of all K.
         options: what is minimised.
@@ -158,17 +134,12 @@ def linear_divergence(
     ids = weight.shape[0] if vocab_size is None else vocab_size
     if not 0 < ids <= weight.shape[0]:
         raise ValueError(f"vocab_size={ids} must be between 1 and the {weight.shape[0]} rows of the lm head")
-    if not hidden.shape[0] == labels.shape[0] == token_weights.shape[0]:
-        raise ValueError(
-            f"hidden, labels and token_weights have {hidden.shape[0]}, {labels.shape[0]} and "
-            f"{token_weights.shape[0]} positions"
-        )
-    if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < ids:
-        raise ValueError(f"labels run from {int(labels.min())} to {int(labels.max())}; the softmax has {ids} ids")
+    if hidden.shape[0] != token_weights.shape[0]:
+        raise ValueError(f"hidden and token_weights have {hidden.shape[0]} and {token_weights.shape[0]} positions")
     start = ids if extend_start is None else min(extend_start, ids)
     bytes_per_row = ids * torch.promote_types(weight.dtype, torch.float32).itemsize
     job = _Job(options, ids, start, max(1, chunk_bytes // (BUFFERS * bytes_per_row)))
-    loss, *stats = _LinearDivergence.apply(hidden, weight, labels, token_weights, teacher, job)
+    loss, *stats = _LinearDivergence.apply(hidden, weight, token_weights, teacher, job)
     return loss, DivergenceStats(*stats)
 
 
@@ -189,19 +160,20 @@ class _LinearDivergence(torch.autograd.Function):
         ctx: Any,
         hidden: torch.Tensor,
         weight: torch.Tensor,
-        labels: torch.Tensor,
         token_weights: torch.Tensor,
         teacher: TeacherLogProbs,
         job: _Job,
     ) -> tuple[torch.Tensor, ...]:
         rows, dtype = hidden.shape[0], torch.promote_types(hidden.dtype, torch.float32)
-        stats = DivergenceStats(*(torch.zeros(rows, dtype=dtype, device=hidden.device) for _ in range(6)))
+        stats = DivergenceStats(
+            *(torch.zeros(rows, dtype=dtype, device=hidden.device) for _ in DivergenceStats._fields)
+        )
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = WeightGradient(weight) if ctx.needs_input_grad[1] else None
         head = weight[: job.ids]
         for chunk in row_chunks(rows, job.chunk_rows):
             logits = scaled_logits(hidden[chunk], head, job.options.temperature)
-            measured, grad = _chunk(logits, labels[chunk], teacher(chunk), job)
+            measured, grad = _chunk(logits, teacher(chunk), job)
             for values, into in zip(measured, stats, strict=True):
                 into[chunk] = values
             if grad_hidden is not None or grad_weight is not None:
@@ -220,23 +192,23 @@ class _LinearDivergence(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_loss: torch.Tensor, *_: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        scaled = (None if grad is None else grad * grad_loss.to(grad.dtype) for grad in (grad_hidden, grad_weight))
-        return *scaled, None, None, None, None
+        # In place: nobody else holds these, and the head's is large.
+        scaled = (None if grad is None else grad.mul_(grad_loss.to(grad.dtype)) for grad in (grad_hidden, grad_weight))
+        return *scaled, None, None, None
 
 
-def _chunk(
-    logits: torch.Tensor, labels: torch.Tensor, teacher: torch.Tensor, job: _Job
-) -> tuple[DivergenceStats, torch.Tensor]:
+def _chunk(logits: torch.Tensor, teacher: torch.Tensor, job: _Job) -> tuple[DivergenceStats, torch.Tensor]:
     """Figures (C,) of a chunk and its gradient in the logits (C, K), of unit weight; overwrites both inputs."""
     options, start = job.options, job.start
     support = start if options.support == SHARED else job.ids
-    if teacher.shape[1] not in (start, job.ids):
-        raise ValueError(f"the teacher scores {teacher.shape[1]} ids; it has to score {start} (B) or all {job.ids}")
+    if teacher.shape[1] != start and teacher.shape[1] < job.ids:
+        raise ValueError(
+            f"the teacher scores {teacher.shape[1]} ids; it has to score {start} (B) or all {job.ids}: "
+            "actor_rollout_ref.rollout.extend_vocab_start_token does not fit this teacher (algorithm.distill)"
+        )
     base = logits[:, :start].logsumexp(dim=-1)
     extended = logits[:, start:].logsumexp(dim=-1)  # -inf where E is empty
     whole = torch.logaddexp(base, extended)
-    log_probs = logits.gather(1, labels[:, None]).squeeze(1) - whole
-    of_label = _at_label(teacher, labels, options.missing_log_prob)
     teacher = _on_support(teacher, support, options)
 
     grad = torch.zeros_like(logits)
@@ -245,18 +217,10 @@ def _chunk(
         leak = _leak(logits, (base, extended, whole), grad, options, start)
     log_p = logits[:, :support].sub_((base if support == start else whole)[:, None])
     p = log_p.exp()
-    entropy = -torch.linalg.vecdot(p, log_p)
     divergence, of_divergence = _divergence(log_p, p, teacher, options)
     grad[:, :support].add_(of_divergence)
     mass = (extended - whole).exp()
-    return DivergenceStats(divergence, leak, mass, log_probs, of_label, entropy), grad
-
-
-def _at_label(teacher: torch.Tensor, labels: torch.Tensor, missing: float) -> torch.Tensor:
-    """The teacher's log-prob of each label (C,), ``missing`` where it does not know it."""
-    known = labels < teacher.shape[1]
-    found = teacher.gather(1, labels.clamp_max(teacher.shape[1] - 1)[:, None]).squeeze(1)
-    return torch.where(known, found, missing)
+    return DivergenceStats(divergence, leak, mass), grad
 
 
 def _on_support(teacher: torch.Tensor, support: int, options: DivergenceOptions) -> torch.Tensor:
@@ -286,7 +250,8 @@ def _divergence(
         return value, p.mul_(slope.sub_(value[:, None]))
     beta, q = options.beta, log_q.exp()
     log_m = torch.lerp(p, q, beta).log_()
-    of_teacher = torch.where(q > 0, q.mul_(log_q.sub_(log_m)), 0.0).sum(dim=-1)
+    # Where q is the smallest there is, the mixture may underflow though q has not.
+    of_teacher = torch.where((q > 0) & log_m.isfinite(), q.mul_(log_q.sub_(log_m)), 0.0).sum(dim=-1)
     slope = torch.where(p > 0, torch.sub(log_p, log_m, out=log_m), 0.0)
     of_student = torch.linalg.vecdot(p, slope)
     gradient = p.mul_(slope.sub_(of_student[:, None])).mul_(1 - beta)

@@ -4,6 +4,7 @@ In: a world, teacher, student, and what the user asked for. Out: the run's folde
 checkpoints. Settings are those of a real run but for their size.
 """
 
+import os
 import shutil
 import subprocess
 import sys
@@ -53,7 +54,9 @@ class Distillation:
     def run(self) -> None:
         """Train; raises RuntimeError where the run fails."""
         shutil.rmtree(self.folder, ignore_errors=True)
-        done = subprocess.run(self.command(), check=False)
+        # The entry point decides for itself how the threads of its many processes wait.
+        environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
+        done = subprocess.run(self.command(), check=False, env=environment)
         if done.returncode:
             raise RuntimeError(f"the distillation ended with code {done.returncode}; its own first error is above")
 

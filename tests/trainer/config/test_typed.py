@@ -185,6 +185,15 @@ def test_wrong_types_name_key_value_and_type(override: str, expected: str) -> No
         (["algorithm.distill.support=shared"], "algorithm.distill.support=shared has no effect with"),
         (["algorithm.distill.leak_target=0"], "algorithm.distill.leak_target=0.0 must lie between 0 and 1"),
         (["++algorithm.distill.teachers.ref={}"], "algorithm.distill.teachers.ref: that name is taken"),
+        ([*EXACT, "algorithm.distill.leak_coef=1"], "algorithm.distill.leak_coef=1.0 has no effect without extended"),
+        (["++algorithm.distill.teachers.actor={}"], "algorithm.distill.teachers.actor: that name is taken"),
+        (["++algorithm.distill.teachers.a={sources:[]}"], "sources is empty"),
+        (["++algorithm.distill.teachers.a={weight:2}"], "algorithm.distill.teachers.a.weight=2.0 has no effect"),
+        (["++algorithm.distill.teachers.a={}"], "algorithm.distill.teachers=['a'] belongs to"),
+        (
+            [*EXACT, "algorithm.rollout_correction.rollout_is=token", f"{ROLLOUT}.calculate_log_probs=True"],
+            "algorithm.rollout_correction.rollout_is=token has no effect with algorithm.distill.objective=exact",
+        ),
         (["++algorithm.distill.teachers.a={vocabulary:most}"], "vocabulary='most' is not one of base, full"),
         (["++algorithm.distill.teachers.a={color:red}"], "algorithm.distill.teachers.a.color is no known key"),
         (

@@ -15,6 +15,7 @@ from verl.trainer.config import PPOConfig, TrainerConfig
 from verl.trainer.config.typed import public_dict, save_config
 from verl.trainer.ppo.checkpoint_manifest import seal
 from verl.trainer.ppo.resume_check import SETTINGS, Kind, kind_of, require_resumable, require_same_run, run_facts
+from verl.workers.config import TeacherConfig
 
 
 def write_model(folder: Path, hidden: int = 8, weights: bytes = b"w" * 300_000) -> Path:
@@ -67,6 +68,20 @@ def test_models_and_data_may_move(folder: Path, run: PPOConfig, tmp_path: Path) 
     models.ref.model.path = str(shutil.copytree(tmp_path / "teacher", tmp_path / "moved" / "teacher"))
     run.data.train_files = [shutil.copy(tmp_path / "train.parquet", tmp_path / "moved")]
     check(folder, run)
+
+
+def test_another_set_of_teachers_or_weights_is_refused(folder: Path, run: PPOConfig) -> None:
+    """Keys of the user's own, which one of the two runs may not have at all."""
+    run.algorithm.distill.teachers = {"self": TeacherConfig(sources=["rec_*"])}
+    run.data.source_weights = {"rec_*": 0.25, "*": 0.75}
+    with pytest.raises(ValueError, match=r"algorithm\.distill\.teachers") as error:
+        check(folder, run)
+    assert "data.source_weights" in str(error.value)
+    save_config(run, folder / "config.yaml")
+    check(folder, run)
+    run.algorithm.distill.teachers = {}
+    with pytest.raises(ValueError, match=r"algorithm\.distill\.teachers"):
+        check(folder, run)
 
 
 def test_what_changes_the_training_is_refused_and_listed(folder: Path, run: PPOConfig, tmp_path: Path) -> None:

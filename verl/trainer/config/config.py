@@ -66,12 +66,23 @@ class PPOConfig:
     def _check_distill(self) -> None:
         """Settings that an exact objective has no use for, and where its teachers have to be."""
         distill, actor, trainer = self.algorithm.distill, self.actor_rollout_ref.actor, self.trainer
+        key = f"algorithm.distill.objective={distill.objective}"
+        if (distill.is_exact or distill.teachers) and self.algorithm.adv_estimator != ON_POLICY_DISTILL:
+            what = key if distill.is_exact else f"algorithm.distill.teachers={list(distill.teachers)}"
+            raise ValueError(
+                f"{what} belongs to algorithm.adv_estimator={ON_POLICY_DISTILL}, not {self.algorithm.adv_estimator}"
+            )
         if not distill.is_exact:
             return
-        key = f"algorithm.distill.objective={distill.objective}"
-        if self.algorithm.adv_estimator != ON_POLICY_DISTILL:
+        if distill.leak_coef and self.actor_rollout_ref.rollout.extend_vocab_start_token is None:
             raise ValueError(
-                f"{key} belongs to algorithm.adv_estimator={ON_POLICY_DISTILL}, not {self.algorithm.adv_estimator}"
+                f"algorithm.distill.leak_coef={distill.leak_coef} has no effect without extended ids; set "
+                "actor_rollout_ref.rollout.extend_vocab_start_token, or leave it at 0"
+            )
+        if self.algorithm.rollout_correction.rollout_is is not None:
+            raise ValueError(
+                f"algorithm.rollout_correction.rollout_is={self.algorithm.rollout_correction.rollout_is} has no effect "
+                f"with {key}, whose loss is no estimate from drawn tokens; set it to null"
             )
         for name, value in (("entropy_coeff", actor.entropy_coeff), ("use_kl_loss", actor.use_kl_loss)):
             if value:

@@ -68,6 +68,8 @@ def _check_models(config: PPOConfig, found: Findings) -> None:
         found.errors.append(f"{student_key}.path is not set; give the student's folder or hub name")
     student = _read_model_config(f"{student_key}.path", models.model.path, found)
     teacher = _read_model_config(f"{teacher_key}.path", models.ref.model.path, found)
+    for name, further in config.algorithm.distill.teachers.items():
+        _read_model_config(f"algorithm.distill.teachers.{name}.path", further.path, found)
     for key, path in ((student_key, models.model.tokenizer_path), (teacher_key, models.ref.model.tokenizer_path)):
         _find_model_folder(f"{key}.tokenizer_path", path, found)
     if student is not None:

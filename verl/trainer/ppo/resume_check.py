@@ -103,6 +103,10 @@ SETTINGS: dict[str, Kind] = {
 """A key or section, and what becomes of a run that resumes with another value."""
 
 
+WHOLE = ("algorithm.distill.teachers", "data.source_weights")
+"""Maps of the user's own keys, which differ as a whole: one that is new or gone is a difference too."""
+
+
 class Difference(NamedTuple):
     """A setting or a fact that is not as it was."""
 
@@ -123,6 +127,9 @@ def run_facts(config: PPOConfig, vocab_fingerprint: str | None = None) -> dict[s
     models = config.actor_rollout_ref
     facts = {f"student.{name}": value for name, value in _facts_of(models.model).items()}
     facts |= {f"teacher.{name}": value for name, value in _facts_of(models.ref.model).items()}
+    for role, teacher in config.algorithm.distill.teachers.items():
+        if teacher.path:  # else the student, of which there are facts
+            facts |= {f"teachers.{role}.{name}": value for name, value in model_facts(teacher.path, None).items()}
     if config.data.train_files and not config.data.custom_cls.path:  # a class of the user's own reads what it likes
         files = expand_data_files(config.data.train_files)
         facts["data.train_files"] = {path.name: path.stat().st_size for path in files}
@@ -211,7 +218,8 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in values.items():
         key = f"{prefix}{name}"
-        flat |= _flat(value, f"{key}.") if isinstance(value, Mapping) and value else {key: value}
+        nested = isinstance(value, Mapping) and value and key not in WHOLE
+        flat |= _flat(value, f"{key}.") if nested else {key: value}
     return flat
 
 

@@ -57,7 +57,7 @@ class ExactDistillLoss:
     Args:
         mini: M rows with ``input_ids``, ``attention_mask``, ``response_mask`` and, where there are several teachers,
             ``teacher`` (M,), the place of each row's teacher among ``teachers``; ``meta_info["temperature"]``.
-        config: the actor's settings, of which the loss aggregation is used.
+        config: the actor's settings, of which the loss aggregation and ``ref_log_prob_replace_val`` are used.
         distill: the objective.
         teachers: the frozen models, and the weight of each one's rows.
         vocabulary: the student's.
@@ -79,6 +79,7 @@ class ExactDistillLoss:
         """(M, R) positions that are scored and trained, on the CPU."""
         self._distill, self._vocabulary, self._device = distill, vocabulary, device
         self._temperature = temperature_of(mini)
+        self._missing_log_prob = config.ref_log_prob_replace_val
         self._teachers = [teacher for teacher, _ in teachers]
         self._teacher_of = torch.zeros(len(mini), dtype=torch.int64)
         if "teacher" in mini.batch:
@@ -99,8 +100,10 @@ class ExactDistillLoss:
         groups = []
         for number, teacher in enumerate(self._teachers):
             members = self._teacher_of[micro.rows] == number
-            rows = micro.rows[members].unique().tolist()
-            taught = teacher.teach(self._rows.build(rows, teacher.packed), self._temperature)
+            # In the student's order, which need not be that of the batch.
+            own = self._rows.build(list(dict.fromkeys(micro.rows[members].tolist())), teacher.packed)
+            assert torch.equal(own.rows, micro.rows[members]) and torch.equal(own.columns, micro.columns[members])
+            taught = teacher.teach(own, self._temperature)
             groups.append((members.nonzero().flatten().to(self._device), taught, self._options_of(teacher)))
         weights = self._token_weights[micro.rows, micro.columns].to(self._device)
         return _Divergence(groups, weights, self._vocabulary)
@@ -112,6 +115,7 @@ class ExactDistillLoss:
             beta=distill.beta,
             support="full" if teacher.reads_extended else distill.support,
             temperature=self._temperature,
+            missing_log_prob=self._missing_log_prob,
             leak_coef=0.0 if teacher.reads_extended else distill.leak_coef,
             leak_target=distill.leak_target,
         )
@@ -149,11 +153,12 @@ class _Divergence:
     ) -> tuple[torch.Tensor, DivergenceStats]:
         """The loss, and figures of all S positions in their order."""
         losses, measured = [], []
-        for members, teacher, options in self._groups:
+        # A gradient of the whole head for a group without positions would be a large tensor of zeros.
+        groups = [group for group in self._groups if len(group[0])] or self._groups[:1]
+        for members, teacher, options in groups:
             loss, stats = linear_divergence(
                 hidden[members],
                 weight,
-                labels[members],
                 self._weights[members],
                 teacher,
                 options,
@@ -162,7 +167,7 @@ class _Divergence:
             )
             losses.append(loss)
             measured.append(stats if options.leak_coef else stats._replace(leak=torch.zeros_like(stats.leak)))
-        order = torch.cat([members for members, _, _ in self._groups]).argsort()
+        order = torch.cat([members for members, _, _ in groups]).argsort()
         columns = zip(*measured, strict=True)
         return torch.stack(losses).sum(), DivergenceStats(*(torch.cat(values)[order] for values in columns))
 

@@ -11,6 +11,9 @@ BASE_TEACHER = "ref"
 """Role of the teacher of ``actor_rollout_ref.ref``, which judges every row that no other teacher claims."""
 
 
+RESERVED_ROLES = (BASE_TEACHER, "actor")
+
+
 @dataclass
 class TeacherConfig:
     """A further teacher."""
@@ -30,6 +33,8 @@ class TeacherConfig:
             raise ValueError(
                 f"algorithm.distill.teachers.*.vocabulary={self.vocabulary!r} is not one of {', '.join(VOCABULARIES)}"
             )
+        if not self.sources:
+            raise ValueError("algorithm.distill.teachers.*.sources is empty; name the sources of its rows, or '*'")
         if self.weight < 0:
             raise ValueError(f"algorithm.distill.teachers.*.weight={self.weight} must not be negative")
 
@@ -70,18 +75,23 @@ class DistillConfig:
         if self.leak_coef < 0:
             raise ValueError(f"{key}.leak_coef={self.leak_coef} must not be negative")
         if self.objective == SAMPLED:
-            for name, default in (("support", "full"), ("leak_coef", 0.0)):
-                if getattr(self, name) != default:
+            given: dict[str, tuple[object, object]] = {
+                "support": (self.support, "full"),
+                "leak_coef": (self.leak_coef, 0.0),
+            }
+            given |= {f"teachers.{name}.weight": (teacher.weight, 1.0) for name, teacher in self.teachers.items()}
+            for setting, (found, default) in given.items():
+                if found != default:
                     raise ValueError(
-                        f"{key}.{name}={getattr(self, name)} has no effect with {key}.objective=sampled, which follows "
-                        f"the drawn token alone; set {key}.objective=exact, or leave {name} at {default}"
+                        f"{key}.{setting}={found} has no effect with {key}.objective=sampled, which follows the drawn "
+                        f"token alone; set {key}.objective=exact, or leave it at {default}"
                     )
         self._check_teachers()
 
     def _check_teachers(self) -> None:
         key = "algorithm.distill.teachers"
-        if BASE_TEACHER in self.teachers:
-            raise ValueError(f"{key}.{BASE_TEACHER}: that name is taken by actor_rollout_ref.ref; choose another")
+        for name in {*RESERVED_ROLES} & {*self.teachers}:
+            raise ValueError(f"{key}.{name}: that name is taken by actor_rollout_ref.{name}; choose another")
         vocabularies = [teacher.vocabulary for teacher in self.teachers.values()]
         if vocabularies != sorted(vocabularies, reverse=True):
             raise ValueError(

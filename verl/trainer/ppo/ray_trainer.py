@@ -310,12 +310,9 @@ class RayPPOTrainer:
             self.agent_loop_manager.start()
         logger.info("models are ready, waiting for the engines")
         self.agent_loop_manager.wait_ready()
+        run = self.config.trainer
         self.logger = Tracking(
-            self.config.trainer.project_name,
-            self.config.trainer.experiment_name,
-            self.config.trainer.logger,
-            config=self.config,
-            local_dir=self.config.trainer.default_local_dir,
+            run.project_name, run.experiment_name, run.logger, config=self.config, local_dir=run.default_local_dir
         )
 
     def shutdown(self) -> None:

@@ -126,6 +126,23 @@ def faulty(begin: Callable[[], object], end: Callable[[], object]) -> Iterator[N
         end()
 
 
+@contextmanager
+def own_checkout(host: Host, folder: Path) -> Iterator[None]:
+    """Have ``folder`` stand in the checkout's place on this host; an environment inside the checkout stays in sight."""
+    environment = Path(sys.prefix)
+    inside = folder / environment.relative_to(REPO) if environment.is_relative_to(REPO) else None
+    if inside:
+        inside.mkdir(parents=True)
+        subprocess.run([*host.inside(), "mount", "--bind", environment, inside], check=True)
+    subprocess.run([*host.inside(), "mount", "--rbind", folder, REPO], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run([*host.inside(), "umount", "--recursive", REPO], check=True)
+        if inside:
+            subprocess.run([*host.inside(), "umount", inside], check=True)
+
+
 def rows(output: str) -> dict[str, str]:
     """Result by host, from the table of a deployment."""
     lines = output[output.index("host    ") :].splitlines()[1:4]
@@ -146,8 +163,7 @@ def test_copying_brings_the_tree_and_leaves_what_is_only_there(cluster: Cluster)
     (own / "verl").mkdir()
     (own / "verl" / "stale.py").write_text("")
     second = cluster.hosts[1]
-    subprocess.run([*second.inside(), "mount", "--bind", own, REPO], check=True)
-    try:
+    with own_checkout(second, own):
         done = cluster.run("deploy_env.sh", "--all-nodes", "--device", "cpu", cluster.hostfile)
         assert done.returncode == 1
         assert "kvhost2:22: failed" in done.stdout, "the folder is there and the script is not"
@@ -156,8 +172,6 @@ def test_copying_brings_the_tree_and_leaves_what_is_only_there(cluster: Cluster)
         assert (own / "mine.txt").read_text() == "kept"
         assert (own / "verl" / "protocol.py").is_file() and not (own / "verl" / "stale.py").exists()
         assert not (own / ".git").exists()
-    finally:
-        subprocess.run([*second.inside(), "umount", REPO], check=True)
 
 
 def test_deployment_names_hosts_that_are_away_or_refuse_the_key(cluster: Cluster) -> None:

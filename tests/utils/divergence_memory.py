@@ -3,18 +3,14 @@
 Run as a program, ``divergence_memory.py POSITIONS``, so that what a process had at its peak before does not disturb it.
 """
 
-import resource
 import sys
 
 import torch
+from peak_memory import peak_kib
 
 from verl.utils.linear_divergence import DivergenceOptions, LinearTeacher, linear_divergence
 
 ROWS, TEACHER_IDS, HIDDEN = 176_384, 151_669, 8
-
-
-def peak_mib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def main(positions: int) -> None:
@@ -23,11 +19,11 @@ def main(positions: int) -> None:
     weight = torch.randn(ROWS, HIDDEN, requires_grad=True)
     teacher = LinearTeacher(torch.randn(positions, HIDDEN), torch.randn(TEACHER_IDS, HIDDEN), TEACHER_IDS)
     weights = torch.full((positions,), 1 / positions)
-    before = peak_mib()
+    before = peak_kib()
     options = DivergenceOptions(leak_coef=1.0)
     loss, _ = linear_divergence(hidden, weight, weights, teacher, options, extend_start=TEACHER_IDS)
     loss.backward()
-    print(peak_mib() - before)
+    print((peak_kib() - before) / 1024)
 
 
 if __name__ == "__main__":

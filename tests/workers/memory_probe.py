@@ -3,10 +3,10 @@
 Run as a program, ``memory_probe.py MODEL ROWS ...``: what a process had at its peak before does not disturb it.
 """
 
-import resource
 import sys
 
 import torch
+from peak_memory import peak_kib
 from tiny_workers import PROMPT, RESPONSE, rollouts, with_loss_inputs, worker_config
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -17,11 +17,6 @@ from verl.workers.fsdp.build import build_model
 from verl.workers.fsdp.optimizer import LearningRateSchedule, build_optimizer
 
 FIRST_EXTENDED = 151669
-
-
-def peak_kib() -> int:
-    """Largest resident size so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def main(folder: str, sizes: list[int]) -> None:

@@ -290,7 +290,7 @@ def test_every_estimator_corrects_for_the_sampler_where_asked(tmp_path: Path, cl
     if cls is RayPPOTrainer:
         config.algorithm.adv_estimator = "grpo"
     trainer, _ = make_trainer(config, cls, reward_fn=lambda **_: 1.0)
-    batch = trainer.prepare(next(iter(trainer.train_loader)), n=1)
+    batch = trainer.prepare(next(trainer.prompts.batches()), n=1)
     batch = batch.union(trainer.generate(batch)).union(trainer.actor_wg.compute_log_prob(batch))
     batch = batch.union(trainer.actor_wg.compute_ref_log_prob(batch))
     batch.batch["token_level_scores"] = torch.ones(4, R)

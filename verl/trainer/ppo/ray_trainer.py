@@ -14,7 +14,6 @@ Letters: B sequences, R response tokens.
 """
 
 import logging
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from verl.experimental.agent_loop.agent_loop import AgentLoopManager
 from verl.protocol import DataProto
 from verl.trainer.config import PPOConfig
-from verl.trainer.dataloader import build_train_loader, build_val_loader
+from verl.trainer.dataloader import build_val_loader
 from verl.trainer.ppo import checkpoint
 from verl.trainer.ppo.advantage import apply_kl_penalty, compute_advantage, compute_rollout_is_weights
 from verl.trainer.ppo.checkpoint_saver import CheckpointSaver
@@ -40,6 +39,7 @@ from verl.trainer.ppo.metric_utils import (
     compute_validation_reward_metrics,
     reduce_metrics,
 )
+from verl.trainer.ppo.prompt_stream import PromptStream
 from verl.trainer.ppo.resume_check import require_resumable, run_facts
 from verl.trainer.ppo.reward import RewardFn, compute_rewards
 from verl.trainer.ppo.stages import new_keys, run_stage
@@ -90,13 +90,13 @@ class RayPPOTrainer:
         self.reward_fn = reward_fn
         self.device_name = device_name
         self.train_dataset = train_dataset
-        self.train_loader = build_train_loader(train_dataset, config.data)
+        self.prompts = PromptStream(train_dataset, config.data)
         self.val_loader = build_val_loader(val_dataset, config.data) if val_dataset is not None else None
         self.kl_controller = get_kl_controller(config.algorithm.kl_ctrl)
         self.stage_metrics: Metrics = {}
         self.global_steps = 0
-        self.epoch = 0
-        self.total_steps = config.trainer.total_training_steps or len(self.train_loader) * config.trainer.total_epochs
+        all_epochs = self.prompts.batches_per_epoch * config.trainer.total_epochs
+        self.total_steps = config.trainer.total_training_steps or all_epochs
         optim = config.actor_rollout_ref.actor.optim
         if optim.total_training_steps < 0:
             updates = config.data.train_batch_size // config.actor_rollout_ref.actor.ppo_mini_batch_size
@@ -240,7 +240,7 @@ class RayPPOTrainer:
         with tqdm(
             total=self.total_steps, initial=self.global_steps, desc="train", unit="step", disable=None
         ) as progress:
-            for rows in self.prompt_rows():
+            for rows in self.prompts.batches():
                 self.global_steps += 1
                 metrics = self.train_step(rows)
                 if self.is_due(config.test_freq) and self.val_loader is not None:
@@ -248,6 +248,8 @@ class RayPPOTrainer:
                 metrics |= self.save_checkpoint() if self.is_due(config.save_freq) else self.saver.poll()
                 self.logger.log(metrics, self.global_steps)
                 progress.update()
+                if self.global_steps >= self.total_steps:
+                    break
         self.saver.finish()
 
     def train_step(self, rows: dict[str, Any]) -> Metrics:
@@ -271,7 +273,7 @@ class RayPPOTrainer:
         metrics |= self.stage_metrics | self.step_metrics(batch)
         metrics |= compute_timing_metrics(batch, timing)
         metrics |= compute_throughout_metrics(batch, timing, self.pools.get_n_gpus())
-        return metrics | {"training/global_step": self.global_steps, "training/epoch": self.epoch}
+        return metrics | {"training/global_step": self.global_steps, "training/epoch": self.prompts.epoch}
 
     def validate(self) -> Metrics:
         """Answer every validation prompt and measure the answers."""
@@ -324,16 +326,6 @@ class RayPPOTrainer:
         if hasattr(self, "logger"):
             self.logger.finish()
 
-    def prompt_rows(self) -> Iterator[dict[str, Any]]:
-        """Batches of data rows from the current position until ``total_steps``, over as many epochs as that takes."""
-        while self.global_steps < self.total_steps:
-            self.train_dataset.set_epoch(self.epoch)
-            for rows in self.train_loader:
-                yield rows
-                if self.global_steps >= self.total_steps:
-                    return
-            self.epoch += 1
-
     def is_due(self, every: int) -> bool:
         """Whether something done every so many steps (and after the last) is due now; never where ``every`` < 1."""
         return every > 0 and (self.global_steps % every == 0 or self.global_steps >= self.total_steps)
@@ -341,7 +333,7 @@ class RayPPOTrainer:
     def save_checkpoint(self) -> Metrics:
         """Begin a checkpoint of model, optimizer and data position; the last one of a run is waited for."""
         self.agent_loop_manager.sleep()
-        state = self._data_state(self.train_loader.state_dict())
+        state = self.prompts.state(self.kl_controller.value)
         return self.saver.save(self.actor_wg, self.global_steps, state, last=self.global_steps >= self.total_steps)
 
     def resume(self) -> None:
@@ -354,10 +346,9 @@ class RayPPOTrainer:
             return
         self.global_steps = checkpoint.checkpoint_step(folder)
         may_differ = any(key.split(".")[0] == "data" for key in config.resume_allow_changed)
-        state = checkpoint.load_data_state(folder, self._data_state(None), may_differ=may_differ)
-        if state.loader is not None:
-            self.train_loader.load_state_dict(state.loader)
-        self.epoch, self.kl_controller.value = state.epoch, state.kl_coef
+        state = checkpoint.load_data_state(folder, self.prompts.fresh_state(), may_differ=may_differ)
+        self.prompts.go_to(state)
+        self.kl_controller.value = state.kl_coef
         self.agent_loop_manager.sleep()
         self.actor_wg.load_checkpoint(str((folder / "actor").absolute()))
         logger.warning(
@@ -366,16 +357,6 @@ class RayPPOTrainer:
             self.global_steps,
         )
         self.sync_weights()
-
-    def _data_state(self, loader: dict[str, Any] | None) -> checkpoint.DataState:
-        return checkpoint.DataState(
-            loader=loader,
-            epoch=self.epoch,
-            prompts=len(self.train_dataset),
-            batch_size=self.config.data.train_batch_size,
-            num_workers=self.config.data.dataloader_num_workers,
-            kl_coef=self.kl_controller.value,
-        )
 
     def dump(self, folder: str | None, batch: DataProto, show: int = 0) -> None:
         """Write the answers of a batch as JSONL where ``folder`` is set, and show the first few."""

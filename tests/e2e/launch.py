@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from tiny_pairs import REPO, Pair
 
-REPO = Path(__file__).resolve().parents[2]
 SCRIPT = "recipe/onpolicy_distill/run_qwen3_distill.sh"
 WORDS = ["copy", "reverse", "upper", "sort", "add", "count", "name", "list", "draw", "find"]
 
@@ -54,6 +54,16 @@ class Run:
     def series(self, key: str) -> list[float]:
         """Values of one figure in step order, over the steps that have it."""
         return [data[key] for _, data in sorted(self.metrics.items()) if key in data]
+
+
+def script_env(pair: Pair, train: Path) -> dict[str, str]:
+    """What the launch script has to be told of a pair and its training prompts."""
+    return {
+        "BASE_MODEL": str(pair.student),
+        "TEACHER_MODEL": str(pair.teacher),
+        "DATASET_PARQUET": str(train),
+        "EXTEND_VOCAB_START_TOKEN": str(pair.extend_vocab_start_token),
+    }
 
 
 def launch(

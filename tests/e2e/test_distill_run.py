@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from launch import Run, launch, write_onerec_parquet
+from launch import Run, launch, script_env, write_onerec_parquet
 from tiny_pairs import Pair, make_pair
 
 SIZES = [
@@ -14,15 +14,6 @@ SIZES = [
     "actor_rollout_ref.ref.log_prob_max_token_len_per_gpu=2048",
     "actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu=2048",
 ]
-
-
-def script_env(pair: Pair, train: Path) -> dict[str, str]:
-    return {
-        "BASE_MODEL": str(pair.student),
-        "TEACHER_MODEL": str(pair.teacher),
-        "DATASET_PARQUET": str(train),
-        "EXTEND_VOCAB_START_TOKEN": str(pair.extend_vocab_start_token),
-    }
 
 
 @pytest.fixture(scope="module")

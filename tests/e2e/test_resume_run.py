@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from launch import Run, launch, write_onerec_parquet
+from launch import Run, launch, script_env, write_onerec_parquet
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from workers.rollout.replica_process import ReplicaProcess
 from workers.rollout.rollout_reference import largest_difference
@@ -47,13 +47,7 @@ def settings(engine: str, ranks: int, **changes: Any) -> list[str]:
 
 @pytest.fixture(scope="module")
 def env(tiny_pair: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    train = write_onerec_parquet(tmp_path_factory.mktemp("data") / "train.parquet", 18)
-    return {
-        "BASE_MODEL": str(tiny_pair.student),
-        "TEACHER_MODEL": str(tiny_pair.teacher),
-        "DATASET_PARQUET": str(train),
-        "EXTEND_VOCAB_START_TOKEN": str(tiny_pair.extend_vocab_start_token),
-    }
+    return script_env(tiny_pair, write_onerec_parquet(tmp_path_factory.mktemp("data") / "train.parquet", 18))
 
 
 def run(folder: Path, overrides: list[str], env: dict[str, str]) -> Run:

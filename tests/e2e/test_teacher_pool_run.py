@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from launch import Run, launch, write_onerec_parquet
+from launch import Run, launch, script_env, write_onerec_parquet
 from tiny_pairs import Pair
 
 pytestmark = pytest.mark.slow
@@ -23,13 +23,7 @@ FIGURES = ("distill/reverse_kl", "actor/pg_loss", "actor/grad_norm", "critic/adv
 
 def run(pair: Pair, folder: Path, *overrides: str) -> Run:
     folder.mkdir()
-    env = {
-        "BASE_MODEL": str(pair.student),
-        "TEACHER_MODEL": str(pair.teacher),
-        "DATASET_PARQUET": str(write_onerec_parquet(folder / "train.parquet", 16)),
-        "EXTEND_VOCAB_START_TOKEN": str(pair.extend_vocab_start_token),
-        "N_GPUS_PER_NODE": "1",
-    }
+    env = script_env(pair, write_onerec_parquet(folder / "train.parquet", 16)) | {"N_GPUS_PER_NODE": "1"}
     finished = launch(folder / "run", [*OVERRIDES, *overrides], env)
     assert finished.returncode == 0, finished.output[-6000:]
     return finished

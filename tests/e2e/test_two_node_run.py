@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from launch import Run, launch, write_onerec_parquet
+from launch import Run, launch, script_env, write_onerec_parquet
 from ray.cluster_utils import Cluster
 from tiny_pairs import REPO, Pair
 
@@ -23,13 +23,7 @@ def address() -> Iterator[str]:
 
 
 def run(pair: Pair, folder: Path, address: str, *overrides: str) -> Run:
-    env = {
-        "BASE_MODEL": str(pair.student),
-        "TEACHER_MODEL": str(pair.teacher),
-        "DATASET_PARQUET": str(write_onerec_parquet(folder / "train.parquet", 16)),
-        "EXTEND_VOCAB_START_TOKEN": str(pair.extend_vocab_start_token),
-        "N_GPUS_PER_NODE": "1",
-    }
+    env = script_env(pair, write_onerec_parquet(folder / "train.parquet", 16)) | {"N_GPUS_PER_NODE": "1"}
     sizes = ["data.max_prompt_length=64", "data.max_response_length=16", "data.train_batch_size=8"]
     sizes += ["actor_rollout_ref.actor.ppo_mini_batch_size=8", "actor_rollout_ref.rollout.name=hf"]
     sizes += ["trainer.logger=[file]", f"ray_kwargs.ray_init.address={address}"]

@@ -1,7 +1,10 @@
 """What the README says is there, is there."""
 
 import re
+import shlex
 from pathlib import Path
+
+from verl.trainer.config.typed import load_config
 
 REPO = Path(__file__).resolve().parents[2]
 README = (REPO / "README.md").read_text(encoding="utf-8")
@@ -54,6 +57,15 @@ def test_scripts_make_targets_and_modules_that_it_names_exist() -> None:
     assert modules and not [name for name in modules if not (REPO / (name.replace(".", "/") + ".py")).is_file()]
     links = set(re.findall(r"\]\(([\w/.]+)\)", README))
     assert links and not [name for name in links if not (REPO / name).is_file()]
+
+
+def test_settings_that_it_shows_are_accepted() -> None:
+    block = next(part for part in README.split("\n\n") if part.startswith("    algorithm.distill.objective=exact"))
+    overrides = shlex.split(block.replace("\\\n", " "))
+    start = "actor_rollout_ref.rollout.extend_vocab_start_token=auto"
+    config = load_config([*overrides, start], "recipe.onpolicy_distill.config", "onpolicy_distill_trainer")
+    assert config.algorithm.distill.is_exact and config.algorithm.distill.reads_extended("rec_next")
+    assert config.data.source_weights == {"rec_*": 0.25, "general_*": 0.75}
 
 
 def test_it_stays_short() -> None:

@@ -12,6 +12,7 @@ from verl.trainer.config import PPOConfig, TrainerConfig
 from verl.trainer.ppo import cluster_check
 from verl.trainer.ppo.cluster_check import check_nodes, student_paths, teacher_paths
 from verl.trainer.ppo.worker_groups import ResourcePoolManager, plan_pools
+from verl.workers.config import TeacherConfig
 
 ROLES = ["actor", "ref"]
 
@@ -64,11 +65,19 @@ def make_config(folder: Path, **trainer: Any) -> PPOConfig:
 def test_student_and_teacher_read_their_own_models(tmp_path: Path) -> None:
     config = make_config(tmp_path)
     assert student_paths(config) == [NeededPath("actor_rollout_ref.model.path", str(tmp_path / "student"))]
-    assert teacher_paths(config) == [NeededPath("actor_rollout_ref.ref.model.path", str(tmp_path / "teacher"))]
+    assert teacher_paths(config, "ref") == [NeededPath("actor_rollout_ref.ref.model.path", str(tmp_path / "teacher"))]
     config.actor_rollout_ref.ref.model.path = None
     config.actor_rollout_ref.rollout.multi_turn.tool_config_path = "/tools.yaml"
-    assert teacher_paths(config) == [NeededPath("actor_rollout_ref.model.path", str(tmp_path / "student"))]
+    assert teacher_paths(config, "ref") == [NeededPath("actor_rollout_ref.model.path", str(tmp_path / "student"))]
     assert [need.key.rpartition(".")[2] for need in student_paths(config)] == ["path", "tool_config_path"]
+
+
+def test_further_teachers_read_models_of_their_own_or_the_students(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    further = {"self": TeacherConfig(sources=["rec_*"]), "coder": TeacherConfig(path="/coder", sources=["code"])}
+    config.algorithm.distill.teachers = further
+    assert teacher_paths(config, "self") == [NeededPath("actor_rollout_ref.model.path", str(tmp_path / "student"))]
+    assert teacher_paths(config, "coder") == [NeededPath("algorithm.distill.teachers.coder.path", "/coder")]
 
 
 class Cluster:

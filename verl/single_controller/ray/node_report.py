@@ -57,8 +57,8 @@ def read_node(paths: Sequence[str], packages: Sequence[str]) -> dict[str, Any]:
         paths: folders and files to look at.
         packages: keys of ``DISTRIBUTIONS``.
     """
-    versions = {"python": platform.python_version()} | {package: _version(package) for package in packages}
-    sources = {name: digest for package in SOURCES for name, digest in _source_digests(package).items()}
+    versions = {"python": platform.python_version()} | {package: installed_version(package) for package in packages}
+    sources = {name: digest for package in SOURCES for name, digest in source_digests(package).items()}
     return asdict(NodeReport({path: _files_at(Path(path).expanduser()) for path in paths}, versions, sources))
 
 
@@ -123,7 +123,8 @@ def _files_at(path: Path) -> dict[str, int] | None:
     return {path.name: path.stat().st_size} if path.is_file() else None
 
 
-def _version(package: str) -> str:
+def installed_version(package: str) -> str:
+    """Version of a package of ``DISTRIBUTIONS``, ``missing`` where it is not installed."""
     for name in DISTRIBUTIONS[package]:
         try:
             return version(name)
@@ -132,7 +133,8 @@ def _version(package: str) -> str:
     return "missing"
 
 
-def _source_digests(package: str) -> dict[str, str]:
+def source_digests(package: str) -> dict[str, str]:
+    """Digest of each source file of a package, by a name such as ``verl/protocol.py``."""
     spec = find_spec(package)
     folders = list(spec.submodule_search_locations or []) if spec else []
     return {

@@ -7,7 +7,7 @@ read by                             what
 ==================================  ===================================================================
 student's ranks, engines beside     student's model and tokenizer, the checkpoint to go on from
 agent-loop workers (same nodes)     the tools' configuration
-teacher's ranks                     teacher's model and tokenizer
+teacher's ranks                     that teacher's model and tokenizer
 driver alone                        data files, reward function: ``preflight`` looked at them already
 ==================================  ===================================================================
 """
@@ -35,7 +35,7 @@ def check_nodes(config: PPOConfig, pools: ResourcePoolManager) -> None:
     needed: dict[str, list[NeededPath]] = {}
     with _marked_run_folder(config) as marker:
         for role in pools.mapping:
-            paths = student_paths(config) + marker if role == "actor" else teacher_paths(config)
+            paths = student_paths(config) + marker if role == "actor" else teacher_paths(config, role)
             for place in pools.places(role):
                 node_ips[place.node_id] = place.node_ip
                 already = needed.setdefault(place.node_id, [])
@@ -58,14 +58,20 @@ def student_paths(config: PPOConfig) -> list[NeededPath]:
     )
 
 
-def teacher_paths(config: PPOConfig) -> list[NeededPath]:
-    """What the teacher's ranks read; without a path of its own the student's starting weights are the teacher."""
-    student, teacher = config.actor_rollout_ref.model, config.actor_rollout_ref.ref.model
-    own = {
-        "actor_rollout_ref.ref.model.path": teacher.path,
-        "actor_rollout_ref.ref.model.tokenizer_path": teacher.tokenizer_path,
-    }
-    if teacher.path:
+def teacher_paths(config: PPOConfig, role: str) -> list[NeededPath]:
+    """What a teacher's ranks read; without a path of its own the student's starting weights are the teacher."""
+    student, base = config.actor_rollout_ref.model, config.actor_rollout_ref.ref.model
+    further = config.algorithm.distill.teachers.get(role)
+    if further is not None:
+        path = further.path
+        own = {f"algorithm.distill.teachers.{role}.path": path}
+    else:
+        path = base.path
+        own = {
+            "actor_rollout_ref.ref.model.path": path,
+            "actor_rollout_ref.ref.model.tokenizer_path": base.tokenizer_path,
+        }
+    if path:
         return _set_ones(own)
     shared = {
         "actor_rollout_ref.model.path": student.path,

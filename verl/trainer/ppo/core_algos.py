@@ -344,12 +344,8 @@ def compute_policy_loss_vanilla(
     # Selected before exp: an infinite ratio at a masked token would turn the gradient of `where` into 0 * inf = NaN.
     log_ratio = zero_outside_mask(log_prob - old_log_prob, response_mask).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     advantages = zero_outside_mask(advantages, response_mask)
-    ratio = log_ratio.exp()
-    unclipped = -advantages * ratio
-    clipped = -advantages * ratio.clamp(1.0 - config.clip_ratio_low, 1.0 + config.clip_ratio_high)
-    pessimistic = torch.maximum(unclipped, clipped)
-    ceiling = -advantages * config.clip_ratio_c
-    losses = torch.where(advantages < 0, torch.minimum(ceiling, pessimistic), pessimistic)
+    bounds = (1.0 - config.clip_ratio_low, 1.0 + config.clip_ratio_high)
+    losses, is_clipped, is_capped = _clipped_losses(log_ratio.exp(), advantages, bounds, config.clip_ratio_c)
     if rollout_is_weights is not None:
         losses = losses * zero_outside_mask(rollout_is_weights, response_mask)
 
@@ -357,12 +353,22 @@ def compute_policy_loss_vanilla(
         return agg_loss(values.detach(), response_mask, "token-mean", dp_size, batch_num_tokens)
 
     metrics = {
-        "actor/pg_clipfrac": mean((clipped > unclipped).float()),
-        "actor/pg_clipfrac_lower": mean(((pessimistic > ceiling) & (advantages < 0)).float()),
+        "actor/pg_clipfrac": mean(is_clipped.float()),
+        "actor/pg_clipfrac_lower": mean(is_capped.float()),
         "actor/ppo_kl": mean(-log_ratio),
     }
     loss = agg_loss(losses, response_mask, loss_agg_mode, dp_size, batch_num_tokens, global_batch_size)
     return loss, metrics
+
+
+def _clipped_losses(
+    ratio: torch.Tensor, advantages: torch.Tensor, bounds: tuple[float, float], cap: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Token losses, where the clip binds, and where the dual clip does; all of the shape of ``ratio``."""
+    unclipped, clipped = -advantages * ratio, -advantages * ratio.clamp(*bounds)
+    pessimistic, ceiling = torch.maximum(unclipped, clipped), -advantages * cap
+    is_capped = (pessimistic > ceiling) & (advantages < 0)
+    return torch.where(is_capped, ceiling, pessimistic), clipped > unclipped, is_capped
 
 
 def kl_penalty(logprob: torch.Tensor, ref_logprob: torch.Tensor, kl_penalty: str) -> torch.Tensor:

@@ -101,8 +101,6 @@ SETTINGS: dict[str, Kind] = {
     "ray_kwargs": Kind.FREE,
 }
 """A key or section, and what becomes of a run that resumes with another value."""
-
-
 WHOLE = ("algorithm.distill.teachers", "data.source_weights")
 """Maps of the user's own keys, which differ as a whole: one that is new or gone is a difference too."""
 
@@ -168,7 +166,8 @@ def require_resumable(config: PPOConfig, facts: Mapping[str, Any], total_steps: 
 
 
 def require_same_run(folder: Path, config: PPOConfig, facts: Mapping[str, Any]) -> None:
-    """
+    """Hold the run to what a checkpoint was trained with, and say what differs and may.
+
     Raises:
         ValueError: the checkpoint was trained with something that this run has otherwise; the message lists it.
     """

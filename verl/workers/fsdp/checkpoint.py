@@ -224,7 +224,8 @@ def load_checkpoint(state: TrainingState, config: CheckpointConfig, folder: Path
 
 
 def _require_same_tensors(tensors: dict[str, torch.Tensor], shards: Path) -> None:
-    """
+    """Hold the shards to this model's tensors, by name and shape.
+
     Raises:
         ValueError: the shards hold other tensors than this model has; the message lists them.
     """

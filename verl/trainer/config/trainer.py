@@ -75,8 +75,8 @@ class TrainerConfig:
     went wrong move some by nats."""
     engine_gap_bound: float | None = 0.1
     """Mean |difference| in nats between the engine's and the trainer's log-probs of sampled tokens
-    (``distill/engine_gap``) beyond which a step is reported; null: never. bf16 engines are at about 0.01 to 0.06, fp32
-    ones below 1e-4, weights that were not synced at 1 or more."""
+    (``distill/engine_gap``) beyond which a step is reported; null: never. Reported for bf16 engines are 0.01 to 0.06;
+    fp32 ones are below 1e-4, and a head that a sync had left behind was off by 1.9."""
     log_val_generations: int = 0
     """Validation answers printed with each validation."""
     ray_timeline_dir: str | None = None

@@ -95,6 +95,12 @@ def test_a_teacher_that_went_wrong_ends_the_run(tmp_path: Path, error: float) ->
     assert "there is no whole checkpoint yet" in text
 
 
+def test_ids_that_the_teacher_lacks_may_count_as_impossible(tmp_path: Path) -> None:
+    canary, teacher = make_canary(tmp_path), Teacher()
+    teacher.error = -math.inf
+    assert [canary.check({"ref": teacher}, step) for step in (0, 10)] == [{"distill/teacher_canary": 0}] * 2
+
+
 def test_a_rank_that_differs_from_the_others_is_found_at_the_start(tmp_path: Path) -> None:
     teacher = Teacher()
     teacher.error, teacher.row = 1.0, 1

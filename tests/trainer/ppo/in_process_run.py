@@ -4,6 +4,7 @@ The parts are those of a run; only the calls between them, which Ray makes elsew
 """
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -89,8 +90,14 @@ class InProcessEngines:
         pass
 
 
-def run_in_process(config: PPOConfig, dies_in_batch: int | None = None) -> None:
-    """Train as ``main_onpolicy_distill`` does, until the end or the kill."""
+def run_in_process(
+    config: PPOConfig, dies_in_batch: int | None = None, tamper: Callable[[Any], None] | None = None
+) -> None:
+    """Train as ``main_onpolicy_distill`` does, until the end or the kill.
+
+    Args:
+        tamper: gets the trainer before it starts, to break something.
+    """
     trainer: Any = build_trainer(config)
     models, trainer_settings = config.actor_rollout_ref, config.trainer
     trainer.actor_wg = InProcessGroup(trainer.role_worker_mapping["actor"](config=models, device="cpu"))
@@ -102,6 +109,8 @@ def run_in_process(config: PPOConfig, dies_in_batch: int | None = None) -> None:
     trainer.logger = Tracking("project", "run", ["file"], config=config, local_dir=trainer_settings.default_local_dir)
     try:
         trainer.sync_weights()
+        if tamper is not None:
+            tamper(trainer)
         trainer.fit()
     except Killed:
         trainer.actor_wg.checkpoint_outcome(True)  # its thread would outlive the kill here

@@ -107,15 +107,20 @@ class StepResult(NamedTuple):
     grad_norm: float
     """Norm of the gradient over all parameters and ranks, before clipping."""
     taken: bool
-    """False where the norm was not finite: nothing was changed."""
+    """False where the loss or the norm was not finite: weights and optimizer are as they were, to the bit."""
 
 
-def clipped_step(model: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float) -> StepResult:
-    """Clip the gradient to ``max_norm``, take the step, drop the gradient. Every rank returns the same."""
+def clipped_step(model: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float, loss: float) -> StepResult:
+    """Clip the gradient to ``max_norm``, take the step, drop the gradient. Every rank returns the same.
+
+    Args:
+        loss: of all ranks together, so that all decide alike. Looked at too, for its gradient may be finite where it is
+            not: that of ``x - inf`` is 1.
+    """
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
-    taken = bool(norm.isfinite())
+    taken = bool(norm.isfinite()) and math.isfinite(loss)
     if taken:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)

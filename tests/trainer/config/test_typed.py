@@ -67,6 +67,19 @@ def test_auto_needs_the_vocabulary_check() -> None:
         load_config([f"{ROLLOUT}.extend_vocab_start_token=auto", "trainer.vocab_check=off"])
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["++algorithm.distill.teachers.a={weight:0}"],
+        ["algorithm.distill.objective=exact", "actor_rollout_ref.actor.entropy_coeff=0.1"],
+        ["algorithm.distill.objective=exact", "algorithm.rollout_correction.rollout_is=token"],
+    ],
+)
+def test_beside_a_task_reward_the_policy_loss_keeps_its_settings(more: list[str]) -> None:
+    config = load_config(["algorithm.distill.coef=0.5", f"{ROLLOUT}.calculate_log_probs=True", *more])
+    assert config.algorithm.distils and config.algorithm.adv_estimator == "grpo"
+
+
 def test_betas_become_a_tuple_of_floats() -> None:
     betas = load_config(["actor_rollout_ref.actor.optim.betas=[0,0.95]"]).actor_rollout_ref.actor.optim.betas
     assert betas == (0.0, 0.95)
@@ -190,6 +203,13 @@ def test_wrong_types_name_key_value_and_type(override: str, expected: str) -> No
         (["++algorithm.distill.teachers.a={sources:[]}"], "sources is empty"),
         (["++algorithm.distill.teachers.a={weight:2}"], "algorithm.distill.teachers.a.weight=2.0 has no effect"),
         (["++algorithm.distill.teachers.a={}"], "algorithm.distill.teachers=['a'] belongs to"),
+        (["algorithm.distill.coef=-1"], "algorithm.distill.coef=-1.0 must not be negative"),
+        (["algorithm.distill.coef=0", "algorithm.distill.objective=exact"], "set algorithm.distill.coef above 0"),
+        (
+            ["algorithm.adv_estimator=on_policy_distill", "algorithm.distill.coef=0.5"],
+            "algorithm.distill.coef=0.5 weighs distillation against a task reward, and "
+            "algorithm.adv_estimator=on_policy_distill has none",
+        ),
         (
             [*EXACT, "algorithm.rollout_correction.rollout_is=token", f"{ROLLOUT}.calculate_log_probs=True"],
             "algorithm.rollout_correction.rollout_is=token has no effect with algorithm.distill.objective=exact",

@@ -190,6 +190,7 @@ def run(trainer: "RayPPOTrainer") -> None:
 
     from verl.experimental.agent_loop.agent_loop import RolloutError
     from verl.single_controller.base import WorkerError
+    from verl.trainer.ppo.best_checkpoint import BestMetricError
     from verl.trainer.ppo.checkpoint_saver import CheckpointError
 
     config = trainer.config
@@ -204,7 +205,7 @@ def run(trainer: "RayPPOTrainer") -> None:
         start_workers(trainer)
         trainer.fit()
         logger.info("done: %s", trainer.progress())
-    except (WorkerError, RolloutError, CheckpointError) as error:
+    except (WorkerError, RolloutError, CheckpointError, BestMetricError) as error:
         # Said before anything is shut down, and to Ray's own account of a death: the cause comes first.
         print(f"error: {error}\n{trainer.progress()}", file=sys.stderr, flush=True)
         raise SystemExit(1) from None

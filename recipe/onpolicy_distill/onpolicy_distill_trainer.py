@@ -106,8 +106,8 @@ class RayOnPolicyDistillTrainer(RayPPOTrainer):
 
     def step_metrics(self, batch: DataProto) -> Metrics:
         """The base figures and the ``distill/*`` family: per data source, per teacher, and overall over the rows whose
-        teacher lacks the item tokens, for an item is no leak where it was asked for. Beside a task reward also what each
-        part puts into the advantage.
+        teacher lacks the item tokens, for an item is no leak where it was asked for. Beside a task reward also what
+        each part puts into the advantage.
         """
         measured = compute_on_policy_distill_data_metrics(batch, self.config.algorithm)
         lacking = self.rows_of_lacking_teachers(batch)

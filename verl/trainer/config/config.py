@@ -47,6 +47,7 @@ class PPOConfig:
         self._check_tools()
         self._check_distill()
         self._check_vocabulary_settings()
+        self._check_best_metric()
 
     def _check_batch_sizes(self) -> None:
         actor, rollout = self.actor_rollout_ref.actor, self.actor_rollout_ref.rollout
@@ -179,6 +180,14 @@ class PPOConfig:
             raise ValueError(
                 f"actor_rollout_ref.rollout.extend_vocab_start_token={start} is found by comparing the tokenizers, and "
                 "trainer.vocab_check=off compares nothing; give the number, or set trainer.vocab_check=warn"
+            )
+
+    def _check_best_metric(self) -> None:
+        contents = self.actor_rollout_ref.actor.checkpoint.save_contents
+        if self.trainer.best_metric and "hf_model" not in contents:
+            raise ValueError(
+                f"trainer.best_metric={self.trainer.best_metric!r} hands out the best model, and "
+                f"actor_rollout_ref.actor.checkpoint.save_contents={contents} does not write it; add hf_model"
             )
 
     def _check_tools(self) -> None:

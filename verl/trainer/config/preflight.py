@@ -195,6 +195,8 @@ def _check_data(config: PPOConfig, found: Findings) -> None:
         )
     if not data.val_files and config.trainer.val_only:
         found.errors.append("trainer.val_only=True needs data.val_files; set it")
+    elif not data.val_files and config.trainer.best_metric:
+        found.errors.append(f"trainer.best_metric={config.trainer.best_metric!r} needs data.val_files; set it")
     elif not data.val_files and config.trainer.test_freq > 0:
         found.notices.append(f"trainer.test_freq={config.trainer.test_freq} has no effect: data.val_files is not set")
     scripts = {

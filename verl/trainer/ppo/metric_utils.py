@@ -193,8 +193,8 @@ def _reverse_kl(batch: DataProto) -> Metrics:
 
 
 def _extended_token_metrics(batch: DataProto, low: float | None, high: float | None) -> Metrics:
-    """What distillation does at trained tokens of E: their share of its |advantage|, and the reverse KL there, over rows
-    whose teacher knows them (elsewhere its log-prob is a stand-in).
+    """What distillation does at trained tokens of E: their share of its |advantage|, and the reverse KL there, over
+    rows whose teacher knows them (elsewhere its log-prob is a stand-in).
     """
     trained = batch.tensor("response_mask").bool()
     extended = trained & batch.tensor("distill_special_token_mask").bool()

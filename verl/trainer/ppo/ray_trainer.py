@@ -28,6 +28,7 @@ from verl.trainer.config import PPOConfig
 from verl.trainer.dataloader import build_val_loader
 from verl.trainer.ppo import checkpoint
 from verl.trainer.ppo.advantage import apply_kl_penalty, compute_advantage, compute_rollout_is_weights
+from verl.trainer.ppo.best_checkpoint import BestCheckpoint
 from verl.trainer.ppo.checkpoint_saver import CheckpointSaver
 from verl.trainer.ppo.cluster_check import check_nodes
 from verl.trainer.ppo.kl_control import get_kl_controller
@@ -106,7 +107,8 @@ class RayPPOTrainer:
         self.worker_groups = WorkerGroups()
         facts = run_facts(config, vocab_fingerprint)
         require_resumable(config, facts, self.total_steps)
-        self.saver = CheckpointSaver(config, facts)
+        self.best = BestCheckpoint(config.trainer)
+        self.saver = CheckpointSaver(config, facts, self.best)
 
     # ------------------------------------------------------------------ what a recipe may override
 
@@ -245,7 +247,10 @@ class RayPPOTrainer:
                 metrics = self.train_step(rows)
                 if self.is_due(config.test_freq) and self.val_loader is not None:
                     metrics |= self.validate()
-                metrics |= self.save_checkpoint() if self.is_due(config.save_freq) else self.saver.poll()
+                    if self.best.gives_up():
+                        self.total_steps = self.global_steps
+                saves = self.is_due(config.save_freq) or self.best.is_new(self.global_steps)
+                metrics |= self.save_checkpoint() if saves else self.saver.poll()
                 self.logger.log(metrics, self.global_steps)
                 progress.update()
                 if self.global_steps >= self.total_steps:
@@ -287,7 +292,8 @@ class RayPPOTrainer:
                 parts.append(batch.union(self.score_validation(batch)))
             batch = DataProto.concat(parts)
         self.dump(self.config.trainer.validation_data_dir, batch, show=self.config.trainer.log_val_generations)
-        return self.validation_metrics(batch) | {"timing_s/testing": timing["testing"]}
+        figures = self.validation_metrics(batch)
+        return figures | self.best.note(self.global_steps, figures) | {"timing_s/testing": timing["testing"]}
 
     # ------------------------------------------------------------------ set-up, data, checkpoints
 
@@ -341,7 +347,8 @@ class RayPPOTrainer:
         config = self.config.trainer
         folder = checkpoint.find_checkpoint(config)
         if not config.val_only:
-            self.logger.go_on_after(None if folder is None else checkpoint.checkpoint_step(folder))
+            for kept in (self.logger, self.best):
+                kept.go_on_after(None if folder is None else checkpoint.checkpoint_step(folder))
         if folder is None:
             return
         self.global_steps = checkpoint.checkpoint_step(folder)
@@ -370,7 +377,7 @@ class RayPPOTrainer:
     def progress(self) -> str:
         """Where the run stands and what it left."""
         saved = checkpoint.describe(self.config.trainer.default_local_dir)
-        return f"step {self.global_steps} of {self.total_steps}, {saved}"
+        return f"step {self.global_steps} of {self.total_steps}, {saved}{self.best.describe()}"
 
     def _check_reward_fn(self) -> None:
         if self.uses_reward and self.reward_fn is None:

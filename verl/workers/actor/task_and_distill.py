@@ -2,8 +2,8 @@
 
     loss = policy loss of the task's advantages + coef x mean of (D(student, teacher) + leak term)
 
-In and out as in ``mini_batch_loss`` and ``exact_distill``, whose losses these are: one forward pass of the student gives
-what both need, and one backward pass takes the gradient of their sum.
+In and out as in ``mini_batch_loss`` and ``exact_distill``, whose losses these are: one forward pass of the student
+gives what both need, and one backward pass takes the gradient of their sum.
 """
 
 from typing import Any

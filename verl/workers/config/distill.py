@@ -80,19 +80,24 @@ class DistillConfig:
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{key}.{name}={getattr(self, name)} must not be negative")
         if self.objective == SAMPLED:
-            given: dict[str, tuple[object, object]] = {
-                "support": (self.support, "full"),
-                "leak_coef": (self.leak_coef, 0.0),
-            }
-            if not self.coef:
-                given |= {f"teachers.{name}.weight": (teacher.weight, 1.0) for name, teacher in self.teachers.items()}
-            for setting, (found, default) in given.items():
-                if found != default:
-                    raise ValueError(
-                        f"{key}.{setting}={found} has no effect with {key}.objective=sampled, which follows the drawn "
-                        f"token alone; set {key}.objective=exact, or leave it at {default}"
-                    )
+            self._check_sampled()
         self._check_teachers()
+
+    def _check_sampled(self) -> None:
+        """Settings that need an exact objective, left at their defaults."""
+        key = "algorithm.distill"
+        given: dict[str, tuple[object, object]] = {
+            "support": (self.support, "full"),
+            "leak_coef": (self.leak_coef, 0.0),
+        }
+        if not self.coef:
+            given |= {f"teachers.{name}.weight": (teacher.weight, 1.0) for name, teacher in self.teachers.items()}
+        for setting, (found, default) in given.items():
+            if found != default:
+                raise ValueError(
+                    f"{key}.{setting}={found} has no effect with {key}.objective=sampled, which follows the drawn "
+                    f"token alone; set {key}.objective=exact, or leave it at {default}"
+                )
 
     def _check_teachers(self) -> None:
         key = "algorithm.distill.teachers"

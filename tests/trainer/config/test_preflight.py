@@ -92,6 +92,10 @@ def test_a_run_in_order_passes_and_makes_nothing(run: list[str], tmp_path: Path)
             ["algorithm.adv_estimator=grpo", "algorithm.distill.coef=1", "actor_rollout_ref.ref.model.path=null"],
             "actor_rollout_ref.ref.model.path is not set, and algorithm.distill.coef=1.0 learns from a teacher",
         ),
+        (
+            ["trainer.best_metric=val/reward", "trainer.test_freq=5"],
+            "trainer.best_metric='val/reward' needs data.val_files; set it",
+        ),
         (["algorithm.adv_estimator=gae"], "algorithm.adv_estimator='gae' is unknown; choose from"),
         (["data.train_files=null"], "data.train_files is not set; give a parquet file"),
         (["data.train_files=''"], "data.train_files is not set; give a parquet file"),

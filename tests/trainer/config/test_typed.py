@@ -11,6 +11,7 @@ from verl.trainer.config import PPOConfig
 from verl.trainer.config.typed import load_config, public_dict, save_config, to_typed
 
 EXACT = ["algorithm.adv_estimator=on_policy_distill", "algorithm.distill.objective=exact"]
+BEST = ["trainer.test_freq=5", "trainer.best_metric=val/g_*/reward subject to val/rec/reward >= 0.98 of step 0"]
 ROLLOUT = "actor_rollout_ref.rollout"
 VAL = f"{ROLLOUT}.val_kwargs"
 ENV = "ray_kwargs.ray_init.runtime_env.env_vars"
@@ -78,6 +79,13 @@ def test_auto_needs_the_vocabulary_check() -> None:
 def test_beside_a_task_reward_the_policy_loss_keeps_its_settings(more: list[str]) -> None:
     config = load_config(["algorithm.distill.coef=0.5", f"{ROLLOUT}.calculate_log_probs=True", *more])
     assert config.algorithm.distils and config.algorithm.adv_estimator == "grpo"
+
+
+def test_a_rule_stands_on_the_command_line_as_it_is() -> None:
+    trainer = load_config(BEST).trainer
+    assert trainer.best_metric == "val/g_*/reward subject to val/rec/reward >= 0.98 of step 0"
+    assert trainer.saves_checkpoints and not load_config([]).trainer.saves_checkpoints
+    load_config([BEST[1], "trainer.val_only=True"])
 
 
 def test_betas_become_a_tuple_of_floats() -> None:
@@ -203,6 +211,24 @@ def test_wrong_types_name_key_value_and_type(override: str, expected: str) -> No
         (["++algorithm.distill.teachers.a={sources:[]}"], "sources is empty"),
         (["++algorithm.distill.teachers.a={weight:2}"], "algorithm.distill.teachers.a.weight=2.0 has no effect"),
         (["++algorithm.distill.teachers.a={}"], "algorithm.distill.teachers=['a'] belongs to"),
+        (["trainer.best_metric=val/reward best"], "'val/reward best' should be the name of a figure, then max, min or"),
+        (
+            ["trainer.best_metric=val/reward"],
+            "trainer.best_metric='val/reward' judges validations, and trainer.test_freq",
+        ),
+        (
+            [*BEST, "trainer.val_before_train=False"],
+            "compares with step 0, and trainer.val_before_train=False leaves it out",
+        ),
+        (
+            [*BEST, "actor_rollout_ref.actor.checkpoint.save_contents=[model,optimizer]"],
+            "save_contents=['model', 'optimizer'] does not write it; add hf_model",
+        ),
+        (
+            ["trainer.stop_after_no_better=3"],
+            "trainer.stop_after_no_better=3 counts validations, from 1 on, that are no",
+        ),
+        ([*BEST, "trainer.stop_after_no_better=0"], "trainer.stop_after_no_better=0 counts validations, from 1 on"),
         (["algorithm.distill.coef=-1"], "algorithm.distill.coef=-1.0 must not be negative"),
         (["algorithm.distill.coef=0", "algorithm.distill.objective=exact"], "set algorithm.distill.coef above 0"),
         (

@@ -34,13 +34,13 @@ QUIET_PROCESSES = {"TOKENIZERS_PARALLELISM": "false", "OMP_WAIT_POLICY": "PASSIV
 def build_trainer(config: "PPOConfig") -> "RayPPOTrainer":
     """Tokenizer, data, reward function and worker classes, put together; starts nothing.
 
-    The advantage decides the trainer: distillation learns from a teacher, every other estimator from a task reward.
+    The algorithm decides the trainer: one learns from teachers, alone or beside a task reward, the other from a task
+    reward alone.
     An ``extend_vocab_start_token`` that is ``auto`` becomes the id it stands for.
     """
     from recipe.onpolicy_distill.onpolicy_distill_trainer import RayOnPolicyDistillTrainer
     from verl.experimental.agent_loop.worker import load_tools
     from verl.trainer.dataloader import build_datasets
-    from verl.trainer.ppo.core_algos import AdvantageEstimator
     from verl.trainer.ppo.ray_trainer import RayPPOTrainer
     from verl.trainer.ppo.reward import load_reward_fn
     from verl.utils.device import get_device_name
@@ -64,8 +64,7 @@ def build_trainer(config: "PPOConfig") -> "RayPPOTrainer":
         tool_schemas=[tool.get_openai_tool_schema() for tool in load_tools(rollout).values()],
         dropped_rows_folder=config.trainer.default_local_dir,
     )
-    distils = config.algorithm.adv_estimator == AdvantageEstimator.ON_POLICY_DISTILL
-    trainer_class = RayOnPolicyDistillTrainer if distils else RayPPOTrainer
+    trainer_class = RayOnPolicyDistillTrainer if config.algorithm.distils else RayPPOTrainer
     return trainer_class(
         config,
         tokenizer,
@@ -191,6 +190,7 @@ def run(trainer: "RayPPOTrainer") -> None:
 
     from verl.experimental.agent_loop.agent_loop import RolloutError
     from verl.single_controller.base import WorkerError
+    from verl.trainer.ppo.best_checkpoint import BestMetricError
     from verl.trainer.ppo.checkpoint_saver import CheckpointError
     from verl.trainer.ppo.guards import GuardError
 
@@ -206,7 +206,7 @@ def run(trainer: "RayPPOTrainer") -> None:
         start_workers(trainer)
         trainer.fit()
         logger.info("done: %s", trainer.progress())
-    except (WorkerError, RolloutError, CheckpointError, GuardError) as error:
+    except (WorkerError, RolloutError, CheckpointError, GuardError, BestMetricError) as error:
         # Said before anything is shut down, and to Ray's own account of a death: the cause comes first.
         print(f"error: {error}\n{trainer.progress()}", file=sys.stderr, flush=True)
         raise SystemExit(1) from None

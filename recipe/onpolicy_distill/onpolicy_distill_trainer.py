@@ -1,7 +1,11 @@
 """On-policy distillation as a trainer: the reference is a teacher, and its disagreement is what is learned from.
 
-No task reward, always a teacher or several, and figures of its own in training and validation. The clipped reverse KL
-is an advantage estimator in ``core_algos``, exact objectives are computed by the update; the loop is the base class's.
+Always a teacher or several, and figures of its own in training and validation. The clipped reverse KL is an advantage
+estimator in ``core_algos``, exact objectives are computed by the update; the loop is the base class's. With
+``algorithm.distill.coef`` there is a task reward beside it, and the update follows both::
+
+    sampled:  advantage = task's estimator + coef x weight of the row's teacher x clipped reverse-KL term
+    exact:    loss = policy loss of the task's advantage + coef x divergence
 """
 
 import logging
@@ -13,7 +17,10 @@ import torch
 from verl.experimental.agent_loop.base import TEACHER_READS_EXTENDED
 from verl.protocol import DataProto
 from verl.trainer.config import PPOConfig
+from verl.trainer.config.algorithm import ON_POLICY_DISTILL
+from verl.trainer.ppo.advantage import distillation_advantage
 from verl.trainer.ppo.metric_utils import (
+    compute_advantage_part_metrics,
     compute_on_policy_distill_data_metrics,
     compute_validation_distill_metrics,
 )
@@ -80,18 +87,35 @@ class RayOnPolicyDistillTrainer(RayPPOTrainer):
 
     @property
     def uses_reward(self) -> bool:
-        """No task reward; a reward function, where given, is used by validation alone."""
-        return False
+        """Whether there is a task reward beside distillation; else a reward function serves validation alone."""
+        return self.config.algorithm.adv_estimator != ON_POLICY_DISTILL
+
+    def advantage(self, batch: DataProto) -> DataProto:
+        """As in the base class; beside a task reward the sums of both parts, unless distillation is in the loss."""
+        weighed = super().advantage(batch)
+        if self.adds_advantages:
+            part = distillation_advantage(batch, self.config.algorithm)
+            for key in ("advantages", "returns"):
+                weighed.batch[key] = weighed.tensor(key) + part
+        return weighed
+
+    @property
+    def adds_advantages(self) -> bool:
+        """Whether the advantage is the sum of a reward's and distillation's; an exact objective is in the loss."""
+        return self.uses_reward and not self.config.algorithm.distill.is_exact
 
     def step_metrics(self, batch: DataProto) -> Metrics:
-        """The base figures and the ``distill/*`` family: per data source, and overall over the rows whose teacher lacks
-        the item tokens, for an item is no leak where it was asked for.
+        """The base figures and the ``distill/*`` family: per data source, per teacher, and overall over the rows whose
+        teacher lacks the item tokens, for an item is no leak where it was asked for. Beside a task reward also what
+        each part puts into the advantage.
         """
         measured = compute_on_policy_distill_data_metrics(batch, self.config.algorithm)
         lacking = self.rows_of_lacking_teachers(batch)
         if len(lacking) < len(batch):
             overall = compute_on_policy_distill_data_metrics(lacking, self.config.algorithm) if len(lacking) else {}
             measured = _with_overall(measured, overall)
+        if self.adds_advantages:
+            measured |= compute_advantage_part_metrics(batch, self.config.algorithm)
         return super().step_metrics(batch) | measured
 
     def rows_of_lacking_teachers(self, batch: DataProto) -> DataProto:

@@ -117,6 +117,31 @@ def test_gradient_is_that_of_the_whole_distributions(
     assert metrics["actor/distill_loss"] == pytest.approx(loss.item(), rel=1e-4)
 
 
+@pytest.mark.parametrize("limits", [{}, {"ppo_max_token_len_per_gpu": 16}])
+def test_beside_a_task_reward_the_losses_add_up(
+    limits, student_model, teacher_model, frozen_model, student_ids, extend_start
+) -> None:
+    """At the first step the policy loss has the gradient of -A x log-prob, whatever the clip."""
+    further = {"kept": TeacherConfig(path=str(frozen_model), sources=["rec_*"], weight=0.6)}
+    distill = DistillConfig("exact", support="shared", teachers=further, coef=0.7, **LEAK)
+    batch = mixed_batch(student_ids, extend_start, 2)
+    models = load_plain(student_model), load_plain(teacher_model), load_plain(frozen_model)
+    log_p = plain_log_probs(models[0], batch, student_ids, TEMPERATURE)
+    drawn = log_p.gather(-1, batch.tensor("responses")[..., None])[..., 0]
+    batch.batch["old_log_probs"] = drawn.detach()
+    mask, advantages = batch.tensor("response_mask"), batch.tensor("advantages")
+    task = -(advantages * (drawn - drawn.detach()).exp() * mask).sum() / mask.sum()
+    divergence = expected_loss(models, batch, distill, student_ids, extend_start)
+    actor = {**limits, "ref_log_prob_replace_val": MISSING}
+    student = workers(worker_config(student_model, teacher_model, extend_start=extend_start, actor=actor), distill)
+    metrics = student.update_actor(batch).meta_info["metrics"]
+
+    assert_same_gradient(first_gradient(student), plain_gradient(models[0], task + 0.7 * divergence))
+    assert metrics["actor/pg_loss"] == pytest.approx(task.item(), rel=1e-4)
+    assert metrics["actor/distill_loss"] == pytest.approx(divergence.item(), rel=1e-4)
+    assert 0 < metrics["actor/extend_divergence"] < metrics["actor/distill_divergence"]
+
+
 def test_the_frozen_student_teaches_nothing_at_first(student_model, teacher_model, student_ids, extend_start) -> None:
     """``path`` left out: the teacher is the student as it starts, from which it does not diverge."""
     distill = DistillConfig("exact", teachers={"self": TeacherConfig(sources=["*"])})

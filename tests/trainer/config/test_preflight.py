@@ -88,6 +88,14 @@ def test_a_run_in_order_passes_and_makes_nothing(run: list[str], tmp_path: Path)
             ["data.max_prompt_length=2000", "actor_rollout_ref.ref.model.path=long"],
             "data.max_prompt_length=2000 + data.max_response_length=512 = 2512 is above max_position_embeddings=2048",
         ),
+        (
+            ["algorithm.adv_estimator=grpo", "algorithm.distill.coef=1", "actor_rollout_ref.ref.model.path=null"],
+            "actor_rollout_ref.ref.model.path is not set, and algorithm.distill.coef=1.0 learns from a teacher",
+        ),
+        (
+            ["trainer.best_metric=val/reward", "trainer.test_freq=5"],
+            "trainer.best_metric='val/reward' needs data.val_files; set it",
+        ),
         (["algorithm.adv_estimator=gae"], "algorithm.adv_estimator='gae' is unknown; choose from"),
         (["data.train_files=null"], "data.train_files is not set; give a parquet file"),
         (["data.train_files=''"], "data.train_files is not set; give a parquet file"),
@@ -243,6 +251,14 @@ def test_greedy_validation_says_what_it_does_not_measure(run: list[str], setting
     assert "val/reverse_kl" in notice
     assert check(*run, override) == []
     assert check(*run, "data.val_files=train.parquet", "algorithm.adv_estimator=grpo", override) == []
+
+
+def test_a_reward_for_items_that_no_teacher_reads_is_said(run: list[str]) -> None:
+    mixed = [*run, "algorithm.adv_estimator=grpo", "algorithm.distill.coef=0.5"]
+    (notice,) = check(*mixed)
+    assert "an answer is trained up to its first one" in notice and "algorithm.distill.teachers.self" in notice
+    assert check(*mixed, "++algorithm.distill.teachers.self={sources:[rec_*]}") == []
+    assert check(*mixed, "actor_rollout_ref.rollout.extend_vocab_start_token=null") == []
 
 
 def test_importance_weights_take_the_notice_away(run: list[str]) -> None:

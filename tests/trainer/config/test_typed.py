@@ -11,6 +11,7 @@ from verl.trainer.config import PPOConfig
 from verl.trainer.config.typed import load_config, public_dict, save_config, to_typed
 
 EXACT = ["algorithm.adv_estimator=on_policy_distill", "algorithm.distill.objective=exact"]
+BEST = ["trainer.test_freq=5", "trainer.best_metric=val/g_*/reward subject to val/rec/reward >= 0.98 of step 0"]
 ROLLOUT = "actor_rollout_ref.rollout"
 VAL = f"{ROLLOUT}.val_kwargs"
 ENV = "ray_kwargs.ray_init.runtime_env.env_vars"
@@ -65,6 +66,26 @@ def test_vocab_check(value: str, expected: str) -> None:
 def test_auto_needs_the_vocabulary_check() -> None:
     with pytest.raises(ValueError, match=r"extend_vocab_start_token=auto .* trainer.vocab_check=off compares nothing"):
         load_config([f"{ROLLOUT}.extend_vocab_start_token=auto", "trainer.vocab_check=off"])
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["++algorithm.distill.teachers.a={weight:0}"],
+        ["algorithm.distill.objective=exact", "actor_rollout_ref.actor.entropy_coeff=0.1"],
+        ["algorithm.distill.objective=exact", "algorithm.rollout_correction.rollout_is=token"],
+    ],
+)
+def test_beside_a_task_reward_the_policy_loss_keeps_its_settings(more: list[str]) -> None:
+    config = load_config(["algorithm.distill.coef=0.5", f"{ROLLOUT}.calculate_log_probs=True", *more])
+    assert config.algorithm.distils and config.algorithm.adv_estimator == "grpo"
+
+
+def test_a_rule_stands_on_the_command_line_as_it_is() -> None:
+    trainer = load_config(BEST).trainer
+    assert trainer.best_metric == "val/g_*/reward subject to val/rec/reward >= 0.98 of step 0"
+    assert trainer.saves_checkpoints and not load_config([]).trainer.saves_checkpoints
+    load_config([BEST[1], "trainer.val_only=True"])
 
 
 def test_betas_become_a_tuple_of_floats() -> None:
@@ -190,6 +211,31 @@ def test_wrong_types_name_key_value_and_type(override: str, expected: str) -> No
         (["++algorithm.distill.teachers.a={sources:[]}"], "sources is empty"),
         (["++algorithm.distill.teachers.a={weight:2}"], "algorithm.distill.teachers.a.weight=2.0 has no effect"),
         (["++algorithm.distill.teachers.a={}"], "algorithm.distill.teachers=['a'] belongs to"),
+        (["trainer.best_metric=val/reward best"], "'val/reward best' should be the name of a figure, then max, min or"),
+        (
+            ["trainer.best_metric=val/reward"],
+            "trainer.best_metric='val/reward' judges validations, and trainer.test_freq",
+        ),
+        (
+            [*BEST, "trainer.val_before_train=False"],
+            "compares with step 0, and trainer.val_before_train=False leaves it out",
+        ),
+        (
+            [*BEST, "actor_rollout_ref.actor.checkpoint.save_contents=[model,optimizer]"],
+            "save_contents=['model', 'optimizer'] does not write it; add hf_model",
+        ),
+        (
+            ["trainer.stop_after_no_better=3"],
+            "trainer.stop_after_no_better=3 counts validations, from 1 on, that are no",
+        ),
+        ([*BEST, "trainer.stop_after_no_better=0"], "trainer.stop_after_no_better=0 counts validations, from 1 on"),
+        (["algorithm.distill.coef=-1"], "algorithm.distill.coef=-1.0 must not be negative"),
+        (["algorithm.distill.coef=0", "algorithm.distill.objective=exact"], "set algorithm.distill.coef above 0"),
+        (
+            ["algorithm.adv_estimator=on_policy_distill", "algorithm.distill.coef=0.5"],
+            "algorithm.distill.coef=0.5 weighs distillation against a task reward, and "
+            "algorithm.adv_estimator=on_policy_distill has none",
+        ),
         (
             [*EXACT, "algorithm.rollout_correction.rollout_is=token", f"{ROLLOUT}.calculate_log_probs=True"],
             "algorithm.rollout_correction.rollout_is=token has no effect with algorithm.distill.objective=exact",

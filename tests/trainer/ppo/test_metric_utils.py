@@ -9,6 +9,7 @@ import torch
 from verl.protocol import DataProto
 from verl.trainer.config import AlgoConfig
 from verl.trainer.ppo.metric_utils import (
+    compute_advantage_part_metrics,
     compute_data_metrics,
     compute_on_policy_distill_data_metrics,
     compute_reward_extra_metrics,
@@ -18,6 +19,7 @@ from verl.trainer.ppo.metric_utils import (
     compute_validation_reward_metrics,
     reduce_metrics,
 )
+from verl.workers.config import DistillConfig, TeacherConfig
 
 NAN = float("nan")
 
@@ -65,6 +67,7 @@ def test_distillation_figures_overall() -> None:
     assert overall == {
         # student - teacher at shared trained tokens: 1, 0, 0.5, -3 (row 0), 2 (row 1, before E): 0.5 / 5
         "distill/reverse_kl": pytest.approx(0.1),
+        "distill/extend_adv_share": pytest.approx(30 / 36),  # see below
         "distill/extend_seq_ratio": pytest.approx(2 / 3),
         "distill/extend_token_ratio": pytest.approx(2 / 9),  # of 4 + 3 + 2 response tokens
         "distill/first_leak_position": pytest.approx(0.5),  # 1 and 0
@@ -238,3 +241,61 @@ def test_reduction_follows_the_name() -> None:
 def test_what_a_reward_function_reports_beside_the_score_is_averaged() -> None:
     reported = {"format_ok": [True, False, None, True], "note": ["a", "b", "c", "d"]}
     assert compute_reward_extra_metrics(reported) == {"reward_extra/format_ok": pytest.approx(2 / 3)}
+
+
+def batch_of_two_teachers() -> DataProto:
+    """The same three rows; the second teacher knows item tokens and judges row 1, which is trained to its end."""
+    batch = batch_of_three()
+    batch.batch["ref_log_prob"][1] = torch.tensor([-3.0, -2.5, -1.0, NAN])
+    batch.batch["old_log_probs"][1, 2] = -3.0
+    batch.batch["extend_mass"][1, 2] = batch.batch["entropys"][1, 2] = 0.5
+    batch.batch["response_mask"][1] = torch.tensor([1, 1, 1, 0])
+    batch.batch["advantages"][1] = torch.tensor([-2.0, -2.0, 2.0, 0.0])
+    batch.batch["teacher"] = torch.tensor([0, 1, 0])
+    batch.non_tensor_batch["teacher_reads_extended"] = np.array([False, True, False], dtype=object)
+    return batch
+
+
+def test_the_share_of_item_tokens_in_the_advantage() -> None:
+    metrics = compute_on_policy_distill_data_metrics(batch_of_three(), CLIPS)
+    # |A| after clipping: 1, 0, 0.5, 2.5 (3 held) in row 0; 2 and, at the item token, 30 (99.5 held) in row 1.
+    assert metrics["distill/extend_adv_share"] == pytest.approx(30 / 36)
+    assert metrics["distill/math/extend_adv_share"] == 0.0
+    assert metrics["distill/item/extend_adv_share"] == pytest.approx(30 / 32)
+    assert "distill/extend_reverse_kl" not in metrics, "no teacher knows the item tokens"
+    unclipped = compute_on_policy_distill_data_metrics(batch_of_three())
+    assert unclipped["distill/extend_adv_share"] == pytest.approx(99.5 / 106)  # 4.5 in row 0, 101.5 in row 1
+
+
+def test_figures_per_teacher() -> None:
+    further = {"self": TeacherConfig(sources=["item"])}
+    config = AlgoConfig(adv_estimator="on_policy_distill", distill=DistillConfig(teachers=further))
+    metrics = compute_on_policy_distill_data_metrics(batch_of_two_teachers(), config)
+    assert metrics["distill_teacher/ref/reverse_kl"] == pytest.approx(-0.375)
+    assert metrics["distill_teacher/self/reverse_kl"] == pytest.approx(0.0)  # 2 and -2 at the shared tokens
+    assert metrics["distill_teacher/self/extend_reverse_kl"] == pytest.approx(2.0)  # -0.5 - -2.5
+    assert metrics["distill/extend_reverse_kl"] == pytest.approx(2.0)
+    assert "distill_teacher/ref/extend_reverse_kl" not in metrics
+    assert metrics["distill_teacher/self/extend_adv_share"] == pytest.approx(2 / 6)
+    assert metrics["distill_teacher/ref/num_sequences"] == 2.0
+    overall = {key.removeprefix("distill/") for key in metrics if key.startswith("distill/") and key.count("/") == 1}
+    assert {key.rsplit("/", 1)[1] for key in metrics if key.startswith("distill_teacher/self/")} == overall
+    alone = compute_on_policy_distill_data_metrics(batch_of_two_teachers()[[1]], config)
+    for name in overall:
+        assert alone[f"distill/{name}"] == metrics[f"distill_teacher/self/{name}"], name
+
+
+def test_parts_of_a_summed_advantage() -> None:
+    distill = DistillConfig(coef=0.5, teachers={"self": TeacherConfig(sources=["item"], weight=2.0)})
+    batch = batch_of_two_teachers()
+    config = AlgoConfig(distill_adv_max_clip=2.0, distill=distill)
+    # Distillation: 0.5 x (-1, 0, -0.5, 2 held) in row 0 and 0.5 x 2 x (-2, -2, 2) in row 1. The task's: 1 and -1.
+    part = torch.tensor([[-0.5, 0.0, -0.25, 1.0], [-2.0, -2.0, 2.0, 0.0], [0.0] * 4])
+    batch.batch["advantages"] = part + torch.tensor([[1.0] * 4, [-1.0, -1.0, -1.0, 0.0], [0.0] * 4])
+    metrics = compute_advantage_part_metrics(batch, config)
+    assert metrics["advantage/task_abs"] == pytest.approx(1.0)
+    assert metrics["advantage/distill_abs"] == pytest.approx(7.75 / 7)
+    assert metrics["advantage/distill_share"] == pytest.approx(7.75 / 14.75)
+    assert metrics["advantage/math/distill_share"] == pytest.approx(1.75 / 5.75)
+    assert metrics["advantage_teacher/self/distill_share"] == pytest.approx(6 / 9)
+    assert metrics["advantage_teacher/ref/distill_abs"] == pytest.approx(1.75 / 4)

@@ -59,7 +59,8 @@ class AlgoConfig:
     norm_adv_by_std_in_grpo: bool = True
     """Divide GRPO advantages by the group's standard deviation."""
     use_kl_in_reward: bool = False
-    """Subtract a KL penalty to the reference from the token rewards; not with ``on_policy_distill``, which has none."""
+    """Subtract a KL penalty to the reference from the token rewards; not with ``on_policy_distill``, which has none.
+    Where ``distill.coef`` is set, a row's reference is its teacher."""
     kl_penalty: str = "kl"
     """Estimator of that penalty: ``kl`` (k1), ``abs``, ``mse`` (k2) or ``low_var_kl`` (k3)."""
     kl_ctrl: KLControlConfig = field(default_factory=KLControlConfig)
@@ -69,6 +70,11 @@ class AlgoConfig:
     """Lower bound of the distillation advantage; 0 is a bound, null is none."""
     distill: DistillConfig = field(default_factory=DistillConfig)
     rollout_correction: RolloutCorrectionConfig = field(default_factory=RolloutCorrectionConfig)
+
+    @property
+    def distils(self) -> bool:
+        """Whether a teacher is learned from, alone or beside a task reward."""
+        return self.adv_estimator == ON_POLICY_DISTILL or bool(self.distill.coef)
 
     def __post_init__(self) -> None:
         if self.kl_penalty not in KL_ESTIMATORS:

@@ -47,6 +47,7 @@ class PPOConfig:
         self._check_tools()
         self._check_distill()
         self._check_vocabulary_settings()
+        self._check_best_metric()
 
     def _check_batch_sizes(self) -> None:
         actor, rollout = self.actor_rollout_ref.actor, self.actor_rollout_ref.rollout
@@ -65,12 +66,20 @@ class PPOConfig:
 
     def _check_distill(self) -> None:
         """Settings that an exact objective has no use for, and where its teachers have to be."""
-        distill, actor, trainer = self.algorithm.distill, self.actor_rollout_ref.actor, self.trainer
+        distill, trainer = self.algorithm.distill, self.trainer
         key = f"algorithm.distill.objective={distill.objective}"
-        if (distill.is_exact or distill.teachers) and self.algorithm.adv_estimator != ON_POLICY_DISTILL:
+        estimator = self.algorithm.adv_estimator
+        if distill.coef and estimator == ON_POLICY_DISTILL:
+            raise ValueError(
+                f"algorithm.distill.coef={distill.coef} weighs distillation against a task reward, and "
+                f"algorithm.adv_estimator={estimator} has none; leave it out, or set the estimator of the task reward "
+                "(grpo, rloo, reinforce_plus_plus)"
+            )
+        if (distill.is_exact or distill.teachers) and not self.algorithm.distils:
             what = key if distill.is_exact else f"algorithm.distill.teachers={list(distill.teachers)}"
             raise ValueError(
-                f"{what} belongs to algorithm.adv_estimator={ON_POLICY_DISTILL}, not {self.algorithm.adv_estimator}"
+                f"{what} belongs to algorithm.adv_estimator={ON_POLICY_DISTILL}, not {estimator}; to distil beside the "
+                "task reward, set algorithm.distill.coef above 0"
             )
         if not distill.is_exact:
             return
@@ -79,9 +88,20 @@ class PPOConfig:
                 f"algorithm.distill.leak_coef={distill.leak_coef} has no effect without extended ids; set "
                 "actor_rollout_ref.rollout.extend_vocab_start_token, or leave it at 0"
             )
-        if self.algorithm.rollout_correction.rollout_is is not None:
+        if trainer.teacher_ranks_on_nodes:
             raise ValueError(
-                f"algorithm.rollout_correction.rollout_is={self.algorithm.rollout_correction.rollout_is} has no effect "
+                f"trainer.teacher_nnodes={trainer.teacher_nnodes} puts the teacher on other ranks, and {key} needs it "
+                "beside the student; leave it out, or set algorithm.distill.objective=sampled"
+            )
+        if not distill.coef:
+            self._check_divergence_alone(key)
+
+    def _check_divergence_alone(self, key: str) -> None:
+        """Settings of the policy loss, where there is none."""
+        actor, correction = self.actor_rollout_ref.actor, self.algorithm.rollout_correction
+        if correction.rollout_is is not None:
+            raise ValueError(
+                f"algorithm.rollout_correction.rollout_is={correction.rollout_is} has no effect "
                 f"with {key}, whose loss is no estimate from drawn tokens; set it to null"
             )
         for name, value in (("entropy_coeff", actor.entropy_coeff), ("use_kl_loss", actor.use_kl_loss)):
@@ -90,11 +110,6 @@ class PPOConfig:
                     f"actor_rollout_ref.actor.{name}={value} has no effect with {key}, whose loss is the divergence "
                     "alone; leave it out"
                 )
-        if trainer.teacher_ranks_on_nodes:
-            raise ValueError(
-                f"trainer.teacher_nnodes={trainer.teacher_nnodes} puts the teacher on other ranks, and {key} needs it "
-                "beside the student; leave it out, or set algorithm.distill.objective=sampled"
-            )
 
     def _check_lengths(self) -> None:
         data, rollout = self.data, self.actor_rollout_ref.rollout
@@ -165,6 +180,14 @@ class PPOConfig:
             raise ValueError(
                 f"actor_rollout_ref.rollout.extend_vocab_start_token={start} is found by comparing the tokenizers, and "
                 "trainer.vocab_check=off compares nothing; give the number, or set trainer.vocab_check=warn"
+            )
+
+    def _check_best_metric(self) -> None:
+        contents = self.actor_rollout_ref.actor.checkpoint.save_contents
+        if self.trainer.best_metric and "hf_model" not in contents:
+            raise ValueError(
+                f"trainer.best_metric={self.trainer.best_metric!r} hands out the best model, and "
+                f"actor_rollout_ref.actor.checkpoint.save_contents={contents} does not write it; add hf_model"
             )
 
     def _check_tools(self) -> None:

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from verl.trainer.config.algorithm import ON_POLICY_DISTILL
 from verl.trainer.config.config import PPOConfig
 from verl.workers.config.rollout import AGENT_LOOPS
 
@@ -54,10 +53,20 @@ def _check_estimator(config: PPOConfig, found: Findings) -> None:
     if name not in ADV_ESTIMATOR_REGISTRY:
         known = ", ".join(sorted(ADV_ESTIMATOR_REGISTRY))
         found.errors.append(f"algorithm.adv_estimator={name!r} is unknown; choose from {known}")
-    if name == ON_POLICY_DISTILL and not config.actor_rollout_ref.ref.model.path:
+    algorithm, start = config.algorithm, config.actor_rollout_ref.rollout.extend_vocab_start_token
+    if algorithm.distils and not config.actor_rollout_ref.ref.model.path:
+        coef = algorithm.distill.coef
+        why = f"algorithm.distill.coef={coef}" if coef else f"algorithm.adv_estimator={name}"
         found.errors.append(
-            f"actor_rollout_ref.ref.model.path is not set, and algorithm.adv_estimator={name} learns from a teacher; "
-            "give the teacher's folder or hub name"
+            f"actor_rollout_ref.ref.model.path is not set, and {why} learns from a teacher; give the teacher's folder "
+            "or hub name"
+        )
+    if algorithm.distill.coef and start is not None and not algorithm.distill.extended_sources:
+        found.notices.append(
+            f"algorithm.distill.coef={algorithm.distill.coef}: no teacher knows item tokens, so that an answer is "
+            "trained up to its first one, and a reward for items teaches nothing behind it; let the frozen student "
+            "judge such rows: ++algorithm.distill.teachers.self='{vocabulary: full, sources: [rec_*], weight: 1}' "
+            "(weight 0: the reward alone)"
         )
 
 
@@ -186,6 +195,8 @@ def _check_data(config: PPOConfig, found: Findings) -> None:
         )
     if not data.val_files and config.trainer.val_only:
         found.errors.append("trainer.val_only=True needs data.val_files; set it")
+    elif not data.val_files and config.trainer.best_metric:
+        found.errors.append(f"trainer.best_metric={config.trainer.best_metric!r} needs data.val_files; set it")
     elif not data.val_files and config.trainer.test_freq > 0:
         found.notices.append(f"trainer.test_freq={config.trainer.test_freq} has no effect: data.val_files is not set")
     scripts = {
@@ -284,7 +295,7 @@ def _check_sampling(config: PPOConfig, found: Findings) -> None:
             "algorithm.rollout_correction.rollout_is=token with actor_rollout_ref.rollout.calculate_log_probs=True"
         )
     validation = rollout.val_kwargs
-    if config.data.val_files and validation.greedy and config.algorithm.adv_estimator == ON_POLICY_DISTILL:
+    if config.data.val_files and validation.greedy and config.algorithm.distils:
         key = "actor_rollout_ref.rollout.val_kwargs"
         found.notices.append(
             f"validation is greedy ({key}.do_sample={validation.do_sample}, {key}.temperature="

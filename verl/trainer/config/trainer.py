@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from verl.trainer.config.best_rule import BestRule
+
 LOGGERS = ("console", "wandb", "tensorboard", "file")
 VOCAB_CHECKS = ("strict", "warn", "off")
 
@@ -46,6 +48,13 @@ class TrainerConfig:
     """The same for validation."""
     max_actor_ckpt_to_keep: int | None = None
     """Newest whole checkpoints that stay; null: all. A new one is written before the oldest goes."""
+    best_metric: str | None = None
+    """The rule by which a validation is the best one: ``NAME [max|min] [subject to NAME >= X [of step 0] [and ...]]``,
+    such as ``val/general_*/reward subject to val/rec_*/reward >= 0.98 of step 0``; see ``config.best_rule``. The best
+    checkpoint stays whatever ``max_actor_ckpt_to_keep`` says, and its model is ``best/huggingface``; a best step at
+    which none is due is saved all the same. null: no rule."""
+    stop_after_no_better: int | None = None
+    """End the run after so many validations in a row that are no better by ``best_metric``; null: never."""
     async_save: bool = True
     """Write checkpoints while training goes on, at most one at a time; until it is written, a copy of parameters and
     optimizer state takes host memory. False: training waits. Either way a save that fails (no room, no right to write)
@@ -103,6 +112,7 @@ class TrainerConfig:
         if self.vocab_check not in VOCAB_CHECKS:
             raise ValueError(f"trainer.vocab_check={self.vocab_check!r} is not one of {', '.join(VOCAB_CHECKS)}")
         self._check_counts()
+        self._check_best_metric()
 
     def _check_counts(self) -> None:
         for name in ("nnodes", "n_gpus_per_node", "total_epochs"):
@@ -126,6 +136,28 @@ class TrainerConfig:
             if value is not None and not value >= 0:
                 raise ValueError(f"trainer.{name}={value} must be at least 0, or null {off}")
 
+    def _check_best_metric(self) -> None:
+        if self.stop_after_no_better is not None and (self.stop_after_no_better < 1 or not self.best_metric):
+            raise ValueError(
+                f"trainer.stop_after_no_better={self.stop_after_no_better} counts validations, from 1 on, that are no "
+                f"better by trainer.best_metric={self.best_metric}; set both, or leave it at null"
+            )
+        if not self.best_metric:
+            return
+        rule = BestRule.parse(self.best_metric)
+        if self.val_only:
+            return
+        if self.test_freq < 1:
+            raise ValueError(
+                f"trainer.best_metric={self.best_metric!r} judges validations, and trainer.test_freq={self.test_freq} "
+                "makes none; set it to the steps between them"
+            )
+        if rule.names_of_start and not self.val_before_train:
+            raise ValueError(
+                f"trainer.best_metric={self.best_metric!r} compares with step 0, and trainer.val_before_train=False "
+                "leaves it out; set it to True, or give the bound as a number"
+            )
+
     def _check_teacher_pool(self) -> None:
         nodes, ranks = self.teacher_nnodes, self.teacher_n_gpus_per_node
         if (nodes is None) != (ranks is None):
@@ -137,6 +169,11 @@ class TrainerConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"trainer.{name}={value} must be at least 1, or null")
+
+    @property
+    def saves_checkpoints(self) -> bool:
+        """Whether the run writes any."""
+        return self.save_freq > 0 or bool(self.best_metric)
 
     @property
     def world_size(self) -> int:

@@ -93,6 +93,29 @@ def compute_advantage(
     return _with_tensors(data, {**used, "advantages": advantages, "returns": returns})
 
 
+def distillation_advantage(data: DataProto, config: "AlgoConfig") -> torch.Tensor:
+    """What distillation adds to the advantage of a task reward.
+
+    ``coef x weight of the row's teacher x clip(log p_teacher - log p_student)`` at trained tokens, 0 elsewhere; see
+    ``core_algos.compute_on_policy_distill_reverse_kl``.
+
+    Args:
+        data: with ``old_log_probs``, ``ref_log_prob``, ``response_mask``, and ``teacher`` where there are several.
+        config: the bounds, ``distill.coef`` and the teachers.
+
+    Returns:
+        (B, R) float32.
+    """
+    distill = config.distill
+    advantages, _ = core_algos.compute_on_policy_distill_reverse_kl(
+        data.tensor("old_log_probs"), data.tensor("ref_log_prob"), data.tensor("response_mask"), config
+    )
+    if "teacher" in data.batch:
+        of_teacher = torch.tensor([distill.weight_of(role) for role in distill.roles])
+        advantages = advantages * of_teacher[data.tensor("teacher")][:, None]
+    return (distill.coef or 0.0) * advantages
+
+
 def apply_kl_penalty(
     data: DataProto, kl_ctrl: KLController, kl_penalty: str = "kl"
 ) -> tuple[DataProto, dict[str, float]]:

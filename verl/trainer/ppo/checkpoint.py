@@ -4,6 +4,7 @@ Layout, as verl's, with what makes it survive a kill at any instant::
 
     default_local_dir/
         latest_checkpointed_iteration.txt      step of the newest checkpoint
+        best_checkpointed_iteration.txt, best/ where trainer.best_metric is set (``best_checkpoint``)
         global_step_N/actor/                   written by the training workers
         global_step_N/data.pt                  position in the training data
         global_step_N/config.yaml              settings of the run, without secrets
@@ -20,6 +21,7 @@ import io
 import logging
 import re
 import shutil
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -202,12 +204,27 @@ def publish(root: str | Path, step: int) -> None:
         OSError: no right to write.
     """
     folder = step_folder(root, step)
+    replaced = _swap(unfinished_folder(root, step), folder)
+    mark_latest(root, step)
+    _remove(replaced)
+
+
+def take_place(beside: Path, folder: Path) -> None:
+    """Give a folder that is whole the name of another one in the same place, which goes.
+
+    Raises:
+        OSError: no right to do so.
+    """
+    _remove(_swap(beside, folder))
+
+
+def _swap(beside: Path, folder: Path) -> Path:
+    """The same, but what was there stays for now; returns where it would lie."""
     if folder.exists():
         _discard(folder)
-    unfinished_folder(root, step).rename(folder)
-    flush_entries(Path(root))
-    mark_latest(root, step)
-    _remove(folder.with_name(folder.name + DELETED))
+    beside.rename(folder)
+    flush_entries(folder.parent)
+    return folder.with_name(folder.name + DELETED)
 
 
 def mark_latest(root: str | Path, step: int) -> None:
@@ -232,7 +249,7 @@ def clear_leftovers(root: str | Path) -> None:
             _remove(path)
 
 
-def prune_checkpoints(root: str | Path, keep: int | None, current: int) -> list[Path]:
+def prune_checkpoints(root: str | Path, keep: int | None, current: int, protected: Collection[int] = ()) -> list[Path]:
     """Delete what is older than the ``keep`` newest whole checkpoints of this run; returns the deleted folders.
 
     Checkpoints of later steps than ``current`` were left by another run in the same folder and are not touched. One
@@ -241,6 +258,7 @@ def prune_checkpoints(root: str | Path, keep: int | None, current: int) -> list[
     Args:
         keep: how many stay, ``current`` among them; None: all.
         current: step of the checkpoint that was just put into place.
+        protected: steps that stay beside those.
     """
     if keep is None:
         return []
@@ -248,7 +266,8 @@ def prune_checkpoints(root: str | Path, keep: int | None, current: int) -> list[
     whole = [path for path in own if not find_faults(path)]
     if len(whole) < keep:
         return []
-    stale = [path for path in own if checkpoint_step(path) < checkpoint_step(whole[keep - 1])]
+    oldest = checkpoint_step(whole[keep - 1])
+    stale = [path for path in own if checkpoint_step(path) < oldest and checkpoint_step(path) not in protected]
     for folder in stale:
         _remove(_discard(folder))
     return stale

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, Protocol
 from verl.trainer.config import PPOConfig
 from verl.trainer.config.typed import save_config
 from verl.trainer.ppo import checkpoint
+from verl.trainer.ppo.best_checkpoint import BestCheckpoint
 from verl.trainer.ppo.checkpoint_manifest import seal
 from verl.utils.save_outcome import SaveOutcome
 from verl.utils.timing import marked_timer
@@ -59,11 +60,13 @@ class CheckpointSaver:
     Args:
         config: the run's settings, which every checkpoint keeps.
         facts: what the run trains on; see ``resume_check.run_facts``.
+        best: is told of every checkpoint, and names those that must stay; None: one of its own.
     """
 
-    def __init__(self, config: PPOConfig, facts: dict[str, Any]) -> None:
+    def __init__(self, config: PPOConfig, facts: dict[str, Any], best: BestCheckpoint | None = None) -> None:
         self._config = config
         self._facts = facts
+        self._best = BestCheckpoint(config.trainer) if best is None else best
         self._root = Path(config.trainer.default_local_dir)
         self._pending: _Pending | None = None
         self._failed_saves = 0
@@ -106,7 +109,7 @@ class CheckpointSaver:
         return f"{safe} is whole and safe" if safe else "there is no whole checkpoint yet"
 
     def _figures(self, timing: dict[str, float]) -> Metrics:
-        if self._config.trainer.save_freq < 1:
+        if not self._config.trainer.saves_checkpoints:
             return {}
         figures: Metrics = {"training/failed_saves": float(self._failed_saves)}
         return figures | {f"timing_s/{name}": seconds for name, seconds in timing.items()}
@@ -150,13 +153,16 @@ class CheckpointSaver:
             self._note_failure(step, str(error))
             return
         self._last_failure = ""
+        self._best.checkpoint_ended(step, in_place=True)
         try:
-            checkpoint.prune_checkpoints(self._root, trainer.max_actor_ckpt_to_keep, current=step)
+            keep = trainer.max_actor_ckpt_to_keep
+            checkpoint.prune_checkpoints(self._root, keep, current=step, protected=self._best.protected)
         except OSError as error:
             logger.error("older checkpoints in trainer.default_local_dir=%s cannot be deleted: %s", self._root, error)
 
     def _note_failure(self, step: int, cause: str) -> None:
         """Say what failed and what is safe, count it, and free the room it took."""
+        self._best.checkpoint_ended(step, in_place=False)
         free = ""
         with suppress(OSError):
             free = f" ({shutil.disk_usage(self._root).free / 2**30:.2f} GiB free)"

@@ -88,7 +88,7 @@ def _set_ones(paths: dict[str, str | None]) -> list[NeededPath]:
 def _marked_run_folder(config: PPOConfig) -> Iterator[list[NeededPath]]:
     """A file in the run's folder that its nodes must see, where ranks write or read checkpoints there side by side."""
     trainer = config.trainer
-    if trainer.save_freq < 1 and checkpoint.find_checkpoint(trainer) is None:
+    if not trainer.saves_checkpoints and checkpoint.find_checkpoint(trainer) is None:
         yield []
         return
     folder = Path(trainer.default_local_dir).absolute()

@@ -10,14 +10,15 @@ Letters: B sequences, R response tokens. "Trained" is ``response_mask`` 1; "shar
 teacher (``distill_special_token_mask`` 0); E is the extended vocabulary.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from verl.experimental.agent_loop.base import TEACHER_READS_EXTENDED
 from verl.protocol import DataProto
-from verl.trainer.ppo.advantage import known_token_mask
+from verl.trainer.ppo.advantage import distillation_advantage, known_token_mask
 
 if TYPE_CHECKING:
     from verl.trainer.config.algorithm import AlgoConfig
@@ -168,10 +169,46 @@ def _overall_and_per_source(prefix: str, batch: DataProto, measure: Callable[[Da
     return metrics
 
 
+def _by_teacher(
+    prefix: str, batch: DataProto, roles: Sequence[str], measure: Callable[[DataProto], Metrics]
+) -> Metrics:
+    """``<prefix>_teacher/<role>/<name>`` over the rows that each teacher judges; nothing where there is one teacher.
+
+    A family of its own: data sources may have any name, and none of them can collide with it.
+    """
+    metrics: Metrics = {}
+    if "teacher" in batch.batch:
+        for place in batch.tensor("teacher").unique().tolist():
+            figures = measure(batch[batch.tensor("teacher") == place])
+            metrics |= {f"{prefix}_teacher/{roles[place]}/{name}": value for name, value in figures.items()}
+    return metrics
+
+
+def _gap(batch: DataProto) -> torch.Tensor:
+    """(B, R) log p_student - log p_teacher of the tokens that were drawn, nats."""
+    return batch.tensor("old_log_probs").float() - batch.tensor("ref_log_prob").float()
+
+
 def _reverse_kl(batch: DataProto) -> Metrics:
     """Mean of log p_student - log p_teacher over shared tokens, nats a token."""
-    gap = batch.tensor("old_log_probs").float() - batch.tensor("ref_log_prob").float()
-    return _mean("reverse_kl", gap[known_token_mask(batch)])
+    return _mean("reverse_kl", _gap(batch)[known_token_mask(batch)])
+
+
+def _extended_token_metrics(batch: DataProto, low: float | None, high: float | None) -> Metrics:
+    """What distillation does at trained tokens of E: their share of its |advantage|, and the reverse KL there, over
+    rows whose teacher knows them (elsewhere its log-prob is a stand-in).
+    """
+    trained = batch.tensor("response_mask").bool()
+    extended = trained & batch.tensor("distill_special_token_mask").bool()
+    strength = _gap(batch).neg().clamp(min=low, max=high) if (low, high) != (None, None) else _gap(batch)
+    strength = torch.where(trained, strength.abs(), 0.0).double()
+    metrics: Metrics = {}
+    if total := strength.sum().item():
+        metrics["extend_adv_share"] = strength[extended].sum().item() / total
+    if TEACHER_READS_EXTENDED in batch.non_tensor_batch:
+        known = torch.from_numpy(batch.array(TEACHER_READS_EXTENDED).astype(bool))
+        metrics |= _mean("extend_reverse_kl", _gap(batch)[extended & known[:, None]])
+    return metrics
 
 
 def _extension_metrics(batch: DataProto) -> Metrics:
@@ -207,9 +244,12 @@ def _coverage_metrics(batch: DataProto) -> Metrics:
 
 
 def compute_on_policy_distill_data_metrics(batch: DataProto, config: "AlgoConfig | None" = None) -> Metrics:
-    """The ``distill/*`` family, over all rows and as ``distill/<source>/*`` per data source.
+    """The ``distill/*`` family, over all rows, as ``distill/<source>/*`` per data source, and where there are several
+    teachers as ``distill_teacher/<role>/*`` over the rows of each.
 
     - ``reverse_kl``: mean log p_student - log p_teacher over shared tokens, nats.
+    - ``extend_reverse_kl``: the same over tokens of E, of rows whose teacher knows them.
+    - ``extend_adv_share``: share of the summed |advantage| of distillation, after clipping, that lies on tokens of E.
     - ``extend_seq_ratio``, ``extend_token_ratio``: share of sequences, of response tokens, with an id in E.
     - ``extend_mass``: the student's mean probability of E at trained positions.
     - ``first_leak_position``: mean index in the response (from 0) of the first id in E, over sequences that have one.
@@ -225,9 +265,33 @@ def compute_on_policy_distill_data_metrics(batch: DataProto, config: "AlgoConfig
     low, high = (None, None) if config is None else (config.distill_adv_min_clip, config.distill_adv_max_clip)
 
     def measure(rows: DataProto) -> Metrics:
-        return _reverse_kl(rows) | _extension_metrics(rows) | _clip_metrics(rows, low, high) | _coverage_metrics(rows)
+        metrics = _reverse_kl(rows) | _extended_token_metrics(rows, low, high) | _extension_metrics(rows)
+        return metrics | _clip_metrics(rows, low, high) | _coverage_metrics(rows)
 
-    return _overall_and_per_source("distill", batch, measure)
+    roles = [] if config is None else config.distill.roles
+    by_teacher = _by_teacher("distill", batch, roles, measure) if roles else {}
+    return _overall_and_per_source("distill", batch, measure) | by_teacher
+
+
+def compute_advantage_part_metrics(batch: DataProto, config: "AlgoConfig") -> Metrics:
+    """What reward and distillation each put into the advantage, where it is the sum of both.
+
+    ``advantage/*`` over all rows, ``advantage/<source>/*``, ``advantage_teacher/<role>/*``; means over trained tokens:
+
+    - ``task_abs``, ``distill_abs``: |advantage| of the reward's part and of distillation's, ``coef`` included.
+    - ``distill_share``: the second as a share of both.
+    """
+
+    def measure(rows: DataProto) -> Metrics:
+        trained, part = rows.tensor("response_mask").bool(), distillation_advantage(rows, config)
+        task, distill = (rows.tensor("advantages") - part)[trained].abs(), part[trained].abs()
+        metrics = _mean("task_abs", task) | _mean("distill_abs", distill)
+        if total := (task.double().sum() + distill.double().sum()).item():
+            metrics["distill_share"] = distill.double().sum().item() / total
+        return metrics
+
+    by_teacher = _by_teacher("advantage", batch, config.distill.roles, measure)
+    return _overall_and_per_source("advantage", batch, measure) | by_teacher
 
 
 def compute_validation_distill_metrics(batch: DataProto) -> Metrics:

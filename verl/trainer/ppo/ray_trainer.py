@@ -28,6 +28,7 @@ from verl.trainer.config import PPOConfig
 from verl.trainer.dataloader import build_val_loader
 from verl.trainer.ppo import checkpoint
 from verl.trainer.ppo.advantage import apply_kl_penalty, compute_advantage, compute_rollout_is_weights
+from verl.trainer.ppo.best_checkpoint import BestCheckpoint
 from verl.trainer.ppo.checkpoint_saver import CheckpointSaver
 from verl.trainer.ppo.cluster_check import check_nodes
 from verl.trainer.ppo.guards import EngineGap, SkippedUpdates
@@ -109,7 +110,8 @@ class RayPPOTrainer:
         self.worker_groups = WorkerGroups()
         facts = run_facts(config, vocab_fingerprint)
         require_resumable(config, facts, self.total_steps)
-        self.saver = CheckpointSaver(config, facts)
+        self.best = BestCheckpoint(config.trainer)
+        self.saver = CheckpointSaver(config, facts, self.best)
         self.skipped_updates, self.engine_gap = SkippedUpdates(config, self.saver), EngineGap(config)
         self.canary = TeacherCanary(config, len(tokenizer), self.saver)
 
@@ -253,13 +255,14 @@ class RayPPOTrainer:
                 metrics = self.train_step(rows)
                 if self.is_due(config.test_freq) and self.val_loader is not None:
                     metrics |= self.validate()
+                is_last = self.is_last_step()
                 try:
-                    metrics |= self.save_checkpoint() if self.is_due(config.save_freq) else self.saver.poll()
+                    metrics |= self.save_checkpoint(is_last) if self.saves_step(is_last) else self.saver.poll()
                 finally:  # a run that a guard ends here keeps the figures of its last step
                     self.logger.log(metrics, self.global_steps)
                 self.skipped_updates.check(metrics, self.global_steps)
                 progress.update()
-                if self.global_steps >= self.total_steps:
+                if is_last:
                     break
         self.saver.finish()
 
@@ -299,7 +302,8 @@ class RayPPOTrainer:
                 parts.append(batch.union(self.score_validation(batch)))
             batch = DataProto.concat(parts)
         self.dump(self.config.trainer.validation_data_dir, batch, show=self.config.trainer.log_val_generations)
-        return self.validation_metrics(batch) | {"timing_s/testing": timing["testing"]}
+        figures = self.validation_metrics(batch)
+        return figures | self.best.note(self.global_steps, figures) | {"timing_s/testing": timing["testing"]}
 
     # ------------------------------------------------------------------ set-up, data, checkpoints
 
@@ -342,12 +346,20 @@ class RayPPOTrainer:
         """Whether something done every so many steps (and after the last) is due now; never where ``every`` < 1."""
         return every > 0 and (self.global_steps % every == 0 or self.global_steps >= self.total_steps)
 
-    def save_checkpoint(self) -> Metrics:
+    def is_last_step(self) -> bool:
+        """Whether the run ends with this step: all are taken, or validation has not got better for long."""
+        return self.global_steps >= self.total_steps or self.best.gives_up()
+
+    def saves_step(self, is_last: bool) -> bool:
+        """Whether this step leaves a checkpoint."""
+        due = self.is_due(self.config.trainer.save_freq) or (is_last and self.config.trainer.save_freq > 0)
+        return due or self.best.is_new(self.global_steps)
+
+    def save_checkpoint(self, is_last: bool) -> Metrics:
         """Begin a checkpoint of model, optimizer and data position; the last one of a run is waited for."""
         metrics = self.check_teachers()
         state = self.prompts.state(self.kl_controller.value, self.canary.state())
-        last = self.global_steps >= self.total_steps
-        return metrics | self.saver.save(self.actor_wg, self.global_steps, state, last=last)
+        return metrics | self.saver.save(self.actor_wg, self.global_steps, state, last=is_last)
 
     def check_teachers(self) -> Metrics:
         """Have every teacher score its canary, and the engines leave it their memory."""
@@ -359,7 +371,8 @@ class RayPPOTrainer:
         config = self.config.trainer
         folder = checkpoint.find_checkpoint(config)
         if not config.val_only:
-            self.logger.go_on_after(None if folder is None else checkpoint.checkpoint_step(folder))
+            for kept in (self.logger, self.best):
+                kept.go_on_after(None if folder is None else checkpoint.checkpoint_step(folder))
         if folder is None:
             return
         self.global_steps = checkpoint.checkpoint_step(folder)
@@ -389,4 +402,4 @@ class RayPPOTrainer:
     def progress(self) -> str:
         """Where the run stands and what it left."""
         saved = checkpoint.describe(self.config.trainer.default_local_dir)
-        return f"step {self.global_steps} of {self.total_steps}, {saved}"
+        return f"step {self.global_steps} of {self.total_steps}, {saved}{self.best.describe()}"

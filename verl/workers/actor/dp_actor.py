@@ -25,6 +25,7 @@ from verl.utils.linear_log_prob import TokenStats
 from verl.workers.actor.exact_distill import ROW_TENSORS, ExactDistillLoss, Teacher, Vocabulary
 from verl.workers.actor.mini_batch_loss import LOSS_TENSORS, MiniBatchLoss, temperature_of
 from verl.workers.actor.row_layout import BatchSizes, MicroBatch, ScoredRows
+from verl.workers.actor.task_and_distill import TaskAndDistillLoss
 from verl.workers.config import DistillConfig, FSDPActorConfig, RefConfig
 from verl.workers.fsdp.optimizer import LearningRateSchedule, clipped_step
 from verl.workers.fsdp.shard import reshard
@@ -230,14 +231,21 @@ class DataParallelPPOActor:
 
     def _loss_of(
         self, mini: DataProto, config: FSDPActorConfig, teachers: Sequence[tuple[Teacher, float]]
-    ) -> MiniBatchLoss | ExactDistillLoss:
+    ) -> MiniBatchLoss | ExactDistillLoss | TaskAndDistillLoss:
         if self.distill is None or not self.distill.is_exact:
             return MiniBatchLoss(mini, config, self.device, self.dp_size, self.vocab_size)
         vocabulary = Vocabulary(self.vocab_size, self.extend_start)
-        return ExactDistillLoss(mini, config, self.distill, teachers, vocabulary, self.device, self.dp_size)
+        exact = ExactDistillLoss(mini, config, self.distill, teachers, vocabulary, self.device, self.dp_size)
+        if not self.distill.coef:
+            return exact
+        task = MiniBatchLoss(mini, config, self.device, self.dp_size, self.vocab_size)
+        return TaskAndDistillLoss(task, exact, self.distill.coef)
 
     def _accumulate_gradient(
-        self, mini: DataProto, mini_loss: MiniBatchLoss | ExactDistillLoss, config: FSDPActorConfig
+        self,
+        mini: DataProto,
+        mini_loss: MiniBatchLoss | ExactDistillLoss | TaskAndDistillLoss,
+        config: FSDPActorConfig,
     ) -> dict[str, float]:
         """Forward and backward over all micro-batches; the loss metrics of the whole mini-batch over all ranks."""
         sizes = BatchSizes(

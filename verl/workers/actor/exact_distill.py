@@ -131,6 +131,9 @@ class ExactDistillLoss:
             "actor/distill_divergence": (share * stats.divergence).sum(),
             "actor/leak_loss": (share * stats.leak).sum(),
         }
+        if self._vocabulary.extend_start is not None:  # the part of the divergence where an item token was drawn
+            extended = micro.inputs.labels.to(share.device) >= self._vocabulary.extend_start
+            metrics["actor/extend_divergence"] = (share * stats.divergence * extended).sum()
         return loss, metrics
 
 

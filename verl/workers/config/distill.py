@@ -60,6 +60,10 @@ class DistillConfig:
     """Weight of the term that keeps the student's mass on item tokens at ``leak_target``; needs an exact objective."""
     leak_target: float = 1e-4
     """Mass on item tokens that is aimed at."""
+    coef: float | None = None
+    """Weight of distillation beside a task reward, where ``algorithm.adv_estimator`` is another than
+    ``on_policy_distill``: with ``sampled`` the advantages are added token by token, with an exact objective the losses.
+    null or 0: none."""
     teachers: dict[str, TeacherConfig] = field(default_factory=dict)
     """Further teachers by name. A row belongs to the first of them that its source matches, else to the teacher of
     ``actor_rollout_ref.ref``."""
@@ -72,21 +76,28 @@ class DistillConfig:
         for name in ("beta", "leak_target"):
             if not 0 < getattr(self, name) < 1:
                 raise ValueError(f"{key}.{name}={getattr(self, name)} must lie between 0 and 1")
-        if self.leak_coef < 0:
-            raise ValueError(f"{key}.leak_coef={self.leak_coef} must not be negative")
+        for name in ("leak_coef", "coef"):
+            if (getattr(self, name) or 0) < 0:
+                raise ValueError(f"{key}.{name}={getattr(self, name)} must not be negative")
         if self.objective == SAMPLED:
-            given: dict[str, tuple[object, object]] = {
-                "support": (self.support, "full"),
-                "leak_coef": (self.leak_coef, 0.0),
-            }
-            given |= {f"teachers.{name}.weight": (teacher.weight, 1.0) for name, teacher in self.teachers.items()}
-            for setting, (found, default) in given.items():
-                if found != default:
-                    raise ValueError(
-                        f"{key}.{setting}={found} has no effect with {key}.objective=sampled, which follows the drawn "
-                        f"token alone; set {key}.objective=exact, or leave it at {default}"
-                    )
+            self._check_sampled()
         self._check_teachers()
+
+    def _check_sampled(self) -> None:
+        """Settings that need an exact objective, left at their defaults."""
+        key = "algorithm.distill"
+        given: dict[str, tuple[object, object]] = {
+            "support": (self.support, "full"),
+            "leak_coef": (self.leak_coef, 0.0),
+        }
+        if not self.coef:
+            given |= {f"teachers.{name}.weight": (teacher.weight, 1.0) for name, teacher in self.teachers.items()}
+        for setting, (found, default) in given.items():
+            if found != default:
+                raise ValueError(
+                    f"{key}.{setting}={found} has no effect with {key}.objective=sampled, which follows the drawn "
+                    f"token alone; set {key}.objective=exact, or leave it at {default}"
+                )
 
     def _check_teachers(self) -> None:
         key = "algorithm.distill.teachers"

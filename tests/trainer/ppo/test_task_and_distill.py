@@ -1,0 +1,104 @@
+"""A task reward beside distillation: whose advantage is whose, worked out by hand."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from recipe.onpolicy_distill.onpolicy_distill_trainer import RayOnPolicyDistillTrainer
+from verl.protocol import DataProto
+from verl.trainer.config import AlgoConfig, PPOConfig
+from verl.trainer.ppo.advantage import compute_advantage
+from verl.trainer.ppo.ray_trainer import RayPPOTrainer
+from verl.workers.config import DistillConfig, TeacherConfig
+
+NAN = float("nan")
+STUDENT = torch.tensor([[-1.0, -2.0, NAN], [-1.0, -2.0, -3.0], [-1.0, -1.0, -1.0], [-2.0, -1.0, NAN]])
+TEACHER = torch.tensor([[-3.0, -100.0, NAN], [-0.5, -2.0, -1.0], [-2.0, -0.5, -1.5], [-1.0, -5.0, NAN]])
+MASK = torch.tensor([[1, 1, 0], [1, 1, 1], [1, 1, 1], [1, 1, 0]])
+# Held to [-30, 1.5]: row 0 leaks an item token at its second position, rows 2 and 3 belong to the second teacher.
+DISTILLED = torch.tensor([[-2.0, -30.0, 0.0], [0.5, 0.0, 1.5], [-1.0, 0.5, -0.5], [1.0, -4.0, 0.0]])
+
+
+def batch_of(scores: list[float]) -> DataProto:
+    """Two prompts with two answers each; the rows of prompt b are judged by the second teacher, which reads items."""
+    rewards = torch.zeros(4, 3)
+    rewards[:, 2] = torch.tensor(scores)
+    return DataProto.from_dict(
+        {
+            "old_log_probs": STUDENT,
+            "ref_log_prob": TEACHER,
+            "response_mask": MASK,
+            "token_level_scores": rewards,
+            "teacher": torch.tensor([0, 0, 1, 1]),
+        },
+        {"uid": np.array(["a", "a", "b", "b"], dtype=object)},
+    )
+
+
+def algorithm(estimator: str = "grpo", coef: float | None = 0.5, weight: float = 2.0, **more: Any) -> AlgoConfig:
+    distill = DistillConfig(coef=coef, teachers={"self": TeacherConfig(sources=["rec_*"], weight=weight)}, **more)
+    bounds = {"distill_adv_min_clip": -30.0, "distill_adv_max_clip": 1.5}
+    return AlgoConfig(adv_estimator=estimator, norm_adv_by_std_in_grpo=False, distill=distill, **bounds)
+
+
+def trainer_of(settings: AlgoConfig, cls: type[RayPPOTrainer] = RayOnPolicyDistillTrainer) -> Any:
+    trainer: Any = object.__new__(cls)
+    trainer.config = PPOConfig(algorithm=settings)
+    trainer.stage_metrics = {}
+    return trainer
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(actual, expected, atol=1e-6, rtol=0)
+
+
+def test_both_advantages_are_added_token_by_token() -> None:
+    weighed = trainer_of(algorithm()).advantage(batch_of([0.0, 1.0, 3.0, 1.0]))
+    # GRPO without division: -0.5 and 0.5 for prompt a, 1 and -1 for b, at trained tokens. To it 0.5 x what the base
+    # teacher says of rows 0 and 1, and 0.5 x 2 x what the second says of rows 2 and 3.
+    expected = torch.tensor([[-1.5, -15.5, 0.0], [0.75, 0.5, 1.25], [0.0, 1.5, 0.5], [0.0, -5.0, 0.0]])
+    close(weighed.tensor("advantages"), expected)
+    close(weighed.tensor("returns"), expected)
+    assert "token_level_rewards" in weighed.batch
+
+
+@pytest.mark.parametrize("estimator", ["grpo", "rloo", "reinforce_plus_plus"])
+def test_constant_rewards_leave_distillation_alone(estimator: str) -> None:
+    """The reward lies at the last position; where it is the same for all, every estimator makes nothing of it."""
+    settings = algorithm(estimator, coef=1.0, weight=1.0)
+    batch = batch_of([0.0, 0.0, 0.0, 0.0] if estimator == "reinforce_plus_plus" else [2.0, 2.0, 2.0, 2.0])
+    close(trainer_of(settings).advantage(batch).tensor("advantages"), DISTILLED)
+    pure = compute_advantage(batch, "on_policy_distill", config=settings).tensor("advantages")
+    close(pure, DISTILLED)
+
+
+def test_a_teacher_that_agrees_leaves_the_reward_alone() -> None:
+    batch = batch_of([0.0, 1.0, 3.0, 1.0])
+    batch.batch["ref_log_prob"] = STUDENT.clone()
+    settings = algorithm()
+    alone = trainer_of(AlgoConfig(norm_adv_by_std_in_grpo=False), RayPPOTrainer).advantage(batch)
+    both = trainer_of(settings).advantage(batch)
+    assert torch.equal(both.tensor("advantages"), alone.tensor("advantages"))
+    assert torch.equal(both.tensor("returns"), alone.tensor("returns"))
+
+
+def test_rows_of_weight_zero_follow_the_reward_alone() -> None:
+    weighed = trainer_of(algorithm(weight=0.0)).advantage(batch_of([0.0, 1.0, 3.0, 1.0])).tensor("advantages")
+    close(weighed[2:], torch.tensor([[1.0, 1.0, 1.0], [-1.0, -1.0, 0.0]]))
+    close(weighed[0], torch.tensor([-1.5, -15.5, 0.0]))
+
+
+def test_an_exact_objective_stays_out_of_the_advantage() -> None:
+    """Its divergence is a term of the loss."""
+    weighed = trainer_of(algorithm(objective="exact")).advantage(batch_of([0.0, 1.0, 3.0, 1.0])).tensor("advantages")
+    close(weighed[0], torch.tensor([-0.5, -0.5, 0.0]))
+
+
+def test_a_reward_is_asked_for_only_beside_distillation(tmp_path: Path) -> None:
+    assert trainer_of(algorithm()).uses_reward
+    assert not trainer_of(algorithm("on_policy_distill", coef=None, weight=1.0)).uses_reward
+    assert trainer_of(algorithm()).uses_reference
+    assert [AlgoConfig().distils, algorithm().distils, algorithm(coef=0.0, weight=1.0).distils] == [False, True, False]

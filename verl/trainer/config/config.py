@@ -47,6 +47,7 @@ class PPOConfig:
         self._check_tools()
         self._check_distill()
         self._check_vocabulary_settings()
+        self.check_extension()
 
     def _check_batch_sizes(self) -> None:
         actor, rollout = self.actor_rollout_ref.actor, self.actor_rollout_ref.rollout
@@ -165,6 +166,22 @@ class PPOConfig:
             raise ValueError(
                 f"actor_rollout_ref.rollout.extend_vocab_start_token={start} is found by comparing the tokenizers, and "
                 "trainer.vocab_check=off compares nothing; give the number, or set trainer.vocab_check=warn"
+            )
+
+    def check_extension(self) -> None:
+        """Settings that speak of extended ids, of which there have to be some.
+
+        To be asked again once an ``extend_vocab_start_token`` that is ``auto`` has become what it stands for.
+
+        Raises:
+            ValueError: such a setting, and no extension.
+        """
+        if self.actor_rollout_ref.rollout.extend_vocab_start_token is not None:
+            return
+        if self.actor_rollout_ref.actor.freeze_extended_rows:
+            raise ValueError(
+                "actor_rollout_ref.actor.freeze_extended_rows=True has no effect without extended ids; set "
+                "actor_rollout_ref.rollout.extend_vocab_start_token, or leave it at False"
             )
 
     def _check_tools(self) -> None:

@@ -59,6 +59,7 @@ SETTINGS: dict[str, Kind] = {
             "kl_loss_type",
             "grad_clip",
             "ref_log_prob_replace_val",
+            "freeze_extended_rows",
             "optim",
         )
     },

@@ -15,9 +15,10 @@ def load(*overrides: str) -> PPOConfig:
     return load_config(overrides, "recipe.onpolicy_distill.config", "onpolicy_distill_trainer")
 
 
-@pytest.mark.parametrize("setting", [FREEZE])
+@pytest.mark.parametrize("setting", [FREEZE, "algorithm.distill.teachers.self.prompts=with_items"])
 def test_they_are_refused_without_one(setting: str) -> None:
-    expected = re.escape(setting.removeprefix("++")) + " has no effect without extended ids"
+    expected = re.escape(setting) + " has no effect without extended ids"
+    setting = f"++{setting}"
     with pytest.raises(ValueError, match=expected):
         load(setting)
     for start in ("151669", "auto"):

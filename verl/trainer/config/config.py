@@ -6,7 +6,7 @@ from typing import Any
 from verl.trainer.config.algorithm import ON_POLICY_DISTILL, AlgoConfig
 from verl.trainer.config.data import CustomClassConfig, DataConfig
 from verl.trainer.config.trainer import TrainerConfig
-from verl.workers.config import FSDPActorConfig, HFModelConfig, RefConfig, RolloutConfig
+from verl.workers.config import ANY, FSDPActorConfig, HFModelConfig, RefConfig, RolloutConfig
 
 
 @dataclass
@@ -183,6 +183,12 @@ class PPOConfig:
                 "actor_rollout_ref.actor.freeze_extended_rows=True has no effect without extended ids; set "
                 "actor_rollout_ref.rollout.extend_vocab_start_token, or leave it at False"
             )
+        for name, teacher in self.algorithm.distill.teachers.items():
+            if teacher.prompts != ANY:
+                raise ValueError(
+                    f"algorithm.distill.teachers.{name}.prompts={teacher.prompts} has no effect without extended ids; "
+                    f"set actor_rollout_ref.rollout.extend_vocab_start_token, or leave it at {ANY}"
+                )
 
     def _check_tools(self) -> None:
         """A prompt that is cut loses tool schemas, which the chat template puts into it, or parts of them."""

@@ -4,7 +4,8 @@ In: the ``data`` settings and the files. Out: a data set of the user's class whe
 that the files' columns call for.
 """
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,13 +54,28 @@ def create_rl_dataset(
 ) -> RLHFDataset:
     """Build the data set of ``get_dataset_class``; arguments and errors as in ``RLHFDataset``."""
     dataset_class = get_dataset_class(data_files, config)
+    options: dict[str, Any] = {"extended_sources": extended_sources} if extended_sources else {}
+    _require_options(dataset_class, options)
     return dataset_class(
         data_files,
         tokenizer,
         config,
         extend_vocab_start_token=extend_vocab_start_token,
-        extended_sources=extended_sources,
         dropped_rows_path=dropped_rows_path,
         max_samples=max_samples,
         tool_schemas=tool_schemas,
+        **options,
     )
+
+
+def _require_options(dataset_class: type[RLHFDataset], options: Mapping[str, Any]) -> None:
+    """Raise ValueError where a class of the user's own, written before there were these, does not take them."""
+    parameters = inspect.signature(dataset_class).parameters
+    takes_all = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+    for name in options:
+        if name not in parameters and not takes_all:
+            raise ValueError(
+                f"data.custom_cls.name={dataset_class.__name__!r} takes no argument {name!r}, through which it would "
+                "learn which prompts algorithm.distill.teachers can read; let its __init__ take **kwargs and hand them "
+                "on"
+            )

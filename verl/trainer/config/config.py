@@ -48,6 +48,7 @@ class PPOConfig:
         self._check_distill()
         self._check_vocabulary_settings()
         self.check_extension()
+        self._check_synthetic_prompts()
 
     def _check_batch_sizes(self) -> None:
         actor, rollout = self.actor_rollout_ref.actor, self.actor_rollout_ref.rollout
@@ -189,6 +190,19 @@ class PPOConfig:
                     f"algorithm.distill.teachers.{name}.prompts={teacher.prompts} has no effect without extended ids; "
                     f"set actor_rollout_ref.rollout.extend_vocab_start_token, or leave it at {ANY}"
                 )
+
+    def _check_synthetic_prompts(self) -> None:
+        """Prompts with item tokens need a teacher that reads them."""
+        wanted, distill = self.data.synthetic_item_prompts, self.algorithm.distill
+        if not wanted.count or self.actor_rollout_ref.rollout.extend_vocab_start_token is None:
+            return
+        unread = [source for source in wanted.sources if not distill.reads_extended(source, holds_items=True)]
+        if unread:
+            raise ValueError(
+                f"data.synthetic_item_prompts.count={wanted.count} makes rows of the sources {unread}, and no teacher "
+                "that reads item tokens judges them; set ++algorithm.distill.teachers.self="
+                f"'{{vocabulary: full, sources: [\"{wanted.source}_*\"]}}'"
+            )
 
     def _check_tools(self) -> None:
         """A prompt that is cut loses tool schemas, which the chat template puts into it, or parts of them."""

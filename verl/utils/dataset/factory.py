@@ -5,7 +5,7 @@ that the files' columns call for.
 """
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,8 +54,10 @@ def create_rl_dataset(
 ) -> RLHFDataset:
     """Build the data set of ``get_dataset_class``; arguments and errors as in ``RLHFDataset``."""
     dataset_class = get_dataset_class(data_files, config)
-    options: dict[str, Any] = {"extended_sources": extended_sources} if extended_sources else {}
-    _require_options(dataset_class, options)
+    options = {}
+    if extended_sources:
+        _require_argument(dataset_class, "extended_sources")
+        options["extended_sources"] = extended_sources
     return dataset_class(
         data_files,
         tokenizer,
@@ -68,14 +70,11 @@ def create_rl_dataset(
     )
 
 
-def _require_options(dataset_class: type[RLHFDataset], options: Mapping[str, Any]) -> None:
-    """Raise ValueError where a class of the user's own, written before there were these, does not take them."""
+def _require_argument(dataset_class: type[RLHFDataset], name: str) -> None:
+    """Raise ValueError where a class of the user's own, written before there was this argument, does not take it."""
     parameters = inspect.signature(dataset_class).parameters
-    takes_all = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
-    for name in options:
-        if name not in parameters and not takes_all:
-            raise ValueError(
-                f"data.custom_cls.name={dataset_class.__name__!r} takes no argument {name!r}, through which it would "
-                "learn which prompts algorithm.distill.teachers can read; let its __init__ take **kwargs and hand them "
-                "on"
-            )
+    if name not in parameters and not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        raise ValueError(
+            f"data.custom_cls.name={dataset_class.__name__!r} takes no argument {name!r}, through which it would learn "
+            "which prompts algorithm.distill.teachers can read; let its __init__ take **kwargs and hand them on"
+        )

@@ -92,14 +92,17 @@ class InProcessEngines:
 def run_in_process(config: PPOConfig, dies_in_batch: int | None = None) -> None:
     """Train as ``main_onpolicy_distill`` does, until the end or the kill."""
     trainer: Any = build_trainer(config)
-    models, trainer_settings = config.actor_rollout_ref, config.trainer
-    trainer.actor_wg = InProcessGroup(trainer.role_worker_mapping["actor"](config=models, device="cpu"))
-    teacher = InProcessGroup(trainer.role_worker_mapping["ref"](config=models, device="cpu"))
-    trainer.role_groups = {"actor": trainer.actor_wg, "ref": teacher}
-    trainer.actor_wg.init_model()
-    teacher.init_model()
+    workers = {
+        role: trainer.role_worker_mapping[role](**trainer.worker_arguments(role) | {"device": "cpu"})
+        for role in trainer.roles
+    }
+    for worker in workers.values():
+        worker.peers = workers
+        worker.init_model()
+    trainer.role_groups = {role: InProcessGroup(worker) for role, worker in workers.items()}
+    trainer.actor_wg = trainer.role_groups["actor"]
     trainer.agent_loop_manager = InProcessEngines(config, trainer.tokenizer, dies_in_batch)
-    trainer.logger = Tracking("project", "run", ["file"], config=config, local_dir=trainer_settings.default_local_dir)
+    trainer.logger = Tracking("project", "run", ["file"], config=config, local_dir=config.trainer.default_local_dir)
     try:
         trainer.sync_weights()
         trainer.fit()

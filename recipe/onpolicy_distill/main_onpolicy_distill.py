@@ -193,6 +193,7 @@ def run(trainer: "RayPPOTrainer") -> None:
     from verl.experimental.agent_loop.agent_loop import RolloutError
     from verl.single_controller.base import WorkerError
     from verl.trainer.ppo.checkpoint_saver import CheckpointError
+    from verl.trainer.ppo.guards import GuardError
 
     config = trainer.config
     save_config(config, os.path.join(config.trainer.default_local_dir, "config.yaml"))
@@ -206,7 +207,7 @@ def run(trainer: "RayPPOTrainer") -> None:
         start_workers(trainer)
         trainer.fit()
         logger.info("done: %s", trainer.progress())
-    except (WorkerError, RolloutError, CheckpointError) as error:
+    except (WorkerError, RolloutError, CheckpointError, GuardError) as error:
         # Said before anything is shut down, and to Ray's own account of a death: the cause comes first.
         print(f"error: {error}\n{trainer.progress()}", file=sys.stderr, flush=True)
         raise SystemExit(1) from None

@@ -52,6 +52,8 @@ def test_engine_samples_from_the_policy_that_is_trained(vllm_run: Run) -> None:
     gaps = vllm_run.series("training/rollout_log_probs_diff_max")
     assert len(gaps) == 20
     assert max(gaps) < 1e-4
+    assert vllm_run.series("distill/engine_gap") == vllm_run.series("training/rollout_log_probs_diff_mean")
+    assert sum(vllm_run.series("distill/engine_gap_exceeded")) == 0
 
 
 def test_a_head_tied_to_the_embedding_is_synced_too(

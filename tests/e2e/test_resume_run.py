@@ -73,6 +73,7 @@ def test_a_resumed_run_equals_a_whole_one(engine: str, env: dict[str, str], tmp_
     expected, got = figures(whole), figures(halves)
     for step in expected:
         assert got[step] == pytest.approx(expected[step], rel=1e-6, abs=1e-6), f"step {step}"
+    assert halves.series("distill/teacher_canary") == pytest.approx([0, 0], abs=1e-5), "of both ranks, at both halves"
     assert (halves.folder / "config.1.yaml").is_file(), "the first half's settings"
 
 

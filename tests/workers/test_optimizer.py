@@ -1,5 +1,7 @@
 """Learning-rate schedules in numbers, and what a step does."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -77,17 +79,20 @@ def test_a_step_clips_to_the_largest_norm() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     before = model.weight.detach().clone()
     model.weight.grad = torch.tensor([[3.0, 4.0]])
-    result = clipped_step(model, optimizer, max_norm=1.0)
+    result = clipped_step(model, optimizer, max_norm=1.0, loss=0.5)
     assert result.taken and result.grad_norm == pytest.approx(5.0)
     torch.testing.assert_close(before - model.weight.detach(), torch.tensor([[0.6, 0.8]]))
     assert model.weight.grad is None
 
 
-def test_a_gradient_that_is_not_finite_takes_no_step() -> None:
+@pytest.mark.parametrize(("gradient", "loss"), [(float("nan"), 0.5), (1.0, float("nan")), (1.0, float("-inf"))])
+def test_a_gradient_or_a_loss_that_is_not_finite_changes_nothing(gradient: float, loss: float) -> None:
     model = nn.Linear(2, 1, bias=False)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    before = model.weight.detach().clone()
-    model.weight.grad = torch.tensor([[float("nan"), 4.0]])
-    assert not clipped_step(model, optimizer, max_norm=1.0).taken
-    assert torch.equal(model.weight.detach(), before)
+    optimizer = build_optimizer(model, OptimizerConfig())
+    model.weight.grad = torch.tensor([[3.0, 4.0]])
+    assert clipped_step(model, optimizer, max_norm=1.0, loss=0.5).taken
+    before = copy.deepcopy((model.state_dict(), optimizer.state_dict()["state"]))
+    model.weight.grad = torch.tensor([[gradient, 4.0]])
+    assert not clipped_step(model, optimizer, max_norm=1.0, loss=loss).taken
+    torch.testing.assert_close((model.state_dict(), optimizer.state_dict()["state"]), before, rtol=0, atol=0)
     assert model.weight.grad is None

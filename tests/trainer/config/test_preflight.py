@@ -231,7 +231,7 @@ def test_task_rewards_need_no_teacher(run: list[str]) -> None:
     ],
 )
 def test_notices(run: list[str], overrides: list[str], expected: str) -> None:
-    (notice,) = check(*run, *overrides)
+    (notice,) = check(*run, *overrides, "trainer.engine_gap_bound=null")
     assert expected in notice
 
 
@@ -246,7 +246,10 @@ def test_greedy_validation_says_what_it_does_not_measure(run: list[str], setting
 
 
 def test_importance_weights_take_the_notice_away(run: list[str]) -> None:
-    assert check(*run, "actor_rollout_ref.rollout.top_p=0.9", "algorithm.rollout_correction.rollout_is=token") == []
+    corrected = ["actor_rollout_ref.rollout.top_p=0.9", "algorithm.rollout_correction.rollout_is=token"]
+    (notice,) = check(*run, *corrected)
+    assert notice.startswith("trainer.engine_gap_bound=0.1 has no effect here")
+    assert check(*run, *corrected, "trainer.engine_gap_bound=null") == []
 
 
 def test_hub_names_pass_where_there_is_a_hub(run: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

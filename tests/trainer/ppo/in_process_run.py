@@ -4,6 +4,7 @@ The parts are those of a run; only the calls between them, which Ray makes elsew
 """
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -89,8 +90,14 @@ class InProcessEngines:
         pass
 
 
-def run_in_process(config: PPOConfig, dies_in_batch: int | None = None) -> None:
-    """Train as ``main_onpolicy_distill`` does, until the end or the kill."""
+def run_in_process(
+    config: PPOConfig, dies_in_batch: int | None = None, tamper: Callable[[Any], None] | None = None
+) -> None:
+    """Train as ``main_onpolicy_distill`` does, until the end or the kill.
+
+    Args:
+        tamper: gets the trainer before it starts, to break something.
+    """
     trainer: Any = build_trainer(config)
     workers = {
         role: trainer.role_worker_mapping[role](**trainer.worker_arguments(role) | {"device": "cpu"})
@@ -105,6 +112,8 @@ def run_in_process(config: PPOConfig, dies_in_batch: int | None = None) -> None:
     trainer.logger = Tracking("project", "run", ["file"], config=config, local_dir=config.trainer.default_local_dir)
     try:
         trainer.sync_weights()
+        if tamper is not None:
+            tamper(trainer)
         trainer.fit()
     except Killed:
         trainer.actor_wg.checkpoint_outcome(True)  # its thread would outlive the kill here

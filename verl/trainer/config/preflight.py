@@ -290,7 +290,14 @@ def _is_agent_loop(name: str) -> bool:
 
 def _check_sampling(config: PPOConfig, found: Findings) -> None:
     rollout = config.actor_rollout_ref.rollout
-    if (rollout.top_p < 1 or rollout.top_k != -1) and config.algorithm.rollout_correction.rollout_is is None:
+    cuts_tail = rollout.top_p < 1 or rollout.top_k != -1
+    if config.trainer.engine_gap_bound is not None and (cuts_tail or not rollout.calculate_log_probs):
+        found.notices.append(
+            f"trainer.engine_gap_bound={config.trainer.engine_gap_bound} has no effect here: the engine is compared "
+            "with the trainer where actor_rollout_ref.rollout.calculate_log_probs=True, top_p=1 and top_k=-1, and they "
+            f"are {rollout.calculate_log_probs}, {rollout.top_p} and {rollout.top_k}"
+        )
+    if cuts_tail and config.algorithm.rollout_correction.rollout_is is None:
         found.notices.append(
             f"biased: actor_rollout_ref.rollout.top_p={rollout.top_p} and top_k={rollout.top_k} cut the tail off the "
             "sampler, and the loss treats its tokens as the whole policy's; set top_p=1 and top_k=-1, or "

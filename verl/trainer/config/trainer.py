@@ -64,6 +64,19 @@ class TrainerConfig:
     so) or ``off`` (do not look)."""
     balance_batch: bool = True
     """Give every rank about as many tokens."""
+    max_skipped_updates: int | None = 10
+    """Updates that may be skipped because their loss or gradient is not finite, before the run ends; 0: none, null: any
+    number. Ten that are taken make up for one that is skipped, so that a bad row now and then never ends a long run."""
+    canary_tolerance: float | None = 0.5
+    """Largest change, in nats, of a log-prob that a teacher gives to some fixed tokens, between the run's first start
+    and any checkpoint or resume; beyond it the run ends, for the teacher's weights went wrong. null: not looked at. In
+    one run the same tokens in the same layout score alike, to the bit or nearly (``distill/teacher_canary``); a resume
+    on other GPUs, ranks or attention may round single bf16 log-probs otherwise by tenths of a nat, and weights that
+    went wrong move some by nats."""
+    engine_gap_bound: float | None = 0.1
+    """Mean |difference| in nats between the engine's and the trainer's log-probs of sampled tokens
+    (``distill/engine_gap``) beyond which a step is reported; null: never. Reported for bf16 engines are 0.01 to 0.06;
+    fp32 ones are below 1e-4, and a head that a sync had left behind was off by 1.9."""
     log_val_generations: int = 0
     """Validation answers printed with each validation."""
     ray_timeline_dir: str | None = None
@@ -104,6 +117,14 @@ class TrainerConfig:
             raise ValueError(
                 f"trainer.max_actor_ckpt_to_keep={self.max_actor_ckpt_to_keep} must be at least 1, or null to keep all"
             )
+        for name, off in (
+            ("max_skipped_updates", "for no limit"),
+            ("canary_tolerance", "for no canary"),
+            ("engine_gap_bound", "for no bound"),
+        ):
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise ValueError(f"trainer.{name}={value} must be at least 0, or null {off}")
 
     def _check_teacher_pool(self) -> None:
         nodes, ranks = self.teacher_nnodes, self.teacher_n_gpus_per_node

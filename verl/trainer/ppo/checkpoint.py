@@ -53,6 +53,8 @@ class DataState:
     """Processes of the data loader, on which the form of its state depends."""
     kl_coef: float
     """Weight of the KL penalty in the reward, which an adaptive controller moves."""
+    canary: dict[str, Any] | None = None
+    """What the teachers scored at the run's first start; see ``teacher_canary``."""
 
 
 # ------------------------------------------------------------------ names

@@ -100,6 +100,11 @@ class CheckpointSaver:
         if self._last_failure:
             raise CheckpointError(self._last_failure)
 
+    def what_is_safe(self) -> str:
+        """The newest checkpoint that could be resumed from now, in words."""
+        safe = checkpoint.newest_whole(self._root)
+        return f"{safe} is whole and safe" if safe else "there is no whole checkpoint yet"
+
     def _figures(self, timing: dict[str, float]) -> Metrics:
         if self._config.trainer.save_freq < 1:
             return {}
@@ -152,13 +157,12 @@ class CheckpointSaver:
 
     def _note_failure(self, step: int, cause: str) -> None:
         """Say what failed and what is safe, count it, and free the room it took."""
-        safe = checkpoint.newest_whole(self._root)
         free = ""
         with suppress(OSError):
             free = f" ({shutil.disk_usage(self._root).free / 2**30:.2f} GiB free)"
         self._last_failure = (
             f"the checkpoint of step {step} could not be written to trainer.default_local_dir={self._root}{free}: "
-            f"{cause}; {f'{safe} is whole and safe' if safe else 'there is no whole checkpoint yet'}"
+            f"{cause}; {self.what_is_safe()}"
         )
         self._failed_saves += 1
         logger.error("%s; training goes on, the next one is due as usual", self._last_failure)

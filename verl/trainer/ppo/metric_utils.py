@@ -1,7 +1,8 @@
 """Figures of a batch: advantages, lengths, speed, and what distillation over an extended vocabulary does.
 
 In:  a `DataProto` after the advantage stage, or stage timings. Out: flat dicts of floats.
-Not here: figures of the optimizer (``actor/*`` comes from the workers), and where figures are logged.
+Not here: figures of the optimizer (``actor/*`` comes from the workers), those of the guards (``distill/engine_gap*`` in
+``guards``, ``distill/teacher_canary`` in ``teacher_canary``), and where figures are logged.
 
 A figure over nothing (a source without a trained token, say) is left out rather than made up.
 
@@ -91,7 +92,8 @@ def _sampler_metrics(batch: DataProto, trained: torch.Tensor) -> Metrics:
     """Distance between the sampler's distribution and the policy's over trained tokens.
 
     - ``training/rollout_probs_diff_{mean,max,std}``: ``|p_sampler(y) - p_policy(y)|``; an engine that lags behind or
-      rounds otherwise shows here. ``training/rollout_log_probs_diff_{mean,max}``: the same of the log-probs.
+      rounds otherwise shows here. ``training/rollout_log_probs_diff_{mean,max}``: the same of the log-probs; a sampler
+      that cuts its tail (top-p, top-k) adds to both. ``distill/engine_gap`` (``guards``) is the mean where none does.
     - ``rollout_corr/kl``: estimate of KL(sampler || policy), nats.
     - ``rollout_corr/rollout_is_{mean,max}``: importance weights; ``..._eff_sample_size``: (sum w)^2 / (n sum w^2).
     """

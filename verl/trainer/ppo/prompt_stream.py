@@ -4,6 +4,7 @@ In: the training data set. Out: batches of its rows, without end, and the positi
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from verl.trainer.config import DataConfig
@@ -37,13 +38,14 @@ class PromptStream:
             yield from self._loader
             self.epoch += 1
 
-    def state(self, kl_coef: float) -> DataState:
+    def state(self, kl_coef: float, canary: dict[str, Any] | None) -> DataState:
         """The position behind the batch that was taken last.
 
         Args:
             kl_coef: weight of the KL penalty, kept with it.
+            canary: state of the teachers' canary, likewise.
         """
-        return self._state(self._loader.state_dict(), kl_coef)
+        return replace(self._state(self._loader.state_dict(), kl_coef), canary=canary)
 
     def fresh_state(self) -> DataState:
         """The state of a stream that nothing was taken from, for comparison with a saved one."""

@@ -30,6 +30,7 @@ from verl.trainer.ppo import checkpoint
 from verl.trainer.ppo.advantage import apply_kl_penalty, compute_advantage, compute_rollout_is_weights
 from verl.trainer.ppo.checkpoint_saver import CheckpointSaver
 from verl.trainer.ppo.cluster_check import check_nodes
+from verl.trainer.ppo.guards import EngineGap, SkippedUpdates
 from verl.trainer.ppo.kl_control import get_kl_controller
 from verl.trainer.ppo.metric_utils import (
     compute_data_metrics,
@@ -41,8 +42,9 @@ from verl.trainer.ppo.metric_utils import (
 )
 from verl.trainer.ppo.prompt_stream import PromptStream
 from verl.trainer.ppo.resume_check import require_resumable, run_facts
-from verl.trainer.ppo.reward import RewardFn, compute_rewards
+from verl.trainer.ppo.reward import RewardFn, compute_rewards, require_reward_fn
 from verl.trainer.ppo.stages import new_keys, run_stage
+from verl.trainer.ppo.teacher_canary import TeacherCanary
 from verl.trainer.ppo.worker_groups import WorkerGroups, plan_pools
 from verl.utils.dataset.rl_dataset import RLHFDataset
 from verl.utils.rollout_dump import dump_generations
@@ -101,12 +103,15 @@ class RayPPOTrainer:
         if optim.total_training_steps < 0:
             updates = config.data.train_batch_size // config.actor_rollout_ref.actor.ppo_mini_batch_size
             optim.total_training_steps = self.total_steps * updates * config.actor_rollout_ref.actor.ppo_epochs
-        self._check_reward_fn()
+        if self.uses_reward:
+            require_reward_fn(reward_fn, config.algorithm.adv_estimator)
         self.pools = plan_pools(config.trainer, self.roles, use_gpu=device_name == "cuda")
         self.worker_groups = WorkerGroups()
         facts = run_facts(config, vocab_fingerprint)
         require_resumable(config, facts, self.total_steps)
         self.saver = CheckpointSaver(config, facts)
+        self.skipped_updates, self.engine_gap = SkippedUpdates(config, self.saver), EngineGap(config)
+        self.canary = TeacherCanary(config, len(tokenizer), self.saver)
 
     # ------------------------------------------------------------------ what a recipe may override
 
@@ -232,7 +237,10 @@ class RayPPOTrainer:
     def fit(self) -> None:
         """Train until ``total_steps``: resume, step, validate, save, log."""
         config = self.config.trainer
+        self.check_teachers()
         self.resume()
+        if self.agent_loop_manager.asleep:
+            self.sync_weights()
         if self.val_loader is not None and (config.val_before_train or config.val_only):
             self.logger.log(self.validate(), self.global_steps)
         if config.val_only:
@@ -245,8 +253,11 @@ class RayPPOTrainer:
                 metrics = self.train_step(rows)
                 if self.is_due(config.test_freq) and self.val_loader is not None:
                     metrics |= self.validate()
-                metrics |= self.save_checkpoint() if self.is_due(config.save_freq) else self.saver.poll()
-                self.logger.log(metrics, self.global_steps)
+                try:
+                    metrics |= self.save_checkpoint() if self.is_due(config.save_freq) else self.saver.poll()
+                finally:  # a run that a guard ends here keeps the figures of its last step
+                    self.logger.log(metrics, self.global_steps)
+                self.skipped_updates.check(metrics, self.global_steps)
                 progress.update()
                 if self.global_steps >= self.total_steps:
                     break
@@ -271,6 +282,7 @@ class RayPPOTrainer:
                 self.sync_weights()
         self.dump(self.config.trainer.rollout_data_dir, batch)
         metrics |= self.stage_metrics | self.step_metrics(batch)
+        metrics |= self.engine_gap.watch(metrics, self.global_steps)
         metrics |= compute_timing_metrics(batch, timing)
         metrics |= compute_throughout_metrics(batch, timing, self.pools.get_n_gpus())
         return metrics | {"training/global_step": self.global_steps, "training/epoch": self.prompts.epoch}
@@ -332,9 +344,15 @@ class RayPPOTrainer:
 
     def save_checkpoint(self) -> Metrics:
         """Begin a checkpoint of model, optimizer and data position; the last one of a run is waited for."""
+        metrics = self.check_teachers()
+        state = self.prompts.state(self.kl_controller.value, self.canary.state())
+        last = self.global_steps >= self.total_steps
+        return metrics | self.saver.save(self.actor_wg, self.global_steps, state, last=last)
+
+    def check_teachers(self) -> Metrics:
+        """Have every teacher score its canary, and the engines leave it their memory."""
         self.agent_loop_manager.sleep()
-        state = self.prompts.state(self.kl_controller.value)
-        return self.saver.save(self.actor_wg, self.global_steps, state, last=self.global_steps >= self.total_steps)
+        return self.canary.check({role: self.role_groups[role] for role in self.roles[1:]}, self.global_steps)
 
     def resume(self) -> None:
         """Continue from the checkpoint that ``trainer.resume_mode`` names, if there is one."""
@@ -349,6 +367,7 @@ class RayPPOTrainer:
         state = checkpoint.load_data_state(folder, self.prompts.fresh_state(), may_differ=may_differ)
         self.prompts.go_to(state)
         self.kl_controller.value = state.kl_coef
+        self.canary.go_on_from(state.canary, self.global_steps)
         self.agent_loop_manager.sleep()
         self.actor_wg.load_checkpoint(str((folder / "actor").absolute()))
         logger.warning(
@@ -371,10 +390,3 @@ class RayPPOTrainer:
         """Where the run stands and what it left."""
         saved = checkpoint.describe(self.config.trainer.default_local_dir)
         return f"step {self.global_steps} of {self.total_steps}, {saved}"
-
-    def _check_reward_fn(self) -> None:
-        if self.uses_reward and self.reward_fn is None:
-            raise ValueError(
-                f"algorithm.adv_estimator={self.config.algorithm.adv_estimator} learns from a task reward and none is "
-                "given; set custom_reward_function.path and custom_reward_function.name"
-            )

@@ -36,6 +36,8 @@ SCORED_KEYS = ("responses", "input_ids", "attention_mask", "distill_special_toke
 """What scoring reads of a batch, where it is there; the rest need not travel."""
 UPDATE_KEYS = tuple(dict.fromkeys((*LOSS_KEYS, "input_ids", "attention_mask", *LOSS_TENSORS, *ROW_TENSORS)))
 """What an update reads, where it is there."""
+COUNTS = ("actor/updates", "actor/skipped_updates")
+"""Optimizer steps that were taken, and those that were not because loss or gradient was not finite."""
 
 
 class DataParallelPPOActor:
@@ -174,8 +176,8 @@ class DataParallelPPOActor:
     def update_policy(self, data: DataProto, teachers: Sequence[tuple[Teacher, float]] = ()) -> dict[str, float]:
         """Train on a batch: ``ppo_epochs`` passes, an optimizer step for every ``mini_batch_rows`` rows.
 
-        A mini-batch without a trained token, or with a gradient that is not finite, changes nothing; it still counts
-        as a step of the learning-rate schedule.
+        A mini-batch without a trained token, or with a loss or gradient that is not finite, changes nothing; it still
+        counts as a step of the learning-rate schedule.
 
         Args:
             data: rows with the keys of ``LOSS_KEYS``, ``input_ids`` and ``attention_mask``, with ``ref_log_prob``
@@ -186,7 +188,9 @@ class DataParallelPPOActor:
 
         Returns:
             metrics, the same on every rank: means over the optimizer steps, each over the whole mini-batch of all
-            ranks; ``actor/skipped_updates`` is a count, and drifts are those behind the last step.
+            ranks. ``actor/loss`` is the whole loss, with all its terms; ``actor/updates``, the steps that were taken,
+            and ``actor/skipped_updates``, those that were not because loss or gradient was not finite, are counts.
+            Drifts are those behind the last step.
 
         Raises:
             ValueError: a frozen model, rows that do not divide into mini-batches, or trained padding.
@@ -221,12 +225,14 @@ class DataParallelPPOActor:
     ) -> dict[str, float]:
         """One optimizer step over this rank's rows of a mini-batch."""
         assert self.actor_optimizer is not None and self.lr_schedule is not None, "checked by update_policy"
-        metrics = {"actor/lr": self.lr_schedule.rate, "actor/skipped_updates": 1.0}
+        metrics = {"actor/lr": self.lr_schedule.rate} | dict.fromkeys(COUNTS, 0.0)
         mini_loss = self._loss_of(mini, config, teachers)
         if not mini_loss.is_empty:
             metrics |= self._accumulate_gradient(mini, mini_loss, config)
-            step = clipped_step(self.actor_module, self.actor_optimizer, config.grad_clip, self.extended_rows)
-            metrics |= {"actor/grad_norm": step.grad_norm, "actor/skipped_updates": float(not step.taken)}
+            step = clipped_step(
+                self.actor_module, self.actor_optimizer, config.grad_clip, metrics["actor/loss"], self.extended_rows
+            )
+            metrics |= {"actor/grad_norm": step.grad_norm, COUNTS[0 if step.taken else 1]: 1.0}
         self.lr_schedule.advance()
         return metrics
 
@@ -250,6 +256,7 @@ class DataParallelPPOActor:
         for micro in rows.micro_batches(sizes, self.packed):
             loss, values = mini_loss(micro, self._forward(micro, mini_loss.head(micro)))
             loss.backward()
+            values = {**values, "actor/loss": loss.detach()}
             totals = {name: totals[name] + value if totals else value for name, value in values.items()}
         shares = torch.stack(list(totals.values()))
         if dist.is_initialized():
@@ -293,8 +300,8 @@ def _real_response_tokens(data: DataProto) -> torch.Tensor:
 
 
 def _summarise(steps: list[dict[str, float]], loss: str) -> dict[str, float]:
-    """Mean of each metric over the optimizer steps that have it; skipped steps are counted."""
-    names = {loss, "actor/grad_norm"}.union(*steps)
+    """Mean of each metric over the optimizer steps that have it; steps taken and skipped are counted."""
+    names = {loss, "actor/loss", "actor/grad_norm"}.union(*steps)
     columns = {name: [step[name] for step in steps if name in step] for name in sorted(names)}
     means = {name: sum(values) / max(1, len(values)) for name, values in columns.items()}
-    return means | {"actor/skipped_updates": sum(columns["actor/skipped_updates"])}
+    return means | {name: sum(columns[name]) for name in COUNTS}

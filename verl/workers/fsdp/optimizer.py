@@ -109,15 +109,21 @@ class StepResult(NamedTuple):
     grad_norm: float
     """Norm of the gradient over all parameters and ranks, before clipping."""
     taken: bool
-    """False where the norm was not finite: nothing was changed."""
+    """False where the loss or the norm was not finite: weights and optimizer are as they were, to the bit."""
 
 
 def clipped_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float, extended_rows: ExtendedRows | None = None
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    max_norm: float,
+    loss: float,
+    extended_rows: ExtendedRows | None = None,
 ) -> StepResult:
     """Clip the gradient to ``max_norm``, take the step, drop the gradient. Every rank returns the same.
 
     Args:
+        loss: of all ranks together, so that all decide alike. Looked at too, for its gradient may be finite where it is
+            not: that of ``x - inf`` is 1.
         extended_rows: of the model, which the step leaves alone where they are frozen.
     """
     if extended_rows is not None:
@@ -125,7 +131,7 @@ def clipped_step(
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
-    taken = bool(norm.isfinite())
+    taken = bool(norm.isfinite()) and math.isfinite(loss)
     if taken:
         with nullcontext() if extended_rows is None else extended_rows.held():
             optimizer.step()

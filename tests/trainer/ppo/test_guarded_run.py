@@ -1,0 +1,192 @@
+"""Whole runs in which something breaks: what is skipped, what ends the run, what is safe, and that a run goes on."""
+
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from e2e.launch import write_onerec_parquet
+from in_process_run import run_in_process
+from safetensors.torch import load_file
+from test_exact_resume import settings
+
+from recipe.onpolicy_distill import main_onpolicy_distill
+from verl.protocol import DataProto
+from verl.trainer.config import PPOConfig
+from verl.trainer.ppo.guards import GuardError
+from verl.workers.fsdp.weight_export import named_weights
+
+STEPS, UPDATES = 4, 2
+"""Steps of a run, and updates of a step."""
+LOG_PROBS = "actor_rollout_ref.rollout.calculate_log_probs"
+
+
+@pytest.fixture(autouse=True)
+def one_rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@pytest.fixture
+def config(tiny_pair: Any, tmp_path: Path) -> Callable[..., PPOConfig]:
+    train = write_onerec_parquet(tmp_path / "train.parquet", 9)
+
+    def build(**trainer: Any) -> PPOConfig:
+        changes = {f"trainer.{name}": value for name, value in trainer.items()}
+        length = {"trainer.total_training_steps": STEPS, LOG_PROBS: True}
+        return settings(tiny_pair, train, tmp_path / "run", **{**length, **changes})
+
+    return build
+
+
+def figures(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line)["data"] for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+
+
+def series(folder: Path, name: str) -> list[float]:
+    return [step[name] for step in figures(folder)]
+
+
+def weights(folder: Path, step: int) -> dict[str, torch.Tensor]:
+    return load_file(folder / "run" / f"global_step_{step}" / "actor" / "huggingface" / "model.safetensors")
+
+
+def before_step(step: int, act: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Do something to the trainer as a step begins to generate."""
+
+    def tamper(trainer: Any) -> None:
+        generate = trainer.generate
+
+        def acting(batch: DataProto) -> DataProto:
+            if trainer.global_steps == step:
+                act(trainer)
+            return generate(batch)
+
+        trainer.generate = acting
+
+    return tamper
+
+
+def with_bad_advantages(bad: Callable[[int], bool]) -> Callable[[Any], None]:
+    """One advantage in every mini-batch that is no number, in the steps that are said to be bad."""
+
+    def tamper(trainer: Any) -> None:
+        advantage = trainer.advantage
+
+        def poisoned(batch: DataProto) -> DataProto:
+            result = advantage(batch)
+            if bad(trainer.global_steps):
+                result.tensor("advantages")[:, 0] = float("nan")
+            return result
+
+        trainer.advantage = poisoned
+
+    return tamper
+
+
+@torch.no_grad()
+def nudge_teacher(trainer: Any) -> None:
+    """Change one matrix of the teacher by a tenth."""
+    module = trainer.role_groups["ref"]._worker.actor.actor_module
+    named_weights(module)["model.layers.1.mlp.up_proj.weight"].mul_(1.1)
+
+
+def test_an_untouched_run_passes_every_guard(config: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run_in_process(config(max_skipped_updates=0, canary_tolerance=0, engine_gap_bound=1e-4))
+    assert series(tmp_path, "distill/teacher_canary") == [0] * STEPS, "equal to the bit"
+    assert series(tmp_path, "actor/updates") == [UPDATES] * STEPS
+    assert series(tmp_path, "actor/skipped_updates") == [0] * STEPS
+    assert all(0 < gap < 1e-4 for gap in series(tmp_path, "distill/engine_gap"))
+    assert series(tmp_path, "distill/engine_gap") == series(tmp_path, "training/rollout_log_probs_diff_mean")
+    assert series(tmp_path, "distill/engine_gap_exceeded") == [0] * STEPS
+    assert not [record for record in caplog.records if record.name.startswith("verl.trainer.ppo.guards")]
+
+
+def test_one_bad_batch_costs_its_own_updates(config: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run_in_process(config(), tamper=with_bad_advantages(lambda step: step == 3))
+    assert series(tmp_path, "actor/updates") == [2, 2, 0, 2]
+    assert series(tmp_path, "actor/skipped_updates") == [0, 0, 2, 0]
+    before, after, later = weights(tmp_path, 2), weights(tmp_path, 3), weights(tmp_path, 4)
+    assert all(torch.equal(value, before[name]) for name, value in after.items())
+    assert any(not torch.equal(value, before[name]) for name, value in later.items())
+    assert "2 of the 2 updates of step 3 had a loss or gradient that is not finite" in caplog.text
+
+
+def test_a_run_that_only_skips_ends(config: Any, tmp_path: Path) -> None:
+    with pytest.raises(
+        GuardError, match=r"updates of step 3 .*; 4 of this run so far, .*max_skipped_updates=3"
+    ) as stop:
+        run_in_process(config(max_skipped_updates=3), tamper=with_bad_advantages(lambda step: step > 1))
+    assert "step 1 took one" in str(stop.value)
+    assert str(stop.value).endswith(f"{tmp_path / 'run' / 'global_step_3'} is whole and safe")
+    assert series(tmp_path, "actor/skipped_updates") == [0, 2, 2], "the step that ended the run is logged too"
+    run_in_process(config(max_skipped_updates=3))
+    assert series(tmp_path, "actor/skipped_updates") == [0, 2, 2, 0], "and the run goes on, with a count of its own"
+
+
+def test_a_teacher_that_changes_between_checkpoints_ends_the_run(config: Any, tmp_path: Path) -> None:
+    with pytest.raises(GuardError, match=r"^teacher 'ref' at step 3 scores otherwise") as stop:
+        run_in_process(config(canary_tolerance=1e-3), tamper=before_step(3, nudge_teacher))
+    assert "after step 2, where they were right" in str(stop.value)
+    assert str(stop.value).endswith(f"{tmp_path / 'run' / 'global_step_2'} is whole and safe")
+    assert len(figures(tmp_path)) == 3 and series(tmp_path, "actor/updates") == [2, 2, 2]
+    assert not (tmp_path / "run" / "global_step_3").exists()
+    assert not (tmp_path / "run" / "global_step_3.unfinished").exists()
+
+    with pytest.raises(GuardError, match=r"resumed at step 2: the \d+ log-probs of its canary differ"):
+        # The same wrong weights from the start: only the checkpoint knows what is right.
+        run_in_process(config(canary_tolerance=1e-3), tamper=nudge_teacher)
+    run_in_process(config(canary_tolerance=1e-3))
+    assert series(tmp_path, "training/global_step") == [1, 2, 3, 4]
+
+
+def test_an_engine_that_is_left_behind_is_said_once(
+    config: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def stop_syncing(trainer: Any) -> None:
+        trainer.sync_weights = lambda: None
+
+    run_in_process(config(engine_gap_bound=1e-4, save_freq=-1), tamper=stop_syncing)
+    assert series(tmp_path, "distill/engine_gap_exceeded") == [0, 1, 1, 1], "stale from the first update on"
+    said = [record for record in caplog.records if record.name == "verl.trainer.ppo.guards"]
+    assert 1 <= len(said) <= 2 and said[0].levelno == logging.WARNING
+    assert said[0].getMessage().startswith("step 2: the engine's log-probs of its own tokens differ")
+    gap = series(tmp_path, "distill/engine_gap")[1]
+    assert f"by {gap:.4g} nats on average" in said[0].getMessage()
+
+
+def test_the_entry_point_says_the_cause_first(
+    config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run").mkdir()
+    ended = []
+
+    def fit() -> None:
+        raise GuardError("teacher 'ref' went wrong")
+
+    trainer: Any = SimpleNamespace(
+        config=config(),
+        init_workers=lambda: None,
+        fit=fit,
+        progress=lambda: "step 3 of 4, newest checkpoint global_step_2",
+        shutdown=lambda: ended.append("trainer"),
+    )
+    # Of Ray only what the entry point itself calls: nothing runs on it here.
+    ray = SimpleNamespace(init=lambda **_: None, shutdown=lambda: ended.append("ray"))
+    import verl.experimental.agent_loop.agent_loop  # noqa: F401  imported with the real one
+
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    with pytest.raises(SystemExit) as stop:
+        main_onpolicy_distill.run(trainer)
+    assert stop.value.code == 1
+    error = capsys.readouterr().err.splitlines()
+    assert error == ["error: teacher 'ref' went wrong", "step 3 of 4, newest checkpoint global_step_2"]
+    assert ended == ["trainer", "ray"]

@@ -39,6 +39,7 @@ agent_name                  object   (B,)    dataset      rollout
 extra_info                  object   (B,)    dataset      reward
 tools_kwargs                object   (B,)    dataset      rollout
 index                       object   (B,)    dataset      rollout, dumps
+holds_items                 object   (B,)    dataset      trainer (teacher of a row)
 __num_turns__               object   (B,)    rollout      metrics
 ==========================  =======  ======  ===========  =====================================
 """

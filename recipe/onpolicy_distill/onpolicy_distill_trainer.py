@@ -39,13 +39,20 @@ class RayOnPolicyDistillTrainer(RayPPOTrainer):
             ValueError: as the base class, and where a further teacher has no row to judge.
         """
         super().__init__(config, *parts, **options)
-        teachers = config.algorithm.distill.teachers
-        judged = {config.algorithm.distill.teacher_of(s) for s in self.train_dataset.sources} if teachers else set()
-        for place, (name, teacher) in enumerate(teachers.items(), 1):
+        if config.algorithm.distill.teachers:
+            self._check_teachers_have_rows()
+
+    def _check_teachers_have_rows(self) -> None:
+        distill, data = self.config.algorithm.distill, self.train_dataset
+        kinds = set(zip(data.sources, data.holds_items, strict=True))
+        judged = {distill.teacher_of(source, holds_items) for source, holds_items in kinds}
+        for place, (name, teacher) in enumerate(distill.teachers.items(), 1):
             if place not in judged:
                 raise ValueError(
-                    f"algorithm.distill.teachers.{name}.sources={teacher.sources} matches no usable training row; the "
-                    f"sources are {sorted(set(self.train_dataset.sources))}"
+                    f"algorithm.distill.teachers.{name}.sources={teacher.sources} with prompts={teacher.prompts} "
+                    "matches no usable training row that no teacher before it claims; the sources are "
+                    f"{sorted(set(data.sources))}, and prompts with item tokens have "
+                    f"{sorted(source for source, holds_items in kinds if holds_items)}"
                 )
 
     @property
@@ -68,9 +75,11 @@ class RayOnPolicyDistillTrainer(RayPPOTrainer):
         batch, distill = super().prepare(rows, n=n, validate=validate), self.config.algorithm.distill
         if not distill.teachers:
             return batch
-        sources = [str(source) for source in batch.non_tensor_batch["source"]]
-        batch.non_tensor_batch[TEACHER_READS_EXTENDED] = np.array([distill.reads_extended(s) for s in sources])
-        places = torch.tensor([distill.teacher_of(source) for source in sources])
+        sources = [str(source) for source in batch.array("source")]
+        holds_items = batch.array("holds_items") if distill.asks_for_items else [False] * len(sources)
+        kinds = list(zip(sources, holds_items, strict=True))
+        batch.non_tensor_batch[TEACHER_READS_EXTENDED] = np.array([distill.reads_extended(*kind) for kind in kinds])
+        places = torch.tensor([distill.teacher_of(*kind) for kind in kinds])
         return batch.union(DataProto.from_dict({"teacher": places}))
 
     def ref_log_prob(self, batch: DataProto) -> DataProto:

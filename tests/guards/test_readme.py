@@ -68,5 +68,13 @@ def test_settings_that_it_shows_are_accepted() -> None:
     assert config.data.source_weights == {"rec_*": 0.25, "general_*": 0.75}
 
 
+def test_the_rehearsal_that_it_shows_is_accepted() -> None:
+    block = next(part for part in README.split("\n\n") if part.startswith("    data.synthetic_item_prompts"))
+    start = "actor_rollout_ref.rollout.extend_vocab_start_token=auto"
+    overrides = [*shlex.split(block.replace("\\\n", " ")), start]
+    config = load_config(overrides, "recipe.onpolicy_distill.config", "onpolicy_distill_trainer")
+    assert config.data.synthetic_item_prompts.sources == ["synthetic_rec_next", "synthetic_rec_about"]
+
+
 def test_it_stays_short() -> None:
     assert len(README.splitlines()) < 200

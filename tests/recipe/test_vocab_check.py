@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from recipe.onpolicy_distill.main_onpolicy_distill import settle_vocabulary
+from recipe.onpolicy_distill.main_onpolicy_distill import build_trainer, settle_vocabulary
 from verl.trainer.config import PPOConfig
 from verl.trainer.config.typed import load_config
 
@@ -39,6 +39,13 @@ def test_auto_without_an_extension_is_none(tiny_pair: "Pair", has_teacher: bool)
     contract = settle_vocabulary(config)
     assert (contract is not None) == has_teacher
     assert config.actor_rollout_ref.rollout.extend_vocab_start_token is None
+
+
+def test_what_needs_an_extension_is_refused_where_auto_finds_none(tiny_pair: "Pair", tmp_path: Path) -> None:
+    wanted = [f"{KEY}=auto", "actor_rollout_ref.actor.freeze_extended_rows=True", "trainer.device=cpu"]
+    config = config_of(tiny_pair.student, tiny_pair.student, *wanted, f"trainer.default_local_dir={tmp_path}")
+    with pytest.raises(ValueError, match=r"freeze_extended_rows=True has no effect without extended ids"):
+        build_trainer(config)
 
 
 def test_an_unsound_pair(tiny_pair: "Pair", caplog: pytest.LogCaptureFixture) -> None:

@@ -1,5 +1,10 @@
 """Which teacher judges which rows."""
 
+from fnmatch import fnmatchcase
+from itertools import product
+
+import pytest
+
 from verl.workers.config import DistillConfig, TeacherConfig
 
 
@@ -24,3 +29,39 @@ def test_without_further_teachers_all_rows_are_the_one_teachers() -> None:
     distill = DistillConfig()
     assert (distill.roles, distill.teacher_of("rec_next"), distill.reads_extended("rec_next")) == (["ref"], 0, False)
     assert not distill.is_exact and DistillConfig("jsd").is_exact
+
+
+def test_rows_may_belong_by_what_their_prompt_holds() -> None:
+    """Sources and prompts must both match; the first teacher counts."""
+    teachers = {
+        "reader": TeacherConfig(sources=["rec_*"], prompts="with_items"),
+        "writer": TeacherConfig(path="w", sources=["rec_*", "mixed"], prompts="without_items"),
+        "code": TeacherConfig(path="c", vocabulary="base", sources=["code"]),
+    }
+    distill = DistillConfig(teachers=teachers)
+    kinds = [*product(("rec_next", "mixed", "code", "general"), (True, False))]
+    assert [distill.teacher_of(*kind) for kind in kinds] == [1, 2, 0, 2, 3, 3, 0, 0]
+    assert [distill.reads_extended(*kind) for kind in kinds] == [True, True, False, True, False, False, False, False]
+    assert distill.asks_for_items and not DistillConfig(teachers={"self": TeacherConfig()}).asks_for_items
+
+
+def test_sources_with_items_are_those_whose_teacher_reads_them() -> None:
+    """What the data keep is decided by patterns, and must be what a row's own teacher can read; over all settings."""
+    sources, prompts = (["a*"], ["b"], ["*"]), ("any", "with_items", "without_items")
+    kinds = [*product(sources, prompts, ("full", "base"))]
+    for first, second in product(kinds, kinds):
+        if first[2] <= second[2] and first[2] != second[2]:
+            continue  # refused: those with the vocabulary full come first
+        teachers = {
+            name: TeacherConfig("path", vocabulary, patterns, asked)
+            for name, (patterns, asked, vocabulary) in (("one", first), ("two", second))
+        }
+        distill = DistillConfig(teachers=teachers)
+        for source in ("a1", "b", "c"):
+            kept = any(fnmatchcase(source, pattern) for pattern in distill.extended_sources)
+            assert kept == distill.reads_extended(source, True), (first, second, source)
+
+
+def test_an_unknown_kind_of_prompt() -> None:
+    with pytest.raises(ValueError, match="prompts='items' is not one of any, with_items, without_items"):
+        TeacherConfig(prompts="items")

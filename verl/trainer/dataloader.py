@@ -15,9 +15,11 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import PreTrainedTokenizerBase
 
 from verl.trainer.config import DataConfig
-from verl.utils.dataset.factory import create_rl_dataset
+from verl.utils.dataset.factory import create_rl_dataset, get_dataset_class
+from verl.utils.dataset.parquet_files import expand_data_files
 from verl.utils.dataset.rl_dataset import RLHFDataset, collate_fn
 from verl.utils.dataset.source_mix import group_by_weight, mixed_order
+from verl.utils.dataset.synthetic_items import make_prompt_file
 
 # torchdata calls what torch has deprecated; nothing a user of either could do about it.
 warnings.filterwarnings("ignore", message="'set_vital' is deprecated", category=UserWarning)
@@ -36,6 +38,8 @@ def build_datasets(
     tool_schemas: list[dict[str, Any]] | None = None,
 ) -> tuple[RLHFDataset, RLHFDataset | None]:
     """Read the training prompts and, where ``data.val_files`` is set, the validation prompts.
+
+    Prompts of ``data.synthetic_item_prompts`` are made and join the training prompts.
 
     Args:
         extended_sources: patterns of the sources whose prompts may hold extended tokens, whatever the settings say.
@@ -59,10 +63,24 @@ def build_datasets(
             tool_schemas=tool_schemas,
         )
 
-    train = build(config.train_files, config.train_max_samples, TRAIN_DROPPED_ROWS)
+    train = build(*_training_files(config, tokenizer), TRAIN_DROPPED_ROWS)
     if not config.val_files:
         return train, None
     return train, build(config.val_files, config.val_max_samples, VAL_DROPPED_ROWS)
+
+
+def _training_files(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[Any, int]:
+    """The files of the training prompts, and how many of their first rows are read (-1: all).
+
+    The file of ``data.synthetic_item_prompts`` comes first, whole: ``data.train_max_samples`` speaks of the user's.
+    """
+    files: Any = config.train_files
+    samples, synthetic = config.train_max_samples, config.synthetic_item_prompts
+    if not synthetic.count:
+        return files, samples
+    prompt_column = config.prompt_key if get_dataset_class(files, config) is RLHFDataset else None
+    made = make_prompt_file(config, tokenizer, prompt_column)
+    return [made, *expand_data_files(files)], samples if samples < 0 else synthetic.count + samples
 
 
 class EpochSampler(Sampler[int]):

@@ -26,6 +26,7 @@ from verl.workers.actor.dp_actor import SCORED_KEYS, UPDATE_KEYS, DataParallelPP
 from verl.workers.config import DistillConfig
 from verl.workers.fsdp.build import build_model
 from verl.workers.fsdp.checkpoint import CheckpointWriter, TrainingState, load_checkpoint
+from verl.workers.fsdp.extended_rows import ExtendedRows
 from verl.workers.fsdp.optimizer import LearningRateSchedule, build_optimizer
 from verl.workers.fsdp.process import join_ranks, require_path, softmax_size
 from verl.workers.fsdp.shard import move_optimizer_state, move_parameters
@@ -60,6 +61,8 @@ class StudentWorker(Worker):
             config.model.tokenizer_path or path, trust_remote_code=config.model.trust_remote_code
         )
         built = build_model(path, config.model, actor.fsdp_config, self._ranks.mesh, trainable=True)
+        start = config.rollout.extend_start
+        extended_rows = None if start is None else ExtendedRows(built.module, start, actor.freeze_extended_rows)
         optimizer = build_optimizer(built.module, actor.optim)
         schedule = LearningRateSchedule(optimizer, actor.optim)
         self._state = TrainingState(built.module, optimizer, schedule, self._tokenizer)
@@ -70,7 +73,8 @@ class StudentWorker(Worker):
             optimizer,
             lr_schedule=schedule,
             vocab_size=softmax_size(len(self._tokenizer), built.module),
-            extend_start=config.rollout.extend_start,
+            extend_start=start,
+            extended_rows=extended_rows,
             packed=built.packed,
             mini_batch_rows=actor.ppo_mini_batch_size * config.rollout.n // self.world_size,
             distill=self._distill,

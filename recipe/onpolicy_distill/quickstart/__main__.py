@@ -29,7 +29,16 @@ PHASES = 6
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line; Hydra overrides may stand anywhere in it."""
-    from recipe.onpolicy_distill.quickstart.distillation import EXACT, MASKED, MODES, OBJECTIVES, SAMPLED, STEPS
+    from recipe.onpolicy_distill.quickstart.distillation import (
+        EXACT,
+        MASKED,
+        MODES,
+        OBJECTIVES,
+        REAL,
+        REHEARSALS,
+        SAMPLED,
+        STEPS,
+    )
 
     parser = argparse.ArgumentParser(
         prog="python -m recipe.onpolicy_distill.quickstart", description=str(__doc__).splitlines()[0]
@@ -50,12 +59,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "and the teacher reads an end token in place of item tokens, as in the public fork of verl; takes the "
         "objective sampled",
     )
+    parser.add_argument(
+        "--rehearsal",
+        choices=REHEARSALS,
+        default=REAL,
+        help="recommendation prompts of the objective exact: real: what the student learned from (default); items: "
+        "random items of the catalogue; codes: random codes, with no recommendation data at all",
+    )
     parser.add_argument("--out", type=Path, default=Path("outputs/quickstart"), help="default: %(default)s")
     parser.add_argument("overrides", nargs="*", help="Hydra overrides for the distillation")
     args = parser.parse_intermixed_args(argv)
     if args.mode != MASKED and args.objective == EXACT:
         parser.error(f"--mode {args.mode} has no meaning with --objective {EXACT}, which masks by itself")
     args.objective = args.objective or (EXACT if args.mode == MASKED else SAMPLED)
+    if args.rehearsal != REAL and args.objective == SAMPLED:
+        parser.error(f"--rehearsal {args.rehearsal} has no meaning with the objective {SAMPLED}, which has none")
     args.steps = STEPS[args.objective] if args.steps is None else args.steps
     if args.steps < 1:
         parser.error(f"--steps {args.steps} must be at least 1")
@@ -99,10 +117,11 @@ def score(world: Any, model: Path, teacher: Path, seed: int, *, general: bool = 
 def experiment(args: argparse.Namespace, out: Path) -> Path:
     """Everything from the world to the report; returns the report. Raises RuntimeError where the distillation fails."""
     from recipe.onpolicy_distill.quickstart import baseline, models, report, scoreboard_table, world
-    from recipe.onpolicy_distill.quickstart.distillation import EXACT, MASKED, Distillation
+    from recipe.onpolicy_distill.quickstart.distillation import EXACT, MASKED, REAL, Distillation
 
     cache, seed = out / "cache", args.seed
     method = args.objective if args.mode == MASKED else args.mode
+    method = method if args.rehearsal == REAL else f"{method}-{args.rehearsal}"
     results = out if method == EXACT else out / method
     phase, total = Phases(), dict[str, float]()
     with marked_timer("total", total):
@@ -116,7 +135,16 @@ def experiment(args: argparse.Namespace, out: Path) -> Path:
             of_teacher = score(built, teacher, teacher, seed, rec=False)
             before = score(built, student, teacher, seed)
         run = Distillation(
-            built, teacher, student, results / "run", args.steps, seed, args.objective, args.mode, args.overrides
+            built,
+            teacher,
+            student,
+            results / "run",
+            args.steps,
+            seed,
+            args.objective,
+            args.mode,
+            args.overrides,
+            args.rehearsal,
         )
         with phase("distillation", f"{args.steps} steps of on-policy distillation ({method})"):
             run.run()
@@ -129,6 +157,7 @@ def experiment(args: argparse.Namespace, out: Path) -> Path:
         "steps": last,
         "objective": args.objective,
         "mode": args.mode,
+        "rehearsal": args.rehearsal,
         "overrides": args.overrides,
         "seconds": phase.seconds | total,
         "popularity": baseline.popularity_figures(built),

@@ -25,6 +25,11 @@ OBJECTIVES = (EXACT, SAMPLED)
 """``exact``: the whole reverse KL to the teacher on general prompts, and to the student as it was, frozen, on
 recommendation prompts, a quarter of each batch. ``sampled``: the original method, drawn tokens on general prompts."""
 REHEARSAL_SHARE = 0.25
+REAL, ITEMS, CODES = "real", "items", "codes"
+REHEARSALS = (REAL, ITEMS, CODES)
+"""Recommendation prompts of the objective exact: those that the student learned from, or such prompts with random items
+of the catalogue, or with random codes, in place of histories."""
+SYNTHETIC_PROMPTS = 4000
 LEARNING_RATES = {EXACT: 5e-4, SAMPLED: 1e-3}
 STEPS = {EXACT: 120, SAMPLED: 200}
 """Steps that an objective needs here."""
@@ -50,6 +55,8 @@ class Distillation:
     """One of MODES."""
     overrides: Sequence[str] = ()
     """The user's Hydra overrides."""
+    rehearsal: str = REAL
+    """One of REHEARSALS; the objective sampled has none."""
 
     def run(self) -> None:
         """Train; raises RuntimeError where the run fails."""
@@ -107,12 +114,34 @@ class Distillation:
         if self.objective == SAMPLED:
             return {"data.train_files": world.general_train}
         return {
-            "data.train_files": f"[{world.general_train},{world.rec_train}]",
-            "data.source_weights": f"{{rec_*:{REHEARSAL_SHARE},general_*:{1 - REHEARSAL_SHARE}}}",
             "algorithm.distill.objective": "exact",
             "algorithm.distill.support": "shared",
             "algorithm.distill.leak_coef": 1.0,
             "++algorithm.distill.teachers.self": "{vocabulary:full,sources:[rec_*]}",
+            **self._settings_of_rehearsal(),
+        }
+
+    def _settings_of_rehearsal(self) -> dict[str, Any]:
+        """Recommendation prompts and their share; made ones as the world's are, in number of items and of captions."""
+        from recipe.onpolicy_distill.quickstart.world import WorldConfig
+
+        world, general = self.world, f"general_*:{1 - REHEARSAL_SHARE}"
+        if self.rehearsal == REAL:
+            return {
+                "data.train_files": f"[{world.general_train},{world.rec_train}]",
+                "data.source_weights": f"{{rec_*:{REHEARSAL_SHARE},{general}}}",
+            }
+        captions, key = WorldConfig.caption_share * REHEARSAL_SHARE, "data.synthetic_item_prompts"
+        return {
+            "data.train_files": world.general_train,
+            "data.source_weights": f"{{rec_next:{REHEARSAL_SHARE - captions},rec_caption:{captions},{general}}}",
+            f"{key}.count": SYNTHETIC_PROMPTS,
+            f"{key}.catalogue": world.catalogue if self.rehearsal == ITEMS else "null",
+            f"++{key}.templates": "{next:{user:'history: {history}'},caption:{user:'caption: {item}'}}",
+            f"{key}.min_history": WorldConfig.history,
+            f"{key}.max_history": WorldConfig.history,
+            f"{key}.source": "rec",
+            f"{key}.seed": self.seed,
         }
 
     def _settings_of_mode(self) -> dict[str, Any]:

@@ -98,7 +98,7 @@ def _subtitle(summary: Mapping[str, Any]) -> str:
     seconds = summary.get("seconds")
     total = seconds.get("total") if isinstance(seconds, Mapping) else seconds
     parts = [f"{summary['steps']} steps"] if "steps" in summary else []
-    parts += [f"{key} {summary[key]}" for key in ("seed", "objective", "mode") if key in summary]
+    parts += [f"{key} {summary[key]}" for key in ("seed", "objective", "mode", "rehearsal") if key in summary]
     parts += [f"{total:.0f} s"] if isinstance(total, int | float) else []
     return " · ".join(parts)
 

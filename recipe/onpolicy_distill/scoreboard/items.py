@@ -1,7 +1,7 @@
-"""Items as OneRec writes them, and the trie of those that exist.
+"""Items in texts, and the trie of those that exist.
 
-In:  a catalogue file (parquet, column ``sid``: one list of codes per item) or a text that holds items; a tokenizer
-that names the item tokens. Out: items as tuples of codes, and the tokens that may follow each beginning of an item.
+In:  a text that holds items, or the items of a catalogue and a tokenizer that names the item tokens. Out: items as
+tuples of codes, and the tokens that may follow each beginning of an item.
 
     <|sid_begin|><s_a_3><s_b_7><s_c_1><|sid_end|>  <->  (3, 7, 1)
 
@@ -10,20 +10,15 @@ Not here: who chooses among the allowed tokens (``ranking``).
 
 import re
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from verl.utils.dataset.parquet_files import ParquetRows, column_names, expand_data_files
+from verl.utils.dataset.items import ITEM_BEGIN, ITEM_END, LEVELS, Item, code_token, read_catalogue
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Item = tuple[int, ...]
-"""Codes of an item, first level first."""
+__all__ = ["Item", "ItemTrie", "items_in", "listed_items", "read_catalogue"]
 
-SID_COLUMN = "sid"
-ITEM_BEGIN, ITEM_END = "<|sid_begin|>", "<|sid_end|>"
-LEVELS = "abcdefgh"
 _CODES = r"(?:<s_[a-h]_\d+>)+"
 _ITEM = re.compile(re.escape(ITEM_BEGIN) + f"({_CODES})" + re.escape(ITEM_END))
 _ITEM_LIST = re.compile(f"(?:{_ITEM.pattern})+")
@@ -43,27 +38,6 @@ def items_in(text: str) -> list[Item]:
 def listed_items(text: str) -> list[Item]:
     """The items of a text that is items and nothing else; none of any other text."""
     return items_in(text) if _ITEM_LIST.fullmatch(text.strip()) else []
-
-
-def read_catalogue(path: str | Path) -> list[Item]:
-    """The items of a catalogue, each once, in order of their codes.
-
-    Raises:
-        ValueError: no such file, no column ``sid``, or rows that are not lists of as many codes each.
-    """
-    files = expand_data_files(path)
-    if SID_COLUMN not in (columns := column_names(files)):
-        raise ValueError(f"the catalogue {path} has the columns {sorted(columns)} and no {SID_COLUMN!r} (list of ints)")
-    items: set[Item] = set()
-    for row in ParquetRows(files, [SID_COLUMN]):
-        codes = row[SID_COLUMN]
-        if not isinstance(codes, list) or not codes or not all(isinstance(code, int) for code in codes):
-            raise ValueError(f"the catalogue {path} has {codes!r} as {SID_COLUMN}; a list of ints is needed")
-        items.add(tuple(codes))
-    depths = sorted({len(item) for item in items})
-    if len(depths) != 1 or depths[0] > len(LEVELS):
-        raise ValueError(f"the items of {path} have {depths} codes; all must have as many, {len(LEVELS)} at most")
-    return sorted(items)
 
 
 class ItemTrie:
@@ -88,7 +62,7 @@ class ItemTrie:
         for item in self._items:
             path: tuple[int, ...] = ()
             for level, code in enumerate(item):
-                token = _token_id(vocabulary, _code_token(level, code))
+                token = _token_id(vocabulary, code_token(level, code))
                 self._codes[level][token] = code
                 children.setdefault(path, set()).add(token)
                 path = (*path, token)
@@ -107,10 +81,6 @@ class ItemTrie:
     def item_of(self, path: tuple[int, ...]) -> Item:
         """The item that ``depth`` token ids name."""
         return tuple(self._codes[level][token] for level, token in enumerate(path))
-
-
-def _code_token(level: int, code: int) -> str:
-    return f"<s_{LEVELS[level]}_{code}>"
 
 
 def _token_id(vocabulary: dict[str, int], token: str) -> int:

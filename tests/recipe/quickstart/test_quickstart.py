@@ -1,6 +1,7 @@
 """The experiment as a whole: its command line, its settings, and on a small scale its result."""
 
 import json
+import re
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -13,6 +14,7 @@ from recipe.onpolicy_distill.quickstart.baseline import popularity_figures
 from recipe.onpolicy_distill.quickstart.distillation import STEPS, Distillation
 from recipe.onpolicy_distill.quickstart.scoreboard_table import popularity_line
 from verl.trainer.config.typed import load_config
+from verl.utils.dataset.synthetic_items import make_prompt_file
 from verl.utils.tokenizer import hf_tokenizer
 
 
@@ -36,7 +38,15 @@ def test_arguments():
 
 
 @pytest.mark.parametrize(
-    "argv", [["--steps", "0"], ["--mode", "other"], ["--sed", "1"], ["--mode", "public-fork", "--objective", "exact"]]
+    "argv",
+    [
+        ["--steps", "0"],
+        ["--mode", "other"],
+        ["--sed", "1"],
+        ["--mode", "public-fork", "--objective", "exact"],
+        ["--rehearsal", "codes", "--objective", "sampled"],
+        ["--rehearsal", "items", "--mode", "public-fork"],
+    ],
 )
 def test_bad_arguments(argv, capsys):
     with pytest.raises(SystemExit, match="2"):
@@ -66,6 +76,30 @@ def test_settings_are_settings_of_the_entry_point(small, objective, mode):
         distill = config.algorithm.distill
         assert distill.is_exact == (objective == "exact")
         assert distill.reads_extended("rec_next") == distill.is_exact and not distill.reads_extended("general_add")
+
+
+@pytest.mark.parametrize("rehearsal", ["items", "codes"])
+def test_rehearsal_without_data_asks_as_the_world_does(small, rehearsal, tmp_path):
+    """Its prompts have the form of the world's own, and only those of the catalogue its items."""
+    settings = settings_of(small, rehearsal=rehearsal, overrides=[f"data.cache_dir={tmp_path}"])
+    config = load_config(settings, "recipe.onpolicy_distill.config", "onpolicy_distill_trainer")
+    assert config.data.train_files == [str(small.general_train)]
+    assert sum(config.data.source_weights.values()) == pytest.approx(1)
+    config.data.synthetic_item_prompts.count = 200
+    made = make_prompt_file(config.data, hf_tokenizer(small.student_tokenizer), None)
+    rows, real = (pq.read_table(path).to_pylist() for path in (made, small.rec_train))
+    items = {row["text"] for row in pq.read_table(small.catalogue).to_pylist()}
+    form, item = {}, re.compile(r"<\|sid_begin\|>.*?<\|sid_end\|>")
+    for row in real:
+        form[row["source"]] = item.sub("I", json.loads(row["messages"])[0]["content"][0]["text"])
+    drawn = set()
+    for row in rows:
+        text = json.loads(row["messages"])[0]["content"]
+        drawn.update(item.findall(text))
+        assert item.sub("", text) == form[row["source"]].replace("I", "")
+    assert {row["source"] for row in rows} == set(form)
+    assert (drawn <= items) == (rehearsal == "items")
+    assert set(config.data.source_weights) == {"rec_next", "rec_caption", "general_*"}
 
 
 def test_the_user_has_the_last_word(small):

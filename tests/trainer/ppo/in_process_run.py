@@ -99,15 +99,17 @@ def run_in_process(
         tamper: gets the trainer before it starts, to break something.
     """
     trainer: Any = build_trainer(config)
-    trainer_settings = config.trainer
-    workers = {role: trainer.role_worker_mapping[role](**trainer.worker_arguments(role)) for role in trainer.roles}
+    workers = {
+        role: trainer.role_worker_mapping[role](**trainer.worker_arguments(role) | {"device": "cpu"})
+        for role in trainer.roles
+    }
     for worker in workers.values():
         worker.peers = workers
         worker.init_model()
     trainer.role_groups = {role: InProcessGroup(worker) for role, worker in workers.items()}
     trainer.actor_wg = trainer.role_groups["actor"]
     trainer.agent_loop_manager = InProcessEngines(config, trainer.tokenizer, dies_in_batch)
-    trainer.logger = Tracking("project", "run", ["file"], config=config, local_dir=trainer_settings.default_local_dir)
+    trainer.logger = Tracking("project", "run", ["file"], config=config, local_dir=config.trainer.default_local_dir)
     try:
         trainer.sync_weights()
         if tamper is not None:

@@ -88,6 +88,35 @@ def test_a_killed_and_resumed_run_is_the_run_that_never_was(tiny_pair: Any, trai
     assert void == [2, 4], "what was logged of steps whose checkpoints the kills cost"
 
 
+def test_a_run_that_rehearses_on_random_codes_and_holds_their_rows(tiny_pair: Any, train: Path, tmp_path: Path) -> None:
+    """Half of each batch are made prompts, judged by the frozen student; the rows of item tokens stay as they were."""
+    key = "data.synthetic_item_prompts"
+    changes = {
+        "actor_rollout_ref.actor.freeze_extended_rows": True,
+        "algorithm.distill.objective": "exact",
+        "++algorithm.distill.teachers.self": "{sources: ['*'], prompts: with_items}",
+        f"{key}.count": 5,
+        f"++{key}.templates": "{next: {user: '{history}'}}",
+        f"{key}.max_history": 6,
+        "++data.source_weights": "{synthetic_rec_*: 1, *: 1}",
+    }
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    run_in_process(settings(tiny_pair, train, whole, **changes))
+    run_in_process(settings(tiny_pair, train, stopped, **changes), dies_in_batch=3)
+    run_in_process(settings(tiny_pair, train, stopped, **changes))
+
+    expected = figures(whole)
+    assert figures(stopped) == expected
+    assert all(step["actor/extended_row_drift"] == 0 for step in expected)
+    drifts = [step["actor/shared_row_drift"] for step in expected]
+    assert drifts[0] > 0 and drifts == sorted(drifts)
+    assert any(name.startswith("distill/synthetic_rec_next/") for name in expected[0])
+    start, name = tiny_pair.extend_vocab_start_token, "model.embed_tokens.weight"
+    before = load_file(tiny_pair.student / "model.safetensors")[name]
+    after = load_file(stopped / f"global_step_{STEPS}/actor/huggingface/model.safetensors")[name]
+    assert torch.equal(after[start:], before[start:]) and not torch.equal(after[:start], before[:start])
+
+
 def test_a_checkpoint_of_another_run_is_refused_before_anything_starts(
     tiny_pair: Any, train: Path, tmp_path: Path
 ) -> None:

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from verl.trainer.config import PPOConfig, TrainerConfig
+from verl.trainer.config import PPOConfig, PromptTemplateConfig, SyntheticItemPromptsConfig, TrainerConfig
 from verl.trainer.config.typed import public_dict, save_config
 from verl.trainer.ppo.checkpoint_manifest import seal
 from verl.trainer.ppo.resume_check import SETTINGS, Kind, kind_of, require_resumable, require_same_run, run_facts
@@ -81,6 +81,27 @@ def test_another_set_of_teachers_or_weights_is_refused(folder: Path, run: PPOCon
     check(folder, run)
     run.algorithm.distill.teachers = {}
     with pytest.raises(ValueError, match=r"algorithm\.distill\.teachers"):
+        check(folder, run)
+
+
+def test_other_synthetic_prompts_are_refused(folder: Path, run: PPOConfig, tmp_path: Path) -> None:
+    """Settings count as they are, the catalogue by its content."""
+    templates = {"next": PromptTemplateConfig("history: {history}")}
+    catalogue = tmp_path / "items.parquet"
+    pq.write_table(pa.table({"sid": [[0, 1, 2]]}), catalogue)
+    run.data.synthetic_item_prompts = SyntheticItemPromptsConfig(8, str(catalogue), templates)
+    with pytest.raises(ValueError, match=r"- data\.synthetic_item_prompts\.count: 0 in the checkpoint, 8 now"):
+        check(folder, run)
+    save_config(run, folder / "config.yaml")
+    seal(folder, 5, 1, run_facts(run, "contract-1"))
+    run.data.synthetic_item_prompts.catalogue = str(shutil.copy(catalogue, tmp_path / "moved.parquet"))
+    check(folder, run)
+    pq.write_table(pa.table({"sid": [[0, 1, 3]]}), tmp_path / "moved.parquet")
+    with pytest.raises(ValueError, match=r"- data\.synthetic_item_prompts\.catalogue: ") as refusal:
+        check(folder, run)
+    assert str(refusal.value).count("\n- ") == 1
+    run.data.synthetic_item_prompts.catalogue = None
+    with pytest.raises(ValueError, match=r"- data\.synthetic_item_prompts\.catalogue: .*, \[\] now"):
         check(folder, run)
 
 

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from recipe.onpolicy_distill.onpolicy_distill_trainer import RayOnPolicyDistillTrainer
@@ -52,6 +53,31 @@ def test_rows_of_three_teachers_get_the_numbers_that_each_gives_alone() -> None:
     number_of = torch.tensor([1.0, 10.0, 100.0])[batch.tensor("teacher")]
     torch.testing.assert_close(scores, -number_of[:, None] * responses)
     assert groups["ref"].asked == [[2, 3, 8, 9]] and groups["coder"].asked == [[4, 5, 10, 11]]
+
+
+def test_the_prompt_decides_where_a_teacher_asks_for_it() -> None:
+    further = {
+        "reader": TeacherConfig(sources=["rec_*"], prompts="with_items"),
+        "writer": TeacherConfig(sources=["*"], prompts="without_items"),
+    }
+    trainer = trainer_of(further)
+    rows = {"source": np.array(SOURCES, dtype=object), "index": np.arange(6)}
+    rows["holds_items"] = np.array([True, True, False, False, False, False], dtype=object)
+    batch = trainer.prepare(rows, n=1)
+    assert batch.tensor("teacher").tolist() == [1, 0, 2, 2, 2, 2]
+    assert batch.non_tensor_batch[TEACHER_READS_EXTENDED].tolist() == [True, False, True, True, True, True]
+    del rows["holds_items"]
+    with pytest.raises(KeyError, match=r"holds_items.*dataset"):
+        trainer.prepare(rows, n=1)
+
+
+def test_every_teacher_needs_a_row() -> None:
+    trainer = trainer_of({"reader": TeacherConfig(sources=["rec_*"], prompts="with_items")})
+    trainer.train_dataset = SimpleNamespace(sources=["rec_next", "general"], holds_items=[True, False])
+    trainer._check_teachers_have_rows()
+    trainer.train_dataset.holds_items = [False, True]
+    with pytest.raises(ValueError, match=r"teachers\.reader\.sources.*prompts=with_items matches.*have \['general'"):
+        trainer._check_teachers_have_rows()
 
 
 def test_a_teacher_without_rows_is_not_asked() -> None:

@@ -53,6 +53,7 @@ def test_an_item_and_its_batch(tokenizer, tmp_path):
         "reward_model": {"style": "rule", "ground_truth": "A"},
         "uuid": "id-a",
         "index": 0,
+        "holds_items": False,
         "extra_info": {"uid": 7, "label": 1},
         "tools_kwargs": {},
     }
@@ -160,6 +161,15 @@ def test_sources_whose_teacher_reads_item_tokens_keep_them(tokenizer, tmp_path):
     )
     assert dataset.sources == ["rec_next", "letters"]
     assert dataset.ledger.dropped == {"extended_tokens": 1}
+
+
+def test_prompts_say_whether_they_hold_item_tokens(tokenizer, tmp_path):
+    rows = [chat("a"), {"source": "empty"}, chat("<s_a_0>"), chat("b <s_b_1> <s_c_7>"), chat("c", "<s_a_0>")]
+    path = write(tmp_path / "d.parquet", rows)
+    config = DataConfig(prompt_extend_tokens="replace")
+    dataset = OneRecDataset(path, tokenizer, config, extend_vocab_start_token=EXTEND_START)
+    assert dataset.holds_items == [item["holds_items"] for item in dataset] == [False, True, True, False]
+    assert OneRecDataset(path, tokenizer, config).holds_items == [False] * 4
 
 
 def test_think_draws_change_with_the_epoch_and_come_back(tokenizer, tmp_path):

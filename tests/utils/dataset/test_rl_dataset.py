@@ -47,6 +47,7 @@ def test_verl_rows(tokenizer, tmp_path):
         "source": "openai/gsm8k",
         "reward_model": {"style": "rule", "ground_truth": "4"},
         "index": 0,
+        "holds_items": False,
         "extra_info": {"split": "train", "index": 3},
         "tools_kwargs": {},
         "agent_name": "single_turn_agent",
@@ -101,6 +102,26 @@ def test_a_custom_class(tokenizer, tmp_path):
         get_dataset_class(data, DataConfig(custom_cls=CustomClassConfig(path=str(module), name="other")))
     with pytest.raises(ValueError, match=r"needs data\.custom_cls\.name"):
         get_dataset_class(data, DataConfig(custom_cls=CustomClassConfig(path=str(module))))
+
+
+def test_a_custom_class_of_before_there_were_sources_with_items(tokenizer, tmp_path):
+    data = write(tmp_path / "d.parquet", [verl_row("a")])
+    module = tmp_path / "mine.py"
+    arguments = "extend_vocab_start_token=None, dropped_rows_path=None, max_samples=-1, tool_schemas=None"
+    module.write_text(
+        "from verl.utils.dataset.rl_dataset import RLHFDataset\n"
+        "class Old(RLHFDataset):\n"
+        f"    def __init__(self, files, tokenizer, config, *, {arguments}):\n"
+        "        super().__init__(files, tokenizer, config)\n"
+        "class New(RLHFDataset):\n"
+        "    def __init__(self, *arguments, **options):\n"
+        "        super().__init__(*arguments, **options)\n"
+    )
+    old, new = (DataConfig(custom_cls=CustomClassConfig(path=str(module), name=name)) for name in ("Old", "New"))
+    assert len(create_rl_dataset(data, tokenizer, old)) == 1
+    assert len(create_rl_dataset(data, tokenizer, new, extended_sources=["rec_*"])) == 1
+    with pytest.raises(ValueError, match=r"custom_cls\.name='Old' takes no argument 'extended_sources'.*teachers"):
+        create_rl_dataset(data, tokenizer, old, extended_sources=["rec_*"])
 
 
 def test_columns_of_json_text(tokenizer, tmp_path):

@@ -3,6 +3,7 @@
 from verl.trainer.config.algorithm import AlgoConfig, KLControlConfig, RolloutCorrectionConfig
 from verl.trainer.config.config import ActorRolloutRefConfig, PPOConfig, RayKwargsConfig
 from verl.trainer.config.data import CustomClassConfig, DataConfig
+from verl.trainer.config.synthetic_items import PromptTemplateConfig, SyntheticItemPromptsConfig
 from verl.trainer.config.trainer import TrainerConfig
 
 __all__ = [
@@ -12,7 +13,9 @@ __all__ = [
     "DataConfig",
     "KLControlConfig",
     "PPOConfig",
+    "PromptTemplateConfig",
     "RayKwargsConfig",
     "RolloutCorrectionConfig",
+    "SyntheticItemPromptsConfig",
     "TrainerConfig",
 ]

@@ -6,7 +6,7 @@ from typing import Any
 from verl.trainer.config.algorithm import ON_POLICY_DISTILL, AlgoConfig
 from verl.trainer.config.data import CustomClassConfig, DataConfig
 from verl.trainer.config.trainer import TrainerConfig
-from verl.workers.config import FSDPActorConfig, HFModelConfig, RefConfig, RolloutConfig
+from verl.workers.config import ANY, FSDPActorConfig, HFModelConfig, RefConfig, RolloutConfig
 
 
 @dataclass
@@ -48,6 +48,8 @@ class PPOConfig:
         self._check_distill()
         self._check_vocabulary_settings()
         self._check_best_metric()
+        self.check_extension()
+        self._check_synthetic_prompts()
 
     def _check_batch_sizes(self) -> None:
         actor, rollout = self.actor_rollout_ref.actor, self.actor_rollout_ref.rollout
@@ -188,6 +190,41 @@ class PPOConfig:
             raise ValueError(
                 f"trainer.best_metric={self.trainer.best_metric!r} hands out the best model, and "
                 f"actor_rollout_ref.actor.checkpoint.save_contents={contents} does not write it; add hf_model"
+            )
+
+    def check_extension(self) -> None:
+        """Settings that speak of extended ids, of which there have to be some.
+
+        To be asked again once an ``extend_vocab_start_token`` that is ``auto`` has become what it stands for.
+
+        Raises:
+            ValueError: such a setting, and no extension.
+        """
+        if self.actor_rollout_ref.rollout.extend_vocab_start_token is not None:
+            return
+        if self.actor_rollout_ref.actor.freeze_extended_rows:
+            raise ValueError(
+                "actor_rollout_ref.actor.freeze_extended_rows=True has no effect without extended ids; set "
+                "actor_rollout_ref.rollout.extend_vocab_start_token, or leave it at False"
+            )
+        for name, teacher in self.algorithm.distill.teachers.items():
+            if teacher.prompts != ANY:
+                raise ValueError(
+                    f"algorithm.distill.teachers.{name}.prompts={teacher.prompts} has no effect without extended ids; "
+                    f"set actor_rollout_ref.rollout.extend_vocab_start_token, or leave it at {ANY}"
+                )
+
+    def _check_synthetic_prompts(self) -> None:
+        """Prompts with item tokens need a teacher that reads them."""
+        wanted, distill = self.data.synthetic_item_prompts, self.algorithm.distill
+        if not wanted.count or self.actor_rollout_ref.rollout.extend_vocab_start_token is None:
+            return
+        unread = [source for source in wanted.sources if not distill.reads_extended(source, holds_items=True)]
+        if unread:
+            raise ValueError(
+                f"data.synthetic_item_prompts.count={wanted.count} makes rows of the sources {unread}, and no teacher "
+                "that reads item tokens judges them; set ++algorithm.distill.teachers.self="
+                f"'{{vocabulary: full, sources: [\"{wanted.source}_*\"]}}'"
             )
 
     def _check_tools(self) -> None:

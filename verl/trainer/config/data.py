@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from verl.trainer.config.synthetic_items import SyntheticItemPromptsConfig
+
 TEMPLATE_ARGUMENTS = ("conversation", "tools", "add_generation_prompt", "tokenize", "return_dict")
 """Arguments of ``apply_chat_template`` that the code sets itself."""
 
@@ -60,6 +62,7 @@ class DataConfig:
     source_weights: dict[str, float] = field(default_factory=dict)
     """Share of each group of sources in every batch, by shell pattern (``{"rec_*": 0.25, "*": 0.75}``); empty: as the
     files have them."""
+    synthetic_item_prompts: SyntheticItemPromptsConfig = field(default_factory=SyntheticItemPromptsConfig)
     max_dropped_fraction: float = 0.5
     """Largest share of the rows read that may be dropped, for whatever reason; above it the run stops."""
     cache_dir: str = "~/.cache/kai-verl"
@@ -98,5 +101,14 @@ class DataConfig:
                     f"data.apply_chat_template_kwargs.{name}={self.apply_chat_template_kwargs[name]!r} is set by the "
                     "agent loops; leave it out (tools: actor_rollout_ref.rollout.multi_turn.tool_config_path)"
                 )
+        self._check_synthetic_prompts()
         if not self.return_raw_chat:
             raise ValueError("data.return_raw_chat=False: agent loops need the messages; set it to True")
+
+    def _check_synthetic_prompts(self) -> None:
+        if self.synthetic_item_prompts.count and self.custom_cls.path is not None:
+            raise ValueError(
+                f"data.synthetic_item_prompts.count={self.synthetic_item_prompts.count} makes files of this project's "
+                f"layouts, which data.custom_cls.path={self.custom_cls.path} need not read; write one with python -m "
+                "recipe.onpolicy_distill.synthetic_item_prompts, name it in data.train_files, and set count to 0"
+            )

@@ -186,8 +186,11 @@ def _check_data(config: PPOConfig, found: Findings) -> None:
         found.errors.append("data.train_files is not set; give a parquet file, a folder, a glob or a list of these")
     rows = _check_files("data.train_files", data.train_files, config, found)
     _check_files("data.val_files", data.val_files, config, found)
+    _check_catalogue(config, found)
     if rows is not None and data.train_max_samples > 0:
         rows = min(rows, data.train_max_samples)
+    if rows is not None:
+        rows += data.synthetic_item_prompts.count
     if rows is not None and rows < data.train_batch_size:
         found.errors.append(
             f"data.train_batch_size={data.train_batch_size} is more than the {rows} rows of "
@@ -243,6 +246,23 @@ def _check_files(key: str, files: str | list[str] | None, config: PPOConfig, fou
             "data.prompt_key"
         )
     return rows
+
+
+def _check_catalogue(config: PPOConfig, found: Findings) -> None:
+    """Look for the items of ``data.synthetic_item_prompts``; whether the student has their tokens is seen later."""
+    from verl.utils.dataset.parquet_files import column_names, expand_data_files
+
+    synthetic = config.data.synthetic_item_prompts
+    if not synthetic.count or synthetic.catalogue is None:
+        return
+    key = f"data.synthetic_item_prompts.catalogue={synthetic.catalogue}"
+    try:
+        columns = column_names(expand_data_files(synthetic.catalogue))
+    except ValueError as error:
+        found.errors.append(f"{key}: {error}")
+        return
+    if "sid" not in columns:
+        found.errors.append(f"{key} has no column 'sid' (a list of codes per item), only {', '.join(sorted(columns))}")
 
 
 def _check_engine(config: PPOConfig, found: Findings) -> None:

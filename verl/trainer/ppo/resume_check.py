@@ -20,6 +20,7 @@ from verl.trainer.config import PPOConfig
 from verl.trainer.config.typed import public_dict
 from verl.trainer.ppo.checkpoint import checkpoint_step, clear_leftovers, find_checkpoint
 from verl.trainer.ppo.checkpoint_manifest import read_manifest
+from verl.utils.dataset.data_cache import file_digest
 from verl.utils.dataset.parquet_files import expand_data_files
 from verl.utils.model_identity import model_facts
 
@@ -59,6 +60,7 @@ SETTINGS: dict[str, Kind] = {
             "kl_loss_type",
             "grad_clip",
             "ref_log_prob_replace_val",
+            "freeze_extended_rows",
             "optim",
         )
     },
@@ -88,6 +90,7 @@ SETTINGS: dict[str, Kind] = {
     f"{_ROLLOUT}.val_kwargs": Kind.FREE,
     "data": Kind.FIXED,
     "data.train_files": Kind.FREE,
+    "data.synthetic_item_prompts.catalogue": Kind.FREE,
     "data.val_files": Kind.FREE,
     "data.val_batch_size": Kind.FREE,
     "data.val_max_samples": Kind.FREE,
@@ -101,7 +104,7 @@ SETTINGS: dict[str, Kind] = {
     "ray_kwargs": Kind.FREE,
 }
 """A key or section, and what becomes of a run that resumes with another value."""
-WHOLE = ("algorithm.distill.teachers", "data.source_weights")
+WHOLE = ("algorithm.distill.teachers", "data.source_weights", "data.synthetic_item_prompts.templates")
 """Maps of the user's own keys, which differ as a whole: one that is new or gone is a difference too."""
 
 
@@ -131,6 +134,10 @@ def run_facts(config: PPOConfig, vocab_fingerprint: str | None = None) -> dict[s
     if config.data.train_files and not config.data.custom_cls.path:  # a class of the user's own reads what it likes
         files = expand_data_files(config.data.train_files)
         facts["data.train_files"] = {path.name: path.stat().st_size for path in files}
+    synthetic = config.data.synthetic_item_prompts
+    if synthetic.count:
+        files = [] if synthetic.catalogue is None else expand_data_files(synthetic.catalogue)
+        facts["data.synthetic_item_prompts.catalogue"] = [file_digest(path) for path in files]
     if vocab_fingerprint is not None:
         facts["vocabulary"] = vocab_fingerprint
     return facts

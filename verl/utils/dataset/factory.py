@@ -4,6 +4,7 @@ In: the ``data`` settings and the files. Out: a data set of the user's class whe
 that the files' columns call for.
 """
 
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,13 +54,27 @@ def create_rl_dataset(
 ) -> RLHFDataset:
     """Build the data set of ``get_dataset_class``; arguments and errors as in ``RLHFDataset``."""
     dataset_class = get_dataset_class(data_files, config)
+    options = {}
+    if extended_sources:
+        _require_argument(dataset_class, "extended_sources")
+        options["extended_sources"] = extended_sources
     return dataset_class(
         data_files,
         tokenizer,
         config,
         extend_vocab_start_token=extend_vocab_start_token,
-        extended_sources=extended_sources,
         dropped_rows_path=dropped_rows_path,
         max_samples=max_samples,
         tool_schemas=tool_schemas,
+        **options,
     )
+
+
+def _require_argument(dataset_class: type[RLHFDataset], name: str) -> None:
+    """Raise ValueError where a class of the user's own, written before there was this argument, does not take it."""
+    parameters = inspect.signature(dataset_class).parameters
+    if name not in parameters and not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        raise ValueError(
+            f"data.custom_cls.name={dataset_class.__name__!r} takes no argument {name!r}, through which it would learn "
+            "which prompts algorithm.distill.teachers can read; let its __init__ take **kwargs and hand them on"
+        )

@@ -7,6 +7,7 @@ one dictionary per prompt:
     source        str, for per-source metrics       index         int, row number over all files
     data_source   str, for the reward function      extra_info    dict, for the reward function
     reward_model  {"style", "ground_truth"}         tools_kwargs  dict by tool name
+    holds_items   bool, whether the prompt, before any cut, holds extended tokens
     prompt_ids    list[int] of a cut prompt, None of one that fits; only where data.truncation cuts
     agent_name    str or None; only where the files have that column
 
@@ -119,6 +120,7 @@ class RLHFDataset(Dataset[dict[str, Any]]):
         """What was found out about each row read, in order (``row_facts.FACT_SCHEMA``)."""
         with RowLedger(dropped_rows_path) as self.ledger:
             self._kept = self._book_rows()
+        self._holds_items = pc.greater(self.facts["extended"].fill_null(0), 0).to_numpy()
         logger.info("%s: %s", ", ".join(path.name for path in self._rows.files[:4]), self.ledger.summary())
         self._check_losses()
 
@@ -138,6 +140,7 @@ class RLHFDataset(Dataset[dict[str, Any]]):
             "reward_model": {"style": prompt.style, "ground_truth": prompt.ground_truth},
             "uuid": row_id,
             "index": index,
+            "holds_items": bool(self._holds_items[index]),
             "extra_info": prompt.extra_info,
             "tools_kwargs": prompt.tools_kwargs,
         }
@@ -160,6 +163,11 @@ class RLHFDataset(Dataset[dict[str, Any]]):
     def sources(self) -> list[str]:
         """The source of each item."""
         return self.facts["source"].take(pa.array(self._kept)).to_pylist()
+
+    @property
+    def holds_items(self) -> list[bool]:
+        """Of each item, whether its prompt holds extended tokens."""
+        return self._holds_items[self._kept].tolist()
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order and the draws of the think switch. Loader processes see it from their next start on."""

@@ -27,6 +27,7 @@ from verl.workers.actor.mini_batch_loss import LOSS_TENSORS, MiniBatchLoss, temp
 from verl.workers.actor.row_layout import BatchSizes, MicroBatch, ScoredRows
 from verl.workers.actor.task_and_distill import TaskAndDistillLoss
 from verl.workers.config import DistillConfig, FSDPActorConfig, RefConfig
+from verl.workers.fsdp.extended_rows import ExtendedRows
 from verl.workers.fsdp.optimizer import LearningRateSchedule, clipped_step
 from verl.workers.fsdp.shard import reshard
 from verl.workers.fsdp.token_stats_model import Head, ScoreOptions, TokenStatsModel
@@ -55,6 +56,7 @@ class DataParallelPPOActor:
         mini_batch_rows: rows of this rank in one optimizer step.
         distill: the objective of a student; None: the policy-gradient losses.
         reads_extended: of a frozen model, whether it knows all of the student's ids.
+        extended_rows: of a student with an extended vocabulary: what becomes of them in an update.
         device: where the model computes.
     """
 
@@ -72,6 +74,7 @@ class DataParallelPPOActor:
         mini_batch_rows: int | None = None,
         distill: DistillConfig | None = None,
         reads_extended: bool = False,
+        extended_rows: ExtendedRows | None = None,
         device: torch.device | None = None,
     ) -> None:
         self.config = config
@@ -85,6 +88,7 @@ class DataParallelPPOActor:
         self.mini_batch_rows = mini_batch_rows
         self.distill = distill
         self.reads_extended = reads_extended
+        self.extended_rows = extended_rows
         self.device = torch.device("cpu") if device is None else device
         self.dp_size = dist.get_world_size() if dist.is_initialized() else 1
 
@@ -187,6 +191,7 @@ class DataParallelPPOActor:
             metrics, the same on every rank: means over the optimizer steps, each over the whole mini-batch of all
             ranks. ``actor/loss`` is the whole loss, with all its terms; ``actor/updates``, the steps that were taken,
             and ``actor/skipped_updates``, those that were not because loss or gradient was not finite, are counts.
+            Drifts are those behind the last step.
 
         Raises:
             ValueError: a frozen model, rows that do not divide into mini-batches, or trained padding.
@@ -203,7 +208,8 @@ class DataParallelPPOActor:
                 steps.append(self._update_mini_batch(data.slice(start, start + rows), config, teachers))
         reshard(self.actor_module)
         exact = self.distill is not None and self.distill.is_exact
-        return _summarise(steps, "actor/distill_loss" if exact else "actor/pg_loss")
+        drift = {} if self.extended_rows is None else self.extended_rows.drift()
+        return _summarise(steps, "actor/distill_loss" if exact else "actor/pg_loss") | drift
 
     def _check_batch(self, data: DataProto, config: FSDPActorConfig) -> None:
         data.require(*LOSS_KEYS, "input_ids", "attention_mask", *(("ref_log_prob",) if config.use_kl_loss else ()))
@@ -224,7 +230,9 @@ class DataParallelPPOActor:
         mini_loss = self._loss_of(mini, config, teachers)
         if not mini_loss.is_empty:
             metrics |= self._accumulate_gradient(mini, mini_loss, config)
-            step = clipped_step(self.actor_module, self.actor_optimizer, config.grad_clip, metrics["actor/loss"])
+            step = clipped_step(
+                self.actor_module, self.actor_optimizer, config.grad_clip, metrics["actor/loss"], self.extended_rows
+            )
             metrics |= {"actor/grad_norm": step.grad_norm, COUNTS[0 if step.taken else 1]: 1.0}
         self.lr_schedule.advance()
         return metrics

@@ -49,6 +49,8 @@ class FSDPActorConfig:
     """Largest gradient norm."""
     ref_log_prob_replace_val: float = -100.0
     """Stand-in for a log-prob that does not exist; must equal ``ref.ref_log_prob_replace_val``."""
+    freeze_extended_rows: bool = False
+    """Leave the rows of extended ids in embedding and lm head as they are: no gradient, no weight decay."""
     optim: OptimizerConfig = field(default_factory=OptimizerConfig)
     fsdp_config: FSDPConfig = field(default_factory=FSDPConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -7,6 +7,8 @@ SAMPLED, EXACT = "sampled", "exact"
 OBJECTIVES = (SAMPLED, EXACT, "forward_kl", "jsd")
 SUPPORTS = ("full", "shared")
 VOCABULARIES = ("base", "full")
+ANY, WITH_ITEMS, WITHOUT_ITEMS = "any", "with_items", "without_items"
+PROMPTS = (ANY, WITH_ITEMS, WITHOUT_ITEMS)
 BASE_TEACHER = "ref"
 """Role of the teacher of ``actor_rollout_ref.ref``, which judges every row that no other teacher claims."""
 
@@ -25,6 +27,9 @@ class TeacherConfig:
     teacher of ``actor_rollout_ref.ref`` knows."""
     sources: list[str] = field(default_factory=lambda: ["*"])
     """Sources of the rows it judges, as shell patterns (``rec_*``)."""
+    prompts: str = ANY
+    """Which rows of these sources: ``any``, those whose prompt holds an item token (``with_items``), or those whose
+    prompt holds none (``without_items``)."""
     weight: float = 1.0
     """Of its rows in the loss."""
 
@@ -32,6 +37,10 @@ class TeacherConfig:
         if self.vocabulary not in VOCABULARIES:
             raise ValueError(
                 f"algorithm.distill.teachers.*.vocabulary={self.vocabulary!r} is not one of {', '.join(VOCABULARIES)}"
+            )
+        if self.prompts not in PROMPTS:
+            raise ValueError(
+                f"algorithm.distill.teachers.*.prompts={self.prompts!r} is not one of {', '.join(PROMPTS)}"
             )
         if not self.sources:
             raise ValueError("algorithm.distill.teachers.*.sources is empty; name the sources of its rows, or '*'")
@@ -42,6 +51,12 @@ class TeacherConfig:
     def reads_extended(self) -> bool:
         """Whether it knows item tokens."""
         return self.vocabulary == "full"
+
+    def judges(self, source: str, holds_items: bool) -> bool:
+        """Whether it judges the rows of a source whose prompt holds item tokens, or holds none."""
+        if self.prompts != ANY and holds_items != (self.prompts == WITH_ITEMS):
+            return False
+        return any(fnmatchcase(source, pattern) for pattern in self.sources)
 
 
 @dataclass
@@ -65,8 +80,8 @@ class DistillConfig:
     ``on_policy_distill``: with ``sampled`` the advantages are added token by token, with an exact objective the losses.
     null or 0: none."""
     teachers: dict[str, TeacherConfig] = field(default_factory=dict)
-    """Further teachers by name. A row belongs to the first of them that its source matches, else to the teacher of
-    ``actor_rollout_ref.ref``."""
+    """Further teachers by name. A row belongs to the first of them that its source and its prompt match, else to the
+    teacher of ``actor_rollout_ref.ref``."""
 
     def __post_init__(self) -> None:
         key = "algorithm.distill"
@@ -120,23 +135,30 @@ class DistillConfig:
         """All teachers, the one of ``actor_rollout_ref.ref`` first; a row's ``teacher`` is a place in this list."""
         return [BASE_TEACHER, *self.teachers]
 
-    def teacher_of(self, source: str) -> int:
-        """Place of the teacher that judges a source's rows."""
+    def teacher_of(self, source: str, holds_items: bool = False) -> int:
+        """Place of the teacher that judges the rows of a source whose prompt holds item tokens, or holds none."""
         for place, teacher in enumerate(self.teachers.values(), 1):
-            if any(fnmatchcase(source, pattern) for pattern in teacher.sources):
+            if teacher.judges(source, holds_items):
                 return place
         return 0
 
     @property
+    def asks_for_items(self) -> bool:
+        """Whether a row's teacher depends on what its prompt holds."""
+        return any(teacher.prompts != ANY for teacher in self.teachers.values())
+
+    @property
     def extended_sources(self) -> list[str]:
-        """Patterns of the sources whose teacher knows item tokens."""
-        return [p for teacher in self.teachers.values() if teacher.reads_extended for p in teacher.sources]
+        """Patterns of the sources whose prompts may hold item tokens, for the teacher of such prompts knows them."""
+        # Teachers that know them come first in the list, so none of the others takes such a row from them.
+        readers = [t for t in self.teachers.values() if t.reads_extended and t.prompts != WITHOUT_ITEMS]
+        return [pattern for teacher in readers for pattern in teacher.sources]
 
     def weight_of(self, role: str) -> float:
         """Weight of a teacher's rows in the loss."""
         return 1.0 if role == BASE_TEACHER else self.teachers[role].weight
 
-    def reads_extended(self, source: str) -> bool:
-        """Whether the teacher of a source's rows knows item tokens."""
-        place = self.teacher_of(source)
+    def reads_extended(self, source: str, holds_items: bool = False) -> bool:
+        """Whether the teacher of such rows knows item tokens."""
+        place = self.teacher_of(source, holds_items)
         return place > 0 and self.teachers[self.roles[place]].reads_extended

@@ -7,6 +7,7 @@ Not here: losses, offload of the optimizer's state (``shard``).
 """
 
 import math
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from verl.workers.config import OptimizerConfig
+from verl.workers.fsdp.extended_rows import ExtendedRows
 
 
 def warmup_steps(config: OptimizerConfig) -> int:
@@ -110,18 +112,28 @@ class StepResult(NamedTuple):
     """False where the loss or the norm was not finite: weights and optimizer are as they were, to the bit."""
 
 
-def clipped_step(model: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float, loss: float) -> StepResult:
+def clipped_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    max_norm: float,
+    loss: float,
+    extended_rows: ExtendedRows | None = None,
+) -> StepResult:
     """Clip the gradient to ``max_norm``, take the step, drop the gradient. Every rank returns the same.
 
     Args:
         loss: of all ranks together, so that all decide alike. Looked at too, for its gradient may be finite where it is
             not: that of ``x - inf`` is 1.
+        extended_rows: of the model, which the step leaves alone where they are frozen.
     """
+    if extended_rows is not None:
+        extended_rows.drop_gradient()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
     taken = bool(norm.isfinite()) and math.isfinite(loss)
     if taken:
-        optimizer.step()
+        with nullcontext() if extended_rows is None else extended_rows.held():
+            optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return StepResult(float(norm), taken)

@@ -1,0 +1,49 @@
+"""Items as OneRec writes them, and the catalogue of those that exist.
+
+In:  a catalogue file (parquet, column ``sid``: one list of codes per item). Out: items as tuples of codes, and as text.
+
+    (3, 7, 1)  ->  <|sid_begin|><s_a_3><s_b_7><s_c_1><|sid_end|>
+"""
+
+from pathlib import Path
+
+from verl.utils.dataset.data_cache import DEFAULT_CACHE_DIR
+from verl.utils.dataset.parquet_files import ParquetRows, column_names, expand_data_files
+
+Item = tuple[int, ...]
+"""Codes of an item, first level first."""
+
+SID_COLUMN = "sid"
+ITEM_BEGIN, ITEM_END = "<|sid_begin|>", "<|sid_end|>"
+LEVELS = "abcdefgh"
+
+
+def code_token(level: int, code: int) -> str:
+    """The token of one code of an item; levels count from 0."""
+    return f"<s_{LEVELS[level]}_{code}>"
+
+
+def item_tokens(item: Item) -> list[str]:
+    """The tokens that write an item."""
+    return [ITEM_BEGIN, *(code_token(level, code) for level, code in enumerate(item)), ITEM_END]
+
+
+def read_catalogue(path: str | Path, cache_dir: str | Path = DEFAULT_CACHE_DIR) -> list[Item]:
+    """The items of a catalogue, each once, in order of their codes.
+
+    Raises:
+        ValueError: no such file, no column ``sid``, or rows that are not lists of as many codes each.
+    """
+    files = expand_data_files(path)
+    if SID_COLUMN not in (columns := column_names(files)):
+        raise ValueError(f"the catalogue {path} has the columns {sorted(columns)} and no {SID_COLUMN!r} (list of ints)")
+    items: set[Item] = set()
+    for row in ParquetRows(files, [SID_COLUMN], cache_dir):
+        codes = row[SID_COLUMN]
+        if not isinstance(codes, list) or not codes or not all(isinstance(code, int) for code in codes):
+            raise ValueError(f"the catalogue {path} has {codes!r} as {SID_COLUMN}; a list of ints is needed")
+        items.add(tuple(codes))
+    depths = sorted({len(item) for item in items})
+    if len(depths) != 1 or depths[0] > len(LEVELS):
+        raise ValueError(f"the items of {path} have {depths} codes; all must have as many, {len(LEVELS)} at most")
+    return sorted(items)

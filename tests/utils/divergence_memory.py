@@ -8,7 +8,8 @@ import sys
 import torch
 from peak_memory import peak_kib
 
-from verl.utils.linear_divergence import DivergenceOptions, LinearTeacher, linear_divergence
+from verl.utils.linear_divergence import DivergenceOptions, linear_divergence
+from verl.utils.teacher_log_probs import LinearTeacher
 
 ROWS, TEACHER_IDS, HIDDEN = 176_384, 151_669, 8
 

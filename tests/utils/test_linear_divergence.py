@@ -16,9 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from verl.utils.linear_divergence import (
     DIVERGENCES,
     DivergenceOptions,
-    LinearTeacher,
     linear_divergence,
 )
+from verl.utils.teacher_log_probs import LinearTeacher, StitchedTeacher
 
 N, D, V, K, E = 13, 6, 20, 17, 11  # positions, hidden, rows of the head, ids in the softmax, first extended id
 TEACHER_ROWS = 14  # three rows past the shared ids, as Qwen3 has
@@ -45,6 +45,9 @@ class Case:
 
     def frozen(self, temperature: float = 1.0) -> LinearTeacher:
         return LinearTeacher(self.frozen_hidden, self.frozen_weight, K, temperature)
+
+    def stitched(self, temperature: float = 1.0) -> StitchedTeacher:
+        return StitchedTeacher(self.base(temperature), self.frozen(temperature))
 
     def loss(self, teacher, options: DivergenceOptions, rows: int = 4, start: int | None = E):
         size = self.hidden.dtype.itemsize
@@ -86,7 +89,7 @@ def definition(case: Case, log_q: torch.Tensor, options: DivergenceOptions) -> t
 
 @pytest.mark.parametrize("kind", DIVERGENCES)
 @pytest.mark.parametrize("support", ["shared", "full"])
-@pytest.mark.parametrize("who", ["base", "frozen"])
+@pytest.mark.parametrize("who", ["base", "frozen", "stitched"])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_values_and_gradients_are_those_of_the_definition(kind, support, who, temperature) -> None:
     case = Case()

@@ -26,7 +26,6 @@ The generalised Jensen-Shannon divergence is that of Agarwal et al., "On-Policy 
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -34,6 +33,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from verl.utils.linear_log_prob import WeightGradient, row_chunks, scaled_logits
+from verl.utils.teacher_log_probs import TeacherLogProbs
 
 REVERSE_KL, FORWARD_KL, JSD = "reverse_kl", "forward_kl", "jsd"
 DIVERGENCES = (REVERSE_KL, FORWARD_KL, JSD)
@@ -43,22 +43,6 @@ DEFAULT_CHUNK_BYTES = 384 * 2**20
 """Of all buffers of one chunk together."""
 BUFFERS = 6
 """(C, K) buffers of the logits' precision that live at once."""
-
-TeacherLogProbs = Callable[[slice], torch.Tensor]
-"""Rows of the positions -> (C, T) log-probs of the first T ids; T is the size of the teacher's vocabulary."""
-
-
-class LinearTeacher:
-    """What a frozen head gives the first ``vocab_size`` ids: ``log_softmax(hidden @ weight[:vocab_size].T / T)``."""
-
-    def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, vocab_size: int, temperature: float = 1.0) -> None:
-        if not 0 < vocab_size <= weight.shape[0]:
-            raise ValueError(f"vocab_size={vocab_size} must be between 1 and the {weight.shape[0]} rows of the head")
-        self._hidden, self._weight, self._temperature = hidden, weight[:vocab_size], temperature
-
-    def __call__(self, rows: slice) -> torch.Tensor:
-        logits = scaled_logits(self._hidden[rows], self._weight, self._temperature)
-        return logits.sub_(logits.logsumexp(dim=-1, keepdim=True))
 
 
 @dataclass(frozen=True)

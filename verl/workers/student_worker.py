@@ -23,6 +23,7 @@ from verl.utils.device import max_memory_metrics, release_cached_memory, resolve
 from verl.utils.save_outcome import SaveOutcome
 from verl.utils.tokenizer import hf_tokenizer
 from verl.workers.actor.dp_actor import SCORED_KEYS, UPDATE_KEYS, DataParallelPPOActor, with_scoring_limits
+from verl.workers.actor.teachers import Teacher
 from verl.workers.config import DistillConfig
 from verl.workers.fsdp.build import build_model
 from verl.workers.fsdp.checkpoint import CheckpointWriter, TrainingState, load_checkpoint
@@ -164,7 +165,7 @@ class StudentWorker(Worker):
         """The teachers that the update itself asks."""
         return self._distill.roles if self._distill is not None and self._distill.is_exact else []
 
-    def _teacher(self, role: str, stack: ExitStack) -> tuple[DataParallelPPOActor, float]:
+    def _teacher(self, role: str, stack: ExitStack) -> tuple[Teacher, float]:
         """A teacher of this process, ready until ``stack`` closes, and the weight of its rows."""
         peer = self.peers.get(role)
         if not isinstance(peer, TeacherWorker) or self._distill is None:

@@ -3,13 +3,13 @@
 In:  rollouts of a student whose vocabulary may extend the teacher's. Out: the teacher's log-probs of the student's
 tokens. The teacher's distribution runs over B alone, the ids below the extension that its tokenizer names; of anything
 else it reads a stand-in and says ``ref_log_prob_replace_val``. A teacher with the student's vocabulary (the student
-itself, frozen) reads and judges every id.
+itself, frozen) reads and judges every id; stitched to the base teacher of its process, it leaves it the ids of B.
 
 Letters: B rows of this rank, R response.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 
@@ -18,9 +18,18 @@ from verl.single_controller.base import Worker
 from verl.single_controller.base.decorator import Dispatch, register
 from verl.trainer.config import ActorRolloutRefConfig
 from verl.utils.device import release_cached_memory
+from verl.utils.teacher_log_probs import drawn_log_probs
 from verl.utils.tokenizer import hf_tokenizer
-from verl.workers.actor.dp_actor import SCORED_KEYS, DataParallelPPOActor, with_scoring_limits
-from verl.workers.config import RefModelConfig, TeacherConfig
+from verl.workers.actor.dp_actor import (
+    SCORED_KEYS,
+    DataParallelPPOActor,
+    real_response_tokens,
+    scoring_sizes,
+    with_scoring_limits,
+)
+from verl.workers.actor.mini_batch_loss import temperature_of
+from verl.workers.actor.teachers import StitchedJudge, Teacher, judged
+from verl.workers.config import BASE_TEACHER, RefModelConfig, TeacherConfig
 from verl.workers.fsdp.build import build_model
 from verl.workers.fsdp.process import join_ranks, require_path, softmax_size
 from verl.workers.fsdp.shard import move_parameters, reshard
@@ -42,6 +51,8 @@ class TeacherWorker(Worker):
         self.config = config
         self._device_setting = device
         self._reads_extended = teacher is not None and teacher.reads_extended
+        self._is_stitched = teacher is not None and teacher.is_stitched
+        self._is_ready = False
         ref = config.ref.model if teacher is None else RefModelConfig(path=teacher.path)
         self._path = ref.path or config.model.path
         self._tokenizer_path = ref.tokenizer_path or (self._path if ref.path else config.model.tokenizer_path)
@@ -49,8 +60,14 @@ class TeacherWorker(Worker):
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def init_model(self) -> None:
         """Join the other ranks, load and shard the model."""
+        self._ranks = join_ranks(self, self._device_setting, seed=self.config.rollout.seed)
+        twin = self._twin()
+        self.actor: DataParallelPPOActor = self._build() if twin is None else twin.actor
+        self._is_ready = True
+        self._move(torch.device("cpu"))
+
+    def _build(self) -> DataParallelPPOActor:
         config, ref = self.config, self.config.ref
-        self._ranks = join_ranks(self, self._device_setting, seed=config.rollout.seed)
         path = require_path("actor_rollout_ref.ref.model.path", self._path)
         tokenizer = hf_tokenizer(self._tokenizer_path or path, trust_remote_code=config.model.trust_remote_code)
         built = build_model(path, config.model, ref.fsdp_config, self._ranks.mesh, trainable=False)
@@ -59,7 +76,7 @@ class TeacherWorker(Worker):
             known = shared_vocabulary(known, config.rollout.extend_start)
             candidates = [tokenizer.pad_token_id, tokenizer.eos_token_id]
             replacement = choose_replacement(ref.ref_replace_token_id, candidates, known)
-        self.actor = DataParallelPPOActor(
+        return DataParallelPPOActor(
             ref,
             built.module,
             vocab_size=softmax_size(known, built.module),
@@ -68,7 +85,6 @@ class TeacherWorker(Worker):
             packed=built.packed,
             device=self._ranks.device,
         )
-        self._move(torch.device("cpu"))
 
     @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO, reads=SCORED_KEYS)
     def compute_ref_log_prob(self, data: DataProto) -> DataProto:
@@ -80,17 +96,48 @@ class TeacherWorker(Worker):
             ref.log_prob_max_token_len_per_gpu,
             ref.log_prob_micro_batch_size_per_gpu,
         )
-        with self.on_device():
+        with self.on_device() as judge:
+            if self._is_stitched:
+                return DataProto.from_dict({"ref_log_prob": self._judged_log_probs(judge, data)})
             log_probs, _ = self.actor.compute_log_prob(data, mask_special_token=not self._reads_extended)
         return DataProto.from_dict({"ref_log_prob": log_probs})
 
+    @torch.no_grad()
+    def _judged_log_probs(self, judge: Teacher, data: DataProto) -> torch.Tensor:
+        """(B, R) what a teacher that is more than one model gives the student's tokens, 0 at padding."""
+        select, responses = real_response_tokens(data), data.tensor("responses")
+        scores = torch.zeros(select.shape)
+        for taught, log_probs in judged(
+            judge, data, select, scoring_sizes(data), self.actor.packed, temperature_of(data)
+        ):
+            labels = responses[taught.rows, taught.columns].to(self._ranks.device)
+            drawn = drawn_log_probs(log_probs, labels, self.config.ref.ref_log_prob_replace_val)
+            scores[taught.rows, taught.columns] = drawn.float().cpu()
+        return scores
+
     @contextmanager
-    def on_device(self) -> Iterator[DataParallelPPOActor]:
-        """The model, on its device for the time of the block, with what it gathered freed behind it."""
-        self._move(self._ranks.device)
-        yield self.actor
-        reshard(self.actor.actor_module)
-        self._move(torch.device("cpu"))
+    def on_device(self) -> Iterator[Teacher]:
+        """The teacher, on its device for the time of the block, with what it gathered freed behind it."""
+        with ExitStack() as stack:
+            if self._is_stitched:
+                stack.enter_context(self._base().on_device())
+            self._move(self._ranks.device)
+            yield StitchedJudge(self._base().actor, self.actor) if self._is_stitched else self.actor
+            reshard(self.actor.actor_module)
+            self._move(torch.device("cpu"))
+
+    def _base(self) -> "TeacherWorker":
+        """The teacher of ``actor_rollout_ref.ref``, for one that is stitched to it."""
+        base = self.peers.get(BASE_TEACHER)
+        assert isinstance(base, TeacherWorker), f"a stitched teacher needs the base teacher beside it: {[*self.peers]}"
+        return base
+
+    def _twin(self) -> "TeacherWorker | None":
+        """A teacher of this process that holds the very model already, so that no second copy is loaded."""
+        own = (self._path, self._tokenizer_path, self._reads_extended)
+        teachers = [peer for peer in self.peers.values() if isinstance(peer, TeacherWorker) and peer._is_ready]
+        same = (peer for peer in teachers if (peer._path, peer._tokenizer_path, peer._reads_extended) == own)
+        return next(same, None)
 
     def _move(self, device: torch.device) -> None:
         """With ``param_offload`` on CUDA, keep the model in host memory but for the time it is used.

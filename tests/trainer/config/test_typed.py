@@ -194,11 +194,15 @@ def test_wrong_types_name_key_value_and_type(override: str, expected: str) -> No
             [*EXACT, "algorithm.rollout_correction.rollout_is=token", f"{ROLLOUT}.calculate_log_probs=True"],
             "algorithm.rollout_correction.rollout_is=token has no effect with algorithm.distill.objective=exact",
         ),
-        (["++algorithm.distill.teachers.a={vocabulary:most}"], "vocabulary='most' is not one of base, full"),
+        (["++algorithm.distill.teachers.a={vocabulary:most}"], "vocabulary='most' is not one of base, full, stitched"),
         (["++algorithm.distill.teachers.a={color:red}"], "algorithm.distill.teachers.a.color is no known key"),
         (
             ["++algorithm.distill.teachers={a:{vocabulary:base},b:{vocabulary:full}}"],
-            "list those with the vocabulary full first",
+            "list those with the vocabulary base last",
+        ),
+        (
+            [EXACT[0], "++algorithm.distill.teachers.a={vocabulary:stitched}"],
+            "algorithm.distill.teachers.a.vocabulary=stitched gives extended ids a teacher of their own, and there are",
         ),
         (["algorithm.distill.objective=exact"], "belongs to algorithm.adv_estimator=on_policy_distill, not grpo"),
         (

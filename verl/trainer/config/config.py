@@ -72,9 +72,16 @@ class PPOConfig:
             raise ValueError(
                 f"{what} belongs to algorithm.adv_estimator={ON_POLICY_DISTILL}, not {self.algorithm.adv_estimator}"
             )
+        extend_start = self.actor_rollout_ref.rollout.extend_vocab_start_token
+        for name, teacher in distill.teachers.items():
+            if teacher.is_stitched and extend_start is None:
+                raise ValueError(
+                    f"algorithm.distill.teachers.{name}.vocabulary={teacher.vocabulary} gives extended ids a teacher "
+                    "of their own, and there are none; set actor_rollout_ref.rollout.extend_vocab_start_token"
+                )
         if not distill.is_exact:
             return
-        if distill.leak_coef and self.actor_rollout_ref.rollout.extend_vocab_start_token is None:
+        if distill.leak_coef and extend_start is None:
             raise ValueError(
                 f"algorithm.distill.leak_coef={distill.leak_coef} has no effect without extended ids; set "
                 "actor_rollout_ref.rollout.extend_vocab_start_token, or leave it at 0"

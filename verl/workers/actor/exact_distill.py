@@ -15,33 +15,24 @@ Letters: M rows of the mini-batch, R response, S scored positions of a micro-bat
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from verl.protocol import DataProto
 from verl.trainer.ppo.core_algos import agg_loss, count_trained
-from verl.utils.linear_divergence import DivergenceOptions, DivergenceStats, TeacherLogProbs, linear_divergence
+from verl.utils.linear_divergence import DivergenceOptions, DivergenceStats, linear_divergence
+from verl.utils.teacher_log_probs import TeacherLogProbs
 from verl.workers.actor.mini_batch_loss import temperature_of
 from verl.workers.actor.row_layout import MicroBatch, ScoredRows
+from verl.workers.actor.teachers import TaughtRows, Teacher
 from verl.workers.config import DistillConfig, FSDPActorConfig
 
 DIVERGENCE_OF = {"exact": "reverse_kl", "forward_kl": "forward_kl", "jsd": "jsd"}
 """The divergence that each exact objective minimises."""
 ROW_TENSORS = ("teacher",)
 """What the loss reads per row, where it is there."""
-
-
-class Teacher(Protocol):
-    """A frozen model of this process."""
-
-    reads_extended: bool
-    """Whether it knows all of the student's ids."""
-    packed: bool
-
-    def teach(self, micro: MicroBatch, temperature: float) -> TeacherLogProbs:
-        """Log-probs at the scored positions of a micro-batch; every rank has to call it as often."""
 
 
 class Vocabulary(NamedTuple):
@@ -100,11 +91,9 @@ class ExactDistillLoss:
         groups = []
         for number, teacher in enumerate(self._teachers):
             members = self._teacher_of[micro.rows] == number
-            # In the student's order, which need not be that of the batch.
-            own = self._rows.build(list(dict.fromkeys(micro.rows[members].tolist())), teacher.packed)
-            assert torch.equal(own.rows, micro.rows[members]) and torch.equal(own.columns, micro.columns[members])
-            taught = teacher.teach(own, self._temperature)
-            groups.append((members.nonzero().flatten().to(self._device), taught, self._options_of(teacher)))
+            taught = TaughtRows(self._rows, micro.rows[members], micro.columns[members])
+            log_probs = teacher.teach(taught, self._temperature)
+            groups.append((members.nonzero().flatten().to(self._device), log_probs, self._options_of(teacher)))
         weights = self._token_weights[micro.rows, micro.columns].to(self._device)
         return _Divergence(groups, weights, self._vocabulary)
 

@@ -6,7 +6,8 @@ from fnmatch import fnmatchcase
 SAMPLED, EXACT = "sampled", "exact"
 OBJECTIVES = (SAMPLED, EXACT, "forward_kl", "jsd")
 SUPPORTS = ("full", "shared")
-VOCABULARIES = ("base", "full")
+STITCHED = "stitched"
+VOCABULARIES = ("base", "full", STITCHED)
 BASE_TEACHER = "ref"
 """Role of the teacher of ``actor_rollout_ref.ref``, which judges every row that no other teacher claims."""
 
@@ -22,7 +23,8 @@ class TeacherConfig:
     """Folder or hub name; null: the student as it was before the run, frozen."""
     vocabulary: str = "full"
     """``full``: it knows all of the student's ids, reads item tokens and judges them. ``base``: it knows what the
-    teacher of ``actor_rollout_ref.ref`` knows."""
+    teacher of ``actor_rollout_ref.ref`` knows. ``stitched``: it knows all ids and says how much item tokens get and
+    which of them; among all others that teacher decides. For text that mixes both."""
     sources: list[str] = field(default_factory=lambda: ["*"])
     """Sources of the rows it judges, as shell patterns (``rec_*``)."""
     weight: float = 1.0
@@ -41,7 +43,12 @@ class TeacherConfig:
     @property
     def reads_extended(self) -> bool:
         """Whether it knows item tokens."""
-        return self.vocabulary == "full"
+        return self.vocabulary != "base"
+
+    @property
+    def is_stitched(self) -> bool:
+        """Whether the base teacher speaks for it on the ids that both know."""
+        return self.vocabulary == STITCHED
 
 
 @dataclass
@@ -92,11 +99,12 @@ class DistillConfig:
         key = "algorithm.distill.teachers"
         for name in {*RESERVED_ROLES} & {*self.teachers}:
             raise ValueError(f"{key}.{name}: that name is taken by actor_rollout_ref.{name}; choose another")
-        vocabularies = [teacher.vocabulary for teacher in self.teachers.values()]
-        if vocabularies != sorted(vocabularies, reverse=True):
+        reads = [teacher.reads_extended for teacher in self.teachers.values()]
+        if reads != sorted(reads, reverse=True):
+            vocabularies = [teacher.vocabulary for teacher in self.teachers.values()]
             raise ValueError(
                 f"{key} lists {list(self.teachers)} with the vocabularies {vocabularies}; list those with the "
-                "vocabulary full first, so that it is plain which prompts may hold item tokens"
+                "vocabulary base last, so that it is plain which prompts may hold item tokens"
             )
 
     @property

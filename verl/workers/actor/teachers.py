@@ -1,0 +1,93 @@
+"""How a frozen teacher comes to judge positions of a student's micro-batch.
+
+In:  positions of a mini-batch in the student's order. Out: log-probs at these positions, chunk by chunk
+(``utils.teacher_log_probs``). A teacher reads its rows in its own layout.
+
+Letters: M rows of the mini-batch, S positions.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
+
+import torch
+
+from verl.protocol import DataProto
+from verl.utils.teacher_log_probs import LinearTeacher, StitchedTeacher
+from verl.utils.teacher_log_probs import Teacher as TaughtLogProbs
+from verl.workers.actor.row_layout import BatchSizes, MicroBatch, ScoredRows
+
+
+class TaughtRows(NamedTuple):
+    """Positions that one teacher judges, all of those that are scored in their rows."""
+
+    layout: ScoredRows
+    """All M rows."""
+    rows: torch.Tensor
+    """(S,) row in the mini-batch."""
+    columns: torch.Tensor
+    """(S,) position in the response."""
+
+    @property
+    def chosen(self) -> list[int]:
+        """The rows, once each, in the student's order, which need not be that of the batch."""
+        return list(dict.fromkeys(self.rows.tolist()))
+
+    def build(self, packed: bool) -> MicroBatch:
+        """The rows as model inputs, with the positions in their order."""
+        micro = self.layout.build(self.chosen, packed)
+        self.require_order(micro.rows, micro.columns)
+        return micro
+
+    def require_order(self, rows: torch.Tensor, columns: torch.Tensor) -> None:
+        """Positions that something was computed for have to be those of the student, one by one."""
+        assert torch.equal(rows, self.rows) and torch.equal(columns, self.columns), (
+            "a teacher judged other positions than those that the student trains"
+        )
+
+
+class Teacher(Protocol):
+    """Whoever judges rows in an update."""
+
+    reads_extended: bool
+    """Whether it knows all of the student's ids."""
+
+    def teach(self, taught: TaughtRows, temperature: float) -> TaughtLogProbs:
+        """Log-probs at the positions, in their order; every rank has to call it as often."""
+
+
+class LinearJudge(Teacher, Protocol):
+    """A teacher that is one model."""
+
+    def teach(self, taught: TaughtRows, temperature: float) -> LinearTeacher:
+        """As `Teacher.teach`."""
+
+
+class StitchedJudge:
+    """A base teacher on the ids it knows and one with the student's vocabulary on the others; both read every row."""
+
+    reads_extended = True
+
+    def __init__(self, base: LinearJudge, own: LinearJudge) -> None:
+        self._base, self._own = base, own
+
+    def teach(self, taught: TaughtRows, temperature: float) -> StitchedTeacher:
+        """See `Teacher`."""
+        return StitchedTeacher(self._base.teach(taught, temperature), self._own.teach(taught, temperature))
+
+
+@torch.no_grad()
+def judged(
+    teacher: Teacher, data: DataProto, select: torch.Tensor, sizes: BatchSizes, packed: bool, temperature: float
+) -> Iterator[tuple[TaughtRows, TaughtLogProbs]]:
+    """The selected positions of a batch, micro-batch by micro-batch, with what the teacher gives there.
+
+    Args:
+        data: rows with ``input_ids`` and ``attention_mask``.
+        select: (B, R) bool, real tokens.
+        sizes: of micro-batches.
+        packed: layout that the sizes are for.
+    """
+    layout = ScoredRows(data.tensor("input_ids"), data.tensor("attention_mask"), select)
+    for micro in layout.micro_batches(sizes, packed):
+        taught = TaughtRows(layout, micro.rows, micro.columns)
+        yield taught, teacher.teach(taught, temperature)

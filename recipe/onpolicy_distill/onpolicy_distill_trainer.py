@@ -52,9 +52,11 @@ class RayOnPolicyDistillTrainer(RayPPOTrainer):
         return ["actor", *self.config.algorithm.distill.roles]
 
     def worker_arguments(self, role: str) -> dict[str, Any]:
-        """The student knows its objective, a further teacher what it is."""
+        """The student knows its objective, a teacher what it is and what the objective asks of it."""
         distill, base = self.config.algorithm.distill, super().worker_arguments(role)
-        return base | ({"distill": distill} if role == "actor" else {"teacher": distill.teachers.get(role)})
+        if role == "actor":
+            return base | {"distill": distill}
+        return base | {"teacher": distill.teachers.get(role), "topk": distill.asked_topk}
 
     def prepare(self, rows: dict[str, Any], *, n: int, validate: bool = False) -> DataProto:
         """As in the base class; where there are several teachers, with the place of each row's among them (B,)."""
@@ -67,16 +69,18 @@ class RayOnPolicyDistillTrainer(RayPPOTrainer):
         return batch.union(DataProto.from_dict({"teacher": places}))
 
     def ref_log_prob(self, batch: DataProto) -> DataProto:
-        """``ref_log_prob`` (B, R), each row's by its own teacher."""
+        """``ref_log_prob`` (B, R) and what else an exact objective wants, each row's by its own teacher."""
         if not self.config.algorithm.distill.teachers:
             return super().ref_log_prob(batch)
-        scores = torch.zeros(batch.tensor("responses").shape)
+        scored, order = [], []
         for place, role in enumerate(self.config.algorithm.distill.roles):
             rows = (batch.tensor("teacher") == place).nonzero().flatten()
             if len(rows):
-                scored = self.role_groups[role].compute_ref_log_prob(batch.select_idxs(rows))
-                scores[rows] = scored.tensor("ref_log_prob")
-        return DataProto.from_dict({"ref_log_prob": scores})
+                scored.append(self.role_groups[role].compute_ref_log_prob(batch.select_idxs(rows)))
+                order.append(rows)
+        scores = DataProto.concat(scored)
+        scores.reorder(torch.cat(order).argsort())
+        return scores
 
     @property
     def uses_reward(self) -> bool:

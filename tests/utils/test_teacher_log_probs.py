@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from verl.utils.teacher_log_probs import LinearTeacher, StitchedTeacher, drawn_log_probs
+from verl.utils.teacher_log_probs import LinearTeacher, StitchedTeacher, score_tokens
 
 N, D, K, E = 7, 5, 17, 11  # positions, hidden, ids of the student, first extended id
 ALL = slice(None)
@@ -52,15 +52,34 @@ def test_stitching_needs_a_larger_vocabulary() -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 3, 100])
-def test_drawn_tokens_in_chunks(rows: int) -> None:
+def test_drawn_tokens_and_likeliest_ids_in_chunks(rows: int) -> None:
     base, own = pair()
     labels = torch.tensor([0, E - 1, E, K - 1, 3, 12, 5])
-    chunk_bytes = 3 * rows * K * 4
+    limits = {"chunk_bytes": 3 * rows * K * 4}
     stitched = StitchedTeacher(base, own)
+    scores, log_q = score_tokens(stitched, labels, -9.0, topk=3, **limits), stitched(ALL)
+    torch.testing.assert_close(scores.drawn.double(), log_q.gather(1, labels[:, None])[:, 0], rtol=1e-6, atol=1e-6)
+    assert torch.equal(scores.top.ids, log_q.argsort(dim=-1, descending=True)[:, :3])
+    torch.testing.assert_close(scores.top.log_probs.double(), log_q.topk(3).values, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(
-        drawn_log_probs(stitched, labels, -9.0, chunk_bytes), stitched(ALL).gather(1, labels[:, None])[:, 0]
+        scores.top.rest.exp().double(), 1 - log_q.topk(3).values.exp().sum(-1), atol=1e-6, rtol=0
     )
-    of_base = drawn_log_probs(base, labels, -9.0, chunk_bytes)
-    assert of_base[labels >= E].tolist() == [-9.0] * 3
-    torch.testing.assert_close(of_base[0], base(ALL)[0, 0])
-    assert drawn_log_probs(base, labels[:0], -9.0).shape == (0,)
+    of_base = score_tokens(base, labels, -9.0, **limits)
+    assert of_base.drawn[labels >= E].tolist() == [-9.0] * 3 and of_base.top is None
+    torch.testing.assert_close(of_base.drawn[0].double(), base(ALL)[0, 0], rtol=1e-6, atol=1e-6)
+    assert score_tokens(base, labels[:0], -9.0, topk=2).top.ids.shape == (0, 2)
+
+
+def test_more_ids_asked_for_than_there_are() -> None:
+    base, _ = pair()
+    top = score_tokens(base, torch.zeros(N, dtype=torch.int64), 0.0, topk=E + 4).top
+    assert (top.rest == -torch.inf).all() and top.ids.shape == (N, E + 4)
+    assert (top.ids[:, E:] == top.ids[:, :1]).all() and (top.log_probs[:, E:] == top.log_probs[:, :1]).all()
+    assert all(len(set(ids)) == E for ids in top.ids.tolist())
+
+
+def test_what_is_left_is_no_difference_of_large_masses() -> None:
+    """With next to all mass on one id, one less that mass would be rounding in single precision."""
+    head = torch.tensor([[0.0], [-30.0], [-31.0]])
+    top = score_tokens(LinearTeacher(torch.ones(1, 1), head, 3), torch.zeros(1, dtype=torch.int64), 0.0, topk=1).top
+    assert top.rest.item() == pytest.approx(-30 + 0.31326, abs=1e-3)  # log(1 + exp(-1)) over -30

@@ -21,6 +21,10 @@ and with eps the student's mass on E and delta the mass it should have there at 
     leak = delta log(delta / eps) + (1 - delta) log((1 - delta) / (1 - eps))
     d/ds_j = P_j - delta p(j | E)  for j in E,   P_j - (1 - delta) p(j | B)  for j in B,   P softmax of s over all K
 
+Of a teacher that names its likeliest ids only, all other ids it knows are one bucket for both: what it leaves them is
+shared out as the student does, which changes no formula (`TopLogProbs.completed`). The divergence is then a lower bound
+of the whole one, by the log-sum inequality.
+
 The generalised Jensen-Shannon divergence is that of Agarwal et al., "On-Policy Distillation of Language Models"
 (2024): beta near 0 behaves as reverse, near 1 as forward KL.
 """
@@ -33,7 +37,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from verl.utils.linear_log_prob import WeightGradient, row_chunks, scaled_logits
-from verl.utils.teacher_log_probs import TeacherLogProbs
+from verl.utils.teacher_log_probs import TeacherLogProbs, TopLogProbs
 
 REVERSE_KL, FORWARD_KL, JSD = "reverse_kl", "forward_kl", "jsd"
 DIVERGENCES = (REVERSE_KL, FORWARD_KL, JSD)
@@ -59,7 +63,7 @@ class DivergenceOptions:
     """Of the student's softmax."""
     missing_log_prob: float = -100.0
     """What a teacher that lacks E gives an id of E in ``reverse_kl`` over the full support. The other divergences
-    take the probability 0."""
+    take the probability 0. Also the least that is left for the ids which a teacher does not name."""
     leak_coef: float = 0.0
     """Weight of the leak term."""
     leak_target: float = 1e-4
@@ -106,7 +110,7 @@ def linear_divergence(
         hidden: (N, D) of the student, at the positions that predict the tokens; N = 0 is fine.
         weight: (V, D) of its head, of the same dtype.
         token_weights: (N,) of the positions; 0 leaves one out.
-        teacher: log-probs of its ids; of B, or of all K.
+        teacher: log-probs of its ids, all or the likeliest; of B, or of all K.
         options: what is minimised.
         vocab_size: K; None: all rows.
         extend_start: first id of E; None: no E.
@@ -181,30 +185,44 @@ class _LinearDivergence(torch.autograd.Function):
         return *scaled, None, None, None
 
 
-def _chunk(logits: torch.Tensor, teacher: torch.Tensor, job: _Job) -> tuple[DivergenceStats, torch.Tensor]:
+def _chunk(
+    logits: torch.Tensor, teacher: torch.Tensor | TopLogProbs, job: _Job
+) -> tuple[DivergenceStats, torch.Tensor]:
     """Figures (C,) of a chunk and its gradient in the logits (C, K), of unit weight; overwrites both inputs."""
     options, start = job.options, job.start
     support = start if options.support == SHARED else job.ids
-    if teacher.shape[1] != start and teacher.shape[1] < job.ids:
-        raise ValueError(
-            f"the teacher scores {teacher.shape[1]} ids; it has to score {start} (B) or all {job.ids}: "
-            "actor_rollout_ref.rollout.extend_vocab_start_token does not fit this teacher (algorithm.distill)"
-        )
+    _check_vocabulary(teacher, support, job)
     base = logits[:, :start].logsumexp(dim=-1)
     extended = logits[:, start:].logsumexp(dim=-1)  # -inf where E is empty
     whole = torch.logaddexp(base, extended)
-    teacher = _on_support(teacher, support, options)
 
     grad = torch.zeros_like(logits)
     leak = torch.zeros_like(base)
     if start < job.ids:
         leak = _leak(logits, (base, extended, whole), grad, options, start)
     log_p = logits[:, :support].sub_((base if support == start else whole)[:, None])
-    p = log_p.exp()
-    divergence, of_divergence = _divergence(log_p, p, teacher, options)
+    if isinstance(teacher, TopLogProbs):
+        teacher = teacher.completed(log_p, options.missing_log_prob)
+    log_q = _on_support(teacher, support, options)
+    divergence, of_divergence = _divergence(log_p, log_p.exp(), log_q, options)
     grad[:, :support].add_(of_divergence)
     mass = (extended - whole).exp()
     return DivergenceStats(divergence, leak, mass), grad
+
+
+def _check_vocabulary(teacher: torch.Tensor | TopLogProbs, support: int, job: _Job) -> None:
+    """Raise ValueError where a teacher speaks of other ids than it is asked about."""
+    known = teacher.vocab_size if isinstance(teacher, TopLogProbs) else teacher.shape[1]
+    if known != job.start and known < job.ids:
+        raise ValueError(
+            f"the teacher scores {known} ids; it has to score {job.start} (B) or all {job.ids}: "
+            "actor_rollout_ref.rollout.extend_vocab_start_token does not fit this teacher (algorithm.distill)"
+        )
+    if isinstance(teacher, TopLogProbs) and known > support:
+        raise ValueError(
+            f"the teacher names the likeliest of its {known} ids, and it is asked about {support}; what is left for "
+            "these alone cannot be told"
+        )
 
 
 def _on_support(teacher: torch.Tensor, support: int, options: DivergenceOptions) -> torch.Tensor:

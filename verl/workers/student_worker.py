@@ -23,7 +23,7 @@ from verl.utils.device import max_memory_metrics, release_cached_memory, resolve
 from verl.utils.save_outcome import SaveOutcome
 from verl.utils.tokenizer import hf_tokenizer
 from verl.workers.actor.dp_actor import SCORED_KEYS, UPDATE_KEYS, DataParallelPPOActor, with_scoring_limits
-from verl.workers.actor.teachers import Teacher
+from verl.workers.actor.teachers import Teacher, TopJudge
 from verl.workers.config import DistillConfig
 from verl.workers.fsdp.build import build_model
 from verl.workers.fsdp.checkpoint import CheckpointWriter, TrainingState, load_checkpoint
@@ -162,15 +162,26 @@ class StudentWorker(Worker):
             load_checkpoint(self._state, self.config.actor.checkpoint, Path(local_path))
 
     def _teacher_roles(self) -> list[str]:
-        """The teachers that the update itself asks."""
+        """The teachers of an exact objective."""
         return self._distill.roles if self._distill is not None and self._distill.is_exact else []
 
     def _teacher(self, role: str, stack: ExitStack) -> tuple[Teacher, float]:
-        """A teacher of this process, ready until ``stack`` closes, and the weight of its rows."""
+        """A teacher, ready until ``stack`` closes, and the weight of its rows."""
+        assert self._distill is not None, "only an exact objective asks teachers"
+        if self._distill.asked_topk is not None:
+            return self._top_judge(role), self._distill.weight_of(role)
         peer = self.peers.get(role)
-        if not isinstance(peer, TeacherWorker) or self._distill is None:
+        if not isinstance(peer, TeacherWorker):
             raise ValueError(f"there is no teacher {role!r} beside the student; it holds {sorted(self.peers)}")
         return stack.enter_context(peer.on_device()), self._distill.weight_of(role)
+
+    def _top_judge(self, role: str) -> TopJudge:
+        """A teacher that named its likeliest ids before the update."""
+        distill, ids, start = self._distill, self.actor.vocab_size, self.actor.extend_start
+        assert distill is not None and ids is not None, "the student's vocabulary is known"
+        knows_extended = distill.knows_extended(role)
+        known = ids if knows_extended or start is None else min(start, ids)
+        return TopJudge(knows_extended, known, self._ranks.device)
 
     @contextmanager
     def _on_device(self, optimizer: bool = False) -> Iterator[None]:

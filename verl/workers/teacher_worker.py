@@ -18,7 +18,7 @@ from verl.single_controller.base import Worker
 from verl.single_controller.base.decorator import Dispatch, register
 from verl.trainer.config import ActorRolloutRefConfig
 from verl.utils.device import release_cached_memory
-from verl.utils.teacher_log_probs import drawn_log_probs
+from verl.utils.teacher_log_probs import score_tokens
 from verl.utils.tokenizer import hf_tokenizer
 from verl.workers.actor.dp_actor import (
     SCORED_KEYS,
@@ -28,7 +28,7 @@ from verl.workers.actor.dp_actor import (
     with_scoring_limits,
 )
 from verl.workers.actor.mini_batch_loss import temperature_of
-from verl.workers.actor.teachers import StitchedJudge, Teacher, judged
+from verl.workers.actor.teachers import TOP_TENSORS, StitchedJudge, WholeJudge, judged
 from verl.workers.config import BASE_TEACHER, RefModelConfig, TeacherConfig
 from verl.workers.fsdp.build import build_model
 from verl.workers.fsdp.process import join_ranks, require_path, softmax_size
@@ -42,13 +42,19 @@ class TeacherWorker(Worker):
         config: ``actor_rollout_ref``; without ``ref.model.path`` the student's own starting weights are the teacher.
         device: ``trainer.device``.
         teacher: a further teacher; None: the one of ``actor_rollout_ref.ref``.
+        topk: likeliest ids that it names at each trained position, besides the drawn token's log-prob; None: none.
     """
 
     def __init__(
-        self, config: ActorRolloutRefConfig, device: str = "auto", teacher: TeacherConfig | None = None
+        self,
+        config: ActorRolloutRefConfig,
+        device: str = "auto",
+        teacher: TeacherConfig | None = None,
+        topk: int | None = None,
     ) -> None:
         super().__init__()
         self.config = config
+        self._topk = topk
         self._device_setting = device
         self._reads_extended = teacher is not None and teacher.reads_extended
         self._is_stitched = teacher is not None and teacher.is_stitched
@@ -86,10 +92,16 @@ class TeacherWorker(Worker):
             device=self._ranks.device,
         )
 
-    @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO, reads=SCORED_KEYS)
+    @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO, reads=(*SCORED_KEYS, "response_mask"))
     def compute_ref_log_prob(self, data: DataProto) -> DataProto:
-        """``ref_log_prob`` (B, R): the teacher's log-probs of the responses."""
+        """``ref_log_prob`` (B, R): the teacher's log-probs of the responses.
+
+        With ``topk``, where the batch is not one of validation, also what the update compares (``protocol``): all this
+        at trained positions alone, 0 elsewhere.
+        """
         ref = self.config.ref
+        teaches = self._topk is not None and not data.meta_info.get("validate")
+        select = data.tensor("response_mask").bool() if teaches else real_response_tokens(data)
         data = with_scoring_limits(
             data,
             ref.log_prob_use_dynamic_bsz,
@@ -97,26 +109,37 @@ class TeacherWorker(Worker):
             ref.log_prob_micro_batch_size_per_gpu,
         )
         with self.on_device() as judge:
-            if self._is_stitched:
-                return DataProto.from_dict({"ref_log_prob": self._judged_log_probs(judge, data)})
+            if teaches or self._is_stitched:
+                return DataProto.from_dict(self._judge(judge, data, select, self._topk if teaches else None))
             log_probs, _ = self.actor.compute_log_prob(data, mask_special_token=not self._reads_extended)
         return DataProto.from_dict({"ref_log_prob": log_probs})
 
     @torch.no_grad()
-    def _judged_log_probs(self, judge: Teacher, data: DataProto) -> torch.Tensor:
-        """(B, R) what a teacher that is more than one model gives the student's tokens, 0 at padding."""
-        select, responses = real_response_tokens(data), data.tensor("responses")
-        scores = torch.zeros(select.shape)
-        for taught, log_probs in judged(
-            judge, data, select, scoring_sizes(data), self.actor.packed, temperature_of(data)
-        ):
-            labels = responses[taught.rows, taught.columns].to(self._ranks.device)
-            drawn = drawn_log_probs(log_probs, labels, self.config.ref.ref_log_prob_replace_val)
-            scores[taught.rows, taught.columns] = drawn.float().cpu()
-        return scores
+    def _judge(
+        self, judge: WholeJudge, data: DataProto, select: torch.Tensor, topk: int | None
+    ) -> dict[str, torch.Tensor]:
+        """``ref_log_prob`` and, with ``topk``, the likeliest ids, from whole distributions at the selected tokens."""
+        responses, missing = data.tensor("responses"), self.config.ref.ref_log_prob_replace_val
+        result = {"ref_log_prob": torch.zeros(select.shape)}
+        if topk is not None:
+            rooms = (
+                torch.zeros(*select.shape, topk, dtype=torch.int32),
+                torch.zeros(*select.shape, topk),
+                torch.zeros(select.shape),
+            )
+            result |= dict(zip(TOP_TENSORS, rooms, strict=True))
+        sizes = scoring_sizes(data)
+        for taught, log_probs in judged(judge, data, select, sizes, self.actor.packed, temperature_of(data)):
+            place = taught.rows, taught.columns
+            scores = score_tokens(log_probs, responses[place].to(self._ranks.device), missing, topk=topk)
+            result["ref_log_prob"][place] = scores.drawn.cpu()
+            if scores.top is not None:
+                for key, values in zip(TOP_TENSORS, scores.top[:3], strict=True):
+                    result[key][place] = values.to(result[key].dtype).cpu()
+        return result
 
     @contextmanager
-    def on_device(self) -> Iterator[Teacher]:
+    def on_device(self) -> Iterator[WholeJudge]:
         """The teacher, on its device for the time of the block, with what it gathered freed behind it."""
         with ExitStack() as stack:
             if self._is_stitched:

@@ -182,6 +182,11 @@ def test_wrong_types_name_key_value_and_type(override: str, expected: str) -> No
         ),
         (["actor_rollout_ref.actor.clip_ratio_c=1"], "actor_rollout_ref.actor.clip_ratio_c=1.0 must be above 1"),
         (["algorithm.distill.objective=kl"], "algorithm.distill.objective='kl' is not one of sampled, exact"),
+        ([*EXACT[:1], "algorithm.distill.objective=topk", "algorithm.distill.topk=0"], "algorithm.distill.topk=0 must"),
+        (
+            [*EXACT, "algorithm.distill.topk=8"],
+            "algorithm.distill.topk=8 has no effect with algorithm.distill.objective=e",
+        ),
         (["algorithm.distill.support=shared"], "algorithm.distill.support=shared has no effect with"),
         (["algorithm.distill.leak_target=0"], "algorithm.distill.leak_target=0.0 must lie between 0 and 1"),
         (["++algorithm.distill.teachers.ref={}"], "algorithm.distill.teachers.ref: that name is taken"),

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from verl.protocol import DataProto
 from verl.utils.linear_log_prob import TokenStats
 from verl.utils.teacher_log_probs import LinearTeacher
-from verl.workers.actor.exact_distill import ROW_TENSORS, ExactDistillLoss, Vocabulary
+from verl.workers.actor.exact_distill import ROW_KEYS, ExactDistillLoss, Vocabulary
 from verl.workers.actor.mini_batch_loss import LOSS_TENSORS, MiniBatchLoss, temperature_of
 from verl.workers.actor.row_layout import BatchSizes, MicroBatch, ScoredRows
 from verl.workers.actor.teachers import TaughtRows, Teacher
@@ -34,7 +34,7 @@ from verl.workers.fsdp.token_stats_model import Head, ScoreOptions, TokenStatsMo
 LOSS_KEYS = ("responses", "response_mask", "old_log_probs", "advantages")
 SCORED_KEYS = ("responses", "input_ids", "attention_mask", "distill_special_token_mask")
 """What scoring reads of a batch, where it is there; the rest need not travel."""
-UPDATE_KEYS = tuple(dict.fromkeys((*LOSS_KEYS, "input_ids", "attention_mask", *LOSS_TENSORS, *ROW_TENSORS)))
+UPDATE_KEYS = tuple(dict.fromkeys((*LOSS_KEYS, "input_ids", "attention_mask", *LOSS_TENSORS, *ROW_KEYS)))
 """What an update reads, where it is there."""
 
 

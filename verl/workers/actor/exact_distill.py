@@ -1,13 +1,14 @@
 """The loss of one mini-batch where whole distributions are compared, share by share.
 
-In:  the rows of one optimizer step that lie on this rank, and the frozen teachers that live in the same process. Out:
-what the student's head computes of a micro-batch, and losses that, summed over micro-batches and averaged over ranks as
-FSDP does, are the loss of the whole mini-batch.
+In:  the rows of one optimizer step that lie on this rank, and their frozen teachers. Out: what the student's head
+computes of a micro-batch, and losses that, summed over micro-batches and averaged over ranks as FSDP does, are the loss
+of the whole mini-batch.
 
     loss = mean over trained tokens of  weight of the row's teacher x (D(student, teacher) + leak_coef x leak)
 
-Every row has one teacher. A teacher reads its own rows alone, in the same micro-batch as the student, so neither its
-logits nor its hidden states are kept or sent. A teacher that knows all ids judges over all of them, without leak term.
+Every row has one teacher. A teacher of this process reads its own rows alone, in the same micro-batch as the student,
+so neither its logits nor its hidden states are kept or sent; others have read them before (``teachers``). A teacher
+that knows all ids judges over all of them, without leak term.
 
 Not here: the divergences (``utils.linear_divergence``), forward and backward passes.
 
@@ -26,12 +27,12 @@ from verl.utils.linear_divergence import DivergenceOptions, DivergenceStats, lin
 from verl.utils.teacher_log_probs import TeacherLogProbs
 from verl.workers.actor.mini_batch_loss import temperature_of
 from verl.workers.actor.row_layout import MicroBatch, ScoredRows
-from verl.workers.actor.teachers import TaughtRows, Teacher
+from verl.workers.actor.teachers import TOP_TENSORS, TaughtRows, Teacher
 from verl.workers.config import DistillConfig, FSDPActorConfig
 
-DIVERGENCE_OF = {"exact": "reverse_kl", "forward_kl": "forward_kl", "jsd": "jsd"}
+DIVERGENCE_OF = {"exact": "reverse_kl", "forward_kl": "forward_kl", "jsd": "jsd", "topk": "reverse_kl"}
 """The divergence that each exact objective minimises."""
-ROW_TENSORS = ("teacher",)
+ROW_KEYS = ("teacher", *TOP_TENSORS)
 """What the loss reads per row, where it is there."""
 
 
@@ -50,7 +51,7 @@ class ExactDistillLoss:
             ``teacher`` (M,), the place of each row's teacher among ``teachers``; ``meta_info["temperature"]``.
         config: the actor's settings, of which the loss aggregation and ``ref_log_prob_replace_val`` are used.
         distill: the objective.
-        teachers: the frozen models, and the weight of each one's rows.
+        teachers: who judges, and the weight of each one's rows.
         vocabulary: the student's.
         device: where the models compute.
         dp_size: ranks whose gradients are averaged.
@@ -68,7 +69,7 @@ class ExactDistillLoss:
     ) -> None:
         self.trained = mini.tensor("response_mask").bool()
         """(M, R) positions that are scored and trained, on the CPU."""
-        self._distill, self._vocabulary, self._device = distill, vocabulary, device
+        self._mini, self._distill, self._vocabulary, self._device = mini, distill, vocabulary, device
         self._temperature = temperature_of(mini)
         self._missing_log_prob = config.ref_log_prob_replace_val
         self._teachers = [teacher for teacher, _ in teachers]
@@ -91,7 +92,7 @@ class ExactDistillLoss:
         groups = []
         for number, teacher in enumerate(self._teachers):
             members = self._teacher_of[micro.rows] == number
-            taught = TaughtRows(self._rows, micro.rows[members], micro.columns[members])
+            taught = TaughtRows(self._mini, self._rows, micro.rows[members], micro.columns[members])
             log_probs = teacher.teach(taught, self._temperature)
             groups.append((members.nonzero().flatten().to(self._device), log_probs, self._options_of(teacher)))
         weights = self._token_weights[micro.rows, micro.columns].to(self._device)

@@ -1,7 +1,8 @@
 """How a frozen teacher comes to judge positions of a student's micro-batch.
 
 In:  positions of a mini-batch in the student's order. Out: log-probs at these positions, chunk by chunk
-(``utils.teacher_log_probs``). A teacher reads its rows in its own layout.
+(``utils.teacher_log_probs``). A teacher of this process reads its rows in its own layout; one that named its likeliest
+ids before the update is looked up in the batch.
 
 Letters: M rows of the mini-batch, S positions.
 """
@@ -12,16 +13,21 @@ from typing import NamedTuple, Protocol
 import torch
 
 from verl.protocol import DataProto
-from verl.utils.teacher_log_probs import LinearTeacher, StitchedTeacher
-from verl.utils.teacher_log_probs import Teacher as TaughtLogProbs
+from verl.utils.teacher_log_probs import LinearTeacher, StitchedTeacher, TeacherLogProbs, TopLogProbs
+from verl.utils.teacher_log_probs import Teacher as WholeTeacher
 from verl.workers.actor.row_layout import BatchSizes, MicroBatch, ScoredRows
+
+TOP_TENSORS = ("teacher_top_ids", "teacher_top_log_probs", "teacher_rest_log_prob")
+"""Where a batch holds what its rows' teachers named as the likeliest ids."""
 
 
 class TaughtRows(NamedTuple):
     """Positions that one teacher judges, all of those that are scored in their rows."""
 
-    layout: ScoredRows
+    mini: DataProto
     """All M rows."""
+    layout: ScoredRows
+    """Their tokens."""
     rows: torch.Tensor
     """(S,) row in the mini-batch."""
     columns: torch.Tensor
@@ -51,11 +57,18 @@ class Teacher(Protocol):
     reads_extended: bool
     """Whether it knows all of the student's ids."""
 
-    def teach(self, taught: TaughtRows, temperature: float) -> TaughtLogProbs:
+    def teach(self, taught: TaughtRows, temperature: float) -> TeacherLogProbs:
         """Log-probs at the positions, in their order; every rank has to call it as often."""
 
 
-class LinearJudge(Teacher, Protocol):
+class WholeJudge(Teacher, Protocol):
+    """A teacher whose distributions are known as a whole."""
+
+    def teach(self, taught: TaughtRows, temperature: float) -> WholeTeacher:
+        """As `Teacher.teach`."""
+
+
+class LinearJudge(WholeJudge, Protocol):
     """A teacher that is one model."""
 
     def teach(self, taught: TaughtRows, temperature: float) -> LinearTeacher:
@@ -75,10 +88,41 @@ class StitchedJudge:
         return StitchedTeacher(self._base.teach(taught, temperature), self._own.teach(taught, temperature))
 
 
+class TopJudge:
+    """A teacher that named its likeliest ids before the update; they stand in the batch.
+
+    Args:
+        reads_extended: see `Teacher`.
+        vocab_size: ids of the student that it knows.
+        device: where the student computes.
+    """
+
+    def __init__(self, reads_extended: bool, vocab_size: int, device: torch.device) -> None:
+        self.reads_extended = reads_extended
+        self._vocab_size, self._device = vocab_size, device
+
+    def teach(self, taught: TaughtRows, temperature: float) -> TeacherLogProbs:
+        """See `Teacher`.
+
+        Raises:
+            ValueError: it named an id that the student lacks.
+        """
+        ids, log_probs, rest = (
+            taught.mini.tensor(key)[taught.rows, taught.columns].to(self._device) for key in TOP_TENSORS
+        )
+        if ids.numel() and int(ids.max()) >= self._vocab_size:
+            raise ValueError(
+                f"a teacher names id {int(ids.max())} among its likeliest, and the student has {self._vocab_size} ids "
+                "that it may know; algorithm.distill.objective=topk needs a teacher without other ids"
+            )
+        top = TopLogProbs(ids.long(), log_probs, rest, self._vocab_size)
+        return top.rows
+
+
 @torch.no_grad()
 def judged(
-    teacher: Teacher, data: DataProto, select: torch.Tensor, sizes: BatchSizes, packed: bool, temperature: float
-) -> Iterator[tuple[TaughtRows, TaughtLogProbs]]:
+    teacher: WholeJudge, data: DataProto, select: torch.Tensor, sizes: BatchSizes, packed: bool, temperature: float
+) -> Iterator[tuple[TaughtRows, WholeTeacher]]:
     """The selected positions of a batch, micro-batch by micro-batch, with what the teacher gives there.
 
     Args:
@@ -89,5 +133,5 @@ def judged(
     """
     layout = ScoredRows(data.tensor("input_ids"), data.tensor("attention_mask"), select)
     for micro in layout.micro_batches(sizes, packed):
-        taught = TaughtRows(layout, micro.rows, micro.columns)
+        taught = TaughtRows(data, layout, micro.rows, micro.columns)
         yield taught, teacher.teach(taught, temperature)

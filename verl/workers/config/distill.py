@@ -3,8 +3,9 @@
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
-SAMPLED, EXACT = "sampled", "exact"
-OBJECTIVES = (SAMPLED, EXACT, "forward_kl", "jsd")
+SAMPLED, EXACT, TOPK = "sampled", "exact", "topk"
+OBJECTIVES = (SAMPLED, EXACT, "forward_kl", "jsd", TOPK)
+DEFAULT_TOPK = 64
 SUPPORTS = ("full", "shared")
 STITCHED = "stitched"
 VOCABULARIES = ("base", "full", STITCHED)
@@ -57,7 +58,10 @@ class DistillConfig:
 
     objective: str = SAMPLED
     """``sampled``: the advantage of the drawn token, by policy gradient. ``exact``: the whole reverse KL at every
-    trained position, differentiated directly; likewise ``forward_kl``, and ``jsd`` with ``beta``."""
+    trained position, differentiated directly; likewise ``forward_kl``, and ``jsd`` with ``beta``. ``topk``:
+    the reverse KL as far as the teacher's ``topk`` likeliest ids tell it, for teachers that give no more."""
+    topk: int = DEFAULT_TOPK
+    """Likeliest ids of the teacher at each position that ``topk`` compares; all others it knows count as one."""
     beta: float = 0.5
     """Share of the teacher in the mixture of ``jsd``."""
     support: str = "full"
@@ -93,7 +97,18 @@ class DistillConfig:
                         f"{key}.{setting}={found} has no effect with {key}.objective=sampled, which follows the drawn "
                         f"token alone; set {key}.objective=exact, or leave it at {default}"
                     )
+        self._check_topk()
         self._check_teachers()
+
+    def _check_topk(self) -> None:
+        key = "algorithm.distill"
+        if self.topk < 1:
+            raise ValueError(f"{key}.topk={self.topk} must be at least 1")
+        if self.objective != TOPK and self.topk != DEFAULT_TOPK:
+            raise ValueError(
+                f"{key}.topk={self.topk} has no effect with {key}.objective={self.objective}; set "
+                f"{key}.objective=topk, or leave it at {DEFAULT_TOPK}"
+            )
 
     def _check_teachers(self) -> None:
         key = "algorithm.distill.teachers"
@@ -109,8 +124,13 @@ class DistillConfig:
 
     @property
     def is_exact(self) -> bool:
-        """Whether whole distributions are compared."""
+        """Whether distributions are compared, rather than the drawn tokens."""
         return self.objective != SAMPLED
+
+    @property
+    def asked_topk(self) -> int | None:
+        """Likeliest ids that teachers are asked for before the update; None: none."""
+        return self.topk if self.objective == TOPK else None
 
     @property
     def roles(self) -> list[str]:
@@ -133,7 +153,10 @@ class DistillConfig:
         """Weight of a teacher's rows in the loss."""
         return 1.0 if role == BASE_TEACHER else self.teachers[role].weight
 
+    def knows_extended(self, role: str) -> bool:
+        """Whether a teacher knows item tokens."""
+        return role != BASE_TEACHER and self.teachers[role].reads_extended
+
     def reads_extended(self, source: str) -> bool:
         """Whether the teacher of a source's rows knows item tokens."""
-        place = self.teacher_of(source)
-        return place > 0 and self.teachers[self.roles[place]].reads_extended
+        return self.knows_extended(self.roles[self.teacher_of(source)])

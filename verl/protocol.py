@@ -27,6 +27,7 @@ ref_log_prob                float32  (B, R)     teacher      advantage, update (
 teacher_top_ids             int32    (B, R, K)  teacher      update (objective topk)
 teacher_top_log_probs       float32  (B, R, K)  teacher      update (objective topk)
 teacher_rest_log_prob       float32  (B, R)     teacher      update (objective topk)
+teacher_states              object   (B,)       teacher      update (handles to hidden states)
 token_level_scores          float32  (B, R)     reward       reward (KL penalty), metrics
 token_level_rewards         float32  (B, R)     reward       advantage, metrics
 rollout_is_weights          float32  (B, R)     advantage    update, metrics

@@ -56,7 +56,24 @@ class RayOnPolicyDistillTrainer(RayPPOTrainer):
         distill, base = self.config.algorithm.distill, super().worker_arguments(role)
         if role == "actor":
             return base | {"distill": distill}
-        return base | {"teacher": distill.teachers.get(role), "topk": distill.asked_topk}
+        asked = {"topk": distill.asked_topk, "lends_states": self.lends_states}
+        return base | asked | {"teacher": distill.teachers.get(role)}
+
+    @property
+    def lends_states(self) -> bool:
+        """Whether the teachers' hidden states go to the student's ranks: the update needs them, and they are apart."""
+        return self.config.algorithm.distill.asks_whole and bool(self.config.trainer.teacher_ranks_on_nodes)
+
+    def init_workers(self) -> None:
+        """As the base class; a student whose teachers lend hidden states gets their heads."""
+        super().init_workers()
+        self.borrow_heads()
+
+    def borrow_heads(self) -> None:
+        """Tell the student's ranks where to fetch the heads that the hidden states go with; they never change."""
+        if self.lends_states:
+            roles = self.config.algorithm.distill.roles
+            self.actor_wg.borrow_heads({role: self.role_groups[role].lend_heads()[0] for role in roles})
 
     def prepare(self, rows: dict[str, Any], *, n: int, validate: bool = False) -> DataProto:
         """As in the base class; where there are several teachers, with the place of each row's among them (B,)."""
@@ -81,6 +98,12 @@ class RayOnPolicyDistillTrainer(RayPPOTrainer):
         scores = DataProto.concat(scored)
         scores.reorder(torch.cat(order).argsort())
         return scores
+
+    def update_actor(self, batch: DataProto) -> Metrics:
+        """As the base class; what teachers lent for it is given back, in place."""
+        metrics = super().update_actor(batch)
+        batch.non_tensor_batch.pop("teacher_states", None)
+        return metrics
 
     @property
     def uses_reward(self) -> bool:

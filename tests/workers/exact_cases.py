@@ -1,5 +1,6 @@
 """Students with their teachers in one process, batches for several teachers, and losses from whole distributions."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,23 +33,42 @@ def mixed_batch(student_ids: int, extend_start: int, teachers: int) -> DataProto
 
 def workers(config: ActorRolloutRefConfig, distill: DistillConfig) -> StudentWorker:
     """A student with its teachers beside it, as they are in one process of a worker group."""
-    roles: dict[str, StudentWorker | TeacherWorker] = {"actor": StudentWorker(config, "cpu", distill)}
-    roles |= {
-        role: TeacherWorker(config, "cpu", distill.teachers.get(role), distill.asked_topk) for role in distill.roles
-    }
-    for worker in roles.values():
-        worker.peers = roles
-    for worker in roles.values():
+    student, held = StudentWorker(config, "cpu", distill), teacher_workers(config, distill)
+    student.peers = {"actor": student, **held}
+    for teacher in held.values():
+        teacher.peers = student.peers
+    for worker in student.peers.values():
         worker.init_model()
-    student = roles["actor"]
-    assert isinstance(student, StudentWorker)
     return student
 
 
-def scored(student: StudentWorker, distill: DistillConfig, batch: DataProto) -> DataProto:
-    """The batch with what each row's teacher says of it, as the trainer joins it."""
+def workers_apart(
+    config: ActorRolloutRefConfig, distill: DistillConfig, of_teachers: ActorRolloutRefConfig | None = None
+) -> tuple[StudentWorker, dict[str, TeacherWorker]]:
+    """A student, and its teachers as they are on ranks of their own; they may have settings of their own."""
+    student, held = StudentWorker(config, "cpu", distill), teacher_workers(of_teachers or config, distill, lends=True)
+    for teacher in held.values():
+        teacher.peers = held
+        teacher.init_model()
+    student.init_model()
+    student.borrow_heads({role: teacher.lend_heads() for role, teacher in held.items()})
+    return student, held
+
+
+def teacher_workers(
+    config: ActorRolloutRefConfig, distill: DistillConfig, lends: bool = False
+) -> dict[str, TeacherWorker]:
+    """The teachers by role, not started yet."""
+    return {
+        role: TeacherWorker(config, "cpu", distill.teachers.get(role), distill.asked_topk, lends)
+        for role in distill.roles
+    }
+
+
+def scored(held: Mapping[str, Any], distill: DistillConfig, batch: DataProto) -> DataProto:
+    """The batch with what each row's teacher says of it, as the trainer joins it; ``held``: workers or groups."""
     trainer: Any = object.__new__(RayOnPolicyDistillTrainer)
-    trainer.config, trainer.role_groups = PPOConfig(), student.peers
+    trainer.config, trainer.role_groups = PPOConfig(), held
     trainer.config.algorithm.distill = distill
     return batch.union(trainer.ref_log_prob(batch))
 

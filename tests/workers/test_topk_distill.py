@@ -53,7 +53,7 @@ def test_gradient_is_that_of_the_buckets(
         model={"use_remove_padding": packed},
     )
     student = workers(config, distill)
-    batch = scored(student, distill, batch)
+    batch = scored(student.peers, distill, batch)
     assert batch.tensor("teacher_top_ids").shape == (*batch.tensor("responses").shape, topk)
     student.update_actor(batch)
 
@@ -80,7 +80,7 @@ def test_all_ids_named_is_the_exact_objective(student_model, teacher_model, froz
     right = exact.update_actor(batch.select()).meta_info["metrics"]
     distill = DistillConfig("topk", topk=student_ids, support="shared", teachers=further, **LEAK)
     named = workers(config, distill)
-    metrics = named.update_actor(scored(named, distill, batch)).meta_info["metrics"]
+    metrics = named.update_actor(scored(named.peers, distill, batch)).meta_info["metrics"]
     assert metrics["actor/distill_loss"] == pytest.approx(right["actor/distill_loss"], rel=1e-5)
     assert_same_gradient(first_gradient(named), first_gradient(exact))
 

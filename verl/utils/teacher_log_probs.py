@@ -66,10 +66,12 @@ class LinearTeacher:
         if not 0 < vocab_size <= weight.shape[0]:
             raise ValueError(f"vocab_size={vocab_size} must be between 1 and the {weight.shape[0]} rows of the head")
         self.vocab_size = vocab_size
-        self._hidden, self._weight, self._temperature = hidden, weight[:vocab_size], temperature
+        self.hidden_states = (hidden,)
+        """What is to be known of the positions, besides the head."""
+        self._weight, self._temperature = weight[:vocab_size], temperature
 
     def __call__(self, rows: slice) -> torch.Tensor:
-        logits = scaled_logits(self._hidden[rows], self._weight, self._temperature)
+        logits = scaled_logits(self.hidden_states[0][rows], self._weight, self._temperature)
         return logits.sub_(logits.logsumexp(dim=-1, keepdim=True))
 
 
@@ -93,6 +95,7 @@ class StitchedTeacher:
                 f"{own.vocab_size}"
             )
         self.vocab_size = own.vocab_size
+        self.hidden_states = (*base.hidden_states, *own.hidden_states)
         self._base, self._own = base, own
 
     def __call__(self, rows: slice) -> torch.Tensor:

@@ -10,7 +10,9 @@ Letters: B rows of this rank, R response.
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
+import numpy as np
 import torch
 
 from verl.protocol import DataProto
@@ -28,7 +30,7 @@ from verl.workers.actor.dp_actor import (
     with_scoring_limits,
 )
 from verl.workers.actor.mini_batch_loss import temperature_of
-from verl.workers.actor.teachers import TOP_TENSORS, StitchedJudge, WholeJudge, judged
+from verl.workers.actor.teachers import LENT_STATES, TOP_TENSORS, StitchedJudge, WholeJudge, judged, states_by_row
 from verl.workers.config import BASE_TEACHER, RefModelConfig, TeacherConfig
 from verl.workers.fsdp.build import build_model
 from verl.workers.fsdp.process import join_ranks, require_path, softmax_size
@@ -43,6 +45,7 @@ class TeacherWorker(Worker):
         device: ``trainer.device``.
         teacher: a further teacher; None: the one of ``actor_rollout_ref.ref``.
         topk: likeliest ids that it names at each trained position, besides the drawn token's log-prob; None: none.
+        lends_states: the student's ranks are others and need its whole distribution: it lends its hidden states there.
     """
 
     def __init__(
@@ -51,10 +54,12 @@ class TeacherWorker(Worker):
         device: str = "auto",
         teacher: TeacherConfig | None = None,
         topk: int | None = None,
+        lends_states: bool = False,
     ) -> None:
         super().__init__()
         self.config = config
-        self._topk = topk
+        self._topk, self._lends_states = topk, lends_states
+        self._lent_head: Any = None
         self._device_setting = device
         self._reads_extended = teacher is not None and teacher.reads_extended
         self._is_stitched = teacher is not None and teacher.is_stitched
@@ -68,6 +73,7 @@ class TeacherWorker(Worker):
         """Join the other ranks, load and shard the model."""
         self._ranks = join_ranks(self, self._device_setting, seed=self.config.rollout.seed)
         twin = self._twin()
+        self._holder: TeacherWorker = self if twin is None else twin._holder
         self.actor: DataParallelPPOActor = self._build() if twin is None else twin.actor
         self._is_ready = True
         self._move(torch.device("cpu"))
@@ -96,11 +102,11 @@ class TeacherWorker(Worker):
     def compute_ref_log_prob(self, data: DataProto) -> DataProto:
         """``ref_log_prob`` (B, R): the teacher's log-probs of the responses.
 
-        With ``topk``, where the batch is not one of validation, also what the update compares (``protocol``): all this
-        at trained positions alone, 0 elsewhere.
+        With ``topk`` or ``lends_states``, where the batch is not one of validation, also what the update compares
+        (``protocol``): all this at trained positions alone, 0 elsewhere.
         """
         ref = self.config.ref
-        teaches = self._topk is not None and not data.meta_info.get("validate")
+        teaches = (self._topk is not None or self._lends_states) and not data.meta_info.get("validate")
         select = data.tensor("response_mask").bool() if teaches else real_response_tokens(data)
         data = with_scoring_limits(
             data,
@@ -110,33 +116,41 @@ class TeacherWorker(Worker):
         )
         with self.on_device() as judge:
             if teaches or self._is_stitched:
-                return DataProto.from_dict(self._judge(judge, data, select, self._topk if teaches else None))
+                return self._judge(judge, data, select, teaches)
             log_probs, _ = self.actor.compute_log_prob(data, mask_special_token=not self._reads_extended)
         return DataProto.from_dict({"ref_log_prob": log_probs})
 
     @torch.no_grad()
-    def _judge(
-        self, judge: WholeJudge, data: DataProto, select: torch.Tensor, topk: int | None
-    ) -> dict[str, torch.Tensor]:
-        """``ref_log_prob`` and, with ``topk``, the likeliest ids, from whole distributions at the selected tokens."""
-        responses, missing = data.tensor("responses"), self.config.ref.ref_log_prob_replace_val
-        result = {"ref_log_prob": torch.zeros(select.shape)}
-        if topk is not None:
-            rooms = (
-                torch.zeros(*select.shape, topk, dtype=torch.int32),
-                torch.zeros(*select.shape, topk),
-                torch.zeros(select.shape),
-            )
-            result |= dict(zip(TOP_TENSORS, rooms, strict=True))
+    def _judge(self, judge: WholeJudge, data: DataProto, select: torch.Tensor, teaches: bool) -> DataProto:
+        """``ref_log_prob`` at the selected tokens and, if it ``teaches``, what the update needs, in one pass."""
+        missing, topk = self.config.ref.ref_log_prob_replace_val, self._topk if teaches else None
+        result, states = _room(select.shape, topk), np.full(len(data), None)
         sizes = scoring_sizes(data)
         for taught, log_probs in judged(judge, data, select, sizes, self.actor.packed, temperature_of(data)):
-            place = taught.rows, taught.columns
-            scores = score_tokens(log_probs, responses[place].to(self._ranks.device), missing, topk=topk)
-            result["ref_log_prob"][place] = scores.drawn.cpu()
-            if scores.top is not None:
-                for key, values in zip(TOP_TENSORS, scores.top[:3], strict=True):
-                    result[key][place] = values.to(result[key].dtype).cpu()
-        return result
+            scores = score_tokens(log_probs, taught.labels.to(self._ranks.device), missing, topk=topk)
+            found = [scores.drawn] if scores.top is None else [scores.drawn, *scores.top[:3]]
+            for room, values in zip(result.values(), found, strict=True):
+                room[taught.rows, taught.columns] = values.to(room.dtype).cpu()
+            if teaches and self._lends_states:
+                for row, lent in states_by_row(taught, log_probs):
+                    states[row] = self.loans.lend(lent)
+        return DataProto.from_dict(result, {LENT_STATES: states} if teaches and self._lends_states else None)
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def lend_heads(self) -> list[Any]:
+        """On rank 0 handles to the (V, D) heads that its hidden states go with, the base teacher's first; else none."""
+        workers = [self._base(), self] if self._is_stitched else [self]
+        handles = [worker._holder._head_handle() for worker in workers]
+        return handles if self.rank == 0 else []
+
+    def _head_handle(self) -> Any:
+        """Lent once, whoever asks: it never changes. All ranks call it, for the head is sharded over them."""
+        if self._lent_head is None:
+            with self.on_device():
+                head = self.actor.shared_head()
+                if self.rank == 0:
+                    self._lent_head = self.loans.lend(DataProto.from_dict({"head": head.cpu().clone()}))
+        return self._lent_head
 
     @contextmanager
     def on_device(self) -> Iterator[WholeJudge]:
@@ -170,6 +184,15 @@ class TeacherWorker(Worker):
         if self.config.ref.fsdp_config.param_offload and self._ranks.device.type == "cuda":
             move_parameters(self.actor.actor_module, device)
         release_cached_memory(self._ranks.device.type)
+
+
+def _room(shape: torch.Size, topk: int | None) -> dict[str, torch.Tensor]:
+    """Zeros (B, R) for ``ref_log_prob`` and, with ``topk``, room for the likeliest ids."""
+    room = {"ref_log_prob": torch.zeros(shape)}
+    if topk is not None:
+        tops = torch.zeros(*shape, topk, dtype=torch.int32), torch.zeros(*shape, topk), torch.zeros(shape)
+        room |= dict(zip(TOP_TENSORS, tops, strict=True))
+    return room
 
 
 def shared_vocabulary(tokenizer_size: int, extend_start: int | None) -> int:

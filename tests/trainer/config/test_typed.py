@@ -214,10 +214,6 @@ def test_wrong_types_name_key_value_and_type(override: str, expected: str) -> No
             [*EXACT, "actor_rollout_ref.actor.entropy_coeff=0.1"],
             "actor_rollout_ref.actor.entropy_coeff=0.1 has no effect with algorithm.distill.objective=exact",
         ),
-        (
-            [*EXACT, "trainer.teacher_nnodes=1", "trainer.teacher_n_gpus_per_node=1"],
-            "needs it beside the student",
-        ),
         (["trainer.max_actor_ckpt_to_keep=0"], "trainer.max_actor_ckpt_to_keep=0 must be at least 1, or null to keep"),
         ([f"{ROLLOUT}.top_k=0"], f"{ROLLOUT}.top_k=0 must be -1 (all) or at least 1"),
         ([f"{VAL}.temperature=-0.1"], f"{VAL}.temperature=-0.1 must be at least 0"),

@@ -64,8 +64,8 @@ class PPOConfig:
             )
 
     def _check_distill(self) -> None:
-        """Settings that an exact objective has no use for, and where its teachers have to be."""
-        distill, actor, trainer = self.algorithm.distill, self.actor_rollout_ref.actor, self.trainer
+        """Settings that an objective or a teacher has no use for."""
+        distill, actor = self.algorithm.distill, self.actor_rollout_ref.actor
         key = f"algorithm.distill.objective={distill.objective}"
         if (distill.is_exact or distill.teachers) and self.algorithm.adv_estimator != ON_POLICY_DISTILL:
             what = key if distill.is_exact else f"algorithm.distill.teachers={list(distill.teachers)}"
@@ -97,11 +97,6 @@ class PPOConfig:
                     f"actor_rollout_ref.actor.{name}={value} has no effect with {key}, whose loss is the divergence "
                     "alone; leave it out"
                 )
-        if trainer.teacher_ranks_on_nodes:
-            raise ValueError(
-                f"trainer.teacher_nnodes={trainer.teacher_nnodes} puts the teacher on other ranks, and {key} needs it "
-                "beside the student; leave it out, or set algorithm.distill.objective=sampled"
-            )
 
     def _check_lengths(self) -> None:
         data, rollout = self.data, self.actor_rollout_ref.rollout

@@ -24,7 +24,7 @@ from verl.utils.linear_log_prob import TokenStats
 from verl.utils.teacher_log_probs import LinearTeacher
 from verl.workers.actor.exact_distill import ROW_KEYS, ExactDistillLoss, Vocabulary
 from verl.workers.actor.mini_batch_loss import LOSS_TENSORS, MiniBatchLoss, temperature_of
-from verl.workers.actor.row_layout import BatchSizes, MicroBatch, ScoredRows
+from verl.workers.actor.row_layout import BatchSizes, MicroBatch, ScoredRows, no_positions
 from verl.workers.actor.teachers import TaughtRows, Teacher
 from verl.workers.config import DistillConfig, FSDPActorConfig, RefConfig
 from verl.workers.fsdp.optimizer import LearningRateSchedule, clipped_step
@@ -163,6 +163,13 @@ class DataParallelPPOActor:
         self.actor_module.eval()
         hidden, weight = self._forward(read, _hidden_states)
         return LinearTeacher(hidden, weight, self.vocab_size, temperature)
+
+    @torch.no_grad()
+    def shared_head(self) -> torch.Tensor:
+        """(vocab_size, D) the head as a forward pass has it, to be used before `reshard`; all ranks have to call it."""
+        self.actor_module.eval()
+        _, weight = self._forward(no_positions(self.packed), _hidden_states)
+        return weight[: self.vocab_size].detach()
 
     def _forward(self, micro: MicroBatch, head: Head) -> Any:
         return self.actor_module(*micro.inputs.to(self.device), head)

@@ -27,12 +27,12 @@ from verl.utils.linear_divergence import DivergenceOptions, DivergenceStats, lin
 from verl.utils.teacher_log_probs import TeacherLogProbs
 from verl.workers.actor.mini_batch_loss import temperature_of
 from verl.workers.actor.row_layout import MicroBatch, ScoredRows
-from verl.workers.actor.teachers import TOP_TENSORS, TaughtRows, Teacher
+from verl.workers.actor.teachers import LENT_STATES, TOP_TENSORS, TaughtRows, Teacher
 from verl.workers.config import DistillConfig, FSDPActorConfig
 
 DIVERGENCE_OF = {"exact": "reverse_kl", "forward_kl": "forward_kl", "jsd": "jsd", "topk": "reverse_kl"}
 """The divergence that each exact objective minimises."""
-ROW_KEYS = ("teacher", *TOP_TENSORS)
+ROW_KEYS = ("teacher", *TOP_TENSORS, LENT_STATES)
 """What the loss reads per row, where it is there."""
 
 

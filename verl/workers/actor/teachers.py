@@ -1,14 +1,14 @@
 """How a frozen teacher comes to judge positions of a student's micro-batch.
 
 In:  positions of a mini-batch in the student's order. Out: log-probs at these positions, chunk by chunk
-(``utils.teacher_log_probs``). A teacher of this process reads its rows in its own layout; one that named its likeliest
-ids before the update is looked up in the batch.
+(``utils.teacher_log_probs``). A teacher of this process reads its rows in its own layout. Others have read them before
+the update: one named its likeliest ids, which stand in the batch; one on other ranks lent its hidden states by row.
 
 Letters: M rows of the mini-batch, S positions.
 """
 
-from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -19,6 +19,8 @@ from verl.workers.actor.row_layout import BatchSizes, MicroBatch, ScoredRows
 
 TOP_TENSORS = ("teacher_top_ids", "teacher_top_log_probs", "teacher_rest_log_prob")
 """Where a batch holds what its rows' teachers named as the likeliest ids."""
+LENT_STATES = "teacher_states"
+"""Where a batch holds handles to what its rows' teachers lent."""
 
 
 class TaughtRows(NamedTuple):
@@ -43,6 +45,12 @@ class TaughtRows(NamedTuple):
         micro = self.layout.build(self.chosen, packed)
         self.require_order(micro.rows, micro.columns)
         return micro
+
+    @property
+    def labels(self) -> torch.Tensor:
+        """(S,) the tokens at the positions."""
+        responses = self.layout.input_ids[:, -self.layout.select.shape[1] :]
+        return responses[self.rows, self.columns]
 
     def require_order(self, rows: torch.Tensor, columns: torch.Tensor) -> None:
         """Positions that something was computed for have to be those of the student, one by one."""
@@ -117,6 +125,49 @@ class TopJudge:
             )
         top = TopLogProbs(ids.long(), log_probs, rest, self._vocab_size)
         return top.rows
+
+
+def states_by_row(taught: TaughtRows, log_probs: WholeTeacher) -> Iterator[tuple[int, DataProto]]:
+    """Each row, and what `LentJudge` has to know of its positions, on the CPU."""
+    columns = {"columns": taught.columns, "labels": taught.labels}
+    columns |= {f"hidden_{part}": states.cpu() for part, states in enumerate(log_probs.hidden_states)}
+    for row in taught.chosen:
+        yield row, DataProto.from_dict({key: values[taught.rows == row] for key, values in columns.items()})
+
+
+class LentJudge:
+    """A teacher on other ranks, whose hidden states at the trained positions are fetched row by row.
+
+    Args:
+        reads_extended: see `Teacher`.
+        heads: (V, D) of the teacher; of both models, the base teacher first, where it is stitched.
+        fetch: the values of the handles that stand in the batch.
+    """
+
+    def __init__(
+        self, reads_extended: bool, heads: Sequence[torch.Tensor], fetch: Callable[[Sequence[Any]], list[Any]]
+    ) -> None:
+        self.reads_extended = reads_extended
+        self._heads, self._fetch = heads, fetch
+
+    def teach(self, taught: TaughtRows, temperature: float) -> WholeTeacher:
+        """See `Teacher`."""
+        chosen, handles = taught.chosen, taught.mini.array(LENT_STATES)
+        lent: list[DataProto] = self._fetch([handles[row] for row in chosen])
+
+        def joined(key: str, like: torch.Tensor) -> torch.Tensor:
+            """A column of all rows, in the student's order; no row leaves it empty."""
+            return torch.cat([like[:0].cpu(), *(row.tensor(key) for row in lent)]).to(like.device)
+
+        lengths = torch.tensor([len(row) for row in lent], dtype=torch.int64)
+        rows = torch.tensor(chosen, dtype=torch.int64).repeat_interleave(lengths)
+        taught.require_order(rows, joined("columns", taught.columns))
+        assert torch.equal(joined("labels", taught.labels), taught.labels), "hidden states of other rows were fetched"
+        teachers = [
+            LinearTeacher(joined(f"hidden_{part}", head), head, len(head), temperature)
+            for part, head in enumerate(self._heads)
+        ]
+        return teachers[0] if len(teachers) == 1 else StitchedTeacher(*teachers)
 
 
 @torch.no_grad()

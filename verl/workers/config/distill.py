@@ -133,6 +133,11 @@ class DistillConfig:
         return self.topk if self.objective == TOPK else None
 
     @property
+    def asks_whole(self) -> bool:
+        """Whether the update needs the teachers' whole distributions."""
+        return self.is_exact and self.objective != TOPK
+
+    @property
     def roles(self) -> list[str]:
         """All teachers, the one of ``actor_rollout_ref.ref`` first; a row's ``teacher`` is a place in this list."""
         return [BASE_TEACHER, *self.teachers]

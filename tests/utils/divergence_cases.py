@@ -34,7 +34,7 @@ class Case:
     def stitched(self, temperature: float = 1.0) -> StitchedTeacher:
         return StitchedTeacher(self.base(temperature), self.frozen(temperature))
 
-    def loss(self, teacher, options: DivergenceOptions, rows: int = 4, start: int | None = E):
+    def loss(self, teacher, options: DivergenceOptions, rows: int = 4, start: int | None = E, labels=None):
         size = self.hidden.dtype.itemsize
         return linear_divergence(
             self.hidden,
@@ -44,6 +44,7 @@ class Case:
             options,
             vocab_size=K,
             extend_start=start,
+            labels=labels,
             chunk_bytes=6 * rows * K * size,
         )
 

@@ -19,7 +19,7 @@ from verl.utils.linear_divergence import (
     DivergenceOptions,
     linear_divergence,
 )
-from verl.utils.teacher_log_probs import LinearTeacher
+from verl.utils.teacher_log_probs import LinearTeacher, TopLogProbs
 
 
 @pytest.mark.parametrize("kind", DIVERGENCES)
@@ -72,6 +72,27 @@ def test_figures_are_those_of_the_whole_softmax() -> None:
     _, stats = case.loss(case.base(), DivergenceOptions())
     torch.testing.assert_close(stats.extend_mass, (case.hidden @ case.weight[:K].T).softmax(-1)[:, E:].sum(-1))
     assert not any(values.requires_grad for values in stats)
+
+
+@pytest.mark.parametrize("support", ["shared", "full"])
+@pytest.mark.parametrize("who", ["base", "stitched", "top"])
+def test_the_drawn_token_stands_for_the_divergence(support, who) -> None:
+    """In the mean over tokens drawn from the student it is the divergence; outside the support it says nothing."""
+    case, options = Case(), DivergenceOptions(support=support, missing_log_prob=-20)
+    log_q = case.base()(slice(None))
+    teacher = getattr(case, who)() if who != "top" else None
+    if teacher is None:
+        values, ids = log_q.topk(3, dim=-1)
+        teacher = TopLogProbs(ids, values, log_q.scatter(1, ids, -torch.inf).logsumexp(-1), E).rows
+    size = E if support == "shared" else K
+    p = (case.hidden @ case.weight[:K].T)[:, :size].softmax(-1)
+    mean = torch.zeros(N, dtype=torch.float64)
+    for label in range(size):
+        _, stats = case.loss(teacher, options, labels=torch.full((N,), label))
+        mean += p[:, label].detach() * stats.sampled
+    torch.testing.assert_close(mean, stats.divergence, rtol=1e-10, atol=1e-14)
+    outside = case.loss(teacher, options, labels=torch.full((N,), K - 1))[1].sampled
+    assert outside.any() == (support == "full") and not case.loss(teacher, options)[1].sampled.any()
 
 
 def test_two_ids_by_hand() -> None:

@@ -1,5 +1,6 @@
 """Exact objectives through the real workers: against whole distributions, per teacher, on one rank and two."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,34 @@ def test_gradient_is_that_of_the_whole_distributions(
     loss = expected_loss(models, batch, distill, student_ids, extend_start)
     assert_same_gradient(first_gradient(student), plain_gradient(models[0], loss))
     assert metrics["actor/distill_loss"] == pytest.approx(loss.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize(("support", "teachers"), [("shared", 1), ("full", 1), ("shared", 3)])
+def test_the_gap_is_what_drawn_tokens_say_less_the_exact_divergence(
+    support, teachers, student_model, teacher_model, frozen_model, student_ids, extend_start
+) -> None:
+    distill = DistillConfig("exact", support=support, teachers=teachers_of(teachers, frozen_model), **LEAK)
+    batch = mixed_batch(student_ids, extend_start, teachers)
+    limits = {"ref_log_prob_replace_val": MISSING, "ppo_max_token_len_per_gpu": 24}
+    config = worker_config(student_model, teacher_model, extend_start=extend_start, actor=limits)
+    metrics = workers(config, distill).update_actor(batch).meta_info["metrics"]
+
+    models = load_plain(student_model), load_plain(teacher_model), load_plain(frozen_model)
+    place, drawn, gaps = batch.tensor("teacher")[:, None], batch.tensor("responses"), []
+    with torch.no_grad():
+        log_p = plain_log_probs(models[0], batch, student_ids, TEMPERATURE)
+        by_vocabulary = dense_teachers(models, batch, student_ids, extend_start)
+    for number, vocabulary in enumerate(["base", "full", "stitched"][:teachers]):
+        size = extend_start if vocabulary == "base" and support == "shared" else student_ids
+        of_student, log_q = log_p[..., :size].log_softmax(-1), by_vocabulary[vocabulary]
+        log_q = torch.nn.functional.pad(log_q, (0, size - log_q.shape[-1]), value=MISSING)
+        ratio = of_student - log_q
+        judged = (batch.tensor("response_mask") * (place == number)).bool() & (drawn < size)
+        sampled = ratio.gather(-1, drawn.clamp(max=size - 1)[..., None])[..., 0]
+        gaps.append((sampled - (of_student.exp() * ratio).sum(-1))[judged])
+    assert metrics["distill/sampled_gap"] == pytest.approx(torch.cat(gaps).mean().item(), rel=1e-4)
+    other = workers(config, dataclasses.replace(distill, objective="jsd")).update_actor(batch).meta_info["metrics"]
+    assert "distill/sampled_gap" not in other, "the sampled estimate is one of the reverse KL"
 
 
 def test_untied_heads(untied_model, teacher_model, frozen_model, student_ids, extend_start) -> None:

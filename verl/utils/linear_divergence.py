@@ -91,6 +91,9 @@ class DivergenceStats(NamedTuple):
     """(N,) the leak term before its weight, nats; 0 without E."""
     extend_mass: torch.Tensor
     """(N,) eps; 0 without E."""
+    sampled: torch.Tensor
+    """(N,) log p(y) - log q(y) of the drawn token y, over S: what stands for D where tokens are drawn from p; 0 for a
+    token outside S, and without labels."""
 
 
 def linear_divergence(
@@ -102,6 +105,7 @@ def linear_divergence(
     *,
     vocab_size: int | None = None,
     extend_start: int | None = None,
+    labels: torch.Tensor | None = None,
     chunk_bytes: int = DEFAULT_CHUNK_BYTES,
 ) -> tuple[torch.Tensor, DivergenceStats]:
     """``sum_n token_weights[n] (D_n + leak_coef leak_n)``, differentiable in ``hidden`` and ``weight``.
@@ -114,6 +118,7 @@ def linear_divergence(
         options: what is minimised.
         vocab_size: K; None: all rows.
         extend_start: first id of E; None: no E.
+        labels: (N,) int64, the tokens that were drawn, for a figure alone.
         chunk_bytes: memory for the buffers of a chunk; changes memory and speed, not the result.
 
     Raises:
@@ -126,7 +131,7 @@ def linear_divergence(
         raise ValueError(f"hidden and token_weights have {hidden.shape[0]} and {token_weights.shape[0]} positions")
     start = ids if extend_start is None else min(extend_start, ids)
     bytes_per_row = ids * torch.promote_types(weight.dtype, torch.float32).itemsize
-    job = _Job(options, ids, start, max(1, chunk_bytes // (BUFFERS * bytes_per_row)))
+    job = _Job(options, ids, start, labels, max(1, chunk_bytes // (BUFFERS * bytes_per_row)))
     loss, *stats = _LinearDivergence.apply(hidden, weight, token_weights, teacher, job)
     return loss, DivergenceStats(*stats)
 
@@ -137,6 +142,7 @@ class _Job(NamedTuple):
     """K."""
     start: int
     """Size of B; K without E."""
+    labels: torch.Tensor | None
     chunk_rows: int
 
 
@@ -161,7 +167,8 @@ class _LinearDivergence(torch.autograd.Function):
         head = weight[: job.ids]
         for chunk in row_chunks(rows, job.chunk_rows):
             logits = scaled_logits(hidden[chunk], head, job.options.temperature)
-            measured, grad = _chunk(logits, teacher(chunk), job)
+            labels = None if job.labels is None else job.labels[chunk, None]
+            measured, grad = _chunk(logits, teacher(chunk), labels, job)
             for values, into in zip(measured, stats, strict=True):
                 into[chunk] = values
             if grad_hidden is not None or grad_weight is not None:
@@ -186,9 +193,12 @@ class _LinearDivergence(torch.autograd.Function):
 
 
 def _chunk(
-    logits: torch.Tensor, teacher: torch.Tensor | TopLogProbs, job: _Job
+    logits: torch.Tensor, teacher: torch.Tensor | TopLogProbs, labels: torch.Tensor | None, job: _Job
 ) -> tuple[DivergenceStats, torch.Tensor]:
-    """Figures (C,) of a chunk and its gradient in the logits (C, K), of unit weight; overwrites both inputs."""
+    """Figures (C,) of a chunk and its gradient in the logits (C, K), of unit weight; overwrites the first two inputs.
+
+    ``labels`` is (C, 1).
+    """
     options, start = job.options, job.start
     support = start if options.support == SHARED else job.ids
     _check_vocabulary(teacher, support, job)
@@ -204,10 +214,18 @@ def _chunk(
     if isinstance(teacher, TopLogProbs):
         teacher = teacher.completed(log_p, options.missing_log_prob)
     log_q = _on_support(teacher, support, options)
+    sampled = torch.zeros_like(base) if labels is None else _sampled(log_p, log_q, labels)
     divergence, of_divergence = _divergence(log_p, log_p.exp(), log_q, options)
     grad[:, :support].add_(of_divergence)
     mass = (extended - whole).exp()
-    return DivergenceStats(divergence, leak, mass), grad
+    return DivergenceStats(divergence, leak, mass, sampled), grad
+
+
+def _sampled(log_p: torch.Tensor, log_q: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """(C,) log p - log q of the drawn tokens (C, 1), 0 outside S."""
+    inside = labels < log_p.shape[1]
+    chosen = labels.where(inside, 0)
+    return torch.where(inside, log_p.gather(1, chosen) - log_q.gather(1, chosen), 0.0).squeeze(1)
 
 
 def _check_vocabulary(teacher: torch.Tensor | TopLogProbs, support: int, job: _Job) -> None:

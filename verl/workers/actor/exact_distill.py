@@ -23,7 +23,13 @@ import torch.distributed as dist
 
 from verl.protocol import DataProto
 from verl.trainer.ppo.core_algos import agg_loss, count_trained
-from verl.utils.linear_divergence import DivergenceOptions, DivergenceStats, linear_divergence
+from verl.utils.linear_divergence import (
+    REVERSE_KL,
+    SHARED,
+    DivergenceOptions,
+    DivergenceStats,
+    linear_divergence,
+)
 from verl.utils.teacher_log_probs import TeacherLogProbs
 from verl.workers.actor.mini_batch_loss import temperature_of
 from verl.workers.actor.row_layout import MicroBatch, ScoredRows
@@ -77,15 +83,27 @@ class ExactDistillLoss:
         if "teacher" in mini.batch:
             self._teacher_of = mini.tensor("teacher").cpu()
         self._rows = ScoredRows(mini.tensor("input_ids"), mini.tensor("attention_mask"), self.trained)
+        self._judges_token = self._inside_support()
         tokens, sequences = count_trained(self.trained)
-        counts = torch.stack([tokens, sequences]).to(device)
+        counts = torch.stack([tokens, sequences, self._judges_token.sum()]).to(device)
         if dist.is_initialized():
             dist.all_reduce(counts)
         self.is_empty = int(counts[0]) == 0
         """Whether no rank has a trained token in this mini-batch."""
+        self._gap_share = dp_size / max(1, int(counts[2]))
         self._token_share = _token_weights(self.trained, config.loss_agg_mode, dp_size, counts.cpu())
         of_row = torch.tensor([weight for _, weight in teachers])[self._teacher_of]
         self._token_weights = self._token_share * of_row[:, None]
+
+    def _inside_support(self) -> torch.Tensor:
+        """(M, R) bool: trained positions whose drawn token is among the ids that are compared there."""
+        supports = [self._options_of(teacher).support for teacher in self._teachers]
+        start = self._vocabulary.extend_start
+        if start is None or SHARED not in supports:
+            return self.trained
+        shared = torch.tensor([support == SHARED for support in supports])[self._teacher_of]
+        drawn = self._mini.tensor("input_ids")[:, -self.trained.shape[1] :].cpu()
+        return self.trained & (~shared[:, None] | (drawn < start))
 
     def head(self, micro: MicroBatch) -> "_Divergence":
         """What the student's head has to compute; runs the teachers' forward passes."""
@@ -113,7 +131,12 @@ class ExactDistillLoss:
     def __call__(
         self, micro: MicroBatch, result: tuple[torch.Tensor, DivergenceStats]
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Loss of a micro-batch and its metrics, 0-dim, both shares of the mini-batch's times ``dp_size``."""
+        """Loss of a micro-batch and its metrics, 0-dim, both shares of the mini-batch's times ``dp_size``.
+
+        ``distill/sampled_gap``: what the drawn tokens say of the reverse KL, mean of log p - log q over trained tokens
+        inside the support, less the mean of the exact one at the same positions and over the same support; nats. Its
+        mean over tokens drawn from the student is 0, so it is the noise of the ``sampled`` objective's estimate.
+        """
         loss, stats = result
         share = self._token_share[micro.rows, micro.columns].to(stats.divergence.device)
         metrics = {
@@ -121,6 +144,9 @@ class ExactDistillLoss:
             "actor/distill_divergence": (share * stats.divergence).sum(),
             "actor/leak_loss": (share * stats.leak).sum(),
         }
+        if DIVERGENCE_OF[self._distill.objective] == REVERSE_KL:
+            judged = self._judges_token[micro.rows, micro.columns].to(share.device)
+            metrics["distill/sampled_gap"] = (judged * (stats.sampled - stats.divergence)).sum() * self._gap_share
         return loss, metrics
 
 
@@ -154,6 +180,7 @@ class _Divergence:
                 options,
                 vocab_size=self._vocabulary.size,
                 extend_start=self._vocabulary.extend_start,
+                labels=labels[members],
             )
             losses.append(loss)
             measured.append(stats if options.leak_coef else stats._replace(leak=torch.zeros_like(stats.leak)))

@@ -59,7 +59,7 @@ class TeacherWorker(Worker):
         super().__init__()
         self.config = config
         self._topk, self._lends_states = topk, lends_states
-        self._lent_head: Any = None
+        self._lent_head: list[Any] | None = None
         self._device_setting = device
         self._reads_extended = teacher is not None and teacher.reads_extended
         self._is_stitched = teacher is not None and teacher.is_stitched
@@ -140,16 +140,15 @@ class TeacherWorker(Worker):
     def lend_heads(self) -> list[Any]:
         """On rank 0 handles to the (V, D) heads that its hidden states go with, the base teacher's first; else none."""
         workers = [self._base(), self] if self._is_stitched else [self]
-        handles = [worker._holder._head_handle() for worker in workers]
-        return handles if self.rank == 0 else []
+        return [handle for worker in workers for handle in worker._holder._head_handles()]
 
-    def _head_handle(self) -> Any:
-        """Lent once, whoever asks: it never changes. All ranks call it, for the head is sharded over them."""
+    def _head_handles(self) -> list[Any]:
+        """Made once, whoever asks, for a head never changes; by all ranks, for it is sharded over them."""
         if self._lent_head is None:
             with self.on_device():
                 head = self.actor.shared_head()
-                if self.rank == 0:
-                    self._lent_head = self.loans.lend(DataProto.from_dict({"head": head.cpu().clone()}))
+                mine = [DataProto.from_dict({"head": head.to("cpu", copy=True)})] if self.rank == 0 else []
+            self._lent_head = [self.loans.lend(value) for value in mine]
         return self._lent_head
 
     @contextmanager

@@ -241,13 +241,14 @@ def test_the_smallest_probabilities_of_a_teacher_leave_jsd_finite() -> None:
 
 
 @pytest.mark.slow
-def test_memory_at_the_real_vocabulary_is_that_of_a_chunk() -> None:
+@pytest.mark.parametrize("topk", [0, 64])
+def test_memory_at_the_real_vocabulary_is_that_of_a_chunk(topk) -> None:
     """Under a tenth of the logits of 8,192 positions, and no more for twice the positions."""
     program = Path(__file__).with_name("divergence_memory.py")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (REPO, REPO / "tests")))}
 
     def grown(positions: int) -> float:
-        command = [sys.executable, str(program), str(positions)]
+        command = [sys.executable, str(program), str(positions), str(topk)]
         done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
         return float(done.stdout)
 

@@ -18,6 +18,7 @@ from verl.trainer.ppo.metric_utils import (
     compute_validation_distill_metrics,
 )
 from verl.trainer.ppo.ray_trainer import Metrics, RayPPOTrainer
+from verl.workers.config import BASE_TEACHER
 
 logger = logging.getLogger(__name__)
 
@@ -87,17 +88,25 @@ class RayOnPolicyDistillTrainer(RayPPOTrainer):
 
     def ref_log_prob(self, batch: DataProto) -> DataProto:
         """``ref_log_prob`` (B, R) and what else an exact objective wants, each row's by its own teacher."""
-        if not self.config.algorithm.distill.teachers:
-            return super().ref_log_prob(batch)
-        scored, order = [], []
-        for place, role in enumerate(self.config.algorithm.distill.roles):
+        distill = self.config.algorithm.distill
+        if not distill.teachers:
+            return self.ask_teacher(BASE_TEACHER, batch)
+        said, order = [], []
+        for place, role in enumerate(distill.roles):
             rows = (batch.tensor("teacher") == place).nonzero().flatten()
             if len(rows):
-                scored.append(self.role_groups[role].compute_ref_log_prob(batch.select_idxs(rows)))
+                said.append(self.ask_teacher(role, batch.select_idxs(rows)))
                 order.append(rows)
-        scores = DataProto.concat(scored)
+        scores = DataProto.concat(said)
         scores.reorder(torch.cat(order).argsort())
         return scores
+
+    def ask_teacher(self, role: str, batch: DataProto) -> DataProto:
+        """What a teacher says of rows of its own: scores, and what an update needs that is made without it."""
+        asked_ahead = self.config.algorithm.distill.asked_topk is not None or self.lends_states
+        if asked_ahead and not batch.meta_info["validate"]:
+            return self.role_groups[role].teach(batch)
+        return self.role_groups[role].compute_ref_log_prob(batch)
 
     def update_actor(self, batch: DataProto) -> Metrics:
         """As the base class; what teachers lent for it is given back, in place."""

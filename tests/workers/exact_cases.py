@@ -65,11 +65,15 @@ def teacher_workers(
     }
 
 
-def scored(held: Mapping[str, Any], distill: DistillConfig, batch: DataProto) -> DataProto:
+def scored(held: Mapping[str, Any], distill: DistillConfig, batch: DataProto, apart: bool = False) -> DataProto:
     """The batch with what each row's teacher says of it, as the trainer joins it; ``held``: workers or groups."""
     trainer: Any = object.__new__(RayOnPolicyDistillTrainer)
     trainer.config, trainer.role_groups = PPOConfig(), held
     trainer.config.algorithm.distill = distill
+    trainer.config.trainer.teacher_nnodes, trainer.config.trainer.teacher_n_gpus_per_node = (
+        (1, 1) if apart else (None, None)
+    )
+    batch.meta_info["validate"] = False
     return batch.union(trainer.ref_log_prob(batch))
 
 

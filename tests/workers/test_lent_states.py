@@ -39,7 +39,7 @@ def test_an_update_is_that_of_teachers_beside_the_student(
     beside = workers(config(packed, 64), distill)
     right = beside.update_actor(batch.select()).meta_info["metrics"]
     student, held = workers_apart(config(packed, 24), distill, config(not packed, 16))
-    lent = scored(held, distill, batch)
+    lent = scored(held, distill, batch, apart=True)
     lent.reorder(torch.randperm(len(batch), generator=torch.Generator().manual_seed(3)))
     metrics = student.update_actor(lent).meta_info["metrics"]
     for name in ("actor/distill_loss", "actor/distill_divergence", "actor/leak_loss", "actor/grad_norm"):
@@ -54,7 +54,7 @@ def test_scores_are_those_of_a_teacher_that_lends_nothing(
     config, batch = worker_config(student_model, teacher_model, extend_start=extend_start), None
     batch = mixed_batch(student_ids, extend_start, 3)
     right = scored(workers(config, distill).peers, distill, mixed_batch(student_ids, extend_start, 3))
-    lent = scored(workers_apart(config, distill)[1], distill, batch)
+    lent = scored(workers_apart(config, distill)[1], distill, batch, apart=True)
     trained = batch.tensor("response_mask").bool()
     difference = (lent.tensor("ref_log_prob") - right.tensor("ref_log_prob"))[trained]
     assert difference.abs().max() < 1e-5 and LENT_STATES not in right.non_tensor_batch
@@ -68,7 +68,7 @@ def test_only_trained_positions_are_lent_and_nothing_stays(
     student, held = workers_apart(config, distill)
     batch = mixed_batch(student_ids, extend_start, 3)
     batch.tensor("response_mask")[4] = 0
-    batch = scored(held, distill, batch)
+    batch = scored(held, distill, batch, apart=True)
     handles, trained = batch.array(LENT_STATES), batch.tensor("response_mask").sum(-1).tolist()
     assert [0 if handle is None else len(handle.value) for handle in handles] == trained and 0 in trained
     stitched = handles[[place == 2 for place in batch.tensor("teacher").tolist()]]
@@ -85,7 +85,7 @@ def test_only_trained_positions_are_lent_and_nothing_stays(
 def test_states_of_other_positions_are_noticed(what, student_model, teacher_model, student_ids, extend_start) -> None:
     distill = DistillConfig("exact")
     student, held = workers_apart(worker_config(student_model, teacher_model, extend_start=extend_start), distill)
-    batch = scored(held, distill, mixed_batch(student_ids, extend_start, 1))
+    batch = scored(held, distill, mixed_batch(student_ids, extend_start, 1), apart=True)
     if what == "mask":
         row, column = batch.tensor("response_mask").nonzero()[0].tolist()
         batch.tensor("response_mask")[row, column] = 0

@@ -12,7 +12,6 @@ from tiny_workers import (
     worker_config,
 )
 
-from verl.protocol import DataProto
 from verl.workers.actor.teachers import TOP_TENSORS
 from verl.workers.config import DistillConfig
 
@@ -91,13 +90,13 @@ def test_only_trained_tokens_are_named_and_validation_names_none(
     config = worker_config(student_model, teacher_model, extend_start=extend_start)
     teacher = workers(config, DistillConfig("topk", topk=3)).peers["ref"]
     batch = mixed_batch(student_ids, extend_start, 1)
-    scores, trained = teacher.compute_ref_log_prob(batch), batch.tensor("response_mask").bool()
+    scores, trained = teacher.teach(batch), batch.tensor("response_mask").bool()
     assert (
         scores.tensor("teacher_top_ids").max() < extend_start and scores.tensor("teacher_top_ids").dtype == torch.int32
     )
     assert (scores.tensor("teacher_top_log_probs")[trained] < 0).all()
     assert not any(scores.tensor(key)[~trained].any() for key in (*TOP_TENSORS, "ref_log_prob"))
-    whole = teacher.compute_ref_log_prob(DataProto(batch.batch, meta_info={**batch.meta_info, "validate": True}))
+    whole = teacher.compute_ref_log_prob(batch)
     assert list(whole.batch.keys()) == ["ref_log_prob"]
     difference = (whole.tensor("ref_log_prob") - scores.tensor("ref_log_prob"))[trained]
     assert difference.abs().max() < 1e-5

@@ -98,43 +98,56 @@ class TeacherWorker(Worker):
             device=self._ranks.device,
         )
 
-    @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO, reads=(*SCORED_KEYS, "response_mask"))
+    @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO, reads=SCORED_KEYS)
     def compute_ref_log_prob(self, data: DataProto) -> DataProto:
-        """``ref_log_prob`` (B, R): the teacher's log-probs of the responses.
+        """``ref_log_prob`` (B, R): the teacher's log-probs of the responses."""
+        data = self._with_limits(data)
+        with self.on_device() as judge:
+            if self._is_stitched:
+                scores, _ = self._judge(judge, data, real_response_tokens(data))
+                return DataProto.from_dict(scores)
+            log_probs, _ = self.actor.compute_log_prob(data, mask_special_token=not self._reads_extended)
+        return DataProto.from_dict({"ref_log_prob": log_probs})
 
-        With ``topk`` or ``lends_states``, where the batch is not one of validation, also what the update compares
-        (``protocol``): all this at trained positions alone, 0 elsewhere.
+    @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO, reads=(*SCORED_KEYS, "response_mask"))
+    def teach(self, data: DataProto) -> DataProto:
+        """What an update compares without this teacher beside it: the likeliest ids, or handles to hidden states.
+
+        With them ``ref_log_prob`` (B, R), in one pass. All of it at trained positions alone; 0 elsewhere.
         """
+        trained = data.tensor("response_mask").bool()
+        data, states = self._with_limits(data), np.full(len(data), None)
+        with self.on_device() as judge:
+            scores, lent = self._judge(judge, data, trained, topk=self._topk, lends=self._lends_states)
+        for row, handle in lent.items():
+            states[row] = handle
+        return DataProto.from_dict(scores, {LENT_STATES: states} if self._lends_states else None)
+
+    def _with_limits(self, data: DataProto) -> DataProto:
         ref = self.config.ref
-        teaches = (self._topk is not None or self._lends_states) and not data.meta_info.get("validate")
-        select = data.tensor("response_mask").bool() if teaches else real_response_tokens(data)
-        data = with_scoring_limits(
+        return with_scoring_limits(
             data,
             ref.log_prob_use_dynamic_bsz,
             ref.log_prob_max_token_len_per_gpu,
             ref.log_prob_micro_batch_size_per_gpu,
         )
-        with self.on_device() as judge:
-            if teaches or self._is_stitched:
-                return self._judge(judge, data, select, teaches)
-            log_probs, _ = self.actor.compute_log_prob(data, mask_special_token=not self._reads_extended)
-        return DataProto.from_dict({"ref_log_prob": log_probs})
 
     @torch.no_grad()
-    def _judge(self, judge: WholeJudge, data: DataProto, select: torch.Tensor, teaches: bool) -> DataProto:
-        """``ref_log_prob`` at the selected tokens and, if it ``teaches``, what the update needs, in one pass."""
-        missing, topk = self.config.ref.ref_log_prob_replace_val, self._topk if teaches else None
-        result, states = _room(select.shape, topk), np.full(len(data), None)
+    def _judge(
+        self, judge: WholeJudge, data: DataProto, select: torch.Tensor, topk: int | None = None, lends: bool = False
+    ) -> tuple[dict[str, torch.Tensor], dict[int, Any]]:
+        """``ref_log_prob`` at the selected tokens and, with ``topk``, the likeliest ids; handles by row if it lends."""
+        missing, result = self.config.ref.ref_log_prob_replace_val, _room(select.shape, topk)
+        handles: dict[int, Any] = {}
         sizes = scoring_sizes(data)
         for taught, log_probs in judged(judge, data, select, sizes, self.actor.packed, temperature_of(data)):
             scores = score_tokens(log_probs, taught.labels.to(self._ranks.device), missing, topk=topk)
             found = [scores.drawn] if scores.top is None else [scores.drawn, *scores.top[:3]]
             for room, values in zip(result.values(), found, strict=True):
                 room[taught.rows, taught.columns] = values.to(room.dtype).cpu()
-            if teaches and self._lends_states:
-                for row, lent in states_by_row(taught, log_probs):
-                    states[row] = self.loans.lend(lent)
-        return DataProto.from_dict(result, {LENT_STATES: states} if teaches and self._lends_states else None)
+            if lends:
+                handles |= {row: self.loans.lend(states) for row, states in states_by_row(taught, log_probs)}
+        return result, handles
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def lend_heads(self) -> list[Any]:

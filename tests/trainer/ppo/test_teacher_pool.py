@@ -126,6 +126,7 @@ def update(trainer: TrainerConfig, config: ActorRolloutRefConfig, distill: Disti
     driver: Any = object.__new__(RayOnPolicyDistillTrainer)
     driver.config, driver.device_name = PPOConfig(actor_rollout_ref=config, trainer=trainer), "cpu"
     driver.config.algorithm.distill = distill
+    batch.meta_info["validate"] = False
     pools, groups = plan_pools(trainer, driver.roles, use_gpu=False), WorkerGroups()
     try:
         pools.create_resource_pool()

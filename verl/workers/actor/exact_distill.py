@@ -90,7 +90,8 @@ class ExactDistillLoss:
             dist.all_reduce(counts)
         self.is_empty = int(counts[0]) == 0
         """Whether no rank has a trained token in this mini-batch."""
-        self._gap_share = dp_size / max(1, int(counts[2]))
+        of_reverse_kl = DIVERGENCE_OF[distill.objective] == REVERSE_KL
+        self._gap_share = dp_size / int(counts[2]) if of_reverse_kl and counts[2] else None
         self._token_share = _token_weights(self.trained, config.loss_agg_mode, dp_size, counts.cpu())
         of_row = torch.tensor([weight for _, weight in teachers])[self._teacher_of]
         self._token_weights = self._token_share * of_row[:, None]
@@ -144,7 +145,7 @@ class ExactDistillLoss:
             "actor/distill_divergence": (share * stats.divergence).sum(),
             "actor/leak_loss": (share * stats.leak).sum(),
         }
-        if DIVERGENCE_OF[self._distill.objective] == REVERSE_KL:
+        if self._gap_share is not None:
             judged = self._judges_token[micro.rows, micro.columns].to(share.device)
             metrics["distill/sampled_gap"] = (judged * (stats.sampled - stats.divergence)).sum() * self._gap_share
         return loss, metrics

@@ -124,8 +124,8 @@ class Update(NamedTuple):
 def update(trainer: TrainerConfig, config: ActorRolloutRefConfig, distill: DistillConfig, batch: DataProto) -> Update:
     """One step of the student, as the trainer makes it."""
     driver: Any = object.__new__(RayOnPolicyDistillTrainer)
-    driver.config, driver.device_name = PPOConfig(actor_rollout_ref=config, trainer=trainer), "cpu"
-    driver.config.algorithm.distill = distill
+    driver.config, driver.device_name = PPOConfig(), "cpu"
+    driver.config.actor_rollout_ref, driver.config.trainer, driver.config.algorithm.distill = config, trainer, distill
     batch.meta_info["validate"] = False
     pools, groups = plan_pools(trainer, driver.roles, use_gpu=False), WorkerGroups()
     try:

@@ -157,8 +157,8 @@ def test_the_table_covers_the_contract():
     assert set(contract) <= BATCH_KEYS.keys()
     assert BATCH_KEYS["prompts"] == ("int64", "(B, P)", "rollout", "reward, dumps")
     for key, row in BATCH_KEYS.items():
-        assert row.dtype in ("int64", "float32", "object"), key
-        assert row.shape in ("(B, P)", "(B, R)", "(B, T)", "(B,)"), key
+        assert row.dtype in ("int64", "int32", "float32", "object"), key
+        assert row.shape in ("(B, P)", "(B, R)", "(B, T)", "(B,)", "(B, R, K)"), key
         assert row.producer in ("dataset", "trainer", "rollout", "student", "teacher", "reward", "advantage"), key
         assert row.consumer, key
 

@@ -6,42 +6,47 @@ Pickling a ``DataProto`` sends its own rows only (a slice does not drag the tens
 
 It knows nothing of Ray, models or padding of sequences.
 
-B sequences, P prompt, R response, T = P + R. Masks are 1 where a position counts; float tensors are 0 at padding.
+B sequences, P prompt, R response, T = P + R, K likeliest ids of a teacher. Masks are 1 where a position counts; float
+tensors are 0 at padding.
 
-==========================  =======  ======  ===========  =====================================
-key                         dtype    shape   producer     consumer
-==========================  =======  ======  ===========  =====================================
-prompts                     int64    (B, P)  rollout      reward, dumps
-responses                   int64    (B, R)  rollout      log-probs, update, reward, metrics
-input_ids                   int64    (B, T)  rollout      log-probs, update
-attention_mask              int64    (B, T)  rollout      log-probs, update, metrics
-position_ids                int64    (B, T)  rollout      log-probs, update
-response_mask               int64    (B, R)  rollout      advantage, update, metrics
-distill_special_token_mask  int64    (B, R)  rollout      advantage, update, metrics
-rollout_log_probs           float32  (B, R)  rollout      advantage (importance weights), metrics
-old_log_probs               float32  (B, R)  student      advantage, update, metrics
-entropys                    float32  (B, R)  student      metrics
-extend_mass                 float32  (B, R)  student      metrics
-ref_log_prob                float32  (B, R)  teacher      advantage, update (KL term), metrics
-token_level_scores          float32  (B, R)  reward       reward (KL penalty), metrics
-token_level_rewards         float32  (B, R)  reward       advantage, metrics
-rollout_is_weights          float32  (B, R)  advantage    update, metrics
-advantages                  float32  (B, R)  advantage    update, metrics
-returns                     float32  (B, R)  advantage    metrics
-teacher                     int64    (B,)    trainer      teacher scores, update
-teacher_reads_extended      object   (B,)    trainer      rollout (masks), metrics
-uid                         object   (B,)    trainer      rollout (seeds), advantage (groups)
-raw_prompt                  object   (B,)    dataset      rollout
-data_source                 object   (B,)    dataset      reward, metrics
-source                      object   (B,)    dataset      metrics
-reward_model                object   (B,)    dataset      reward
-agent_name                  object   (B,)    dataset      rollout
-extra_info                  object   (B,)    dataset      reward
-tools_kwargs                object   (B,)    dataset      rollout
-index                       object   (B,)    dataset      rollout, dumps
-holds_items                 object   (B,)    dataset      trainer (teacher of a row)
-__num_turns__               object   (B,)    rollout      metrics
-==========================  =======  ======  ===========  =====================================
+==========================  =======  =========  ===========  =====================================
+key                         dtype    shape      producer     consumer
+==========================  =======  =========  ===========  =====================================
+prompts                     int64    (B, P)     rollout      reward, dumps
+responses                   int64    (B, R)     rollout      log-probs, update, reward, metrics
+input_ids                   int64    (B, T)     rollout      log-probs, update
+attention_mask              int64    (B, T)     rollout      log-probs, update, metrics
+position_ids                int64    (B, T)     rollout      log-probs, update
+response_mask               int64    (B, R)     rollout      advantage, update, metrics
+distill_special_token_mask  int64    (B, R)     rollout      advantage, update, metrics
+rollout_log_probs           float32  (B, R)     rollout      advantage (importance weights), metrics
+old_log_probs               float32  (B, R)     student      advantage, update, metrics
+entropys                    float32  (B, R)     student      metrics
+extend_mass                 float32  (B, R)     student      metrics
+ref_log_prob                float32  (B, R)     teacher      advantage, update (KL term), metrics
+teacher_top_ids             int32    (B, R, K)  teacher      update (objective topk)
+teacher_top_log_probs       float32  (B, R, K)  teacher      update (objective topk)
+teacher_rest_log_prob       float32  (B, R)     teacher      update (objective topk)
+teacher_states              object   (B,)       teacher      update (handles to hidden states)
+token_level_scores          float32  (B, R)     reward       reward (KL penalty), metrics
+token_level_rewards         float32  (B, R)     reward       advantage, metrics
+rollout_is_weights          float32  (B, R)     advantage    update, metrics
+advantages                  float32  (B, R)     advantage    update, metrics
+returns                     float32  (B, R)     advantage    metrics
+teacher                     int64    (B,)       trainer      teacher scores, update
+teacher_reads_extended      object   (B,)       trainer      rollout (masks), metrics
+uid                         object   (B,)       trainer      rollout (seeds), advantage (groups)
+raw_prompt                  object   (B,)       dataset      rollout
+data_source                 object   (B,)       dataset      reward, metrics
+source                      object   (B,)       dataset      metrics
+reward_model                object   (B,)       dataset      reward
+agent_name                  object   (B,)       dataset      rollout
+extra_info                  object   (B,)       dataset      reward
+tools_kwargs                object   (B,)       dataset      rollout
+index                       object   (B,)       dataset      rollout, dumps
+holds_items                 object   (B,)       dataset      trainer (teacher of a row)
+__num_turns__               object   (B,)       rollout      metrics
+==========================  =======  =========  ===========  =====================================
 """
 
 import pickle

@@ -25,6 +25,7 @@ from verl.trainer.ppo.metric_utils import (
     compute_validation_distill_metrics,
 )
 from verl.trainer.ppo.ray_trainer import Metrics, RayPPOTrainer
+from verl.workers.config import BASE_TEACHER
 
 logger = logging.getLogger(__name__)
 
@@ -66,9 +67,28 @@ class RayOnPolicyDistillTrainer(RayPPOTrainer):
         return ["actor", *self.config.algorithm.distill.roles]
 
     def worker_arguments(self, role: str) -> dict[str, Any]:
-        """The student knows its objective, a further teacher what it is."""
+        """The student knows its objective, a teacher what it is and what the objective asks of it."""
         distill, base = self.config.algorithm.distill, super().worker_arguments(role)
-        return base | ({"distill": distill} if role == "actor" else {"teacher": distill.teachers.get(role)})
+        if role == "actor":
+            return base | {"distill": distill}
+        asked = {"topk": distill.asked_topk, "lends_states": self.lends_states}
+        return base | asked | {"teacher": distill.teachers.get(role)}
+
+    @property
+    def lends_states(self) -> bool:
+        """Whether the teachers' hidden states go to the student's ranks: the update needs them, and they are apart."""
+        return self.config.algorithm.distill.asks_whole and bool(self.config.trainer.teacher_ranks_on_nodes)
+
+    def init_workers(self) -> None:
+        """As the base class; a student whose teachers lend hidden states gets their heads."""
+        super().init_workers()
+        self.borrow_heads()
+
+    def borrow_heads(self) -> None:
+        """Tell the student's ranks where to fetch the heads that the hidden states go with; they never change."""
+        if self.lends_states:
+            roles = self.config.algorithm.distill.roles
+            self.actor_wg.borrow_heads({role: self.role_groups[role].lend_heads()[0] for role in roles})
 
     def prepare(self, rows: dict[str, Any], *, n: int, validate: bool = False) -> DataProto:
         """As in the base class; where there are several teachers, with the place of each row's among them (B,)."""
@@ -83,16 +103,32 @@ class RayOnPolicyDistillTrainer(RayPPOTrainer):
         return batch.union(DataProto.from_dict({"teacher": places}))
 
     def ref_log_prob(self, batch: DataProto) -> DataProto:
-        """``ref_log_prob`` (B, R), each row's by its own teacher."""
-        if not self.config.algorithm.distill.teachers:
-            return super().ref_log_prob(batch)
-        scores = torch.zeros(batch.tensor("responses").shape)
-        for place, role in enumerate(self.config.algorithm.distill.roles):
+        """``ref_log_prob`` (B, R) and what else an exact objective wants, each row's by its own teacher."""
+        distill = self.config.algorithm.distill
+        if not distill.teachers:
+            return self.ask_teacher(BASE_TEACHER, batch)
+        said, order = [], []
+        for place, role in enumerate(distill.roles):
             rows = (batch.tensor("teacher") == place).nonzero().flatten()
             if len(rows):
-                scored = self.role_groups[role].compute_ref_log_prob(batch.select_idxs(rows))
-                scores[rows] = scored.tensor("ref_log_prob")
-        return DataProto.from_dict({"ref_log_prob": scores})
+                said.append(self.ask_teacher(role, batch.select_idxs(rows)))
+                order.append(rows)
+        scores = DataProto.concat(said)
+        scores.reorder(torch.cat(order).argsort())
+        return scores
+
+    def ask_teacher(self, role: str, batch: DataProto) -> DataProto:
+        """What a teacher says of rows of its own: scores, and what an update needs that is made without it."""
+        asked_ahead = self.config.algorithm.distill.asked_topk is not None or self.lends_states
+        if asked_ahead and not batch.meta_info["validate"]:
+            return self.role_groups[role].teach(batch)
+        return self.role_groups[role].compute_ref_log_prob(batch)
+
+    def update_actor(self, batch: DataProto) -> Metrics:
+        """As the base class; what teachers lent for it is given back, in place."""
+        metrics = super().update_actor(batch)
+        batch.non_tensor_batch.pop("teacher_states", None)
+        return metrics
 
     @property
     def uses_reward(self) -> bool:

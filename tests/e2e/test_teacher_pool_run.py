@@ -21,9 +21,19 @@ OVERRIDES = [
 FIGURES = ("distill/reverse_kl", "actor/pg_loss", "actor/grad_norm", "critic/advantages/mean", "response_length/mean")
 
 
+EXACT = [
+    "algorithm.distill.objective=exact",
+    "algorithm.distill.support=shared",
+    "algorithm.distill.leak_coef=1",
+    "++algorithm.distill.teachers={self:{sources:[sums]},mixed:{vocabulary:stitched,sources:[lett*]}}",
+]
+EXACT_FIGURES = ("distill/reverse_kl", "distill/sampled_gap", "actor/distill_loss", "actor/grad_norm")
+
+
 def run(pair: Pair, folder: Path, *overrides: str) -> Run:
     folder.mkdir()
-    env = script_env(pair, write_onerec_parquet(folder / "train.parquet", 16)) | {"N_GPUS_PER_NODE": "1"}
+    train = write_onerec_parquet(folder / "train.parquet", 16, sources=("letters", "sums", "names"))
+    env = script_env(pair, train) | {"N_GPUS_PER_NODE": "1"}
     finished = launch(folder / "run", [*OVERRIDES, *overrides], env)
     assert finished.returncode == 0, finished.output[-6000:]
     return finished
@@ -36,3 +46,11 @@ def test_a_teacher_in_its_own_pool_changes_no_figure(tiny_pair: Pair, tmp_path: 
     for figure in FIGURES:
         assert apart.series(figure) == beside.series(figure), figure
         assert len(beside.series(figure)) == 2
+
+
+def test_whole_distributions_of_a_teacher_in_its_own_pool_change_no_figure(tiny_pair: Pair, tmp_path: Path) -> None:
+    beside = run(tiny_pair, tmp_path / "beside", *EXACT)
+    apart = run(tiny_pair, tmp_path / "apart", *EXACT, "trainer.teacher_nnodes=1", "trainer.teacher_n_gpus_per_node=1")
+    for figure in EXACT_FIGURES:
+        assert len(beside.series(figure)) == 2
+        assert apart.series(figure) == pytest.approx(beside.series(figure), rel=1e-4, abs=1e-6), figure

@@ -1,6 +1,7 @@
 """Prints by how many MiB the peak memory grows over an exact divergence at the real vocabulary size, with gradients.
 
-Run as a program, ``divergence_memory.py POSITIONS``, so that what a process had at its peak before does not disturb it.
+Run as a program, ``divergence_memory.py POSITIONS TOPK``, so that what a process had at its peak before does not
+disturb it. TOPK 0: from whole distributions of the teacher; else its likeliest ids are found first, measured as well.
 """
 
 import sys
@@ -8,12 +9,13 @@ import sys
 import torch
 from peak_memory import peak_kib
 
-from verl.utils.linear_divergence import DivergenceOptions, LinearTeacher, linear_divergence
+from verl.utils.linear_divergence import DivergenceOptions, linear_divergence
+from verl.utils.teacher_log_probs import LinearTeacher, TeacherLogProbs, score_tokens
 
 ROWS, TEACHER_IDS, HIDDEN = 176_384, 151_669, 8
 
 
-def main(positions: int) -> None:
+def main(positions: int, topk: int) -> None:
     torch.set_num_threads(1)
     hidden = torch.randn(positions, HIDDEN, requires_grad=True)
     weight = torch.randn(ROWS, HIDDEN, requires_grad=True)
@@ -21,10 +23,15 @@ def main(positions: int) -> None:
     weights = torch.full((positions,), 1 / positions)
     before = peak_kib()
     options = DivergenceOptions(leak_coef=1.0)
-    loss, _ = linear_divergence(hidden, weight, weights, teacher, options, extend_start=TEACHER_IDS)
+    taught: TeacherLogProbs = teacher
+    if topk:
+        top = score_tokens(teacher, torch.zeros(positions, dtype=torch.int64), -100.0, topk=topk).top
+        assert top is not None, "asked for"
+        taught = top.rows
+    loss, _ = linear_divergence(hidden, weight, weights, taught, options, extend_start=TEACHER_IDS)
     loss.backward()
     print((peak_kib() - before) / 1024)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), int(sys.argv[2]))

@@ -10,83 +10,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from divergence_cases import LEAK, Case, D, E, K, N, V, definition
 from tiny_pairs import REPO
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from verl.utils.linear_divergence import (
     DIVERGENCES,
     DivergenceOptions,
-    LinearTeacher,
     linear_divergence,
 )
-
-N, D, V, K, E = 13, 6, 20, 17, 11  # positions, hidden, rows of the head, ids in the softmax, first extended id
-TEACHER_ROWS = 14  # three rows past the shared ids, as Qwen3 has
-LEAK = {"leak_coef": 0.7, "leak_target": 0.03}
-
-
-class Case:
-    """Student, base teacher and frozen student, all random."""
-
-    def __init__(self, dtype: torch.dtype = torch.float64, seed: int = 0, scale: float = 1.0) -> None:
-        generator = torch.Generator().manual_seed(seed)
-
-        def draw(*shape: int) -> torch.Tensor:
-            return scale * torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
-
-        self.hidden, self.weight = draw(N, D).requires_grad_(), draw(V, D).requires_grad_()
-        self.base_hidden, self.base_weight = draw(N, 4), draw(TEACHER_ROWS, 4)
-        self.frozen_hidden, self.frozen_weight = draw(N, D), draw(V, D)
-        self.token_weights = torch.rand(N, generator=generator, dtype=torch.float64).to(dtype)
-        self.token_weights[3] = 0.0
-
-    def base(self, temperature: float = 1.0) -> LinearTeacher:
-        return LinearTeacher(self.base_hidden, self.base_weight, E, temperature)
-
-    def frozen(self, temperature: float = 1.0) -> LinearTeacher:
-        return LinearTeacher(self.frozen_hidden, self.frozen_weight, K, temperature)
-
-    def loss(self, teacher, options: DivergenceOptions, rows: int = 4, start: int | None = E):
-        size = self.hidden.dtype.itemsize
-        return linear_divergence(
-            self.hidden,
-            self.weight,
-            self.token_weights,
-            teacher,
-            options,
-            vocab_size=K,
-            extend_start=start,
-            chunk_bytes=6 * rows * K * size,
-        )
-
-
-def definition(case: Case, log_q: torch.Tensor, options: DivergenceOptions) -> tuple[torch.Tensor, torch.Tensor]:
-    """D and the leak term (N,) from whole distributions; ``log_q`` over B or over all ids."""
-    logits = case.hidden @ case.weight[:K].T / options.temperature
-    size = E if options.support == "shared" else K
-    log_p = logits[:, :size].log_softmax(-1)
-    if log_q.shape[1] > size:
-        log_q = log_q[:, :size].log_softmax(-1)
-    if log_q.shape[1] < size:
-        missing = options.missing_log_prob if options.kind == "reverse_kl" else -torch.inf
-        log_q = torch.cat([log_q, torch.full((N, size - log_q.shape[1]), missing, dtype=log_q.dtype)], dim=1)
-    p, q = log_p.exp(), log_q.exp()
-    known = torch.where(q > 0, log_q, 0.0)  # 0 log 0 is 0
-    if options.kind == "reverse_kl":
-        divergence = (p * (log_p - log_q)).sum(-1)
-    elif options.kind == "forward_kl":
-        divergence = (q * (known - log_p)).sum(-1)
-    else:
-        log_m = (options.beta * q + (1 - options.beta) * p).log()
-        divergence = options.beta * (q * (known - log_m)).sum(-1) + (1 - options.beta) * (p * (log_p - log_m)).sum(-1)
-    eps, delta = logits.softmax(-1)[:, E:].sum(-1), options.leak_target
-    leak = delta * (delta / eps).log() + (1 - delta) * ((1 - delta) / (1 - eps)).log()
-    return divergence, leak
+from verl.utils.teacher_log_probs import LinearTeacher, TopLogProbs
 
 
 @pytest.mark.parametrize("kind", DIVERGENCES)
 @pytest.mark.parametrize("support", ["shared", "full"])
-@pytest.mark.parametrize("who", ["base", "frozen"])
+@pytest.mark.parametrize("who", ["base", "frozen", "stitched"])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_values_and_gradients_are_those_of_the_definition(kind, support, who, temperature) -> None:
     case = Case()
@@ -134,6 +72,27 @@ def test_figures_are_those_of_the_whole_softmax() -> None:
     _, stats = case.loss(case.base(), DivergenceOptions())
     torch.testing.assert_close(stats.extend_mass, (case.hidden @ case.weight[:K].T).softmax(-1)[:, E:].sum(-1))
     assert not any(values.requires_grad for values in stats)
+
+
+@pytest.mark.parametrize("support", ["shared", "full"])
+@pytest.mark.parametrize("who", ["base", "stitched", "top"])
+def test_the_drawn_token_stands_for_the_divergence(support, who) -> None:
+    """In the mean over tokens drawn from the student it is the divergence; outside the support it says nothing."""
+    case, options = Case(), DivergenceOptions(support=support, missing_log_prob=-20)
+    log_q = case.base()(slice(None))
+    teacher = getattr(case, who)() if who != "top" else None
+    if teacher is None:
+        values, ids = log_q.topk(3, dim=-1)
+        teacher = TopLogProbs(ids, values, log_q.scatter(1, ids, -torch.inf).logsumexp(-1), E).rows
+    size = E if support == "shared" else K
+    p = (case.hidden @ case.weight[:K].T)[:, :size].softmax(-1)
+    mean = torch.zeros(N, dtype=torch.float64)
+    for label in range(size):
+        _, stats = case.loss(teacher, options, labels=torch.full((N,), label))
+        mean += p[:, label].detach() * stats.sampled
+    torch.testing.assert_close(mean, stats.divergence, rtol=1e-10, atol=1e-14)
+    outside = case.loss(teacher, options, labels=torch.full((N,), K - 1))[1].sampled
+    assert outside.any() == (support == "full") and not case.loss(teacher, options)[1].sampled.any()
 
 
 def test_two_ids_by_hand() -> None:
@@ -282,13 +241,14 @@ def test_the_smallest_probabilities_of_a_teacher_leave_jsd_finite() -> None:
 
 
 @pytest.mark.slow
-def test_memory_at_the_real_vocabulary_is_that_of_a_chunk() -> None:
+@pytest.mark.parametrize("topk", [0, 64])
+def test_memory_at_the_real_vocabulary_is_that_of_a_chunk(topk) -> None:
     """Under a tenth of the logits of 8,192 positions, and no more for twice the positions."""
     program = Path(__file__).with_name("divergence_memory.py")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (REPO, REPO / "tests")))}
 
     def grown(positions: int) -> float:
-        command = [sys.executable, str(program), str(positions)]
+        command = [sys.executable, str(program), str(positions), str(topk)]
         done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
         return float(done.stdout)
 

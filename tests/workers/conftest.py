@@ -43,3 +43,15 @@ def teacher_model(
 ) -> Path:
     """A tied Qwen3 whose padded rows reach past the first extended ids, as the real teacher's do."""
     return write_model(tmp_path_factory.mktemp("teacher"), tiny_tokenizers[0], rows=student_ids - 10, seed=1)
+
+
+@pytest.fixture(scope="session")
+def frozen_model(tiny_tokenizers: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another tied Qwen3 over the extended vocabulary."""
+    return write_model(tmp_path_factory.mktemp("frozen"), tiny_tokenizers[1], seed=5)
+
+
+@pytest.fixture(scope="session")
+def untied_model(tiny_tokenizers: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Qwen3 over the extended vocabulary whose head is not its embedding."""
+    return write_model(tmp_path_factory.mktemp("untied"), tiny_tokenizers[1], tied=False)

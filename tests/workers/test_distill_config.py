@@ -13,7 +13,7 @@ def test_rows_belong_to_the_first_teacher_their_source_matches() -> None:
         "exact",
         teachers={
             "self": TeacherConfig(sources=["rec_*"], weight=0.5),
-            "items": TeacherConfig(path="x", sources=["rec_next", "video"]),
+            "items": TeacherConfig(path="x", vocabulary="stitched", sources=["rec_next", "video"]),
             "code": TeacherConfig(path="y", vocabulary="base", sources=["code"]),
         },
     )

@@ -1,24 +1,30 @@
 """Exact objectives through the real workers: against whole distributions, per teacher, on one rank and two."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 import torch
+from exact_cases import (
+    LEAK,
+    MISSING,
+    TEMPERATURE,
+    dense_teachers,
+    expected_loss,
+    mixed_batch,
+    teachers_of,
+    workers,
+)
 from tiny_workers import (
     PROMPT,
     assert_same_gradient,
-    draw_rows,
     first_gradient,
     load_plain,
     plain_gradient,
     plain_log_probs,
-    rollouts,
     run_ranks,
-    with_loss_inputs,
     worker_config,
-    write_model,
 )
-from transformers import AutoTokenizer
 
 from verl.protocol import DataProto
 from verl.trainer.config import ActorRolloutRefConfig
@@ -26,65 +32,7 @@ from verl.workers.config import DistillConfig, TeacherConfig
 from verl.workers.student_worker import StudentWorker
 from verl.workers.teacher_worker import TeacherWorker
 
-ROWS, TEMPERATURE, MISSING = 8, 1.3, -40.0
-LEAK = {"leak_coef": 0.5, "leak_target": 0.2}
 pytestmark = pytest.mark.usefixtures("one_rank")
-
-
-def mixed_batch(student_ids: int, extend_start: int, teachers: int) -> DataProto:
-    """Rows of all lengths, some with extended tokens, spread over the teachers in turn."""
-    batch = rollouts(draw_rows(ROWS, student_ids, seed=2), extend_start, TEMPERATURE)
-    assert batch.tensor("distill_special_token_mask").any()
-    return with_loss_inputs(batch).union(DataProto.from_dict({"teacher": torch.arange(ROWS) % teachers}))
-
-
-def workers(config: ActorRolloutRefConfig, distill: DistillConfig) -> StudentWorker:
-    """A student with its teachers beside it, as they are in one process of a worker group."""
-    roles: dict[str, StudentWorker | TeacherWorker] = {"actor": StudentWorker(config, "cpu", distill)}
-    roles |= {role: TeacherWorker(config, "cpu", distill.teachers.get(role)) for role in distill.roles}
-    for worker in roles.values():
-        worker.init_model()
-        worker.peers = roles
-    student = roles["actor"]
-    assert isinstance(student, StudentWorker)
-    return student
-
-
-def dense_loss(log_p, log_q, distill: DistillConfig, full: bool, extend_start: int) -> torch.Tensor:
-    """D + leak (B, R) from the student's log-probs over all its ids and the teacher's over its own."""
-    mass = log_p[..., extend_start:].exp().sum(-1)
-    if not full and distill.support == "shared":
-        log_p = log_p[..., :extend_start].log_softmax(-1)
-    missing = torch.full((*log_p.shape[:-1], log_p.shape[-1] - log_q.shape[-1]), MISSING)
-    log_q = torch.cat([log_q, missing], dim=-1)
-    divergence = (log_p.exp() * (log_p - log_q)).sum(-1)
-    if full or not distill.leak_coef:
-        return divergence
-    delta = distill.leak_target
-    leak = delta * (delta / mass).log() + (1 - delta) * ((1 - delta) / (1 - mass)).log()
-    return divergence + distill.leak_coef * leak
-
-
-def expected_loss(models, batch, distill, student_ids, extend_start) -> torch.Tensor:
-    """The mean over trained tokens, each row by its own teacher. ``models``: student, base teacher, frozen student."""
-    student, base, frozen = models
-    pad = AutoTokenizer.from_pretrained(base.name_or_path).pad_token_id
-    unreadable = batch.tensor("input_ids") >= extend_start
-    readable = DataProto.from_dict({**batch.batch, "input_ids": batch.tensor("input_ids").masked_fill(unreadable, pad)})
-    log_p = plain_log_probs(student, batch, student_ids, TEMPERATURE)
-    with torch.no_grad():
-        by_base = plain_log_probs(base, readable, extend_start, TEMPERATURE)
-        by_frozen = plain_log_probs(frozen, batch, student_ids, TEMPERATURE)
-    losses = dense_loss(log_p, by_base, distill, False, extend_start)
-    own = batch.tensor("teacher")[:, None] == 1
-    of_frozen = dense_loss(log_p, by_frozen, distill, True, extend_start) * distill.weight_of(distill.roles[-1])
-    losses, mask = torch.where(own, of_frozen, losses), batch.tensor("response_mask")
-    return (losses * mask).sum() / mask.sum()
-
-
-@pytest.fixture(scope="module")
-def frozen_model(tiny_tokenizers, tmp_path_factory) -> Path:
-    return write_model(tmp_path_factory.mktemp("frozen"), tiny_tokenizers[1], seed=5)
 
 
 @pytest.mark.parametrize(
@@ -93,6 +41,8 @@ def frozen_model(tiny_tokenizers, tmp_path_factory) -> Path:
         ("shared", {}, 1, {}),
         ("full", LEAK, 1, {}),
         ("shared", LEAK, 2, {}),
+        ("shared", LEAK, 3, {}),
+        ("shared", LEAK, 3, {"ppo_max_token_len_per_gpu": 16}),
         ("shared", LEAK, 2, {"ppo_max_token_len_per_gpu": 16}),
         ("shared", LEAK, 2, {"use_dynamic_bsz": False, "ppo_micro_batch_size_per_gpu": 3}),
     ],
@@ -101,8 +51,7 @@ def frozen_model(tiny_tokenizers, tmp_path_factory) -> Path:
 def test_gradient_is_that_of_the_whole_distributions(
     support, leak, teachers, limits, packed, student_model, teacher_model, frozen_model, student_ids, extend_start
 ) -> None:
-    further = {"kept": TeacherConfig(path=str(frozen_model), sources=["rec_*"], weight=0.6)}
-    distill = DistillConfig("exact", support=support, teachers=further if teachers == 2 else {}, **leak)
+    distill = DistillConfig("exact", support=support, teachers=teachers_of(teachers, frozen_model), **leak)
     batch = mixed_batch(student_ids, extend_start, teachers)
     limits = {**limits, "ref_log_prob_replace_val": MISSING}
     config = worker_config(
@@ -140,6 +89,83 @@ def test_beside_a_task_reward_the_losses_add_up(
     assert metrics["actor/pg_loss"] == pytest.approx(task.item(), rel=1e-4)
     assert metrics["actor/distill_loss"] == pytest.approx(divergence.item(), rel=1e-4)
     assert 0 < metrics["actor/extend_divergence"] < metrics["actor/distill_divergence"]
+
+
+@pytest.mark.parametrize(("support", "teachers"), [("shared", 1), ("full", 1), ("shared", 3)])
+def test_the_gap_is_what_drawn_tokens_say_less_the_exact_divergence(
+    support, teachers, student_model, teacher_model, frozen_model, student_ids, extend_start
+) -> None:
+    distill = DistillConfig("exact", support=support, teachers=teachers_of(teachers, frozen_model), **LEAK)
+    batch = mixed_batch(student_ids, extend_start, teachers)
+    limits = {"ref_log_prob_replace_val": MISSING, "ppo_max_token_len_per_gpu": 24}
+    config = worker_config(student_model, teacher_model, extend_start=extend_start, actor=limits)
+    metrics = workers(config, distill).update_actor(batch).meta_info["metrics"]
+
+    models = load_plain(student_model), load_plain(teacher_model), load_plain(frozen_model)
+    place, drawn, gaps = batch.tensor("teacher")[:, None], batch.tensor("responses"), []
+    with torch.no_grad():
+        log_p = plain_log_probs(models[0], batch, student_ids, TEMPERATURE)
+        by_vocabulary = dense_teachers(models, batch, student_ids, extend_start)
+    for number, vocabulary in enumerate(["base", "full", "stitched"][:teachers]):
+        size = extend_start if vocabulary == "base" and support == "shared" else student_ids
+        of_student, log_q = log_p[..., :size].log_softmax(-1), by_vocabulary[vocabulary]
+        log_q = torch.nn.functional.pad(log_q, (0, size - log_q.shape[-1]), value=MISSING)
+        ratio = of_student - log_q
+        judged = (batch.tensor("response_mask") * (place == number)).bool() & (drawn < size)
+        sampled = ratio.gather(-1, drawn.clamp(max=size - 1)[..., None])[..., 0]
+        gaps.append((sampled - (of_student.exp() * ratio).sum(-1))[judged])
+    assert metrics["distill/sampled_gap"] == pytest.approx(torch.cat(gaps).mean().item(), rel=1e-4)
+    other = workers(config, dataclasses.replace(distill, objective="jsd")).update_actor(batch).meta_info["metrics"]
+    assert "distill/sampled_gap" not in other, "the sampled estimate is one of the reverse KL"
+
+
+def test_untied_heads(untied_model, teacher_model, frozen_model, student_ids, extend_start) -> None:
+    distill = DistillConfig("exact", support="shared", teachers=teachers_of(3, frozen_model), **LEAK)
+    batch = mixed_batch(student_ids, extend_start, 3)
+    config = worker_config(
+        untied_model,
+        teacher_model,
+        extend_start=extend_start,
+        actor={"ref_log_prob_replace_val": MISSING},
+    )
+    student = workers(config, distill)
+    student.update_actor(batch)
+    models = load_plain(untied_model), load_plain(teacher_model), load_plain(frozen_model)
+    assert models[0].lm_head.weight is not models[0].model.embed_tokens.weight
+    loss = expected_loss(models, batch, distill, student_ids, extend_start)
+    assert_same_gradient(first_gradient(student), plain_gradient(models[0], loss))
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("rows", [1, 3, 8])
+def test_scores_of_a_stitched_teacher(
+    packed, rows, student_model, teacher_model, frozen_model, student_ids, extend_start
+) -> None:
+    """``ref_log_prob`` of the drawn tokens: each part's where it speaks, weighed with the mass that is left to it."""
+    batch = mixed_batch(student_ids, extend_start, 1)
+    config = worker_config(
+        student_model,
+        teacher_model,
+        extend_start=extend_start,
+        ref={"log_prob_use_dynamic_bsz": False, "log_prob_micro_batch_size_per_gpu": rows},
+        model={"use_remove_padding": packed},
+    )
+    distill = DistillConfig(teachers={"mixed": TeacherConfig(str(frozen_model), "stitched")})
+    scored = workers(config, distill).peers["mixed"].compute_ref_log_prob(batch).tensor("ref_log_prob")
+    models = load_plain(student_model), load_plain(teacher_model), load_plain(frozen_model)
+    right = dense_teachers(models, batch, student_ids, extend_start)["stitched"]
+    right = right.gather(-1, batch.tensor("responses")[..., None])[..., 0] * batch.tensor("attention_mask")[:, PROMPT:]
+    torch.testing.assert_close(scored, right, rtol=0, atol=1e-5)
+    assert batch.tensor("distill_special_token_mask").any() and scored.min() > -50, "no stand-in for item tokens"
+
+
+def test_one_model_is_held_once(student_model, teacher_model, frozen_model, extend_start) -> None:
+    distill = DistillConfig(teachers={"self": TeacherConfig(), "mixed": TeacherConfig(vocabulary="stitched")})
+    held = workers(worker_config(student_model, teacher_model, extend_start=extend_start), distill).peers
+    assert held["mixed"].actor is held["self"].actor and held["mixed"].actor is not held["ref"].actor
+    other = DistillConfig(teachers={"self": TeacherConfig(), "mixed": TeacherConfig(str(frozen_model), "stitched")})
+    held = workers(worker_config(student_model, teacher_model, extend_start=extend_start), other).peers
+    assert held["mixed"].actor is not held["self"].actor
 
 
 def test_the_frozen_student_teaches_nothing_at_first(student_model, teacher_model, student_ids, extend_start) -> None:

@@ -21,12 +21,15 @@ and with eps the student's mass on E and delta the mass it should have there at 
     leak = delta log(delta / eps) + (1 - delta) log((1 - delta) / (1 - eps))
     d/ds_j = P_j - delta p(j | E)  for j in E,   P_j - (1 - delta) p(j | B)  for j in B,   P softmax of s over all K
 
+Of a teacher that names its likeliest ids only, all other ids it knows are one bucket for both: what it leaves them is
+shared out as the student does, which changes no formula (`TopLogProbs.completed`). The divergence is then a lower bound
+of the whole one, by the log-sum inequality.
+
 The generalised Jensen-Shannon divergence is that of Agarwal et al., "On-Policy Distillation of Language Models"
 (2024): beta near 0 behaves as reverse, near 1 as forward KL.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -34,6 +37,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from verl.utils.linear_log_prob import WeightGradient, row_chunks, scaled_logits
+from verl.utils.teacher_log_probs import TeacherLogProbs, TopLogProbs
 
 REVERSE_KL, FORWARD_KL, JSD = "reverse_kl", "forward_kl", "jsd"
 DIVERGENCES = (REVERSE_KL, FORWARD_KL, JSD)
@@ -43,22 +47,6 @@ DEFAULT_CHUNK_BYTES = 384 * 2**20
 """Of all buffers of one chunk together."""
 BUFFERS = 6
 """(C, K) buffers of the logits' precision that live at once."""
-
-TeacherLogProbs = Callable[[slice], torch.Tensor]
-"""Rows of the positions -> (C, T) log-probs of the first T ids; T is the size of the teacher's vocabulary."""
-
-
-class LinearTeacher:
-    """What a frozen head gives the first ``vocab_size`` ids: ``log_softmax(hidden @ weight[:vocab_size].T / T)``."""
-
-    def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, vocab_size: int, temperature: float = 1.0) -> None:
-        if not 0 < vocab_size <= weight.shape[0]:
-            raise ValueError(f"vocab_size={vocab_size} must be between 1 and the {weight.shape[0]} rows of the head")
-        self._hidden, self._weight, self._temperature = hidden, weight[:vocab_size], temperature
-
-    def __call__(self, rows: slice) -> torch.Tensor:
-        logits = scaled_logits(self._hidden[rows], self._weight, self._temperature)
-        return logits.sub_(logits.logsumexp(dim=-1, keepdim=True))
 
 
 @dataclass(frozen=True)
@@ -75,7 +63,7 @@ class DivergenceOptions:
     """Of the student's softmax."""
     missing_log_prob: float = -100.0
     """What a teacher that lacks E gives an id of E in ``reverse_kl`` over the full support. The other divergences
-    take the probability 0."""
+    take the probability 0. Also the least that is left for the ids which a teacher does not name."""
     leak_coef: float = 0.0
     """Weight of the leak term."""
     leak_target: float = 1e-4
@@ -103,6 +91,9 @@ class DivergenceStats(NamedTuple):
     """(N,) the leak term before its weight, nats; 0 without E."""
     extend_mass: torch.Tensor
     """(N,) eps; 0 without E."""
+    sampled: torch.Tensor
+    """(N,) log p(y) - log q(y) of the drawn token y, over S: what stands for D where tokens are drawn from p; 0 for a
+    token outside S, and without labels."""
 
 
 def linear_divergence(
@@ -114,6 +105,7 @@ def linear_divergence(
     *,
     vocab_size: int | None = None,
     extend_start: int | None = None,
+    labels: torch.Tensor | None = None,
     chunk_bytes: int = DEFAULT_CHUNK_BYTES,
 ) -> tuple[torch.Tensor, DivergenceStats]:
     """``sum_n token_weights[n] (D_n + leak_coef leak_n)``, differentiable in ``hidden`` and ``weight``.
@@ -122,10 +114,11 @@ def linear_divergence(
         hidden: (N, D) of the student, at the positions that predict the tokens; N = 0 is fine.
         weight: (V, D) of its head, of the same dtype.
         token_weights: (N,) of the positions; 0 leaves one out.
-        teacher: log-probs of its ids; of B, or of all K.
+        teacher: log-probs of its ids, all or the likeliest; of B, or of all K.
         options: what is minimised.
         vocab_size: K; None: all rows.
         extend_start: first id of E; None: no E.
+        labels: (N,) int64, the tokens that were drawn, for a figure alone.
         chunk_bytes: memory for the buffers of a chunk; changes memory and speed, not the result.
 
     Raises:
@@ -138,7 +131,7 @@ def linear_divergence(
         raise ValueError(f"hidden and token_weights have {hidden.shape[0]} and {token_weights.shape[0]} positions")
     start = ids if extend_start is None else min(extend_start, ids)
     bytes_per_row = ids * torch.promote_types(weight.dtype, torch.float32).itemsize
-    job = _Job(options, ids, start, max(1, chunk_bytes // (BUFFERS * bytes_per_row)))
+    job = _Job(options, ids, start, labels, max(1, chunk_bytes // (BUFFERS * bytes_per_row)))
     loss, *stats = _LinearDivergence.apply(hidden, weight, token_weights, teacher, job)
     return loss, DivergenceStats(*stats)
 
@@ -149,6 +142,7 @@ class _Job(NamedTuple):
     """K."""
     start: int
     """Size of B; K without E."""
+    labels: torch.Tensor | None
     chunk_rows: int
 
 
@@ -173,7 +167,8 @@ class _LinearDivergence(torch.autograd.Function):
         head = weight[: job.ids]
         for chunk in row_chunks(rows, job.chunk_rows):
             logits = scaled_logits(hidden[chunk], head, job.options.temperature)
-            measured, grad = _chunk(logits, teacher(chunk), job)
+            labels = None if job.labels is None else job.labels[chunk, None]
+            measured, grad = _chunk(logits, teacher(chunk), labels, job)
             for values, into in zip(measured, stats, strict=True):
                 into[chunk] = values
             if grad_hidden is not None or grad_weight is not None:
@@ -197,30 +192,55 @@ class _LinearDivergence(torch.autograd.Function):
         return *scaled, None, None, None
 
 
-def _chunk(logits: torch.Tensor, teacher: torch.Tensor, job: _Job) -> tuple[DivergenceStats, torch.Tensor]:
-    """Figures (C,) of a chunk and its gradient in the logits (C, K), of unit weight; overwrites both inputs."""
+def _chunk(
+    logits: torch.Tensor, teacher: torch.Tensor | TopLogProbs, labels: torch.Tensor | None, job: _Job
+) -> tuple[DivergenceStats, torch.Tensor]:
+    """Figures (C,) of a chunk and its gradient in the logits (C, K), of unit weight; overwrites the first two inputs.
+
+    ``labels`` is (C, 1).
+    """
     options, start = job.options, job.start
     support = start if options.support == SHARED else job.ids
-    if teacher.shape[1] != start and teacher.shape[1] < job.ids:
-        raise ValueError(
-            f"the teacher scores {teacher.shape[1]} ids; it has to score {start} (B) or all {job.ids}: "
-            "actor_rollout_ref.rollout.extend_vocab_start_token does not fit this teacher (algorithm.distill)"
-        )
+    _check_vocabulary(teacher, support, job)
     base = logits[:, :start].logsumexp(dim=-1)
     extended = logits[:, start:].logsumexp(dim=-1)  # -inf where E is empty
     whole = torch.logaddexp(base, extended)
-    teacher = _on_support(teacher, support, options)
 
     grad = torch.zeros_like(logits)
     leak = torch.zeros_like(base)
     if start < job.ids:
         leak = _leak(logits, (base, extended, whole), grad, options, start)
     log_p = logits[:, :support].sub_((base if support == start else whole)[:, None])
-    p = log_p.exp()
-    divergence, of_divergence = _divergence(log_p, p, teacher, options)
+    if isinstance(teacher, TopLogProbs):
+        teacher = teacher.completed(log_p, options.missing_log_prob)
+    log_q = _on_support(teacher, support, options)
+    sampled = torch.zeros_like(base) if labels is None else _sampled(log_p, log_q, labels)
+    divergence, of_divergence = _divergence(log_p, log_p.exp(), log_q, options)
     grad[:, :support].add_(of_divergence)
     mass = (extended - whole).exp()
-    return DivergenceStats(divergence, leak, mass), grad
+    return DivergenceStats(divergence, leak, mass, sampled), grad
+
+
+def _sampled(log_p: torch.Tensor, log_q: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """(C,) log p - log q of the drawn tokens (C, 1), 0 outside S."""
+    inside = labels < log_p.shape[1]
+    chosen = labels.where(inside, 0)
+    return torch.where(inside, log_p.gather(1, chosen) - log_q.gather(1, chosen), 0.0).squeeze(1)
+
+
+def _check_vocabulary(teacher: torch.Tensor | TopLogProbs, support: int, job: _Job) -> None:
+    """Raise ValueError where a teacher speaks of other ids than it is asked about."""
+    known = teacher.vocab_size if isinstance(teacher, TopLogProbs) else teacher.shape[1]
+    if known != job.start and known < job.ids:
+        raise ValueError(
+            f"the teacher scores {known} ids; it has to score {job.start} (B) or all {job.ids}: "
+            "actor_rollout_ref.rollout.extend_vocab_start_token does not fit this teacher (algorithm.distill)"
+        )
+    if isinstance(teacher, TopLogProbs) and known > support:
+        raise ValueError(
+            f"the teacher names the likeliest of its {known} ids, and it is asked about {support}; what is left for "
+            "these alone cannot be told"
+        )
 
 
 def _on_support(teacher: torch.Tensor, support: int, options: DivergenceOptions) -> torch.Tensor:

@@ -8,7 +8,7 @@ Not here: the teacher (``teacher_worker``), losses (``workers.actor``), sharding
 Letters: B rows of this rank, R response.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from verl.utils.device import max_memory_metrics, release_cached_memory, resolve
 from verl.utils.save_outcome import SaveOutcome
 from verl.utils.tokenizer import hf_tokenizer
 from verl.workers.actor.dp_actor import SCORED_KEYS, UPDATE_KEYS, DataParallelPPOActor, with_scoring_limits
+from verl.workers.actor.teachers import LentJudge, Teacher, TopJudge
 from verl.workers.config import DistillConfig
 from verl.workers.fsdp.build import build_model
 from verl.workers.fsdp.checkpoint import CheckpointWriter, TrainingState, load_checkpoint
@@ -49,6 +50,7 @@ class StudentWorker(Worker):
         super().__init__()
         self.config = config
         self._distill = distill
+        self._teacher_heads: dict[str, list[torch.Tensor]] = {}
         self._device_setting = device
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
@@ -113,6 +115,13 @@ class StudentWorker(Worker):
         return DataProto(meta_info={"metrics": metrics | max_memory_metrics(self._ranks.device.type)})
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def borrow_heads(self, handles: Mapping[str, Sequence[Any]]) -> None:
+        """Fetch the heads of teachers on other ranks, by role; a head that two of them share once."""
+        distinct = list(dict.fromkeys(handle for of_role in handles.values() for handle in of_role))
+        heads = {handle: lent.tensor("head") for handle, lent in zip(distinct, self.loans.fetch(distinct), strict=True)}
+        self._teacher_heads = {role: [heads[handle] for handle in of_role] for role, of_role in handles.items()}
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def weight_metadata(self) -> list[WeightInfo]:
         """Name, dtype and shape of every tensor that the buckets hold, in order."""
         return self._exporter.metadata()
@@ -165,15 +174,34 @@ class StudentWorker(Worker):
             load_checkpoint(self._state, self.config.actor.checkpoint, Path(local_path))
 
     def _teacher_roles(self) -> list[str]:
-        """The teachers that the update itself asks."""
+        """The teachers of an exact objective."""
         return self._distill.roles if self._distill is not None and self._distill.is_exact else []
 
-    def _teacher(self, role: str, stack: ExitStack) -> tuple[DataParallelPPOActor, float]:
-        """A teacher of this process, ready until ``stack`` closes, and the weight of its rows."""
+    def _teacher(self, role: str, stack: ExitStack) -> tuple[Teacher, float]:
+        """A teacher, ready until ``stack`` closes, and the weight of its rows."""
+        assert self._distill is not None, "only an exact objective asks teachers"
+        return self._judge(role, stack), self._distill.weight_of(role)
+
+    def _judge(self, role: str, stack: ExitStack) -> Teacher:
+        distill = self._distill
+        assert distill is not None, "only an exact objective asks teachers"
+        if distill.asked_topk is not None:
+            return self._top_judge(role)
+        if role in self._teacher_heads:
+            heads = [head.to(self._ranks.device) for head in self._teacher_heads[role]]
+            return LentJudge(distill.knows_extended(role), heads, self.loans.fetch)
         peer = self.peers.get(role)
-        if not isinstance(peer, TeacherWorker) or self._distill is None:
+        if not isinstance(peer, TeacherWorker):
             raise ValueError(f"there is no teacher {role!r} beside the student; it holds {sorted(self.peers)}")
-        return stack.enter_context(peer.on_device()), self._distill.weight_of(role)
+        return stack.enter_context(peer.on_device())
+
+    def _top_judge(self, role: str) -> TopJudge:
+        """A teacher that named its likeliest ids before the update."""
+        distill, ids, start = self._distill, self.actor.vocab_size, self.actor.extend_start
+        assert distill is not None and ids is not None, "the student's vocabulary is known"
+        knows_extended = distill.knows_extended(role)
+        known = ids if knows_extended or start is None else min(start, ids)
+        return TopJudge(knows_extended, known, self._ranks.device)
 
     @contextmanager
     def _on_device(self, optimizer: bool = False) -> Iterator[None]:

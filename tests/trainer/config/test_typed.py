@@ -203,6 +203,11 @@ def test_wrong_types_name_key_value_and_type(override: str, expected: str) -> No
         ),
         (["actor_rollout_ref.actor.clip_ratio_c=1"], "actor_rollout_ref.actor.clip_ratio_c=1.0 must be above 1"),
         (["algorithm.distill.objective=kl"], "algorithm.distill.objective='kl' is not one of sampled, exact"),
+        ([*EXACT[:1], "algorithm.distill.objective=topk", "algorithm.distill.topk=0"], "algorithm.distill.topk=0 must"),
+        (
+            [*EXACT, "algorithm.distill.topk=8"],
+            "algorithm.distill.topk=8 has no effect with algorithm.distill.objective=e",
+        ),
         (["algorithm.distill.support=shared"], "algorithm.distill.support=shared has no effect with"),
         (["algorithm.distill.leak_target=0"], "algorithm.distill.leak_target=0.0 must lie between 0 and 1"),
         (["++algorithm.distill.teachers.ref={}"], "algorithm.distill.teachers.ref: that name is taken"),
@@ -240,20 +245,20 @@ def test_wrong_types_name_key_value_and_type(override: str, expected: str) -> No
             [*EXACT, "algorithm.rollout_correction.rollout_is=token", f"{ROLLOUT}.calculate_log_probs=True"],
             "algorithm.rollout_correction.rollout_is=token has no effect with algorithm.distill.objective=exact",
         ),
-        (["++algorithm.distill.teachers.a={vocabulary:most}"], "vocabulary='most' is not one of base, full"),
+        (["++algorithm.distill.teachers.a={vocabulary:most}"], "vocabulary='most' is not one of base, full, stitched"),
         (["++algorithm.distill.teachers.a={color:red}"], "algorithm.distill.teachers.a.color is no known key"),
         (
             ["++algorithm.distill.teachers={a:{vocabulary:base},b:{vocabulary:full}}"],
-            "list those with the vocabulary full first",
+            "list those with the vocabulary base last",
+        ),
+        (
+            [EXACT[0], "++algorithm.distill.teachers.a={vocabulary:stitched}"],
+            "algorithm.distill.teachers.a.vocabulary=stitched gives extended ids a teacher of their own, and there are",
         ),
         (["algorithm.distill.objective=exact"], "belongs to algorithm.adv_estimator=on_policy_distill, not grpo"),
         (
             [*EXACT, "actor_rollout_ref.actor.entropy_coeff=0.1"],
             "actor_rollout_ref.actor.entropy_coeff=0.1 has no effect with algorithm.distill.objective=exact",
-        ),
-        (
-            [*EXACT, "trainer.teacher_nnodes=1", "trainer.teacher_n_gpus_per_node=1"],
-            "needs it beside the student",
         ),
         (["trainer.max_actor_ckpt_to_keep=0"], "trainer.max_actor_ckpt_to_keep=0 must be at least 1, or null to keep"),
         ([f"{ROLLOUT}.top_k=0"], f"{ROLLOUT}.top_k=0 must be -1 (all) or at least 1"),

@@ -3,24 +3,37 @@
 import dataclasses
 import os
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import ray
 import torch
 from ray.cloudpickle import register_pickle_by_value
 from tiny_pairs import Pair
-from workers.tiny_workers import draw_rows, rollouts, worker_config
+from workers.tiny_workers import (
+    assert_same_gradient,
+    draw_rows,
+    first_gradient,
+    rollouts,
+    with_loss_inputs,
+    worker_config,
+)
 
+from recipe.onpolicy_distill.onpolicy_distill_trainer import RayOnPolicyDistillTrainer
 from verl.experimental.agent_loop.placement import plan_replicas
 from verl.protocol import DataProto
 from verl.single_controller.base import Worker
 from verl.single_controller.base.decorator import Dispatch, register
 from verl.single_controller.ray.node_check import check_nodes_hold
 from verl.single_controller.ray.node_report import NeededPath
-from verl.trainer.config import ActorRolloutRefConfig, TrainerConfig
+from verl.trainer.config import ActorRolloutRefConfig, PPOConfig, TrainerConfig
 from verl.trainer.ppo.worker_groups import WorkerGroups, plan_pools
+from verl.workers.actor.teachers import LENT_STATES
+from verl.workers.config import DistillConfig, TeacherConfig
+from verl.workers.student_worker import StudentWorker
 from verl.workers.teacher_worker import TeacherWorker
 
 register_pickle_by_value(sys.modules[__name__])  # ranks do not import test modules
@@ -85,6 +98,81 @@ def test_a_teacher_of_its_own_says_what_one_beside_the_student_says(tiny_pair: P
     config = dataclasses.replace(config, ref=dataclasses.replace(config.ref, log_prob_use_dynamic_bsz=True))
     packed, _ = score(TrainerConfig(teacher_nnodes=1, teacher_n_gpus_per_node=1), config, batch)
     torch.testing.assert_close(packed, beside, rtol=0, atol=1e-5)
+
+
+class Student(StudentWorker):
+    """One that shows its gradient."""
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def gradient(self) -> dict[str, torch.Tensor]:
+        return first_gradient(self)
+
+
+class Teacher(TeacherWorker):
+    """One that counts what is lent."""
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def num_references(self) -> int:
+        return len(ray._private.worker.global_worker.core_worker.get_all_reference_counts())
+
+
+class Update(NamedTuple):
+    metrics: dict[str, float]
+    gradient: dict[str, torch.Tensor]
+
+
+def update(trainer: TrainerConfig, config: ActorRolloutRefConfig, distill: DistillConfig, batch: DataProto) -> Update:
+    """One step of the student, as the trainer makes it."""
+    driver: Any = object.__new__(RayOnPolicyDistillTrainer)
+    driver.config, driver.device_name = PPOConfig(), "cpu"
+    driver.config.actor_rollout_ref, driver.config.trainer, driver.config.algorithm.distill = config, trainer, distill
+    batch.meta_info["validate"] = False
+    pools, groups = plan_pools(trainer, driver.roles, use_gpu=False), WorkerGroups()
+    try:
+        pools.create_resource_pool()
+        classes = {"actor": Student, **dict.fromkeys(distill.roles, Teacher)}
+        driver.role_groups = groups.start(pools, classes, driver.worker_arguments)
+        driver.actor_wg = driver.role_groups["actor"]
+        for role in driver.roles:
+            driver.role_groups[role].init_model()
+        driver.borrow_heads()
+        held = driver.role_groups["ref"].num_references()
+        batch = batch.union(driver.ref_log_prob(batch))
+        assert (LENT_STATES in batch.non_tensor_batch) == driver.lends_states
+        if driver.lends_states:
+            lent = [handle for handle in batch.array(LENT_STATES) if handle is not None]
+            assert len(lent) == len(set(lent)) and all(isinstance(handle, ray.ObjectRef) for handle in lent)
+            assert sum(driver.role_groups["ref"].num_references()) >= sum(held) + len(lent)
+            del lent
+        largest = max(value.nbytes for value in batch.batch.values())
+        assert largest <= batch.tensor("input_ids").nbytes, "what the driver holds does not grow with the hidden size"
+        batch.reorder(torch.arange(len(batch)).flip(0))
+        metrics = driver.update_actor(batch)
+        deadline = time.monotonic() + 20
+        while driver.role_groups["ref"].num_references() != held and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert driver.role_groups["ref"].num_references() == held, "what was lent is still there"
+        return Update(metrics, driver.actor_wg.gradient()[0])
+    finally:
+        groups.shutdown()
+        pools.shutdown()
+
+
+def test_a_student_learns_from_a_teacher_of_its_own_ranks_what_it_learns_from_one_beside_it(tiny_pair: Pair) -> None:
+    """Base, full and stitched teachers, on two ranks each; hidden states go from rank to rank."""
+    start = tiny_pair.extend_vocab_start_token
+    further = {"self": TeacherConfig(sources=["rec"]), "mixed": TeacherConfig(vocabulary="stitched", sources=["mixed"])}
+    distill = DistillConfig("exact", support="shared", leak_coef=0.5, leak_target=0.2, teachers=further)
+    config = worker_config(tiny_pair.student, tiny_pair.teacher, extend_start=start, rows_per_step=8)
+    batch = with_loss_inputs(rollouts(draw_rows(8, start + 20), start, temperature=0.9))
+    batch = batch.union(DataProto.from_dict({"teacher": torch.arange(8) % 3}))
+    beside = update(TrainerConfig(n_gpus_per_node=2), config, distill, batch.select())
+    apart = update(
+        TrainerConfig(n_gpus_per_node=2, teacher_nnodes=1, teacher_n_gpus_per_node=2), config, distill, batch.select()
+    )
+    for name in ("actor/distill_loss", "actor/distill_divergence", "actor/leak_loss", "actor/grad_norm"):
+        assert apart.metrics[name] == pytest.approx(beside.metrics[name], rel=1e-5), name
+    assert_same_gradient(apart.gradient, beside.gradient)
 
 
 def test_each_pool_has_gpus_of_its_own_and_replicas_those_of_the_student() -> None:

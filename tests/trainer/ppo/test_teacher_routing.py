@@ -10,7 +10,7 @@ import torch
 from recipe.onpolicy_distill.onpolicy_distill_trainer import RayOnPolicyDistillTrainer
 from verl.experimental.agent_loop.base import TEACHER_READS_EXTENDED
 from verl.protocol import DataProto
-from verl.trainer.config import PPOConfig
+from verl.trainer.config import PPOConfig, TrainerConfig
 from verl.workers.config import TeacherConfig
 
 SOURCES = ["rec_next", "general", "code", "rec_caption", "general", "code"]
@@ -78,6 +78,39 @@ def test_every_teacher_needs_a_row() -> None:
     trainer.train_dataset.holds_items = [False, True]
     with pytest.raises(ValueError, match=r"teachers\.reader\.sources.*prompts=with_items matches.*have \['general'"):
         trainer._check_teachers_have_rows()
+
+
+class TeacherAhead(Teacher):
+    """One that is asked before the update, and lends something for each row."""
+
+    def teach(self, batch: DataProto) -> DataProto:
+        scores = self.compute_ref_log_prob(batch).tensor("ref_log_prob")
+        lent = [f"{self.number} {row}" for row in self.asked[-1]]
+        return DataProto.from_dict({"ref_log_prob": scores}, {"teacher_states": lent})
+
+
+def test_teachers_apart_are_asked_ahead_of_the_update_alone() -> None:
+    """What they lend is joined by row, validation asks for scores only, and after the update the loans are gone."""
+    trainer = trainer_of({"self": TeacherConfig(sources=["rec_*"])})
+    trainer.config.algorithm.distill.objective = "exact"
+    trainer.config.trainer = TrainerConfig(teacher_nnodes=1, teacher_n_gpus_per_node=1)
+    trainer.role_groups = {"ref": TeacherAhead(1.0), "self": TeacherAhead(10.0)}
+    rows = {"source": np.array(SOURCES, dtype=object), "index": np.arange(6)}
+    responses = DataProto.from_dict({"responses": torch.arange(6)[:, None].expand(6, 4).clone()})
+    batch = trainer.prepare(rows, n=1).union(responses)
+    batch = batch.union(trainer.ref_log_prob(batch))
+    assert batch.array("teacher_states").tolist() == ["10.0 0", "1.0 1", "1.0 2", "10.0 3", "1.0 4", "1.0 5"]
+    seen: list[DataProto] = []
+
+    def update_actor(batch: DataProto) -> DataProto:
+        seen.append(batch.select())
+        return DataProto(meta_info={"metrics": {"actor/distill_loss": [1.0]}})
+
+    trainer.actor_wg = SimpleNamespace(update_actor=update_actor)
+    assert trainer.update_actor(batch) == {"actor/distill_loss": 1.0}
+    assert "teacher_states" in seen[0].non_tensor_batch and "teacher_states" not in batch.non_tensor_batch
+    validation = trainer.prepare(rows, n=1, validate=True).union(responses)
+    assert "teacher_states" not in trainer.ref_log_prob(validation).non_tensor_batch
 
 
 def test_a_teacher_without_rows_is_not_asked() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch.distributed as dist
 
 from verl.single_controller.base.decorator import Dispatch, register
+from verl.single_controller.base.loans import InProcessLoans, Loans
 
 
 class Worker:
@@ -36,6 +37,8 @@ class Worker:
         """Address of this node."""
         self.peers: Mapping[str, Worker] = {}
         """The workers of this process by role, this one among them; filled once all of them are built."""
+        self.loans: Loans = InProcessLoans()
+        """How this worker hands values to other ranks past the driver; a worker group puts its own way here."""
 
     def init_process_group(self, backend: str, timeout_s: float = 1800.0) -> None:
         """Join ``torch.distributed``; a second call in one process (co-located roles) does nothing.

@@ -25,6 +25,7 @@ from verl.single_controller.base.decorator import Call, Results, by_rank
 from verl.single_controller.base.worker import Worker
 from verl.single_controller.base.worker_group import WorkerGroup
 from verl.single_controller.ray.failures import gather
+from verl.single_controller.ray.loans import RayLoans
 from verl.single_controller.ray.resource_pool import RankPlace, RayResourcePool
 
 QUIET_ENV = {
@@ -78,7 +79,7 @@ class WorkerHost:
         for role, worker in roles.items():
             self._workers[role] = worker.cls(*worker.args, **worker.kwargs)
         for built in self._workers.values():
-            built.peers = self._workers
+            built.peers, built.loans = self._workers, RayLoans()
 
     def call(self, role: str, method: str, call: Call) -> Any:
         return getattr(self._workers[role], method)(*call.args, **call.kwargs)

@@ -67,8 +67,8 @@ class PPOConfig:
             )
 
     def _check_distill(self) -> None:
-        """Settings that an exact objective has no use for, and where its teachers have to be."""
-        distill, trainer = self.algorithm.distill, self.trainer
+        """Settings that an objective or a teacher has no use for."""
+        distill = self.algorithm.distill
         key = f"algorithm.distill.objective={distill.objective}"
         estimator = self.algorithm.adv_estimator
         if distill.coef and estimator == ON_POLICY_DISTILL:
@@ -83,17 +83,19 @@ class PPOConfig:
                 f"{what} belongs to algorithm.adv_estimator={ON_POLICY_DISTILL}, not {estimator}; to distil beside the "
                 "task reward, set algorithm.distill.coef above 0"
             )
+        extend_start = self.actor_rollout_ref.rollout.extend_vocab_start_token
+        for name, teacher in distill.teachers.items():
+            if teacher.is_stitched and extend_start is None:
+                raise ValueError(
+                    f"algorithm.distill.teachers.{name}.vocabulary={teacher.vocabulary} gives extended ids a teacher "
+                    "of their own, and there are none; set actor_rollout_ref.rollout.extend_vocab_start_token"
+                )
         if not distill.is_exact:
             return
-        if distill.leak_coef and self.actor_rollout_ref.rollout.extend_vocab_start_token is None:
+        if distill.leak_coef and extend_start is None:
             raise ValueError(
                 f"algorithm.distill.leak_coef={distill.leak_coef} has no effect without extended ids; set "
                 "actor_rollout_ref.rollout.extend_vocab_start_token, or leave it at 0"
-            )
-        if trainer.teacher_ranks_on_nodes:
-            raise ValueError(
-                f"trainer.teacher_nnodes={trainer.teacher_nnodes} puts the teacher on other ranks, and {key} needs it "
-                "beside the student; leave it out, or set algorithm.distill.objective=sampled"
             )
         if not distill.coef:
             self._check_divergence_alone(key)

@@ -20,12 +20,13 @@ import torch
 import torch.distributed as dist
 
 from verl.protocol import DataProto
-from verl.utils.linear_divergence import LinearTeacher
 from verl.utils.linear_log_prob import TokenStats
-from verl.workers.actor.exact_distill import ROW_TENSORS, ExactDistillLoss, Teacher, Vocabulary
+from verl.utils.teacher_log_probs import LinearTeacher
+from verl.workers.actor.exact_distill import ROW_KEYS, ExactDistillLoss, Vocabulary
 from verl.workers.actor.mini_batch_loss import LOSS_TENSORS, MiniBatchLoss, temperature_of
-from verl.workers.actor.row_layout import BatchSizes, MicroBatch, ScoredRows
+from verl.workers.actor.row_layout import BatchSizes, MicroBatch, ScoredRows, no_positions
 from verl.workers.actor.task_and_distill import TaskAndDistillLoss
+from verl.workers.actor.teachers import TaughtRows, Teacher
 from verl.workers.config import DistillConfig, FSDPActorConfig, RefConfig
 from verl.workers.fsdp.extended_rows import ExtendedRows
 from verl.workers.fsdp.optimizer import LearningRateSchedule, clipped_step
@@ -35,7 +36,7 @@ from verl.workers.fsdp.token_stats_model import Head, ScoreOptions, TokenStatsMo
 LOSS_KEYS = ("responses", "response_mask", "old_log_probs", "advantages")
 SCORED_KEYS = ("responses", "input_ids", "attention_mask", "distill_special_token_mask")
 """What scoring reads of a batch, where it is there; the rest need not travel."""
-UPDATE_KEYS = tuple(dict.fromkeys((*LOSS_KEYS, "input_ids", "attention_mask", *LOSS_TENSORS, *ROW_TENSORS)))
+UPDATE_KEYS = tuple(dict.fromkeys((*LOSS_KEYS, "input_ids", "attention_mask", *LOSS_TENSORS, *ROW_KEYS)))
 """What an update reads, where it is there."""
 COUNTS = ("actor/updates", "actor/skipped_updates")
 """Optimizer steps that were taken, and those that were not because loss or gradient was not finite."""
@@ -122,7 +123,7 @@ class DataParallelPPOActor:
         unknown = data.tensor("responses") >= self.vocab_size
         if "distill_special_token_mask" in data.batch:
             unknown |= data.tensor("distill_special_token_mask").bool()
-        unknown &= _real_response_tokens(data)
+        unknown &= real_response_tokens(data)
         return stats.log_probs.masked_fill(unknown, self.config.ref_log_prob_replace_val), stats.entropy
 
     def compute_token_stats(self, data: DataProto) -> TokenStats:
@@ -139,7 +140,7 @@ class DataParallelPPOActor:
     def _score(self, data: DataProto, input_ids: torch.Tensor, options: ScoreOptions) -> TokenStats:
         """Score every real response token of ``input_ids``."""
         options = options._replace(temperature=temperature_of(data), vocab_size=self.vocab_size)
-        real = _real_response_tokens(data)
+        real = real_response_tokens(data)
         result = TokenStats(
             torch.zeros(real.shape),
             torch.zeros(real.shape) if options.with_entropy else None,
@@ -147,7 +148,7 @@ class DataParallelPPOActor:
         )
         rows = ScoredRows(input_ids, data.tensor("attention_mask"), real)
         self.actor_module.eval()
-        for micro in rows.micro_batches(_scoring_sizes(data), self.packed):
+        for micro in rows.micro_batches(scoring_sizes(data), self.packed):
             for values, into in zip(self._forward(micro, options), result, strict=True):
                 if values is not None and into is not None:
                     into[micro.rows, micro.columns] = values.float().cpu()
@@ -155,12 +156,13 @@ class DataParallelPPOActor:
         return result
 
     @torch.no_grad()
-    def teach(self, micro: MicroBatch, temperature: float) -> LinearTeacher:
-        """Log-probs of this frozen model's ids at the scored positions; see `exact_distill.Teacher`.
+    def teach(self, taught: TaughtRows, temperature: float) -> LinearTeacher:
+        """Log-probs of this frozen model's ids at the scored positions; see `teachers.Teacher`.
 
         What it returns reads the gathered head: it is to be used before `reshard`.
         """
         assert self.vocab_size is not None, "a teacher's vocabulary is known"
+        micro = taught.build(self.packed)
         input_ids = micro.inputs.input_ids
         if self.replace_token_id is not None:
             input_ids = input_ids.masked_fill(input_ids >= self.vocab_size, self.replace_token_id)
@@ -168,6 +170,13 @@ class DataParallelPPOActor:
         self.actor_module.eval()
         hidden, weight = self._forward(read, _hidden_states)
         return LinearTeacher(hidden, weight, self.vocab_size, temperature)
+
+    @torch.no_grad()
+    def shared_head(self) -> torch.Tensor:
+        """(vocab_size, D) the head as a forward pass has it, to be used before `reshard`; all ranks have to call it."""
+        self.actor_module.eval()
+        _, weight = self._forward(no_positions(self.packed), _hidden_states)
+        return weight[: self.vocab_size].detach()
 
     def _forward(self, micro: MicroBatch, head: Head) -> Any:
         return self.actor_module(*micro.inputs.to(self.device), head)
@@ -218,7 +227,7 @@ class DataParallelPPOActor:
                 f"{len(data)} rows on this rank do not divide into mini-batches of {self.mini_batch_rows}; "
                 "data.train_batch_size must be a multiple of actor_rollout_ref.actor.ppo_mini_batch_size"
             )
-        if (data.tensor("response_mask").bool() & ~_real_response_tokens(data)).any():
+        if (data.tensor("response_mask").bool() & ~real_response_tokens(data)).any():
             raise ValueError("response_mask is 1 at padding, where attention_mask is 0; there is no token to train on")
 
     def _update_mini_batch(
@@ -293,7 +302,8 @@ def with_scoring_limits(
     )
 
 
-def _scoring_sizes(data: DataProto) -> BatchSizes:
+def scoring_sizes(data: DataProto) -> BatchSizes:
+    """The micro-batch limits that `with_scoring_limits` put into a batch."""
     missing = {"use_dynamic_bsz", "max_token_len", "micro_batch_size"} - data.meta_info.keys()
     if missing:
         raise ValueError(f"the batch has no meta_info entries {sorted(missing)}; see with_scoring_limits")
@@ -302,7 +312,7 @@ def _scoring_sizes(data: DataProto) -> BatchSizes:
     return BatchSizes(None, data.meta_info["micro_batch_size"])
 
 
-def _real_response_tokens(data: DataProto) -> torch.Tensor:
+def real_response_tokens(data: DataProto) -> torch.Tensor:
     """(B, R) bool, True where a response has a token."""
     return data.tensor("attention_mask")[:, -data.tensor("responses").shape[1] :].bool()
 

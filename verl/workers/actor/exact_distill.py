@@ -1,13 +1,14 @@
 """The loss of one mini-batch where whole distributions are compared, share by share.
 
-In:  the rows of one optimizer step that lie on this rank, and the frozen teachers that live in the same process. Out:
-what the student's head computes of a micro-batch, and losses that, summed over micro-batches and averaged over ranks as
-FSDP does, are the loss of the whole mini-batch.
+In:  the rows of one optimizer step that lie on this rank, and their frozen teachers. Out: what the student's head
+computes of a micro-batch, and losses that, summed over micro-batches and averaged over ranks as FSDP does, are the loss
+of the whole mini-batch.
 
     loss = mean over trained tokens of  weight of the row's teacher x (D(student, teacher) + leak_coef x leak)
 
-Every row has one teacher. A teacher reads its own rows alone, in the same micro-batch as the student, so neither its
-logits nor its hidden states are kept or sent. A teacher that knows all ids judges over all of them, without leak term.
+Every row has one teacher. A teacher of this process reads its own rows alone, in the same micro-batch as the student,
+so neither its logits nor its hidden states are kept or sent; others have read them before (``teachers``). A teacher
+that knows all ids judges over all of them, without leak term.
 
 Not here: the divergences (``utils.linear_divergence``), forward and backward passes.
 
@@ -15,33 +16,30 @@ Letters: M rows of the mini-batch, R response, S scored positions of a micro-bat
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from verl.protocol import DataProto
 from verl.trainer.ppo.core_algos import agg_loss, count_trained
-from verl.utils.linear_divergence import DivergenceOptions, DivergenceStats, TeacherLogProbs, linear_divergence
+from verl.utils.linear_divergence import (
+    REVERSE_KL,
+    SHARED,
+    DivergenceOptions,
+    DivergenceStats,
+    linear_divergence,
+)
+from verl.utils.teacher_log_probs import TeacherLogProbs
 from verl.workers.actor.mini_batch_loss import temperature_of
 from verl.workers.actor.row_layout import MicroBatch, ScoredRows
+from verl.workers.actor.teachers import LENT_STATES, TOP_TENSORS, TaughtRows, Teacher
 from verl.workers.config import DistillConfig, FSDPActorConfig
 
-DIVERGENCE_OF = {"exact": "reverse_kl", "forward_kl": "forward_kl", "jsd": "jsd"}
+DIVERGENCE_OF = {"exact": "reverse_kl", "forward_kl": "forward_kl", "jsd": "jsd", "topk": "reverse_kl"}
 """The divergence that each exact objective minimises."""
-ROW_TENSORS = ("teacher",)
+ROW_KEYS = ("teacher", *TOP_TENSORS, LENT_STATES)
 """What the loss reads per row, where it is there."""
-
-
-class Teacher(Protocol):
-    """A frozen model of this process."""
-
-    reads_extended: bool
-    """Whether it knows all of the student's ids."""
-    packed: bool
-
-    def teach(self, micro: MicroBatch, temperature: float) -> TeacherLogProbs:
-        """Log-probs at the scored positions of a micro-batch; every rank has to call it as often."""
 
 
 class Vocabulary(NamedTuple):
@@ -59,7 +57,7 @@ class ExactDistillLoss:
             ``teacher`` (M,), the place of each row's teacher among ``teachers``; ``meta_info["temperature"]``.
         config: the actor's settings, of which the loss aggregation and ``ref_log_prob_replace_val`` are used.
         distill: the objective.
-        teachers: the frozen models, and the weight of each one's rows.
+        teachers: who judges, and the weight of each one's rows.
         vocabulary: the student's.
         device: where the models compute.
         dp_size: ranks whose gradients are averaged.
@@ -77,7 +75,7 @@ class ExactDistillLoss:
     ) -> None:
         self.trained = mini.tensor("response_mask").bool()
         """(M, R) positions that are scored and trained, on the CPU."""
-        self._distill, self._vocabulary, self._device = distill, vocabulary, device
+        self._mini, self._distill, self._vocabulary, self._device = mini, distill, vocabulary, device
         self._temperature = temperature_of(mini)
         self._missing_log_prob = config.ref_log_prob_replace_val
         self._teachers = [teacher for teacher, _ in teachers]
@@ -85,26 +83,37 @@ class ExactDistillLoss:
         if "teacher" in mini.batch:
             self._teacher_of = mini.tensor("teacher").cpu()
         self._rows = ScoredRows(mini.tensor("input_ids"), mini.tensor("attention_mask"), self.trained)
+        self._judges_token = self._inside_support()
         tokens, sequences = count_trained(self.trained)
-        counts = torch.stack([tokens, sequences]).to(device)
+        counts = torch.stack([tokens, sequences, self._judges_token.sum()]).to(device)
         if dist.is_initialized():
             dist.all_reduce(counts)
         self.is_empty = int(counts[0]) == 0
         """Whether no rank has a trained token in this mini-batch."""
+        of_reverse_kl = DIVERGENCE_OF[distill.objective] == REVERSE_KL
+        self._gap_share = dp_size / int(counts[2]) if of_reverse_kl and counts[2] else None
         self._token_share = _token_weights(self.trained, config.loss_agg_mode, dp_size, counts.cpu())
         of_row = torch.tensor([weight for _, weight in teachers])[self._teacher_of]
         self._token_weights = self._token_share * of_row[:, None]
+
+    def _inside_support(self) -> torch.Tensor:
+        """(M, R) bool: trained positions whose drawn token is among the ids that are compared there."""
+        supports = [self._options_of(teacher).support for teacher in self._teachers]
+        start = self._vocabulary.extend_start
+        if start is None or SHARED not in supports:
+            return self.trained
+        shared = torch.tensor([support == SHARED for support in supports])[self._teacher_of]
+        drawn = self._mini.tensor("input_ids")[:, -self.trained.shape[1] :].cpu()
+        return self.trained & (~shared[:, None] | (drawn < start))
 
     def head(self, micro: MicroBatch) -> "_Divergence":
         """What the student's head has to compute; runs the teachers' forward passes."""
         groups = []
         for number, teacher in enumerate(self._teachers):
             members = self._teacher_of[micro.rows] == number
-            # In the student's order, which need not be that of the batch.
-            own = self._rows.build(list(dict.fromkeys(micro.rows[members].tolist())), teacher.packed)
-            assert torch.equal(own.rows, micro.rows[members]) and torch.equal(own.columns, micro.columns[members])
-            taught = teacher.teach(own, self._temperature)
-            groups.append((members.nonzero().flatten().to(self._device), taught, self._options_of(teacher)))
+            taught = TaughtRows(self._mini, self._rows, micro.rows[members], micro.columns[members])
+            log_probs = teacher.teach(taught, self._temperature)
+            groups.append((members.nonzero().flatten().to(self._device), log_probs, self._options_of(teacher)))
         weights = self._token_weights[micro.rows, micro.columns].to(self._device)
         return _Divergence(groups, weights, self._vocabulary)
 
@@ -123,7 +132,12 @@ class ExactDistillLoss:
     def __call__(
         self, micro: MicroBatch, result: tuple[torch.Tensor, DivergenceStats]
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Loss of a micro-batch and its metrics, 0-dim, both shares of the mini-batch's times ``dp_size``."""
+        """Loss of a micro-batch and its metrics, 0-dim, both shares of the mini-batch's times ``dp_size``.
+
+        ``distill/sampled_gap``: what the drawn tokens say of the reverse KL, mean of log p - log q over trained tokens
+        inside the support, less the mean of the exact one at the same positions and over the same support; nats. Its
+        mean over tokens drawn from the student is 0, so it is the noise of the ``sampled`` objective's estimate.
+        """
         loss, stats = result
         share = self._token_share[micro.rows, micro.columns].to(stats.divergence.device)
         metrics = {
@@ -134,6 +148,9 @@ class ExactDistillLoss:
         if self._vocabulary.extend_start is not None:  # the part of the divergence where an item token was drawn
             extended = micro.inputs.labels.to(share.device) >= self._vocabulary.extend_start
             metrics["actor/extend_divergence"] = (share * stats.divergence * extended).sum()
+        if self._gap_share is not None:
+            judged = self._judges_token[micro.rows, micro.columns].to(share.device)
+            metrics["distill/sampled_gap"] = (judged * (stats.sampled - stats.divergence)).sum() * self._gap_share
         return loss, metrics
 
 
@@ -167,6 +184,7 @@ class _Divergence:
                 options,
                 vocab_size=self._vocabulary.size,
                 extend_start=self._vocabulary.extend_start,
+                labels=labels[members],
             )
             losses.append(loss)
             measured.append(stats if options.leak_coef else stats._replace(leak=torch.zeros_like(stats.leak)))

@@ -123,7 +123,7 @@ class ScoredRows:
         """The given rows as one micro-batch, in the order given; as in `micro_batches`, never without any token."""
         used = [row for row in rows if self.lengths[row] > 0]
         if not used:
-            return self._nothing(packed)
+            return no_positions(packed)
         lengths = self.lengths[used].tolist()
         starts = self._starts[used].tolist()
         width = max(lengths)
@@ -149,9 +149,11 @@ class ScoredRows:
         )
         return MicroBatch(inputs, chosen, columns)
 
-    def _nothing(self, packed: bool) -> MicroBatch:
-        token, none = torch.zeros(1, 1, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
-        return MicroBatch(ModelInputs(token, token, (1,) if packed else None, none, none), none, none)
+
+def no_positions(packed: bool) -> MicroBatch:
+    """A micro-batch of one arbitrary token with nothing to score."""
+    token, none = torch.zeros(1, 1, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
+    return MicroBatch(ModelInputs(token, token, (1,) if packed else None, none, none), none, none)
 
 
 def _rectangles(lengths: list[int], max_tokens: int) -> list[list[int]]:

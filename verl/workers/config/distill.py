@@ -3,12 +3,14 @@
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
-SAMPLED, EXACT = "sampled", "exact"
-OBJECTIVES = (SAMPLED, EXACT, "forward_kl", "jsd")
+SAMPLED, EXACT, TOPK = "sampled", "exact", "topk"
+OBJECTIVES = (SAMPLED, EXACT, "forward_kl", "jsd", TOPK)
+DEFAULT_TOPK = 64
 SUPPORTS = ("full", "shared")
-VOCABULARIES = ("base", "full")
 ANY, WITH_ITEMS, WITHOUT_ITEMS = "any", "with_items", "without_items"
 PROMPTS = (ANY, WITH_ITEMS, WITHOUT_ITEMS)
+STITCHED = "stitched"
+VOCABULARIES = ("base", "full", STITCHED)
 BASE_TEACHER = "ref"
 """Role of the teacher of ``actor_rollout_ref.ref``, which judges every row that no other teacher claims."""
 
@@ -24,7 +26,8 @@ class TeacherConfig:
     """Folder or hub name; null: the student as it was before the run, frozen."""
     vocabulary: str = "full"
     """``full``: it knows all of the student's ids, reads item tokens and judges them. ``base``: it knows what the
-    teacher of ``actor_rollout_ref.ref`` knows."""
+    teacher of ``actor_rollout_ref.ref`` knows. ``stitched``: it knows all ids and says how much item tokens get and
+    which of them; among all others that teacher decides. For text that mixes both."""
     sources: list[str] = field(default_factory=lambda: ["*"])
     """Sources of the rows it judges, as shell patterns (``rec_*``)."""
     prompts: str = ANY
@@ -50,7 +53,12 @@ class TeacherConfig:
     @property
     def reads_extended(self) -> bool:
         """Whether it knows item tokens."""
-        return self.vocabulary == "full"
+        return self.vocabulary != "base"
+
+    @property
+    def is_stitched(self) -> bool:
+        """Whether the base teacher speaks for it on the ids that both know."""
+        return self.vocabulary == STITCHED
 
     def judges(self, source: str, holds_items: bool) -> bool:
         """Whether it judges the rows of a source whose prompt holds item tokens, or holds none."""
@@ -65,7 +73,10 @@ class DistillConfig:
 
     objective: str = SAMPLED
     """``sampled``: the advantage of the drawn token, by policy gradient. ``exact``: the whole reverse KL at every
-    trained position, differentiated directly; likewise ``forward_kl``, and ``jsd`` with ``beta``."""
+    trained position, differentiated directly; likewise ``forward_kl``, and ``jsd`` with ``beta``. ``topk``:
+    the reverse KL as far as the teacher's ``topk`` likeliest ids tell it, for teachers that give no more."""
+    topk: int = DEFAULT_TOPK
+    """Likeliest ids of the teacher at each position that ``topk`` compares; all others it knows count as one."""
     beta: float = 0.5
     """Share of the teacher in the mixture of ``jsd``."""
     support: str = "full"
@@ -96,7 +107,18 @@ class DistillConfig:
                 raise ValueError(f"{key}.{name}={getattr(self, name)} must not be negative")
         if self.objective == SAMPLED:
             self._check_sampled()
+        self._check_topk()
         self._check_teachers()
+
+    def _check_topk(self) -> None:
+        key = "algorithm.distill"
+        if self.topk < 1:
+            raise ValueError(f"{key}.topk={self.topk} must be at least 1")
+        if self.objective != TOPK and self.topk != DEFAULT_TOPK:
+            raise ValueError(
+                f"{key}.topk={self.topk} has no effect with {key}.objective={self.objective}; set "
+                f"{key}.objective=topk, or leave it at {DEFAULT_TOPK}"
+            )
 
     def _check_sampled(self) -> None:
         """Settings that need an exact objective, left at their defaults."""
@@ -118,17 +140,28 @@ class DistillConfig:
         key = "algorithm.distill.teachers"
         for name in {*RESERVED_ROLES} & {*self.teachers}:
             raise ValueError(f"{key}.{name}: that name is taken by actor_rollout_ref.{name}; choose another")
-        vocabularies = [teacher.vocabulary for teacher in self.teachers.values()]
-        if vocabularies != sorted(vocabularies, reverse=True):
+        reads = [teacher.reads_extended for teacher in self.teachers.values()]
+        if reads != sorted(reads, reverse=True):
+            vocabularies = [teacher.vocabulary for teacher in self.teachers.values()]
             raise ValueError(
                 f"{key} lists {list(self.teachers)} with the vocabularies {vocabularies}; list those with the "
-                "vocabulary full first, so that it is plain which prompts may hold item tokens"
+                "vocabulary base last, so that it is plain which prompts may hold item tokens"
             )
 
     @property
     def is_exact(self) -> bool:
-        """Whether whole distributions are compared."""
+        """Whether distributions are compared, rather than the drawn tokens."""
         return self.objective != SAMPLED
+
+    @property
+    def asked_topk(self) -> int | None:
+        """Likeliest ids that teachers are asked for before the update; None: none."""
+        return self.topk if self.objective == TOPK else None
+
+    @property
+    def asks_whole(self) -> bool:
+        """Whether the update needs the teachers' whole distributions."""
+        return self.is_exact and self.objective != TOPK
 
     @property
     def roles(self) -> list[str]:
@@ -158,7 +191,10 @@ class DistillConfig:
         """Weight of a teacher's rows in the loss."""
         return 1.0 if role == BASE_TEACHER else self.teachers[role].weight
 
+    def knows_extended(self, role: str) -> bool:
+        """Whether a teacher knows item tokens."""
+        return role != BASE_TEACHER and self.teachers[role].reads_extended
+
     def reads_extended(self, source: str, holds_items: bool = False) -> bool:
         """Whether the teacher of such rows knows item tokens."""
-        place = self.teacher_of(source, holds_items)
-        return place > 0 and self.teachers[self.roles[place]].reads_extended
+        return self.knows_extended(self.roles[self.teacher_of(source, holds_items)])

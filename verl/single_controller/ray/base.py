@@ -14,7 +14,7 @@ import os
 import random
 import socket
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -24,7 +24,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 from verl.single_controller.base.decorator import Call, Results, by_rank
 from verl.single_controller.base.worker import Worker
 from verl.single_controller.base.worker_group import WorkerGroup
-from verl.single_controller.ray.failures import gather
+from verl.single_controller.ray.failures import Processes, gather
 from verl.single_controller.ray.resource_pool import RankPlace, RayResourcePool
 
 QUIET_ENV = {
@@ -129,7 +129,6 @@ class RayWorkerGroup(WorkerGroup):
         self._main_role = next(iter(roles))
         self._pool: RayResourcePool | None = resource_pool
         places = resource_pool.acquire()
-        self._node_ips = [place.node_ip for place in places]
         label = name_prefix or "+".join(roles)
         self._hosts = [
             _start_host(f"{label} rank {rank}", place, environment, resource_pool)
@@ -137,6 +136,9 @@ class RayWorkerGroup(WorkerGroup):
                 zip(places, _environments(places, worker_env or {}), strict=True)
             )
         ]
+        self._processes = Processes("+".join(roles), self._hosts, [place.node_ip for place in places])
+        self.watch: Callable[[], None] = lambda: None
+        """Called now and then while a call runs: what it raises ends the wait."""
         shared_roles = ray.put(roles)
         self._building: list[Any] | None = [host.build.remote(shared_roles) for host in self._hosts]
 
@@ -158,11 +160,15 @@ class RayWorkerGroup(WorkerGroup):
 
     def finish_calls(self, call_name: str, running: Sequence[Any]) -> Results:
         """Ranks and results of ``start_calls`` as they come; raises ``WorkerError``."""
-        return gather(running, self._node_ips, call_name)
+        return gather(running, self._processes, call_name, self.watch)
+
+    def check_alive(self) -> None:
+        """Raise ``WorkerError`` where a rank's process has died; returns at once."""
+        self._processes.check_alive()
 
     def _wait_built(self) -> None:
         if self._building is not None:
-            by_rank(gather(self._building, self._node_ips, f"{'+'.join(self._roles)}.__init__"))
+            by_rank(self.finish_calls(f"{self._processes.name}.__init__", self._building))
             self._building = None
 
     def shutdown(self) -> None:

@@ -68,6 +68,8 @@ class CheckpointSaver:
         self._pending: _Pending | None = None
         self._failed_saves = 0
         self._last_failure = ""
+        self.has_saved = False
+        """Whether a checkpoint of this run is in place."""
 
     def save(self, ranks: SavingRanks, step: int, state: checkpoint.DataState, *, last: bool) -> Metrics:
         """Begin the checkpoint of a step, once the one before it is written.
@@ -145,6 +147,7 @@ class CheckpointSaver:
             self._note_failure(step, str(error))
             return
         self._last_failure = ""
+        self.has_saved = True
         try:
             checkpoint.prune_checkpoints(self._root, trainer.max_actor_ckpt_to_keep, current=step)
         except OSError as error:

@@ -43,6 +43,7 @@ from verl.trainer.ppo.prompt_stream import PromptStream
 from verl.trainer.ppo.resume_check import require_resumable, run_facts
 from verl.trainer.ppo.reward import RewardFn, compute_rewards
 from verl.trainer.ppo.stages import new_keys, run_stage
+from verl.trainer.ppo.stop_request import StopRequest
 from verl.trainer.ppo.worker_groups import WorkerGroups, plan_pools
 from verl.utils.dataset.rl_dataset import RLHFDataset
 from verl.utils.rollout_dump import dump_generations
@@ -95,6 +96,8 @@ class RayPPOTrainer:
         self.kl_controller = get_kl_controller(config.algorithm.kl_ctrl)
         self.stage_metrics: Metrics = {}
         self.global_steps = 0
+        self.restarts = 0
+        self.stop = StopRequest()
         all_epochs = self.prompts.batches_per_epoch * config.trainer.total_epochs
         self.total_steps = config.trainer.total_training_steps or all_epochs
         optim = config.actor_rollout_ref.actor.optim
@@ -237,6 +240,7 @@ class RayPPOTrainer:
             self.logger.log(self.validate(), self.global_steps)
         if config.val_only:
             return
+        self.stop.takes_steps = True
         with tqdm(
             total=self.total_steps, initial=self.global_steps, desc="train", unit="step", disable=None
         ) as progress:
@@ -245,10 +249,11 @@ class RayPPOTrainer:
                 metrics = self.train_step(rows)
                 if self.is_due(config.test_freq) and self.val_loader is not None:
                     metrics |= self.validate()
-                metrics |= self.save_checkpoint() if self.is_due(config.save_freq) else self.saver.poll()
+                save = self.is_due(config.save_freq) or (self.stop.requested and config.save_freq > 0)
+                metrics |= self.save_checkpoint() if save else self.saver.poll()
                 self.logger.log(metrics, self.global_steps)
                 progress.update()
-                if self.global_steps >= self.total_steps:
+                if self.global_steps >= self.total_steps or (self.stop.requested and (save or config.save_freq < 1)):
                     break
         self.saver.finish()
 
@@ -273,7 +278,8 @@ class RayPPOTrainer:
         metrics |= self.stage_metrics | self.step_metrics(batch)
         metrics |= compute_timing_metrics(batch, timing)
         metrics |= compute_throughout_metrics(batch, timing, self.pools.get_n_gpus())
-        return metrics | {"training/global_step": self.global_steps, "training/epoch": self.prompts.epoch}
+        place = {"training/global_step": self.global_steps, "training/epoch": self.prompts.epoch}
+        return metrics | place | {"training/restarts": self.restarts}
 
     def validate(self) -> Metrics:
         """Answer every validation prompt and measure the answers."""
@@ -304,6 +310,8 @@ class RayPPOTrainer:
         self.agent_loop_manager = AgentLoopManager(
             self.config, self.actor_wg, device=self.device_name, tokenizer=self.tokenizer
         )
+        self.agent_loop_manager.watch = self.worker_groups.check_alive
+        self.worker_groups.watch(self.agent_loop_manager.check_alive)
         if self.device_name == "cpu":
             self.agent_loop_manager.start()
         for role in self.roles:

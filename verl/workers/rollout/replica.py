@@ -40,6 +40,8 @@ class TokenOutput:
     """Version of the last finished weight sync; 0 before the first."""
     top_log_probs: list[dict[int, float]] | None = None
     """At each new token the likeliest tokens with their log-probs, the drawn one among them; None: not asked."""
+    retries: int = 0
+    """How often the request was asked again after a replica that hung; set by whoever asks."""
 
 
 MAX_TOP_LOGPROBS = 20

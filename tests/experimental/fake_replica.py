@@ -54,6 +54,9 @@ class FakeReplica(RolloutReplica):
         ids = [prompt[-1], (options.seed or 0) % 100, self.replica_rank, END][: options.max_tokens]
         return TokenOutput(ids, [-0.5] * len(ids) if options.logprobs else None, "stop", self.weight_version)
 
+    async def _check_engine(self) -> None:
+        pass
+
     async def _start_update(self) -> None:
         while self.replica_rank == 0 and Path(self.config.engine_kwargs["fake"]["log"]).with_name("hang").exists():
             await asyncio.sleep(0.1)

@@ -44,7 +44,9 @@ def listening() -> Iterator[Callable[[float], StopRequest]]:
 
 def trainer_of(folder: Path, **trainer: Any) -> tuple[Any, list[str]]:
     settings = {"save_freq": 2, "test_freq": 1, "total_training_steps": STEPS, **trainer}
-    return make_trainer(make_config(folder, **settings), val_dataset=Prompts(4))
+    made, log = make_trainer(make_config(folder, **settings), val_dataset=Prompts(4))
+    made.config.trainer.val_before_train = True
+    return made, log
 
 
 def signals_in(trainer: Any, method: str, step: int, number: signal.Signals) -> None:
@@ -112,6 +114,7 @@ def test_a_second_signal_leaves_at_once(tmp_path: Path, listening: Callable[...,
 
 def test_the_end_of_the_grace_leaves_at_once(tmp_path: Path, listening: Callable[..., StopRequest]) -> None:
     trainer, log = trainer_of(tmp_path)
+    trainer.config.trainer.val_before_train = False
     trainer.stop = listening(0.2)
     signals_in(trainer, "old_log_prob", 1, signal.SIGTERM)
 
@@ -128,7 +131,6 @@ def test_the_end_of_the_grace_leaves_at_once(tmp_path: Path, listening: Callable
 
 def test_before_the_first_step_a_signal_leaves_at_once(tmp_path: Path, listening: Callable[..., StopRequest]) -> None:
     trainer, log = trainer_of(tmp_path)
-    trainer.config.trainer.val_before_train = True
     trainer.stop = listening()
     signals_in(trainer, "score_validation", 0, signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt):

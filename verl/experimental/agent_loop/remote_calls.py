@@ -43,7 +43,11 @@ class Remote:
             ray.get(self._sign)
         except RayError as error:
             raise RolloutError(f"{self.name} failed: {self.account_of(error, self.log())}") from error
-        self._sign = self.actor.__ray_call__.remote(_sign_of_life)
+        self._sign = self._ask_for_sign()
+
+    def _ask_for_sign(self) -> Any:
+        """A call that comes back as soon as the process can answer."""
+        return self.actor.__ray_call__.remote(_sign_of_life)
 
     def account_of(self, error: RayError, log: str | None) -> str:
         """What went wrong in it, without the trace through Ray, and the line that says where its log is."""

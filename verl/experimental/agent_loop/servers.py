@@ -31,7 +31,10 @@ logger = logging.getLogger(__name__)
 
 
 class Replica(Remote):
-    """One engine."""
+    """One engine, which may have processes of its own."""
+
+    def _ask_for_sign(self) -> Any:
+        return self.actor.check_alive.remote()
 
 
 class AsyncLLMServerManager:

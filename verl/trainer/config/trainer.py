@@ -35,7 +35,7 @@ class TrainerConfig:
     test_freq: int = -1
     """Steps between validations; -1: none."""
     val_before_train: bool = True
-    """Validate the starting model."""
+    """Validate the starting model; a run that goes on from a checkpoint has done so."""
     val_only: bool = False
     """Validate and stop."""
     default_local_dir: str = ""

@@ -236,7 +236,8 @@ class RayPPOTrainer:
         """Train until ``total_steps``: resume, step, validate, save, log."""
         config = self.config.trainer
         self.resume()
-        if self.val_loader is not None and (config.val_before_train or config.val_only):
+        starts = config.val_before_train and self.global_steps == 0  # a resumed run has validated then
+        if self.val_loader is not None and (starts or config.val_only):
             self.logger.log(self.validate(), self.global_steps)
         if config.val_only:
             return

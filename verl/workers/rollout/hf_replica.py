@@ -160,6 +160,9 @@ class HFReplica(RolloutReplica):
             top_log_probs=top[:end] if options.top_logprobs else None,
         )
 
+    async def _check_engine(self) -> None:
+        """The engine is this process."""
+
     async def _start_update(self) -> None:
         """Weights are copied in place; nothing to prepare."""
 

@@ -272,6 +272,39 @@ def test_a_request_that_hangs_is_cancelled_and_answered_elsewhere(
     manager.update_weights(ranks, version=5)  # so it may take weights: no request is under way
 
 
+def test_an_engine_that_hangs_in_a_weight_sync_is_named(manager: AgentLoopManager, ranks: Ranks, log: Path) -> None:
+    log.with_name("hang").touch()
+    with pytest.raises(
+        RolloutError, match=r"^rollout replica 0 \(hf, node 10.0.0.1\) did not begin a weight sync with"
+    ):
+        manager.update_weights(ranks, version=6)
+    log.with_name("hang").unlink()
+    time.sleep(0.5)
+    give_up_sync(manager)
+
+
+def give_up_sync(manager: AgentLoopManager) -> None:
+    """As if none had been begun, for the tests that follow."""
+    for replica in manager._replicas:
+        ray.get(replica.actor.__ray_call__.remote(lambda replica: setattr(replica, "_update", None)))
+
+
+def test_a_bucket_is_released_when_loading_it_fails(manager: AgentLoopManager, ranks: Ranks) -> None:
+    ranks.events.clear()
+    export = ranks.export_weight_bucket
+
+    def broken(index: int) -> list[dict[str, Any] | None]:
+        return [{"path": "/no/such/file", "names": ["norm.weight"]} for _ in export(index)]
+
+    ranks.export_weight_bucket = broken
+    with pytest.raises(RolloutError, match=r"rollout replica \d .* failed to load weight bucket 0 of version 4: "):
+        manager.update_weights(ranks, version=4)
+    assert ranks.events == ["export 0", "release 0"]
+    assert not list(ranks.folder.iterdir())
+    ranks.export_weight_bucket = export
+    give_up_sync(manager)
+
+
 def test_an_agent_loop_worker_that_is_killed_is_named(manager: AgentLoopManager) -> None:
     worker = manager._workers[0]
     pid = ray.get(worker.actor.__ray_call__.remote(lambda _: os.getpid()))
@@ -297,38 +330,6 @@ def test_the_rest_of_the_run_is_looked_at_meanwhile(manager: AgentLoopManager) -
         manager.generate_sequences(prompts([[STALL]]))
     assert time.monotonic() - started < 3.0
     manager.watch = None
-
-
-def test_an_engine_that_hangs_in_a_weight_sync_is_named(manager: AgentLoopManager, ranks: Ranks, log: Path) -> None:
-    log.with_name("hang").touch()
-    with pytest.raises(
-        RolloutError, match=r"^rollout replica 0 \(hf, node 10.0.0.1\) did not begin a weight sync with"
-    ):
-        manager.update_weights(ranks, version=6)
-    log.with_name("hang").unlink()
-    time.sleep(0.5)
-    for replica in manager._replicas:
-        ray.get(replica.actor.__ray_call__.remote(give_up_sync))
-
-
-def give_up_sync(replica: FakeReplica) -> None:
-    replica._update = None
-
-
-def test_a_bucket_is_released_when_loading_it_fails(manager: AgentLoopManager, ranks: Ranks) -> None:
-    """Near the end: it leaves the engines in the middle of a sync."""
-    ranks.events.clear()
-    export = ranks.export_weight_bucket
-
-    def broken(index: int) -> list[dict[str, Any] | None]:
-        return [{"path": "/no/such/file", "names": ["norm.weight"]} for _ in export(index)]
-
-    ranks.export_weight_bucket = broken
-    with pytest.raises(RolloutError, match=r"rollout replica \d .* failed to load weight bucket 0 of version 4: "):
-        manager.update_weights(ranks, version=4)
-    assert ranks.events == ["export 0", "release 0"]
-    assert not list(ranks.folder.iterdir())
-    ranks.export_weight_bucket = export
 
 
 def test_an_engine_that_dies_is_named(manager: AgentLoopManager) -> None:

@@ -1,6 +1,6 @@
-"""Where a process writes its errors, and what is known of its death: for messages.
+"""Where a process writes its errors, and what is known of why one failed: for messages.
 
-In: this process, or what Ray says of a dead one. Out: a path, or one line.
+In: this process, or what Ray says of another. Out: a path, or one line.
 """
 
 import os
@@ -22,3 +22,12 @@ def death_in_words(ray_text: str) -> str:
 def log_line(path: str | None, node_ip: str) -> str:
     """The line that says where the errors of a process are; it may not have lived long enough to tell."""
     return f"log: {path or 'not known'} on node {node_ip}"
+
+
+def no_room(error: Exception) -> str:
+    """Ray's object store and the disk that it spills to are full, on this node."""
+    return (
+        f"{type(error).__name__}: Ray's object store is full, and so is the disk under /tmp/ray that it spills to; "
+        "make room there, name another with ray_kwargs.ray_init._temp_dir, or raise "
+        "ray_kwargs.ray_init.object_store_memory"
+    )

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import ray
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import ObjectStoreFullError, OutOfDiskError, RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from transformers import PreTrainedTokenizerBase
 
@@ -39,6 +39,7 @@ from verl.experimental.agent_loop.servers import AsyncLLMServerManager, Replica
 from verl.experimental.agent_loop.worker import AgentLoopWorker, WorkerResult, load_tools
 from verl.protocol import DataProto
 from verl.trainer.config import PPOConfig
+from verl.utils.process_death import no_room
 from verl.utils.row_buffer import RowBuffer
 from verl.utils.tokenizer import hf_tokenizer
 from verl.workers.config import HFModelConfig
@@ -159,10 +160,13 @@ class AgentLoopManager:
         rows = self._rows_to_send(prompts)
         parts = np.array_split(np.arange(len(rows)), min(len(self._workers), len(rows)))
         workers = self._workers[: len(parts)]
-        calls = {
-            worker.actor.generate_sequences.remote(rows[part[0] : part[-1] + 1]): worker
-            for worker, part in zip(workers, parts, strict=True)
-        }
+        try:
+            calls = {
+                worker.actor.generate_sequences.remote(rows[part[0] : part[-1] + 1]): worker
+                for worker, part in zip(workers, parts, strict=True)
+            }
+        except (OutOfDiskError, ObjectStoreFullError) as error:
+            raise RolloutError(f"the agent-loop workers could not be given their rows: {no_room(error)}") from error
         report = partial(self._report_progress, workers, progress, len(rows)) if progress else None
         buffer, versions = RowBuffer(len(rows)), set[int]()
         metrics: dict[int, list[AgentLoopMetrics]] = {}

@@ -19,13 +19,15 @@ from contextlib import suppress
 from typing import Any
 
 import ray
+from ray.exceptions import ObjectStoreFullError, OutOfDiskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from verl.single_controller.base.decorator import Call, Results, by_rank
 from verl.single_controller.base.worker import Worker
-from verl.single_controller.base.worker_group import WorkerGroup
+from verl.single_controller.base.worker_group import WorkerError, WorkerGroup
 from verl.single_controller.ray.failures import Processes, gather
 from verl.single_controller.ray.resource_pool import RankPlace, RayResourcePool
+from verl.utils.process_death import no_room
 
 QUIET_ENV = {
     "TOKENIZERS_PARALLELISM": "false",
@@ -150,13 +152,20 @@ class RayWorkerGroup(WorkerGroup):
         return {role: RoleWorkerGroup(self, role, self._roles[role].cls) for role in self._roles if role in prefix_set}
 
     def start_calls(self, role: str, method: str, calls: Sequence[Call]) -> list[Any]:
-        """Begin ``calls[i]`` on rank i; arguments that go to several ranks are stored once."""
+        """Begin ``calls[i]`` on rank i; arguments that go to several ranks are stored once.
+
+        Raises:
+            WorkerError: there is no room for the arguments, in memory or on disk.
+        """
         self._wait_built()
         first, payloads = calls[0], list[Any](calls)
-        if len(calls) > 1 and (first.args or first.kwargs) and all(call is first for call in calls):
-            payloads = [ray.put(first)] * len(calls)
         hosts = self._hosts[: len(calls)]
-        return [host.call.remote(role, method, payload) for host, payload in zip(hosts, payloads, strict=True)]
+        try:
+            if len(calls) > 1 and (first.args or first.kwargs) and all(call is first for call in calls):
+                payloads = [ray.put(first)] * len(calls)
+            return [host.call.remote(role, method, payload) for host, payload in zip(hosts, payloads, strict=True)]
+        except (OutOfDiskError, ObjectStoreFullError) as error:
+            raise WorkerError(f"{role}.{method} could not be given its data: {no_room(error)}") from error
 
     def finish_calls(self, call_name: str, running: Sequence[Any]) -> Results:
         """Ranks and results of ``start_calls`` as they come; raises ``WorkerError``."""

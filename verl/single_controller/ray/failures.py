@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import OutOfDiskError, RayActorError, RayError, RayTaskError
 
 from verl.single_controller.base.worker_group import WorkerError
-from verl.utils.process_death import death_in_words, error_output, log_line
+from verl.utils.process_death import death_in_words, error_output, log_line, no_room
 
 GRACE_S = 5.0
 """Seconds the other ranks have, after the first failure, to report theirs."""
@@ -136,6 +136,8 @@ def _failure(rank: int, node_ip: str, error: RayError) -> Failure:
         return Failure(rank, node_ip, cause, str(error).strip(), 2 if from_peer else 1, by_user)
     if isinstance(error, RayActorError):
         return Failure(rank, node_ip, death_in_words(str(error)), "", 0)
+    if isinstance(error, OutOfDiskError):
+        return Failure(rank, node_ip, no_room(error), "", 1)
     return Failure(rank, node_ip, f"{type(error).__name__}: {' '.join(str(error).split())}", "", 1)
 
 

@@ -97,6 +97,7 @@ class RayPPOTrainer:
         self.stage_metrics: Metrics = {}
         self.global_steps = 0
         self.restarts = 0
+        """How often the run lost its workers before this trainer was built; see ``verl.trainer.run``."""
         self.stop = StopRequest()
         all_epochs = self.prompts.batches_per_epoch * config.trainer.total_epochs
         self.total_steps = config.trainer.total_training_steps or all_epochs

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -176,10 +178,23 @@ def test_a_failure_in_the_step_that_a_signal_waits_for_is_not_tried_again(tmp_pa
     assert caught.value.code == 143
 
 
+def ray_exits(ray_init: Any) -> None:
+    sys.exit(int(signal.SIGTERM))
+
+
+@pytest.mark.parametrize(
+    "session",
+    [lambda ray_init: os.kill(os.getpid(), signal.SIGTERM), ray_exits],
+    ids=["our handler", "Ray's, while it starts"],
+)
 def test_a_signal_during_the_start_leaves_at_once(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, no_ray: list[str]
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    no_ray: list[str],
+    session: Callable[[Any], None],
 ) -> None:
-    monkeypatch.setattr(module, "start_session", lambda ray_init: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(module, "start_session", session)
     events: list[str] = []
     assert end_of(tmp_path, [None], events) == 143
     assert events == ["build"]

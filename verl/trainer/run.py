@@ -13,6 +13,7 @@ then, before anything is shut down. Whatever ends the run, no process of it stay
 
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable
 
@@ -44,11 +45,7 @@ def run(trainer: RayPPOTrainer, rebuild: Build) -> None:
     stop = StopRequest(settings.grace_s)
     stop.listen()
     try:
-        try:
-            start_session(trainer.config.ray_kwargs.ray_init)
-        except ValueError as error:
-            raise fail(str(error)) from None
-        stop.listen()  # Ray has put a handler of its own in place
+        connect(trainer, stop)
         train(trainer, rebuild, stop)
     except KeyboardInterrupt:
         say(f"left at once at {stop.name}: {trainer.progress()}")
@@ -57,6 +54,23 @@ def run(trainer: RayPPOTrainer, rebuild: Build) -> None:
         stop.leave()
         end_session(settings.ray_timeline_dir)
         stop.restore()
+
+
+def connect(trainer: RayPPOTrainer, stop: StopRequest) -> None:
+    """Begin the session, in which Ray puts a handler of SIGTERM in the place of ours.
+
+    Raises:
+        SystemExit: no Ray answers, or it cannot be started so.
+        KeyboardInterrupt: a signal came meanwhile.
+    """
+    try:
+        start_session(trainer.config.ray_kwargs.ray_init)
+    except ValueError as error:
+        raise fail(str(error)) from None
+    except SystemExit:  # of Ray's handler
+        stop.number = signal.SIGTERM
+        raise KeyboardInterrupt from None
+    stop.listen()
 
 
 def train(trainer: RayPPOTrainer, rebuild: Build, stop: StopRequest) -> None:

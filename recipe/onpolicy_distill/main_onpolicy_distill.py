@@ -1,4 +1,4 @@
-"""Entry point: Hydra -> typed config -> checks -> concrete classes -> ``trainer.fit()``.
+"""Entry point: Hydra -> typed config -> checks -> concrete classes -> ``verl.trainer.run``.
 
 ::
 
@@ -11,14 +11,15 @@ Everything a user can get wrong is looked at before Ray starts. Heavy imports wa
 import logging
 import os
 import sys
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING
 
 import hydra
 from omegaconf import DictConfig
 
 from verl.trainer.config.overrides import normalized_argv
 from verl.trainer.config.preflight import check_run
-from verl.trainer.config.typed import save_config, to_typed
+from verl.trainer.config.typed import to_typed
 
 if TYPE_CHECKING:
     from verl.trainer.config import PPOConfig
@@ -26,9 +27,6 @@ if TYPE_CHECKING:
     from verl.utils.vocab_contract import VocabContract
 
 logger = logging.getLogger(__name__)
-
-QUIET_PROCESSES = {"TOKENIZERS_PARALLELISM": "false", "OMP_WAIT_POLICY": "PASSIVE"}
-"""Environment of every Ray process: threads that spin while they wait make a busy machine ten times slower."""
 
 
 def build_trainer(config: "PPOConfig") -> "RayPPOTrainer":
@@ -185,65 +183,6 @@ def prepare_folder(folder: str) -> None:
         ) from error
 
 
-def run(trainer: "RayPPOTrainer") -> None:
-    """Train, and leave no process behind however it ends; exits with what went wrong as the first line."""
-    import ray
-
-    from verl.experimental.agent_loop.agent_loop import RolloutError
-    from verl.single_controller.base import WorkerError
-    from verl.trainer.ppo.best_checkpoint import BestMetricError
-    from verl.trainer.ppo.checkpoint_saver import CheckpointError
-    from verl.trainer.ppo.guards import GuardError
-
-    config = trainer.config
-    save_config(config, os.path.join(config.trainer.default_local_dir, "config.yaml"))
-    try:
-        ray.init(**ray_init_kwargs(config))
-    except ConnectionError as error:
-        sys.exit(
-            f"error: no Ray answers at ray_kwargs.ray_init.address; start it: init_ray_cluster.sh HOSTFILE ({error})"
-        )
-    try:
-        start_workers(trainer)
-        trainer.fit()
-        logger.info("done: %s", trainer.progress())
-    except (WorkerError, RolloutError, CheckpointError, GuardError, BestMetricError) as error:
-        # Said before anything is shut down, and to Ray's own account of a death: the cause comes first.
-        print(f"error: {error}\n{trainer.progress()}", file=sys.stderr, flush=True)
-        raise SystemExit(1) from None
-    except KeyboardInterrupt:
-        print(f"interrupted: {trainer.progress()}", file=sys.stderr, flush=True)
-        raise SystemExit(130) from None
-    finally:
-        trainer.shutdown()
-        if config.trainer.ray_timeline_dir:
-            os.makedirs(config.trainer.ray_timeline_dir, exist_ok=True)
-            ray.timeline(filename=os.path.join(config.trainer.ray_timeline_dir, "timeline.json"))
-        ray.shutdown()
-
-
-def start_workers(trainer: "RayPPOTrainer") -> None:
-    """Start everything that trains and generates; ends the run where the cluster or a setting does not allow it."""
-    from verl.single_controller.ray import ResourcesInUseError
-
-    try:
-        trainer.init_workers()
-    except (ValueError, ResourcesInUseError) as error:
-        # Before anything is shut down: the cause comes first.
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        logger.debug("where it came from", exc_info=True)
-        raise SystemExit(1) from None
-
-
-def ray_init_kwargs(config: "PPOConfig") -> dict[str, Any]:
-    """``ray_kwargs.ray_init`` over our defaults: no dashboard on a run of its own, workers that find this checkout."""
-    given = dict(config.ray_kwargs.ray_init)
-    runtime_env = dict(given.pop("runtime_env", {}))
-    env_vars = {**QUIET_PROCESSES, **runtime_env.pop("env_vars", {})}
-    defaults: dict[str, Any] = {} if "address" in given else {"include_dashboard": False}
-    return {**defaults, **given, "runtime_env": {**runtime_env, "env_vars": env_vars}}
-
-
 @hydra.main(version_base=None, config_path="config", config_name="onpolicy_distill_trainer")
 def hydra_main(cfg: DictConfig) -> None:
     """Compose, type and check the configuration, read the data, then run."""
@@ -254,7 +193,9 @@ def hydra_main(cfg: DictConfig) -> None:
         trainer = build_trainer(config)
     except ValueError as error:
         sys.exit(f"error: {error}")
-    run(trainer)
+    from verl.trainer.run import run
+
+    run(trainer, partial(build_trainer, config))
 
 
 def main() -> None:

@@ -1,7 +1,9 @@
 """A replica without a model, for the manager's Ray test: the real order and checks, an engine of four lines.
 
 It answers a prompt with ``[last prompt token, seed mod 100, replica]`` and the end token, and writes what happens to
-it into the file ``engine_kwargs["fake"]["log"]``. A prompt that begins with ``RAISE`` or ``DIE`` does that.
+it into the file ``engine_kwargs["fake"]["log"]``. A prompt that begins with ``RAISE`` or ``DIE`` does that; one that
+begins with ``HANG`` is never answered by replica 0, one with ``STALL`` by none, and no sync by replica 0 while the file
+``hang`` is beside the log.
 """
 
 import asyncio
@@ -14,7 +16,7 @@ from verl.workers.rollout.model_facts import ModelFacts, WeightManifest
 from verl.workers.rollout.replica import RolloutReplica, SamplingOptions, TokenOutput
 from verl.workers.rollout.weight_bucket import bucket_shapes
 
-RAISE, DIE, END = 100, 101, 102
+RAISE, DIE, END, HANG, STALL = 100, 101, 102, 103, 104
 SHAPES = {"embed.weight": (4, 2), "norm.weight": (2,)}
 
 
@@ -42,11 +44,22 @@ class FakeReplica(RolloutReplica):
     async def _generate(self, prompt: list[int], options: SamplingOptions, request_id: str) -> TokenOutput:
         if prompt[0] == RAISE:
             raise RuntimeError("the kernel failed")
+        if prompt[0] == STALL or (prompt[0] == HANG and self.replica_rank == 0):
+            try:
+                await asyncio.sleep(1000)
+            except asyncio.CancelledError:
+                self.log("cancelled")
+                raise
         await asyncio.sleep(0.01)
         ids = [prompt[-1], (options.seed or 0) % 100, self.replica_rank, END][: options.max_tokens]
         return TokenOutput(ids, [-0.5] * len(ids) if options.logprobs else None, "stop", self.weight_version)
 
+    async def _check_engine(self) -> None:
+        pass
+
     async def _start_update(self) -> None:
+        while self.replica_rank == 0 and Path(self.config.engine_kwargs["fake"]["log"]).with_name("hang").exists():
+            await asyncio.sleep(0.1)
         self.log("start")
 
     async def _load_bucket(self, update_info: Mapping[str, Any]) -> None:

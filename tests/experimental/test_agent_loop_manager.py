@@ -2,6 +2,10 @@
 
 import asyncio
 import os
+import re
+import signal
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +15,7 @@ import pytest
 import ray
 import torch
 from agent_loop_fakes import load
-from fake_replica import DIE, END, RAISE, SHAPES, FakeReplica
+from fake_replica import DIE, END, HANG, RAISE, SHAPES, STALL, FakeReplica
 from safetensors.torch import save_file
 
 from verl.experimental.agent_loop.agent_loop import AgentLoopManager, AsyncLLMServerManager, Replica, RolloutError
@@ -115,6 +119,7 @@ def make_config(log: Path, **fake: Any) -> PPOConfig:
     rollout.prompt_length, rollout.response_length = 4, 4
     rollout.calculate_log_probs = True
     rollout.agent.num_workers = 2
+    rollout.timeout_s = 5.0
     return config
 
 
@@ -229,8 +234,18 @@ def test_prompts_without_messages_name_what_is_missing(manager: AgentLoopManager
 
 def test_an_engine_that_raises_is_named_with_its_cause(manager: AgentLoopManager) -> None:
     message = r"^agent-loop worker 0 \(node 10.0.0.1\) failed to generate: rollout replica \d .*: the kernel failed$"
-    with pytest.raises(RolloutError, match=message):
+    with pytest.raises(RolloutError) as caught:
         manager.generate_sequences(prompts([[RAISE]]))
+    cause, log = str(caught.value).splitlines()
+    assert re.match(message, cause)
+    assert_names_a_log(log)
+
+
+def assert_names_a_log(line: str) -> None:
+    """The line that says where the errors of the process are, which is true."""
+    said = re.match(r"log: (/\S+\.err) on node 10.0.0.1$", line)
+    assert said, line
+    assert Path(said.group(1)).is_file()
 
 
 def test_a_launch_that_fails_is_named_at_once(
@@ -245,8 +260,36 @@ def test_a_launch_that_fails_is_named_at_once(
     broken.shutdown()
 
 
+def test_a_request_that_hangs_is_cancelled_and_answered_elsewhere(
+    manager: AgentLoopManager, ranks: Ranks, log: Path
+) -> None:
+    """The first of its two rows goes to replica 0, which alone hangs."""
+    batch = manager.generate_sequences(prompts([[HANG, 7], [1]]))
+    assert batch.batch["responses"][:, 0].tolist() == [7, 1]
+    assert batch.batch["responses"][0, 2] == 1, "the other replica"
+    assert batch.meta_info["metrics"]["agent_loop/retried_requests"] == 1.0
+    assert "0 cancelled" in log.read_text().splitlines(), "the engine is told"
+    manager.update_weights(ranks, version=5)  # so it may take weights: no request is under way
+
+
+def test_an_engine_that_hangs_in_a_weight_sync_is_named(manager: AgentLoopManager, ranks: Ranks, log: Path) -> None:
+    log.with_name("hang").touch()
+    with pytest.raises(
+        RolloutError, match=r"^rollout replica 0 \(hf, node 10.0.0.1\) did not begin a weight sync with"
+    ):
+        manager.update_weights(ranks, version=6)
+    log.with_name("hang").unlink()
+    time.sleep(0.5)
+    give_up_sync(manager)
+
+
+def give_up_sync(manager: AgentLoopManager) -> None:
+    """As if none had been begun, for the tests that follow."""
+    for replica in manager._replicas:
+        ray.get(replica.actor.__ray_call__.remote(lambda replica: setattr(replica, "_update", None)))
+
+
 def test_a_bucket_is_released_when_loading_it_fails(manager: AgentLoopManager, ranks: Ranks) -> None:
-    """Near the end: it leaves the engines in the middle of a sync."""
     ranks.events.clear()
     export = ranks.export_weight_bucket
 
@@ -259,9 +302,44 @@ def test_a_bucket_is_released_when_loading_it_fails(manager: AgentLoopManager, r
     assert ranks.events == ["export 0", "release 0"]
     assert not list(ranks.folder.iterdir())
     ranks.export_weight_bucket = export
+    give_up_sync(manager)
+
+
+def test_an_agent_loop_worker_that_is_killed_is_named(manager: AgentLoopManager) -> None:
+    worker = manager._workers[0]
+    pid = ray.get(worker.actor.__ray_call__.remote(lambda _: os.getpid()))
+    killer = threading.Timer(1.0, os.kill, (pid, signal.SIGKILL))
+    killer.start()
+    started = time.monotonic()
+    with pytest.raises(RolloutError) as caught:
+        manager.generate_sequences(prompts([[STALL]]))
+    assert time.monotonic() - started < 4.0, "before the request is found to hang"
+    cause, log = str(caught.value).splitlines()
+    assert cause.startswith("agent-loop worker 0 (node 10.0.0.1) failed to generate: the process died: Worker unexp")
+    assert_names_a_log(log)
+    manager._workers[0] = manager._create_worker(0, 2, ray.put(manager._tokenizer))
+
+
+def test_the_rest_of_the_run_is_looked_at_meanwhile(manager: AgentLoopManager) -> None:
+    def rank_died() -> None:
+        raise RuntimeError("rank 1 died")
+
+    manager.watch = rank_died
+    started = time.monotonic()
+    with pytest.raises(RuntimeError, match="rank 1 died"):
+        manager.generate_sequences(prompts([[STALL]]))
+    assert time.monotonic() - started < 3.0
+    manager.watch = None
 
 
 def test_an_engine_that_dies_is_named(manager: AgentLoopManager) -> None:
     """Last: it takes a replica along."""
-    with pytest.raises(RolloutError, match=r"rollout replica \d \(hf, node 10.0.0.1\) .*its process died"):
+    with pytest.raises(RolloutError) as caught:
         manager.generate_sequences(prompts([[DIE]]))
+    cause, log = str(caught.value).splitlines()
+    assert re.search(r"rollout replica \d \(hf, node 10.0.0.1\) failed to generate: the process died: ", cause)
+    assert_names_a_log(log)
+    with pytest.raises(RolloutError, match=r"^rollout replica \d .* failed: the process died: "):
+        for _ in range(100):
+            manager.check_alive()
+            time.sleep(0.1)

@@ -52,10 +52,11 @@ def test_a_pad_id_above_the_threshold_is_never_marked() -> None:
 def test_figures_of_a_batch() -> None:
     metrics = [
         AgentLoopMetrics(generate_s=1.0, tool_calls_s=0.5, tool_calls=2, tool_errors=1, tool_reward=1.0),
-        AgentLoopMetrics(generate_s=3.0, tool_calls_s=0.0, tool_calls=1, dropped_calls=2),
+        AgentLoopMetrics(generate_s=3.0, tool_calls_s=0.0, tool_calls=1, dropped_calls=2, retried_requests=2),
     ]
     plain = summarise(metrics, with_tools=False)
-    assert plain == {f"timing_s/agent_loop/generate_sequences/{k}": v for k, v in (("min", 1), ("mean", 2), ("max", 3))}
+    seconds = {f"timing_s/agent_loop/generate_sequences/{k}": v for k, v in (("min", 1), ("mean", 2), ("max", 3))}
+    assert plain == {**seconds, "agent_loop/retried_requests": 2}
     with_tools = summarise(metrics, with_tools=True)
     assert with_tools["agent_loop/tool_calls"] == 3
     assert with_tools["agent_loop/tool_errors"] == 1

@@ -13,7 +13,8 @@ SOURCES = sorted([*(REPO / "verl").rglob("*.py"), *(REPO / "recipe").rglob("*.py
 RAY_MAY_BE_IMPORTED_IN = (
     "verl/single_controller/ray/",
     "verl/experimental/agent_loop/agent_loop.py",
-    "recipe/onpolicy_distill/main_onpolicy_distill.py",
+    "verl/experimental/agent_loop/remote_calls.py",
+    "verl/experimental/agent_loop/servers.py",
 )
 VLLM_MAY_BE_IMPORTED_IN = ("verl/workers/rollout/",)
 

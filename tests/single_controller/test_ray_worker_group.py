@@ -1,10 +1,12 @@
 """Worker groups on a local Ray cluster of two CPUs: places, data, co-located roles, and how failures read."""
 
 import os
+import re
 import signal
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import ray
@@ -65,6 +67,11 @@ class Student(Worker):
             time.sleep(0.5)
             os.kill(os.getpid(), signal.SIGKILL)
         dist.all_reduce(torch.ones(1))
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def take_long(self, seconds: float) -> int:
+        time.sleep(seconds)
+        return self.rank
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL, blocking=False)
     def process(self) -> int:
@@ -163,6 +170,28 @@ def test_a_constructor_that_fails_is_reported_by_the_first_call(cluster):
     group.shutdown()
 
 
+def test_what_dies_elsewhere_ends_a_call_that_would_not_hear_of_it(colocated):
+    def engine_died() -> None:
+        raise RuntimeError("engine 0 died")
+
+    actor = colocated.spawn({"actor"})["actor"]
+    colocated.watch = engine_died
+    started = time.monotonic()
+    with pytest.raises(RuntimeError, match="engine 0 died"):
+        actor.take_long(4.0)
+    assert time.monotonic() - started < 3.5
+    colocated.watch = lambda: None
+    colocated.check_alive()  # a busy rank is asked, and alive
+    assert actor.take_long(0.0) == [0, 1]
+
+
+def test_a_value_error_is_the_users_to_mend(colocated):
+    actor = colocated.spawn({"actor"})["actor"]
+    with pytest.raises(WorkerError) as caught:
+        actor.raise_on(0)
+    assert caught.value.by_user
+
+
 def test_a_killed_rank_is_reported_before_those_that_waited_for_it(cluster):
     pool = RayResourcePool([2], use_gpu=False, max_colocate_count=1)
     group = RayWorkerGroup(pool, RayClassWithInitArgs(Student, 0), name_prefix="student")
@@ -171,7 +200,13 @@ def test_a_killed_rank_is_reported_before_those_that_waited_for_it(cluster):
     lines = str(caught.value).splitlines()
     assert lines[0].startswith("student.die_in_collective failed on rank 1 of 2, node ")
     assert "the process died: Worker unexpectedly exits" in lines[0]
-    assert lines[1].startswith("rank 0, node ")
+    log = re.match(r"log: (/\S+\.err) on node ", lines[1])
+    assert log and Path(log.group(1)).is_file()
+    assert lines[2].startswith("rank 0, node ")
+    with pytest.raises(WorkerError, match=r"^student failed on rank 1 of 2, node \S+: the process died: "):
+        for _ in range(100):
+            group.check_alive()
+            time.sleep(0.1)
     with pytest.raises(ValueError, match="'pool' holds 1 worker groups already"):
         RayWorkerGroup(pool, RayClassWithInitArgs(Student, 0))
     group.shutdown()

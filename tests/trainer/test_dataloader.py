@@ -1,6 +1,9 @@
 """The loader's position: the same prompts with the same think switches, however often a run stops in between."""
 
 import json
+import multiprocessing
+import os
+import signal
 import subprocess
 import sys
 from itertools import chain
@@ -41,6 +44,18 @@ def config_of(data, workers, **settings):
 def loader_of(config, data, tiny_tokenizers):
     dataset, _ = build_datasets(config, hf_tokenizer(tiny_tokenizers[1]), dropped_rows_folder=data / "run")
     return dataset, build_train_loader(dataset, config)
+
+
+def test_ctrl_c_does_not_reach_the_loaders_processes(data, tiny_tokenizers):
+    dataset, loader = loader_of(config_of(data, 1), data, tiny_tokenizers)
+    dataset.set_epoch(0)
+    batches = iter(loader)
+    next(batches)
+    children = multiprocessing.active_children()
+    assert children
+    for child in children:
+        os.kill(child.pid, signal.SIGINT)
+    assert len(list(batches)) == ROWS // BATCH - 1
 
 
 def test_batches_hold_sources_in_their_shares(tmp_path, tiny_tokenizers):

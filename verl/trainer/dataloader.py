@@ -4,6 +4,7 @@ In: ``DataConfig`` and a tokenizer. Out: data sets, and loaders whose position c
 Tokenises nothing itself: chat templates are applied by the data set (to count) and by the agent loops (to generate).
 """
 
+import signal
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -129,6 +130,7 @@ def build_train_loader(dataset: RLHFDataset, config: DataConfig) -> StatefulData
         batch_size=config.train_batch_size,
         sampler=EpochSampler(dataset, config.seed, config.shuffle, config.source_weights),
         num_workers=config.dataloader_num_workers,
+        worker_init_fn=_ignore_interrupts,
         drop_last=True,
         collate_fn=collate_fn,
     )
@@ -140,6 +142,12 @@ def build_val_loader(dataset: RLHFDataset, config: DataConfig) -> StatefulDataLo
         dataset,
         batch_size=config.val_batch_size or len(dataset),
         num_workers=config.dataloader_num_workers,
+        worker_init_fn=_ignore_interrupts,
         drop_last=False,
         collate_fn=collate_fn,
     )
+
+
+def _ignore_interrupts(_: int) -> None:
+    """Ctrl-C reaches the loader's processes too, and it is for the run to decide when they end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,6 +1,7 @@
 """Writes the answers of a batch where a person can read them.
 
-In:  a batch after generation. Out: ``<folder>/<step>.jsonl``, one row a line. Training does not read it back.
+In:  a batch after generation. Out: ``<folder>/<step>.jsonl``, one row a line, which training does not read back, and
+lines for the console.
 """
 
 import json
@@ -43,6 +44,12 @@ def generation_rows(batch: DataProto, tokenizer: "PreTrainedTokenizerBase") -> l
             described["score"] = float(batch.batch["token_level_scores"][row].sum())
         rows.append(described)
     return rows
+
+
+def first_answers(batch: DataProto, tokenizer: "PreTrainedTokenizerBase", count: int) -> list[str]:
+    """The first answers of a batch, a line each behind its ``uid``."""
+    shown = generation_rows(batch.slice(0, min(count, len(batch))), tokenizer) if count > 0 else []
+    return [f"[{row['uid']}] {row['output']}" for row in shown]
 
 
 def dump_generations(folder: str | Path, step: int, batch: DataProto, tokenizer: "PreTrainedTokenizerBase") -> Path:

@@ -2,10 +2,8 @@
 
 import json
 import logging
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +14,6 @@ from in_process_run import run_in_process
 from safetensors.torch import load_file
 from test_exact_resume import settings
 
-from recipe.onpolicy_distill import main_onpolicy_distill
 from verl.protocol import DataProto
 from verl.trainer.config import PPOConfig
 from verl.trainer.ppo.guards import GuardError
@@ -161,32 +158,3 @@ def test_an_engine_that_is_left_behind_is_said_once(
     assert said[0].getMessage().startswith("step 2: the engine's log-probs of its own tokens differ")
     gap = series(tmp_path, "distill/engine_gap")[1]
     assert f"by {gap:.4g} nats on average" in said[0].getMessage()
-
-
-def test_the_entry_point_says_the_cause_first(
-    config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "run").mkdir()
-    ended = []
-
-    def fit() -> None:
-        raise GuardError("teacher 'ref' went wrong")
-
-    trainer: Any = SimpleNamespace(
-        config=config(),
-        init_workers=lambda: None,
-        fit=fit,
-        progress=lambda: "step 3 of 4, newest checkpoint global_step_2",
-        shutdown=lambda: ended.append("trainer"),
-    )
-    # Of Ray only what the entry point itself calls: nothing runs on it here.
-    ray = SimpleNamespace(init=lambda **_: None, shutdown=lambda: ended.append("ray"))
-    import verl.experimental.agent_loop.agent_loop  # noqa: F401  imported with the real one
-
-    monkeypatch.setitem(sys.modules, "ray", ray)
-    with pytest.raises(SystemExit) as stop:
-        main_onpolicy_distill.run(trainer)
-    assert stop.value.code == 1
-    error = capsys.readouterr().err.splitlines()
-    assert error == ["error: teacher 'ref' went wrong", "step 3 of 4, newest checkpoint global_step_2"]
-    assert ended == ["trainer", "ray"]

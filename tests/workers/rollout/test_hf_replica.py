@@ -11,7 +11,7 @@ from rollout_reference import largest_difference, save_tiny_model, train_a_littl
 from transformers import PreTrainedModel
 
 from verl.workers.config import HFModelConfig, RolloutConfig
-from verl.workers.rollout.hf_replica import HFReplica, truncate
+from verl.workers.rollout.hf_replica import HFReplica, _Request, _RowStops, truncate
 from verl.workers.rollout.replica import TokenOutput
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14], [15, 16]]
@@ -126,3 +126,24 @@ def test_truncation_by_hand() -> None:
 def test_one_device_only() -> None:
     with pytest.raises(ValueError, match=r"tensor_model_parallel_size=2 .*rollout\.name=hf"):
         HFReplica(RolloutConfig(name="hf", tensor_model_parallel_size=2), HFModelConfig())
+
+
+async def test_a_row_whose_caller_has_gone_stops(engine: Engine) -> None:
+    options = engine.replica._complete({**PLAIN, "ignore_eos": True}, prompt_tokens=1)
+    answers = [asyncio.get_running_loop().create_future() for _ in range(2)]
+    stops = _RowStops([_Request([5], options, 0, answer) for answer in answers], prompt_width=1)
+    written = torch.tensor([[5, 6], [5, 6]])
+    assert stops(written, torch.zeros(2, 1)).tolist() == [False, False]
+    answers[1].cancel()
+    assert stops(written, torch.zeros(2, 1)).tolist() == [False, True]
+
+
+async def test_a_request_that_was_cancelled_does_not_hold_up_a_weight_sync(engine: Engine) -> None:
+    task = asyncio.create_task(engine.generate([[5]], PLAIN))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert engine.replica._requests == 1
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await engine.replica.start_weight_update()

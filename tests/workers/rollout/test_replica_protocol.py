@@ -40,6 +40,9 @@ class ScriptedReplica(RolloutReplica):
         self.calls.append((prompt, options))
         return TokenOutput([1], None, "length", self.weight_version)
 
+    async def _check_engine(self) -> None:
+        pass
+
     async def _start_update(self) -> None:
         self.calls.append("start")
 

@@ -107,6 +107,18 @@ async def kill_engine_processes(replica: RolloutReplica) -> None:
         child.join()
 
 
+async def check_alive(replica: RolloutReplica) -> None:
+    await replica.check_alive()
+
+
+async def wait_for_death(replica: RolloutReplica) -> None:
+    """Look now and then, as a run does, while nothing is asked of the engine."""
+    async with asyncio.timeout(30):
+        while True:
+            await replica.check_alive()
+            await asyncio.sleep(0.2)
+
+
 async def descendants(replica: RolloutReplica) -> list[int]:
     return [process.pid for process in psutil.Process().children(recursive=True)]
 
@@ -256,6 +268,8 @@ def test_an_engine_that_dies_says_of_what(engine: Engine) -> None:
     for _ in range(2):
         with pytest.raises(RuntimeError, match="engine died: MemoryError: out of blocks"):
             engine.generate(PLAIN)
+    with pytest.raises(RuntimeError, match="engine died: MemoryError: out of blocks"):
+        engine.replica.run(check_alive)
 
 
 @pytest.fixture
@@ -273,7 +287,10 @@ def test_an_engine_with_processes_of_its_own_is_synced_and_says_how_it_died(para
         parallel_engine.sync(weights_of(parallel_engine.model))
         for params in (PLAIN, TRUNCATED):
             assert parallel_engine.difference(params) < TOLERANCE
+    parallel_engine.replica.run(check_alive)
     parallel_engine.replica.run(kill_engine_processes)
+    with pytest.raises(RuntimeError, match=r"engine is dead: .*was killed by SIGKILL"):
+        parallel_engine.replica.run(wait_for_death)
     for _ in range(2):
         with pytest.raises(RuntimeError, match=r"engine is dead: .*was killed by SIGKILL"):
             parallel_engine.generate(PLAIN)

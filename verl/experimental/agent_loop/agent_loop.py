@@ -10,18 +10,17 @@
 In: prompts as a ``DataProto`` (``uid``, and ``raw_prompt`` or ``prompt_ids``). Out: the rollout's keys alone
 (``verl/protocol.py``), rows in the order of the prompts; ``meta_info["metrics"]`` has the batch's figures.
 
-This is the only module of the package that knows Ray; its public names are verl's.
+Beside this module only ``servers`` and ``remote_calls`` know Ray; the public names here are verl's.
 """
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 import ray
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import ObjectStoreFullError, OutOfDiskError, RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from transformers import PreTrainedTokenizerBase
 
@@ -33,15 +32,18 @@ from verl.experimental.agent_loop.base import (
     register,
 )
 from verl.experimental.agent_loop.placement import ReplicaPlace, bucket_for, plan_replicas
+from verl.experimental.agent_loop.remote_calls import Remote, as_they_come, collect
 from verl.experimental.agent_loop.rows import summarise
 from verl.experimental.agent_loop.sampling import SEED_KEY, sample_seeds
+from verl.experimental.agent_loop.servers import AsyncLLMServerManager, Replica
 from verl.experimental.agent_loop.worker import AgentLoopWorker, WorkerResult, load_tools
 from verl.protocol import DataProto
 from verl.trainer.config import PPOConfig
+from verl.utils.process_death import no_room
 from verl.utils.row_buffer import RowBuffer
 from verl.utils.tokenizer import hf_tokenizer
 from verl.workers.config import HFModelConfig
-from verl.workers.rollout.replica import RolloutReplica, TokenOutput, get_replica_class
+from verl.workers.rollout.replica import RolloutReplica, get_replica_class
 
 __all__ = [
     "AgentLoopBase",
@@ -55,21 +57,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-_POLL_S = 0.5
-_GATHER_S = 0.05
-_SHUTDOWN_S = 30.0
-
-
-@dataclass(frozen=True)
-class Remote:
-    """A Ray actor, and what errors call it."""
-
-    name: str
-    actor: Any
-
-
-class Replica(Remote):
-    """One engine."""
+_SHUTDOWN_S = 10.0
 
 
 class WeightSource(Protocol):
@@ -86,45 +74,6 @@ class PlacedGroup(Protocol):
     """The part of a worker group that says where its ranks run."""
 
     def get_placement(self) -> list[dict[str, Any]]: ...
-
-
-class AsyncLLMServerManager:
-    """The replicas as one async engine, for the conversations of one worker.
-
-    A conversation starts on the replica with the fewest requests in flight and stays there, where the cache holds its
-    earlier turns.
-    """
-
-    def __init__(self, replicas: Sequence[Replica], first: int = 0) -> None:
-        """``first``: the replica to begin with among equally busy ones; workers differ in it."""
-        self._replicas = list(replicas)
-        self._order = [(first + offset) % len(self._replicas) for offset in range(len(self._replicas))]
-        self._in_flight = [0] * len(self._replicas)
-        self._chosen: dict[str, int] = {}
-        self._requests = 0
-
-    async def generate(self, prompt_ids: list[int], sampling_params: dict[str, Any], request_id: str) -> TokenOutput:
-        """One turn of the conversation ``request_id``.
-
-        Raises:
-            RolloutError: the replica failed; names it and the cause.
-        """
-        if request_id not in self._chosen:
-            self._chosen[request_id] = min(self._order, key=self._in_flight.__getitem__)
-        chosen = self._chosen[request_id]
-        replica = self._replicas[chosen]
-        self._in_flight[chosen] += 1
-        self._requests += 1  # part of the engine's request id: it may still be closing the conversation's last turn
-        try:
-            return await replica.actor.generate.remote(prompt_ids, sampling_params, f"{request_id}-{self._requests}")
-        except RayError as error:
-            raise RolloutError(f"{replica.name} failed to generate: {cause_of(error)}") from error
-        finally:
-            self._in_flight[chosen] -= 1
-
-    def forget(self, request_id: str) -> None:
-        """The conversation is over."""
-        self._chosen.pop(request_id, None)
 
 
 class AgentLoopManager:
@@ -157,6 +106,8 @@ class AgentLoopManager:
         """Whether the engines have given up their memory; only a weight sync brings them back."""
         self.weight_version: int | None = None
         """Version of the last weight sync; None before the first."""
+        self.watch: Callable[[], None] | None = None
+        """Called now and then while engines and workers are waited for: what it raises ends the wait."""
         self._tokenizer = tokenizer or _load_tokenizer(config.actor_rollout_ref.model)
         self._replica_class = replica_class or get_replica_class(self.rollout.name)
         placements = worker_group.get_placement() if worker_group else [_this_node()]
@@ -164,16 +115,16 @@ class AgentLoopManager:
         self._with_tools = bool(load_tools(self.rollout))
         self._replicas: list[Replica] = []
         self._workers: list[Remote] = []
-        self._launching: dict[Any, str] = {}
+        self._launching: dict[Any, Remote] = {}
 
     def start(self) -> None:
         """Begin to launch engines and workers, all at once; returns at once."""
         self._replicas = [self._create_replica(place) for place in self._places]
-        self._launching = {replica.actor.launch.remote(): replica.name for replica in self._replicas}
+        self._launching = {replica.actor.launch.remote(): replica for replica in self._replicas}
         count = max(1, min(self.rollout.agent.num_workers, int(ray.cluster_resources().get("CPU", 1))))
         tokenizer = ray.put(self._tokenizer)
         self._workers = [self._create_worker(index, count, tokenizer) for index in range(count)]
-        self._launching |= {worker.actor.finished_rows.remote(): worker.name for worker in self._workers}
+        self._launching |= {worker.actor.finished_rows.remote(): worker for worker in self._workers}
 
     def wait_ready(self) -> None:
         """Wait until every engine and worker has started.
@@ -181,8 +132,13 @@ class AgentLoopManager:
         Raises:
             RolloutError: one could not; named, with the cause.
         """
-        collect(self._launching, "start")
+        collect(self._launching, "start", watch=self._look)
         self._launching = {}
+
+    def check_alive(self) -> None:
+        """Raise ``RolloutError`` where the process of an engine or a worker has died; returns at once."""
+        for remote in (*self._replicas, *self._workers):
+            remote.check_alive()
 
     def generate_sequences(self, prompts: DataProto, progress: Callable[[int, int], None] | None = None) -> DataProto:
         """Answer every prompt.
@@ -204,15 +160,18 @@ class AgentLoopManager:
         rows = self._rows_to_send(prompts)
         parts = np.array_split(np.arange(len(rows)), min(len(self._workers), len(rows)))
         workers = self._workers[: len(parts)]
-        calls = {
-            worker.actor.generate_sequences.remote(rows[part[0] : part[-1] + 1]): worker.name
-            for worker, part in zip(workers, parts, strict=True)
-        }
+        try:
+            calls = {
+                worker.actor.generate_sequences.remote(rows[part[0] : part[-1] + 1]): worker
+                for worker, part in zip(workers, parts, strict=True)
+            }
+        except (OutOfDiskError, ObjectStoreFullError) as error:
+            raise RolloutError(f"the agent-loop workers could not be given their rows: {no_room(error)}") from error
         report = partial(self._report_progress, workers, progress, len(rows)) if progress else None
         buffer, versions = RowBuffer(len(rows)), set[int]()
         metrics: dict[int, list[AgentLoopMetrics]] = {}
         result: WorkerResult
-        for index, result in as_they_come(calls, "generate", report):
+        for index, result in as_they_come(calls, "generate", watch=self._look, report=report):
             buffer.put(int(parts[index][0]), result.rows)
             metrics[index], versions = result.metrics, versions | result.weight_versions
             del result
@@ -248,17 +207,18 @@ class AgentLoopManager:
 
     def shutdown(self) -> None:
         """End engines and workers; safe to call at any time, and twice."""
-        calls = {replica.actor.shutdown.remote(): replica.name for replica in self._replicas}
+        calls = {replica.actor.shutdown.remote(): replica for replica in self._replicas}
         done, late = ray.wait(list(calls), num_returns=len(calls), timeout=_SHUTDOWN_S) if calls else ([], [])
         for call in done:
             try:
                 ray.get(call)
             except RayActorError:
-                logger.debug("%s was dead before it could be shut down", calls[call])
+                logger.debug("%s was dead before it could be shut down", calls[call].name)
             except RayError as error:
-                logger.warning("%s failed to shut down: %s", calls[call], cause_of(error))
+                account = calls[call].account_of(error, calls[call].log())
+                logger.warning("%s failed to shut down: %s", calls[call].name, account)
         for call in late:
-            logger.warning("%s did not shut down within %.0f s and is killed", calls[call], _SHUTDOWN_S)
+            logger.warning("%s did not shut down within %.0f s and is killed", calls[call].name, _SHUTDOWN_S)
         for remote in (*self._workers, *self._replicas):
             ray.kill(remote.actor)
         self._replicas, self._workers, self._launching = [], [], {}
@@ -279,7 +239,10 @@ class AgentLoopManager:
         )
         model = self.config.actor_rollout_ref.model
         actor = actor_class.remote(self.rollout, model, place.index, self.device)
-        return Replica(f"rollout replica {place.index} ({self.rollout.name}, node {place.node_ip})", actor)
+        name = f"rollout replica {place.index} ({self.rollout.name}, node {place.node_ip})"
+        replica = Replica(name, actor, place.node_ip)
+        replica.ask_for_log()
+        return replica
 
     def _create_worker(self, index: int, count: int, tokenizer: Any) -> Remote:
         """Workers begin with replicas evenly apart, so that few workers keep many replicas busy, each on its node."""
@@ -288,9 +251,17 @@ class AgentLoopManager:
         worker_class = ray.remote(AgentLoopWorker).options(
             num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(place.node_id, soft=False)
         )
-        servers = AsyncLLMServerManager(self._replicas, first=first)
+        servers = AsyncLLMServerManager(self._replicas, first, self.rollout.timeout_s)
         actor = worker_class.remote(self.config, tokenizer, servers)
-        return Remote(f"agent-loop worker {index} (node {place.node_ip})", actor)
+        worker = Remote(f"agent-loop worker {index} (node {place.node_ip})", actor, place.node_ip)
+        worker.ask_for_log()
+        return worker
+
+    def _look(self) -> None:
+        """Look at engines and workers, whoever is waited for, and at the rest of the run."""
+        self.check_alive()
+        if self.watch is not None:
+            self.watch()
 
     def _rows_to_send(self, prompts: DataProto) -> DataProto:
         if "prompt_ids" not in prompts.non_tensor_batch:
@@ -309,7 +280,7 @@ class AgentLoopManager:
             )
 
     def _report_progress(self, workers: Sequence[Remote], progress: Callable[[int, int], None], total: int) -> None:
-        counts = {worker.actor.finished_rows.remote(): worker.name for worker in workers}
+        counts = {worker.actor.finished_rows.remote(): worker for worker in workers}
         progress(sum(collect(counts, "report progress")), total)
 
     def _all(self, method: str, doing: str, *args: Any) -> None:
@@ -318,55 +289,13 @@ class AgentLoopManager:
     def _each(self, method: str, doing: str, args: Iterable[tuple[Any, ...]]) -> None:
         collect(
             {
-                getattr(replica.actor, method).remote(*own): replica.name
+                getattr(replica.actor, method).remote(*own): replica
                 for replica, own in zip(self._replicas, args, strict=True)
             },
             doing,
+            watch=self._look,
+            timeout_s=self.rollout.timeout_s,
         )
-
-
-def collect(calls: Mapping[Any, str], doing: str) -> list[Any]:
-    """Results of remote calls, in order; see ``as_they_come``."""
-    results = dict(as_they_come(calls, doing))
-    return [results[index] for index in range(len(calls))]
-
-
-def as_they_come(
-    calls: Mapping[Any, str], doing: str, report: Callable[[], None] | None = None
-) -> Iterator[tuple[int, Any]]:
-    """Numbers and results of remote calls in the order in which they finish; the first to fail ends the wait.
-
-    Args:
-        calls: who makes each call, for the message.
-        doing: what they do, for the message: "... failed to {doing}".
-        report: called every half second while they do it.
-    """
-    numbers = {call: number for number, call in enumerate(calls)}
-    pending = list(calls)
-    while pending:
-        done, _ = ray.wait(pending, num_returns=1, timeout=_POLL_S if report else None)
-        # Those that finish together are taken together: one look at all per call would be quadratic in their number.
-        done, pending = ray.wait(pending, num_returns=len(pending), timeout=_GATHER_S) if done else (done, pending)
-        for call in done:
-            try:
-                result = ray.get(call)
-            except RayError as error:
-                kind = ValueError if isinstance(error, ValueError) else RolloutError
-                raise kind(f"{calls[call]} failed to {doing}: {cause_of(error)}") from error
-            yield numbers[call], result
-            del result  # before the next one comes
-        if report:
-            report()
-
-
-def cause_of(error: RayError) -> str:
-    """What went wrong in the remote process, without the trace through Ray."""
-    cause = getattr(error, "cause", None)
-    if isinstance(cause, RolloutError):
-        return str(cause)
-    if isinstance(cause, BaseException):
-        return f"{type(cause).__name__}: {cause}"
-    return f"its process died: {error}" if isinstance(error, RayActorError) else str(error)
 
 
 def _load_tokenizer(model: HFModelConfig) -> PreTrainedTokenizerBase:

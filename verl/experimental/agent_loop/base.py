@@ -32,6 +32,8 @@ class AgentLoopMetrics:
 
     generate_s: float = 0.0
     """Time waiting for the engine, all turns."""
+    retried_requests: int = 0
+    """Turns that were asked again of another replica, because the first hung."""
     tool_calls_s: float = 0.0
     """Time waiting for tools, all turns."""
     tool_calls: int = 0
@@ -166,6 +168,7 @@ class AgentLoopBase(ABC):
         started = time.perf_counter()
         turn = await self._generate(trajectory.token_ids, params)
         self.metrics.generate_s += time.perf_counter() - started
+        self.metrics.retried_requests += turn.retries
         trajectory.add_model_turn(turn)
         return turn.token_ids
 

@@ -49,8 +49,11 @@ def pad_outputs(
 
 
 def summarise(metrics: Sequence[AgentLoopMetrics], with_tools: bool) -> dict[str, float]:
-    """Seconds over the conversations of a batch (min, mean, max) and, where there are tools, how their calls went."""
+    """Seconds over the conversations of a batch (min, mean, max), requests that were asked again after a replica that
+    hung, and, where there are tools, how their calls went.
+    """
     figures = _spread("timing_s/agent_loop/generate_sequences", [row.generate_s for row in metrics])
+    figures["agent_loop/retried_requests"] = float(sum(row.retried_requests for row in metrics))
     if not with_tools:
         return figures
     figures |= _spread("timing_s/agent_loop/tool_calls", [row.tool_calls_s for row in metrics])

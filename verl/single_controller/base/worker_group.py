@@ -12,7 +12,12 @@ from verl.single_controller.base.decorator import Call, Results, WorkerFuture, b
 
 
 class WorkerError(RuntimeError):
-    """A worker raised or died. The first line says role, method, rank, node and cause."""
+    """A worker raised or died. The first line says role, method, rank, node and cause, the second where its log is."""
+
+    def __init__(self, message: str, *, by_user: bool = False) -> None:
+        """``by_user``: it raised a ValueError, so the same again would end the same."""
+        super().__init__(message)
+        self.by_user = by_user
 
 
 class WorkerGroup(ABC):

@@ -14,19 +14,21 @@ import os
 import random
 import socket
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
 import ray
+from ray.exceptions import ObjectStoreFullError, OutOfDiskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from verl.single_controller.base.decorator import Call, Results, by_rank
 from verl.single_controller.base.worker import Worker
-from verl.single_controller.base.worker_group import WorkerGroup
-from verl.single_controller.ray.failures import gather
+from verl.single_controller.base.worker_group import WorkerError, WorkerGroup
+from verl.single_controller.ray.failures import Processes, gather
 from verl.single_controller.ray.loans import RayLoans
 from verl.single_controller.ray.resource_pool import RankPlace, RayResourcePool
+from verl.utils.process_death import no_room
 
 QUIET_ENV = {
     "TOKENIZERS_PARALLELISM": "false",
@@ -130,7 +132,6 @@ class RayWorkerGroup(WorkerGroup):
         self._main_role = next(iter(roles))
         self._pool: RayResourcePool | None = resource_pool
         places = resource_pool.acquire()
-        self._node_ips = [place.node_ip for place in places]
         label = name_prefix or "+".join(roles)
         self._hosts = [
             _start_host(f"{label} rank {rank}", place, environment, resource_pool)
@@ -138,6 +139,9 @@ class RayWorkerGroup(WorkerGroup):
                 zip(places, _environments(places, worker_env or {}), strict=True)
             )
         ]
+        self._processes = Processes("+".join(roles), self._hosts, [place.node_ip for place in places])
+        self.watch: Callable[[], None] = lambda: None
+        """Called now and then while a call runs: what it raises ends the wait."""
         shared_roles = ray.put(roles)
         self._building: list[Any] | None = [host.build.remote(shared_roles) for host in self._hosts]
 
@@ -149,21 +153,32 @@ class RayWorkerGroup(WorkerGroup):
         return {role: RoleWorkerGroup(self, role, self._roles[role].cls) for role in self._roles if role in prefix_set}
 
     def start_calls(self, role: str, method: str, calls: Sequence[Call]) -> list[Any]:
-        """Begin ``calls[i]`` on rank i; arguments that go to several ranks are stored once."""
+        """Begin ``calls[i]`` on rank i; arguments that go to several ranks are stored once.
+
+        Raises:
+            WorkerError: there is no room for the arguments, in memory or on disk.
+        """
         self._wait_built()
         first, payloads = calls[0], list[Any](calls)
-        if len(calls) > 1 and (first.args or first.kwargs) and all(call is first for call in calls):
-            payloads = [ray.put(first)] * len(calls)
         hosts = self._hosts[: len(calls)]
-        return [host.call.remote(role, method, payload) for host, payload in zip(hosts, payloads, strict=True)]
+        try:
+            if len(calls) > 1 and (first.args or first.kwargs) and all(call is first for call in calls):
+                payloads = [ray.put(first)] * len(calls)
+            return [host.call.remote(role, method, payload) for host, payload in zip(hosts, payloads, strict=True)]
+        except (OutOfDiskError, ObjectStoreFullError) as error:
+            raise WorkerError(f"{role}.{method} could not be given its data: {no_room(error)}") from error
 
     def finish_calls(self, call_name: str, running: Sequence[Any]) -> Results:
         """Ranks and results of ``start_calls`` as they come; raises ``WorkerError``."""
-        return gather(running, self._node_ips, call_name)
+        return gather(running, self._processes, call_name, self.watch)
+
+    def check_alive(self) -> None:
+        """Raise ``WorkerError`` where a rank's process has died; returns at once."""
+        self._processes.check_alive()
 
     def _wait_built(self) -> None:
         if self._building is not None:
-            by_rank(gather(self._building, self._node_ips, f"{'+'.join(self._roles)}.__init__"))
+            by_rank(self.finish_calls(f"{self._processes.name}.__init__", self._building))
             self._building = None
 
     def shutdown(self) -> None:

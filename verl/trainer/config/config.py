@@ -51,6 +51,13 @@ class PPOConfig:
         self.check_extension()
         self._check_synthetic_prompts()
 
+    def settle_schedule(self, total_steps: int) -> None:
+        """Give a learning-rate schedule without a length of its own that of the run."""
+        actor = self.actor_rollout_ref.actor
+        if actor.optim.total_training_steps < 0:
+            updates = self.data.train_batch_size // actor.ppo_mini_batch_size * actor.ppo_epochs
+            actor.optim.total_training_steps = total_steps * updates
+
     def _check_batch_sizes(self) -> None:
         actor, rollout = self.actor_rollout_ref.actor, self.actor_rollout_ref.rollout
         batch, mini, ranks = self.data.train_batch_size, actor.ppo_mini_batch_size, self.trainer.world_size

@@ -71,6 +71,8 @@ class CheckpointSaver:
         self._pending: _Pending | None = None
         self._failed_saves = 0
         self._last_failure = ""
+        self.has_saved = False
+        """Whether a checkpoint of this run is in place."""
 
     def save(self, ranks: SavingRanks, step: int, state: checkpoint.DataState, *, last: bool) -> Metrics:
         """Begin the checkpoint of a step, once the one before it is written.
@@ -154,6 +156,7 @@ class CheckpointSaver:
             return
         self._last_failure = ""
         self._best.checkpoint_ended(step, in_place=True)
+        self.has_saved = True
         try:
             keep = trainer.max_actor_ckpt_to_keep
             checkpoint.prune_checkpoints(self._root, keep, current=step, protected=self._best.protected)

@@ -44,12 +44,12 @@ from verl.trainer.ppo.metric_utils import (
 from verl.trainer.ppo.prompt_stream import PromptStream
 from verl.trainer.ppo.resume_check import require_resumable, run_facts
 from verl.trainer.ppo.reward import RewardFn, compute_rewards, require_reward_fn
-from verl.trainer.ppo.stages import new_keys, run_stage
+from verl.trainer.ppo.stages import balance_rows, new_keys, run_stage
+from verl.trainer.ppo.stop_request import StopRequest
 from verl.trainer.ppo.teacher_canary import TeacherCanary
 from verl.trainer.ppo.worker_groups import WorkerGroups, plan_pools
 from verl.utils.dataset.rl_dataset import RLHFDataset
-from verl.utils.rollout_dump import dump_generations
-from verl.utils.seqlen_balancing import balanced_order
+from verl.utils.rollout_dump import dump_generations, first_answers
 from verl.utils.timing import marked_timer
 from verl.utils.tracking import Tracking
 
@@ -87,8 +87,7 @@ class RayPPOTrainer:
             ValueError: no reward function although this trainer needs one, too few prompts for one batch, or a
                 checkpoint that this run cannot go on from.
         """
-        self.config = config
-        self.tokenizer = tokenizer
+        self.config, self.tokenizer = config, tokenizer
         self.role_worker_mapping = role_worker_mapping
         self.reward_fn = reward_fn
         self.device_name = device_name
@@ -98,12 +97,12 @@ class RayPPOTrainer:
         self.kl_controller = get_kl_controller(config.algorithm.kl_ctrl)
         self.stage_metrics: Metrics = {}
         self.global_steps = 0
+        self.restarts = 0
+        """How often the run lost its workers before this trainer was built; see ``verl.trainer.run``."""
+        self.stop = StopRequest()
         all_epochs = self.prompts.batches_per_epoch * config.trainer.total_epochs
         self.total_steps = config.trainer.total_training_steps or all_epochs
-        optim = config.actor_rollout_ref.actor.optim
-        if optim.total_training_steps < 0:
-            updates = config.data.train_batch_size // config.actor_rollout_ref.actor.ppo_mini_batch_size
-            optim.total_training_steps = self.total_steps * updates * config.actor_rollout_ref.actor.ppo_epochs
+        config.settle_schedule(self.total_steps)
         if self.uses_reward:
             require_reward_fn(reward_fn, config.algorithm.adv_estimator)
         self.pools = plan_pools(config.trainer, self.roles, use_gpu=device_name == "cuda")
@@ -208,15 +207,7 @@ class RayPPOTrainer:
 
     def balance(self, batch: DataProto) -> DataProto:
         """The rows, in place, in the order that gives every rank its equal, token-balanced share of a mini-batch."""
-        rollout, actor = self.config.actor_rollout_ref.rollout, self.config.actor_rollout_ref.actor
-        lengths = batch.batch["attention_mask"].sum(-1).tolist()
-        order = balanced_order(
-            lengths if self.config.trainer.balance_batch else [1] * len(lengths),
-            mini_batch_rows=actor.ppo_mini_batch_size * rollout.n,
-            dp_size=self.config.trainer.world_size,
-        )
-        batch.reorder(order)
-        return batch
+        return balance_rows(batch, self.config)
 
     def old_log_prob(self, batch: DataProto) -> DataProto:
         """``old_log_probs``, ``entropys`` and ``extend_mass`` (B, R) of the student."""
@@ -243,10 +234,12 @@ class RayPPOTrainer:
         self.resume()
         if self.agent_loop_manager.asleep:
             self.sync_weights()
-        if self.val_loader is not None and (config.val_before_train or config.val_only):
+        starts = config.val_before_train and self.global_steps == 0  # a resumed run has validated then
+        if self.val_loader is not None and (starts or config.val_only):
             self.logger.log(self.validate(), self.global_steps)
         if config.val_only:
             return
+        self.stop.takes_steps = True
         with tqdm(
             total=self.total_steps, initial=self.global_steps, desc="train", unit="step", disable=None
         ) as progress:
@@ -256,13 +249,14 @@ class RayPPOTrainer:
                 if self.is_due(config.test_freq) and self.val_loader is not None:
                     metrics |= self.validate()
                 is_last = self.is_last_step()
+                saves = self.saves_step(is_last)
                 try:
-                    metrics |= self.save_checkpoint(is_last) if self.saves_step(is_last) else self.saver.poll()
+                    metrics |= self.save_checkpoint(is_last) if saves else self.saver.poll()
                 finally:  # a run that a guard ends here keeps the figures of its last step
                     self.logger.log(metrics, self.global_steps)
                 self.skipped_updates.check(metrics, self.global_steps)
                 progress.update()
-                if is_last:
+                if is_last or (saves and self.stop.requested):
                     break
         self.saver.finish()
 
@@ -288,7 +282,8 @@ class RayPPOTrainer:
         metrics |= self.engine_gap.watch(metrics, self.global_steps)
         metrics |= compute_timing_metrics(batch, timing)
         metrics |= compute_throughout_metrics(batch, timing, self.pools.get_n_gpus())
-        return metrics | {"training/global_step": self.global_steps, "training/epoch": self.prompts.epoch}
+        place = {"training/global_step": self.global_steps, "training/epoch": self.prompts.epoch}
+        return metrics | place | {"training/restarts": self.restarts}
 
     def validate(self) -> Metrics:
         """Answer every validation prompt and measure the answers."""
@@ -320,6 +315,8 @@ class RayPPOTrainer:
         self.agent_loop_manager = AgentLoopManager(
             self.config, self.actor_wg, device=self.device_name, tokenizer=self.tokenizer
         )
+        self.agent_loop_manager.watch = self.worker_groups.check_alive
+        self.worker_groups.watch(self.agent_loop_manager.check_alive)
         if self.device_name == "cpu":
             self.agent_loop_manager.start()
         for role in self.roles:
@@ -347,8 +344,8 @@ class RayPPOTrainer:
         return every > 0 and (self.global_steps % every == 0 or self.global_steps >= self.total_steps)
 
     def is_last_step(self) -> bool:
-        """Whether the run ends with this step: all are taken, or validation has not got better for long."""
-        return self.global_steps >= self.total_steps or self.best.gives_up()
+        """Whether the run ends with this step: all are taken, it is told to stop, or it has not got better for long."""
+        return self.global_steps >= self.total_steps or self.stop.requested or self.best.gives_up()
 
     def saves_step(self, is_last: bool) -> bool:
         """Whether this step leaves a checkpoint."""
@@ -394,10 +391,8 @@ class RayPPOTrainer:
         """Write the answers of a batch as JSONL where ``folder`` is set, and show the first few."""
         if folder is not None:
             dump_generations(Path(folder), self.global_steps, batch, self.tokenizer)
-        for row in range(min(show, len(batch))):
-            responses = batch.batch["responses"]
-            ids = responses[row][: int(batch.batch["attention_mask"][row, -responses.shape[1] :].sum())]
-            tqdm.write(f"[{batch.non_tensor_batch['uid'][row]}] {self.tokenizer.decode(ids)}")
+        for line in first_answers(batch, self.tokenizer, show):
+            tqdm.write(line)
 
     def progress(self) -> str:
         """Where the run stands and what it left."""

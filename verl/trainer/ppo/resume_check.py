@@ -88,6 +88,7 @@ SETTINGS: dict[str, Kind] = {
     f"{_ROLLOUT}.prompt_length": Kind.FREE,  # follow data.max_*_length
     f"{_ROLLOUT}.response_length": Kind.FREE,
     f"{_ROLLOUT}.val_kwargs": Kind.FREE,
+    f"{_ROLLOUT}.timeout_s": Kind.FREE,
     "data": Kind.FIXED,
     "data.train_files": Kind.FREE,
     "data.synthetic_item_prompts.catalogue": Kind.FREE,

@@ -1,11 +1,13 @@
 """What every stage of a step has in common: it takes the batch and returns its new keys.
 
-In:  a batch and a stage. Out: the batch with the stage's keys, and the seconds it took.
+In:  a batch and a stage. Out: the batch with the stage's keys, and the seconds it took; the batch in the ranks' order.
 """
 
 from collections.abc import Callable
 
 from verl.protocol import DataProto
+from verl.trainer.config import PPOConfig
+from verl.utils.seqlen_balancing import balanced_order
 from verl.utils.timing import marked_timer
 
 
@@ -15,6 +17,19 @@ def run_stage(
     """Run a stage, time it under ``name``, and return the batch with the stage's new keys."""
     with marked_timer(name, timing):
         return batch.union(stage(batch))
+
+
+def balance_rows(batch: DataProto, config: PPOConfig) -> DataProto:
+    """Put the rows, in place, in the order that gives every rank its equal, token-balanced share of a mini-batch."""
+    lengths = batch.tensor("attention_mask").sum(-1).tolist()
+    models = config.actor_rollout_ref
+    order = balanced_order(
+        lengths if config.trainer.balance_batch else [1] * len(lengths),
+        mini_batch_rows=models.actor.ppo_mini_batch_size * models.rollout.n,
+        dp_size=config.trainer.world_size,
+    )
+    batch.reorder(order)
+    return batch
 
 
 def new_keys(after: DataProto, before: DataProto) -> DataProto:

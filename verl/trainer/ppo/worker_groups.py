@@ -137,6 +137,21 @@ class WorkerGroups:
             views |= group.spawn(set(roles))
         return views
 
+    def check_alive(self) -> None:
+        """Raise ``WorkerError`` where a process of any group has died; returns at once."""
+        for group in self._groups:
+            group.check_alive()
+
+    def watch(self, others: Callable[[], None]) -> None:
+        """While a call of one group runs, look now and then at the other groups, and call ``others``."""
+
+        def look() -> None:
+            self.check_alive()
+            others()
+
+        for group in self._groups:
+            group.watch = look
+
     def shutdown(self) -> None:
         """End the processes; a second call does nothing."""
         for group in self._groups:

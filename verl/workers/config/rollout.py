@@ -134,6 +134,11 @@ class RolloutConfig:
     """Split long prompts over engine steps."""
     engine_kwargs: dict[str, Any] = field(default_factory=dict)
     """Options by engine, ``engine_kwargs.vllm.block_size=32``; another engine's group is ignored."""
+    timeout_s: float | None = 3600.0
+    """Seconds without any finished answer after which a replica is taken to hang: a request that waits for it is asked
+    once more of another replica, and ends the run where that hangs too or there is none. An engine has as long for a
+    weight sync. The default is far above a healthy engine's silence, which is the length of one answer; null: requests
+    are waited for however long they take."""
     weight_sync_bucket_mb: int = 1024
     """Most weights in flight at once during a weight sync, in MiB."""
     log_prob_use_dynamic_bsz: bool = True
@@ -163,6 +168,10 @@ class RolloutConfig:
             raise ValueError(
                 "actor_rollout_ref.rollout.mask_response_if_have_extend_token=True trains on nothing of a response "
                 "that holds an extended token, and mask_after_extend_token=False on all of it; set one of them"
+            )
+        if self.timeout_s is not None and self.timeout_s <= 0:
+            raise ValueError(
+                f"actor_rollout_ref.rollout.timeout_s={self.timeout_s} must be above 0, or null to wait for ever"
             )
         self._check_sizes()
         self._check_engine_step()

@@ -106,8 +106,11 @@ class HFReplica(RolloutReplica):
     async def _answer_waiting(self) -> None:
         while self._waiting:
             await asyncio.sleep(GATHER_S)
+            self._waiting = [request for request in self._waiting if not request.answer.done()]  # cancelled meanwhile
             batch = self._waiting[: self.config.max_num_seqs]
             del self._waiting[: len(batch)]
+            if not batch:
+                continue
             [outcome] = await asyncio.gather(self._on_thread(self._generate_batch, batch), return_exceptions=True)
             for index, request in enumerate(batch):
                 if request.answer.done():  # its caller was cancelled
@@ -134,7 +137,7 @@ class HFReplica(RolloutReplica):
                 do_sample=False, max_new_tokens=max(option.max_tokens for option in options), pad_token_id=pad
             ),
             logits_processor=LogitsProcessorList([sampler]),
-            stopping_criteria=StoppingCriteriaList([_RowStops(options, longest)]),
+            stopping_criteria=StoppingCriteriaList([_RowStops(batch, longest)]),
         )
         log_probs = torch.stack(sampler.log_probs, dim=1).tolist()  # B x steps
         written = sequences[:, longest:].tolist()
@@ -156,6 +159,9 @@ class HFReplica(RolloutReplica):
             weight_version=self.weight_version,
             top_log_probs=top[:end] if options.top_logprobs else None,
         )
+
+    async def _check_engine(self) -> None:
+        """The engine is this process."""
 
     async def _start_update(self) -> None:
         """Weights are copied in place; nothing to prepare."""
@@ -263,9 +269,11 @@ def truncate(logits: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor) -> 
 
 
 class _RowStops(StoppingCriteria):
-    """Ends each row at its own stop tokens or token limit."""
+    """Ends each row at its own stop tokens or token limit, or where its caller has gone."""
 
-    def __init__(self, options: Sequence[SamplingOptions], prompt_width: int) -> None:
+    def __init__(self, batch: Sequence[_Request], prompt_width: int) -> None:
+        options = [request.options for request in batch]
+        self._answers = [request.answer for request in batch]
         self._prompt_width = prompt_width
         self._stop_ids = [torch.tensor(sorted(option.stop_token_ids), dtype=torch.long) for option in options]
         self._max_tokens = torch.tensor([option.max_tokens for option in options])
@@ -275,4 +283,5 @@ class _RowStops(StoppingCriteria):
         last = input_ids[:, -1].cpu()
         stopped = torch.stack([(last[row] == ids).any() for row, ids in enumerate(self._stop_ids)])
         full = input_ids.shape[1] - self._prompt_width >= self._max_tokens
-        return (stopped | full).to(input_ids.device)
+        gone = torch.tensor([answer.done() for answer in self._answers])
+        return (stopped | full | gone).to(input_ids.device)

@@ -40,6 +40,8 @@ class TokenOutput:
     """Version of the last finished weight sync; 0 before the first."""
     top_log_probs: list[dict[int, float]] | None = None
     """At each new token the likeliest tokens with their log-probs, the drawn one among them; None: not asked."""
+    retries: int = 0
+    """How often the request was asked again after a replica that hung; set by whoever asks."""
 
 
 MAX_TOP_LOGPROBS = 20
@@ -220,6 +222,14 @@ class RolloutReplica(ABC):
         if self._asleep:
             raise RuntimeError(f"{self._name} sleeps without weights; a weight sync wakes it")
 
+    async def check_alive(self) -> None:
+        """Answering at all says that this process lives; the engine is looked at too.
+
+        Raises:
+            RuntimeError: the engine is dead; names the cause.
+        """
+        await self._check_engine()
+
     async def shutdown(self) -> None:
         """Stop the engine and everything it started. Safe to call twice."""
         self._unusable = "it was shut down"
@@ -289,6 +299,10 @@ class RolloutReplica(ABC):
     @abstractmethod
     async def _generate(self, prompt: list[int], options: SamplingOptions, request_id: str) -> TokenOutput:
         """Answer one checked request."""
+
+    @abstractmethod
+    async def _check_engine(self) -> None:
+        """Raise RuntimeError, with the cause, where the engine has died though this process lives."""
 
     @abstractmethod
     async def _start_update(self) -> None:

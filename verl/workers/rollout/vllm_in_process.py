@@ -73,6 +73,10 @@ class InProcessEngine:
         finally:
             self._futures.pop(unique_id, None)
 
+    async def check_health(self) -> None:
+        """Raise RuntimeError, with the cause, where the engine died."""
+        self._check_alive()
+
     async def collective_rpc(self, method: str, *, kwargs: dict[str, Any] | None = None) -> list[Any]:
         """Call a method of the worker."""
         self._check_alive()

@@ -46,6 +46,8 @@ class Engine(Protocol):
 
     def generate(self, prompt: Any, sampling_params: Any, request_id: str) -> AsyncIterator[Any]: ...
 
+    async def check_health(self) -> None: ...
+
     async def collective_rpc(self, method: str, *, kwargs: dict[str, Any] | None) -> Any: ...
 
     async def reset_prefix_cache(self) -> bool: ...
@@ -140,6 +142,10 @@ class VLLMReplica(RolloutReplica):
         if options.top_logprobs:
             top = [{token: told.logprob for token, told in entry.items()} for entry in answer.logprobs]
         return TokenOutput(token_ids, log_probs, answer.finish_reason, version, top)
+
+    async def _check_engine(self) -> None:
+        if self._engine is not None:
+            await self._guard(self._engine.check_health(), "failed")
 
     async def _start_update(self) -> None:
         await self._rpc("start_weight_update")

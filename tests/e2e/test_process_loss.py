@@ -1,0 +1,173 @@
+"""A run that loses a process in every stage and goes on within itself (``trainer.max_restarts``) on a real Ray.
+
+The driver is this process, so that a stage can be made to wait (SIGSTOP of whoever it needs) until the victim is dead.
+"""
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from launch import write_onerec_parquet
+from ray.cloudpickle import register_pickle_by_value
+from running import processes_of
+
+from recipe.onpolicy_distill.main_onpolicy_distill import build_trainer
+from verl.trainer import run as module
+from verl.trainer.config import PPOConfig
+from verl.trainer.config.typed import load_config
+
+pytestmark = pytest.mark.slow
+register_pickle_by_value(sys.modules[__name__])  # workers do not import test modules
+
+STEPS = 4
+MARK = "VERL_TEST_PROCESS_LOSS"
+
+
+def own_pid(_: Any) -> int:
+    return os.getpid()
+
+
+def pid_of(actor: Any) -> int:
+    return ray.get(actor.__ray_call__.remote(own_pid))
+
+
+def rank(trainer: Any) -> Any:
+    [group] = trainer.worker_groups._groups
+    return group._hosts[1]
+
+
+def engine(trainer: Any) -> Any:
+    return trainer.agent_loop_manager._replicas[0].actor
+
+
+def agent_loop(trainer: Any) -> Any:
+    return trainer.agent_loop_manager._workers[0].actor
+
+
+@dataclass
+class Loss:
+    """A process that is killed while a stage runs, which meanwhile waits for ``stopped``."""
+
+    step: int
+    stage: str
+    victim: Callable[[Any], Any]
+    stopped: Callable[[Any], Any]
+    message: str
+
+    def prepare(self, trainer: Any, killed_at: list[float]) -> None:
+        original = getattr(trainer, self.stage)
+
+        def stage(*arguments: Any) -> Any:
+            if trainer.global_steps == self.step:
+                victim = pid_of(self.victim(trainer))
+                os.kill(pid_of(self.stopped(trainer)), signal.SIGSTOP)
+                threading.Timer(1.0, self._kill, (victim, killed_at)).start()
+            return original(*arguments)
+
+        setattr(trainer, self.stage, stage)
+
+    @staticmethod
+    def _kill(victim: int, killed_at: list[float]) -> None:
+        killed_at.append(time.monotonic())
+        os.kill(victim, signal.SIGKILL)
+
+
+LOSSES = [
+    Loss(1, "generate", rank, engine, "error: actor+ref failed on rank 1 of 2, node "),
+    Loss(2, "generate", engine, engine, "error: agent-loop worker "),
+    Loss(2, "generate", agent_loop, engine, "error: agent-loop worker 0 (node "),
+    Loss(3, "update_actor", rank, rank, "error: actor.update_actor failed on rank 1 of 2, node "),
+    Loss(3, "save_checkpoint", rank, rank, "error: actor.checkpoint_outcome failed on rank 1 of 2, node "),
+    Loss(4, "update_actor", engine, rank, "error: rollout replica 0 (hf, node "),
+]
+
+
+def settings(pair: Any, train: Path, folder: Path, **changes: Any) -> PPOConfig:
+    values = {
+        "actor_rollout_ref.model.path": pair.student,
+        "actor_rollout_ref.ref.model.path": pair.teacher,
+        "actor_rollout_ref.rollout.extend_vocab_start_token": pair.extend_vocab_start_token,
+        "actor_rollout_ref.rollout.name": "hf",
+        "actor_rollout_ref.actor.optim.lr": 1e-3,
+        "actor_rollout_ref.actor.ppo_mini_batch_size": 4,
+        "algorithm.adv_estimator": "on_policy_distill",
+        "data.train_files": train,
+        "data.cache_dir": train.parent / "cache",
+        "data.train_batch_size": 4,
+        "data.max_prompt_length": 64,
+        "data.max_response_length": 8,
+        "ray_kwargs.ray_init.num_cpus": 2,
+        "trainer.n_gpus_per_node": 2,
+        "trainer.default_local_dir": folder,
+        "trainer.total_training_steps": STEPS,
+        "trainer.save_freq": 1,
+        "trainer.val_before_train": False,
+        "trainer.logger": "[file]",
+        **changes,
+    }
+    return load_config([f"{key}={value}" for key, value in values.items()])
+
+
+def figures(folder: Path) -> dict[int, dict[str, Any]]:
+    """What was logged of each step, every step once, but for what the clock says and the restarts."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    own = ("timing", "perf/", "training/restarts")
+    return {line["step"]: {k: v for k, v in line["data"].items() if not k.startswith(own)} for line in lines}
+
+
+@pytest.fixture
+def mark(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """What every process of the runs has in its environment."""
+    value = f"{os.getpid()}-{time.monotonic_ns()}"
+    monkeypatch.setenv(MARK, value)
+    yield f"{MARK}={value}"
+
+
+def test_a_run_that_loses_processes_in_every_stage_is_the_run_that_never_did(
+    tiny_pair: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mark: str
+) -> None:
+    train = write_onerec_parquet(tmp_path / "train.parquet", 10)
+    whole = settings(tiny_pair, train, tmp_path / "whole")
+    module.run(build_trainer(whole), lambda: pytest.fail("restarted"))
+
+    said: list[tuple[float, str]] = []
+    monkeypatch.setattr(module, "say", lambda text: said.append((time.monotonic(), text)))
+    config = settings(tiny_pair, train, tmp_path / "run", **{"trainer.max_restarts": len(LOSSES)})
+    losses, killed_at = iter(LOSSES), []
+
+    def build() -> Any:
+        trainer = build_trainer(config)
+        loss = next(losses, None)
+        if loss is not None:
+            loss.prepare(trainer, killed_at)
+        return trainer
+
+    module.run(build(), build)
+
+    errors = [(at, text) for at, text in said if text.startswith("error: ")]
+    assert len(errors) == len(killed_at) == len(LOSSES)
+    for loss, death, (at, text) in zip(LOSSES, killed_at, errors, strict=True):
+        cause, log, *_ = text.splitlines()
+        assert cause.startswith(loss.message)
+        assert "the process died: " in cause
+        assert log.startswith("log: /") and ".err on node " in log
+        assert at - death < 15, loss
+    expected, got = figures(tmp_path / "whole"), figures(tmp_path / "run")
+    for step in expected:
+        assert got[step] == pytest.approx(expected[step], rel=1e-6, abs=1e-6), f"step {step}"
+    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["data"]["training/restarts"] == len(LOSSES)
+    deadline = time.monotonic() + 15
+    while (left := processes_of(mark) - {os.getpid()}) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not left

@@ -1,0 +1,112 @@
+"""Signals and losses of whole runs, through the launch script: exit codes, what is said, what is left, going on."""
+
+import json
+import os
+import re
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from launch import Run, script_env, write_onerec_parquet
+from running import Running
+
+pytestmark = pytest.mark.slow
+
+STEPS = 12
+OVERRIDES = [
+    "actor_rollout_ref.actor.optim.lr=3e-4",
+    "actor_rollout_ref.actor.ppo_mini_batch_size=4",
+    "actor_rollout_ref.rollout.name=hf",
+    "data.max_prompt_length=64",
+    "data.max_response_length=16",
+    "data.train_batch_size=4",
+    "trainer.n_gpus_per_node=2",
+    f"trainer.total_training_steps={STEPS}",
+    "trainer.save_freq=100",
+    "trainer.val_before_train=False",
+]
+
+
+@pytest.fixture(scope="module")
+def env(tiny_pair: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return script_env(tiny_pair, write_onerec_parquet(tmp_path_factory.mktemp("data") / "train.parquet", 64))
+
+
+def figures(folder: Path) -> dict[int, dict[str, float]]:
+    """Figures by step but for what the clock says, and every step once."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    clock = ("timing", "perf/")
+    return {line["step"]: {k: v for k, v in line["data"].items() if not k.startswith(clock)} for line in lines}
+
+
+def last_step(run: Run) -> int:
+    return int((run.folder / "latest_checkpointed_iteration.txt").read_text())
+
+
+def test_runs_that_are_stopped_by_signals_go_on_as_if_they_had_not_been(env: dict[str, str], tmp_path: Path) -> None:
+    with Running(tmp_path / "whole", OVERRIDES, env) as whole:
+        assert whole.finish(300).returncode == 0
+
+    with Running(tmp_path / "run", OVERRIDES, env) as running:
+        running.wait_for_steps(2)
+        os.kill(running.process.pid, signal.SIGTERM)
+        terminated = running.finish(60)
+    assert terminated.returncode == 143
+    stopped_at = last_step(terminated)
+    assert 2 <= stopped_at < STEPS
+    assert "SIGTERM: this step is finished and saved, within 120 s; again to leave at once" in terminated.output
+    assert f"stopped by SIGTERM: step {stopped_at} of {STEPS}, newest checkpoint " in terminated.output
+
+    with Running(tmp_path / "run", OVERRIDES, env) as running:
+        running.wait_for_steps(stopped_at + 2)
+        os.killpg(running.process.pid, signal.SIGINT)  # as a terminal does
+        interrupted = running.finish(60)
+    assert interrupted.returncode == 130
+    assert stopped_at < last_step(interrupted) < STEPS
+    assert f"stopped by SIGINT: step {last_step(interrupted)} of {STEPS}" in interrupted.output
+    assert "Traceback" not in interrupted.output
+
+    with Running(tmp_path / "run", OVERRIDES, env) as running:
+        assert running.finish(300).returncode == 0
+    expected, got = figures(tmp_path / "whole"), figures(tmp_path / "run")
+    for step in expected:
+        assert got[step] == pytest.approx(expected[step], rel=1e-6, abs=1e-6), f"step {step}"
+
+
+def test_a_killed_rank_ends_the_run_with_its_cause_and_log_first(env: dict[str, str], tmp_path: Path) -> None:
+    with Running(tmp_path, [*OVERRIDES, "trainer.total_training_steps=500"], env) as running:
+        running.wait_for_steps(1)
+        rank = max(running.processes("ray::WorkerHost"))
+        started = time.monotonic()
+        os.kill(rank, signal.SIGKILL)
+        ended = running.finish(30)
+    assert time.monotonic() - started < 30
+    assert ended.returncode == 1
+    _, error, rest = ended.output.partition("error: ")
+    assert error
+    cause, log, place = rest.splitlines()[:3]
+    assert re.search(r" failed on rank \d of 2, node ", cause)
+    assert ": the process died: Worker unexpectedly exits" in cause
+    assert f"-{rank}.err on node " in log
+    assert Path(log.removeprefix("log: ").partition(" on node ")[0]).is_file()
+    assert place.startswith("step ")
+    assert "no checkpoint" in place
+
+
+@pytest.mark.parametrize(("number", "returncode"), [(signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+def test_a_signal_during_the_start_leaves_at_once_and_nothing_behind(
+    env: dict[str, str], tmp_path: Path, number: signal.Signals, returncode: int
+) -> None:
+    with Running(tmp_path, OVERRIDES, env) as running:
+        deadline = time.monotonic() + 120
+        while not running.processes("ray::"):
+            assert time.monotonic() < deadline, running.output
+            time.sleep(0.05)
+        os.kill(running.process.pid, number)
+        ended = running.finish(30)
+    assert ended.returncode == returncode
+    if number == signal.SIGTERM:
+        assert f"left at once at SIGTERM: step 0 of {STEPS}, no checkpoint" in ended.output

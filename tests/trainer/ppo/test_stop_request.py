@@ -1,0 +1,149 @@
+"""SIGTERM and Ctrl-C at every stage of a step: the step is finished and saved, and the resumed run is the whole one."""
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_ray_trainer import Prompts, make_config, make_trainer
+
+from verl.trainer.ppo.stop_request import StopRequest
+
+STEPS = 4
+STAGES = {
+    "gen": "generate",
+    "old_log_prob": "old_log_prob",
+    "ref": "ref_log_prob",
+    "adv": "advantage",
+    "update_actor": "update_actor",
+    "update_weights": "sync_weights",
+    "validate": "score_validation",
+    "save": "save_checkpoint",
+}
+
+
+@pytest.fixture
+def listening() -> Iterator[Callable[[float], StopRequest]]:
+    """Makes requests that listen, and gives the signals back."""
+    made: list[StopRequest] = []
+
+    def listen(grace_s: float = 60.0) -> StopRequest:
+        made.append(StopRequest(grace_s))
+        made[-1].listen()
+        return made[-1]
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield listen
+    for stop in made:
+        stop.restore()
+    assert {number: signal.getsignal(number) for number in before} == before
+
+
+def trainer_of(folder: Path, **trainer: Any) -> tuple[Any, list[str]]:
+    settings = {"save_freq": 2, "test_freq": 1, "total_training_steps": STEPS, **trainer}
+    made, log = make_trainer(make_config(folder, **settings), val_dataset=Prompts(4))
+    made.config.trainer.val_before_train = True
+    return made, log
+
+
+def signals_in(trainer: Any, method: str, step: int, number: signal.Signals) -> None:
+    """Have the stage send this process a signal, as it begins, in one step."""
+    original = getattr(trainer, method)
+
+    def stage(*arguments: Any) -> Any:
+        if trainer.global_steps == step:
+            setattr(trainer, method, original)
+            os.kill(os.getpid(), number)
+        return original(*arguments)
+
+    setattr(trainer, method, stage)
+
+
+def figures(lines: list[tuple[int, dict[str, float]]]) -> list[tuple[int, dict[str, float]]]:
+    """Without what the clock says, and what only a step that saves has."""
+    left_out = ("timing", "perf/", "distill/teacher_canary")
+    return [(step, {k: v for k, v in data.items() if not k.startswith(left_out)}) for step, data in lines]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_signal_in_any_stage_ends_the_run_after_its_step_and_nothing_is_lost(
+    tmp_path: Path, listening: Callable[..., StopRequest], stage: str
+) -> None:
+    whole, _ = trainer_of(tmp_path / "whole")
+    whole.fit()
+    step = 2 if stage == "save" else 1  # no checkpoint is due at step 1
+    stopped, log = trainer_of(tmp_path / "run")
+    stopped.stop = listening()
+    signals_in(stopped, STAGES[stage], step, signal.SIGTERM)
+    stopped.fit()
+    assert stopped.global_steps == step
+    assert stopped.stop.requested
+    assert stopped.stop.exit_code == 143
+    assert log[-1] == f"save {step}"
+    assert (tmp_path / "run" / "latest_checkpointed_iteration.txt").read_text() == f"{step}\n"
+
+    resumed, _ = trainer_of(tmp_path / "run")
+    resumed.fit()
+    assert resumed.logger.went_on_after == [step]
+    assert figures(stopped.logger.lines + resumed.logger.lines) == figures(whole.logger.lines)
+
+
+def test_where_no_checkpoint_was_asked_for_the_run_leaves_without_one(
+    tmp_path: Path, listening: Callable[..., StopRequest]
+) -> None:
+    trainer, log = trainer_of(tmp_path, save_freq=-1)
+    trainer.stop = listening()
+    signals_in(trainer, "update_actor", 3, signal.SIGINT)
+    trainer.fit()
+    assert trainer.global_steps == 3
+    assert trainer.stop.exit_code == 130
+    assert not [event for event in log if event.startswith("save")]
+
+
+def test_a_second_signal_leaves_at_once(tmp_path: Path, listening: Callable[..., StopRequest]) -> None:
+    trainer, log = trainer_of(tmp_path)
+    trainer.stop = listening()
+    signals_in(trainer, "old_log_prob", 1, signal.SIGTERM)
+    signals_in(trainer, "ref_log_prob", 1, signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit()
+    assert "update" not in log
+    assert trainer.stop.name == "SIGTERM", "the first one decides the exit code"
+
+
+def test_the_end_of_the_grace_leaves_at_once(tmp_path: Path, listening: Callable[..., StopRequest]) -> None:
+    trainer, log = trainer_of(tmp_path)
+    trainer.config.trainer.val_before_train = False
+    trainer.stop = listening(0.2)
+    signals_in(trainer, "old_log_prob", 1, signal.SIGTERM)
+
+    def hang(*_: Any) -> None:
+        time.sleep(30)
+
+    trainer.ref_log_prob = hang
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit()
+    assert time.monotonic() - started < 10
+    assert "update" not in log
+
+
+def test_before_the_first_step_a_signal_leaves_at_once(tmp_path: Path, listening: Callable[..., StopRequest]) -> None:
+    trainer, log = trainer_of(tmp_path)
+    trainer.stop = listening()
+    signals_in(trainer, "score_validation", 0, signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit()
+    assert log[-2:] == ["generate", "sleep"], "validation is the last it did"
+    assert "update" not in log
+
+
+def test_while_the_run_ends_signals_change_nothing(listening: Callable[..., StopRequest]) -> None:
+    stop = listening()
+    stop.leave()
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.01)
+    assert not stop.requested

@@ -19,6 +19,7 @@ from omegaconf import DictConfig
 from verl.trainer.config.overrides import normalized_argv
 from verl.trainer.config.preflight import check_run
 from verl.trainer.config.typed import save_config, to_typed
+from verl.utils.loopback import keep_to_loopback
 
 if TYPE_CHECKING:
     from verl.trainer.config import PPOConfig
@@ -233,6 +234,11 @@ def start_workers(trainer: "RayPPOTrainer") -> None:
         raise SystemExit(1) from None
 
 
+def stays_here(config: "PPOConfig") -> bool:
+    """Whether the run starts a Ray of its own on this machine, at an address that nobody chose."""
+    return not {"address", "_node_ip_address"} & config.ray_kwargs.ray_init.keys() and "RAY_ADDRESS" not in os.environ
+
+
 def ray_init_kwargs(config: "PPOConfig") -> dict[str, Any]:
     """``ray_kwargs.ray_init`` over our defaults: no dashboard on a run of its own, workers that find this checkout."""
     given = dict(config.ray_kwargs.ray_init)
@@ -247,6 +253,8 @@ def hydra_main(cfg: DictConfig) -> None:
     """Compose, type and check the configuration, read the data, then run."""
     try:
         config = to_typed(cfg)
+        if stays_here(config):
+            keep_to_loopback()
         for notice in check_run(config):
             logger.warning(notice)
         trainer = build_trainer(config)

@@ -1,7 +1,7 @@
 """Kill a run again and again, resume it each time, and hold what comes out against a run that was never touched.
 
-    python tests/soak/kill_run.py --kills 20 --steps 30          # make soak
-    python tests/soak/kill_run.py --kills 3 --steps 6 --engine vllm
+    make soak                                                # 20 kills over 30 steps
+    make soak ARGS="--kills 3 --steps 6 --engine vllm"
 
 A tiny student and teacher on the CPU, two ranks, a checkpoint every step, written beside the training. Kill k comes
 once step k * steps / (kills + 1) is logged. SIGKILL goes to the driver, a rank and an engine in turn, after a random
@@ -34,12 +34,8 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors.torch import load_file
-
-TESTS = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(TESTS), str(TESTS.parent)]
-
 from e2e.launch import Run, launch_command, launch_environment, script_env, small_run, write_onerec_parquet
+from safetensors.torch import load_file
 from soak.processes import RAY_AGENTS, adopt_orphans, below, of_kind, wait_gone
 from tiny_pairs import Pair, make_pair
 
@@ -51,6 +47,8 @@ from verl.workers.fsdp.shard_files import ShardReader, stored_tensors
 
 FAULTS = ("mismatches", "unreadable_checkpoints", "orphans", "shared_memory_left", "other")
 VICTIMS = ("driver", "rank", "engine")
+WHOLE, KILLED = "whole", "killed"
+"""Folders of the run that is left alone, and of the one that is killed."""
 CLOCK = ("timing", "perf/")
 """Beginnings of the names of figures that are measured by the clock."""
 TOLERANCE = 1e-6
@@ -181,7 +179,7 @@ class Driver:
             self._process = subprocess.Popen(
                 launch_command(folder, overrides),
                 cwd=folder,
-                env=launch_environment({**QUIET, **env}),
+                env=launch_environment({**QUIET, "PYTHONUNBUFFERED": "1", **env}),
                 stdout=output,
                 stderr=output,
             )
@@ -280,14 +278,15 @@ class Soak:
             raise SystemExit(f"the run in {run.folder} ended with {status}:\n{run.output[-4000:]}")
         step_s = median(run.series("timing_s/step"))
         self._waits = {"start": started_s, "step": 2 * step_s, "save": step_s}
-        self._note_resume(driver)
+        if name == KILLED:
+            self._note_resume(driver)
         self.report.add("orphans", wait_gone(driver.pid, AGENTS_GONE_S))
         return run
 
     def kill(self, kill: Kill) -> None:
         """Start the run, or go on with it, and end it by force."""
         wait_s = self._rng.uniform(0, self._waits[kill.moment])
-        with Driver(self._folder / "killed", self._overrides, self._env) as driver:
+        with Driver(self._folder / KILLED, self._overrides, self._env) as driver:
             pid = self._wait_for(kill, wait_s, driver)
             if pid is None:
                 self.report.add("other", [f"{kill}: the moment did not come; {driver.output()[-2000:]}"])
@@ -365,10 +364,10 @@ def main() -> int:
     adopt_orphans()
     memory = shared_memory()
     soak = Soak(folder, *make_run(folder, args.engine, args.steps), rng)
-    whole = soak.leave_alone("whole")
+    whole = soak.leave_alone(WHOLE)
     for kill in plan_kills(args.kills, args.steps, rng):
         soak.kill(kill)
-    killed = soak.leave_alone("killed")
+    killed = soak.leave_alone(KILLED)
     report = soak.report
     report.add("unreadable_checkpoints", unreadable(killed.folder))
     report.add("mismatches", mismatches(whole, killed, args.steps))

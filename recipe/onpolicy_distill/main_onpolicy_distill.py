@@ -11,6 +11,7 @@ Everything a user can get wrong is looked at before Ray starts. Heavy imports wa
 import logging
 import os
 import sys
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any
 
 import hydra
@@ -18,6 +19,7 @@ from omegaconf import DictConfig
 
 from verl.trainer.config.overrides import normalized_argv
 from verl.trainer.config.preflight import check_run
+from verl.trainer.config.redaction import looks_secret
 from verl.trainer.config.typed import save_config, to_typed
 from verl.utils.loopback import keep_to_loopback
 
@@ -179,9 +181,11 @@ def prepare_folder(folder: str) -> None:
     """
     try:
         os.makedirs(folder, exist_ok=True)
+        with TemporaryFile(dir=folder):  # the one way to know: root passes every check of permissions
+            pass
     except OSError as error:
         raise ValueError(
-            f"trainer.default_local_dir={folder} (OUTPUT_DIR of the launch script) cannot be created: {error}; "
+            f"trainer.default_local_dir={folder} (OUTPUT_DIR of the launch script) cannot be written: {error}; "
             "name a folder that you may write"
         ) from error
 
@@ -240,10 +244,19 @@ def stays_here(config: "PPOConfig") -> bool:
 
 
 def ray_init_kwargs(config: "PPOConfig") -> dict[str, Any]:
-    """``ray_kwargs.ray_init`` over our defaults: no dashboard on a run of its own, workers that find this checkout."""
+    """``ray_kwargs.ray_init`` over our defaults: no dashboard on a run of its own, workers that find this checkout.
+
+    Ray writes a ``runtime_env`` into its logs. On this machine secrets go past it, through the environment that all
+    processes inherit; on a cluster there is no other way to the workers, which is said.
+    """
     given = dict(config.ray_kwargs.ray_init)
     runtime_env = dict(given.pop("runtime_env", {}))
     env_vars = {**QUIET_PROCESSES, **runtime_env.pop("env_vars", {})}
+    secrets = [name for name in env_vars if looks_secret(name)]
+    if stays_here(config):
+        os.environ.update({name: env_vars.pop(name) for name in secrets})
+    elif secrets:
+        logger.warning("Ray writes its runtime_env into its logs on every node, and %s with it", ", ".join(secrets))
     defaults: dict[str, Any] = {} if "address" in given else {"include_dashboard": False}
     return {**defaults, **given, "runtime_env": {**runtime_env, "env_vars": env_vars}}
 

@@ -19,9 +19,7 @@ from tiny_pairs import REPO
 def test_every_victim_has_its_turn_and_saves_are_among_the_moments() -> None:
     plan = kill_run.plan_kills(20, 30, random.Random(0))
     victims = [kill.victim for kill in plan]
-    assert {name: victims.count(name) for name in kill_run.VICTIMS} == {"driver": 7, "rank": 7, "engine": 6} or (
-        sorted(map(victims.count, kill_run.VICTIMS)) == [6, 7, 7]
-    )
+    assert sorted(map(victims.count, kill_run.VICTIMS)) == [6, 7, 7]
     assert {kill.moment for kill in plan} == {"start", "step", "save"}
     assert [kill.after_step for kill in plan] == [(k + 1) * 30 // 21 for k in range(20)]
     assert sorted(kill.victim for kill in kill_run.plan_kills(3, 6, random.Random(5))) == sorted(kill_run.VICTIMS)

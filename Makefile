@@ -3,7 +3,7 @@ ENV_DIR ?= .venv
 PYTEST = $(ENV_DIR)/bin/python -m pytest
 export ENV_DIR
 
-.PHONY: env test test-slow test-all quickstart lint format clean
+.PHONY: env test test-slow test-all soak quickstart lint format clean
 
 env:
 	bash deploy_env.sh --dev
@@ -15,6 +15,10 @@ test-slow: env
 	$(PYTEST) -m "slow or cluster" $(ARGS)
 
 test-all: test test-slow
+
+# A run that is killed twenty times, held against one that is not; some fifteen minutes.
+soak: env
+	PYTHONPATH=.:tests $(ENV_DIR)/bin/python -m soak.kill_run $(ARGS)
 
 quickstart: env
 	$(ENV_DIR)/bin/python -m recipe.onpolicy_distill.quickstart $(ARGS)

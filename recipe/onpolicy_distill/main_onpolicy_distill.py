@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 from functools import partial
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING
 
 import hydra
@@ -20,6 +21,7 @@ from omegaconf import DictConfig
 from verl.trainer.config.overrides import normalized_argv
 from verl.trainer.config.preflight import check_run
 from verl.trainer.config.typed import to_typed
+from verl.utils.loopback import keep_to_loopback, stays_here
 
 if TYPE_CHECKING:
     from verl.trainer.config import PPOConfig
@@ -176,9 +178,11 @@ def prepare_folder(folder: str) -> None:
     """
     try:
         os.makedirs(folder, exist_ok=True)
+        with TemporaryFile(dir=folder):  # the one way to know: root passes every check of permissions
+            pass
     except OSError as error:
         raise ValueError(
-            f"trainer.default_local_dir={folder} (OUTPUT_DIR of the launch script) cannot be created: {error}; "
+            f"trainer.default_local_dir={folder} (OUTPUT_DIR of the launch script) cannot be written: {error}; "
             "name a folder that you may write"
         ) from error
 
@@ -188,6 +192,8 @@ def hydra_main(cfg: DictConfig) -> None:
     """Compose, type and check the configuration, read the data, then run."""
     try:
         config = to_typed(cfg)
+        if stays_here(config.ray_kwargs.ray_init):
+            keep_to_loopback()
         for notice in check_run(config):
             logger.warning(notice)
         trainer = build_trainer(config)

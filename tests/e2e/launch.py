@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -66,6 +67,41 @@ def script_env(pair: Pair, train: Path) -> dict[str, str]:
     }
 
 
+def small_run(engine: str, ranks: int, steps: int, **changes: Any) -> list[str]:
+    """Overrides of a run of seconds that saves every other step; ``changes`` wins."""
+    values = {
+        "actor_rollout_ref.actor.optim.lr": 3e-4,
+        "actor_rollout_ref.actor.optim.lr_scheduler_type": "cosine",
+        "actor_rollout_ref.actor.optim.total_training_steps": steps,
+        "actor_rollout_ref.actor.ppo_mini_batch_size": 8,
+        "actor_rollout_ref.actor.ppo_max_token_len_per_gpu": 2048,
+        "actor_rollout_ref.ref.log_prob_max_token_len_per_gpu": 2048,
+        "actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu": 2048,
+        "actor_rollout_ref.rollout.name": engine,
+        "data.max_prompt_length": 64,
+        "data.max_response_length": 16,
+        "data.train_batch_size": 8,
+        "data.enable_think": True,
+        "trainer.n_gpus_per_node": ranks,
+        "trainer.total_training_steps": steps,
+        "trainer.save_freq": 2,
+        "trainer.val_before_train": False,
+        "trainer.logger": "[console,file]",
+        **changes,
+    }
+    return [f"{key}={value}" for key, value in values.items()]
+
+
+def launch_command(folder: Path, overrides: list[str]) -> list[str]:
+    """The launch script with the folder of the run; it becomes the driver."""
+    return ["bash", str(REPO / SCRIPT), *overrides, f"trainer.default_local_dir={folder}"]
+
+
+def launch_environment(env: dict[str, str]) -> dict[str, str]:
+    """This process's environment, with which tests start a run, and ``env``."""
+    return {**os.environ, "ENV_DIR": sys.prefix, "WANDB_MODE": "offline", **env}
+
+
 def launch(
     folder: Path, overrides: list[str], env: dict[str, str], *, last: str | None = None, timeout_s: int = 600
 ) -> Run:
@@ -75,11 +111,10 @@ def launch(
         last: one more override, behind the folder of the run.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    command = ["bash", str(REPO / SCRIPT), *overrides]
     process = subprocess.Popen(
-        [*command, f"trainer.default_local_dir={folder}", *([last] if last else [])],
+        [*launch_command(folder, overrides), *([last] if last else [])],
         cwd=folder,
-        env={**os.environ, "ENV_DIR": sys.prefix, "WANDB_MODE": "offline", **env},
+        env=launch_environment(env),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

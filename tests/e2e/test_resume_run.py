@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from launch import Run, launch, script_env, write_onerec_parquet
+from launch import Run, launch, script_env, small_run, write_onerec_parquet
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from workers.rollout.replica_process import ReplicaProcess
 from workers.rollout.rollout_reference import largest_difference
@@ -22,27 +22,7 @@ CLOCK = ("timing", "perf/")
 
 
 def settings(engine: str, ranks: int, **changes: Any) -> list[str]:
-    values = {
-        "actor_rollout_ref.actor.optim.lr": 3e-4,
-        "actor_rollout_ref.actor.optim.lr_scheduler_type": "cosine",
-        "actor_rollout_ref.actor.optim.total_training_steps": STEPS,
-        "actor_rollout_ref.actor.ppo_mini_batch_size": 8,
-        "actor_rollout_ref.actor.ppo_max_token_len_per_gpu": 2048,
-        "actor_rollout_ref.ref.log_prob_max_token_len_per_gpu": 2048,
-        "actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu": 2048,
-        "actor_rollout_ref.rollout.name": engine,
-        "data.max_prompt_length": 64,
-        "data.max_response_length": 16,
-        "data.train_batch_size": 8,
-        "data.enable_think": True,
-        "trainer.n_gpus_per_node": ranks,
-        "trainer.total_training_steps": STEPS,
-        "trainer.save_freq": 2,
-        "trainer.val_before_train": False,
-        "trainer.logger": "[console,file]",
-        **changes,
-    }
-    return [f"{key}={value}" for key, value in values.items()]
+    return small_run(engine, ranks, STEPS, **changes)
 
 
 @pytest.fixture(scope="module")

@@ -53,6 +53,7 @@ ALLOWED = {
     "verl/trainer/config/": (
         "verl.trainer.config",
         "verl.workers.config",
+        "verl.utils.redaction",
         "verl.trainer.ppo.core_algos",
         "verl.utils.dataset.parquet_files",
         "verl.experimental.agent_loop.base",

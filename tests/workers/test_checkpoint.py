@@ -9,6 +9,7 @@ import pytest
 import torch
 from file_faults import no_room
 from tiny_workers import draw_rows, load_plain, rollouts, with_loss_inputs, worker_config, write_model
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from transformers import AutoTokenizer
 
 from verl.protocol import DataProto
@@ -183,3 +184,16 @@ def test_a_checkpoint_of_a_stranger_runs_no_code(student_model: Path, tmp_path: 
     with pytest.raises(ValueError, match="is no description of shards"):
         worker.load_checkpoint(str(tmp_path))
     assert not (tmp_path / "sprung").exists()
+
+
+def test_what_torch_would_unpickle_beside_tensors_is_refused(student_model: Path, tmp_path: Path) -> None:
+    """An entry of another kind in the place of a tensor: torch reads those without ``weights_only``."""
+    worker = student(student_model)
+    worker.save_checkpoint(str(tmp_path), 1)
+    path = tmp_path / "shards" / ".metadata"
+    description = pickle.loads(path.read_bytes())
+    key = next(iter(description.state_dict_metadata))
+    description.state_dict_metadata[key] = BytesStorageMetadata()
+    path.write_bytes(pickle.dumps(description))
+    with pytest.raises(ValueError, match="BytesStorageMetadata, which is not read"):
+        worker.load_checkpoint(str(tmp_path))

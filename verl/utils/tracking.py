@@ -19,9 +19,9 @@ import torch
 from tqdm import tqdm
 
 from verl.trainer.config.config import PPOConfig
-from verl.trainer.config.redaction import redacted
 from verl.trainer.config.typed import public_dict
 from verl.utils.durable_files import write_durably
+from verl.utils.redaction import redacted
 
 logger = logging.getLogger(__name__)
 

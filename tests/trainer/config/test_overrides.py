@@ -7,8 +7,8 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from verl.trainer.config.overrides import normalize_overrides, normalized_argv, split_flags
-from verl.trainer.config.redaction import looks_secret, redacted
 from verl.trainer.config.typed import load_config
+from verl.utils.redaction import looks_secret, redacted
 
 ENV = "ray_kwargs.ray_init.runtime_env.env_vars"
 

@@ -9,11 +9,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from e2e.launch import write_onerec_parquet
+from file_faults import remount, small_disk
 from in_process_run import run_in_process
 from safetensors.torch import load_file
 
-from verl.trainer.config import PPOConfig
+from verl.trainer.config import PPOConfig, TrainerConfig
 from verl.trainer.config.typed import load_config
+from verl.trainer.ppo.checkpoint import find_checkpoint
+from verl.trainer.ppo.checkpoint_saver import CheckpointError
 
 STEPS = 5
 MEASURED = ("timing", "perf/")
@@ -133,3 +136,41 @@ def test_a_checkpoint_of_another_run_is_refused_before_anything_starts(
     assert "- student.tokenizer: " in text
     assert "- actor_rollout_ref.rollout.extend_vocab_start_token: " in text
     assert "- algorithm.distill_adv_max_clip: null in the checkpoint, 5.0 now" in text
+
+
+def folder_bytes(folder: Path) -> int:
+    """What a folder takes on a tmpfs: whole pages, an entry each."""
+    return sum(4096 + -(-path.stat().st_size // 4096) * 4096 for path in folder.rglob("*"))
+
+
+def test_a_disk_that_fills_up_costs_checkpoints_and_the_run_says_what_is_safe(
+    tiny_pair: Any, train: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Room for one checkpoint and a half: the first is whole and stays so, the run trains to its end and fails."""
+    run_in_process(settings(tiny_pair, train, tmp_path / "measured", **{"trainer.total_training_steps": 1}))
+    dist.destroy_process_group()
+    one = folder_bytes(tmp_path / "measured" / "global_step_1")
+    with small_disk(tmp_path / "disk", 1.5 * one / 2**20) as disk:
+        with pytest.raises(
+            CheckpointError, match=rf"step {STEPS} could not be written .*global_step_1 is whole and safe"
+        ):
+            run_in_process(settings(tiny_pair, train, disk))
+        steps = figures(disk)
+        assert find_checkpoint(TrainerConfig(default_local_dir=str(disk))) == disk / "global_step_1"
+        assert [path.name for path in disk.glob("global_step_*")] == ["global_step_1"], "what failed takes no room"
+    assert steps[-1]["training/failed_saves"] >= STEPS - 2
+    assert "No space left on device" in caplog.text
+    assert "training goes on, the next one is due as usual" in caplog.text
+
+
+@pytest.mark.parametrize("when", ["at the start", "after a checkpoint"])
+def test_a_read_only_folder_is_said(
+    tiny_pair: Any, train: Path, tmp_path: Path, when: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with small_disk(tmp_path / "disk", 16) as disk:
+        if when == "after a checkpoint":
+            run_in_process(settings(tiny_pair, train, disk), dies_in_batch=3)
+            dist.destroy_process_group()
+        remount(disk, "ro")
+        with pytest.raises(ValueError, match=r"trainer\.default_local_dir=\S*disk\S* .*Read-only file system"):
+            run_in_process(settings(tiny_pair, train, disk / "run" if when == "at the start" else disk))

@@ -5,6 +5,7 @@ them. Models, devices and the choice of a communication backend belong to the su
 """
 
 import os
+import socket
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
@@ -13,6 +14,8 @@ import torch.distributed as dist
 
 from verl.single_controller.base.decorator import Dispatch, register
 from verl.single_controller.base.loans import InProcessLoans, Loans
+
+LOOPBACK = "127.0.0.1"
 
 
 class Worker:
@@ -49,14 +52,23 @@ class Worker:
         """
         if dist.is_initialized():
             return
-        # A lone rank meets nobody: port 0 is whichever is free.
-        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}" if self.world_size > 1 else "127.0.0.1:0"
-        dist.init_process_group(
-            backend,
-            init_method=f"tcp://{address}",
-            rank=self.rank,
-            world_size=self.world_size,
-            timeout=timedelta(seconds=timeout_s),
+        timeout = timedelta(seconds=timeout_s)
+        store = self._meeting_place(timeout)
+        dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world_size, timeout=timeout)
+
+    def _meeting_place(self, timeout: timedelta) -> dist.Store:
+        """The store that rank 0 serves. Ranks of one machine meet on its loopback, where torch by itself would listen
+        on all interfaces.
+        """
+        address, port = LOOPBACK, 0  # a lone rank meets nobody: whichever port is free
+        if self.world_size > 1:
+            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        listener = None
+        if self.rank == 0 and address == LOOPBACK:
+            server = socket.create_server((address, port))
+            port, listener = server.getsockname()[1], server.detach()
+        return dist.TCPStore(
+            address, port, self.world_size, self.rank == 0, timeout, multi_tenant=True, master_listen_fd=listener
         )
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)

@@ -3,11 +3,17 @@
 In: the arguments of ``ray.init`` and what to add to them. Out: a connection, and an error that tells the fix.
 """
 
+import logging
 import os
 from collections.abc import Mapping
 from typing import Any
 
 import ray
+
+from verl.utils.loopback import stays_here
+from verl.utils.redaction import looks_secret
+
+logger = logging.getLogger(__name__)
 
 QUIET_PROCESSES = {"TOKENIZERS_PARALLELISM": "false", "OMP_WAIT_POLICY": "PASSIVE"}
 """Environment of every Ray process: threads that spin while they wait make a busy machine ten times slower."""
@@ -30,10 +36,19 @@ def start_session(ray_init: Mapping[str, Any]) -> None:
 
 
 def session_arguments(ray_init: Mapping[str, Any]) -> dict[str, Any]:
-    """``ray_init`` over our defaults: no dashboard on a run of its own, quiet processes."""
+    """``ray_init`` over our defaults: no dashboard on a run of its own, quiet processes.
+
+    Ray writes a ``runtime_env`` into its logs. On this machine secrets go past it, through the environment that all
+    processes inherit; on a cluster there is no other way to the workers, which is said.
+    """
     given = dict(ray_init)
     runtime_env = dict(given.pop("runtime_env", {}))
     env_vars = {**QUIET_PROCESSES, **runtime_env.pop("env_vars", {})}
+    secrets = [name for name in env_vars if looks_secret(name)]
+    if stays_here(ray_init):
+        os.environ.update({name: env_vars.pop(name) for name in secrets})
+    elif secrets:
+        logger.warning("Ray writes its runtime_env into its logs on every node, and %s with it", ", ".join(secrets))
     defaults: dict[str, Any] = {} if "address" in given else {"include_dashboard": False}
     return {**defaults, **given, "runtime_env": {**runtime_env, "env_vars": env_vars}}
 

@@ -24,8 +24,8 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 
 from verl.trainer.config.no_effect import find_no_effect, no_effect_notice
-from verl.trainer.config.redaction import looks_secret
 from verl.trainer.config.schema import key_schema, unknown_key_message
+from verl.utils.redaction import looks_secret
 
 logger = logging.getLogger(__name__)
 

@@ -20,8 +20,8 @@ from omegaconf.errors import OmegaConfBaseException
 from verl.trainer.config.config import PPOConfig
 from verl.trainer.config.no_effect import find_no_effect, no_effect_notice
 from verl.trainer.config.overrides import normalized_argv
-from verl.trainer.config.redaction import redacted
 from verl.trainer.config.schema import unknown_key_message
+from verl.utils.redaction import redacted
 
 logger = logging.getLogger(__name__)
 

@@ -2,7 +2,8 @@
 
 In:  a folder. Out: a writer and a reader for ``torch.distributed.checkpoint``, and the description of what lies there.
 Tensors are read with ``weights_only`` by torch itself; its description of them is a pickle, of which only the classes
-that it is made of are let in. Not here: what is saved, and when.
+that it is made of are let in. What torch stores beside tensors it would unpickle whole: descriptions that name such
+entries are refused. Not here: what is saved, and when.
 """
 
 import io
@@ -20,7 +21,6 @@ from torch.futures import Future
 DESCRIPTION = ".metadata"
 _CLASSES = {
     "torch.distributed.checkpoint.metadata": {
-        "BytesStorageMetadata",
         "ChunkStorageMetadata",
         "Metadata",
         "MetadataIndex",

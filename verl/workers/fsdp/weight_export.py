@@ -24,10 +24,12 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from verl.utils.device import dtype_name, get_device_uuid, release_cached_memory, synchronize
+from verl.utils.owned_folders import OwnedFolder, make_owned_folder, remove_abandoned
 
 logger = logging.getLogger(__name__)
 
 SHARED_MEMORY = Path("/dev/shm")
+FOLDER_PREFIX = "kai-verl-weights-"
 
 WeightInfo = tuple[str, str, tuple[int, ...]]
 """Name, dtype and shape of one tensor, such as ("lm_head.weight", "float32", (640, 128))."""
@@ -68,6 +70,8 @@ class WeightExporter:
         self._dtype = dtype
         self._buckets = _fill_buckets(named_weights(module), dtype.itemsize, bucket_bytes)
         self._release: dict[int, Callable[[], None]] = {}
+        if placement.is_node_writer:
+            remove_abandoned(SHARED_MEMORY, FOLDER_PREFIX)
 
     @property
     def num_buckets(self) -> int:
@@ -105,8 +109,8 @@ class WeightExporter:
 
     def _lend_file(self, index: int, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
         folder = _roomy_folder(sum(tensor.nbytes for tensor in tensors.values()))
-        self._release[index] = lambda: shutil.rmtree(folder, ignore_errors=True)
-        path = folder / f"bucket-{index}.safetensors"
+        self._release[index] = folder.remove
+        path = folder.path / f"bucket-{index}.safetensors"
         save_file(tensors, path)
         return {"path": str(path), "names": list(tensors)}
 
@@ -145,12 +149,12 @@ def _fill_buckets(weights: dict[str, nn.Parameter], itemsize: int, bucket_bytes:
     return buckets
 
 
-def _roomy_folder(num_bytes: int) -> Path:
+def _roomy_folder(num_bytes: int) -> OwnedFolder:
     """A new folder only this user may read, in shared memory where that has room, else where temporary files go."""
-    parent: Path | None = None
+    parent = Path(tempfile.gettempdir())
     with contextlib.suppress(OSError):
         if shutil.disk_usage(SHARED_MEMORY).free > 1.1 * num_bytes:
             parent = SHARED_MEMORY
-    if parent is None:
+    if parent != SHARED_MEMORY:
         logger.warning("no room for %.0f MiB of weights in %s; a file on disk it is", num_bytes / 2**20, SHARED_MEMORY)
-    return Path(tempfile.mkdtemp(prefix="kai-verl-weights-", dir=parent))
+    return make_owned_folder(parent, FOLDER_PREFIX)

@@ -1,0 +1,53 @@
+"""Folders of processes that are gone are removed, and no others."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from verl.utils.owned_folders import make_owned_folder, remove_abandoned
+
+OWNER = """
+import sys, time
+from pathlib import Path
+from verl.utils.owned_folders import make_owned_folder
+print(make_owned_folder(Path(sys.argv[1]), "weights-").path, flush=True)
+time.sleep(60)
+"""
+
+
+def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path: Path, repo: Path) -> None:
+    owner = subprocess.Popen([sys.executable, "-c", OWNER, str(tmp_path)], cwd=repo, stdout=subprocess.PIPE, text=True)
+    assert owner.stdout is not None
+    theirs = Path(owner.stdout.readline().strip())
+    (theirs / "bucket").write_bytes(b"w")
+    ours = make_owned_folder(tmp_path, "weights-")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "weights-file").write_text("")
+    remove_abandoned(tmp_path, "weights-")
+    assert theirs.exists() and ours.path.exists()
+    os.kill(owner.pid, signal.SIGKILL)
+    owner.wait()
+    remove_abandoned(tmp_path, "weights-")
+    assert sorted(tmp_path.iterdir()) == sorted([ours.path, tmp_path / "other", tmp_path / "weights-file"])
+    assert ours.path.stat().st_mode & 0o777 == 0o700
+    ours.remove()
+    assert not ours.path.exists()
+
+
+def test_a_folder_that_was_removed_before_it_was_locked_is_made_again(tmp_path: Path, monkeypatch) -> None:
+    from verl.utils import owned_folders
+
+    lock, calls = owned_folders._lock, []
+
+    def sweeper_is_quicker(path: Path) -> int | None:
+        calls.append(path)
+        descriptor = lock(path)
+        if len(calls) == 1:
+            path.rmdir()
+        return descriptor
+
+    monkeypatch.setattr(owned_folders, "_lock", sweeper_is_quicker)
+    folder = make_owned_folder(tmp_path, "weights-")
+    assert len(calls) == 2 and folder.path.is_dir()

@@ -4,25 +4,26 @@ import os
 import subprocess
 import sys
 import time
-import uuid
 from pathlib import Path
 
 from launch import SCRIPT, Run
 from tiny_pairs import REPO
 
-MARK = "VERL_TEST_RUN"
 
+def processes_of(session: int) -> dict[int, str]:
+    """Titles of the processes of a session of this machine, by process id; no zombies.
 
-def processes_of(mark: str) -> set[int]:
-    """Processes of this machine that have ``NAME=value`` in the environment they were started with; no zombies."""
-    found = set()
+    A process stays in its session when its parent dies, and whatever it does to its title or environment.
+    """
+    found = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            environment = (folder / "environ").read_bytes()
-        except OSError:  # gone, or another user's
+            state, _, _, own_session = (folder / "stat").read_text().rpartition(")")[2].split()[:4]
+            title = (folder / "cmdline").read_text()
+        except (FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
             continue
-        if mark.encode() in environment.split(b"\0"):
-            found.add(int(folder.name))
+        if int(own_session) == session and state != "Z":
+            found[int(folder.name)] = title
     return found
 
 
@@ -32,13 +33,11 @@ class Running:
     def __init__(self, folder: Path, overrides: list[str], env: dict[str, str]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self._log = folder, folder / "run.log"
-        self._mark = f"{MARK}={uuid.uuid4().hex}"
-        name, value = self._mark.split("=")
         with self._log.open("w") as stream:
             self.process = subprocess.Popen(
                 ["bash", str(REPO / SCRIPT), *overrides, f"trainer.default_local_dir={folder}"],
                 cwd=folder,
-                env={**os.environ, "ENV_DIR": sys.prefix, name: value, **env},
+                env={**os.environ, "ENV_DIR": sys.prefix, **env},
                 stdout=stream,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -63,12 +62,11 @@ class Running:
 
     def left(self) -> set[int]:
         """Its processes, the driver among them."""
-        return processes_of(self._mark)
+        return set(processes_of(self.process.pid))
 
     def processes(self, title: str) -> set[int]:
         """Those of its processes whose title begins so, as Ray's workers' do with their class."""
-        titles = {pid: Path(f"/proc/{pid}/cmdline") for pid in self.left()}
-        return {pid for pid, path in titles.items() if path.exists() and path.read_text().startswith(title)}
+        return {pid for pid, own in processes_of(self.process.pid).items() if own.startswith(title)}
 
     def wait_for_steps(self, steps: int, timeout_s: float = 300) -> None:
         """Until so many steps are logged."""
@@ -84,5 +82,6 @@ class Running:
         deadline = time.monotonic() + 15
         while self.left() and time.monotonic() < deadline:
             time.sleep(0.1)
-        assert not self.left(), f"processes outlive the run:\n{self.output[-4000:]}"
+        left = processes_of(self.process.pid)
+        assert not left, f"{left} outlive the run:\n{self.output[-4000:]}"
         return Run(self.folder, self.output, returncode)

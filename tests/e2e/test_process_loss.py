@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,6 @@ pytestmark = pytest.mark.slow
 register_pickle_by_value(sys.modules[__name__])  # workers do not import test modules
 
 STEPS = 4
-MARK = "VERL_TEST_PROCESS_LOSS"
 
 
 def own_pid(_: Any) -> int:
@@ -125,17 +124,10 @@ def figures(folder: Path) -> dict[int, dict[str, Any]]:
     return {line["step"]: {k: v for k, v in line["data"].items() if not k.startswith(own)} for line in lines}
 
 
-@pytest.fixture
-def mark(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """What every process of the runs has in its environment."""
-    value = f"{os.getpid()}-{time.monotonic_ns()}"
-    monkeypatch.setenv(MARK, value)
-    yield f"{MARK}={value}"
-
-
 def test_a_run_that_loses_processes_in_every_stage_is_the_run_that_never_did(
-    tiny_pair: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mark: str
+    tiny_pair: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    before = set(processes_of(os.getsid(0)))
     train = write_onerec_parquet(tmp_path / "train.parquet", 10)
     whole = settings(tiny_pair, train, tmp_path / "whole")
     module.run(build_trainer(whole), lambda: pytest.fail("restarted"))
@@ -168,6 +160,6 @@ def test_a_run_that_loses_processes_in_every_stage_is_the_run_that_never_did(
     last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["data"]["training/restarts"] == len(LOSSES)
     deadline = time.monotonic() + 15
-    while (left := processes_of(mark) - {os.getpid()}) and time.monotonic() < deadline:
+    while (left := set(processes_of(os.getsid(0))) - before) and time.monotonic() < deadline:
         time.sleep(0.2)
     assert not left

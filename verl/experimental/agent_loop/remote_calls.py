@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import OutOfDiskError, RayActorError, RayError
 
 from verl.experimental.agent_loop.base import RolloutError
-from verl.utils.process_death import death_in_words, error_output, log_line
+from verl.utils.process_death import death_in_words, error_output, log_line, no_room
 
 POLL_S = 0.5
 """Seconds of waiting after which progress is reported and the rest of the run is looked at."""
@@ -135,6 +135,8 @@ def as_they_come(
 
 def _cause_of(error: RayError) -> str:
     cause = getattr(error, "cause", None)
+    if isinstance(cause, OutOfDiskError):
+        return no_room(cause)
     if isinstance(cause, BaseException):
         return f"{type(cause).__name__}: {cause}"
     return death_in_words(str(error)) if isinstance(error, RayActorError) else str(error)

@@ -128,6 +128,9 @@ def _patience(failures: Sequence[Failure]) -> float:
 
 
 def _failure(rank: int, node_ip: str, error: RayError) -> Failure:
+    for of in (error, getattr(error, "cause", None)):
+        if isinstance(of, OutOfDiskError):
+            return Failure(rank, node_ip, no_room(of), "", 1)
     if isinstance(error, RayTaskError):
         lines = str(error.cause).strip().splitlines() or [""]
         cause = f"{type(error.cause).__name__}: {lines[0]}"
@@ -136,8 +139,6 @@ def _failure(rank: int, node_ip: str, error: RayError) -> Failure:
         return Failure(rank, node_ip, cause, str(error).strip(), 2 if from_peer else 1, by_user)
     if isinstance(error, RayActorError):
         return Failure(rank, node_ip, death_in_words(str(error)), "", 0)
-    if isinstance(error, OutOfDiskError):
-        return Failure(rank, node_ip, no_room(error), "", 1)
     return Failure(rank, node_ip, f"{type(error).__name__}: {' '.join(str(error).split())}", "", 1)
 
 

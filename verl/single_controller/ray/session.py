@@ -5,7 +5,10 @@ In: the arguments of ``ray.init`` and what to add to them. Out: a connection, an
 
 import logging
 import os
+import signal
 from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -62,4 +65,30 @@ def end_session(timeline_folder: str | None) -> None:
     if timeline_folder:
         os.makedirs(timeline_folder, exist_ok=True)
         ray.timeline(filename=os.path.join(timeline_folder, "timeline.json"))
+    started = _own_ray_processes()
     ray.shutdown()
+    for process in started:
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(process, signal.SIGKILL)
+        os.close(process)
+
+
+def _own_ray_processes() -> list[int]:
+    """Handles of Ray's processes that descend from this one.
+
+    Some of Ray's helpers wait a minute for a Ray that has gone; one whose start was interrupted may leave more.
+    """
+    parents, titles = {}, {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended meanwhile
+            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            titles[int(folder.name)] = (folder / "cmdline").read_text()
+    handles = []
+    for pid, title in titles.items():
+        above = pid
+        while above in parents and above != os.getpid():
+            above = parents[above]
+        if above == os.getpid() != pid and ("ray::" in title or "/ray/" in title):
+            with suppress(ProcessLookupError):
+                handles.append(os.pidfd_open(pid))
+    return handles

@@ -48,6 +48,7 @@ def settings(pair: Any, train: Path, folder: Path, **changes: Any) -> PPOConfig:
         "trainer.total_training_steps": STEPS,
         "trainer.save_freq": 1,
         "trainer.val_before_train": False,
+        "trainer.logger": "[file]",
         **changes,
     }
     return load_config([f"{key}={value}" for key, value in values.items()])

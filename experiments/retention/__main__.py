@@ -22,7 +22,7 @@ from experiments.retention.study import Budget, Worker, run_study, stages_of
 from experiments.retention.variants import VARIANTS
 
 STEPS = 150
-WORLDS = ("quickstart",)
+WORLDS = ("quickstart", "online_retail")
 
 
 def _listed(of: Callable[[str], Any], text: str) -> list[Any]:

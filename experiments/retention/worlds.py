@@ -1,28 +1,19 @@
 """The worlds that are forgotten and recovered in, ready to distil.
 
 In: a world's name and a student's seed. Out: files, teacher, student, and the prompts to rehearse, made once below a
-folder and found there again. Everything of a world comes from the one seed, the models included.
+folder and found there again. Everything that is drawn comes from the one seed, the models included.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from random import Random
-from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from experiments.retention.variants import CODES, HISTORIES, ITEMS
+from experiments.retention import online_retail
+from experiments.retention.synthetic import PromptShape, synthetic_prompts
+from experiments.retention.variants import HISTORIES
 from recipe.onpolicy_distill.quickstart import models, world
-from recipe.onpolicy_distill.quickstart.cache import cached_folder, file_digest
-from recipe.onpolicy_distill.quickstart.catalogue import ITEM_BEGIN, ITEM_END, code_token
 from recipe.onpolicy_distill.quickstart.distillation import MAX_ANSWER_TOKENS, MAX_PROMPT_TOKENS
 from recipe.onpolicy_distill.quickstart.world import World
-
-SYNTHETIC_PROMPTS = 4096
-"""Rows of a file of made-up prompts."""
 
 
 @dataclass(frozen=True)
@@ -55,51 +46,20 @@ def _quickstart(seed: int, folder: Path) -> Prepared:
     built = world.build(folder, config)
     teacher = models.make_teacher(built, folder, models.TeacherConfig(seed=seed))
     student = models.make_student(built, teacher, folder, models.StudentConfig(seed=seed))
-    rehearsal = {HISTORIES: built.rec_train, **synthetic_prompts(built, config, folder)}
+    shape = PromptShape(seed, config.history, config.caption_share, config.codes_per_level)
+    rehearsal = {HISTORIES: built.rec_train, **synthetic_prompts(built, shape, folder)}
     return Prepared(built, teacher, student, rehearsal, MAX_PROMPT_TOKENS, MAX_ANSWER_TOKENS)
 
 
-WORLDS: dict[str, Callable[[int, Path], Prepared]] = {"quickstart": _quickstart}
+def _online_retail(seed: int, folder: Path) -> Prepared:
+    """Real purchases over real tokenizers; the student learned both for a while, and then items alone."""
+    config = online_retail.OnlineRetailConfig(seed=seed)
+    built = online_retail.build(folder, config)
+    teacher = models.make_teacher(built, folder, models.TeacherConfig(seed=seed, steps=600))
+    student = models.make_student(built, teacher, folder, models.StudentConfig(seed=seed, mixed_steps=300, steps=600))
+    shape = PromptShape(seed, config.history, config.caption_share, codes_per_level=64, source=online_retail.SOURCE)
+    rehearsal = {HISTORIES: built.rec_train, **synthetic_prompts(built, shape, folder)}
+    return Prepared(built, teacher, student, rehearsal, MAX_PROMPT_TOKENS, config.title_tokens + 2)
 
 
-def synthetic_prompts(built: World, config: world.WorldConfig, folder: Path) -> dict[str, Path]:
-    """Files of prompts like the recommender's, of random items and of random codes; nobody's data is in them.
-
-    Nothing learns from their answers, which are therefore the same random items.
-    """
-    key = {"world": built.folder.name, "rows": SYNTHETIC_PROMPTS, "code": file_digest(__file__)}
-
-    def make(target: Path) -> None:
-        items = pq.read_table(built.catalogue, columns=["text"])["text"].to_pylist()
-        random = Random(f"{config.seed} synthetic prompts")
-        levels = range(config.codes_per_level)
-
-        def random_codes() -> str:
-            return ITEM_BEGIN + "".join(code_token(level, random.choice(levels)) for level in "abc") + ITEM_END
-
-        for name, draw in ((ITEMS, lambda: random.choice(items)), (CODES, random_codes)):
-            chats = [_prompt(draw, random, config) for _ in range(SYNTHETIC_PROMPTS)]
-            _write(target / f"{name}.parquet", name, chats)
-
-    prompts = cached_folder(folder, "prompts", key, make)
-    return {name: prompts / f"{name}.parquet" for name in (ITEMS, CODES)}
-
-
-def _prompt(draw: Callable[[], str], random: Random, config: world.WorldConfig) -> tuple[str, str, str]:
-    """Source, question and answer."""
-    if random.random() < config.caption_share:
-        return "rec_caption", f"caption: {draw()}", "abc"
-    return "rec_next", "history: " + "".join(draw() for _ in range(config.history)), draw()
-
-
-def _write(path: Path, name: str, chats: list[tuple[str, str, str]]) -> None:
-    def message(role: str, text: str) -> dict[str, Any]:
-        return {"role": role, "content": [{"type": "text", "text": text}]}
-
-    columns = {
-        "source": [source for source, _, _ in chats],
-        "uuid": [f"{name}-{number}" for number in range(len(chats))],
-        "messages": [json.dumps([message("user", asked), message("assistant", told)]) for _, asked, told in chats],
-        "metadata": ["{}"] * len(chats),
-    }
-    pq.write_table(pa.table(columns), path)
+WORLDS: dict[str, Callable[[int, Path], Prepared]] = {"quickstart": _quickstart, "online_retail": _online_retail}

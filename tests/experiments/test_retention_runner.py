@@ -8,17 +8,18 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch.distributed as dist
-from small_world import SMALL, build_small_world, short_student, short_teacher
+from small_world import build_small_world, short_student, short_teacher
 
 from experiments.retention import worlds
+from experiments.retention.online_retail import OnlineRetailConfig, build
 from experiments.retention.results import DONE, FAILED, Run
 from experiments.retention.runner import execute, scoreboard, trainer_settings
+from experiments.retention.synthetic import PromptShape, synthetic_prompts
 from experiments.retention.variants import CODES, HISTORIES, ITEMS, VARIANTS
 from experiments.retention.worker import answer
-from experiments.retention.worlds import Prepared, synthetic_prompts
+from experiments.retention.worlds import Prepared
 from recipe.onpolicy_distill.evaluate import EvaluationConfig, evaluate
 from recipe.onpolicy_distill.quickstart.models import make_student, make_teacher
-from recipe.onpolicy_distill.quickstart.world import WorldConfig
 from verl.trainer.config.preflight import check_run
 from verl.trainer.config.typed import load_config
 from verl.workers.config import FSDPActorConfig
@@ -41,7 +42,10 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
     world = build_small_world(folder)
     teacher = make_teacher(world, folder, short_teacher())
     student = make_student(world, teacher, folder, short_student())
-    rehearsal = {HISTORIES: world.rec_train, **synthetic_prompts(world, WorldConfig(**SMALL), folder)}
+    rehearsal = {
+        HISTORIES: world.rec_train,
+        **synthetic_prompts(world, PromptShape(0, 4, codes_per_level=4, prompts=300), folder),
+    }
     return Prepared(world, teacher, student, rehearsal, max_prompt_tokens=64, max_answer_tokens=12)
 
 
@@ -107,6 +111,25 @@ def test_a_run_that_cannot_start_is_a_result(small: Prepared, tmp_path: Path, mo
     record = answer(Run("quickstart", 0, "exact", 0, steps=2), tmp_path)
     assert record["status"] == FAILED and "no_such_key" in record["message"]
     assert answer(Run("nowhere", 0, "before"), tmp_path)["message"].startswith("ValueError: --world nowhere")
+
+
+def test_real_purchases_make_a_world_of_the_same_form(shared_data: Path, tmp_path: Path) -> None:
+    sizes = {"general_train": 100, "general_test": 25, "rec_train": 200, "test_prompts": 20, "test_captions": 5}
+    world = build(tmp_path, OnlineRetailConfig(items=64, **sizes), shared_data)
+    catalogue = {row["item"]: row["text"] for row in pq.read_table(world.catalogue).to_pylist()}
+    assert len(catalogue) == len(set(catalogue.values())) == 64
+    assert world.extend_vocab_start_token == 8218
+    train, test = (pq.read_table(path).to_pylist() for path in (world.rec_train, world.rec_test))
+    assert (len(train), len(test)) == (200, 25)
+    for row in test[:20]:
+        question, answer = (message["content"][0]["text"] for message in json.loads(row["messages"]))
+        told = json.loads(row["metadata"])
+        assert question == "history: " + "".join(catalogue[pid] for pid in told["history"])
+        assert answer == catalogue[told["target_item"]] == told["answer"]
+    general = pq.read_table(world.general_test).to_pylist()
+    reversing = next(row for row in general if row["source"] == "general_reverse")
+    question, answer = (message["content"][0]["text"] for message in json.loads(reversing["messages"]))
+    assert question.removeprefix("reverse: ").split() == answer.split()[::-1]
 
 
 def test_the_scoreboard_is_that_of_evaluate(prepared: Prepared) -> None:

@@ -37,7 +37,7 @@ class OnlineRetailConfig:
     """Items before the one to predict."""
     general_train: int = 20_000
     general_test: int = 250
-    rec_train: int = 20_000
+    rec_train: int = 40_000
     """Rows with a next item, and captions."""
     caption_share: float = 0.2
     test_prompts: int = 512

@@ -69,6 +69,7 @@ VARIANTS: dict[str, Variant] = {
     "exact-self": Variant("exact + self, histories", {**EXACT, **SELF}, HISTORIES),
     "exact-self-items": Variant("exact + self, random items", {**EXACT, **SELF}, ITEMS),
     "exact-self-codes": Variant("exact + self, random codes", {**EXACT, **SELF}, CODES),
+    "exact-leak-self": Variant("exact + leak + self, histories", {**EXACT, **LEAK, **SELF}, HISTORIES),
     "exact-self-low-lr": Variant("exact + self, histories, lr 2e-4", {**EXACT, **SELF, **LOW_RATE}, HISTORIES),
     "exact-self-frozen": Variant("exact + self, frozen item rows", {**EXACT, **SELF, **FROZEN_ROWS}, HISTORIES),
     "stitched": Variant("exact + stitched, histories", {**EXACT, **STITCHED}, HISTORIES),

@@ -56,7 +56,8 @@ def _online_retail(seed: int, folder: Path) -> Prepared:
     config = online_retail.OnlineRetailConfig(seed=seed)
     built = online_retail.build(folder, config)
     teacher = models.make_teacher(built, folder, models.TeacherConfig(seed=seed, steps=600))
-    student = models.make_student(built, teacher, folder, models.StudentConfig(seed=seed, mixed_steps=300, steps=600))
+    learning = models.StudentConfig(seed=seed, mixed_steps=300, steps=1000, batch_size=64)
+    student = models.make_student(built, teacher, folder, learning)
     shape = PromptShape(seed, config.history, config.caption_share, codes_per_level=64, source=online_retail.SOURCE)
     rehearsal = {HISTORIES: built.rec_train, **synthetic_prompts(built, shape, folder)}
     return Prepared(built, teacher, student, rehearsal, MAX_PROMPT_TOKENS, config.title_tokens + 2)

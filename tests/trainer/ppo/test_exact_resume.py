@@ -105,3 +105,8 @@ def test_a_checkpoint_of_another_run_is_refused_before_anything_starts(
     assert "- student.tokenizer: " in text
     assert "- actor_rollout_ref.rollout.extend_vocab_start_token: " in text
     assert "- algorithm.distill_adv_max_clip: null in the checkpoint, 5.0 now" in text
+
+
+def test_a_run_in_one_process_has_one_rank(tiny_pair: Any, train: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"trainer\.n_gpus_per_node=2"):
+        run_in_process(settings(tiny_pair, train, tmp_path / "run", **{"trainer.n_gpus_per_node": 2}))

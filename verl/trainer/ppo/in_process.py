@@ -4,7 +4,7 @@ In: a trainer that was built and not started. Out: the same trainer, ready for `
 only the calls between them, which Ray makes elsewhere, are plain ones here. One training rank, co-located teachers.
 
 For studies of many short runs of small models, which would spend more time starting processes than training, and for
-tests. A run that starts by ``init_workers`` gives the same figures.
+tests. On the CPU alone: on a GPU, engine and training would have to take turns with its memory.
 """
 
 from verl.experimental.agent_loop.local import LocalAgentLoopManager
@@ -17,9 +17,11 @@ def init_in_process(trainer: RayPPOTrainer) -> None:
     """Do what ``trainer.init_workers`` does, here; ``trainer.shutdown`` ends it as ever.
 
     Raises:
-        ValueError: the run wants more than one rank, or a model or setting cannot be used.
+        ValueError: the run wants a GPU or more than one rank, or a model or setting cannot be used.
     """
     run = trainer.config.trainer
+    if trainer.device_name != "cpu":
+        raise ValueError(f"trainer.device={run.device}: a run in one process is on the CPU; set trainer.device=cpu")
     if run.world_size != 1 or run.teacher_ranks_on_nodes:
         raise ValueError(
             f"trainer.nnodes={run.nnodes}, trainer.n_gpus_per_node={run.n_gpus_per_node} and "

@@ -31,6 +31,7 @@ from experiments.retention.results import (
     append_result,
     read_results,
     record_of,
+    run_of,
     runs_to_do,
 )
 from experiments.retention.variants import BEFORE, TEACHER
@@ -88,24 +89,29 @@ def run_study(
     """Make all runs that ``results`` does not have yet; returns what it has then.
 
     Args:
-        stages: runs that may go side by side; a stage begins when the one before it has ended.
+        stages: runs that may go side by side; a stage begins when the one before it has ended. Nothing is distilled
+            of a student that could not be made.
         jobs: processes.
         make_executor: called once per process with its number.
     """
     executors: list[Executor] = []
+    lacking: set[tuple[str, int]] = set()  # worlds and students that could not be made, and said why
     every = [run for stage in stages for run in stage]
     records = read_results(results)
     with tqdm(total=len(every), initial=len(every) - len(runs_to_do(every, records)), unit="run") as bar:
         bar.set_description(f"have {bar.n} of {len(every)}")
         try:
             for stage in stages:
-                waiting = runs_to_do(stage, records)
+                waiting = [run for run in runs_to_do(stage, records) if (run.world, run.student_seed) not in lacking]
                 # Training alone is quick on several threads and rare: one process.
                 wanted = 1 if any(run.is_measurement for run in waiting) else min(jobs, len(waiting))
                 executors += [make_executor(number) for number in range(len(executors), wanted)]
                 for record in _in_parallel(waiting, executors[:wanted]):
                     append_result(results, record)
                     _report(bar, record, len(every))
+                    run = run_of(record)
+                    if run.is_measurement and record["status"] == FAILED:
+                        lacking.add((run.world, run.student_seed))
                 records = read_results(results)
         finally:
             for executor in executors:
@@ -143,11 +149,10 @@ def _in_parallel(runs: Sequence[Run], executors: Sequence[Executor]) -> Iterator
 
 
 def _report(bar: tqdm, record: Record, total: int) -> None:
-    run = Run(**record["run"])
     bar.update(record["status"] == DONE)
     bar.set_description(f"have {bar.n} of {total}")
     if record["status"] == FAILED:
-        tqdm.write(f"failed: {run.name}: {record['message'].splitlines()[0]}")
+        tqdm.write(f"failed: {run_of(record).name}: {record['message'].splitlines()[0]}")
 
 
 class Worker:

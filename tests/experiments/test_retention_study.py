@@ -84,6 +84,13 @@ def test_a_failed_run_is_recorded_the_study_goes_on_and_the_next_tries_again(tmp
     assert all(record["status"] == DONE for record in records), "the latest line of a run counts"
 
 
+def test_nothing_is_distilled_of_a_student_that_could_not_be_made(tmp_path: Path) -> None:
+    results, made = tmp_path / "results.jsonl", list[Run]()
+    records = run_study(STAGES, results, 1, lambda number: Fake(made, fails=["teacher"]))
+    assert made == ALL[:1] and [record["status"] for record in records] == [FAILED]
+    assert len(run_study(STAGES, results, 1, lambda number: Fake(made))) == len(ALL), "the next study tries again"
+
+
 def test_results_with_other_settings_or_lengths_are_not_taken_for_these(tmp_path: Path) -> None:
     run = Run("quickstart", 0, "exact", 0, steps=5)
     other = record_of(run, DONE, figures={})

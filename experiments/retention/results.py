@@ -8,10 +8,12 @@ import json
 import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from experiments.retention.variants import BEFORE, TEACHER, VARIANTS
+from recipe.onpolicy_distill.quickstart import cache as cache_folders
 
 DONE, FAILED = "done", "failed"
 
@@ -44,7 +46,8 @@ class Run:
     @property
     def settings(self) -> dict[str, Any]:
         """What besides its own fields decides the outcome."""
-        return {} if self.is_measurement else VARIANTS[self.variant].all_settings
+        own = {} if self.is_measurement else VARIANTS[self.variant].all_settings
+        return {**own, "made_by": makers_digest()}
 
     @property
     def budget(self) -> str:
@@ -56,6 +59,16 @@ class Run:
         """A name for folders and messages."""
         parts = [self.world, f"student{self.student_seed}", self.variant]
         return "-".join(parts if self.is_measurement else [*parts, f"seed{self.seed}", self.budget.replace(" ", "")])
+
+
+@cache
+def makers_digest() -> str:
+    """A digest of the source text that makes worlds and models: with other models, results are others."""
+    quickstart, here = Path(cache_folders.__file__).parent, Path(__file__).parent
+    made_by = ("world", "general_tasks", "catalogue", "tokenizers", "models")
+    own = ("worlds", "online_retail", "synthetic")
+    files = [quickstart.parent / "tiny_tokenizers.py", *(quickstart / f"{name}.py" for name in made_by)]
+    return cache_folders.file_digest(*files, *(here / f"{name}.py" for name in own))
 
 
 def run_of(record: Record) -> Run:

@@ -119,7 +119,8 @@ def summarise(records: Sequence[Record]) -> list[Group]:
 
 def _is_current(record: Record) -> bool:
     run = run_of(record)
-    return run.is_measurement or (run.variant in VARIANTS and record["settings"] == run.settings)
+    known = run.is_measurement or run.variant in VARIANTS
+    return known and record["settings"] == run.settings
 
 
 def _group(

@@ -100,6 +100,13 @@ def test_results_with_other_settings_or_lengths_are_not_taken_for_these(tmp_path
     assert runs_to_do([run], [json.loads(json.dumps(record_of(run, DONE)))]) == []
 
 
+def test_results_of_other_models_are_not_taken_for_these(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    records = [record_of(run, DONE, figures={}) for run in ALL]
+    assert runs_to_do(ALL, records) == []
+    monkeypatch.setattr("experiments.retention.results.makers_digest", lambda: "of another source text")
+    assert runs_to_do(ALL, records) == ALL
+
+
 def test_runs_go_side_by_side(tmp_path: Path) -> None:
     meeting = threading.Barrier(2, timeout=30)
 

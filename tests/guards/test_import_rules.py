@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).resolve().parents[2]
-SOURCES = sorted([*(REPO / "verl").rglob("*.py"), *(REPO / "recipe").rglob("*.py")])
+SOURCES = sorted(path for top in ("verl", "recipe", "experiments") for path in (REPO / top).rglob("*.py"))
 
 RAY_MAY_BE_IMPORTED_IN = (
     "verl/single_controller/ray/",
@@ -68,6 +68,7 @@ ALLOWED = {
     "verl/model_merger.py": ("verl.workers.fsdp", "verl.utils"),
     "verl/__init__.py": ("verl.protocol",),
     "recipe/": ("recipe", "verl"),
+    "experiments/": ("experiments", "recipe", "verl"),
 }
 
 
@@ -90,7 +91,7 @@ def allowed_prefixes(relative: str) -> tuple[str, ...]:
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(REPO)))
 def test_a_module_imports_only_what_lies_below_it(path: Path) -> None:
     relative = str(path.relative_to(REPO))
-    own = {name for name in imported_modules(path) if name.split(".")[0] in ("verl", "recipe")}
+    own = {name for name in imported_modules(path) if name.split(".")[0] in ("verl", "recipe", "experiments")}
     prefixes = allowed_prefixes(relative)
     wrong = sorted(name for name in own if not any(name == p or name.startswith(p + ".") for p in prefixes))
     assert not wrong, f"{relative} imports {wrong}; it may import {prefixes}"

@@ -35,7 +35,7 @@ def test_every_package_is_in_the_tree() -> None:
     paths = tree_paths()
     folders = {
         str(init.parent.relative_to(REPO)) + "/"
-        for top in ("verl", "recipe/onpolicy_distill")
+        for top in ("verl", "recipe/onpolicy_distill", "experiments")
         for init in (REPO / top).rglob("__init__.py")
         if "quickstart" not in init.parts
     }

@@ -5,8 +5,9 @@ tokenizer), each found again by everything it was made from.
 
 - The teacher is a Qwen3 trained from nothing on ``general_train``, on the answers. It has more embedding rows than its
   tokenizer has ids, as Qwen3 has, and the student's first item ids fall among the spare ones.
-- The student is the teacher with rows for the item tokens, trained on ``rec_train`` alone: on every token of the
-  chats, since histories tell what follows what far more often than answers do. It learns to recommend, and forgets.
+- The student is the teacher with rows for the item tokens, trained on ``rec_train`` alone (or on both for a while, and
+  then alone): on every token of the chats, since histories tell what follows what far more often than answers do. It
+  learns to recommend, and forgets.
 
 Plain PyTorch on the CPU, where models of this size train fastest. Distillation and evaluation are not dealt with here.
 
@@ -93,8 +94,11 @@ class StudentConfig(TrainingConfig):
     """Training of the student; its shape is the teacher's."""
 
     steps: int = 450
+    """Optimizer steps on recommendation alone."""
     batch_size: int = 32
     learning_rate: float = 1.5e-3
+    mixed_steps: int = 0
+    """Optimizer steps on recommendation and general tasks together, before those."""
 
 
 class TokenizedChat(NamedTuple):
@@ -123,7 +127,12 @@ def make_student(world: World, teacher: Path, folder: Path, config: StudentConfi
     def make(target: Path) -> None:
         tokenizer = hf_tokenizer(world.student_tokenizer)
         model = _extended(teacher, world.extend_vocab_start_token, tokenizer, config.seed)
-        _train(model, tokenized_chats(world.rec_train, tokenizer), config, "student", on_questions=True)
+        chats = tokenized_chats(world.rec_train, tokenizer)
+        if config.mixed_steps:
+            both = chats + tokenized_chats(world.general_train, tokenizer)
+            mixed = dataclasses.replace(config, steps=config.mixed_steps)
+            _train(model, both, mixed, "student on both", on_questions=True)
+        _train(model, chats, config, "student", on_questions=True)
         _save(target, model, tokenizer)
 
     key = {

@@ -137,13 +137,13 @@ def _open(folder: Path) -> World:
 def _write(folder: Path, config: WorldConfig) -> None:
     build_tokenizers(folder / "tokenizers", QUESTION_WORDS, config.codes_per_level)
     general_test = _general_test(config)
-    _write_chats(folder / "general_test.parquet", general_test)
-    _write_chats(folder / "general_train.parquet", _general_train(config, {chat.question for chat in general_test}))
+    write_chats(folder / "general_test.parquet", general_test)
+    write_chats(folder / "general_train.parquet", _general_train(config, {chat.question for chat in general_test}))
     catalogue = Catalogue(config.items, config.tastes, config.codes_per_level, _random(config, "catalogue"))
     rec_test = _rec_test(config, catalogue)
     rec_train = _rec_train(config, catalogue, {chat.question for chat in rec_test})
-    _write_chats(folder / "rec_test.parquet", rec_test)
-    _write_chats(folder / "rec_train.parquet", rec_train)
+    write_chats(folder / "rec_test.parquet", rec_test)
+    write_chats(folder / "rec_train.parquet", rec_train)
     _write_catalogue(folder / "catalogue.parquet", catalogue, rec_train)
 
 
@@ -216,8 +216,8 @@ def _draw(count: int, draw: Callable[[], Chat], test_questions: set[str]) -> lis
     raise ValueError(f"after {100 * count} draws only {len(chats)} of {count} questions are not in the test; test less")
 
 
-def _write_chats(path: Path, chats: list[Chat]) -> None:
-    """One row per chat, in OneRec's columns."""
+def write_chats(path: Path, chats: list[Chat]) -> None:
+    """Write a parquet file of one row per chat, in OneRec's columns."""
     columns: dict[str, list[str]] = {
         "source": [chat.source for chat in chats],
         "uuid": [f"{path.stem}-{number}" for number in range(len(chats))],

@@ -51,6 +51,8 @@ def settings(pair: Any, train: Path, folder: Path, **changes: Any) -> PPOConfig:
         "trainer.total_training_steps": STEPS,
         "trainer.save_freq": 1,
         "trainer.val_before_train": False,
+        "trainer.device": "cpu",
+        "trainer.logger": "[file]",
         **changes,
     }
     return load_config([f"{key}={value}" for key, value in values.items()])
@@ -174,3 +176,8 @@ def test_a_read_only_folder_is_said(
         remount(disk, "ro")
         with pytest.raises(ValueError, match=r"trainer\.default_local_dir=\S*disk\S* .*Read-only file system"):
             run_in_process(settings(tiny_pair, train, disk / "run" if when == "at the start" else disk))
+
+
+def test_a_run_in_one_process_has_one_rank(tiny_pair: Any, train: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"trainer\.n_gpus_per_node=2"):
+        run_in_process(settings(tiny_pair, train, tmp_path / "run", **{"trainer.n_gpus_per_node": 2}))

@@ -57,6 +57,8 @@ def settings(tiny_pair: Any, tmp_path: Path) -> Any:
         "data.max_response_length": 8,
         "trainer.total_training_steps": STEPS,
         "trainer.total_epochs": 9,
+        "trainer.device": "cpu",
+        "trainer.logger": "[file]",
         "trainer.val_before_train": False,
     }
 

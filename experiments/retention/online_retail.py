@@ -1,0 +1,184 @@
+"""Real purchases in a world of the quickstart's form: UCI Online Retail beside general tasks, over real tokenizers.
+
+In: ``../shared/data`` (purchases with their times, items with semantic ids and titles, the ``mini8k`` tokenizers).
+Out: the files of a `World`. The catalogue is that of the most purchased items; a user's purchases of these, in order,
+make histories and the item after them. Users who are tested on are in no training row. Captions are titles, as far as
+they fit an answer. General tasks are the quickstart's, letters apart, so that each is a token.
+"""
+
+from collections import Counter, defaultdict
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from recipe.onpolicy_distill.quickstart.cache import cached_folder, file_digest
+from recipe.onpolicy_distill.quickstart.catalogue import ITEM_BEGIN, ITEM_END, code_token
+from recipe.onpolicy_distill.quickstart.general_tasks import TASKS, draw_problem
+from recipe.onpolicy_distill.quickstart.world import Chat, World, write_chats
+from verl.utils.tokenizer import hf_tokenizer
+
+DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
+SOURCE = "rec_online_retail"
+
+
+@dataclass(frozen=True)
+class OnlineRetailConfig:
+    """Sizes of the world."""
+
+    seed: int = 0
+    """Of general tasks, of the split of users and of what is drawn from them."""
+    items: int = 256
+    """Items in the catalogue: the most purchased ones."""
+    history: int = 6
+    """Items before the one to predict."""
+    general_train: int = 20_000
+    general_test: int = 250
+    rec_train: int = 40_000
+    """Rows with a next item, and captions."""
+    caption_share: float = 0.2
+    test_prompts: int = 512
+    """Histories of users who are in no training row."""
+    test_captions: int = 64
+    test_users: float = 1 / 8
+    """Share of users who are tested on."""
+    title_tokens: int = 14
+    """Longer titles are no captions."""
+
+
+def build(folder: Path, config: OnlineRetailConfig, data: Path = DATA) -> World:
+    """Write the world below ``folder``, or find it there.
+
+    Raises:
+        ValueError: the data are not here.
+    """
+    purchases = data / "rec" / "online_retail" / "interactions.parquet"
+    if not purchases.is_file():
+        raise ValueError(f"--world online_retail needs {purchases}, which the project does not ship")
+    key = {"code": file_digest(__file__), "purchases": file_digest(purchases), **asdict(config)}
+    made = cached_folder(folder, "online-retail", key, lambda target: _write(target, config, data))
+    teacher_tokenizer = data / "tokenizer" / "mini8k"
+    return World(
+        folder=made,
+        general_train=made / "general_train.parquet",
+        general_test=made / "general_test.parquet",
+        rec_train=made / "rec_train.parquet",
+        rec_test=made / "rec_test.parquet",
+        catalogue=made / "catalogue.parquet",
+        teacher_tokenizer=teacher_tokenizer,
+        student_tokenizer=data / "tokenizer" / "mini8k-item256",
+        extend_vocab_start_token=len(hf_tokenizer(teacher_tokenizer)),
+    )
+
+
+def _write(folder: Path, config: OnlineRetailConfig, data: Path) -> None:
+    random = Random(f"{config.seed} online retail")
+    test = _general_test(config, random)
+    asked = {chat.question for chat in test}
+    train: list[Chat] = []
+    while len(train) < config.general_train:
+        chat = _general_chat(random.choice(list(TASKS)), random)
+        train += [chat] if chat.question not in asked else []
+    write_chats(folder / "general_test.parquet", test)
+    write_chats(folder / "general_train.parquet", train)
+
+    catalogue = _catalogue(data, config.items)
+    histories = _histories(data, catalogue, config.history + 1)
+    users = sorted(histories)
+    random.shuffle(users)
+    held_out = round(len(users) * config.test_users)
+    tested, trained = ([w for u in some for w in histories[u]] for some in (users[:held_out], users[held_out:]))
+    captions = _captions(data, catalogue, config.title_tokens)
+    asked_for = round(config.rec_train * config.caption_share)
+    rec_train = [_next_chat(w, catalogue) for w in random.sample(trained, config.rec_train - asked_for)]
+    rec_train += random.choices(captions, k=asked_for)
+    random.shuffle(rec_train)
+    rec_test = [_next_chat(w, catalogue) for w in random.sample(tested, config.test_prompts)]
+    write_chats(folder / "rec_train.parquet", rec_train)
+    write_chats(folder / "rec_test.parquet", rec_test + random.sample(captions, config.test_captions))
+    popularity = Counter(item for window in trained for item in window)
+    _write_catalogue(folder / "catalogue.parquet", catalogue, popularity)
+
+
+# ---------------------------------------------------------------------- general tasks
+
+
+def _general_chat(task: str, random: Random) -> Chat:
+    """The quickstart's problem with its letters apart; sums stay as they are."""
+    question, answer = draw_problem(task, random)
+    if task != "add":
+        question, answer = f"{task}: {' '.join(question.removeprefix(f'{task}: '))}", " ".join(answer)
+    return Chat(f"general_{task}", question, answer, {"answer": answer})
+
+
+def _general_test(config: OnlineRetailConfig, random: Random) -> list[Chat]:
+    """Equally many per task, no question twice."""
+    chats: dict[str, Chat] = {}
+    for number, task in enumerate(TASKS, 1):
+        while len(chats) < number * config.general_test // len(TASKS):
+            chat = _general_chat(task, random)
+            chats[chat.question] = chat
+    return list(chats.values())
+
+
+# ---------------------------------------------------------------------- items
+
+
+def _catalogue(data: Path, items: int) -> dict[int, dict[str, Any]]:
+    """The most purchased items by number; of those that share an id, the first."""
+    rows = pq.read_table(data / "rec" / "online_retail" / "items.parquet").to_pylist()
+    chosen: dict[tuple[int, ...], dict[str, Any]] = {}
+    for row in sorted(rows, key=lambda row: (-row["n_purchases"], row["pid"])):
+        chosen.setdefault(tuple(row["sid"]), row)
+        if len(chosen) == items:
+            break
+    return {row["pid"]: row for row in chosen.values()}
+
+
+def _text(item: dict[str, Any]) -> str:
+    codes = "".join(code_token(level, code) for level, code in zip("abc", item["sid"], strict=True))
+    return ITEM_BEGIN + codes + ITEM_END
+
+
+def _histories(data: Path, catalogue: dict[int, dict[str, Any]], length: int) -> dict[str, list[list[int]]]:
+    """Every run of ``length`` purchases of each user, in order of time."""
+    table = pq.read_table(data / "rec" / "online_retail" / "interactions.parquet", columns=["uid", "ts", "pid"])
+    purchases: dict[str, list[tuple[int, int]]] = defaultdict(list)
+    for row in table.to_pylist():
+        if row["pid"] in catalogue:
+            purchases[str(row["uid"])].append((row["ts"], row["pid"]))
+    histories = {}
+    for user, bought in purchases.items():
+        order = [pid for _, pid in sorted(bought, key=lambda one: one[0])]  # stable: an invoice keeps its order
+        histories[user] = [order[start : start + length] for start in range(len(order) - length + 1)]
+    return histories
+
+
+def _next_chat(window: list[int], catalogue: dict[int, dict[str, Any]]) -> Chat:
+    *history, target = (_text(catalogue[pid]) for pid in window)
+    metadata = {"answer": target, "target_item": window[-1], "history": window[:-1]}
+    return Chat(f"{SOURCE}_next", "history: " + "".join(history), target, metadata)
+
+
+def _captions(data: Path, catalogue: dict[int, dict[str, Any]], title_tokens: int) -> list[Chat]:
+    tokenizer = hf_tokenizer(data / "tokenizer" / "mini8k")
+    titles = {pid: item["title"].strip() for pid, item in catalogue.items()}
+    return [
+        Chat(f"{SOURCE}_caption", f"caption: {_text(catalogue[pid])}", title, {"answer": title, "target_item": pid})
+        for pid, title in titles.items()
+        if len(tokenizer(title)["input_ids"]) <= title_tokens
+    ]
+
+
+def _write_catalogue(path: Path, catalogue: dict[int, dict[str, Any]], popularity: Counter[int]) -> None:
+    columns: dict[str, list[Any]] = {
+        "item": list(catalogue),
+        "sid": [list(item["sid"]) for item in catalogue.values()],
+        "text": [_text(item) for item in catalogue.values()],
+        "caption": [item["title"].strip() for item in catalogue.values()],
+        "popularity": [popularity[pid] for pid in catalogue],
+    }
+    pq.write_table(pa.table(columns), path)

@@ -1,0 +1,151 @@
+"""One run: the real trainer, workers and data sets in this process, then the scoreboard.
+
+In: a `Run`. Out: its record. See ``verl.trainer.ppo.in_process`` for what stands in for Ray; the engine is the small
+one of transformers, and ``evaluate`` measures with it too.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from experiments.retention.results import DONE, Record, Run, record_of
+from experiments.retention.variants import BEFORE, END_TOKEN, NONE, REHEARSAL_SHARE, TEACHER, VARIANTS
+from experiments.retention.worlds import Prepared, prepare
+from recipe.onpolicy_distill.evaluate import EvaluationConfig, evaluate
+from recipe.onpolicy_distill.main_onpolicy_distill import build_trainer
+from recipe.onpolicy_distill.quickstart.distillation import EXACT_MATCH
+from verl.trainer.config.preflight import check_run
+from verl.trainer.config.typed import load_config
+from verl.trainer.ppo.in_process import init_in_process
+from verl.trainer.ppo.ray_trainer import RayPPOTrainer
+from verl.utils.tokenizer import hf_tokenizer
+
+TEST_EVERY = 10
+"""Steps between the points of the curve."""
+ENDLESS = 1_000_000
+"""Steps of a run that ends after some seconds."""
+ENGINE_ROWS = 1024
+"""Sequences that the scoreboard's engine takes at once; half the time of the default's."""
+
+
+def execute(run: Run, out: Path) -> Record:
+    """Train and measure, or measure alone.
+
+    Args:
+        out: folder of the study; worlds and models are kept below it.
+
+    Raises:
+        ValueError: a setting that cannot be used.
+        RuntimeError: an engine or a worker failed.
+    """
+    prepared = prepare(run.world, run.student_seed, out / "cache")
+    if run.variant == TEACHER:
+        return record_of(run, DONE, figures=scoreboard(prepared, prepared.teacher, rec=False))
+    if run.variant == BEFORE:
+        return record_of(run, DONE, figures=scoreboard(prepared, prepared.student))
+    folder = out / "runs" / run.name
+    shutil.rmtree(folder, ignore_errors=True)
+    train(run, prepared, folder, out / "cache" / "data")
+    steps, seconds, curve = read_curve(folder / "metrics.jsonl")
+    checkpoint = folder / f"global_step_{steps}"
+    figures = scoreboard(prepared, checkpoint / "actor" / "huggingface")
+    shutil.rmtree(checkpoint)
+    return record_of(run, DONE, figures=figures, curve=curve, steps=steps, seconds=seconds)
+
+
+def train(run: Run, prepared: Prepared, folder: Path, data_cache: Path) -> None:
+    """Distil into ``folder``: ``metrics.jsonl`` and the last checkpoint."""
+    settings = trainer_settings(run, prepared, folder, data_cache)
+    overrides = [f"{key}={value}" for key, value in settings.items()]
+    config = load_config(overrides, "recipe.onpolicy_distill.config", "onpolicy_distill_trainer")
+    check_run(config)
+    trainer = build_trainer(config)
+    if run.seconds is not None:
+        end_after(trainer, run.seconds)
+    try:
+        init_in_process(trainer)
+        trainer.fit()
+    finally:
+        trainer.shutdown()
+
+
+def trainer_settings(run: Run, prepared: Prepared, folder: Path, data_cache: Path) -> dict[str, Any]:
+    """Every Hydra override of a run."""
+    world, steps = prepared.world, run.steps or ENDLESS
+    settings: dict[str, Any] = {
+        "actor_rollout_ref.model.path": prepared.student,
+        "actor_rollout_ref.model.enable_gradient_checkpointing": False,
+        "actor_rollout_ref.ref.model.path": prepared.teacher,
+        "actor_rollout_ref.rollout.name": "hf",
+        "actor_rollout_ref.rollout.extend_vocab_start_token": world.extend_vocab_start_token,
+        "actor_rollout_ref.rollout.seed": run.seed,
+        "actor_rollout_ref.rollout.val_kwargs.do_sample": False,
+        "actor_rollout_ref.actor.checkpoint.save_contents": "[hf_model]",
+        "data.val_files": world.general_test,
+        "data.max_prompt_length": prepared.max_prompt_tokens,
+        "data.max_response_length": prepared.max_answer_tokens,
+        "data.cache_dir": data_cache,
+        "data.seed": run.seed,
+        "custom_reward_function.path": EXACT_MATCH,
+        "trainer.device": "cpu",
+        "trainer.total_training_steps": steps,
+        "trainer.total_epochs": ENDLESS,
+        "trainer.test_freq": TEST_EVERY,
+        "trainer.save_freq": steps,
+        "trainer.async_save": False,
+        "trainer.resume_mode": "disable",
+        "trainer.logger": "[file]",
+        "trainer.default_local_dir": folder,
+    }
+    variant = VARIANTS[run.variant].all_settings
+    rehearsal = variant.pop("rehearsal")
+    if rehearsal == NONE:
+        settings["data.train_files"] = world.general_train
+    else:
+        settings["data.train_files"] = f"[{world.general_train},{prepared.rehearsal[str(rehearsal)]}]"
+        settings["data.source_weights"] = f"{{rec_*:{REHEARSAL_SHARE},general_*:{1 - REHEARSAL_SHARE}}}"
+    end_token = hf_tokenizer(world.teacher_tokenizer).eos_token_id
+    return settings | {key: end_token if value == END_TOKEN else value for key, value in variant.items()}
+
+
+def end_after(trainer: RayPPOTrainer, seconds: float) -> None:
+    """Let a trainer end with the step in which its steps, validation not counted, have taken this long."""
+    train_step, spent = trainer.train_step, 0.0
+
+    def timed_step(rows: dict[str, Any]) -> dict[str, float]:
+        nonlocal spent
+        metrics = train_step(rows)
+        spent += metrics["timing_s/step"]
+        if spent >= seconds:
+            trainer.total_steps = trainer.global_steps
+        return metrics
+
+    trainer.train_step = timed_step  # type: ignore[method-assign]
+
+
+def read_curve(path: Path) -> tuple[int, float, list[tuple[int, float]]]:
+    """Steps, seconds of training, and general accuracy by step, from a run's ``metrics.jsonl``."""
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    seconds = sum(line["data"].get("timing_s/step", 0.0) for line in lines)
+    curve = [(line["step"], line["data"]["val/reward"]) for line in lines if "val/reward" in line["data"]]
+    return lines[-1]["step"], seconds, curve
+
+
+def scoreboard(prepared: Prepared, model: Path, *, rec: bool = True) -> dict[str, Any]:
+    """The figures of ``evaluate`` for one model; without recommendation where it has no item tokens."""
+    world = prepared.world
+    config = EvaluationConfig(
+        model=str(model),
+        teacher=None if model == prepared.teacher else str(prepared.teacher),
+        general=str(world.general_test),
+        rec=str(world.rec_test) if rec else None,
+        catalogue=str(world.catalogue) if rec else None,
+        extend_vocab_start_token=world.extend_vocab_start_token if rec else None,
+        engine="hf",
+        device="cpu",
+        max_prompt_length=prepared.max_prompt_tokens,
+        max_new_tokens=prepared.max_answer_tokens,
+        rollout={"max_num_seqs": ENGINE_ROWS},
+    )
+    return evaluate(config).figures

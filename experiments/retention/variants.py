@@ -1,0 +1,77 @@
+"""What is compared: objectives, who judges what, learning rates, protection. Data, no code of its own.
+
+A variant is a name, what it is called in the table, Hydra overrides over `COMMON`, and the prompts of the recommender
+that are rehearsed beside the general ones. Add a line to try another.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+Settings = Mapping[str, str | float | bool]
+"""Hydra keys and values."""
+
+TEACHER, BEFORE = "teacher", "before"
+"""Not variants: what teacher and student can do before anything is distilled."""
+
+NONE, HISTORIES, ITEMS, CODES = "none", "histories", "items", "codes"
+"""Prompts that are rehearsed: none, real ones, the same made of random items of the catalogue, or of random codes."""
+REHEARSAL_SHARE = 0.25
+"""Of each batch, where any are rehearsed."""
+
+END_TOKEN = "<end token>"
+"""Stands for the id of the teacher's end token, which differs between worlds."""
+
+COMMON: Settings = {
+    "actor_rollout_ref.actor.optim.lr": 5e-4,
+    "actor_rollout_ref.actor.optim.lr_warmup_steps": 5,
+    "data.train_batch_size": 64,
+}
+"""The same for all: constant learning rate, so that a run may end at any step."""
+
+EXACT: Settings = {"algorithm.distill.objective": "exact", "algorithm.distill.support": "shared"}
+LEAK: Settings = {"algorithm.distill.leak_coef": 1.0}
+SELF: Settings = {"++algorithm.distill.teachers.self": "{vocabulary:full,sources:[rec_*]}"}
+STITCHED: Settings = {"++algorithm.distill.teachers.stitched": "{vocabulary:stitched,sources:[rec_*]}"}
+LOW_RATE: Settings = {"actor_rollout_ref.actor.optim.lr": 2e-4}
+FROZEN_ROWS: Settings = {"actor_rollout_ref.actor.freeze_extended_rows": True}
+PUBLIC_FORK: Settings = {
+    "actor_rollout_ref.rollout.mask_after_extend_token": False,
+    "actor_rollout_ref.ref.ref_replace_token_id": END_TOKEN,
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to distil."""
+
+    label: str
+    """In tables and plots."""
+    settings: Settings = field(default_factory=dict)
+    """Over `COMMON`."""
+    rehearsal: str = NONE
+    """Which prompts of the recommender are mixed in."""
+
+    @property
+    def all_settings(self) -> dict[str, str | float | bool]:
+        """What decides a run's outcome besides its seeds and its length; results are kept with it."""
+        return {**COMMON, **self.settings, "rehearsal": self.rehearsal}
+
+
+VARIANTS: dict[str, Variant] = {
+    "public-fork": Variant("public fork: no mask, end token", PUBLIC_FORK),
+    "sampled": Variant("sampled, masked"),
+    "sampled-low-lr": Variant("sampled, lr 2e-4", LOW_RATE),
+    "exact": Variant("exact, shared support", EXACT),
+    "exact-leak": Variant("exact + leak term", {**EXACT, **LEAK}),
+    "exact-low-lr": Variant("exact, lr 2e-4", {**EXACT, **LOW_RATE}),
+    "exact-frozen": Variant("exact, frozen item rows", {**EXACT, **FROZEN_ROWS}),
+    "sampled-self": Variant("sampled + self, histories", SELF, HISTORIES),
+    "exact-self": Variant("exact + self, histories", {**EXACT, **SELF}, HISTORIES),
+    "exact-self-items": Variant("exact + self, random items", {**EXACT, **SELF}, ITEMS),
+    "exact-self-codes": Variant("exact + self, random codes", {**EXACT, **SELF}, CODES),
+    "exact-leak-self": Variant("exact + leak + self, histories", {**EXACT, **LEAK, **SELF}, HISTORIES),
+    "exact-self-low-lr": Variant("exact + self, histories, lr 2e-4", {**EXACT, **SELF, **LOW_RATE}, HISTORIES),
+    "exact-self-frozen": Variant("exact + self, frozen item rows", {**EXACT, **SELF, **FROZEN_ROWS}, HISTORIES),
+    "stitched": Variant("exact + stitched, histories", {**EXACT, **STITCHED}, HISTORIES),
+}
+"""In the order of the table."""

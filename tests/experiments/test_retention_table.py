@@ -1,0 +1,105 @@
+"""Means, spreads and shares of results made by hand."""
+
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from experiments.retention.plot import plot
+from experiments.retention.results import DONE, FAILED, Record, Run, record_of
+from experiments.retention.table import Spread, steps_to_recover, summarise, table_text
+
+BEFORE: dict[str, float] = {
+    "general_accuracy": 0.1,
+    "rec_recall_at_1": 0.5,
+    "rec_recall": 0.8,
+    "free_rate": 0.4,
+    "rec_text_accuracy": 0.0,
+    "extend_mass": 0.2,
+    "leak_rate": 0.3,
+}
+
+
+def trained(student: int, seed: int, recall: float, curve: list[list[float]], variant: str = "exact") -> Record:
+    figures = BEFORE | {"general_accuracy": curve[-1][1], "rec_recall_at_1": recall, "extend_mass": 4e-4 * (1 + seed)}
+    run = Run("quickstart", student, variant, seed, steps=20)
+    return record_of(run, DONE, figures=figures, curve=curve, steps=20, seconds=10.0 + seed)
+
+
+@pytest.fixture
+def records() -> list[Record]:
+    starts: list[tuple[int, float, dict[str, Any]]] = [(0, 1.0, BEFORE), (1, 0.8, BEFORE | {"rec_recall_at_1": 0.25})]
+    measured = [record_of(Run("quickstart", s, "teacher"), DONE, figures={"general_accuracy": t}) for s, t, _ in starts]
+    measured += [record_of(Run("quickstart", s, "before"), DONE, figures=figures) for s, _, figures in starts]
+    return [
+        *measured,
+        trained(0, 0, 0.5, [[0, 0.1], [10, 0.96], [20, 0.9]]),  # at 95% of 1.0 after 10 steps, though not at the end
+        trained(0, 1, 0.4, [[0, 0.1], [10, 0.5], [20, 0.94]]),  # never
+        trained(1, 0, 0.25, [[0, 0.1], [10, 0.5], [20, 0.76]]),  # 95% of 0.8, after 20
+        record_of(Run("quickstart", 0, "stitched", 0, steps=20), FAILED, message="ValueError: unknown\nand more"),
+    ]
+
+
+def test_first_step_at_which_accuracy_is_95_percent_of_the_teachers() -> None:
+    assert steps_to_recover([(0, 0.1), (10, 0.95), (20, 0.2)], 1.0) == 10
+    assert steps_to_recover([(0, 0.1), (10, 0.75)], 0.8) is None
+
+
+def test_mean_and_sample_deviation() -> None:
+    assert Spread.of([1.0, 2.0, 3.0]) == Spread(2.0, 1.0)
+    assert Spread.of([0.25]) == Spread(0.25, None)
+
+
+def test_each_run_is_compared_with_its_own_student_and_teacher(records: list[Record]) -> None:
+    overall, first, second = summarise(records)
+    [summary, _] = overall.summaries
+    assert (overall.students, first.students, second.students) == ((0, 1), (0,), (1,))
+    assert summary.runs == 3
+    # 0.5/0.5, 0.4/0.5 and 0.25/0.25
+    assert summary.figures["recall_1_kept"].mean == pytest.approx((1.0 + 0.8 + 1.0) / 3)
+    assert summary.figures["recall_1_kept"].deviation == pytest.approx(0.2 / 3**0.5)
+    assert summary.figures["recall_5_kept"] == Spread(1.0, 0.0)
+    assert summary.figures["item_mass"].mean == pytest.approx(4e-4 * 4 / 3)
+    assert "text_kept" not in summary.figures, "what was 0 before cannot be kept"
+    assert (summary.recovered, summary.steps_to_recover) == (2, Spread(15.0, pytest.approx(50**0.5)))
+    assert overall.start.teacher.mean == pytest.approx(0.9)
+    assert overall.start.before["rec_recall_at_1"].mean == pytest.approx(0.375)
+    assert second.summaries[0].figures["general"] == Spread(0.76, None)
+
+
+def test_the_text_has_every_figure_and_what_did_not_run(records: list[Record]) -> None:
+    text = table_text(summarise(records)[:1])
+    assert "### quickstart, 20 steps, student seeds 0, 1" in text
+    row = next(line for line in text.splitlines() if line.startswith("| exact, shared support"))
+    assert [cell.strip() for cell in row.strip("|").split("|")] == [
+        "exact, shared support",
+        "3",
+        "0.867 ± 0.095",
+        "93 ± 12%",
+        "100 ± 0%",
+        "100 ± 0%",
+        "–",
+        "5.3e-04 ± 2.3e-04",
+        "0.300 ± 0.000",
+        "15 ± 7 (2 of 3)",
+        "20",
+        "10 ± 1",
+    ]
+    assert "- exact + stitched, histories: ValueError: unknown" in text
+
+
+def test_results_of_other_settings_are_left_out(records: list[Record]) -> None:
+    for record in records:
+        if record["run"]["variant"] == "exact" and record["run"]["seed"] == 1:
+            record["settings"]["data.train_batch_size"] = 1
+    assert summarise(records)[0].summaries[0].runs == 2
+
+
+def test_nothing_yet() -> None:
+    assert table_text(summarise([])) == "no results yet"
+
+
+def test_the_plot_shows_each_figure_once_per_variant_that_ran(records: list[Record]) -> None:
+    svg = ElementTree.fromstring(plot(summarise(records)))
+    titles = [title.text for title in svg.iter("{http://www.w3.org/2000/svg}title")]
+    assert titles == ["general accuracy: 86.7% ± 9.5%", "R@1 kept: 93.3% ± 11.5%", "unconstrained items kept: 100.0%"]

@@ -1,0 +1,57 @@
+"""Groups of one rank in this process are called as any group is."""
+
+import pytest
+import torch
+
+from verl.protocol import DataProto
+from verl.single_controller.base import Worker
+from verl.single_controller.base.decorator import Dispatch, Execute, register
+from verl.single_controller.local import LocalWorkerGroup, local_groups
+
+
+class Doubler(Worker):
+    """Doubles, and knows who else is there."""
+
+    @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO, reads=("x",))
+    def double(self, data: DataProto) -> DataProto:
+        assert set(data.batch.keys()) == {"x"}, "no other key travels"
+        return DataProto.from_dict({"doubled": 2 * data.tensor("x")})
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def roles(self) -> list[str]:
+        return sorted(self.peers)
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL, execute_mode=Execute.RANK_ZERO)
+    def refuse(self, number: int) -> int:
+        raise ValueError(f"not {number}")
+
+    def unregistered(self) -> None: ...
+
+
+@pytest.fixture
+def group() -> LocalWorkerGroup:
+    return local_groups({"a": Doubler(), "b": Doubler()})["a"]
+
+
+def test_batches_are_split_and_joined_for_one_rank(group: LocalWorkerGroup) -> None:
+    batch = DataProto.from_dict({"x": torch.tensor([1.0, 2.0, 3.0]), "y": torch.zeros(3)})
+    assert group.double(batch).tensor("doubled").tolist() == [2.0, 4.0, 6.0]
+
+
+def test_a_call_to_all_ranks_gives_a_list_and_roles_know_each_other(group: LocalWorkerGroup) -> None:
+    assert group.world_size == 1
+    assert group.roles() == [["a", "b"]]
+    assert [place["rank"] for place in group.get_placement()] == [0]
+
+
+def test_errors_are_the_workers_own(group: LocalWorkerGroup) -> None:
+    with pytest.raises(ValueError, match="not 3"):
+        group.refuse(3)
+    with pytest.raises(AttributeError, match="no registered method 'unregistered'"):
+        group.unregistered()
+
+
+def test_a_rank_of_several_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="WORLD_SIZE=2"):
+        LocalWorkerGroup(Doubler())

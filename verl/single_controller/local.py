@@ -1,0 +1,44 @@
+"""Worker groups of one rank in the calling process, for studies of small models and for tests.
+
+In: workers by role. Out: a group per role, whose methods are called as those of a Ray group are. Arguments are split
+and results joined by the same code, for one rank; a call runs at once, and an error is the worker's own.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from verl.single_controller.base import Worker, WorkerGroup
+from verl.single_controller.base.decorator import Call, Results
+
+
+class LocalWorkerGroup(WorkerGroup):
+    """One worker, in this process.
+
+    Args:
+        worker: rank 0 of 1.
+
+    Raises:
+        ValueError: the environment makes it one of several ranks.
+    """
+
+    def __init__(self, worker: Worker) -> None:
+        super().__init__(type(worker), world_size=1)
+        if worker.world_size != 1:
+            raise ValueError(
+                f"{type(worker).__name__} is rank {worker.rank} of WORLD_SIZE={worker.world_size}; a local group has "
+                "one rank alone: unset RANK and WORLD_SIZE"
+            )
+        self._worker = worker
+
+    def _start(self, method: str, calls: Sequence[Call]) -> list[tuple[int, Any]]:
+        return [(rank, getattr(self._worker, method)(*call.args, **call.kwargs)) for rank, call in enumerate(calls)]
+
+    def _finish(self, method: str, running: list[tuple[int, Any]]) -> Results:
+        return running
+
+
+def local_groups(workers: Mapping[str, Worker]) -> dict[str, LocalWorkerGroup]:
+    """A group per role; the workers know each other as the roles of one process do."""
+    for worker in workers.values():
+        worker.peers = workers
+    return {role: LocalWorkerGroup(worker) for role, worker in workers.items()}

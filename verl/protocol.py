@@ -3,11 +3,8 @@
 A ``DataProto`` holds the rows of a batch: tensors in ``batch``, Python objects in ``non_tensor_batch``, and facts
 about the whole batch in ``meta_info``. A stage takes one and returns one with its new keys; the trainer joins them.
 Pickling a ``DataProto`` sends its own rows only (a slice does not drag the tensor it was cut from along), on the CPU.
-
-It knows nothing of Ray, models or padding of sequences.
-
-B sequences, P prompt, R response, T = P + R, K likeliest ids of a teacher. Masks are 1 where a position counts; float
-tensors are 0 at padding.
+It knows nothing of Ray, models or padding of sequences. B sequences, P prompt, R response, T = P + R, K likeliest ids
+of a teacher. Masks are 1 where a position counts; float tensors are 0 at padding.
 
 ==========================  =======  =========  ===========  =====================================
 key                         dtype    shape      producer     consumer
@@ -103,9 +100,8 @@ def _same_value(first: Any, second: Any) -> bool:
         return first.keys() == second.keys() and all(_same_value(first[key], second[key]) for key in first)
     if isinstance(first, list | tuple) and isinstance(second, list | tuple):
         return len(first) == len(second) and all(map(_same_value, first, second))
-    if isinstance(first, torch.Tensor | np.ndarray) or isinstance(second, torch.Tensor | np.ndarray):
-        return False
-    return bool(first == second) or bool(first != first and second != second)
+    arrays = isinstance(first, torch.Tensor | np.ndarray) or isinstance(second, torch.Tensor | np.ndarray)
+    return not arrays and (bool(first == second) or bool(first != first and second != second))
 
 
 def _join(kind: str, first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
@@ -132,8 +128,7 @@ def _as_list(names: str | Sequence[str] | None) -> list[str]:
 
 
 def _pack_tensor(tensor: torch.Tensor) -> tuple[np.ndarray, torch.dtype, torch.Size]:
-    # As bytes in numpy: every dtype goes through (numpy has no bfloat16), only the view's own rows are written, and
-    # pickle protocol 5 hands the buffer over without a copy, which torch's own pickling does not.
+    # As bytes in numpy: every dtype goes through, only the view's own rows are written, and protocol 5 copies nothing.
     flat = tensor.detach().cpu().contiguous().flatten()
     return flat.view(torch.uint8).numpy(), tensor.dtype, tensor.shape
 
@@ -275,8 +270,7 @@ class DataProto:
             if index.shape != (len(self),):
                 raise IndexError(f"a mask of shape {tuple(index.shape)} does not fit {len(self)} rows")
             index = index.nonzero().squeeze(-1)
-        index = index.long()
-        return self._rows(index, index.numpy())
+        return self._rows(index.long(), index.long().numpy())
 
     def select(
         self,
@@ -349,10 +343,10 @@ class DataProto:
         keys = [part._tensors().keys() | part.non_tensor_batch.keys() for part in data]
         if odd := set().union(*keys) - keys[0].intersection(*keys):
             raise ValueError(f"concat needs the same keys in every part; not in all: {', '.join(sorted(odd))}")
-        first = data[0]
-        tensors = {key: torch.cat([part.batch[key] for part in data]) for key in first._tensors()}
-        arrays = {key: np.concatenate([part.non_tensor_batch[key] for part in data]) for key in first.non_tensor_batch}
-        return type(first).from_dict(tensors, arrays, merge_meta_info([part.meta_info for part in data]))
+        tensors = {key: torch.cat([part.batch[key] for part in data]) for key in data[0]._tensors()}
+        columns = ((key, [part.non_tensor_batch[key] for part in data]) for key in data[0].non_tensor_batch)
+        arrays = {key: np.concatenate(parts) for key, parts in columns}
+        return type(data[0]).from_dict(tensors, arrays, merge_meta_info([part.meta_info for part in data]))
 
     def repeat(self, repeat_times: int = 2, interleave: bool = True) -> "DataProto":
         """Every row ``repeat_times`` times: next to each other where ``interleave``, else the batch over and over."""

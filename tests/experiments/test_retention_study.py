@@ -134,6 +134,19 @@ def test_a_process_that_dies_is_a_failed_run_and_the_next_run_gets_another(tmp_p
     worker.stop()
 
 
+def test_the_process_answers_with_a_record_and_ends_with_the_study(tmp_path: Path) -> None:
+    worker = Worker(0, tmp_path, 2)
+    record = worker(Run("nowhere", 3, "before"))
+    assert record["status"] == FAILED and record["message"].startswith("ValueError: --world nowhere")
+    assert "Traceback" in (tmp_path / "worker-0.log").read_text()
+    process = worker._process
+    assert process is not None and process.poll() is None, "it stays for the next run"
+    worker.stop()
+    assert process.poll() is not None
+    with pytest.raises(RuntimeError, match="stopped"):
+        worker(Run("nowhere", 3, "before"))
+
+
 def test_a_half_written_line_goes_when_the_next_is_written(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "results.jsonl"
     assert read_results(path) == []

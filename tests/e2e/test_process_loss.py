@@ -21,6 +21,7 @@ from ray.cloudpickle import register_pickle_by_value
 from running import processes_of
 
 from recipe.onpolicy_distill.main_onpolicy_distill import build_trainer
+from verl.experimental.agent_loop import agent_loop as agent_loop_module
 from verl.trainer import run as module
 from verl.trainer.config import PPOConfig
 from verl.trainer.config.typed import load_config
@@ -124,14 +125,20 @@ def figures(folder: Path) -> dict[int, dict[str, Any]]:
     return {line["step"]: {k: v for k, v in line["data"].items() if not k.startswith(own)} for line in lines}
 
 
+def ray_processes() -> dict[int, str]:
+    """Titles of Ray's processes in the session of this one, by process id; workers are among them."""
+    return {pid: title for pid, title in processes_of(os.getsid(0)).items() if "ray::" in title or "/ray/" in title}
+
+
 def test_a_run_that_loses_processes_in_every_stage_is_the_run_that_never_did(
     tiny_pair: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = set(processes_of(os.getsid(0)))
+    before = ray_processes()
     train = write_onerec_parquet(tmp_path / "train.parquet", 10)
     whole = settings(tiny_pair, train, tmp_path / "whole")
     module.run(build_trainer(whole), lambda: pytest.fail("restarted"))
 
+    monkeypatch.setattr(agent_loop_module, "_SHUTDOWN_S", 2.0)  # what a stopped engine costs
     said: list[tuple[float, str]] = []
     monkeypatch.setattr(module, "say", lambda text: said.append((time.monotonic(), text)))
     config = settings(tiny_pair, train, tmp_path / "run", **{"trainer.max_restarts": len(LOSSES)})
@@ -160,6 +167,7 @@ def test_a_run_that_loses_processes_in_every_stage_is_the_run_that_never_did(
     last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["data"]["training/restarts"] == len(LOSSES)
     deadline = time.monotonic() + 15
-    while (left := set(processes_of(os.getsid(0))) - before) and time.monotonic() < deadline:
+    while ray_processes().keys() - before.keys() and time.monotonic() < deadline:
         time.sleep(0.2)
+    left = {pid: title for pid, title in ray_processes().items() if pid not in before}
     assert not left

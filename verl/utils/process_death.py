@@ -24,10 +24,10 @@ def log_line(path: str | None, node_ip: str) -> str:
     return f"log: {path or 'not known'} on node {node_ip}"
 
 
-def no_room(error: Exception) -> str:
+def no_room() -> str:
     """Ray's object store and the disk that it spills to are full, on this node."""
     return (
-        f"{type(error).__name__}: Ray's object store is full, and so is the disk under /tmp/ray that it spills to; "
+        "no room: Ray's object store is full, and so is the disk under /tmp/ray that it spills to; "
         "make room there, name another with ray_kwargs.ray_init._temp_dir, or raise "
         "ray_kwargs.ray_init.object_store_memory"
     )

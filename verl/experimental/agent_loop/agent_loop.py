@@ -166,7 +166,7 @@ class AgentLoopManager:
                 for worker, part in zip(workers, parts, strict=True)
             }
         except (OutOfDiskError, ObjectStoreFullError) as error:
-            raise RolloutError(f"the agent-loop workers could not be given their rows: {no_room(error)}") from error
+            raise RolloutError(f"the agent-loop workers could not be given their rows: {no_room()}") from error
         report = partial(self._report_progress, workers, progress, len(rows)) if progress else None
         buffer, versions = RowBuffer(len(rows)), set[int]()
         metrics: dict[int, list[AgentLoopMetrics]] = {}

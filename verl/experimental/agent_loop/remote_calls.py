@@ -136,7 +136,7 @@ def as_they_come(
 def _cause_of(error: RayError) -> str:
     cause = getattr(error, "cause", None)
     if isinstance(cause, OutOfDiskError):
-        return no_room(cause)
+        return no_room()
     if isinstance(cause, BaseException):
         return f"{type(cause).__name__}: {cause}"
     return death_in_words(str(error)) if isinstance(error, RayActorError) else str(error)

@@ -166,7 +166,7 @@ class RayWorkerGroup(WorkerGroup):
                 payloads = [ray.put(first)] * len(calls)
             return [host.call.remote(role, method, payload) for host, payload in zip(hosts, payloads, strict=True)]
         except (OutOfDiskError, ObjectStoreFullError) as error:
-            raise WorkerError(f"{role}.{method} could not be given its data: {no_room(error)}") from error
+            raise WorkerError(f"{role}.{method} could not be given its data: {no_room()}") from error
 
     def finish_calls(self, call_name: str, running: Sequence[Any]) -> Results:
         """Ranks and results of ``start_calls`` as they come; raises ``WorkerError``."""

@@ -128,9 +128,8 @@ def _patience(failures: Sequence[Failure]) -> float:
 
 
 def _failure(rank: int, node_ip: str, error: RayError) -> Failure:
-    for of in (error, getattr(error, "cause", None)):
-        if isinstance(of, OutOfDiskError):
-            return Failure(rank, node_ip, no_room(of), "", 1)
+    if isinstance(error, OutOfDiskError):  # also one that comes as a RayTaskError
+        return Failure(rank, node_ip, no_room(), "", 1)
     if isinstance(error, RayTaskError):
         lines = str(error.cause).strip().splitlines() or [""]
         cause = f"{type(error.cause).__name__}: {lines[0]}"

@@ -26,7 +26,7 @@ from verl.trainer import run as module
 from verl.trainer.config import PPOConfig
 from verl.trainer.config.typed import load_config
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]  # seven starts, each a minute on a busy machine
 register_pickle_by_value(sys.modules[__name__])  # workers do not import test modules
 
 STEPS = 4

@@ -65,6 +65,7 @@ VARIANTS: dict[str, Variant] = {
     "exact-leak": Variant("exact + leak term", {**EXACT, **LEAK}),
     "exact-low-lr": Variant("exact, lr 2e-4", {**EXACT, **LOW_RATE}),
     "exact-frozen": Variant("exact, frozen item rows", {**EXACT, **FROZEN_ROWS}),
+    "exact-leak-frozen": Variant("exact + leak, frozen item rows", {**EXACT, **LEAK, **FROZEN_ROWS}),
     "sampled-self": Variant("sampled + self, histories", SELF, HISTORIES),
     "exact-self": Variant("exact + self, histories", {**EXACT, **SELF}, HISTORIES),
     "exact-self-items": Variant("exact + self, random items", {**EXACT, **SELF}, ITEMS),

@@ -108,6 +108,12 @@ def settle_vocabulary(config: "PPOConfig") -> "VocabContract | None":
     )
     enforce(contract, mode)
     rollout.extend_vocab_start_token = contract.extend_start
+    asked = config.algorithm.distill.asked_topk or 0
+    if asked > contract.shared_ids:
+        raise ValueError(
+            f"algorithm.distill.topk={asked} is more than the {contract.shared_ids} ids that student and teacher "
+            "share; lower it, or set algorithm.distill.objective=exact for all of them"
+        )
     for name, further in config.algorithm.distill.teachers.items():
         if further.path is not None:
             check_further_teacher(config, name)

@@ -55,6 +55,12 @@ class RayOnPolicyDistillTrainer(RayPPOTrainer):
                     f"{sorted(set(data.sources))}, and prompts with item tokens have "
                     f"{sorted(source for source, holds_items in kinds if holds_items)}"
                 )
+        if 0 not in judged and not any(teacher.is_stitched for teacher in distill.teachers.values()):
+            claims = {name: teacher.sources for name, teacher in distill.teachers.items()}
+            raise ValueError(
+                f"actor_rollout_ref.ref.model.path judges no row: algorithm.distill.teachers claims all, by {claims}; "
+                "give each the sources that are its own, such as [rec_*]"
+            )
 
     @property
     def uses_reference(self) -> bool:

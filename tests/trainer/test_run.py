@@ -165,7 +165,7 @@ def test_a_signal_is_the_exit_code(
     said = capsys.readouterr().err
     assert f"stopped by {number.name}: step 5 of 9; the same command goes on from there\n" in said
     assert end_of(tmp_path, [number], []) == code
-    assert "nothing was saved, as trainer.save_freq=-1 asks" in capsys.readouterr().err
+    assert "this step was not saved, as trainer.save_freq=-1 asks" in capsys.readouterr().err
 
 
 def test_a_failure_in_the_step_that_a_signal_waits_for_is_not_tried_again(tmp_path: Path) -> None:

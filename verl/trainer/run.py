@@ -154,5 +154,5 @@ def say(message: str) -> None:
 
 def _how_to_go_on(trainer: RayPPOTrainer) -> str:
     if trainer.config.trainer.save_freq < 1:
-        return f"nothing was saved, as trainer.save_freq={trainer.config.trainer.save_freq} asks"
+        return f"this step was not saved, as trainer.save_freq={trainer.config.trainer.save_freq} asks"
     return "the same command goes on from there"

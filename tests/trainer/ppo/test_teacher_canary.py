@@ -73,10 +73,10 @@ def test_it_is_no_longer_than_a_training_row(tmp_path: Path) -> None:
 def test_the_largest_difference_is_measured_per_teacher(tmp_path: Path) -> None:
     canary, ref, kept = make_canary(tmp_path), Teacher(), Teacher()
     teachers = {"ref": ref, "kept": kept}
-    assert canary.check(teachers, 0) == {"distill/teacher_canary": 0, "distill/kept/teacher_canary": 0}
+    assert canary.check(teachers, 0) == {"distill/teacher_canary": 0, "distill_teacher/kept/teacher_canary": 0}
     kept.error = -0.25
     metrics = canary.check(teachers, 10)
-    assert metrics == {"distill/teacher_canary": 0, "distill/kept/teacher_canary": pytest.approx(0.25)}
+    assert metrics == {"distill/teacher_canary": 0, "distill_teacher/kept/teacher_canary": pytest.approx(0.25)}
     assert canary.check(teachers, 20) == metrics, "from the start, not from the last time"
 
 

@@ -80,6 +80,17 @@ def test_every_teacher_needs_a_row() -> None:
         trainer._check_teachers_have_rows()
 
 
+def test_the_base_teacher_needs_a_row_too_unless_a_stitched_one_speaks_with_its_weights() -> None:
+    trainer = trainer_of({"reader": TeacherConfig()})
+    trainer.train_dataset = SimpleNamespace(sources=["rec_next", "general"], holds_items=[True, False])
+    with pytest.raises(ValueError, match=r"ref\.model\.path judges no row.*\{'reader': \['\*'\]\}"):
+        trainer._check_teachers_have_rows()
+    trainer = trainer_of({"reader": TeacherConfig(vocabulary="stitched")})
+    trainer.train_dataset = SimpleNamespace(sources=["rec_next", "general"], holds_items=[True, False])
+    trainer._check_teachers_have_rows()
+
+
+
 class TeacherAhead(Teacher):
     """One that is asked before the update, and lends something for each row."""
 

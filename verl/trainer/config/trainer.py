@@ -126,7 +126,7 @@ class TrainerConfig:
                 raise ValueError(f"trainer.{name}={getattr(self, name)} must be at least 1")
         self._check_teacher_pool()
         for name in ("max_restarts", "grace_s"):
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:
                 raise ValueError(f"trainer.{name}={getattr(self, name)} must be at least 0")
         if self.total_training_steps is not None and self.total_training_steps < 1:
             raise ValueError(

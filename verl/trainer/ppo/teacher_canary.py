@@ -77,8 +77,8 @@ class TeacherCanary:
             teachers: by role; one that is met for the first time gives its reference.
 
         Returns:
-            ``distill/teacher_canary`` for ``ref`` and ``distill/<role>/teacher_canary`` for further teachers: largest
-            |difference| of a log-prob from the reference, nats. 0 or nearly so; nothing where the canary is off.
+            ``distill/teacher_canary`` of ``ref``, ``distill_teacher/<role>/teacher_canary`` of further teachers: the
+            largest |difference| of a log-prob from the reference, nats. Nothing where the canary is off.
 
         Raises:
             GuardError: a teacher scores otherwise than at the start.
@@ -92,7 +92,8 @@ class TeacherCanary:
             difference = _difference(scores, self._reference[role])
             if not difference <= self._tolerance:  # NaN is not
                 self._end(role, difference, step)
-            metrics["distill/teacher_canary" if role == "ref" else f"distill/{role}/teacher_canary"] = difference
+            family = "distill" if role == "ref" else f"distill_teacher/{role}"
+            metrics[f"{family}/teacher_canary"] = difference
         self._right_at = step
         return metrics
 

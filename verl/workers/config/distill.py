@@ -38,17 +38,13 @@ class TeacherConfig:
 
     def __post_init__(self) -> None:
         if self.vocabulary not in VOCABULARIES:
-            raise ValueError(
-                f"algorithm.distill.teachers.*.vocabulary={self.vocabulary!r} is not one of {', '.join(VOCABULARIES)}"
-            )
+            raise ValueError(f"vocabulary={self.vocabulary!r} is not one of {', '.join(VOCABULARIES)}")
         if self.prompts not in PROMPTS:
-            raise ValueError(
-                f"algorithm.distill.teachers.*.prompts={self.prompts!r} is not one of {', '.join(PROMPTS)}"
-            )
+            raise ValueError(f"prompts={self.prompts!r} is not one of {', '.join(PROMPTS)}")
         if not self.sources:
-            raise ValueError("algorithm.distill.teachers.*.sources is empty; name the sources of its rows, or '*'")
-        if self.weight < 0:
-            raise ValueError(f"algorithm.distill.teachers.*.weight={self.weight} must not be negative")
+            raise ValueError("sources is empty; name the sources of its rows, or '*'")
+        if not self.weight >= 0:
+            raise ValueError(f"weight={self.weight} must not be negative")
 
     @property
     def reads_extended(self) -> bool:
@@ -103,7 +99,7 @@ class DistillConfig:
             if not 0 < getattr(self, name) < 1:
                 raise ValueError(f"{key}.{name}={getattr(self, name)} must lie between 0 and 1")
         for name in ("leak_coef", "coef"):
-            if (getattr(self, name) or 0) < 0:
+            if not (getattr(self, name) or 0) >= 0:
                 raise ValueError(f"{key}.{name}={getattr(self, name)} must not be negative")
         if self.objective == SAMPLED:
             self._check_sampled()

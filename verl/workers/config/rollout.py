@@ -169,7 +169,7 @@ class RolloutConfig:
                 "actor_rollout_ref.rollout.mask_response_if_have_extend_token=True trains on nothing of a response "
                 "that holds an extended token, and mask_after_extend_token=False on all of it; set one of them"
             )
-        if self.timeout_s is not None and self.timeout_s <= 0:
+        if self.timeout_s is not None and not self.timeout_s > 0:
             raise ValueError(
                 f"actor_rollout_ref.rollout.timeout_s={self.timeout_s} must be above 0, or null to wait for ever"
             )

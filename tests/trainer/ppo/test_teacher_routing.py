@@ -90,7 +90,6 @@ def test_the_base_teacher_needs_a_row_too_unless_a_stitched_one_speaks_with_its_
     trainer._check_teachers_have_rows()
 
 
-
 class TeacherAhead(Teacher):
     """One that is asked before the update, and lends something for each row."""
 

@@ -64,16 +64,18 @@ class Loss:
     message: str
 
     def prepare(self, trainer: Any, killed_at: list[float]) -> None:
-        original = getattr(trainer, self.stage)
+        *part, name = self.stage.split(".")
+        owner = getattr(trainer, part[0]) if part else trainer
+        original = getattr(owner, name)
 
-        def stage(*arguments: Any) -> Any:
+        def stage(*arguments: Any, **options: Any) -> Any:
             if trainer.global_steps == self.step:
                 victim = pid_of(self.victim(trainer))
                 os.kill(pid_of(self.stopped(trainer)), signal.SIGSTOP)
                 threading.Timer(1.0, self._kill, (victim, killed_at)).start()
-            return original(*arguments)
+            return original(*arguments, **options)
 
-        setattr(trainer, self.stage, stage)
+        setattr(owner, name, stage)
 
     @staticmethod
     def _kill(victim: int, killed_at: list[float]) -> None:
@@ -86,7 +88,7 @@ LOSSES = [
     Loss(2, "generate", engine, engine, "error: agent-loop worker "),
     Loss(2, "generate", agent_loop, engine, "error: agent-loop worker 0 (node "),
     Loss(3, "update_actor", rank, rank, "error: actor.update_actor failed on rank 1 of 2, node "),
-    Loss(3, "save_checkpoint", rank, rank, "error: actor.checkpoint_outcome failed on rank 1 of 2, node "),
+    Loss(3, "saver.save", rank, rank, "error: actor.checkpoint_outcome failed on rank 1 of 2, node "),
     Loss(4, "update_actor", engine, rank, "error: rollout replica 0 (hf, node "),
 ]
 

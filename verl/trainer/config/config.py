@@ -90,21 +90,7 @@ class PPOConfig:
                 f"{what} belongs to algorithm.adv_estimator={ON_POLICY_DISTILL}, not {estimator}; to distil beside the "
                 "task reward, set algorithm.distill.coef above 0"
             )
-        extend_start = self.actor_rollout_ref.rollout.extend_vocab_start_token
-        for name, teacher in distill.teachers.items():
-            if teacher.is_stitched and extend_start is None:
-                raise ValueError(
-                    f"algorithm.distill.teachers.{name}.vocabulary={teacher.vocabulary} gives extended ids a teacher "
-                    "of their own, and there are none; set actor_rollout_ref.rollout.extend_vocab_start_token"
-                )
-        if not distill.is_exact:
-            return
-        if distill.leak_coef and extend_start is None:
-            raise ValueError(
-                f"algorithm.distill.leak_coef={distill.leak_coef} has no effect without extended ids; set "
-                "actor_rollout_ref.rollout.extend_vocab_start_token, or leave it at 0"
-            )
-        if not distill.coef:
+        if distill.is_exact and not distill.coef:
             self._check_divergence_alone(key)
 
     def _check_divergence_alone(self, key: str) -> None:
@@ -216,7 +202,18 @@ class PPOConfig:
                 "actor_rollout_ref.actor.freeze_extended_rows=True has no effect without extended ids; set "
                 "actor_rollout_ref.rollout.extend_vocab_start_token, or leave it at False"
             )
-        for name, teacher in self.algorithm.distill.teachers.items():
+        distill = self.algorithm.distill
+        if distill.leak_coef:
+            raise ValueError(
+                f"algorithm.distill.leak_coef={distill.leak_coef} has no effect without extended ids; set "
+                "actor_rollout_ref.rollout.extend_vocab_start_token, or leave it at 0"
+            )
+        for name, teacher in distill.teachers.items():
+            if teacher.is_stitched:
+                raise ValueError(
+                    f"algorithm.distill.teachers.{name}.vocabulary={teacher.vocabulary} gives extended ids a teacher "
+                    "of their own, and there are none; set actor_rollout_ref.rollout.extend_vocab_start_token"
+                )
             if teacher.prompts != ANY:
                 raise ValueError(
                     f"algorithm.distill.teachers.{name}.prompts={teacher.prompts} has no effect without extended ids; "
@@ -228,6 +225,12 @@ class PPOConfig:
         wanted, distill = self.data.synthetic_item_prompts, self.algorithm.distill
         if not wanted.count or self.actor_rollout_ref.rollout.extend_vocab_start_token is None:
             return
+        if distill.coef:
+            raise ValueError(
+                f"data.synthetic_item_prompts.count={wanted.count} makes rows that have no answer to reward, and "
+                f"algorithm.adv_estimator={self.algorithm.adv_estimator} learns from a reward; write the prompts with "
+                "recipe.onpolicy_distill.synthetic_item_prompts and reward their source yourself, or leave them out"
+            )
         unread = [source for source in wanted.sources if not distill.reads_extended(source, holds_items=True)]
         if unread:
             raise ValueError(

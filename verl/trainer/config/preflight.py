@@ -78,7 +78,10 @@ def _check_models(config: PPOConfig, found: Findings) -> None:
     student = _read_model_config(f"{student_key}.path", models.model.path, found)
     teacher = _read_model_config(f"{teacher_key}.path", models.ref.model.path, found)
     for name, further in config.algorithm.distill.teachers.items():
-        _read_model_config(f"algorithm.distill.teachers.{name}.path", further.path, found)
+        key = f"algorithm.distill.teachers.{name}.path"
+        described = _read_model_config(key, further.path, found)
+        if described is not None:
+            _check_length_fits(f"{key}={further.path}", described, config, found)
     for key, path in ((student_key, models.model.tokenizer_path), (teacher_key, models.ref.model.tokenizer_path)):
         _find_model_folder(f"{key}.tokenizer_path", path, found)
     if student is not None:

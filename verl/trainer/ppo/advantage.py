@@ -121,8 +121,9 @@ def apply_kl_penalty(
 ) -> tuple[DataProto, dict[str, float]]:
     """Subtract a KL penalty to the reference from the task's scores, token by token, and move its weight.
 
-    ``token_level_rewards = token_level_scores - kl_ctrl.value * kl`` at trained tokens that the reference knows
-    (``distill_special_token_mask`` 0): elsewhere ``ref_log_prob`` is a stand-in.
+    ``token_level_rewards = token_level_scores - kl_ctrl.value * kl`` at trained tokens that the row's reference knows:
+    those with ``distill_special_token_mask`` 0, and all where ``teacher_reads_extended``. Elsewhere ``ref_log_prob`` is
+    a stand-in.
 
     Args:
         data: with ``token_level_scores``, ``old_log_probs``, ``ref_log_prob``, ``response_mask``.
@@ -134,6 +135,9 @@ def apply_kl_penalty(
         the mean KL of their tokens, nats) and ``actor/reward_kl_penalty_coeff`` (the weight that was used).
     """
     mask = known_token_mask(data)
+    if "teacher_reads_extended" in data.non_tensor_batch:
+        reads = torch.from_numpy(data.array("teacher_reads_extended").astype(bool))
+        mask = torch.where(reads[:, None], data.tensor("response_mask").bool(), mask)
     kl = core_algos.kl_penalty(data.tensor("old_log_probs"), data.tensor("ref_log_prob"), kl_penalty)
     kl = zero_outside_mask(kl, mask)
     weight = kl_ctrl.value

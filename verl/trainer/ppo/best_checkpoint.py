@@ -79,6 +79,8 @@ class BestCheckpoint:
             if folder.absolute().parent == self._root.absolute():
                 there = map(checkpoint.checkpoint_step, checkpoint.step_folders(self._root))
                 self._in_place = {number for number in there if number <= step}
+            else:
+                self._withdraw()  # the best of another run, which had this folder before
         self._write_record()
         self._settle(self._rule)
 

@@ -237,7 +237,7 @@ class RayPPOTrainer:
         starts = config.val_before_train and self.global_steps == 0  # a resumed run has validated then
         if self.val_loader is not None and (starts or config.val_only):
             self.logger.log(self.validate(), self.global_steps)
-        if config.val_only:
+        if config.val_only or (self.global_steps > 0 and self.best.gives_up()):
             return
         self.stop.takes_steps = True
         with tqdm(
@@ -246,13 +246,13 @@ class RayPPOTrainer:
             for rows in self.prompts.batches():
                 self.global_steps += 1
                 metrics = self.train_step(rows)
-                if self.is_due(config.test_freq) and self.val_loader is not None:
-                    metrics |= self.validate()
-                is_last = self.is_last_step()
-                saves = self.saves_step(is_last)
                 try:
+                    if self.is_due(config.test_freq) and self.val_loader is not None:
+                        metrics |= self.validate()
+                    is_last = self.is_last_step()
+                    saves = self.saves_step(is_last)
                     metrics |= self.save_checkpoint(is_last) if saves else self.saver.poll()
-                finally:  # a run that a guard ends here keeps the figures of its last step
+                finally:  # a run that ends here with an error keeps the figures of its last step
                     self.logger.log(metrics, self.global_steps)
                 self.skipped_updates.check(metrics, self.global_steps)
                 progress.update()

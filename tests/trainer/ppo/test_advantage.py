@@ -108,6 +108,16 @@ def test_kl_penalty_comes_off_where_the_reference_knows_the_token() -> None:
     assert "token_level_rewards" not in batch.batch
 
 
+def test_kl_penalty_counts_item_tokens_of_a_teacher_that_knows_them() -> None:
+    batch = distill_batch()
+    batch.batch["token_level_scores"] = torch.zeros(2, 3)
+    batch.batch["ref_log_prob"][1, 1] = batch.batch["old_log_probs"][1, 1] - 3.0
+    controller = get_kl_controller(KLControlConfig(type="fixed", kl_coef=0.1))
+    batch.non_tensor_batch["teacher_reads_extended"] = np.array([False, True], dtype=object)
+    rewarded, _ = apply_kl_penalty(batch, controller, "kl")
+    close(rewarded.batch["token_level_rewards"], [[-0.1, 0.1, 0.0], [0.05, -0.3, 0.0]])
+
+
 def test_importance_weights_are_ratios_cut_at_the_threshold() -> None:
     batch = distill_batch()
     # policy / sampler: e^-1 (kept), e^2 -> 2 (cut), 1; e^0.5, 1, and nothing at a token that is not trained.

@@ -216,6 +216,16 @@ def test_a_run_elsewhere_takes_step_0_from_the_run_it_resumes(tmp_path: Path) ->
     assert_best(run, 3)
 
 
+def test_the_best_of_a_run_that_had_the_folder_before_is_laid_aside(tmp_path: Path) -> None:
+    Run(tmp_path / "a").start().take(0.5)
+    Run(tmp_path / "b").start().take(0.9)
+    settings = {"resume_mode": "resume_path", "resume_from_path": str(tmp_path / "a" / "global_step_1")}
+    run = Run(tmp_path / "b", **settings)
+    run.best.go_on_after(1)
+    assert not (tmp_path / "b" / "best").exists()
+    assert (tmp_path / "b" / "best_void").exists()
+
+
 def test_step_0_has_to_be_known(tmp_path: Path) -> None:
     Run(tmp_path, best_metric="general").start().take(0.5)
     (tmp_path / "validations.json").unlink()

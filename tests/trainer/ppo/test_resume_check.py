@@ -82,6 +82,13 @@ def test_another_set_of_teachers_or_weights_is_refused(folder: Path, run: PPOCon
     run.algorithm.distill.teachers = {}
     with pytest.raises(ValueError, match=r"algorithm\.distill\.teachers"):
         check(folder, run)
+    both = {"self": TeacherConfig(sources=["rec_*"]), "mixed": TeacherConfig(sources=["rec_why"])}
+    run.algorithm.distill.teachers = both
+    save_config(run, folder / "config.yaml")
+    check(folder, run)
+    run.algorithm.distill.teachers = dict(reversed(both.items()))
+    with pytest.raises(ValueError, match=r"algorithm\.distill\.teachers"):  # the first that matches counts
+        check(folder, run)
 
 
 def test_other_synthetic_prompts_are_refused(folder: Path, run: PPOConfig, tmp_path: Path) -> None:

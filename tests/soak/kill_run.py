@@ -44,6 +44,7 @@ from verl.trainer.config import TrainerConfig
 from verl.trainer.ppo import checkpoint
 from verl.trainer.ppo.checkpoint_manifest import find_faults
 from verl.workers.fsdp.shard_files import ShardReader, stored_tensors
+from verl.workers.fsdp.weight_export import FOLDER_PREFIX, SHARED_MEMORY
 
 FAULTS = ("mismatches", "unreadable_checkpoints", "orphans", "shared_memory_left", "other")
 VICTIMS = ("driver", "rank", "engine")
@@ -52,15 +53,12 @@ WHOLE, KILLED = "whole", "killed"
 CLOCK = ("timing", "perf/")
 """Beginnings of the names of figures that are measured by the clock."""
 TOLERANCE = 1e-6
-ROUNDING, ROUNDING_TOLERANCE = ("training/rollout_", "distill/engine_gap", "rollout_corr/"), 1e-5
-"""Beginnings of the names of figures that are rounding alone, which differs as requests meet in an engine."""
-LAST_STEPS = 3
-"""Left to the run at its end, so that the last kill does not find it gone."""
+ROUNDING, ROUNDING_BOUND = ("training/rollout_log_probs_diff", "distill/engine_gap"), 1e-4
+"""Figures of rounding itself: engines batch requests as they come, and a batch of another size rounds otherwise."""
 PATIENCE_S = 300
 """How long a run may take to get to the moment of its kill, or to its end."""
 WORKERS_GONE_S, AGENTS_GONE_S = 30, 90
 """After a driver ended: how long ranks, engines and Ray's servers may take to follow, and Ray's agents."""
-SHARED_MEMORY = Path("/dev/shm")
 QUIET = {
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
@@ -114,9 +112,9 @@ def figures(of: Run) -> dict[int, dict[str, float]]:
     return {step: {k: v for k, v in data.items() if not k.startswith(CLOCK)} for step, data in of.metrics.items()}
 
 
-def differs(name: str, one: float, other: float) -> bool:
-    """Whether two values of a figure are further apart than its tolerance, relative or absolute."""
-    tolerance = ROUNDING_TOLERANCE if name.startswith(ROUNDING) else TOLERANCE
+def differs(key: str, one: float, other: float) -> bool:
+    """Whether two figures are further apart than their tolerance, relative or absolute."""
+    tolerance = ROUNDING_BOUND if key.startswith(ROUNDING) else TOLERANCE
     return not abs(one - other) <= max(tolerance, tolerance * abs(one))
 
 
@@ -127,7 +125,9 @@ def mismatches(expected: Run, got: Run, steps: int) -> list[str]:
     for step in sorted(ours.keys() | theirs.keys()):
         one, other = ours.get(step, {}), theirs.get(step, {})
         nan = float("nan")
-        keys = [k for k in sorted(one.keys() | other.keys()) if differs(k, one.get(k, nan), other.get(k, nan))]
+        keys = [
+            key for key in sorted(one.keys() | other.keys()) if differs(key, one.get(key, nan), other.get(key, nan))
+        ]
         wrong += [f"step {step}, {key}: {one.get(key)} and {other.get(key)}" for key in keys]
     last = f"global_step_{steps}/actor/huggingface/model.safetensors"
     weights, resumed = load_file(expected.folder / last), load_file(got.folder / last)
@@ -323,7 +323,7 @@ class Soak:
 
         def is_time() -> bool:
             # A machine that was busier when the waits were measured must not let the run get away.
-            latest = 1 if kill.moment == "start" else kill.after_step + 2
+            latest = 1 if kill.moment == "start" else kill.after_step + 1
             is_over = time.monotonic() > until or driver.last_step() >= latest
             return is_over and bool(of_kind(kill.victim, driver.pid))
 
@@ -357,8 +357,8 @@ def make_run(folder: Path, engine: str, steps: int) -> tuple[list[str], dict[str
 
 
 def shared_memory() -> set[str]:
-    """What lies in shared memory."""
-    return {path.name for path in SHARED_MEMORY.iterdir()}
+    """Weights that lie in shared memory."""
+    return {path.name for path in SHARED_MEMORY.glob(f"{FOLDER_PREFIX}*")}
 
 
 def main() -> int:
@@ -379,7 +379,9 @@ def main() -> int:
     whole = soak.leave_alone(WHOLE)
     for kill in plan_kills(args.kills, args.steps, rng):
         soak.kill(kill)
-    killed = soak.leave_alone(KILLED)
+    killed = Run(folder / KILLED, "", 0)
+    if checkpoint.newest_whole(killed.folder) != checkpoint.step_folder(killed.folder, args.steps):
+        soak.leave_alone(KILLED)  # else the last kill came behind the last checkpoint, and there is nothing to train
     report = soak.report
     report.add("unreadable_checkpoints", unreadable(killed.folder))
     report.add("mismatches", mismatches(whole, killed, args.steps))

@@ -45,6 +45,13 @@ def test_a_figure_a_missing_step_and_a_weight_are_mismatches(tmp_path: Path) -> 
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join([lines[0], lines[1].replace("0.5", "0.50001"), lines[2]]))
     assert kill_run.mismatches(whole, resumed, 3) == ["step 2, distill/reverse_kl: 0.5 and 0.50001"]
+    noise = lines[1].replace("distill/reverse_kl", "training/rollout_log_probs_diff_max")
+    (whole.folder / "metrics.jsonl").write_text("".join([lines[0], noise, lines[2]]))
+    path.write_text("".join([lines[0], noise.replace("0.5", "0.50001"), lines[2]]))
+    assert kill_run.mismatches(whole, resumed, 3) == [], "rounding is held to 1e-4"
+    path.write_text("".join([lines[0], noise.replace("0.5", "0.5002"), lines[2]]))
+    assert len(kill_run.mismatches(whole, resumed, 3)) == 1
+    (whole.folder / "metrics.jsonl").write_text("".join(lines))
     path.write_text("".join([lines[0], lines[2].replace("0.1", "NaN")]))
     wrong = kill_run.mismatches(whole, resumed, 3)
     assert wrong[0] == "metrics.jsonl has not every step once"

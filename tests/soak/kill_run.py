@@ -253,8 +253,7 @@ def plan_kills(count: int, steps: int, rng: random.Random) -> list[Kill]:
     """Victims in turn, in an order drawn anew for each three; of the moments after the first, four in ten are saves."""
     victims = [victim for _ in range(0, count, len(VICTIMS)) for victim in rng.sample(VICTIMS, len(VICTIMS))]
     moments = ["save", *rng.choices(["step", "save", "start"], [4, 4, 2], k=count - 1)]
-    last = max(1, steps - LAST_STEPS)
-    return [Kill(victims[k], moments[k], max(1, (k + 1) * last // (count + 1))) for k in range(count)]
+    return [Kill(victims[k], moments[k], (k + 1) * steps // (count + 1)) for k in range(count)]
 
 
 class Soak:

@@ -21,9 +21,7 @@ def test_every_victim_has_its_turn_and_saves_are_among_the_moments() -> None:
     victims = [kill.victim for kill in plan]
     assert sorted(map(victims.count, kill_run.VICTIMS)) == [6, 7, 7]
     assert {kill.moment for kill in plan} == {"start", "step", "save"}
-    assert [kill.after_step for kill in plan] == [(k + 1) * 27 // 21 for k in range(20)], (
-        "spread over the run but its end"
-    )
+    assert [kill.after_step for kill in plan] == [(k + 1) * 30 // 21 for k in range(20)]
     assert sorted(kill.victim for kill in kill_run.plan_kills(3, 6, random.Random(5))) == sorted(kill_run.VICTIMS)
 
 

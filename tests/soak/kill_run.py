@@ -125,9 +125,7 @@ def mismatches(expected: Run, got: Run, steps: int) -> list[str]:
     for step in sorted(ours.keys() | theirs.keys()):
         one, other = ours.get(step, {}), theirs.get(step, {})
         nan = float("nan")
-        keys = [
-            key for key in sorted(one.keys() | other.keys()) if differs(key, one.get(key, nan), other.get(key, nan))
-        ]
+        keys = [k for k in sorted(one.keys() | other.keys()) if differs(k, one.get(k, nan), other.get(k, nan))]
         wrong += [f"step {step}, {key}: {one.get(key)} and {other.get(key)}" for key in keys]
     last = f"global_step_{steps}/actor/huggingface/model.safetensors"
     weights, resumed = load_file(expected.folder / last), load_file(got.folder / last)

@@ -30,7 +30,7 @@ def fake_run(folder: Path, steps: int) -> Run:
     last = folder / f"global_step_{steps}" / "actor" / "huggingface"
     last.mkdir(parents=True)
     save_file({"head": torch.arange(3.0)}, last / "model.safetensors")
-    data = {"actor/lr": 0.1, "distill/reverse_kl": 0.5, "timing_s/step": float(random.random())}
+    data = {"actor/lr": 0.1, "distill/reverse_kl": 0.5, "timing_s/step": folder.stat().st_ino}
     lines = [json.dumps({"step": step, "data": data}) + "\n" for step in range(1, steps + 1)]
     (folder / "metrics.jsonl").write_text("".join(lines))
     return Run(folder, "", 0)
@@ -50,7 +50,7 @@ def test_a_figure_a_missing_step_and_a_weight_are_mismatches(tmp_path: Path) -> 
     path.write_text("".join([lines[0], noise.replace("0.5", "0.5002"), lines[2]]))
     assert len(kill_run.mismatches(whole, resumed, 3)) == 1
     (whole.folder / "metrics.jsonl").write_text("".join(lines))
-    path.write_text("".join([lines[0], lines[2].replace("0.1", "NaN")]))
+    path.write_text("".join([lines[0], lines[2].replace('"actor/lr": 0.1', '"actor/lr": NaN')]))
     wrong = kill_run.mismatches(whole, resumed, 3)
     assert wrong[0] == "metrics.jsonl has not every step once"
     assert "step 2, actor/lr: 0.1 and None" in wrong and "step 3, actor/lr: 0.1 and nan" in wrong

@@ -153,7 +153,11 @@ def records_of(recording: Path) -> list[wandb_internal_pb2.Record]:
 
 def finished_records(folder: Path, limit_s: float = 30.0) -> list[wandb_internal_pb2.Record]:
     """Records of the only run below a folder; its service writes the last of them a moment after ``finish``."""
-    (recording,) = folder.glob("wandb/offline-run-*/run-*.wandb")
+    return finished_records_of(*folder.glob("wandb/offline-run-*/run-*.wandb"), limit_s=limit_s)
+
+
+def finished_records_of(recording: Path, limit_s: float = 30.0) -> list[wandb_internal_pb2.Record]:
+    """Records of one recording."""
     deadline = time.monotonic() + limit_s
     while True:
         records = records_of(recording)
@@ -163,11 +167,37 @@ def finished_records(folder: Path, limit_s: float = 30.0) -> list[wandb_internal
         time.sleep(0.05)
 
 
-def test_wandb_offline_records_figures_and_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def offline_wandb(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"MODE": "offline", "SILENT": "true", "DISABLE_GIT": "true", "DISABLE_CODE": "true"}.items():
         monkeypatch.setenv(f"WANDB_{name}", value)
     monkeypatch.setenv("WANDB_API_KEY", "a" * 8 + "f0e1d2c3" * 4)
     monkeypatch.delenv("WANDB_DIR", raising=False)
+
+
+@pytest.mark.usefixtures("offline_wandb")
+def test_a_resumed_run_goes_on_in_the_wandb_run_that_it_began(tmp_path: Path) -> None:
+    recordings: list[Path] = []
+    for start, resumed_from in ((1, None), (2, 1), (1, None)):
+        tracking = Tracking("project", "run", ["wandb"], local_dir=tmp_path)
+        tracking.go_on_after(resumed_from)
+        tracking.log({"loss": 1.0}, start)
+        tracking.finish()
+        (new,) = set(tmp_path.glob("wandb/offline-run-*/run-*.wandb")) - set(recordings)
+        finished_records_of(new)
+        recordings.append(new)
+    began, went_on, afresh = (path.stem for path in recordings)
+    assert began == went_on != afresh
+    assert afresh == f"run-{(tmp_path / 'wandb_run_id').read_text().strip()}"
+    validation = Tracking("project", "run", ["wandb"], local_dir=tmp_path)
+    validation.log({"val/reverse_kl": 1.0}, 2)
+    validation.finish()
+    (other,) = set(tmp_path.glob("wandb/offline-run-*/run-*.wandb")) - set(recordings)
+    assert other.stem not in (began, afresh), "what continues nothing is a run of its own"
+
+
+@pytest.mark.usefixtures("offline_wandb")
+def test_wandb_offline_records_figures_and_no_secret(tmp_path: Path) -> None:
     config = PPOConfig()
     config.ray_kwargs.ray_init = {"runtime_env": {"env_vars": {"WANDB_API_KEY": "b" * 8 + "f0e1d2c3" * 4}}}
     tracking = Tracking("project", "run", ["wandb"], config=config, local_dir=tmp_path)

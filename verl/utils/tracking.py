@@ -11,6 +11,7 @@ import math
 import numbers
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol, TextIO
@@ -145,24 +146,38 @@ class TensorboardBackend:
 
 
 class WandbBackend:
-    """A run in Weights & Biases; ``WANDB_MODE``, ``WANDB_API_KEY``, ``WANDB_DIR`` and the like work as usual."""
+    """A run in Weights & Biases; ``WANDB_MODE``, ``WANDB_API_KEY``, ``WANDB_DIR`` and the like work as usual.
+
+    A run that resumes goes on in the run that it began, whose id ``wandb_run_id`` in its folder keeps. Of steps that
+    are taken again the first record stays, and the second is dropped with a warning: there a step is written once.
+    """
 
     def __init__(self, project: str, experiment: str, config: Mapping[str, Any], folder: Path) -> None:
         wandb: Any = _require("wandb")
         folder.mkdir(parents=True, exist_ok=True)
         place = os.environ.get("WANDB_DIR") or str(folder)
-        self._run = wandb.init(project=project, name=experiment, config=dict(config), dir=place)
+        self._start = partial(wandb.init, project=project, name=experiment, config=dict(config), dir=place)
+        self._id_file = folder / "wandb_run_id"
+        self._run: Any = None
 
     def go_on_after(self, step: int | None) -> None:
-        """Every start is a run of its own there."""
+        """Open the run that was begun in this folder; a new one where there is none, or training starts afresh."""
+        if step is not None and self._id_file.is_file():
+            self._run = self._start(id=self._id_file.read_text(encoding="utf-8").strip(), resume="allow")
+        else:
+            self._run = self._start()
+            write_durably(self._id_file, f"{self._run.id}\n")
 
     def log(self, data: Mapping[str, float], step: int) -> None:
-        """Record the figures of a step."""
+        """Record the figures of a step; a program that continues nothing has a run of its own."""
+        if self._run is None:
+            self._run = self._start()
         self._run.log(dict(data), step=step)
 
     def finish(self) -> None:
         """Upload or save what is pending."""
-        self._run.finish()
+        if self._run is not None:
+            self._run.finish()
 
 
 def _require(package: str) -> ModuleType:

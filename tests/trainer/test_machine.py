@@ -45,5 +45,7 @@ def test_the_folder_of_a_run_is_made_and_held_to_be_writable(tmp_path: Path) -> 
     prepare_folder(str(tmp_path / "a" / "b"))
     assert list((tmp_path / "a" / "b").iterdir()) == []
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match=r"trainer\.default_local_dir=.*/file/run .* cannot be written: .*; name a folder"):
+    with pytest.raises(
+        ValueError, match=r"trainer\.default_local_dir=.*/file/run .* cannot be written: .*; name a folder"
+    ):
         prepare_folder(str(tmp_path / "file" / "run"))

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from script_runner import CLUSTER, DEPLOY, LAUNCH, MODELS, RAY_NODE, REPO, executable, run
 
+from verl.utils.redaction import looks_secret
+
 # The host is the word before "bash -s"; two names stand for hosts that ssh cannot get to.
 FAKE_SSH = """\
 #!/usr/bin/env bash
@@ -252,6 +254,29 @@ def test_variables_for_workers_go_along_and_secrets_do_not(tmp_path):
     assert "++ray_kwargs.ray_init.runtime_env.env_vars.NCCL_SOCKET_IFNAME=^lo,docker0" in lines
     assert "trainer.n_gpus_per_node=4" in lines and "trainer.nnodes=2" in lines
     assert "s3cret" not in done.stdout
+
+
+SECRETS = (
+    *("HF_TOKEN", "HF_APIKEY", "VLLM_API_KEY", "VLLM_PASSWD", "HF_DB_PASS", "NCCL_SECRET_FILE", "TORCH_KEY_ID"),
+    *("HF_PASSWORD", "UCX_PASSPHRASE", "HF_CREDENTIAL", "HF_APPCREDENTIAL", "HF_CREDENTIALS_FILE", "HF_REGISTRY_AUTH"),
+    *("HF_token", "HF__TOKEN__", "HF_PWD_", "VLLM_my_Pass"),
+)
+PLAIN = (
+    *("NCCL_DEBUG", "HF_HOME", "VLLM_KEYBOARD", "TORCH_TOKENIZERS", "HF_AUTH_SOCK", "VLLM_PASS_THROUGH", "HF_COMPASS"),
+    *("UCX_CREDENTIALED", "TRANSFORMERS_OLDPWD", "GLOO_SECRETS", "NCCL_AUTHOR", "HF_TOKEN1"),
+)
+
+
+def test_what_is_a_secret_is_one_rule_for_the_script_and_for_the_run(tmp_path):
+    hostfile = tmp_path / "hosts"
+    hostfile.write_text("node-a slots=4\nnode-b slots=4\n")
+    names = (*SECRETS, *PLAIN)
+    env = {**MODELS, **dict.fromkeys(names, "value"), "DRY_RUN": 1, "CLUSTER_DIR": tmp_path}
+    lines = run(LAUNCH, hostfile, **env).stdout.splitlines()
+    key = "++ray_kwargs.ray_init.runtime_env.env_vars."
+    passed = {line.removeprefix(key).split("=")[0] for line in lines if line.startswith(key)}
+    assert [name for name in names if name not in passed] == [*SECRETS]
+    assert [name for name in names if looks_secret(name)] == [*SECRETS]
 
 
 def test_hosts_with_different_slots_need_a_decision(tmp_path):

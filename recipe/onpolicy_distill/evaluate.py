@@ -161,8 +161,9 @@ def evaluate(config: EvaluationConfig) -> Evaluation:
 
 
 def _read(config: EvaluationConfig, tokenizer: "PreTrainedTokenizerBase") -> _Questions:
-    from recipe.onpolicy_distill.scoreboard.items import ItemTrie, read_catalogue
+    from recipe.onpolicy_distill.scoreboard.items import ItemTrie
     from recipe.onpolicy_distill.scoreboard.questions import read_questions
+    from verl.utils.dataset.items import read_catalogue
 
     def read(path: str | None, extend_start: int | None) -> "list[Question]":
         if path is None:

@@ -9,10 +9,8 @@ Everything a user can get wrong is looked at before Ray starts. Heavy imports wa
 """
 
 import logging
-import os
 import sys
 from functools import partial
-from tempfile import TemporaryFile
 from typing import TYPE_CHECKING
 
 import hydra
@@ -26,7 +24,6 @@ from verl.utils.loopback import keep_to_loopback, stays_here
 if TYPE_CHECKING:
     from verl.trainer.config import PPOConfig
     from verl.trainer.ppo.ray_trainer import RayPPOTrainer
-    from verl.utils.vocab_contract import VocabContract
 
 logger = logging.getLogger(__name__)
 
@@ -41,8 +38,10 @@ def build_trainer(config: "PPOConfig") -> "RayPPOTrainer":
     from recipe.onpolicy_distill.onpolicy_distill_trainer import RayOnPolicyDistillTrainer
     from verl.experimental.agent_loop.worker import load_tools
     from verl.trainer.dataloader import build_datasets
+    from verl.trainer.machine import check_ranks, prepare_folder
     from verl.trainer.ppo.ray_trainer import RayPPOTrainer
     from verl.trainer.ppo.reward import load_reward_fn
+    from verl.trainer.vocabulary import settle_vocabulary
     from verl.utils.device import get_device_name
     from verl.utils.tokenizer import hf_tokenizer
     from verl.workers.student_worker import StudentWorker
@@ -76,121 +75,6 @@ def build_trainer(config: "PPOConfig") -> "RayPPOTrainer":
         device_name=device_name,
         vocab_fingerprint=contract.fingerprint if contract else None,
     )
-
-
-def settle_vocabulary(config: "PPOConfig") -> "VocabContract | None":
-    """Check that the vocabularies fit together, and put the id in the place of ``extend_vocab_start_token=auto``.
-
-    Returns:
-        What the two models share; None where there is no teacher of its own, or ``trainer.vocab_check=off``.
-
-    Raises:
-        ValueError: a tokenizer is missing, or under ``trainer.vocab_check=strict`` the two do not fit.
-    """
-    from verl.utils.vocab_contract import enforce, read_contract
-
-    model, teacher = config.actor_rollout_ref.model, config.actor_rollout_ref.ref.model
-    rollout, mode = config.actor_rollout_ref.rollout, str(config.trainer.vocab_check)
-    if not teacher.path:
-        if rollout.extend_vocab_start_token == "auto":
-            rollout.extend_vocab_start_token = None  # the student's own starting weights are the reference
-        return None
-    if mode == "off":
-        return None
-    contract = read_contract(
-        str(model.path),
-        teacher.path,
-        rollout.extend_vocab_start_token,
-        student_tokenizer=model.tokenizer_path,
-        teacher_tokenizer=teacher.tokenizer_path,
-        trust_remote_code=model.trust_remote_code,
-        overrides=model.override_config,
-    )
-    enforce(contract, mode)
-    rollout.extend_vocab_start_token = contract.extend_start
-    asked = config.algorithm.distill.asked_topk or 0
-    if asked > contract.shared_ids:
-        raise ValueError(
-            f"algorithm.distill.topk={asked} is more than the {contract.shared_ids} ids that student and teacher "
-            "share; lower it, or set algorithm.distill.objective=exact for all of them"
-        )
-    for name, further in config.algorithm.distill.teachers.items():
-        if further.path is not None:
-            check_further_teacher(config, name)
-    return contract
-
-
-def check_further_teacher(config: "PPOConfig", name: str) -> None:
-    """Hold a teacher of ``algorithm.distill.teachers`` to what it is said to know.
-
-    Raises:
-        ValueError: under ``trainer.vocab_check=strict``, it does not fit the student.
-    """
-    from verl.utils.vocab_contract import enforce, read_contract
-
-    model, teacher = config.actor_rollout_ref.model, config.algorithm.distill.teachers[name]
-    start = None if teacher.reads_extended else config.actor_rollout_ref.rollout.extend_start
-    contract = read_contract(
-        str(model.path),
-        str(teacher.path),
-        start,
-        student_tokenizer=model.tokenizer_path,
-        trust_remote_code=model.trust_remote_code,
-        overrides=model.override_config,
-    )
-    try:
-        enforce(contract, str(config.trainer.vocab_check))
-    except ValueError as error:
-        raise ValueError(
-            f"algorithm.distill.teachers.{name} (vocabulary={teacher.vocabulary}) does not fit: {error}"
-        ) from error
-
-
-def check_ranks(config: "PPOConfig", device_name: str) -> None:
-    """On a Ray of the run's own, this machine has to hold all ranks; a cluster says itself what it has.
-
-    Raises:
-        ValueError: it does not.
-    """
-    from verl.single_controller.ray.resource_pool import CPUS_PER_PROCESS
-    from verl.utils.device import get_torch_device
-
-    ray_init, trainer = config.ray_kwargs.ray_init, config.trainer
-    if "address" in ray_init:
-        return
-    for key, nodes in (("nnodes", trainer.nnodes), ("teacher_nnodes", trainer.teacher_nnodes or 1)):
-        if nodes > 1:
-            raise ValueError(
-                f"trainer.{key}={nodes} and no cluster is named; start Ray on the machines "
-                "(init_ray_cluster.sh HOSTFILE) and set ray_kwargs.ray_init.address=auto"
-            )
-    if device_name == "cuda":
-        room, have = get_torch_device("cuda").device_count(), "GPUs"
-    else:
-        cores = ray_init["num_cpus"] if "num_cpus" in ray_init else len(os.sched_getaffinity(0))
-        room, have = int(cores / CPUS_PER_PROCESS), f"ranks' room on its {cores} cores"
-    asked, teacher = f"trainer.n_gpus_per_node={trainer.n_gpus_per_node}", sum(trainer.teacher_ranks_on_nodes)
-    if teacher:
-        asked += f" and trainer.teacher_n_gpus_per_node={teacher}"
-    if trainer.n_gpus_per_node + teacher > room:
-        raise ValueError(f"{asked}: this machine has {room} {have}; lower {'them' if teacher else 'it'} so far")
-
-
-def prepare_folder(folder: str) -> None:
-    """Create the run's folder.
-
-    Raises:
-        ValueError: it cannot be written.
-    """
-    try:
-        os.makedirs(folder, exist_ok=True)
-        with TemporaryFile(dir=folder):  # the one way to know: root passes every check of permissions
-            pass
-    except OSError as error:
-        raise ValueError(
-            f"trainer.default_local_dir={folder} (OUTPUT_DIR of the launch script) cannot be written: {error}; "
-            "name a folder that you may write"
-        ) from error
 
 
 @hydra.main(version_base=None, config_path="config", config_name="onpolicy_distill_trainer")

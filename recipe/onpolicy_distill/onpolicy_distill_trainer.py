@@ -37,7 +37,7 @@ class RayOnPolicyDistillTrainer(RayPPOTrainer):
         """As the base class.
 
         Raises:
-            ValueError: as the base class, and where a further teacher has no row to judge.
+            ValueError: as the base class, and where a further teacher has no row to judge, or a setting none to serve.
         """
         super().__init__(config, *parts, **options)
         if config.algorithm.distill.teachers:
@@ -61,6 +61,7 @@ class RayOnPolicyDistillTrainer(RayPPOTrainer):
                 f"actor_rollout_ref.ref.model.path judges no row: algorithm.distill.teachers claims all, by {claims}; "
                 "give each the sources that are its own, such as [rec_*]"
             )
+        distill.check_base_settings(kinds)
 
     @property
     def uses_reference(self) -> bool:

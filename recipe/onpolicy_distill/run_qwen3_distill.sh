@@ -59,11 +59,19 @@ ranks_per_host() {
     fi
 }
 
+# Whether a variable of this name holds a secret; the rule is that of verl/utils/redaction.py, and a test holds the two
+# together.
+looks_secret() {
+    local name="_${1^^}_"
+    [[ "$name" =~ _(KEY|APIKEY|TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS|[A-Z0-9]*CREDENTIAL)_ ||
+        "$name" =~ [A-Z0-9]_+(PASS|PWD|AUTH)_+$ ]]
+}
+
 # Overrides that give the workers those of this shell's variables that they need.
 worker_variables() {
     local name
     while IFS= read -r name; do
-        case "_${name}_" in *_KEY_* | *_TOKEN_* | *_SECRET_* | *_PASSWORD_* | *_AUTH_* | *CREDENTIAL*) continue ;; esac
+        if looks_secret "$name"; then continue; fi
         printf '++ray_kwargs.ray_init.runtime_env.env_vars.%s=%s\n' "$name" "${!name}"
     done < <(compgen -e | grep -E '^(NCCL|GLOO|UCX|VLLM|TORCH|HF|TRANSFORMERS)_' || true)
 }

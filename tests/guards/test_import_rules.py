@@ -54,6 +54,7 @@ ALLOWED = {
         "verl.trainer.config",
         "verl.workers.config",
         "verl.utils.redaction",
+        "verl.utils.hub_cache",
         "verl.trainer.ppo.core_algos",
         "verl.utils.dataset.parquet_files",
         "verl.experimental.agent_loop.base",

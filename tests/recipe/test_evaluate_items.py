@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from recipe.onpolicy_distill.scoreboard.items import ItemTrie, items_in, listed_items, read_catalogue
+from recipe.onpolicy_distill.scoreboard.items import ItemTrie, items_in, listed_items
 from recipe.onpolicy_distill.scoreboard.metrics import (
     Answered,
     accuracy_figures,
@@ -19,6 +19,7 @@ from recipe.onpolicy_distill.scoreboard.metrics import (
     recall_by_task,
 )
 from recipe.onpolicy_distill.scoreboard.ranking import most_likely_items
+from verl.utils.dataset.items import read_catalogue
 
 
 def text(*codes):

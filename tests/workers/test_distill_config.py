@@ -2,6 +2,7 @@
 
 from fnmatch import fnmatchcase
 from itertools import product
+from typing import Any
 
 import pytest
 
@@ -65,3 +66,59 @@ def test_sources_with_items_are_those_whose_teacher_reads_them() -> None:
 def test_an_unknown_kind_of_prompt() -> None:
     with pytest.raises(ValueError, match="prompts='items' is not one of any, with_items, without_items"):
         TeacherConfig(prompts="items")
+
+
+EVERYTHING = {"self": TeacherConfig()}
+SPLIT = {"reads": TeacherConfig(prompts="with_items"), "writes": TeacherConfig("w", prompts="without_items")}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"objective": "exact", "beta": 0.3},
+            r"beta=0.3 has no effect with algorithm.distill.objective=exact; set .*=jsd",
+        ),
+        ({"beta": 0.3}, "beta=0.3 has no effect with algorithm.distill.objective=sampled"),
+        ({"objective": "jsd", "topk": 8}, r"topk=8 has no effect with algorithm.distill.objective=jsd; set .*=topk"),
+        (
+            {"objective": "exact", "leak_target": 0.01},
+            "leak_target=0.01 has no effect with algorithm.distill.leak_coef=0.0; set algorithm.distill.leak_coef",
+        ),
+        (
+            {"objective": "exact", "leak_coef": 1.0, "teachers": EVERYTHING},
+            r"leak_coef=1.0 has no effect: .* gives all rows to \['self'\], which know them; leave it at 0.0",
+        ),
+        ({"objective": "jsd", "support": "shared", "teachers": EVERYTHING}, "support=shared has no effect: it is for"),
+        ({"objective": "exact", "support": "shared", "teachers": SPLIT}, r"support=shared .* \['reads', 'writes'\]"),
+    ],
+)
+def test_what_nothing_reads_is_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=r"^algorithm\.distill\." + message):
+        DistillConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"objective": "jsd", "beta": 0.3},
+        {"objective": "exact", "leak_coef": 1.0, "leak_target": 0.01},
+        {"objective": "exact", "leak_coef": 1.0, "support": "shared", "teachers": {"reads": SPLIT["reads"]}},
+        {"objective": "exact", "leak_coef": 1.0, "teachers": {"self": TeacherConfig(sources=["rec_*", "?*"])}},
+        {"objective": "exact", "support": "shared", "teachers": {"base": TeacherConfig("b", "base")}},
+        {"objective": "exact", "teachers": EVERYTHING},
+    ],
+)
+def test_what_something_reads_is_not(settings: dict[str, Any]) -> None:
+    DistillConfig(**settings)
+
+
+def test_what_no_row_of_the_data_needs_is_refused_once_they_are_known() -> None:
+    """The patterns leave room for rows of the base teacher, and the data have none."""
+    distill = DistillConfig(
+        "exact", leak_coef=1.0, teachers={"mixed": TeacherConfig(vocabulary="stitched", sources=["a*"])}
+    )
+    distill.check_base_settings({("a1", True), ("a2", False), ("b", False)})
+    with pytest.raises(ValueError, match=r"leak_coef=1.0 has no effect: .* gives all rows to \['mixed'\]"):
+        distill.check_base_settings({("a1", True), ("a2", False)})
+    DistillConfig("exact", teachers=EVERYTHING).check_base_settings({("a", True)})

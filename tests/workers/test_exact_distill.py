@@ -211,7 +211,8 @@ def test_two_ranks_give_the_gradient_of_one(
     student_model, teacher_model, frozen_model, student_ids, extend_start, tmp_path
 ) -> None:
     """Rank 0 holds rows of the base teacher alone, and rank 1 of the other: both run every teacher all the same."""
-    distill = DistillConfig("exact", teachers={"kept": TeacherConfig(path=str(frozen_model))}, **LEAK, support="shared")
+    further = {"kept": TeacherConfig(path=str(frozen_model), sources=["rec_*"])}
+    distill = DistillConfig("exact", teachers=further, **LEAK, support="shared")
     batch = mixed_batch(student_ids, extend_start, 2)
     batch = batch.select_idxs(batch.tensor("teacher").argsort(stable=True))
     config = worker_config(student_model, teacher_model, extend_start=extend_start)

@@ -10,6 +10,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from verl.utils.hub_cache import local_model_folder
+
 VOLATILE = frozenset({"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache"})
 """Entries of config.json that another save of the same model may change."""
 SAMPLES, SAMPLE_BYTES = 32, 4096
@@ -23,7 +25,7 @@ def model_facts(model: str | None, tokenizer: str | None = None) -> dict[str, An
         model: folder or hub name.
         tokenizer: the same, where it is not the model's.
     """
-    folder = _local_folder(model)
+    folder = local_model_folder(model)
     if folder is None:
         return {}
     facts: dict[str, Any] = {}
@@ -34,26 +36,10 @@ def model_facts(model: str | None, tokenizer: str | None = None) -> dict[str, An
     weights = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
     if weights:
         facts["weights"] = _digest_of_samples(weights)
-    words = (_local_folder(tokenizer) or folder) / "tokenizer.json"
+    words = (local_model_folder(tokenizer) or folder) / "tokenizer.json"
     if words.is_file():
         facts["tokenizer"] = hashlib.sha256(words.read_bytes()).hexdigest()[:DIGEST_DIGITS]
     return facts
-
-
-def _local_folder(model: str | None) -> Path | None:
-    if not model:
-        return None
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        return folder
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        cached = try_to_load_from_cache(model, "config.json")
-    except HFValidationError:
-        return None
-    return Path(cached).parent if isinstance(cached, str) else None
 
 
 def _digest_of_samples(files: list[Path]) -> str:

@@ -8,8 +8,8 @@ import json
 import pyarrow.parquet as pq
 
 from recipe.onpolicy_distill.quickstart.world import World
-from recipe.onpolicy_distill.scoreboard.items import Item
 from recipe.onpolicy_distill.scoreboard.metrics import KS, ranking_figures
+from verl.utils.dataset.items import Item
 
 
 def popularity_figures(world: World) -> dict[str, float]:

@@ -12,12 +12,10 @@ import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from verl.utils.dataset.items import ITEM_BEGIN, ITEM_END, LEVELS, Item, code_token, read_catalogue
+from verl.utils.dataset.items import ITEM_BEGIN, ITEM_END, LEVELS, Item, code_token
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-__all__ = ["Item", "ItemTrie", "items_in", "listed_items", "read_catalogue"]
 
 _CODES = r"(?:<s_[a-h]_\d+>)+"
 _ITEM = re.compile(re.escape(ITEM_BEGIN) + f"({_CODES})" + re.escape(ITEM_END))

@@ -9,7 +9,8 @@ from collections.abc import Container, Sequence, Set
 from dataclasses import dataclass
 from statistics import fmean
 
-from recipe.onpolicy_distill.scoreboard.items import Item, listed_items
+from recipe.onpolicy_distill.scoreboard.items import listed_items
+from verl.utils.dataset.items import Item
 
 KS = (1, 5, 10)
 """Lengths of recommendation lists that are judged."""

@@ -31,7 +31,8 @@ import math
 from collections.abc import Awaitable, Callable
 from typing import NamedTuple
 
-from recipe.onpolicy_distill.scoreboard.items import Item, ItemTrie
+from recipe.onpolicy_distill.scoreboard.items import ItemTrie
+from verl.utils.dataset.items import Item
 
 BestTokens = Callable[[list[int], tuple[int, ...]], Awaitable[list[tuple[int, float]]]]
 """``(token_ids, allowed) -> [(token, log_prob), ...]``: the most likely next tokens among ``allowed``, best first, and

@@ -9,11 +9,12 @@ import pyarrow.parquet as pq
 import pytest
 from small_world import build_small_world
 
-from recipe.onpolicy_distill.quickstart.catalogue import FIRST_SHARE, SECOND_SHARE, Catalogue
+from recipe.onpolicy_distill.quickstart.catalogue import FIRST_SHARE, SECOND_SHARE, Catalogue, Item
 from recipe.onpolicy_distill.quickstart.general_tasks import LETTERS, TASKS, draw_problem
 from recipe.onpolicy_distill.quickstart.tokenizers import ROLE_LINES
 from recipe.onpolicy_distill.quickstart.world import QUESTION_WORDS, WorldConfig
 from verl.trainer.config import DataConfig
+from verl.utils.dataset.items import item_tokens
 from verl.utils.dataset.onerec_dataset import OneRecDataset
 from verl.utils.tokenizer import hf_tokenizer
 
@@ -172,3 +173,7 @@ def test_the_settings_decide_the_files(tmp_path):
 def test_bad_sizes(settings, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         WorldConfig(**settings)
+
+
+def test_items_are_written_as_everywhere_else() -> None:
+    assert Item(0, (3, 7, 1), "abc").text == "".join(item_tokens((3, 7, 1)))

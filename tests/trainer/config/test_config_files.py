@@ -8,7 +8,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from verl.trainer.config import PPOConfig
-from verl.trainer.config.algorithm import ON_POLICY_DISTILL
+from verl.trainer.config.algorithm import ON_POLICY_DISTILL, USUAL_ADV_BOUNDS
 from verl.trainer.config.no_effect import NO_EFFECT
 from verl.trainer.config.schema import key_schema, nearest_keys
 from verl.trainer.config.typed import load_config
@@ -71,7 +71,8 @@ def test_recipe_composes_from_any_folder(recipe: Path, tmp_path: Path, monkeypat
 def test_distillation_defaults() -> None:
     config = load_config([], "recipe.onpolicy_distill.config", "onpolicy_distill_trainer")
     assert config.algorithm.adv_estimator == ON_POLICY_DISTILL == str(AdvantageEstimator.ON_POLICY_DISTILL)
-    assert (config.algorithm.distill_adv_min_clip, config.algorithm.distill_adv_max_clip) == (-30.0, 5.0)
+    bounds = {name: getattr(config.algorithm, name) for name in USUAL_ADV_BOUNDS}
+    assert bounds == USUAL_ADV_BOUNDS == {"distill_adv_min_clip": -30.0, "distill_adv_max_clip": 5.0}
     rollout = config.actor_rollout_ref.rollout
     assert (rollout.temperature, rollout.top_p, rollout.top_k) == (1.0, 1.0, -1)
 

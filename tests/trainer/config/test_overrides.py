@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -137,6 +138,108 @@ def test_unknown_key_names_the_nearest() -> None:
         ValueError, match=r"data\.max_promt_length is no known key; did you mean data\.max_prompt_length"
     ):
         normalize_overrides(["data.max_promt_length=5"])
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        (
+            "++algorithm.distill.teachers.self.vocabulry=full",
+            "algorithm.distill.teachers.self.vocabulry is no known key; did you mean "
+            "algorithm.distill.teachers.self.vocabulary?",
+        ),
+        (
+            "++algorithm.distill.teachers.self={vocabulry: full}",
+            "algorithm.distill.teachers.self.vocabulry is no known key; did you mean "
+            "algorithm.distill.teachers.self.vocabulary?",
+        ),
+        (
+            "algorithm.distill.teachers={self: {colour: red}}",
+            "algorithm.distill.teachers.self.colour is no known key; those of an entry of algorithm.distill.teachers "
+            "are path, vocabulary, sources, prompts, weight",
+        ),
+        (
+            "algorithm.distill.teachers.self.sources.x=1",
+            "algorithm.distill.teachers.self.sources.x is no known key; did you mean "
+            "algorithm.distill.teachers.self.sources?",
+        ),
+        (
+            "data.synthetic_item_prompts.templates.next.usr=x",
+            "data.synthetic_item_prompts.templates.next.usr is no known key; did you mean "
+            "data.synthetic_item_prompts.templates.next.user?",
+        ),
+    ],
+)
+def test_unknown_key_of_an_entry_that_the_user_named(override: str, expected: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(expected)}$"):
+        load_config([override])
+
+
+TEACHERS = "algorithm.distill.teachers"
+SECTION = "must be a section with keys below it, such as"
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        (f"{TEACHERS}=[a,b]", f"{TEACHERS}=['a', 'b'] {SECTION} {TEACHERS}.NAME.path"),
+        (f"{TEACHERS}=a", f"{TEACHERS}='a' {SECTION} {TEACHERS}.NAME.path"),
+        (f"{TEACHERS}.self=[a]", f"{TEACHERS}.self=['a'] {SECTION} {TEACHERS}.self.path"),
+        (f"{TEACHERS}.vocabulary=full", f"{TEACHERS}.vocabulary='full' {SECTION} {TEACHERS}.vocabulary.path"),
+        (f"{TEACHERS}={{self: full}}", f"{TEACHERS}.self='full' {SECTION} {TEACHERS}.self.path"),
+        ("algorithm.distill={teachers: [a]}", f"{TEACHERS}=['a'] {SECTION} {TEACHERS}.NAME.path"),
+        ("data.source_weights=[a]", f"data.source_weights=['a'] {SECTION} data.source_weights.NAME"),
+        ("data=[1]", f"data=[1] {SECTION} data."),
+        ("data=null", f"data=None {SECTION} data."),
+        ("data={custom_cls: 5}", f"data.custom_cls=5 {SECTION} data.custom_cls.name"),
+        ("trainer={logger: {a: 1}}", "trainer.logger={'a': 1} must be a list, such as [a,b]"),
+        ("data.train_files={a: 1}", "data.train_files={'a': 1} must be a list, such as [a,b]"),
+        (
+            "data.source_weights={a: 1",
+            "data.source_weights={a: 1 cannot be read (no viable alternative at input '{a: 1')",
+        ),
+        (
+            "data.source_weights={'a': 1}",
+            "cannot be read (no viable alternative at input '{'a''); close every bracket and ",
+        ),
+        ("data.train_files=[a", "data.train_files=[a cannot be read"),
+        (
+            "data.source_weights.rec_*=0.25",
+            "data.source_weights.rec_* holds characters that a key cannot have; give the mapping as a whole: "
+            "data.source_weights='{rec_*: ...}'",
+        ),
+    ],
+)
+def test_what_hydra_would_tell_in_its_own_words(override: str, expected: str) -> None:
+    with pytest.raises(ValueError, match=f"^(data.source_weights=.*)?{re.escape(expected)}"):
+        normalize_overrides([override])
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        f"{TEACHERS}={{self: {{vocabulary: full, sources: [rec_*]}}}}",
+        f"{TEACHERS}=null",
+        f"{TEACHERS}.self=${{algorithm.distill.teachers}}",
+        "data.source_weights={rec_*: 0.25, general_*: 0.75}",
+        "data.train_files=[a.parquet, b.parquet]",
+        "trainer.logger=console",
+    ],
+)
+def test_values_in_shape_pass(override: str) -> None:
+    (given,) = argv(override)
+    assert given.removeprefix("++") == override
+
+
+def test_a_mapping_may_hold_what_has_no_effect(caplog: pytest.LogCaptureFixture) -> None:
+    assert load_config(["data={image_key: x, seed: 5}"]).data.seed == 5
+    assert "data.image_key is accepted and has no effect here" in caplog.text
+
+
+def test_several_values_of_a_map_are_hydras_to_try() -> None:
+    assert argv(f"{TEACHERS}={{a: {{path: x}}}},{{a: {{path: y}}}}") == [
+        f"++{TEACHERS}={{a: {{path: x}}}},{{a: {{path: y}}}}"
+    ]
 
 
 def test_all_mistakes_are_told_at_once() -> None:

@@ -41,7 +41,9 @@ def write_parquet(path: Path, rows: int = 40, column: str = "messages") -> Path:
 @pytest.fixture
 def run(tmp_path: Path) -> list[str]:
     """Overrides of a run that is in order."""
+    (tmp_path / "reward.py").touch()
     return [
+        "custom_reward_function.path=reward.py",
         f"actor_rollout_ref.model.path={write_model(tmp_path / 'student', vocab_size=120)}",
         f"actor_rollout_ref.ref.model.path={write_model(tmp_path / 'teacher')}",
         "actor_rollout_ref.rollout.extend_vocab_start_token=100",
@@ -95,6 +97,10 @@ def test_a_run_in_order_passes_and_makes_nothing(run: list[str], tmp_path: Path)
         (
             ["trainer.best_metric=val/reward", "trainer.test_freq=5"],
             "trainer.best_metric='val/reward' needs data.val_files; set it",
+        ),
+        (
+            ["algorithm.adv_estimator=rloo", "custom_reward_function.path=null"],
+            "algorithm.adv_estimator=rloo learns from a task reward and none is given; set custom_reward_function.path",
         ),
         (["algorithm.adv_estimator=gae"], "algorithm.adv_estimator='gae' is unknown; choose from"),
         (["data.train_files=null"], "data.train_files is not set; give a parquet file"),
@@ -236,6 +242,24 @@ def test_task_rewards_need_no_teacher(run: list[str]) -> None:
         (["actor_rollout_ref.rollout.top_k=20"], "biased: actor_rollout_ref.rollout.top_p=1.0 and top_k=20"),
         (["actor_rollout_ref.rollout.engine_kwargs.sglang.x=1"], "engine_kwargs.sglang is accepted and has no effect"),
         (["trainer.test_freq=5"], "trainer.test_freq=5 has no effect: data.val_files is not set"),
+        (
+            ["algorithm.distill.objective=topk", "algorithm.distill_adv_max_clip=3"],
+            "algorithm.distill_adv_max_clip=3.0 has no effect here: it bounds the advantage of drawn tokens, and "
+            "algorithm.distill.objective=topk compares distributions",
+        ),
+        (
+            ["algorithm.adv_estimator=grpo", "algorithm.distill_adv_min_clip=-3"],
+            "algorithm.distill_adv_min_clip=-3.0 has no effect here: it bounds the advantage of drawn tokens, and "
+            "algorithm.adv_estimator=grpo learns from no teacher",
+        ),
+        (
+            ["data.synthetic_item_prompts.catalogue=gone.parquet"],
+            "data.synthetic_item_prompts.catalogue has no effect here: data.synthetic_item_prompts.count=0 makes no",
+        ),
+        (
+            ["++data.synthetic_item_prompts.templates={next: {user: '{item}'}}"],
+            "data.synthetic_item_prompts.templates has no effect here: data.synthetic_item_prompts.count=0 makes no",
+        ),
     ],
 )
 def test_notices(run: list[str], overrides: list[str], expected: str) -> None:
@@ -251,6 +275,19 @@ def test_greedy_validation_says_what_it_does_not_measure(run: list[str], setting
     assert "val/reverse_kl" in notice
     assert check(*run, override) == []
     assert check(*run, "data.val_files=train.parquet", "algorithm.adv_estimator=grpo", override) == []
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "algorithm.distill_adv_max_clip=null",
+        "algorithm.distill_adv_max_clip=5",
+        "algorithm.distill_adv_min_clip=-30",
+    ],
+)
+def test_bounds_that_a_run_has_without_asking_are_not_spoken_of(run: list[str], setting: str) -> None:
+    assert check(*run, "algorithm.distill.objective=exact", setting) == []
+    assert check(*run, "algorithm.distill_adv_max_clip=3", "algorithm.distill_adv_min_clip=-3") == []
 
 
 def test_a_reward_for_items_that_no_teacher_reads_is_said(run: list[str]) -> None:

@@ -54,7 +54,6 @@ def test_the_first_pattern_that_matches_counts() -> None:
     [
         ({"rec_*": 1}, r"matches no source \['general_a', 'general_b'\]"),
         ({"rec_*": 1, "general*": 1, "video": 1}, r"no usable row has a source like \['video'\]"),
-        ({"*": 0}, r"data.source_weights.\*=0 must be above 0"),
     ],
 )
 def test_weights_that_do_not_fit_the_data(weights, message) -> None:

@@ -7,6 +7,8 @@ from verl.workers.config.distill import DistillConfig
 
 ON_POLICY_DISTILL = "on_policy_distill"
 """``AdvantageEstimator.ON_POLICY_DISTILL``, for checks that have to do without torch."""
+USUAL_ADV_BOUNDS = {"distill_adv_max_clip": 5.0, "distill_adv_min_clip": -30.0}
+"""Those of the recipe's YAML, which a run has without asking for them."""
 
 
 @dataclass
@@ -75,6 +77,19 @@ class AlgoConfig:
     def distils(self) -> bool:
         """Whether a teacher is learned from, alone or beside a task reward."""
         return self.adv_estimator == ON_POLICY_DISTILL or bool(self.distill.coef)
+
+    @property
+    def learns_from_reward(self) -> bool:
+        """Whether advantages are made from a task reward, alone or beside a teacher."""
+        return self.adv_estimator != ON_POLICY_DISTILL
+
+    @property
+    def missing_reward(self) -> str:
+        """What to say where it does, and no reward function is given."""
+        return (
+            f"algorithm.adv_estimator={self.adv_estimator} learns from a task reward and none is given; set "
+            "custom_reward_function.path, and custom_reward_function.name where it is not compute_score"
+        )
 
     def __post_init__(self) -> None:
         if self.kl_penalty not in KL_ESTIMATORS:

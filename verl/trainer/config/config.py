@@ -203,11 +203,12 @@ class PPOConfig:
                 "actor_rollout_ref.rollout.extend_vocab_start_token, or leave it at False"
             )
         distill = self.algorithm.distill
-        if distill.leak_coef:
-            raise ValueError(
-                f"algorithm.distill.leak_coef={distill.leak_coef} has no effect without extended ids; set "
-                "actor_rollout_ref.rollout.extend_vocab_start_token, or leave it at 0"
-            )
+        for key, value, default in (("leak_coef", distill.leak_coef, 0.0), ("support", distill.support, "full")):
+            if value != default:
+                raise ValueError(
+                    f"algorithm.distill.{key}={value} has no effect without extended ids; set "
+                    f"actor_rollout_ref.rollout.extend_vocab_start_token, or leave it at {default}"
+                )
         for name, teacher in distill.teachers.items():
             if teacher.is_stitched:
                 raise ValueError(

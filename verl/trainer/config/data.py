@@ -1,5 +1,6 @@
 """Prompts: files, lengths, filters (``data``)."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -101,9 +102,18 @@ class DataConfig:
                     f"data.apply_chat_template_kwargs.{name}={self.apply_chat_template_kwargs[name]!r} is set by the "
                     "agent loops; leave it out (tools: actor_rollout_ref.rollout.multi_turn.tool_config_path)"
                 )
+        self._check_source_weights()
         self._check_synthetic_prompts()
         if not self.return_raw_chat:
             raise ValueError("data.return_raw_chat=False: agent loops need the messages; set it to True")
+
+    def _check_source_weights(self) -> None:
+        for pattern, weight in self.source_weights.items():
+            if not 0 < weight < math.inf:
+                raise ValueError(
+                    f"data.source_weights.{pattern}={weight} must be a number above 0; leave rows out by leaving out "
+                    "their file"
+                )
 
     def _check_synthetic_prompts(self) -> None:
         if self.synthetic_item_prompts.count and self.custom_cls.path is not None:

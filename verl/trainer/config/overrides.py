@@ -20,11 +20,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.core.override_parser.types import Quote, QuotedString, Sweep
 from hydra.errors import HydraException
 
 from verl.trainer.config.no_effect import find_no_effect, no_effect_notice
-from verl.trainer.config.schema import key_schema, unknown_key_message
+from verl.trainer.config.schema import key_schema, misshapen, unknown_key_message
 from verl.utils.redaction import looks_secret
 
 logger = logging.getLogger(__name__)
@@ -121,15 +121,30 @@ def _add_override(text: str, result: NormalizedOverrides) -> None:
     if "/" in key or "@" in key or key == "hydra" or key.startswith("hydra."):
         result.argv.append(text)  # config groups and Hydra's own settings
     elif key_schema().is_open(key):
+        _check_characters(key)
         result.argv.append(text if sign == "~" else f"++{key}={_open_value(key, value, result)}")
     elif key_schema().knows(key):
-        result.argv.append(f"~{key}" if sign == "~" else f"{sign and '++'}{key}={_readable(key, value)}")
+        # Hydra would refuse a mapping with keys that have no effect here.
+        added = "++" if sign or value.startswith("{") else ""
+        result.argv.append(f"~{key}" if sign == "~" else f"{added}{key}={_readable(key, value)}")
     else:
         effect = find_no_effect(key)
         if effect is None:
             raise ValueError(unknown_key_message(key))
         if sign != "~":
             result.notice(no_effect_notice(key, effect, value))
+
+
+def _check_characters(key: str) -> None:
+    """Names in an open map are the user's, and Hydra takes some of them inside a mapping alone."""
+    try:
+        OverridesParser.create().parse_override(f"{key}=0")
+    except HydraException as error:
+        open_map = key_schema().map_of(key)
+        raise ValueError(
+            f"{key} holds characters that a key cannot have; give the mapping as a whole: "
+            f"{open_map}='{{{key.removeprefix(open_map + '.')}: ...}}'"
+        ) from error
 
 
 def _open_value(key: str, value: str, result: NormalizedOverrides) -> str:
@@ -146,13 +161,23 @@ def _open_value(key: str, value: str, result: NormalizedOverrides) -> str:
 
 
 def _readable(key: str, value: str) -> str:
-    """``value``, in quotes where Hydra cannot read it as it stands and it is no list, mapping or quoted text."""
-    if value.startswith((*QUOTES, "[", "{")):
-        return value
+    """``value``, in quotes where Hydra cannot read it as it stands and it is no list, mapping or quoted text.
+
+    Raises:
+        ValueError: it is one of these and cannot be read, or is of another shape than what stands at ``key``.
+    """
     try:
-        OverridesParser.create().parse_override(f"{key}={value}")
-    except HydraException:
-        return _in_quotes(value)
+        # The key is not Hydra's to read here: what it says of it would be taken for the value's fault.
+        read = OverridesParser.create().parse_override(f"key={value}").value()
+    except HydraException as error:
+        if not value.startswith((*QUOTES, "[", "{")):
+            return _in_quotes(value)
+        raise ValueError(
+            f"{key}={value} cannot be read ({str(error).splitlines()[0]}); close every bracket and quote, and write "
+            "the names of a mapping without quotes"
+        ) from error
+    if not isinstance(read, Sweep) and (wrong := [*misshapen(key, read)]):
+        raise ValueError("\n".join(wrong))
     return value
 
 

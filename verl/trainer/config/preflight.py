@@ -6,26 +6,16 @@ of student and teacher fit together is left to ``verl.utils.vocab_contract``.
 """
 
 import importlib.util
-import json
 import os
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
+from verl.trainer.config.algorithm import USUAL_ADV_BOUNDS
 from verl.trainer.config.config import PPOConfig
+from verl.trainer.config.findings import Findings
+from verl.trainer.config.preflight_models import check_models
 from verl.workers.config.rollout import AGENT_LOOPS
 
 LOGGER_PACKAGES = {"wandb": "wandb", "tensorboard": "tensorboard"}
-
-
-@dataclass
-class Findings:
-    """What the checks found."""
-
-    errors: list[str] = field(default_factory=list)
-    """Reasons why the run cannot start."""
-    notices: list[str] = field(default_factory=list)
-    """What the user should know and may have meant."""
 
 
 def check_run(config: PPOConfig) -> list[str]:
@@ -38,7 +28,16 @@ def check_run(config: PPOConfig) -> list[str]:
         ValueError: what has to change before the run can start, a line each with key, value and fix.
     """
     found = Findings()
-    for check in (_check_models, _check_estimator, _check_data, _check_engine, _check_sampling, _check_outputs):
+    checks = (
+        check_models,
+        _check_estimator,
+        _check_data,
+        _check_engine,
+        _check_sampling,
+        _check_outputs,
+        _check_idle_settings,
+    )
+    for check in checks:
         check(config, found)
     if found.errors:
         raise ValueError("\n".join(found.errors))
@@ -53,6 +52,8 @@ def _check_estimator(config: PPOConfig, found: Findings) -> None:
     if name not in ADV_ESTIMATOR_REGISTRY:
         known = ", ".join(sorted(ADV_ESTIMATOR_REGISTRY))
         found.errors.append(f"algorithm.adv_estimator={name!r} is unknown; choose from {known}")
+    elif config.algorithm.learns_from_reward and config.custom_reward_function.path is None:
+        found.errors.append(config.algorithm.missing_reward)
     algorithm, start = config.algorithm, config.actor_rollout_ref.rollout.extend_vocab_start_token
     if algorithm.distils and not config.actor_rollout_ref.ref.model.path:
         coef = algorithm.distill.coef
@@ -67,119 +68,6 @@ def _check_estimator(config: PPOConfig, found: Findings) -> None:
             "trained up to its first one, and a reward for items teaches nothing behind it; let the frozen student "
             "judge such rows: ++algorithm.distill.teachers.self='{vocabulary: full, sources: [rec_*], weight: 1}' "
             "(weight 0: the reward alone)"
-        )
-
-
-def _check_models(config: PPOConfig, found: Findings) -> None:
-    student_key, teacher_key = "actor_rollout_ref.model", "actor_rollout_ref.ref.model"
-    models = config.actor_rollout_ref
-    if not models.model.path:
-        found.errors.append(f"{student_key}.path is not set; give the student's folder or hub name")
-    student = _read_model_config(f"{student_key}.path", models.model.path, found)
-    teacher = _read_model_config(f"{teacher_key}.path", models.ref.model.path, found)
-    for name, further in config.algorithm.distill.teachers.items():
-        key = f"algorithm.distill.teachers.{name}.path"
-        described = _read_model_config(key, further.path, found)
-        if described is not None:
-            _check_length_fits(f"{key}={further.path}", described, config, found)
-    for key, path in ((student_key, models.model.tokenizer_path), (teacher_key, models.ref.model.tokenizer_path)):
-        _find_model_folder(f"{key}.tokenizer_path", path, found)
-    if student is not None:
-        student = {**student, **models.model.override_config}
-        _check_length_fits(f"{student_key}.path={models.model.path}", student, config, found)
-    if teacher is not None:
-        _check_length_fits(f"{teacher_key}.path={models.ref.model.path}", teacher, config, found)
-    _check_replacement(config, teacher, found)
-
-
-def _find_model_folder(key: str, path: str | None, found: Findings) -> Path | None:
-    """The local folder of a model, or None where it is not set, wrong (an error was noted) or still on the hub."""
-    if not path:
-        return None
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.exists():
-        found.errors.append(f"{key}={path} is a file; give the folder it lies in")
-        return None
-    if not _is_hub_name(path):
-        found.errors.append(f"{key}={path}: there is no such folder; correct the path, or give a hub name (owner/name)")
-        return None
-    return _find_in_hub_cache(key, path, found)
-
-
-def _is_hub_name(path: str) -> bool:
-    """Whether a path that does not exist can be meant as ``owner/name`` rather than as a folder, misspelt."""
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
-
-    if path.count("/") != 1 or path[0] in "./~" or Path(path.split("/")[0]).is_dir():
-        return False
-    try:
-        validate_repo_id(path)
-    except HFValidationError:
-        return False
-    return True
-
-
-def _find_in_hub_cache(key: str, name: str, found: Findings) -> Path | None:
-    from huggingface_hub import constants, try_to_load_from_cache
-
-    cached = try_to_load_from_cache(name, "config.json")
-    if isinstance(cached, str):
-        return Path(cached).parent
-    if constants.HF_HUB_OFFLINE:
-        found.errors.append(
-            f"{key}={name} is neither a folder nor in the local hub cache, and HF_HUB_OFFLINE forbids to fetch it; "
-            "correct the path, or unset HF_HUB_OFFLINE"
-        )
-    else:
-        found.notices.append(f"{key}={name} is no local folder; it will be fetched from the hub")
-    return None
-
-
-def _read_model_config(key: str, path: str | None, found: Findings) -> dict[str, Any] | None:
-    folder = _find_model_folder(key, path, found)
-    if folder is None:
-        return None
-    try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        found.errors.append(f"{key}={path} holds no config.json; give a model folder in Hugging Face format")
-    except json.JSONDecodeError as error:
-        found.errors.append(f"{key}={path}: config.json is no JSON ({error}); copy the model again")
-    return None
-
-
-def _check_length_fits(model: str, model_config: dict[str, Any], config: PPOConfig, found: Findings) -> None:
-    if "max_position_embeddings" not in model_config or _scales_positions(model_config):
-        return
-    limit, rollout = model_config["max_position_embeddings"], config.actor_rollout_ref.rollout
-    longest = rollout.prompt_length + rollout.response_length
-    if longest > limit:
-        found.errors.append(
-            f"data.max_prompt_length={rollout.prompt_length} + data.max_response_length={rollout.response_length} = "
-            f"{longest} is above max_position_embeddings={limit} of {model}; shorten one of them"
-        )
-
-
-def _scales_positions(model_config: dict[str, Any]) -> bool:
-    """Whether the model stretches its rotary embedding beyond ``max_position_embeddings``."""
-    for name in ("rope_parameters", "rope_scaling"):
-        rope = model_config.get(name)
-        if isinstance(rope, dict) and "rope_type" in rope and rope["rope_type"] != "default":
-            return True
-    return False
-
-
-def _check_replacement(config: PPOConfig, teacher: dict[str, Any] | None, found: Findings) -> None:
-    models = config.actor_rollout_ref
-    replacement = models.ref.ref_replace_token_id
-    rows = teacher["vocab_size"] if teacher and "vocab_size" in teacher else None
-    if rows is not None and replacement is not None and not 0 <= replacement < rows:
-        found.errors.append(
-            f"actor_rollout_ref.ref.ref_replace_token_id={replacement} is no id of "
-            f"actor_rollout_ref.ref.model.path={models.ref.model.path} with vocab_size={rows}; "
-            "give one below it, or null for the pad id"
         )
 
 
@@ -343,6 +231,30 @@ def _check_outputs(config: PPOConfig, found: Findings) -> None:
         found.errors.append(
             f"trainer.resume_from_path={trainer.resume_from_path}: there is no such folder; correct the path"
         )
+
+
+def _check_idle_settings(config: PPOConfig, found: Findings) -> None:
+    """What was set and nothing reads, where it does no harm: often it is left over from another run."""
+    algorithm, synthetic = config.algorithm, config.data.synthetic_item_prompts
+    if algorithm.distill.is_exact or not algorithm.distils:
+        why = (
+            f"algorithm.distill.objective={algorithm.distill.objective} compares distributions"
+            if algorithm.distill.is_exact
+            else f"algorithm.adv_estimator={algorithm.adv_estimator} learns from no teacher"
+        )
+        for name, usual in USUAL_ADV_BOUNDS.items():
+            bound = getattr(algorithm, name)
+            if bound not in (None, usual):
+                found.notices.append(
+                    f"algorithm.{name}={bound} has no effect here: it bounds the advantage of drawn tokens, and {why}"
+                )
+    if not synthetic.count:
+        for name in ("templates", "catalogue"):
+            if getattr(synthetic, name):
+                found.notices.append(
+                    f"data.synthetic_item_prompts.{name} has no effect here: data.synthetic_item_prompts.count=0 makes "
+                    "no prompts"
+                )
 
 
 def is_installed(package: str) -> bool:

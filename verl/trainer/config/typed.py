@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from verl.trainer.config.config import PPOConfig
 from verl.trainer.config.no_effect import find_no_effect, no_effect_notice
 from verl.trainer.config.overrides import normalized_argv
-from verl.trainer.config.schema import unknown_key_message
+from verl.trainer.config.schema import no_list_message, no_section_message, unknown_key_message
 from verl.utils.redaction import redacted
 
 logger = logging.getLogger(__name__)
@@ -97,7 +97,7 @@ def _env_vars_to_text(ray_init: dict[str, Any]) -> None:
 
 def _to_dataclass(config_class: Any, values: Any, path: str) -> Any:
     if not isinstance(values, Mapping):
-        raise ValueError(f"{path}={values!r} must be a section with keys below it")
+        raise ValueError(no_section_message(path, values))
     prefix = f"{path}." if path else ""
     hints = get_type_hints(config_class)
     arguments = {}
@@ -185,12 +185,12 @@ def _convert_container(value: Any, hint: Any, key: str) -> Any:
         if value is None:
             return {}
         if not isinstance(value, Mapping):
-            raise ValueError(f"{key}={value!r} must be a section with keys below it")
+            raise ValueError(no_section_message(key, value))
         return {name: _convert(item, arguments[1], f"{key}.{name}") for name, item in value.items()}
     if origin is list:
         items = ([value] if value else []) if isinstance(value, str) else value
         if not isinstance(items, Sequence):
-            raise ValueError(f"{key}={value!r} must be a list, such as [a,b]")
+            raise ValueError(no_list_message(key, value))
         return [_convert(item, arguments[0], f"{key}[{index}]") for index, item in enumerate(items)]
     if origin is tuple:
         if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != len(arguments):

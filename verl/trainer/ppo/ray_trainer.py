@@ -43,7 +43,7 @@ from verl.trainer.ppo.metric_utils import (
 )
 from verl.trainer.ppo.prompt_stream import PromptStream
 from verl.trainer.ppo.resume_check import require_resumable, run_facts
-from verl.trainer.ppo.reward import RewardFn, compute_rewards, require_reward_fn
+from verl.trainer.ppo.reward import RewardFn, compute_rewards
 from verl.trainer.ppo.stages import balance_rows, new_keys, run_stage
 from verl.trainer.ppo.stop_request import StopRequest
 from verl.trainer.ppo.teacher_canary import TeacherCanary
@@ -103,8 +103,8 @@ class RayPPOTrainer:
         all_epochs = self.prompts.batches_per_epoch * config.trainer.total_epochs
         self.total_steps = config.trainer.total_training_steps or all_epochs
         config.settle_schedule(self.total_steps)
-        if self.uses_reward:
-            require_reward_fn(reward_fn, config.algorithm.adv_estimator)
+        if self.uses_reward and reward_fn is None:
+            raise ValueError(config.algorithm.missing_reward)
         self.pools = plan_pools(config.trainer, self.roles, use_gpu=device_name == "cuda")
         self.worker_groups = WorkerGroups()
         facts = run_facts(config, vocab_fingerprint)

@@ -47,19 +47,6 @@ def load_reward_fn(config: "CustomClassConfig") -> RewardFn | None:
     return function
 
 
-def require_reward_fn(reward_fn: RewardFn | None, adv_estimator: str) -> None:
-    """Hold a run that learns from task rewards to having some.
-
-    Raises:
-        ValueError: there is no function.
-    """
-    if reward_fn is None:
-        raise ValueError(
-            f"algorithm.adv_estimator={adv_estimator} learns from a task reward and none is given; set "
-            "custom_reward_function.path and custom_reward_function.name"
-        )
-
-
 def _score_and_extra(result: Any, row: int) -> tuple[float, dict[str, Any]]:
     score, extra = result, {}
     if isinstance(result, Mapping):

@@ -1,11 +1,12 @@
 """What distillation minimises (``algorithm.distill``)."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
-SAMPLED, EXACT, TOPK = "sampled", "exact", "topk"
-OBJECTIVES = (SAMPLED, EXACT, "forward_kl", "jsd", TOPK)
-DEFAULT_TOPK = 64
+SAMPLED, EXACT, JSD, TOPK = "sampled", "exact", "jsd", "topk"
+OBJECTIVES = (SAMPLED, EXACT, "forward_kl", JSD, TOPK)
+DEFAULT_TOPK, DEFAULT_BETA, DEFAULT_LEAK_TARGET = 64, 0.5, 1e-4
 SUPPORTS = ("full", "shared")
 ANY, WITH_ITEMS, WITHOUT_ITEMS = "any", "with_items", "without_items"
 PROMPTS = (ANY, WITH_ITEMS, WITHOUT_ITEMS)
@@ -13,7 +14,8 @@ STITCHED = "stitched"
 VOCABULARIES = ("base", "full", STITCHED)
 BASE_TEACHER = "ref"
 """Role of the teacher of ``actor_rollout_ref.ref``, which judges every row that no other teacher claims."""
-
+EVERY_SOURCE = ""
+"""Stands for any source: the patterns that match it are those that match all."""
 
 RESERVED_ROLES = (BASE_TEACHER, "actor")
 
@@ -73,14 +75,14 @@ class DistillConfig:
     the reverse KL as far as the teacher's ``topk`` likeliest ids tell it, for teachers that give no more."""
     topk: int = DEFAULT_TOPK
     """Likeliest ids of the teacher at each position that ``topk`` compares; all others it knows count as one."""
-    beta: float = 0.5
+    beta: float = DEFAULT_BETA
     """Share of the teacher in the mixture of ``jsd``."""
     support: str = "full"
     """``full``: the student's distribution over all its ids. ``shared``: over the ids that the teacher knows, so that
     the mass on item tokens neither counts nor moves."""
     leak_coef: float = 0.0
     """Weight of the term that keeps the student's mass on item tokens at ``leak_target``; needs an exact objective."""
-    leak_target: float = 1e-4
+    leak_target: float = DEFAULT_LEAK_TARGET
     """Mass on item tokens that is aimed at."""
     coef: float | None = None
     """Weight of distillation beside a task reward, where ``algorithm.adv_estimator`` is another than
@@ -101,19 +103,28 @@ class DistillConfig:
         for name in ("leak_coef", "coef"):
             if not (getattr(self, name) or 0) >= 0:
                 raise ValueError(f"{key}.{name}={getattr(self, name)} must not be negative")
-        if self.objective == SAMPLED:
-            self._check_sampled()
-        self._check_topk()
-        self._check_teachers()
-
-    def _check_topk(self) -> None:
-        key = "algorithm.distill"
         if self.topk < 1:
             raise ValueError(f"{key}.topk={self.topk} must be at least 1")
-        if self.objective != TOPK and self.topk != DEFAULT_TOPK:
+        if self.objective == SAMPLED:
+            self._check_sampled()
+        self._check_own_settings()
+        self._check_teachers()
+        self.check_base_settings([(EVERY_SOURCE, True), (EVERY_SOURCE, False)])
+
+    def _check_own_settings(self) -> None:
+        """Settings of one objective or one term, left at their defaults where there is another or none."""
+        key = "algorithm.distill"
+        for name, default, objective in (("topk", DEFAULT_TOPK, TOPK), ("beta", DEFAULT_BETA, JSD)):
+            value = getattr(self, name)
+            if self.objective != objective and value != default:
+                raise ValueError(
+                    f"{key}.{name}={value} has no effect with {key}.objective={self.objective}; set "
+                    f"{key}.objective={objective}, or leave it at {default}"
+                )
+        if not self.leak_coef and self.leak_target != DEFAULT_LEAK_TARGET:
             raise ValueError(
-                f"{key}.topk={self.topk} has no effect with {key}.objective={self.objective}; set "
-                f"{key}.objective=topk, or leave it at {DEFAULT_TOPK}"
+                f"{key}.leak_target={self.leak_target} has no effect with {key}.leak_coef={self.leak_coef}; set "
+                f"{key}.leak_coef above 0, or leave it at {DEFAULT_LEAK_TARGET}"
             )
 
     def _check_sampled(self) -> None:
@@ -143,6 +154,25 @@ class DistillConfig:
                 f"{key} lists {list(self.teachers)} with the vocabularies {vocabularies}; list those with the "
                 "vocabulary base last, so that it is plain which prompts may hold item tokens"
             )
+
+    def check_base_settings(self, kinds: Iterable[tuple[str, bool]]) -> None:
+        """Hold settings for rows whose teacher lacks item tokens to there being such rows.
+
+        Args:
+            kinds: source of each kind of row, and whether its prompt holds item tokens.
+
+        Raises:
+            ValueError: such a setting, and teachers that know item tokens judge all rows.
+        """
+        if not all(self.reads_extended(source, holds_items) for source, holds_items in kinds):
+            return
+        for name, value, default in (("support", self.support, "full"), ("leak_coef", self.leak_coef, 0.0)):
+            if value != default:
+                raise ValueError(
+                    f"algorithm.distill.{name}={value} has no effect: it is for rows whose teacher lacks the item "
+                    f"tokens, and algorithm.distill.teachers gives all rows to {list(self.teachers)}, which know them; "
+                    f"leave it at {default}, or give each teacher the sources that are its own, such as [rec_*]"
+                )
 
     @property
     def is_exact(self) -> bool:

@@ -1,14 +1,17 @@
 """The entry point settles the vocabulary before anything reads the threshold."""
 
+import json
 import logging
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
-from recipe.onpolicy_distill.main_onpolicy_distill import build_trainer, settle_vocabulary
+from recipe.onpolicy_distill.main_onpolicy_distill import build_trainer
 from verl.trainer.config import PPOConfig
 from verl.trainer.config.typed import load_config
+from verl.trainer.vocabulary import settle_vocabulary
 
 if TYPE_CHECKING:
     from tiny_pairs import Pair
@@ -76,3 +79,44 @@ def test_a_tokenizer_beside_the_model(tiny_pair: "Pair", tiny_tokenizers: tuple[
         str(student),
         str(teacher),
     )
+
+
+def with_teacher(pair: "Pair", path: Path, vocabulary: str, *overrides: str) -> PPOConfig:
+    further = f"++algorithm.distill.teachers.helper={{path: {path}, vocabulary: {vocabulary}, sources: [helped_*]}}"
+    return config_of(pair.student, pair.teacher, f"{KEY}={pair.extend_vocab_start_token}", further, *overrides)
+
+
+@pytest.mark.parametrize("vocabulary", ["full", "stitched"])
+def test_a_further_teacher_without_item_tokens_is_said_to_be_base(tiny_pair: "Pair", vocabulary: str) -> None:
+    with pytest.raises(ValueError, match=r"^set algorithm\.distill\.teachers\.helper\.vocabulary=base: ") as caught:
+        settle_vocabulary(with_teacher(tiny_pair, tiny_pair.teacher, vocabulary))
+    (line,) = str(caught.value).splitlines()
+    assert f"helper.path={tiny_pair.teacher} lacks the item tokens, and vocabulary={vocabulary} says otherwise" in line
+    settle_vocabulary(with_teacher(tiny_pair, tiny_pair.teacher, "base"))
+
+
+def test_a_further_teacher_with_item_tokens_is_said_to_be_full(tiny_pair: "Pair") -> None:
+    with pytest.raises(ValueError, match=r"^set algorithm\.distill\.teachers\.helper\.vocabulary=full: ") as caught:
+        settle_vocabulary(with_teacher(tiny_pair, tiny_pair.student, "base"))
+    assert "knows the item tokens, and vocabulary=base says otherwise" in str(caught.value)
+    settle_vocabulary(with_teacher(tiny_pair, tiny_pair.student, "full"))
+
+
+def test_what_else_is_wrong_with_a_further_teacher_follows_the_advice(tiny_pair: "Pair", tmp_path: Path) -> None:
+    other_end = tmp_path / "other-end"
+    shutil.copytree(tiny_pair.teacher, other_end)
+    settings = other_end / "tokenizer_config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "eos_token": "!"}))
+    with pytest.raises(ValueError, match="vocabulary=base: ") as caught:
+        settle_vocabulary(with_teacher(tiny_pair, other_end, "full"))
+    first, *others = str(caught.value).splitlines()
+    assert first.startswith("set algorithm.distill.teachers.helper.vocabulary=base")
+    assert len(others) == 1 and others[0].startswith("- the student's end token is")
+    with pytest.raises(ValueError, match=r"teachers\.helper \(vocabulary=base\) does not fit: ") as caught:
+        settle_vocabulary(with_teacher(tiny_pair, other_end, "base"))
+    assert others[0] in str(caught.value)
+
+
+def test_a_further_teacher_that_does_not_fit_may_pass(tiny_pair: "Pair", caplog: pytest.LogCaptureFixture) -> None:
+    settle_vocabulary(with_teacher(tiny_pair, tiny_pair.teacher, "full", "trainer.vocab_check=warn"))
+    assert "set algorithm.distill.teachers.helper.vocabulary=base: " in caplog.text

@@ -1,11 +1,12 @@
-"""Whether this machine has room for all ranks, asked before Ray starts."""
+"""What this machine has for a run, asked before Ray starts."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from recipe.onpolicy_distill.main_onpolicy_distill import check_ranks
 from verl.trainer.config import PPOConfig, TrainerConfig
+from verl.trainer.machine import check_ranks, prepare_folder
 
 
 def check(ray_init: dict[str, Any], **trainer: Any) -> None:
@@ -38,3 +39,13 @@ def test_what_does_not_fit_is_asked_for_and_had(trainer: dict[str, int], message
 
 def test_a_cluster_says_itself_what_it_has() -> None:
     check({"address": "auto"}, nnodes=32, n_gpus_per_node=8, teacher_nnodes=8, teacher_n_gpus_per_node=8)
+
+
+def test_the_folder_of_a_run_is_made_and_held_to_be_writable(tmp_path: Path) -> None:
+    prepare_folder(str(tmp_path / "a" / "b"))
+    assert list((tmp_path / "a" / "b").iterdir()) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        ValueError, match=r"trainer\.default_local_dir=.*/file/run .* cannot be written: .*; name a folder"
+    ):
+        prepare_folder(str(tmp_path / "file" / "run"))

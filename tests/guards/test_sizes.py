@@ -1,0 +1,40 @@
+"""A module fits a reader's head: files of at most 400 lines, functions of fewer than 60."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[2]
+FOLDERS = ("verl", "recipe", "experiments", "benchmarks", "scripts", "tests")
+FILES = sorted(path for top in FOLDERS for path in (REPO / top).rglob("*.py"))
+MAX_LINES, MAX_FUNCTION_LINES = 400, 60
+
+
+def too_long(text: str) -> list[str]:
+    """What of a source is longer than it should be."""
+    lines = len(text.splitlines())
+    found = [f"{lines} lines; at most {MAX_LINES}"] if lines > MAX_LINES else []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = (node.end_lineno or node.lineno) - node.lineno + 1
+            if length >= MAX_FUNCTION_LINES:
+                found.append(f"{node.name} has {length} lines; fewer than {MAX_FUNCTION_LINES}")
+    return found
+
+
+def test_files_and_functions_are_short() -> None:
+    assert len(FILES) > 300, "the rule is held against too few files to mean anything"
+    wrong = {str(path.relative_to(REPO)): found for path in FILES if (found := too_long(path.read_text("utf-8")))}
+    assert not wrong
+
+
+@pytest.mark.parametrize(("lines", "expected"), [(400, []), (401, ["401 lines; at most 400"])])
+def test_what_counts_as_a_long_file(lines: int, expected: list[str]) -> None:
+    assert too_long("x = 1\n" * lines) == expected
+
+
+@pytest.mark.parametrize(("body", "expected"), [(58, []), (59, ["f has 60 lines; fewer than 60"])])
+@pytest.mark.parametrize("start", ["def f():\n", "async def f():\n"])
+def test_what_counts_as_a_long_function(start: str, body: int, expected: list[str]) -> None:
+    assert too_long(start + "    x = 1\n" * body) == expected

@@ -1,6 +1,6 @@
 """Figures of a batch: advantages, lengths, speed, and what distillation over an extended vocabulary does.
 
-In:  a `DataProto` after the advantage stage, or stage timings. Out: flat dicts of floats.
+In:  a `DataProto` after the update, or stage timings. Out: flat dicts of floats.
 Not here: figures of the optimizer (``actor/*`` comes from the workers), those of the guards (``distill/engine_gap*`` in
 ``guards``, ``distill/teacher_canary`` in ``teacher_canary``), and where figures are logged.
 

@@ -64,12 +64,12 @@ class RayOnPolicyDistillTrainer(RayPPOTrainer):
 
     @property
     def uses_reference(self) -> bool:
-        """Whether teachers are asked before the update: unless they are heard in it, and no part of the task asks."""
+        """Whether teachers are asked before the update: not where it runs them, unless a KL term needs them earlier."""
         return not self.hears_teachers or super().uses_reference
 
     @property
     def hears_teachers(self) -> bool:
-        """Whether the update runs the teachers itself, and so has their scores in the same pass."""
+        """Whether the update runs the teachers itself, and so has their scores from the same pass."""
         return self.config.algorithm.distill.asks_whole and not self.lends_states
 
     @property

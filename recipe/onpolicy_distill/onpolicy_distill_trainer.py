@@ -65,8 +65,13 @@ class RayOnPolicyDistillTrainer(RayPPOTrainer):
 
     @property
     def uses_reference(self) -> bool:
-        """The teacher is what this trainer learns from."""
-        return True
+        """Whether teachers are asked before the update: not where it runs them, unless a KL term needs them earlier."""
+        return not self.hears_teachers or super().uses_reference
+
+    @property
+    def hears_teachers(self) -> bool:
+        """Whether the update runs the teachers itself, and so has their scores from the same pass."""
+        return self.config.algorithm.distill.asks_whole and not self.lends_states
 
     @property
     def roles(self) -> list[str]:
@@ -131,16 +136,23 @@ class RayOnPolicyDistillTrainer(RayPPOTrainer):
             return self.role_groups[role].teach(batch)
         return self.role_groups[role].compute_ref_log_prob(batch)
 
-    def update_actor(self, batch: DataProto) -> Metrics:
-        """As the base class; what teachers lent for it is given back, in place."""
-        metrics = super().update_actor(batch)
+    def update_actor(self, batch: DataProto) -> DataProto:
+        """As the base class: ``ref_log_prob`` (B, R) of teachers that were not asked before, at trained positions. What
+        teachers lent for it is given back, in place.
+        """
+        updated = super().update_actor(batch)
         batch.non_tensor_batch.pop("teacher_states", None)
-        return metrics
+        return updated
 
     @property
     def uses_reward(self) -> bool:
         """Whether there is a task reward beside distillation; else a reward function serves validation alone."""
         return self.config.algorithm.adv_estimator != ON_POLICY_DISTILL
+
+    @property
+    def uses_advantage(self) -> bool:
+        """An exact objective follows none, unless there is a task reward beside it, whose the advantage then is."""
+        return self.config.algorithm.distill.has_policy_loss
 
     def advantage(self, batch: DataProto) -> DataProto:
         """As in the base class; beside a task reward the sums of both parts, unless distillation is in the loss."""

@@ -95,6 +95,21 @@ def test_the_drawn_token_stands_for_the_divergence(support, who) -> None:
     assert outside.any() == (support == "full") and not case.loss(teacher, options)[1].sampled.any()
 
 
+@pytest.mark.parametrize("kind", DIVERGENCES)
+@pytest.mark.parametrize("support", ["shared", "full"])
+@pytest.mark.parametrize("who", ["base", "frozen", "stitched"])
+def test_the_teacher_is_heard_over_all_ids_that_it_knows(kind, support, who) -> None:
+    """Whatever is compared: neither the support nor the divergence changes what it says of the drawn token."""
+    case, options = Case(), DivergenceOptions(kind, support=support, missing_log_prob=-20)
+    teacher, labels = getattr(case, who)(), torch.arange(N) + K - N  # 4 to 16: of both kinds
+    log_q = teacher(slice(None))
+    log_q = torch.nn.functional.pad(log_q, (0, K - log_q.shape[1]), value=-20.0)
+    stats = case.loss(teacher, options, labels=labels)[1]
+    torch.testing.assert_close(stats.teacher_log_prob, log_q.gather(1, labels[:, None])[:, 0], rtol=1e-12, atol=0)
+    assert (stats.teacher_log_prob == -20).sum() == (K - E if who == "base" else 0)
+    assert not case.loss(teacher, options)[1].teacher_log_prob.any()
+
+
 def test_two_ids_by_hand() -> None:
     # Student 1/4 and 3/4, teacher 1/2 and 1/2: KL(p | q) = 1/4 ln(1/2) + 3/4 ln(3/2).
     hidden = torch.tensor([[1.0]], requires_grad=True)

@@ -12,6 +12,7 @@ from exact_cases import (
     dense_teachers,
     expected_loss,
     mixed_batch,
+    scored,
     teachers_of,
     workers,
 )
@@ -197,14 +198,12 @@ def test_a_teacher_elsewhere_is_an_error(student_model, student_ids, extend_star
         student.update_actor(mixed_batch(student_ids, extend_start, 1))
 
 
-def save_gradient(config: ActorRolloutRefConfig, distill: DistillConfig, batch: DataProto, out: Path) -> None:
-    """On each rank: train on its share of the rows, and write what rank 0 has."""
+def save_gradient(config: ActorRolloutRefConfig, distill: DistillConfig, batch: DataProto, folder: Path) -> None:
+    """On each rank: train on its share of the rows, and write the gradient and what the teachers said."""
     student = workers(config, distill)
     share = batch.chunk(student.world_size)[student.rank]
-    student.update_actor(share)
-    gradient = first_gradient(student)
-    if student.rank == 0:
-        torch.save(gradient, out)
+    said = student.update_actor(share).tensor("ref_log_prob")
+    torch.save((first_gradient(student), said), folder / f"seen_{student.rank}.pt")
 
 
 def test_two_ranks_give_the_gradient_of_one(
@@ -216,7 +215,11 @@ def test_two_ranks_give_the_gradient_of_one(
     batch = mixed_batch(student_ids, extend_start, 2)
     batch = batch.select_idxs(batch.tensor("teacher").argsort(stable=True))
     config = worker_config(student_model, teacher_model, extend_start=extend_start)
-    run_ranks(2, save_gradient, config, distill, batch, tmp_path / "gradient.pt")
+    run_ranks(2, save_gradient, config, distill, batch, tmp_path)
+    (gradient, first), (_, second) = (torch.load(tmp_path / f"seen_{rank}.pt") for rank in range(2))
     models = load_plain(student_model), load_plain(teacher_model), load_plain(frozen_model)
     loss = expected_loss(models, batch, distill, student_ids, extend_start)
-    assert_same_gradient(torch.load(tmp_path / "gradient.pt"), plain_gradient(models[0], loss))
+    assert_same_gradient(gradient, plain_gradient(models[0], loss))
+    asked = scored(workers(config, distill).peers, distill, batch).tensor("ref_log_prob")
+    asked = asked * batch.tensor("response_mask")
+    torch.testing.assert_close(torch.cat([first, second]), asked, rtol=0, atol=1e-5)

@@ -124,8 +124,12 @@ def test_a_broken_teacher_or_student_trains_nothing(
     assert isinstance(teacher, TeacherWorker)
     batch = with_loss_inputs(rollouts([*draw_rows(STEP_ROWS - 1, student_ids), ANSWER], extend_start))
 
+    said = []
+
     def update() -> tuple[float, float]:
-        metrics = student.update_actor(batch).meta_info["metrics"]
+        updated = student.update_actor(batch)
+        said.append(updated.tensor("ref_log_prob")[batch.tensor("response_mask").bool()])
+        metrics = updated.meta_info["metrics"]
         return metrics["actor/updates"], metrics["actor/skipped_updates"]
 
     assert update() == (1, 0)
@@ -139,6 +143,8 @@ def test_a_broken_teacher_or_student_trains_nothing(
     weight = named_weights(student._state.module)["model.norm.weight"]
     poison(weight, torch.full_like(whole(weight), float("inf")))
     assert [update(), update()] == [(0, 1), (0, 1)]
+    assert said[1].isnan().all(), "what a broken teacher says is seen"
+    assert all(torch.equal(values, said[0]) for values in (*said[2:3], *said[3:])), "whatever became of the update"
 
 
 @torch.no_grad()

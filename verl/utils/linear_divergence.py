@@ -94,6 +94,9 @@ class DivergenceStats(NamedTuple):
     sampled: torch.Tensor
     """(N,) log p(y) - log q(y) of the drawn token y, over S: what stands for D where tokens are drawn from p; 0 for a
     token outside S, and without labels."""
+    teacher_log_prob: torch.Tensor
+    """(N,) log q(y) of the drawn token, over all ids that the teacher knows; ``missing_log_prob`` where it lacks y, 0
+    without labels. Of a teacher that names its likeliest ids, as far as these tell it."""
 
 
 def linear_divergence(
@@ -118,7 +121,7 @@ def linear_divergence(
         options: what is minimised.
         vocab_size: K; None: all rows.
         extend_start: first id of E; None: no E.
-        labels: (N,) int64, the tokens that were drawn, for a figure alone.
+        labels: (N,) int64, the tokens that were drawn, for figures alone.
         chunk_bytes: memory for the buffers of a chunk; changes memory and speed, not the result.
 
     Raises:
@@ -213,12 +216,19 @@ def _chunk(
     log_p = logits[:, :support].sub_((base if support == start else whole)[:, None])
     if isinstance(teacher, TopLogProbs):
         teacher = teacher.completed(log_p, options.missing_log_prob)
+    said = torch.zeros_like(base) if labels is None else _drawn(teacher, labels, options.missing_log_prob)
     log_q = _on_support(teacher, support, options)
     sampled = torch.zeros_like(base) if labels is None else _sampled(log_p, log_q, labels)
     divergence, of_divergence = _divergence(log_p, log_p.exp(), log_q, options)
     grad[:, :support].add_(of_divergence)
     mass = (extended - whole).exp()
-    return DivergenceStats(divergence, leak, mass, sampled), grad
+    return DivergenceStats(divergence, leak, mass, sampled, said), grad
+
+
+def _drawn(teacher: torch.Tensor, labels: torch.Tensor, missing: float) -> torch.Tensor:
+    """(C,) log q of the drawn tokens (C, 1), from the teacher's (C, T); ``missing`` for one that it lacks."""
+    known = labels < teacher.shape[1]
+    return torch.where(known, teacher.gather(1, labels.where(known, 0)), missing).squeeze(1)
 
 
 def _sampled(log_p: torch.Tensor, log_q: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -109,10 +109,18 @@ class StudentWorker(Worker):
 
     @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO, padding=False, reads=UPDATE_KEYS)
     def update_actor(self, data: DataProto) -> DataProto:
-        """Train on a batch; the metrics stand in ``meta_info["metrics"]``, the same on every rank."""
+        """Train on a batch; the metrics stand in ``meta_info["metrics"]``, the same on every rank.
+
+        With them ``ref_log_prob`` (B, R) where it is not in the batch and an exact objective's teachers are heard here:
+        at trained positions, 0 elsewhere.
+        """
         with self._on_device(optimizer=True), ExitStack() as stack:
-            metrics = self.actor.update_policy(data, [self._teacher(role, stack) for role in self._teacher_roles()])
-        return DataProto(meta_info={"metrics": metrics | max_memory_metrics(self._ranks.device.type)})
+            teachers, said = [self._teacher(role, stack) for role in self._teacher_roles()], None
+            if teachers and "ref_log_prob" not in data.batch:
+                said = torch.zeros(data.tensor("responses").shape, device=self._ranks.device)
+            metrics = self.actor.update_policy(data, teachers, said)
+        metrics |= max_memory_metrics(self._ranks.device.type)
+        return DataProto.from_dict({} if said is None else {"ref_log_prob": said.cpu()}, None, {"metrics": metrics})
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def borrow_heads(self, handles: Mapping[str, Sequence[Any]]) -> None:

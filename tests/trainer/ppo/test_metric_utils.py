@@ -82,6 +82,17 @@ def test_distillation_figures_overall() -> None:
     }
 
 
+@pytest.mark.parametrize("objective", ["exact", "forward_kl", "topk"])
+def test_where_no_advantage_is_followed_none_is_described(objective: str) -> None:
+    config = AlgoConfig(distill_adv_min_clip=-30.0, distill=DistillConfig(objective))
+    metrics, all_of_them = (
+        compute_on_policy_distill_data_metrics(batch_of_three(), given) for given in (config, CLIPS)
+    )
+    names = ("extend_adv_share", "adv_clipfrac_low", "adv_clipfrac_high")
+    assert metrics == {name: value for name, value in all_of_them.items() if not name.endswith(names)}
+    assert len(metrics) == len(all_of_them) - 9, "overall and of two sources"
+
+
 def test_distillation_figures_per_source() -> None:
     metrics = compute_on_policy_distill_data_metrics(batch_of_three(), CLIPS)
     assert metrics["distill/math/reverse_kl"] == pytest.approx(-0.375)  # -1.5 / 4

@@ -9,7 +9,7 @@ import torch
 
 from recipe.onpolicy_distill.onpolicy_distill_trainer import RayOnPolicyDistillTrainer
 from verl.protocol import DataProto
-from verl.trainer.config import AlgoConfig, PPOConfig
+from verl.trainer.config import AlgoConfig, PPOConfig, TrainerConfig
 from verl.trainer.ppo.advantage import compute_advantage
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer
 from verl.workers.config import DistillConfig, TeacherConfig
@@ -95,6 +95,36 @@ def test_an_exact_objective_stays_out_of_the_advantage() -> None:
     """Its divergence is a term of the loss."""
     weighed = trainer_of(algorithm(objective="exact")).advantage(batch_of([0.0, 1.0, 3.0, 1.0])).tensor("advantages")
     close(weighed[0], torch.tensor([-0.5, -0.5, 0.0]))
+
+
+PURE = {"estimator": "on_policy_distill", "coef": None}
+
+
+@pytest.mark.parametrize(
+    ("settings", "asks", "weighs"),
+    [
+        ({**PURE, "weight": 1.0}, True, True),
+        ({**PURE, "objective": "topk"}, True, False),
+        ({**PURE, "objective": "exact"}, False, False),
+        ({**PURE, "objective": "jsd"}, False, False),
+        ({"objective": "exact"}, False, True),
+        ({"objective": "topk"}, True, True),
+    ],
+)
+def test_which_stages_a_step_has(settings: dict[str, Any], asks: bool, weighs: bool) -> None:
+    """Teachers beside the student are asked before the update where it does not run them, or the task's part asks."""
+    trainer = trainer_of(algorithm(**settings))
+    assert (trainer.uses_reference, trainer.uses_advantage) == (asks, weighs)
+    trainer.config.trainer = TrainerConfig(teacher_nnodes=1, teacher_n_gpus_per_node=1)
+    assert (trainer.uses_reference, trainer.uses_advantage) == (True, weighs)
+
+
+@pytest.mark.parametrize("key", ["use_kl_in_reward", "use_kl_loss"])
+def test_a_kl_term_of_the_task_asks_before_the_update(key: str) -> None:
+    trainer = trainer_of(algorithm(objective="exact"))
+    part = trainer.config.algorithm if key == "use_kl_in_reward" else trainer.config.actor_rollout_ref.actor
+    setattr(part, key, True)
+    assert trainer.uses_reference
 
 
 def test_a_reward_is_asked_for_only_beside_distillation(tmp_path: Path) -> None:

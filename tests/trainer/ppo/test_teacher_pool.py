@@ -118,6 +118,7 @@ class Teacher(TeacherWorker):
 
 class Update(NamedTuple):
     metrics: dict[str, float]
+    said: torch.Tensor
     gradient: dict[str, torch.Tensor]
 
 
@@ -126,7 +127,7 @@ def update(trainer: TrainerConfig, config: ActorRolloutRefConfig, distill: Disti
     driver: Any = object.__new__(RayOnPolicyDistillTrainer)
     driver.config, driver.device_name = PPOConfig(), "cpu"
     driver.config.actor_rollout_ref, driver.config.trainer, driver.config.algorithm.distill = config, trainer, distill
-    batch.meta_info["validate"] = False
+    batch.meta_info["validate"], driver.stage_metrics = False, {}
     pools, groups = plan_pools(trainer, driver.roles, use_gpu=False), WorkerGroups()
     try:
         pools.create_resource_pool()
@@ -137,7 +138,8 @@ def update(trainer: TrainerConfig, config: ActorRolloutRefConfig, distill: Disti
             driver.role_groups[role].init_model()
         driver.borrow_heads()
         held = driver.role_groups["ref"].num_references()
-        batch = batch.union(driver.ref_log_prob(batch))
+        assert driver.uses_reference == driver.lends_states, "teachers beside the student are heard in the update"
+        batch = batch.union(driver.ref_log_prob(batch)) if driver.uses_reference else batch
         assert (LENT_STATES in batch.non_tensor_batch) == driver.lends_states
         if driver.lends_states:
             lent = [handle for handle in batch.array(LENT_STATES) if handle is not None]
@@ -147,12 +149,12 @@ def update(trainer: TrainerConfig, config: ActorRolloutRefConfig, distill: Disti
         largest = max(value.nbytes for value in batch.batch.values())
         assert largest <= batch.tensor("input_ids").nbytes, "what the driver holds does not grow with the hidden size"
         batch.reorder(torch.arange(len(batch)).flip(0))
-        metrics = driver.update_actor(batch)
+        batch = batch.union(driver.update_actor(batch))
         deadline = time.monotonic() + 20
         while driver.role_groups["ref"].num_references() != held and time.monotonic() < deadline:
             time.sleep(0.1)
         assert driver.role_groups["ref"].num_references() == held, "what was lent is still there"
-        return Update(metrics, driver.actor_wg.gradient()[0])
+        return Update(driver.stage_metrics, batch.tensor("ref_log_prob"), driver.actor_wg.gradient()[0])
     finally:
         groups.shutdown()
         pools.shutdown()
@@ -173,6 +175,8 @@ def test_a_student_learns_from_a_teacher_of_its_own_ranks_what_it_learns_from_on
     for name in ("actor/distill_loss", "actor/distill_divergence", "actor/leak_loss", "actor/grad_norm"):
         assert apart.metrics[name] == pytest.approx(beside.metrics[name], rel=1e-5), name
     assert_same_gradient(apart.gradient, beside.gradient)
+    torch.testing.assert_close(apart.said, beside.said, rtol=0, atol=1e-5)
+    assert (beside.said != 0).equal(batch.tensor("response_mask").flip(0).bool())
 
 
 def test_each_pool_has_gpus_of_its_own_and_replicas_those_of_the_student() -> None:

@@ -33,7 +33,7 @@ def trainer_of(teachers: dict[str, TeacherConfig]) -> Any:
     config = PPOConfig()
     config.algorithm.distill.teachers = teachers
     trainer: Any = object.__new__(RayOnPolicyDistillTrainer)
-    trainer.config, trainer.global_steps = config, 3
+    trainer.config, trainer.global_steps, trainer.stage_metrics = config, 3, {}
     return trainer
 
 
@@ -120,7 +120,7 @@ def test_teachers_apart_are_asked_ahead_of_the_update_alone() -> None:
         return DataProto(meta_info={"metrics": {"actor/distill_loss": [1.0]}})
 
     trainer.actor_wg = SimpleNamespace(update_actor=update_actor)
-    assert trainer.update_actor(batch) == {"actor/distill_loss": 1.0}
+    assert len(trainer.update_actor(batch)) == 0 and trainer.stage_metrics == {"actor/distill_loss": 1.0}
     assert "teacher_states" in seen[0].non_tensor_batch and "teacher_states" not in batch.non_tensor_batch
     validation = trainer.prepare(rows, n=1, validate=True).union(responses)
     assert "teacher_states" not in trainer.ref_log_prob(validation).non_tensor_batch

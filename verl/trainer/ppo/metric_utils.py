@@ -1,6 +1,6 @@
 """Figures of a batch: advantages, lengths, speed, and what distillation over an extended vocabulary does.
 
-In:  a `DataProto` after the advantage stage, or stage timings. Out: flat dicts of floats.
+In:  a `DataProto` after the update, or stage timings. Out: flat dicts of floats.
 Not here: figures of the optimizer (``actor/*`` comes from the workers), those of the guards (``distill/engine_gap*`` in
 ``guards``, ``distill/teacher_canary`` in ``teacher_canary``), and where figures are logged.
 
@@ -194,21 +194,26 @@ def _reverse_kl(batch: DataProto) -> Metrics:
     return _mean("reverse_kl", _gap(batch)[known_token_mask(batch)])
 
 
-def _extended_token_metrics(batch: DataProto, low: float | None, high: float | None) -> Metrics:
-    """What distillation does at trained tokens of E: their share of its |advantage|, and the reverse KL there, over
-    rows whose teacher knows them (elsewhere its log-prob is a stand-in).
-    """
+def _trained_extended(batch: DataProto) -> torch.Tensor:
+    """(B, R) bool: trained tokens of E."""
+    return batch.tensor("response_mask").bool() & batch.tensor("distill_special_token_mask").bool()
+
+
+def _extended_reverse_kl(batch: DataProto) -> Metrics:
+    """The reverse KL at tokens of E, over rows whose teacher knows them (elsewhere its log-prob is a stand-in)."""
+    if TEACHER_READS_EXTENDED not in batch.non_tensor_batch:
+        return {}
+    known = torch.from_numpy(batch.array(TEACHER_READS_EXTENDED).astype(bool))
+    return _mean("extend_reverse_kl", _gap(batch)[_trained_extended(batch) & known[:, None]])
+
+
+def _extended_share(batch: DataProto, low: float | None, high: float | None) -> Metrics:
+    """Share of distillation's |advantage| that lies on tokens of E."""
     trained = batch.tensor("response_mask").bool()
-    extended = trained & batch.tensor("distill_special_token_mask").bool()
     strength = _gap(batch).neg().clamp(min=low, max=high) if (low, high) != (None, None) else _gap(batch)
     strength = torch.where(trained, strength.abs(), 0.0).double()
-    metrics: Metrics = {}
-    if total := strength.sum().item():
-        metrics["extend_adv_share"] = strength[extended].sum().item() / total
-    if TEACHER_READS_EXTENDED in batch.non_tensor_batch:
-        known = torch.from_numpy(batch.array(TEACHER_READS_EXTENDED).astype(bool))
-        metrics |= _mean("extend_reverse_kl", _gap(batch)[extended & known[:, None]])
-    return metrics
+    total = strength.sum().item()
+    return {"extend_adv_share": strength[_trained_extended(batch)].sum().item() / total} if total else {}
 
 
 def _extension_metrics(batch: DataProto) -> Metrics:
@@ -257,16 +262,21 @@ def compute_on_policy_distill_data_metrics(batch: DataProto, config: "AlgoConfig
     - ``num_sequences``, ``trained_tokens``, ``trained_token_ratio`` (of response tokens), ``masked_seq_ratio``
       (sequences that train nothing), ``entropy`` (nats, trained tokens).
 
+    Without ``extend_adv_share`` and ``adv_clipfrac_*`` where the objective follows no advantage.
+
     Args:
         batch: with ``old_log_probs``, ``ref_log_prob``, ``response_mask``, ``distill_special_token_mask``,
             ``attention_mask``, ``responses``; ``extend_mass`` and ``entropys`` where they were computed.
-        config: gives the bounds of the advantage; None: no bounds.
+        config: gives the objective, the bounds of the advantage and the teachers; None: drawn tokens, no bounds.
     """
+    follows_advantage = config is None or not config.distill.is_exact
     low, high = (None, None) if config is None else (config.distill_adv_min_clip, config.distill_adv_max_clip)
 
     def measure(rows: DataProto) -> Metrics:
-        metrics = _reverse_kl(rows) | _extended_token_metrics(rows, low, high) | _extension_metrics(rows)
-        return metrics | _clip_metrics(rows, low, high) | _coverage_metrics(rows)
+        metrics = _reverse_kl(rows) | _extended_reverse_kl(rows) | _extension_metrics(rows) | _coverage_metrics(rows)
+        if follows_advantage:
+            metrics |= _extended_share(rows, low, high) | _clip_metrics(rows, low, high)
+        return metrics
 
     roles = [] if config is None else config.distill.roles
     by_teacher = _by_teacher("distill", batch, roles, measure) if roles else {}

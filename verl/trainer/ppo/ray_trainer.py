@@ -118,7 +118,7 @@ class RayPPOTrainer:
 
     @property
     def uses_reference(self) -> bool:
-        """Whether reference log-probs are needed."""
+        """Whether reference log-probs are asked for before the update."""
         return self.config.algorithm.use_kl_in_reward or self.config.actor_rollout_ref.actor.use_kl_loss
 
     @property
@@ -135,6 +135,11 @@ class RayPPOTrainer:
         """Whether advantages are made from task rewards."""
         return True
 
+    @property
+    def uses_advantage(self) -> bool:
+        """Whether the update follows an advantage."""
+        return True
+
     def reward(self, batch: DataProto) -> DataProto:
         """``token_level_scores`` (B, R): the task reward at each answer's last token."""
         assert self.reward_fn is not None, "checked at construction"
@@ -143,13 +148,8 @@ class RayPPOTrainer:
         return DataProto.from_dict({"token_level_scores": scores})
 
     def advantage(self, batch: DataProto) -> DataProto:
-        """``advantages`` and ``returns`` (B, R).
-
-        With them ``token_level_rewards`` where they come from rewards, and ``rollout_is_weights`` where the sampler is
-        corrected for.
-        """
-        algorithm = self.config.algorithm
-        rewarded = batch
+        """``advantages``, ``returns`` (B, R); where used ``token_level_rewards`` and ``rollout_is_weights`` too."""
+        algorithm, rewarded = self.config.algorithm, batch
         if self.uses_reward and algorithm.use_kl_in_reward:
             rewarded, metrics = apply_kl_penalty(batch, self.kl_controller, algorithm.kl_penalty)
             self.stage_metrics |= metrics
@@ -162,10 +162,9 @@ class RayPPOTrainer:
             norm_adv_by_std_in_grpo=algorithm.norm_adv_by_std_in_grpo,
             config=algorithm,
         )
-        advantages = new_keys(weighed, batch)
         if algorithm.rollout_correction.rollout_is is None:
-            return advantages
-        return advantages.union(compute_rollout_is_weights(batch, algorithm.rollout_correction))
+            return new_keys(weighed, batch)
+        return new_keys(weighed, batch).union(compute_rollout_is_weights(batch, algorithm.rollout_correction))
 
     def step_metrics(self, batch: DataProto) -> Metrics:
         """Figures of one step's batch."""
@@ -217,9 +216,11 @@ class RayPPOTrainer:
         """``ref_log_prob`` (B, R) of the reference."""
         return self.role_groups["ref"].compute_ref_log_prob(batch) if self.uses_reference else DataProto()
 
-    def update_actor(self, batch: DataProto) -> Metrics:
-        """One pass of optimizer steps over the batch; its figures."""
-        return reduce_metrics(self.actor_wg.update_actor(batch).meta_info["metrics"])
+    def update_actor(self, batch: DataProto) -> DataProto:
+        """One pass of optimizer steps over the batch; what teachers said of it in passing."""
+        updated = self.actor_wg.update_actor(batch)
+        self.stage_metrics |= reduce_metrics(updated.meta_info.pop("metrics"))
+        return updated
 
     def sync_weights(self) -> None:
         """Send the student's weights to the engines, which then sample from them."""
@@ -272,13 +273,12 @@ class RayPPOTrainer:
             batch = self.balance(batch)
             batch = stage("old_log_prob", self.old_log_prob, batch)
             batch = stage("ref", self.ref_log_prob, batch) if self.uses_reference else batch
-            batch = stage("adv", self.advantage, batch)
-            with marked_timer("update_actor", timing):
-                metrics = self.update_actor(batch)
+            batch = stage("adv", self.advantage, batch) if self.uses_advantage else batch
+            batch = stage("update_actor", self.update_actor, batch)
             with marked_timer("update_weights", timing):
                 self.sync_weights()
         self.dump(self.config.trainer.rollout_data_dir, batch)
-        metrics |= self.stage_metrics | self.step_metrics(batch)
+        metrics = self.stage_metrics | self.step_metrics(batch)
         metrics |= self.engine_gap.watch(metrics, self.global_steps)
         metrics |= compute_timing_metrics(batch, timing)
         metrics |= compute_throughout_metrics(batch, timing, self.pools.get_n_gpus())

@@ -33,10 +33,13 @@ from verl.workers.fsdp.optimizer import LearningRateSchedule, clipped_step
 from verl.workers.fsdp.shard import reshard
 from verl.workers.fsdp.token_stats_model import Head, ScoreOptions, TokenStatsModel
 
-LOSS_KEYS = ("responses", "response_mask", "old_log_probs", "advantages")
+LOSS_KEYS = ("responses", "response_mask", "input_ids", "attention_mask")
+"""What every update reads of a batch."""
+POLICY_KEYS = ("old_log_probs", "advantages")
+"""What a policy loss reads besides; a divergence alone follows no advantage."""
 SCORED_KEYS = ("responses", "input_ids", "attention_mask", "distill_special_token_mask")
 """What scoring reads of a batch, where it is there; the rest need not travel."""
-UPDATE_KEYS = tuple(dict.fromkeys((*LOSS_KEYS, "input_ids", "attention_mask", *LOSS_TENSORS, *ROW_KEYS)))
+UPDATE_KEYS = (*LOSS_KEYS, *LOSS_TENSORS, *ROW_KEYS)
 """What an update reads, where it is there."""
 COUNTS = ("actor/updates", "actor/skipped_updates")
 """Optimizer steps that were taken, and those that were not because loss or gradient was not finite."""
@@ -183,18 +186,24 @@ class DataParallelPPOActor:
 
     # ------------------------------------------------------------------ training
 
-    def update_policy(self, data: DataProto, teachers: Sequence[tuple[Teacher, float]] = ()) -> dict[str, float]:
+    def update_policy(
+        self,
+        data: DataProto,
+        teachers: Sequence[tuple[Teacher, float]] = (),
+        said: torch.Tensor | None = None,
+    ) -> dict[str, float]:
         """Train on a batch: ``ppo_epochs`` passes, an optimizer step for every ``mini_batch_rows`` rows.
 
         A mini-batch without a trained token, or with a loss or gradient that is not finite, changes nothing; it still
         counts as a step of the learning-rate schedule.
 
         Args:
-            data: rows with the keys of ``LOSS_KEYS``, ``input_ids`` and ``attention_mask``, with ``ref_log_prob``
-                where the KL term is on, and with ``rollout_is_weights`` (B, R) where token losses are weighted;
-                ``meta_info["temperature"]``.
+            data: rows with the keys of ``LOSS_KEYS``, with those of ``POLICY_KEYS`` unless the loss is a divergence
+                alone, with ``ref_log_prob`` where the KL term is on, and with ``rollout_is_weights`` (B, R) where token
+                losses are weighted; ``meta_info["temperature"]``.
             teachers: of an exact objective, and the weight of each one's rows; ``data["teacher"]`` says which of them
                 a row belongs to.
+            said: (B, R) zeros, filled with what these teachers say of the drawn tokens, at trained positions.
 
         Returns:
             metrics, the same on every rank: means over the optimizer steps, each over the whole mini-batch of all
@@ -214,14 +223,17 @@ class DataParallelPPOActor:
         self.actor_module.train()
         for _ in range(config.ppo_epochs):
             for start in range(0, len(data), rows):
-                steps.append(self._update_mini_batch(data.slice(start, start + rows), config, teachers))
+                mini, room = data.slice(start, start + rows), None if said is None else said[start : start + rows]
+                steps.append(self._update_mini_batch(mini, config, teachers, room))
         reshard(self.actor_module)
         exact = self.distill is not None and self.distill.is_exact
         drift = {} if self.extended_rows is None else self.extended_rows.drift()
         return _summarise(steps, "actor/distill_loss" if exact else "actor/pg_loss") | drift
 
     def _check_batch(self, data: DataProto, config: FSDPActorConfig) -> None:
-        data.require(*LOSS_KEYS, "input_ids", "attention_mask", *(("ref_log_prob",) if config.use_kl_loss else ()))
+        has_policy_loss = self.distill is None or self.distill.has_policy_loss
+        needed = (*LOSS_KEYS, *(POLICY_KEYS if has_policy_loss else ()))
+        data.require(*needed, *(("ref_log_prob",) if config.use_kl_loss else ()))
         if self.mini_batch_rows is not None and len(data) % self.mini_batch_rows:
             raise ValueError(
                 f"{len(data)} rows on this rank do not divide into mini-batches of {self.mini_batch_rows}; "
@@ -231,12 +243,16 @@ class DataParallelPPOActor:
             raise ValueError("response_mask is 1 at padding, where attention_mask is 0; there is no token to train on")
 
     def _update_mini_batch(
-        self, mini: DataProto, config: FSDPActorConfig, teachers: Sequence[tuple[Teacher, float]]
+        self,
+        mini: DataProto,
+        config: FSDPActorConfig,
+        teachers: Sequence[tuple[Teacher, float]],
+        said: torch.Tensor | None,
     ) -> dict[str, float]:
         """One optimizer step over this rank's rows of a mini-batch."""
         assert self.actor_optimizer is not None and self.lr_schedule is not None, "checked by update_policy"
         metrics = {"actor/lr": self.lr_schedule.rate} | dict.fromkeys(COUNTS, 0.0)
-        mini_loss = self._loss_of(mini, config, teachers)
+        mini_loss = self._loss_of(mini, config, teachers, said)
         if not mini_loss.is_empty:
             metrics |= self._accumulate_gradient(mini, mini_loss, config)
             step = clipped_step(
@@ -247,12 +263,16 @@ class DataParallelPPOActor:
         return metrics
 
     def _loss_of(
-        self, mini: DataProto, config: FSDPActorConfig, teachers: Sequence[tuple[Teacher, float]]
+        self,
+        mini: DataProto,
+        config: FSDPActorConfig,
+        teachers: Sequence[tuple[Teacher, float]],
+        said: torch.Tensor | None,
     ) -> MiniBatchLoss | ExactDistillLoss | TaskAndDistillLoss:
         if self.distill is None or not self.distill.is_exact:
             return MiniBatchLoss(mini, config, self.device, self.dp_size, self.vocab_size)
         vocabulary = Vocabulary(self.vocab_size, self.extend_start)
-        exact = ExactDistillLoss(mini, config, self.distill, teachers, vocabulary, self.device, self.dp_size)
+        exact = ExactDistillLoss(mini, config, self.distill, teachers, vocabulary, self.device, self.dp_size, said)
         if not self.distill.coef:
             return exact
         task = MiniBatchLoss(mini, config, self.device, self.dp_size, self.vocab_size)

@@ -8,7 +8,8 @@ of the whole mini-batch.
 
 Every row has one teacher. A teacher of this process reads its own rows alone, in the same micro-batch as the student,
 so neither its logits nor its hidden states are kept or sent; others have read them before (``teachers``). A teacher
-that knows all ids judges over all of them, without leak term.
+that knows all ids judges over all of them, without leak term. What the teachers say of the drawn tokens falls out of
+the same pass.
 
 Not here: the divergences (``utils.linear_divergence``), forward and backward passes.
 
@@ -61,6 +62,8 @@ class ExactDistillLoss:
         vocabulary: the student's.
         device: where the models compute.
         dp_size: ranks whose gradients are averaged.
+        said: (M, R) room for the teachers' log-probs of the drawn tokens, each over all ids that its teacher knows;
+            filled at trained positions, micro-batch by micro-batch.
     """
 
     def __init__(
@@ -72,7 +75,9 @@ class ExactDistillLoss:
         vocabulary: Vocabulary,
         device: torch.device,
         dp_size: int,
+        said: torch.Tensor | None = None,
     ) -> None:
+        self._said = said
         self.trained = mini.tensor("response_mask").bool()
         """(M, R) positions that are scored and trained, on the CPU."""
         self._mini, self._distill, self._vocabulary, self._device = mini, distill, vocabulary, device
@@ -132,13 +137,16 @@ class ExactDistillLoss:
     def __call__(
         self, micro: MicroBatch, result: tuple[torch.Tensor, DivergenceStats]
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Loss of a micro-batch and its metrics, 0-dim, both shares of the mini-batch's times ``dp_size``.
+        """Loss of a micro-batch and its metrics, 0-dim, both shares of the mini-batch's times ``dp_size``; fills in
+        what teachers said of its tokens.
 
         ``distill/sampled_gap``: what the drawn tokens say of the reverse KL, mean of log p - log q over trained tokens
         inside the support, less the mean of the exact one at the same positions and over the same support; nats. Its
         mean over tokens drawn from the student is 0, so it is the noise of the ``sampled`` objective's estimate.
         """
         loss, stats = result
+        if self._said is not None:
+            self._said[micro.rows, micro.columns] = stats.teacher_log_prob.to(self._said.dtype)
         share = self._token_share[micro.rows, micro.columns].to(stats.divergence.device)
         metrics = {
             "actor/distill_loss": loss.detach(),

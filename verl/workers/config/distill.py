@@ -180,6 +180,11 @@ class DistillConfig:
         return self.objective != SAMPLED
 
     @property
+    def has_policy_loss(self) -> bool:
+        """Whether the update follows an advantage; a divergence without a task reward beside it does not."""
+        return not self.is_exact or bool(self.coef)
+
+    @property
     def asked_topk(self) -> int | None:
         """Likeliest ids that teachers are asked for before the update; None: none."""
         return self.topk if self.objective == TOPK else None

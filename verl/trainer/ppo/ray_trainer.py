@@ -44,6 +44,7 @@ from verl.trainer.ppo.metric_utils import (
 from verl.trainer.ppo.prompt_stream import PromptStream
 from verl.trainer.ppo.resume_check import require_resumable, run_facts
 from verl.trainer.ppo.reward import RewardFn, compute_rewards, require_reward_fn
+from verl.trainer.ppo.run_position import RunPosition
 from verl.trainer.ppo.stages import balance_rows, new_keys, run_stage
 from verl.trainer.ppo.stop_request import StopRequest
 from verl.trainer.ppo.teacher_canary import TeacherCanary
@@ -113,6 +114,7 @@ class RayPPOTrainer:
         self.saver = CheckpointSaver(config, facts, self.best)
         self.skipped_updates, self.engine_gap = SkippedUpdates(config, self.saver), EngineGap(config)
         self.canary = TeacherCanary(config, len(tokenizer), self.saver)
+        self.position = RunPosition(config.trainer, self.prompts, self.kl_controller, self.canary)
 
     # ------------------------------------------------------------------ what a recipe may override
 
@@ -251,7 +253,7 @@ class RayPPOTrainer:
                         metrics |= self.validate()
                     is_last = self.is_last_step()
                     saves = self.saves_step(is_last)
-                    metrics |= self.save_checkpoint(is_last) if saves else self.saver.poll()
+                    metrics |= self.save_checkpoint(metrics, is_last) if saves else self.saver.poll()
                 finally:  # a run that ends here with an error keeps the figures of its last step
                     self.logger.log(metrics, self.global_steps)
                 self.skipped_updates.check(metrics, self.global_steps)
@@ -352,11 +354,11 @@ class RayPPOTrainer:
         due = self.is_due(self.config.trainer.save_freq) or (is_last and self.config.trainer.save_freq > 0)
         return due or self.best.is_new(self.global_steps)
 
-    def save_checkpoint(self, is_last: bool) -> Metrics:
-        """Begin a checkpoint of model, optimizer and data position; the last one of a run is waited for."""
-        metrics = self.check_teachers()
-        state = self.prompts.state(self.kl_controller.value, self.canary.state())
-        return metrics | self.saver.save(self.actor_wg, self.global_steps, state, last=is_last)
+    def save_checkpoint(self, metrics: Metrics, is_last: bool) -> Metrics:
+        """Begin a checkpoint of model, optimizer, position and the step's figures; the last one is waited for."""
+        checked = self.check_teachers()
+        state = self.position.state(metrics | checked)
+        return checked | self.saver.save(self.actor_wg, self.global_steps, state, last=is_last)
 
     def check_teachers(self) -> Metrics:
         """Have every teacher score its canary, and the engines leave it their memory."""
@@ -366,18 +368,15 @@ class RayPPOTrainer:
     def resume(self) -> None:
         """Continue from the checkpoint that ``trainer.resume_mode`` names, if there is one."""
         config = self.config.trainer
-        folder = checkpoint.find_checkpoint(config)
+        folder, step, figures = checkpoint.find_checkpoint(config), None, None
+        if folder is not None:
+            step, figures = checkpoint.checkpoint_step(folder), self.position.go_on_from(folder)
         if not config.val_only:
-            for kept in (self.logger, self.best):
-                kept.go_on_after(None if folder is None else checkpoint.checkpoint_step(folder))
-        if folder is None:
+            self.logger.go_on_after(step, figures)
+            self.best.go_on_after(step)
+        if folder is None or step is None:
             return
-        self.global_steps = checkpoint.checkpoint_step(folder)
-        may_differ = any(key.split(".")[0] == "data" for key in config.resume_allow_changed)
-        state = checkpoint.load_data_state(folder, self.prompts.fresh_state(), may_differ=may_differ)
-        self.prompts.go_to(state)
-        self.kl_controller.value = state.kl_coef
-        self.canary.go_on_from(state.canary, self.global_steps)
+        self.global_steps = step
         self.agent_loop_manager.sleep()
         self.actor_wg.load_checkpoint(str((folder / "actor").absolute()))
         logger.warning(

@@ -254,6 +254,12 @@ class Tracking:
             raise ValueError(f"trainer.logger={names} names {unknown}; choose from {', '.join(openers)}")
         self._backends = [openers[name]() for name in dict.fromkeys(names)]
 
+    @classmethod
+    def of_run(cls, config: PPOConfig) -> "Tracking":
+        """The places that a run's settings name, opened; raises as the class does."""
+        run = config.trainer
+        return cls(run.project_name, run.experiment_name, run.logger, config=config, local_dir=run.default_local_dir)
+
     def go_on_after(self, step: int | None, figures: Figures | None = None) -> None:
         """Continue behind a step that was recorded earlier, in this folder: what is there of later ones is void.
 

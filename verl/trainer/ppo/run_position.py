@@ -18,10 +18,14 @@ from typing import Any
 
 from verl.trainer.config import TrainerConfig
 from verl.trainer.ppo import checkpoint
+from verl.trainer.ppo.best_checkpoint import BestCheckpoint
 from verl.trainer.ppo.kl_control import KLController
 from verl.trainer.ppo.prompt_stream import PromptStream
 from verl.trainer.ppo.teacher_canary import TeacherCanary
-from verl.utils.tracking import as_numbers
+from verl.utils.tracking import Tracking, as_numbers
+
+START_AFRESH = "trainer.resume_mode=disable or another default_local_dir starts afresh"
+"""How not to go on from a checkpoint, for messages."""
 
 
 class RunPosition:
@@ -49,16 +53,29 @@ class RunPosition:
         state = self._prompts.state(self._kl_controller.value)
         return replace(state, canary=self._canary.state(), figures=as_numbers(figures))
 
-    def go_on_from(self, folder: Path) -> dict[str, float] | None:
-        """Take the position of a checkpoint.
+    def resume(self, log: Tracking, best: BestCheckpoint) -> Path | None:
+        """Take the position of the checkpoint that ``trainer.resume_mode`` names, and have the records go on there.
+
+        Args:
+            log, best: what they hold of later steps is void; a run that only validates leaves them as they are.
 
         Returns:
-            The figures of its step; None where they are those of another run, in another folder, or were not kept.
+            The checkpoint; None where there is none, and the run starts afresh.
 
         Raises:
             ValueError: it belongs to other data.
             GuardError: a teacher scores otherwise than in that run.
         """
+        folder, step, figures = checkpoint.find_checkpoint(self._config), None, None
+        if folder is not None:
+            step, figures = checkpoint.checkpoint_step(folder), self._take(folder)
+        if not self._config.val_only:
+            log.go_on_after(step, figures)
+            best.go_on_after(step)
+        return folder
+
+    def _take(self, folder: Path) -> dict[str, float] | None:
+        """Take the position; the step's figures, or None where they are another run's or were not kept."""
         may_differ = any(key.split(".")[0] == "data" for key in self._config.resume_allow_changed)
         state = checkpoint.load_data_state(folder, self._prompts.fresh_state(), may_differ=may_differ)
         self._canary.go_on_from(state.canary, checkpoint.checkpoint_step(folder))

@@ -102,6 +102,20 @@ def test_steps_that_are_taken_again_are_not_there_twice(tmp_path: Path) -> None:
     assert void.read_text().count("\n") == 6
 
 
+def test_a_step_that_a_kill_left_unrecorded_comes_from_elsewhere(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    for start in (1, 2, 2):
+        tracking = Tracking("project", "run", ["file"], local_dir=tmp_path)
+        if start == 1:
+            tracking.log({"loss": 1.0}, 1)
+            with open(path, "a") as stream:
+                stream.write('{"step": 2, "da')  # killed while it wrote
+        else:
+            tracking.go_on_after(start, {"loss": 2.0, "count": 3, "norm": float("nan")})
+        tracking.finish()
+    assert path.read_text().splitlines()[1:] == ['{"step": 2, "data": {"loss": 2.0, "count": 3, "norm": null}}']
+
+
 def test_a_full_disk_delays_lines_and_loses_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     tracking = Tracking("project", "run", ["file"], local_dir=tmp_path)
     tracking.log({"loss": 1.0}, 1)
@@ -126,9 +140,16 @@ def test_tensorboard_passes_over_steps_that_come_again(tmp_path: Path, monkeypat
     second = Tracking("project", "run", ["tensorboard"], local_dir=tmp_path)
     second.go_on_after(1)
     second.log({"loss": 2.0}, 2)
-    second.finish()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 1.0), (2, 2.0)]
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 1.0), (2, 2.0)], "before its end"
+    second.finish()
+    time.sleep(1.1)
+    third = Tracking("project", "run", ["tensorboard"], local_dir=tmp_path)
+    third.go_on_after(2, {"loss": 2.5})
+    third.log({"loss": 3.0}, 3)
+    third.finish()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 1.0), (2, 2.5), (3, 3.0)]
 
 
 def records_of(recording: Path) -> list[wandb_internal_pb2.Record]:

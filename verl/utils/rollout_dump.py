@@ -1,12 +1,14 @@
 """Writes the answers of a batch where a person can read them.
 
 In:  a batch after generation. Out: ``<folder>/<step>.jsonl``, one row a line, which training does not read back, and
-lines for the console.
+lines on the console, around a progress bar rather than through it.
 """
 
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
 
 from verl.protocol import DataProto
 
@@ -46,10 +48,10 @@ def generation_rows(batch: DataProto, tokenizer: "PreTrainedTokenizerBase") -> l
     return rows
 
 
-def first_answers(batch: DataProto, tokenizer: "PreTrainedTokenizerBase", count: int) -> list[str]:
-    """The first answers of a batch, a line each behind its ``uid``."""
-    shown = generation_rows(batch.slice(0, min(count, len(batch))), tokenizer) if count > 0 else []
-    return [f"[{row['uid']}] {row['output']}" for row in shown]
+def show_answers(batch: DataProto, tokenizer: "PreTrainedTokenizerBase", count: int) -> None:
+    """Write the first answers of a batch to the console, a line each behind its ``uid``."""
+    for row in generation_rows(batch.slice(0, min(count, len(batch))), tokenizer) if count > 0 else []:
+        tqdm.write(f"[{row['uid']}] {row['output']}")
 
 
 def dump_generations(folder: str | Path, step: int, batch: DataProto, tokenizer: "PreTrainedTokenizerBase") -> Path:

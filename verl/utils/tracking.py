@@ -38,14 +38,19 @@ MAIN_FIGURES = (
 )
 """What the console shows of a step, in this order, as far as the step has it."""
 
+Figures = Mapping[str, float]
+
 
 class Backend(Protocol):
     """A place that figures go to."""
 
-    def go_on_after(self, step: int | None) -> None:
-        """What was recorded of later steps than this one is void: they will come again. None: all of it."""
+    def go_on_after(self, step: int | None, figures: Figures | None) -> None:
+        """What was recorded of later steps than this one is void: they will come again. None: all of it.
 
-    def log(self, data: Mapping[str, float], step: int) -> None:
+        ``figures`` are those of the step, for a record that a kill left without it; None: they are not known.
+        """
+
+    def log(self, data: Figures, step: int) -> None:
         """Record the figures of a step."""
 
     def finish(self) -> None:
@@ -55,10 +60,10 @@ class Backend(Protocol):
 class ConsoleBackend:
     """One line a step, written around a progress bar rather than through it."""
 
-    def go_on_after(self, step: int | None) -> None:
+    def go_on_after(self, step: int | None, figures: Figures | None) -> None:
         """Nothing is recorded."""
 
-    def log(self, data: Mapping[str, float], step: int) -> None:
+    def log(self, data: Figures, step: int) -> None:
         """Write the main figures; all of them where none of the main ones is there."""
         names = [name for name in MAIN_FIGURES if name in data] or list(data)
         tqdm.write(" | ".join([f"step {step}", *(f"{name} {data[name]:.4g}" for name in names)]))
@@ -78,20 +83,26 @@ class FileBackend:
         self._path = folder / "metrics.jsonl"
         self._stream = self._open()
 
-    def go_on_after(self, step: int | None) -> None:
-        """Move the lines of later steps, and a line that a killed run left unfinished, out of the file."""
+    def go_on_after(self, step: int | None, figures: Figures | None) -> None:
+        """Move the lines of later steps, and a line that a killed run left unfinished, out of the file; write that of
+        the step where it is not there.
+        """
         lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
         kept = [line for line in lines if step is not None and _step_of(line) <= step]
-        if kept == lines:
-            return
-        void = [line for line in lines if step is None or _step_of(line) > step]
+        if kept != lines:
+            self._keep(kept, [line for line in lines if step is None or _step_of(line) > step])
+        if step is not None and figures is not None and step not in map(_step_of, kept):
+            logger.warning("%s lacked step %d, which the checkpoint has: its figures come from there", self._path, step)
+            self.log(figures, step)
+
+    def _keep(self, kept: Sequence[str], void: Sequence[str]) -> None:
         with open(self._path.with_name("metrics_void.jsonl"), "a", encoding="utf-8") as stream:
             stream.writelines(line if line.endswith("\n") else f"{line}\n" for line in void)
         write_durably(self._path, "".join(kept))
         self._stream.close()
         self._stream = self._open()
 
-    def log(self, data: Mapping[str, float], step: int) -> None:
+    def log(self, data: Figures, step: int) -> None:
         """Append a line and flush it: a run that dies keeps all steps. Where there is no room, it waits for the next
         step.
         """
@@ -128,17 +139,23 @@ class TensorboardBackend:
         self._place = os.environ.get("TENSORBOARD_DIR") or str(folder / "tensorboard")
         self._writer = SummaryWriter(self._place)
 
-    def go_on_after(self, step: int | None) -> None:
-        """Have readers pass over events of later steps."""
+    def go_on_after(self, step: int | None, figures: Figures | None) -> None:
+        """Have readers pass over events of later steps. Those of the step are written anew where they are known,
+        without the seconds of its save: a reader cannot be asked whether they were there.
+        """
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer.close()
-        self._writer = SummaryWriter(self._place, purge_step=0 if step is None else step + 1)
+        first_void = 0 if step is None else step + (figures is None)
+        self._writer = SummaryWriter(self._place, purge_step=first_void)
+        if step is not None and figures is not None:
+            self.log(figures, step)
 
-    def log(self, data: Mapping[str, float], step: int) -> None:
-        """Record one scalar a figure."""
+    def log(self, data: Figures, step: int) -> None:
+        """Record one scalar a figure, and flush them: a run that dies keeps all steps."""
         for name, value in data.items():
             self._writer.add_scalar(name, value, step)
+        self._writer.flush()
 
     def finish(self) -> None:
         """Write out pending events."""
@@ -160,15 +177,17 @@ class WandbBackend:
         self._id_file = folder / "wandb_run_id"
         self._run: Any = None
 
-    def go_on_after(self, step: int | None) -> None:
+    def go_on_after(self, step: int | None, figures: Figures | None) -> None:
         """Open the run that was begun in this folder; a new one where there is none, or training starts afresh."""
         if step is not None and self._id_file.is_file():
             self._run = self._start(id=self._id_file.read_text(encoding="utf-8").strip(), resume="allow")
         else:
             self._run = self._start()
             write_durably(self._id_file, f"{self._run.id}\n")
+        if step is not None and figures is not None:
+            self.log(figures, step)
 
-    def log(self, data: Mapping[str, float], step: int) -> None:
+    def log(self, data: Figures, step: int) -> None:
         """Record the figures of a step; a program that continues nothing has a run of its own."""
         if self._run is None:
             self._run = self._start()
@@ -194,6 +213,15 @@ def _require(package: str) -> ModuleType:
         raise ValueError(
             f"trainer.logger names {package}, which is not installed; install it or take it out of trainer.logger"
         ) from error
+
+
+def as_numbers(data: Mapping[str, Any]) -> dict[str, float]:
+    """Figures as plain numbers, whole ones as they are.
+
+    Raises:
+        ValueError: a value is no single number.
+    """
+    return {name: _as_number(name, value) for name, value in data.items()}
 
 
 def _as_number(name: str, value: Any) -> float:
@@ -241,14 +269,21 @@ class Tracking:
             raise ValueError(f"trainer.logger={names} names {unknown}; choose from {', '.join(openers)}")
         self._backends = [openers[name]() for name in dict.fromkeys(names)]
 
-    def go_on_after(self, step: int | None) -> None:
+    @classmethod
+    def of_run(cls, config: PPOConfig) -> "Tracking":
+        """The places that a run's settings name, opened; raises as the class does."""
+        run = config.trainer
+        return cls(run.project_name, run.experiment_name, run.logger, config=config, local_dir=run.default_local_dir)
+
+    def go_on_after(self, step: int | None, figures: Figures | None = None) -> None:
         """Continue behind a step that was recorded earlier, in this folder: what is there of later ones is void.
 
         Args:
             step: the step of the checkpoint; None: the run starts afresh.
+            figures: of that step, for places that lack it because the run was killed in between; None: not known.
         """
         for backend in self._backends:
-            backend.go_on_after(step)
+            backend.go_on_after(step, figures)
 
     def log(self, data: Mapping[str, Any], step: int) -> None:
         """Record the figures of a step everywhere.
@@ -260,7 +295,7 @@ class Tracking:
         Raises:
             ValueError: a value is no single number.
         """
-        figures = {name: _as_number(name, value) for name, value in data.items()}
+        figures = as_numbers(data)
         for backend in self._backends:
             backend.log(figures, step)
 

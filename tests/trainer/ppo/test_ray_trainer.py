@@ -1,5 +1,6 @@
 """The loop on fakes: what each stage gets and gives, in which order, and what is logged, saved and resumed."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from verl.protocol import DataProto
 from verl.trainer.config import PPOConfig, TrainerConfig
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer
 from verl.utils.save_outcome import SaveOutcome
+from verl.utils.tracking import Tracking
 
 P, R = 2, 3
 
@@ -117,7 +119,7 @@ class Logger:
         self.lines: list[tuple[int, dict[str, float]]] = []
         self.went_on_after: list[int | None] = []
 
-    def go_on_after(self, step: int | None) -> None:
+    def go_on_after(self, step: int | None, figures: dict[str, float] | None) -> None:
         self.went_on_after.append(step)
 
     def log(self, data: dict[str, float], step: int) -> None:
@@ -238,6 +240,54 @@ def test_a_run_resumes_where_it_was_saved(tmp_path: Path) -> None:
     seen = [row for batch in first.actor_wg.updated[2:] for row in batch.non_tensor_batch["index"]]
     seen += list(second.actor_wg.updated[0].non_tensor_batch["index"])
     assert sorted(seen) == list(range(8)), "the second epoch goes on with the prompts it had not shown"
+
+
+class Killed(BaseException):
+    """The process ends here."""
+
+
+def killed_before_logging(trainer: Any, step: int) -> None:
+    """Train until the process ends behind the checkpoint of a step and before its line in the log."""
+    log = trainer.logger.log
+
+    def log_or_die(data: dict[str, float], number: int) -> None:
+        if number == step:
+            raise Killed
+        log(data, number)
+
+    trainer.logger.log = log_or_die
+    with pytest.raises(Killed):
+        trainer.fit()
+
+
+@pytest.mark.parametrize("async_save", [True, False])
+def test_a_kill_between_a_checkpoint_and_its_line_costs_no_figures(tmp_path: Path, async_save: bool) -> None:
+    def trainer_of(folder: Path, steps: int = 4, **settings: Any) -> Any:
+        settings = {"save_freq": 2, "test_freq": 2, "total_training_steps": steps, "async_save": async_save, **settings}
+        made, _ = make_trainer(make_config(folder, **settings), val_dataset=Prompts(2))
+        made.logger = Tracking("project", "run", ["file"], local_dir=folder)
+        return made
+
+    def figures(folder: Path) -> list[tuple[int, dict[str, float]]]:
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        clock = ("timing", "perf/")
+        return [(at["step"], {k: v for k, v in at["data"].items() if not k.startswith(clock)}) for at in lines]
+
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    trainer_of(whole).fit()
+    killed_before_logging(trainer_of(run, steps=2), 2)  # the last step waits for its checkpoint
+    assert (run / "latest_checkpointed_iteration.txt").read_text() == "2\n"
+    assert [step for step, _ in figures(run)] == [1]
+    trainer_of(run).fit()
+    got = figures(run)
+    assert got == figures(whole)
+    assert {"val/reverse_kl", "distill/teacher_canary", "training/failed_saves"} <= set(got[1][1])
+    trainer_of(run, steps=6).fit()
+    assert [step for step, _ in figures(run)] == [1, 2, 3, 4, 5, 6], "none is there twice"
+
+    elsewhere = tmp_path / "elsewhere"
+    trainer_of(elsewhere, resume_mode="resume_path", resume_from_path=str(run / "global_step_2")).fit()
+    assert [step for step, _ in figures(elsewhere)] == [3, 4], "another run's figures are not this one's"
 
 
 def test_old_checkpoints_of_another_run_do_not_cost_a_new_run_its_own(tmp_path: Path) -> None:

@@ -91,6 +91,104 @@ def test_another_set_of_teachers_or_weights_is_refused(folder: Path, run: PPOCon
         check(folder, run)
 
 
+@pytest.fixture
+def with_teacher(folder: Path, run: PPOConfig, tmp_path: Path) -> PPOConfig:
+    """That run, with a further teacher of its own, and the checkpoint of it."""
+    teachers = {"mixed": TeacherConfig(path=str(write_model(tmp_path / "mixed", hidden=12)))}
+    run.algorithm.distill.teachers = teachers
+    reseal(folder, run)
+    return run
+
+
+def reseal(folder: Path, run: PPOConfig) -> None:
+    """Make the checkpoint one of these settings."""
+    save_config(run, folder / "config.yaml")
+    seal(folder, 3, run.trainer.world_size, run_facts(run, "contract-1"))
+
+
+def test_a_further_teacher_may_move_and_may_not_be_another(
+    folder: Path, with_teacher: PPOConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    mixed = with_teacher.algorithm.distill.teachers["mixed"]
+    mixed.path = str(shutil.copytree(tmp_path / "mixed", tmp_path / "moved" / "mixed"))
+    check(folder, with_teacher)
+    assert not caplog.text
+    mixed.path = str(write_model(tmp_path / "tuned", hidden=12, weights=b"v" * 300_000))
+    with pytest.raises(ValueError, match="trained otherwise") as refusal:
+        check(folder, with_teacher)
+    assert [line.partition(": ")[0] for line in str(refusal.value).splitlines() if line.startswith("- ")] == [
+        "- teachers.mixed.weights"
+    ]
+
+
+@pytest.mark.parametrize("path", [None, "hub/unknown"])
+def test_a_teachers_path_counts_where_no_facts_stand_for_it(
+    folder: Path, with_teacher: PPOConfig, path: str | None
+) -> None:
+    """Null is the student, of which there are facts under another name; a model that is not here has none."""
+    with_teacher.algorithm.distill.teachers["mixed"].path = path
+    with pytest.raises(ValueError, match=r"- algorithm\.distill\.teachers\.mixed\.path: ") as refusal:
+        check(folder, with_teacher)
+    assert str(refusal.value).count("\n- ") == 1
+    reseal(folder, with_teacher)
+    check(folder, with_teacher)
+
+
+def test_every_field_of_a_teacher_counts_that_both_versions_know(folder: Path, with_teacher: PPOConfig) -> None:
+    text = (folder / "config.yaml").read_text()
+    assert "        prompts: any\n" in text
+    (folder / "config.yaml").write_text(text.replace("        prompts: any\n", "        gone_since: 1\n"))
+    with_teacher.algorithm.distill.teachers["mixed"].prompts = "with_items"
+    check(folder, with_teacher)
+    with_teacher.algorithm.distill.teachers["mixed"].weight = 0.5
+    with pytest.raises(
+        ValueError, match=r"- algorithm\.distill\.teachers\.mixed\.weight: 1\.0 .*, 0\.5 now"
+    ) as refusal:
+        check(folder, with_teacher)
+    assert str(refusal.value).count("\n- ") == 1
+
+
+def other_validation(run: PPOConfig, tmp_path: Path) -> list[str]:
+    """Change everything that decides what validations measure; the keys."""
+    pq.write_table(pa.table({"prompt": ["c", "d", "e"]}), tmp_path / "other.parquet")
+    run.data.val_files = str(tmp_path / "other.parquet")
+    run.data.val_max_samples = 2
+    run.actor_rollout_ref.rollout.val_kwargs.n = 4
+    return ["data.val_files", "data.val_max_samples", "actor_rollout_ref.rollout.val_kwargs.n"]
+
+
+def test_what_validations_measure_is_fixed_where_both_runs_judge_by_it(
+    folder: Path, run: PPOConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pq.write_table(pa.table({"prompt": ["c", "d"]}), tmp_path / "val.parquet")
+    run.data.val_files = str(tmp_path / "val.parquet")
+    reseal(folder, run)
+    before = dataclasses.replace(run.data), dataclasses.replace(run.actor_rollout_ref.rollout.val_kwargs)
+    changed = other_validation(run, tmp_path)
+    check(folder, run)
+    run.trainer.best_metric = "val/reward"
+    check(folder, run)  # the run before judged nothing, so nothing rests on what it measured
+
+    run.data, run.actor_rollout_ref.rollout.val_kwargs = before
+    reseal(folder, run)
+    run.data.val_files = [shutil.copy(tmp_path / "val.parquet", tmp_path / "run")]
+    run.trainer.best_metric = "val/reverse_kl min"
+    check(folder, run)  # files may move, and what was recorded can be judged by another rule
+    other_validation(run, tmp_path)
+    with pytest.raises(ValueError, match="trained otherwise") as refusal:
+        check(folder, run)
+    lines = [line for line in str(refusal.value).splitlines() if line.startswith("- ")]
+    assert sorted(line[2:].partition(": ")[0] for line in lines) == sorted(changed)
+    assert not caplog.text
+    run.trainer.resume_allow_changed = changed
+    check(folder, run)
+    assert "resuming with another setting: data.val_max_samples: -1 in the checkpoint, 2 now" in caplog.text
+    run.trainer.resume_allow_changed, run.trainer.best_metric = [], None
+    check(folder, run)
+    run.trainer.best_metric, run.trainer.val_only = "val/reward", True
+    check(folder, run)
+
+
 def test_other_synthetic_prompts_are_refused(folder: Path, run: PPOConfig, tmp_path: Path) -> None:
     """Settings count as they are, the catalogue by its content."""
     templates = {"next": PromptTemplateConfig("history: {history}")}

@@ -13,19 +13,21 @@ from verl.trainer.ppo.checkpoint_saver import CheckpointSaver
 from verl.trainer.ppo.guards import GuardError
 from verl.trainer.ppo.teacher_canary import TeacherCanary, canary_tokens
 from verl.workers.actor.dp_actor import SCORED_KEYS
+from verl.workers.config import TeacherConfig
 
 
 class Teacher:
     """Scores a token by its id, plus an error of its own in one row at one place."""
 
     def __init__(self) -> None:
-        self.error, self.row = 0.0, 0
+        self.error, self.row, self.item_error = 0.0, 0, 0.0
         self.asked: list[DataProto] = []
 
     def compute_ref_log_prob(self, data: DataProto) -> DataProto:
         self.asked.append(data)
         scores = -0.1 * data.tensor("responses").float()
         scores[self.row, 2] += self.error
+        scores += self.item_error * (data.tensor("responses") >= 50)
         return DataProto.from_dict({"ref_log_prob": scores})
 
 
@@ -37,8 +39,10 @@ def make_config(folder: Path, **trainer: Any) -> PPOConfig:
     return config
 
 
-def make_canary(folder: Path, **trainer: Any) -> TeacherCanary:
+def make_canary(folder: Path, teachers: dict[str, str] | None = None, **trainer: Any) -> TeacherCanary:
+    """``teachers``: vocabularies of further ones by name."""
     config = make_config(folder, **trainer)
+    config.algorithm.distill.teachers = {name: TeacherConfig(vocabulary=v) for name, v in (teachers or {}).items()}
     return TeacherCanary(config, 60, CheckpointSaver(config, {}))
 
 
@@ -62,6 +66,27 @@ def test_every_rank_scores_the_same_row_of_shared_tokens(tmp_path: Path) -> None
     assert batch.tensor("attention_mask").all() and not batch.tensor("distill_special_token_mask").any()
 
 
+def test_teachers_that_know_item_tokens_score_some_and_the_others_none(tmp_path: Path) -> None:
+    vocabularies = {"self": "full", "mixed": "stitched", "small": "base"}
+    teachers = {role: Teacher() for role in ("ref", *vocabularies)}
+    canary = make_canary(tmp_path, vocabularies)
+    canary.check(teachers, 0)
+    for role, teacher in teachers.items():
+        (batch,) = teacher.asked
+        responses = batch.tensor("responses")
+        assert torch.equal(batch.tensor("distill_special_token_mask"), (responses >= 50).long())
+        largest = 49 if role in ("ref", "small") else 59
+        assert int(responses.max()) == largest, f"{role}: spread over all that it knows"
+
+
+def test_a_fault_in_item_rows_alone_is_seen(tmp_path: Path) -> None:
+    canary, teacher = make_canary(tmp_path, {"self": "full"}), Teacher()
+    canary.check({"self": teacher}, 0)
+    teacher.item_error = -0.7
+    with pytest.raises(GuardError, match=r"teacher 'self' at step 10 .* by up to 0\.7 nats"):
+        canary.check({"self": teacher}, 10)
+
+
 def test_it_is_no_longer_than_a_training_row(tmp_path: Path) -> None:
     config = make_config(tmp_path)
     config.actor_rollout_ref.rollout.prompt_length, config.actor_rollout_ref.rollout.response_length = 6, 4
@@ -71,7 +96,7 @@ def test_it_is_no_longer_than_a_training_row(tmp_path: Path) -> None:
 
 
 def test_the_largest_difference_is_measured_per_teacher(tmp_path: Path) -> None:
-    canary, ref, kept = make_canary(tmp_path), Teacher(), Teacher()
+    canary, ref, kept = make_canary(tmp_path, {"kept": "full"}), Teacher(), Teacher()
     teachers = {"ref": ref, "kept": kept}
     assert canary.check(teachers, 0) == {"distill/teacher_canary": 0, "distill_teacher/kept/teacher_canary": 0}
     kept.error = -0.25
@@ -82,7 +107,7 @@ def test_the_largest_difference_is_measured_per_teacher(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("error", [0.6, -0.6, math.nan, -math.inf])
 def test_a_teacher_that_went_wrong_ends_the_run(tmp_path: Path, error: float) -> None:
-    canary, ref, kept = make_canary(tmp_path), Teacher(), Teacher()
+    canary, ref, kept = make_canary(tmp_path, {"kept": "full"}), Teacher(), Teacher()
     canary.check({"ref": ref, "kept": kept}, 0)
     canary.check({"ref": ref, "kept": kept}, 10)
     kept.error = error
@@ -137,6 +162,37 @@ def test_a_teacher_that_was_meant_to_change_starts_over(tmp_path: Path, caplog: 
     assert second.check({"ref": teacher}, 40) == {"distill/teacher_canary": 0}
     with pytest.raises(GuardError):
         resumed(tmp_path, 3.0, resume_allow_changed=["data.train_files"])
+
+
+def test_sampling_of_validations_touches_no_teacher(tmp_path: Path) -> None:
+    with pytest.raises(GuardError):
+        resumed(tmp_path, 3.0, resume_allow_changed=["actor_rollout_ref.rollout.val_kwargs.n"])
+
+
+def test_a_teacher_that_scored_other_tokens_starts_over_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    first, ref, own = make_canary(tmp_path, {"self": "base"}), Teacher(), Teacher()
+    first.check({"ref": ref, "self": own}, 0)
+    own.error = 3.0
+    second = make_canary(tmp_path, {"self": "full"})
+    second.check({"ref": ref, "self": own}, 0)
+    second.go_on_from(first.state(), 30)
+    assert "whether teacher 'self' is the same: the canary starts over" in caplog.text
+    assert "'ref'" not in caplog.text
+    metrics = second.check({"ref": ref, "self": own}, 40)
+    assert metrics == {"distill/teacher_canary": 0, "distill_teacher/self/teacher_canary": 0}
+    ref.error = 0.6
+    with pytest.raises(GuardError, match=r"teacher 'ref' scores otherwise .* at step 30"):
+        third = make_canary(tmp_path, {"self": "full"})
+        third.check({"ref": ref, "self": own}, 0)
+        third.go_on_from(second.state(), 30)
+
+
+def test_a_checkpoint_of_before_starts_over_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    canary, teacher = make_canary(tmp_path), Teacher()
+    canary.check({"ref": teacher}, 0)
+    canary.go_on_from({"tokens": [1, 2], "temperature": 0.7, "log_probs": {"ref": [-9.0]}}, 30)
+    assert "the canary starts over" in caplog.text
+    assert canary.check({"ref": teacher}, 40) == {"distill/teacher_canary": 0}
 
 
 def test_other_tokens_are_not_compared(tmp_path: Path) -> None:

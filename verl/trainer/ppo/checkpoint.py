@@ -22,7 +22,7 @@ import logging
 import re
 import shutil
 from collections.abc import Collection
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,8 @@ class DataState:
     """Weight of the KL penalty in the reward, which an adaptive controller moves."""
     canary: dict[str, Any] | None = None
     """What the teachers scored at the run's first start; see ``teacher_canary``."""
+    figures: dict[str, float] = field(default_factory=dict)
+    """Of the step, but for the seconds of its save; empty where they were not kept. See ``run_position``."""
 
 
 # ------------------------------------------------------------------ names

@@ -17,6 +17,7 @@ Not here: what ranks write (``workers.fsdp.checkpoint``), where (``checkpoint``)
 import logging
 import shutil
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -83,7 +84,8 @@ class CheckpointSaver:
         timing: dict[str, float] = {}
         with marked_timer("save_checkpoint", timing):
             metrics = self._settle(wait=True)
-            self._begin(ranks, step, state)
+            # Right wherever it is read: a checkpoint that can be resumed from did not fail.
+            self._begin(ranks, step, replace(state, figures=state.figures | self._figures({})))
             if last or not self._config.trainer.async_save:
                 metrics |= self._settle(wait=True)
         return metrics | self._figures(timing)

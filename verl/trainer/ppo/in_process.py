@@ -37,6 +37,4 @@ def init_in_process(trainer: RayPPOTrainer) -> None:
     engine = LocalAgentLoopManager(trainer.config, trainer.tokenizer)
     trainer.agent_loop_manager = engine  # type: ignore[assignment]
     engine.start()
-    trainer.logger = Tracking(
-        run.project_name, run.experiment_name, run.logger, config=trainer.config, local_dir=run.default_local_dir
-    )
+    trainer.logger = Tracking.of_run(trainer.config)

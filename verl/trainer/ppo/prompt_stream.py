@@ -4,7 +4,6 @@ In: the training data set. Out: batches of its rows, without end, and the positi
 """
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 from verl.trainer.config import DataConfig
@@ -38,14 +37,9 @@ class PromptStream:
             yield from self._loader
             self.epoch += 1
 
-    def state(self, kl_coef: float, canary: dict[str, Any] | None) -> DataState:
-        """The position behind the batch that was taken last.
-
-        Args:
-            kl_coef: weight of the KL penalty, kept with it.
-            canary: state of the teachers' canary, likewise.
-        """
-        return replace(self._state(self._loader.state_dict(), kl_coef), canary=canary)
+    def state(self, kl_coef: float) -> DataState:
+        """The position behind the batch that was taken last, and the weight of the KL penalty, kept with it."""
+        return self._state(self._loader.state_dict(), kl_coef)
 
     def fresh_state(self) -> DataState:
         """The state of a stream that nothing was taken from, for comparison with a saved one."""

@@ -15,10 +15,8 @@ Letters: B sequences, R response tokens.
 
 import logging
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -44,12 +42,15 @@ from verl.trainer.ppo.metric_utils import (
 from verl.trainer.ppo.prompt_stream import PromptStream
 from verl.trainer.ppo.resume_check import require_resumable, run_facts
 from verl.trainer.ppo.reward import RewardFn, compute_rewards
-from verl.trainer.ppo.stages import balance_rows, new_keys, run_stage
+from verl.trainer.ppo.run_position import START_AFRESH, RunPosition
+from verl.trainer.ppo.schedule import Schedule
+from verl.trainer.ppo.stages import balance_rows, new_keys, prompt_batch, run_stage
 from verl.trainer.ppo.stop_request import StopRequest
 from verl.trainer.ppo.teacher_canary import TeacherCanary
+from verl.trainer.ppo.validation import answer_all
 from verl.trainer.ppo.worker_groups import WorkerGroups, plan_pools
 from verl.utils.dataset.rl_dataset import RLHFDataset
-from verl.utils.rollout_dump import dump_generations, first_answers
+from verl.utils.rollout_dump import dump_generations, show_answers
 from verl.utils.timing import marked_timer
 from verl.utils.tracking import Tracking
 
@@ -110,9 +111,11 @@ class RayPPOTrainer:
         facts = run_facts(config, vocab_fingerprint)
         require_resumable(config, facts, self.total_steps)
         self.best = BestCheckpoint(config.trainer)
+        self.schedule = Schedule(config.trainer, self.total_steps, self.best)
         self.saver = CheckpointSaver(config, facts, self.best)
         self.skipped_updates, self.engine_gap = SkippedUpdates(config, self.saver), EngineGap(config)
         self.canary = TeacherCanary(config, len(tokenizer), self.saver)
+        self.position = RunPosition(config.trainer, self.prompts, self.kl_controller, self.canary)
 
     # ------------------------------------------------------------------ what a recipe may override
 
@@ -182,18 +185,7 @@ class RayPPOTrainer:
 
     def prepare(self, rows: dict[str, Any], *, n: int, validate: bool = False) -> DataProto:
         """Rows of the data set as a batch of prompts, ``n`` copies each, with one ``uid`` per prompt."""
-        prompts = DataProto.from_single_dict(rows)
-        # Sampling seeds follow from these: validation draws the same random numbers every time, training never does.
-        step = 0 if validate else self.global_steps
-        uids = [f"{'val' if validate else step}-{index}" for index in prompts.non_tensor_batch["index"]]
-        prompts.non_tensor_batch["uid"] = np.array(uids, dtype=object)
-        rollout = self.config.actor_rollout_ref.rollout
-        prompts.meta_info = {
-            "global_steps": step,
-            "validate": validate,
-            "temperature": rollout.val_kwargs.temperature if validate else rollout.temperature,
-        }
-        return prompts.repeat(n, interleave=True)
+        return prompt_batch(rows, self.config, n=n, step=None if validate else self.global_steps)
 
     def generate(self, batch: DataProto) -> DataProto:
         """Answers, their masks and the sampler's log-probs; the engines sleep afterwards where they free memory."""
@@ -241,22 +233,20 @@ class RayPPOTrainer:
         if config.val_only or (self.global_steps > 0 and self.best.gives_up()):
             return
         self.stop.takes_steps = True
-        with tqdm(
-            total=self.total_steps, initial=self.global_steps, desc="train", unit="step", disable=None
-        ) as progress:
+        with tqdm(total=self.total_steps, initial=self.global_steps, desc="train", unit="step", disable=None) as bar:
             for rows in self.prompts.batches():
                 self.global_steps += 1
                 metrics = self.train_step(rows)
                 try:
-                    if self.is_due(config.test_freq) and self.val_loader is not None:
+                    if self.val_loader is not None and self.schedule.validates(self.global_steps):
                         metrics |= self.validate()
-                    is_last = self.is_last_step()
-                    saves = self.saves_step(is_last)
-                    metrics |= self.save_checkpoint(is_last) if saves else self.saver.poll()
+                    is_last = self.schedule.ends(self.global_steps, self.stop.requested)
+                    saves = self.schedule.saves(self.global_steps, is_last)
+                    metrics |= self.save_checkpoint(metrics, is_last) if saves else self.saver.poll()
                 finally:  # a run that ends here with an error keeps the figures of its last step
                     self.logger.log(metrics, self.global_steps)
                 self.skipped_updates.check(metrics, self.global_steps)
-                progress.update()
+                bar.update()
                 if is_last or (saves and self.stop.requested):
                     break
         self.saver.finish()
@@ -290,15 +280,17 @@ class RayPPOTrainer:
         assert self.val_loader is not None, "called only where there are validation prompts"
         timing: dict[str, float] = {}
         with marked_timer("testing", timing):
-            parts = []
-            for rows in tqdm(self.val_loader, desc="validate", unit="batch", leave=False, disable=None):
-                batch = self.prepare(rows, n=self.config.actor_rollout_ref.rollout.val_kwargs.n, validate=True)
-                batch = batch.union(self.generate(batch))
-                parts.append(batch.union(self.score_validation(batch)))
-            batch = DataProto.concat(parts)
+            batch, figures = answer_all(self.val_loader, self.answer_validation)
         self.dump(self.config.trainer.validation_data_dir, batch, show=self.config.trainer.log_val_generations)
-        figures = self.validation_metrics(batch)
+        figures |= self.validation_metrics(batch)
         return figures | self.best.note(self.global_steps, figures) | {"timing_s/testing": timing["testing"]}
+
+    def answer_validation(self, rows: dict[str, Any]) -> tuple[DataProto, Metrics]:
+        """Answers to a batch of validation prompts, scored, and the figures of the stages."""
+        self.stage_metrics = {}
+        batch = self.prepare(rows, n=self.config.actor_rollout_ref.rollout.val_kwargs.n, validate=True)
+        batch = batch.union(self.generate(batch))
+        return batch.union(self.score_validation(batch)), self.stage_metrics
 
     # ------------------------------------------------------------------ set-up, data, checkpoints
 
@@ -325,10 +317,7 @@ class RayPPOTrainer:
             self.agent_loop_manager.start()
         logger.info("models are ready, waiting for the engines")
         self.agent_loop_manager.wait_ready()
-        run = self.config.trainer
-        self.logger = Tracking(
-            run.project_name, run.experiment_name, run.logger, config=self.config, local_dir=run.default_local_dir
-        )
+        self.logger = Tracking.of_run(self.config)
 
     def shutdown(self) -> None:
         """End engines, workers and loggers; safe to call after a failure anywhere."""
@@ -339,24 +328,11 @@ class RayPPOTrainer:
         if hasattr(self, "logger"):
             self.logger.finish()
 
-    def is_due(self, every: int) -> bool:
-        """Whether something done every so many steps (and after the last) is due now; never where ``every`` < 1."""
-        return every > 0 and (self.global_steps % every == 0 or self.global_steps >= self.total_steps)
-
-    def is_last_step(self) -> bool:
-        """Whether the run ends with this step: all are taken, it is told to stop, or it has not got better for long."""
-        return self.global_steps >= self.total_steps or self.stop.requested or self.best.gives_up()
-
-    def saves_step(self, is_last: bool) -> bool:
-        """Whether this step leaves a checkpoint."""
-        due = self.is_due(self.config.trainer.save_freq) or (is_last and self.config.trainer.save_freq > 0)
-        return due or self.best.is_new(self.global_steps)
-
-    def save_checkpoint(self, is_last: bool) -> Metrics:
-        """Begin a checkpoint of model, optimizer and data position; the last one of a run is waited for."""
-        metrics = self.check_teachers()
-        state = self.prompts.state(self.kl_controller.value, self.canary.state())
-        return metrics | self.saver.save(self.actor_wg, self.global_steps, state, last=is_last)
+    def save_checkpoint(self, metrics: Metrics, is_last: bool) -> Metrics:
+        """Begin a checkpoint of model, optimizer, position and the step's figures; the last one is waited for."""
+        checked = self.check_teachers()
+        state = self.position.state(metrics | checked)
+        return checked | self.saver.save(self.actor_wg, self.global_steps, state, last=is_last)
 
     def check_teachers(self) -> Metrics:
         """Have every teacher score its canary, and the engines leave it their memory."""
@@ -365,34 +341,19 @@ class RayPPOTrainer:
 
     def resume(self) -> None:
         """Continue from the checkpoint that ``trainer.resume_mode`` names, if there is one."""
-        config = self.config.trainer
-        folder = checkpoint.find_checkpoint(config)
-        if not config.val_only:
-            for kept in (self.logger, self.best):
-                kept.go_on_after(None if folder is None else checkpoint.checkpoint_step(folder))
-        if folder is None:
-            return
-        self.global_steps = checkpoint.checkpoint_step(folder)
-        may_differ = any(key.split(".")[0] == "data" for key in config.resume_allow_changed)
-        state = checkpoint.load_data_state(folder, self.prompts.fresh_state(), may_differ=may_differ)
-        self.prompts.go_to(state)
-        self.kl_controller.value = state.kl_coef
-        self.canary.go_on_from(state.canary, self.global_steps)
-        self.agent_loop_manager.sleep()
-        self.actor_wg.load_checkpoint(str((folder / "actor").absolute()))
-        logger.warning(
-            "resumed from %s at step %d (trainer.resume_mode=disable or another default_local_dir starts afresh)",
-            folder,
-            self.global_steps,
-        )
-        self.sync_weights()
+        folder = self.position.resume(self.logger, self.best)
+        if folder is not None:
+            self.global_steps = checkpoint.checkpoint_step(folder)
+            self.agent_loop_manager.sleep()
+            self.actor_wg.load_checkpoint(str((folder / "actor").absolute()))
+            logger.warning("resumed from %s at step %d (%s)", folder, self.global_steps, START_AFRESH)
+            self.sync_weights()
 
     def dump(self, folder: str | None, batch: DataProto, show: int = 0) -> None:
         """Write the answers of a batch as JSONL where ``folder`` is set, and show the first few."""
         if folder is not None:
-            dump_generations(Path(folder), self.global_steps, batch, self.tokenizer)
-        for line in first_answers(batch, self.tokenizer, show):
-            tqdm.write(line)
+            dump_generations(folder, self.global_steps, batch, self.tokenizer)
+        show_answers(batch, self.tokenizer, show)
 
     def progress(self) -> str:
         """Where the run stands and what it left."""

@@ -3,8 +3,8 @@
 In: a checkpoint, and this run's settings and facts. Out: nothing, where both train the same thing; a warning that
 lists what differs and may; a ValueError that lists what differs and may not.
 
-Facts say what settings cannot: a model, a teacher and data are the same wherever they lie. Settings fall into three
-kinds, by the longest key of ``SETTINGS`` that covers them.
+Facts say what settings cannot: a model, a teacher and data are the same wherever they lie, so the path of one counts
+only where no facts stand for it. Settings fall into three kinds, by the longest key of ``SETTINGS`` that covers them.
 """
 
 import json
@@ -105,8 +105,13 @@ SETTINGS: dict[str, Kind] = {
     "ray_kwargs": Kind.FREE,
 }
 """A key or section, and what becomes of a run that resumes with another value."""
-WHOLE = ("algorithm.distill.teachers", "data.source_weights", "data.synthetic_item_prompts.templates")
+WHOLE = ("data.source_weights", "data.synthetic_item_prompts.templates")
 """Maps of the user's own keys, which differ as a whole: one that is new or gone is a difference too."""
+TEACHERS = "algorithm.distill.teachers"
+"""A map of the user's own names: which there are, and their order, is a difference, and so is every field of each."""
+VALIDATION = ("data.val_files", "data.val_max_samples", f"{_ROLLOUT}.val_kwargs")
+"""What validations measure. Fixed where both runs judge their steps by ``trainer.best_metric``: the best so far and
+bounds "of step 0" were measured so, and the model of step 0 is not there to be measured again."""
 
 
 class Difference(NamedTuple):
@@ -132,9 +137,10 @@ def run_facts(config: PPOConfig, vocab_fingerprint: str | None = None) -> dict[s
     for role, teacher in config.algorithm.distill.teachers.items():
         if teacher.path:  # else the student, of which there are facts
             facts |= {f"teachers.{role}.{name}": value for name, value in model_facts(teacher.path, None).items()}
-    if config.data.train_files and not config.data.custom_cls.path:  # a class of the user's own reads what it likes
-        files = expand_data_files(config.data.train_files)
-        facts["data.train_files"] = {path.name: path.stat().st_size for path in files}
+    if not config.data.custom_cls.path:  # a class of the user's own reads what it likes
+        for key, named in (("data.train_files", config.data.train_files), ("data.val_files", config.data.val_files)):
+            if named:
+                facts[key] = {path.name: path.stat().st_size for path in expand_data_files(named)}
     synthetic = config.data.synthetic_item_prompts
     if synthetic.count:
         files = [] if synthetic.catalogue is None else expand_data_files(synthetic.catalogue)
@@ -181,9 +187,17 @@ def require_same_run(folder: Path, config: PPOConfig, facts: Mapping[str, Any]) 
     """
     manifest = read_manifest(folder)
     saved: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
-    changed = _compare(_flat(saved), _flat(_plain(public_dict(config))))
-    other_facts = _compare(manifest.facts, _plain(dict(facts)))
-    fixed = [*other_facts, *(found for found in changed if kind_of(found.key) is Kind.FIXED)]
+    there, here = _flat(saved), _flat(_plain(public_dict(config)))
+    facts = _plain(dict(facts))
+    by_fact = {key for key in here if _has_facts(key, manifest.facts) and _has_facts(key, facts)}
+    changed = [found for found in _compare(there, here) if found.key not in by_fact]
+    is_judged = bool(there.get("trainer.best_metric") and here["trainer.best_metric"]) and not config.trainer.val_only
+
+    def is_fixed(key: str) -> bool:
+        return is_judged if covers(VALIDATION, key) else kind_of(key) is Kind.FIXED
+
+    other_facts = [found for found in _compare(manifest.facts, facts) if is_judged or not covers(VALIDATION, found.key)]
+    fixed = [*other_facts, *(found for found in changed if is_fixed(found.key))]
     allowed = config.trainer.resume_allow_changed
     refused = [found for found in fixed if not covers(allowed, found.key)]
     if refused:
@@ -226,12 +240,24 @@ def _same(there: Any, here: Any) -> bool:
     return there == here and (not isinstance(there, Mapping) or list(there) == list(here))
 
 
+def _has_facts(key: str, facts: Mapping[str, Any]) -> bool:
+    """Whether facts say more than a setting, because it is the path of what they are about."""
+    if key.startswith(f"{TEACHERS}.") and key.endswith(".path"):
+        role = key.removeprefix(f"{TEACHERS}.").removesuffix(".path")
+        return any(name.startswith(f"teachers.{role}.") for name in facts)
+    return key == "data.val_files" and key in facts
+
+
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in values.items():
         key = f"{prefix}{name}"
-        nested = isinstance(value, Mapping) and value and key not in WHOLE
-        flat |= _flat(value, f"{key}.") if nested else {key: value}
+        if key == TEACHERS:
+            flat |= {key: list(value), **_flat(value, f"{key}.")}
+        elif isinstance(value, Mapping) and value and key not in WHOLE:
+            flat |= _flat(value, f"{key}.")
+        else:
+            flat[key] = value
     return flat
 
 

@@ -5,10 +5,11 @@
     start            score ─► reference ◄── the checkpoint's, where the run resumes
     each checkpoint  score ─► |difference| from the reference ─► figure; too large: the run ends, nothing is saved
 
-The tokens are spread over the ids that student and teacher share, so they depend on the vocabulary alone. Every rank
-scores the same row, and each is held to the reference: a rank that computes something else is found as well. The
-reference is that of the run's first start. Checkpoints carry it (some hundred numbers a teacher), so a teacher that
-goes wrong between two starts, or that another machine loads otherwise, is found before anything is trained on it.
+The tokens are spread over the ids that the teacher knows, so they depend on the vocabulary alone: item tokens are
+among them where it reads and judges them. Every rank scores the same row, and each is held to the reference: a rank
+that computes something else is found as well. The reference is that of the run's first start. Checkpoints carry it
+(some hundred numbers a teacher), so a teacher that goes wrong between two starts, or that another machine loads
+otherwise, is found before anything is trained on it.
 
 Not here: how a teacher scores (``workers.teacher_worker``).
 
@@ -25,14 +26,15 @@ from verl.protocol import DataProto
 from verl.trainer.config import PPOConfig
 from verl.trainer.ppo.checkpoint_saver import CheckpointSaver
 from verl.trainer.ppo.guards import Metrics, end_run
+from verl.trainer.ppo.resume_check import covers
 
 logger = logging.getLogger(__name__)
 
 CANARY_TOKENS = 128
 GOLDEN = 0.6180339887498949
 """Multiples of it, modulo 1, fill the unit interval evenly however many there are."""
-CHANGES_NO_TEACHER = "data"
-"""The section of settings that may differ on resume without touching a teacher."""
+CHANGES_NO_TEACHER = ("data", "actor_rollout_ref.rollout.val_kwargs")
+"""Settings that may differ on resume without touching a teacher."""
 
 
 class ScoringRanks(Protocol):
@@ -42,9 +44,9 @@ class ScoringRanks(Protocol):
         """``ref_log_prob`` of the responses."""
 
 
-def canary_tokens(shared_ids: int, count: int) -> list[int]:
-    """``count`` ids spread over those from 0 to ``shared_ids`` - 1, in an order that jumps; always the same ones."""
-    return [int(place * GOLDEN % 1.0 * shared_ids) for place in range(count)]
+def canary_tokens(known_ids: int, count: int) -> list[int]:
+    """``count`` ids spread over those from 0 to ``known_ids`` - 1, in an order that jumps; always the same ones."""
+    return [int(place * GOLDEN % 1.0 * known_ids) for place in range(count)]
 
 
 class TeacherCanary:
@@ -60,13 +62,13 @@ class TeacherCanary:
         trainer, rollout = config.trainer, config.actor_rollout_ref.rollout
         self._tolerance = trainer.canary_tolerance
         self._saver = saver
-        shared = vocab_size if rollout.extend_start is None else min(vocab_size, rollout.extend_start)
+        self._distill, self._vocab_size = config.algorithm.distill, vocab_size
+        self._extend_start = vocab_size if rollout.extend_start is None else min(vocab_size, rollout.extend_start)
         # No longer than a training row: limits of micro-batches and positions were chosen for those.
-        self._tokens = canary_tokens(shared, min(CANARY_TOKENS, rollout.prompt_length + rollout.response_length))
+        self._count = min(CANARY_TOKENS, rollout.prompt_length + rollout.response_length)
         self._temperature = rollout.temperature
         self._rows = max(trainer.world_size, sum(trainer.teacher_ranks_on_nodes))
-        others_allowed = [key for key in trainer.resume_allow_changed if key.split(".")[0] != CHANGES_NO_TEACHER]
-        self._may_start_over = bool(others_allowed)
+        self._may_start_over = not all(covers(CHANGES_NO_TEACHER, key) for key in trainer.resume_allow_changed)
         self._reference: dict[str, list[float]] = {}
         self._right_at: int | None = None
 
@@ -87,7 +89,7 @@ class TeacherCanary:
             return {}
         metrics: Metrics = {}
         for role, teacher in teachers.items():
-            scores = teacher.compute_ref_log_prob(self._batch()).tensor("ref_log_prob")
+            scores = teacher.compute_ref_log_prob(self._batch(role)).tensor("ref_log_prob")
             self._reference.setdefault(role, scores[0].tolist())
             difference = _difference(scores, self._reference[role])
             if not difference <= self._tolerance:  # NaN is not
@@ -98,28 +100,33 @@ class TeacherCanary:
         return metrics
 
     def state(self) -> dict[str, Any] | None:
-        """What a checkpoint keeps: the tokens, and what each teacher scored; None where the canary is off."""
+        """What a checkpoint keeps: each teacher's tokens and what it scored; None where the canary is off."""
         if self._tolerance is None:
             return None
-        return {"tokens": self._tokens, "temperature": self._temperature, "log_probs": self._reference}
+        teachers = {
+            role: {"tokens": self._tokens(role), "log_probs": log_probs} for role, log_probs in self._reference.items()
+        }
+        return {"temperature": self._temperature, "teachers": teachers}
 
     def go_on_from(self, state: dict[str, Any] | None, step: int) -> None:
         """Hold the teachers, which were scored at this start, to the reference of the run's first start.
 
-        Where the checkpoint has none, or one of other tokens, or ``resume_allow_changed`` lets more than the data
-        differ, this start's reference stays.
+        Where the checkpoint has none for a teacher, or one of other tokens, this start's reference stays; likewise for
+        all of them where ``resume_allow_changed`` lets differ what may touch a teacher.
 
         Raises:
             GuardError: a teacher scores otherwise than it did there.
         """
         if self._tolerance is None or state is None:
             return
-        if self._may_start_over or (state["tokens"], state["temperature"]) != (self._tokens, self._temperature):
-            logger.warning("the teachers may differ from the checkpoint's; the canary starts over with those of now")
-            return
+        comparable = not self._may_start_over and state["temperature"] == self._temperature
+        known = state.get("teachers", {}) if comparable else {}  # checkpoints of before had one row for all
         self._right_at = step
-        now, self._reference = self._reference, self._reference | state["log_probs"]
-        for role, scores in now.items():
+        for role, scores in self._reference.items():
+            if role not in known or known[role]["tokens"] != self._tokens(role):
+                logger.warning("the checkpoint cannot say whether teacher %r is the same: the canary starts over", role)
+                continue
+            self._reference[role] = known[role]["log_probs"]
             difference = _difference(torch.tensor(scores), self._reference[role])
             if not difference <= self._tolerance:
                 end_run(
@@ -132,15 +139,21 @@ class TeacherCanary:
                 )
             logger.info("canary of teacher %r: %.4g nats from the run's first start", role, difference)
 
-    def _batch(self) -> DataProto:
+    def _tokens(self, role: str) -> list[int]:
+        """The tokens of a teacher: over all of the student's ids where it knows them, else over the shared ones."""
+        return canary_tokens(
+            self._vocab_size if self._distill.knows_extended(role) else self._extend_start, self._count
+        )
+
+    def _batch(self, role: str) -> DataProto:
         """N equal rows of one prompt token and T - 1 response tokens, with the keys that scoring reads."""
-        row = torch.tensor([self._tokens]).expand(self._rows, -1).clone()
+        row = torch.tensor([self._tokens(role)]).expand(self._rows, -1).clone()
         responses = row[:, 1:].clone()
         tensors = {
             "input_ids": row,
             "responses": responses,
             "attention_mask": torch.ones_like(row),
-            "distill_special_token_mask": torch.zeros_like(responses),
+            "distill_special_token_mask": (responses >= self._extend_start).long(),
         }
         return DataProto.from_dict(tensors, meta_info={"temperature": self._temperature})
 
@@ -154,7 +167,7 @@ class TeacherCanary:
         else:
             cause = (
                 f"teacher {role!r} at step {step} scores otherwise than at the run's start: the "
-                f"{len(self._tokens) - 1} log-probs of its canary differ by up to {above}. Its weights went wrong "
+                f"{self._count - 1} log-probs of its canary differ by up to {above}. Its weights went wrong "
                 f"(memory, offload, a bug) after step {self._right_at}, where they were right; what was learned since "
                 "is not saved. The same command again loads the teacher anew and goes on from the newest checkpoint"
             )

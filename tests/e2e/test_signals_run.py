@@ -76,6 +76,26 @@ def test_runs_that_are_stopped_by_signals_go_on_as_if_they_had_not_been(env: dic
         assert got[step] == pytest.approx(expected[step], rel=1e-6, abs=1e-6), f"step {step}"
 
 
+@pytest.mark.parametrize("to", ["the process group", "every process"])
+def test_sigterm_as_schedulers_send_it_reaches_the_driver_alone(env: dict[str, str], tmp_path: Path, to: str) -> None:
+    """Ray's processes block it, and the loader's are in a group of their own, so the step is finished and saved."""
+    loader = [f"data.dataloader_num_workers={1 if to == 'the process group' else 0}"]
+    with Running(tmp_path, [*OVERRIDES, *loader], env) as running:
+        running.wait_for_steps(2)
+        started = time.monotonic()
+        if to == "every process":
+            for process in running.left():
+                os.kill(process, signal.SIGTERM)
+        else:
+            os.killpg(running.process.pid, signal.SIGTERM)
+        ended = running.finish(60)
+    assert time.monotonic() - started < 30
+    assert ended.returncode == 143
+    assert ended.output.count("SIGTERM: this step is finished and saved") == 1, "said by the driver alone"
+    assert f"stopped by SIGTERM: step {last_step(ended)} of {STEPS}, newest checkpoint " in ended.output
+    assert "Traceback" not in ended.output
+
+
 def test_a_killed_rank_ends_the_run_with_its_cause_and_log_first(env: dict[str, str], tmp_path: Path) -> None:
     with Running(tmp_path, [*OVERRIDES, "trainer.total_training_steps=500"], env) as running:
         running.wait_for_steps(1)

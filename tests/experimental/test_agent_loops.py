@@ -1,5 +1,6 @@
 """Conversations with a scripted engine: what is asked of it, which tokens come out, and their masks, turn by turn."""
 
+import asyncio
 from typing import Any
 
 import pytest
@@ -274,6 +275,61 @@ async def tool_turn(tokenizer, tools, turn: str, multi_turn: MultiTurnConfig | N
     output = await converse(make_context(tokenizer, tools, multi_turn), engine)
     read = engine.requests[1][0][len(output.prompt_ids) + len(engine.turns[0]) :]
     return tokenizer.decode(read), output.metrics
+
+
+class HangingTool(AddTool):
+    """Waits for ever in one of its steps."""
+
+    def __init__(self, step: str) -> None:
+        super().__init__({}, schema("add"))
+        self.step, self.cancelled = step, 0
+
+    async def _hang(self, step: str) -> None:
+        if step == self.step:
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                self.cancelled += 1
+                raise
+
+    async def create(self, instance_id=None, **kwargs):
+        await self._hang("create")
+        return await super().create(instance_id, **kwargs)
+
+    async def execute(self, instance_id, parameters, **kwargs):
+        await self._hang("execute")
+        if self.step == "times out itself":
+            raise TimeoutError("the service is busy")
+        return await super().execute(instance_id, parameters, **kwargs)
+
+    async def release(self, instance_id, **kwargs):
+        await self._hang("release")
+
+
+@pytest.mark.parametrize("step", ["create", "execute"])
+async def test_a_tool_that_hangs_is_cancelled_and_the_model_is_told(tokenizer, step) -> None:
+    tool = HangingTool(step)
+    limits = MultiTurnConfig(tool_timeout_s=0.05, max_parallel_calls=2)
+    text, metrics = await asyncio.wait_for(tool_turn(tokenizer, (tool,), ADD + ADD, limits), 20)
+    assert text.count("Error: TimeoutError: no answer within 0.05 s") == 2
+    assert (metrics.tool_calls, metrics.tool_errors, tool.cancelled) == (2, 2, 2)
+
+
+async def test_a_tool_that_hangs_in_its_release_holds_nobody_up(tokenizer, caplog) -> None:
+    tool = HangingTool("release")
+    text, metrics = await asyncio.wait_for(tool_turn(tokenizer, (tool,), ADD, MultiTurnConfig(tool_timeout_s=0.05)), 20)
+    assert "Error" not in text and (metrics.tool_errors, tool.cancelled) == (0, 1)
+    assert "tool add failed to release its instance: TimeoutError('no answer within 0.05 s')" in caplog.text
+
+
+async def test_a_timeout_of_the_tools_own_is_told_as_it_is(tokenizer) -> None:
+    text, metrics = await tool_turn(tokenizer, (HangingTool("times out itself"),), ADD)
+    assert "Error: TimeoutError: the service is busy" in text and metrics.tool_errors == 1
+
+
+def test_a_limit_of_no_time_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"multi_turn\.tool_timeout_s=0 must be above 0, or null"):
+        MultiTurnConfig(tool_timeout_s=0)
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,13 @@
 
 import logging
 import os
+import signal
+import subprocess
+import sys
 
 import pytest
 
-from verl.single_controller.ray.session import session_arguments
+from verl.single_controller.ray.session import beyond_signals, session_arguments
 from verl.utils.loopback import keep_to_loopback, stays_here
 
 SET = ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS"]
@@ -18,6 +21,28 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in SET:
         monkeypatch.setenv(name, "")  # so that it is put back
         monkeypatch.delenv(name)
+
+
+def forked() -> tuple[int, bool]:
+    """Process group of a process that is started as Ray starts its daemons, relative to its id, and whether it has
+    SIGTERM blocked.
+    """
+    code = (
+        "import os, signal; blocked = signal.pthread_sigmask(signal.SIG_BLOCK, []);"
+        "print(os.getpgrp() - os.getpid(), signal.SIGTERM in blocked, os.getpgrp())"
+    )
+    said = subprocess.run([sys.executable, "-c", code], preexec_fn=lambda: None, capture_output=True, text=True)
+    offset, blocked, group = said.stdout.split()
+    assert offset == "0" or int(group) == os.getpgrp()
+    return int(offset), blocked == "True"
+
+
+def test_what_is_started_beyond_signals_is_reached_by_none() -> None:
+    with beyond_signals():
+        assert forked() == (0, True)
+    offset, blocked = forked()
+    assert offset != 0 and not blocked
+    assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, []), "this process hears them as before"
 
 
 def test_each_run_has_a_token_of_its_own_and_what_the_user_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,6 +46,23 @@ def loader_of(config, data, tiny_tokenizers):
     return dataset, build_train_loader(dataset, config)
 
 
+def test_a_signal_to_the_process_group_does_not_reach_the_loaders_processes(data, tiny_tokenizers):
+    """They are in groups of their own, which terminals and schedulers do not send it to; the driver still ends them."""
+    dataset, loader = loader_of(config_of(data, 1), data, tiny_tokenizers)
+    dataset.set_epoch(0)
+    before = signal.signal(signal.SIGTERM, lambda *_: None)  # the driver's, which they would inherit
+    try:
+        batches = iter(loader)
+        next(batches)
+        [child] = multiprocessing.active_children()
+        assert os.getpgid(child.pid) == child.pid
+        child.terminate()
+        child.join(10)
+        assert child.exitcode == -signal.SIGTERM
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_ctrl_c_does_not_reach_the_loaders_processes(data, tiny_tokenizers):
     dataset, loader = loader_of(config_of(data, 1), data, tiny_tokenizers)
     dataset.set_epoch(0)

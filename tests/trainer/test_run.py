@@ -14,6 +14,7 @@ from verl.single_controller.base import WorkerError
 from verl.trainer import run as module
 from verl.trainer.config import PPOConfig, TrainerConfig
 from verl.trainer.ppo.best_checkpoint import BestMetricError
+from verl.trainer.ppo.checkpoint_manifest import seal
 from verl.trainer.ppo.checkpoint_saver import CheckpointError
 from verl.trainer.ppo.guards import GuardError
 from verl.trainer.run import run
@@ -70,7 +71,7 @@ def end_of(folder: Path, ends: list[Any], events: list[str], **options: Any) -> 
     """Exit code of a run whose attempts end so."""
     has_saved = options.pop("has_saved", True)
     config = PPOConfig(trainer=TrainerConfig(default_local_dir=str(folder), **options))
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
 
     def build() -> Any:
         events.append("build")
@@ -161,11 +162,34 @@ def test_what_would_end_the_same_again_is_not_tried_again(
 def test_a_signal_is_the_exit_code(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], number: signal.Signals, code: int
 ) -> None:
+    write_checkpoint(tmp_path, 5)
     assert end_of(tmp_path, [number], [], save_freq=2) == code
     said = capsys.readouterr().err
     assert f"stopped by {number.name}: step 5 of 9; the same command goes on from there\n" in said
-    assert end_of(tmp_path, [number], []) == code
-    assert "this step was not saved, as trainer.save_freq=-1 asks" in capsys.readouterr().err
+
+
+def write_checkpoint(root: Path, step: int) -> None:
+    """One that is whole."""
+    (root / f"global_step_{step}").mkdir(parents=True)
+    seal(root / f"global_step_{step}", step, 1, {})
+
+
+def test_how_to_go_on_after_a_signal_follows_from_what_is_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without ``save_freq`` the best steps are saved and no others."""
+
+    def told(folder: str, **settings: Any) -> str:
+        assert end_of(tmp_path / folder, [signal.SIGTERM], [], best_metric="val/reward", test_freq=1, **settings) == 143
+        return capsys.readouterr().err.strip().rpartition("step 5 of 9; ")[2]
+
+    not_saved = "this step was not saved, as trainer.save_freq=-1 asks"
+    assert told("run") == not_saved
+    write_checkpoint(tmp_path / "run", 3)
+    assert told("run") == f"{not_saved}; the same command goes on from global_step_3"
+    write_checkpoint(tmp_path / "run", 5)
+    assert told("run") == "the same command goes on from there"
+    assert told("run", resume_mode="disable").startswith("the same command with trainer.resume_mode=auto goes on")
 
 
 def test_a_failure_in_the_step_that_a_signal_waits_for_is_not_tried_again(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ In: ``DataConfig`` and a tokenizer. Out: data sets, and loaders whose position c
 Tokenises nothing itself: chat templates are applied by the data set (to count) and by the agent loops (to generate).
 """
 
+import os
 import signal
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -130,7 +131,7 @@ def build_train_loader(dataset: RLHFDataset, config: DataConfig) -> StatefulData
         batch_size=config.train_batch_size,
         sampler=EpochSampler(dataset, config.seed, config.shuffle, config.source_weights),
         num_workers=config.dataloader_num_workers,
-        worker_init_fn=_ignore_interrupts,
+        worker_init_fn=_stand_apart,
         drop_last=True,
         collate_fn=collate_fn,
     )
@@ -142,12 +143,17 @@ def build_val_loader(dataset: RLHFDataset, config: DataConfig) -> StatefulDataLo
         dataset,
         batch_size=config.val_batch_size or len(dataset),
         num_workers=config.dataloader_num_workers,
-        worker_init_fn=_ignore_interrupts,
+        worker_init_fn=_stand_apart,
         drop_last=False,
         collate_fn=collate_fn,
     )
 
 
-def _ignore_interrupts(_: int) -> None:
-    """Ctrl-C reaches the loader's processes too, and it is for the run to decide when they end."""
+def _stand_apart(_: int) -> None:
+    """A signal to the run's process group is for the driver, which decides when the loader's processes end.
+
+    They have inherited its handlers: SIGTERM of the driver ends them, as torch expects.
+    """
+    os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -23,6 +23,8 @@ from verl.single_controller.ray import ResourcesInUseError
 from verl.single_controller.ray.session import end_session, start_session
 from verl.trainer.config.typed import save_config
 from verl.trainer.ppo.best_checkpoint import BestMetricError
+from verl.trainer.ppo.checkpoint import newest_whole, step_folder
+from verl.trainer.ppo.checkpoint_manifest import find_faults
 from verl.trainer.ppo.checkpoint_saver import CheckpointError
 from verl.trainer.ppo.guards import GuardError
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer
@@ -153,6 +155,11 @@ def say(message: str) -> None:
 
 
 def _how_to_go_on(trainer: RayPPOTrainer) -> str:
-    if trainer.config.trainer.save_freq < 1:
-        return f"this step was not saved, as trainer.save_freq={trainer.config.trainer.save_freq} asks"
-    return "the same command goes on from there"
+    """What became of the run's last step, and what would go on from where, by what lies there."""
+    settings = trainer.config.trainer
+    saved = newest_whole(settings.default_local_dir)
+    how = "the same command" if settings.resume_mode == "auto" else "the same command with trainer.resume_mode=auto"
+    if not find_faults(step_folder(settings.default_local_dir, trainer.global_steps)):
+        return f"{how} goes on from there"
+    not_saved = f"this step was not saved, as trainer.save_freq={settings.save_freq} asks"
+    return not_saved if saved is None else f"{not_saved}; {how} goes on from {saved.name}"

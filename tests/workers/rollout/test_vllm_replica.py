@@ -5,6 +5,9 @@ import base64
 import dataclasses
 import multiprocessing
 import pickle
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,7 +29,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from verl.workers.config import HFModelConfig, RolloutConfig
 from verl.workers.rollout.model_facts import WeightManifest
 from verl.workers.rollout.replica import RolloutReplica, TokenOutput
-from verl.workers.rollout.vllm_replica import VLLMReplica
+from verl.workers.rollout.vllm_replica import VLLMReplica, heeding_sigterm
 
 PLAIN = {"temperature": 1.0, "top_p": 1.0, "top_k": -1}
 WARM = {"temperature": 1.1, "top_p": 1.0, "top_k": -1}
@@ -38,6 +41,23 @@ TOLERANCE = 1e-4
 def rollout_config(**changes: Any) -> RolloutConfig:
     options: dict[str, Any] = {"prompt_length": 200, "response_length": 24, "max_num_seqs": 16}
     return RolloutConfig(**options | {"cpu_kvcache_space_gb": 0.1} | changes)
+
+
+def hears_sigterm() -> bool:
+    """Whether a process that is started now does."""
+    code = "import signal; print(signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, []))"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
+
+
+def test_processes_of_the_engine_heed_what_ends_them_though_the_replica_does_not() -> None:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        assert not hears_sigterm()
+        with heeding_sigterm():
+            assert hears_sigterm()
+        assert not hears_sigterm()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 async def generate(

@@ -2,13 +2,13 @@
 
 A tool gets one instance per conversation, made at its first call and released at the end, so it may keep state over
 turns. Nothing that a tool or a call does wrong ends the conversation: the model reads an error text instead, and the
-metrics count it.
+metrics count it. A tool that hangs is one of these things (``multi_turn.tool_timeout_s``).
 """
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Awaitable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from verl.experimental.agent_loop.base import AgentLoopMetrics
 from verl.experimental.agent_loop.tool_parser import ToolCall
@@ -17,6 +17,8 @@ from verl.utils.timing import marked_timer
 from verl.workers.config import MultiTurnConfig
 
 logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 
 class ToolSession:
@@ -56,7 +58,7 @@ class ToolSession:
     async def release(self) -> None:
         """Release every instance; a tool that fails to is logged."""
         releases = [
-            self._tools[name].release(instance_id, **self._options(name, "release"))
+            self._within_limit(self._tools[name].release(instance_id, **self._options(name, "release")))
             for name, instance_id in self._instances.items()
         ]
         results = await asyncio.gather(*releases, return_exceptions=True)
@@ -74,15 +76,28 @@ class ToolSession:
             self._metrics.unknown_tools += 1
             return f"Error: there is no tool {call.name!r}; the tools are {', '.join(self._tools)}"
         instance_id = await self._instance(tool)
-        response, reward, _ = await tool.execute(instance_id, call.arguments, **self._options(call.name, "execute"))
+        executed = tool.execute(instance_id, call.arguments, **self._options(call.name, "execute"))
+        response, reward, _ = await self._within_limit(executed)
         self._metrics.tool_reward += reward or 0.0
         return self._shortened(response)
 
     async def _instance(self, tool: BaseTool) -> str:
         async with self._creating:
             if tool.name not in self._instances:
-                self._instances[tool.name], _ = await tool.create(**self._options(tool.name, "create"))
+                created = tool.create(**self._options(tool.name, "create"))
+                self._instances[tool.name], _ = await self._within_limit(created)
             return self._instances[tool.name]
+
+    async def _within_limit(self, work: Awaitable[Result]) -> Result:
+        """What a tool does, or a TimeoutError that names the limit."""
+        limit = self._limits.tool_timeout_s
+        try:
+            async with asyncio.timeout(limit) as timer:
+                return await work
+        except TimeoutError as error:
+            if not timer.expired():
+                raise  # the tool's own
+            raise TimeoutError(f"no answer within {limit:g} s") from error
 
     def _options(self, name: str, step: str) -> dict[str, Any]:
         return dict(self._kwargs.get(name, {}).get(f"{step}_kwargs", {}))

@@ -85,6 +85,7 @@ SETTINGS: dict[str, Kind] = {
         )
     },
     f"{_ROLLOUT}.multi_turn.tool_config_path": Kind.SAID,
+    f"{_ROLLOUT}.multi_turn.tool_timeout_s": Kind.SAID,
     f"{_ROLLOUT}.prompt_length": Kind.FREE,  # follow data.max_*_length
     f"{_ROLLOUT}.response_length": Kind.FREE,
     f"{_ROLLOUT}.val_kwargs": Kind.FREE,

@@ -7,8 +7,8 @@
                     a second one, or grace_s after the first ─► KeyboardInterrupt
     leaving         ignored: the processes are being ended
 
-KeyboardInterrupt is what passes through Ray's waits. The other processes of a run do not see Ctrl-C: Ray starts its own
-with SIGINT blocked and each worker in a process group of its own.
+KeyboardInterrupt is what passes through Ray's waits. The other processes of a run heed neither signal:
+``single_controller.ray.session`` starts them so.
 """
 
 import os

@@ -51,6 +51,9 @@ class MultiTurnConfig:
     """Most characters of one tool response."""
     tool_response_truncate_side: str = "middle"
     """What stays of an overlong tool response: its ``left`` or ``right`` end, or both with the ``middle`` cut."""
+    tool_timeout_s: float | None = 600.0
+    """Seconds that a tool has for a call, and for making or releasing its instance: a call that takes longer is
+    cancelled, and the model reads an error. A tool has to await what it waits for. null: no limit."""
     tool_config_path: str | None = None
     """YAML that names the tools; null: none."""
     format: str = "hermes"
@@ -61,6 +64,11 @@ class MultiTurnConfig:
             raise ValueError(
                 "actor_rollout_ref.rollout.multi_turn.tool_response_truncate_side="
                 f"{self.tool_response_truncate_side!r} is not one of left, middle, right"
+            )
+        if self.tool_timeout_s is not None and not self.tool_timeout_s > 0:
+            raise ValueError(
+                f"actor_rollout_ref.rollout.multi_turn.tool_timeout_s={self.tool_timeout_s} must be above 0, or null "
+                "to wait for ever"
             )
         if self.format != "hermes":
             raise ValueError(f"actor_rollout_ref.rollout.multi_turn.format={self.format!r} is unknown; use hermes")

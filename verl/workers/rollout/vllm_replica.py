@@ -17,9 +17,11 @@ import logging
 import os
 import pickle
 import shutil
+import signal
 import tempfile
 import warnings
-from collections.abc import AsyncIterator, Awaitable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
@@ -39,6 +41,16 @@ if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
 
 Result = TypeVar("Result")
+
+
+@contextmanager
+def heeding_sigterm() -> Iterator[None]:
+    """What is started within the block heeds SIGTERM, by which vLLM ends its processes; Ray's are started without."""
+    before = signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class Engine(Protocol):
@@ -120,7 +132,8 @@ class VLLMReplica(RolloutReplica):
                 return cast(Engine, await InProcessEngine.start(arguments, engine_threads(self.config)))
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        return cast(Engine, AsyncLLM.from_engine_args(arguments))
+        with heeding_sigterm():
+            return cast(Engine, AsyncLLM.from_engine_args(arguments))
 
     async def _generate(self, prompt: list[int], options: SamplingOptions, request_id: str) -> TokenOutput:
         return await self._guard(self._answer(prompt, options, request_id), "failed")

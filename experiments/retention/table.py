@@ -197,7 +197,7 @@ def _group_text(group: Group) -> str:
 def _start_text(start: Start) -> str:
     labels = {AS_THEY_ARE.get(key) or KEPT[key]: label.removesuffix(" kept") for key, label in COLUMNS.items()}
     before = ", ".join(f"{label} {_shown(start.before[n])}" for n, label in labels.items() if n in start.before)
-    return f"Teacher: general accuracy {_shown(start.teacher)}. Student before: {before}."
+    return f"Teacher: general accuracy {_shown(start.teacher)}.\nStudent before: {before}."
 
 
 def _row(summary: Summary) -> list[str]:

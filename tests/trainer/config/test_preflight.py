@@ -165,6 +165,16 @@ def test_missing_packages(
     check(*run, "actor_rollout_ref.rollout.name=hf", "trainer.logger=console")
 
 
+def test_a_rule_that_reads_a_reward_needs_a_reward_function(run: list[str]) -> None:
+    rule = "trainer.best_metric='val/reverse_kl min subject to val/rec_*/reward >= 0.98 of step 0'"
+    best = [*run, rule, "data.val_files=train.parquet", "trainer.test_freq=1"]
+    assert check(*best) == []
+    with pytest.raises(ValueError, match=r"reads val/rec_\*/reward, which nothing gives; set custom_reward_function"):
+        check(*best, "custom_reward_function.path=null")
+    free = "trainer.best_metric='val/reverse_kl min'"
+    assert check(*best, free, "custom_reward_function.path=null") == []
+
+
 def test_all_errors_come_at_once(run: list[str]) -> None:
     with pytest.raises(ValueError, match="train_files") as caught:
         check(
@@ -231,8 +241,11 @@ def test_override_config_counts(run: list[str]) -> None:
         check(*run, "actor_rollout_ref.model.override_config.max_position_embeddings=64")
 
 
+GRPO = ["algorithm.adv_estimator=grpo", "actor_rollout_ref.rollout.n=2"]
+
+
 def test_task_rewards_need_no_teacher(run: list[str]) -> None:
-    assert check(*run, "algorithm.adv_estimator=grpo", "actor_rollout_ref.ref.model.path=null") == []
+    assert check(*run, *GRPO, "actor_rollout_ref.ref.model.path=null") == []
 
 
 @pytest.mark.parametrize(
@@ -248,9 +261,13 @@ def test_task_rewards_need_no_teacher(run: list[str]) -> None:
             "algorithm.distill.objective=topk compares distributions",
         ),
         (
-            ["algorithm.adv_estimator=grpo", "algorithm.distill_adv_min_clip=-3"],
+            [*GRPO, "algorithm.distill_adv_min_clip=-3"],
             "algorithm.distill_adv_min_clip=-3.0 has no effect here: it bounds the advantage of drawn tokens, and "
             "algorithm.adv_estimator=grpo learns from no teacher",
+        ),
+        (
+            ["algorithm.adv_estimator=rloo"],
+            "algorithm.adv_estimator=rloo compares the answers to one prompt, and actor_rollout_ref.rollout.n=1 gives",
         ),
         (
             ["data.synthetic_item_prompts.catalogue=gone.parquet"],
@@ -274,7 +291,7 @@ def test_greedy_validation_says_what_it_does_not_measure(run: list[str], setting
     assert "validation is greedy" in notice
     assert "val/reverse_kl" in notice
     assert check(*run, override) == []
-    assert check(*run, "data.val_files=train.parquet", "algorithm.adv_estimator=grpo", override) == []
+    assert check(*run, "data.val_files=train.parquet", *GRPO, override) == []
 
 
 @pytest.mark.parametrize(
@@ -291,7 +308,7 @@ def test_bounds_that_a_run_has_without_asking_are_not_spoken_of(run: list[str], 
 
 
 def test_a_reward_for_items_that_no_teacher_reads_is_said(run: list[str]) -> None:
-    mixed = [*run, "algorithm.adv_estimator=grpo", "algorithm.distill.coef=0.5"]
+    mixed = [*run, *GRPO, "algorithm.distill.coef=0.5"]
     (notice,) = check(*mixed)
     assert "an answer is trained up to its first one" in notice and "algorithm.distill.teachers.self" in notice
     assert check(*mixed, "++algorithm.distill.teachers.self={sources:[rec_*]}") == []

@@ -61,8 +61,8 @@ class DataConfig:
     on_bad_row: str = "drop"
     """Rows that cannot be used: ``drop`` (counted and recorded) or ``error``."""
     source_weights: dict[str, float] = field(default_factory=dict)
-    """Share of each group of sources in every batch, by shell pattern (``{"rec_*": 0.25, "*": 0.75}``); empty: as the
-    files have them."""
+    """Share of each group of sources in every batch, by shell pattern, of which the first that fits counts
+    (``{rec_*: 0.25, *: 0.75}``); empty: as the files have them."""
     synthetic_item_prompts: SyntheticItemPromptsConfig = field(default_factory=SyntheticItemPromptsConfig)
     max_dropped_fraction: float = 0.5
     """Largest share of the rows read that may be dropped, for whatever reason; above it the run stops."""

@@ -10,11 +10,14 @@ import os
 from pathlib import Path
 
 from verl.trainer.config.algorithm import USUAL_ADV_BOUNDS
+from verl.trainer.config.best_rule import BestRule
 from verl.trainer.config.config import PPOConfig
 from verl.trainer.config.findings import Findings
 from verl.trainer.config.preflight_models import check_models
 from verl.workers.config.rollout import AGENT_LOOPS
 
+GROUP_BASELINES = ("grpo", "rloo")
+"""Estimators whose baseline is the other answers to a prompt."""
 LOGGER_PACKAGES = {"wandb": "wandb", "tensorboard": "tensorboard"}
 
 
@@ -31,6 +34,7 @@ def check_run(config: PPOConfig) -> list[str]:
     checks = (
         check_models,
         _check_estimator,
+        _check_reward,
         _check_data,
         _check_engine,
         _check_sampling,
@@ -52,8 +56,6 @@ def _check_estimator(config: PPOConfig, found: Findings) -> None:
     if name not in ADV_ESTIMATOR_REGISTRY:
         known = ", ".join(sorted(ADV_ESTIMATOR_REGISTRY))
         found.errors.append(f"algorithm.adv_estimator={name!r} is unknown; choose from {known}")
-    elif config.algorithm.learns_from_reward and config.custom_reward_function.path is None:
-        found.errors.append(config.algorithm.missing_reward)
     algorithm, start = config.algorithm, config.actor_rollout_ref.rollout.extend_vocab_start_token
     if algorithm.distils and not config.actor_rollout_ref.ref.model.path:
         coef = algorithm.distill.coef
@@ -68,6 +70,25 @@ def _check_estimator(config: PPOConfig, found: Findings) -> None:
             "trained up to its first one, and a reward for items teaches nothing behind it; let the frozen student "
             "judge such rows: ++algorithm.distill.teachers.self='{vocabulary: full, sources: [rec_*], weight: 1}' "
             "(weight 0: the reward alone)"
+        )
+
+
+def _check_reward(config: PPOConfig, found: Findings) -> None:
+    algorithm, trainer = config.algorithm, config.trainer
+    has_reward = config.custom_reward_function.path is not None
+    if algorithm.learns_from_reward and not has_reward:
+        found.errors.append(algorithm.missing_reward)
+    if algorithm.adv_estimator in GROUP_BASELINES and config.actor_rollout_ref.rollout.n == 1:
+        found.notices.append(
+            f"algorithm.adv_estimator={algorithm.adv_estimator} compares the answers to one prompt, and "
+            "actor_rollout_ref.rollout.n=1 gives it one: the reward itself is the advantage; set n to 4 or more"
+        )
+    named = BestRule.parse(trainer.best_metric).names if trainer.best_metric else []
+    rewards = [name for name in named if name.endswith("/reward")]
+    if rewards and not has_reward:
+        found.errors.append(
+            f"trainer.best_metric={trainer.best_metric!r} reads {', '.join(rewards)}, which nothing gives; set "
+            "custom_reward_function.path, or take another figure, such as val/reverse_kl min"
         )
 
 

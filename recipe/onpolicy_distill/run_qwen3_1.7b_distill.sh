@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# run_qwen3_distill.sh with settings for a 1.7B student, which should fit a GPU of 80 GB (not measured): larger micro-batches, a
-# smaller share of each GPU for the engine.
+# run_qwen3_distill.sh with settings for a 1.7B student, which should fit a GPU of 80 GB (not measured): larger
+# micro-batches, and a smaller share of each GPU for the engine.
 #
 #   BASE_MODEL=... TEACHER_MODEL=... DATASET_PARQUET=... bash run_qwen3_1.7b_distill.sh [HOSTFILE] [HYDRA_OVERRIDES...]
 #

@@ -102,20 +102,25 @@ class RayPPOTrainer:
         """How often the run lost its workers before this trainer was built; see ``verl.trainer.run``."""
         self.stop = StopRequest()
         all_epochs = self.prompts.batches_per_epoch * config.trainer.total_epochs
-        self.total_steps = config.trainer.total_training_steps or all_epochs
-        config.settle_schedule(self.total_steps)
+        total_steps = config.trainer.total_training_steps or all_epochs
+        config.settle_schedule(total_steps)
         if self.uses_reward and reward_fn is None:
             raise ValueError(config.algorithm.missing_reward)
         self.pools = plan_pools(config.trainer, self.roles, use_gpu=device_name == "cuda")
         self.worker_groups = WorkerGroups()
         facts = run_facts(config, vocab_fingerprint)
-        require_resumable(config, facts, self.total_steps)
+        require_resumable(config, facts, total_steps)
         self.best = BestCheckpoint(config.trainer)
-        self.schedule = Schedule(config.trainer, self.total_steps, self.best)
+        self.schedule = Schedule(config.trainer, total_steps, self.best)
         self.saver = CheckpointSaver(config, facts, self.best)
         self.skipped_updates, self.engine_gap = SkippedUpdates(config, self.saver), EngineGap(config)
         self.canary = TeacherCanary(config, len(tokenizer), self.saver)
         self.position = RunPosition(config.trainer, self.prompts, self.kl_controller, self.canary)
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole run."""
+        return self.schedule.total_steps
 
     # ------------------------------------------------------------------ what a recipe may override
 

@@ -12,7 +12,7 @@ class Schedule:
 
     Args:
         config: how often what is done.
-        total_steps: steps of the whole run.
+        total_steps: steps of the whole run; may be lowered while it goes on.
         best: knows whether a step is the best so far, and whether it is time to give up.
     """
 

@@ -26,6 +26,7 @@ teacher_top_log_probs       float32  (B, R, K)  teacher      update (objective t
 teacher_rest_log_prob       float32  (B, R)     teacher      update (objective topk)
 teacher_states              object   (B,)       teacher      update (handles to hidden states)
 token_level_scores          float32  (B, R)     reward       reward (KL penalty), metrics
+reward_extra                object   (B,)       reward       metrics (what it reported beside a score)
 token_level_rewards         float32  (B, R)     reward       advantage, metrics
 rollout_is_weights          float32  (B, R)     advantage    update, metrics
 advantages                  float32  (B, R)     advantage    update, metrics
@@ -351,8 +352,7 @@ class DataProto:
     def repeat(self, repeat_times: int = 2, interleave: bool = True) -> "DataProto":
         """Every row ``repeat_times`` times: next to each other where ``interleave``, else the batch over and over."""
         index = torch.arange(len(self))
-        index = index.repeat_interleave(repeat_times) if interleave else index.repeat(repeat_times)
-        return self.select_idxs(index)
+        return self.select_idxs(index.repeat_interleave(repeat_times) if interleave else index.repeat(repeat_times))
 
     def reorder(self, indices: Sequence[int] | torch.Tensor) -> None:
         """Put row ``indices[i]`` at place i, in place, key by key: there are never two copies of the batch."""

@@ -22,6 +22,8 @@ FAMILIES = (
     "critic",
     "val",
     "reward_extra",
+    "val_reward_extra",
+    "val_agent_loop",
     "training",
     "rollout_corr",
     "agent_loop",

@@ -12,7 +12,6 @@ from verl.trainer.ppo.metric_utils import (
     compute_advantage_part_metrics,
     compute_data_metrics,
     compute_on_policy_distill_data_metrics,
-    compute_reward_extra_metrics,
     compute_throughout_metrics,
     compute_timing_metrics,
     compute_validation_distill_metrics,
@@ -250,8 +249,20 @@ def test_reduction_follows_the_name() -> None:
 
 
 def test_what_a_reward_function_reports_beside_the_score_is_averaged() -> None:
-    reported = {"format_ok": [True, False, None, True], "note": ["a", "b", "c", "d"]}
-    assert compute_reward_extra_metrics(reported) == {"reward_extra/format_ok": pytest.approx(2 / 3)}
+    batch = batch_of_three()
+    batch.non_tensor_batch["reward_extra"] = np.array(
+        [{"format_ok": True, "note": "a"}, {"format_ok": False, "rare": 0.5}, {"format_ok": True}], dtype=object
+    )
+    expected = {"format_ok": pytest.approx(2 / 3), "rare": 0.5}
+    figures = compute_data_metrics(batch)
+    assert {name: figures[name] for name in figures if name.startswith("reward_extra/")} == {
+        f"reward_extra/{key}": value for key, value in expected.items()
+    }
+    batch.batch["token_level_scores"] = torch.zeros_like(batch.tensor("response_mask"), dtype=torch.float32)
+    measured = compute_validation_reward_metrics(batch)
+    assert {name: measured[name] for name in measured if name.startswith("val_reward_extra/")} == {
+        f"val_reward_extra/{key}": value for key, value in expected.items()
+    }
 
 
 def batch_of_two_teachers() -> DataProto:

@@ -42,9 +42,9 @@ def test_scores_stand_at_the_last_token_of_each_answer() -> None:
         calls.append(call)
         return len(call["solution_str"]) + 0.5
 
-    scores, extra = compute_rewards(answers(), LetterTokenizer(), length)
-    assert scores.tolist() == [[0, 0, 2.5, 0], [0.5, 0, 0, 0], [0, 0, 0, 4.5]]
-    assert extra == {}
+    rewarded = compute_rewards(answers(), LetterTokenizer(), length)
+    assert rewarded.tensor("token_level_scores").tolist() == [[0, 0, 2.5, 0], [0.5, 0, 0, 0], [0, 0, 0, 4.5]]
+    assert rewarded.array("reward_extra").tolist() == [{}, {}, {}]
     assert calls[0] == {
         "data_source": "x",
         "solution_str": "ab",
@@ -58,9 +58,9 @@ def test_a_mapping_reports_more_than_the_score() -> None:
     def graded(solution_str: str, **_) -> dict:
         return {"score": 1} if not solution_str else {"score": np.float64(2), "correct": solution_str == "ab"}
 
-    scores, extra = compute_rewards(answers(), LetterTokenizer(), graded)
-    assert scores.sum(-1).tolist() == [2, 1, 2]
-    assert extra == {"correct": [True, None, False]}
+    rewarded = compute_rewards(answers(), LetterTokenizer(), graded)
+    assert rewarded.tensor("token_level_scores").sum(-1).tolist() == [2, 1, 2]
+    assert rewarded.array("reward_extra").tolist() == [{"correct": True}, {}, {"correct": False}]
 
 
 @pytest.mark.parametrize(

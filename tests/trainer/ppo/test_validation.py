@@ -17,23 +17,23 @@ def test_figures_of_batches_are_joined_by_what_they_are() -> None:
         "agent_loop/tool_reward/min": -1.0,
         "agent_loop/tool_reward/max": 2.0,
         "agent_loop/tool_reward/mean": 1.0,
-        "reward_extra/format": 0.5,
+        "rollout/share": 0.5,
     }
     second = {
         "agent_loop/tool_calls": 4.0,
         "agent_loop/tool_reward/min": 0.0,
         "agent_loop/tool_reward/max": 5.0,
         "agent_loop/tool_reward/mean": 2.0,
-        "reward_extra/format": 0.25,
-        "reward_extra/late": 7.0,
+        "rollout/share": 0.25,
+        "rollout/late": 7.0,
     }
     assert join_figures([(6, first), (2, second)]) == {
         "agent_loop/tool_calls": 7.0,
         "agent_loop/tool_reward/min": -1.0,
         "agent_loop/tool_reward/max": 5.0,
         "agent_loop/tool_reward/mean": 1.25,  # (6 x 1 + 2 x 2) / 8
-        "reward_extra/format": 0.4375,  # (6 x 0.5 + 2 x 0.25) / 8
-        "reward_extra/late": 7.0,
+        "rollout/share": 0.4375,  # (6 x 0.5 + 2 x 0.25) / 8
+        "rollout/late": 7.0,
     }
     assert join_figures([]) == {}
 
@@ -51,8 +51,9 @@ class CountingEngines(Engines):
 
 
 def reward(data_source: str, ground_truth: str, **_: Any) -> dict[str, float]:
-    """Reports the row's number beside its score."""
-    return {"score": 1.0, "number": float(ground_truth)}
+    """Reports the row's number beside its score, and of odd ones their half."""
+    number = float(ground_truth)
+    return {"score": 1.0, "number": number} | ({"half": number / 2} if number % 2 else {})
 
 
 def trainer_of(folder: Path, **settings: Any) -> Any:
@@ -71,21 +72,22 @@ class Words:
 
 def test_a_validation_logs_what_its_stages_measure(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path)
-    trainer.stage_metrics = {"reward_extra/of_a_step": 1.0}
+    trainer.stage_metrics = {"rollout/of_a_step": 1.0}
     figures = trainer.validate()
-    assert figures["val/reward_extra/number"] == pytest.approx((0 + 1 + 2 + 3 + 4) / 5)
-    assert figures["val/agent_loop/tool_calls"] == 10.0
+    assert figures["val_reward_extra/number"] == pytest.approx((0 + 1 + 2 + 3 + 4) / 5)
+    assert figures["val_reward_extra/half"] == pytest.approx((0.5 + 1.5) / 2), "of the rows that have it"
+    assert figures["val_agent_loop/tool_calls"] == 10.0
     assert figures["val/reward"] == 1.0 and figures["val/reverse_kl"] == pytest.approx(2.0)
     assert not {name for name in figures if "of_a_step" in name or "timing_s/agent_loop" in name}
 
 
 def test_the_best_checkpoint_may_be_judged_by_them(tmp_path: Path) -> None:
-    rule = "val/reward_extra/number subject to val/agent_loop/tool_calls <= 10"
+    rule = "val_reward_extra/number subject to val_agent_loop/tool_calls <= 10"
     settings = {"test_freq": 1, "save_freq": 5, "total_training_steps": 1}
     trainer = trainer_of(tmp_path / "run", best_metric=rule, **settings)
     trainer.fit()
     [(_, figures)] = trainer.logger.lines
     assert (figures["training/best_step"], figures["training/best_value"]) == (1, 2.0)
-    wrong = trainer_of(tmp_path / "other", best_metric="val/reward_extra/nothing", **settings)
-    with pytest.raises(BestMetricError, match=r"it gives .*val/agent_loop/tool_calls.*val/reward_extra/number"):
+    wrong = trainer_of(tmp_path / "other", best_metric="val_reward_extra/nothing", **settings)
+    with pytest.raises(BestMetricError, match=r"it gives .*val_agent_loop/tool_calls.*val_reward_extra/number"):
         wrong.fit()

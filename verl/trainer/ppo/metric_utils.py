@@ -64,6 +64,7 @@ def compute_data_metrics(batch: DataProto) -> Metrics:
     """Rewards, advantages, lengths and turns under verl's names, and how far the sampler is from the policy.
 
     - ``critic/score``, ``critic/rewards``: sums over a row of ``token_level_scores``, ``token_level_rewards``.
+    - ``reward_extra/<key>``: see `_reported_means`.
     - ``critic/advantages``, ``critic/returns``: trained tokens. ``actor/entropy``: mean over them, nats.
     - ``response_length``, ``prompt_length``: tokens; ``clip_ratio``: share of rows that fill the room there is.
     - ``num_turns``: turns of the conversation.
@@ -86,6 +87,7 @@ def compute_data_metrics(batch: DataProto) -> Metrics:
         metrics |= _summary(name, lengths) | _mean(f"{name}/clip_ratio", lengths == tokens.shape[1])
     if "__num_turns__" in batch.non_tensor_batch:
         metrics |= _summary("num_turns", torch.tensor(batch.array("__num_turns__").astype(np.int64)))
+    metrics |= {f"reward_extra/{key}": value for key, value in _reported_means(batch).items()}
     return metrics | _sampler_metrics(batch, trained)
 
 
@@ -320,21 +322,24 @@ def compute_validation_distill_metrics(batch: DataProto) -> Metrics:
 
 
 def compute_validation_reward_metrics(batch: DataProto) -> Metrics:
-    """``val/reward``, the mean over all answers of their summed ``token_level_scores``, and ``val/<source>/reward``."""
-    return _overall_and_per_source(
+    """``val/reward``, the mean over all answers of their summed ``token_level_scores``, ``val/<source>/reward``, and
+    ``val_reward_extra/<key>``.
+    """
+    rewards = _overall_and_per_source(
         "val", batch, lambda rows: _mean("reward", rows.tensor("token_level_scores").sum(dim=-1))
     )
+    return rewards | {f"val_reward_extra/{key}": value for key, value in _reported_means(batch).items()}
 
 
-def compute_reward_extra_metrics(reported: Mapping[str, list[Any]]) -> Metrics:
-    """``reward_extra/<key>``: mean of each number that the reward function reported beside the score.
-
-    Args:
-        reported: by key, a value per row; None where a row has none. What is no number is left out.
+def _reported_means(batch: DataProto) -> Metrics:
+    """Mean of each number that the reward function reported beside the score, by its key, over the rows of which it
+    did. What is no number is left out.
     """
-    metrics: Metrics = {}
-    for key, values in reported.items():
-        numbers = [float(value) for value in values if isinstance(value, int | float)]
-        if numbers:
-            metrics[f"reward_extra/{key}"] = sum(numbers) / len(numbers)
-    return metrics
+    if "reward_extra" not in batch.non_tensor_batch:
+        return {}
+    numbers: dict[str, list[float]] = {}
+    for reported in batch.array("reward_extra"):
+        for key, value in reported.items():
+            if isinstance(value, int | float):
+                numbers.setdefault(key, []).append(float(value))
+    return {key: sum(values) / len(values) for key, values in numbers.items()}

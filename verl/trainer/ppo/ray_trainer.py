@@ -33,7 +33,6 @@ from verl.trainer.ppo.guards import EngineGap, SkippedUpdates
 from verl.trainer.ppo.kl_control import get_kl_controller
 from verl.trainer.ppo.metric_utils import (
     compute_data_metrics,
-    compute_reward_extra_metrics,
     compute_throughout_metrics,
     compute_timing_metrics,
     compute_validation_reward_metrics,
@@ -149,11 +148,9 @@ class RayPPOTrainer:
         return True
 
     def reward(self, batch: DataProto) -> DataProto:
-        """``token_level_scores`` (B, R): the task reward at each answer's last token."""
+        """``token_level_scores`` (B, R): the task reward at each answer's last token; ``reward_extra`` (B,)."""
         assert self.reward_fn is not None, "checked at construction"
-        scores, reported = compute_rewards(batch, self.tokenizer, self.reward_fn)
-        self.stage_metrics |= compute_reward_extra_metrics(reported)
-        return DataProto.from_dict({"token_level_scores": scores})
+        return compute_rewards(batch, self.tokenizer, self.reward_fn)
 
     def advantage(self, batch: DataProto) -> DataProto:
         """``advantages``, ``returns`` (B, R); where used ``token_level_rewards`` and ``rollout_is_weights`` too."""

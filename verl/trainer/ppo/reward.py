@@ -1,7 +1,8 @@
 """Task rewards: a user's function applied to every answer.
 
 In:  a batch after generation, and a function ``(data_source, solution_str, ground_truth, extra_info)``.
-Out: ``token_level_scores`` (B, R), zero but for one position a row. Not here: rewards as advantages, KL penalties.
+Out: ``token_level_scores`` (B, R), zero but for one position a row, and ``reward_extra`` (B,).
+Not here: rewards as advantages, KL penalties.
 
 Letters: B sequences, R response tokens.
 """
@@ -10,6 +11,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from verl.protocol import DataProto
@@ -62,9 +64,7 @@ def _score_and_extra(result: Any, row: int) -> tuple[float, dict[str, Any]]:
     return number, extra
 
 
-def compute_rewards(
-    batch: DataProto, tokenizer: "PreTrainedTokenizerBase", reward_fn: RewardFn
-) -> tuple[torch.Tensor, dict[str, list[Any]]]:
+def compute_rewards(batch: DataProto, tokenizer: "PreTrainedTokenizerBase", reward_fn: RewardFn) -> DataProto:
     """Score every answer.
 
     The function sees the response as text without special tokens (item tokens stay), the row's ``data_source`` (None
@@ -76,8 +76,8 @@ def compute_rewards(
         reward_fn: see `RewardFn`.
 
     Returns:
-        scores (B, R) float32, each at its response's last token, tools' tokens included (of an empty response: at
-        position 0); and what else the function reported, key to list of B values, None where a row lacks it.
+        ``token_level_scores`` (B, R) float32, each at its response's last token, tools' tokens included (of an empty
+        response: at position 0); ``reward_extra`` (B,), a mapping of what else the function reported of the row.
 
     Raises:
         ValueError: the function returned no finite number.
@@ -85,7 +85,7 @@ def compute_rewards(
     responses = batch.tensor("responses")
     written = batch.tensor("attention_mask")[:, -responses.shape[1] :].bool()
     scores = torch.zeros(responses.shape, dtype=torch.float32)
-    reported: dict[str, list[Any]] = {}
+    reported = np.empty(len(batch), dtype=object)
     for row in range(len(batch)):
         columns = {key: values[row] for key, values in batch.non_tensor_batch.items()}
         extra_info = dict(columns.get("extra_info") or {})
@@ -97,8 +97,6 @@ def compute_rewards(
             ground_truth=(columns.get("reward_model") or {}).get("ground_truth"),
             extra_info=extra_info,
         )
-        score, extra = _score_and_extra(result, row)
+        score, reported[row] = _score_and_extra(result, row)
         scores[row, max(int(written[row].sum()) - 1, 0)] = score
-        for key, value in extra.items():
-            reported.setdefault(key, [None] * len(batch))[row] = value
-    return scores, reported
+    return DataProto.from_dict({"token_level_scores": scores}, {"reward_extra": reported})

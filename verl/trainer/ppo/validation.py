@@ -1,7 +1,8 @@
 """A validation: every held-out prompt is answered, batch by batch, and the batches become one.
 
-In: batches of prompts and a function that answers one. Out: all answers together, and the figures of its stages under
-``val/``. Not here: what the answers show (``metric_utils``), and how they are made (the trainer).
+In: batches of prompts and a function that answers one. Out: all answers together, and the figures of its stages,
+``val_`` put before their family. Not here: what the answers show (``metric_utils``), and how they are made (the
+trainer).
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -26,12 +27,12 @@ def answer_all(
         answer: a batch of answers and the figures of the stages that made it, from rows of the data set.
 
     Returns:
-        The answers, in the order of the data; ``val/agent_loop/*``, ``val/reward_extra/*`` and what else stages
-        measured, but for seconds.
+        The answers, in the order of the data; ``val_agent_loop/*`` and what else stages measured, but for seconds. No
+        family below ``val/``, where a source could have its name, and a pattern such as ``val/*/reward`` take it in.
     """
     parts = [answer(rows) for rows in tqdm(loader, desc="validate", unit="batch", leave=False, disable=None)]
     figures = join_figures([(len(batch), measured) for batch, measured in parts])
-    measured = {f"val/{name}": value for name, value in figures.items() if not name.startswith(TIMES)}
+    measured = {f"val_{name}": value for name, value in figures.items() if not name.startswith(TIMES)}
     return DataProto.concat([batch for batch, _ in parts]), measured
 
 

@@ -128,6 +128,18 @@ def test_a_full_disk_delays_lines_and_loses_none(tmp_path: Path, caplog: pytest.
     assert recorded_steps(tmp_path / "metrics.jsonl") == [1, 2, 3, 4]
 
 
+def test_a_validation_alone_does_not_stand_for_its_step(tmp_path: Path) -> None:
+    validation = Tracking("project", "run", ["file"], local_dir=tmp_path)
+    validation.log({"val/reward": 0.5}, 2)
+    validation.finish()
+    for _ in range(2):
+        run = Tracking("project", "run", ["file"], local_dir=tmp_path)
+        run.go_on_after(2, {"loss": 2.0})
+        run.finish()
+    lines = [json.loads(line)["data"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [{"val/reward": 0.5}, {"loss": 2.0}]
+
+
 def test_tensorboard_passes_over_steps_that_come_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -91,7 +91,7 @@ class FileBackend:
         kept = [line for line in lines if step is not None and _step_of(line) <= step]
         if kept != lines:
             self._keep(kept, [line for line in lines if step is None or _step_of(line) > step])
-        if step is not None and figures is not None and step not in map(_step_of, kept):
+        if step is not None and figures and not any(_records(line, step, figures) for line in kept):
             logger.warning("%s lacked step %d, which the checkpoint has: its figures come from there", self._path, step)
             self.log(figures, step)
 
@@ -119,6 +119,11 @@ class FileBackend:
 
     def _open(self) -> TextIO:
         return open(self._path, "a", encoding="utf-8")
+
+
+def _records(line: str, step: int, figures: Figures) -> bool:
+    """Whether a line holds the figures of a step; that of a validation alone does not."""
+    return _step_of(line) == step and json.loads(line)["data"].keys() >= figures.keys()
 
 
 def _step_of(line: str) -> float:

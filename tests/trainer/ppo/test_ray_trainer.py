@@ -285,6 +285,12 @@ def test_a_kill_between_a_checkpoint_and_its_line_costs_no_figures(tmp_path: Pat
     trainer_of(run, steps=6).fit()
     assert [step for step, _ in figures(run)] == [1, 2, 3, 4, 5, 6], "none is there twice"
 
+    other_name = tmp_path / "name"
+    killed_before_logging(trainer_of(tmp_path / "folder", steps=2), 2)
+    other_name.symlink_to(tmp_path / "folder")
+    trainer_of(tmp_path / "folder", resume_mode="resume_path", resume_from_path=f"{other_name}/global_step_2").fit()
+    assert figures(tmp_path / "folder") == got, "its own folder, by another name"
+
     elsewhere = tmp_path / "elsewhere"
     trainer_of(elsewhere, resume_mode="resume_path", resume_from_path=str(run / "global_step_2")).fit()
     assert [step for step, _ in figures(elsewhere)] == [3, 4], "another run's figures are not this one's"

@@ -189,6 +189,47 @@ def test_what_validations_measure_is_fixed_where_both_runs_judge_by_it(
     check(folder, run)
 
 
+def test_validation_files_of_one_name_are_told_apart(folder: Path, run: PPOConfig, tmp_path: Path) -> None:
+    run.trainer.best_metric = "val/reward"
+    for place, rows in (("general", 3), ("rec", 50), ("other", 900)):
+        (tmp_path / place).mkdir()
+        pq.write_table(pa.table({"prompt": [str(row) for row in range(rows)]}), tmp_path / place / "test.parquet")
+
+    def files(*places: str) -> list[str]:
+        return [str(tmp_path / place / "test.parquet") for place in places]
+
+    run.data.val_files = files("general", "rec")
+    reseal(folder, run)
+    check(folder, run)
+    for others in (("other", "rec"), ("rec",), ("general", "rec", "other")):
+        run.data.val_files = files(*others)
+        with pytest.raises(ValueError, match=r"data\.val_files"):
+            check(folder, run)
+
+
+def test_validation_files_that_an_older_checkpoint_knows_by_path_alone_are_said(
+    folder: Path, run: PPOConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run.trainer.best_metric = "val/reward"
+    pq.write_table(pa.table({"prompt": ["c", "d"]}), tmp_path / "val.parquet")
+    run.data.val_files = str(tmp_path / "val.parquet")
+    save_config(run, folder / "config.yaml")
+    facts = run_facts(run, "contract-1")
+    seal(folder, 3, run.trainer.world_size, {key: facts[key] for key in facts if key != "data.val_files"})
+    run.data.val_files = str(shutil.copy(tmp_path / "val.parquet", tmp_path / "moved.parquet"))
+    check(folder, run)
+    assert "resuming with another setting: data.val_files" in caplog.text
+
+
+def test_a_key_that_is_new_in_a_map_of_the_users_own_is_a_difference(folder: Path, run: PPOConfig) -> None:
+    run.data.apply_chat_template_kwargs = {"enable_thinking": False}
+    run.actor_rollout_ref.model.override_config = {"rope_theta": 5}
+    with pytest.raises(ValueError, match="trained otherwise") as refusal:
+        check(folder, run)
+    assert "data.apply_chat_template_kwargs: {} in the checkpoint" in str(refusal.value)
+    assert "actor_rollout_ref.model.override_config: {} in the checkpoint" in str(refusal.value)
+
+
 def test_other_synthetic_prompts_are_refused(folder: Path, run: PPOConfig, tmp_path: Path) -> None:
     """Settings count as they are, the catalogue by its content."""
     templates = {"next": PromptTemplateConfig("history: {history}")}

@@ -173,8 +173,8 @@ def _readable(key: str, value: str) -> str:
         if not value.startswith((*QUOTES, "[", "{")):
             return _in_quotes(value)
         raise ValueError(
-            f"{key}={value} cannot be read ({str(error).splitlines()[0]}); close every bracket and quote, and write "
-            "the names of a mapping without quotes"
+            f"{key}={value} cannot be read ({str(error).splitlines()[0]}); close every bracket and quote, write the "
+            "names of a mapping without quotes, and put an entry that holds =, ( or ) in quotes"
         ) from error
     if not isinstance(read, Sweep) and (wrong := [*misshapen(key, read)]):
         raise ValueError("\n".join(wrong))

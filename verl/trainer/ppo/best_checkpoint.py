@@ -76,7 +76,7 @@ class BestCheckpoint:
         if folder is not None and step is not None:
             recorded = _read_record(folder)
             self._figures = {number: figures for number, figures in recorded.items() if number <= step}
-            if folder.absolute().parent == self._root.absolute():
+            if folder.resolve().parent == self._root.resolve():
                 there = map(checkpoint.checkpoint_step, checkpoint.step_folders(self._root))
                 self._in_place = {number for number in there if number <= step}
             else:

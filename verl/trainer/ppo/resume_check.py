@@ -106,7 +106,13 @@ SETTINGS: dict[str, Kind] = {
     "ray_kwargs": Kind.FREE,
 }
 """A key or section, and what becomes of a run that resumes with another value."""
-WHOLE = ("data.source_weights", "data.synthetic_item_prompts.templates")
+WHOLE = (
+    "actor_rollout_ref.model.override_config",
+    f"{_ROLLOUT}.engine_kwargs",
+    "data.apply_chat_template_kwargs",
+    "data.source_weights",
+    "data.synthetic_item_prompts.templates",
+)
 """Maps of the user's own keys, which differ as a whole: one that is new or gone is a difference too."""
 TEACHERS = "algorithm.distill.teachers"
 """A map of the user's own names: which there are, and their order, is a difference, and so is every field of each."""
@@ -141,7 +147,7 @@ def run_facts(config: PPOConfig, vocab_fingerprint: str | None = None) -> dict[s
     if not config.data.custom_cls.path:  # a class of the user's own reads what it likes
         for key, named in (("data.train_files", config.data.train_files), ("data.val_files", config.data.val_files)):
             if named:
-                facts[key] = {path.name: path.stat().st_size for path in expand_data_files(named)}
+                facts[key] = _file_facts(expand_data_files(named))
     synthetic = config.data.synthetic_item_prompts
     if synthetic.count:
         files = [] if synthetic.catalogue is None else expand_data_files(synthetic.catalogue)
@@ -195,7 +201,9 @@ def require_same_run(folder: Path, config: PPOConfig, facts: Mapping[str, Any]) 
     is_judged = bool(there.get("trainer.best_metric") and here["trainer.best_metric"]) and not config.trainer.val_only
 
     def is_fixed(key: str) -> bool:
-        return is_judged if covers(VALIDATION, key) else kind_of(key) is Kind.FIXED
+        if not covers(VALIDATION, key):
+            return kind_of(key) is Kind.FIXED
+        return is_judged and (key in manifest.facts or key not in facts)  # older checkpoints have no facts of the files
 
     other_facts = [found for found in _compare(manifest.facts, facts) if is_judged or not covers(VALIDATION, found.key)]
     fixed = [*other_facts, *(found for found in changed if is_fixed(found.key))]
@@ -209,8 +217,9 @@ def require_same_run(folder: Path, config: PPOConfig, facts: Mapping[str, Any]) 
             "trainer.default_local_dir), or allow what you mean to change: "
             f"trainer.resume_allow_changed=[{','.join(found.key for found in refused)}]"
         )
-    said = [found for found in changed if kind_of(found.key) is Kind.SAID]
-    for found in [*fixed, *said]:
+    open_questions = VALIDATION if is_judged else ()
+    says = [found for found in changed if kind_of(found.key) is Kind.SAID or covers(open_questions, found.key)]
+    for found in [*fixed, *(found for found in says if found not in fixed)]:
         logger.warning("resuming with another setting: %s", found)
     if manifest.world_size != config.trainer.world_size:
         logger.warning("resuming on %d ranks what %d wrote", config.trainer.world_size, manifest.world_size)
@@ -229,6 +238,12 @@ def covers(entries: Sequence[str], key: str) -> bool:
 
 def _facts_of(model: Any) -> dict[str, Any]:
     return model_facts(model.path, model.tokenizer_path)
+
+
+def _file_facts(files: Sequence[Path]) -> dict[str, int] | list[list[Any]]:
+    """Sizes by name; of files that share a name, which are kept apart by their folders, pairs in their order."""
+    sizes = [(path.name, path.stat().st_size) for path in files]
+    return dict(sizes) if len(dict(sizes)) == len(sizes) else [list(pair) for pair in sizes]
 
 
 def _compare(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[Difference]:

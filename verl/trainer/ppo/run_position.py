@@ -81,5 +81,5 @@ class RunPosition:
         self._canary.go_on_from(state.canary, checkpoint.checkpoint_step(folder))
         self._prompts.go_to(state)
         self._kl_controller.value = state.kl_coef
-        is_own = folder.absolute().parent == Path(self._config.default_local_dir).absolute()
+        is_own = folder.resolve().parent == Path(self._config.default_local_dir).resolve()
         return state.figures or None if is_own else None

@@ -95,7 +95,8 @@ def steps_to_recover(curve: Sequence[tuple[float, float]], teacher: float) -> fl
 
 def summarise(records: Sequence[Record]) -> list[Group]:
     """The groups of results that the variants of today made: one per world and budget, over all students, and where
-    there are several of these, one for each student behind it.
+    there are several of these, one for each student behind it. Students differ more than objectives do, so the one over
+    all of them compares only what ran on all of them.
     """
     records = [record for record in records if _is_current(record)]
     starts = {
@@ -136,6 +137,7 @@ def _group(
         _summary(world, budget, variant, pairs, starts)
         for variant in VARIANTS
         if (pairs := [pair for pair in own if pair[0].variant == variant])
+        and {run.student_seed for run, record in pairs if record["status"] == DONE} in (set(students), set())
     ]
     return Group(world, budget, tuple(students), start, summaries)
 

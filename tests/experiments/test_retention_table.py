@@ -95,6 +95,13 @@ def test_results_of_other_settings_are_left_out(records: list[Record]) -> None:
     assert summarise(records)[0].summaries[0].runs == 2
 
 
+def test_over_all_students_only_what_ran_on_all_of_them_is_compared(records: list[Record]) -> None:
+    overall, first, second = summarise([*records, trained(0, 0, 0.1, [[20, 0.5]], "exact-leak")])
+    assert [summary.variant for summary in overall.summaries] == ["exact", "stitched"]
+    assert [summary.variant for summary in first.summaries] == ["exact", "exact-leak", "stitched"]
+    assert [summary.variant for summary in second.summaries] == ["exact"]
+
+
 def test_nothing_yet() -> None:
     assert table_text(summarise([])) == "no results yet"
 

@@ -33,7 +33,6 @@ from statistics import median
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from e2e.launch import Run, launch_command, launch_environment, script_env, small_run, write_onerec_parquet
 from safetensors.torch import load_file
 from soak.processes import RAY_AGENTS, adopt_orphans, below, of_kind, wait_gone
@@ -43,7 +42,7 @@ from recipe.onpolicy_distill.tiny_tokenizers import build_tiny_tokenizers
 from verl.trainer.config import TrainerConfig
 from verl.trainer.ppo import checkpoint
 from verl.trainer.ppo.checkpoint_manifest import find_faults
-from verl.workers.fsdp.shard_files import ShardReader, stored_tensors
+from verl.workers.fsdp.shard_files import read_shards, stored_tensors
 from verl.workers.fsdp.weight_export import FOLDER_PREFIX, SHARED_MEMORY
 
 FAULTS = ("mismatches", "unreadable_checkpoints", "orphans", "shared_memory_left", "other")
@@ -93,7 +92,7 @@ def read_whole(folder: Path) -> list[str]:
     entries = stored_tensors(folder / "actor" / "shards")
     nan = float("nan")
     tensors = {key: torch.full(tuple(entry.size), nan, dtype=entry.properties.dtype) for key, entry in entries.items()}
-    dcp.load(tensors, storage_reader=ShardReader(folder / "actor" / "shards"), no_dist=True)
+    read_shards(tensors, folder / "actor" / "shards", no_dist=True)
     for path in [folder / checkpoint.DATA_STATE, *folder.glob("actor/extra_rank_*.pt")]:
         torch.load(path, weights_only=True)
     load_file(folder / "actor" / "huggingface" / "model.safetensors")

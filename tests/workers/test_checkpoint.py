@@ -12,6 +12,7 @@ from tiny_workers import draw_rows, load_plain, rollouts, with_loss_inputs, work
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from transformers import AutoTokenizer
 
+from verl.model_merger import merge
 from verl.protocol import DataProto
 from verl.utils.durable_files import write_durably
 from verl.utils.save_outcome import SaveOutcome
@@ -162,6 +163,17 @@ def test_a_checkpoint_of_another_model_is_refused_with_what_differs(
     lines = str(refusal.value).splitlines()
     assert "- model.lm_head.weight: nothing there, [700, 64] here" in lines
     assert any(line.startswith("- model.model.embed_tokens.weight: [") and "[700, 64] here" in line for line in lines)
+
+
+def test_a_shard_that_lost_its_content_but_not_its_size_is_named(student_model: Path, tmp_path: Path) -> None:
+    worker = student(student_model)
+    worker.save_checkpoint(str(tmp_path / "checkpoint"), 1)
+    [shard] = (tmp_path / "checkpoint" / "shards").glob("*.distcp")
+    shard.write_bytes(b"\0" * shard.stat().st_size)
+    with pytest.raises(ValueError, match=r"shards cannot be read \(Unpickling.* on rank 0: .*earlier checkpoint"):
+        worker.load_checkpoint(str(tmp_path / "checkpoint"))
+    with pytest.raises(ValueError, match="shards cannot be read"):
+        merge(tmp_path / "checkpoint", tmp_path / "model")
 
 
 class Trap:

@@ -29,7 +29,6 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
@@ -40,7 +39,7 @@ from verl.utils.save_outcome import SaveOutcome
 from verl.workers.config import CheckpointConfig
 from verl.workers.fsdp.huggingface import MODEL_PREFIX, ModelDescription, write_weights
 from verl.workers.fsdp.optimizer import LearningRateSchedule
-from verl.workers.fsdp.shard_files import ShardReader, ShardWriter, stored_tensors
+from verl.workers.fsdp.shard_files import ShardWriter, cause_of, read_shards, stored_tensors
 from verl.workers.fsdp.token_stats_model import TokenStatsModel
 from verl.workers.fsdp.weight_export import named_weights
 
@@ -188,21 +187,13 @@ class CheckpointWriter:
         writing, self._writing = self._writing, None
         error = writing.exception()
         if error is not None:
-            return SaveOutcome(done=True, error=_cause(error))
+            return SaveOutcome(done=True, error=cause_of(error))
         return SaveOutcome(done=True, seconds=writing.result())
 
 
 def _write(snapshot: Snapshot, folder: Path, group: dist.ProcessGroup, began: float) -> float:
     snapshot.write(folder, group)
     return time.perf_counter() - began
-
-
-def _cause(error: BaseException) -> str:
-    """The error in one line; of one that all ranks raise together, what first went wrong."""
-    if isinstance(error, CheckpointException) and error.failures:
-        rank, (error, _) = min(error.failures.items())
-        return f"{type(error).__name__} on rank {rank}: {error}"
-    return f"{type(error).__name__}: {error}"
 
 
 # ------------------------------------------------------------------ reading
@@ -212,12 +203,12 @@ def load_checkpoint(state: TrainingState, config: CheckpointConfig, folder: Path
     """Read the parts that ``config.load_contents`` names, on as many ranks as there are now.
 
     Raises:
-        ValueError: a part is not there, or belongs to another model.
+        ValueError: a part is not there, cannot be read, or belongs to another model.
     """
     tensors = _sharded_state(state, config.load_contents)
     if tensors:
         _require_same_tensors(tensors, folder / SHARDS)
-        dcp.load(tensors, storage_reader=ShardReader(folder / SHARDS))
+        read_shards(tensors, folder / SHARDS)
     if "extra" in config.load_contents:
         _load_extra(state, folder)
     dist.barrier()

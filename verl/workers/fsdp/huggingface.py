@@ -16,13 +16,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.distributed.checkpoint as dcp
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from verl.utils.device import dtype_name
 from verl.utils.durable_files import write_durably
 from verl.utils.safetensors_stream import TensorInfo, write_safetensors
-from verl.workers.fsdp.shard_files import ShardReader, stored_tensors
+from verl.workers.fsdp.shard_files import read_shards, stored_tensors
 
 MODEL_PREFIX = "model."
 """What parameters are called in the shards, before their Hugging Face names."""
@@ -61,7 +60,7 @@ def stored_weights(shards: Path) -> list[TensorInfo]:
     """The model's parameters in ``shards/``, under their Hugging Face names.
 
     Raises:
-        ValueError: the shards are not there or hold no model.
+        ValueError: the shards are not there, cannot be read, or hold no model.
     """
     infos = [
         TensorInfo(key.removeprefix(MODEL_PREFIX), entry.properties.dtype, tuple(entry.size))
@@ -92,7 +91,7 @@ def write_weights(
 
     def read(info: TensorInfo) -> torch.Tensor:
         whole = {MODEL_PREFIX + info.name: torch.empty(info.shape, dtype=stored[info.name])}
-        dcp.load(whole, storage_reader=ShardReader(shards), no_dist=True)
+        read_shards(whole, shards, no_dist=True)
         return whole[MODEL_PREFIX + info.name].to(info.dtype)
 
     infos = stored_weights(shards)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
@@ -71,6 +72,30 @@ class ShardReader(dcp.FileSystemReader):
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata
+
+
+def read_shards(tensors: dict[str, torch.Tensor], shards: Path, *, no_dist: bool = False) -> None:
+    """Fill tensors, by key, with what the shards hold of them; without ``no_dist`` all ranks together.
+
+    Raises:
+        ValueError: a shard cannot be read; every rank raises it.
+    """
+    try:
+        dcp.load(tensors, storage_reader=ShardReader(shards), no_dist=no_dist)
+    except CheckpointException as error:  # no Exception, which callers of theirs and Ray would let through
+        raise ValueError(f"{shards} cannot be read ({cause_of(error)}); take an earlier checkpoint") from error
+
+
+def cause_of(error: BaseException) -> str:
+    """An error in one line; of one that all ranks raise together, what first went wrong."""
+    if isinstance(error, CheckpointException) and error.failures:
+        rank, (error, _) = min(error.failures.items())
+        return f"{type(error).__name__} on rank {rank}: {_first_line(error)}"
+    return f"{type(error).__name__}: {_first_line(error)}"
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), "")
 
 
 class _DescriptionUnpickler(pickle.Unpickler):

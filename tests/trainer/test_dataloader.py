@@ -1,12 +1,13 @@
 """The loader's position: the same prompts with the same think switches, however often a run stops in between."""
 
+import gc
 import json
 import multiprocessing
 import os
 import signal
-from contextlib import suppress
 import subprocess
 import sys
+from contextlib import suppress
 from itertools import chain
 
 import pyarrow as pa
@@ -64,6 +65,8 @@ def test_a_signal_to_the_process_group_does_not_reach_the_loaders_processes(data
         assert child.exitcode == -signal.SIGTERM
     finally:
         signal.signal(signal.SIGTERM, before)
+        del batches, loader
+        gc.collect()  # else torch goes on to look after a process that is gone
 
 
 def test_ctrl_c_does_not_reach_the_loaders_processes(data, tiny_tokenizers):

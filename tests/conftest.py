@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,15 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 def repo() -> Path:
     """The checkout."""
     return REPO
+
+
+@pytest.fixture
+def one_rank() -> Iterator[None]:
+    """Workers in this process form a group of one for a test."""
+    from process_group import group_of_one
+
+    with group_of_one():
+        yield
 
 
 @pytest.fixture(scope="session")

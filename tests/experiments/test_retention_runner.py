@@ -2,12 +2,10 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-import torch.distributed as dist
 from small_world import build_small_world, short_student, short_teacher
 
 from experiments.retention import worlds
@@ -25,15 +23,9 @@ from verl.trainer.config.typed import load_config
 from verl.workers.config import FSDPActorConfig
 from verl.workers.config.distill import VOCABULARIES
 
+pytestmark = pytest.mark.usefixtures("one_rank")
+
 CLOCK = ("seconds", "seconds_by_phase")
-
-
-@pytest.fixture(autouse=True)
-def one_rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    yield
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")

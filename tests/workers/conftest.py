@@ -4,19 +4,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch.distributed as dist
+from process_group import group_of_one
 from tiny_workers import write_model
 from transformers import AutoTokenizer
 
 
 @pytest.fixture(scope="module")
 def one_rank() -> Iterator[None]:
-    """Workers in this process form a group of one, which ends with the module, and use half the machine's cores."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LOCAL_WORLD_SIZE", "2")
+    """Workers in this process form a group of one, which ends with the module."""
+    with group_of_one():
         yield
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 @pytest.fixture(scope="session")

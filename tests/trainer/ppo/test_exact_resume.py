@@ -1,7 +1,6 @@
 """A run that was killed and resumed is the run that never was: the same figures at every step, the same weights."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,52 +9,14 @@ import torch
 import torch.distributed as dist
 from e2e.launch import write_onerec_parquet
 from file_faults import remount, small_disk
-from in_process_run import run_in_process
+from in_process_run import MEASURED, STEPS, run_in_process, settings
 from safetensors.torch import load_file
 
-from verl.trainer.config import PPOConfig, TrainerConfig
-from verl.trainer.config.typed import load_config
+from verl.trainer.config import TrainerConfig
 from verl.trainer.ppo.checkpoint import find_checkpoint
 from verl.trainer.ppo.checkpoint_saver import CheckpointError
 
-STEPS = 5
-MEASURED = ("timing", "perf/")
-"""Beginnings of the names of figures that are measured by the clock."""
-
-
-@pytest.fixture(autouse=True)
-def one_rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    yield
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def settings(pair: Any, train: Path, folder: Path, **changes: Any) -> PPOConfig:
-    values = {
-        "actor_rollout_ref.model.path": pair.student,
-        "actor_rollout_ref.ref.model.path": pair.teacher,
-        "actor_rollout_ref.rollout.extend_vocab_start_token": pair.extend_vocab_start_token,
-        "actor_rollout_ref.rollout.name": "hf",
-        "actor_rollout_ref.actor.optim.lr": 1e-3,
-        "actor_rollout_ref.actor.optim.lr_scheduler_type": "cosine",
-        "actor_rollout_ref.actor.ppo_mini_batch_size": 2,
-        "algorithm.adv_estimator": "on_policy_distill",
-        "data.train_files": train,
-        "data.cache_dir": train.parent / "cache",
-        "data.train_batch_size": 4,
-        "data.max_prompt_length": 64,
-        "data.max_response_length": 8,
-        "data.enable_think": True,
-        "trainer.default_local_dir": folder,
-        "trainer.total_training_steps": STEPS,
-        "trainer.save_freq": 1,
-        "trainer.val_before_train": False,
-        "trainer.device": "cpu",
-        "trainer.logger": "[file]",
-        **changes,
-    }
-    return load_config([f"{key}={value}" for key, value in values.items()])
+pytestmark = pytest.mark.usefixtures("one_rank")
 
 
 def figures(folder: Path) -> list[dict[str, Any]]:

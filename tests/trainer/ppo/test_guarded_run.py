@@ -2,17 +2,15 @@
 
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from e2e.launch import write_onerec_parquet
-from in_process_run import run_in_process
+from in_process_run import run_in_process, settings
 from safetensors.torch import load_file
-from test_exact_resume import settings
 
 from verl.protocol import DataProto
 from verl.trainer.config import PPOConfig
@@ -20,17 +18,11 @@ from verl.trainer.ppo.guards import GuardError
 from verl.workers.config import TeacherConfig
 from verl.workers.fsdp.weight_export import named_weights
 
+pytestmark = pytest.mark.usefixtures("one_rank")
+
 STEPS, UPDATES = 4, 2
 """Steps of a run, and updates of a step."""
 LOG_PROBS = "actor_rollout_ref.rollout.calculate_log_probs"
-
-
-@pytest.fixture(autouse=True)
-def one_rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    yield
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """A run that hears its teachers in the update is the run that asks them in a stage of its own, at half the calls."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +8,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from e2e.launch import write_onerec_parquet
-from in_process_run import run_in_process
+from in_process_run import MEASURED, run_in_process, settings
 from safetensors.torch import load_file
 
 from recipe.onpolicy_distill.onpolicy_distill_trainer import RayOnPolicyDistillTrainer
 from verl.protocol import DataProto
-from verl.trainer.config.typed import load_config
+
+pytestmark = pytest.mark.usefixtures("one_rank")
 
 STEPS = 3
-MEASURED = ("timing", "perf/")
 OF_NO_ADVANTAGE = ("critic/advantages/", "critic/returns/")
 REWARD = """
 def compute_score(data_source, solution_str, ground_truth, extra_info):
@@ -41,52 +40,28 @@ class AsksBefore(RayOnPolicyDistillTrainer):
     uses_advantage = True  # type: ignore[assignment]
 
 
-@pytest.fixture(autouse=True)
-def one_rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    yield
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
 @pytest.fixture
 def train(tiny_pair: Any, tmp_path: Path) -> Any:
     """Train over three sources with a teacher each, asking before or not; returns figures, weights and calls."""
     prompts = write_onerec_parquet(tmp_path / "train.parquet", 12, sources=("general", "rec_next", "mixed"))
     (tmp_path / "reward.py").write_text(REWARD)
     values = {
-        "actor_rollout_ref.model.path": tiny_pair.student,
-        "actor_rollout_ref.ref.model.path": tiny_pair.teacher,
-        "actor_rollout_ref.rollout.extend_vocab_start_token": tiny_pair.extend_vocab_start_token,
-        "actor_rollout_ref.rollout.name": "hf",
-        "actor_rollout_ref.actor.optim.lr": 1e-3,
         "actor_rollout_ref.actor.ppo_mini_batch_size": 3,
         "actor_rollout_ref.actor.ppo_epochs": 2,
-        "algorithm.adv_estimator": "on_policy_distill",
         "algorithm.distill.objective": "exact",
         "algorithm.distill.support": "shared",
         "++algorithm.distill.teachers.self": "{vocabulary:full,sources:[rec_*],weight:0.5}",
         "++algorithm.distill.teachers.both": "{vocabulary:stitched,sources:[mixed]}",
-        "data.train_files": prompts,
-        "data.cache_dir": tmp_path / "cache",
         "data.train_batch_size": 6,
-        "data.max_prompt_length": 64,
-        "data.max_response_length": 8,
-        "data.enable_think": True,
         "trainer.total_training_steps": STEPS,
-        "trainer.total_epochs": 9,
         "trainer.save_freq": STEPS,
         "trainer.canary_tolerance": "null",
-        "trainer.device": "cpu",
-        "trainer.logger": "[file]",
-        "trainer.val_before_train": False,
     }
 
     def of(asks_before: bool, **changes: Any) -> tuple[list[dict[str, float]], dict[str, torch.Tensor], list[str]]:
         folder, asked = tmp_path / f"asks_before_{asks_before}", []
         if "algorithm.distill.coef" in changes:
             changes["custom_reward_function.path"] = tmp_path / "reward.py"
-        given = values | changes | {"trainer.default_local_dir": folder}
 
         def listen(trainer: Any) -> None:
             if asks_before:
@@ -99,7 +74,7 @@ def train(tiny_pair: Any, tmp_path: Path) -> Any:
 
             trainer.ask_teacher = noted
 
-        run_in_process(load_config([f"{key}={value}" for key, value in given.items()]), tamper=listen)
+        run_in_process(settings(tiny_pair, prompts, folder, **values | changes), tamper=listen)
         dist.destroy_process_group()
         lines = [json.loads(line)["data"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
         weights = load_file(folder / f"global_step_{STEPS}/actor/huggingface/model.safetensors")

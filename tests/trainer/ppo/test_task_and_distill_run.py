@@ -1,19 +1,18 @@
 """Whole runs with a task reward beside distillation, and the best checkpoint of one."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from e2e.launch import write_onerec_parquet
-from in_process_run import run_in_process
+from in_process_run import run_in_process, settings
 from safetensors.torch import load_file
 
 from verl.trainer.config import PPOConfig
-from verl.trainer.config.typed import load_config
+
+pytestmark = pytest.mark.usefixtures("one_rank")
 
 STEPS = 4
 REWARD = """
@@ -22,26 +21,13 @@ def compute_score(data_source, solution_str, ground_truth, extra_info):
 """
 
 
-@pytest.fixture(autouse=True)
-def one_rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    yield
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
 @pytest.fixture
-def settings(tiny_pair: Any, tmp_path: Path) -> Any:
+def mixed(tiny_pair: Any, tmp_path: Path) -> Any:
     """Settings of a run over two sources, the second of which the frozen student judges."""
     train = write_onerec_parquet(tmp_path / "train.parquet", 8, sources=("general", "rec_next"))
     (tmp_path / "reward.py").write_text(REWARD)
     values = {
-        "actor_rollout_ref.model.path": tiny_pair.student,
-        "actor_rollout_ref.ref.model.path": tiny_pair.teacher,
-        "actor_rollout_ref.rollout.extend_vocab_start_token": tiny_pair.extend_vocab_start_token,
-        "actor_rollout_ref.rollout.name": "hf",
         "actor_rollout_ref.rollout.n": 2,
-        "actor_rollout_ref.actor.optim.lr": 1e-3,
         "actor_rollout_ref.actor.ppo_mini_batch_size": 4,
         "algorithm.adv_estimator": "grpo",
         "algorithm.distill.coef": 0.5,
@@ -49,22 +35,14 @@ def settings(tiny_pair: Any, tmp_path: Path) -> Any:
         "algorithm.distill_adv_max_clip": 5,
         "++algorithm.distill.teachers.self": "{vocabulary:full,sources:[rec_*],weight:0.5}",
         "custom_reward_function.path": tmp_path / "reward.py",
-        "data.train_files": train,
         "data.val_files": train,
-        "data.cache_dir": tmp_path / "cache",
-        "data.train_batch_size": 4,
-        "data.max_prompt_length": 64,
-        "data.max_response_length": 8,
+        "data.enable_think": False,
         "trainer.total_training_steps": STEPS,
-        "trainer.total_epochs": 9,
-        "trainer.device": "cpu",
-        "trainer.logger": "[file]",
-        "trainer.val_before_train": False,
+        "trainer.save_freq": -1,
     }
 
     def of(folder: str, **changes: Any) -> PPOConfig:
-        given = {**values, "trainer.default_local_dir": tmp_path / folder, **changes}
-        return load_config([f"{key}={value}" for key, value in given.items()])
+        return settings(tiny_pair, train, tmp_path / folder, **values | changes)
 
     return of
 
@@ -73,8 +51,8 @@ def lines(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_reward_and_distillation_train_in_one_run(settings: Any, tmp_path: Path) -> None:
-    run_in_process(settings("sampled"))
+def test_reward_and_distillation_train_in_one_run(mixed: Any, tmp_path: Path) -> None:
+    run_in_process(mixed("sampled"))
     steps = [line["data"] for line in lines(tmp_path / "sampled")]
     assert len(steps) == STEPS
     for data in steps:
@@ -86,7 +64,7 @@ def test_reward_and_distillation_train_in_one_run(settings: Any, tmp_path: Path)
     assert steps[-1]["distill_teacher/self/reverse_kl"] != pytest.approx(0, abs=1e-4)
     assert steps[0]["distill_teacher/ref/reverse_kl"] > 0.01
 
-    run_in_process(settings("exact", **{"algorithm.distill.objective": "exact", "algorithm.distill.support": "shared"}))
+    run_in_process(mixed("exact", **{"algorithm.distill.objective": "exact", "algorithm.distill.support": "shared"}))
     steps = [line["data"] for line in lines(tmp_path / "exact")]
     for data in steps:
         assert data["actor/distill_loss"] > 0 and "actor/pg_loss" in data and "advantage/distill_share" not in data
@@ -96,7 +74,7 @@ def test_reward_and_distillation_train_in_one_run(settings: Any, tmp_path: Path)
 RULE = "val/general/reward subject to val/*/reward >= 0.01 of step 0"
 
 
-def test_the_best_of_a_run_is_found_again_after_a_kill(settings: Any, tmp_path: Path) -> None:
+def test_the_best_of_a_run_is_found_again_after_a_kill(mixed: Any, tmp_path: Path) -> None:
     best = {
         "trainer.best_metric": RULE,
         "trainer.test_freq": 1,
@@ -104,8 +82,8 @@ def test_the_best_of_a_run_is_found_again_after_a_kill(settings: Any, tmp_path: 
         "trainer.max_actor_ckpt_to_keep": 1,
         "trainer.save_freq": 2,
     }
-    run_in_process(settings("run", **best), dies_in_batch=8)  # start, then two batches a step: dies in step 4
-    run_in_process(settings("run", **best))
+    run_in_process(mixed("run", **best), dies_in_batch=8)  # start, then two batches a step: dies in step 4
+    run_in_process(mixed("run", **best))
     folder = tmp_path / "run"
     record = {int(step): figures for step, figures in json.loads((folder / "validations.json").read_text()).items()}
     assert sorted(record) == list(range(STEPS + 1))
@@ -122,8 +100,8 @@ def test_the_best_of_a_run_is_found_again_after_a_kill(settings: Any, tmp_path: 
     assert all(torch.equal(value, of_step[name]) for name, value in kept.items())
 
 
-def test_a_wrong_name_ends_a_run_before_it_trains(settings: Any, tmp_path: Path) -> None:
+def test_a_wrong_name_ends_a_run_before_it_trains(mixed: Any, tmp_path: Path) -> None:
     changes = {"trainer.best_metric": "val/general/recall", "trainer.test_freq": 1, "trainer.val_before_train": True}
     with pytest.raises(ValueError, match=r"names val/general/recall, .* it gives val/extend_seq_ratio, val/general/"):
-        run_in_process(settings("run", **changes))
+        run_in_process(mixed("run", **changes))
     assert not (tmp_path / "run" / "metrics.jsonl").read_text()

@@ -200,13 +200,15 @@ def require_same_run(folder: Path, config: PPOConfig, facts: Mapping[str, Any]) 
     changed = [found for found in _compare(there, here) if found.key not in by_fact]
     is_judged = bool(there.get("trainer.best_metric") and here["trainer.best_metric"]) and not config.trainer.val_only
 
-    def is_fixed(key: str) -> bool:
+    def kind(key: str) -> Kind:
         if not covers(VALIDATION, key):
-            return kind_of(key) is Kind.FIXED
-        return is_judged and (key in manifest.facts or key not in facts)  # older checkpoints have no facts of the files
+            return kind_of(key)
+        if not is_judged:
+            return Kind.FREE
+        return Kind.SAID if key in facts and key not in manifest.facts else Kind.FIXED  # older ones have paths alone
 
     other_facts = [found for found in _compare(manifest.facts, facts) if is_judged or not covers(VALIDATION, found.key)]
-    fixed = [*other_facts, *(found for found in changed if is_fixed(found.key))]
+    fixed = [*other_facts, *(found for found in changed if kind(found.key) is Kind.FIXED)]
     allowed = config.trainer.resume_allow_changed
     refused = [found for found in fixed if not covers(allowed, found.key)]
     if refused:
@@ -217,9 +219,8 @@ def require_same_run(folder: Path, config: PPOConfig, facts: Mapping[str, Any]) 
             "trainer.default_local_dir), or allow what you mean to change: "
             f"trainer.resume_allow_changed=[{','.join(found.key for found in refused)}]"
         )
-    open_questions = VALIDATION if is_judged else ()
-    says = [found for found in changed if kind_of(found.key) is Kind.SAID or covers(open_questions, found.key)]
-    for found in [*fixed, *(found for found in says if found not in fixed)]:
+    said = [found for found in changed if kind(found.key) is Kind.SAID]
+    for found in [*fixed, *said]:
         logger.warning("resuming with another setting: %s", found)
     if manifest.world_size != config.trainer.world_size:
         logger.warning("resuming on %d ranks what %d wrote", config.trainer.world_size, manifest.world_size)

@@ -60,7 +60,7 @@ def stored_weights(shards: Path) -> list[TensorInfo]:
     """The model's parameters in ``shards/``, under their Hugging Face names.
 
     Raises:
-        ValueError: the shards are not there, cannot be read, or hold no model.
+        ValueError: the shards are not there or hold no model.
     """
     infos = [
         TensorInfo(key.removeprefix(MODEL_PREFIX), entry.properties.dtype, tuple(entry.size))
@@ -85,7 +85,7 @@ def write_weights(
         What was written.
 
     Raises:
-        ValueError: the shards are not there or hold no model.
+        ValueError: the shards are not there, cannot be read, or hold no model.
         OSError: no room, or no right to write.
     """
 

@@ -17,7 +17,6 @@ import torch
 from verl.experimental.agent_loop.base import TEACHER_READS_EXTENDED
 from verl.protocol import DataProto
 from verl.trainer.config import PPOConfig
-from verl.trainer.config.algorithm import ON_POLICY_DISTILL
 from verl.trainer.ppo.advantage import distillation_advantage
 from verl.trainer.ppo.metric_utils import (
     compute_advantage_part_metrics,
@@ -147,7 +146,7 @@ class RayOnPolicyDistillTrainer(RayPPOTrainer):
     @property
     def uses_reward(self) -> bool:
         """Whether there is a task reward beside distillation; else a reward function serves validation alone."""
-        return self.config.algorithm.adv_estimator != ON_POLICY_DISTILL
+        return self.config.algorithm.learns_from_reward
 
     @property
     def uses_advantage(self) -> bool:

@@ -221,14 +221,13 @@ def _check_sampling(config: PPOConfig, found: Findings) -> None:
             f"are {rollout.calculate_log_probs}, {rollout.top_p} and {rollout.top_k}"
         )
     if cuts_tail and config.algorithm.rollout_correction.rollout_is is None:
-        follows_tokens = config.algorithm.learns_from_reward or not config.algorithm.distill.is_exact
         correction = (
             ", or algorithm.rollout_correction.rollout_is=token with actor_rollout_ref.rollout.calculate_log_probs=True"
         )
         found.notices.append(
             f"biased: actor_rollout_ref.rollout.top_p={rollout.top_p} and top_k={rollout.top_k} cut the tail off the "
             "sampler, and the loss treats its answers as the whole policy's; set top_p=1 and top_k=-1"
-            f"{correction if follows_tokens else ''}"
+            f"{correction if config.algorithm.distill.has_policy_loss else ''}"
         )
     validation = rollout.val_kwargs
     if config.data.val_files and validation.greedy and config.algorithm.distils:

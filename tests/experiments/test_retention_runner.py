@@ -20,8 +20,6 @@ from recipe.onpolicy_distill.evaluate import EvaluationConfig, evaluate
 from recipe.onpolicy_distill.quickstart.models import make_student, make_teacher
 from verl.trainer.config.preflight import check_run
 from verl.trainer.config.typed import load_config
-from verl.workers.config import FSDPActorConfig
-from verl.workers.config.distill import VOCABULARIES
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
@@ -50,11 +48,6 @@ def small(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> Prepared:
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_variant_is_a_valid_configuration(name: str, prepared: Prepared, tmp_path: Path) -> None:
-    text = json.dumps(VARIANTS[name].all_settings)
-    if "freeze_extended_rows" in text and not hasattr(FSDPActorConfig(), "freeze_extended_rows"):
-        pytest.skip("needs actor_rollout_ref.actor.freeze_extended_rows, which this checkout does not have")
-    if "stitched" in text and "stitched" not in VOCABULARIES:
-        pytest.skip("needs the vocabulary stitched of algorithm.distill.teachers, which this checkout does not have")
     settings = trainer_settings(Run("quickstart", 0, name, 1, steps=3), prepared, tmp_path, tmp_path)
     overrides = [f"{key}={value}" for key, value in settings.items()]
     config = load_config(overrides, "recipe.onpolicy_distill.config", "onpolicy_distill_trainer")

@@ -95,7 +95,7 @@ def peak_memory() -> Iterator[dict[str, float]]:
 
 def load(data: str, tokenizer_folder: str, cache: str) -> dict[str, Any]:
     """One load in this process, and one pass over the rows in random order."""
-    from verl.trainer.config import DataConfig
+    from verl.config import DataConfig
     from verl.utils.dataset.onerec_dataset import OneRecDataset
     from verl.utils.tokenizer import hf_tokenizer
 

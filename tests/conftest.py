@@ -9,7 +9,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from tiny_pairs import REPO, Pair, make_pair
+from support.tiny_pairs import REPO, Pair, make_pair
 
 # Tests never reach a hub, and thread pools of several processes would fight over a small machine's cores.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -26,7 +26,7 @@ def repo() -> Path:
 @pytest.fixture
 def one_rank() -> Iterator[None]:
     """Workers in this process form a group of one for a test."""
-    from process_group import group_of_one
+    from support.process_group import group_of_one
 
     with group_of_one():
         yield

@@ -5,7 +5,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from script_runner import CLUSTER, DEPLOY, LAUNCH, MODELS, RAY_NODE, REPO, executable, run
+from support.script_runner import CLUSTER, DEPLOY, LAUNCH, MODELS, RAY_NODE, REPO, executable, run
 
 from verl.utils.redaction import looks_secret
 

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from script_runner import REPO, executable
+from support.script_runner import REPO, executable
 
 FACTS = REPO / "scripts" / "node_facts.py"
 spec = importlib.util.spec_from_file_location("node_facts", FACTS)

@@ -4,7 +4,7 @@ import os
 import subprocess
 
 import pytest
-from script_runner import CLUSTER, DEPLOY, LAUNCH, LAUNCH_SMALL, MODELS, RAY_NODE, REPO, executable, run
+from support.script_runner import CLUSTER, DEPLOY, LAUNCH, LAUNCH_SMALL, MODELS, RAY_NODE, REPO, executable, run
 
 MODULE = "recipe.onpolicy_distill.main_onpolicy_distill"
 

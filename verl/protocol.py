@@ -32,7 +32,7 @@ rollout_is_weights          float32  (B, R)     advantage    update, metrics
 advantages                  float32  (B, R)     advantage    update, metrics
 returns                     float32  (B, R)     advantage    metrics
 teacher                     int64    (B,)       trainer      teacher scores, update
-teacher_reads_extended      object   (B,)       trainer      rollout (masks), metrics
+teacher_knows_extended      object   (B,)       trainer      rollout (masks), metrics
 uid                         object   (B,)       trainer      rollout (seeds), advantage (groups)
 raw_prompt                  object   (B,)       dataset      rollout
 data_source                 object   (B,)       dataset      reward, metrics
@@ -42,7 +42,7 @@ agent_name                  object   (B,)       dataset      rollout
 extra_info                  object   (B,)       dataset      reward
 tools_kwargs                object   (B,)       dataset      rollout
 index                       object   (B,)       dataset      rollout, dumps
-holds_items                 object   (B,)       dataset      trainer (teacher of a row)
+has_extended                object   (B,)       dataset      trainer (teacher of a row)
 __num_turns__               object   (B,)       rollout      metrics
 ==========================  =======  =========  ===========  =====================================
 """

@@ -15,8 +15,8 @@ from experiments.retention.worlds import Prepared, prepare
 from recipe.onpolicy_distill.evaluate import EvaluationConfig, evaluate
 from recipe.onpolicy_distill.main_onpolicy_distill import build_trainer
 from recipe.onpolicy_distill.quickstart.distillation import EXACT_MATCH
-from verl.trainer.config.preflight import check_run
-from verl.trainer.config.typed import load_config
+from verl.trainer.launch.checks import check_run
+from verl.trainer.launch.typed import load_config
 from verl.trainer.ppo.in_process import init_in_process
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer
 from verl.utils.tokenizer import hf_tokenizer

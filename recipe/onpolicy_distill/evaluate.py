@@ -32,9 +32,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from verl.trainer.config import AlgoConfig
+from verl.config import AlgoConfig, RolloutConfig
 from verl.utils.timing import marked_timer
-from verl.workers.config import RolloutConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

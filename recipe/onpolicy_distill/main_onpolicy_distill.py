@@ -1,4 +1,4 @@
-"""Entry point: Hydra -> typed config -> checks -> concrete classes -> ``verl.trainer.run``.
+"""Entry point: Hydra -> typed config -> checks -> concrete classes -> ``verl.trainer.launch.run``.
 
 ::
 
@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING
 import hydra
 from omegaconf import DictConfig
 
-from verl.trainer.config.overrides import normalized_argv
-from verl.trainer.config.preflight import check_run
-from verl.trainer.config.typed import to_typed
+from verl.trainer.launch.checks import check_run
+from verl.trainer.launch.command_line import normalized_argv
+from verl.trainer.launch.typed import to_typed
 from verl.utils.loopback import keep_to_loopback, stays_here
 
 if TYPE_CHECKING:
-    from verl.trainer.config import PPOConfig
+    from verl.config import PPOConfig
     from verl.trainer.ppo.ray_trainer import RayPPOTrainer
 
 logger = logging.getLogger(__name__)
@@ -37,11 +37,11 @@ def build_trainer(config: "PPOConfig") -> "RayPPOTrainer":
     """
     from recipe.onpolicy_distill.onpolicy_distill_trainer import RayOnPolicyDistillTrainer
     from verl.experimental.agent_loop.worker import load_tools
-    from verl.trainer.dataloader import build_datasets
-    from verl.trainer.machine import check_ranks, prepare_folder
+    from verl.trainer.data import build_datasets
+    from verl.trainer.launch.machine import check_ranks, prepare_folder
+    from verl.trainer.launch.vocabulary_check import resolve_vocabulary
     from verl.trainer.ppo.ray_trainer import RayPPOTrainer
     from verl.trainer.ppo.reward import load_reward_fn
-    from verl.trainer.vocabulary import settle_vocabulary
     from verl.utils.device import get_device_name
     from verl.utils.tokenizer import hf_tokenizer
     from verl.workers.student_worker import StudentWorker
@@ -51,7 +51,7 @@ def build_trainer(config: "PPOConfig") -> "RayPPOTrainer":
     check_ranks(config, device_name)
     prepare_folder(config.trainer.default_local_dir)
     reward_fn = load_reward_fn(config.custom_reward_function)
-    contract = settle_vocabulary(config)
+    contract = resolve_vocabulary(config)
     config.check_extension()
     model, rollout = config.actor_rollout_ref.model, config.actor_rollout_ref.rollout
     distill = config.algorithm.distill
@@ -89,7 +89,7 @@ def hydra_main(cfg: DictConfig) -> None:
         trainer = build_trainer(config)
     except ValueError as error:
         sys.exit(f"error: {error}")
-    from verl.trainer.run import run
+    from verl.trainer.launch.run import run
 
     run(trainer, partial(build_trainer, config))
 

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from verl.experimental.agent_loop.base import TEACHER_READS_EXTENDED
+from verl.config import BASE_TEACHER, PPOConfig
+from verl.experimental.agent_loop.base import TEACHER_KNOWS_EXTENDED
 from verl.protocol import DataProto
-from verl.trainer.config import PPOConfig
 from verl.trainer.ppo.advantage import distillation_advantage
 from verl.trainer.ppo.metric_utils import (
     compute_advantage_part_metrics,
@@ -24,7 +24,6 @@ from verl.trainer.ppo.metric_utils import (
     compute_validation_distill_metrics,
 )
 from verl.trainer.ppo.ray_trainer import Metrics, RayPPOTrainer
-from verl.workers.config import BASE_TEACHER
 
 logger = logging.getLogger(__name__)
 
@@ -44,15 +43,15 @@ class RayOnPolicyDistillTrainer(RayPPOTrainer):
 
     def _check_teachers_have_rows(self) -> None:
         distill, data = self.config.algorithm.distill, self.train_dataset
-        kinds = set(zip(data.sources, data.holds_items, strict=True))
-        judged = {distill.teacher_of(source, holds_items) for source, holds_items in kinds}
+        kinds = set(zip(data.sources, data.has_extended, strict=True))
+        judged = {distill.teacher_of(source, has_extended) for source, has_extended in kinds}
         for place, (name, teacher) in enumerate(distill.teachers.items(), 1):
             if place not in judged:
                 raise ValueError(
                     f"algorithm.distill.teachers.{name}.sources={teacher.sources} with prompts={teacher.prompts} "
                     "matches no usable training row that no teacher before it claims; the sources are "
                     f"{sorted(set(data.sources))}, and prompts with item tokens have "
-                    f"{sorted(source for source, holds_items in kinds if holds_items)}"
+                    f"{sorted(source for source, has_extended in kinds if has_extended)}"
                 )
         if 0 not in judged and not any(teacher.is_stitched for teacher in distill.teachers.values()):
             claims = {name: teacher.sources for name, teacher in distill.teachers.items()}
@@ -65,12 +64,12 @@ class RayOnPolicyDistillTrainer(RayPPOTrainer):
     @property
     def uses_reference(self) -> bool:
         """Whether teachers are asked before the update: not where it runs them, unless a KL term needs them earlier."""
-        return not self.hears_teachers or super().uses_reference
+        return not self.teachers_run_in_update or super().uses_reference
 
     @property
-    def hears_teachers(self) -> bool:
+    def teachers_run_in_update(self) -> bool:
         """Whether the update runs the teachers itself, and so has their scores from the same pass."""
-        return self.config.algorithm.distill.asks_whole and not self.lends_states
+        return self.config.algorithm.distill.needs_full_distribution and not self.exports_hidden_states
 
     @property
     def roles(self) -> list[str]:
@@ -82,24 +81,26 @@ class RayOnPolicyDistillTrainer(RayPPOTrainer):
         distill, base = self.config.algorithm.distill, super().worker_arguments(role)
         if role == "actor":
             return base | {"distill": distill}
-        asked = {"topk": distill.asked_topk, "lends_states": self.lends_states}
+        asked = {"topk": distill.topk_or_none, "exports_hidden_states": self.exports_hidden_states}
         return base | asked | {"teacher": distill.teachers.get(role)}
 
     @property
-    def lends_states(self) -> bool:
+    def exports_hidden_states(self) -> bool:
         """Whether the teachers' hidden states go to the student's ranks: the update needs them, and they are apart."""
-        return self.config.algorithm.distill.asks_whole and bool(self.config.trainer.teacher_ranks_on_nodes)
+        return self.config.algorithm.distill.needs_full_distribution and bool(
+            self.config.trainer.teacher_ranks_on_nodes
+        )
 
     def init_workers(self) -> None:
         """As the base class; a student whose teachers lend hidden states gets their heads."""
         super().init_workers()
-        self.borrow_heads()
+        self.fetch_heads()
 
-    def borrow_heads(self) -> None:
+    def fetch_heads(self) -> None:
         """Tell the student's ranks where to fetch the heads that the hidden states go with; they never change."""
-        if self.lends_states:
+        if self.exports_hidden_states:
             roles = self.config.algorithm.distill.roles
-            self.actor_wg.borrow_heads({role: self.role_groups[role].lend_heads()[0] for role in roles})
+            self.actor_wg.fetch_heads({role: self.role_groups[role].export_heads()[0] for role in roles})
 
     def prepare(self, rows: dict[str, Any], *, n: int, validate: bool = False) -> DataProto:
         """As in the base class; where there are several teachers, with the place of each row's among them (B,)."""
@@ -107,9 +108,11 @@ class RayOnPolicyDistillTrainer(RayPPOTrainer):
         if not distill.teachers:
             return batch
         sources = [str(source) for source in batch.array("source")]
-        holds_items = batch.array("holds_items") if distill.asks_for_items else [False] * len(sources)
-        kinds = list(zip(sources, holds_items, strict=True))
-        batch.non_tensor_batch[TEACHER_READS_EXTENDED] = np.array([distill.reads_extended(*kind) for kind in kinds])
+        has_extended = batch.array("has_extended") if distill.routes_by_prompt else [False] * len(sources)
+        kinds = list(zip(sources, has_extended, strict=True))
+        batch.non_tensor_batch[TEACHER_KNOWS_EXTENDED] = np.array(
+            [distill.teacher_knows_extended(*kind) for kind in kinds]
+        )
         places = torch.tensor([distill.teacher_of(*kind) for kind in kinds])
         return batch.union(DataProto.from_dict({"teacher": places}))
 
@@ -130,7 +133,7 @@ class RayOnPolicyDistillTrainer(RayPPOTrainer):
 
     def ask_teacher(self, role: str, batch: DataProto) -> DataProto:
         """What a teacher says of rows of its own: scores, and what an update needs that is made without it."""
-        asked_ahead = self.config.algorithm.distill.asked_topk is not None or self.lends_states
+        asked_ahead = self.config.algorithm.distill.topk_or_none is not None or self.exports_hidden_states
         if asked_ahead and not batch.meta_info["validate"]:
             return self.role_groups[role].teach(batch)
         return self.role_groups[role].compute_ref_log_prob(batch)
@@ -183,9 +186,9 @@ class RayOnPolicyDistillTrainer(RayPPOTrainer):
 
     def rows_of_lacking_teachers(self, batch: DataProto) -> DataProto:
         """The rows whose teacher lacks the item tokens: all of them where there is one teacher."""
-        if TEACHER_READS_EXTENDED not in batch.non_tensor_batch:
+        if TEACHER_KNOWS_EXTENDED not in batch.non_tensor_batch:
             return batch
-        return batch.select_idxs(~batch.non_tensor_batch[TEACHER_READS_EXTENDED].astype(bool))
+        return batch.select_idxs(~batch.non_tensor_batch[TEACHER_KNOWS_EXTENDED].astype(bool))
 
     def score_validation(self, batch: DataProto) -> DataProto:
         """Log-probs of student and teacher for the held-out reverse KL; rewards where there is a function."""

@@ -16,7 +16,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from verl.trainer.config import PromptTemplateConfig, SyntheticItemPromptsConfig
+from verl.config import PromptTemplateConfig, SyntheticItemPromptsConfig
 
 
 def write_file(tokenizer: str, out: Path, templates: dict[str, Any], **settings: Any) -> Counter[str]:

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from e2e.launch import Run, write_onerec_parquet
-from network_hosts import Host, Network, require_tools
-from tiny_pairs import REPO, Pair
+from support.launch import Run, write_onerec_parquet
+from support.network_hosts import Host, Network, require_tools
+from support.tiny_pairs import REPO, Pair
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 

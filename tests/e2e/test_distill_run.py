@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from launch import Run, launch, script_env, write_onerec_parquet
-from tiny_pairs import Pair, make_pair
+from support.launch import Run, launch, script_env, write_onerec_parquet
+from support.tiny_pairs import Pair, make_pair
 
 SIZES = [
     "data.max_prompt_length=64",

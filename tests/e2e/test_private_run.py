@@ -12,8 +12,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from launch import launch_command, launch_environment, script_env, small_run, write_onerec_parquet
-from tiny_pairs import Pair
+from support.launch import launch_command, launch_environment, script_env, small_run, write_onerec_parquet
+from support.tiny_pairs import Pair
 
 pytestmark = pytest.mark.slow
 

@@ -16,15 +16,15 @@ from typing import Any
 
 import pytest
 import ray
-from launch import write_onerec_parquet
 from ray.cloudpickle import register_pickle_by_value
-from running import processes_of
+from support.launch import write_onerec_parquet
+from support.running import processes_of
 
 from recipe.onpolicy_distill.main_onpolicy_distill import build_trainer
+from verl.config import PPOConfig
 from verl.experimental.agent_loop import agent_loop as agent_loop_module
 from verl.trainer import run as module
-from verl.trainer.config import PPOConfig
-from verl.trainer.config.typed import load_config
+from verl.trainer.launch.typed import load_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]  # seven starts, each a minute on a busy machine
 register_pickle_by_value(sys.modules[__name__])  # workers do not import test modules

@@ -5,8 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from launch import Run, write_onerec_parquet
-from tiny_pairs import REPO, Pair
+from support.launch import Run, write_onerec_parquet
+from support.tiny_pairs import REPO, Pair
 
 
 def reference_launch(replaced: dict[str, str], paths: dict[str, Path]) -> list[str]:

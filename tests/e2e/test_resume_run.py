@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from launch import Run, launch, script_env, small_run, write_onerec_parquet
+from support.launch import Run, launch, script_env, small_run, write_onerec_parquet
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from workers.rollout.replica_process import ReplicaProcess
 from workers.rollout.rollout_reference import largest_difference
 
 from verl import model_merger
-from verl.workers.config import HFModelConfig, RolloutConfig
+from verl.config import HFModelConfig, RolloutConfig
 
 pytestmark = pytest.mark.slow
 

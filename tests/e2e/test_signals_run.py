@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launch import Run, script_env, write_onerec_parquet
-from running import Running
+from support.launch import Run, script_env, write_onerec_parquet
+from support.running import Running
 
 pytestmark = pytest.mark.slow
 

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pytest
-from launch import Run, launch, script_env, write_onerec_parquet
-from tiny_pairs import Pair
+from support.launch import Run, launch, script_env, write_onerec_parquet
+from support.tiny_pairs import Pair
 
 pytestmark = pytest.mark.slow
 OVERRIDES = [

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from launch import Run, launch, script_env, write_onerec_parquet
 from ray.cluster_utils import Cluster
-from tiny_pairs import REPO, Pair
+from support.launch import Run, launch, script_env, write_onerec_parquet
+from support.tiny_pairs import REPO, Pair
 
 pytestmark = pytest.mark.slow
 

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 import ray
 import torch
-from agent_loop_fakes import load
-from fake_replica import DIE, END, HANG, RAISE, SHAPES, STALL, FakeReplica
 from safetensors.torch import save_file
+from support.agent_loop_fakes import load
+from support.fake_replica import DIE, END, HANG, RAISE, SHAPES, STALL, FakeReplica
 
+from verl.config import PPOConfig
 from verl.experimental.agent_loop.agent_loop import AgentLoopManager, AsyncLLMServerManager, Replica, RolloutError
 from verl.protocol import BATCH_KEYS, DataProto
-from verl.trainer.config import PPOConfig
 from verl.workers.rollout.replica import TokenOutput
 
 HERE = Path(__file__).parent

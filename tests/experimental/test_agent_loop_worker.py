@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from agent_loop_fakes import load
+from support.agent_loop_fakes import load
 
+from verl.config import PPOConfig
 from verl.experimental.agent_loop.base import AgentLoopBase, AgentLoopOutput, register
 from verl.experimental.agent_loop.sampling import SEED_KEY
 from verl.experimental.agent_loop.worker import AgentLoopWorker
 from verl.protocol import DataProto
-from verl.trainer.config import PPOConfig
 from verl.workers.rollout.replica import TokenOutput
 
 

@@ -4,12 +4,12 @@ import asyncio
 from typing import Any
 
 import pytest
-from agent_loop_fakes import AddTool, CounterTool, ScriptedEngine, TextTool, load, make_context, schema
+from support.agent_loop_fakes import AddTool, CounterTool, ScriptedEngine, TextTool, load, make_context, schema
 
+from verl.config import MultiTurnConfig
 from verl.experimental.agent_loop.base import AgentLoopContext, AgentLoopOutput, RolloutError, get_agent_loop_class
 from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop
 from verl.experimental.agent_loop.tool_agent_loop import ToolAgentLoop
-from verl.workers.config import MultiTurnConfig
 from verl.workers.rollout.replica import TokenOutput
 
 MESSAGES = [{"role": "user", "content": "How many apples?"}]
@@ -101,7 +101,7 @@ async def test_a_teacher_that_reads_item_tokens_judges_the_whole_answer(tokenize
     context = make_context(
         tokenizer, extend_vocab_start_token=item_start, mask_response_if_have_extend_token=drop_whole
     )
-    output = await converse(context, ScriptedEngine(tokenizer, [turn]), teacher_reads_extended=True)
+    output = await converse(context, ScriptedEngine(tokenizer, [turn]), teacher_knows_extended=True)
     assert output.response_mask == [1, 1, 1, 1, 1]
     assert output.distill_special_token_mask == [0, 1, 0, 1, 0]
 

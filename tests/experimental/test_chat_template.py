@@ -1,11 +1,11 @@
 """Prompt, model tokens and appended tool turns together are what the chat template yields for the conversation."""
 
 import pytest
-from agent_loop_fakes import AddTool, ScriptedEngine, TextTool, load, make_context, schema
+from support.agent_loop_fakes import AddTool, ScriptedEngine, TextTool, load, make_context, schema
 
+from verl.config import MultiTurnConfig
 from verl.experimental.agent_loop.chat_template import ChatTemplate
 from verl.experimental.agent_loop.tool_agent_loop import ToolAgentLoop
-from verl.workers.config import MultiTurnConfig
 
 END = "<|im_end|>"
 CALL = '<tool_call>\n{"name": "add", "arguments": {"first": 2, "second": 3}}\n</tool_call>'

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
+from verl.config import RolloutConfig, SamplingConfig
 from verl.experimental.agent_loop.sampling import sample_seeds, sampling_params
 from verl.protocol import DataProto
-from verl.workers.config import RolloutConfig, SamplingConfig
 
 
 def prompts(uids: list[str], step: int = 1, validate: bool = False) -> DataProto:

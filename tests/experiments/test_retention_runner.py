@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from small_world import build_small_world, short_student, short_teacher
+from support.small_world import build_small_world, short_student, short_teacher
 
 from experiments.retention import worlds
 from experiments.retention.online_retail import OnlineRetailConfig, build
@@ -18,8 +18,8 @@ from experiments.retention.worker import answer
 from experiments.retention.worlds import Prepared
 from recipe.onpolicy_distill.evaluate import EvaluationConfig, evaluate
 from recipe.onpolicy_distill.quickstart.models import make_student, make_teacher
-from verl.trainer.config.preflight import check_run
-from verl.trainer.config.typed import load_config
+from verl.trainer.launch.checks import check_run
+from verl.trainer.launch.typed import load_config
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 

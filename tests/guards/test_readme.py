@@ -4,7 +4,7 @@ import re
 import shlex
 from pathlib import Path
 
-from verl.trainer.config.typed import load_config
+from verl.trainer.launch.typed import load_config
 
 REPO = Path(__file__).resolve().parents[2]
 README = (REPO / "README.md").read_text(encoding="utf-8")
@@ -64,7 +64,7 @@ def test_settings_that_it_shows_are_accepted() -> None:
     overrides = shlex.split(block.replace("\\\n", " "))
     start = "actor_rollout_ref.rollout.extend_vocab_start_token=auto"
     config = load_config([*overrides, start], "recipe.onpolicy_distill.config", "onpolicy_distill_trainer")
-    assert config.algorithm.distill.is_exact and config.algorithm.distill.reads_extended("rec_next")
+    assert config.algorithm.distill.is_exact and config.algorithm.distill.teacher_knows_extended("rec_next")
     assert config.data.source_weights == {"rec_*": 0.25, "general_*": 0.75}
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from verl.trainer.config.typed import load_config
+from verl.trainer.launch.typed import load_config
 
 REPO = Path(__file__).resolve().parents[2]
 SOURCES = sorted(path for top in ("verl", "recipe", "scripts", "benchmarks") for path in (REPO / top).rglob("*.py"))

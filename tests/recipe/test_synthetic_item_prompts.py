@@ -9,12 +9,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tiny_pairs import Pair
+from support.tiny_pairs import Pair
 
 from recipe.onpolicy_distill.main_onpolicy_distill import build_trainer
 from recipe.onpolicy_distill.synthetic_item_prompts import main
-from verl.trainer.config.preflight import check_run
-from verl.trainer.config.typed import load_config
+from verl.trainer.launch.checks import check_run
+from verl.trainer.launch.typed import load_config
 from verl.utils.dataset.synthetic_items import make_prompt_file
 from verl.utils.tokenizer import hf_tokenizer
 
@@ -60,7 +60,7 @@ def test_a_run_rehearses_on_them_with_the_frozen_student(run: list[str]) -> None
     batch = trainer.prepare(rows, n=1)
     is_rec = np.array([source.startswith("synthetic_rec_") for source in batch.array("source")])
     assert is_rec.sum() == 8 and batch.tensor("teacher").tolist() == is_rec.astype(int).tolist()
-    assert batch.array("holds_items").tolist() == is_rec.tolist()
+    assert batch.array("has_extended").tolist() == is_rec.tolist()
     data, again = trainer.train_dataset, build_trainer(config_of(*run)).train_dataset
     assert [data[place] for place in range(len(data))] == [again[place] for place in range(len(again))]
 
@@ -75,7 +75,7 @@ def test_they_need_a_teacher_that_reads_them(run: list[str]) -> None:
     fix = re.search(r"\+\+algorithm\S+='(.*)'", str(error.value))
     assert fix is not None
     fixed = config_of(*run, f"++algorithm.distill.teachers.self={fix[1]}")
-    assert fixed.algorithm.distill.reads_extended("synthetic_rec_next", True)
+    assert fixed.algorithm.distill.teacher_knows_extended("synthetic_rec_next", True)
     blind = TEACHER.replace("}", ",prompts:without_items}")
     with pytest.raises(ValueError, match="no teacher that reads item tokens judges them"):
         config_of(*run, blind)

@@ -19,7 +19,7 @@ class Doubler(Worker):
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def roles(self) -> list[str]:
-        return sorted(self.peers)
+        return sorted(self.colocated_roles)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL, execute_mode=Execute.RANK_ZERO)
     def refuse(self, number: int) -> int:

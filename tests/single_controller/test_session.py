@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from verl.single_controller.ray.session import beyond_signals, session_arguments
+from verl.single_controller.ray.session import own_process_group, session_arguments
 from verl.utils.loopback import keep_to_loopback, stays_here
 
 SET = ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS"]
@@ -38,7 +38,7 @@ def forked() -> tuple[int, bool]:
 
 
 def test_what_is_started_beyond_signals_is_reached_by_none() -> None:
-    with beyond_signals():
+    with own_process_group():
         assert forked() == (0, True)
     offset, blocked = forked()
     assert offset != 0 and not blocked

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from e2e.launch import Run
 from safetensors.torch import load_file, save_file
 from soak import kill_run
-from tiny_pairs import REPO
+from support.launch import Run
+from support.tiny_pairs import REPO
 
 
 def test_every_victim_has_its_turn_and_saves_are_among_the_moments() -> None:

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from file_faults import no_room
 from safetensors import safe_open
 from safetensors.torch import load_file
+from support.file_faults import disk_full_text
 
 from verl.utils.durable_files import file_sizes, flush_tree, write_durably
 from verl.utils.safetensors_stream import TensorInfo, write_safetensors
@@ -15,7 +15,7 @@ from verl.utils.safetensors_stream import TensorInfo, write_safetensors
 def test_a_replaced_file_is_the_old_or_the_new_one(tmp_path: Path) -> None:
     path = tmp_path / "step.txt"
     write_durably(path, "2\n")
-    with no_room(0), pytest.raises(OSError, match="File too large"):
+    with disk_full_text(0), pytest.raises(OSError, match="File too large"):
         write_durably(path, "4\n")
     assert path.read_text() == "2\n"
     write_durably(path, b"6\n")

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from file_faults import no_room
+from support.file_faults import disk_full_text
 from tqdm import tqdm
 from wandb.proto import wandb_internal_pb2
 
-from verl.trainer.config import PPOConfig
+from verl.config import PPOConfig
 from verl.utils.tracking import Tracking
 
 FIGURES = {
@@ -87,7 +87,7 @@ def test_steps_that_are_taken_again_are_not_there_twice(tmp_path: Path) -> None:
     with open(path, "a") as stream:
         stream.write('{"step": 5, "da')  # killed while it wrote
     second = Tracking("project", "run", ["console", "file"], local_dir=tmp_path)
-    second.go_on_after(2)
+    second.truncate_after(2)
     second.log({"loss": 30.0}, 3)
     second.finish()
     assert recorded_steps(path) == [1, 2, 3]
@@ -95,7 +95,7 @@ def test_steps_that_are_taken_again_are_not_there_twice(tmp_path: Path) -> None:
     assert void.read_text().count("\n") == 3 and '"step": 5, "da' in void.read_text()
 
     afresh = Tracking("project", "run", ["file"], local_dir=tmp_path)
-    afresh.go_on_after(None)
+    afresh.truncate_after(None)
     afresh.log({"loss": 0.0}, 0)
     afresh.finish()
     assert recorded_steps(path) == [0]
@@ -111,7 +111,7 @@ def test_a_step_that_a_kill_left_unrecorded_comes_from_elsewhere(tmp_path: Path)
             with open(path, "a") as stream:
                 stream.write('{"step": 2, "da')  # killed while it wrote
         else:
-            tracking.go_on_after(start, {"loss": 2.0, "count": 3, "norm": float("nan")})
+            tracking.truncate_after(start, {"loss": 2.0, "count": 3, "norm": float("nan")})
         tracking.finish()
     assert path.read_text().splitlines()[1:] == ['{"step": 2, "data": {"loss": 2.0, "count": 3, "norm": null}}']
 
@@ -119,7 +119,7 @@ def test_a_step_that_a_kill_left_unrecorded_comes_from_elsewhere(tmp_path: Path)
 def test_a_full_disk_delays_lines_and_loses_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     tracking = Tracking("project", "run", ["file"], local_dir=tmp_path)
     tracking.log({"loss": 1.0}, 1)
-    with no_room(50):
+    with disk_full_text(50):
         tracking.log({"loss": 2.0}, 2)
         tracking.log({"loss": 3.0}, 3)
     assert "step 2 is not yet in" in caplog.text
@@ -134,7 +134,7 @@ def test_a_validation_alone_does_not_stand_for_its_step(tmp_path: Path) -> None:
     validation.finish()
     for _ in range(2):
         run = Tracking("project", "run", ["file"], local_dir=tmp_path)
-        run.go_on_after(2, {"loss": 2.0})
+        run.truncate_after(2, {"loss": 2.0})
         run.finish()
     lines = [json.loads(line)["data"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert lines == [{"val/reward": 0.5}, {"loss": 2.0}]
@@ -150,14 +150,14 @@ def test_tensorboard_passes_over_steps_that_come_again(tmp_path: Path, monkeypat
     first.finish()
     time.sleep(1.1)  # event files are ordered by the second of their making
     second = Tracking("project", "run", ["tensorboard"], local_dir=tmp_path)
-    second.go_on_after(1)
+    second.truncate_after(1)
     second.log({"loss": 2.0}, 2)
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 1.0), (2, 2.0)], "before its end"
     second.finish()
     time.sleep(1.1)
     third = Tracking("project", "run", ["tensorboard"], local_dir=tmp_path)
-    third.go_on_after(2, {"loss": 2.5})
+    third.truncate_after(2, {"loss": 2.5})
     third.log({"loss": 3.0}, 3)
     third.finish()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
@@ -213,7 +213,7 @@ def test_a_resumed_run_goes_on_in_the_wandb_run_that_it_began(tmp_path: Path) ->
     recordings: list[Path] = []
     for start, resumed_from in ((1, None), (2, 1), (1, None)):
         tracking = Tracking("project", "run", ["wandb"], local_dir=tmp_path)
-        tracking.go_on_after(resumed_from)
+        tracking.truncate_after(resumed_from)
         tracking.log({"loss": 1.0}, start)
         tracking.finish()
         (new,) = set(tmp_path.glob("wandb/offline-run-*/run-*.wandb")) - set(recordings)

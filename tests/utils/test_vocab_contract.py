@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from vocab_pairs import (
+from support.vocab_pairs import (
     END,
     PAD,
     STUDENT_IDS,
@@ -28,7 +28,7 @@ from recipe.onpolicy_distill.quickstart.tokenizers import build_tokenizers
 from verl.utils.vocab_contract import Verdict, VocabContract, read_contract
 
 if TYPE_CHECKING:
-    from tiny_pairs import Pair
+    from support.tiny_pairs import Pair
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
-from vocab_pairs import STUDENT_IDS, TEACHER_IDS, Folders, copy_pair, edit_tokenizer, write_configs, write_json
+from support.vocab_pairs import STUDENT_IDS, TEACHER_IDS, Folders, copy_pair, edit_tokenizer, write_configs, write_json
 
 from verl.utils.vocab.id_ranges import IdRange, count_ids, show_ranges, to_ranges
 from verl.utils.vocab.model_files import read_model_files

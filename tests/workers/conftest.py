@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from process_group import group_of_one
-from tiny_workers import write_model
+from support.process_group import group_of_one
+from support.tiny_workers import write_model
 from transformers import AutoTokenizer
 
 

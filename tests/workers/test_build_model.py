@@ -5,16 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_workers import load_plain, write_model
+from support.tiny_workers import load_plain, write_model
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from transformers import LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
+from verl.config import FSDPConfig, HFModelConfig, MixedPrecisionConfig
+from verl.ops.attention import PACKED_SDPA, packed_sdpa_attention
 from verl.single_controller.base import Worker
-from verl.workers.config import FSDPConfig, HFModelConfig, MixedPrecisionConfig
 from verl.workers.fsdp import build as build_module
-from verl.workers.fsdp.attention import PACKED_SDPA, packed_sdpa_attention
 from verl.workers.fsdp.build import Attention, build_model, choose_attention, load_config
 from verl.workers.fsdp.token_stats_model import TokenStatsModel
 

@@ -7,18 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from file_faults import no_room
-from tiny_workers import draw_rows, load_plain, rollouts, with_loss_inputs, worker_config, write_model
+from support.file_faults import disk_full_text
+from support.tiny_workers import draw_rows, load_plain, rollouts, with_loss_inputs, worker_config, write_model
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from transformers import AutoTokenizer
 
+from verl.config import CheckpointConfig, OptimizerConfig
 from verl.model_merger import merge
 from verl.protocol import DataProto
 from verl.utils.durable_files import write_durably
 from verl.utils.save_outcome import SaveOutcome
-from verl.workers.config import CheckpointConfig, OptimizerConfig
+from verl.weight_sync.send import named_weights
 from verl.workers.fsdp import checkpoint
-from verl.workers.fsdp.weight_export import named_weights
 from verl.workers.student_worker import StudentWorker
 
 pytestmark = pytest.mark.usefixtures("one_rank")
@@ -133,7 +133,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(
 def test_a_full_disk_is_told_and_costs_only_the_checkpoint(student_model: Path, tmp_path: Path, limit: int) -> None:
     worker = student(student_model)
     before = weights(worker)
-    with no_room(limit):
+    with disk_full_text(limit):
         worker.begin_checkpoint(str(tmp_path / "full"), 1)
         outcome = worker.checkpoint_outcome(wait=True)
         assert outcome.done

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from exact_cases import (
+from support.exact_cases import (
     LEAK,
     MISSING,
     TEMPERATURE,
@@ -16,7 +16,7 @@ from exact_cases import (
     teachers_of,
     workers,
 )
-from tiny_workers import (
+from support.tiny_workers import (
     PROMPT,
     assert_same_gradient,
     first_gradient,
@@ -27,9 +27,8 @@ from tiny_workers import (
     worker_config,
 )
 
+from verl.config import ActorRolloutRefConfig, DistillConfig, TeacherConfig
 from verl.protocol import DataProto
-from verl.trainer.config import ActorRolloutRefConfig
-from verl.workers.config import DistillConfig, TeacherConfig
 from verl.workers.student_worker import StudentWorker
 from verl.workers.teacher_worker import TeacherWorker
 
@@ -152,7 +151,7 @@ def test_scores_of_a_stitched_teacher(
         model={"use_remove_padding": packed},
     )
     distill = DistillConfig(teachers={"mixed": TeacherConfig(str(frozen_model), "stitched")})
-    scored = workers(config, distill).peers["mixed"].compute_ref_log_prob(batch).tensor("ref_log_prob")
+    scored = workers(config, distill).colocated_roles["mixed"].compute_ref_log_prob(batch).tensor("ref_log_prob")
     models = load_plain(student_model), load_plain(teacher_model), load_plain(frozen_model)
     right = dense_teachers(models, batch, student_ids, extend_start)["stitched"]
     right = right.gather(-1, batch.tensor("responses")[..., None])[..., 0] * batch.tensor("attention_mask")[:, PROMPT:]
@@ -162,10 +161,10 @@ def test_scores_of_a_stitched_teacher(
 
 def test_one_model_is_held_once(student_model, teacher_model, frozen_model, extend_start) -> None:
     distill = DistillConfig(teachers={"self": TeacherConfig(), "mixed": TeacherConfig(vocabulary="stitched")})
-    held = workers(worker_config(student_model, teacher_model, extend_start=extend_start), distill).peers
+    held = workers(worker_config(student_model, teacher_model, extend_start=extend_start), distill).colocated_roles
     assert held["mixed"].actor is held["self"].actor and held["mixed"].actor is not held["ref"].actor
     other = DistillConfig(teachers={"self": TeacherConfig(), "mixed": TeacherConfig(str(frozen_model), "stitched")})
-    held = workers(worker_config(student_model, teacher_model, extend_start=extend_start), other).peers
+    held = workers(worker_config(student_model, teacher_model, extend_start=extend_start), other).colocated_roles
     assert held["mixed"].actor is not held["self"].actor
 
 
@@ -220,6 +219,6 @@ def test_two_ranks_give_the_gradient_of_one(
     models = load_plain(student_model), load_plain(teacher_model), load_plain(frozen_model)
     loss = expected_loss(models, batch, distill, student_ids, extend_start)
     assert_same_gradient(gradient, plain_gradient(models[0], loss))
-    asked = scored(workers(config, distill).peers, distill, batch).tensor("ref_log_prob")
+    asked = scored(workers(config, distill).colocated_roles, distill, batch).tensor("ref_log_prob")
     asked = asked * batch.tensor("response_mask")
     torch.testing.assert_close(torch.cat([first, second]), asked, rtol=0, atol=1e-5)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_workers import (
+from support.tiny_workers import (
     ADAM_BETA1,
     draw_rows,
     first_gradient,
@@ -19,11 +19,10 @@ from tiny_workers import (
     write_model,
 )
 
+from verl.config import ActorRolloutRefConfig, DistillConfig, OptimizerConfig
 from verl.protocol import DataProto
-from verl.trainer.config import ActorRolloutRefConfig
-from verl.workers.config import DistillConfig, OptimizerConfig
+from verl.weight_sync.send import named_weights
 from verl.workers.fsdp.extended_rows import ExtendedRows
-from verl.workers.fsdp.weight_export import named_weights
 from verl.workers.student_worker import StudentWorker
 from verl.workers.teacher_worker import TeacherWorker
 
@@ -46,7 +45,7 @@ def student_of(config: ActorRolloutRefConfig, distill: DistillConfig | None = No
     if distill is not None:
         teacher = TeacherWorker(config, "cpu")
         teacher.init_model()
-        student.peers = {"actor": student, "ref": teacher}
+        student.colocated_roles = {"actor": student, "ref": teacher}
     return student
 
 

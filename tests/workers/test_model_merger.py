@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_workers import load_plain, worker_config
+from support.tiny_workers import load_plain, worker_config
 from transformers import AutoModelForCausalLM
 
 from verl import model_merger

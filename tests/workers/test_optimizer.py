@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from verl.workers.config import OptimizerConfig
+from verl.config import OptimizerConfig
 from verl.workers.fsdp.optimizer import LearningRateSchedule, build_optimizer, clipped_step, learning_rate
 
 
@@ -51,7 +51,7 @@ def test_the_schedule_drives_the_optimizer() -> None:
     assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.5]
     schedule.advance()
     assert [group["lr"] for group in optimizer.param_groups] == [1.0, 1.0]
-    schedule.go_to(0)
+    schedule.set_steps(0)
     assert schedule.rate == 0.5
 
 

@@ -9,13 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from support.tiny_workers import draw_rows, rollouts, run_ranks, whole, with_loss_inputs, worker_config
 from test_exact_distill import workers
-from tiny_workers import draw_rows, rollouts, run_ranks, whole, with_loss_inputs, worker_config
 
+from verl.config import ActorRolloutRefConfig, DistillConfig
 from verl.protocol import DataProto
-from verl.trainer.config import ActorRolloutRefConfig
-from verl.workers.config import DistillConfig
-from verl.workers.fsdp.weight_export import named_weights
+from verl.weight_sync.send import named_weights
 from verl.workers.student_worker import StudentWorker
 from verl.workers.teacher_worker import TeacherWorker
 
@@ -120,7 +119,7 @@ def test_a_broken_teacher_or_student_trains_nothing(
     """A weight that is no number: in the teacher of an exact objective, then in the student itself."""
     config = worker_config(student_model, teacher_model, extend_start=extend_start, rows_per_step=STEP_ROWS)
     student = workers(config, DistillConfig("exact"))
-    teacher = student.peers["ref"]
+    teacher = student.colocated_roles["ref"]
     assert isinstance(teacher, TeacherWorker)
     batch = with_loss_inputs(rollouts([*draw_rows(STEP_ROWS - 1, student_ids), ANSWER], extend_start))
 

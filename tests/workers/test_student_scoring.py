@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_workers import (
+from support.tiny_workers import (
     PROMPT,
     draw_rows,
     load_plain,
@@ -18,7 +18,7 @@ from tiny_workers import (
     write_model,
 )
 
-from verl.trainer.config import ActorRolloutRefConfig
+from verl.config import ActorRolloutRefConfig
 from verl.workers.student_worker import StudentWorker
 
 pytestmark = pytest.mark.usefixtures("one_rank")

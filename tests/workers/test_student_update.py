@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_workers import (
+from support.tiny_workers import (
     assert_same_gradient,
     draw_rows,
     first_gradient,
@@ -22,9 +22,8 @@ from tiny_workers import (
     worker_config,
 )
 
+from verl.config import ActorRolloutRefConfig, FSDPConfig, MixedPrecisionConfig
 from verl.protocol import DataProto
-from verl.trainer.config import ActorRolloutRefConfig
-from verl.workers.config import FSDPConfig, MixedPrecisionConfig
 from verl.workers.student_worker import StudentWorker
 
 pytestmark = pytest.mark.usefixtures("one_rank")

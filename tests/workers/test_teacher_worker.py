@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_workers import (
+from support.tiny_workers import (
     draw_rows,
     load_plain,
     of_tokens,
@@ -15,8 +15,8 @@ from tiny_workers import (
 )
 from transformers import AutoTokenizer
 
+from verl.config import ActorRolloutRefConfig
 from verl.protocol import DataProto
-from verl.trainer.config import ActorRolloutRefConfig
 from verl.trainer.ppo.core_algos import compute_on_policy_distill_reverse_kl
 from verl.workers.student_worker import StudentWorker
 from verl.workers.teacher_worker import TeacherWorker, choose_replacement, shared_vocabulary

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from exact_cases import LEAK, MISSING, TEMPERATURE, dense_teachers, mixed_batch, scored, teachers_of, workers
-from tiny_workers import (
+from support.exact_cases import LEAK, MISSING, TEMPERATURE, dense_teachers, mixed_batch, scored, teachers_of, workers
+from support.tiny_workers import (
     assert_same_gradient,
     first_gradient,
     load_plain,
@@ -12,8 +12,8 @@ from tiny_workers import (
     worker_config,
 )
 
+from verl.config import DistillConfig
 from verl.workers.actor.teachers import TOP_TENSORS
-from verl.workers.config import DistillConfig
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
@@ -52,7 +52,7 @@ def test_gradient_is_that_of_the_buckets(
         model={"use_remove_padding": packed},
     )
     student = workers(config, distill)
-    batch = scored(student.peers, distill, batch)
+    batch = scored(student.colocated_roles, distill, batch)
     assert batch.tensor("teacher_top_ids").shape == (*batch.tensor("responses").shape, topk)
     student.update_actor(batch)
 
@@ -79,7 +79,7 @@ def test_all_ids_named_is_the_exact_objective(student_model, teacher_model, froz
     right = exact.update_actor(batch.select()).meta_info["metrics"]
     distill = DistillConfig("topk", topk=student_ids, support="shared", teachers=further, **LEAK)
     named = workers(config, distill)
-    metrics = named.update_actor(scored(named.peers, distill, batch)).meta_info["metrics"]
+    metrics = named.update_actor(scored(named.colocated_roles, distill, batch)).meta_info["metrics"]
     assert metrics["actor/distill_loss"] == pytest.approx(right["actor/distill_loss"], rel=1e-5)
     assert_same_gradient(first_gradient(named), first_gradient(exact))
 
@@ -88,7 +88,7 @@ def test_only_trained_tokens_are_named_and_validation_names_none(
     student_model, teacher_model, student_ids, extend_start
 ) -> None:
     config = worker_config(student_model, teacher_model, extend_start=extend_start)
-    teacher = workers(config, DistillConfig("topk", topk=3)).peers["ref"]
+    teacher = workers(config, DistillConfig("topk", topk=3)).colocated_roles["ref"]
     batch = mixed_batch(student_ids, extend_start, 1)
     scores, trained = teacher.teach(batch), batch.tensor("response_mask").bool()
     assert (

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_workers import (
+from support.tiny_workers import (
     assert_same_gradient,
     draw_rows,
     first_gradient,
@@ -26,8 +26,8 @@ from tiny_workers import (
 from transformers import AutoTokenizer, GenerationConfig
 
 from verl import model_merger
+from verl.config import ActorRolloutRefConfig
 from verl.protocol import DataProto
-from verl.trainer.config import ActorRolloutRefConfig
 from verl.workers.student_worker import StudentWorker
 from verl.workers.teacher_worker import TeacherWorker
 

@@ -12,7 +12,7 @@ def error_output() -> str | None:
     return target if os.path.isfile(target) else None
 
 
-def death_in_words(ray_text: str) -> str:
+def describe_death(ray_text: str) -> str:
     """Ray's account of a death in one line: it begins with ids, and what it knows of the reason comes last."""
     known = " ".join(ray_text.split()).rpartition("Worker exit detail: ")[2]
     reason, guesses, _ = known.partition(" Some common causes include:")
@@ -24,7 +24,7 @@ def log_line(path: str | None, node_ip: str) -> str:
     return f"log: {path or 'not known'} on node {node_ip}"
 
 
-def no_room() -> str:
+def disk_full_text() -> str:
     """Ray's object store and the disk that it spills to are full, on this node."""
     return (
         "no room: Ray's object store is full, and so is the disk under /tmp/ray that it spills to; "

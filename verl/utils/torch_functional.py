@@ -1,7 +1,7 @@
 """Masked statistics, log-probs from logits, and padding.
 
 In:  tensors. Out: tensors. Everything is differentiable where torch is, and works on any device.
-Not here: log-probs of large vocabularies straight from hidden states (``verl.utils.linear_log_prob``); the two
+Not here: log-probs of large vocabularies straight from hidden states (``verl.ops.linear_log_prob``); the two
 functions on logits below are for small models and tests.
 
 A mask is 0 or 1 and has the shape of the values. What stands where it is 0 never matters, NaN and infinity included:

@@ -19,8 +19,8 @@ from typing import Any, Protocol, TextIO
 import torch
 from tqdm import tqdm
 
-from verl.trainer.config.config import PPOConfig
-from verl.trainer.config.typed import public_dict
+from verl.config.ppo import PPOConfig
+from verl.trainer.launch.typed import public_dict
 from verl.utils.durable_files import write_durably
 from verl.utils.redaction import redacted
 
@@ -44,7 +44,7 @@ Figures = Mapping[str, float]
 class Backend(Protocol):
     """A place that figures go to."""
 
-    def go_on_after(self, step: int | None, figures: Figures | None) -> None:
+    def truncate_after(self, step: int | None, figures: Figures | None) -> None:
         """What was recorded of later steps than this one is void: they will come again. None: all of it.
 
         ``figures`` are those of the step, for a record that a kill left without it; None: they are not known.
@@ -60,7 +60,7 @@ class Backend(Protocol):
 class ConsoleBackend:
     """One line a step, written around a progress bar rather than through it."""
 
-    def go_on_after(self, step: int | None, figures: Figures | None) -> None:
+    def truncate_after(self, step: int | None, figures: Figures | None) -> None:
         """Nothing is recorded."""
 
     def log(self, data: Figures, step: int) -> None:
@@ -83,7 +83,7 @@ class FileBackend:
         self._path = folder / "metrics.jsonl"
         self._stream = self._open()
 
-    def go_on_after(self, step: int | None, figures: Figures | None) -> None:
+    def truncate_after(self, step: int | None, figures: Figures | None) -> None:
         """Move the lines of later steps, and a line that a killed run left unfinished, out of the file; write that of
         the step where it is not there.
         """
@@ -144,7 +144,7 @@ class TensorboardBackend:
         self._place = os.environ.get("TENSORBOARD_DIR") or str(folder / "tensorboard")
         self._writer = SummaryWriter(self._place)
 
-    def go_on_after(self, step: int | None, figures: Figures | None) -> None:
+    def truncate_after(self, step: int | None, figures: Figures | None) -> None:
         """Have readers pass over events of later steps. Those of the step are written anew where they are known,
         without the seconds of its save: a reader cannot be asked whether they were there.
         """
@@ -182,7 +182,7 @@ class WandbBackend:
         self._id_file = folder / "wandb_run_id"
         self._run: Any = None
 
-    def go_on_after(self, step: int | None, figures: Figures | None) -> None:
+    def truncate_after(self, step: int | None, figures: Figures | None) -> None:
         """Open the run that was begun in this folder; a new one where there is none, or training starts afresh."""
         if step is not None and self._id_file.is_file():
             self._run = self._start(id=self._id_file.read_text(encoding="utf-8").strip(), resume="allow")
@@ -280,7 +280,7 @@ class Tracking:
         run = config.trainer
         return cls(run.project_name, run.experiment_name, run.logger, config=config, local_dir=run.default_local_dir)
 
-    def go_on_after(self, step: int | None, figures: Figures | None = None) -> None:
+    def truncate_after(self, step: int | None, figures: Figures | None = None) -> None:
         """Continue behind a step that was recorded earlier, in this folder: what is there of later ones is void.
 
         Args:
@@ -288,7 +288,7 @@ class Tracking:
             figures: of that step, for places that lack it because the run was killed in between; None: not known.
         """
         for backend in self._backends:
-            backend.go_on_after(step, figures)
+            backend.truncate_after(step, figures)
 
     def log(self, data: Mapping[str, Any], step: int) -> None:
         """Record the figures of a step everywhere.

@@ -15,23 +15,22 @@ from typing import Any
 
 import torch
 
+from verl.config import ActorRolloutRefConfig, DistillConfig
 from verl.protocol import DataProto
 from verl.single_controller.base import Worker
 from verl.single_controller.base.decorator import Dispatch, Execute, register
-from verl.trainer.config import ActorRolloutRefConfig
 from verl.utils.device import max_memory_metrics, release_cached_memory, resolve_dtype
 from verl.utils.save_outcome import SaveOutcome
 from verl.utils.tokenizer import hf_tokenizer
+from verl.weight_sync.send import Placement, WeightExporter, WeightInfo
 from verl.workers.actor.dp_actor import SCORED_KEYS, UPDATE_KEYS, DataParallelPPOActor, with_scoring_limits
-from verl.workers.actor.teachers import LentJudge, Teacher, TopJudge
-from verl.workers.config import DistillConfig
+from verl.workers.actor.teachers import RemoteTeacher, Teacher, TopKTeacher
 from verl.workers.fsdp.build import build_model
 from verl.workers.fsdp.checkpoint import CheckpointWriter, TrainingState, load_checkpoint
 from verl.workers.fsdp.extended_rows import ExtendedRows
 from verl.workers.fsdp.optimizer import LearningRateSchedule, build_optimizer
 from verl.workers.fsdp.process import join_ranks, require_path, softmax_size
 from verl.workers.fsdp.shard import move_optimizer_state, move_parameters
-from verl.workers.fsdp.weight_export import Placement, WeightExporter, WeightInfo
 from verl.workers.teacher_worker import TeacherWorker
 
 
@@ -123,10 +122,13 @@ class StudentWorker(Worker):
         return DataProto.from_dict({} if said is None else {"ref_log_prob": said.cpu()}, None, {"metrics": metrics})
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
-    def borrow_heads(self, handles: Mapping[str, Sequence[Any]]) -> None:
+    def fetch_heads(self, handles: Mapping[str, Sequence[Any]]) -> None:
         """Fetch the heads of teachers on other ranks, by role; a head that two of them share once."""
         distinct = list(dict.fromkeys(handle for of_role in handles.values() for handle in of_role))
-        heads = {handle: lent.tensor("head") for handle, lent in zip(distinct, self.loans.fetch(distinct), strict=True)}
+        heads = {
+            handle: lent.tensor("head")
+            for handle, lent in zip(distinct, self.object_store.fetch(distinct), strict=True)
+        }
         self._teacher_heads = {role: [heads[handle] for handle in of_role] for role, of_role in handles.items()}
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
@@ -193,23 +195,25 @@ class StudentWorker(Worker):
     def _judge(self, role: str, stack: ExitStack) -> Teacher:
         distill = self._distill
         assert distill is not None, "only an exact objective asks teachers"
-        if distill.asked_topk is not None:
-            return self._top_judge(role)
+        if distill.topk_or_none is not None:
+            return self._topk_teacher(role)
         if role in self._teacher_heads:
             heads = [head.to(self._ranks.device) for head in self._teacher_heads[role]]
-            return LentJudge(distill.knows_extended(role), heads, self.loans.fetch)
-        peer = self.peers.get(role)
+            return RemoteTeacher(distill.knows_extended(role), heads, self.object_store.fetch)
+        peer = self.colocated_roles.get(role)
         if not isinstance(peer, TeacherWorker):
-            raise ValueError(f"there is no teacher {role!r} beside the student; it holds {sorted(self.peers)}")
+            raise ValueError(
+                f"there is no teacher {role!r} beside the student; it holds {sorted(self.colocated_roles)}"
+            )
         return stack.enter_context(peer.on_device())
 
-    def _top_judge(self, role: str) -> TopJudge:
+    def _topk_teacher(self, role: str) -> TopKTeacher:
         """A teacher that named its likeliest ids before the update."""
         distill, ids, start = self._distill, self.actor.vocab_size, self.actor.extend_start
         assert distill is not None and ids is not None, "the student's vocabulary is known"
         knows_extended = distill.knows_extended(role)
         known = ids if knows_extended or start is None else min(start, ids)
-        return TopJudge(knows_extended, known, self._ranks.device)
+        return TopKTeacher(knows_extended, known, self._ranks.device)
 
     @contextmanager
     def _on_device(self, optimizer: bool = False) -> Iterator[None]:

@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from verl.config import BASE_TEACHER, ActorRolloutRefConfig, RefModelConfig, TeacherConfig
+from verl.ops.teacher_log_probs import score_tokens
 from verl.protocol import DataProto
 from verl.single_controller.base import Worker
 from verl.single_controller.base.decorator import Dispatch, register
-from verl.trainer.config import ActorRolloutRefConfig
 from verl.utils.device import release_cached_memory
-from verl.utils.teacher_log_probs import score_tokens
 from verl.utils.tokenizer import hf_tokenizer
 from verl.workers.actor.dp_actor import (
     SCORED_KEYS,
@@ -30,8 +30,14 @@ from verl.workers.actor.dp_actor import (
     with_scoring_limits,
 )
 from verl.workers.actor.mini_batch_loss import temperature_of
-from verl.workers.actor.teachers import LENT_STATES, TOP_TENSORS, StitchedJudge, WholeJudge, judged, states_by_row
-from verl.workers.config import BASE_TEACHER, RefModelConfig, TeacherConfig
+from verl.workers.actor.teachers import (
+    HIDDEN_STATE_HANDLES,
+    TOP_TENSORS,
+    FullTeacher,
+    StitchedModelTeacher,
+    judged,
+    states_by_row,
+)
 from verl.workers.fsdp.build import build_model
 from verl.workers.fsdp.process import join_ranks, require_path, softmax_size
 from verl.workers.fsdp.shard import move_parameters, reshard
@@ -45,7 +51,7 @@ class TeacherWorker(Worker):
         device: ``trainer.device``.
         teacher: a further teacher; None: the one of ``actor_rollout_ref.ref``.
         topk: likeliest ids that it names at each trained position, besides the drawn token's log-prob; None: none.
-        lends_states: the student's ranks are others and need its whole distribution: it lends its hidden states there.
+        exports_hidden_states: put the last hidden states into the object store, for a student on other ranks.
     """
 
     def __init__(
@@ -54,14 +60,14 @@ class TeacherWorker(Worker):
         device: str = "auto",
         teacher: TeacherConfig | None = None,
         topk: int | None = None,
-        lends_states: bool = False,
+        exports_hidden_states: bool = False,
     ) -> None:
         super().__init__()
         self.config = config
-        self._topk, self._lends_states = topk, lends_states
-        self._lent_head: list[Any] | None = None
+        self._topk, self._lends_states = topk, exports_hidden_states
+        self._exported_head: list[Any] | None = None
         self._device_setting = device
-        self._reads_extended = teacher is not None and teacher.reads_extended
+        self._reads_extended = teacher is not None and teacher.knows_extended
         self._is_stitched = teacher is not None and teacher.is_stitched
         self._is_ready = False
         ref = config.ref.model if teacher is None else RefModelConfig(path=teacher.path)
@@ -72,8 +78,8 @@ class TeacherWorker(Worker):
     def init_model(self) -> None:
         """Join the other ranks, load and shard the model."""
         self._ranks = join_ranks(self, self._device_setting, seed=self.config.rollout.seed)
-        twin = self._twin()
-        self._holder: TeacherWorker = self if twin is None else twin._holder
+        twin = self._same_model_worker()
+        self._owner: TeacherWorker = self if twin is None else twin._owner
         self.actor: DataParallelPPOActor = self._build() if twin is None else twin.actor
         self._is_ready = True
         self._move(torch.device("cpu"))
@@ -93,7 +99,7 @@ class TeacherWorker(Worker):
             built.module,
             vocab_size=softmax_size(known, built.module),
             replace_token_id=replacement,
-            reads_extended=self._reads_extended,
+            knows_extended=self._reads_extended,
             packed=built.packed,
             device=self._ranks.device,
         )
@@ -121,7 +127,7 @@ class TeacherWorker(Worker):
             scores, lent = self._judge(judge, data, trained, topk=self._topk, lends=self._lends_states)
         for row, handle in lent.items():
             states[row] = handle
-        return DataProto.from_dict(scores, {LENT_STATES: states} if self._lends_states else None)
+        return DataProto.from_dict(scores, {HIDDEN_STATE_HANDLES: states} if self._lends_states else None)
 
     def _with_limits(self, data: DataProto) -> DataProto:
         ref = self.config.ref
@@ -134,7 +140,7 @@ class TeacherWorker(Worker):
 
     @torch.no_grad()
     def _judge(
-        self, judge: WholeJudge, data: DataProto, select: torch.Tensor, topk: int | None = None, lends: bool = False
+        self, judge: FullTeacher, data: DataProto, select: torch.Tensor, topk: int | None = None, lends: bool = False
     ) -> tuple[dict[str, torch.Tensor], dict[int, Any]]:
         """``ref_log_prob`` at the selected tokens and, with ``topk``, the likeliest ids; handles by row if it lends."""
         missing, result = self.config.ref.ref_log_prob_replace_val, _room(select.shape, topk)
@@ -146,45 +152,49 @@ class TeacherWorker(Worker):
             for room, values in zip(result.values(), found, strict=True):
                 room[taught.rows, taught.columns] = values.to(room.dtype).cpu()
             if lends:
-                handles |= {row: self.loans.lend(states) for row, states in states_by_row(taught, log_probs)}
+                handles |= {row: self.object_store.lend(states) for row, states in states_by_row(taught, log_probs)}
         return result, handles
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
-    def lend_heads(self) -> list[Any]:
+    def export_heads(self) -> list[Any]:
         """On rank 0 handles to the (V, D) heads that its hidden states go with, the base teacher's first; else none."""
         workers = [self._base(), self] if self._is_stitched else [self]
-        return [handle for worker in workers for handle in worker._holder._head_handles()]
+        return [handle for worker in workers for handle in worker._owner._head_handles()]
 
     def _head_handles(self) -> list[Any]:
         """Made once, whoever asks, for a head never changes; by all ranks, for it is sharded over them."""
-        if self._lent_head is None:
+        if self._exported_head is None:
             with self.on_device():
                 head = self.actor.shared_head()
                 mine = [DataProto.from_dict({"head": head.to("cpu", copy=True)})] if self.rank == 0 else []
-            self._lent_head = [self.loans.lend(value) for value in mine]
-        return self._lent_head
+            self._exported_head = [self.object_store.lend(value) for value in mine]
+        return self._exported_head
 
     @contextmanager
-    def on_device(self) -> Iterator[WholeJudge]:
+    def on_device(self) -> Iterator[FullTeacher]:
         """The teacher, on its device for the time of the block, with what it gathered freed behind it."""
         with ExitStack() as stack:
             if self._is_stitched:
                 stack.enter_context(self._base().on_device())
             self._move(self._ranks.device)
-            yield StitchedJudge(self._base().actor, self.actor) if self._is_stitched else self.actor
+            yield StitchedModelTeacher(self._base().actor, self.actor) if self._is_stitched else self.actor
             reshard(self.actor.actor_module)
             self._move(torch.device("cpu"))
 
     def _base(self) -> "TeacherWorker":
         """The teacher of ``actor_rollout_ref.ref``, for one that is stitched to it."""
-        base = self.peers.get(BASE_TEACHER)
-        assert isinstance(base, TeacherWorker), f"a stitched teacher needs the base teacher beside it: {[*self.peers]}"
+        base = self.colocated_roles.get(BASE_TEACHER)
+        assert isinstance(base, TeacherWorker), (
+            f"a stitched teacher needs the base teacher beside it: {[*self.colocated_roles]}"
+        )
         return base
 
-    def _twin(self) -> "TeacherWorker | None":
+    def _same_model_worker(self) -> "TeacherWorker | None":
         """A teacher of this process that holds the very model already, so that no second copy is loaded."""
         own = (self._path, self._tokenizer_path, self._reads_extended)
-        teachers = [peer for peer in self.peers.values() if isinstance(peer, TeacherWorker) and peer._is_ready]
+        teachers = [
+            peer for peer in self.colocated_roles.values() if isinstance(peer, TeacherWorker) and peer._is_ready
+        ]
         same = (peer for peer in teachers if (peer._path, peer._tokenizer_path, peer._reads_extended) == own)
         return next(same, None)
 

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from recipe.onpolicy_distill.scoreboard.items import ItemTrie
 from recipe.onpolicy_distill.scoreboard.questions import Question
 from recipe.onpolicy_distill.scoreboard.ranking import Ranking, most_likely_items
-from verl.workers.config import HFModelConfig, RolloutConfig
+from verl.config import HFModelConfig, RolloutConfig
 from verl.workers.rollout.replica import MAX_TOP_LOGPROBS, get_replica_class
 
 Result = TypeVar("Result")

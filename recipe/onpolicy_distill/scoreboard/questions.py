@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from recipe.onpolicy_distill.scoreboard.items import listed_items
 from recipe.onpolicy_distill.scoreboard.metrics import final_answer
-from verl.trainer.config import DataConfig
+from verl.config import DataConfig
 from verl.utils.dataset.items import Item
 from verl.utils.dataset.onerec_dataset import OneRecDataset
 from verl.utils.dataset.onerec_messages import BadRowError, parse_messages

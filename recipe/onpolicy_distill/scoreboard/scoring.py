@@ -14,19 +14,18 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from recipe.onpolicy_distill.scoreboard.questions import Question
+from verl.config import AlgoConfig, HFModelConfig, RefConfig
 from verl.experimental.agent_loop.base import AgentLoopMetrics, AgentLoopOutput
 from verl.experimental.agent_loop.masks import extended_token_mask, trainable_mask
 from verl.experimental.agent_loop.rows import pad_outputs
+from verl.ops.attention import register_packed_attention
 from verl.protocol import DataProto
-from verl.trainer.config import AlgoConfig
 from verl.trainer.ppo.advantage import compute_advantage
 from verl.trainer.ppo.core_algos import AdvantageEstimator
 from verl.trainer.ppo.metric_utils import compute_on_policy_distill_data_metrics
 from verl.utils.device import release_cached_memory, resolve_dtype, select_device
 from verl.utils.tokenizer import hf_tokenizer
 from verl.workers.actor.dp_actor import DataParallelPPOActor, with_scoring_limits
-from verl.workers.config import HFModelConfig, RefConfig
-from verl.workers.fsdp.attention import register_packed_attention
 from verl.workers.fsdp.build import choose_attention, load_config
 from verl.workers.fsdp.process import softmax_size
 from verl.workers.fsdp.token_stats_model import TokenStatsModel

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from small_world import build_small_world, short_student, short_teacher
+from support.small_world import build_small_world, short_student, short_teacher
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recipe.onpolicy_distill.quickstart.cache import cached_folder

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from small_world import SHORT_STUDENT, SHORT_TEACHER, SMALL, build_small_world
+from support.small_world import SHORT_STUDENT, SHORT_TEACHER, SMALL, build_small_world
 
 from recipe.onpolicy_distill.quickstart import __main__ as quickstart
 from recipe.onpolicy_distill.quickstart import models, world
 from recipe.onpolicy_distill.quickstart.baseline import popularity_figures
 from recipe.onpolicy_distill.quickstart.distillation import STEPS, Distillation
 from recipe.onpolicy_distill.quickstart.scoreboard_table import popularity_line
-from verl.trainer.config.typed import load_config
+from verl.trainer.launch.typed import load_config
 from verl.utils.dataset.synthetic_items import make_prompt_file
 from verl.utils.tokenizer import hf_tokenizer
 
@@ -75,7 +75,9 @@ def test_settings_are_settings_of_the_entry_point(small, objective, mode):
         )
         distill = config.algorithm.distill
         assert distill.is_exact == (objective == "exact")
-        assert distill.reads_extended("rec_next") == distill.is_exact and not distill.reads_extended("general_add")
+        assert distill.teacher_knows_extended("rec_next") == distill.is_exact and not distill.teacher_knows_extended(
+            "general_add"
+        )
 
 
 @pytest.mark.parametrize("rehearsal", ["items", "codes"])

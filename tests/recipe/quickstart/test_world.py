@@ -7,13 +7,13 @@ from random import Random
 
 import pyarrow.parquet as pq
 import pytest
-from small_world import build_small_world
+from support.small_world import build_small_world
 
 from recipe.onpolicy_distill.quickstart.catalogue import FIRST_SHARE, SECOND_SHARE, Catalogue, Item
 from recipe.onpolicy_distill.quickstart.general_tasks import LETTERS, TASKS, draw_problem
 from recipe.onpolicy_distill.quickstart.tokenizers import ROLE_LINES
 from recipe.onpolicy_distill.quickstart.world import QUESTION_WORDS, WorldConfig
-from verl.trainer.config import DataConfig
+from verl.config import DataConfig
 from verl.utils.dataset.items import item_tokens
 from verl.utils.dataset.onerec_dataset import OneRecDataset
 from verl.utils.tokenizer import hf_tokenizer

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from verl.config import AlgoConfig, KLControlConfig, RolloutCorrectionConfig
 from verl.protocol import DataProto
-from verl.trainer.config import AlgoConfig, KLControlConfig, RolloutCorrectionConfig
 from verl.trainer.ppo import core_algos
 from verl.trainer.ppo.advantage import apply_kl_penalty, compute_advantage, compute_rollout_is_weights
 from verl.trainer.ppo.core_algos import get_kl_controller, register_adv_est
@@ -113,7 +113,7 @@ def test_kl_penalty_counts_item_tokens_of_a_teacher_that_knows_them() -> None:
     batch.batch["token_level_scores"] = torch.zeros(2, 3)
     batch.batch["ref_log_prob"][1, 1] = batch.batch["old_log_probs"][1, 1] - 3.0
     controller = get_kl_controller(KLControlConfig(type="fixed", kl_coef=0.1))
-    batch.non_tensor_batch["teacher_reads_extended"] = np.array([False, True], dtype=object)
+    batch.non_tensor_batch["teacher_knows_extended"] = np.array([False, True], dtype=object)
     rewarded, _ = apply_kl_penalty(batch, controller, "kl")
     close(rewarded.batch["token_level_rewards"], [[-0.1, 0.1, 0.0], [0.05, -0.3, 0.0]])
 

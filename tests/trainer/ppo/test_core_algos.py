@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from verl.trainer.config import AlgoConfig, KLControlConfig
+from verl.config import AlgoConfig, FSDPActorConfig, KLControlConfig
 from verl.trainer.ppo import core_algos
 from verl.trainer.ppo.core_algos import (
     ADV_ESTIMATOR_REGISTRY,
@@ -23,7 +23,6 @@ from verl.trainer.ppo.core_algos import (
     kl_penalty,
     register_adv_est,
 )
-from verl.workers.config import FSDPActorConfig
 
 NAN = float("nan")
 MODES = ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"]

@@ -8,15 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from e2e.launch import write_onerec_parquet
-from in_process_run import run_in_process, settings
 from safetensors.torch import load_file
+from support.in_process_run import run_in_process, settings
+from support.launch import write_onerec_parquet
 
+from verl.config import PPOConfig, TeacherConfig
 from verl.protocol import DataProto
-from verl.trainer.config import PPOConfig
 from verl.trainer.ppo.guards import GuardError
-from verl.workers.config import TeacherConfig
-from verl.workers.fsdp.weight_export import named_weights
+from verl.weight_sync.send import named_weights
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from verl.trainer.config import PPOConfig, TrainerConfig
-from verl.trainer.ppo.checkpoint import DataState
-from verl.trainer.ppo.checkpoint_saver import CheckpointSaver
+from verl.config import PPOConfig, TrainerConfig
+from verl.trainer.checkpoint.layout import DataState
+from verl.trainer.checkpoint.saver import CheckpointSaver
 from verl.trainer.ppo.guards import EngineGap, GuardError, SkippedUpdates
 from verl.utils.save_outcome import SaveOutcome
 
@@ -58,7 +58,7 @@ def test_ten_updates_make_up_for_one_that_is_skipped(tmp_path: Path) -> None:
     for _ in range(1000):
         run.take(0, 1)
         run.take(10, 0)
-    assert run.guard._debt == 0
+    assert run.guard._excess_skips == 0
     skips = 0
     with pytest.raises(GuardError):
         while skips < 100:

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from verl.config import AlgoConfig, DistillConfig, TeacherConfig
 from verl.protocol import DataProto
-from verl.trainer.config import AlgoConfig
 from verl.trainer.ppo.metric_utils import (
     compute_advantage_part_metrics,
     compute_data_metrics,
@@ -18,7 +18,6 @@ from verl.trainer.ppo.metric_utils import (
     compute_validation_reward_metrics,
     reduce_metrics,
 )
-from verl.workers.config import DistillConfig, TeacherConfig
 
 NAN = float("nan")
 
@@ -274,7 +273,7 @@ def batch_of_two_teachers() -> DataProto:
     batch.batch["response_mask"][1] = torch.tensor([1, 1, 1, 0])
     batch.batch["advantages"][1] = torch.tensor([-2.0, -2.0, 2.0, 0.0])
     batch.batch["teacher"] = torch.tensor([0, 1, 0])
-    batch.non_tensor_batch["teacher_reads_extended"] = np.array([False, True, False], dtype=object)
+    batch.non_tensor_batch["teacher_knows_extended"] = np.array([False, True, False], dtype=object)
     return batch
 
 

@@ -10,8 +10,8 @@ import torch
 from torch.utils.data import Dataset
 
 from recipe.onpolicy_distill.onpolicy_distill_trainer import RayOnPolicyDistillTrainer
+from verl.config import PPOConfig, TrainerConfig
 from verl.protocol import DataProto
-from verl.trainer.config import PPOConfig, TrainerConfig
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer
 from verl.utils.save_outcome import SaveOutcome
 from verl.utils.tracking import Tracking
@@ -119,7 +119,7 @@ class Logger:
         self.lines: list[tuple[int, dict[str, float]]] = []
         self.went_on_after: list[int | None] = []
 
-    def go_on_after(self, step: int | None, figures: dict[str, float] | None) -> None:
+    def truncate_after(self, step: int | None, figures: dict[str, float] | None) -> None:
         self.went_on_after.append(step)
 
     def log(self, data: dict[str, float], step: int) -> None:

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from verl.config import CustomClassConfig
 from verl.protocol import DataProto
-from verl.trainer.config import CustomClassConfig
 from verl.trainer.ppo.reward import compute_rewards, load_reward_fn
 
 

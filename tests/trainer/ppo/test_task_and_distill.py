@@ -8,11 +8,10 @@ import pytest
 import torch
 
 from recipe.onpolicy_distill.onpolicy_distill_trainer import RayOnPolicyDistillTrainer
+from verl.config import AlgoConfig, DistillConfig, PPOConfig, TeacherConfig, TrainerConfig
 from verl.protocol import DataProto
-from verl.trainer.config import AlgoConfig, PPOConfig, TrainerConfig
 from verl.trainer.ppo.advantage import compute_advantage
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer
-from verl.workers.config import DistillConfig, TeacherConfig
 
 NAN = float("nan")
 STUDENT = torch.tensor([[-1.0, -2.0, NAN], [-1.0, -2.0, -3.0], [-1.0, -1.0, -1.0], [-2.0, -1.0, NAN]])

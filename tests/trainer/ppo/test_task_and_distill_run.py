@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from e2e.launch import write_onerec_parquet
-from in_process_run import run_in_process, settings
 from safetensors.torch import load_file
+from support.in_process_run import run_in_process, settings
+from support.launch import write_onerec_parquet
 
-from verl.trainer.config import PPOConfig
+from verl.config import PPOConfig
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 

@@ -12,7 +12,7 @@ import pytest
 import ray
 import torch
 from ray.cloudpickle import register_pickle_by_value
-from tiny_pairs import Pair
+from support.tiny_pairs import Pair
 from workers.tiny_workers import (
     assert_same_gradient,
     draw_rows,
@@ -23,16 +23,15 @@ from workers.tiny_workers import (
 )
 
 from recipe.onpolicy_distill.onpolicy_distill_trainer import RayOnPolicyDistillTrainer
+from verl.config import ActorRolloutRefConfig, DistillConfig, PPOConfig, TeacherConfig, TrainerConfig
 from verl.experimental.agent_loop.placement import plan_replicas
 from verl.protocol import DataProto
 from verl.single_controller.base import Worker
 from verl.single_controller.base.decorator import Dispatch, register
 from verl.single_controller.ray.node_check import check_nodes_hold
 from verl.single_controller.ray.node_report import NeededPath
-from verl.trainer.config import ActorRolloutRefConfig, PPOConfig, TrainerConfig
 from verl.trainer.ppo.worker_groups import WorkerGroups, plan_pools
-from verl.workers.actor.teachers import LENT_STATES
-from verl.workers.config import DistillConfig, TeacherConfig
+from verl.workers.actor.teachers import HIDDEN_STATE_HANDLES
 from verl.workers.student_worker import StudentWorker
 from verl.workers.teacher_worker import TeacherWorker
 
@@ -136,13 +135,13 @@ def update(trainer: TrainerConfig, config: ActorRolloutRefConfig, distill: Disti
         driver.actor_wg = driver.role_groups["actor"]
         for role in driver.roles:
             driver.role_groups[role].init_model()
-        driver.borrow_heads()
+        driver.fetch_heads()
         held = driver.role_groups["ref"].num_references()
-        assert driver.uses_reference == driver.lends_states, "teachers beside the student are heard in the update"
+        assert driver.uses_reference == driver.exports_hidden_states, "co-located teachers run in the update"
         batch = batch.union(driver.ref_log_prob(batch)) if driver.uses_reference else batch
-        assert (LENT_STATES in batch.non_tensor_batch) == driver.lends_states
-        if driver.lends_states:
-            lent = [handle for handle in batch.array(LENT_STATES) if handle is not None]
+        assert (HIDDEN_STATE_HANDLES in batch.non_tensor_batch) == driver.exports_hidden_states
+        if driver.exports_hidden_states:
+            lent = [handle for handle in batch.array(HIDDEN_STATE_HANDLES) if handle is not None]
             assert len(lent) == len(set(lent)) and all(isinstance(handle, ray.ObjectRef) for handle in lent)
             assert sum(driver.role_groups["ref"].num_references()) >= sum(held) + len(lent)
             del lent

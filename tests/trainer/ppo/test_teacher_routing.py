@@ -8,10 +8,9 @@ import pytest
 import torch
 
 from recipe.onpolicy_distill.onpolicy_distill_trainer import RayOnPolicyDistillTrainer
-from verl.experimental.agent_loop.base import TEACHER_READS_EXTENDED
+from verl.config import PPOConfig, TeacherConfig, TrainerConfig
+from verl.experimental.agent_loop.base import TEACHER_KNOWS_EXTENDED
 from verl.protocol import DataProto
-from verl.trainer.config import PPOConfig, TrainerConfig
-from verl.workers.config import TeacherConfig
 
 SOURCES = ["rec_next", "general", "code", "rec_caption", "general", "code"]
 
@@ -45,7 +44,7 @@ def test_rows_of_three_teachers_get_the_numbers_that_each_gives_alone() -> None:
     rows = {"source": np.array(SOURCES, dtype=object), "index": np.arange(6)}
     batch = trainer.prepare(rows, n=2)
     assert batch.tensor("teacher").tolist() == [1, 1, 0, 0, 2, 2, 1, 1, 0, 0, 2, 2]
-    reads = batch.non_tensor_batch[TEACHER_READS_EXTENDED].tolist()
+    reads = batch.non_tensor_batch[TEACHER_KNOWS_EXTENDED].tolist()
     assert reads == [place == 1 for place in batch.tensor("teacher").tolist()]
     responses = torch.arange(12)[:, None].expand(12, 4).clone()
     batch = batch.union(DataProto.from_dict({"responses": responses}))
@@ -62,31 +61,31 @@ def test_the_prompt_decides_where_a_teacher_asks_for_it() -> None:
     }
     trainer = trainer_of(further)
     rows = {"source": np.array(SOURCES, dtype=object), "index": np.arange(6)}
-    rows["holds_items"] = np.array([True, True, False, False, False, False], dtype=object)
+    rows["has_extended"] = np.array([True, True, False, False, False, False], dtype=object)
     batch = trainer.prepare(rows, n=1)
     assert batch.tensor("teacher").tolist() == [1, 0, 2, 2, 2, 2]
-    assert batch.non_tensor_batch[TEACHER_READS_EXTENDED].tolist() == [True, False, True, True, True, True]
-    del rows["holds_items"]
-    with pytest.raises(KeyError, match=r"holds_items.*dataset"):
+    assert batch.non_tensor_batch[TEACHER_KNOWS_EXTENDED].tolist() == [True, False, True, True, True, True]
+    del rows["has_extended"]
+    with pytest.raises(KeyError, match=r"has_extended.*dataset"):
         trainer.prepare(rows, n=1)
 
 
 def test_every_teacher_needs_a_row() -> None:
     trainer = trainer_of({"reader": TeacherConfig(sources=["rec_*"], prompts="with_items")})
-    trainer.train_dataset = SimpleNamespace(sources=["rec_next", "general"], holds_items=[True, False])
+    trainer.train_dataset = SimpleNamespace(sources=["rec_next", "general"], has_extended=[True, False])
     trainer._check_teachers_have_rows()
-    trainer.train_dataset.holds_items = [False, True]
+    trainer.train_dataset.has_extended = [False, True]
     with pytest.raises(ValueError, match=r"teachers\.reader\.sources.*prompts=with_items matches.*have \['general'"):
         trainer._check_teachers_have_rows()
 
 
 def test_the_base_teacher_needs_a_row_too_unless_a_stitched_one_speaks_with_its_weights() -> None:
     trainer = trainer_of({"reader": TeacherConfig()})
-    trainer.train_dataset = SimpleNamespace(sources=["rec_next", "general"], holds_items=[True, False])
+    trainer.train_dataset = SimpleNamespace(sources=["rec_next", "general"], has_extended=[True, False])
     with pytest.raises(ValueError, match=r"ref\.model\.path judges no row.*\{'reader': \['\*'\]\}"):
         trainer._check_teachers_have_rows()
     trainer = trainer_of({"reader": TeacherConfig(vocabulary="stitched", sources=["rec_*", "general"])})
-    trainer.train_dataset = SimpleNamespace(sources=["rec_next", "general"], holds_items=[True, False])
+    trainer.train_dataset = SimpleNamespace(sources=["rec_next", "general"], has_extended=[True, False])
     trainer._check_teachers_have_rows()
     trainer.config.algorithm.distill.support = "shared"
     with pytest.raises(ValueError, match=r"support=shared has no effect: .* all rows to \['reader'\], which know them"):
@@ -103,7 +102,7 @@ class TeacherAhead(Teacher):
 
 
 def test_teachers_apart_are_asked_ahead_of_the_update_alone() -> None:
-    """What they lend is joined by row, validation asks for scores only, and after the update the loans are gone."""
+    """Handles are joined by row, validation asks for scores only, and after the update the handles are gone."""
     trainer = trainer_of({"self": TeacherConfig(sources=["rec_*"])})
     trainer.config.algorithm.distill.objective = "exact"
     trainer.config.trainer = TrainerConfig(teacher_nnodes=1, teacher_n_gpus_per_node=1)
@@ -137,7 +136,7 @@ def test_a_teacher_without_rows_is_not_asked() -> None:
 def test_one_teacher_needs_no_routing() -> None:
     trainer = trainer_of({})
     batch = trainer.prepare({"index": np.arange(2)}, n=1)
-    assert batch.batch is None and TEACHER_READS_EXTENDED not in batch.non_tensor_batch
+    assert batch.batch is None and TEACHER_KNOWS_EXTENDED not in batch.non_tensor_batch
 
 
 def test_workers_know_what_they_are() -> None:

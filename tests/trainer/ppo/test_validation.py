@@ -7,7 +7,7 @@ import pytest
 from test_ray_trainer import Engines, Prompts, make_config, make_trainer
 
 from verl.protocol import DataProto
-from verl.trainer.ppo.best_checkpoint import BestMetricError
+from verl.trainer.checkpoint.best import BestMetricError
 from verl.trainer.ppo.validation import join_figures
 
 

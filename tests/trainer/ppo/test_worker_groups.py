@@ -5,14 +5,13 @@ from typing import Any
 
 import pytest
 
+from verl.config import PPOConfig, TeacherConfig, TrainerConfig
 from verl.single_controller.ray import node_check
 from verl.single_controller.ray.node_report import NeededPath, NodeReport
 from verl.single_controller.ray.resource_pool import RankPlace
-from verl.trainer.config import PPOConfig, TrainerConfig
 from verl.trainer.ppo import cluster_check
 from verl.trainer.ppo.cluster_check import check_nodes, student_paths, teacher_paths
 from verl.trainer.ppo.worker_groups import ResourcePoolManager, plan_pools
-from verl.workers.config import TeacherConfig
 
 ROLES = ["actor", "ref"]
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from verl.trainer.config import DataConfig
+from verl.config import DataConfig
 from verl.utils.dataset.onerec_dataset import OneRecDataset
 from verl.utils.dataset.onerec_messages import BadRowError, parse_messages, split_answer
 from verl.utils.dataset.prompt_tokens import append_switch, possible_switches, think_switch

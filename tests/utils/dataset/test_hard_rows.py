@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from verl.trainer.config import DataConfig
+from verl.config import DataConfig
 from verl.utils.dataset.onerec_dataset import OneRecDataset
 from verl.utils.tokenizer import hf_tokenizer
 

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from verl.trainer.config import DataConfig
+from verl.config import DataConfig
 from verl.utils.dataset.onerec_dataset import OneRecDataset
 from verl.utils.dataset.rl_dataset import collate_fn
 from verl.utils.tokenizer import hf_tokenizer
@@ -53,7 +53,7 @@ def test_an_item_and_its_batch(tokenizer, tmp_path):
         "reward_model": {"style": "rule", "ground_truth": "A"},
         "uuid": "id-a",
         "index": 0,
-        "holds_items": False,
+        "has_extended": False,
         "extra_info": {"uid": 7, "label": 1},
         "tools_kwargs": {},
     }
@@ -168,8 +168,8 @@ def test_prompts_say_whether_they_hold_item_tokens(tokenizer, tmp_path):
     path = write(tmp_path / "d.parquet", rows)
     config = DataConfig(prompt_extend_tokens="replace")
     dataset = OneRecDataset(path, tokenizer, config, extend_vocab_start_token=EXTEND_START)
-    assert dataset.holds_items == [item["holds_items"] for item in dataset] == [False, True, True, False]
-    assert OneRecDataset(path, tokenizer, config).holds_items == [False] * 4
+    assert dataset.has_extended == [item["has_extended"] for item in dataset] == [False, True, True, False]
+    assert OneRecDataset(path, tokenizer, config).has_extended == [False] * 4
 
 
 def test_think_draws_change_with_the_epoch_and_come_back(tokenizer, tmp_path):

@@ -7,9 +7,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from verl.config import CustomClassConfig, DataConfig
 from verl.experimental.agent_loop.chat_template import ChatTemplate
-from verl.trainer.config import CustomClassConfig, DataConfig
-from verl.trainer.dataloader import build_datasets
+from verl.trainer.data import build_datasets
 from verl.utils.dataset.factory import create_rl_dataset, get_dataset_class
 from verl.utils.dataset.onerec_dataset import OneRecDataset
 from verl.utils.dataset.rl_dataset import RLHFDataset, collate_fn
@@ -47,7 +47,7 @@ def test_verl_rows(tokenizer, tmp_path):
         "source": "openai/gsm8k",
         "reward_model": {"style": "rule", "ground_truth": "4"},
         "index": 0,
-        "holds_items": False,
+        "has_extended": False,
         "extra_info": {"split": "train", "index": 3},
         "tools_kwargs": {},
         "agent_name": "single_turn_agent",

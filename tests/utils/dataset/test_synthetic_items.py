@@ -10,12 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import AutoTokenizer
 
-from verl.trainer.config import DataConfig, PromptTemplateConfig, SyntheticItemPromptsConfig
-from verl.trainer.dataloader import build_datasets
+from verl.config import DataConfig, DistillConfig, PromptTemplateConfig, SyntheticItemPromptsConfig, TeacherConfig
+from verl.trainer.data import build_datasets
 from verl.utils.dataset.items import read_catalogue
 from verl.utils.dataset.rl_dataset import RLHFDataset
 from verl.utils.dataset.synthetic_items import draw_chats, item_source, write_prompts
-from verl.workers.config import DistillConfig, TeacherConfig
 
 TEMPLATES = {
     "next": PromptTemplateConfig("history: {history}", system="You recommend."),
@@ -146,7 +145,7 @@ def test_they_join_the_training_data_and_are_kept(student, extend_start, tmp_pat
     data = load(tmp_path, student, extend_start, config_of(6))
     rec = [f"synthetic_rec_{name}" for name in TEMPLATES]
     assert data.sources == [*rec, *rec, *["general"] * 4]
-    assert data.holds_items == [True] * 6 + [False] * 4
+    assert data.has_extended == [True] * 6 + [False] * 4
     assert not data.ledger.dropped and data.ledger.kept["synthetic_rec_next"] == 2
     assert "6 prompts of random codes join the training data" in caplog.text
     assert "source synthetic_rec_caption: 2" in caplog.text
@@ -157,7 +156,7 @@ def test_they_join_the_training_data_and_are_kept(student, extend_start, tmp_pat
         chat for _, chat in draw_chats(config_of(6), item_source(student, None))
     ]
     distill = DistillConfig(teachers={"self": TeacherConfig(sources=["synthetic_rec_*"], prompts="with_items")})
-    kinds = zip(data.sources, data.holds_items, strict=True)
+    kinds = zip(data.sources, data.has_extended, strict=True)
     assert [distill.teacher_of(*kind) for kind in kinds] == [1] * 6 + [0] * 4
 
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from rollout_reference import largest_difference, save_tiny_model, train_a_little, weights_of, write_buckets
+from support.rollout_reference import largest_difference, save_tiny_model, train_a_little, weights_of, write_buckets
 from transformers import PreTrainedModel
 
-from verl.workers.config import HFModelConfig, RolloutConfig
+from verl.config import HFModelConfig, RolloutConfig
 from verl.workers.rollout.hf_replica import HFReplica, _Request, _RowStops, truncate
 from verl.workers.rollout.replica import TokenOutput
 

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
-from rollout_reference import PADDED_ROWS, save_tiny_model, weights_of
+from support.rollout_reference import PADDED_ROWS, save_tiny_model, weights_of
 from transformers import AutoTokenizer, GenerationConfig
 
-from verl.workers.config import HFModelConfig
+from verl.config import HFModelConfig
 from verl.workers.rollout.model_facts import manifest_of, read_model_facts
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from rollout_reference import write_buckets
+from support.rollout_reference import write_buckets
 
-from verl.workers.config import HFModelConfig, RolloutConfig
+from verl.config import HFModelConfig, RolloutConfig
 from verl.workers.rollout.model_facts import ModelFacts, WeightManifest
 from verl.workers.rollout.replica import RolloutReplica, SamplingOptions, TokenOutput, get_replica_class
 

@@ -16,8 +16,8 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from replica_process import ReplicaProcess
-from rollout_reference import (
+from support.replica_process import ReplicaProcess
+from support.rollout_reference import (
     largest_difference,
     save_tiny_model,
     train_a_little,
@@ -26,10 +26,10 @@ from rollout_reference import (
 )
 from transformers import AutoTokenizer, PreTrainedModel
 
-from verl.workers.config import HFModelConfig, RolloutConfig
+from verl.config import HFModelConfig, RolloutConfig
 from verl.workers.rollout.model_facts import WeightManifest
 from verl.workers.rollout.replica import RolloutReplica, TokenOutput
-from verl.workers.rollout.vllm_replica import VLLMReplica, heeding_sigterm
+from verl.workers.rollout.vllm_replica import VLLMReplica, unblock_sigterm
 
 PLAIN = {"temperature": 1.0, "top_p": 1.0, "top_k": -1}
 WARM = {"temperature": 1.1, "top_p": 1.0, "top_k": -1}
@@ -53,7 +53,7 @@ def test_processes_of_the_engine_heed_what_ends_them_though_the_replica_does_not
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
         assert not hears_sigterm()
-        with heeding_sigterm():
+        with unblock_sigterm():
             assert hears_sigterm()
         assert not hears_sigterm()
     finally:

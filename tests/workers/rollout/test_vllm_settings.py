@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from verl.workers.config import HFModelConfig, RolloutConfig
+from verl.config import HFModelConfig, RolloutConfig
 from verl.workers.rollout.model_facts import ModelFacts, WeightManifest
 from verl.workers.rollout.vllm_failure import describe_exit, last_exception
 from verl.workers.rollout.vllm_settings import engine_arguments, engine_environment, engine_threads

@@ -24,6 +24,7 @@ from ray.exceptions import ObjectStoreFullError, OutOfDiskError, RayActorError, 
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from transformers import PreTrainedTokenizerBase
 
+from verl.config import HFModelConfig, PPOConfig
 from verl.experimental.agent_loop.base import (
     AgentLoopBase,
     AgentLoopMetrics,
@@ -38,11 +39,9 @@ from verl.experimental.agent_loop.sampling import SEED_KEY, sample_seeds
 from verl.experimental.agent_loop.servers import AsyncLLMServerManager, Replica
 from verl.experimental.agent_loop.worker import AgentLoopWorker, WorkerResult, load_tools
 from verl.protocol import DataProto
-from verl.trainer.config import PPOConfig
-from verl.utils.process_death import no_room
+from verl.utils.process_death import disk_full_text
 from verl.utils.row_buffer import RowBuffer
 from verl.utils.tokenizer import hf_tokenizer
-from verl.workers.config import HFModelConfig
 from verl.workers.rollout.replica import RolloutReplica, get_replica_class
 
 __all__ = [
@@ -166,7 +165,7 @@ class AgentLoopManager:
                 for worker, part in zip(workers, parts, strict=True)
             }
         except (OutOfDiskError, ObjectStoreFullError) as error:
-            raise RolloutError(f"the agent-loop workers could not be given their rows: {no_room()}") from error
+            raise RolloutError(f"the agent-loop workers could not be given their rows: {disk_full_text()}") from error
         report = partial(self._report_progress, workers, progress, len(rows)) if progress else None
         buffer, versions = RowBuffer(len(rows)), set[int]()
         metrics: dict[int, list[AgentLoopMetrics]] = {}

@@ -13,10 +13,10 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from verl.config import RolloutConfig
 from verl.experimental.agent_loop.chat_template import ChatTemplate
 from verl.experimental.agent_loop.masks import extended_token_mask, trainable_mask
 from verl.tools.base_tool import BaseTool
-from verl.workers.config import RolloutConfig
 from verl.workers.rollout.replica import TokenOutput
 
 Generate = Callable[[list[int], dict[str, Any]], Awaitable[TokenOutput]]
@@ -120,7 +120,7 @@ class AgentLoopContext:
     tools: Mapping[str, BaseTool] = field(default_factory=dict)
 
 
-TEACHER_READS_EXTENDED = "teacher_reads_extended"
+TEACHER_KNOWS_EXTENDED = "teacher_knows_extended"
 """Key of a row, true where its teacher knows item tokens."""
 
 
@@ -132,7 +132,7 @@ class AgentLoopBase(ABC):
         self.rollout = context.rollout
         self.template = context.template
         self.metrics = AgentLoopMetrics()
-        self.teacher_reads_extended = False
+        self.teacher_knows_extended = False
         """Whether the teacher of this row knows item tokens, so that nothing is masked on their account."""
         self._generate = generate
 
@@ -146,7 +146,7 @@ class AgentLoopBase(ABC):
         Raises:
             ValueError: the prompt has more than ``rollout.prompt_length`` tokens.
         """
-        self.teacher_reads_extended = bool(row.get(TEACHER_READS_EXTENDED))
+        self.teacher_knows_extended = bool(row.get(TEACHER_KNOWS_EXTENDED))
         prompt_ids = row.get("prompt_ids")
         if prompt_ids is None:
             prompt_ids = self.template.encode_prompt(row["raw_prompt"], with_tools)
@@ -181,8 +181,8 @@ class AgentLoopBase(ABC):
             response_mask=trainable_mask(
                 trajectory.model_mask,
                 extended,
-                drop_whole=self.rollout.mask_response_if_have_extend_token and not self.teacher_reads_extended,
-                keep_rest=self.teacher_reads_extended or not self.rollout.mask_after_extend_token,
+                drop_whole=self.rollout.mask_response_if_have_extend_token and not self.teacher_knows_extended,
+                keep_rest=self.teacher_knows_extended or not self.rollout.mask_after_extend_token,
             ),
             distill_special_token_mask=extended,
             response_logprobs=trajectory.log_probs,

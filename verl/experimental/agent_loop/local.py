@@ -11,11 +11,11 @@ from typing import Any, Protocol
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from verl.config import PPOConfig
 from verl.experimental.agent_loop.rows import summarise
 from verl.experimental.agent_loop.sampling import SEED_KEY, sample_seeds
 from verl.experimental.agent_loop.worker import AgentLoopWorker
 from verl.protocol import DataProto
-from verl.trainer.config import PPOConfig
 from verl.workers.rollout.replica import RolloutReplica, TokenOutput, get_replica_class
 
 

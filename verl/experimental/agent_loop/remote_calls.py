@@ -12,7 +12,7 @@ import ray
 from ray.exceptions import OutOfDiskError, RayActorError, RayError
 
 from verl.experimental.agent_loop.base import RolloutError
-from verl.utils.process_death import death_in_words, error_output, log_line, no_room
+from verl.utils.process_death import describe_death, disk_full_text, error_output, log_line
 
 POLL_S = 0.5
 """Seconds of waiting after which progress is reported and the rest of the run is looked at."""
@@ -47,7 +47,7 @@ class Remote:
 
     def _ask_for_sign(self) -> Any:
         """A call that comes back as soon as the process can answer."""
-        return self.actor.__ray_call__.remote(_sign_of_life)
+        return self.actor.__ray_call__.remote(_ping)
 
     def account_of(self, error: RayError, log: str | None) -> str:
         """What went wrong in it, without the trace through Ray, and the line that says where its log is."""
@@ -75,7 +75,7 @@ class Remote:
             return None
 
 
-def _sign_of_life(_: Any) -> None:
+def _ping(_: Any) -> None:
     """Reaching this is the answer."""
 
 
@@ -136,7 +136,7 @@ def as_they_come(
 def _cause_of(error: RayError) -> str:
     cause = getattr(error, "cause", None)
     if isinstance(cause, OutOfDiskError):
-        return no_room()
+        return disk_full_text()
     if isinstance(cause, BaseException):
         return f"{type(cause).__name__}: {cause}"
-    return death_in_words(str(error)) if isinstance(error, RayActorError) else str(error)
+    return describe_death(str(error)) if isinstance(error, RayActorError) else str(error)

@@ -9,8 +9,8 @@ import hashlib
 from collections import Counter
 from typing import Any
 
+from verl.config import RolloutConfig
 from verl.protocol import DataProto
-from verl.workers.config import RolloutConfig
 
 SEED_KEY = "sample_seed"
 """Column that carries the seeds from the manager to the agent-loop workers."""

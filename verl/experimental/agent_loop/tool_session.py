@@ -10,11 +10,11 @@ import logging
 from collections.abc import Awaitable, Mapping, Sequence
 from typing import Any, TypeVar
 
+from verl.config import MultiTurnConfig
 from verl.experimental.agent_loop.base import AgentLoopMetrics
 from verl.experimental.agent_loop.tool_parser import ToolCall
 from verl.tools.base_tool import BaseTool, ToolResponse
 from verl.utils.timing import marked_timer
-from verl.workers.config import MultiTurnConfig
 
 logger = logging.getLogger(__name__)
 

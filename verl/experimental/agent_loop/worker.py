@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 # Imported to be known by name.
 import verl.experimental.agent_loop.single_turn_agent_loop
 import verl.experimental.agent_loop.tool_agent_loop  # noqa: F401
+from verl.config import PPOConfig, RolloutConfig
 from verl.experimental.agent_loop.base import AgentLoopContext, AgentLoopMetrics, AgentLoopOutput, get_agent_loop_class
 from verl.experimental.agent_loop.chat_template import ChatTemplate
 from verl.experimental.agent_loop.rows import pad_outputs
@@ -24,8 +25,6 @@ from verl.experimental.agent_loop.sampling import SEED_KEY, sampling_params
 from verl.protocol import DataProto
 from verl.tools.base_tool import BaseTool
 from verl.tools.registry import initialize_tools_from_config
-from verl.trainer.config import PPOConfig
-from verl.workers.config import RolloutConfig
 from verl.workers.rollout.replica import TokenOutput
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch.distributed as dist
 
 from verl.single_controller.base.decorator import Dispatch, register
-from verl.single_controller.base.loans import InProcessLoans, Loans
+from verl.single_controller.base.object_store import InProcessObjectStore, ObjectStore
 
 LOOPBACK = "127.0.0.1"
 
@@ -38,9 +38,9 @@ class Worker:
         """The scheduler's name of this node."""
         self.node_ip = env.get("VERL_NODE_IP", "127.0.0.1")
         """Address of this node."""
-        self.peers: Mapping[str, Worker] = {}
+        self.colocated_roles: Mapping[str, Worker] = {}
         """The workers of this process by role, this one among them; filled once all of them are built."""
-        self.loans: Loans = InProcessLoans()
+        self.object_store: ObjectStore = InProcessObjectStore()
         """How this worker hands values to other ranks past the driver; a worker group puts its own way here."""
 
     def init_process_group(self, backend: str, timeout_s: float = 1800.0) -> None:

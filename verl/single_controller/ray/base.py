@@ -26,9 +26,9 @@ from verl.single_controller.base.decorator import Call, Results, by_rank
 from verl.single_controller.base.worker import Worker
 from verl.single_controller.base.worker_group import WorkerError, WorkerGroup
 from verl.single_controller.ray.failures import Processes, gather
-from verl.single_controller.ray.loans import RayLoans
+from verl.single_controller.ray.object_store import RayObjectStore
 from verl.single_controller.ray.resource_pool import RankPlace, RayResourcePool
-from verl.utils.process_death import no_room
+from verl.utils.process_death import disk_full_text
 
 QUIET_ENV = {
     "TOKENIZERS_PARALLELISM": "false",
@@ -81,7 +81,7 @@ class WorkerHost:
         for role, worker in roles.items():
             self._workers[role] = worker.cls(*worker.args, **worker.kwargs)
         for built in self._workers.values():
-            built.peers, built.loans = self._workers, RayLoans()
+            built.colocated_roles, built.object_store = self._workers, RayObjectStore()
 
     def call(self, role: str, method: str, call: Call) -> Any:
         return getattr(self._workers[role], method)(*call.args, **call.kwargs)
@@ -166,7 +166,7 @@ class RayWorkerGroup(WorkerGroup):
                 payloads = [ray.put(first)] * len(calls)
             return [host.call.remote(role, method, payload) for host, payload in zip(hosts, payloads, strict=True)]
         except (OutOfDiskError, ObjectStoreFullError) as error:
-            raise WorkerError(f"{role}.{method} could not be given its data: {no_room()}") from error
+            raise WorkerError(f"{role}.{method} could not be given its data: {disk_full_text()}") from error
 
     def finish_calls(self, call_name: str, running: Sequence[Any]) -> Results:
         """Ranks and results of ``start_calls`` as they come; raises ``WorkerError``."""

@@ -13,7 +13,7 @@ import ray
 from ray.exceptions import OutOfDiskError, RayActorError, RayError, RayTaskError
 
 from verl.single_controller.base.worker_group import WorkerError
-from verl.utils.process_death import death_in_words, error_output, log_line, no_room
+from verl.utils.process_death import describe_death, disk_full_text, error_output, log_line
 
 GRACE_S = 5.0
 """Seconds the other ranks have, after the first failure, to report theirs."""
@@ -61,10 +61,10 @@ class Processes:
                 ray.get(sign)
             except RayError as error:
                 raise WorkerError(_message(self.name, self, [_failure(rank, self.node_ips[rank], error)])) from error
-            self._signs[self._hosts[rank].__ray_call__.remote(_sign_of_life)] = rank
+            self._signs[self._hosts[rank].__ray_call__.remote(_ping)] = rank
 
 
-def _sign_of_life(_: Any) -> None:
+def _ping(_: Any) -> None:
     """Reaching this is the answer."""
 
 
@@ -129,7 +129,7 @@ def _patience(failures: Sequence[Failure]) -> float:
 
 def _failure(rank: int, node_ip: str, error: RayError) -> Failure:
     if isinstance(error, OutOfDiskError):  # also one that comes as a RayTaskError
-        return Failure(rank, node_ip, no_room(), "", 1)
+        return Failure(rank, node_ip, disk_full_text(), "", 1)
     if isinstance(error, RayTaskError):
         lines = str(error.cause).strip().splitlines() or [""]
         cause = f"{type(error.cause).__name__}: {lines[0]}"
@@ -137,7 +137,7 @@ def _failure(rank: int, node_ip: str, error: RayError) -> Failure:
         by_user = isinstance(error.cause, ValueError)
         return Failure(rank, node_ip, cause, str(error).strip(), 2 if from_peer else 1, by_user)
     if isinstance(error, RayActorError):
-        return Failure(rank, node_ip, death_in_words(str(error)), "", 0)
+        return Failure(rank, node_ip, describe_death(str(error)), "", 0)
     return Failure(rank, node_ip, f"{type(error).__name__}: {' '.join(str(error).split())}", "", 1)
 
 

@@ -35,7 +35,7 @@ def start_session(ray_init: Mapping[str, Any]) -> None:
         ValueError: no Ray answers, or an argument cannot be used.
     """
     try:
-        with beyond_signals():
+        with own_process_group():
             ray.init(**session_arguments(ray_init))
     except ConnectionError as error:
         raise ValueError(
@@ -46,7 +46,7 @@ def start_session(ray_init: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def beyond_signals() -> Iterator[None]:
+def own_process_group() -> Iterator[None]:
     """What this process forks within the block gets a process group of its own, and SIGTERM blocked."""
     _forking_apart.set()
     try:
@@ -55,7 +55,7 @@ def beyond_signals() -> Iterator[None]:
         _forking_apart.clear()
 
 
-def _stand_apart() -> None:
+def detach_loader() -> None:
     if _forking_apart.is_set():
         os.setpgid(0, 0)
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -63,7 +63,7 @@ def _stand_apart() -> None:
 
 _forking_apart = threading.Event()
 # Between fork and exec, where no argument of Ray's reaches: Python calls it where there is a ``preexec_fn``, as Ray's.
-os.register_at_fork(after_in_child=_stand_apart)
+os.register_at_fork(after_in_child=detach_loader)
 
 
 def session_arguments(ray_init: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,10 +1,18 @@
-"""Typed settings of a run."""
+"""Verl's name for the settings in `verl.config`; the YAML defaults lie here."""
 
-from verl.trainer.config.algorithm import AlgoConfig, KLControlConfig, RolloutCorrectionConfig
-from verl.trainer.config.config import ActorRolloutRefConfig, PPOConfig, RayKwargsConfig
-from verl.trainer.config.data import CustomClassConfig, DataConfig
-from verl.trainer.config.synthetic_items import PromptTemplateConfig, SyntheticItemPromptsConfig
-from verl.trainer.config.trainer import TrainerConfig
+from verl.config import (
+    ActorRolloutRefConfig,
+    AlgoConfig,
+    CustomClassConfig,
+    DataConfig,
+    KLControlConfig,
+    PPOConfig,
+    PromptTemplateConfig,
+    RayKwargsConfig,
+    RolloutCorrectionConfig,
+    SyntheticItemPromptsConfig,
+    TrainerConfig,
+)
 
 __all__ = [
     "ActorRolloutRefConfig",

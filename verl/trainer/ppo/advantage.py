@@ -18,7 +18,7 @@ from verl.trainer.ppo.kl_control import KLController
 from verl.utils.torch_functional import masked_mean, zero_outside_mask
 
 if TYPE_CHECKING:
-    from verl.trainer.config.algorithm import AlgoConfig, RolloutCorrectionConfig
+    from verl.config.algorithm import AlgoConfig, RolloutCorrectionConfig
 
 
 def _with_tensors(data: DataProto, tensors: dict[str, torch.Tensor]) -> DataProto:
@@ -122,7 +122,7 @@ def apply_kl_penalty(
     """Subtract a KL penalty to the reference from the task's scores, token by token, and move its weight.
 
     ``token_level_rewards = token_level_scores - kl_ctrl.value * kl`` at trained tokens that the row's reference knows:
-    those with ``distill_special_token_mask`` 0, and all where ``teacher_reads_extended``. Elsewhere ``ref_log_prob`` is
+    those with ``distill_special_token_mask`` 0, and all where ``teacher_knows_extended``. Elsewhere ``ref_log_prob`` is
     a stand-in.
 
     Args:
@@ -135,8 +135,8 @@ def apply_kl_penalty(
         the mean KL of their tokens, nats) and ``actor/reward_kl_penalty_coeff`` (the weight that was used).
     """
     mask = known_token_mask(data)
-    if "teacher_reads_extended" in data.non_tensor_batch:
-        reads = torch.from_numpy(data.array("teacher_reads_extended").astype(bool))
+    if "teacher_knows_extended" in data.non_tensor_batch:
+        reads = torch.from_numpy(data.array("teacher_knows_extended").astype(bool))
         mask = torch.where(reads[:, None], data.tensor("response_mask").bool(), mask)
     kl = core_algos.kl_penalty(data.tensor("old_log_probs"), data.tensor("ref_log_prob"), kl_penalty)
     kl = zero_outside_mask(kl, mask)

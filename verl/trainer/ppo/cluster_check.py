@@ -17,10 +17,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from verl.config import PPOConfig
 from verl.single_controller.ray.node_check import check_nodes_hold
 from verl.single_controller.ray.node_report import DISTRIBUTIONS, NeededPath
-from verl.trainer.config import PPOConfig
-from verl.trainer.ppo import checkpoint
+from verl.trainer.checkpoint import layout as checkpoint
 from verl.trainer.ppo.worker_groups import ResourcePoolManager
 
 

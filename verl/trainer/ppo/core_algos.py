@@ -23,7 +23,7 @@ from verl.trainer.ppo.kl_control import get_kl_controller as get_kl_controller
 from verl.utils.torch_functional import masked_whiten, zero_outside_mask
 
 if TYPE_CHECKING:
-    from verl.trainer.config.algorithm import AlgoConfig
+    from verl.config.algorithm import AlgoConfig
 
 AdvantageFn = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 """An advantage estimator: named inputs to (advantages, returns), both (B, R)."""

@@ -15,8 +15,8 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import NoReturn
 
-from verl.trainer.config import PPOConfig
-from verl.trainer.ppo.checkpoint_saver import CheckpointError, CheckpointSaver
+from verl.config import PPOConfig
+from verl.trainer.checkpoint.saver import CheckpointError, CheckpointSaver
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ Metrics = dict[str, float]
 
 UPDATES, SKIPPED = "actor/updates", "actor/skipped_updates"
 SAMPLER_GAP, LARGEST_GAP = "training/rollout_log_probs_diff_mean", "training/rollout_log_probs_diff_max"
-PAID_BY = 10
+RECOVERY_RATIO = 10
 """Updates that make up for a skipped one."""
 WORSE = 2.0
 """A gap that grew by this factor is said again."""
@@ -42,7 +42,7 @@ def end_run(cause: str, saver: CheckpointSaver) -> NoReturn:
     """
     with suppress(CheckpointError):  # the saver has said so; the cause here is another
         saver.finish()
-    raise GuardError(f"{cause}. {saver.what_is_safe()}")
+    raise GuardError(f"{cause}. {saver.latest_checkpoint_text()}")
 
 
 class SkippedUpdates:
@@ -60,7 +60,7 @@ class SkippedUpdates:
     def __init__(self, config: PPOConfig, saver: CheckpointSaver) -> None:
         self._limit = config.trainer.max_skipped_updates
         self._saver = saver
-        self._debt = 0
+        self._excess_skips = 0
         """Updates that are missing to make up for the skipped ones."""
         self._total = 0
         self._last_taken: int | None = None
@@ -74,7 +74,7 @@ class SkippedUpdates:
         if UPDATES not in metrics or SKIPPED not in metrics:
             return
         taken, skipped = int(metrics[UPDATES]), int(metrics[SKIPPED])
-        self._debt = max(0, self._debt - taken) + PAID_BY * skipped
+        self._excess_skips = max(0, self._excess_skips - taken) + RECOVERY_RATIO * skipped
         self._last_taken = step if taken else self._last_taken
         if not skipped:
             return
@@ -84,7 +84,7 @@ class SkippedUpdates:
             f"{skipped} of the {taken + skipped} updates of step {step} had a loss or gradient that is not finite and "
             f"changed nothing ({', '.join(broken)}); {self._total} of this run so far"
         )
-        if self._limit is not None and self._debt > PAID_BY * self._limit:
+        if self._limit is not None and self._excess_skips > RECOVERY_RATIO * self._limit:
             last = "no update was taken before" if self._last_taken is None else f"step {self._last_taken} took one"
             end_run(
                 f"{said}, which is more than trainer.max_skipped_updates={self._limit} allows; the last that changed "

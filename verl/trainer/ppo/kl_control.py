@@ -7,7 +7,7 @@ In:  the KL that a step measured. Out: ``value``, the weight for the next one. N
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from verl.trainer.config.algorithm import KLControlConfig
+    from verl.config.algorithm import KLControlConfig
 
 
 class FixedKLController:

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from verl.experimental.agent_loop.base import TEACHER_READS_EXTENDED
+from verl.experimental.agent_loop.base import TEACHER_KNOWS_EXTENDED
 from verl.protocol import DataProto
 from verl.trainer.ppo.advantage import distillation_advantage, known_token_mask
 
 if TYPE_CHECKING:
-    from verl.trainer.config.algorithm import AlgoConfig
+    from verl.config.algorithm import AlgoConfig
 
 Metrics = dict[str, float]
 
@@ -203,9 +203,9 @@ def _trained_extended(batch: DataProto) -> torch.Tensor:
 
 def _extended_reverse_kl(batch: DataProto) -> Metrics:
     """The reverse KL at tokens of E, over rows whose teacher knows them (elsewhere its log-prob is a stand-in)."""
-    if TEACHER_READS_EXTENDED not in batch.non_tensor_batch:
+    if TEACHER_KNOWS_EXTENDED not in batch.non_tensor_batch:
         return {}
-    known = torch.from_numpy(batch.array(TEACHER_READS_EXTENDED).astype(bool))
+    known = torch.from_numpy(batch.array(TEACHER_KNOWS_EXTENDED).astype(bool))
     return _mean("extend_reverse_kl", _gap(batch)[_trained_extended(batch) & known[:, None]])
 
 

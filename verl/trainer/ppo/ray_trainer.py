@@ -20,14 +20,16 @@ from typing import Any
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from verl.config import PPOConfig
 from verl.experimental.agent_loop.agent_loop import AgentLoopManager
 from verl.protocol import DataProto
-from verl.trainer.config import PPOConfig
-from verl.trainer.dataloader import build_val_loader
-from verl.trainer.ppo import checkpoint
+from verl.trainer.checkpoint import layout as checkpoint
+from verl.trainer.checkpoint.best import BestCheckpoint
+from verl.trainer.checkpoint.position import START_AFRESH, RunPosition
+from verl.trainer.checkpoint.resume_check import require_resumable, run_facts
+from verl.trainer.checkpoint.saver import CheckpointSaver
+from verl.trainer.data import build_val_loader
 from verl.trainer.ppo.advantage import apply_kl_penalty, compute_advantage, compute_rollout_is_weights
-from verl.trainer.ppo.best_checkpoint import BestCheckpoint
-from verl.trainer.ppo.checkpoint_saver import CheckpointSaver
 from verl.trainer.ppo.cluster_check import check_nodes
 from verl.trainer.ppo.guards import EngineGap, SkippedUpdates
 from verl.trainer.ppo.kl_control import get_kl_controller
@@ -38,16 +40,14 @@ from verl.trainer.ppo.metric_utils import (
     compute_validation_reward_metrics,
     reduce_metrics,
 )
-from verl.trainer.ppo.prompt_stream import PromptStream
-from verl.trainer.ppo.resume_check import require_resumable, run_facts
 from verl.trainer.ppo.reward import RewardFn, compute_rewards
-from verl.trainer.ppo.run_position import START_AFRESH, RunPosition
 from verl.trainer.ppo.schedule import Schedule
 from verl.trainer.ppo.stages import balance_rows, new_keys, prompt_batch, run_stage
 from verl.trainer.ppo.stop_request import StopRequest
-from verl.trainer.ppo.teacher_canary import TeacherCanary
+from verl.trainer.ppo.teacher_probe import TeacherProbe
 from verl.trainer.ppo.validation import answer_all
 from verl.trainer.ppo.worker_groups import WorkerGroups, plan_pools
+from verl.trainer.prompt_stream import PromptStream
 from verl.utils.dataset.rl_dataset import RLHFDataset
 from verl.utils.rollout_dump import dump_generations, show_answers
 from verl.utils.timing import marked_timer
@@ -98,11 +98,11 @@ class RayPPOTrainer:
         self.stage_metrics: Metrics = {}
         self.global_steps = 0
         self.restarts = 0
-        """How often the run lost its workers before this trainer was built; see ``verl.trainer.run``."""
+        """How often the run lost its workers before this trainer was built; see ``verl.trainer.launch.run``."""
         self.stop = StopRequest()
         all_epochs = self.prompts.batches_per_epoch * config.trainer.total_epochs
         total_steps = config.trainer.total_training_steps or all_epochs
-        config.settle_schedule(total_steps)
+        config.resolve_schedule(total_steps)
         if self.uses_reward and reward_fn is None:
             raise ValueError(config.algorithm.missing_reward)
         self.pools = plan_pools(config.trainer, self.roles, use_gpu=device_name == "cuda")
@@ -113,7 +113,7 @@ class RayPPOTrainer:
         self.schedule = Schedule(config.trainer, total_steps, self.best)
         self.saver = CheckpointSaver(config, facts, self.best)
         self.skipped_updates, self.engine_gap = SkippedUpdates(config, self.saver), EngineGap(config)
-        self.canary = TeacherCanary(config, len(tokenizer), self.saver)
+        self.canary = TeacherProbe(config, len(tokenizer), self.saver)
         self.position = RunPosition(config.trainer, self.prompts, self.kl_controller, self.canary)
 
     @property

@@ -20,7 +20,7 @@ from verl.utils.import_utils import load_extern_type
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from verl.trainer.config.data import CustomClassConfig
+    from verl.config.data import CustomClassConfig
 
 RewardFn = Callable[..., Any]
 """Called with the keywords ``data_source``, ``solution_str``, ``ground_truth`` and ``extra_info``; returns a number, or

@@ -3,8 +3,8 @@
 In: the run's settings, the step it is at, and what is known of its best step. Out: yes or no. Does none of it.
 """
 
-from verl.trainer.config import TrainerConfig
-from verl.trainer.ppo.best_checkpoint import BestCheckpoint
+from verl.config import TrainerConfig
+from verl.trainer.checkpoint.best import BestCheckpoint
 
 
 class Schedule:

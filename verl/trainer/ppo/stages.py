@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from verl.config import PPOConfig
 from verl.protocol import DataProto
-from verl.trainer.config import PPOConfig
 from verl.utils.seqlen_balancing import balanced_order
 from verl.utils.timing import marked_timer
 

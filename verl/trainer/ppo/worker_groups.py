@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from verl.config import TrainerConfig
 from verl.single_controller.ray import (
     RayClassWithInitArgs,
     RayResourcePool,
@@ -23,7 +24,6 @@ from verl.single_controller.ray import (
 )
 from verl.single_controller.ray.base import RoleWorkerGroup
 from verl.single_controller.ray.resource_pool import RankPlace, alive_nodes, check_capacity, largest_first
-from verl.trainer.config import TrainerConfig
 
 logger = logging.getLogger(__name__)
 

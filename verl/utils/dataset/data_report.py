@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 
-from verl.trainer.config import DataConfig
+from verl.config import DataConfig
 from verl.utils.dataset.factory import create_rl_dataset
 from verl.utils.dataset.rl_dataset import RLHFDataset
 from verl.utils.tokenizer import hf_tokenizer

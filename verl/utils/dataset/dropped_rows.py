@@ -22,7 +22,7 @@ LINE_BREAKS = {ord(character): f"\\u{ord(character):04x}" for character in "\x85
 """What readers of lines may break at beside what JSON escapes of itself."""
 
 
-class RowLedger(AbstractContextManager["RowLedger"]):
+class DropReport(AbstractContextManager["DropReport"]):
     """Counts kept and dropped rows; used as a context manager, which closes the file."""
 
     def __init__(self, path: str | Path | None) -> None:
@@ -33,7 +33,7 @@ class RowLedger(AbstractContextManager["RowLedger"]):
         self.path = Path(path) if path is not None else None
         self._file: TextIO | None = None
 
-    def __enter__(self) -> "RowLedger":
+    def __enter__(self) -> "DropReport":
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             # A lone surrogate cannot be written as UTF-8, and may be the very reason why the row was dropped.

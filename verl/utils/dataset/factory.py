@@ -17,7 +17,7 @@ from verl.utils.dataset.rl_dataset import RLHFDataset
 from verl.utils.import_utils import load_extern_type
 
 if TYPE_CHECKING:
-    from verl.trainer.config import DataConfig
+    from verl.config import DataConfig
 
 
 def get_dataset_class(data_files: str | Path | Sequence[str | Path], config: "DataConfig") -> type[RLHFDataset]:

@@ -18,7 +18,7 @@ from verl.utils.dataset.data_cache import text_digest
 from verl.utils.dataset.onerec_messages import BadRowError, Message
 
 if TYPE_CHECKING:
-    from verl.trainer.config import DataConfig
+    from verl.config import DataConfig
 
 THINK, NO_THINK, UNDECIDED = " /think", " /no_think", ""
 SWITCHES = {"force_think": (THINK,), "force_nothink": (NO_THINK,), "auto": (UNDECIDED, THINK, NO_THINK)}

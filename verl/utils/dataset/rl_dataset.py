@@ -7,7 +7,7 @@ one dictionary per prompt:
     source        str, for per-source metrics       index         int, row number over all files
     data_source   str, for the reward function      extra_info    dict, for the reward function
     reward_model  {"style", "ground_truth"}         tools_kwargs  dict by tool name
-    holds_items   bool, whether the prompt, before any cut, holds extended tokens
+    has_extended   bool, whether the prompt, before any cut, holds extended tokens
     prompt_ids    list[int] of a cut prompt, None of one that fits; only where data.truncation cuts
     agent_name    str or None; only where the files have that column
 
@@ -33,15 +33,15 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from verl.utils.dataset.data_cache import DataCache, code_digest
-from verl.utils.dataset.dropped_rows import RowLedger
+from verl.utils.dataset.dropped_rows import DropReport
 from verl.utils.dataset.onerec_messages import Message, parse_messages, require_user_turn
 from verl.utils.dataset.parquet_files import ParquetRows, Row, column_names, expand_data_files
 from verl.utils.dataset.prompt_rows import PromptRow, lists_tools, mapping_of, text_of
 from verl.utils.dataset.prompt_tokens import PromptEncoder, append_switch, think_switch, truncate
-from verl.utils.dataset.row_facts import RowExaminer, RowFact, fact_table
+from verl.utils.dataset.row_facts import PromptChecker, RowFact, fact_table
 
 if TYPE_CHECKING:
-    from verl.trainer.config import DataConfig
+    from verl.config import DataConfig
 
 logger = logging.getLogger(__name__)
 
@@ -113,14 +113,14 @@ class RLHFDataset(Dataset[dict[str, Any]]):
         self._check_columns()
         self._cuts = config.truncation != "error" and not config.filter_overlong_prompts
         self._epoch = 0
-        examiner = RowExaminer(
+        examiner = PromptChecker(
             self._encoder, config, extend_vocab_start_token, extended_sources, self.read_prompt, self._source_of
         )
         self.facts = self._find_facts(examiner, max_samples)
         """What was found out about each row read, in order (``row_facts.FACT_SCHEMA``)."""
-        with RowLedger(dropped_rows_path) as self.ledger:
-            self._kept = self._book_rows()
-        self._holds_items = pc.greater(self.facts["extended"].fill_null(0), 0).to_numpy()
+        with DropReport(dropped_rows_path) as self.ledger:
+            self._kept = self._record_rows()
+        self._has_extended = pc.greater(self.facts["extended"].fill_null(0), 0).to_numpy()
         logger.info("%s: %s", ", ".join(path.name for path in self._rows.files[:4]), self.ledger.summary())
         self._check_losses()
 
@@ -140,7 +140,7 @@ class RLHFDataset(Dataset[dict[str, Any]]):
             "reward_model": {"style": prompt.style, "ground_truth": prompt.ground_truth},
             "uuid": row_id,
             "index": index,
-            "holds_items": bool(self._holds_items[index]),
+            "has_extended": bool(self._has_extended[index]),
             "extra_info": prompt.extra_info,
             "tools_kwargs": prompt.tools_kwargs,
         }
@@ -165,9 +165,9 @@ class RLHFDataset(Dataset[dict[str, Any]]):
         return self.facts["source"].take(pa.array(self._kept)).to_pylist()
 
     @property
-    def holds_items(self) -> list[bool]:
+    def has_extended(self) -> list[bool]:
         """Of each item, whether its prompt holds extended tokens."""
-        return self._holds_items[self._kept].tolist()
+        return self._has_extended[self._kept].tolist()
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order and the draws of the think switch. Loader processes see it from their next start on."""
@@ -218,7 +218,7 @@ class RLHFDataset(Dataset[dict[str, Any]]):
                     f"data.{name}={column!r} names no column of {files}; the usual one is {' or '.join(SOURCE_COLUMNS)}"
                 )
 
-    def _find_facts(self, examiner: RowExaminer, max_samples: int) -> pa.Table:
+    def _find_facts(self, examiner: PromptChecker, max_samples: int) -> pa.Table:
         """Facts of the first ``max_samples`` rows (-1: all), read from the cache where they are there."""
         wanted = min(max_samples, len(self._rows)) if max_samples >= 0 else len(self._rows)
         settings, tables = self._fact_settings(examiner), []
@@ -229,7 +229,7 @@ class RLHFDataset(Dataset[dict[str, Any]]):
                     tables.append(self._facts_of_file(examiner, settings, number, rows, progress))
         return pa.concat_tables(tables).unify_dictionaries() if tables else fact_table([])
 
-    def _fact_settings(self, examiner: RowExaminer) -> dict[str, Any] | None:
+    def _fact_settings(self, examiner: PromptChecker) -> dict[str, Any] | None:
         """All that facts depend on beside the file; None where that cannot be told, and no fact is kept.
 
         That is so for a class of the user's own: its code may read anything, and nothing here sees it change.
@@ -239,7 +239,7 @@ class RLHFDataset(Dataset[dict[str, Any]]):
         return settings and settings | {"class": type(self).__name__, "code": code_digest()}
 
     def _facts_of_file(
-        self, examiner: RowExaminer, settings: dict[str, Any] | None, number: int, rows: int, progress: "tqdm[Any]"
+        self, examiner: PromptChecker, settings: dict[str, Any] | None, number: int, rows: int, progress: "tqdm[Any]"
     ) -> pa.Table:
         cache = DataCache(self.config.cache_dir)
         depends_on = {"file": self._rows.digests[number], "rows": rows, "settings": settings}
@@ -260,7 +260,7 @@ class RLHFDataset(Dataset[dict[str, Any]]):
                 pq.write_table(table, path)
         return table
 
-    def _book_rows(self) -> np.ndarray:
+    def _record_rows(self) -> np.ndarray:
         """Enter every row into the ledger; returns the numbers of those that are kept, in order."""
         is_kept = self.facts["reason"].is_null()
         kept, dropped = self.facts.filter(is_kept), self.facts.filter(pc.invert(is_kept))

@@ -21,7 +21,7 @@ from verl.utils.dataset.prompt_rows import PromptRow, lists_tools
 from verl.utils.dataset.prompt_tokens import PromptEncoder, append_switch, possible_switches
 
 if TYPE_CHECKING:
-    from verl.trainer.config import DataConfig
+    from verl.config import DataConfig
 
 PROMPTS_PER_BLOCK = 256
 """Most prompts tokenized together."""
@@ -66,7 +66,7 @@ def fact_table(facts: Iterable[RowFact]) -> pa.Table:
     return pa.Table.from_batches(batches, FACT_SCHEMA)
 
 
-class RowExaminer:
+class PromptChecker:
     """Finds out the facts of rows.
 
     Args:

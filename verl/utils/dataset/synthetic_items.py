@@ -29,7 +29,7 @@ from verl.utils.dataset.parquet_files import expand_data_files
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from verl.trainer.config import DataConfig, PromptTemplateConfig, SyntheticItemPromptsConfig
+    from verl.config import DataConfig, PromptTemplateConfig, SyntheticItemPromptsConfig
 
 logger = logging.getLogger(__name__)
 

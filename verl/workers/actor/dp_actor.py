@@ -19,15 +19,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from verl.config import DistillConfig, FSDPActorConfig, RefConfig
+from verl.ops.linear_log_prob import TokenStats
+from verl.ops.teacher_log_probs import LinearTeacher
 from verl.protocol import DataProto
-from verl.utils.linear_log_prob import TokenStats
-from verl.utils.teacher_log_probs import LinearTeacher
 from verl.workers.actor.exact_distill import ROW_KEYS, ExactDistillLoss, Vocabulary
 from verl.workers.actor.mini_batch_loss import LOSS_TENSORS, MiniBatchLoss, temperature_of
 from verl.workers.actor.row_layout import BatchSizes, MicroBatch, ScoredRows, no_positions
 from verl.workers.actor.task_and_distill import TaskAndDistillLoss
-from verl.workers.actor.teachers import TaughtRows, Teacher
-from verl.workers.config import DistillConfig, FSDPActorConfig, RefConfig
+from verl.workers.actor.teachers import ScoredPositions, Teacher
 from verl.workers.fsdp.extended_rows import ExtendedRows
 from verl.workers.fsdp.optimizer import LearningRateSchedule, clipped_step
 from verl.workers.fsdp.shard import reshard
@@ -59,7 +59,7 @@ class DataParallelPPOActor:
         packed: layout of the model's inputs.
         mini_batch_rows: rows of this rank in one optimizer step.
         distill: the objective of a student; None: the policy-gradient losses.
-        reads_extended: of a frozen model, whether it knows all of the student's ids.
+        knows_extended: of a frozen model, whether it knows all of the student's ids.
         extended_rows: of a student with an extended vocabulary: what becomes of them in an update.
         device: where the model computes.
     """
@@ -77,7 +77,7 @@ class DataParallelPPOActor:
         packed: bool = True,
         mini_batch_rows: int | None = None,
         distill: DistillConfig | None = None,
-        reads_extended: bool = False,
+        knows_extended: bool = False,
         extended_rows: ExtendedRows | None = None,
         device: torch.device | None = None,
     ) -> None:
@@ -91,7 +91,7 @@ class DataParallelPPOActor:
         self.packed = packed
         self.mini_batch_rows = mini_batch_rows
         self.distill = distill
-        self.reads_extended = reads_extended
+        self.knows_extended = knows_extended
         self.extended_rows = extended_rows
         self.device = torch.device("cpu") if device is None else device
         self.dp_size = dist.get_world_size() if dist.is_initialized() else 1
@@ -159,7 +159,7 @@ class DataParallelPPOActor:
         return result
 
     @torch.no_grad()
-    def teach(self, taught: TaughtRows, temperature: float) -> LinearTeacher:
+    def teach(self, taught: ScoredPositions, temperature: float) -> LinearTeacher:
         """Log-probs of this frozen model's ids at the scored positions; see `teachers.Teacher`.
 
         What it returns reads the gathered head: it is to be used before `reshard`.

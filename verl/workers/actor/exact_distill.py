@@ -22,24 +22,24 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from verl.protocol import DataProto
-from verl.trainer.ppo.core_algos import agg_loss, count_trained
-from verl.utils.linear_divergence import (
+from verl.config import DistillConfig, FSDPActorConfig
+from verl.ops.linear_divergence import (
     REVERSE_KL,
     SHARED,
     DivergenceOptions,
     DivergenceStats,
     linear_divergence,
 )
-from verl.utils.teacher_log_probs import TeacherLogProbs
+from verl.ops.teacher_log_probs import TeacherLogProbs
+from verl.protocol import DataProto
+from verl.trainer.ppo.core_algos import agg_loss, count_trained
 from verl.workers.actor.mini_batch_loss import temperature_of
 from verl.workers.actor.row_layout import MicroBatch, ScoredRows
-from verl.workers.actor.teachers import LENT_STATES, TOP_TENSORS, TaughtRows, Teacher
-from verl.workers.config import DistillConfig, FSDPActorConfig
+from verl.workers.actor.teachers import HIDDEN_STATE_HANDLES, TOP_TENSORS, ScoredPositions, Teacher
 
 DIVERGENCE_OF = {"exact": "reverse_kl", "forward_kl": "forward_kl", "jsd": "jsd", "topk": "reverse_kl"}
 """The divergence that each exact objective minimises."""
-ROW_KEYS = ("teacher", *TOP_TENSORS, LENT_STATES)
+ROW_KEYS = ("teacher", *TOP_TENSORS, HIDDEN_STATE_HANDLES)
 """What the loss reads per row, where it is there."""
 
 
@@ -116,7 +116,7 @@ class ExactDistillLoss:
         groups = []
         for number, teacher in enumerate(self._teachers):
             members = self._teacher_of[micro.rows] == number
-            taught = TaughtRows(self._mini, self._rows, micro.rows[members], micro.columns[members])
+            taught = ScoredPositions(self._mini, self._rows, micro.rows[members], micro.columns[members])
             log_probs = teacher.teach(taught, self._temperature)
             groups.append((members.nonzero().flatten().to(self._device), log_probs, self._options_of(teacher)))
         weights = self._token_weights[micro.rows, micro.columns].to(self._device)
@@ -127,10 +127,10 @@ class ExactDistillLoss:
         return DivergenceOptions(
             kind=DIVERGENCE_OF[distill.objective],
             beta=distill.beta,
-            support="full" if teacher.reads_extended else distill.support,
+            support="full" if teacher.knows_extended else distill.support,
             temperature=self._temperature,
             missing_log_prob=self._missing_log_prob,
-            leak_coef=0.0 if teacher.reads_extended else distill.leak_coef,
+            leak_coef=0.0 if teacher.knows_extended else distill.leak_coef,
             leak_target=distill.leak_target,
         )
 

@@ -17,11 +17,11 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+from verl.config import FSDPActorConfig
+from verl.ops.linear_log_prob import TokenStats
 from verl.protocol import DataProto
 from verl.trainer.ppo.core_algos import agg_loss, compute_policy_loss_vanilla, count_trained, kl_penalty
-from verl.utils.linear_log_prob import TokenStats
 from verl.workers.actor.row_layout import MicroBatch
-from verl.workers.config import FSDPActorConfig
 from verl.workers.fsdp.token_stats_model import ScoreOptions
 
 LOSS_TENSORS = ("old_log_probs", "advantages", "ref_log_prob", "rollout_is_weights")

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from verl.utils.linear_divergence import DivergenceStats
-from verl.utils.linear_log_prob import TokenStats
+from verl.ops.linear_divergence import DivergenceStats
+from verl.ops.linear_log_prob import TokenStats
 from verl.workers.actor.exact_distill import ExactDistillLoss
 from verl.workers.actor.mini_batch_loss import MiniBatchLoss
 from verl.workers.actor.row_layout import MicroBatch

@@ -12,18 +12,18 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from verl.ops.teacher_log_probs import LinearTeacher, StitchedTeacher, TeacherLogProbs, TopLogProbs
+from verl.ops.teacher_log_probs import Teacher as WholeTeacher
 from verl.protocol import DataProto
-from verl.utils.teacher_log_probs import LinearTeacher, StitchedTeacher, TeacherLogProbs, TopLogProbs
-from verl.utils.teacher_log_probs import Teacher as WholeTeacher
 from verl.workers.actor.row_layout import BatchSizes, MicroBatch, ScoredRows
 
 TOP_TENSORS = ("teacher_top_ids", "teacher_top_log_probs", "teacher_rest_log_prob")
 """Where a batch holds what its rows' teachers named as the likeliest ids."""
-LENT_STATES = "teacher_states"
+HIDDEN_STATE_HANDLES = "teacher_states"
 """Where a batch holds handles to what its rows' teachers lent."""
 
 
-class TaughtRows(NamedTuple):
+class ScoredPositions(NamedTuple):
     """Positions that one teacher judges, all of those that are scored in their rows."""
 
     mini: DataProto
@@ -62,54 +62,54 @@ class TaughtRows(NamedTuple):
 class Teacher(Protocol):
     """Whoever judges rows in an update."""
 
-    reads_extended: bool
+    knows_extended: bool
     """Whether it knows all of the student's ids."""
 
-    def teach(self, taught: TaughtRows, temperature: float) -> TeacherLogProbs:
+    def teach(self, taught: ScoredPositions, temperature: float) -> TeacherLogProbs:
         """Log-probs at the positions, in their order; every rank has to call it as often."""
 
 
-class WholeJudge(Teacher, Protocol):
+class FullTeacher(Teacher, Protocol):
     """A teacher whose distributions are known as a whole."""
 
-    def teach(self, taught: TaughtRows, temperature: float) -> WholeTeacher:
+    def teach(self, taught: ScoredPositions, temperature: float) -> WholeTeacher:
         """As `Teacher.teach`."""
 
 
-class LinearJudge(WholeJudge, Protocol):
+class ModelTeacher(FullTeacher, Protocol):
     """A teacher that is one model."""
 
-    def teach(self, taught: TaughtRows, temperature: float) -> LinearTeacher:
+    def teach(self, taught: ScoredPositions, temperature: float) -> LinearTeacher:
         """As `Teacher.teach`."""
 
 
-class StitchedJudge:
+class StitchedModelTeacher:
     """A base teacher on the ids it knows and one with the student's vocabulary on the others; both read every row."""
 
-    reads_extended = True
+    knows_extended = True
 
-    def __init__(self, base: LinearJudge, own: LinearJudge) -> None:
+    def __init__(self, base: ModelTeacher, own: ModelTeacher) -> None:
         self._base, self._own = base, own
 
-    def teach(self, taught: TaughtRows, temperature: float) -> StitchedTeacher:
+    def teach(self, taught: ScoredPositions, temperature: float) -> StitchedTeacher:
         """See `Teacher`."""
         return StitchedTeacher(self._base.teach(taught, temperature), self._own.teach(taught, temperature))
 
 
-class TopJudge:
+class TopKTeacher:
     """A teacher that named its likeliest ids before the update; they stand in the batch.
 
     Args:
-        reads_extended: see `Teacher`.
+        knows_extended: see `Teacher`.
         vocab_size: ids of the student that it knows.
         device: where the student computes.
     """
 
-    def __init__(self, reads_extended: bool, vocab_size: int, device: torch.device) -> None:
-        self.reads_extended = reads_extended
+    def __init__(self, knows_extended: bool, vocab_size: int, device: torch.device) -> None:
+        self.knows_extended = knows_extended
         self._vocab_size, self._device = vocab_size, device
 
-    def teach(self, taught: TaughtRows, temperature: float) -> TeacherLogProbs:
+    def teach(self, taught: ScoredPositions, temperature: float) -> TeacherLogProbs:
         """See `Teacher`.
 
         Raises:
@@ -127,32 +127,32 @@ class TopJudge:
         return top.rows
 
 
-def states_by_row(taught: TaughtRows, log_probs: WholeTeacher) -> Iterator[tuple[int, DataProto]]:
-    """Each row, and what `LentJudge` has to know of its positions, on the CPU."""
+def states_by_row(taught: ScoredPositions, log_probs: WholeTeacher) -> Iterator[tuple[int, DataProto]]:
+    """Each row, and what `RemoteTeacher` has to know of its positions, on the CPU."""
     columns = {"columns": taught.columns, "labels": taught.labels}
     columns |= {f"hidden_{part}": states.cpu() for part, states in enumerate(log_probs.hidden_states)}
     for row in taught.chosen:
         yield row, DataProto.from_dict({key: values[taught.rows == row] for key, values in columns.items()})
 
 
-class LentJudge:
+class RemoteTeacher:
     """A teacher on other ranks, whose hidden states at the trained positions are fetched row by row.
 
     Args:
-        reads_extended: see `Teacher`.
+        knows_extended: see `Teacher`.
         heads: (V, D) of the teacher; of both models, the base teacher first, where it is stitched.
         fetch: the values of the handles that stand in the batch.
     """
 
     def __init__(
-        self, reads_extended: bool, heads: Sequence[torch.Tensor], fetch: Callable[[Sequence[Any]], list[Any]]
+        self, knows_extended: bool, heads: Sequence[torch.Tensor], fetch: Callable[[Sequence[Any]], list[Any]]
     ) -> None:
-        self.reads_extended = reads_extended
+        self.knows_extended = knows_extended
         self._heads, self._fetch = heads, fetch
 
-    def teach(self, taught: TaughtRows, temperature: float) -> WholeTeacher:
+    def teach(self, taught: ScoredPositions, temperature: float) -> WholeTeacher:
         """See `Teacher`."""
-        chosen, handles = taught.chosen, taught.mini.array(LENT_STATES)
+        chosen, handles = taught.chosen, taught.mini.array(HIDDEN_STATE_HANDLES)
         lent: list[DataProto] = self._fetch([handles[row] for row in chosen])
 
         def joined(key: str, like: torch.Tensor) -> torch.Tensor:
@@ -172,8 +172,8 @@ class LentJudge:
 
 @torch.no_grad()
 def judged(
-    teacher: WholeJudge, data: DataProto, select: torch.Tensor, sizes: BatchSizes, packed: bool, temperature: float
-) -> Iterator[tuple[TaughtRows, WholeTeacher]]:
+    teacher: FullTeacher, data: DataProto, select: torch.Tensor, sizes: BatchSizes, packed: bool, temperature: float
+) -> Iterator[tuple[ScoredPositions, WholeTeacher]]:
     """The selected positions of a batch, micro-batch by micro-batch, with what the teacher gives there.
 
     Args:
@@ -184,5 +184,5 @@ def judged(
     """
     layout = ScoredRows(data.tensor("input_ids"), data.tensor("attention_mask"), select)
     for micro in layout.micro_batches(sizes, packed):
-        taught = TaughtRows(data, layout, micro.rows, micro.columns)
+        taught = ScoredPositions(data, layout, micro.rows, micro.columns)
         yield taught, teacher.teach(taught, temperature)

@@ -21,9 +21,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
+from verl.config import FSDPConfig, HFModelConfig
+from verl.ops.attention import PACKED_SDPA, register_packed_attention
 from verl.utils.device import resolve_dtype
-from verl.workers.config import FSDPConfig, HFModelConfig
-from verl.workers.fsdp.attention import PACKED_SDPA, register_packed_attention
 from verl.workers.fsdp.shard import ShardPolicy, shard_model
 from verl.workers.fsdp.token_stats_model import TokenStatsModel
 

@@ -33,15 +33,15 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
 
+from verl.config import CheckpointConfig
 from verl.utils.device import get_rng_states, set_rng_states
 from verl.utils.durable_files import write_durably
 from verl.utils.save_outcome import SaveOutcome
-from verl.workers.config import CheckpointConfig
+from verl.weight_sync.send import named_weights
 from verl.workers.fsdp.huggingface import MODEL_PREFIX, ModelDescription, write_weights
 from verl.workers.fsdp.optimizer import LearningRateSchedule
 from verl.workers.fsdp.shard_files import ShardWriter, cause_of, read_shards, stored_tensors
 from verl.workers.fsdp.token_stats_model import TokenStatsModel
-from verl.workers.fsdp.weight_export import named_weights
 
 logger = logging.getLogger(__name__)
 
@@ -244,7 +244,7 @@ def _load_extra(state: TrainingState, folder: Path) -> None:
     if not path.is_file():
         raise ValueError(f"{folder} holds no {path.name}; leave 'extra' out of actor.checkpoint.load_contents")
     extra = torch.load(path, weights_only=True)
-    state.schedule.go_to(extra["optimizer_steps"])
+    state.schedule.set_steps(extra["optimizer_steps"])
     if path != own:
         logger.warning("%s has no random state of rank %d; it goes on with its own", folder, dist.get_rank())
         return

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from verl.workers.config import OptimizerConfig
+from verl.config import OptimizerConfig
 from verl.workers.fsdp.extended_rows import ExtendedRows
 
 
@@ -67,14 +67,14 @@ class LearningRateSchedule:
     def __init__(self, optimizer: torch.optim.Optimizer, config: OptimizerConfig) -> None:
         self._optimizer = optimizer
         self._config = config
-        self.go_to(0)
+        self.set_steps(0)
 
     @property
     def rate(self) -> float:
         """Learning rate of the next step."""
         return learning_rate(self._config, self.steps)
 
-    def go_to(self, steps: int) -> None:
+    def set_steps(self, steps: int) -> None:
         """Continue as after ``steps`` steps."""
         self.steps = steps
         for group in self._optimizer.param_groups:
@@ -82,7 +82,7 @@ class LearningRateSchedule:
 
     def advance(self) -> None:
         """One step is done."""
-        self.go_to(self.steps + 1)
+        self.set_steps(self.steps + 1)
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:

@@ -18,7 +18,7 @@ from torch import nn
 from torch.autograd.graph import save_on_cpu
 from transformers import PreTrainedModel
 
-from verl.utils.linear_log_prob import TokenStats, linear_token_stats
+from verl.ops.linear_log_prob import TokenStats, linear_token_stats
 
 
 class Head(Protocol):

@@ -29,11 +29,11 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from verl.config import HFModelConfig, RolloutConfig
 from verl.utils.device import resolve_dtype, synchronize
-from verl.workers.config import HFModelConfig, RolloutConfig
+from verl.weight_sync.bucket import bucket_tensors
 from verl.workers.rollout.model_facts import load_hf_config
 from verl.workers.rollout.replica import RolloutReplica, SamplingOptions, TokenOutput
-from verl.workers.rollout.weight_bucket import bucket_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from verl.config import HFModelConfig
 from verl.utils.tokenizer import hf_tokenizer
-from verl.workers.config import HFModelConfig
 
 
 @dataclass(frozen=True)

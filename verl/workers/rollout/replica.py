@@ -19,11 +19,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from verl.workers.config import HFModelConfig, RolloutConfig
+from verl.config import HFModelConfig, RolloutConfig
 
 if TYPE_CHECKING:
+    from verl.weight_sync.bucket import ReceivedWeights
     from verl.workers.rollout.model_facts import ModelFacts
-    from verl.workers.rollout.weight_bucket import ReceivedWeights
 
 
 @dataclass
@@ -154,7 +154,7 @@ class RolloutReplica(ABC):
 
     async def start_weight_update(self) -> None:
         """Begin a weight sync; no request may be under way. Wakes what a sleeping engine needs for it."""
-        from verl.workers.rollout.weight_bucket import ReceivedWeights
+        from verl.weight_sync.bucket import ReceivedWeights
 
         self._check_idle("start_weight_update")
         if self._asleep:
@@ -175,7 +175,7 @@ class RolloutReplica(ABC):
         Raises:
             RuntimeError: no sync was begun, or the engine is dead.
         """
-        from verl.workers.rollout.weight_bucket import bucket_shapes
+        from verl.weight_sync.bucket import bucket_shapes
 
         if self._update is None:
             raise RuntimeError(f"{self._name}: update_weights before start_weight_update")

@@ -25,7 +25,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
-from verl.workers.config import HFModelConfig, RolloutConfig
+from verl.config import HFModelConfig, RolloutConfig
 from verl.workers.rollout.replica import RolloutReplica, SamplingOptions, TokenOutput
 from verl.workers.rollout.vllm_failure import EngineProcesses, last_exception
 from verl.workers.rollout.vllm_settings import (
@@ -44,7 +44,7 @@ Result = TypeVar("Result")
 
 
 @contextmanager
-def heeding_sigterm() -> Iterator[None]:
+def unblock_sigterm() -> Iterator[None]:
     """What is started within the block heeds SIGTERM, by which vLLM ends its processes; Ray's are started without."""
     before = signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     try:
@@ -132,7 +132,7 @@ class VLLMReplica(RolloutReplica):
                 return cast(Engine, await InProcessEngine.start(arguments, engine_threads(self.config)))
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        with heeding_sigterm():
+        with unblock_sigterm():
             return cast(Engine, AsyncLLM.from_engine_args(arguments))
 
     async def _generate(self, prompt: list[int], options: SamplingOptions, request_id: str) -> TokenOutput:

@@ -13,8 +13,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from verl.config import HFModelConfig, RolloutConfig
 from verl.utils.device import dtype_name, resolve_dtype
-from verl.workers.config import HFModelConfig, RolloutConfig
 from verl.workers.rollout.model_facts import ModelFacts
 
 logger = logging.getLogger(__name__)
@@ -140,7 +140,7 @@ def engine_arguments(
         arguments |= {
             "kv_cache_memory_bytes": int(config.cpu_kvcache_space_gb * 2**30),
             "enforce_eager": True,
-            "worker_extension_cls": "verl.workers.rollout.vllm_weight_transfer.SharedMemoryWorkerExtension",
+            "worker_extension_cls": "verl.weight_sync.vllm_transfer.SharedMemoryWorkerExtension",
         }
     return arguments | _own_options(config)
 

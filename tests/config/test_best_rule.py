@@ -1,0 +1,99 @@
+"""The grammar of ``trainer.best_metric``, and what it makes of figures."""
+
+import math
+import re
+
+import pytest
+
+from verl.config.best_rule import BestRule, Constraint, figure
+
+START = {"val/general/reward": 0.1, "val/rec_a/reward": 0.5, "val/rec_b/reward": 0.3}
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "maximise", "constraints"),
+    [
+        ("val/reward", "val/reward", True, []),
+        ("  val/reward max ", "val/reward", True, []),
+        ("val/reverse_kl min", "val/reverse_kl", False, []),
+        ("a subject to b >= 0.98 of step 0", "a", True, [("b", True, 0.98, True)]),
+        ("a min subject to b>=1e-3", "a", False, [("b", True, 1e-3, False)]),
+        (
+            "a subject  to val/x_*/r <= -2 and c >= 1 of  step 0 and d <= .5",
+            "a",
+            True,
+            [("val/x_*/r", False, -2.0, False), ("c", True, 1.0, True), ("d", False, 0.5, False)],
+        ),
+        ("val/subject/and", "val/subject/and", True, []),
+    ],
+)
+def test_rules(text: str, name: str, maximise: bool, constraints: list[tuple[str, bool, float, bool]]) -> None:
+    rule = BestRule.parse(text)
+    assert (rule.name, rule.maximise) == (name, maximise)
+    assert rule.constraints == tuple(Constraint(*parts) for parts in constraints)
+    assert rule.names == [name, *(parts[0] for parts in constraints)]
+    assert rule.names_of_start == [parts[0] for parts in constraints if parts[3]]
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("", "''"),
+        ("val/reward best", "'val/reward best'"),
+        ("val/reward >= 0.5", "'val/reward >= 0.5'"),
+        ("val/reward max min", "'val/reward max min'"),
+        ("a subject to b", "'b'"),
+        ("a subject to b > 1", "'b > 1'"),
+        ("a subject to b >= much", "'much'"),
+        ("a subject to b >= nan", "'nan'"),
+        ("a subject to b >= 1 of step 1", "'b >= 1 of step 1'"),
+        ("a subject to b >= 1 of step 0 and", "'b >= 1 of step 0 and'"),
+        ("a subject to b >= 1 and c", "'c'"),
+        ("a subject to b >= 98%", "'98%'"),
+    ],
+)
+def test_what_is_no_rule_is_named(text: str, part: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"trainer.best_metric={text!r}: {part} should be")) as caught:
+        BestRule.parse(text)
+    assert "the form is NAME [max|min] [subject to" in str(caught.value)
+
+
+def test_a_pattern_stands_for_a_mean() -> None:
+    assert figure(START, "val/rec_*/reward") == pytest.approx(0.4)
+    assert figure(START, "val/rec_a/reward") == 0.5
+    assert figure(START, "val/*/loss") is None
+    exact = {"val/[x]/reward": 1.0, "val/x/reward": 3.0}
+    assert figure(exact, "val/[x]/reward") == 1.0, "a name that is there is no pattern"
+
+
+def test_bounds_of_step_0() -> None:
+    rule = BestRule.parse("val/general/reward subject to val/rec_*/reward >= 0.98 of step 0")
+    at_the_bound = {"val/general/reward": 0.9, "val/rec_a/reward": 0.98 * 0.5, "val/rec_b/reward": 0.98 * 0.3 + 1e-9}
+    assert rule.qualifies(at_the_bound, START)
+    assert not rule.qualifies(at_the_bound | {"val/rec_b/reward": 0.29}, START)
+    assert not rule.qualifies(at_the_bound, {}), "nothing to compare with"
+    assert rule.told(at_the_bound, START) == (
+        "val/general/reward 0.9; val/rec_*/reward 0.392, bound >= 0.392 = 0.98 of step 0"
+    )
+
+
+def test_a_figure_that_is_missing_or_none_does_not_qualify() -> None:
+    rule = BestRule.parse("a subject to b <= 1")
+    assert rule.qualifies({"a": 1.0, "b": 1.0}, {})
+    for figures in ({"a": 1.0}, {"b": 1.0}, {"a": math.nan, "b": 1.0}, {"a": 1.0, "b": math.nan}, {"a": 1.0, "b": 1.1}):
+        assert not rule.qualifies(figures, {})
+
+
+@pytest.mark.parametrize(("direction", "sign"), [("max", 1), ("min", -1)])
+def test_of_equals_none_is_better(direction: str, sign: int) -> None:
+    rule = BestRule.parse(f"a {direction}")
+    assert rule.is_better({"a": sign * 2.0}, than={"a": sign * 1.0})
+    assert not rule.is_better({"a": 1.0}, than={"a": 1.0})
+    assert not rule.is_better({"a": sign * 1.0}, than={"a": sign * 2.0})
+
+
+def test_unknown_names_are_listed_with_the_known_ones() -> None:
+    rule = BestRule.parse("val/general/reward subject to val/rec*/recall >= 1")
+    with pytest.raises(ValueError, match=r"names val/rec\*/recall, which .* it gives val/general/reward, val/rec_a/"):
+        rule.require_known(START)
+    BestRule.parse("val/general/reward subject to val/rec*/reward >= 1").require_known(START)

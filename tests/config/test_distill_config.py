@@ -1,0 +1,137 @@
+"""Which teacher judges which rows."""
+
+from fnmatch import fnmatchcase
+from itertools import product
+from typing import Any
+
+import pytest
+
+from verl.config import DistillConfig, TeacherConfig
+
+
+def test_rows_belong_to_the_first_teacher_their_source_matches() -> None:
+    distill = DistillConfig(
+        "exact",
+        teachers={
+            "self": TeacherConfig(sources=["rec_*"], weight=0.5),
+            "items": TeacherConfig(path="x", vocabulary="stitched", sources=["rec_next", "video"]),
+            "code": TeacherConfig(path="y", vocabulary="base", sources=["code"]),
+        },
+    )
+    assert distill.roles == ["ref", "self", "items", "code"]
+    sources = ["general", "rec_next", "video", "code", "Rec_next"]
+    assert [distill.teacher_of(source) for source in sources] == [0, 1, 2, 3, 0]
+    assert [distill.teacher_knows_extended(source) for source in sources] == [False, True, True, False, False]
+    assert distill.extended_sources == ["rec_*", "rec_next", "video"]
+    assert [distill.weight_of(role) for role in distill.roles] == [1.0, 0.5, 1.0, 1.0]
+
+
+def test_without_further_teachers_all_rows_are_the_one_teachers() -> None:
+    distill = DistillConfig()
+    assert (distill.roles, distill.teacher_of("rec_next"), distill.teacher_knows_extended("rec_next")) == (
+        ["ref"],
+        0,
+        False,
+    )
+    assert not distill.is_exact and DistillConfig("jsd").is_exact
+
+
+def test_rows_may_belong_by_what_their_prompt_holds() -> None:
+    """Sources and prompts must both match; the first teacher counts."""
+    teachers = {
+        "reader": TeacherConfig(sources=["rec_*"], prompts="with_items"),
+        "writer": TeacherConfig(path="w", sources=["rec_*", "mixed"], prompts="without_items"),
+        "code": TeacherConfig(path="c", vocabulary="base", sources=["code"]),
+    }
+    distill = DistillConfig(teachers=teachers)
+    kinds = [*product(("rec_next", "mixed", "code", "general"), (True, False))]
+    assert [distill.teacher_of(*kind) for kind in kinds] == [1, 2, 0, 2, 3, 3, 0, 0]
+    assert [distill.teacher_knows_extended(*kind) for kind in kinds] == [
+        True,
+        True,
+        False,
+        True,
+        False,
+        False,
+        False,
+        False,
+    ]
+    assert distill.routes_by_prompt and not DistillConfig(teachers={"self": TeacherConfig()}).routes_by_prompt
+
+
+def test_sources_with_items_are_those_whose_teacher_reads_them() -> None:
+    """What the data keep is decided by patterns, and must be what a row's own teacher can read; over all settings."""
+    sources, prompts = (["a*"], ["b"], ["*"]), ("any", "with_items", "without_items")
+    kinds = [*product(sources, prompts, ("full", "base"))]
+    for first, second in product(kinds, kinds):
+        if first[2] <= second[2] and first[2] != second[2]:
+            continue  # refused: those with the vocabulary full come first
+        teachers = {
+            name: TeacherConfig("path", vocabulary, patterns, asked)
+            for name, (patterns, asked, vocabulary) in (("one", first), ("two", second))
+        }
+        distill = DistillConfig(teachers=teachers)
+        for source in ("a1", "b", "c"):
+            kept = any(fnmatchcase(source, pattern) for pattern in distill.extended_sources)
+            assert kept == distill.teacher_knows_extended(source, True), (first, second, source)
+
+
+def test_an_unknown_kind_of_prompt() -> None:
+    with pytest.raises(ValueError, match="prompts='items' is not one of any, with_items, without_items"):
+        TeacherConfig(prompts="items")
+
+
+EVERYTHING = {"self": TeacherConfig()}
+SPLIT = {"reads": TeacherConfig(prompts="with_items"), "writes": TeacherConfig("w", prompts="without_items")}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"objective": "exact", "beta": 0.3},
+            r"beta=0.3 has no effect with algorithm.distill.objective=exact; set .*=jsd",
+        ),
+        ({"beta": 0.3}, "beta=0.3 has no effect with algorithm.distill.objective=sampled"),
+        ({"objective": "jsd", "topk": 8}, r"topk=8 has no effect with algorithm.distill.objective=jsd; set .*=topk"),
+        (
+            {"objective": "exact", "leak_target": 0.01},
+            "leak_target=0.01 has no effect with algorithm.distill.leak_coef=0.0; set algorithm.distill.leak_coef",
+        ),
+        (
+            {"objective": "exact", "leak_coef": 1.0, "teachers": EVERYTHING},
+            r"leak_coef=1.0 has no effect: .* gives all rows to \['self'\], which know them; leave it at 0.0",
+        ),
+        ({"objective": "jsd", "support": "shared", "teachers": EVERYTHING}, "support=shared has no effect: it is for"),
+        ({"objective": "exact", "support": "shared", "teachers": SPLIT}, r"support=shared .* \['reads', 'writes'\]"),
+    ],
+)
+def test_what_nothing_reads_is_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=r"^algorithm\.distill\." + message):
+        DistillConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"objective": "jsd", "beta": 0.3},
+        {"objective": "exact", "leak_coef": 1.0, "leak_target": 0.01},
+        {"objective": "exact", "leak_coef": 1.0, "support": "shared", "teachers": {"reads": SPLIT["reads"]}},
+        {"objective": "exact", "leak_coef": 1.0, "teachers": {"self": TeacherConfig(sources=["rec_*", "?*"])}},
+        {"objective": "exact", "support": "shared", "teachers": {"base": TeacherConfig("b", "base")}},
+        {"objective": "exact", "teachers": EVERYTHING},
+    ],
+)
+def test_what_something_reads_is_not(settings: dict[str, Any]) -> None:
+    DistillConfig(**settings)
+
+
+def test_what_no_row_of_the_data_needs_is_refused_once_they_are_known() -> None:
+    """The patterns leave room for rows of the base teacher, and the data have none."""
+    distill = DistillConfig(
+        "exact", leak_coef=1.0, teachers={"mixed": TeacherConfig(vocabulary="stitched", sources=["a*"])}
+    )
+    distill.check_base_settings({("a1", True), ("a2", False), ("b", False)})
+    with pytest.raises(ValueError, match=r"leak_coef=1.0 has no effect: .* gives all rows to \['mixed'\]"):
+        distill.check_base_settings({("a1", True), ("a2", False)})
+    DistillConfig("exact", teachers=EVERYTHING).check_base_settings({("a", True)})

@@ -1,0 +1,273 @@
+"""Exact divergences in chunks, against whole distributions and autograd."""
+
+import dataclasses
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from support.divergence_cases import LEAK, Case, D, E, K, N, V, definition
+from support.tiny_pairs import REPO
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from verl.ops.linear_divergence import (
+    DIVERGENCES,
+    DivergenceOptions,
+    linear_divergence,
+)
+from verl.ops.teacher_log_probs import LinearTeacher, TopLogProbs
+
+
+@pytest.mark.parametrize("kind", DIVERGENCES)
+@pytest.mark.parametrize("support", ["shared", "full"])
+@pytest.mark.parametrize("who", ["base", "frozen", "stitched"])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_values_and_gradients_are_those_of_the_definition(kind, support, who, temperature) -> None:
+    case = Case()
+    options = DivergenceOptions(kind, beta=0.3, support=support, temperature=temperature, missing_log_prob=-20, **LEAK)
+    log_q = getattr(case, who)(temperature)(slice(None))
+    divergence, leak = definition(case, log_q, options)
+    expected = (case.token_weights * (divergence + 0.7 * leak)).sum()
+    loss, stats = case.loss(getattr(case, who)(temperature), options)
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(stats.divergence, divergence, rtol=1e-10, atol=1e-14)
+    torch.testing.assert_close(stats.leak, leak, rtol=1e-10, atol=1e-14)
+    right = torch.autograd.grad(expected, (case.hidden, case.weight))
+    for gradient, wanted in zip(torch.autograd.grad(3 * loss, (case.hidden, case.weight)), right, strict=True):
+        torch.testing.assert_close(gradient, 3 * wanted, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("kind", DIVERGENCES)
+def test_gradients_are_those_of_finite_differences(kind) -> None:
+    case = Case()
+    options = DivergenceOptions(kind, support="full", missing_log_prob=-5, **LEAK)
+    loss, _ = case.loss(case.base(), options)
+    gradient, step = torch.autograd.grad(loss, case.hidden)[0], 1e-6
+    for place in ((0, 0), (5, 3), (12, 5)):
+        moved = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                case.hidden[place] += sign * step
+                moved.append(case.loss(case.base(), options)[0].item())
+                case.hidden[place] -= sign * step
+        assert (moved[0] - moved[1]) / (2 * step) == pytest.approx(gradient[place].item(), rel=1e-6, abs=1e-9)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, N, 1000])
+def test_chunks_change_nothing(rows) -> None:
+    options = DivergenceOptions("jsd", **LEAK)
+    whole, case = Case(), Case()
+    right = torch.autograd.grad(whole.loss(whole.base(), options, rows=N)[0], (whole.hidden, whole.weight))
+    chunked = torch.autograd.grad(case.loss(case.base(), options, rows=rows)[0], (case.hidden, case.weight))
+    for gradient, wanted in zip(chunked, right, strict=True):
+        torch.testing.assert_close(gradient, wanted, rtol=1e-12, atol=1e-14)
+
+
+def test_figures_are_those_of_the_whole_softmax() -> None:
+    case = Case()
+    _, stats = case.loss(case.base(), DivergenceOptions())
+    torch.testing.assert_close(stats.extend_mass, (case.hidden @ case.weight[:K].T).softmax(-1)[:, E:].sum(-1))
+    assert not any(values.requires_grad for values in stats)
+
+
+@pytest.mark.parametrize("support", ["shared", "full"])
+@pytest.mark.parametrize("who", ["base", "stitched", "top"])
+def test_the_drawn_token_stands_for_the_divergence(support, who) -> None:
+    """In the mean over tokens drawn from the student it is the divergence; outside the support it says nothing."""
+    case, options = Case(), DivergenceOptions(support=support, missing_log_prob=-20)
+    log_q = case.base()(slice(None))
+    teacher = getattr(case, who)() if who != "top" else None
+    if teacher is None:
+        values, ids = log_q.topk(3, dim=-1)
+        teacher = TopLogProbs(ids, values, log_q.scatter(1, ids, -torch.inf).logsumexp(-1), E).rows
+    size = E if support == "shared" else K
+    p = (case.hidden @ case.weight[:K].T)[:, :size].softmax(-1)
+    mean = torch.zeros(N, dtype=torch.float64)
+    for label in range(size):
+        _, stats = case.loss(teacher, options, labels=torch.full((N,), label))
+        mean += p[:, label].detach() * stats.sampled
+    torch.testing.assert_close(mean, stats.divergence, rtol=1e-10, atol=1e-14)
+    outside = case.loss(teacher, options, labels=torch.full((N,), K - 1))[1].sampled
+    assert outside.any() == (support == "full") and not case.loss(teacher, options)[1].sampled.any()
+
+
+@pytest.mark.parametrize("kind", DIVERGENCES)
+@pytest.mark.parametrize("support", ["shared", "full"])
+@pytest.mark.parametrize("who", ["base", "frozen", "stitched"])
+def test_the_teacher_is_heard_over_all_ids_that_it_knows(kind, support, who) -> None:
+    """Whatever is compared: neither the support nor the divergence changes what it says of the drawn token."""
+    case, options = Case(), DivergenceOptions(kind, support=support, missing_log_prob=-20)
+    teacher, labels = getattr(case, who)(), torch.arange(N) + K - N  # 4 to 16: of both kinds
+    log_q = teacher(slice(None))
+    log_q = torch.nn.functional.pad(log_q, (0, K - log_q.shape[1]), value=-20.0)
+    stats = case.loss(teacher, options, labels=labels)[1]
+    torch.testing.assert_close(stats.teacher_log_prob, log_q.gather(1, labels[:, None])[:, 0], rtol=1e-12, atol=0)
+    assert (stats.teacher_log_prob == -20).sum() == (K - E if who == "base" else 0)
+    assert not case.loss(teacher, options)[1].teacher_log_prob.any()
+
+
+def test_two_ids_by_hand() -> None:
+    # Student 1/4 and 3/4, teacher 1/2 and 1/2: KL(p | q) = 1/4 ln(1/2) + 3/4 ln(3/2).
+    hidden = torch.tensor([[1.0]], requires_grad=True)
+    weight = torch.tensor([[0.0], [math.log(3.0)]])
+    teacher = LinearTeacher(torch.zeros(1, 1), torch.zeros(2, 1), 2)
+    loss, _ = linear_divergence(hidden, weight, torch.tensor([2.0]), teacher, DivergenceOptions("reverse_kl"))
+    divergence = 0.25 * math.log(0.5) + 0.75 * math.log(1.5)
+    assert loss.item() == pytest.approx(2 * divergence)
+    loss.backward()
+    # ds_1 / dh = ln 3, dD / ds_1 = 3/4 (ln(3/2) - D)
+    assert hidden.grad.item() == pytest.approx(2 * math.log(3) * 0.75 * (math.log(1.5) - divergence), rel=1e-5)
+
+
+def test_the_shared_support_does_not_move_with_the_mass_of_item_tokens() -> None:
+    """Logits of E alone change: no divergence on B moves, nor has it a gradient there."""
+    case = Case()
+    loss, stats = case.loss(case.base(), DivergenceOptions("reverse_kl"))
+    gradient = torch.autograd.grad(loss, case.weight)[0]
+    assert gradient[E:].abs().max() == 0 and gradient[:E].abs().max() > 0
+    with torch.no_grad():
+        case.weight[E:] *= 3
+    _, moved = case.loss(case.base(), DivergenceOptions("reverse_kl"))
+    torch.testing.assert_close(moved.divergence, stats.divergence)
+    assert (moved.extend_mass - stats.extend_mass).abs().max() > 0.1
+
+
+def test_no_divergence_from_oneself() -> None:
+    case = Case()
+    itself = LinearTeacher(case.hidden.detach(), case.weight.detach(), K)
+    for kind in DIVERGENCES:
+        loss, stats = case.loss(itself, DivergenceOptions(kind, support="full"))
+        assert stats.divergence.abs().max() < 1e-12
+        assert all(g.abs().max() < 1e-12 for g in torch.autograd.grad(loss, (case.hidden, case.weight)))
+
+
+def test_the_leak_term_vanishes_at_its_target_and_pulls_towards_it() -> None:
+    case = Case()
+    eps = (case.hidden @ case.weight[:K].T).softmax(-1)[:, E:].sum(-1)
+    row = int(eps.argmax())
+    case.token_weights = torch.nn.functional.one_hot(torch.tensor(row), N).to(torch.float64)
+    for target, sign in ((eps[row].item(), 0), (0.9 * eps[row].item(), 1), (1.1 * eps[row].item(), -1)):
+        options = DivergenceOptions(leak_coef=1.0, leak_target=min(target, 0.999))
+        with_leak = torch.autograd.grad(case.loss(case.base(), options)[0], case.weight)[0]
+        without = torch.autograd.grad(case.loss(case.base(), DivergenceOptions())[0], case.weight)[0]
+        pull = ((with_leak - without)[E:] @ case.hidden[row].detach()).sum()  # d leak / d (a shift of E's logits)
+        assert abs(pull) < 1e-12 if sign == 0 else pull * sign > 1e-4
+
+
+def test_extreme_logits_stay_finite() -> None:
+    """Differences of hundreds of nats: probabilities underflow, gradients and figures do not become NaN."""
+    case = Case(torch.float32, scale=12.0)
+    for kind in DIVERGENCES:
+        for support in ("shared", "full"):
+            loss, stats = case.loss(case.base(), DivergenceOptions(kind, support=support, **LEAK))
+            numbers = [loss, *stats, *torch.autograd.grad(loss, (case.hidden, case.weight))]
+            assert all(number.isfinite().all() for number in numbers)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_lower_precision_is_near(dtype) -> None:
+    exact, low = Case(), Case(dtype)
+    options = DivergenceOptions(**LEAK)
+    right = torch.autograd.grad(exact.loss(exact.base(), options)[0], (exact.hidden, exact.weight))
+    loss, stats = low.loss(low.base(), options)
+    assert stats.divergence.dtype == torch.float32
+    for gradient, wanted in zip(torch.autograd.grad(loss, (low.hidden, low.weight)), right, strict=True):
+        assert gradient.dtype == dtype
+        error = (gradient.double() - wanted).norm() / wanted.norm()
+        assert error < (1e-5 if dtype == torch.float32 else 0.05)
+
+
+def test_nothing_to_score_and_no_extension() -> None:
+    case = Case()
+    empty = linear_divergence(case.hidden[:0], case.weight, case.token_weights[:0], case.frozen(), DivergenceOptions())
+    assert empty[0].item() == 0
+    everything = LinearTeacher(case.frozen_hidden, case.frozen_weight, K)
+    _, stats = case.loss(everything, DivergenceOptions(), start=None)
+    assert stats.extend_mass.abs().max() == 0 and stats.leak.abs().max() == 0
+
+
+class LargestTensor(TorchDispatchMode):
+    """Elements of the largest tensor that any operation returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Callable, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for value in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(value, torch.Tensor):
+                self.elements = max(self.elements, value.numel())
+        return result
+
+
+def test_whole_logits_never_exist() -> None:
+    case = Case()
+    with LargestTensor() as largest:
+        loss, _ = case.loss(case.base(), DivergenceOptions("jsd", **LEAK), rows=2)
+        loss.backward()
+    assert largest.elements == max(2 * K, V * D)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"kind": "kl"}, "kind='kl' must be one of reverse_kl, forward_kl, jsd"),
+        ({"support": "half"}, "support='half'"),
+        ({"temperature": 0.0}, "temperature=0.0 must be above 0"),
+        ({"kind": "jsd", "beta": 1.0}, "beta=1.0 must lie between 0 and 1"),
+        ({"leak_target": 0.0}, "leak_target=0.0 must lie between 0 and 1"),
+    ],
+)
+def test_bad_options(settings, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(DivergenceOptions(), **settings)
+
+
+def test_sizes_that_do_not_fit() -> None:
+    case = Case()
+    with pytest.raises(ValueError, match="the teacher scores 14 ids; it has to score 11"):
+        case.loss(LinearTeacher(case.base_hidden, case.base_weight, 14), DivergenceOptions())
+    with pytest.raises(ValueError, match="vocab_size=15"):
+        LinearTeacher(case.base_hidden, case.base_weight, 15)
+    case.token_weights = case.token_weights[:5]
+    with pytest.raises(ValueError, match="have 13 and 5 positions"):
+        case.loss(case.base(), DivergenceOptions())
+
+
+def test_a_teacher_with_more_ids_than_the_student_is_asked_about_the_students() -> None:
+    case = Case()
+    larger = LinearTeacher(case.frozen_hidden, case.frozen_weight, V)
+    loss, _ = case.loss(larger, DivergenceOptions(support="full"), start=None)
+    cut = LinearTeacher(case.frozen_hidden, case.frozen_weight, K)
+    torch.testing.assert_close(loss, case.loss(cut, DivergenceOptions(support="full"), start=None)[0])
+
+
+def test_the_smallest_probabilities_of_a_teacher_leave_jsd_finite() -> None:
+    student, head = torch.tensor([[1.0]], requires_grad=True), torch.tensor([[0.0], [-300.0]])
+    teacher = LinearTeacher(torch.tensor([[1.0]]), torch.tensor([[0.0], [-103.2]]), 2)
+    for beta in (0.5, 0.1):
+        loss, _ = linear_divergence(student, head, torch.ones(1), teacher, DivergenceOptions("jsd", beta=beta))
+        assert loss.isfinite()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topk", [0, 64])
+def test_memory_at_the_real_vocabulary_is_that_of_a_chunk(topk) -> None:
+    """Under a tenth of the logits of 8,192 positions, and no more for twice the positions."""
+    program = Path(__file__).with_name("divergence_memory.py")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (REPO, REPO / "tests")))}
+
+    def grown(positions: int) -> float:
+        command = [sys.executable, str(program), str(positions), str(topk)]
+        done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+        return float(done.stdout)
+
+    few, twice = grown(256), grown(512)
+    assert 0 < twice < 0.1 * 8192 * 176_384 * 4 / 2**20
+    assert few > 0
+    assert twice < few * 1.1

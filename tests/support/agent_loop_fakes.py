@@ -1,0 +1,93 @@
+"""A scripted engine and small tools for the agent-loop tests."""
+
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from verl.config import MultiTurnConfig, RolloutConfig
+from verl.experimental.agent_loop.base import AgentLoopContext
+from verl.experimental.agent_loop.chat_template import ChatTemplate
+from verl.tools.base_tool import BaseTool, ToolResponse
+from verl.workers.rollout.replica import TokenOutput
+
+
+def schema(name: str) -> dict[str, Any]:
+    parameters = {"type": "object", "properties": {"first": {"type": "integer"}, "second": {"type": "integer"}}}
+    return {"type": "function", "function": {"name": name, "description": "a tool", "parameters": parameters}}
+
+
+class AddTool(BaseTool):
+    """Adds two numbers."""
+
+    async def execute(self, instance_id: str, parameters: dict[str, Any], **kwargs: Any):
+        return ToolResponse(text=str(parameters["first"] + parameters["second"])), 0.5, {}
+
+
+class TextTool(BaseTool):
+    """Answers with the text of its config."""
+
+    async def execute(self, instance_id: str, parameters: dict[str, Any], **kwargs: Any):
+        return ToolResponse(text=self.config["text"]), None, {}
+
+
+class CounterTool(BaseTool):
+    """Counts the calls of a conversation, from ``start``; remembers what was created and released."""
+
+    def __init__(self, config: dict[str, Any], tool_schema: dict[str, Any] | None) -> None:
+        super().__init__(config, tool_schema)
+        self.counts: dict[str, int] = {}
+        self.created: list[str] = []
+        self.released: list[str] = []
+
+    async def create(self, instance_id: str | None = None, start: int = 0, **kwargs: Any):
+        instance_id, response = await super().create(instance_id)
+        self.counts[instance_id] = start
+        self.created.append(instance_id)
+        return instance_id, response
+
+    async def execute(self, instance_id: str, parameters: dict[str, Any], by: int = 1, **kwargs: Any):
+        self.counts[instance_id] += by
+        return ToolResponse(text=f"count {self.counts[instance_id]}"), 1.0, {}
+
+    async def release(self, instance_id: str, **kwargs: Any) -> None:
+        self.released.append(instance_id)
+
+
+class ScriptedEngine:
+    """Writes the given turns, one a call: text is encoded, ids are taken as they are; cut to ``max_tokens``.
+
+    The log-prob of the k-th token it ever writes is -k.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, turns: list[str | list[int]]) -> None:
+        self.turns = [tokenizer.encode(t, add_special_tokens=False) if isinstance(t, str) else t for t in turns]
+        self.requests: list[tuple[list[int], dict[str, Any]]] = []
+        self.written = 0
+
+    async def __call__(self, token_ids: list[int], sampling_params: dict[str, Any]) -> TokenOutput:
+        turn = self.turns[len(self.requests)][: sampling_params["max_tokens"]]
+        self.requests.append((list(token_ids), dict(sampling_params)))
+        log_probs = [-float(self.written + place) for place in range(len(turn))]
+        self.written += len(turn)
+        return TokenOutput(
+            token_ids=turn,
+            log_probs=log_probs if sampling_params["logprobs"] else None,
+            stop_reason="stop",
+            weight_version=3,
+        )
+
+
+def make_context(
+    tokenizer: PreTrainedTokenizerBase,
+    tools: tuple[BaseTool, ...] = (),
+    multi_turn: MultiTurnConfig | None = None,
+    **rollout: Any,
+) -> AgentLoopContext:
+    settings = {"prompt_length": 400, "response_length": 300, "calculate_log_probs": True} | rollout
+    config = RolloutConfig(multi_turn=multi_turn or MultiTurnConfig(), **settings)
+    template = ChatTemplate(tokenizer, [tool.get_openai_tool_schema() for tool in tools])
+    return AgentLoopContext(config, template, {tool.name: tool for tool in tools})
+
+
+def load(folder: Any) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(folder)

@@ -1,0 +1,79 @@
+"""Small distillation runs in this process, which a test may kill."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from recipe.onpolicy_distill.main_onpolicy_distill import build_trainer
+from verl.config import PPOConfig
+from verl.protocol import DataProto
+from verl.trainer.launch.typed import load_config
+from verl.trainer.ppo.in_process import init_in_process
+
+STEPS = 5
+"""Of a run, unless it is told otherwise."""
+MEASURED = ("timing", "perf/")
+"""Beginnings of the names of figures that are measured by the clock."""
+
+
+class Killed(BaseException):
+    """The process ends here."""
+
+
+def settings(pair: Any, train: Path, folder: Path, **changes: Any) -> PPOConfig:
+    """A small distillation with the transformers engine; every step leaves a checkpoint."""
+    values = {
+        "actor_rollout_ref.model.path": pair.student,
+        "actor_rollout_ref.ref.model.path": pair.teacher,
+        "actor_rollout_ref.rollout.extend_vocab_start_token": pair.extend_vocab_start_token,
+        "actor_rollout_ref.rollout.name": "hf",
+        "actor_rollout_ref.actor.optim.lr": 1e-3,
+        "actor_rollout_ref.actor.optim.lr_scheduler_type": "cosine",
+        "actor_rollout_ref.actor.ppo_mini_batch_size": 2,
+        "algorithm.adv_estimator": "on_policy_distill",
+        "data.train_files": train,
+        "data.cache_dir": train.parent / "cache",
+        "data.train_batch_size": 4,
+        "data.max_prompt_length": 64,
+        "data.max_response_length": 8,
+        "data.enable_think": True,
+        "trainer.default_local_dir": folder,
+        "trainer.total_training_steps": STEPS,
+        "trainer.save_freq": 1,
+        "trainer.val_before_train": False,
+        "trainer.device": "cpu",
+        "trainer.logger": "[file]",
+        **changes,
+    }
+    return load_config([f"{key}={value}" for key, value in values.items()])
+
+
+def run_in_process(
+    config: PPOConfig, dies_in_batch: int | None = None, tamper: Callable[[Any], None] | None = None
+) -> None:
+    """Train as ``main_onpolicy_distill`` does, until the end or the kill.
+
+    Args:
+        dies_in_batch: number of the batch, from 1, during which the process ends; None: none.
+        tamper: gets the trainer before it starts, to break something.
+    """
+    trainer: Any = build_trainer(config)
+    init_in_process(trainer)
+    generate, batches = trainer.agent_loop_manager.generate_sequences, 0
+
+    def generate_or_die(prompts: DataProto) -> DataProto:
+        nonlocal batches
+        batches += 1
+        if batches == dies_in_batch:
+            raise Killed
+        return generate(prompts)
+
+    trainer.agent_loop_manager.generate_sequences = generate_or_die
+    try:
+        if tamper is not None:
+            tamper(trainer)
+        trainer.fit()
+    except Killed:
+        trainer.actor_wg.checkpoint_outcome(True)  # its thread would outlive the kill here
+    finally:
+        trainer.shutdown()

@@ -1,0 +1,220 @@
+"""Tiny models, hand-made rollouts and groups of ranks for tests of the training workers.
+
+A batch is drawn as a list of rows, each a prompt and a response of token ids; `rollouts` pads them as the agent loops
+do. `run_ranks` runs a function on several ranks in processes of their own, meeting over gloo.
+"""
+
+import os
+import socket
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.multiprocessing
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from verl.config import (
+    ActorRolloutRefConfig,
+    FSDPActorConfig,
+    HFModelConfig,
+    OptimizerConfig,
+    RefConfig,
+    RefModelConfig,
+    RolloutConfig,
+)
+from verl.protocol import DataProto
+from verl.weight_sync.send import named_weights
+
+FAMILIES = {"qwen2": Qwen2Config, "qwen3": Qwen3Config, "llama": LlamaConfig}
+PROMPT, RESPONSE = 6, 8
+ADAM_BETA1 = 0.9
+
+Row = tuple[list[int], list[int]]
+"""Token ids of a prompt and of a response."""
+
+
+def write_model(
+    folder: Path, tokenizer: Path, *, family: str = "qwen3", tied: bool = True, rows: int = 0, seed: int = 0
+) -> Path:
+    """Save a random model of two blocks with that tokenizer; ``rows`` of embedding, by default 5 past its ids."""
+    ids = AutoTokenizer.from_pretrained(tokenizer)
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+    }
+    if family != "qwen2":
+        sizes["head_dim"] = 16
+    torch.manual_seed(seed)
+    config = FAMILIES[family](vocab_size=rows or len(ids) + 5, tie_word_embeddings=tied, **sizes)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.08)  # sharper distributions than the initial ones, nearly uniform
+    model.save_pretrained(folder)
+    ids.save_pretrained(folder)
+    return folder
+
+
+def load_plain(folder: Path) -> PreTrainedModel:
+    """The model as transformers loads it, in fp32."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def worker_config(
+    student: Path,
+    teacher: Path | None = None,
+    *,
+    extend_start: int | None = None,
+    rows_per_step: int = 8,
+    actor: dict[str, Any] | None = None,
+    model: dict[str, Any] | None = None,
+    ref: dict[str, Any] | None = None,
+    rollout: dict[str, Any] | None = None,
+) -> ActorRolloutRefConfig:
+    """Settings of the workers: gradients are not clipped, and Adam's first moment holds a tenth of the gradient."""
+    optim = OptimizerConfig(lr=1e-3, weight_decay=0.0, betas=(ADAM_BETA1, 0.999))
+    return ActorRolloutRefConfig(
+        model=HFModelConfig(path=str(student), **(model or {})),
+        actor=FSDPActorConfig(
+            **{"ppo_mini_batch_size": rows_per_step, "grad_clip": 1e9, "optim": optim, **(actor or {})}
+        ),
+        ref=RefConfig(model=RefModelConfig(path=None if teacher is None else str(teacher)), **(ref or {})),
+        rollout=RolloutConfig(
+            prompt_length=PROMPT, response_length=RESPONSE, extend_vocab_start_token=extend_start, **(rollout or {})
+        ),
+    )
+
+
+def rollouts(rows: Sequence[Row], extend_start: int | None = None, temperature: float = 1.0) -> DataProto:
+    """A padded batch of these rows; everything up to and including the first extended token is trained."""
+    shape = (len(rows), PROMPT + RESPONSE)
+    input_ids, attention = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
+    for number, (prompt, response) in enumerate(rows):
+        start, end = PROMPT - len(prompt), PROMPT + len(response)
+        input_ids[number, start:end] = torch.tensor(prompt + response)
+        attention[number, start:end] = 1
+    real = attention[:, PROMPT:]
+    special = torch.zeros_like(real)
+    if extend_start is not None:
+        special = (input_ids[:, PROMPT:] >= extend_start).long() * real
+    before = special.cumsum(dim=1) - special
+    return DataProto.from_dict(
+        {
+            "prompts": input_ids[:, :PROMPT],
+            "responses": input_ids[:, PROMPT:],
+            "input_ids": input_ids,
+            "attention_mask": attention,
+            "position_ids": (attention.cumsum(dim=1) - 1).clamp(min=0),
+            "response_mask": real * (before == 0).long(),
+            "distill_special_token_mask": special,
+        },
+        meta_info={"temperature": temperature},
+    )
+
+
+def draw_rows(count: int, vocabulary: int, seed: int = 0) -> list[Row]:
+    """Rows of all lengths, the longest and an empty response among them."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(length: int) -> list[int]:
+        return torch.randint(3, vocabulary, (length,), generator=generator).tolist()
+
+    return [(draw(1 + row % PROMPT), draw((RESPONSE - 3 * row) % (RESPONSE + 1))) for row in range(count)]
+
+
+def with_loss_inputs(batch: DataProto, seed: int = 0) -> DataProto:
+    """Add drawn old log-probs and advantages, for tests that need some and care little which."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = batch.tensor("responses").shape
+    drawn = {
+        "old_log_probs": -5.0 + 0.3 * torch.randn(shape, generator=generator),
+        "advantages": torch.randn(shape, generator=generator),
+    }
+    return batch.union(DataProto.from_dict(drawn))
+
+
+def plain_log_probs(
+    model: PreTrainedModel, batch: DataProto, vocabulary: int, temperature: float = 1.0
+) -> torch.Tensor:
+    """(B, R, vocabulary) log-probs at the response positions from whole logits of the padded batch."""
+    logits = model(
+        input_ids=batch.tensor("input_ids"),
+        attention_mask=batch.tensor("attention_mask"),
+        position_ids=batch.tensor("position_ids"),
+    ).logits[:, PROMPT - 1 : -1, :vocabulary]
+    return (logits / temperature).log_softmax(dim=-1)
+
+
+def of_tokens(log_probs: torch.Tensor, batch: DataProto) -> torch.Tensor:
+    """(B, R) log-probs of the response tokens themselves, 0 at padding."""
+    ids = batch.tensor("responses").clamp(max=log_probs.shape[-1] - 1)
+    return log_probs.gather(-1, ids[..., None]).squeeze(-1) * batch.tensor("attention_mask")[:, PROMPT:]
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A sharded tensor as a plain one."""
+    return tensor.full_tensor().clone() if hasattr(tensor, "full_tensor") else tensor.clone()
+
+
+def first_gradient(worker: Any) -> dict[str, torch.Tensor]:
+    """The gradient of a student's first optimizer step, read off Adam's first moment: m = (1 - beta1) g."""
+    state = worker._state
+    return {
+        name: whole(state.optimizer.state[parameter]["exp_avg"]) / (1 - ADAM_BETA1)
+        for name, parameter in named_weights(state.module).items()
+    }
+
+
+def plain_gradient(model: PreTrainedModel, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The gradient of a loss in a plain model's parameters."""
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    return dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
+
+
+def assert_same_gradient(got: dict[str, torch.Tensor], right: dict[str, torch.Tensor], atol: float = 1e-5) -> None:
+    """Equal names and values; and not all zero, which would prove nothing."""
+    assert got.keys() == right.keys()
+    assert max(float(value.abs().max()) for value in right.values()) > 100 * atol
+    for name, value in right.items():
+        torch.testing.assert_close(got[name], value, rtol=0, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
+
+
+class Meeting(NamedTuple):
+    """What a rank gets told besides its number."""
+
+    world_size: int
+    port: int
+
+
+def _enter_rank(rank: int, program: Callable[..., None], meeting: Meeting, args: tuple[Any, ...]) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(meeting.world_size),
+        "LOCAL_WORLD_SIZE": str(meeting.world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(meeting.port),
+    }
+    program(*args)
+
+
+def run_ranks(world_size: int, program: Callable[..., None], *args: Any) -> None:
+    """Run ``program(*args)`` on each rank; an error on any of them is raised here."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    meeting = Meeting(world_size, port)
+    torch.multiprocessing.spawn(_enter_rank, (program, meeting, args), nprocs=world_size)

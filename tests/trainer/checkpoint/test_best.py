@@ -1,0 +1,330 @@
+"""The best checkpoint: which it is, that it stays, and that a kill or a resume does not make it another."""
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from verl.config import PPOConfig, TrainerConfig
+from verl.trainer.checkpoint.best import BestCheckpoint, BestMetricError
+from verl.trainer.checkpoint.manifest import find_faults
+from verl.trainer.checkpoint.saver import CheckpointSaver
+from verl.trainer.ppo import best_checkpoint, checkpoint
+from verl.utils.save_outcome import SaveOutcome
+
+RULE = "general subject to rec >= 0.9 of step 0"
+
+
+class Killed(BaseException):
+    """The process ends here."""
+
+
+class Ranks:
+    """One rank that writes a model of its step."""
+
+    def __init__(self) -> None:
+        self.slow = self.fails = False
+
+    def begin_checkpoint(self, local_path: str, global_step: int) -> None:
+        self.folder, self.step = Path(local_path), global_step
+
+    def checkpoint_outcome(self, wait: bool) -> list[SaveOutcome]:
+        if self.slow and not wait:
+            return [SaveOutcome(done=False)]
+        if self.fails:
+            return [SaveOutcome(done=True, error="OSError: no room")]
+        (self.folder / "huggingface").mkdir()
+        (self.folder / "huggingface" / "model.safetensors").write_text(f"weights of step {self.step}")
+        return [SaveOutcome(done=True, seconds=1.0)]
+
+
+class Run:
+    """The part of a trainer's loop that has to do with validations and checkpoints."""
+
+    def __init__(self, root: Path, save_every: int = 100, **trainer: Any) -> None:
+        settings = {"best_metric": RULE, "test_freq": 1, "async_save": False, "max_actor_ckpt_to_keep": 1} | trainer
+        config = PPOConfig(trainer=TrainerConfig(default_local_dir=str(root), **settings))
+        root.mkdir(parents=True, exist_ok=True)
+        self.root, self.save_every, self.ranks = root, save_every, Ranks()
+        if config.trainer.resume_mode != "disable":
+            checkpoint.clear_leftovers(root)
+        self.best = BestCheckpoint(config.trainer)
+        self.saver = CheckpointSaver(config, {}, self.best)
+        folder = checkpoint.find_checkpoint(config.trainer)
+        self.step = 0 if folder is None else checkpoint.checkpoint_step(folder)
+        self.best.truncate_after(None if folder is None else self.step)
+
+    def start(self, general: float = 0.1, rec: float = 0.5) -> "Run":
+        self.best.note(0, {"general": general, "rec": rec})
+        return self
+
+    def take(self, general: float, rec: float = 0.5) -> dict[str, float]:
+        """A step with a validation; its metrics."""
+        self.step += 1
+        metrics = self.best.note(self.step, {"general": general, "rec": rec})
+        if self.step % self.save_every == 0 or self.best.is_new(self.step):
+            state = checkpoint.DataState(None, 0, 8, 4, 0, 0.0)
+            return metrics | self.saver.save(self.ranks, self.step, state, last=False)
+        return metrics | self.saver.poll()
+
+    @property
+    def checkpoints(self) -> list[int]:
+        return sorted(checkpoint.checkpoint_step(path) for path in checkpoint.step_folders(self.root))
+
+    @property
+    def pointer(self) -> int | None:
+        file = self.root / "best_checkpointed_iteration.txt"
+        return int(file.read_text()) if file.exists() else None
+
+    def model(self) -> str:
+        return (self.root / "best" / "huggingface" / "model.safetensors").read_text()
+
+
+def assert_best(run: Run, step: int) -> None:
+    """Checkpoint, pointer, reason and model are those of one step."""
+    assert run.pointer == step
+    assert not find_faults(checkpoint.step_folder(run.root, step))
+    assert json.loads((run.root / "best" / "best.json").read_text())["step"] == step
+    assert run.model() == f"weights of step {step}"
+
+
+def test_the_best_that_keeps_the_bound_stays_beside_the_newest(tmp_path: Path, caplog: Any) -> None:
+    caplog.set_level(logging.INFO)
+    run = Run(tmp_path, save_every=2).start()
+    assert run.take(0.5)["training/best_step"] == 1  # no checkpoint is due at step 1
+    assert run.checkpoints == [1]
+    run.take(0.9, rec=0.44)  # better, but 0.44 is below 0.9 x 0.5
+    assert run.checkpoints == [1, 2], "the newest, and the best"
+    assert run.take(0.7, rec=0.45) == {"training/best_step": 3, "training/best_value": 0.7, **saved(run)}
+    assert run.checkpoints == [3]
+    for general in (0.6, 0.7, 0.2):
+        assert run.take(general)["training/best_step"] == 3, "of equals the first"
+    assert run.checkpoints == [3, 6]
+    assert_best(run, 3)
+    why = json.loads((tmp_path / "best" / "best.json").read_text())
+    assert (why["checkpoint"], why["rule"], why["value"]) == ("global_step_3", RULE, 0.7)
+    assert why["told"] == "general 0.7; rec 0.45, bound >= 0.45 = 0.9 of step 0"
+    assert why["figures_of_step_0"] == {"general": 0.1, "rec": 0.5}
+    assert [line for line in caplog.messages if "the best so far" in line] == [
+        "step 1 is the best so far: general 0.5; rec 0.5, bound >= 0.45 = 0.9 of step 0",
+        "step 3 is the best so far: general 0.7; rec 0.45, bound >= 0.45 = 0.9 of step 0",
+    ]
+
+
+def saved(run: Run) -> dict[str, Any]:
+    """What the saver adds to a step's figures."""
+    timing = ("timing_s/save_checkpoint", "timing_s/save_checkpoint/write")
+    return {"training/failed_saves": 0, **dict.fromkeys(timing, ANY)}
+
+
+class _Any:
+    def __eq__(self, other: object) -> bool:
+        return True
+
+
+ANY = _Any()
+
+
+def test_the_model_takes_no_room_of_its_own(tmp_path: Path) -> None:
+    run = Run(tmp_path).start()
+    run.take(0.5)
+    name = "huggingface/model.safetensors"
+    assert os.path.samefile(tmp_path / "best" / name, tmp_path / "global_step_1" / "actor" / name)
+    assert not find_faults(tmp_path / "global_step_1")
+
+
+def test_a_file_system_without_links_gets_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def link(*_: Any) -> None:
+        raise OSError("not here")
+
+    monkeypatch.setattr(os, "link", link)
+    run = Run(tmp_path).start()
+    run.take(0.5)
+    assert_best(run, 1)
+
+
+def test_the_pointer_waits_for_the_checkpoint(tmp_path: Path) -> None:
+    run = Run(tmp_path, async_save=True).start()
+    run.take(0.5)
+    run.saver.poll()
+    run.ranks.slow = True
+    assert run.take(0.6)["training/best_step"] == 2
+    assert_best(run, 1)
+    assert run.take(0.55)["training/best_step"] == 2, "worse than what is being written"
+    run.ranks.slow = False
+    run.saver.poll()
+    assert_best(run, 2)
+    assert run.checkpoints == [2]
+
+
+def test_a_best_that_cannot_be_written_gives_way_to_the_next(tmp_path: Path) -> None:
+    run = Run(tmp_path).start()
+    run.take(0.5)
+    run.ranks.fails = True
+    run.take(0.9)
+    assert_best(run, 1)
+    run.ranks.fails = False
+    assert run.take(0.6)["training/best_step"] == 3
+    assert_best(run, 3)
+
+
+def test_a_resumed_run_goes_on_with_its_best_and_its_step_0(tmp_path: Path) -> None:
+    first = Run(tmp_path, save_every=3).start()
+    for general in (0.2, 0.8, 0.3):
+        first.take(general)
+    assert first.checkpoints == [2, 3]
+    second = Run(tmp_path, save_every=3)
+    assert second.step == 3
+    second.best.note(3, {"general": 0.3, "rec": 0.5})  # the validation before training
+    assert second.take(0.9, rec=0.44)["training/best_step"] == 2, "below the bound that step 0 gave"
+    second.take(0.5)
+    assert second.take(0.6)["training/best_step"] == 2
+    assert second.checkpoints == [2, 6]
+    assert_best(second, 2)
+
+
+def test_steps_that_are_taken_again_are_forgotten(tmp_path: Path, caplog: Any) -> None:
+    first = Run(tmp_path, max_actor_ckpt_to_keep=None).start()
+    for general in (0.4, 0.6, 0.8):
+        first.take(general)
+    assert_best(first, 3)
+    second = Run(
+        tmp_path,
+        resume_mode="resume_path",
+        resume_from_path=str(tmp_path / "global_step_2"),
+        max_actor_ckpt_to_keep=None,
+    )
+    assert_best(second, 2)
+    assert second.take(0.5)["training/best_step"] == 2, "0.8 of the step that was taken before is void"
+    third = Run(tmp_path, resume_mode="disable", max_actor_ckpt_to_keep=None)
+    assert third.pointer is None and not (tmp_path / "best").exists()
+    assert "is no longer the best of this run" in caplog.text
+    assert (tmp_path / "best_void" / "huggingface" / "model.safetensors").read_text() == "weights of step 2"
+    assert third.start().take(0.3)["training/best_step"] == 1
+    assert_best(third, 1)
+
+
+def test_a_run_elsewhere_takes_step_0_from_the_run_it_resumes(tmp_path: Path) -> None:
+    Run(tmp_path / "a").start().take(0.5)
+    settings = {"resume_mode": "resume_path", "resume_from_path": str(tmp_path / "a" / "global_step_1")}
+    run = Run(tmp_path / "b", **settings)
+    assert run.take(0.4, rec=0.44) == {"training/failed_saves": 0}, "no candidate here, and the bound is known"
+    assert run.take(0.4)["training/best_step"] == 3
+    assert_best(run, 3)
+
+
+def test_the_best_of_a_run_that_had_the_folder_before_is_laid_aside(tmp_path: Path) -> None:
+    Run(tmp_path / "a").start().take(0.5)
+    Run(tmp_path / "b").start().take(0.9)
+    settings = {"resume_mode": "resume_path", "resume_from_path": str(tmp_path / "a" / "global_step_1")}
+    run = Run(tmp_path / "b", **settings)
+    run.best.truncate_after(1)
+    assert not (tmp_path / "b" / "best").exists()
+    assert (tmp_path / "b" / "best_void").exists()
+
+
+def test_step_0_has_to_be_known(tmp_path: Path) -> None:
+    Run(tmp_path, best_metric="general").start().take(0.5)
+    (tmp_path / "validations.json").unlink()
+    with pytest.raises(ValueError, match=r"compares rec with step 0, .*global_step_1 did not record it .*resume_mode="):
+        Run(tmp_path)
+    Run(tmp_path, best_metric="general subject to rec >= 0.4")
+
+
+def test_another_rule_chooses_among_what_is_there(tmp_path: Path) -> None:
+    first = Run(tmp_path, max_actor_ckpt_to_keep=None).start()
+    first.take(0.4, rec=0.6)
+    first.take(0.6, rec=0.5)
+    assert_best(first, 2)
+    assert_best(Run(tmp_path, best_metric="rec", max_actor_ckpt_to_keep=None), 1)
+
+
+def test_a_model_outlives_its_checkpoint(tmp_path: Path) -> None:
+    """Whoever makes room by hand does not lose the best model to a worse one."""
+    first = Run(tmp_path, save_every=2, max_actor_ckpt_to_keep=None).start()
+    first.take(0.8)
+    first.take(0.4)
+    best_checkpoint.shutil.rmtree(tmp_path / "global_step_1")
+    second = Run(tmp_path, save_every=2, max_actor_ckpt_to_keep=None)
+    second.take(0.5)
+    second.take(0.6)
+    assert second.pointer == 1 and second.model() == "weights of step 1"
+
+
+@pytest.mark.parametrize("number", range(1, 25))
+def test_a_kill_at_any_instant_leaves_a_best_that_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """Step 2 is better than step 1, and step 1 must go only when all of step 2 is in place."""
+    first = Run(tmp_path).start()
+    first.take(0.5)
+    done = [0]
+
+    def counted(original: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            done[0] += 1
+            if done[0] == number:
+                raise Killed
+            return original(*args, **kwargs)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for owner, name in ((Path, "rename"), (Path, "replace"), (os, "link"), (checkpoint.shutil, "rmtree")):
+            patch.setattr(owner, name, counted(getattr(owner, name)))
+        try:
+            first.take(0.6)
+            killed = False
+        except Killed:
+            killed = True
+    assert killed or number > 10, "the whole way is covered"
+    second = Run(tmp_path)
+    assert second.step in (1, 2) and second.pointer == second.step
+    assert_best(second, second.step)
+    second.take(0.7)
+    assert_best(second, second.step)
+    assert second.checkpoints == [second.step]
+
+
+def test_a_full_disk_costs_neither_the_run_nor_the_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(tmp_path, save_every=1).start()
+    run.take(0.5)
+
+    def replace_folder(*_: Any) -> None:
+        raise OSError("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "replace_folder", replace_folder)
+        run.take(0.6)
+        run.take(0.1)
+        assert run.pointer == 1
+        assert run.checkpoints == [1, 2, 3], "the one that is named, the best, the newest"
+    run.take(0.1)
+    assert_best(run, 2)
+
+
+def test_validations_without_a_better_one_end_the_run(tmp_path: Path, caplog: Any) -> None:
+    run = Run(tmp_path, stop_after_no_better=2).start()
+    ended = []
+    for general in (0.5, 0.4, 0.6, 0.5, 0.6):
+        run.take(general)
+        ended.append(run.best.gives_up())
+    assert ended == [False, False, False, False, True]
+    assert "stopping early: 2 validations without a better one, best " in caplog.text
+    assert not any(Run(tmp_path / "other", best_metric=RULE).start().best.gives_up() for _ in range(3))
+
+
+def test_names_that_validation_does_not_give_end_the_run_at_the_first(tmp_path: Path) -> None:
+    run = Run(tmp_path, best_metric="general subject to recall >= 0.9 of step 0")
+    with pytest.raises(BestMetricError, match="names recall, which validation does not give; it gives general, rec"):
+        run.start()
+
+
+def test_without_a_rule_nothing_is_written(tmp_path: Path) -> None:
+    run = Run(tmp_path, best_metric=None).start()
+    assert run.take(0.5) == {}
+    assert list(tmp_path.iterdir()) == []
+    assert run.best.describe() == "" and run.best.protected == set()

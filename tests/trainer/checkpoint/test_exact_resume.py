@@ -1,0 +1,144 @@
+"""A run that was killed and resumed is the run that never was: the same figures at every step, the same weights."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from support.file_faults import remount, small_disk
+from support.in_process_run import MEASURED, STEPS, run_in_process, settings
+from support.launch import write_onerec_parquet
+
+from verl.config import TrainerConfig
+from verl.trainer.checkpoint.layout import find_checkpoint
+from verl.trainer.checkpoint.saver import CheckpointError
+
+pytestmark = pytest.mark.usefixtures("one_rank")
+
+
+def figures(folder: Path) -> list[dict[str, Any]]:
+    """What was logged of each step, in order, without what the clock says; every step once."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    return [{k: v for k, v in line["data"].items() if not k.startswith(MEASURED)} for line in lines]
+
+
+@pytest.fixture
+def train(tmp_path: Path) -> Path:
+    """Nine prompts: two batches an epoch, and one prompt too many."""
+    return write_onerec_parquet(tmp_path / "train.parquet", 9)
+
+
+def test_a_killed_and_resumed_run_is_the_run_that_never_was(tiny_pair: Any, train: Path, tmp_path: Path) -> None:
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    run_in_process(settings(tiny_pair, train, whole))
+    run_in_process(settings(tiny_pair, train, stopped), dies_in_batch=3)  # while the second checkpoint is written
+    assert (stopped / "global_step_2.unfinished").exists()
+    assert (stopped / "latest_checkpointed_iteration.txt").read_text() == "1\n"
+    run_in_process(settings(tiny_pair, train, stopped), dies_in_batch=4)  # at the end of the second epoch
+    assert (stopped / "latest_checkpointed_iteration.txt").read_text() == "3\n"
+    run_in_process(settings(tiny_pair, train, stopped, **{"trainer.async_save": False}))
+
+    expected = figures(whole)
+    assert figures(stopped) == expected
+    assert len(expected[0]) > 40
+    assert {step["training/epoch"] for step in expected} == {0, 1, 2}
+    assert len({step["actor/lr"] for step in expected}) == STEPS
+    last = f"global_step_{STEPS}/actor/huggingface/model.safetensors"
+    weights = load_file(whole / last)
+    assert all(torch.equal(value, weights[name]) for name, value in load_file(stopped / last).items())
+    void = [json.loads(line)["step"] for line in (stopped / "metrics_void.jsonl").read_text().splitlines()]
+    assert void == [2, 4], "what was logged of steps whose checkpoints the kills cost"
+
+
+def test_a_run_that_rehearses_on_random_codes_and_holds_their_rows(tiny_pair: Any, train: Path, tmp_path: Path) -> None:
+    """Half of each batch are made prompts, judged by the frozen student; the rows of item tokens stay as they were."""
+    key = "data.synthetic_item_prompts"
+    changes = {
+        "actor_rollout_ref.actor.freeze_extended_rows": True,
+        "algorithm.distill.objective": "exact",
+        "++algorithm.distill.teachers.self": "{sources: ['*'], prompts: with_items}",
+        f"{key}.count": 5,
+        f"++{key}.templates": "{next: {user: '{history}'}}",
+        f"{key}.max_history": 6,
+        "++data.source_weights": "{synthetic_rec_*: 1, *: 1}",
+    }
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    run_in_process(settings(tiny_pair, train, whole, **changes))
+    run_in_process(settings(tiny_pair, train, stopped, **changes), dies_in_batch=3)
+    run_in_process(settings(tiny_pair, train, stopped, **changes))
+
+    expected = figures(whole)
+    assert figures(stopped) == expected
+    assert all(step["actor/extended_row_drift"] == 0 for step in expected)
+    drifts = [step["actor/shared_row_drift"] for step in expected]
+    assert drifts[0] > 0 and drifts == sorted(drifts)
+    assert any(name.startswith("distill/synthetic_rec_next/") for name in expected[0])
+    start, name = tiny_pair.extend_vocab_start_token, "model.embed_tokens.weight"
+    before = load_file(tiny_pair.student / "model.safetensors")[name]
+    after = load_file(stopped / f"global_step_{STEPS}/actor/huggingface/model.safetensors")[name]
+    assert torch.equal(after[start:], before[start:]) and not torch.equal(after[:start], before[:start])
+
+
+def test_a_checkpoint_of_another_run_is_refused_before_anything_starts(
+    tiny_pair: Any, train: Path, tmp_path: Path
+) -> None:
+    run_in_process(settings(tiny_pair, train, tmp_path / "run"), dies_in_batch=3)
+    changes = {
+        "actor_rollout_ref.model.path": tiny_pair.teacher,
+        "actor_rollout_ref.rollout.extend_vocab_start_token": "null",
+        "algorithm.distill_adv_max_clip": 5.0,
+    }
+    with pytest.raises(ValueError, match="trained otherwise") as refusal:
+        run_in_process(settings(tiny_pair, train, tmp_path / "run", **changes))
+    text = str(refusal.value)
+    assert "- student.weights: " in text
+    assert "- student.tokenizer: " in text
+    assert "- actor_rollout_ref.rollout.extend_vocab_start_token: " in text
+    assert "- algorithm.distill_adv_max_clip: null in the checkpoint, 5.0 now" in text
+
+
+def folder_bytes(folder: Path) -> int:
+    """What a folder takes on a tmpfs: whole pages, an entry each."""
+    return sum(4096 + -(-path.stat().st_size // 4096) * 4096 for path in folder.rglob("*"))
+
+
+def test_a_disk_that_fills_up_costs_checkpoints_and_the_run_says_what_is_safe(
+    tiny_pair: Any, train: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Room for one checkpoint and a half: the first is whole and stays so, the run trains to its end and fails."""
+    run_in_process(settings(tiny_pair, train, tmp_path / "measured", **{"trainer.total_training_steps": 1}))
+    dist.destroy_process_group()
+    one = folder_bytes(tmp_path / "measured" / "global_step_1")
+    with small_disk(tmp_path / "disk", 1.5 * one / 2**20) as disk:
+        with pytest.raises(
+            CheckpointError, match=rf"step {STEPS} could not be written .*global_step_1 is whole and safe"
+        ):
+            run_in_process(settings(tiny_pair, train, disk))
+        steps = figures(disk)
+        assert find_checkpoint(TrainerConfig(default_local_dir=str(disk))) == disk / "global_step_1"
+        assert [path.name for path in disk.glob("global_step_*")] == ["global_step_1"], "what failed takes no room"
+    assert steps[-1]["training/failed_saves"] >= STEPS - 2
+    assert "No space left on device" in caplog.text
+    assert "training goes on, the next one is due as usual" in caplog.text
+
+
+@pytest.mark.parametrize("when", ["at the start", "after a checkpoint"])
+def test_a_read_only_folder_is_said(
+    tiny_pair: Any, train: Path, tmp_path: Path, when: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with small_disk(tmp_path / "disk", 16) as disk:
+        if when == "after a checkpoint":
+            run_in_process(settings(tiny_pair, train, disk), dies_in_batch=3)
+            dist.destroy_process_group()
+        remount(disk, "ro")
+        with pytest.raises(ValueError, match=r"trainer\.default_local_dir=\S*disk\S* .*Read-only file system"):
+            run_in_process(settings(tiny_pair, train, disk / "run" if when == "at the start" else disk))
+
+
+def test_a_run_in_one_process_has_one_rank(tiny_pair: Any, train: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"trainer\.n_gpus_per_node=2"):
+        run_in_process(settings(tiny_pair, train, tmp_path / "run", **{"trainer.n_gpus_per_node": 2}))

@@ -1,0 +1,309 @@
+"""Exact divergence of a student from a teacher, straight from hidden states and lm heads, gradients with it.
+
+In:  the student's hidden states (N, D) and head (V, D), what the teacher gives each id at the same positions, a weight
+per position. Out: one scalar to minimise, and figures per position. The logits (N, V) never exist as a whole: rows are
+taken in chunks, and a chunk's gradient is taken while its logits are there, so that nothing is computed twice.
+
+Not here: which positions are trained, how their loss is normalised, who the teacher of a row is.
+
+Letters: N positions, D hidden size, V rows of the head, K <= V ids of the student's softmax, of which those below
+``extend_start`` are B, which the teacher knows, and the others E; S the support, B or all K; C rows of a chunk.
+
+With s the student's logits over the temperature, p = softmax of s over S, q the teacher's distribution over S:
+
+    reverse_kl   D = sum_S p a,  a = log p - log q                           d/ds_j = p_j (a_j - D)
+    forward_kl   D = sum_S q (log q - log p)                                 d/ds_j = p_j - q_j
+    jsd          D = beta KL(q | m) + (1 - beta) KL(p | m), m = beta q + (1 - beta) p, a = log p - log m
+                                                                             d/ds_j = (1 - beta) p_j (a_j - KL(p | m))
+
+and with eps the student's mass on E and delta the mass it should have there at most (Bernoulli KL, forward form):
+
+    leak = delta log(delta / eps) + (1 - delta) log((1 - delta) / (1 - eps))
+    d/ds_j = P_j - delta p(j | E)  for j in E,   P_j - (1 - delta) p(j | B)  for j in B,   P softmax of s over all K
+
+Of a teacher that names its likeliest ids only, all other ids it knows are one bucket for both: what it leaves them is
+shared out as the student does, which changes no formula (`TopLogProbs.completed`). The divergence is then a lower bound
+of the whole one, by the log-sum inequality.
+
+The generalised Jensen-Shannon divergence is that of Agarwal et al., "On-Policy Distillation of Language Models"
+(2024): beta near 0 behaves as reverse, near 1 as forward KL.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from verl.ops.linear_log_prob import WeightGradient, row_chunks, scaled_logits
+from verl.ops.teacher_log_probs import TeacherLogProbs, TopLogProbs
+
+REVERSE_KL, FORWARD_KL, JSD = "reverse_kl", "forward_kl", "jsd"
+DIVERGENCES = (REVERSE_KL, FORWARD_KL, JSD)
+SHARED, FULL = "shared", "full"
+SUPPORTS = (SHARED, FULL)
+DEFAULT_CHUNK_BYTES = 384 * 2**20
+"""Of all buffers of one chunk together."""
+BUFFERS = 6
+"""(C, K) buffers of the logits' precision that live at once."""
+
+
+@dataclass(frozen=True)
+class DivergenceOptions:
+    """What is minimised."""
+
+    kind: str = REVERSE_KL
+    """One of DIVERGENCES."""
+    beta: float = 0.5
+    """Of ``jsd``, strictly between 0 and 1."""
+    support: str = SHARED
+    """``shared``: p over B alone, so that mass on E neither counts nor moves. ``full``: p over all ids."""
+    temperature: float = 1.0
+    """Of the student's softmax."""
+    missing_log_prob: float = -100.0
+    """What a teacher that lacks E gives an id of E in ``reverse_kl`` over the full support. The other divergences
+    take the probability 0. Also the least that is left for the ids which a teacher does not name."""
+    leak_coef: float = 0.0
+    """Weight of the leak term."""
+    leak_target: float = 1e-4
+    """delta of the leak term, strictly between 0 and 1."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in DIVERGENCES or self.support not in SUPPORTS:
+            raise ValueError(
+                f"kind={self.kind!r} must be one of {', '.join(DIVERGENCES)}, support={self.support!r} one of "
+                f"{', '.join(SUPPORTS)}"
+            )
+        if self.temperature <= 0:
+            raise ValueError(f"temperature={self.temperature} must be above 0")
+        for name in ("beta", "leak_target"):
+            if not 0 < getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must lie between 0 and 1")
+
+
+class DivergenceStats(NamedTuple):
+    """Figures of each of N positions, without gradient; float32, or float64 for float64 inputs."""
+
+    divergence: torch.Tensor
+    """(N,) D, nats."""
+    leak: torch.Tensor
+    """(N,) the leak term before its weight, nats; 0 without E."""
+    extend_mass: torch.Tensor
+    """(N,) eps; 0 without E."""
+    sampled: torch.Tensor
+    """(N,) log p(y) - log q(y) of the drawn token y, over S: what stands for D where tokens are drawn from p; 0 for a
+    token outside S, and without labels."""
+    teacher_log_prob: torch.Tensor
+    """(N,) log q(y) of the drawn token, over all ids that the teacher knows; ``missing_log_prob`` where it lacks y, 0
+    without labels. Of a teacher that names its likeliest ids, as far as these tell it."""
+
+
+def linear_divergence(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    token_weights: torch.Tensor,
+    teacher: TeacherLogProbs,
+    options: DivergenceOptions,
+    *,
+    vocab_size: int | None = None,
+    extend_start: int | None = None,
+    labels: torch.Tensor | None = None,
+    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+) -> tuple[torch.Tensor, DivergenceStats]:
+    """``sum_n token_weights[n] (D_n + leak_coef leak_n)``, differentiable in ``hidden`` and ``weight``.
+
+    Args:
+        hidden: (N, D) of the student, at the positions that predict the tokens; N = 0 is fine.
+        weight: (V, D) of its head, of the same dtype.
+        token_weights: (N,) of the positions; 0 leaves one out.
+        teacher: log-probs of its ids, all or the likeliest; of B, or of all K.
+        options: what is minimised.
+        vocab_size: K; None: all rows.
+        extend_start: first id of E; None: no E.
+        labels: (N,) int64, the tokens that were drawn, for figures alone.
+        chunk_bytes: memory for the buffers of a chunk; changes memory and speed, not the result.
+
+    Raises:
+        ValueError: sizes that do not fit each other.
+    """
+    ids = weight.shape[0] if vocab_size is None else vocab_size
+    if not 0 < ids <= weight.shape[0]:
+        raise ValueError(f"vocab_size={ids} must be between 1 and the {weight.shape[0]} rows of the lm head")
+    if hidden.shape[0] != token_weights.shape[0]:
+        raise ValueError(f"hidden and token_weights have {hidden.shape[0]} and {token_weights.shape[0]} positions")
+    start = ids if extend_start is None else min(extend_start, ids)
+    bytes_per_row = ids * torch.promote_types(weight.dtype, torch.float32).itemsize
+    job = _Job(options, ids, start, labels, max(1, chunk_bytes // (BUFFERS * bytes_per_row)))
+    loss, *stats = _LinearDivergence.apply(hidden, weight, token_weights, teacher, job)
+    return loss, DivergenceStats(*stats)
+
+
+class _Job(NamedTuple):
+    options: DivergenceOptions
+    ids: int
+    """K."""
+    start: int
+    """Size of B; K without E."""
+    labels: torch.Tensor | None
+    chunk_rows: int
+
+
+class _LinearDivergence(torch.autograd.Function):
+    """The gradient is taken in the forward pass; backward only multiplies it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        token_weights: torch.Tensor,
+        teacher: TeacherLogProbs,
+        job: _Job,
+    ) -> tuple[torch.Tensor, ...]:
+        rows, dtype = hidden.shape[0], torch.promote_types(hidden.dtype, torch.float32)
+        stats = DivergenceStats(
+            *(torch.zeros(rows, dtype=dtype, device=hidden.device) for _ in DivergenceStats._fields)
+        )
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        grad_weight = WeightGradient(weight) if ctx.needs_input_grad[1] else None
+        head = weight[: job.ids]
+        for chunk in row_chunks(rows, job.chunk_rows):
+            logits = scaled_logits(hidden[chunk], head, job.options.temperature)
+            labels = None if job.labels is None else job.labels[chunk, None]
+            measured, grad = _chunk(logits, teacher(chunk), labels, job)
+            for values, into in zip(measured, stats, strict=True):
+                into[chunk] = values
+            if grad_hidden is not None or grad_weight is not None:
+                grad = grad.mul_(token_weights[chunk, None] / job.options.temperature).to(weight.dtype)
+            if grad_hidden is not None:
+                torch.mm(grad, head, out=grad_hidden[chunk])
+            if grad_weight is not None:
+                grad_weight.add(grad, hidden[chunk])
+            del logits, grad  # before the next chunk makes its own
+        loss = (token_weights * (stats.divergence + job.options.leak_coef * stats.leak)).sum()
+        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.result())
+        ctx.mark_non_differentiable(*stats)
+        return loss, *stats
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: torch.Tensor, *_: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        # In place: nobody else holds these, and the head's is large.
+        scaled = (None if grad is None else grad.mul_(grad_loss.to(grad.dtype)) for grad in (grad_hidden, grad_weight))
+        return *scaled, None, None, None
+
+
+def _chunk(
+    logits: torch.Tensor, teacher: torch.Tensor | TopLogProbs, labels: torch.Tensor | None, job: _Job
+) -> tuple[DivergenceStats, torch.Tensor]:
+    """Figures (C,) of a chunk and its gradient in the logits (C, K), of unit weight; overwrites the first two inputs.
+
+    ``labels`` is (C, 1).
+    """
+    options, start = job.options, job.start
+    support = start if options.support == SHARED else job.ids
+    _check_vocabulary(teacher, support, job)
+    base = logits[:, :start].logsumexp(dim=-1)
+    extended = logits[:, start:].logsumexp(dim=-1)  # -inf where E is empty
+    whole = torch.logaddexp(base, extended)
+
+    grad = torch.zeros_like(logits)
+    leak = torch.zeros_like(base)
+    if start < job.ids:
+        leak = _leak(logits, (base, extended, whole), grad, options, start)
+    log_p = logits[:, :support].sub_((base if support == start else whole)[:, None])
+    if isinstance(teacher, TopLogProbs):
+        teacher = teacher.completed(log_p, options.missing_log_prob)
+    said = torch.zeros_like(base) if labels is None else _drawn(teacher, labels, options.missing_log_prob)
+    log_q = _on_support(teacher, support, options)
+    sampled = torch.zeros_like(base) if labels is None else _sampled(log_p, log_q, labels)
+    divergence, of_divergence = _divergence(log_p, log_p.exp(), log_q, options)
+    grad[:, :support].add_(of_divergence)
+    mass = (extended - whole).exp()
+    return DivergenceStats(divergence, leak, mass, sampled, said), grad
+
+
+def _drawn(teacher: torch.Tensor, labels: torch.Tensor, missing: float) -> torch.Tensor:
+    """(C,) log q of the drawn tokens (C, 1), from the teacher's (C, T); ``missing`` for one that it lacks."""
+    known = labels < teacher.shape[1]
+    return torch.where(known, teacher.gather(1, labels.where(known, 0)), missing).squeeze(1)
+
+
+def _sampled(log_p: torch.Tensor, log_q: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """(C,) log p - log q of the drawn tokens (C, 1), 0 outside S."""
+    inside = labels < log_p.shape[1]
+    chosen = labels.where(inside, 0)
+    return torch.where(inside, log_p.gather(1, chosen) - log_q.gather(1, chosen), 0.0).squeeze(1)
+
+
+def _check_vocabulary(teacher: torch.Tensor | TopLogProbs, support: int, job: _Job) -> None:
+    """Raise ValueError where a teacher speaks of other ids than it is asked about."""
+    known = teacher.vocab_size if isinstance(teacher, TopLogProbs) else teacher.shape[1]
+    if known != job.start and known < job.ids:
+        raise ValueError(
+            f"the teacher scores {known} ids; it has to score {job.start} (B) or all {job.ids}: "
+            "actor_rollout_ref.rollout.extend_vocab_start_token does not fit this teacher (algorithm.distill)"
+        )
+    if isinstance(teacher, TopLogProbs) and known > support:
+        raise ValueError(
+            f"the teacher names the likeliest of its {known} ids, and it is asked about {support}; what is left for "
+            "these alone cannot be told"
+        )
+
+
+def _on_support(teacher: torch.Tensor, support: int, options: DivergenceOptions) -> torch.Tensor:
+    """The teacher's log-probs over S (C, S)."""
+    known = teacher.shape[1]
+    if known < support:  # it knows nothing of E
+        missing = options.missing_log_prob if options.kind == REVERSE_KL else -torch.inf
+        return torch.nn.functional.pad(teacher, (0, support - known), value=missing)
+    if known > support:  # it speaks of E too, and is asked about B alone
+        teacher = teacher[:, :support]
+        return teacher.sub_(teacher.logsumexp(dim=-1, keepdim=True))
+    return teacher
+
+
+def _divergence(
+    log_p: torch.Tensor, p: torch.Tensor, log_q: torch.Tensor, options: DivergenceOptions
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """D (C,), and its gradient in the logits of S (C, S). Overwrites ``p`` and ``log_q``."""
+    if options.kind == FORWARD_KL:
+        q = log_q.exp()
+        # Nothing is divided by p, which may underflow where q has not: the gradient is p - q.
+        value = torch.where(q > 0, q.mul(log_q.sub_(log_p)), 0.0).sum(dim=-1)
+        return value, p.sub_(q)
+    if options.kind == REVERSE_KL:
+        slope = log_q.neg_().add_(log_p)
+        value = torch.linalg.vecdot(p, slope)
+        return value, p.mul_(slope.sub_(value[:, None]))
+    beta, q = options.beta, log_q.exp()
+    log_m = torch.lerp(p, q, beta).log_()
+    # Where q is the smallest there is, the mixture may underflow though q has not.
+    of_teacher = torch.where((q > 0) & log_m.isfinite(), q.mul_(log_q.sub_(log_m)), 0.0).sum(dim=-1)
+    slope = torch.where(p > 0, torch.sub(log_p, log_m, out=log_m), 0.0)
+    of_student = torch.linalg.vecdot(p, slope)
+    gradient = p.mul_(slope.sub_(of_student[:, None])).mul_(1 - beta)
+    return beta * of_teacher + (1 - beta) * of_student, gradient
+
+
+def _leak(
+    logits: torch.Tensor,
+    normalizers: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    grad: torch.Tensor,
+    options: DivergenceOptions,
+    start: int,
+) -> torch.Tensor:
+    """The leak term (C,); adds its weighted gradient to ``grad``. Normalizers (C,) of B, E and both together."""
+    base, extended, whole = normalizers
+    delta = options.leak_target
+    log_outside, log_inside = base - whole, extended - whole
+    value = delta * (math.log(delta) - log_inside) + (1 - delta) * (math.log1p(-delta) - log_outside)
+    if options.leak_coef:
+        # P_j - share p(j | part) = (1 - share / mass of the part) P_j, as exponentials so that no mass is divided by.
+        for part, of_part, share in ((slice(0, start), base, 1 - delta), (slice(start, None), extended, delta)):
+            inside = (logits[:, part] - of_part[:, None]).exp_()
+            factor = (of_part - whole).exp() - share
+            grad[:, part] = inside.mul_(options.leak_coef * factor[:, None])
+    return value

@@ -1,0 +1,170 @@
+"""What frozen teachers give the ids of a vocabulary, a chunk of positions at a time.
+
+In:  hidden states (N, D) and a frozen head (V, D), of one model or of two. Out: log-probs of the ids for the rows of a
+chunk (C, T), or what others are to know of them: the drawn token's and those of the likeliest ids. The logits of all N
+positions never exist.
+
+Not here: which model reads what, and what a student makes of it (``linear_divergence``).
+
+Letters: N positions, D hidden size, V rows of a head, T <= V ids of a teacher, B those that a base teacher knows,
+E the others, C rows of a chunk, K likeliest ids.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from verl.ops.linear_log_prob import row_chunks, scaled_logits
+
+
+class TopLogProbs(NamedTuple):
+    """What is known of a distribution over ``vocab_size`` ids: its K likeliest, and what is left for the others."""
+
+    ids: torch.Tensor
+    """(N, K) int64; where there are fewer than K ids, the likeliest stands again in their place."""
+    log_probs: torch.Tensor
+    """(N, K) of these ids."""
+    rest: torch.Tensor
+    """(N,) log of the mass of all other ids; -inf where there is none."""
+    vocab_size: int
+
+    def rows(self, rows: slice) -> "TopLogProbs":
+        """Some of the positions."""
+        return self._replace(ids=self.ids[rows], log_probs=self.log_probs[rows], rest=self.rest[rows])
+
+    def completed(self, log_p: torch.Tensor, least: float) -> torch.Tensor:
+        """(N, vocab_size) the distribution that shares out the rest as ``p`` does among these ids.
+
+        Whatever the divergence from ``p``, that from this distribution is the one between the two with all other ids
+        in one bucket, in value and, with this held fixed, in gradient: inside the bucket the two do not differ.
+
+        Args:
+            log_p: (N, >= vocab_size) of a student.
+            least: a rest of less than this is taken for this.
+        """
+        log_q = log_p[:, : self.vocab_size].scatter(1, self.ids, -torch.inf)
+        rest = log_q.logsumexp(dim=-1)
+        ratio = torch.where(rest > -torch.inf, rest - self.rest.clamp(min=least), 0.0)
+        torch.sub(log_p[:, : self.vocab_size], ratio[:, None], out=log_q)
+        return log_q.scatter_(1, self.ids, self.log_probs.to(log_q.dtype))
+
+
+TeacherLogProbs = Callable[[slice], torch.Tensor | TopLogProbs]
+"""Rows of the positions -> (C, T) log-probs of the first T ids, in memory of its own, which callers overwrite; or what
+is known of them."""
+DEFAULT_CHUNK_BYTES = 384 * 2**20
+"""Of all buffers of one chunk together."""
+BUFFERS = 3
+"""(C, T) buffers of the logits' precision that live at once where tokens are scored."""
+
+
+class LinearTeacher:
+    """What a frozen head gives the first ``vocab_size`` ids: ``log_softmax(hidden @ weight[:vocab_size].T / T)``."""
+
+    def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, vocab_size: int, temperature: float = 1.0) -> None:
+        if not 0 < vocab_size <= weight.shape[0]:
+            raise ValueError(f"vocab_size={vocab_size} must be between 1 and the {weight.shape[0]} rows of the head")
+        self.vocab_size = vocab_size
+        self.hidden_states = (hidden,)
+        """What is to be known of the positions, besides the head."""
+        self._weight, self._temperature = weight[:vocab_size], temperature
+
+    def __call__(self, rows: slice) -> torch.Tensor:
+        logits = scaled_logits(self.hidden_states[0][rows], self._weight, self._temperature)
+        return logits.sub_(logits.logsumexp(dim=-1, keepdim=True))
+
+
+class StitchedTeacher:
+    """One teacher on B, another on E: a proper distribution over all ids of the second.
+
+    With d the mass that ``own``, which knows all ids, gives E at a position::
+
+        q(v) = (1 - d) q_base(v)                for v in B
+        q(v) = d q_own(v | E) = q_own(v)        for v in E
+
+    Args:
+        base: knows B alone.
+        own: knows all ids.
+    """
+
+    def __init__(self, base: LinearTeacher, own: LinearTeacher) -> None:
+        if base.vocab_size > own.vocab_size:
+            raise ValueError(
+                f"the base teacher knows {base.vocab_size} ids and the other one, which should know more, "
+                f"{own.vocab_size}"
+            )
+        self.vocab_size = own.vocab_size
+        self.hidden_states = (*base.hidden_states, *own.hidden_states)
+        self._base, self._own = base, own
+
+    def __call__(self, rows: slice) -> torch.Tensor:
+        log_q = self._own(rows)
+        shared = log_q[:, : self._base.vocab_size]
+        outside = shared.logsumexp(dim=-1, keepdim=True)  # log(1 - d), exact where d is nearly 1
+        shared.copy_(self._base(rows)).add_(outside)
+        return log_q
+
+
+Teacher = LinearTeacher | StitchedTeacher
+
+
+class TokenScores(NamedTuple):
+    """What a teacher says of N positions."""
+
+    drawn: torch.Tensor
+    """(N,) log-probs of the tokens that were drawn."""
+    top: TopLogProbs | None
+    """Its likeliest ids, where they were asked for."""
+
+
+def score_tokens(
+    teacher: Teacher,
+    labels: torch.Tensor,
+    missing: float,
+    *,
+    topk: int | None = None,
+    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+) -> TokenScores:
+    """Score the tokens that were drawn, and name the likeliest ids.
+
+    Args:
+        teacher: of N positions.
+        labels: (N,) int64 ids of the tokens.
+        missing: what an id gets that the teacher does not know.
+        topk: K; None: no likeliest ids.
+        chunk_bytes: memory for the buffers of a chunk; changes memory and speed, not the result.
+    """
+    size = teacher.vocab_size
+    known = labels < size
+    chosen = labels.where(known, 0)[:, None]
+    drawn = torch.full(labels.shape, missing, device=labels.device)
+    top = None if topk is None else _empty_topk(len(labels), topk, size, labels.device)
+    for rows in row_chunks(len(labels), max(1, chunk_bytes // (BUFFERS * size * torch.float32.itemsize))):
+        log_q = teacher(rows)
+        values = log_q.gather(1, chosen[rows]).squeeze(1)
+        drawn[rows] = values.where(known[rows], missing).to(drawn.dtype)
+        if top is not None:
+            _likeliest(log_q, top.rows(rows))
+        del log_q  # before the next chunk makes its own
+    return TokenScores(drawn, top)
+
+
+def _empty_topk(positions: int, topk: int, vocab_size: int, device: torch.device) -> TopLogProbs:
+    return TopLogProbs(
+        torch.zeros(positions, topk, dtype=torch.int64, device=device),
+        torch.zeros(positions, topk, device=device),
+        torch.zeros(positions, device=device),
+        vocab_size,
+    )
+
+
+def _likeliest(log_q: torch.Tensor, into: TopLogProbs) -> None:
+    """Fill in the likeliest ids of a chunk; overwrites ``log_q``."""
+    count = min(into.ids.shape[1], into.vocab_size)
+    values, ids = log_q.topk(count, dim=-1)
+    for found, room in ((ids, into.ids), (values, into.log_probs)):
+        room[:, :count] = found
+        room[:, count:] = found[:, :1]
+    # As a sum over the others: one less the mass of the likeliest would be rounding where that is nearly all.
+    into.rest.copy_(log_q.scatter_(1, ids, -torch.inf).logsumexp(dim=-1))

@@ -18,7 +18,7 @@ test-all: test test-slow
 
 # A run that is killed twenty times, held against one that is not; some fifteen minutes.
 soak: env
-	PYTHONPATH=.:tests $(ENV_DIR)/bin/python -m soak.kill_run $(ARGS)
+	PYTHONPATH=.:tests $(ENV_DIR)/bin/python -m support.kill_run $(ARGS)
 
 quickstart: env
 	$(ENV_DIR)/bin/python -m recipe.onpolicy_distill.quickstart $(ARGS)

@@ -14,7 +14,7 @@ from verl.trainer.launch.no_effect import NO_EFFECT
 from verl.trainer.launch.typed import load_config
 from verl.trainer.ppo.core_algos import AdvantageEstimator
 
-REPO = Path(__file__).resolve().parents[3]
+REPO = Path(__file__).resolve().parents[2]
 BASE = REPO / "verl/trainer/config/ppo_trainer.yaml"
 RECIPES = sorted((REPO / "recipe").glob("*/config/*.yaml"))
 

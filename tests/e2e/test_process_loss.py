@@ -23,7 +23,7 @@ from support.running import processes_of
 from recipe.onpolicy_distill.main_onpolicy_distill import build_trainer
 from verl.config import PPOConfig
 from verl.experimental.agent_loop import agent_loop as agent_loop_module
-from verl.trainer import run as module
+from verl.trainer.launch import run as module
 from verl.trainer.launch.typed import load_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]  # seven starts, each a minute on a busy machine

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from support.launch import Run, launch, script_env, small_run, write_onerec_parquet
+from support.replica_process import ReplicaProcess
+from support.rollout_reference import largest_difference
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from workers.rollout.replica_process import ReplicaProcess
-from workers.rollout.rollout_reference import largest_difference
 
 from verl import model_merger
 from verl.config import HFModelConfig, RolloutConfig

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from soak import kill_run
+from support import kill_run
 from support.launch import Run
 from support.tiny_pairs import REPO
 
@@ -65,7 +65,7 @@ def test_a_figure_a_missing_step_and_a_weight_are_mismatches(tmp_path: Path) -> 
 def test_three_kills_cost_steps_and_nothing_else(tmp_path: Path) -> None:
     """KILL_RUN_ENGINE=vllm does it with vLLM."""
     engine = os.environ.get("KILL_RUN_ENGINE", "hf")
-    command = [sys.executable, "-m", "soak.kill_run", "--kills", "3", "--steps", "6", "--engine", engine]
+    command = [sys.executable, "-m", "support.kill_run", "--kills", "3", "--steps", "6", "--engine", engine]
     done = subprocess.run(
         [*command, "--folder", str(tmp_path)],
         cwd=REPO,

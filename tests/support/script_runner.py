@@ -4,7 +4,7 @@ import os
 import subprocess
 from pathlib import Path
 
-REPO = Path(__file__).resolve().parent.parent
+REPO = Path(__file__).resolve().parents[2]
 RECIPE = REPO / "recipe" / "onpolicy_distill"
 LAUNCH = RECIPE / "run_qwen3_distill.sh"
 LAUNCH_SMALL = RECIPE / "run_qwen3_1.7b_distill.sh"

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 from verl.config import PPOConfig, TrainerConfig
+from verl.trainer.checkpoint import best as best_checkpoint
+from verl.trainer.checkpoint import layout as checkpoint
 from verl.trainer.checkpoint.best import BestCheckpoint, BestMetricError
 from verl.trainer.checkpoint.manifest import find_faults
 from verl.trainer.checkpoint.saver import CheckpointSaver
-from verl.trainer.ppo import best_checkpoint, checkpoint
 from verl.utils.save_outcome import SaveOutcome
 
 RULE = "general subject to rec >= 0.9 of step 0"

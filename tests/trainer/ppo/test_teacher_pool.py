@@ -13,7 +13,7 @@ import ray
 import torch
 from ray.cloudpickle import register_pickle_by_value
 from support.tiny_pairs import Pair
-from workers.tiny_workers import (
+from support.tiny_workers import (
     assert_same_gradient,
     draw_rows,
     first_gradient,

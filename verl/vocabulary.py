@@ -1,0 +1,22 @@
+"""The ids of a run: which the student knows, which of them extend the teacher's vocabulary, which both models share.
+
+    0 ......................... shared_ids ... extend_start ................ ids ......... rows of the head
+    known to both models                       item tokens, the student's    padding, no text
+
+The teacher's distribution runs over the shared ids alone, the student's over all ids that its tokenizer names.
+"""
+
+from typing import NamedTuple
+
+
+class Vocabulary(NamedTuple):
+    """The student's ids, and where they extend the teacher's."""
+
+    ids: int
+    """Number of ids in the student's softmax: those that its tokenizer names."""
+    extend_start: int | None = None
+    """First id that the teacher lacks; None: the vocabularies are the same."""
+
+    def shared_ids(self, teacher_ids: int) -> int:
+        """Number of ids in the softmax of a teacher whose tokenizer names ``teacher_ids``."""
+        return teacher_ids if self.extend_start is None else min(teacher_ids, self.extend_start)

@@ -6,49 +6,10 @@ Pickling a ``DataProto`` sends its own rows only (a slice does not drag the tens
 It knows nothing of Ray, models or padding of sequences. B sequences, P prompt, R response, T = P + R, K likeliest ids
 of a teacher. Masks are 1 where a position counts; float tensors are 0 at padding.
 
-==========================  =======  =========  ===========  =====================================
-key                         dtype    shape      producer     consumer
-==========================  =======  =========  ===========  =====================================
-prompts                     int64    (B, P)     rollout      reward, dumps
-responses                   int64    (B, R)     rollout      log-probs, update, reward, metrics
-input_ids                   int64    (B, T)     rollout      log-probs, update
-attention_mask              int64    (B, T)     rollout      log-probs, update, metrics
-position_ids                int64    (B, T)     rollout      log-probs, update
-response_mask               int64    (B, R)     rollout      advantage, update, metrics
-distill_special_token_mask  int64    (B, R)     rollout      advantage, update, metrics
-rollout_log_probs           float32  (B, R)     rollout      advantage (importance weights), metrics
-old_log_probs               float32  (B, R)     student      advantage, update, metrics
-entropys                    float32  (B, R)     student      metrics
-extend_mass                 float32  (B, R)     student      metrics
-ref_log_prob                float32  (B, R)     teacher      advantage, update (KL term), metrics
-teacher_top_ids             int32    (B, R, K)  teacher      update (objective topk)
-teacher_top_log_probs       float32  (B, R, K)  teacher      update (objective topk)
-teacher_rest_log_prob       float32  (B, R)     teacher      update (objective topk)
-teacher_states              object   (B,)       teacher      update (handles to hidden states)
-token_level_scores          float32  (B, R)     reward       reward (KL penalty), metrics
-reward_extra                object   (B,)       reward       metrics (what it reported beside a score)
-token_level_rewards         float32  (B, R)     reward       advantage, metrics
-rollout_is_weights          float32  (B, R)     advantage    update, metrics
-advantages                  float32  (B, R)     advantage    update, metrics
-returns                     float32  (B, R)     advantage    metrics
-teacher                     int64    (B,)       trainer      teacher scores, update
-teacher_knows_extended      object   (B,)       trainer      rollout (masks), metrics
-uid                         object   (B,)       trainer      rollout (seeds), advantage (groups)
-raw_prompt                  object   (B,)       dataset      rollout
-data_source                 object   (B,)       dataset      reward, metrics
-source                      object   (B,)       dataset      metrics
-reward_model                object   (B,)       dataset      reward
-agent_name                  object   (B,)       dataset      rollout
-extra_info                  object   (B,)       dataset      reward
-tools_kwargs                object   (B,)       dataset      rollout
-index                       object   (B,)       dataset      rollout, dumps
-has_extended                object   (B,)       dataset      trainer (teacher of a row)
-__num_turns__               object   (B,)       rollout      metrics
-==========================  =======  =========  ===========  =====================================
+``BATCH_KEYS`` lists every key that travels in a batch.
 """
 
 import pickle
-import re
 from collections.abc import Mapping, Sequence
 from copy import deepcopy as copy_deeply
 from dataclasses import dataclass, field
@@ -61,7 +22,7 @@ from tensordict import TensorDict
 
 
 class BatchKey(NamedTuple):
-    """One row of the table above."""
+    """What a key of a batch holds, which stage makes it and which ones read it."""
 
     dtype: str
     shape: str
@@ -69,15 +30,44 @@ class BatchKey(NamedTuple):
     consumer: str
 
 
-def _parse_table(text: str) -> dict[str, BatchKey]:
-    """Read the rows between the second and the third rule of a reStructuredText table."""
-    parts = re.split(r"^=[= ]+=\n", text, flags=re.MULTILINE)
-    rows = [re.split(r" {2,}", line) for line in parts[2].splitlines()] if len(parts) > 2 else []
-    return {key: BatchKey(*columns) for key, *columns in rows}
-
-
-BATCH_KEYS = _parse_table(__doc__ or "")
-"""The table above: every key that travels in a batch."""
+BATCH_KEYS = {
+    "prompts": BatchKey("int64", "(B, P)", "rollout", "reward, dumps"),
+    "responses": BatchKey("int64", "(B, R)", "rollout", "log-probs, update, reward, metrics"),
+    "input_ids": BatchKey("int64", "(B, T)", "rollout", "log-probs, update"),
+    "attention_mask": BatchKey("int64", "(B, T)", "rollout", "log-probs, update, metrics"),
+    "position_ids": BatchKey("int64", "(B, T)", "rollout", "log-probs, update"),
+    "response_mask": BatchKey("int64", "(B, R)", "rollout", "advantage, update, metrics"),
+    "distill_special_token_mask": BatchKey("int64", "(B, R)", "rollout", "advantage, update, metrics"),
+    "rollout_log_probs": BatchKey("float32", "(B, R)", "rollout", "advantage (importance weights), metrics"),
+    "old_log_probs": BatchKey("float32", "(B, R)", "student", "advantage, update, metrics"),
+    "entropys": BatchKey("float32", "(B, R)", "student", "metrics"),
+    "extend_mass": BatchKey("float32", "(B, R)", "student", "metrics"),
+    "ref_log_prob": BatchKey("float32", "(B, R)", "teacher", "advantage, update (KL term), metrics"),
+    "teacher_top_ids": BatchKey("int32", "(B, R, K)", "teacher", "update (objective topk)"),
+    "teacher_top_log_probs": BatchKey("float32", "(B, R, K)", "teacher", "update (objective topk)"),
+    "teacher_rest_log_prob": BatchKey("float32", "(B, R)", "teacher", "update (objective topk)"),
+    "teacher_states": BatchKey("object", "(B,)", "teacher", "update (handles to hidden states)"),
+    "token_level_scores": BatchKey("float32", "(B, R)", "reward", "reward (KL penalty), metrics"),
+    "reward_extra": BatchKey("object", "(B,)", "reward", "metrics (what it reported beside a score)"),
+    "token_level_rewards": BatchKey("float32", "(B, R)", "reward", "advantage, metrics"),
+    "rollout_is_weights": BatchKey("float32", "(B, R)", "advantage", "update, metrics"),
+    "advantages": BatchKey("float32", "(B, R)", "advantage", "update, metrics"),
+    "returns": BatchKey("float32", "(B, R)", "advantage", "metrics"),
+    "teacher": BatchKey("int64", "(B,)", "trainer", "teacher scores, update"),
+    "teacher_knows_extended": BatchKey("object", "(B,)", "trainer", "rollout (masks), metrics"),
+    "uid": BatchKey("object", "(B,)", "trainer", "rollout (seeds), advantage (groups)"),
+    "raw_prompt": BatchKey("object", "(B,)", "dataset", "rollout"),
+    "data_source": BatchKey("object", "(B,)", "dataset", "reward, metrics"),
+    "source": BatchKey("object", "(B,)", "dataset", "metrics"),
+    "reward_model": BatchKey("object", "(B,)", "dataset", "reward"),
+    "agent_name": BatchKey("object", "(B,)", "dataset", "rollout"),
+    "extra_info": BatchKey("object", "(B,)", "dataset", "reward"),
+    "tools_kwargs": BatchKey("object", "(B,)", "dataset", "rollout"),
+    "index": BatchKey("object", "(B,)", "dataset", "rollout, dumps"),
+    "has_extended": BatchKey("object", "(B,)", "dataset", "trainer (teacher of a row)"),
+    "__num_turns__": BatchKey("object", "(B,)", "rollout", "metrics"),
+}
+"""Every key that travels in a batch. Loops write rollout keys, the driver unions what stages return."""
 
 
 def _object_array(values: Any) -> np.ndarray:

@@ -1,6 +1,6 @@
 """On-policy distillation as a trainer: the reference is a teacher, and its disagreement is what is learned from.
 
-Always a teacher or several, and figures of its own in training and validation. The clipped reverse KL is an advantage
+Always a teacher or several, and metrics of its own in training and validation. The clipped reverse KL is an advantage
 estimator in ``core_algos``, exact objectives are computed by the update; the loop is the base class's. With
 ``algorithm.distill.coef`` there is a task reward beside it, and the update follows both::
 
@@ -171,7 +171,7 @@ class RayOnPolicyDistillTrainer(RayPPOTrainer):
         return self.uses_reward and not self.config.algorithm.distill.is_exact
 
     def step_metrics(self, batch: DataProto) -> Metrics:
-        """The base figures and the ``distill/*`` family: per data source, per teacher, and overall over the rows whose
+        """The base metrics and the ``distill/*`` family: per data source, per teacher, and overall over the rows whose
         teacher lacks the item tokens, for an item is no leak where it was asked for. Beside a task reward also what
         each part puts into the advantage.
         """
@@ -199,7 +199,7 @@ class RayOnPolicyDistillTrainer(RayPPOTrainer):
 
     def validation_metrics(self, batch: DataProto) -> Metrics:
         """``val/reverse_kl`` and ``val/<source>/reverse_kl`` over the rows of teachers that lack the item tokens, as
-        far as they can read the prompt, and the reward figures of all, where there are any.
+        far as they can read the prompt, and the reward metrics of all, where there are any.
         """
         metrics = super().validation_metrics(batch)
         readable = self.readable_by_teacher(self.rows_of_lacking_teachers(batch))
@@ -222,6 +222,6 @@ class RayOnPolicyDistillTrainer(RayPPOTrainer):
 
 
 def _with_overall(measured: Metrics, overall: Metrics) -> Metrics:
-    """The figures per source of ``measured``, and the overall ones of ``overall``."""
+    """The metrics per source of ``measured``, and the overall ones of ``overall``."""
     by_source = {name: value for name, value in measured.items() if name.count("/") > 1}
     return by_source | {name: value for name, value in overall.items() if name.count("/") == 1}

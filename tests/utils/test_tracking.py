@@ -1,4 +1,4 @@
-"""Where figures arrive: console, file, TensorBoard, Weights & Biases (offline)."""
+"""Where metrics arrive: console, file, TensorBoard, Weights & Biases (offline)."""
 
 import json
 import struct
@@ -33,9 +33,9 @@ LINE = (
 def test_console_writes_one_line_of_main_figures(capsys: pytest.CaptureFixture[str]) -> None:
     tracking = Tracking("project", "run", "console")
     tracking.log(FIGURES, step=3)
-    tracking.log({"own/figure": 2, "own/other": 0.001}, step=4)
+    tracking.log({"own/metric": 2, "own/other": 0.001}, step=4)
     tracking.finish()
-    assert capsys.readouterr().out == LINE + "step 4 | own/figure 2 | own/other 0.001\n"
+    assert capsys.readouterr().out == LINE + "step 4 | own/metric 2 | own/other 0.001\n"
 
 
 def test_console_lives_with_a_progress_bar(capsys: pytest.CaptureFixture[str]) -> None:
@@ -257,7 +257,7 @@ def test_names_and_values_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"names \['swanlab'\]; choose from console, file"):
         Tracking("project", "run", ["console", "swanlab"])
     tracking = Tracking("project", "run", "file", local_dir=tmp_path)
-    with pytest.raises(ValueError, match="the figure 'a/list' is"):
+    with pytest.raises(ValueError, match="the metric 'a/list' is"):
         tracking.log({"a/list": [1.0, 2.0]}, step=1)
     tracking.finish()
 

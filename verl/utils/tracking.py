@@ -1,6 +1,6 @@
-"""Where figures go: the console, a file, TensorBoard, Weights & Biases.
+"""Where metrics go: the console, a file, TensorBoard, Weights & Biases.
 
-In:  a flat dict of numbers per step. Out: one record of that step in each place. Not here: computing figures, and
+In:  a flat dict of numbers per step. Out: one record of that step in each place. Not here: computing metrics, and
 secrets: the key of Weights & Biases is read from the environment by its own library and never from the config.
 """
 
@@ -13,8 +13,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from types import ModuleType
-from typing import Any, Protocol, TextIO
+from typing import Any, TextIO
 
 import torch
 from tqdm import tqdm
@@ -26,7 +25,7 @@ from verl.utils.redaction import redacted
 
 logger = logging.getLogger(__name__)
 
-MAIN_FIGURES = (
+MAIN_METRICS = (
     "distill/reverse_kl",
     "critic/rewards/mean",
     "actor/pg_loss",
@@ -38,44 +37,41 @@ MAIN_FIGURES = (
 )
 """What the console shows of a step, in this order, as far as the step has it."""
 
-Figures = Mapping[str, float]
+Metrics = Mapping[str, float]
 
 
-class Backend(Protocol):
-    """A place that figures go to."""
+class Backend:
+    """A place that metrics go to."""
 
-    def truncate_after(self, step: int | None, figures: Figures | None) -> None:
-        """What was recorded of later steps than this one is void: they will come again. None: all of it.
+    def truncate_after(self, step: int | None, metrics: Metrics | None) -> None:
+        """Drop the records of later steps, which a resumed run will take again.
 
-        ``figures`` are those of the step, for a record that a kill left without it; None: they are not known.
+        Args:
+            step: of the checkpoint; None: drop all records.
+            metrics: of that step, which a killed run may not have recorded; None: unknown.
         """
 
-    def log(self, data: Figures, step: int) -> None:
-        """Record the figures of a step."""
+    def log(self, data: Metrics, step: int) -> None:
+        """Record the metrics of a step."""
+        raise NotImplementedError
 
     def finish(self) -> None:
         """Write out what is pending."""
 
 
-class ConsoleBackend:
+class ConsoleBackend(Backend):
     """One line a step, written around a progress bar rather than through it."""
 
-    def truncate_after(self, step: int | None, figures: Figures | None) -> None:
-        """Nothing is recorded."""
-
-    def log(self, data: Figures, step: int) -> None:
-        """Write the main figures; all of them where none of the main ones is there."""
-        names = [name for name in MAIN_FIGURES if name in data] or list(data)
+    def log(self, data: Metrics, step: int) -> None:
+        """Write the main metrics, or all of them where none of the main ones is there."""
+        names = [name for name in MAIN_METRICS if name in data] or list(data)
         tqdm.write(" | ".join([f"step {step}", *(f"{name} {data[name]:.4g}" for name in names)]))
 
-    def finish(self) -> None:
-        """Nothing is pending."""
 
-
-class FileBackend:
+class FileBackend(Backend):
     """``metrics.jsonl``, a line ``{"step": N, "data": {...}}`` a step, appended to; NaN and infinity become null.
 
-    Lines of steps that a resumed run takes again go to ``metrics_void.jsonl``, so that no step is there twice.
+    Lines of steps that a resumed run takes again move to ``metrics_void.jsonl``, so that no step is there twice.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -83,81 +79,69 @@ class FileBackend:
         self._path = folder / "metrics.jsonl"
         self._stream = self._open()
 
-    def truncate_after(self, step: int | None, figures: Figures | None) -> None:
-        """Move the lines of later steps, and a line that a killed run left unfinished, out of the file; write that of
-        the step where it is not there.
-        """
+    def _open(self) -> TextIO:
+        return open(self._path, "a", encoding="utf-8")
+
+    def truncate_after(self, step: int | None, metrics: Metrics | None) -> None:
+        """Move later and unfinished lines out of the file; add the line of the step if it is missing."""
         lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
         kept = [line for line in lines if step is not None and _step_of(line) <= step]
         if kept != lines:
-            self._keep(kept, [line for line in lines if step is None or _step_of(line) > step])
-        if step is not None and figures and not any(_records(line, step, figures) for line in kept):
-            logger.warning("%s lacked step %d, which the checkpoint has: its figures come from there", self._path, step)
-            self.log(figures, step)
+            with open(self._path.with_name("metrics_void.jsonl"), "a", encoding="utf-8") as stream:
+                moved = [line for line in lines if step is None or _step_of(line) > step]
+                stream.writelines(line if line.endswith("\n") else f"{line}\n" for line in moved)
+            write_durably(self._path, "".join(kept))
+            self._stream.close()
+            self._stream = self._open()
+        if step is None or not metrics:
+            return
+        # The line of a validation alone has the step's number and lacks its metrics.
+        if not any(_step_of(line) == step and json.loads(line)["data"].keys() >= metrics.keys() for line in kept):
+            logger.warning("%s lacked step %d; its metrics come from the checkpoint", self._path, step)
+            self.log(metrics, step)
 
-    def _keep(self, kept: Sequence[str], void: Sequence[str]) -> None:
-        with open(self._path.with_name("metrics_void.jsonl"), "a", encoding="utf-8") as stream:
-            stream.writelines(line if line.endswith("\n") else f"{line}\n" for line in void)
-        write_durably(self._path, "".join(kept))
-        self._stream.close()
-        self._stream = self._open()
-
-    def log(self, data: Figures, step: int) -> None:
-        """Append a line and flush it: a run that dies keeps all steps. Where there is no room, it waits for the next
-        step.
-        """
+    def log(self, data: Metrics, step: int) -> None:
+        """Append a line and flush it, so that a run that dies keeps all steps."""
         finite = {name: value if math.isfinite(value) else None for name, value in data.items()}
         self._stream.write(json.dumps({"step": step, "data": finite}, allow_nan=False) + "\n")
         try:
             self._stream.flush()
-        except OSError as error:  # what could not be written stays in the buffer
+        except OSError as error:  # the disk is full: the line stays in the buffer until the next step
             logger.error("step %d is not yet in %s: %s", step, self._path, error)
 
     def finish(self) -> None:
         """Close the file."""
         self._stream.close()
 
-    def _open(self) -> TextIO:
-        return open(self._path, "a", encoding="utf-8")
-
-
-def _records(line: str, step: int, figures: Figures) -> bool:
-    """Whether a line holds the figures of a step; that of a validation alone does not."""
-    return _step_of(line) == step and json.loads(line)["data"].keys() >= figures.keys()
-
 
 def _step_of(line: str) -> float:
-    """The step of a line; of one that was not finished, later than any."""
+    """The step of a line; infinity for a line that was not finished."""
     try:
         return json.loads(line)["step"] if line.endswith("\n") else math.inf
     except ValueError:
         return math.inf
 
 
-class TensorboardBackend:
+class TensorboardBackend(Backend):
     """Event files in ``$TENSORBOARD_DIR`` or ``<local_dir>/tensorboard``."""
 
     def __init__(self, folder: Path) -> None:
         _require("tensorboard")
         from torch.utils.tensorboard import SummaryWriter
 
-        self._place = os.environ.get("TENSORBOARD_DIR") or str(folder / "tensorboard")
-        self._writer = SummaryWriter(self._place)
+        self._open = partial(SummaryWriter, os.environ.get("TENSORBOARD_DIR") or str(folder / "tensorboard"))
+        self._writer = self._open()
 
-    def truncate_after(self, step: int | None, figures: Figures | None) -> None:
-        """Have readers pass over events of later steps. Those of the step are written anew where they are known,
-        without the seconds of its save: a reader cannot be asked whether they were there.
-        """
-        from torch.utils.tensorboard import SummaryWriter
-
+    def truncate_after(self, step: int | None, metrics: Metrics | None) -> None:
+        """Have readers skip events of later steps; write those of the step anew where its metrics are known."""
         self._writer.close()
-        first_void = 0 if step is None else step + (figures is None)
-        self._writer = SummaryWriter(self._place, purge_step=first_void)
-        if step is not None and figures is not None:
-            self.log(figures, step)
+        # Event files cannot be read back here, so a step whose metrics are known is purged too and written again.
+        self._writer = self._open(purge_step=0 if step is None else step + (metrics is None))
+        if step is not None and metrics is not None:
+            self.log(metrics, step)
 
-    def log(self, data: Figures, step: int) -> None:
-        """Record one scalar a figure, and flush them: a run that dies keeps all steps."""
+    def log(self, data: Metrics, step: int) -> None:
+        """Record one scalar a metric, and flush them, so that a run that dies keeps all steps."""
         for name, value in data.items():
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
@@ -167,11 +151,11 @@ class TensorboardBackend:
         self._writer.close()
 
 
-class WandbBackend:
+class WandbBackend(Backend):
     """A run in Weights & Biases; ``WANDB_MODE``, ``WANDB_API_KEY``, ``WANDB_DIR`` and the like work as usual.
 
-    A run that resumes goes on in the run that it began, whose id ``wandb_run_id`` in its folder keeps. Of steps that
-    are taken again the first record stays, and the second is dropped with a warning: there a step is written once.
+    A resumed run continues the run whose id stands in ``wandb_run_id`` of its folder. Weights & Biases keeps the first
+    record of a step and drops later ones with a warning.
     """
 
     def __init__(self, project: str, experiment: str, config: Mapping[str, Any], folder: Path) -> None:
@@ -182,18 +166,18 @@ class WandbBackend:
         self._id_file = folder / "wandb_run_id"
         self._run: Any = None
 
-    def truncate_after(self, step: int | None, figures: Figures | None) -> None:
-        """Open the run that was begun in this folder; a new one where there is none, or training starts afresh."""
+    def truncate_after(self, step: int | None, metrics: Metrics | None) -> None:
+        """Open the run of this folder; a new one where there is none or training starts afresh."""
         if step is not None and self._id_file.is_file():
             self._run = self._start(id=self._id_file.read_text(encoding="utf-8").strip(), resume="allow")
         else:
             self._run = self._start()
             write_durably(self._id_file, f"{self._run.id}\n")
-        if step is not None and figures is not None:
-            self.log(figures, step)
+        if step is not None and metrics is not None:
+            self.log(metrics, step)
 
-    def log(self, data: Figures, step: int) -> None:
-        """Record the figures of a step; a program that continues nothing has a run of its own."""
+    def log(self, data: Metrics, step: int) -> None:
+        """Record the metrics of a step; opens a new run where none was opened before."""
         if self._run is None:
             self._run = self._start()
         self._run.log(dict(data), step=step)
@@ -204,12 +188,8 @@ class WandbBackend:
             self._run.finish()
 
 
-def _require(package: str) -> ModuleType:
-    """Import an optional package.
-
-    Raises:
-        ValueError: it is not installed.
-    """
+def _require(package: str) -> Any:
+    """Import an optional package; ValueError where it is not installed."""
     try:
         return importlib.import_module(package)
     except ModuleNotFoundError as error:
@@ -221,24 +201,22 @@ def _require(package: str) -> ModuleType:
 
 
 def as_numbers(data: Mapping[str, Any]) -> dict[str, float]:
-    """Figures as plain numbers, whole ones as they are.
+    """Metrics of Python, numpy or torch as plain numbers; integers stay integers.
 
     Raises:
         ValueError: a value is no single number.
     """
-    return {name: _as_number(name, value) for name, value in data.items()}
-
-
-def _as_number(name: str, value: Any) -> float:
-    if isinstance(value, torch.Tensor) and value.numel() == 1:
-        value = value.item()
-    if isinstance(value, numbers.Real):
-        return int(value) if isinstance(value, numbers.Integral) else float(value)
-    raise ValueError(f"the figure {name!r} is {value!r:.80}; loggers take single numbers")
+    plain: dict[str, float] = {}
+    for name, value in data.items():
+        number = value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
+        if not isinstance(number, numbers.Real):
+            raise ValueError(f"the metric {name!r} is {value!r:.80}; loggers take single numbers")
+        plain[name] = int(number) if isinstance(number, numbers.Integral) else float(number)
+    return plain
 
 
 class Tracking:
-    """Sends the figures of each step to every configured place."""
+    """Sends the metrics of each step to every configured place."""
 
     def __init__(
         self,
@@ -280,18 +258,13 @@ class Tracking:
         run = config.trainer
         return cls(run.project_name, run.experiment_name, run.logger, config=config, local_dir=run.default_local_dir)
 
-    def truncate_after(self, step: int | None, figures: Figures | None = None) -> None:
-        """Continue behind a step that was recorded earlier, in this folder: what is there of later ones is void.
-
-        Args:
-            step: the step of the checkpoint; None: the run starts afresh.
-            figures: of that step, for places that lack it because the run was killed in between; None: not known.
-        """
+    def truncate_after(self, step: int | None, metrics: Metrics | None = None) -> None:
+        """See `Backend.truncate_after`, in every place."""
         for backend in self._backends:
-            backend.truncate_after(step, figures)
+            backend.truncate_after(step, metrics)
 
     def log(self, data: Mapping[str, Any], step: int) -> None:
-        """Record the figures of a step everywhere.
+        """Record the metrics of a step everywhere.
 
         Args:
             data: name to a single number, of Python, numpy or torch.
@@ -300,9 +273,9 @@ class Tracking:
         Raises:
             ValueError: a value is no single number.
         """
-        figures = as_numbers(data)
+        metrics = as_numbers(data)
         for backend in self._backends:
-            backend.log(figures, step)
+            backend.log(metrics, step)
 
     def finish(self) -> None:
         """Close every place; nothing can be logged afterwards, and a second call does nothing."""

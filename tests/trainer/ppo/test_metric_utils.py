@@ -1,4 +1,4 @@
-"""Figures of a small batch, each worked out by hand."""
+"""Metrics of a small batch, each worked out by hand."""
 
 import math
 
@@ -32,7 +32,7 @@ def batch_of_three() -> DataProto:
          1   item    a E b -   1 1 0 -        0 1 0 -   leaks at its second token: trained up to and including it
          2   item    E a - -   0 0 - -        1 0 - -   leaks at once and is dropped as a whole
 
-    NaN stands where no figure may look.
+    NaN stands where no metric may look.
     """
     student = [[-1.0, -2.0, -1.0, -4.0], [-1.0, -0.5, NAN, NAN], [NAN, NAN, NAN, NAN]]
     teacher = [[-2.0, -2.0, -1.5, -1.0], [-3.0, -100.0, NAN, NAN], [NAN, NAN, NAN, NAN]]
@@ -105,7 +105,7 @@ def test_distillation_figures_per_source() -> None:
     assert metrics["distill/math/num_sequences"] == 1.0
     assert metrics["distill/item/masked_seq_ratio"] == pytest.approx(0.5)
     assert "distill/math/first_leak_position" not in metrics, "nothing leaked there: no position to report"
-    # Every figure stands per source too, but for the one just named.
+    # Every metric stands per source too, but for the one just named.
     names = {key.removeprefix("distill/") for key in metrics if key.count("/") == 1}
     for source, missing in (("math", {"first_leak_position"}), ("item", set())):
         assert {key.split("/")[2] for key in metrics if key.startswith(f"distill/{source}/")} == names - missing
@@ -253,8 +253,8 @@ def test_what_a_reward_function_reports_beside_the_score_is_averaged() -> None:
         [{"format_ok": True, "note": "a"}, {"format_ok": False, "rare": 0.5}, {"format_ok": True}], dtype=object
     )
     expected = {"format_ok": pytest.approx(2 / 3), "rare": 0.5}
-    figures = compute_data_metrics(batch)
-    assert {name: figures[name] for name in figures if name.startswith("reward_extra/")} == {
+    metrics = compute_data_metrics(batch)
+    assert {name: metrics[name] for name in metrics if name.startswith("reward_extra/")} == {
         f"reward_extra/{key}": value for key, value in expected.items()
     }
     batch.batch["token_level_scores"] = torch.zeros_like(batch.tensor("response_mask"), dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""From a batch to its advantages: fetches what an estimator of ``core_algos`` asks for and stores what it returns.
+"""From a batch to its advantages: fetches the inputs of an estimator of ``core_algos`` and stores its result.
 
 In:  a `DataProto` with log-probs or rewards. Out: a new one with the keys added; the given one stays as it is.
 Not here: the formulas (``core_algos``), and where log-probs and rewards come from.
@@ -46,7 +46,7 @@ def compute_advantage(
     norm_adv_by_std_in_grpo: bool = True,
     config: "AlgoConfig | None" = None,
 ) -> DataProto:
-    """Weigh every trained token.
+    """Give every trained token its advantage.
 
     An estimator gets the inputs that its parameters name: any tensor of the batch by its key (``response_mask``,
     ``old_log_probs``, ``token_level_rewards``, ...), ``index`` (the rows' ``uid``), and the settings below.
@@ -136,8 +136,8 @@ def apply_kl_penalty(
     """
     mask = known_token_mask(data)
     if "teacher_knows_extended" in data.non_tensor_batch:
-        reads = torch.from_numpy(data.array("teacher_knows_extended").astype(bool))
-        mask = torch.where(reads[:, None], data.tensor("response_mask").bool(), mask)
+        knows = torch.from_numpy(data.array("teacher_knows_extended").astype(bool))
+        mask = torch.where(knows[:, None], data.tensor("response_mask").bool(), mask)
     kl = core_algos.kl_penalty(data.tensor("old_log_probs"), data.tensor("ref_log_prob"), kl_penalty)
     kl = zero_outside_mask(kl, mask)
     weight = kl_ctrl.value

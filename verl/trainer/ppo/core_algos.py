@@ -6,8 +6,8 @@ the counts of the whole mini-batch (`count_trained`, summed over all of them) an
 
 Letters: B sequences, R response tokens.
 
-A mask is 1 at trained tokens and 0 elsewhere. What stands at masked positions never matters, NaN and infinity
-included: values are selected there, not multiplied by zero.
+A mask is 1 at trained tokens and 0 elsewhere. Values at masked positions never matter, NaN and infinity
+included: they are replaced, not multiplied by zero.
 """
 
 from collections.abc import Callable

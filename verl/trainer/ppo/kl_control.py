@@ -1,6 +1,6 @@
-"""The weight of the KL penalty in the reward, which may move from step to step.
+"""The weight of the KL penalty in the reward, fixed or adaptive.
 
-In:  the KL that a step measured. Out: ``value``, the weight for the next one. Not here: the estimate of the KL itself
+In:  the mean KL of a step. Out: ``value``, the weight in the next step. Not here: the estimate of the KL itself
 (``core_algos.kl_penalty``).
 """
 

@@ -1,10 +1,10 @@
-"""Figures of a batch: advantages, lengths, speed, and what distillation over an extended vocabulary does.
+"""Metrics of a batch: advantages, lengths, speed, distillation over an extended vocabulary.
 
 In:  a `DataProto` after the update, or stage timings. Out: flat dicts of floats.
-Not here: figures of the optimizer (``actor/*`` comes from the workers), those of the guards (``distill/engine_gap*`` in
-``guards``, ``distill/teacher_canary`` in ``teacher_canary``), and where figures are logged.
+Not here: ``actor/*``, which the workers measure, ``distill/engine_gap*`` and ``distill/teacher_canary``
+(``guards``), and where metrics are logged (``utils.tracking``).
 
-A figure over nothing (a source without a trained token, say) is left out rather than made up.
+A mean over nothing, such as that of a source without a trained token, is left out.
 
 Letters: B sequences, R response tokens. "Trained" is ``response_mask`` 1; "shared" is trained and known to the
 teacher (``distill_special_token_mask`` 0); E is the extended vocabulary.
@@ -30,7 +30,7 @@ RESPONSE_STAGES = ("gen",)
 
 
 def reduce_metrics(metrics: Mapping[str, Any]) -> Metrics:
-    """Lists of figures as one figure each: largest for keys named ``max``, smallest for ``min``, else the mean."""
+    """Lists of metrics as one metric each: largest for keys named ``max``, smallest for ``min``, else the mean."""
     reduced = {}
     for key, values in metrics.items():
         last = key.rsplit("/", 1)[-1]
@@ -66,7 +66,7 @@ def compute_data_metrics(batch: DataProto) -> Metrics:
     - ``critic/score``, ``critic/rewards``: sums over a row of ``token_level_scores``, ``token_level_rewards``.
     - ``reward_extra/<key>``: see `_reported_means`.
     - ``critic/advantages``, ``critic/returns``: trained tokens. ``actor/entropy``: mean over them, nats.
-    - ``response_length``, ``prompt_length``: tokens; ``clip_ratio``: share of rows that fill the room there is.
+    - ``response_length``, ``prompt_length``: tokens; ``clip_ratio``: share of rows of the greatest length.
     - ``num_turns``: turns of the conversation.
     - ``training/rollout_probs_diff_*`` and ``rollout_corr/*``: see `_sampler_metrics`.
     """
@@ -92,10 +92,10 @@ def compute_data_metrics(batch: DataProto) -> Metrics:
 
 
 def _sampler_metrics(batch: DataProto, trained: torch.Tensor) -> Metrics:
-    """Distance between the sampler's distribution and the policy's over trained tokens.
+    """Distance of the sampler's distribution from the policy's, over trained tokens.
 
-    - ``training/rollout_probs_diff_{mean,max,std}``: ``|p_sampler(y) - p_policy(y)|``; an engine that lags behind or
-      rounds otherwise shows here. ``training/rollout_log_probs_diff_{mean,max}``: the same of the log-probs; a sampler
+    - ``training/rollout_probs_diff_{mean,max,std}``: ``|p_sampler(y) - p_policy(y)|``; large where an engine lags
+      behind or rounds differently. ``training/rollout_log_probs_diff_{mean,max}``: the same of the log-probs; a sampler
       that cuts its tail (top-p, top-k) adds to both. ``distill/engine_gap`` (``guards``) is the mean where none does.
     - ``rollout_corr/kl``: estimate of KL(sampler || policy), nats.
     - ``rollout_corr/rollout_is_{mean,max}``: importance weights; ``..._eff_sample_size``: (sum w)^2 / (n sum w^2).
@@ -155,7 +155,7 @@ def compute_throughout_metrics(batch: DataProto, timing_raw: Mapping[str, float]
 
 def _sources(batch: DataProto) -> dict[str, np.ndarray]:
     """Row numbers by data source, in the order of their names; empty where rows name none."""
-    # data.data_source_key fills the first; the second is what the reward function is told.
+    # data.data_source_key fills the first; the reward function gets the second.
     for key in ("source", "data_source"):
         if key in batch.non_tensor_batch:
             names = batch.array(key).astype(str)
@@ -174,15 +174,15 @@ def _overall_and_per_source(prefix: str, batch: DataProto, measure: Callable[[Da
 def _by_teacher(
     prefix: str, batch: DataProto, roles: Sequence[str], measure: Callable[[DataProto], Metrics]
 ) -> Metrics:
-    """``<prefix>_teacher/<role>/<name>`` over the rows that each teacher judges; nothing where there is one teacher.
+    """``<prefix>_teacher/<role>/<name>`` over the rows of each teacher; nothing where there is one teacher.
 
     A family of its own: data sources may have any name, and none of them can collide with it.
     """
     metrics: Metrics = {}
     if "teacher" in batch.batch:
         for place in batch.tensor("teacher").unique().tolist():
-            figures = measure(batch[batch.tensor("teacher") == place])
-            metrics |= {f"{prefix}_teacher/{roles[place]}/{name}": value for name, value in figures.items()}
+            of_teacher = measure(batch[batch.tensor("teacher") == place])
+            metrics |= {f"{prefix}_teacher/{roles[place]}/{name}": value for name, value in of_teacher.items()}
     return metrics
 
 
@@ -332,9 +332,7 @@ def compute_validation_reward_metrics(batch: DataProto) -> Metrics:
 
 
 def _reported_means(batch: DataProto) -> Metrics:
-    """Mean of each number that the reward function reported beside the score, by its key, over the rows of which it
-    did. What is no number is left out.
-    """
+    """Mean of each number that the reward function returned beside the score, by key, over the rows that have it."""
     if "reward_extra" not in batch.non_tensor_batch:
         return {}
     numbers: dict[str, list[float]] = {}

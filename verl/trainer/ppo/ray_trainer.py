@@ -42,10 +42,9 @@ from verl.trainer.ppo.metric_utils import (
 )
 from verl.trainer.ppo.reward import RewardFn, compute_rewards
 from verl.trainer.ppo.schedule import Schedule
-from verl.trainer.ppo.stages import balance_rows, new_keys, prompt_batch, run_stage
+from verl.trainer.ppo.stages import answer_all, balance_rows, new_keys, prompt_batch, run_stage
 from verl.trainer.ppo.stop_request import StopRequest
 from verl.trainer.ppo.teacher_probe import TeacherProbe
-from verl.trainer.ppo.validation import answer_all
 from verl.trainer.ppo.worker_groups import WorkerGroups, plan_pools
 from verl.trainer.prompt_stream import PromptStream
 from verl.utils.dataset.rl_dataset import RLHFDataset
@@ -282,10 +281,10 @@ class RayPPOTrainer:
         assert self.val_loader is not None, "called only where there are validation prompts"
         timing: dict[str, float] = {}
         with marked_timer("testing", timing):
-            batch, figures = answer_all(self.val_loader, self.answer_validation)
+            batch, metrics = answer_all(self.val_loader, self.answer_validation)
         self.dump(self.config.trainer.validation_data_dir, batch, show=self.config.trainer.log_val_generations)
-        figures |= self.validation_metrics(batch)
-        return figures | self.best.note(self.global_steps, figures) | {"timing_s/testing": timing["testing"]}
+        metrics |= self.validation_metrics(batch)
+        return metrics | self.best.note(self.global_steps, metrics) | {"timing_s/testing": timing["testing"]}
 
     def answer_validation(self, rows: dict[str, Any]) -> tuple[DataProto, Metrics]:
         """Answers to a batch of validation prompts, scored, and the figures of the stages."""

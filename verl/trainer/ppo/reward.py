@@ -77,7 +77,7 @@ def compute_rewards(batch: DataProto, tokenizer: "PreTrainedTokenizerBase", rewa
 
     Returns:
         ``token_level_scores`` (B, R) float32, each at its response's last token, tools' tokens included (of an empty
-        response: at position 0); ``reward_extra`` (B,), a mapping of what else the function reported of the row.
+        response: at position 0); ``reward_extra`` (B,), a mapping of what else the function returned for the row.
 
     Raises:
         ValueError: the function returned no finite number.

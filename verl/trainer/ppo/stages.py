@@ -1,18 +1,21 @@
-"""What every stage of a step has in common: it takes the batch and returns its new keys.
+"""What the trainer does around its stages: make a batch of prompts, run a stage, order rows, answer validation prompts.
 
-In:  rows of the data set; a batch and a stage. Out: the batch that they begin with; the batch with the stage's keys,
-and the seconds it took; the batch in the ranks' order.
+In:  rows of the data set; a batch and a stage. Out: the batch with the stage's new keys, and the seconds it took.
+Not here: the stages themselves (``ray_trainer``).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from verl.config import PPOConfig
 from verl.protocol import DataProto
 from verl.utils.seqlen_balancing import balanced_order
 from verl.utils.timing import marked_timer
+
+Metrics = dict[str, float]
 
 
 def prompt_batch(rows: dict[str, Any], config: PPOConfig, *, n: int, step: int | None) -> DataProto:
@@ -58,3 +61,44 @@ def new_keys(after: DataProto, before: DataProto) -> DataProto:
     """What ``after`` holds and ``before`` lacks."""
     # A TensorDict iterates over rows, so its keys have to be named.
     return after.select(batch_keys=[key for key in after.batch.keys() if key not in before.batch])  # noqa: SIM118
+
+
+def answer_all(
+    loader: Iterable[dict[str, Any]], answer: Callable[[dict[str, Any]], tuple[DataProto, Metrics]]
+) -> tuple[DataProto, Metrics]:
+    """Answer every validation prompt.
+
+    Args:
+        loader: rows of the data set, batch by batch.
+        answer: from such rows to their answers and the metrics of the stages that made them.
+
+    Returns:
+        the answers in the order of the data, and the stages' metrics as ``val_<family>/<name>``, timings left out.
+        Below ``val/`` they could be taken for those of a data source, in patterns such as ``val/*/reward`` too.
+    """
+    parts = [answer(rows) for rows in tqdm(loader, desc="validate", unit="batch", leave=False, disable=None)]
+    joined = join_metrics([(len(batch), metrics) for batch, metrics in parts])
+    metrics = {f"val_{name}": value for name, value in joined.items() if not name.startswith("timing_s/")}
+    return DataProto.concat([batch for batch, _ in parts]), metrics
+
+
+def join_metrics(parts: Sequence[tuple[int, Metrics]]) -> Metrics:
+    """Metrics of batches as those of all their rows.
+
+    Names that end in ``max`` or ``min`` keep the extreme, ``agent_loop/*`` counts are added up, all others are means
+    weighted by rows. A batch that lacks a metric does not count for it.
+
+    Args:
+        parts: rows and metrics of each batch.
+    """
+    joined: Metrics = {}
+    for name in dict.fromkeys(name for _, metrics in parts for name in metrics):
+        rows, values = zip(*((count, metrics[name]) for count, metrics in parts if name in metrics), strict=True)
+        last = name.rsplit("/", 1)[-1]
+        if last in ("max", "min"):
+            joined[name] = max(values) if last == "max" else min(values)
+        elif name.startswith("agent_loop/") and last != "mean":
+            joined[name] = sum(values)
+        else:
+            joined[name] = sum(count * value for count, value in zip(rows, values, strict=True)) / sum(rows)
+    return joined

@@ -1,4 +1,4 @@
-"""Validations of several batches: all answers, and the figures of their stages as if there had been one batch."""
+"""Validations of several batches: all answers, and the metrics of their stages as if there had been one batch."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from test_ray_trainer import Engines, Prompts, make_config, make_trainer
 
 from verl.protocol import DataProto
 from verl.trainer.checkpoint.best import BestMetricError
-from verl.trainer.ppo.validation import join_figures
+from verl.trainer.ppo.stages import join_metrics
 
 
 def test_figures_of_batches_are_joined_by_what_they_are() -> None:
@@ -27,7 +27,7 @@ def test_figures_of_batches_are_joined_by_what_they_are() -> None:
         "rollout/share": 0.25,
         "rollout/late": 7.0,
     }
-    assert join_figures([(6, first), (2, second)]) == {
+    assert join_metrics([(6, first), (2, second)]) == {
         "agent_loop/tool_calls": 7.0,
         "agent_loop/tool_reward/min": -1.0,
         "agent_loop/tool_reward/max": 5.0,
@@ -35,7 +35,7 @@ def test_figures_of_batches_are_joined_by_what_they_are() -> None:
         "rollout/share": 0.4375,  # (6 x 0.5 + 2 x 0.25) / 8
         "rollout/late": 7.0,
     }
-    assert join_figures([]) == {}
+    assert join_metrics([]) == {}
 
 
 class CountingEngines(Engines):
@@ -73,12 +73,12 @@ class Words:
 def test_a_validation_logs_what_its_stages_measure(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path)
     trainer.stage_metrics = {"rollout/of_a_step": 1.0}
-    figures = trainer.validate()
-    assert figures["val_reward_extra/number"] == pytest.approx((0 + 1 + 2 + 3 + 4) / 5)
-    assert figures["val_reward_extra/half"] == pytest.approx((0.5 + 1.5) / 2), "of the rows that have it"
-    assert figures["val_agent_loop/tool_calls"] == 10.0
-    assert figures["val/reward"] == 1.0 and figures["val/reverse_kl"] == pytest.approx(2.0)
-    assert not {name for name in figures if "of_a_step" in name or "timing_s/agent_loop" in name}
+    metrics = trainer.validate()
+    assert metrics["val_reward_extra/number"] == pytest.approx((0 + 1 + 2 + 3 + 4) / 5)
+    assert metrics["val_reward_extra/half"] == pytest.approx((0.5 + 1.5) / 2), "of the rows that have it"
+    assert metrics["val_agent_loop/tool_calls"] == 10.0
+    assert metrics["val/reward"] == 1.0 and metrics["val/reverse_kl"] == pytest.approx(2.0)
+    assert not {name for name in metrics if "of_a_step" in name or "timing_s/agent_loop" in name}
 
 
 def test_the_best_checkpoint_may_be_judged_by_them(tmp_path: Path) -> None:
@@ -86,8 +86,8 @@ def test_the_best_checkpoint_may_be_judged_by_them(tmp_path: Path) -> None:
     settings = {"test_freq": 1, "save_freq": 5, "total_training_steps": 1}
     trainer = trainer_of(tmp_path / "run", best_metric=rule, **settings)
     trainer.fit()
-    [(_, figures)] = trainer.logger.lines
-    assert (figures["training/best_step"], figures["training/best_value"]) == (1, 2.0)
+    [(_, metrics)] = trainer.logger.lines
+    assert (metrics["training/best_step"], metrics["training/best_value"]) == (1, 2.0)
     wrong = trainer_of(tmp_path / "other", best_metric="val_reward_extra/nothing", **settings)
     with pytest.raises(BestMetricError, match=r"it gives .*val_agent_loop/tool_calls.*val_reward_extra/number"):
         wrong.fit()

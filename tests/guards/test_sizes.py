@@ -1,6 +1,9 @@
-"""A module fits a reader's head: files of at most 400 lines, functions of fewer than 60."""
+"""The project stays small: files of at most 400 lines, functions of fewer than 60, and a budget for each part."""
 
 import ast
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,10 @@ REPO = Path(__file__).resolve().parents[2]
 FOLDERS = ("verl", "recipe", "experiments", "benchmarks", "scripts", "tests")
 FILES = sorted(path for top in FOLDERS for path in (REPO / top).rglob("*.py"))
 MAX_LINES, MAX_FUNCTION_LINES = 400, 60
+BUDGETS = {"verl": 9000, "recipe": 2200, "tests": 12500}
+"""Code lines of each part; a new capability may raise its part's, in the change that adds it."""
+MAX_MODULES = 105
+"""Of ``verl/``."""
 
 
 def too_long(text: str) -> list[str]:
@@ -21,6 +28,16 @@ def too_long(text: str) -> list[str]:
             if length >= MAX_FUNCTION_LINES:
                 found.append(f"{node.name} has {length} lines; fewer than {MAX_FUNCTION_LINES}")
     return found
+
+
+def test_each_part_keeps_its_budget() -> None:
+    script = [sys.executable, str(REPO / "scripts" / "code_size.py")]
+    output = subprocess.run(script, capture_output=True, text=True, check=True, timeout=120).stdout
+    sizes = json.loads(output.splitlines()[-1])
+    assert {
+        part: size["code_lines"] for part, size in sizes.items() if size["code_lines"] > BUDGETS.get(part, 1e9)
+    } == {}
+    assert 50 < sizes["verl"]["modules"] <= MAX_MODULES
 
 
 def test_files_and_functions_are_short() -> None:

@@ -13,10 +13,7 @@ from collections.abc import Sequence
 
 import torch
 
-
-def zero_outside_mask(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """``values`` where the mask is 1, an exact 0 elsewhere, and no gradient to there."""
-    return torch.where(mask.bool(), values, torch.zeros((), dtype=values.dtype, device=values.device))
+from verl.ops.policy_loss import zero_outside_mask
 
 
 def masked_sum(values: torch.Tensor, mask: torch.Tensor, axis: int | tuple[int, ...] | None = None) -> torch.Tensor:

@@ -19,7 +19,7 @@ from typing import Any
 from verl.config import TrainerConfig
 from verl.trainer.checkpoint import layout as checkpoint
 from verl.trainer.checkpoint.best import BestCheckpoint
-from verl.trainer.ppo.kl_control import KLController
+from verl.trainer.ppo.core_algos import KLController
 from verl.trainer.ppo.teacher_probe import TeacherProbe
 from verl.trainer.prompt_stream import PromptStream
 from verl.utils.tracking import Tracking, as_numbers

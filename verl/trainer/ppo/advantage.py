@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from verl.ops.policy_loss import LOG_RATIO_LIMIT, zero_outside_mask
 from verl.protocol import DataProto
 from verl.trainer.ppo import core_algos
-from verl.trainer.ppo.core_algos import LOG_RATIO_LIMIT, AdvantageEstimator, get_adv_estimator_fn
-from verl.trainer.ppo.kl_control import KLController
-from verl.utils.torch_functional import masked_mean, zero_outside_mask
+from verl.trainer.ppo.core_algos import AdvantageEstimator, KLController, get_adv_estimator_fn
+from verl.utils.torch_functional import masked_mean
 
 if TYPE_CHECKING:
     from verl.config.algorithm import AlgoConfig, RolloutCorrectionConfig

@@ -1,8 +1,9 @@
-"""The algorithm: advantages, losses and KL terms. Tensors in, tensors out.
+"""Advantage estimators: from log-probs or rewards to the advantage of each token. Tensors in, tensors out.
 
-In:  log-probs, rewards, masks, group ids. Out: advantages and returns (B, R), or a scalar loss and its metrics.
-Not here: models, batches as objects, communication between ranks. A caller with several ranks or micro-batches passes
-the counts of the whole mini-batch (`count_trained`, summed over all of them) and gets shares that add up.
+In:  log-probs, rewards, masks, group ids. Out: advantages and returns (B, R). ``register_adv_est`` adds an estimator.
+The weight of the KL penalty in the reward, fixed or adaptive, is here too.
+Not here: batches as objects (``advantage``), the losses that follow an advantage (``verl.ops.policy_loss``; their names
+can be imported from here, as in verl).
 
 Letters: B sequences, R response tokens.
 
@@ -12,35 +13,43 @@ included: they are replaced, not multiplied by zero.
 
 from collections.abc import Callable
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from verl.trainer.ppo.kl_control import AdaptiveKLController as AdaptiveKLController
-from verl.trainer.ppo.kl_control import FixedKLController as FixedKLController
-from verl.trainer.ppo.kl_control import get_kl_controller as get_kl_controller
-from verl.utils.torch_functional import masked_whiten, zero_outside_mask
+from verl.ops.policy_loss import (
+    agg_loss,
+    compute_policy_loss_vanilla,
+    count_trained,
+    kl_penalty,
+    zero_outside_mask,
+)
+from verl.utils.torch_functional import masked_whiten
 
 if TYPE_CHECKING:
-    from verl.config.algorithm import AlgoConfig
+    from verl.config.algorithm import AlgoConfig, KLControlConfig
+
+__all__ = [
+    "ADV_ESTIMATOR_REGISTRY",
+    "AdaptiveKLController",
+    "AdvantageEstimator",
+    "FixedKLController",
+    "agg_loss",
+    "compute_grpo_outcome_advantage",
+    "compute_on_policy_distill_reverse_kl",
+    "compute_policy_loss_vanilla",
+    "compute_reinforce_plus_plus_outcome_advantage",
+    "compute_rloo_outcome_advantage",
+    "count_trained",
+    "get_adv_estimator_fn",
+    "get_kl_controller",
+    "kl_penalty",
+    "register_adv_est",
+]
 
 AdvantageFn = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 """An advantage estimator: named inputs to (advantages, returns), both (B, R)."""
-
-Count = int | float | torch.Tensor
-"""A number of tokens or sequences."""
-
-LOG_RATIO_LIMIT = 20.0
-"""Log-ratios are held within this before ``exp``: e^20 and its products stay finite in float32 and bfloat16."""
-
-
-class PolicyLossConfig(Protocol):
-    """The part of the actor's settings that the policy loss reads."""
-
-    clip_ratio_low: float | None
-    clip_ratio_high: float | None
-    clip_ratio_c: float
 
 
 class AdvantageEstimator(StrEnum):
@@ -237,164 +246,48 @@ def compute_reinforce_plus_plus_outcome_advantage(
     return masked_whiten(returns, response_mask), returns
 
 
-def count_trained(loss_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Trained tokens, and sequences with at least one of them, as 0-dim int64 tensors.
+class FixedKLController:
+    """A KL weight that stays."""
 
-    Summed over all micro-batches and ranks of a mini-batch they are `agg_loss`'s ``batch_num_tokens`` and
-    ``global_batch_size``.
+    def __init__(self, kl_coef: float) -> None:
+        self.value = kl_coef
+
+    def update(self, current_kl: float, n_steps: int) -> None:
+        """Nothing to do."""
+
+
+class AdaptiveKLController:
+    """A KL weight that steers the KL to a target (arXiv:1909.08593, section 2.2).
+
+    ``value *= 1 + clip(current / target - 1, -0.2, 0.2) * n_steps / horizon``.
     """
-    trained = loss_mask.bool()
-    return trained.sum(), trained.any(dim=-1).sum()
+
+    def __init__(self, init_kl_coef: float, target_kl: float, horizon: int) -> None:
+        self.value = init_kl_coef
+        self.target = target_kl
+        self.horizon = horizon
+
+    def update(self, current_kl: float, n_steps: int) -> None:
+        """Move the weight after ``n_steps`` sequences with a mean KL of ``current_kl`` nats a token."""
+        error = min(max(current_kl / self.target - 1.0, -0.2), 0.2)
+        self.value *= 1.0 + error * n_steps / self.horizon
 
 
-def _at_least_one(count: Count) -> Count:
-    """A denominator: a count of nothing stands under a sum of nothing, which must give 0 and not NaN."""
-    return count.clamp(min=1) if isinstance(count, torch.Tensor) else max(count, 1)
+KLController = FixedKLController | AdaptiveKLController
 
 
-def agg_loss(
-    loss_mat: torch.Tensor,
-    loss_mask: torch.Tensor,
-    loss_agg_mode: str,
-    dp_size: int = 1,
-    batch_num_tokens: Count | None = None,
-    global_batch_size: Count | None = None,
-) -> torch.Tensor:
-    """Token losses as one number.
-
-    - ``token-mean``: sum over trained tokens / number of trained tokens.
-    - ``seq-mean-token-sum``: the sum of each sequence, mean over sequences with a trained token.
-    - ``seq-mean-token-mean``: the mean of each sequence, mean over sequences with a trained token.
-
-    With the counts of the whole mini-batch (`count_trained`) the results of all micro-batches and ranks, added up and
-    divided by ``dp_size`` (data-parallel training averages gradients over ranks), are the value of the whole
-    mini-batch in one piece. Without counts they are taken from ``loss_mask``.
-
-    Args:
-        loss_mat: (B, R) loss of each token.
-        loss_mask: (B, R) 1 at trained tokens; anything may stand in ``loss_mat`` elsewhere.
-        loss_agg_mode: one of the three above.
-        dp_size: ranks whose gradients are averaged.
-        batch_num_tokens: trained tokens of the whole mini-batch over all ranks.
-        global_batch_size: sequences with a trained token, likewise.
-
-    Returns:
-        0-dim tensor; 0 where nothing is trained.
+def get_kl_controller(kl_ctrl: "KLControlConfig") -> KLController:
+    """The controller that ``algorithm.kl_ctrl`` describes.
 
     Raises:
-        ValueError: unknown mode, or several ranks without the count that the mode divides by.
+        ValueError: unknown type, or an adaptive one whose horizon or target is not positive.
     """
-    losses, trained = zero_outside_mask(loss_mat, loss_mask), loss_mask.bool()
-    local_tokens, local_sequences = count_trained(loss_mask)
-    if loss_agg_mode == "token-mean":
-        total, given, local, name = losses.sum(), batch_num_tokens, local_tokens, "batch_num_tokens"
-    elif loss_agg_mode in ("seq-mean-token-sum", "seq-mean-token-mean"):
-        per_sequence = losses.sum(dim=-1)
-        if loss_agg_mode == "seq-mean-token-mean":
-            per_sequence = per_sequence / trained.sum(dim=-1).clamp(min=1)
-        total, given, local, name = per_sequence.sum(), global_batch_size, local_sequences, "global_batch_size"
-    else:
-        raise ValueError(
-            f"loss_agg_mode={loss_agg_mode!r} is not one of token-mean, seq-mean-token-sum, seq-mean-token-mean"
-        )
-    if given is None and dp_size > 1:
-        raise ValueError(f"loss_agg_mode={loss_agg_mode!r} with dp_size={dp_size} needs {name} over all ranks")
-    return total / _at_least_one(local if given is None else given) * dp_size
-
-
-def compute_policy_loss_vanilla(
-    old_log_prob: torch.Tensor,
-    log_prob: torch.Tensor,
-    advantages: torch.Tensor,
-    response_mask: torch.Tensor,
-    loss_agg_mode: str = "token-mean",
-    config: PolicyLossConfig | None = None,
-    rollout_is_weights: torch.Tensor | None = None,
-    dp_size: int = 1,
-    batch_num_tokens: Count | None = None,
-    global_batch_size: Count | None = None,
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Clipped policy-gradient loss of PPO (arXiv:1707.06347) with dual clip (arXiv:1912.09729).
-
-    With ratio r = exp(log_prob - old_log_prob) the token loss is ``max(-A r, -A clip(r, 1 - low, 1 + high))``, and for
-    A < 0 at most ``-A c``.
-
-    Args:
-        old_log_prob, advantages: (B, R) log-probs of the policy that the advantages belong to, and these.
-        log_prob: (B, R) of the policy that is trained; gradients flow here.
-        response_mask: (B, R) 1 at trained tokens.
-        loss_agg_mode: see `agg_loss`, which also explains the last three arguments.
-        config: clip_ratio_low, clip_ratio_high, clip_ratio_c.
-        rollout_is_weights: (B, R) weight of each token, or None for 1.
-
-    Returns:
-        the loss, and detached 0-dim metrics that aggregate over micro-batches and ranks as the loss does, each a mean
-        over trained tokens: ``actor/pg_clipfrac`` and ``actor/pg_clipfrac_lower`` (shares of tokens that the clip and
-        the dual clip bind), ``actor/ppo_kl`` (k1 estimate of KL(old || new)).
-
-    Raises:
-        ValueError: no config, a missing clip bound, clip_ratio_c not above 1, or one of the two counts alone.
-    """
-    if config is None or config.clip_ratio_low is None or config.clip_ratio_high is None:
-        raise ValueError("the policy loss needs a config with actor.clip_ratio_low and actor.clip_ratio_high")
-    if config.clip_ratio_c <= 1.0:
-        raise ValueError(f"actor.clip_ratio_c={config.clip_ratio_c} must be above 1")
-    if (batch_num_tokens is None) != (global_batch_size is None):
-        raise ValueError("give batch_num_tokens and global_batch_size together, or neither")
-    # Selected before exp: an infinite ratio at a masked token would turn the gradient of `where` into 0 * inf = NaN.
-    log_ratio = zero_outside_mask(log_prob - old_log_prob, response_mask).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
-    advantages = zero_outside_mask(advantages, response_mask)
-    bounds = (1.0 - config.clip_ratio_low, 1.0 + config.clip_ratio_high)
-    losses, is_clipped, is_capped = _clipped_losses(log_ratio.exp(), advantages, bounds, config.clip_ratio_c)
-    if rollout_is_weights is not None:
-        losses = losses * zero_outside_mask(rollout_is_weights, response_mask)
-
-    def mean(values: torch.Tensor) -> torch.Tensor:
-        return agg_loss(values.detach(), response_mask, "token-mean", dp_size, batch_num_tokens)
-
-    metrics = {
-        "actor/pg_clipfrac": mean(is_clipped.float()),
-        "actor/pg_clipfrac_lower": mean(is_capped.float()),
-        "actor/ppo_kl": mean(-log_ratio),
-    }
-    loss = agg_loss(losses, response_mask, loss_agg_mode, dp_size, batch_num_tokens, global_batch_size)
-    return loss, metrics
-
-
-def _clipped_losses(
-    ratio: torch.Tensor, advantages: torch.Tensor, bounds: tuple[float, float], cap: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Token losses, where the clip binds, and where the dual clip does; all of the shape of ``ratio``."""
-    unclipped, clipped = -advantages * ratio, -advantages * ratio.clamp(*bounds)
-    pessimistic, ceiling = torch.maximum(unclipped, clipped), -advantages * cap
-    is_capped = (pessimistic > ceiling) & (advantages < 0)
-    return torch.where(is_capped, ceiling, pessimistic), clipped > unclipped, is_capped
-
-
-def kl_penalty(logprob: torch.Tensor, ref_logprob: torch.Tensor, kl_penalty: str) -> torch.Tensor:
-    """Per-token estimate of KL(policy || reference) from the log-probs of sampled tokens.
-
-    With d = logprob - ref_logprob: ``kl`` / ``k1`` is d, ``abs`` |d|, ``mse`` / ``k2`` d^2 / 2, ``low_var_kl`` / ``k3``
-    e^-d + d - 1, held within [-10, 10] (http://joschu.net/blog/kl-approx.html).
-
-    Args:
-        logprob: (...) log-probs of the policy.
-        ref_logprob: (...) log-probs of the reference.
-        kl_penalty: one of the names above.
-
-    Raises:
-        ValueError: another name; ``full`` needs whole distributions, which are never materialised.
-    """
-    difference = logprob - ref_logprob
-    match kl_penalty:
-        case "kl" | "k1":
-            return difference
-        case "abs":
-            return difference.abs()
-        case "mse" | "k2":
-            return 0.5 * difference.square()
-        case "low_var_kl" | "k3":
-            negative = (-difference).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
-            return (negative.exp() - negative - 1).clamp(-10.0, 10.0)
-    reason = "needs the whole distribution" if kl_penalty == "full" else "is unknown"
-    raise ValueError(f"kl_penalty={kl_penalty!r} {reason}; choose from kl (k1), abs, mse (k2), low_var_kl (k3)")
+    if kl_ctrl.type == "fixed":
+        return FixedKLController(kl_ctrl.kl_coef)
+    if kl_ctrl.type == "adaptive":
+        if kl_ctrl.horizon <= 0 or kl_ctrl.target_kl <= 0:
+            raise ValueError(
+                f"algorithm.kl_ctrl.horizon={kl_ctrl.horizon} and target_kl={kl_ctrl.target_kl} must be above 0"
+            )
+        return AdaptiveKLController(kl_ctrl.kl_coef, kl_ctrl.target_kl, kl_ctrl.horizon)
+    raise ValueError(f"algorithm.kl_ctrl.type={kl_ctrl.type!r} is not one of fixed, adaptive")

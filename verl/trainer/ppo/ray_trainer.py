@@ -31,8 +31,8 @@ from verl.trainer.checkpoint.saver import CheckpointSaver
 from verl.trainer.data import build_val_loader
 from verl.trainer.ppo.advantage import apply_kl_penalty, compute_advantage, compute_rollout_is_weights
 from verl.trainer.ppo.cluster_check import check_nodes
+from verl.trainer.ppo.core_algos import get_kl_controller
 from verl.trainer.ppo.guards import EngineGap, SkippedUpdates
-from verl.trainer.ppo.kl_control import get_kl_controller
 from verl.trainer.ppo.metric_utils import (
     compute_data_metrics,
     compute_throughout_metrics,

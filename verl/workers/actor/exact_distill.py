@@ -30,9 +30,9 @@ from verl.ops.linear_divergence import (
     DivergenceStats,
     linear_divergence,
 )
+from verl.ops.policy_loss import agg_loss, count_trained
 from verl.ops.teacher_log_probs import TeacherLogProbs
 from verl.protocol import DataProto
-from verl.trainer.ppo.core_algos import agg_loss, count_trained
 from verl.workers.actor.mini_batch_loss import temperature_of
 from verl.workers.actor.row_layout import MicroBatch, ScoredRows
 from verl.workers.actor.teachers import HIDDEN_STATE_HANDLES, TOP_TENSORS, ScoredPositions, Teacher

@@ -19,8 +19,8 @@ import torch.distributed as dist
 
 from verl.config import FSDPActorConfig
 from verl.ops.linear_log_prob import TokenStats
+from verl.ops.policy_loss import agg_loss, compute_policy_loss_vanilla, count_trained, kl_penalty
 from verl.protocol import DataProto
-from verl.trainer.ppo.core_algos import agg_loss, compute_policy_loss_vanilla, count_trained, kl_penalty
 from verl.workers.actor.row_layout import MicroBatch
 from verl.workers.fsdp.token_stats_model import ScoreOptions
 

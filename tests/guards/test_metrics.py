@@ -1,4 +1,4 @@
-"""Every figure that the code names stands in docs/figures.md, and nothing stands there that the code does not name.
+"""Every metric that the code names stands in docs/metrics.md, and nothing stands there that the code does not name.
 
 Found in the syntax tree, outside docstrings: strings ``family/name`` anywhere, f-strings that begin with ``family/``,
 names of stages that are timed, and the bare names that ``metric_utils`` puts a family in front of.
@@ -34,12 +34,12 @@ FAMILIES = (
     "prompt_length",
     "num_turns",
 )
-FIGURE = re.compile(rf"(?:{'|'.join(FAMILIES)})(?:/\w+)+")
+METRIC = re.compile(rf"(?:{'|'.join(FAMILIES)})(?:/\w+)+")
 BEGINNING = re.compile(rf"(?:{'|'.join(FAMILIES)})/[\w/]*")
 TIMERS, MEASURES = ("stage", "marked_timer"), ("_mean", "_summary")
 
 
-class Figure(NamedTuple):
+class Metric(NamedTuple):
     """A name as far as the source spells it: it begins with ``head`` and ends with ``tail``; without a head it is
     one of the parts between slashes.
     """
@@ -58,21 +58,21 @@ class Figure(NamedTuple):
         return begins and any(name.endswith(self.tail) for name in names)
 
 
-def figures_in(source: str, *, times: bool = False, has_bare_names: bool = False) -> set[Figure]:
-    """Figures that a module names; ``times``: as stages of a step too, ``has_bare_names``: without family too."""
-    found: set[Figure] = set()
+def figures_in(source: str, *, times: bool = False, has_bare_names: bool = False) -> set[Metric]:
+    """Metrics that a module names; ``times``: as stages of a step too, ``has_bare_names``: without family too."""
+    found: set[Metric] = set()
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and FIGURE.fullmatch(node.value):
-            found.add(Figure(node.value, "", True))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and METRIC.fullmatch(node.value):
+            found.add(Metric(node.value, "", True))
         elif isinstance(node, ast.JoinedStr):
             first, last = _text(node.values[0]), _text(node.values[-1])
             if BEGINNING.fullmatch(first):
-                found.add(Figure(first, last if len(node.values) > 1 else "", False))
+                found.add(Metric(first, last if len(node.values) > 1 else "", False))
         if times:
-            found |= {Figure(f"timing_s/{name}", "", True) for name in _first_arguments(node, TIMERS)}
+            found |= {Metric(f"timing_s/{name}", "", True) for name in _first_arguments(node, TIMERS)}
         if has_bare_names:
             names = {*_first_arguments(node, MEASURES), *_keys(node)}
-            found |= {Figure("", name, False) for name in names if name.isidentifier()}
+            found |= {Metric("", name, False) for name in names if name.isidentifier()}
     return found
 
 
@@ -93,9 +93,9 @@ def _keys(node: ast.AST) -> Iterator[str]:
         yield _text(node.slice)
 
 
-def named_by_the_code() -> dict[Figure, str]:
-    """Figures, and a file that names each."""
-    named: dict[Figure, str] = {}
+def named_by_the_code() -> dict[Metric, str]:
+    """Metrics, and a file that names each."""
+    named: dict[Metric, str] = {}
     modules = [*(REPO / "verl").rglob("*.py"), *(REPO / "recipe" / "onpolicy_distill").glob("*.py")]
     for path in modules:
         place = str(path.relative_to(REPO))
@@ -107,7 +107,7 @@ def named_by_the_code() -> dict[Figure, str]:
 
 def documented() -> set[str]:
     """Names in the first column of the tables; ``{a,b}`` in one stands for each."""
-    rows = [line for line in (REPO / "docs" / "figures.md").read_text("utf-8").splitlines() if line.startswith("| `")]
+    rows = [line for line in (REPO / "docs" / "metrics.md").read_text("utf-8").splitlines() if line.startswith("| `")]
     names = [name for row in rows for name in re.findall(r"`([^`]+)`", row.split("|")[1])]
     return {expanded for name in names for expanded in _expanded(name)}
 
@@ -123,10 +123,10 @@ def _expanded(name: str) -> list[str]:
 def test_every_figure_that_the_code_names_is_documented() -> None:
     named, names = named_by_the_code(), documented()
     # All ways of naming one are found: as it is, by its beginning, as a stage, and without its family.
-    assert Figure("actor/kl_loss", "", True) in named and Figure("reward_extra/", "", False) in named
-    assert Figure("timing_s/old_log_prob", "", True) in named and Figure("", "extend_mass", False) in named
-    missing = {f"{figure.head}...{figure.tail}": place for figure, place in named.items() if not figure.is_among(names)}
-    assert not missing, "add them to docs/figures.md"
+    assert Metric("actor/kl_loss", "", True) in named and Metric("reward_extra/", "", False) in named
+    assert Metric("timing_s/old_log_prob", "", True) in named and Metric("", "extend_mass", False) in named
+    missing = {f"{metric.head}...{metric.tail}": place for metric, place in named.items() if not metric.is_among(names)}
+    assert not missing, "add them to docs/metrics.md"
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_every_figure_that_the_code_names_is_documented() -> None:
 )
 def test_a_figure_that_is_not_documented_is_found(source: str) -> None:
     names = documented()
-    assert any(not figure.is_among(names) for figure in figures_in(source, times=True, has_bare_names=True))
+    assert any(not metric.is_among(names) for metric in figures_in(source, times=True, has_bare_names=True))
 
 
 def test_every_documented_figure_is_still_in_the_code() -> None:

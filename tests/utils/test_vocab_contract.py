@@ -58,7 +58,7 @@ def only_note(pair: Folders, start: int | str | None = "auto") -> str:
 def test_the_tiny_pair(pair: Folders) -> None:
     contract = contract_of(pair)
     assert contract.problems == ()
-    assert (contract.student_ids, contract.teacher_ids, contract.shared_ids) == (STUDENT_IDS, TEACHER_IDS, TEACHER_IDS)
+    assert (contract.student.ids, contract.teacher.ids, contract.shared_ids) == (STUDENT_IDS, TEACHER_IDS, TEACHER_IDS)
     assert contract.extend_start == contract.derived_start == TEACHER_IDS
     assert (contract.extended, contract.extended_ids) == (((329, 354),), 26)
     assert (contract.collisions, contract.beyond_teacher) == (((329, 339),), ((340, 354),))
@@ -78,7 +78,7 @@ def test_the_pair_of_the_quickstart(tmp_path: Path) -> None:
     teacher, student = build_tokenizers(tmp_path, ["sort", "add"], 4)
     contract = read_contract(str(student), str(teacher))
     assert contract.problems == ()
-    assert contract.extend_start == contract.teacher_ids
+    assert contract.extend_start == contract.teacher.ids
 
 
 @pytest.mark.parametrize(
@@ -177,16 +177,13 @@ def test_a_template_that_changes_ids(pair: Folders) -> None:
 
 
 def test_a_template_that_refuses_tools(pair: Folders) -> None:
-    edit_template(pair.teacher, "{%- if tools -%}", "{%- if tools -%}{{- raise_exception('no tools') -}}")
+    refuses = ("{%- if tools -%}", "{%- if tools -%}{{- raise_exception('no tools') -}}")
+    edit_template(pair.teacher, *refuses)
     problem = only_problem(pair)
     assert "the chat 'tools' (so do: tool result)" in problem
     assert "nothing (the template refuses it) for the teacher" in problem
-
-
-def test_a_template_that_both_refuse_is_no_difference(pair: Folders) -> None:
-    for folder in (pair.student, pair.teacher):
-        edit_template(folder, "{%- if tools -%}", "{%- if tools -%}{{- raise_exception('no tools') -}}")
-    assert contract_of(pair).problems == ()
+    edit_template(pair.student, *refuses)
+    assert contract_of(pair).problems == (), "a chat that both refuse is no difference"
 
 
 def test_a_template_that_changes_only_its_own_text(pair: Folders) -> None:
@@ -265,19 +262,17 @@ def test_a_teacher_that_knows_more(pair: Folders) -> None:
     assert any("the teacher names 26 ids that the student lacks (329-354" in note for note in contract.notes)
 
 
-def test_equal_tokens_with_other_merges(pair: Folders) -> None:
-    edit_tokenizer(pair.student, lambda tokenizer: tokenizer["model"]["merges"].pop())
-    problem = only_problem(pair)
-    assert problem.startswith("equal ids, but ")
-    assert "(different merges)" in problem
-
-
-def test_equal_tokens_with_another_normalizer(pair: Folders) -> None:
-    def change(tokenizer: dict[str, Any]) -> None:
-        tokenizer["normalizer"] = {"type": "Lowercase"}
-
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        (lambda tokenizer: tokenizer["model"]["merges"].pop(), "merges"),
+        (lambda tokenizer: tokenizer.update(normalizer={"type": "Lowercase"}), "normalizer"),
+    ],
+)
+def test_equal_tokens_that_cut_texts_differently(pair: Folders, change: Any, part: str) -> None:
     edit_tokenizer(pair.student, change)
-    assert "(different normalizer)" in only_problem(pair)
+    problem = only_problem(pair)
+    assert problem.startswith("equal ids, but ") and f"(different {part})" in problem
 
 
 def test_plain_text_that_becomes_extended_ids_is_noted(pair: Folders) -> None:

@@ -2,17 +2,16 @@
 
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
-from support.vocab_pairs import STUDENT_IDS, TEACHER_IDS, Folders, copy_pair, edit_tokenizer, write_configs, write_json
+from support.vocab_pairs import END, STUDENT_IDS, TEACHER_IDS, Folders, copy_pair, write_json
 
-from verl.utils.vocab.id_ranges import IdRange, count_ids, show_ranges, to_ranges
-from verl.utils.vocab.model_files import read_model_files
-from verl.utils.vocab.report import COLUMNS, LINES
 from verl.utils.vocab_contract import enforce, main, read_contract, render
+from verl.utils.vocab_models import IdRange, ModelVocabulary, count_ids, read_vocabulary, show_ranges, to_ranges
 
 
 @pytest.fixture
@@ -28,6 +27,12 @@ def model(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.fixture
+def read(tiny_tokenizers: tuple[Path, Path]) -> Callable[..., ModelVocabulary]:
+    """Read the files of a model whose tokenizer lies elsewhere and ends answers at END."""
+    return lambda model, **changes: read_vocabulary("student", str(model), str(tiny_tokenizers[1]), **changes)
+
+
 def rows(count: int) -> np.ndarray:
     return np.zeros((count, 2), dtype=np.float32)
 
@@ -41,13 +46,19 @@ def test_ranges() -> None:
     assert to_ranges([]) == ()
 
 
-def test_rows_of_a_single_file(model: Path) -> None:
+def test_rows_of_a_single_file(model: Path, read: Callable[..., ModelVocabulary]) -> None:
     save_file({"model.embed_tokens.weight": rows(12), "lm_head.weight": rows(12)}, model / "model.safetensors")
-    files = read_model_files(str(model))
-    assert (files.rows, files.rows_source, files.end_ids, files.problems, files.notes) == (12, "weights", (3,), (), ())
+    files = read(model)
+    assert (files.rows, files.rows_source, files.end_ids, files.problems, files.notes) == (
+        12,
+        "weights",
+        (END, 3),
+        (),
+        (),
+    )
 
 
-def test_rows_of_an_index(model: Path) -> None:
+def test_rows_of_an_index(model: Path, read: Callable[..., ModelVocabulary]) -> None:
     save_file(
         {"model.embed_tokens.weight": rows(12), "mtp.model.embed_tokens.weight": rows(5)}, model / "a.safetensors"
     )
@@ -55,50 +66,50 @@ def test_rows_of_an_index(model: Path) -> None:
     names = {"model.embed_tokens.weight": "a", "mtp.model.embed_tokens.weight": "a", "lm_head.weight": "b"}
     weight_map = {name: f"{file}.safetensors" for name, file in names.items()}
     write_json(model / "model.safetensors.index.json", {"weight_map": weight_map})
-    assert read_model_files(str(model)).rows == 12
+    assert read(model).rows == 12
     (model / "b.safetensors").unlink()
-    (problem,) = read_model_files(str(model)).problems
+    (problem,) = read(model).problems
     assert "a file of the weights is missing" in problem
 
 
-def test_weights_that_do_not_fit_the_config(model: Path) -> None:
+def test_weights_that_do_not_fit_the_config(model: Path, read: Callable[..., ModelVocabulary]) -> None:
     save_file({"model.embed_tokens.weight": rows(12), "lm_head.weight": rows(11)}, model / "model.safetensors")
-    files = read_model_files(str(model))
+    files = read(model)
     assert files.rows == 11
     assert files.problems == (
         f"{model}: lm_head.weight has 11 rows, and vocab_size=12 in config.json; correct config.json",
     )
 
 
-def test_truncated_weights(model: Path) -> None:
+def test_truncated_weights(model: Path, read: Callable[..., ModelVocabulary]) -> None:
     save_file({"model.embed_tokens.weight": rows(12)}, model / "model.safetensors")
     content = (model / "model.safetensors").read_bytes()
     (model / "model.safetensors").write_bytes(content[:-8])
-    files = read_model_files(str(model))
+    files = read(model)
     assert files.rows == 12
     assert "the weights cannot be read" in files.problems[0]
 
 
-def test_models_that_say_little(model: Path) -> None:
-    assert read_model_files(str(model)).notes == (
+def test_models_that_say_little(model: Path, read: Callable[..., ModelVocabulary]) -> None:
+    assert read(model).notes == (
         f"{model} holds no weights in safetensors format: its rows are taken from config.json",
     )
     write_json(model / "config.json", {"text_config": {"vocab_size": 7}})
-    assert read_model_files(str(model)).rows == 7
-    assert read_model_files(str(model), {"vocab_size": 9, "eos_token_id": [1, 2]}).end_ids == (1, 2)
+    assert read(model).rows == 7
+    assert read(model, overrides={"vocab_size": 9, "eos_token_id": [1, 2]}).end_ids == (END, 1, 2)
     (model / "config.json").unlink()
-    files = read_model_files(str(model))
+    files = read(model)
     assert (files.rows, files.end_ids) == (None, None)
     assert files.notes == (f"{model} holds no config.json: its embedding rows are unknown",)
 
 
-def test_broken_json_and_missing_folders(model: Path) -> None:
+def test_broken_json_and_missing_folders(model: Path, read: Callable[..., ModelVocabulary]) -> None:
     (model / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config.json is no JSON .*; copy the model again"):
-        read_model_files(str(model))
+        read(model)
     with pytest.raises(ValueError, match=r"the model folder '\./nowhere' does not exist"):
-        read_model_files("./nowhere")
-    assert read_model_files("owner/name").rows is None
+        read("./nowhere")
+    assert read("owner/name").rows is None
 
 
 def test_the_report(pair: Folders) -> None:
@@ -111,22 +122,6 @@ def test_the_report(pair: Folders) -> None:
     assert report["extended"] == "329-354: 26 ids that the teacher lacks"
     assert "            11 of them (329-339) fall on padded rows of the teacher, 15 lie past its last row" in lines
     assert report["threshold"].startswith("329 ")
-
-
-def test_a_report_with_many_problems_stays_on_a_screen(pair: Folders, tmp_path: Path) -> None:
-    write_configs(pair, 300, 300, 5)
-    edit_tokenizer(pair.student, lambda tokenizer: tokenizer["model"]["merges"].pop())
-    for folder in (pair.student, pair.teacher):
-        (folder / "chat_template.jinja").unlink()
-    write_json(pair.teacher / "generation_config.json", {"eos_token_id": [6, 7]})
-    contract = read_contract(str(pair.student), str(pair.teacher), 300)
-    lines = render(contract).splitlines()
-    assert len(lines) <= LINES
-    # A word is never cut, and the folder of a test may be a long one.
-    assert all(len(line) <= COLUMNS or str(tmp_path) in line for line in lines)
-    assert "more; --json names them all" in lines[-1]
-    assert "300, where 329 would fit" in "\n".join(lines)
-    assert len(contract.problems) == 6
 
 
 def test_the_command_line(pair: Folders, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""The entry point settles the vocabulary before anything reads the threshold."""
+"""The entry point resolves the vocabulary before anything reads the threshold."""
 
 import json
 import logging
@@ -75,7 +75,7 @@ def test_a_tokenizer_beside_the_model(tiny_pair: "Pair", tiny_tokenizers: tuple[
         f"actor_rollout_ref.ref.model.tokenizer_path={teacher}",
     )
     contract = resolve_vocabulary(config)
-    assert contract is not None and (contract.student.tokenizer, contract.teacher.tokenizer) == (
+    assert contract is not None and (contract.student.tokenizer_path, contract.teacher.tokenizer_path) == (
         str(student),
         str(teacher),
     )

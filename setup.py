@@ -34,7 +34,7 @@ setup(
     package_data={
         "verl.trainer.config": ["*.yaml"],
         "verl.utils": ["*.json"],
-        "recipe.onpolicy_distill": ["config/*.yaml", "*.sh"],
+        "recipe.onpolicy_distill": ["config/*.yaml", "*.sh", "*.jinja"],
         "recipe.onpolicy_distill.quickstart": ["*.html"],
     },
     install_requires=requirements("base"),

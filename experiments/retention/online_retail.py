@@ -16,9 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from recipe.onpolicy_distill.quickstart.cache import cached_folder, file_digest
-from recipe.onpolicy_distill.quickstart.catalogue import ITEM_BEGIN, ITEM_END, code_token
 from recipe.onpolicy_distill.quickstart.general_tasks import TASKS, draw_problem
 from recipe.onpolicy_distill.quickstart.world import Chat, World, write_chats
+from verl.utils.dataset.items import ITEM_BEGIN, ITEM_END, code_token
 from verl.utils.tokenizer import hf_tokenizer
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -139,7 +139,7 @@ def _catalogue(data: Path, items: int) -> dict[int, dict[str, Any]]:
 
 
 def _text(item: dict[str, Any]) -> str:
-    codes = "".join(code_token(level, code) for level, code in zip("abc", item["sid"], strict=True))
+    codes = "".join(code_token(level, code) for level, code in enumerate(item["sid"]))
     return ITEM_BEGIN + codes + ITEM_END
 
 

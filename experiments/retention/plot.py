@@ -1,4 +1,4 @@
-"""The table as a picture: a line per variant, a dot per figure, a whisker of one standard deviation.
+"""The table as a picture: a line per variant, a dot per metric, a whisker of one standard deviation.
 
 In: the groups of `table`. Out: SVG text that needs nothing else, readable on light and dark pages.
 """
@@ -14,7 +14,7 @@ DOTS = {
     "recall_1_kept": ("R@1 kept", "#d62728"),
     "free_kept": ("unconstrained items kept", "#e8a33d"),
 }
-"""Figures that are shown, with label and colour; all are shares."""
+"""Metrics that are shown, with label and colour; all are shares."""
 
 WIDTH, LABELS, RIGHT = 760, 250, 24
 ROW, HEAD, FOOT = 22, 58, 34
@@ -68,9 +68,9 @@ def _panel(group: Group, summaries: Sequence[Summary], top: int) -> str:
 def _line(summary: Summary, y: float) -> str:
     parts = [f'<text class="end" x="{LABELS - 12}" y="{y + 4:.1f}">{escape(VARIANTS[summary.variant].label)}</text>']
     for number, (column, (label, colour)) in enumerate(DOTS.items()):
-        if column in summary.figures:
-            # Side by side, so that equal figures stay in sight.
-            parts.append(_dot(summary.figures[column], y + 3.5 * (number - 1), label, colour))
+        if column in summary.metrics:
+            # Side by side, so that equal metrics stay in sight.
+            parts.append(_dot(summary.metrics[column], y + 3.5 * (number - 1), label, colour))
     return "".join(parts)
 
 
@@ -81,8 +81,8 @@ def _dot(spread: Spread, y: float, label: str, colour: str) -> str:
         whisker = (
             f'<line x1="{left:.1f}" x2="{right:.1f}" y1="{y:.1f}" y2="{y:.1f}" stroke="{colour}" stroke-width="1.5"/>'
         )
-    said = f"{label}: {spread.mean:.1%}" + (f" ± {deviation:.1%}" if deviation else "")
+    text = f"{label}: {spread.mean:.1%}" + (f" ± {deviation:.1%}" if deviation else "")
     dot = (
-        f'<circle cx="{_x(spread.mean):.1f}" cy="{y:.1f}" r="4" fill="{colour}"><title>{escape(said)}</title></circle>'
+        f'<circle cx="{_x(spread.mean):.1f}" cy="{y:.1f}" r="4" fill="{colour}"><title>{escape(text)}</title></circle>'
     )
     return whisker + dot

@@ -18,7 +18,7 @@ from recipe.onpolicy_distill.quickstart import cache as cache_folders
 DONE, FAILED = "done", "failed"
 
 Record = dict[str, Any]
-"""``run`` (fields of `Run`), ``settings``, ``status``; ``message`` of a failed run; else ``figures`` (of ``evaluate``),
+"""``run`` (fields of `Run`), ``settings``, ``status``; ``message`` of a failed run; else ``metrics`` (of ``evaluate``),
 ``curve`` (pairs of step and general accuracy), ``steps`` and ``seconds`` of training."""
 
 

@@ -41,17 +41,17 @@ def execute(run: Run, out: Path) -> Record:
     """
     prepared = prepare(run.world, run.student_seed, out / "cache")
     if run.variant == TEACHER:
-        return record_of(run, DONE, figures=scoreboard(prepared, prepared.teacher, rec=False))
+        return record_of(run, DONE, metrics=scoreboard(prepared, prepared.teacher, rec=False))
     if run.variant == BEFORE:
-        return record_of(run, DONE, figures=scoreboard(prepared, prepared.student))
+        return record_of(run, DONE, metrics=scoreboard(prepared, prepared.student))
     folder = out / "runs" / run.name
     shutil.rmtree(folder, ignore_errors=True)
     train(run, prepared, folder, out / "cache" / "data")
     steps, seconds, curve = read_curve(folder / "metrics.jsonl")
     checkpoint = folder / f"global_step_{steps}"
-    figures = scoreboard(prepared, checkpoint / "actor" / "huggingface")
+    metrics = scoreboard(prepared, checkpoint / "actor" / "huggingface")
     shutil.rmtree(checkpoint)
-    return record_of(run, DONE, figures=figures, curve=curve, steps=steps, seconds=seconds)
+    return record_of(run, DONE, metrics=metrics, curve=curve, steps=steps, seconds=seconds)
 
 
 def train(run: Run, prepared: Prepared, folder: Path, data_cache: Path) -> None:
@@ -133,7 +133,7 @@ def read_curve(path: Path) -> tuple[int, float, list[tuple[int, float]]]:
 
 
 def scoreboard(prepared: Prepared, model: Path, *, rec: bool = True) -> dict[str, Any]:
-    """The figures of ``evaluate`` for one model; without recommendation where it has no item tokens."""
+    """The metrics of ``evaluate`` for one model; without recommendation where it has no item tokens."""
     world = prepared.world
     config = EvaluationConfig(
         model=str(model),
@@ -148,4 +148,4 @@ def scoreboard(prepared: Prepared, model: Path, *, rec: bool = True) -> dict[str
         max_new_tokens=prepared.max_answer_tokens,
         rollout={"max_num_seqs": ENGINE_ROWS},
     )
-    return evaluate(config).figures
+    return evaluate(config).metrics

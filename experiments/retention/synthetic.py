@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 
 from experiments.retention.variants import CODES, ITEMS
 from recipe.onpolicy_distill.quickstart.cache import cached_folder, file_digest
-from recipe.onpolicy_distill.quickstart.catalogue import ITEM_BEGIN, ITEM_END, code_token
 from recipe.onpolicy_distill.quickstart.world import Chat, World, write_chats
+from verl.utils.dataset.items import ITEM_BEGIN, ITEM_END, code_token
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def synthetic_prompts(world: World, shape: PromptShape, folder: Path) -> dict[st
         levels = range(shape.codes_per_level)
 
         def random_codes() -> str:
-            return ITEM_BEGIN + "".join(code_token(level, random.choice(levels)) for level in "abc") + ITEM_END
+            return ITEM_BEGIN + "".join(code_token(level, random.choice(levels)) for level in range(3)) + ITEM_END
 
         for name, draw in ((ITEMS, lambda: random.choice(items)), (CODES, random_codes)):
             write_chats(target / f"{name}.parquet", [_prompt(draw, random, shape) for _ in range(shape.prompts)])

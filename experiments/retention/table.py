@@ -21,7 +21,7 @@ KEPT = {
     "free_kept": "free_rate",
     "text_kept": "rec_text_accuracy",
 }
-"""Figures shown as a share of what they were, and what ``evaluate`` calls them."""
+"""Metrics shown as a share of what they were, and what ``evaluate`` calls them."""
 AS_THEY_ARE = {"general": "general_accuracy", "item_mass": "extend_mass", "leak": "leak_rate"}
 COLUMNS = {
     "general": "general accuracy",
@@ -58,7 +58,7 @@ class Summary:
     students: tuple[int, ...]
     """Seeds of the students it ran on."""
     runs: int
-    figures: dict[str, Spread]
+    metrics: dict[str, Spread]
     """By the keys of `COLUMNS`, and ``steps`` and ``seconds`` of training."""
     steps_to_recover: Spread | None
     """Steps until RECOVERED of the teacher's accuracy, over the runs that got there."""
@@ -100,7 +100,7 @@ def summarise(records: Sequence[Record]) -> list[Group]:
     """
     records = [record for record in records if _is_current(record)]
     starts = {
-        (run.world, run.student_seed, run.variant): record["figures"]
+        (run.world, run.student_seed, run.variant): record["metrics"]
         for record in records
         if (run := run_of(record)).is_measurement and record["status"] == DONE
     }
@@ -152,7 +152,7 @@ def _summary(
     for run, record in done:
         before = starts[world, run.student_seed, BEFORE]
         teacher = starts[world, run.student_seed, TEACHER]["general_accuracy"]
-        for column, value in _figures(record, before).items():
+        for column, value in _columns_of(record, before).items():
             values.setdefault(column, []).append(value)
         reached.append(steps_to_recover(record["curve"], teacher))
     got_there = [step for step in reached if step is not None]
@@ -169,12 +169,12 @@ def _summary(
     )
 
 
-def _figures(record: Record, before: dict[str, float]) -> dict[str, float]:
-    """What one run adds to the columns; a figure that was 0 before cannot be kept."""
-    after = record["figures"]
-    figures = {column: after[name] for column, name in AS_THEY_ARE.items() if name in after}
-    figures |= {column: after[name] / before[name] for column, name in KEPT.items() if before.get(name)}
-    return figures | {"steps": record["steps"], "seconds": record["seconds"]}
+def _columns_of(record: Record, before: dict[str, float]) -> dict[str, float]:
+    """What one run adds to the columns; a metric that was 0 before cannot be kept."""
+    after = record["metrics"]
+    metrics = {column: after[name] for column, name in AS_THEY_ARE.items() if name in after}
+    metrics |= {column: after[name] / before[name] for column, name in KEPT.items() if before.get(name)}
+    return metrics | {"steps": record["steps"], "seconds": record["seconds"]}
 
 
 # ---------------------------------------------------------------------- text
@@ -205,9 +205,9 @@ def _start_text(start: Start) -> str:
 def _row(summary: Summary) -> list[str]:
     cells = [VARIANTS[summary.variant].label, str(summary.runs)]
     for column in COLUMNS:
-        spread = summary.figures.get(column)
+        spread = summary.metrics.get(column)
         cells.append("–" if spread is None else _shown(spread, percent=column in KEPT))
-    return [*cells, _recovery(summary), *(_whole(summary.figures.get(name)) for name in ("steps", "seconds"))]
+    return [*cells, _recovery(summary), *(_whole(summary.metrics.get(name)) for name in ("steps", "seconds"))]
 
 
 def _recovery(summary: Summary) -> str:

@@ -6,8 +6,8 @@
         --general GENERAL.parquet --rec REC.parquet --catalogue PID2SID.parquet --out FILE.json
 
 In:  a model folder; prompts with their answers, general ones and recommendation ones, either may be left out; the
-catalogue of items; the teacher. Out: a dict of figures, on the console and as JSON, and a few sampled answers token by
-token. A figure that does not apply (recall of a model without item tokens, say) is left out.
+catalogue of items; the teacher. Out: a dict of metrics, on the console and as JSON, and a few sampled answers token by
+token. What does not apply (recall of a model without item tokens, say) is left out.
 
     general_accuracy, general_accuracy_by_task    share of greedy answers that are exactly the one wanted
     rec_recall (at 5), rec_recall_at_{1,10}       mean share of a user's items among the k most likely of the catalogue
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from recipe.onpolicy_distill.scoreboard.items import ItemTrie
-    from recipe.onpolicy_distill.scoreboard.metrics import Answered
+    from recipe.onpolicy_distill.scoreboard.measures import Answered
     from recipe.onpolicy_distill.scoreboard.questions import Question
     from recipe.onpolicy_distill.scoreboard.ranking import Ranking
 
@@ -101,7 +101,7 @@ class EvaluationConfig:
 class Evaluation:
     """The outcome."""
 
-    figures: dict[str, Any]
+    metrics: dict[str, Any]
     """See the module; every value is a number or a dict of numbers."""
     samples: list[dict[str, Any]]
     """Sampled answers: ``uuid``, ``source``, ``prompt``, ``wanted``, ``exact`` (of the greedy answer) and ``tokens``
@@ -146,17 +146,17 @@ def evaluate(config: EvaluationConfig) -> Evaluation:
         device, tokenizer = get_device_name(config.device), hf_tokenizer(config.model)
         questions = _read(config, tokenizer)
         answers = asyncio.run(_ask(config, questions, tokenizer, device, timing))
-        figures = _judge(questions, answers)
+        metrics = _measure(questions, answers)
         samples: list[dict[str, Any]] = []
         if questions.general:
             with marked_timer("scored", timing):
                 scored, samples = _score(config, questions, answers, tokenizer, device)
-            figures |= scored
-    figures["rows"] = {name: len(rows) for name, rows in zip(questions._fields, questions[:3], strict=False)}
-    figures["requests"] = answers.requests
-    figures["seconds"] = round(timing.pop("total"), 2)
-    figures["seconds_by_phase"] = {phase: round(seconds, 2) for phase, seconds in timing.items()}
-    return Evaluation(figures, samples)
+            metrics |= scored
+    metrics["rows"] = {name: len(rows) for name, rows in zip(questions._fields, questions[:3], strict=False)}
+    metrics["requests"] = answers.requests
+    metrics["seconds"] = round(timing.pop("total"), 2)
+    metrics["seconds_by_phase"] = {phase: round(seconds, 2) for phase, seconds in timing.items()}
+    return Evaluation(metrics, samples)
 
 
 def _read(config: EvaluationConfig, tokenizer: "PreTrainedTokenizerBase") -> _Questions:
@@ -195,7 +195,7 @@ async def _ask(
 ) -> _Answers:
     """Everything that is generated, by one engine."""
     from recipe.onpolicy_distill.scoreboard.answers import Answerer
-    from recipe.onpolicy_distill.scoreboard.metrics import KS
+    from recipe.onpolicy_distill.scoreboard.measures import KS
 
     settings: dict[str, Any] = {
         "name": config.engine,
@@ -221,27 +221,27 @@ async def _ask(
     return _Answers(texts[:first], texts[first:second], texts[second:], sampled, rankings, answerer.requests)
 
 
-def _judge(questions: _Questions, answers: _Answers) -> dict[str, Any]:
-    """Figures of the answers alone."""
-    from recipe.onpolicy_distill.scoreboard import metrics
+def _measure(questions: _Questions, answers: _Answers) -> dict[str, Any]:
+    """Metrics of the answers alone."""
+    from recipe.onpolicy_distill.scoreboard import measures
 
     targets = [question.targets for question in questions.ranked]
     lists = [[item for item, _ in ranking.items] for ranking in answers.rankings]
-    figures: dict[str, Any] = {
-        **metrics.accuracy_figures("general_", _answered(questions.general, answers.general)),
-        **metrics.ranking_figures(lists, targets),
-        **metrics.accuracy_figures("rec_text_", _answered(questions.rec_text, answers.rec_text)),
+    metrics: dict[str, Any] = {
+        **measures.accuracy_metrics("general_", _answered(questions.general, answers.general)),
+        **measures.ranking_metrics(lists, targets),
+        **measures.accuracy_metrics("rec_text_", _answered(questions.rec_text, answers.rec_text)),
     }
     if questions.ranked and questions.trie is not None:
         sources = [question.source for question in questions.ranked]
-        figures["rec_recall_by_task"] = metrics.recall_by_task(lists, targets, sources)
-        figures["rec_exact_rankings"] = sum(ranking.exact for ranking in answers.rankings) / len(lists)
-        figures |= metrics.free_figures(answers.ranked, targets, questions.trie)
-    return figures
+        metrics["rec_recall_by_task"] = measures.recall_by_task(lists, targets, sources)
+        metrics["rec_exact_rankings"] = sum(ranking.exact for ranking in answers.rankings) / len(lists)
+        metrics |= measures.free_metrics(answers.ranked, targets, questions.trie)
+    return metrics
 
 
 def _answered(questions: "list[Question]", texts: list[str]) -> "list[Answered]":
-    from recipe.onpolicy_distill.scoreboard.metrics import Answered
+    from recipe.onpolicy_distill.scoreboard.measures import Answered
 
     return [Answered(q.source, text, q.wanted) for q, text in zip(questions, texts, strict=True)]
 
@@ -253,9 +253,9 @@ def _score(
     tokenizer: "PreTrainedTokenizerBase",
     device: str,
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """Figures of the sampled answers as distillation sees them, and some of them token by token."""
+    """Metrics of the sampled answers as distillation sees them, and some of them token by token."""
     from recipe.onpolicy_distill.scoreboard import scoring
-    from recipe.onpolicy_distill.scoreboard.metrics import is_exact, one_of_each_in_turn
+    from recipe.onpolicy_distill.scoreboard.measures import is_exact, one_of_each_in_turn
 
     settings = scoring.ScoringConfig(
         model=config.model,
@@ -280,13 +280,13 @@ def _score(
         }
         for row in chosen
     ]
-    return scoring.distillation_figures(batch, config.extend_vocab_start_token is not None), samples
+    return scoring.distillation_metrics(batch, config.extend_vocab_start_token is not None), samples
 
 
-def figures_table(figures: Mapping[str, Any]) -> str:
-    """The figures in two columns, dicts below their own line."""
+def metrics_table(metrics: Mapping[str, Any]) -> str:
+    """The metrics in two columns, dicts below their own line."""
     lines = []
-    for name, value in figures.items():
+    for name, value in metrics.items():
         if isinstance(value, Mapping):
             lines.append(name)
             lines += [f"  {key:32} {_shown(number)}" for key, number in value.items()]
@@ -320,7 +320,7 @@ def _parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=24, help="answers to keep token by token; default: %(default)s")
     for name, what in (("chat-template-kwargs", "of the chat template"), ("rollout", "of actor_rollout_ref.rollout")):
         parser.add_argument(f"--{name}", type=json.loads, default={}, metavar="JSON", help=f"further settings {what}")
-    parser.add_argument("--out", type=Path, help="JSON file for the figures")
+    parser.add_argument("--out", type=Path, help="JSON file for the metrics")
     parser.add_argument("--samples-out", type=Path, help="JSON file for the sampled answers")
     return parser.parse_args(argv)
 
@@ -333,11 +333,11 @@ def main(argv: list[str] | None = None) -> None:
         evaluation = evaluate(EvaluationConfig(**arguments))
     except ValueError as error:
         sys.exit(f"error: {error}")
-    for path, content in zip(outputs, (evaluation.figures, evaluation.samples), strict=True):
+    for path, content in zip(outputs, (evaluation.metrics, evaluation.samples), strict=True):
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    print(figures_table(evaluation.figures))
+    print(metrics_table(evaluation.metrics))
 
 
 if __name__ == "__main__":

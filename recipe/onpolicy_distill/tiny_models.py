@@ -27,6 +27,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -91,7 +92,15 @@ def build_tiny_models(
     known = len(teacher_tok)
     teacher_rows = _row_count("--teacher-rows", config.teacher_rows, known, _round_up(known + MIN_TEACHER_PADDING, 128))
     student_rows = _row_count("--student-rows", config.student_rows, len(student_tok), _round_up(len(student_tok), 256))
-    teacher, student = _new_model(config, teacher_rows, teacher_tok), _new_model(config, student_rows, student_tok)
+    shape: dict[str, Any] = {
+        "hidden": config.hidden,
+        "layers": config.layers,
+        "heads": config.hidden // HEAD_DIM,
+        "tied": config.tied,
+        "max_position_embeddings": 40960,
+    }
+    teacher = new_model(teacher_tok, rows=teacher_rows, **shape)
+    student = new_model(student_tok, rows=student_rows, **shape)
     _fill_teacher(teacher, config, known)
     _fill_student(student, teacher, config, known)
     folders = Path(out_dir) / "teacher", Path(out_dir) / "student"
@@ -121,26 +130,27 @@ def _check_extends(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenize
             )
 
 
-def _new_model(config: TinyPairConfig, rows: int, tokenizer: PreTrainedTokenizerBase) -> Qwen3ForCausalLM:
-    heads = config.hidden // HEAD_DIM
+def new_model(
+    tokenizer: PreTrainedTokenizerBase, *, rows: int, hidden: int, layers: int, heads: int, tied: bool, **more: Any
+) -> Qwen3ForCausalLM:
+    """A small Qwen3 with fresh weights; ``more`` are further entries of its config."""
     pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
-    model = Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=rows,
-            hidden_size=config.hidden,
-            intermediate_size=3 * config.hidden,
-            num_hidden_layers=config.layers,
-            num_attention_heads=heads,
-            num_key_value_heads=heads // 2,
-            head_dim=HEAD_DIM,
-            max_position_embeddings=40960,
-            tie_word_embeddings=config.tied,
-            bos_token_id=None,
-            eos_token_id=eos,
-            pad_token_id=pad,
-            dtype="float32",
-        )
+    config = Qwen3Config(
+        vocab_size=rows,
+        hidden_size=hidden,
+        intermediate_size=3 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads // 2,
+        head_dim=HEAD_DIM,
+        tie_word_embeddings=tied,
+        bos_token_id=None,
+        eos_token_id=eos,
+        pad_token_id=pad,
+        dtype="float32",
+        **more,
     )
+    model = Qwen3ForCausalLM(config)
     # Qwen ends an answer at either of the two; the first is the tokenizer's own.
     model.generation_config = GenerationConfig(eos_token_id=list(dict.fromkeys((eos, pad))), pad_token_id=pad)
     return model

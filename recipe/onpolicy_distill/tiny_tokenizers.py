@@ -28,43 +28,7 @@ ITEM_TOKENS = (
     "<|sid_end|>",
 )
 
-CHAT_TEMPLATE = """\
-{%- macro text_of(content) -%}
-  {%- if content is string -%}{{- content -}}
-  {%- elif content is mapping -%}{{- content.text -}}
-  {%- elif content -%}{%- for part in content -%}{{- part if part is string else part.text -}}{%- endfor -%}
-  {%- endif -%}
-{%- endmacro -%}
-{%- if tools -%}
-  {{- '<|im_start|>system\\n' -}}
-  {%- if messages[0].role == 'system' -%}{{- text_of(messages[0].content) + '\\n' -}}{%- endif -%}
-  {{- 'tools:' -}}
-  {%- for tool in tools -%}{{- '\\n' + (tool | tojson) -}}{%- endfor -%}
-  {{- '<|im_end|>\\n' -}}
-{%- endif -%}
-{%- for message in messages -%}
-  {%- if message.role == 'system' and loop.first and tools -%}
-  {%- elif message.role in ['system', 'user'] -%}
-    {{- '<|im_start|>' + message.role + '\\n' + text_of(message.content) + '<|im_end|>\\n' -}}
-  {%- elif message.role == 'assistant' -%}
-    {{- '<|im_start|>assistant\\n' + text_of(message.content) -}}
-    {%- for call in message.tool_calls or [] -%}
-      {{- '\\n<tool_call>\\n' + ((call.function or call) | tojson) + '\\n</tool_call>' -}}
-    {%- endfor -%}
-    {{- '<|im_end|>\\n' -}}
-  {%- elif message.role == 'tool' -%}
-    {%- if loop.first or messages[loop.index0 - 1].role != 'tool' -%}{{- '<|im_start|>user' -}}{%- endif -%}
-    {{- '\\n<tool_response>\\n' + text_of(message.content) + '\\n</tool_response>' -}}
-    {%- if loop.last or messages[loop.index0 + 1].role != 'tool' -%}{{- '<|im_end|>\\n' -}}{%- endif -%}
-  {%- else -%}
-    {{- raise_exception('unknown role ' + (message.role | string)) -}}
-  {%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-  {{- '<|im_start|>assistant\\n' -}}
-  {%- if enable_thinking is defined and enable_thinking is false -%}{{- '<think>\\n\\n</think>\\n\\n' -}}{%- endif -%}
-{%- endif -%}
-"""
+CHAT_TEMPLATE = Path(__file__).with_name("tiny_chat_template.jinja").read_text(encoding="utf-8")
 
 
 def build_tiny_tokenizers(out_dir: str | Path) -> tuple[Path, Path]:

@@ -71,17 +71,17 @@ def test_made_up_prompts_are_like_the_recommenders_and_nobodys(prepared: Prepare
         assert set(histories) == {4}
 
 
-def test_a_run_trains_and_measures_and_leaves_its_figures(small: Prepared, tmp_path: Path) -> None:
+def test_a_run_trains_and_measures_and_leaves_its_metrics(small: Prepared, tmp_path: Path) -> None:
     record = execute(Run("quickstart", 0, "exact-self-items", 0, steps=2), tmp_path)
     assert (record["status"], record["steps"]) == (DONE, 2)
     assert [step for step, _ in record["curve"]] == [0, 2]
     # The trainer's own validation and the scoreboard ask the same model the same questions.
-    assert record["curve"][-1][1] == pytest.approx(record["figures"]["general_accuracy"])
-    assert record["seconds"] > 0 and {"rec_recall", "free_rate", "leak_rate"} <= set(record["figures"])
+    assert record["curve"][-1][1] == pytest.approx(record["metrics"]["general_accuracy"])
+    assert record["seconds"] > 0 and {"rec_recall", "free_rate", "leak_rate"} <= set(record["metrics"])
     folder = tmp_path / "runs" / "quickstart-student0-exact-self-items-seed0-2steps"
     assert (folder / "metrics.jsonl").is_file() and not list(folder.glob("global_step_*"))
-    before = execute(Run("quickstart", 0, "before"), tmp_path)["figures"]
-    assert before["reverse_kl"] != record["figures"]["reverse_kl"], "it was trained"
+    before = execute(Run("quickstart", 0, "before"), tmp_path)["metrics"]
+    assert before["reverse_kl"] != record["metrics"]["reverse_kl"], "it was trained"
 
 
 def test_a_run_of_some_seconds_ends_with_the_step_that_passes_them(small: Prepared, tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ def test_the_scoreboard_is_that_of_evaluate(prepared: Prepared) -> None:
         max_prompt_length=64,
         max_new_tokens=12,
     )
-    expected = evaluate(plain).figures
-    figures = scoreboard(prepared, prepared.student)
-    for figure in expected.keys() - {*CLOCK}:
-        assert figures[figure] == pytest.approx(expected[figure], rel=1e-4), figure
+    expected = evaluate(plain).metrics
+    metrics = scoreboard(prepared, prepared.student)
+    for metric in expected.keys() - {*CLOCK}:
+        assert metrics[metric] == pytest.approx(expected[metric], rel=1e-4), metric

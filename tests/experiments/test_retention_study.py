@@ -40,7 +40,7 @@ class Fake:
         self.made.append(run)
         if run.variant in self.fails:
             return record_of(run, FAILED, message="ValueError: no such key\nmore of it")
-        return record_of(run, DONE, figures={})
+        return record_of(run, DONE, metrics={})
 
     def stop(self) -> None:
         self.stops += 1
@@ -93,7 +93,7 @@ def test_nothing_is_distilled_of_a_student_that_could_not_be_made(tmp_path: Path
 
 def test_results_with_other_settings_or_lengths_are_not_taken_for_these(tmp_path: Path) -> None:
     run = Run("quickstart", 0, "exact", 0, steps=5)
-    other = record_of(run, DONE, figures={})
+    other = record_of(run, DONE, metrics={})
     other["settings"] |= {"actor_rollout_ref.actor.optim.lr": 1.0}
     assert runs_to_do([run], [other]) == [run]
     assert runs_to_do([run], [record_of(Run("quickstart", 0, "exact", 0, steps=6), DONE)]) == [run]
@@ -101,7 +101,7 @@ def test_results_with_other_settings_or_lengths_are_not_taken_for_these(tmp_path
 
 
 def test_results_of_other_models_are_not_taken_for_these(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    records = [record_of(run, DONE, figures={}) for run in ALL]
+    records = [record_of(run, DONE, metrics={}) for run in ALL]
     assert runs_to_do(ALL, records) == []
     monkeypatch.setattr("experiments.retention.results.makers_digest", lambda: "of another source text")
     assert runs_to_do(ALL, records) == ALL

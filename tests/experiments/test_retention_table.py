@@ -21,16 +21,16 @@ BEFORE: dict[str, float] = {
 
 
 def trained(student: int, seed: int, recall: float, curve: list[list[float]], variant: str = "exact") -> Record:
-    figures = BEFORE | {"general_accuracy": curve[-1][1], "rec_recall_at_1": recall, "extend_mass": 4e-4 * (1 + seed)}
+    metrics = BEFORE | {"general_accuracy": curve[-1][1], "rec_recall_at_1": recall, "extend_mass": 4e-4 * (1 + seed)}
     run = Run("quickstart", student, variant, seed, steps=20)
-    return record_of(run, DONE, figures=figures, curve=curve, steps=20, seconds=10.0 + seed)
+    return record_of(run, DONE, metrics=metrics, curve=curve, steps=20, seconds=10.0 + seed)
 
 
 @pytest.fixture
 def records() -> list[Record]:
     starts: list[tuple[int, float, dict[str, Any]]] = [(0, 1.0, BEFORE), (1, 0.8, BEFORE | {"rec_recall_at_1": 0.25})]
-    measured = [record_of(Run("quickstart", s, "teacher"), DONE, figures={"general_accuracy": t}) for s, t, _ in starts]
-    measured += [record_of(Run("quickstart", s, "before"), DONE, figures=figures) for s, _, figures in starts]
+    measured = [record_of(Run("quickstart", s, "teacher"), DONE, metrics={"general_accuracy": t}) for s, t, _ in starts]
+    measured += [record_of(Run("quickstart", s, "before"), DONE, metrics=metrics) for s, _, metrics in starts]
     return [
         *measured,
         trained(0, 0, 0.5, [[0, 0.1], [10, 0.96], [20, 0.9]]),  # at 95% of 1.0 after 10 steps, though not at the end
@@ -56,18 +56,18 @@ def test_each_run_is_compared_with_its_own_student_and_teacher(records: list[Rec
     assert (overall.students, first.students, second.students) == ((0, 1), (0,), (1,))
     assert summary.runs == 3
     # 0.5/0.5, 0.4/0.5 and 0.25/0.25
-    assert summary.figures["recall_1_kept"].mean == pytest.approx((1.0 + 0.8 + 1.0) / 3)
-    assert summary.figures["recall_1_kept"].deviation == pytest.approx(0.2 / 3**0.5)
-    assert summary.figures["recall_5_kept"] == Spread(1.0, 0.0)
-    assert summary.figures["item_mass"].mean == pytest.approx(4e-4 * 4 / 3)
-    assert "text_kept" not in summary.figures, "what was 0 before cannot be kept"
+    assert summary.metrics["recall_1_kept"].mean == pytest.approx((1.0 + 0.8 + 1.0) / 3)
+    assert summary.metrics["recall_1_kept"].deviation == pytest.approx(0.2 / 3**0.5)
+    assert summary.metrics["recall_5_kept"] == Spread(1.0, 0.0)
+    assert summary.metrics["item_mass"].mean == pytest.approx(4e-4 * 4 / 3)
+    assert "text_kept" not in summary.metrics, "what was 0 before cannot be kept"
     assert (summary.recovered, summary.steps_to_recover) == (2, Spread(15.0, pytest.approx(50**0.5)))
     assert overall.start.teacher.mean == pytest.approx(0.9)
     assert overall.start.before["rec_recall_at_1"].mean == pytest.approx(0.375)
-    assert second.summaries[0].figures["general"] == Spread(0.76, None)
+    assert second.summaries[0].metrics["general"] == Spread(0.76, None)
 
 
-def test_the_text_has_every_figure_and_what_did_not_run(records: list[Record]) -> None:
+def test_the_text_has_every_metric_and_what_did_not_run(records: list[Record]) -> None:
     text = table_text(summarise(records)[:1])
     assert "### quickstart, 20 steps, student seeds 0, 1" in text
     row = next(line for line in text.splitlines() if line.startswith("| exact, shared support"))
@@ -106,7 +106,7 @@ def test_nothing_yet() -> None:
     assert table_text(summarise([])) == "no results yet"
 
 
-def test_the_plot_shows_each_figure_once_per_variant_that_ran(records: list[Record]) -> None:
+def test_the_plot_shows_each_metric_once_per_variant_that_ran(records: list[Record]) -> None:
     svg = ElementTree.fromstring(plot(summarise(records)))
     titles = [title.text for title in svg.iter("{http://www.w3.org/2000/svg}title")]
     assert titles == ["general accuracy: 86.7% ± 9.5%", "R@1 kept: 93.3% ± 11.5%", "unconstrained items kept: 100.0%"]

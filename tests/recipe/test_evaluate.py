@@ -84,18 +84,18 @@ def prompt_ids(tokenizer, question):
     return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
 
 
-def test_the_figures_are_all_there(student):
-    figures = student.figures
-    assert figures["rows"] == {"general": 12, "ranked": 5, "rec_text": 1}
-    assert set(figures["general_accuracy_by_task"]) == set(KINDS)
-    assert set(figures["rec_recall_by_task"]) == {"rec_next", "rec_bench"}
-    assert set(figures["rec_text_accuracy_by_task"]) == {"rec_caption"}
+def test_the_metrics_are_all_there(student):
+    metrics = student.metrics
+    assert metrics["rows"] == {"general": 12, "ranked": 5, "rec_text": 1}
+    assert set(metrics["general_accuracy_by_task"]) == set(KINDS)
+    assert set(metrics["rec_recall_by_task"]) == {"rec_next", "rec_bench"}
+    assert set(metrics["rec_text_accuracy_by_task"]) == {"rec_caption"}
     for name in ("general_accuracy", "rec_recall", "rec_recall_at_1", "rec_pass_at_10", "free_rate", "leak_rate"):
-        assert 0 <= figures[name] <= 1, name
-    assert 0 < figures["extend_mass"] < 0.2
-    assert figures["entropy"] > 0 and figures["reverse_kl"] > 0
-    assert figures["seconds"] >= sum(figures["seconds_by_phase"].values()) * 0.99
-    json.dumps(figures)
+        assert 0 <= metrics[name] <= 1, name
+    assert 0 < metrics["extend_mass"] < 0.2
+    assert metrics["entropy"] > 0 and metrics["reverse_kl"] > 0
+    assert metrics["seconds"] >= sum(metrics["seconds_by_phase"].values()) * 0.99
+    json.dumps(metrics)
 
 
 def test_recall_is_that_of_scoring_every_item(student, tiny_pair):
@@ -118,7 +118,7 @@ def test_recall_is_that_of_scoring_every_item(student, tiny_pair):
                 log_probs[number] += scores[allowed.index(item[level])]
         best = {ITEMS[n] for n in log_probs.argsort(descending=True)[:10]}
         recalls.append(len(best & targets) / len(targets))
-    assert student.figures["rec_recall_at_10"] == pytest.approx(sum(recalls) / len(recalls))
+    assert student.metrics["rec_recall_at_10"] == pytest.approx(sum(recalls) / len(recalls))
 
 
 def test_samples_carry_what_training_would_see(student, tiny_pair):
@@ -136,20 +136,20 @@ def test_samples_carry_what_training_would_see(student, tiny_pair):
 
 def test_a_teacher_has_no_items_to_recommend(files, tiny_pair):
     teacher = options(files, tiny_pair.teacher, rec=None, catalogue=None, max_rows=4)
-    figures = evaluate(teacher).figures
-    assert figures["rows"] == {"general": 4, "ranked": 0, "rec_text": 0}
-    assert not {"rec_recall", "free_rate", "leak_rate", "extend_mass", "reverse_kl"} & set(figures)
+    metrics = evaluate(teacher).metrics
+    assert metrics["rows"] == {"general": 4, "ranked": 0, "rec_text": 0}
+    assert not {"rec_recall", "free_rate", "leak_rate", "extend_mass", "reverse_kl"} & set(metrics)
     with pytest.raises(ValueError, match=r"does not name <\|sid_begin\|>"):
         evaluate(options(files, tiny_pair.teacher))
 
 
 def test_command_line(files, tiny_pair, tmp_path, capsys):
-    out, samples = tmp_path / "deep" / "figures.json", tmp_path / "samples.json"
+    out, samples = tmp_path / "deep" / "metrics.json", tmp_path / "samples.json"
     command = ["--model", str(tiny_pair.student), "--general", str(files / "general.parquet"), "--engine", "hf"]
     command += ["--max-rows", "2", "--max-new-tokens", "4", "--max-prompt-length", "64", "--device", "cpu"]
     main([*command, "--rollout", '{"max_num_seqs": 4}', "--out", str(out), "--samples-out", str(samples)])
-    figures = json.loads(out.read_text())
-    assert figures["rows"]["general"] == 2 and "reverse_kl" not in figures
+    metrics = json.loads(out.read_text())
+    assert metrics["rows"]["general"] == 2 and "reverse_kl" not in metrics
     assert "advantage" not in json.loads(samples.read_text())[0]["tokens"][0]
     assert "general_accuracy_by_task\n  general_copy" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="error: --rec and --catalogue belong together"):
@@ -157,16 +157,16 @@ def test_command_line(files, tiny_pair, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_vllm_gives_the_same_figures(files, student, tiny_pair, repo, tmp_path):
+def test_vllm_gives_the_same_metrics(files, student, tiny_pair, repo, tmp_path):
     """Greedy answers and rankings do not depend on the engine; samples do."""
-    out = tmp_path / "figures.json"
+    out = tmp_path / "metrics.json"
     command = [sys.executable, "-m", "recipe.onpolicy_distill.evaluate", "--model", str(tiny_pair.student)]
     command += ["--general", str(files / "general.parquet"), "--rec", str(files / "rec.parquet"), "--device", "cpu"]
     command += ["--catalogue", str(files / "sid.parquet"), "--max-prompt-length", "64", "--max-new-tokens", "12"]
     command += ["--extend-vocab-start-token", str(tiny_pair.extend_vocab_start_token), "--out", str(out)]
     subprocess.run([*command, "--rollout", '{"cpu_kvcache_space_gb": 0.1}'], cwd=repo, check=True, timeout=300)
-    figures = json.loads(out.read_text())
-    same = [name for name in figures if name.startswith(("general_", "rec_", "free_"))]
+    metrics = json.loads(out.read_text())
+    same = [name for name in metrics if name.startswith(("general_", "rec_", "free_"))]
     assert len(same) > 8
     for name in [*same, "rows", "requests"]:
-        assert figures[name] == student.figures[name], name
+        assert metrics[name] == student.metrics[name], name

@@ -1,4 +1,4 @@
-"""Items, their trie, the exact ranking and the figures, on numbers made by hand."""
+"""Items, their trie, the exact ranking and the metrics, on numbers made by hand."""
 
 import asyncio
 import itertools
@@ -10,12 +10,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from recipe.onpolicy_distill.scoreboard.items import ItemTrie, items_in, listed_items
-from recipe.onpolicy_distill.scoreboard.metrics import (
+from recipe.onpolicy_distill.scoreboard.measures import (
     Answered,
-    accuracy_figures,
-    free_figures,
+    accuracy_metrics,
+    free_metrics,
     one_of_each_in_turn,
-    ranking_figures,
+    ranking_metrics,
     recall_by_task,
 )
 from recipe.onpolicy_distill.scoreboard.ranking import most_likely_items
@@ -134,20 +134,20 @@ def test_a_catalogue_file(tmp_path):
         read_catalogue(path)
 
 
-def test_figures_by_hand():
+def test_metrics_by_hand():
     answers = [
         Answered("copy", " a b\n", "a b"),
         Answered("copy", "<think>\nwell\n</think>\n\nab", "ab"),
         Answered("sum", "7", "8"),
     ]
-    assert accuracy_figures("general_", answers) == {
+    assert accuracy_metrics("general_", answers) == {
         "general_accuracy": 2 / 3,
         "general_accuracy_by_task": {"copy": 1.0, "sum": 0.0},
     }
-    assert accuracy_figures("general_", []) == {}
+    assert accuracy_metrics("general_", []) == {}
     ranking = [(n, 0, 0) for n in range(10)]
     targets = [frozenset({(0, 0, 0)}), frozenset({(4, 0, 0), (9, 0, 0), (11, 0, 0), (12, 0, 0)})]
-    assert ranking_figures([ranking, ranking], targets) == {
+    assert ranking_metrics([ranking, ranking], targets) == {
         "rec_recall_at_1": 0.5,
         "rec_pass_at_1": 0.5,
         "rec_recall": 0.625,
@@ -157,6 +157,6 @@ def test_figures_by_hand():
     }
     assert recall_by_task([ranking, ranking], targets, ["video", "ad"]) == {"ad": 0.25, "video": 1.0}
     free = [text(0, 0, 0), f"{text(5, 0, 0)}{text(4, 0, 0)}"]
-    assert free_figures(free, targets, frozenset(ranking)) == {"free_rate": 0.5, "free_valid_rate": 1.0}
-    assert free_figures(["I recommend " + text(0, 0, 0)], targets[:1], ranking)["free_rate"] == 0.0
+    assert free_metrics(free, targets, frozenset(ranking)) == {"free_rate": 0.5, "free_valid_rate": 1.0}
+    assert free_metrics(["I recommend " + text(0, 0, 0)], targets[:1], ranking)["free_rate"] == 0.0
     assert one_of_each_in_turn(["b", "b", "a", "b", "a"]) == [2, 0, 4, 1, 3]

@@ -48,7 +48,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--objective",
         choices=OBJECTIVES,
-        help="exact: whole distributions, with recommendation prompts judged by the student as it was (default); "
+        help="exact: whole distributions, with recommendation prompts scored by the student as it was (default); "
         "sampled: the original method, drawn tokens of general prompts alone",
     )
     parser.add_argument(
@@ -150,7 +150,7 @@ def experiment(args: argparse.Namespace, out: Path) -> Path:
             run.run()
         with phase("scoreboard_after", "what the student can do now, and could half-way"):
             *earlier, (last, trained) = run.checkpoints()
-            half_way = {step: score(built, model, teacher, seed, general=False).figures for step, model in earlier}
+            half_way = {step: score(built, model, teacher, seed, general=False).metrics for step, model in earlier}
             after = score(built, trained, teacher, seed)
     summary = {
         "seed": seed,
@@ -160,11 +160,11 @@ def experiment(args: argparse.Namespace, out: Path) -> Path:
         "rehearsal": args.rehearsal,
         "overrides": args.overrides,
         "seconds": phase.seconds | total,
-        "popularity": baseline.popularity_figures(built),
-        "teacher": of_teacher.figures,
-        "before": before.figures,
+        "popularity": baseline.popularity_metrics(built),
+        "teacher": of_teacher.metrics,
+        "before": before.metrics,
         "half_way": half_way,
-        "after": after.figures,
+        "after": after.metrics,
     }
     results.mkdir(parents=True, exist_ok=True)
     (results / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
@@ -188,7 +188,7 @@ def main(argv: list[str] | None = None) -> None:
         page = experiment(args, out)
     except (RuntimeError, ValueError) as error:
         sys.exit(f"error: {error}")
-    print(f"report: {page}\nfigures: {page.with_name('summary.json')}\nthe student: {page.parent / 'run'}")
+    print(f"report: {page}\nmetrics: {page.with_name('summary.json')}\nthe student: {page.parent / 'run'}")
 
 
 if __name__ == "__main__":

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from random import Random
 
 from recipe.onpolicy_distill.quickstart.general_tasks import LETTERS
+from verl.utils.dataset.items import ITEM_BEGIN, ITEM_END, code_token, item_tokens
 
 FIRST_SHARE, SECOND_SHARE = 0.55, 0.25
-ITEM_BEGIN, ITEM_END = "<|sid_begin|>", "<|sid_end|>"
 
 
 @dataclass(frozen=True)
@@ -31,21 +31,12 @@ class Item:
     @property
     def text(self) -> str:
         """The id as models read and write it, such as ``<|sid_begin|><s_a_3><s_b_7><s_c_1><|sid_end|>``."""
-        return (
-            ITEM_BEGIN
-            + "".join(code_token(level, code) for level, code in zip("abc", self.codes, strict=True))
-            + ITEM_END
-        )
+        return "".join(item_tokens(self.codes))
 
 
-def code_token(level: str, code: int) -> str:
-    """The token of one code of an id."""
-    return f"<s_{level}_{code}>"
-
-
-def item_tokens(codes_per_level: int) -> list[str]:
-    """All tokens that items are written with, which a student has and its teacher has not."""
-    return [ITEM_BEGIN, ITEM_END, *(code_token(level, code) for level in "abc" for code in range(codes_per_level))]
+def all_item_tokens(codes_per_level: int) -> list[str]:
+    """The tokens of all items, which a student has and its teacher lacks."""
+    return [ITEM_BEGIN, ITEM_END, *(code_token(level, code) for level in range(3) for code in range(codes_per_level))]
 
 
 class Catalogue:

@@ -29,17 +29,16 @@ import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedTokenizerBase, Qwen3ForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from recipe.onpolicy_distill.quickstart.cache import cached_folder, file_digest
 from recipe.onpolicy_distill.quickstart.tokenizers import MAX_TOKENS
 from recipe.onpolicy_distill.quickstart.world import World
+from recipe.onpolicy_distill.tiny_models import new_model
 from verl.utils.dataset.onerec_messages import parse_messages, split_answer
 from verl.utils.tokenizer import hf_tokenizer
 
-HEAD_DIM = 32
-"""The smallest size of an attention head that vLLM's CPU kernels take."""
 MIN_TEACHER_PADDING = 8
 """Rows that the teacher has beyond its tokenizer, at least."""
 ROW_MULTIPLE = 16
@@ -149,25 +148,18 @@ def _rows_for(ids: int) -> int:
 
 
 def _new_model(config: TeacherConfig, tokenizer: PreTrainedTokenizerBase) -> Qwen3ForCausalLM:
-    model_config = Qwen3Config(
-        vocab_size=_rows_for(len(tokenizer) + MIN_TEACHER_PADDING),
-        hidden_size=config.hidden,
-        intermediate_size=3 * config.hidden,
-        num_hidden_layers=config.layers,
-        num_attention_heads=config.heads,
-        num_key_value_heads=config.heads // 2,
-        head_dim=HEAD_DIM,
-        max_position_embeddings=MAX_TOKENS,
-        initializer_range=0.05,
-        tie_word_embeddings=config.tied,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        dtype="float32",
-    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        return Qwen3ForCausalLM(model_config)
+        return new_model(
+            tokenizer,
+            rows=_rows_for(len(tokenizer) + MIN_TEACHER_PADDING),
+            hidden=config.hidden,
+            layers=config.layers,
+            heads=config.heads,
+            tied=config.tied,
+            max_position_embeddings=MAX_TOKENS,
+            initializer_range=0.05,
+        )
 
 
 @torch.no_grad()
@@ -178,6 +170,7 @@ def _extended(teacher: Path, known: int, tokenizer: PreTrainedTokenizerBase, see
     config = copy.deepcopy(source.config)
     config.vocab_size = _rows_for(len(tokenizer))
     model = Qwen3ForCausalLM(config)
+    model.generation_config = source.generation_config
     generator = torch.Generator().manual_seed(seed)
     weights = dict(source.named_parameters())
     for name, weight in model.named_parameters():
@@ -280,8 +273,5 @@ def _few_threads() -> Iterator[None]:
 
 def _save(folder: Path, model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
     disable_progress_bar()
-    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
-    # Qwen ends an answer at either of the two; the first is the tokenizer's own.
-    model.generation_config = GenerationConfig(eos_token_id=[eos, pad], pad_token_id=pad)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

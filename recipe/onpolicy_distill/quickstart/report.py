@@ -1,8 +1,8 @@
 """The result of a run as one HTML page that opens without a network.
 
-In:  the summary (``teacher``, ``before``, ``after``: figures of ``evaluate``), the run's ``metrics.jsonl``, sampled
+In:  the summary (``teacher``, ``before``, ``after``: metrics of ``evaluate``), the run's ``metrics.jsonl``, sampled
 answers before and after. Out: ``report.html``: table, curves, answers token by token. Everything is inline, and there
-is no script. A curve is drawn only where its figures exist.
+is no script. A curve is drawn only where its metrics exist.
 """
 
 import json
@@ -36,7 +36,7 @@ def write_report(
 
     Args:
         path: the HTML file.
-        summary: ``teacher``, ``before`` and ``after`` with figures of ``evaluate``, all optional; ``seed``, ``steps``,
+        summary: ``teacher``, ``before`` and ``after`` with metrics of ``evaluate``, all optional; ``seed``, ``steps``,
             ``mode``, ``seconds`` (a number, or a dict with ``total``) and ``title`` are shown where they are there.
         metrics_jsonl: what ``trainer.logger=file`` wrote; may be absent.
         samples: see `pair_samples`.
@@ -73,8 +73,8 @@ def pair_samples(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[st
 
 
 def read_curves(path: str | Path) -> Curves:
-    """Every finite figure of a ``metrics.jsonl`` by step; where a step comes twice, its last value. A line that was
-    cut off in mid-write ends the file.
+    """Every finite metric of a ``metrics.jsonl`` by step; of a step that comes twice the last value. Reading ends at a
+    line that was not finished.
     """
     path = Path(path)
     by_name: dict[str, dict[float, float]] = {}
@@ -152,7 +152,7 @@ def _charts(curves: Curves, summary: Mapping[str, Any]) -> str:
     drawn = [chart for build in builders if (chart := build()) is not None]
     if not drawn:
         return ""
-    return f'<h2>Over the steps</h2><div class="charts">{"".join(map(_figure, drawn))}</div>'
+    return f'<h2>Over the steps</h2><div class="charts">{"".join(map(_chart_html, drawn))}</div>'
 
 
 def _is_general(source: str) -> bool:
@@ -160,7 +160,7 @@ def _is_general(source: str) -> bool:
 
 
 def _ability(
-    curves: Curves, summary: Mapping[str, Any], title: str, figure: str, belongs: Callable[[str], bool]
+    curves: Curves, summary: Mapping[str, Any], title: str, metric: str, belongs: Callable[[str], bool]
 ) -> _Chart | None:
     """Validation by source, their mean, the teacher's level, and the scoreboard before and after as large dots."""
     sources = {
@@ -169,24 +169,24 @@ def _ability(
         if name.startswith("val/") and name.endswith(TASK_SUFFIX) and name != "val/reward"
     }
     series = [Series(source, points) for source, points in sources.items() if belongs(source)]
-    ends = _ends(curves, summary, figure)
-    level = (summary.get("teacher") or {}).get(figure)
+    ends = _ends(curves, summary, metric)
+    level = (summary.get("teacher") or {}).get(metric)
     if level is not None and ends:
         series.append(Series("teacher", [(ends[0][0], level), (ends[-1][0], level)], dashed=True))
     if ends:
         series.append(Series("scoreboard", ends, markers=True))
     if not series:
         return None
-    note = "exact answers" if figure == "general_accuracy" else "dots Recall@5, curves exact answers of any kind"
+    note = "exact answers" if metric == "general_accuracy" else "dots Recall@5, curves exact answers of any kind"
     return _Chart(title, note, line_chart(series, percent=True, highest=1.0), series)
 
 
-def _ends(curves: Curves, summary: Mapping[str, Any], figure: str) -> list[tuple[float, float]]:
-    """The scoreboard's figure at the first and at the last step, and where it was taken between them."""
+def _ends(curves: Curves, summary: Mapping[str, Any], metric: str) -> list[tuple[float, float]]:
+    """The scoreboard's metric at the first and last step, and at those between that were measured."""
     last = max((points[-1][0] for points in curves.values()), default=float(summary.get("steps", 1)))
-    between = [(float(step), figures) for step, figures in (summary.get("half_way") or {}).items()]
+    between = [(float(step), metrics) for step, metrics in (summary.get("half_way") or {}).items()]
     pairs = ((0.0, summary.get("before")), *between, (last, summary.get("after")))
-    return [(step, figures[figure]) for step, figures in pairs if figures and figures.get(figure) is not None]
+    return [(step, metrics[metric]) for step, metrics in pairs if metrics and metrics.get(metric) is not None]
 
 
 def _plain(curves: Curves, title: str, note: str, names: Sequence[str], *, percent: bool = False) -> _Chart | None:
@@ -211,7 +211,7 @@ def _stages(curves: Curves) -> _Chart | None:
     return _Chart("Step time by stage", "seconds", stacked_bars(series), series)
 
 
-def _figure(chart: _Chart) -> str:
+def _chart_html(chart: _Chart) -> str:
     keys = "".join(
         f'<span class="key s{number % COLOURS}{" dot" if curve.markers else ""}">{escape(curve.name)}</span>'
         for number, curve in enumerate(chart.series)

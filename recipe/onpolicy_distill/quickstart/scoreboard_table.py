@@ -1,6 +1,6 @@
 """Teacher, student before and student after, side by side.
 
-In:  the figures of ``evaluate`` for each. Out: rows of a table, for the console and for the report.
+In:  the metrics of ``evaluate`` for each. Out: rows of a table, for the console and for the report.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ COLUMNS: Row = ("", "teacher", "before", "after", "kept or regained")
 
 @dataclass(frozen=True)
 class Line:
-    """A figure that is shown, and what its change is called."""
+    """A metric that is shown, and what its change is called."""
 
     key: str
     label: str
@@ -36,20 +36,20 @@ LINES = (
     Line("reverse_kl", "Reverse KL to the teacher, nats a token", "removed"),
 )
 NOT_SHARES = ("extend_mass", "reverse_kl")
-"""Figures not shown in percent."""
+"""Metrics not shown in percent."""
 
 
 def comparison(summary: Mapping[str, Any]) -> list[Row]:
-    """One row per figure that before or after has, and one per general task (indented), as text."""
+    """One row per metric that before or after has, and one per general task (indented), as text."""
     stages = [summary.get(name) or {} for name in ("teacher", "before", "after")]
     rows: list[Row] = []
     for line in LINES:
-        values = [figures.get(line.key) for figures in stages]
+        values = [metrics.get(line.key) for metrics in stages]
         if values[1] is None and values[2] is None:
             continue
         rows.append(_row(line.label, values, line.verdict, line.key not in NOT_SHARES))
         if line.key == "general_accuracy":
-            by_task = [figures.get("general_accuracy_by_task") or {} for figures in stages]
+            by_task = [metrics.get("general_accuracy_by_task") or {} for metrics in stages]
             for task in sorted(set().union(*by_task)):
                 rows.append(_row(f"  {task}", [accuracies.get(task) for accuracies in by_task], "regained", True))
     return rows
@@ -92,10 +92,10 @@ def comparison_table(summary: Mapping[str, Any]) -> str:
 
 def popularity_line(summary: Mapping[str, Any]) -> str:
     """What the same items for every user would reach, to read recall against; empty where it was not measured."""
-    figures = summary.get("popularity") or {}
-    if "rec_recall" not in figures:
+    metrics = summary.get("popularity") or {}
+    if "rec_recall" not in metrics:
         return ""
     return (
         "Recommending the most popular items to everyone: "
-        f"Recall@1 {figures['rec_recall_at_1']:.1%}, Recall@5 {figures['rec_recall']:.1%}"
+        f"Recall@1 {metrics['rec_recall_at_1']:.1%}, Recall@5 {metrics['rec_recall']:.1%}"
     )

@@ -11,7 +11,7 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from recipe.onpolicy_distill.quickstart.catalogue import item_tokens
+from recipe.onpolicy_distill.quickstart.catalogue import all_item_tokens
 from recipe.onpolicy_distill.tiny_tokenizers import CHAT_TEMPLATE, SPECIAL_TOKENS
 
 CHARACTERS = ("\n", *map(chr, range(32, 127)))
@@ -38,7 +38,7 @@ def build_tokenizers(folder: Path, question_words: list[str], codes_per_level: i
     tokenizer.chat_template = CHAT_TEMPLATE
     teacher, student = folder / "teacher", folder / "student"
     tokenizer.save_pretrained(teacher)
-    tokenizer.add_tokens(item_tokens(codes_per_level))
+    tokenizer.add_tokens(all_item_tokens(codes_per_level))
     tokenizer.save_pretrained(student)
     return teacher, student
 

@@ -37,6 +37,7 @@ from verl.utils.tokenizer import hf_tokenizer
 QUESTION_WORDS = [*TASKS, "history", "caption"]
 SOURCES = (
     Path(tiny_tokenizers.__file__),
+    Path(tiny_tokenizers.__file__).with_name("tiny_chat_template.jinja"),
     *(Path(__file__).with_name(name) for name in ("world.py", "general_tasks.py", "catalogue.py", "tokenizers.py")),
 )
 """The source text that decides what is in a world."""

@@ -68,7 +68,7 @@ class Answerer:
         sampling = GREEDY | {"max_tokens": 1, "top_logprobs": count, "ignore_eos": True, "allowed_token_ids": allowed}
         output = await self._replica.generate(prompt, sampling, f"evaluation-{self.requests}")
         assert output.top_log_probs is not None, "they were asked for"
-        return sorted(output.top_log_probs[0].items(), key=lambda told: -told[1])
+        return sorted(output.top_log_probs[0].items(), key=lambda entry: -entry[1])
 
 
 async def _with_progress(what: str, calls: Sequence[Awaitable[Result]]) -> list[Result]:

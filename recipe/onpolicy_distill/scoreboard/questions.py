@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recipe.onpolicy_distill.scoreboard.items import listed_items
-from recipe.onpolicy_distill.scoreboard.metrics import final_answer
+from recipe.onpolicy_distill.scoreboard.measures import final_answer
 from verl.config import DataConfig
 from verl.utils.dataset.items import Item
 from verl.utils.dataset.onerec_dataset import OneRecDataset

@@ -1,6 +1,6 @@
 """The k most likely items after a prompt, by asking the engine for single tokens.
 
-In:  a prompt that ends where an item's first code is due, the trie of items, and an engine as a function that tells the
+In:  a prompt that ends where an item's first code is due, the trie of items, and an engine as a function that gives the
 most likely of some allowed tokens, with their log-probs AMONG THEM. Out: k items with their log-probs, best first. The
 distribution is the model's, renormalised at each level over the codes that continue some item of the catalogue: nothing
 outside of it is ever generated.
@@ -36,11 +36,10 @@ from verl.utils.dataset.items import Item
 
 BestTokens = Callable[[list[int], tuple[int, ...]], Awaitable[list[tuple[int, float]]]]
 """``(token_ids, allowed) -> [(token, log_prob), ...]``: the most likely next tokens among ``allowed``, best first, and
-their log-probs under the softmax over ``allowed`` alone; as many as the engine tells, one at least."""
+their log-probs under the softmax over ``allowed`` alone; as many as the engine gives, one at least."""
 
 RESOLUTION = 2.0**-24
-"""Smallest share of a path's probability that float32 log-probs near 0 can tell from none."""
-
+"""Smallest share of a path's probability that float32 log-probs near 0 can express."""
 
 WIDTH = 128
 """Paths of each length that are looked at."""
@@ -93,16 +92,16 @@ async def most_likely_items(
         elif seen[len(path) + 1] >= max(width, k):
             exact = False
         else:
-            told = [(rest[0], 0.0)] if len(rest) == 1 else await best_tokens([*prompt, *path], rest)
-            seen[len(path) + 1] += len(told)
-            for token, share in told:
+            best = [(rest[0], 0.0)] if len(rest) == 1 else await best_tokens([*prompt, *path], rest)
+            seen[len(path) + 1] += len(best)
+            for token, share in best:
                 push(log_prob + share, _Node((*path, token)))
-            others = tuple(other for other in rest if other not in dict(told))
+            others = tuple(other for other in rest if other not in dict(best))
             if others:
-                push(log_prob + _log_of_what_is_left(told), _Node(path, others))
+                push(log_prob + _log_of_the_rest(best), _Node(path, others))
     return Ranking(found, exact)
 
 
-def _log_of_what_is_left(told: list[tuple[int, float]]) -> float:
+def _log_of_the_rest(best: list[tuple[int, float]]) -> float:
     """log(1 - sum of the probabilities), not below what float32 resolves."""
-    return math.log(max(1.0 - math.fsum(math.exp(share) for _, share in told), RESOLUTION))
+    return math.log(max(1.0 - math.fsum(math.exp(share) for _, share in best), RESOLUTION))

@@ -99,8 +99,8 @@ def score(batch: DataProto, config: ScoringConfig) -> DataProto:
     return compute_advantage(batch, AdvantageEstimator.ON_POLICY_DISTILL, config=config.algorithm)
 
 
-def distillation_figures(batch: DataProto, extended: bool) -> dict[str, float]:
-    """Figures of a scored batch, as training measures them (``distill/*``).
+def distillation_metrics(batch: DataProto, extended: bool) -> dict[str, float]:
+    """Metrics of a scored batch, as training measures them (``distill/*``).
 
     ``leak_rate`` (share of answers with an extended token), ``extend_mass`` (mean probability of extended tokens at
     trained positions), where there are any, ``entropy`` (nats a token), and, with a teacher, ``reverse_kl`` (mean over
@@ -119,7 +119,7 @@ def distillation_figures(batch: DataProto, extended: bool) -> dict[str, float]:
 def describe_tokens(batch: DataProto, row: int, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
     """Each token of an answer for a person to look at: text, advantage, log-probs, and how training treats it."""
     written = int(batch.tensor("attention_mask")[row, -batch.tensor("responses").shape[1] :].sum())
-    figures = {"student_log_prob": "old_log_probs", "teacher_log_prob": "ref_log_prob", "advantage": "advantages"}
+    metrics = {"student_log_prob": "old_log_probs", "teacher_log_prob": "ref_log_prob", "advantage": "advantages"}
     return [
         {
             "text": tokenizer.decode([int(batch.tensor("responses")[row, position])]),
@@ -127,7 +127,7 @@ def describe_tokens(batch: DataProto, row: int, tokenizer: PreTrainedTokenizerBa
             "masked": not bool(batch.tensor("response_mask")[row, position]),
             **{
                 name: round(float(batch.tensor(key)[row, position]), 4)
-                for name, key in figures.items()
+                for name, key in metrics.items()
                 if key in batch.batch
             },
         }

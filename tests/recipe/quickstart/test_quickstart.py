@@ -10,7 +10,7 @@ from support.small_world import SHORT_STUDENT, SHORT_TEACHER, SMALL, build_small
 
 from recipe.onpolicy_distill.quickstart import __main__ as quickstart
 from recipe.onpolicy_distill.quickstart import models, world
-from recipe.onpolicy_distill.quickstart.baseline import popularity_figures
+from recipe.onpolicy_distill.quickstart.baseline import popularity_metrics
 from recipe.onpolicy_distill.quickstart.distillation import STEPS, Distillation
 from recipe.onpolicy_distill.quickstart.scoreboard_table import popularity_line
 from verl.trainer.launch.typed import load_config
@@ -123,10 +123,10 @@ def test_popularity_by_hand(small):
     rows = [row for row in pq.read_table(small.rec_test).to_pylist() if row["source"] == "rec_next"]
     wanted = [json.loads(row["messages"])[-1]["content"][0]["text"] for row in rows]
     favourites = [text[item]["text"] for item in best]
-    figures = popularity_figures(small)
-    assert figures["rec_recall"] == sum(answer in favourites for answer in wanted) / len(wanted) > 0
-    assert figures["rec_recall_at_1"] == sum(answer == favourites[0] for answer in wanted) / len(wanted)
-    assert popularity_line({"popularity": figures}).endswith(f"Recall@5 {figures['rec_recall']:.1%}")
+    metrics = popularity_metrics(small)
+    assert metrics["rec_recall"] == sum(answer in favourites for answer in wanted) / len(wanted) > 0
+    assert metrics["rec_recall_at_1"] == sum(answer == favourites[0] for answer in wanted) / len(wanted)
+    assert popularity_line({"popularity": metrics}).endswith(f"Recall@5 {metrics['rec_recall']:.1%}")
     assert popularity_line({}) == ""
 
 

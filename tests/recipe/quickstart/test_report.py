@@ -98,7 +98,7 @@ def test_the_page_is_whole_and_needs_no_network(tmp_path, metrics):
     headings = [text.strip() for text in tags.texts]
     for title in ("General accuracy", "Recommendation", "Reverse KL to the teacher", "Entropy", "Step time by stage"):
         assert title in headings
-    assert "Leak" not in headings  # no such figure in the metrics
+    assert "Leak" not in headings  # no such metric in the metrics
     assert page.count("<svg") == 5
     assert "<s_a_1>" in tags.texts and "<script>" in tags.texts and '<b>"a" & b</b> ' in tags.texts
 

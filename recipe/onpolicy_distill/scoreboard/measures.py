@@ -1,7 +1,6 @@
-"""From answers and rankings to figures. Pure Python, no model.
+"""From answers and rankings to metrics. Pure Python, no model.
 
-In:  answers beside what was asked for. Out: shares between 0 and 1 by name.
-A figure over nothing is left out rather than made up.
+In:  answers beside what was asked for. Out: shares between 0 and 1 by name. A mean over nothing is left out.
 """
 
 import re
@@ -13,7 +12,7 @@ from recipe.onpolicy_distill.scoreboard.items import listed_items
 from verl.utils.dataset.items import Item
 
 KS = (1, 5, 10)
-"""Lengths of recommendation lists that are judged."""
+"""Lengths of recommendation lists that are measured."""
 
 _THOUGHTS = re.compile(r"^.*?</think>", re.DOTALL)
 
@@ -29,7 +28,7 @@ class Answered:
 
 
 def final_answer(text: str) -> str:
-    """What a text says: without what was thought before it, and without blanks around it."""
+    """A text without the thoughts before it and without blanks around it."""
     return _THOUGHTS.sub("", text).strip()
 
 
@@ -38,7 +37,7 @@ def is_exact(answered: Answered) -> bool:
     return final_answer(answered.text) == final_answer(answered.wanted)
 
 
-def accuracy_figures(prefix: str, answers: Sequence[Answered]) -> dict[str, float | dict[str, float]]:
+def accuracy_metrics(prefix: str, answers: Sequence[Answered]) -> dict[str, float | dict[str, float]]:
     """``<prefix>accuracy``, the share of exact answers, and ``<prefix>accuracy_by_task``, that of each source."""
     if not answers:
         return {}
@@ -56,23 +55,23 @@ def recall_at(ranking: Sequence[Item], targets: Set[Item], k: int) -> float:
     return len(targets & set(ranking[:k])) / len(targets)
 
 
-def ranking_figures(rankings: Sequence[Sequence[Item]], targets: Sequence[Set[Item]]) -> dict[str, float]:
+def ranking_metrics(rankings: Sequence[Sequence[Item]], targets: Sequence[Set[Item]]) -> dict[str, float]:
     """How good lists of items are, over prompts.
 
     - ``rec_recall_at_{1,10}``, and ``rec_recall`` for Recall@5: mean share of a prompt's targets in the first k.
     - ``rec_pass_at_{1,5,10}``: share of prompts with at least one target in the first k.
 
-    Popularity is judged with the same list for every prompt.
+    Popularity is measured with the same list for every prompt.
     """
     if not rankings:
         return {}
     pairs = list(zip(rankings, targets, strict=True))
-    figures = {}
+    metrics = {}
     for k in KS:
         recalls = [recall_at(ranking, wanted, k) for ranking, wanted in pairs]
-        figures["rec_recall" if k == 5 else f"rec_recall_at_{k}"] = fmean(recalls)
-        figures[f"rec_pass_at_{k}"] = fmean(recall > 0 for recall in recalls)
-    return figures
+        metrics["rec_recall" if k == 5 else f"rec_recall_at_{k}"] = fmean(recalls)
+        metrics[f"rec_pass_at_{k}"] = fmean(recall > 0 for recall in recalls)
+    return metrics
 
 
 def recall_by_task(
@@ -85,8 +84,8 @@ def recall_by_task(
     return {source: fmean(values) for source, values in sorted(recalls.items())}
 
 
-def free_figures(answers: Sequence[str], targets: Sequence[Set[Item]], catalogue: Container[Item]) -> dict[str, float]:
-    """What unconstrained answers to recommendation prompts are worth.
+def free_metrics(answers: Sequence[str], targets: Sequence[Set[Item]], catalogue: Container[Item]) -> dict[str, float]:
+    """How often unconstrained answers to recommendation prompts name an item.
 
     - ``free_rate``: share of answers that are items and nothing else, the first of them a target.
     - ``free_valid_rate``: share of answers that are items and nothing else, the first of them in the catalogue.

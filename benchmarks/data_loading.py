@@ -113,7 +113,7 @@ def load(data: str, tokenizer_folder: str, cache: str) -> dict[str, Any]:
         read_s = time.perf_counter() - began
     return {
         "kept": len(dataset),
-        "dropped": dict(dataset.ledger.dropped),
+        "dropped": dict(dataset.drop_report.dropped),
         "load_s": load_s,
         "load_own_mib": loading["own"],
         "read_s": read_s,

@@ -15,7 +15,7 @@ from recipe.onpolicy_distill.main_onpolicy_distill import build_trainer
 from recipe.onpolicy_distill.synthetic_item_prompts import main
 from verl.trainer.launch.checks import check_run
 from verl.trainer.launch.typed import load_config
-from verl.utils.dataset.synthetic_items import make_prompt_file
+from verl.utils.dataset.items import make_prompt_file
 from verl.utils.tokenizer import hf_tokenizer
 
 KEY = "data.synthetic_item_prompts"

@@ -35,7 +35,7 @@ from transformers.utils.logging import disable_progress_bar
 from recipe.onpolicy_distill.quickstart.cache import cached_folder, file_digest
 from recipe.onpolicy_distill.quickstart.tokenizers import MAX_TOKENS
 from recipe.onpolicy_distill.quickstart.world import World
-from verl.utils.dataset.onerec_messages import parse_messages, split_answer
+from verl.utils.dataset.prompt_rows import parse_messages, split_answer
 from verl.utils.tokenizer import hf_tokenizer
 
 HEAD_DIM = 32

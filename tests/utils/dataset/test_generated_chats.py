@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from verl.config import DataConfig
 from verl.utils.dataset.onerec_dataset import OneRecDataset
-from verl.utils.dataset.onerec_messages import BadRowError, parse_messages, split_answer
+from verl.utils.dataset.prompt_rows import BadRowError, parse_messages, split_answer
 from verl.utils.dataset.prompt_tokens import append_switch, possible_switches, think_switch
 from verl.utils.tokenizer import hf_tokenizer
 

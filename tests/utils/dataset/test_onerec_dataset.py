@@ -83,8 +83,8 @@ def test_bad_rows_are_counted_and_recorded(tokenizer, tmp_path, caplog):
         )
     assert prompts_of(dataset) == ["a", "f"]
     assert [dataset[i]["index"] for i in range(2)] == [0, 6]
-    assert dataset.ledger.kept == {"letters": 1, "other": 1}
-    assert len(dataset) + dataset.ledger.dropped.total() == len(rows)
+    assert dataset.drop_report.kept == {"letters": 1, "other": 1}
+    assert len(dataset) + dataset.drop_report.dropped.total() == len(rows)
     lines = [json.loads(line) for line in record.read_text().splitlines()]
     assert [(line["row"], line["reason"]) for line in lines] == [
         (1, "no_messages"),
@@ -112,7 +112,7 @@ def test_overlong_prompts_are_filtered_exactly_at_the_limit(tokenizer, tmp_path)
     limit = len(tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False))
     dataset = OneRecDataset(path, tokenizer, DataConfig(max_prompt_length=limit, filter_overlong_prompts=True))
     assert prompts_of(dataset) == questions[:4]
-    assert dataset.ledger.dropped == {"overlong": 4}
+    assert dataset.drop_report.dropped == {"overlong": 4}
     with pytest.raises(ValueError, match=rf"row 4: {limit + 1} tokens, data.max_prompt_length={limit}"):
         OneRecDataset(path, tokenizer, DataConfig(max_prompt_length=limit))
 
@@ -145,7 +145,7 @@ def test_prompts_with_extended_tokens(tokenizer, tmp_path):
         return OneRecDataset(path, tokenizer, DataConfig(**settings), extend_vocab_start_token=extend_start)
 
     assert prompts_of(load()) == ["a", "c"]  # an answer may hold them
-    assert load().ledger.dropped == {"extended_tokens": 1}
+    assert load().drop_report.dropped == {"extended_tokens": 1}
     assert len(load(prompt_extend_tokens="replace")) == 3
     assert len(load(extend_start=None)) == 3
     assert len(load(extend_start=EXTEND_START + 1)) == 3
@@ -160,7 +160,7 @@ def test_sources_whose_teacher_reads_item_tokens_keep_them(tokenizer, tmp_path):
         path, tokenizer, DataConfig(), extend_vocab_start_token=EXTEND_START, extended_sources=["rec_*", "l?tters"]
     )
     assert dataset.sources == ["rec_next", "letters"]
-    assert dataset.ledger.dropped == {"extended_tokens": 1}
+    assert dataset.drop_report.dropped == {"extended_tokens": 1}
 
 
 def test_prompts_say_whether_they_hold_item_tokens(tokenizer, tmp_path):
@@ -230,7 +230,7 @@ def test_a_run_that_loses_too_much_stops(tokenizer, tmp_path):
 
 def test_reasons_are_counted_by_source(tokenizer, tmp_path):
     rows = [chat("a"), chat(" ", source="x"), chat(" ", source="y"), chat("", source="y"), chat("b"), chat("c")]
-    ledger = OneRecDataset(write(tmp_path / "d.parquet", rows), tokenizer, DataConfig()).ledger
+    ledger = OneRecDataset(write(tmp_path / "d.parquet", rows), tokenizer, DataConfig()).drop_report
     assert ledger.dropped_by_source == {("blank_user_turn", "y"): 2, ("blank_user_turn", "x"): 1}
     assert "dropped 3: blank_user_turn (y 2, x 1)" in ledger.summary()
 
@@ -335,11 +335,11 @@ def test_what_a_class_of_ones_own_finds_is_not_kept(tokenizer, tmp_path):
 
 
 def test_rows_are_in_order_over_many_blocks(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr("verl.utils.dataset.row_facts.CHARACTERS_PER_BLOCK", 40)
+    monkeypatch.setattr("verl.utils.dataset.prompt_checker.PROMPTS_PER_BLOCK", 40)
     rows = [chat(f"q{number}" if number % 7 else " ") for number in range(700)]
     dataset = OneRecDataset(write(tmp_path / "d.parquet", rows), tokenizer, DataConfig())
     assert prompts_of(dataset) == [f"q{number}" for number in range(700) if number % 7]
-    assert dataset.ledger.dropped == {"blank_user_turn": 100}
+    assert dataset.drop_report.dropped == {"blank_user_turn": 100}
 
 
 REAL_FILES = [
@@ -376,10 +376,10 @@ def test_real_files(shared_data, files, start, limit, kept, dropped):
     tokenizer = hf_tokenizer(shared_data / "tokenizer" / "mini8k-item256")
     config = DataConfig(max_prompt_length=limit, filter_overlong_prompts=True, max_dropped_fraction=0.7)
     dataset = OneRecDataset(shared_data / "onerec" / files, tokenizer, config, extend_vocab_start_token=start)
-    assert dataset.ledger.kept == kept
-    assert dataset.ledger.dropped == dropped
+    assert dataset.drop_report.kept == kept
+    assert dataset.drop_report.dropped == dropped
     assert len(dataset) == sum(kept.values())
-    assert dataset.ledger.rows == (2000 if files == "*.parquet" else 8173 if "general" in files else 25621)
+    assert dataset.drop_report.rows == (2000 if files == "*.parquet" else 8173 if "general" in files else 25621)
 
 
 def test_the_benchmarks_files_hold_no_answers_to_train_on(shared_data):

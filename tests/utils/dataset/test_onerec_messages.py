@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from verl.utils.dataset.onerec_messages import BadRowError, parse_messages, split_answer
+from verl.utils.dataset.prompt_rows import BadRowError, parse_messages, split_answer
 
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 

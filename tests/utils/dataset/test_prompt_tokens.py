@@ -6,7 +6,7 @@ import pytest
 
 from verl.config import DataConfig
 from verl.experimental.agent_loop.chat_template import ChatTemplate
-from verl.utils.dataset.onerec_messages import BadRowError
+from verl.utils.dataset.prompt_rows import BadRowError
 from verl.utils.dataset.prompt_tokens import PromptEncoder, append_switch, possible_switches, think_switch, truncate
 from verl.utils.tokenizer import hf_tokenizer
 

@@ -10,7 +10,7 @@ import torch
 from verl.config import CustomClassConfig, DataConfig
 from verl.experimental.agent_loop.chat_template import ChatTemplate
 from verl.trainer.data import build_datasets
-from verl.utils.dataset.factory import create_rl_dataset, get_dataset_class
+from verl.utils.dataset.onerec_dataset import create_rl_dataset, get_dataset_class
 from verl.utils.dataset.onerec_dataset import OneRecDataset
 from verl.utils.dataset.rl_dataset import RLHFDataset, collate_fn
 from verl.utils.tokenizer import hf_tokenizer
@@ -58,7 +58,7 @@ def test_verl_rows(tokenizer, tmp_path):
 def test_another_prompt_key_and_a_row_without_a_question(tokenizer, tmp_path):
     rows = [{"chat": [{"role": "user", "content": "a"}]}, {"chat": [{"role": "system", "content": "b"}]}]
     dataset = RLHFDataset(write(tmp_path / "d.parquet", rows), tokenizer, DataConfig(prompt_key="chat"))
-    assert dataset.ledger.dropped == {"no_user_turn": 1}
+    assert dataset.drop_report.dropped == {"no_user_turn": 1}
     assert dataset[0]["source"] == "unknown"
     assert dataset[0]["reward_model"] == {"style": "rule", "ground_truth": None}
 
@@ -154,7 +154,7 @@ def test_columns_that_cannot_be_read_are_bad_rows(tokenizer, tmp_path):
     assert dataset[0]["reward_model"] == {"style": "rule", "ground_truth": None}
     assert dataset[0]["extra_info"] == dataset[0]["tools_kwargs"] == {}
     assert len(dataset) == 1
-    assert dataset.ledger.dropped == {
+    assert dataset.drop_report.dropped == {
         "unreadable_extra_info": 2,
         "unreadable_reward_model": 1,
         "unreadable_tools_kwargs": 1,

@@ -14,7 +14,7 @@ from verl.config import DataConfig, DistillConfig, PromptTemplateConfig, Synthet
 from verl.trainer.data import build_datasets
 from verl.utils.dataset.items import read_catalogue
 from verl.utils.dataset.rl_dataset import RLHFDataset
-from verl.utils.dataset.synthetic_items import draw_chats, item_source, write_prompts
+from verl.utils.dataset.items import draw_chats, item_sampler, write_item_prompts
 
 TEMPLATES = {
     "next": PromptTemplateConfig("history: {history}", system="You recommend."),
@@ -59,7 +59,7 @@ def items_of(text: str) -> list[tuple[int, ...]]:
 
 
 def test_templates_come_in_turn_with_as_many_items_as_they_ask_for(student) -> None:
-    chats = list(draw_chats(config_of(), item_source(student, None)))
+    chats = list(draw_chats(config_of(), item_sampler(student, None)))
     assert [source for source, _ in chats[:4]] == [f"synthetic_rec_{name}" for name in [*TEMPLATES, "next"]]
     lengths = {
         name: {len(items_of(chat[-1]["content"])) for source, chat in chats if source.endswith(name)}
@@ -74,7 +74,7 @@ def test_templates_come_in_turn_with_as_many_items_as_they_ask_for(student) -> N
 
 
 def test_random_codes_are_all_that_the_tokenizer_has_tokens_for(student, extend_start) -> None:
-    chats = [chat for _, chat in draw_chats(config_of(), item_source(student, None))]
+    chats = [chat for _, chat in draw_chats(config_of(), item_sampler(student, None))]
     items = [item for chat in chats for item in items_of(chat[-1]["content"])]
     for level in range(3):
         assert {item[level] for item in items} == set(range(CODES))
@@ -85,13 +85,13 @@ def test_random_codes_are_all_that_the_tokenizer_has_tokens_for(student, extend_
 
 def test_items_of_a_catalogue_are_all_drawn_and_no_others(student, tmp_path) -> None:
     path = write_catalogue(tmp_path / "items.parquet", [[0, 1, 2], [7, 7, 7], [3, 1, 0], [0, 1, 2]])
-    chats = draw_chats(config_of(), item_source(student, path))
+    chats = draw_chats(config_of(), item_sampler(student, path))
     assert {item for _, chat in chats for item in items_of(chat[-1]["content"])} == {(0, 1, 2), (7, 7, 7), (3, 1, 0)}
 
 
 def test_tokens_of_the_real_recommender(shared_data) -> None:
     tokenizer = AutoTokenizer.from_pretrained(shared_data / "tokenizer" / "qwen3-onerec")
-    draw_item, random = item_source(tokenizer, None), Random(0)
+    draw_item, random = item_sampler(tokenizer, None), Random(0)
     drawn = [draw_item(random) for _ in range(2000)]
     assert all(len(item) == 3 and max(item) < 8192 for item in drawn)
     assert [max(item[level] for item in drawn) > 8000 for level in range(3)] == [True] * 3
@@ -99,12 +99,12 @@ def test_tokens_of_the_real_recommender(shared_data) -> None:
     ids = tokenizer.encode(chat[-1]["content"], add_special_tokens=False)
     assert sum(token >= 151669 for token in ids) == 6 * 5
     retail = shared_data / "rec" / "online_retail" / "items.parquet"
-    known, draw_item = set(read_catalogue(retail)), item_source(tokenizer, str(retail))
+    known, draw_item = set(read_catalogue(retail)), item_sampler(tokenizer, str(retail))
     assert all(draw_item(random) in known for _ in range(2000))
 
 
 def test_the_same_prompts_each_time(student, tmp_path) -> None:
-    draw_item = item_source(student, None)
+    draw_item = item_sampler(student, None)
     first, again, fewer = (list(draw_chats(config_of(count), draw_item)) for count in (30, 30, 20))
     assert first == again and first[:20] == fewer
     assert first != list(draw_chats(config_of(30, seed=1), draw_item))
@@ -117,12 +117,12 @@ def test_the_same_prompts_each_time(student, tmp_path) -> None:
 def test_a_catalogue_of_another_tokenizer(student, tmp_path, sids) -> None:
     path = write_catalogue(tmp_path / "items.parquet", sids)
     with pytest.raises(ValueError, match=r"needs 1 tokens that the student's tokenizer lacks, such as <s_[cd]_[83]>"):
-        item_source(student, path)
+        item_sampler(student, path)
 
 
 def test_a_tokenizer_without_items(tiny_tokenizers) -> None:
     with pytest.raises(ValueError, match=r"no whole set of item tokens.*levels found: none"):
-        item_source(AutoTokenizer.from_pretrained(tiny_tokenizers[0]), None)
+        item_sampler(AutoTokenizer.from_pretrained(tiny_tokenizers[0]), None)
 
 
 def load(tmp_path: Path, student, extend_start: int, synthetic: SyntheticItemPromptsConfig, **settings):
@@ -146,14 +146,14 @@ def test_they_join_the_training_data_and_are_kept(student, extend_start, tmp_pat
     rec = [f"synthetic_rec_{name}" for name in TEMPLATES]
     assert data.sources == [*rec, *rec, *["general"] * 4]
     assert data.has_extended == [True] * 6 + [False] * 4
-    assert not data.ledger.dropped and data.ledger.kept["synthetic_rec_next"] == 2
+    assert not data.drop_report.dropped and data.drop_report.kept["synthetic_rec_next"] == 2
     assert "6 prompts of random codes join the training data" in caplog.text
     assert "source synthetic_rec_caption: 2" in caplog.text
     item = data[0]
     assert [message["role"] for message in item["raw_prompt"]] == ["system", "user"]
     assert (item["reward_model"]["ground_truth"], item["uuid"]) == ("", "synthetic_rec-0-0")
     assert [data[place]["raw_prompt"] for place in range(6)] == [
-        chat for _, chat in draw_chats(config_of(6), item_source(student, None))
+        chat for _, chat in draw_chats(config_of(6), item_sampler(student, None))
     ]
     distill = DistillConfig(teachers={"self": TeacherConfig(sources=["synthetic_rec_*"], prompts="with_items")})
     kinds = zip(data.sources, data.has_extended, strict=True)
@@ -168,7 +168,7 @@ def test_the_limit_on_samples_speaks_of_the_files(student, extend_start, tmp_pat
 def test_they_are_filtered_by_length_as_other_rows_are(student, extend_start, tmp_path) -> None:
     synthetic = config_of(9, min_history=40, max_history=40)
     data = load(tmp_path, student, extend_start, synthetic, filter_overlong_prompts=True)
-    assert data.ledger.dropped == {"overlong": 3} and "synthetic_rec_next" not in data.sources
+    assert data.drop_report.dropped == {"overlong": 3} and "synthetic_rec_next" not in data.sources
 
 
 @pytest.mark.parametrize("column", ["prompt", "messages"])

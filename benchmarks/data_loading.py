@@ -163,8 +163,8 @@ def main() -> None:
     memory = ("load_peak_mib", "again_peak_mib", "read_peak_mib", "read_mapped_mib")
     print(f"\n{'rows':>9}{'kept':>9}" + "".join(f"{name:>18}" for name in (*columns, *memory)))
     for result in results:
-        figures = "".join(f"{result[name]:>18,.0f}" for name in (*columns, *memory))
-        print(f"{result['rows']:>9,}{result['kept']:>9,}{figures}")
+        metrics = "".join(f"{result[name]:>18,.0f}" for name in (*columns, *memory))
+        print(f"{result['rows']:>9,}{result['kept']:>9,}{metrics}")
     machine = {"cores": len(os.sched_getaffinity(0)), "machine": platform.processor() or platform.machine()}
     print(json.dumps({"results": results, **machine, "prompt_tokens": args.prompt_tokens}))
 

@@ -100,8 +100,8 @@ def test_the_command_writes_what_a_run_would_make(
     out = tmp_path / "new" / "rec.parquet"
     arguments = ["--tokenizer", str(tiny_pair.student), "--count", "8", "--out", str(out)]
     main([*arguments, "--templates", json.dumps(TEMPLATES)])
-    said = f"8 prompts in {out}: 4 synthetic_rec_next, 4 synthetic_rec_caption\n"
-    assert capsys.readouterr().out == said
+    printed = f"8 prompts in {out}: 4 synthetic_rec_next, 4 synthetic_rec_caption\n"
+    assert capsys.readouterr().out == printed
     made = make_prompt_file(config_of(*run).data, hf_tokenizer(tiny_pair.student), None)
     assert out.read_bytes() == made.read_bytes()
 

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from support.chat_files import EXTEND_START, chat, write_rows
 
-from verl.utils.dataset.data_report import main
+from verl.utils.dataset.onerec_dataset import main
 
 
 @pytest.fixture

@@ -168,8 +168,8 @@ TYPED_COLUMNS = [
     ("numbers", pa.array([1, None]), ["unreadable_messages", "no_messages"]),
     ("nothing but nulls", pa.nulls(2), ["no_messages", "no_messages"]),
     ("bytes", pa.array([json.dumps(CHAT).encode(), b"", b"\xff"]), [HI, "no_messages", "unreadable_messages"]),
-    ("text that is no UTF-8", not_utf8(in_lists=False), ["unreadable_messages"]),
-    ("lists of text that is no UTF-8", not_utf8(in_lists=True), ["unreadable_messages"]),
+    ("text that is not UTF-8", not_utf8(in_lists=False), ["unreadable_messages"]),
+    ("lists of text that is not UTF-8", not_utf8(in_lists=True), ["unreadable_messages"]),
 ]
 
 TEXT = json.dumps(CHAT)
@@ -184,7 +184,7 @@ OTHER_COLUMNS = [
     ("numeric source", {"messages": TEXT, "source": 7}, HI, "7"),
     ("verl's name of the source", {"messages": TEXT, "data_source": "v"}, HI, "v"),
     ("numeric uuid", {"messages": TEXT, "uuid": 12}, HI, "unknown"),
-    ("metadata that is no JSON", {"messages": TEXT, "metadata": "{"}, HI, "unknown"),
+    ("metadata that is not JSON", {"messages": TEXT, "metadata": "{"}, HI, "unknown"),
     ("metadata nested too deeply", {"messages": TEXT, "metadata": "[" * 100_000}, HI, "unknown"),
     ("metadata as a struct", {"messages": TEXT, "metadata": {"uid": 1}}, HI, "unknown"),
     ("metadata as bytes", {"messages": TEXT, "metadata": b"\xff"}, HI, "unknown"),

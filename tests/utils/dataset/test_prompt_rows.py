@@ -42,7 +42,7 @@ anything = st.recursive(
 
 
 def joined(content) -> str:
-    """What a content says, in the words of this test."""
+    """The text of a content."""
     if isinstance(content, str):
         return content
     return content["text"] if isinstance(content, dict) else "".join(map(joined, content))

@@ -100,7 +100,7 @@ def test_a_custom_class(tokenizer, tmp_path):
     assert load("Old", max_samples=2) == 2  # written before there were sources with items
     with pytest.raises(ValueError, match=r"custom_cls\.name='Old' takes no argument 'extended_sources'.*teachers"):
         load("Old", extended_sources=["rec_*"])
-    with pytest.raises(ValueError, match=r"'other'.*is no class that extends"):
+    with pytest.raises(ValueError, match=r"'other'.*is not a class that extends"):
         load("other")
     with pytest.raises(ValueError, match=r"needs data\.custom_cls\.name"):
         load(None)
@@ -126,7 +126,7 @@ def test_columns_that_cannot_be_read_are_bad_rows(tokenizer, tmp_path):
     assert len(dataset) == 1
     counts = {"extra_info": 2, "reward_model": 1, "tools_kwargs": 1}
     assert dataset.drop_report.dropped == {f"unreadable_{column}": rows for column, rows in counts.items()}
-    with pytest.raises(ValueError, match=r"row 1: extra_info is a text that is no JSON.*data\.on_bad_row=drop"):
+    with pytest.raises(ValueError, match=r"row 1: extra_info is a text that is not JSON.*data\.on_bad_row=drop"):
         RLHFDataset(path, tokenizer, DataConfig(on_bad_row="error"))
 
 

@@ -1,14 +1,10 @@
 """What a data set holds and which of its rows a run would drop, on one page.
 
-In: files and a tokenizer. Out: text or JSON: rows kept and dropped by reason and source, lengths of the prompts, the
-share with extended tokens, three examples as the model reads them. All of it comes from the data set that a run would
-build, so the report cannot differ from the run.
+In: a data set as a run would build it, so that the report cannot differ from the run. Out: text or JSON: rows kept and
+dropped by reason and source, lengths of the prompts, the share with extended tokens, three examples as the model reads
+them.
 """
 
-import argparse
-import json
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +13,11 @@ import pyarrow.compute as pc
 from transformers import PreTrainedTokenizerBase
 
 from verl.config import DataConfig
-from verl.utils.dataset.onerec_dataset import create_rl_dataset
 from verl.utils.dataset.rl_dataset import RLHFDataset
-from verl.utils.tokenizer import hf_tokenizer
 
 PERCENTILES = (0, 10, 50, 90, 99, 100)
 HEAD_CHARACTERS, TAIL_CHARACTERS = 280, 120
 """Of an example's prompt in the text."""
-UNLIMITED = 2**31 - 1
 
 
 def describe(dataset: RLHFDataset, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -79,30 +72,3 @@ def render(dataset: RLHFDataset, report: dict[str, Any]) -> str:
         lines += ["", f"example {number}: {example['source']}, {place}, {example['tokens']:,} tokens"]
         lines += [f"  | {prompt!r}", f"  = {answer[:TAIL_CHARACTERS]}"]
     return "\n".join(lines)
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command; a mistake goes to stderr as one line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m verl.utils.dataset.onerec_dataset",
-        description="What a data set holds and which of its rows a run would drop.",
-    )
-    parser.add_argument("--files", nargs="+", required=True, help="parquet files, folders or globs")
-    parser.add_argument("--tokenizer", required=True, help="the student's tokenizer: folder or hub name")
-    parser.add_argument("--extend-vocab-start-token", type=int, help="first extended id; prompts with any are dropped")
-    parser.add_argument("--max-prompt-length", type=int, default=UNLIMITED, help="longer are dropped; default: none")
-    parser.add_argument("--json", action="store_true", help="one JSON document instead of text")
-    args = parser.parse_args(argv)
-    try:
-        tokenizer = hf_tokenizer(args.tokenizer)
-        limits = {"max_prompt_length": args.max_prompt_length, "filter_overlong_prompts": True}
-        dataset = create_rl_dataset(
-            args.files,
-            tokenizer,
-            DataConfig(**limits, max_dropped_fraction=1.0),
-            extend_vocab_start_token=args.extend_vocab_start_token,
-        )
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    report = describe(dataset, tokenizer)
-    print(json.dumps(report, ensure_ascii=False, default=str) if args.json else render(dataset, report))

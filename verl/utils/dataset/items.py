@@ -16,7 +16,6 @@ import json
 import logging
 import re
 from collections.abc import Callable, Iterator
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from random import Random
@@ -177,22 +176,17 @@ def make_prompt_file(config: DataConfig, tokenizer: "PreTrainedTokenizerBase", p
     """The file of ``data.synthetic_item_prompts`` in ``data.cache_dir``; arguments and errors of write_item_prompts."""
     wanted = config.synthetic_item_prompts
     catalogue = [] if wanted.catalogue is None else expand_data_files(wanted.catalogue)
-    path = cached_file(
-        config.cache_dir,
-        "synthetic-items",
-        ".parquet",
-        partial(
-            write_item_prompts,
-            config=wanted,
-            tokenizer=tokenizer,
-            prompt_column=prompt_column,
-            cache_dir=config.cache_dir,
-        ),
-        settings={**dataclasses.asdict(wanted), "catalogue": [file_digest(file) for file in catalogue]},
-        codes=_codes_by_level(tokenizer.get_vocab()),
-        prompt_column=prompt_column,
-        code=code_digest(),
-    )
+    depends_on = {
+        "settings": dataclasses.asdict(wanted) | {"catalogue": [file_digest(file) for file in catalogue]},
+        "codes": _codes_by_level(tokenizer.get_vocab()),
+        "prompt_column": prompt_column,
+        "code": code_digest(),
+    }
+
+    def write(path: Path) -> None:
+        write_item_prompts(path, wanted, tokenizer, prompt_column, config.cache_dir)
+
+    path = cached_file(config.cache_dir, "synthetic-items", ".parquet", write, **depends_on)
     what = "random codes" if wanted.catalogue is None else f"items of {wanted.catalogue}"
     logger.info("%s prompts of %s join the training data: %s", f"{wanted.count:,}", what, path)
     return path

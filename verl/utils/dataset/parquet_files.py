@@ -63,7 +63,7 @@ def expand_data_files(data_files: str | Path | Sequence[str | Path]) -> list[Pat
 def read_header(path: Path) -> tuple[list[str], int]:
     """Columns of a parquet file, and the number of its rows; reads no row.
 
-    Raises ValueError, in one line, where it is no parquet file or a damaged one.
+    Raises ValueError, in one line, where it is not a parquet file, or a damaged one.
     """
     with _open_parquet(path) as file:
         return file.schema_arrow.names, file.metadata.num_rows

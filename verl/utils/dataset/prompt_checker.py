@@ -1,10 +1,9 @@
-"""Which rows of the data can be used, how long their prompts are, and the report of the rows that are dropped.
+"""Which rows of the data can be used, how long their prompts are, and a report of the rows that are dropped.
 
 In: rows in order, and the reader and encoder of a data set. Out: one ``RowCheck`` per row, in the same order, also as a
-table; and ``DropReport``. A check depends on nothing but the row and ``settings``, so it can be kept and read again.
+table; and a ``DropReport``. A check depends on the row and ``PromptChecker.settings`` alone, so it can be cached.
 
-Python reads and renders the rows; the tokenizer counts a block of prompts at a time, on all cores with threads of its
-own. Processes would gain nothing where that counting is what takes the time.
+Python reads and renders the rows; the tokenizer counts a block of prompts at a time, with its own threads on all cores.
 """
 
 import json
@@ -33,7 +32,7 @@ SOURCES_SHOWN = 12
 SOURCES_PER_REASON = 4
 """Sources named beside a reason."""
 LINE_BREAKS = {ord(character): f"\\u{ord(character):04x}" for character in "\x85\u2028\u2029"}
-"""What readers of lines may break at beside what JSON escapes of itself."""
+"""Line breaks that JSON does not escape by itself."""
 
 
 class RowCheck(NamedTuple):
@@ -45,9 +44,9 @@ class RowCheck(NamedTuple):
     detail: str | None = None
     """The same for people."""
     tokens: int | None = None
-    """Of its prompt, with the longest think switch where that may matter; None where there is no prompt to count."""
+    """Length of its prompt, with the longest think switch where that may matter; None without a prompt."""
     extended: int | None = None
-    """Those of them that are extended ids; None where there is no extension either."""
+    """How many of them are extended ids; None also without a threshold."""
 
 
 CHECK_SCHEMA = pa.schema(
@@ -72,7 +71,7 @@ def check_table(checks: Iterable[RowCheck]) -> pa.Table:
 
 @dataclass(frozen=True)
 class PromptChecker:
-    """Checks rows."""
+    """Checks whether rows can be used under the ``data`` settings."""
 
     encoder: PromptEncoder
     config: DataConfig

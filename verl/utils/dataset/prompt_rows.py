@@ -90,7 +90,7 @@ def mapping_of(value: Any, column: str) -> dict[str, Any]:
         try:
             value = json.loads(value) if value.strip() else None
         except (ValueError, RecursionError) as error:
-            raise BadRowError(f"unreadable_{column}", f"{column} is a text that is no JSON: {error}") from error
+            raise BadRowError(f"unreadable_{column}", f"{column} is a text that is not JSON: {error}") from error
     if value is None:
         return {}
     if not isinstance(value, Mapping):

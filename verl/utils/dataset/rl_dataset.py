@@ -43,7 +43,6 @@ from verl.utils.dataset.parquet_files import (
 )
 from verl.utils.dataset.prompt_checker import DropReport, PromptChecker, check_table
 from verl.utils.dataset.prompt_rows import (
-    Message,
     PromptRow,
     lists_tools,
     mapping_of,
@@ -76,11 +75,8 @@ def collate_fn(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
                 raise ValueError(f"the tensor {key!r} is missing from some of the {len(items)} items of a batch")
             batch[key] = torch.stack(tensors)
         else:
-            # Filled one by one: np.array would turn lists of equal length into a second dimension.
-            column = np.empty(len(values), dtype=object)
-            for number, value in enumerate(values):
-                column[number] = value
-            batch[key] = column
+            # np.array would turn lists of equal length into a second dimension.
+            batch[key] = np.fromiter(values, dtype=object, count=len(values))
     return batch
 
 
@@ -107,6 +103,9 @@ class RLHFDataset(Dataset[dict[str, Any]]):
             tokens where the settings make them an error.
     """
 
+    caches_checks = True
+    """Whether checks are kept between runs. A subclass does not inherit this: nothing here sees its code change."""
+
     def __init__(
         self,
         data_files: str | Path | Sequence[str | Path],
@@ -123,7 +122,6 @@ class RLHFDataset(Dataset[dict[str, Any]]):
         self.epoch = 0
         """The epoch that was set last."""
         self._encoder = PromptEncoder(tokenizer, config, tool_schemas)
-        self._cuts = config.truncation != "error" and not config.filter_overlong_prompts
         self.files = expand_data_files(data_files)
         self._rows = ParquetRows(self.files, self.columns(), config.cache_dir)
         self._check_columns()
@@ -163,8 +161,9 @@ class RLHFDataset(Dataset[dict[str, Any]]):
         }
         if "agent_name" in self._rows.columns:
             entry["agent_name"] = row.get("agent_name")
-        if self._cuts:
-            entry["prompt_ids"] = self._cut_ids(messages, lists_tools(row))
+        if self.config.truncation != "error" and not self.config.filter_overlong_prompts:
+            ids, limit = self._encoder.encode([messages], lists_tools(row))[0], self.config.max_prompt_length
+            entry["prompt_ids"] = truncate(ids, limit, self.config.truncation) if len(ids) > limit else None
         return entry
 
     def location(self, index: int) -> tuple[Path, int]:
@@ -234,9 +233,7 @@ class RLHFDataset(Dataset[dict[str, Any]]):
             checks = checker.check_rows(islice(self._rows, count))
             return check_table(tqdm(checks, total=count, desc="read prompts", unit="row", disable=None, leave=False))
 
-        # A class of the user's own may read anything, and nothing here sees its code change: its checks are not kept.
-        is_own = type(self).__module__.rpartition(".")[0] != __name__.rpartition(".")[0]
-        settings = None if is_own else checker.settings()
+        settings = checker.settings() if vars(type(self)).get("caches_checks") else None
         if settings is None:
             return check()
         kept = cached_file(
@@ -303,9 +300,3 @@ class RLHFDataset(Dataset[dict[str, Any]]):
     def _row_id(self, row: Row, index: int) -> str:
         path, number = self._rows.location(index)
         return text_of(row.get("uuid")) or str(uuid.uuid5(uuid.NAMESPACE_URL, f"{path.name}:{number}"))
-
-    def _cut_ids(self, messages: list[Message], with_tools: bool) -> list[int] | None:
-        ids = self._encoder.encode([messages], with_tools)[0]
-        if len(ids) <= self.config.max_prompt_length:
-            return None
-        return truncate(ids, self.config.max_prompt_length, self.config.truncation)

@@ -80,16 +80,10 @@ def test_bad_rows_are_counted_and_recorded(load, tmp_path, caplog):
     report = dataset.drop_report
     assert report.kept == {"letters": 1, "other": 1}
     assert report.dropped_by_source["blank_user_turn", "y"] == 2 and report.dropped["blank_user_turn"] == 3
-    lines = read_jsonl(record)
-    assert [(line["row"], line["reason"]) for line in lines] == [
-        (1, "no_messages"),
-        (2, "plain_text"),
-        (3, "unreadable_messages"),
-        (4, "blank_user_turn"),
-        (5, "blank_user_turn"),
-        (6, "blank_user_turn"),
-        (7, "unencodable_text"),
-    ]
+    lines, blank = read_jsonl(record), ["blank_user_turn"] * 3
+    assert [line["row"] for line in lines] == [1, 2, 3, 4, 5, 6, 7]
+    reasons = ["no_messages", "plain_text", "unreadable_messages", *blank, "unencodable_text"]
+    assert [line["reason"] for line in lines] == reasons
     assert (lines[2]["text"], lines[2]["uuid"], lines[2]["file"]) == ("[{", "id-d", str(tmp_path / "d.parquet"))
     assert "kept 2 of 9 rows" in caplog.text
     assert "dropped 3: blank_user_turn (y 2, x 1)" in caplog.text
@@ -202,16 +196,10 @@ def test_the_second_load_reads_the_checks_of_the_first(tiny_tokenizers, tmp_path
     moved = write_rows(tmp_path / "moved.parquet", rows)
     again, _, lines = load(moved)
     assert (again, [line["file"] for line in lines]) == (0, [str(moved)] * 3)
-    for change in (
-        {"max_prompt_length": 41},
-        {"extend_start": EXTEND_START + 1},
-        {"prompt_extend_tokens": "replace"},
-        {"enable_think": True},
-        {"enable_think": True, "think_mode": "force_think"},
-        {"apply_chat_template_kwargs": {"enable_thinking": False}},
-        {"max_samples": 1},
-        {"data_source_key": "data_source"},
-    ):
+    think, template = {"enable_think": True}, {"apply_chat_template_kwargs": {"enable_thinking": False}}
+    changes = [{"max_prompt_length": 41}, {"extend_start": EXTEND_START + 1}, {"prompt_extend_tokens": "replace"}]
+    changes += [think, think | {"think_mode": "force_think"}, template, {"max_samples": 1}]
+    for change in (*changes, {"data_source_key": "data_source"}):
         assert load(**change)[0] > 0, change
         assert load(**change)[0] == 0, change
     assert load(write_rows(path, [*rows, chat("c")]))[0] == 5
@@ -222,17 +210,17 @@ def test_the_second_load_reads_the_checks_of_the_first(tiny_tokenizers, tmp_path
 
 
 def test_checks_of_a_class_of_ones_own_are_not_kept(tokenizer, tmp_path):
-    class Counting(OneRecDataset):
-        reads = 0
+    reads = []
 
+    class Reading(OneRecDataset):
         def read_prompt(self, row):
-            Counting.reads += 1
+            reads.append(row["uuid"])
             return super().read_prompt(row)
 
     path = write_rows(tmp_path / "d.parquet", [chat("a"), chat("b")])
-    for reads in (2, 4):
-        Counting(path, tokenizer, DataConfig())
-        assert Counting.reads == reads
+    for _ in range(2):
+        Reading(path, tokenizer, DataConfig())
+    assert reads == ["id-a", "id-b"] * 2
 
 
 def test_rows_are_in_order_over_many_blocks(load):

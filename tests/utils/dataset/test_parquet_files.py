@@ -92,15 +92,16 @@ def test_copies_are_made_once_and_for_the_content(tmp_path):
     def copies():
         return sorted((path.name, path.stat().st_mtime_ns) for path in cache.iterdir())
 
+    def rows_of(path, *columns):
+        return list(ParquetRows([path], columns, cache))
+
     first = write(tmp_path / "a.parquet", x=["a"], y=[1])
-    assert list(ParquetRows([first], ["x"], cache)) == [{"x": "a"}]
+    assert rows_of(first, "x") == [{"x": "a"}]
     (made,) = copies()
-    same = write(tmp_path / "elsewhere" / "b.parquet", x=["a"], y=[1])
-    assert list(ParquetRows([same], ["x"], cache)) == [{"x": "a"}]
+    assert rows_of(write(tmp_path / "elsewhere" / "b.parquet", x=["a"], y=[1]), "x") == [{"x": "a"}]
     assert copies() == [made]
-    assert list(ParquetRows([first], ["x", "y"], cache)) == [{"x": "a", "y": 1}]
-    write(tmp_path / "a.parquet", x=["b"], y=[1])
-    assert list(ParquetRows([first], ["x"], cache)) == [{"x": "b"}]
+    assert rows_of(first, "x", "y") == [{"x": "a", "y": 1}]
+    assert rows_of(write(first, x=["b"], y=[1]), "x") == [{"x": "b"}]
     assert len(copies()) == 3
 
 

@@ -126,6 +126,7 @@ def draw_chats(config: SyntheticItemPromptsConfig, draw_item: DrawItem) -> Itera
     names = list(config.templates)
     for number in range(config.count):
         name = names[number % len(names)]
+        # A generator for each prompt: a larger count changes none of those before.
         random = Random(f"{config.seed} {number}")
 
         def items(match: re.Match[str], random: Random = random) -> str:
@@ -177,6 +178,7 @@ def make_prompt_file(config: DataConfig, tokenizer: "PreTrainedTokenizerBase", p
     wanted = config.synthetic_item_prompts
     catalogue = [] if wanted.catalogue is None else expand_data_files(wanted.catalogue)
     depends_on = {
+        # The catalogue by its content: moved, it makes the same file; changed, another.
         "settings": dataclasses.asdict(wanted) | {"catalogue": [file_digest(file) for file in catalogue]},
         "codes": _codes_by_level(tokenizer.get_vocab()),
         "prompt_column": prompt_column,

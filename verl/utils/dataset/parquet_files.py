@@ -49,7 +49,7 @@ def expand_data_files(data_files: str | Path | Sequence[str | Path]) -> list[Pat
         if os.path.isdir(pattern):
             found = sorted(Path(pattern).glob("*.parquet"))
         elif os.path.isfile(pattern):
-            found = [Path(pattern)]
+            found = [Path(pattern)]  # before the glob: a file's own name may hold its characters
         else:
             found = sorted(Path(match) for match in glob.glob(pattern, recursive=True))
         if not found:
@@ -91,6 +91,7 @@ def cached_file(
     path = folder / f"{kind}-{key[:32]}{suffix}"
     if path.is_file():
         return path
+    # A name of its own for each process: several may write at once, and the last to finish wins with the same content.
     beside = folder / f".{path.name}.{uuid.uuid4().hex}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -142,6 +143,7 @@ class ParquetRows:
         self._tables: dict[int, pa.Table] = {}
         counts = []
         for path, digest in zip(self.files, self.digests, strict=True):
+            # Copied with its own columns and types: files may differ in both, so no schema would do for all.
             names, count = read_header(path)
             there = [name for name in names if name in wanted]
             write = partial(_write_copy, path, there)
@@ -164,6 +166,7 @@ class ParquetRows:
     def __iter__(self) -> Iterator[Row]:
         """Every row in order, read a block at a time."""
         for number, (start, end) in enumerate(pairwise(self._starts)):
+            # Block by block: as Python objects, a whole file could be larger than memory.
             for row in range(0, end - start, ROWS_PER_BLOCK):
                 yield from self._read(number, row, min(ROWS_PER_BLOCK, end - start - row))
 
@@ -173,7 +176,7 @@ class ParquetRows:
         return self.files[number], row
 
     def _place(self, index: int) -> tuple[int, int]:
-        number = bisect_right(self._starts, index) - 1
+        number = bisect_right(self._starts, index) - 1  # the last file that starts here: files before it may be empty
         return number, index - self._starts[number]
 
     def _read(self, number: int, row: int, count: int) -> list[Row]:

@@ -63,6 +63,7 @@ CHECK_SCHEMA = pa.schema(
 def check_table(checks: Iterable[RowCheck]) -> pa.Table:
     """Checks as a table of ``CHECK_SCHEMA``, some 20 bytes a row."""
     remaining, batches = iter(checks), []
+    # In batches, so that no more than one of them is in Python's own, much larger objects.
     while batch := list(islice(remaining, CHECKS_PER_BATCH)):
         columns = dict(zip(CHECK_SCHEMA.names, zip(*batch, strict=True), strict=True))
         batches.append(pa.RecordBatch.from_pydict(columns, CHECK_SCHEMA))
@@ -95,6 +96,7 @@ class PromptChecker:
             "data_source_key": self.config.data_source_key,
             "replaces_extended": self.config.prompt_extend_tokens == "replace",
             "extended_sources": list(self.extended_sources),
+            # None where prompts are cut instead: checks are then the same under every limit.
             "limit": self.config.max_prompt_length if self._is_limited else None,
             "switches": possible_switches(self.config),
         }
@@ -110,6 +112,7 @@ class PromptChecker:
             chats = [self._read(row) for row in block]
             outcomes: list[list[int] | BadRowError] = [bad or [] for _, bad in chats]
             switch = possible_switches(self.config)[0]
+            # Prompts with and without tools are rendered apart: the template takes one list of tools for all of a call.
             for with_tools in (True, False):
                 members = {
                     place: append_switch(messages, switch)
@@ -134,6 +137,7 @@ class PromptChecker:
             detail = f"the prompt holds {extended} ids from {start} on"
             return RowCheck(source, "extended_tokens", detail, tokens, extended)
         if self._is_limited:
+            # In auto mode every epoch draws a switch anew: a prompt must fit with the longest.
             tokens = self.encoder.longest_length(messages, ids, lists_tools(row))
             if tokens > limit:
                 detail = f"{tokens} tokens, data.max_prompt_length={limit}"

@@ -118,6 +118,7 @@ def _turns_of(value: Any) -> list[Any]:
         except UnicodeDecodeError as error:
             raise BadRowError("unreadable_messages", f"bytes that are not UTF-8: {error}") from error
     if isinstance(value, str):
+        # Text exported on Windows may begin with a byte order mark.
         text = value.removeprefix("\ufeff").strip()
         value = _parse_text(text) if text else None
     if isinstance(value, Mapping) and value:
@@ -137,6 +138,7 @@ def _parse_text(text: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as json_error:
         try:
+            # Exports through CSV leave the repr() of a list; literal_eval runs nothing.
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of Python about backslashes in the user's text
                 return ast.literal_eval(text)

@@ -90,6 +90,7 @@ class PromptEncoder:
             type(tokenizer).__name__,
             backend.to_str(),
             tokenizer.chat_template,
+            # Templates and post-processors read these by name, and another version may render or split otherwise.
             {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
             transformers.__version__,
             tokenizers.__version__,
@@ -120,6 +121,7 @@ class PromptEncoder:
         try:
             return list(self.encode(prompts, with_tools)) if prompts else []
         except BadRowError as error:
+            # The template names no prompt, so each is tried alone.
             if len(prompts) == 1:
                 return [error]
             return [outcome for prompt in prompts for outcome in self.encode_each([prompt], with_tools)]
@@ -127,6 +129,7 @@ class PromptEncoder:
     def longest_length(self, messages: list[Message], ids: list[int], with_tools: bool = True) -> int:
         """Most tokens the prompt can have in any epoch; ``ids`` is the prompt with its first possible switch."""
         others = possible_switches(self._config)[1:]
+        # Almost every prompt is far from the limit and need not be encoded again with each switch.
         if not others or len(ids) + LONGEST_SWITCH_TOKENS <= self._config.max_prompt_length:
             return len(ids)
         variants = self.encode([append_switch(messages, switch) for switch in others], with_tools)

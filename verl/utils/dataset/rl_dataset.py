@@ -144,7 +144,7 @@ class RLHFDataset(Dataset[dict[str, Any]]):
 
     def __getitem__(self, item: int) -> dict[str, Any]:
         """The prompt at place ``item``, with the think switch of the current epoch."""
-        index = int(self._kept[item])
+        index = int(self._kept[item])  # a numpy integer would not survive JSON
         row = self._rows[index]
         prompt, row_id = self.read_prompt(row), self._row_id(row, index)
         messages = append_switch(prompt.messages, think_switch(self.config, row_id, self.epoch))
@@ -250,6 +250,7 @@ class RLHFDataset(Dataset[dict[str, Any]]):
 
     def _dropped_rows(self) -> Iterator[dict[str, Any]]:
         """A line of the drop report per row that is not kept; ValueError at one that the settings make an error."""
+        # A batch at a time: most rows of a large data set may be dropped, each with its detail.
         is_dropped = self.checks["reason"].is_valid()
         checks = (check for batch in self.checks.filter(is_dropped).to_batches() for check in batch.to_pylist())
         for index, check in zip(np.flatnonzero(is_dropped.to_numpy()).tolist(), checks, strict=True):
@@ -282,6 +283,7 @@ class RLHFDataset(Dataset[dict[str, Any]]):
 
     def _fix_for(self, reason: str) -> str | None:
         """What to set instead where the settings make this reason an error; None where the row is dropped."""
+        # Rows count as overlong only where they are filtered or data.truncation=error.
         if reason == "overlong":
             fix = "raise data.max_prompt_length, or set data.filter_overlong_prompts=True or data.truncation=left"
             return None if self.config.filter_overlong_prompts else fix

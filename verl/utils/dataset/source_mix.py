@@ -43,12 +43,14 @@ def mixed_order(groups: Sequence[tuple[float, np.ndarray]], random: np.random.Ge
     shares = np.array([share for share, _ in groups])
     turns = np.empty(length, dtype=np.int64)
     had = np.zeros(len(groups))
+    # Each turn goes to the group that is furthest behind its share.
     for place in range(length):
         turns[place] = group = int(np.argmax(shares * (place + 1) - had))
         had[group] += 1
     order = np.empty(length, dtype=np.int64)
     for group, (_, places) in enumerate(groups):
         wanted = np.flatnonzero(turns == group)
+        # A group starts again only after all of it has come, each pass in an order of its own.
         passes = -(-len(wanted) // len(places))
         drawn = [random.permutation(places) if shuffle else places for _ in range(passes)]
         order[wanted] = np.concatenate(drawn)[: len(wanted)] if passes else []

@@ -113,7 +113,7 @@ def load(data: str, tokenizer_folder: str, cache: str) -> dict[str, Any]:
         read_s = time.perf_counter() - began
     return {
         "kept": len(dataset),
-        "dropped": dict(dataset.ledger.dropped),
+        "dropped": dict(dataset.drop_report.dropped),
         "load_s": load_s,
         "load_own_mib": loading["own"],
         "read_s": read_s,
@@ -163,8 +163,8 @@ def main() -> None:
     memory = ("load_peak_mib", "again_peak_mib", "read_peak_mib", "read_mapped_mib")
     print(f"\n{'rows':>9}{'kept':>9}" + "".join(f"{name:>18}" for name in (*columns, *memory)))
     for result in results:
-        figures = "".join(f"{result[name]:>18,.0f}" for name in (*columns, *memory))
-        print(f"{result['rows']:>9,}{result['kept']:>9,}{figures}")
+        metrics = "".join(f"{result[name]:>18,.0f}" for name in (*columns, *memory))
+        print(f"{result['rows']:>9,}{result['kept']:>9,}{metrics}")
     machine = {"cores": len(os.sched_getaffinity(0)), "machine": platform.processor() or platform.machine()}
     print(json.dumps({"results": results, **machine, "prompt_tokens": args.prompt_tokens}))
 

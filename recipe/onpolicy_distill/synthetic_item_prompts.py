@@ -6,7 +6,7 @@
         --templates '{"next": {"user": "history: {history}"}, "caption": {"user": "caption: {item}"}}' \\
         [--catalogue ITEMS.parquet]
 
-A run makes them of itself where ``data.synthetic_item_prompts`` is set (``verl.utils.dataset.synthetic_items``).
+A run makes the same file itself where ``data.synthetic_item_prompts`` is set.
 """
 
 import argparse
@@ -14,40 +14,36 @@ import json
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 from verl.config import PromptTemplateConfig, SyntheticItemPromptsConfig
 
 
-def write_file(tokenizer: str, out: Path, templates: dict[str, Any], **settings: Any) -> Counter[str]:
+def write_file(arguments: argparse.Namespace) -> Counter[str]:
     """Write the file; returns the number of rows of each source.
-
-    Args:
-        tokenizer: folder or hub name.
-        templates: texts by template, as ``PromptTemplateConfig`` has them.
-        settings: further fields of ``SyntheticItemPromptsConfig``.
 
     Raises:
         ValueError: settings that make no prompts, a catalogue that cannot be read, or item tokens that the tokenizer
             lacks.
     """
-    from verl.utils.dataset.synthetic_items import draw_chats, item_source, write_prompts
+    from verl.utils.dataset.items import write_item_prompts
     from verl.utils.tokenizer import hf_tokenizer
 
+    settings = {**vars(arguments)}
+    tokenizer, out, templates = (settings.pop(name) for name in ("tokenizer", "out", "templates"))
     try:
-        made = {name: PromptTemplateConfig(**texts) for name, texts in templates.items()}
+        settings["templates"] = {name: PromptTemplateConfig(**texts) for name, texts in templates.items()}
     except (AttributeError, TypeError) as error:
         raise ValueError(f'--templates {templates} is not {{"NAME": {{"user": "TEXT"}}}} ({error})') from error
-    config = SyntheticItemPromptsConfig(templates=made, **settings)
+    config = SyntheticItemPromptsConfig(**settings)
     if not config.count:
         raise ValueError(f"--count {config.count} must be at least 1")
-    draw_item = item_source(hf_tokenizer(tokenizer), config.catalogue)
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_prompts(out, config, draw_item)
-    return Counter(source for source, _ in draw_chats(config, draw_item))
+    write_item_prompts(out, config, hf_tokenizer(tokenizer))
+    return Counter(config.sources[number % len(config.sources)] for number in range(config.count))
 
 
-def _parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
     defaults = SyntheticItemPromptsConfig()
     parser = argparse.ArgumentParser(
         prog="python -m recipe.onpolicy_distill.synthetic_item_prompts", description=str(__doc__).splitlines()[0]
@@ -67,19 +63,12 @@ def _parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         default = getattr(defaults, name)
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, help="default: %(default)s")
     parser.add_argument("--source", default=defaults.source, help="what sources begin with; default: %(default)s")
-    return parser.parse_args(argv)
-
-
-def main(argv: list[str] | None = None) -> None:
-    """The command line."""
-    arguments = vars(_parse_arguments(argv))
+    arguments = parser.parse_args(argv)
     try:
-        rows = write_file(**arguments)
+        rows = write_file(arguments)
     except ValueError as error:
         sys.exit(f"error: {error}")
-    print(
-        f"{rows.total():,} prompts in {arguments['out']}: " + ", ".join(f"{n:,} {source}" for source, n in rows.items())
-    )
+    print(f"{rows.total():,} prompts in {arguments.out}: " + ", ".join(f"{n:,} {source}" for source, n in rows.items()))
 
 
 if __name__ == "__main__":

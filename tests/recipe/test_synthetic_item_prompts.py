@@ -15,7 +15,7 @@ from recipe.onpolicy_distill.main_onpolicy_distill import build_trainer
 from recipe.onpolicy_distill.synthetic_item_prompts import main
 from verl.trainer.launch.checks import check_run
 from verl.trainer.launch.typed import load_config
-from verl.utils.dataset.synthetic_items import make_prompt_file
+from verl.utils.dataset.items import make_prompt_file
 from verl.utils.tokenizer import hf_tokenizer
 
 KEY = "data.synthetic_item_prompts"
@@ -100,8 +100,8 @@ def test_the_command_writes_what_a_run_would_make(
     out = tmp_path / "new" / "rec.parquet"
     arguments = ["--tokenizer", str(tiny_pair.student), "--count", "8", "--out", str(out)]
     main([*arguments, "--templates", json.dumps(TEMPLATES)])
-    said = f"8 prompts in {out}: 4 synthetic_rec_next, 4 synthetic_rec_caption\n"
-    assert capsys.readouterr().out == said
+    printed = f"8 prompts in {out}: 4 synthetic_rec_next, 4 synthetic_rec_caption\n"
+    assert capsys.readouterr().out == printed
     made = make_prompt_file(config_of(*run).data, hf_tokenizer(tiny_pair.student), None)
     assert out.read_bytes() == made.read_bytes()
 

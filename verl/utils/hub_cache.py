@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def local_model_folder(model: str | None) -> Path | None:
-    """The folder of a model; None where there is no model, or it is not on this machine."""
+    """The folder of a model; None without a model, or where it is not on this machine."""
     if not model:
         return None
     folder = Path(model).expanduser()
@@ -19,6 +19,6 @@ def local_model_folder(model: str | None) -> Path | None:
 
     try:
         cached = try_to_load_from_cache(model, "config.json")
-    except HFValidationError:  # no name that the hub could have
+    except HFValidationError:  # not a name that the hub could have
         return None
     return Path(cached).parent if isinstance(cached, str) else None

@@ -18,7 +18,7 @@ def hf_tokenizer(path: str | Path, trust_remote_code: bool = False) -> PreTraine
     Raises ValueError where ``path`` holds no tokenizer, or one that has neither a pad nor an end token.
     """
     name = os.path.expanduser(str(path))
-    # Without this check a mistyped folder is taken for a hub name, and the message speaks of repository ids.
+    # Without this check a mistyped folder is taken for a hub name, and the message is about repository ids.
     if name.startswith(("/", ".")) and not os.path.isdir(name):
         raise ValueError(f"the tokenizer folder {name!r} does not exist")
     try:

@@ -36,7 +36,7 @@ from recipe.onpolicy_distill.quickstart.cache import cached_folder, file_digest
 from recipe.onpolicy_distill.quickstart.tokenizers import MAX_TOKENS
 from recipe.onpolicy_distill.quickstart.world import World
 from recipe.onpolicy_distill.tiny_models import new_model
-from verl.utils.dataset.onerec_messages import parse_messages, split_answer
+from verl.utils.dataset.prompt_rows import parse_messages, split_answer
 from verl.utils.tokenizer import hf_tokenizer
 
 MIN_TEACHER_PADDING = 8

@@ -15,10 +15,9 @@ from recipe.onpolicy_distill.scoreboard.measures import final_answer
 from verl.config import DataConfig
 from verl.utils.dataset.items import Item
 from verl.utils.dataset.onerec_dataset import OneRecDataset
-from verl.utils.dataset.onerec_messages import BadRowError, parse_messages
 from verl.utils.dataset.parquet_files import Row
+from verl.utils.dataset.prompt_rows import BadRowError, PromptRow, parse_messages
 from verl.utils.dataset.prompt_tokens import PromptEncoder
-from verl.utils.dataset.rl_dataset import PromptRow
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -93,8 +92,8 @@ def read_questions(
         path, tokenizer, config, extend_vocab_start_token=extend_vocab_start_token, max_samples=max_rows
     )
     rows = [dataset[number] for number in range(len(dataset))]
-    if dataset.ledger.dropped:
-        logger.warning("%s: %s", path, dataset.ledger.summary())
+    if dataset.drop_report.dropped:
+        logger.warning("%s: %s", path, dataset.drop_report.summary())
     encoded = PromptEncoder(tokenizer, config).encode([row["raw_prompt"] for row in rows])
     return [
         Question(

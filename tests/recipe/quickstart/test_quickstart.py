@@ -14,7 +14,7 @@ from recipe.onpolicy_distill.quickstart.baseline import popularity_metrics
 from recipe.onpolicy_distill.quickstart.distillation import STEPS, Distillation
 from recipe.onpolicy_distill.quickstart.scoreboard_table import popularity_line
 from verl.trainer.launch.typed import load_config
-from verl.utils.dataset.synthetic_items import make_prompt_file
+from verl.utils.dataset.items import make_prompt_file
 from verl.utils.tokenizer import hf_tokenizer
 
 

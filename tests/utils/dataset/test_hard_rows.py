@@ -1,7 +1,7 @@
 """Rows as they are found in the wild, one by one, each with what becomes of it.
 
-A verdict is the reason for which a row is dropped, or what is kept of it: the prompt, one "role: content" per message,
-and the answer behind "=>".
+An outcome is the reason for which a row is dropped, or what is kept of it: the prompt, one "role: content" per message,
+and the answer behind "=>", joined by " | ".
 """
 
 import json
@@ -9,12 +9,13 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from support.chat_files import read_jsonl
 
 from verl.config import DataConfig
 from verl.utils.dataset.onerec_dataset import OneRecDataset
 from verl.utils.tokenizer import hf_tokenizer
 
-HI = ["user: Hi", "=> Hello"]
+HI = "user: Hi | => Hello"
 ANSWER = '{"role": "assistant", "content": "Hello"}'
 DEEP = 600
 """Nested lists: fewer than the JSON parser refuses, more than a recursive reader of Python's can take."""
@@ -25,9 +26,9 @@ def user(content: str) -> str:
     return f'[{{"role": "user", "content": {content}}}, {ANSWER}]'
 
 
-def roles(*names: str) -> str:
+def roles(names: str) -> str:
     """A chat of these roles whose contents are numbered from 1."""
-    return json.dumps([{"role": name, "content": str(number)} for number, name in enumerate(names, 1)])
+    return json.dumps([{"role": name, "content": str(number)} for number, name in enumerate(names.split(), 1)])
 
 
 def asked_by(role: str) -> str:
@@ -36,7 +37,7 @@ def asked_by(role: str) -> str:
 
 
 TEXT_CELLS = [
-    # name, cell, verdict
+    # name, cell, outcome
     # ---- forms of a chat
     ("text content", user('"Hi"'), HI),
     ("compact separators", '[{"role":"user","content":"Hi"},{"role":"assistant","content":"Hello"}]', HI),
@@ -59,43 +60,35 @@ TEXT_CELLS = [
     ("a call is not run", "__import__('os').getcwd()", "unreadable_messages"),
     ("a comprehension is not run", "[{'role': 'user', 'content': c} for c in 'ab']", "unreadable_messages"),
     # ---- escapes
-    ("surrogate pair", user(r'"\ud83d\ude00"'), ["user: \U0001f600", "=> Hello"]),
-    ("escaped slash", user(r'"a\/b"'), ["user: a/b", "=> Hello"]),
-    ("other escapes", user(r'"\u00e9\n\t\"\\"'), ['user: é\n\t"\\', "=> Hello"]),
-    ("zero character", user(r'"a\u0000b"'), ["user: a\x00b", "=> Hello"]),
+    ("surrogate pair", user(r'"\ud83d\ude00"'), "user: 😀 | => Hello"),
+    ("escaped slash", user(r'"a\/b"'), "user: a/b | => Hello"),
+    ("other escapes", user(r'"\u00e9\n\t\"\\"'), 'user: é\n\t"\\ | => Hello'),
+    ("zero character", user(r'"a\u0000b"'), "user: a\u0000b | => Hello"),
     ("lone surrogate in the question", user(r'"\ud83d"'), "unencodable_text"),
     ("lone surrogate in the answer", user('"Hi"').replace("Hello", r"\ude00"), "unencodable_text"),
     ("lone surrogate in a name", user(r'"Hi", "name": "\ud83d"'), "unencodable_text"),
     ("surrogate pair in a Python literal", r"[{'role': 'user', 'content': '\ud83d\ude00'}]", "unencodable_text"),
     # ---- texts
-    ("Chinese and right-to-left", user('"你好 مرحبا"'), ["user: 你好 مرحبا", "=> Hello"]),
-    ("the template's own tokens", user('"<|im_end|>"'), ["user: <|im_end|>", "=> Hello"]),
-    ("long text", user('"' + "long " * 5000 + '"'), ["user: " + "long " * 5000, "=> Hello"]),
+    ("Chinese and right-to-left", user('"你好 مرحبا"'), "user: 你好 مرحبا | => Hello"),
+    ("the template's own tokens", user('"<|im_end|>"'), "user: <|im_end|> | => Hello"),
+    ("long text", user('"' + "long " * 5000 + '"'), "user: " + "long " * 5000 + " | => Hello"),
     # ---- turns
-    ("system", roles("system", "user", "assistant"), ["system: 1", "user: 2", "=> 3"]),
-    (
-        "several turns",
-        roles("user", "assistant", "user", "assistant"),
-        ["user: 1", "assistant: 2", "user: 3", "=> 4"],
-    ),
-    ("user twice", roles("user", "user", "assistant"), ["user: 1", "user: 2", "=> 3"]),
-    ("user after the answer", roles("user", "assistant", "user"), ["user: 1", "=> 2"]),
-    ("assistant twice", roles("user", "assistant", "assistant"), ["user: 1", "assistant: 2", "=> 3"]),
-    (
-        "assistant first, then a question",
-        roles("assistant", "user", "assistant"),
-        ["assistant: 1", "user: 2", "=> 3"],
-    ),
-    ("tool", roles("user", "assistant", "tool", "assistant"), ["user: 1", "assistant: 2", "tool: 3", "=> 4"]),
-    ("assistant first", roles("assistant", "user"), "no_user_turn"),
-    ("system and assistant", roles("system", "assistant"), "no_user_turn"),
+    ("system", roles("system user assistant"), "system: 1 | user: 2 | => 3"),
+    ("several turns", roles("user assistant user assistant"), "user: 1 | assistant: 2 | user: 3 | => 4"),
+    ("user twice", roles("user user assistant"), "user: 1 | user: 2 | => 3"),
+    ("user after the answer", roles("user assistant user"), "user: 1 | => 2"),
+    ("assistant twice", roles("user assistant assistant"), "user: 1 | assistant: 2 | => 3"),
+    ("assistant first, then a question", roles("assistant user assistant"), "assistant: 1 | user: 2 | => 3"),
+    ("tool", roles("user assistant tool assistant"), "user: 1 | assistant: 2 | tool: 3 | => 4"),
+    ("assistant first", roles("assistant user"), "no_user_turn"),
+    ("system and assistant", roles("system assistant"), "no_user_turn"),
     ("assistant alone", roles("assistant"), "no_user_turn"),
     ("no assistant", roles("user"), "no_assistant_turn"),
-    ("system, user, no assistant", roles("system", "user"), "no_assistant_turn"),
-    ("user twice, no assistant", roles("user", "user"), "no_assistant_turn"),
+    ("system, user, no assistant", roles("system user"), "no_assistant_turn"),
+    ("user twice, no assistant", roles("user user"), "no_assistant_turn"),
     ("one message, no list", '{"role": "user", "content": "Hi"}', "no_assistant_turn"),
     # ---- roles
-    ("role in another case", roles("System", "USER", "Assistant"), ["system: 1", "user: 2", "=> 3"]),
+    ("role in another case", roles("System USER Assistant"), "system: 1 | user: 2 | => 3"),
     ("unknown role", asked_by('"developer"'), "unknown_role"),
     ("blank beside a role", asked_by('" user"'), "unknown_role"),
     ("null role", asked_by("null"), "unknown_role"),
@@ -110,8 +103,8 @@ TEXT_CELLS = [
     ("empty question", user('""'), "blank_user_turn"),
     ("question without parts", user("[]"), "blank_user_turn"),
     ("question of blank parts", user('[{"type": "text", "text": " "}, ""]'), "blank_user_turn"),
-    ("blank answer", '[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": ""}]', ["user: Hi", "=> "]),
-    ("blank system", '[{"role": "system", "content": " "}, ' + user('"Hi"')[1:], ["system:  ", "user: Hi", "=> Hello"]),
+    ("blank answer", '[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": ""}]', "user: Hi | => "),
+    ("blank system", '[{"role": "system", "content": " "}, ' + user('"Hi"')[1:], "system:   | user: Hi | => Hello"),
     ("null content", user("null"), "null_content"),
     ("no content", f'[{{"role": "user"}}, {ANSWER}]', "null_content"),
     ("null text", user('[{"type": "text", "text": null}]'), "null_content"),
@@ -157,7 +150,7 @@ def not_utf8(in_lists: bool) -> pa.Array:
 
 
 TYPED_COLUMNS = [
-    # name, column, a verdict per row
+    # name, column, an outcome per row
     ("lists", pa.array([CHAT, None, [], CHAT[:1]]), [HI, "no_messages", "no_messages", "no_assistant_turn"]),
     ("lists of parts", pa.array([PARTS, [{**PARTS[0], "content": None}]]), [HI, "null_content"]),
     ("large lists", pa.array([CHAT], pa.large_list(MESSAGE)), [HI]),
@@ -175,14 +168,14 @@ TYPED_COLUMNS = [
     ("numbers", pa.array([1, None]), ["unreadable_messages", "no_messages"]),
     ("nothing but nulls", pa.nulls(2), ["no_messages", "no_messages"]),
     ("bytes", pa.array([json.dumps(CHAT).encode(), b"", b"\xff"]), [HI, "no_messages", "unreadable_messages"]),
-    ("text that is no UTF-8", not_utf8(in_lists=False), ["unreadable_messages"]),
-    ("lists of text that is no UTF-8", not_utf8(in_lists=True), ["unreadable_messages"]),
+    ("text that is not UTF-8", not_utf8(in_lists=False), ["unreadable_messages"]),
+    ("lists of text that is not UTF-8", not_utf8(in_lists=True), ["unreadable_messages"]),
 ]
 
 TEXT = json.dumps(CHAT)
 SEGMENTS = '[{"type": "text", "text": "Once upon a time"}]'
 OTHER_COLUMNS = [
-    # name, row, verdict, source
+    # name, row, outcome, source
     ("all columns", {"messages": TEXT, "source": "s", "uuid": "u", "metadata": '{"uid": 1}'}, HI, "s"),
     ("messages alone", {"messages": TEXT}, HI, "unknown"),
     ("null source", {"messages": TEXT, "source": None}, HI, "unknown"),
@@ -191,7 +184,7 @@ OTHER_COLUMNS = [
     ("numeric source", {"messages": TEXT, "source": 7}, HI, "7"),
     ("verl's name of the source", {"messages": TEXT, "data_source": "v"}, HI, "v"),
     ("numeric uuid", {"messages": TEXT, "uuid": 12}, HI, "unknown"),
-    ("metadata that is no JSON", {"messages": TEXT, "metadata": "{"}, HI, "unknown"),
+    ("metadata that is not JSON", {"messages": TEXT, "metadata": "{"}, HI, "unknown"),
     ("metadata nested too deeply", {"messages": TEXT, "metadata": "[" * 100_000}, HI, "unknown"),
     ("metadata as a struct", {"messages": TEXT, "metadata": {"uid": 1}}, HI, "unknown"),
     ("metadata as bytes", {"messages": TEXT, "metadata": b"\xff"}, HI, "unknown"),
@@ -204,33 +197,23 @@ OTHER_COLUMNS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tiny_tokenizers):
-    return hf_tokenizer(tiny_tokenizers[1])
-
-
 def outcomes(folder, tokenizer):
-    """What became of each row, by file and row number: a verdict and the source. The second load is from the cache."""
+    """What became of each row, by file and row number: an outcome and the source. The second load is from the cache."""
     config, record = DataConfig(max_prompt_length=10**6, max_dropped_fraction=1.0), folder / "dropped_rows.jsonl"
     loads = []
     for _ in range(2):
         dataset = OneRecDataset(folder, tokenizer, config, dropped_rows_path=record)
-        dropped = [json.loads(line) for line in record.read_text(encoding="utf-8").splitlines()]
-        found = {(line["file"], line["row"]): (line["reason"], line["source"]) for line in dropped}
+        found = {(line["file"], line["row"]): (line["reason"], line["source"]) for line in read_jsonl(record)}
         for entry in (dataset[place] for place in range(len(dataset))):
             path, row = dataset.location(entry["index"])
             prompt = [f"{message['role']}: {message['content']}" for message in entry["raw_prompt"]]
-            verdict = [*prompt, f"=> {entry['reward_model']['ground_truth']}"]
+            outcome = " | ".join([*prompt, f"=> {entry['reward_model']['ground_truth']}"])
             assert isinstance(entry["uuid"], str)
             assert (str(path), row) not in found
-            found[str(path), row] = (verdict, entry["source"])
+            found[str(path), row] = (outcome, entry["source"])
         loads.append(found)
     assert loads[0] == loads[1]
     return {(path.rpartition("/")[2], row): outcome for (path, row), outcome in loads[0].items()}
-
-
-def test_there_are_enough_of_them():
-    assert len(TEXT_CELLS) + sum(len(row[2]) for row in TYPED_COLUMNS) + len(OTHER_COLUMNS) >= 100
 
 
 @pytest.mark.parametrize("kind", ["string", "large_string", "binary", "dictionary"])
@@ -243,7 +226,7 @@ def test_text_cells_whatever_the_type_of_their_column(tokenizer, tmp_path, kind)
     pq.write_table(pa.table({"messages": column}), tmp_path / "rows.parquet")
     found = outcomes(tmp_path, tokenizer)
     assert {name: found["rows.parquet", row][0] for row, (name, _, _) in enumerate(TEXT_CELLS)} == {
-        name: verdict for name, _, verdict in TEXT_CELLS
+        name: outcome for name, _, outcome in TEXT_CELLS
     }
     assert len(found) == len(TEXT_CELLS)
 
@@ -252,8 +235,8 @@ def test_typed_columns_in_files_beside_each_other(tokenizer, tmp_path):
     for name, column, _ in TYPED_COLUMNS:
         pq.write_table(pa.table({"messages": column}), tmp_path / f"{name}.parquet")
     found = outcomes(tmp_path, tokenizer)
-    for name, column, verdicts in TYPED_COLUMNS:
-        assert [found.pop((f"{name}.parquet", row))[0] for row in range(len(column))] == verdicts, name
+    for name, column, expected in TYPED_COLUMNS:
+        assert [found.pop((f"{name}.parquet", row))[0] for row in range(len(column))] == expected, name
     assert not found
 
 
@@ -261,7 +244,7 @@ def test_other_columns_of_files_beside_each_other(tokenizer, tmp_path):
     for name, row, _, _ in OTHER_COLUMNS:
         pq.write_table(pa.Table.from_pylist([row]), tmp_path / f"{name}.parquet")
     found = outcomes(tmp_path, tokenizer)
-    expected = {(f"{name}.parquet", 0): (verdict, source) for name, _, verdict, source in OTHER_COLUMNS}
+    expected = {(f"{name}.parquet", 0): (outcome, source) for name, _, outcome, source in OTHER_COLUMNS}
     assert found == expected
 
 

@@ -1,4 +1,4 @@
-"""Files, folders, globs, and rows over files whose columns differ."""
+"""Files, folders, globs, rows over files whose columns differ, and the cache of their copies."""
 
 import pickle
 
@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from verl.utils.dataset.parquet_files import ParquetRows, column_names, expand_data_files
+from verl.utils.dataset.parquet_files import ParquetRows, cached_file, column_names, expand_data_files
 
 
 def write(path, **columns):
@@ -24,15 +24,12 @@ def test_files_folders_and_globs(tmp_path):
     assert len(expand_data_files(str(tmp_path / "**" / "*.parquet"))) == 3
 
 
-@pytest.mark.parametrize("missing", ["none.parquet", "*.parquet", "empty"])
-def test_what_stands_for_no_file_is_named(tmp_path, missing):
+def test_what_stands_for_no_file_is_named(tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="data file") as caught:
-        expand_data_files(str(tmp_path / missing))
-    assert missing in str(caught.value)
-
-
-def test_no_files_at_all():
+    for missing in ("none.parquet", "*.parquet", "empty"):
+        with pytest.raises(ValueError, match="data file") as caught:
+            expand_data_files(str(tmp_path / missing))
+        assert missing in str(caught.value)
     with pytest.raises(ValueError, match="no data file is given"):
         expand_data_files([])
     with pytest.raises(ValueError, match="data file ''"):
@@ -43,59 +40,39 @@ def test_rows_over_files_with_different_columns(tmp_path):
     files = [
         write(tmp_path / "a=1" / "one.parquet", x=["p", "q"], y=[1, 2], unused=[0, 0]),
         write(tmp_path / "two.parquet", x=pa.array(["r"]).dictionary_encode()),
+        write(tmp_path / "none.parquet", x=pa.array([], pa.string())),
+        write(tmp_path / "other.parquet", unused=[1, 2]),
         write(tmp_path / "three.parquet", x=pa.array(["s"], pa.large_string()), y=pa.nulls(1)),
     ]
     rows = ParquetRows(files, ["x", "y"])
-    expected = [{"x": "p", "y": 1}, {"x": "q", "y": 2}, {"x": "r"}, {"x": "s", "y": None}]
-    assert list(rows) == [rows[i] for i in range(4)] == expected
-    assert len(rows) == 4
+    expected = [{"x": "p", "y": 1}, {"x": "q", "y": 2}, {"x": "r"}, {}, {}, {"x": "s", "y": None}]
+    assert list(rows) == [rows[index] for index in range(6)] == expected
+    assert len(rows) == 6
     assert rows.columns == {"x", "y"}
-    assert rows.location(1) == (files[0], 1)
-    assert rows.location(3) == (files[2], 0)
+    places = [(files[0], 0), (files[0], 1), (files[1], 0), (files[3], 0), (files[3], 1), (files[4], 0)]
+    assert [rows.location(index) for index in range(6)] == places
     assert column_names(files) == {"x", "y", "unused"}
-
-
-@pytest.fixture(scope="module")
-def parquet_bytes(tmp_path_factory):
-    """A parquet file of which something can be cut off."""
-    rows = [f"row {number} {number * 7919 % 1000}" for number in range(5000)]
-    return write(tmp_path_factory.mktemp("whole") / "whole.parquet", x=rows).read_bytes()
+    with pytest.raises(ValueError, match=r"none\.parquet: there is not a single row"):
+        ParquetRows([files[2]], ["x"])
 
 
 @pytest.mark.parametrize(
-    ("name", "spoil", "message"),
+    ("spoil", "message"),
     [
-        ("d.parquet", lambda whole: b"", "it is empty (0 bytes)"),
-        ("d.csv", lambda whole: b"a,b\n1,2\n", "it is a CSV file; convert it to parquet"),
-        ("d.jsonl", lambda whole: b'{"a": 1}\n', "it is a JSONL file; convert it to parquet"),
-        ("d.parquet", lambda whole: b"a,b\n1,2\n", r"it does not begin as one (b'a,b\n' instead of b'PAR1')"),
-        ("d.parquet", lambda whole: whole[:5000], "its end is missing after 5,000 bytes; it was cut off"),
-        ("d.parquet", lambda whole: whole[:100] + bytes(2000) + whole[2100:], "it is damaged ("),
-        ("d.parquet", lambda whole: whole[:-300] + whole[-8:], "it is damaged ("),
+        (lambda whole: b"", "Parquet file size is 0 bytes"),
+        (lambda whole: b"a,b\n1,2\n" * 3, "magic bytes not found"),
+        (lambda whole: whole[:5000], "magic bytes not found"),
+        (lambda whole: whole[:100] + bytes(2000) + whole[2100:], ""),
+        (lambda whole: whole[:-300] + whole[-8:], ""),
     ],
 )
-def test_a_file_that_is_no_parquet_gives_one_clear_line(tmp_path, parquet_bytes, name, spoil, message):
-    path = tmp_path / name
-    path.write_bytes(spoil(parquet_bytes))
-    with pytest.raises(ValueError, match="cannot be read as parquet: ") as caught:
+def test_a_file_that_is_no_parquet_gives_one_clear_line(tmp_path, spoil, message):
+    path = write(tmp_path / "d.parquet", x=[f"row {number} {number * 7919 % 1000}" for number in range(5000)])
+    path.write_bytes(spoil(path.read_bytes()))
+    with pytest.raises(ValueError, match=r"d\.parquet cannot be read as parquet: .*; convert other formats") as caught:
         ParquetRows([path], ["x"])
     assert message in str(caught.value)
-    assert str(caught.value).startswith(str(path))
     assert "\n" not in str(caught.value)
-
-
-def test_files_without_a_row(tmp_path):
-    none = write(tmp_path / "none.parquet", x=pa.array([], pa.string()))
-    with pytest.raises(ValueError, match=r"none\.parquet: there is not a single row"):
-        ParquetRows([none], ["x"])
-    rows = ParquetRows([none, write(tmp_path / "one.parquet", x=["a"]), none], ["x"])
-    assert list(rows) == [rows[0]] == [{"x": "a"}]
-    assert rows.location(0) == (tmp_path / "one.parquet", 0)
-
-
-def test_files_without_a_column_that_is_asked_for(tmp_path):
-    rows = ParquetRows([write(tmp_path / "y.parquet", y=[1, 2]), write(tmp_path / "x.parquet", x=["a"])], ["x"])
-    assert list(rows) == [rows[row] for row in range(3)] == [{}, {}, {"x": "a"}]
 
 
 def test_a_cell_that_python_cannot_hold_costs_no_other(tmp_path):
@@ -115,23 +92,31 @@ def test_copies_are_made_once_and_for_the_content(tmp_path):
     def copies():
         return sorted((path.name, path.stat().st_mtime_ns) for path in cache.iterdir())
 
+    def rows_of(path, *columns):
+        return list(ParquetRows([path], columns, cache))
+
     first = write(tmp_path / "a.parquet", x=["a"], y=[1])
-    assert list(ParquetRows([first], ["x"], cache)) == [{"x": "a"}]
+    assert rows_of(first, "x") == [{"x": "a"}]
     (made,) = copies()
-    same = write(tmp_path / "elsewhere" / "b.parquet", x=["a"], y=[1])
-    assert list(ParquetRows([same], ["x"], cache)) == [{"x": "a"}]
+    assert rows_of(write(tmp_path / "elsewhere" / "b.parquet", x=["a"], y=[1]), "x") == [{"x": "a"}]
     assert copies() == [made]
-    assert list(ParquetRows([first], ["x", "y"], cache)) == [{"x": "a", "y": 1}]
-    write(tmp_path / "a.parquet", x=["b"], y=[1])
-    assert list(ParquetRows([first], ["x"], cache)) == [{"x": "b"}]
+    assert rows_of(first, "x", "y") == [{"x": "a", "y": 1}]
+    assert rows_of(write(first, x=["b"], y=[1]), "x") == [{"x": "b"}]
     assert len(copies()) == 3
 
 
-def test_a_cache_that_cannot_be_written_is_named(tmp_path):
-    path = write(tmp_path / "a.parquet", x=["a"])
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match=r"data\.cache_dir=.*/file/cache cannot be written"):
-        ParquetRows([path], ["x"], tmp_path / "file" / "cache")
+def test_a_cached_file_is_there_whole_or_not_at_all(tmp_path):
+    def half(path):
+        path.write_text("half")
+        raise KeyError("stopped")
+
+    with pytest.raises(KeyError):
+        cached_file(tmp_path, "kind", ".txt", half, of=1)
+    assert not list(tmp_path.iterdir())
+    path = cached_file(tmp_path, "kind", ".txt", lambda path: path.write_text("whole"), of=1)
+    assert path.read_text() == "whole"
+    with pytest.raises(ValueError, match=r"data\.cache_dir=.*\.txt/cache cannot be written"):
+        cached_file(path / "cache", "kind", ".txt", half, of=1)
 
 
 def test_rows_travel_to_another_process_by_path(tmp_path):

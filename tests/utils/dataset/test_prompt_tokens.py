@@ -6,25 +6,17 @@ import pytest
 
 from verl.config import DataConfig
 from verl.experimental.agent_loop.chat_template import ChatTemplate
-from verl.utils.dataset.onerec_messages import BadRowError
-from verl.utils.dataset.prompt_tokens import PromptEncoder, append_switch, possible_switches, think_switch, truncate
+from verl.utils.dataset.prompt_rows import BadRowError
+from verl.utils.dataset.prompt_tokens import PromptEncoder, append_switch, possible_switches, think_switch
 from verl.utils.tokenizer import hf_tokenizer
 
 QUESTION = [{"role": "user", "content": "Why?"}]
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tiny_tokenizers):
-    return hf_tokenizer(tiny_tokenizers[1])
-
-
-def test_switch_modes():
-    assert think_switch(DataConfig(), "row", 0) == ""
-    assert think_switch(DataConfig(enable_think=True, think_mode="force_think"), "row", 0) == " /think"
-    assert think_switch(DataConfig(enable_think=True, think_mode="force_nothink"), "row", 0) == " /no_think"
-
-
 def test_auto_draws_a_third_each_and_depends_on_seed_row_and_epoch_alone():
+    for mode, switch in {"force_think": " /think", "force_nothink": " /no_think"}.items():
+        assert think_switch(DataConfig(enable_think=True, think_mode=mode), "row", 0) == switch
+        assert think_switch(DataConfig(think_mode=mode), "row", 0) == ""
     config = DataConfig(enable_think=True)
     draws = [think_switch(config, f"row {n}", 0) for n in range(3000)]
     assert set(draws) == set(possible_switches(config))
@@ -43,15 +35,6 @@ def test_the_switch_goes_to_the_last_user_turn_of_a_copy():
     assert [message["content"] for message in switched] == ["Why?", "So.", "And? /think"]
     assert chat[2]["content"] == "And?"
     assert append_switch([{"role": "system", "content": "x"}], " /think") == [{"role": "system", "content": "x"}]
-
-
-@pytest.mark.parametrize(
-    ("side", "limit", "expected"),
-    [("left", 3, [3, 4, 5]), ("right", 3, [1, 2, 3]), ("middle", 3, [1, 4, 5]), ("middle", 4, [1, 2, 4, 5])],
-)
-def test_truncation_keeps_the_side_that_verl_keeps(side, limit, expected):
-    assert truncate([1, 2, 3, 4, 5], limit, side) == expected
-    assert truncate([1, 2], limit, side) == [1, 2]
 
 
 def test_ids_are_those_of_the_chat_template(tokenizer):

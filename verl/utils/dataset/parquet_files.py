@@ -1,68 +1,127 @@
-"""Rows of several parquet files as one sequence.
+"""Parquet files in, rows out, with a cache between runs.
 
 In: files, folders and globs. Out: rows as dictionaries, each with the file and the row number it came from. Files may
-differ in their columns and in the types of these. What a row means is not known here.
+differ in their columns and in the types of these. What a row means is decided elsewhere.
 
-Parquet is compressed and can be read well only from front to back. So the columns in use are copied once to an Arrow
-file in the cache, a block of rows at a time; single rows are then read from its memory map, scans from the file. Either
-way no more than a block of rows is in this process's own memory, however many there are.
+Parquet reads well only from front to back. So the wanted columns are copied once to an Arrow file in
+``data.cache_dir``, and rows are read from its memory map: no more than a block of rows is in this process's own memory.
 """
 
 import glob
+import hashlib
+import json
+import os
+import uuid
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import accumulate
+from functools import partial
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from verl.utils.dataset.data_cache import DEFAULT_CACHE_DIR, DataCache, file_digest
-
 Row = dict[str, Any]
 
+DEFAULT_CACHE_DIR = "~/.cache/kai-verl"
 ROWS_PER_BLOCK = 256
 """Rows copied and turned into Python objects at a time."""
 READ_BUFFER_BYTES = 1 << 20
 """Of a column that is read from parquet: without a buffer a whole row group would be."""
 COPY_LAYOUT = 1
 """To be raised where the copies change, so that older ones are made anew."""
-PARQUET_MAGIC = b"PAR1"
-"""How a parquet file begins and ends."""
-TEXT_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".txt")
 
 
 def expand_data_files(data_files: str | Path | Sequence[str | Path]) -> list[Path]:
     """The parquet files that a path, a folder (its own files), a glob, or a list of these stands for.
 
-    Files of a folder or glob come in the order of their names. Raises ValueError where one stands for nothing, as an
-    empty text does.
+    Files of a folder or glob come in the order of their names. Raises ValueError where one stands for nothing.
     """
     entries = [data_files] if isinstance(data_files, str | Path) else list(data_files or [])
     if not entries:
         raise ValueError(f"no data file is given ({data_files!r}); name a parquet file, a folder or a glob")
     files: list[Path] = []
     for entry in entries:
-        path = Path(entry).expanduser()
-        if not str(entry):
-            found = []  # as a path it would be the current folder
-        elif path.is_dir():
-            found = sorted(path.glob("*.parquet"))
-        elif path.is_file():
-            found = [path]
+        # A text, not a Path: the empty text would become the current folder.
+        pattern = os.path.expanduser(str(entry))
+        if os.path.isdir(pattern):
+            found = sorted(Path(pattern).glob("*.parquet"))
+        elif os.path.isfile(pattern):
+            found = [Path(pattern)]  # before the glob: a file's own name may hold its characters
         else:
-            found = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
+            found = sorted(Path(match) for match in glob.glob(pattern, recursive=True))
         if not found:
-            kind = (
-                "the folder holds no *.parquet file"
-                if str(entry) and path.is_dir()
-                else "no such file, folder or match"
-            )
-            raise ValueError(f"data file {str(entry)!r}: {kind}")
+            is_folder = os.path.isdir(pattern)
+            why = "the folder holds no *.parquet file" if is_folder else "no such file, folder or match"
+            raise ValueError(f"data file {str(entry)!r}: {why}")
         files.extend(found)
     return files
+
+
+def read_header(path: Path) -> tuple[list[str], int]:
+    """Columns of a parquet file, and the number of its rows; reads no row.
+
+    Raises ValueError, in one line, where it is not a parquet file, or a damaged one.
+    """
+    with _open_parquet(path) as file:
+        return file.schema_arrow.names, file.metadata.num_rows
+
+
+def column_names(files: Sequence[Path]) -> set[str]:
+    """The columns that any of ``files`` has."""
+    return {name for path in files for name in read_header(path)[0]}
+
+
+def cached_file(
+    cache_dir: str | Path, kind: str, suffix: str, write: Callable[[Path], None], **depends_on: Any
+) -> Path:
+    """The file that ``write(path)`` makes, made once for the values it depends on and found again by them.
+
+    It is there whole or not at all, also where several processes make it at the same time. Nothing is ever deleted.
+
+    Args:
+        depends_on: everything that the content depends on, as JSON can hold it.
+
+    Raises:
+        ValueError: the folder cannot be written, or is full.
+    """
+    folder, key = Path(cache_dir).expanduser(), text_digest(json.dumps(depends_on, sort_keys=True))
+    path = folder / f"{kind}-{key[:32]}{suffix}"
+    if path.is_file():
+        return path
+    # A name of its own for each process: several may write at once, and the last to finish wins with the same content.
+    beside = folder / f".{path.name}.{uuid.uuid4().hex}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            write(beside)
+            beside.replace(path)
+        finally:
+            beside.unlink(missing_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"data.cache_dir={folder} cannot be written: {error}; name a folder with room for the data"
+        ) from error
+    return path
+
+
+def text_digest(text: str) -> str:
+    """Digest of a text, lone surrogates included."""
+    return hashlib.sha256(text.encode("utf-8", errors="surrogatepass")).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """Digest of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def code_digest() -> str:
+    """Digest of this package's source: results of another version of the code are not read from the cache."""
+    sources = sorted(Path(__file__).parent.glob("*.py"))
+    return text_digest("\n".join(source.read_text(encoding="utf-8") for source in sources))
 
 
 class ParquetRows:
@@ -75,91 +134,67 @@ class ParquetRows:
     def __init__(
         self, files: Sequence[Path], columns: Iterable[str], cache_dir: str | Path = DEFAULT_CACHE_DIR
     ) -> None:
-        self.files = list(files)
-        cache, wanted = DataCache(cache_dir), set(columns)
-        copies = [_ArrowCopy(path, wanted, cache) for path in self.files]
-        self.columns = {name for copy in copies for name in copy.columns}
-        """Those of the columns asked for that any file has."""
-        self.digests = [copy.digest for copy in copies]
-        """Digest of each file's content."""
-        self._copies = copies
-        self._ends = list(accumulate(copy.num_rows for copy in copies))
+        self.files, wanted = list(files), set(columns)
+        self.columns: set[str] = set()
+        """Those of the wanted columns that any file has."""
+        self.digests = [file_digest(path) for path in self.files]
+        """Of the content of each file."""
+        self._copies: list[Path] = []
+        self._tables: dict[int, pa.Table] = {}
+        counts = []
+        for path, digest in zip(self.files, self.digests, strict=True):
+            # Copied with its own columns and types: files may differ in both, so no schema would do for all.
+            names, count = read_header(path)
+            there = [name for name in names if name in wanted]
+            write = partial(_write_copy, path, there)
+            copy = cached_file(cache_dir, "rows", ".arrow", write, file=digest, columns=there, layout=COPY_LAYOUT)
+            self.columns.update(there)
+            self._copies.append(copy)
+            counts.append(count)
+        self._starts = [0, *accumulate(counts)]
         if not len(self):
             raise ValueError(f"{', '.join(map(str, self.files))}: there is not a single row")
 
     def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
+        return self._starts[-1]
 
     def __getitem__(self, index: int) -> Row:
         """Row ``index`` over all files."""
-        number = bisect_right(self._ends, index)
-        return self._copies[number].row(index - self.start(number))
+        number, row = self._place(index)
+        return self._read(number, row, 1)[0]
 
     def __iter__(self) -> Iterator[Row]:
         """Every row in order, read a block at a time."""
-        for number in range(len(self.files)):
-            yield from self.scan(number)
-
-    def scan(self, number: int) -> Iterator[Row]:
-        """The rows of file ``number`` in order."""
-        return self._copies[number].scan()
-
-    def start(self, number: int) -> int:
-        """Index of the first row of file ``number``."""
-        return self._ends[number - 1] if number else 0
-
-    def count(self, number: int) -> int:
-        """Rows of file ``number``."""
-        return self._ends[number] - self.start(number)
+        for number, (start, end) in enumerate(pairwise(self._starts)):
+            # Block by block: as Python objects, a whole file could be larger than memory.
+            for row in range(0, end - start, ROWS_PER_BLOCK):
+                yield from self._read(number, row, min(ROWS_PER_BLOCK, end - start - row))
 
     def location(self, index: int) -> tuple[Path, int]:
         """The file of row ``index`` and its row number there, counted from 0."""
-        number = bisect_right(self._ends, index)
-        return self.files[number], index - self.start(number)
+        number, row = self._place(index)
+        return self.files[number], row
 
+    def _place(self, index: int) -> tuple[int, int]:
+        number = bisect_right(self._starts, index) - 1  # the last file that starts here: files before it may be empty
+        return number, index - self._starts[number]
 
-def read_header(path: Path) -> tuple[list[str], int]:
-    """Columns of a parquet file, and the number of its rows; reads no row.
-
-    Raises ValueError, in one line, where it is no parquet file or a damaged one.
-    """
-    with _open_parquet(path) as file:
-        return file.schema_arrow.names, file.metadata.num_rows
-
-
-def column_names(files: Sequence[Path]) -> set[str]:
-    """The columns that any of ``files`` has."""
-    return {name for path in files for name in read_header(path)[0]}
-
-
-class _ArrowCopy:
-    """The columns in use of one parquet file, as an uncompressed Arrow file in the cache."""
-
-    def __init__(self, source: Path, wanted: set[str], cache: DataCache) -> None:
-        names, self.num_rows = read_header(source)
-        self.columns = [name for name in names if name in wanted]
-        self.digest = file_digest(source)
-        self._path = cache.path("rows", ".arrow", file=self.digest, columns=self.columns, layout=COPY_LAYOUT)
-        self._table: pa.Table | None = None
-        if not self._path.is_file():
-            with cache.writing(self._path) as path:
-                _write_copy(source, self.columns, path)
-
-    def row(self, number: int) -> Row:
-        """One row, from the memory map."""
-        if self._table is None:
-            self._table = pa.ipc.open_stream(pa.memory_map(str(self._path))).read_all()
-        return _python_rows(self._table.slice(number, 1))[0] if self.columns else {}
-
-    def scan(self) -> Iterator[Row]:
-        """All rows, a block at a time."""
-        with pa.OSFile(str(self._path)) as file, pa.ipc.open_stream(file) as blocks:
-            for block in blocks:
-                yield from _python_rows(block)
+    def _read(self, number: int, row: int, count: int) -> list[Row]:
+        """Rows of a file's copy; a cell that Python cannot hold, such as broken UTF-8, costs no other."""
+        if number not in self._tables:
+            self._tables[number] = pa.ipc.open_stream(pa.memory_map(str(self._copies[number]))).read_all()
+        block = self._tables[number].slice(row, count)
+        if not block.num_columns:  # of which Arrow forgets how many rows there are
+            return [{} for _ in range(count)]
+        try:
+            return block.to_pylist()
+        except (ValueError, OverflowError):
+            columns = {name: [_cell(scalar) for scalar in block.column(name)] for name in block.schema.names}
+            return [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
 
     def __getstate__(self) -> dict[str, Any]:
-        # A loader process maps the file itself; pickled, the table would travel whole.
-        return self.__dict__ | {"_table": None}
+        # A loader process maps the files itself; pickled, the tables would travel whole.
+        return self.__dict__ | {"_tables": {}}
 
 
 def _write_copy(source: Path, columns: list[str], target: Path) -> None:
@@ -172,17 +207,9 @@ def _write_copy(source: Path, columns: list[str], target: Path) -> None:
 
 
 def _read_blocks(source: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    """Blocks of rows; a generator, so that what goes wrong with them elsewhere is not taken for an unreadable file."""
     with _open_parquet(source) as file:
         yield from file.iter_batches(batch_size=ROWS_PER_BLOCK, columns=columns)
-
-
-def _python_rows(block: pa.RecordBatch | pa.Table) -> list[Row]:
-    """Rows as dictionaries; a cell that Python cannot hold, such as text that is no UTF-8, does not cost the others."""
-    try:
-        return block.to_pylist()
-    except (ValueError, OverflowError):
-        columns = {name: [_cell(scalar) for scalar in block.column(name)] for name in block.schema.names}
-        return [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
 
 
 def _cell(scalar: pa.Scalar) -> Any:
@@ -201,26 +228,8 @@ def _open_parquet(path: Path) -> Iterator[pq.ParquetFile]:
         with pq.ParquetFile(path, buffer_size=READ_BUFFER_BYTES, pre_buffer=False) as file:
             yield file
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path} cannot be read as parquet: {_why_unreadable(path, error)}") from error
-
-
-def _why_unreadable(path: Path, error: Exception) -> str:
-    """One line that says what the file is instead, where its first and last bytes tell."""
-    reason = str(error).strip().split("\n")[0]
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            begin = file.read(len(PARQUET_MAGIC))
-            file.seek(max(size - len(PARQUET_MAGIC), 0))
-            end = file.read()
-    except OSError:
-        return reason
-    if size == 0:
-        return "it is empty (0 bytes)"
-    if begin == PARQUET_MAGIC and end != PARQUET_MAGIC:
-        return f"its end is missing after {size:,} bytes; it was cut off, so copy or write it again"
-    if begin != PARQUET_MAGIC and path.suffix.lower() in TEXT_SUFFIXES:
-        return f"it is a {path.suffix[1:].upper()} file; convert it to parquet, such as with pandas' to_parquet"
-    if begin != PARQUET_MAGIC:
-        return f"it does not begin as one ({begin!r} instead of {PARQUET_MAGIC!r})"
-    return f"it is damaged ({reason})"
+        reason = str(error).strip().split("\n")[0].removesuffix(".")
+        raise ValueError(
+            f"{path} cannot be read as parquet: {reason}; convert other formats, such as with pandas' to_parquet, and "
+            "copy or write a file again that was cut off or is damaged"
+        ) from error

@@ -1,19 +1,35 @@
-"""What is read out of one row before any token is counted.
+"""From the cells of a row to a prompt, before any token is counted.
 
-In: cells of a row. Out: ``PromptRow``, and cells as mappings or text. Which columns hold what is the data set's
-business.
+In: cells as they are found in the wild: JSON text, Python literal text, bytes, lists, structs. Out: chat messages
+``{"role", "content"}`` with text content, and ``PromptRow``; or a BadRowError that names what is wrong. Text is never
+run as code. Which column holds what is the data set's business.
 """
 
+import ast
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from verl.utils.dataset.onerec_messages import BadRowError, Message
 from verl.utils.dataset.parquet_files import Row
 
+ROLES = ("system", "user", "assistant", "tool")
+TEMPLATE_KEYS = ("name", "tool_calls", "tool_call_id", "reasoning_content")
+"""What chat templates read of a message beside its role and content."""
 LOOPS_WITHOUT_TOOLS = ("single_turn_agent",)
 """Values of ``agent_name`` whose prompts list no tools, whatever tools there are."""
+
+Message = dict[str, Any]
+
+
+class BadRowError(ValueError):
+    """A row that cannot be used: ``reason`` is a short code to count by, ``detail`` is for people."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
 
 
 @dataclass
@@ -31,6 +47,39 @@ class PromptRow:
         return mapping_of(self.extra_info.get("tools_kwargs"), "tools_kwargs")
 
 
+def parse_messages(value: Any) -> list[Message]:
+    """Read a ``messages`` cell: role names in lower case, contents joined to one text.
+
+    Raises:
+        BadRowError: with reason ``no_messages``, ``unreadable_messages``, ``unknown_role``, ``null_content``,
+            ``non_text_content``, ``unencodable_text`` or ``blank_user_turn``.
+    """
+    try:
+        return [_parse_message(turn, number) for number, turn in enumerate(_turns_of(value), 1)]
+    except RecursionError as error:
+        raise BadRowError("unreadable_messages", "nested too deeply") from error
+
+
+def split_answer(messages: list[Message]) -> tuple[list[Message], str]:
+    """Split a chat at its last assistant message: what came before it is the prompt, its content the ground truth.
+
+    Raises:
+        BadRowError: with reason ``no_assistant_turn`` or ``no_user_turn`` (none before the answer).
+    """
+    answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+    if not answers:
+        raise BadRowError("no_assistant_turn", f"the roles are {', '.join(message['role'] for message in messages)}")
+    prompt = messages[: answers[-1]]
+    require_user_turn(prompt)
+    return prompt, messages[answers[-1]]["content"]
+
+
+def require_user_turn(prompt: list[Message]) -> None:
+    """Raise BadRowError ``no_user_turn`` where the prompt holds no question."""
+    if not any(message["role"] == "user" for message in prompt):
+        raise BadRowError("no_user_turn", "the prompt holds no user message")
+
+
 def mapping_of(value: Any, column: str) -> dict[str, Any]:
     """A cell that should hold a mapping: a struct, JSON text of an object, or nothing.
 
@@ -41,7 +90,7 @@ def mapping_of(value: Any, column: str) -> dict[str, Any]:
         try:
             value = json.loads(value) if value.strip() else None
         except (ValueError, RecursionError) as error:
-            raise BadRowError(f"unreadable_{column}", f"{column} is a text that is no JSON: {error}") from error
+            raise BadRowError(f"unreadable_{column}", f"{column} is a text that is not JSON: {error}") from error
     if value is None:
         return {}
     if not isinstance(value, Mapping):
@@ -59,3 +108,78 @@ def text_of(cell: Any) -> str:
     if cell is None:
         return ""
     return cell.decode("utf-8", errors="backslashreplace") if isinstance(cell, bytes) else str(cell)
+
+
+def _turns_of(value: Any) -> list[Any]:
+    """The messages of a cell in any of its forms, each still as it is."""
+    if isinstance(value, bytes):
+        try:
+            value = value.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise BadRowError("unreadable_messages", f"bytes that are not UTF-8: {error}") from error
+    if isinstance(value, str):
+        # Text exported on Windows may begin with a byte order mark.
+        text = value.removeprefix("\ufeff").strip()
+        value = _parse_text(text) if text else None
+    if isinstance(value, Mapping) and value:
+        roles, contents = value.get("role"), value.get("content")
+        if isinstance(roles, list) and isinstance(contents, list) and len(roles) == len(contents):
+            return [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
+        return [value]
+    if value is None or (isinstance(value, list | tuple | Mapping) and not value):
+        raise BadRowError("no_messages", "the cell is empty")
+    if not isinstance(value, list | tuple):
+        raise BadRowError("unreadable_messages", f"a {type(value).__name__}, not a list of messages")
+    return list(value)
+
+
+def _parse_text(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as json_error:
+        try:
+            # Exports through CSV leave the repr() of a list; literal_eval runs nothing.
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of Python about backslashes in the user's text
+                return ast.literal_eval(text)
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            raise BadRowError("unreadable_messages", f"neither JSON nor a Python literal: {json_error}") from json_error
+
+
+def _parse_message(turn: Any, number: int) -> Message:
+    if not isinstance(turn, Mapping):
+        raise BadRowError("unreadable_messages", f"message {number} is a {type(turn).__name__}, not a mapping")
+    role = turn.get("role")
+    role = role.lower() if isinstance(role, str) else role
+    if role not in ROLES:
+        raise BadRowError("unknown_role", f"message {number} has the role {turn.get('role')!r}")
+    extras = {key: turn[key] for key in TEMPLATE_KEYS if turn.get(key) is not None}
+    content = turn.get("content")
+    if content is None and extras.get("tool_calls"):
+        content = ""  # a turn that only calls tools
+    text = _content_text(content, number)
+    try:
+        # Chat templates write the extras as JSON; a lone surrogate is in no tokenizer's alphabet.
+        (text + json.dumps(extras, ensure_ascii=False)).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise BadRowError("unencodable_text", f"message {number}: {error}") from error
+    except (TypeError, ValueError) as error:
+        keys = ", ".join(extras)
+        raise BadRowError("unreadable_messages", f"message {number} holds {keys} that JSON cannot: {error}") from error
+    if role == "user" and not text.strip():
+        raise BadRowError("blank_user_turn", f"message {number} is blank")
+    return {"role": role, "content": text, **extras}
+
+
+def _content_text(content: Any, number: int) -> str:
+    """The text of a content: a text, one ``{"type": "text", "text": ...}``, or a list of either, joined as they are."""
+    if isinstance(content, str):
+        return content
+    if content is None:
+        raise BadRowError("null_content", f"message {number} has no content")
+    if isinstance(content, list | tuple):
+        return "".join(_content_text(part, number) for part in content)
+    if isinstance(content, Mapping) and content.get("type", "text") in ("text", None) and "text" in content:
+        return _content_text(content["text"], number)
+    kind = content.get("type") if isinstance(content, Mapping) else type(content).__name__
+    raise BadRowError("non_text_content", f"message {number} holds a part of type {kind!r}")

@@ -1,24 +1,21 @@
 """From chat messages to prompt tokens: think switch, chat template, length limit.
 
-In: clean messages. Out: token ids exactly as the agent loop will feed them, or the verdict that a prompt is too long.
-Which rows are then kept is the dataset's business.
+In: clean messages. Out: token ids exactly as the agent loop feeds them. Which rows are kept is decided elsewhere.
 """
 
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import tokenizers
 import transformers
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from verl.utils.dataset.data_cache import text_digest
-from verl.utils.dataset.onerec_messages import BadRowError, Message
-
-if TYPE_CHECKING:
-    from verl.config import DataConfig
+from verl.config import DataConfig
+from verl.utils.dataset.parquet_files import text_digest
+from verl.utils.dataset.prompt_rows import BadRowError, Message
 
 THINK, NO_THINK, UNDECIDED = " /think", " /no_think", ""
 SWITCHES = {"force_think": (THINK,), "force_nothink": (NO_THINK,), "auto": (UNDECIDED, THINK, NO_THINK)}
@@ -26,7 +23,7 @@ LONGEST_SWITCH_TOKENS = 32
 """More tokens than any switch can add to a prompt: one per byte of it, and some for a word cut anew."""
 
 
-def think_switch(config: "DataConfig", row_id: str, epoch: int) -> str:
+def think_switch(config: DataConfig, row_id: str, epoch: int) -> str:
     """What is appended to the last user turn; in ``auto`` mode drawn from (seed, row, epoch), one third each.
 
     The draw depends on nothing else, so it is the same for any number of workers and after a resume.
@@ -36,7 +33,7 @@ def think_switch(config: "DataConfig", row_id: str, epoch: int) -> str:
     return switches[int.from_bytes(digest[:8], "big") % len(switches)]
 
 
-def possible_switches(config: "DataConfig") -> tuple[str, ...]:
+def possible_switches(config: DataConfig) -> tuple[str, ...]:
     """All that ``think_switch`` may return under this config."""
     return SWITCHES[config.think_mode] if config.enable_think else (UNDECIDED,)
 
@@ -51,31 +48,9 @@ def append_switch(messages: list[Message], switch: str) -> list[Message]:
 
 
 def truncate(ids: list[int], limit: int, side: str) -> list[int]:
-    """Cut ``ids`` to ``limit`` as verl does: ``left`` keeps the end, ``right`` the beginning, ``middle`` both ends."""
-    if len(ids) <= limit:
-        return ids
-    if side == "left":
-        return ids[-limit:]
-    if side == "right":
-        return ids[:limit]
-    head = limit // 2
+    """Cut ids beyond ``limit`` as verl does: ``left`` keeps the end, ``right`` the beginning, ``middle`` both ends."""
+    head = {"left": 0, "right": limit, "middle": limit // 2}[side]
     return ids[:head] + ids[len(ids) - (limit - head) :]
-
-
-def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Digest of everything that makes ids out of messages; None for a tokenizer that cannot be written as one text."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if not isinstance(backend, tokenizers.Tokenizer):
-        return None
-    parts = [
-        type(tokenizer).__name__,
-        backend.to_str(),
-        tokenizer.chat_template,
-        {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
-        transformers.__version__,
-        tokenizers.__version__,
-    ]
-    return text_digest(json.dumps(parts, sort_keys=True))
 
 
 class PromptEncoder:
@@ -93,7 +68,7 @@ class PromptEncoder:
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        config: "DataConfig",
+        config: DataConfig,
         tool_schemas: Sequence[Mapping[str, Any]] | None = None,
     ) -> None:
         if not tokenizer.chat_template:
@@ -106,10 +81,23 @@ class PromptEncoder:
         self._tool_schemas: list[Any] | None = [dict(schema) for schema in tool_schemas or ()] or None
 
     def digest(self) -> str | None:
-        """Digest of all that the ids of a prompt depend on; None where the tokenizer has none."""
-        tokenizer = tokenizer_digest(self._tokenizer)
-        options = [self._tool_schemas, self._config.apply_chat_template_kwargs]
-        return tokenizer and text_digest(json.dumps([tokenizer, options]))
+        """Digest of all that the ids of a prompt depend on; None for a tokenizer that cannot be written as a text."""
+        tokenizer = self._tokenizer
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if not isinstance(backend, tokenizers.Tokenizer):
+            return None
+        parts = [
+            type(tokenizer).__name__,
+            backend.to_str(),
+            tokenizer.chat_template,
+            # Templates and post-processors read these by name, and another version may render or split otherwise.
+            {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+            transformers.__version__,
+            tokenizers.__version__,
+            self._tool_schemas,
+            self._config.apply_chat_template_kwargs,
+        ]
+        return text_digest(json.dumps(parts, sort_keys=True))
 
     def encode(self, prompts: Sequence[list[Message]], with_tools: bool = True) -> list[list[int]]:
         """Ids of each prompt, the opening of the answer included. Tokenizes the whole list on all cores.
@@ -131,8 +119,9 @@ class PromptEncoder:
     def encode_each(self, prompts: Sequence[list[Message]], with_tools: bool = True) -> list[list[int] | BadRowError]:
         """As ``encode``, with the error in its place for each prompt that the template refuses."""
         try:
-            return list(self.encode(prompts, with_tools))
+            return list(self.encode(prompts, with_tools)) if prompts else []
         except BadRowError as error:
+            # The template names no prompt, so each is tried alone.
             if len(prompts) == 1:
                 return [error]
             return [outcome for prompt in prompts for outcome in self.encode_each([prompt], with_tools)]
@@ -140,6 +129,7 @@ class PromptEncoder:
     def longest_length(self, messages: list[Message], ids: list[int], with_tools: bool = True) -> int:
         """Most tokens the prompt can have in any epoch; ``ids`` is the prompt with its first possible switch."""
         others = possible_switches(self._config)[1:]
+        # Almost every prompt is far from the limit and need not be encoded again with each switch.
         if not others or len(ids) + LONGEST_SWITCH_TOKENS <= self._config.max_prompt_length:
             return len(ids)
         variants = self.encode([append_switch(messages, switch) for switch in others], with_tools)

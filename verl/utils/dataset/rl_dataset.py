@@ -12,8 +12,8 @@ one dictionary per prompt:
     agent_name    str or None; only where the files have that column
 
 Rows that cannot be used are dropped, counted and recorded when the data set is built, never later. Rows stay on disk;
-what was found out about them is kept in ``data.cache_dir``, so that the next run over the same data starts at once.
-Order, batches and resume belong to the data loader.
+their checks are kept in ``data.cache_dir``, so that the next run over the same data starts at once. Order, batches and
+resume belong to the data loader.
 """
 
 import logging
@@ -21,7 +21,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -32,22 +32,33 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from verl.utils.dataset.data_cache import DataCache, code_digest
-from verl.utils.dataset.dropped_rows import DropReport
-from verl.utils.dataset.onerec_messages import Message, parse_messages, require_user_turn
-from verl.utils.dataset.parquet_files import ParquetRows, Row, column_names, expand_data_files
-from verl.utils.dataset.prompt_rows import PromptRow, lists_tools, mapping_of, text_of
+from verl.config import DataConfig
+from verl.utils.dataset.parquet_files import (
+    ParquetRows,
+    Row,
+    cached_file,
+    code_digest,
+    column_names,
+    expand_data_files,
+)
+from verl.utils.dataset.prompt_checker import DropReport, PromptChecker, check_table
+from verl.utils.dataset.prompt_rows import (
+    PromptRow,
+    lists_tools,
+    mapping_of,
+    parse_messages,
+    require_user_turn,
+    text_of,
+)
 from verl.utils.dataset.prompt_tokens import PromptEncoder, append_switch, think_switch, truncate
-from verl.utils.dataset.row_facts import PromptChecker, RowFact, fact_table
-
-if TYPE_CHECKING:
-    from verl.config import DataConfig
 
 logger = logging.getLogger(__name__)
 
 SOURCE_COLUMNS = ("source", "data_source")
 """OneRec's and verl's names for the column of the source; each stands in for the other."""
 UNKNOWN_SOURCE = "unknown"
+TEXT_CHARACTERS = 200
+"""How much of a dropped row is written down."""
 
 
 def collate_fn(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -64,11 +75,8 @@ def collate_fn(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
                 raise ValueError(f"the tensor {key!r} is missing from some of the {len(items)} items of a batch")
             batch[key] = torch.stack(tensors)
         else:
-            # Filled one by one: np.array would turn lists of equal length into a second dimension.
-            column = np.empty(len(values), dtype=object)
-            for number, value in enumerate(values):
-                column[number] = value
-            batch[key] = column
+            # np.array would turn lists of equal length into a second dimension.
+            batch[key] = np.fromiter(values, dtype=object, count=len(values))
     return batch
 
 
@@ -83,7 +91,7 @@ class RLHFDataset(Dataset[dict[str, Any]]):
         config: the ``data`` settings.
         extend_vocab_start_token: first extended id; None: no extension.
         extended_sources: patterns of the sources whose prompts may hold extended tokens, whatever
-            ``data.prompt_extend_tokens`` says.
+            ``data.prompt_extend_tokens`` is.
         dropped_rows_path: JSONL that receives a line per dropped row; None: counts alone.
         max_samples: read only the first rows; -1: all.
         tool_schemas: OpenAI function schemas of the tools that the agent loops list in the prompts. They count towards
@@ -92,14 +100,17 @@ class RLHFDataset(Dataset[dict[str, Any]]):
     Raises:
         ValueError: files missing or unreadable, the prompt column absent, no row left or more of them dropped than
             ``data.max_dropped_fraction``, an overlong prompt under ``truncation=error``, and bad rows or extended
-            tokens where ``data`` says ``error``.
+            tokens where the settings make them an error.
     """
+
+    caches_checks = True
+    """Whether checks are kept between runs. A subclass does not inherit this: nothing here sees its code change."""
 
     def __init__(
         self,
         data_files: str | Path | Sequence[str | Path],
         tokenizer: PreTrainedTokenizerBase,
-        config: "DataConfig",
+        config: DataConfig,
         *,
         extend_vocab_start_token: int | None = None,
         extended_sources: Sequence[str] = (),
@@ -108,20 +119,24 @@ class RLHFDataset(Dataset[dict[str, Any]]):
         tool_schemas: list[dict[str, Any]] | None = None,
     ) -> None:
         self.config = config
+        self.epoch = 0
+        """The epoch that was set last."""
         self._encoder = PromptEncoder(tokenizer, config, tool_schemas)
-        self._rows = ParquetRows(expand_data_files(data_files), self.columns(), config.cache_dir)
+        self.files = expand_data_files(data_files)
+        self._rows = ParquetRows(self.files, self.columns(), config.cache_dir)
         self._check_columns()
-        self._cuts = config.truncation != "error" and not config.filter_overlong_prompts
-        self._epoch = 0
-        examiner = PromptChecker(
+        checker = PromptChecker(
             self._encoder, config, extend_vocab_start_token, extended_sources, self.read_prompt, self._source_of
         )
-        self.facts = self._find_facts(examiner, max_samples)
-        """What was found out about each row read, in order (``row_facts.FACT_SCHEMA``)."""
-        with DropReport(dropped_rows_path) as self.ledger:
-            self._kept = self._record_rows()
-        self._has_extended = pc.greater(self.facts["extended"].fill_null(0), 0).to_numpy()
-        logger.info("%s: %s", ", ".join(path.name for path in self._rows.files[:4]), self.ledger.summary())
+        self.checks = self._check_rows(checker, max_samples)
+        """The check of each row read, in order (``prompt_checker.CHECK_SCHEMA``)."""
+        is_kept = self.checks["reason"].is_null()
+        self._kept = np.flatnonzero(is_kept.to_numpy())
+        self._has_extended = pc.greater(self.checks["extended"].fill_null(0), 0).to_numpy()
+        self.drop_report = DropReport(dropped_rows_path)
+        counts = self.checks["source"].filter(is_kept).value_counts().to_pylist()
+        self.drop_report.record_rows({count["values"]: count["counts"] for count in counts}, self._dropped_rows())
+        logger.info("%s: %s", ", ".join(path.name for path in self.files[:4]), self.drop_report.summary())
         self._check_losses()
 
     def __len__(self) -> int:
@@ -129,10 +144,10 @@ class RLHFDataset(Dataset[dict[str, Any]]):
 
     def __getitem__(self, item: int) -> dict[str, Any]:
         """The prompt at place ``item``, with the think switch of the current epoch."""
-        index = int(self._kept[item])
+        index = int(self._kept[item])  # a numpy integer would not survive JSON
         row = self._rows[index]
         prompt, row_id = self.read_prompt(row), self._row_id(row, index)
-        messages = append_switch(prompt.messages, think_switch(self.config, row_id, self._epoch))
+        messages = append_switch(prompt.messages, think_switch(self.config, row_id, self.epoch))
         entry = {
             "raw_prompt": messages,
             "data_source": self._source_of(row, self.config.reward_fn_key),
@@ -146,14 +161,10 @@ class RLHFDataset(Dataset[dict[str, Any]]):
         }
         if "agent_name" in self._rows.columns:
             entry["agent_name"] = row.get("agent_name")
-        if self._cuts:
-            entry["prompt_ids"] = self._cut_ids(messages, lists_tools(row))
+        if self.config.truncation != "error" and not self.config.filter_overlong_prompts:
+            ids, limit = self._encoder.encode([messages], lists_tools(row))[0], self.config.max_prompt_length
+            entry["prompt_ids"] = truncate(ids, limit, self.config.truncation) if len(ids) > limit else None
         return entry
-
-    @property
-    def files(self) -> list[Path]:
-        """The files that the rows come from."""
-        return self._rows.files
 
     def location(self, index: int) -> tuple[Path, int]:
         """The file of an item's ``index``, and the row number there."""
@@ -162,7 +173,7 @@ class RLHFDataset(Dataset[dict[str, Any]]):
     @property
     def sources(self) -> list[str]:
         """The source of each item."""
-        return self.facts["source"].take(pa.array(self._kept)).to_pylist()
+        return self.checks["source"].take(pa.array(self._kept)).to_pylist()
 
     @property
     def has_extended(self) -> list[bool]:
@@ -171,12 +182,7 @@ class RLHFDataset(Dataset[dict[str, Any]]):
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order and the draws of the think switch. Loader processes see it from their next start on."""
-        self._epoch = epoch
-
-    @property
-    def epoch(self) -> int:
-        """The epoch that was set last; 0 at first."""
-        return self._epoch
+        self.epoch = epoch
 
     def message_column(self) -> str:
         """The column that holds the messages."""
@@ -204,100 +210,80 @@ class RLHFDataset(Dataset[dict[str, Any]]):
         return text_of(row.get(self.message_column()))
 
     def _check_columns(self) -> None:
-        files = [str(path) for path in self._rows.files]
-        if self.message_column() not in self._rows.columns:
-            there = ", ".join(sorted(column_names(self._rows.files)))
+        """Raise ValueError where no file has a column that the settings name."""
+        files, there = [str(path) for path in self.files], self._rows.columns
+        if self.message_column() not in there:
             raise ValueError(
-                f"no column {self.message_column()!r} in {files}, which have {there}; OneRec data has a column "
-                "'messages', verl's a column of prompts that data.prompt_key names"
+                f"no column {self.message_column()!r} in {files}, which have "
+                f"{', '.join(sorted(column_names(self.files)))}; OneRec data has a column 'messages', verl's a column "
+                "of prompts that data.prompt_key names"
             )
         for name in ("data_source_key", "reward_fn_key"):
             column = getattr(self.config, name)
-            if column not in SOURCE_COLUMNS and column not in self._rows.columns:
+            if column not in SOURCE_COLUMNS and column not in there:
                 raise ValueError(
                     f"data.{name}={column!r} names no column of {files}; the usual one is {' or '.join(SOURCE_COLUMNS)}"
                 )
 
-    def _find_facts(self, examiner: PromptChecker, max_samples: int) -> pa.Table:
-        """Facts of the first ``max_samples`` rows (-1: all), read from the cache where they are there."""
-        wanted = min(max_samples, len(self._rows)) if max_samples >= 0 else len(self._rows)
-        settings, tables = self._fact_settings(examiner), []
-        with tqdm(total=wanted, desc="read prompts", unit="row", disable=None, leave=False) as progress:
-            for number in range(len(self._rows.files)):
-                rows = min(self._rows.count(number), wanted - self._rows.start(number))
-                if rows > 0:
-                    tables.append(self._facts_of_file(examiner, settings, number, rows, progress))
-        return pa.concat_tables(tables).unify_dictionaries() if tables else fact_table([])
+    def _check_rows(self, checker: PromptChecker, max_samples: int) -> pa.Table:
+        """Checks of the first ``max_samples`` rows (-1: all), read from the cache where they are there."""
+        count = len(self._rows) if max_samples < 0 else min(max_samples, len(self._rows))
 
-    def _fact_settings(self, examiner: PromptChecker) -> dict[str, Any] | None:
-        """All that facts depend on beside the file; None where that cannot be told, and no fact is kept.
+        def check() -> pa.Table:
+            checks = checker.check_rows(islice(self._rows, count))
+            return check_table(tqdm(checks, total=count, desc="read prompts", unit="row", disable=None, leave=False))
 
-        That is so for a class of the user's own: its code may read anything, and nothing here sees it change.
-        """
-        own, here = type(self).__module__.rpartition(".")[0], __name__.rpartition(".")[0]
-        settings = examiner.fact_settings() if own == here else None
-        return settings and settings | {"class": type(self).__name__, "code": code_digest()}
+        settings = checker.settings() if vars(type(self)).get("caches_checks") else None
+        if settings is None:
+            return check()
+        kept = cached_file(
+            self.config.cache_dir,
+            "checks",
+            ".parquet",
+            lambda path: pq.write_table(check(), path),
+            files=self._rows.digests,
+            rows=count,
+            settings=settings | {"class": type(self).__name__, "code": code_digest()},
+        )
+        # Not read_table, which would make columns out of folder names such as `a=b`.
+        return pq.ParquetFile(kept).read()
 
-    def _facts_of_file(
-        self, examiner: PromptChecker, settings: dict[str, Any] | None, number: int, rows: int, progress: "tqdm[Any]"
-    ) -> pa.Table:
-        cache = DataCache(self.config.cache_dir)
-        depends_on = {"file": self._rows.digests[number], "rows": rows, "settings": settings}
-        kept = cache.path("facts", ".parquet", **depends_on) if settings else None
-        if kept is not None and kept.is_file():
-            progress.update(rows)
-            return pq.read_table(kept)
-
-        def examined() -> Iterator[RowFact]:
-            for row, fact in enumerate(examiner.examine(islice(self._rows.scan(number), rows))):
-                self._stop_if_asked(self._rows.start(number) + row, fact.reason, fact.detail)
-                progress.update()
-                yield fact
-
-        table = fact_table(examined())
-        if kept is not None:
-            with cache.writing(kept) as path:
-                pq.write_table(table, path)
-        return table
-
-    def _record_rows(self) -> np.ndarray:
-        """Enter every row into the ledger; returns the numbers of those that are kept, in order."""
-        is_kept = self.facts["reason"].is_null()
-        kept, dropped = self.facts.filter(is_kept), self.facts.filter(pc.invert(is_kept))
-        for count in kept["source"].value_counts().to_pylist():
-            self.ledger.keep(count["values"], count["counts"])
-        places = is_kept.to_numpy()
-        facts = (fact for batch in dropped.to_batches() for fact in batch.to_pylist())
-        for index, fact in zip(np.flatnonzero(~places).tolist(), facts, strict=True):
-            self._stop_if_asked(index, fact["reason"], fact["detail"])
-            row, place = self._rows[index], self._rows.location(index)
-            row_id, text = self._row_id(row, index), self.text_of(row)
-            self.ledger.drop(place, row_id, fact["source"], fact["reason"], fact["detail"], text)
-        return np.flatnonzero(places)
-
-    def _stop_if_asked(self, index: int, reason: str | None, detail: str | None) -> None:
-        """Raise ValueError where the settings make this reason an error."""
-        fix = self._fix_for(reason) if reason is not None else None
-        if fix is not None:
-            path, number = self._rows.location(index)
-            raise ValueError(f"{path}, row {number}: {detail} ({reason}); {fix}")
+    def _dropped_rows(self) -> Iterator[dict[str, Any]]:
+        """A line of the drop report per row that is not kept; ValueError at one that the settings make an error."""
+        # A batch at a time: most rows of a large data set may be dropped, each with its detail.
+        is_dropped = self.checks["reason"].is_valid()
+        checks = (check for batch in self.checks.filter(is_dropped).to_batches() for check in batch.to_pylist())
+        for index, check in zip(np.flatnonzero(is_dropped.to_numpy()).tolist(), checks, strict=True):
+            row, (path, number), reason = self._rows[index], self._rows.location(index), check["reason"]
+            if (fix := self._fix_for(reason)) is not None:
+                raise ValueError(f"{path}, row {number}: {check['detail']} ({reason}); {fix}")
+            yield {
+                "file": str(path),
+                "row": number,
+                "uuid": self._row_id(row, index),
+                "source": check["source"],
+                "reason": reason,
+                "detail": check["detail"],
+                "text": self.text_of(row)[:TEXT_CHARACTERS],
+            }
 
     def _check_losses(self) -> None:
         """Raise ValueError where no row is left, or too few."""
-        ledger, most = self.ledger, self.config.max_dropped_fraction
-        files = ", ".join(str(path) for path in self._rows.files)
-        where = f"; each dropped row is in {ledger.path}" if ledger.path else ""
+        report, most = self.drop_report, self.config.max_dropped_fraction
+        files = ", ".join(str(path) for path in self.files)
+        where = f"; each dropped row is in {report.path}" if report.path else ""
         if not len(self):
-            raise ValueError(f"no usable row in {files}: dropped are {ledger.reasons() or 'none of 0 rows'}{where}")
-        if ledger.dropped_fraction > most:
+            raise ValueError(f"no usable row in {files}: dropped are {report.reasons() or 'none of 0 rows'}{where}")
+        if report.dropped_fraction > most:
             raise ValueError(
-                f"{ledger.dropped_fraction:.1%} of the {ledger.rows:,} rows of {files} are dropped "
-                f"({ledger.reasons()}), more than data.max_dropped_fraction={most}; give other data or settings, or "
+                f"{report.dropped_fraction:.1%} of the {report.rows:,} rows of {files} are dropped "
+                f"({report.reasons()}), more than data.max_dropped_fraction={most}; give other data or settings, or "
                 f"raise it where this is meant{where}"
             )
 
     def _fix_for(self, reason: str) -> str | None:
         """What to set instead where the settings make this reason an error; None where the row is dropped."""
+        # Rows count as overlong only where they are filtered or data.truncation=error.
         if reason == "overlong":
             fix = "raise data.max_prompt_length, or set data.filter_overlong_prompts=True or data.truncation=left"
             return None if self.config.filter_overlong_prompts else fix
@@ -316,9 +302,3 @@ class RLHFDataset(Dataset[dict[str, Any]]):
     def _row_id(self, row: Row, index: int) -> str:
         path, number = self._rows.location(index)
         return text_of(row.get("uuid")) or str(uuid.uuid5(uuid.NAMESPACE_URL, f"{path.name}:{number}"))
-
-    def _cut_ids(self, messages: list[Message], with_tools: bool) -> list[int] | None:
-        ids = self._encoder.encode([messages], with_tools)[0]
-        if len(ids) <= self.config.max_prompt_length:
-            return None
-        return truncate(ids, self.config.max_prompt_length, self.config.truncation)

@@ -1,8 +1,8 @@
 """An order of rows in which every stretch holds each group of sources in its share.
 
 In: the source of each row, shares by pattern, a random generator. Out: places of rows, as many as there are rows. Rows
-of a group that is asked for more often than it has rows come again, in another order, when all of it has come; of a
-group that is asked for less, an epoch holds a part.
+of a group whose share is larger than it has rows come again, in another order, after all of them have come; of a group
+whose share is smaller, an epoch holds a part.
 """
 
 from collections.abc import Mapping, Sequence
@@ -43,13 +43,15 @@ def mixed_order(groups: Sequence[tuple[float, np.ndarray]], random: np.random.Ge
     shares = np.array([share for share, _ in groups])
     turns = np.empty(length, dtype=np.int64)
     had = np.zeros(len(groups))
+    # Each turn goes to the group that is furthest behind its share.
     for place in range(length):
         turns[place] = group = int(np.argmax(shares * (place + 1) - had))
         had[group] += 1
     order = np.empty(length, dtype=np.int64)
     for group, (_, places) in enumerate(groups):
-        asked = np.flatnonzero(turns == group)
-        passes = -(-len(asked) // len(places))
+        wanted = np.flatnonzero(turns == group)
+        # A group starts again only after all of it has come, each pass in an order of its own.
+        passes = -(-len(wanted) // len(places))
         drawn = [random.permutation(places) if shuffle else places for _ in range(passes)]
-        order[asked] = np.concatenate(drawn)[: len(asked)] if passes else []
+        order[wanted] = np.concatenate(drawn)[: len(wanted)] if passes else []
     return order.tolist()

@@ -6,15 +6,13 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.chat_files import EXTEND_START, chat, read_jsonl
 
 from verl.config import DataConfig
 from verl.utils.dataset.onerec_dataset import OneRecDataset
-from verl.utils.dataset.onerec_messages import BadRowError, parse_messages, split_answer
-from verl.utils.dataset.prompt_tokens import append_switch, possible_switches, think_switch
-from verl.utils.tokenizer import hf_tokenizer
+from verl.utils.dataset.prompt_rows import BadRowError, parse_messages, split_answer
 
 quick = settings(max_examples=60, derandomize=True, deadline=None, database=None)
 
@@ -26,8 +24,8 @@ chats = st.lists(st.builds(lambda role, content: {"role": role, "content": conte
 dumps = st.sampled_from(
     [
         json.dumps,
-        lambda chat: json.dumps(chat, ensure_ascii=False),
-        lambda chat: json.dumps(chat, separators=(",", ":"), indent=1),
+        lambda turns: json.dumps(turns, ensure_ascii=False),
+        lambda turns: json.dumps(turns, separators=(",", ":"), indent=1),
         repr,
     ]
 )
@@ -44,15 +42,15 @@ anything = st.recursive(
 
 
 def joined(content) -> str:
-    """What a content says, in the words of this test."""
+    """The text of a content."""
     if isinstance(content, str):
         return content
     return content["text"] if isinstance(content, dict) else "".join(map(joined, content))
 
 
-def expected_split(chat):
+def expected_split(messages):
     """Prompt and answer of a chat, or None where it cannot be used."""
-    turns = [(message["role"].lower(), joined(message["content"])) for message in chat]
+    turns = [(message["role"].lower(), joined(message["content"])) for message in messages]
     answers = [place for place, (role, _) in enumerate(turns) if role == "assistant"]
     blank = any(role == "user" and not text.strip() for role, text in turns)
     if blank or not answers or not any(role == "user" for role, _ in turns[: answers[-1]]):
@@ -62,13 +60,13 @@ def expected_split(chat):
 
 @quick
 @given(chats, dumps)
-def test_a_chat_is_read_back_as_it_was_written(chat, dump):
+def test_a_chat_is_read_back_as_it_was_written(written, dump):
     try:
-        prompt, answer = split_answer(parse_messages(dump(chat)))
+        prompt, answer = split_answer(parse_messages(dump(written)))
     except BadRowError:
-        assert expected_split(chat) is None
+        assert expected_split(written) is None
     else:
-        assert ([(message["role"], message["content"]) for message in prompt], answer) == expected_split(chat)
+        assert ([(message["role"], message["content"]) for message in prompt], answer) == expected_split(written)
 
 
 @quick
@@ -85,21 +83,21 @@ def test_whatever_a_cell_holds_is_a_chat_or_a_bad_row(value):
             assert json.dumps(messages, ensure_ascii=False).encode("utf-8")
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tiny_tokenizers):
-    return hf_tokenizer(tiny_tokenizers[1])
+def test_tool_calls_survive_and_need_no_content():
+    calls = [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}]
+    turn = {"role": "assistant", "content": None, "tool_calls": calls, "name": None}
+    assert parse_messages([turn]) == [{"role": "assistant", "content": "", "tool_calls": calls}]
 
 
-cells = st.builds(lambda chat, dump: dump(chat), chats, dumps) | st.text(max_size=10) | st.none()
+cells = st.builds(lambda turns, dump: dump(turns), chats, dumps) | st.text(max_size=10) | st.none()
 
 
 @settings(quick, max_examples=25)
 @given(st.lists(cells, min_size=1, max_size=12), st.integers(30, 60), st.sampled_from(["drop", "replace"]))
 def test_no_row_is_lost(tokenizer, rows, limit, prompt_extend_tokens):
-    good = json.dumps([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
     with tempfile.TemporaryDirectory() as folder:
         path, record = Path(folder) / "rows.parquet", Path(folder) / "dropped_rows.jsonl"
-        pq.write_table(pa.table({"messages": pa.array([good, *rows], pa.string())}), path)
+        pq.write_table(pa.table({"messages": pa.array([chat("a")["messages"], *rows], pa.string())}), path)
         config = DataConfig(
             max_prompt_length=limit,
             filter_overlong_prompts=True,
@@ -108,30 +106,14 @@ def test_no_row_is_lost(tokenizer, rows, limit, prompt_extend_tokens):
             cache_dir=f"{folder}/cache",
         )
         for _ in range(2):  # the second time from the cache
-            dataset = OneRecDataset(path, tokenizer, config, extend_vocab_start_token=329, dropped_rows_path=record)
+            dataset = OneRecDataset(
+                path, tokenizer, config, extend_vocab_start_token=EXTEND_START, dropped_rows_path=record
+            )
             kept = [dataset[place] for place in range(len(dataset))]
-            dropped = [json.loads(line)["row"] for line in record.read_text(encoding="utf-8").splitlines()]
+            dropped = [line["row"] for line in read_jsonl(record)]
             assert sorted([entry["index"] for entry in kept] + dropped) == list(range(len(rows) + 1))
             lengths = [
                 len(tokenizer.apply_chat_template(entry["raw_prompt"], add_generation_prompt=True, return_dict=False))
                 for entry in kept
             ]
             assert max(lengths) <= limit
-
-
-@quick
-@given(chats, st.text(max_size=8), st.integers(0, 2**31), st.integers(0, 50), st.sampled_from(["auto", "force_think"]))
-def test_think_switches(chat, row_id, seed, epoch, mode):
-    split = expected_split(chat)
-    if split is None:
-        return
-    messages = [{"role": role, "content": content} for role, content in split[0]]
-    config = DataConfig(enable_think=True, think_mode=mode, seed=seed)
-    switch = think_switch(config, row_id, epoch)
-    assert switch in possible_switches(config)
-    assert switch == think_switch(config, row_id, epoch)
-    switched = append_switch(messages, switch)
-    last = max(place for place, message in enumerate(messages) if message["role"] == "user")
-    for place, (before, after) in enumerate(zip(messages, switched, strict=True)):
-        assert after == (before | {"content": before["content"] + switch} if place == last else before)
-    assert not switch or switch[0] == " "

@@ -70,8 +70,9 @@ def test_only_the_chosen_parts_are_written_and_read(
     first.update_actor(BATCH)
     first.save_checkpoint(str(tmp_path), 1)
     assert sorted(path.name for path in tmp_path.iterdir()) == entries
-    suffixes = {path.suffix for path in tmp_path.rglob("*.*")}
-    assert suffixes <= {".safetensors", ".json", ".jinja"}, "no file is a pickle"
+    files = list(tmp_path.rglob("*.*"))
+    assert {path.suffix for path in files} <= {".safetensors", ".json", ".jinja"}, "no file is a pickle"
+    assert len({path.stat().st_mode for path in files}) == 1, "weights are as readable as their config.json"
     assert any(tmp_path.glob("huggingface/*.safetensors")) == ("hf_model" in contents)
     if "hf_model" in contents:
         assert same_weights(tmp_path / "huggingface", first)

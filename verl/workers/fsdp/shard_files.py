@@ -37,7 +37,7 @@ OPTIMIZER = "optimizer."
 MAX_FILE_BYTES = 2 * 10**9
 """Of a file of whole weights, which is in memory at once; a larger tensor is a file of its own."""
 WEIGHTS_INDEX = "model.safetensors.index.json"
-_FILE_NAME = "{:05d}-of-{:05d}.safetensors"
+_FILE_NAME, _ANY_FILE = "{:05d}-of-{:05d}.safetensors", "*-of-*[0-9].safetensors"
 
 # Torch warns whenever a rank reads without the others, which is what is wanted here.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -49,10 +49,13 @@ def write_file(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str,
     Raises:
         OSError: it cannot be written.
     """
+    path.touch()
+    mode = path.stat().st_mode
     try:
         save_file(tensors, path, metadata)
     except SafetensorError as error:
         raise OSError(f"{path} cannot be written: {error}") from error
+    path.chmod(mode)  # safetensors renames a file into its place that its owner alone may read
     with open(path, "rb") as stream:
         os.fsync(stream.fileno())
 
@@ -131,7 +134,7 @@ class ShardReader(dcp.HuggingFaceStorageReader):
                 "with that version, or set trainer.resume_mode=disable and actor_rollout_ref.model.path to the "
                 "huggingface/ beside it"
             )
-        count = max((int(path.stem[-5:]) for path in folder.glob("*-of-*[0-9].safetensors")), default=0)
+        count = max((int(path.stem[-5:]) for path in folder.glob(_ANY_FILE)), default=0)
         if count == 0:
             raise ValueError(f"{folder.parent} holds no whole {folder.name}/; choose another checkpoint")
         for number in range(1, count + 1):
@@ -140,6 +143,10 @@ class ShardReader(dcp.HuggingFaceStorageReader):
                 safe_open(path, "pt")
             except (OSError, SafetensorError) as error:
                 raise ValueError(f"{path} cannot be read ({error}); take an earlier checkpoint") from error
+        # The base class reads what the folder lists: without a shard, tensors would lose their last rows unnoticed.
+        listed = len(list(folder.glob("*.safetensors")))
+        if listed != count:
+            raise ValueError(f"{folder} lists {listed} shards, not {count}; take an earlier checkpoint")
 
 
 def write_weights(

@@ -93,6 +93,7 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_a_resumed_run_takes_
     worker.update_actor(BATCH)
     worker.compute_log_prob(BATCH)  # a pass without backward must leave no gathered parameters behind
     at_save = weights(worker)
+    torch.manual_seed(7)  # or a fresh worker's seed would do as well
     released = threading.Event()
     monkeypatch.setattr(checkpoint, "write_file", lambda *file: (released.wait(30), write_file(*file)))
     worker.begin_checkpoint(str(tmp_path), 1)

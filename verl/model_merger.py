@@ -1,11 +1,12 @@
-"""Make a Hugging Face model of a checkpoint's shards.
+"""Make a Hugging Face model from a checkpoint's shards.
 
 ::
 
     python -m verl.model_merger merge --local_dir RUN/global_step_N/actor --target_dir OUT
 
 In: a checkpoint of any number of training ranks. Out: weights in safetensors, config, generation config and tokenizer,
-as transformers and vLLM load them. Starts no ranks and holds one tensor in memory at a time. Takes verl's options.
+as transformers and vLLM load them. Starts no ranks and holds one file of the model in memory at a time. Takes verl's
+options.
 """
 
 import argparse
@@ -17,8 +18,7 @@ from pathlib import Path
 
 from verl.utils.device import dtype_name, resolve_dtype
 from verl.utils.durable_files import write_durably
-from verl.workers.fsdp.checkpoint import HUGGINGFACE, SHARDS
-from verl.workers.fsdp.huggingface import WEIGHTS_INDEX, write_weights
+from verl.workers.fsdp.shard_files import HUGGINGFACE, SHARDS, write_weights
 
 CONFIG = "config.json"
 
@@ -44,16 +44,14 @@ def merge(local_dir: Path, target_dir: Path, dtype: str | None = None) -> int:
     if any(target_dir.glob("*.safetensors")):
         raise ValueError(f"--target_dir {target_dir} holds a model already; name another folder")
     precision = None if dtype is None else resolve_dtype(dtype, "cpu")
-    infos = write_weights(actor / SHARDS, target_dir, precision)
-    for path in described.iterdir():
-        if path.suffix != ".safetensors" and path.name not in (WEIGHTS_INDEX, CONFIG):
-            shutil.copyfile(path, target_dir / path.name)
+    count = write_weights(actor / SHARDS, target_dir, precision)
+    shutil.copytree(described, target_dir, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors*", CONFIG))
     config = json.loads((described / CONFIG).read_text(encoding="utf-8"))
     if precision is not None:
         config["dtype"] = dtype_name(precision)
-    # Last: a folder without it is no model.
+    # Written last: nothing loads a folder without it.
     write_durably(target_dir / CONFIG, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-    return sum(info.num_bytes // info.dtype.itemsize for info in infos)
+    return count
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

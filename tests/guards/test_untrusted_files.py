@@ -16,7 +16,6 @@ REPO = Path(__file__).resolve().parents[2]
 SOURCES = sorted(path for top in ("verl", "recipe", "scripts", "benchmarks") for path in (REPO / top).rglob("*.py"))
 UNPICKLERS = {
     "verl/protocol.py": "DataProto.load_from_disk, of a file that this user named",
-    "verl/workers/fsdp/shard_files.py": "an unpickler that lets in the classes of a description alone",
     "benchmarks/driver_scale.py": "what the same process pickled",
 }
 """Where ``pickle.load``, ``loads`` or ``Unpickler`` may stand, and what they read."""

@@ -43,7 +43,7 @@ from verl.config import TrainerConfig
 from verl.trainer.checkpoint import layout as checkpoint
 from verl.trainer.checkpoint.manifest import find_faults
 from verl.weight_sync.send import FOLDER_PREFIX, SHARED_MEMORY
-from verl.workers.fsdp.shard_files import read_shards, stored_tensors
+from verl.workers.fsdp.shard_files import ShardReader
 
 FAULTS = ("mismatches", "unreadable_checkpoints", "orphans", "shared_memory_left", "other")
 VICTIMS = ("driver", "rank", "engine")
@@ -89,12 +89,12 @@ def unreadable(root: Path) -> list[str]:
 
 def read_whole(folder: Path) -> list[str]:
     """Read every part of a checkpoint; says which tensors were not there."""
-    entries = stored_tensors(folder / "actor" / "shards")
-    nan = float("nan")
-    tensors = {key: torch.full(tuple(entry.size), nan, dtype=entry.properties.dtype) for key, entry in entries.items()}
-    read_shards(tensors, folder / "actor" / "shards", no_dist=True)
-    for path in [folder / checkpoint.DATA_STATE, *folder.glob("actor/extra_rank_*.pt")]:
-        torch.load(path, weights_only=True)
+    shards, nan = ShardReader(folder / "actor" / "shards"), float("nan")
+    tensors = {k: torch.full(tuple(e.size), nan, dtype=e.properties.dtype) for k, e in shards.tensors.items()}
+    shards.read(tensors)
+    torch.load(folder / checkpoint.DATA_STATE, weights_only=True)
+    for path in folder.glob("actor/extra_rank_*.safetensors"):
+        load_file(path)
     load_file(folder / "actor" / "huggingface" / "model.safetensors")
     return [f"{key} is not finite" for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
 

@@ -1,117 +1,184 @@
-"""``shards/`` on the disk: torch's distributed checkpoints, written with clear errors and read without running code.
+"""Tensors of a checkpoint on the disk: every rank's shard, and the whole model made from the shards.
 
-In:  a folder. Out: a writer and a reader for ``torch.distributed.checkpoint``, and the description of what lies there.
-Tensors are read with ``weights_only`` by torch itself; its description of them is a pickle, of which only the classes
-that it is made of are let in. What torch stores beside tensors it would unpickle whole: descriptions that name such
-entries are refused. Not here: what is saved, and when.
+In:  sharded tensors by key. Out, in safetensors, so that reading them never unpickles anything::
+
+    shards/00001-of-00002.safetensors    the shard of rank 0: its slice of every tensor, and where the slice begins
+    shards/00002-of-00002.safetensors    the shard of rank 1
+    huggingface/model*.safetensors       whole weights under their Hugging Face names
+
+Torch's ``HuggingFaceStorageReader`` reads shards into tensors that are sharded over any number of ranks. Its writer is
+not used: it serializes a rank's file in memory, a second copy that holds the interpreter lock while training goes on.
+A head that is tied to the embedding has no tensor of its own.
+Not here: what is saved and when, the model's config and tokenizer.
 """
 
-import io
-import pickle
+import json
+import os
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple, cast
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
-from torch.distributed.checkpoint.storage import WriteResult
-from torch.futures import Future
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.tensor import DTensor
 
-DESCRIPTION = ".metadata"
-_CLASSES = {
-    "torch.distributed.checkpoint.metadata": {
-        "ChunkStorageMetadata",
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorProperties",
-        "TensorStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
-    },
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    "torch.serialization": {"_get_layout"},
-    "torch": {"Size"} | {name for name, value in vars(torch).items() if isinstance(value, torch.dtype)},
-    "collections": {"OrderedDict"},
-    "pathlib": {"PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath"},
-    "pathlib._local": {"PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath"},  # Python 3.13
-}
+from verl.utils.durable_files import write_durably
+
+SHARDS, HUGGINGFACE = "shards", "huggingface"
+OPTIMIZER = "optimizer."
+"""Begins the key of every tensor in the shards that is no parameter; parameters have their Hugging Face names."""
+MAX_FILE_BYTES = 2 * 10**9
+"""Of a file of whole weights, which is in memory at once; a larger tensor is a file of its own."""
+WEIGHTS_INDEX = "model.safetensors.index.json"
+_FILE_NAME, _ANY_FILE = "{:05d}-of-{:05d}.safetensors", "*-of-*[0-9].safetensors"
+
+# Torch warns whenever a rank reads without the others, which is what is wanted here.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
-class ShardWriter(dcp.FileSystemWriter):
-    """Says why it could not write: torch's archives report a full disk as an unexpected position."""
+def write_file(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file; when this returns, its content is on the disk.
 
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """As the base class does, with the system's own error where writing failed."""
-        try:
-            return super().write_data(plan, planner)
-        except RuntimeError as error:
-            first = error.__context__
-            while first is not None and not isinstance(first, OSError):
-                first = first.__context__
-            if first is None:
-                raise
-            raise first from None
+    Raises:
+        OSError: it cannot be written.
+    """
+    path.touch()
+    mode = path.stat().st_mode
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
+    path.chmod(mode)  # safetensors renames a file into its place that its owner alone may read
+    with open(path, "rb") as stream:
+        os.fsync(stream.fileno())
 
 
-class ShardReader(dcp.FileSystemReader):
-    """Reads the description of the shards without running what else a pickle may hold."""
+class Shard(NamedTuple):
+    """A rank's slices of tensors, in host memory and independent of the originals."""
 
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """The description.
+    tensors: dict[str, torch.Tensor]
+    offsets: dict[str, list[int]]
+    """Where each slice begins in its tensor."""
+
+    @classmethod
+    def copy_of(cls, tensors: Mapping[str, torch.Tensor]) -> "Shard":
+        """Copy this rank's slices. A tensor that is not sharded is the same on all ranks, and rank 0 has it."""
+        shard = cls({}, {})
+        for key, tensor in tensors.items():
+            local, offset = tensor, [0] * tensor.dim()
+            if isinstance(tensor, DTensor):
+                local, offset = tensor.to_local(), list(tensor.__create_chunk_list__()[0].offsets)
+            elif dist.get_rank() > 0:
+                continue
+            if local.numel() > 0:  # a rank may have no row of a small tensor
+                shard.tensors[key] = local.to("cpu", copy=True, memory_format=torch.contiguous_format)
+                shard.offsets[key] = offset
+        return shard
+
+    def write(self, folder: Path) -> None:
+        """Write this rank's file.
 
         Raises:
-            ValueError: it is damaged, or holds what no description is made of.
+            OSError: it cannot be written.
         """
-        path = Path(self.path) / DESCRIPTION
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / _FILE_NAME.format(dist.get_rank() + 1, dist.get_world_size())
+        # The form that torch's reader knows.
+        slices = json.dumps({key: {"saved_offsets": offset} for key, offset in self.offsets.items()})
+        write_file(path, self.tensors, {"DCP_SHARDING_INFO": slices, "format": "pt"})
+
+
+class ShardReader(dcp.HuggingFaceStorageReader):
+    """Reads the shards of any number of ranks; no other rank has to take part.
+
+    Raises:
+        ValueError: a shard is missing or damaged; the message names it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(str(folder))
+        self.folder = folder
+        self._require_whole()
+        self._metadata = super().read_metadata()
+        self.tensors = cast("dict[str, TensorStorageMetadata]", self._metadata.state_dict_metadata)
+        """Shape and dtype of every whole tensor, by key."""
+
+    def read_metadata(self) -> Metadata:
+        """As the base class does, with the files' headers read once."""
+        return self._metadata
+
+    def read(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Fill tensors, whole or sharded, with what the shards have under their keys, in their own precision.
+
+        Raises:
+            ValueError: a shard cannot be read.
+        """
         try:
-            metadata = _DescriptionUnpickler(io.BytesIO(path.read_bytes())).load()
-        except (pickle.UnpicklingError, EOFError, AttributeError) as error:
-            raise ValueError(f"{path} is no description of shards: {error}") from error
-        metadata.storage_meta = metadata.storage_meta or StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
+            dcp.load(tensors, storage_reader=self, no_dist=True)
+        except CheckpointException as error:  # a BaseException, which callers and Ray would let through
+            [(cause, _)] = error.failures.values()
+            raise ValueError(f"{self.folder} cannot be read ({cause}); take an earlier checkpoint") from error
+
+    def _require_whole(self) -> None:
+        folder = self.folder
+        if any(folder.glob("*.distcp")):
+            raise ValueError(
+                f"{folder} is of a kai-verl whose shards were *.distcp files, which this version does not read; resume "
+                "with that version, or set trainer.resume_mode=disable and actor_rollout_ref.model.path to the "
+                "huggingface/ beside it"
+            )
+        count = max((int(path.stem[-5:]) for path in folder.glob(_ANY_FILE)), default=0)
+        if count == 0:
+            raise ValueError(f"{folder.parent} holds no whole {folder.name}/; choose another checkpoint")
+        for number in range(1, count + 1):
+            path = folder / _FILE_NAME.format(number, count)
+            try:
+                safe_open(path, "pt")
+            except (OSError, SafetensorError) as error:
+                raise ValueError(f"{path} cannot be read ({error}); take an earlier checkpoint") from error
+        # The base class reads what the folder lists: without a shard, tensors would lose their last rows unnoticed.
+        listed = len(list(folder.glob("*.safetensors")))
+        if listed != count:
+            raise ValueError(f"{folder} lists {listed} shards, not {count}; take an earlier checkpoint")
 
 
-def read_shards(tensors: dict[str, torch.Tensor], shards: Path, *, no_dist: bool = False) -> None:
-    """Fill tensors, by key, with what the shards hold of them; without ``no_dist`` all ranks together.
+def write_weights(
+    shards: Path, folder: Path, dtype: torch.dtype | None = None, max_file_bytes: int = MAX_FILE_BYTES
+) -> int:
+    """Write the model in ``shards`` as transformers and vLLM load it, with an index where it takes several files.
 
-    Raises:
-        ValueError: a shard cannot be read; every rank raises it.
-    """
-    try:
-        dcp.load(tensors, storage_reader=ShardReader(shards), no_dist=no_dist)
-    except CheckpointException as error:  # no Exception, which callers of theirs and Ray would let through
-        raise ValueError(f"{shards} cannot be read ({cause_of(error)}); take an earlier checkpoint") from error
+    Args:
+        dtype: precision to write; None: as stored.
 
-
-def cause_of(error: BaseException) -> str:
-    """An error in one line; of one that all ranks raise together, what first went wrong."""
-    if isinstance(error, CheckpointException) and error.failures:
-        rank, (error, _) = min(error.failures.items())
-        return f"{type(error).__name__} on rank {rank}: {_first_line(error)}"
-    return f"{type(error).__name__}: {_first_line(error)}"
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), "")
-
-
-class _DescriptionUnpickler(pickle.Unpickler):
-    def find_class(self, module_name: str, global_name: str) -> Any:
-        if global_name not in _CLASSES.get(module_name, ()):
-            raise pickle.UnpicklingError(f"it names {module_name}.{global_name}, which is not read")
-        return super().find_class(module_name, global_name)
-
-
-def stored_tensors(shards: Path) -> dict[str, TensorStorageMetadata]:
-    """The tensors in ``shards/`` by key.
+    Returns:
+        The number of parameters.
 
     Raises:
-        ValueError: there is no such folder, or its writing was not finished.
+        ValueError: the shards are missing or damaged, or hold no model.
+        OSError: the weights cannot be written.
     """
-    if not (shards / DESCRIPTION).is_file():
-        raise ValueError(f"{shards.parent} holds no whole {shards.name}/; choose another checkpoint")
-    entries = ShardReader(shards).read_metadata().state_dict_metadata
-    return {key: entry for key, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
+    reader = ShardReader(shards)
+    weights = {
+        name: torch.empty(entry.size, dtype=dtype or entry.properties.dtype, device="meta")
+        for name, entry in reader.tensors.items()
+        if not name.startswith(OPTIMIZER)
+    }
+    if not weights:
+        raise ValueError(f"{shards} holds no model; it was saved without 'model' in actor.checkpoint.save_contents")
+    folder.mkdir(parents=True, exist_ok=True)
+    split = split_torch_state_dict_into_shards(weights, max_shard_size=max_file_bytes)
+    for file, names in split.filename_to_tensors.items():
+        part = {name: torch.empty_like(weights[name], device="cpu") for name in names}
+        reader.read(part)
+        write_file(folder / file, part, {"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        write_durably(folder / WEIGHTS_INDEX, json.dumps(index, indent=2) + "\n")
+    return sum(weight.numel() for weight in weights.values())

@@ -1,11 +1,11 @@
-"""The grammar of ``trainer.best_metric``, and what it makes of figures."""
+"""The grammar of ``trainer.best_metric``, and what it makes of metrics."""
 
 import math
 import re
 
 import pytest
 
-from verl.config.best_rule import BestRule, Constraint, figure
+from verl.config.best_rule import BestRule, Constraint, metric_value
 
 START = {"val/general/reward": 0.1, "val/rec_a/reward": 0.5, "val/rec_b/reward": 0.3}
 
@@ -59,11 +59,11 @@ def test_what_is_no_rule_is_named(text: str, part: str) -> None:
 
 
 def test_a_pattern_stands_for_a_mean() -> None:
-    assert figure(START, "val/rec_*/reward") == pytest.approx(0.4)
-    assert figure(START, "val/rec_a/reward") == 0.5
-    assert figure(START, "val/*/loss") is None
+    assert metric_value(START, "val/rec_*/reward") == pytest.approx(0.4)
+    assert metric_value(START, "val/rec_a/reward") == 0.5
+    assert metric_value(START, "val/*/loss") is None
     exact = {"val/[x]/reward": 1.0, "val/x/reward": 3.0}
-    assert figure(exact, "val/[x]/reward") == 1.0, "a name that is there is no pattern"
+    assert metric_value(exact, "val/[x]/reward") == 1.0, "a name that is there is no pattern"
 
 
 def test_bounds_of_step_0() -> None:
@@ -72,16 +72,16 @@ def test_bounds_of_step_0() -> None:
     assert rule.qualifies(at_the_bound, START)
     assert not rule.qualifies(at_the_bound | {"val/rec_b/reward": 0.29}, START)
     assert not rule.qualifies(at_the_bound, {}), "nothing to compare with"
-    assert rule.told(at_the_bound, START) == (
+    assert rule.describe(at_the_bound, START) == (
         "val/general/reward 0.9; val/rec_*/reward 0.392, bound >= 0.392 = 0.98 of step 0"
     )
 
 
-def test_a_figure_that_is_missing_or_none_does_not_qualify() -> None:
+def test_a_metric_that_is_missing_or_none_does_not_qualify() -> None:
     rule = BestRule.parse("a subject to b <= 1")
     assert rule.qualifies({"a": 1.0, "b": 1.0}, {})
-    for figures in ({"a": 1.0}, {"b": 1.0}, {"a": math.nan, "b": 1.0}, {"a": 1.0, "b": math.nan}, {"a": 1.0, "b": 1.1}):
-        assert not rule.qualifies(figures, {})
+    for metrics in ({"a": 1.0}, {"b": 1.0}, {"a": math.nan, "b": 1.0}, {"a": 1.0, "b": math.nan}, {"a": 1.0, "b": 1.1}):
+        assert not rule.qualifies(metrics, {})
 
 
 @pytest.mark.parametrize(("direction", "sign"), [("max", 1), ("min", -1)])

@@ -31,7 +31,6 @@ def test_they_are_refused_without_one(setting: str) -> None:
         load(*settings)
     for start in ("151669", "auto"):
         config = load(*settings, f"{START}={start}")
-        config.check_extension()
-    config.actor_rollout_ref.rollout.extend_vocab_start_token = None  # what auto has turned out to be
+        config.resolve_extend_start(151669)
     with pytest.raises(ValueError, match=expected):
-        config.check_extension()
+        config.resolve_extend_start(None)

@@ -8,7 +8,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from verl.config import PPOConfig
-from verl.trainer.launch.typed import load_config, public_dict, save_config, to_typed
+from verl.trainer.launch.typed import load_config, to_typed
+from verl.utils.saved_config import public_dict, save_config
 
 EXACT = ["algorithm.adv_estimator=on_policy_distill", "algorithm.distill.objective=exact"]
 BEST = ["trainer.test_freq=5", "trainer.best_metric=val/g_*/reward subject to val/rec/reward >= 0.98 of step 0"]

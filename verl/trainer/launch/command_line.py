@@ -23,7 +23,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString, Sweep
 from hydra.errors import HydraException
 
-from verl.config.schema import key_schema, shape_errors, unknown_key_message
+from verl.config.schema import map_of, shape_errors, type_at, unknown_key_message
 from verl.trainer.launch.no_effect import find_no_effect, no_effect_notice
 from verl.utils.redaction import looks_secret
 
@@ -120,38 +120,40 @@ def _add_override(text: str, result: NormalizedOverrides) -> None:
     sign, key, value = match["sign"] or "", match["key"], match["value"]
     if "/" in key or "@" in key or key == "hydra" or key.startswith("hydra."):
         result.argv.append(text)  # config groups and Hydra's own settings
-    elif key_schema().is_open(key):
-        _check_characters(key)
-        result.argv.append(text if sign == "~" else f"++{key}={_open_value(key, value, result)}")
-    elif key_schema().knows(key):
-        # Hydra would refuse a mapping with keys that have no effect here.
-        added = "++" if sign or value.startswith("{") else ""
-        result.argv.append(f"~{key}" if sign == "~" else f"{added}{key}={_readable(key, value)}")
-    else:
+        return
+    if type_at(key) is None:
         effect = find_no_effect(key)
         if effect is None:
             raise ValueError(unknown_key_message(key))
         if sign != "~":
             result.notice(no_effect_notice(key, effect, value))
+        return
+    open_map = map_of(key)
+    if open_map is not None:
+        _check_characters(key, open_map)
+    if sign == "~":
+        result.argv.append(f"~{key}" if open_map is None else text)
+        return
+    readable = _env_var(key, value, result) if key.startswith(f"{ENV_VARS}.") else _readable(key, value)
+    # Hydra refuses to append what is there, to set what is not, and a mapping with keys that have no effect here.
+    added = "++" if sign or open_map is not None or value.startswith("{") else ""
+    result.argv.append(f"{added}{key}={readable}")
 
 
-def _check_characters(key: str) -> None:
-    """Names in an open map are the user's, and Hydra takes some of them inside a mapping alone."""
+def _check_characters(key: str, open_map: str) -> None:
+    """Hydra takes some characters of a user's own name only inside a mapping."""
     try:
         OverridesParser.create().parse_override(f"{key}=0")
     except HydraException as error:
-        open_map = key_schema().map_of(key)
         raise ValueError(
             f"{key} holds characters that a key cannot have; give the mapping as a whole: "
             f"{open_map}='{{{key.removeprefix(open_map + '.')}: ...}}'"
         ) from error
 
 
-def _open_value(key: str, value: str, result: NormalizedOverrides) -> str:
-    """The value of a key in an open map: a quoted text for environment variables, unchanged for the rest."""
-    if not key.startswith(ENV_VARS + "."):
-        return _readable(key, value)
-    name = key.removeprefix(ENV_VARS + ".")
+def _env_var(key: str, value: str, result: NormalizedOverrides) -> str:
+    """The value of an environment variable as a quoted text; a secret becomes a reference to this process's own."""
+    name = key.removeprefix(f"{ENV_VARS}.")
     quoted = len(value) >= 2 and value[0] == value[-1] and value[0] in QUOTES
     if looks_secret(name) and not value.startswith("${"):
         result.secrets[name] = value[1:-1] if quoted else value
@@ -161,13 +163,13 @@ def _open_value(key: str, value: str, result: NormalizedOverrides) -> str:
 
 
 def _readable(key: str, value: str) -> str:
-    """``value``, in quotes where Hydra cannot read it as it stands and it is no list, mapping or quoted text.
+    """``value``, in quotes where Hydra cannot read it as it is and it is no list, mapping or quoted text.
 
     Raises:
-        ValueError: it is one of these and cannot be read, or is of another shape than what stands at ``key``.
+        ValueError: it is one of these and cannot be read, or is of another shape than what belongs at ``key``.
     """
     try:
-        # The key is not Hydra's to read here: what it says of it would be taken for the value's fault.
+        # "key" instead of the key, whose characters Hydra would otherwise report as a fault of the value.
         read = OverridesParser.create().parse_override(f"key={value}").value()
     except HydraException as error:
         if not value.startswith((*QUOTES, "[", "{")):

@@ -25,7 +25,7 @@ def resolve_vocabulary(config: PPOConfig) -> VocabContract | None:
     rollout, mode = config.actor_rollout_ref.rollout, str(config.trainer.vocab_check)
     if not teacher.path:
         if rollout.extend_vocab_start_token == "auto":
-            rollout.extend_vocab_start_token = None  # the student's own starting weights are the reference
+            config.resolve_extend_start(None)  # the student's own starting weights are the reference
         return None
     if mode == "off":
         return None
@@ -39,7 +39,7 @@ def resolve_vocabulary(config: PPOConfig) -> VocabContract | None:
         overrides=model.override_config,
     )
     enforce(contract, mode)
-    rollout.extend_vocab_start_token = contract.extend_start
+    config.resolve_extend_start(contract.extend_start)
     asked = config.algorithm.distill.topk_or_none or 0
     if asked > contract.shared_ids:
         raise ValueError(

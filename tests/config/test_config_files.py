@@ -41,7 +41,7 @@ def test_base_yaml_equals_the_dataclass_defaults() -> None:
 
 
 def test_base_yaml_names_every_key() -> None:
-    assert set(read(BASE)) == set(all_keys())
+    assert set(read(BASE)) == set(all_keys(PPOConfig))
 
 
 def test_base_yaml_comments_every_value() -> None:
@@ -99,7 +99,7 @@ def test_mini_batch_of_the_recipe_follows_the_batch() -> None:
 
 
 def test_no_effect_keys_are_not_keys_of_ours() -> None:
-    assert [key for key in NO_EFFECT if type_at(key.removesuffix(".*")) is not None] == []
+    assert [key for key in NO_EFFECT if type_at(PPOConfig, key.removesuffix(".*")) is not None] == []
 
 
 @pytest.mark.parametrize(
@@ -112,4 +112,4 @@ def test_no_effect_keys_are_not_keys_of_ours() -> None:
     ],
 )
 def test_nearest_key_comes_first(key: str, expected: str) -> None:
-    assert nearest_keys(key)[0] == expected
+    assert nearest_keys(PPOConfig, key)[0] == expected

@@ -4,26 +4,15 @@ from dataclasses import field
 from typing import Annotated, Literal
 
 from pydantic import Field
-from pydantic.dataclasses import dataclass
 
-from verl.config.types import (
-    SECTION,
-    Bool,
-    Count,
-    Float,
-    Fraction,
-    Int,
-    IsListed,
-    Options,
-    PositiveFloat,
-)
+from verl.config.types import Bool, Count, Float, Fraction, Int, IsListed, Options, PositiveFloat, section
 
 KLEstimator = Literal["kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 CheckpointParts = Annotated[list[Annotated[str, Field(pattern="^(model|optimizer|extra|hf_model)$")]], IsListed]
 
 
-@dataclass(config=SECTION)
+@section("actor_rollout_ref.model")
 class HFModelConfig:
     """A causal language model in Hugging Face format."""
 
@@ -44,7 +33,7 @@ class HFModelConfig:
     """Entries laid over the model's own config, such as ``attn_implementation``."""
 
 
-@dataclass(config=SECTION)
+@section("actor_rollout_ref.ref.model")
 class RefModelConfig:
     """The teacher's model; everything but these keys is taken from ``actor_rollout_ref.model``."""
 
@@ -54,7 +43,7 @@ class RefModelConfig:
     """Folder of the teacher's tokenizer where it is not ``path``."""
 
 
-@dataclass(config=SECTION)
+@section("actor_rollout_ref.actor.optim")
 class OptimizerConfig:
     """AdamW and its learning-rate schedule."""
 
@@ -78,7 +67,7 @@ class OptimizerConfig:
     """Optimizer steps of the whole run; negative: ``PPOConfig.resolve_schedule`` fills it in."""
 
 
-@dataclass(config=SECTION)
+@section()
 class MixedPrecisionConfig:
     """Precision of FSDP2 compute and gradient reduction."""
 
@@ -88,7 +77,7 @@ class MixedPrecisionConfig:
     """Precision in which gradients are reduced over ranks."""
 
 
-@dataclass(config=SECTION)
+@section()
 class FSDPConfig:
     """Sharding of one model over the training ranks with FSDP2."""
 
@@ -103,7 +92,7 @@ class FSDPConfig:
     mixed_precision: MixedPrecisionConfig = field(default_factory=MixedPrecisionConfig)
 
 
-@dataclass(config=SECTION)
+@section("actor_rollout_ref.actor.checkpoint")
 class CheckpointConfig:
     """What a checkpoint holds and what is read back from it."""
 
@@ -114,7 +103,7 @@ class CheckpointConfig:
     """Parts read on resume."""
 
 
-@dataclass(config=SECTION)
+@section("actor_rollout_ref.actor")
 class FSDPActorConfig:
     """Policy update: batch sizes, loss, optimizer, sharding."""
 
@@ -164,7 +153,7 @@ class FSDPActorConfig:
             self.clip_ratio_high = self.clip_ratio
 
 
-@dataclass(config=SECTION)
+@section("actor_rollout_ref.ref")
 class RefConfig:
     """The frozen reference: in on-policy distillation, the teacher."""
 

@@ -6,20 +6,9 @@ from fnmatch import fnmatchcase
 from typing import Annotated, Literal
 
 from pydantic import Field
-from pydantic.dataclasses import dataclass
 
 from verl.config.actor import KLEstimator
-from verl.config.types import (
-    SECTION,
-    Bool,
-    Count,
-    Float,
-    Int,
-    NonNegativeFloat,
-    NullIsEmpty,
-    PositiveFloat,
-    Texts,
-)
+from verl.config.types import Bool, Count, Float, Int, NonNegativeFloat, NullIsEmpty, PositiveFloat, Texts, section
 
 ON_POLICY_DISTILL = "on_policy_distill"
 """``AdvantageEstimator.ON_POLICY_DISTILL``, for checks that have to do without torch."""
@@ -35,7 +24,7 @@ ANY_SOURCE = ""
 OpenFraction = Annotated[Float, Field(gt=0, lt=1)]
 
 
-@dataclass(config=SECTION)
+@section()
 class TeacherConfig:
     """A further teacher."""
 
@@ -70,7 +59,7 @@ class TeacherConfig:
         return any(fnmatchcase(source, pattern) for pattern in self.sources)
 
 
-@dataclass(config=SECTION)
+@section("algorithm.distill")
 class DistillConfig:
     """Objective of on-policy distillation."""
 
@@ -214,7 +203,7 @@ class DistillConfig:
         return self.knows_extended(self.roles[self.teacher_of(source, has_extended)])
 
 
-@dataclass(config=SECTION)
+@section("algorithm.kl_ctrl")
 class KLControlConfig:
     """Weight of the KL penalty in the reward."""
 
@@ -228,7 +217,7 @@ class KLControlConfig:
     """KL that the adaptive weight steers to."""
 
 
-@dataclass(config=SECTION)
+@section("algorithm.rollout_correction")
 class RolloutCorrectionConfig:
     """Importance weights from the sampler's distribution to the policy's."""
 
@@ -238,7 +227,7 @@ class RolloutCorrectionConfig:
     """Largest weight."""
 
 
-@dataclass(config=SECTION)
+@section("algorithm")
 class AlgoConfig:
     """How advantages are computed."""
 

@@ -4,9 +4,8 @@ from dataclasses import field
 from typing import Annotated, Literal
 
 from pydantic import Field
-from pydantic.dataclasses import dataclass
 
-from verl.config.types import SECTION, Bool, Count, Float, Fraction, Int, NullIsEmpty, Options, Texts
+from verl.config.types import Bool, Count, Float, Fraction, Int, NullIsEmpty, Options, Texts, section
 
 PLACEHOLDERS = ("{history}", "{item}")
 TEMPLATE_ARGUMENTS = ("conversation", "tools", "add_generation_prompt", "tokenize", "return_dict")
@@ -15,7 +14,7 @@ TEMPLATE_ARGUMENTS = ("conversation", "tools", "add_generation_prompt", "tokeniz
 FiniteWeight = Annotated[Float, Field(gt=0, allow_inf_nan=False)]
 
 
-@dataclass(config=SECTION)
+@section()
 class CustomClassConfig:
     """A class of the user's own, loaded by path."""
 
@@ -25,7 +24,7 @@ class CustomClassConfig:
     """Name of the class or function in it."""
 
 
-@dataclass(config=SECTION)
+@section()
 class PromptTemplateConfig:
     """One family of recommendation prompts."""
 
@@ -35,7 +34,7 @@ class PromptTemplateConfig:
     """The turn before it, as it is; null: none."""
 
 
-@dataclass(config=SECTION)
+@section("data.synthetic_item_prompts")
 class SyntheticItemPromptsConfig:
     """Prompts made of random items, scored by the student as it was (``algorithm.distill.teachers``)."""
 
@@ -60,7 +59,7 @@ class SyntheticItemPromptsConfig:
         key = "data.synthetic_item_prompts"
         if self.min_history > self.max_history:
             raise ValueError(
-                f"{key}.min_history={self.min_history} is above {key}.max_history={self.max_history}; swap them"
+                f"{key}.min_history={self.min_history} must lie between 1 and {key}.max_history={self.max_history}"
             )
         if self.count and not self.templates:
             raise ValueError(
@@ -84,7 +83,7 @@ class SyntheticItemPromptsConfig:
         return [self.source_of(name) for name in self.templates]
 
 
-@dataclass(config=SECTION)
+@section("data")
 class DataConfig:
     """Where prompts come from and which of them are used."""
 

@@ -5,14 +5,13 @@ from dataclasses import field
 from typing import Annotated, Any
 
 from pydantic import AfterValidator
-from pydantic.dataclasses import dataclass
 
 from verl.config.actor import FSDPActorConfig, HFModelConfig, RefConfig
 from verl.config.algorithm import ANY, ON_POLICY_DISTILL, AlgoConfig
 from verl.config.data import CustomClassConfig, DataConfig
 from verl.config.rollout import RolloutConfig
 from verl.config.trainer import TrainerConfig
-from verl.config.types import SECTION, Options
+from verl.config.types import Options, section
 
 
 def _env_vars_to_text(ray_init: dict[str, Any]) -> dict[str, Any]:
@@ -24,7 +23,7 @@ def _env_vars_to_text(ray_init: dict[str, Any]) -> dict[str, Any]:
     return ray_init
 
 
-@dataclass(config=SECTION)
+@section("actor_rollout_ref")
 class ActorRolloutRefConfig:
     """Student, teacher and generation."""
 
@@ -34,7 +33,7 @@ class ActorRolloutRefConfig:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
 
 
-@dataclass(config=SECTION)
+@section("ray_kwargs")
 class RayKwargsConfig:
     """How the driver connects to Ray."""
 
@@ -42,7 +41,7 @@ class RayKwargsConfig:
     """Arguments of ``ray.init``, such as ``num_cpus``, ``address`` or ``runtime_env``."""
 
 
-@dataclass(config=SECTION)
+@section()
 class PPOConfig:
     """Everything a trainer is built from."""
 
@@ -113,12 +112,12 @@ class PPOConfig:
         """A row is never split, so a micro-batch has to hold the longest one."""
         models = self.actor_rollout_ref
         longest = models.rollout.prompt_length + models.rollout.response_length
-        for section, switch, prefix in (
+        for role, switch, prefix in (
             ("actor", "use_dynamic_bsz", "ppo"),
             ("ref", "log_prob_use_dynamic_bsz", "log_prob"),
             ("rollout", "log_prob_use_dynamic_bsz", "log_prob"),
         ):
-            settings, key = getattr(models, section), f"actor_rollout_ref.{section}"
+            settings, key = getattr(models, role), f"actor_rollout_ref.{role}"
             tokens = getattr(settings, f"{prefix}_max_token_len_per_gpu")
             by_tokens, rows = getattr(settings, switch), getattr(settings, f"{prefix}_micro_batch_size_per_gpu")
             if not by_tokens and rows is None:
@@ -205,7 +204,7 @@ class PPOConfig:
         unread = [s for s in synthetic.sources if not distill.teacher_knows_extended(s, has_extended=True)]
         if unread:
             yield (
-                f"{key} makes rows of the sources {unread}, whose teacher does not know item tokens; set "
+                f"{key} makes rows of the sources {unread}, and no teacher that knows item tokens scores them; set "
                 f"++algorithm.distill.teachers.self='{{vocabulary: full, sources: [\"{synthetic.source}_*\"]}}'"
             )
 

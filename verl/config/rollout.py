@@ -4,10 +4,9 @@ from dataclasses import field
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, PlainValidator
-from pydantic.dataclasses import dataclass
 from pydantic_core import PydanticCustomError
 
-from verl.config.types import SECTION, Bool, Count, Float, Int, NonNegativeFloat, Options, PositiveFloat, spelled
+from verl.config.types import Bool, Count, Float, Int, NonNegativeFloat, Options, PositiveFloat, section, spelled
 
 AGENT_LOOPS = ("tool_agent", "single_turn_agent")
 """The agent loops that are built in."""
@@ -34,7 +33,7 @@ TopK = Annotated[Int, AfterValidator(_check_top_k)]
 ExtendStart = Annotated[int | str | None, PlainValidator(_check_extend_start)]
 
 
-@dataclass(config=SECTION)
+@section("actor_rollout_ref.rollout.val_kwargs")
 class SamplingConfig:
     """Sampling of validation answers (``rollout.val_kwargs``)."""
 
@@ -55,7 +54,7 @@ class SamplingConfig:
         return not self.do_sample or self.temperature == 0
 
 
-@dataclass(config=SECTION)
+@section("actor_rollout_ref.rollout.multi_turn")
 class MultiTurnConfig:
     """Turns and tools of an agent loop."""
 
@@ -76,7 +75,7 @@ class MultiTurnConfig:
     """YAML that names the tools; null: none."""
 
 
-@dataclass(config=SECTION)
+@section("actor_rollout_ref.rollout.agent")
 class AgentConfig:
     """Agent-loop workers."""
 
@@ -86,7 +85,7 @@ class AgentConfig:
     """Loop of rows without an ``agent_name``: ``tool_agent`` or ``single_turn_agent``."""
 
 
-@dataclass(config=SECTION)
+@section("actor_rollout_ref.rollout")
 class RolloutConfig:
     """Generation engine, sampling, masks and log-prob batch sizes."""
 

@@ -4,10 +4,9 @@ from dataclasses import field
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
-from pydantic.dataclasses import dataclass
 
 from verl.config.best_rule import BestRule
-from verl.config.types import SECTION, Bool, Count, Int, IsListed, NonNegativeFloat, Texts
+from verl.config.types import Bool, Count, Int, IsListed, NonNegativeFloat, Texts, section
 
 VocabCheck = Annotated[
     Literal["strict", "warn", "off"],
@@ -15,7 +14,7 @@ VocabCheck = Annotated[
 ]
 
 
-@dataclass(config=SECTION)
+@section("trainer")
 class TrainerConfig:
     """Length, cadence and outputs of a run."""
 

@@ -1,16 +1,44 @@
-"""Types of settings: what may be written in a YAML file, on a command line or in an environment variable.
+"""Sections and their types: what may be written in a YAML file, on a command line or in an environment variable.
 
-pydantic checks them. Numbers and booleans are strict (True is not 1), but a text counts as what it spells, for
+pydantic checks both. Numbers and booleans are strict (True is not 1), but a text counts as what it spells, for
 ``${oc.env:N}`` gives texts; whole numbers serve as floats, and numbers as texts.
 """
 
+import functools
 import json
-from typing import Annotated, Any
+from collections.abc import Callable
+from dataclasses import field
+from typing import Annotated, Any, TypeVar, dataclass_transform
 
-from pydantic import BeforeValidator, ConfigDict, Field, Strict
+from pydantic import BeforeValidator, ConfigDict, Field, Strict, ValidationError
+from pydantic.dataclasses import dataclass
 
-SECTION = ConfigDict(extra="forbid", coerce_numbers_to_str=True)
-"""How every section is checked: a key that is not a field is an error."""
+from verl.config.schema import error_messages
+
+Section = TypeVar("Section")
+
+
+@dataclass_transform(field_specifiers=(field, Field))
+def section(key: str = "") -> Callable[[type[Section]], type[Section]]:
+    """Make a class a dataclass that checks its fields, and names ``key`` in the errors of one that is built in code."""
+
+    def as_dataclass(cls: type[Section]) -> type[Section]:
+        checked: Any = dataclass(cls, config=ConfigDict(extra="forbid", coerce_numbers_to_str=True))
+        init = checked.__init__
+
+        @functools.wraps(init)
+        def named_init(self: Any, *arguments: Any, **settings: Any) -> None:
+            try:
+                init(self, *arguments, **settings)
+            except ValidationError as error:
+                if unknown := [e["loc"][0] for e in error.errors() if e["type"] == "unexpected_keyword_argument"]:
+                    raise TypeError(f"{cls.__name__} has no field {', '.join(map(str, unknown))}") from error
+                raise ValueError("\n".join(error_messages(checked, error, f"{key}." if key else ""))) from error
+
+        checked.__init__ = named_init
+        return checked
+
+    return as_dataclass
 
 
 def spelled(value: Any) -> Any:

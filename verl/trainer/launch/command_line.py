@@ -23,6 +23,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString, Sweep
 from hydra.errors import HydraException
 
+from verl.config.ppo import PPOConfig
 from verl.config.schema import map_of, shape_errors, type_at, unknown_key_message
 from verl.trainer.launch.no_effect import find_no_effect, no_effect_notice
 from verl.utils.redaction import looks_secret
@@ -121,14 +122,14 @@ def _add_override(text: str, result: NormalizedOverrides) -> None:
     if "/" in key or "@" in key or key == "hydra" or key.startswith("hydra."):
         result.argv.append(text)  # config groups and Hydra's own settings
         return
-    if type_at(key) is None:
+    if type_at(PPOConfig, key) is None:
         effect = find_no_effect(key)
         if effect is None:
-            raise ValueError(unknown_key_message(key))
+            raise ValueError(unknown_key_message(PPOConfig, key))
         if sign != "~":
             result.notice(no_effect_notice(key, effect, value))
         return
-    open_map = map_of(key)
+    open_map = map_of(PPOConfig, key)
     if open_map is not None:
         _check_characters(key, open_map)
     if sign == "~":
@@ -178,7 +179,7 @@ def _readable(key: str, value: str) -> str:
             f"{key}={value} cannot be read ({str(error).splitlines()[0]}); close every bracket and quote, write the "
             "names of a mapping without quotes, and put an entry that holds =, ( or ) in quotes"
         ) from error
-    if not isinstance(read, Sweep) and (wrong := [*shape_errors(key, read)]):
+    if not isinstance(read, Sweep) and (wrong := [*shape_errors(PPOConfig, key, read)]):
         raise ValueError("\n".join(wrong))
     return value
 

@@ -35,7 +35,7 @@ def to_typed(cfg: DictConfig) -> PPOConfig:
     try:
         return TypeAdapter(PPOConfig).validate_python(_without_idle_keys(values))
     except ValidationError as error:
-        raise ValueError(error_messages(error)) from error
+        raise ValueError("\n".join(error_messages(PPOConfig, error))) from error
 
 
 def _without_idle_keys(values: Any, prefix: str = "") -> Any:

@@ -16,6 +16,8 @@ VAL, DISTILL, TEACHERS = f"{ROLLOUT}.val_kwargs", "algorithm.distill", "algorith
 OPD = "algorithm.adv_estimator=on_policy_distill"
 EXACT = [OPD, f"{DISTILL}.objective=exact"]
 BEST = ["trainer.test_freq=5", "trainer.best_metric=val/g_*/reward subject to val/rec/reward >= 0.98 of step 0"]
+IMPORTANCE, CLIP = "algorithm.rollout_correction.rollout_is=token", "algorithm.distill_adv"
+START = f"{ROLLOUT}.extend_vocab_start_token"
 TOOLS = [f"{ROLLOUT}.multi_turn.tool_config_path=tools.yaml", "data.truncation=left"]
 SECTION = "must be a section with keys below it, such as"
 
@@ -62,9 +64,9 @@ def test_lists(value: str, expected: list[str]) -> None:
         ("data.train_files='[a.parquet,b.parquet]'", ["a.parquet", "b.parquet"]),
         ("data.train_files=''", []),
         ("data.train_files=null", None),
-        (f"{ROLLOUT}.extend_vocab_start_token=null", None),
-        (f"{ROLLOUT}.extend_vocab_start_token=auto", "auto"),
-        (f"{ROLLOUT}.extend_vocab_start_token=151669", 151669),
+        (f"{START}=null", None),
+        (f"{START}=auto", "auto"),
+        (f"{START}=151669", 151669),
         ("trainer.vocab_check=off", "off"),
         ("trainer.vocab_check=false", "off"),
         (f"{ACTOR}.optim.betas=[0,0.95]", (0.0, 0.95)),
@@ -129,10 +131,10 @@ def test_folder_of_a_run_follows_its_name() -> None:
         (f"{VAL}.temperature=-0.1", "-0.1 must be at least 0"),
         (f"{VAL}.top_k=-2", "-2 must be -1 (all) or at least 1"),
         *(
-            (f"{ROLLOUT}.extend_vocab_start_token={value}", f"{value} must be a whole number from 1 on, auto (found")
+            (f"{START}={value}", f"{value} must be a whole number from 1 on, auto (found")
             for value in ("0", "1.5", "True")
         ),
-        (f"{ROLLOUT}.extend_vocab_start_token=soon", "'soon' must be a whole number from 1 on, auto (found"),
+        (f"{START}=soon", "'soon' must be a whole number from 1 on, auto (found"),
     ],
 )
 def test_a_wrong_value_is_named_with_its_key_and_what_to_write(override: str, expected: str) -> None:
@@ -143,10 +145,7 @@ def test_a_wrong_value_is_named_with_its_key_and_what_to_write(override: str, ex
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        (
-            "trainer.logger=[console,mlflow]",
-            "trainer.logger[1]='mlflow' is not one of console, wandb, tensorboard, file",
-        ),
+        ("trainer.logger=[console,mlflow]", "trainer.logger[1]='mlflow' is not one of console, wandb, tensorboard, fi"),
         (f"{ACTOR}.checkpoint.save_contents=[x]", f"{ACTOR}.checkpoint.save_contents[0]='x' must match ^(model|"),
         ("data.source_weights={a: 1, b: 0}", "data.source_weights.b=0 must be above 0"),
         ("data.source_weights={a: inf}", "data.source_weights.a=inf must be a finite number"),
@@ -157,10 +156,7 @@ def test_a_wrong_value_is_named_with_its_key_and_what_to_write(override: str, ex
         (f"++{TEACHERS}={{a: {{vocabulary: base}}, b: {{}}}}", f"{TEACHERS} lists ['a', 'b'] with the vocabularies"),
         ("data.apply_chat_template_kwargs.tools=[]", "data.apply_chat_template_kwargs.tools=[] is set by the agent"),
         ("trainer.best_metric=val/reward best", "trainer.best_metric='val/reward best': 'val/reward best' should be"),
-        (
-            "trainer.best_metric=val/reward",
-            "trainer.best_metric='val/reward' compares validations, and trainer.test_fr",
-        ),
+        ("trainer.best_metric=val/reward", "trainer.best_metric='val/reward' compares validations, and trainer.test_f"),
         ("trainer.stop_after_no_better=3", "trainer.stop_after_no_better=3 counts validations that are no better by"),
         ("trainer.teacher_nnodes=1", "trainer.teacher_nnodes=1 and trainer.teacher_n_gpus_per_node=None go together"),
         ("trainer.resume_mode=resume_path", "trainer.resume_mode=resume_path needs trainer.resume_from_path"),
@@ -192,75 +188,29 @@ def test_all_errors_come_at_once() -> None:
     ("overrides", "expected"),
     [
         (["data.train_batch_size=10"], f"data.train_batch_size=10 is no multiple of {ACTOR}.ppo_mini_batch_size=256"),
-        (["trainer.n_gpus_per_node=3"], f"ppo_mini_batch_size=256 x {ROLLOUT}.n=1 rows do not divide over trainer.nno"),
-        (
-            ["data.max_prompt_length=900", f"{ROLLOUT}.prompt_length=512"],
-            f"data.max_prompt_length=900 differs from {ROLLOUT}.prompt_length=512; set data.max_prompt_length only",
-        ),
-        (
-            [f"{REF}.log_prob_max_token_len_per_gpu=1000"],
-            f"{REF}.log_prob_max_token_len_per_gpu=1000 is below {ROLLOUT}.prompt_length=512 + {ROLLOUT}.response_leng",
-        ),
-        (
-            [f"{ACTOR}.use_dynamic_bsz=False"],
-            f"{ACTOR}.use_dynamic_bsz=False needs {ACTOR}.ppo_micro_batch_size_per_gpu; set it, or use_dynamic",
-        ),
-        (
-            [f"{ROLLOUT}.log_prob_use_dynamic_bsz=False"],
-            f"{ROLLOUT}.log_prob_use_dynamic_bsz=False needs {ROLLOUT}.log_prob_micro_batch_size_per_gpu; set it",
-        ),
-        (
-            [f"{REF}.ref_log_prob_replace_val=-5"],
-            f"{ACTOR}.ref_log_prob_replace_val=-100.0 differs from {REF}.ref_log_prob_replace_val=-5.0",
-        ),
-        (
-            [f"{ROLLOUT}.tensor_model_parallel_size=2"],
-            "tensor_model_parallel_size=2 does not divide trainer.n_gpus_per",
-        ),
-        (["algorithm.rollout_correction.rollout_is=token"], f"log-probs, but {ROLLOUT}.calculate_log_probs=False"),
-        (
-            ["algorithm.distill_adv_max_clip=-1", "algorithm.distill_adv_min_clip=0"],
-            "algorithm.distill_adv_min_clip=0.0 is above algorithm.distill_adv_max_clip=-1.0",
-        ),
+        (["trainer.n_gpus_per_node=3"], f"ppo_mini_batch_size=256 x {ROLLOUT}.n=1 rows do not divide over trainer"),
+        ([f"{ROLLOUT}.prompt_length=9"], f"data.max_prompt_length=512 differs from {ROLLOUT}.prompt_length=9; set dat"),
+        ([f"{REF}.log_prob_max_token_len_per_gpu=9"], f"{REF}.log_prob_max_token_len_per_gpu=9 is below {ROLLOUT}.pro"),
+        ([f"{ACTOR}.use_dynamic_bsz=False"], f"{ACTOR}.use_dynamic_bsz=False needs {ACTOR}.ppo_micro_batch_size_per_"),
+        ([f"{REF}.ref_log_prob_replace_val=-5"], f"replace_val=-100.0 differs from {REF}.ref_log_prob_replace_val=-5."),
+        ([f"{ROLLOUT}.tensor_model_parallel_size=2"], "size=2 does not divide trainer.n_gpus_per_node=1"),
+        ([IMPORTANCE], f"{IMPORTANCE} needs the sampler's log-probs, but {ROLLOUT}.calculate_log_probs=False"),
+        ([f"{CLIP}_max_clip=-1", f"{CLIP}_min_clip=0"], f"{CLIP}_min_clip=0.0 is above {CLIP}_max_clip=-1.0"),
         ([OPD, "algorithm.use_kl_in_reward=True"], f"algorithm.use_kl_in_reward=True has no effect with {OPD}, whose"),
         (TOOLS, f"data.truncation=left would cut the tools of {TOOLS[0]}"),
-        (
-            [*EXACT, f"{DISTILL}.topk=8"],
-            f"{DISTILL}.topk=8 has no effect with {EXACT[1]}; set {DISTILL}.objective=topk",
-        ),
+        ([*EXACT, f"{DISTILL}.topk=8"], f"{DISTILL}.topk=8 has no effect with {EXACT[1]}; set {DISTILL}.objective=t"),
         ([f"++{TEACHERS}.a={{weight: 2}}"], f"{TEACHERS}.a.weight=2.0 has no effect with {DISTILL}.objective=sampled"),
         ([f"++{TEACHERS}.a={{}}"], f"{TEACHERS}=['a'] belongs to {OPD}, not grpo"),
         ([f"{DISTILL}.coef=0", EXACT[1]], f"{EXACT[1]} belongs to {OPD}, not grpo; to distil beside the task reward"),
-        (
-            [OPD, f"{DISTILL}.coef=0.5"],
-            f"{DISTILL}.coef=0.5 weighs distillation against a task reward, and {OPD} has no",
-        ),
+        ([OPD, f"{DISTILL}.coef=0.5"], f"{DISTILL}.coef=0.5 weighs distillation against a task reward, and {OPD} has"),
         ([*EXACT, f"{ACTOR}.entropy_coeff=0.1"], f"{ACTOR}.entropy_coeff=0.1 has no effect with {EXACT[1]}"),
-        (
-            [*EXACT, "algorithm.rollout_correction.rollout_is=token", f"{ROLLOUT}.calculate_log_probs=True"],
-            f"algorithm.rollout_correction.rollout_is=token has no effect with {EXACT[1]}",
-        ),
-        (
-            [*BEST, "trainer.val_before_train=False"],
-            "compares with step 0, and trainer.val_before_train=False leaves it",
-        ),
-        (
-            [*BEST, f"{ACTOR}.checkpoint.save_contents=[model]"],
-            "save_contents=['model'] does not write it; add hf_model",
-        ),
-        (
-            [f"{ROLLOUT}.extend_vocab_start_token=auto", "trainer.vocab_check=off"],
-            "trainer.vocab_check=off compares noth",
-        ),
-        (
-            [f"{ROLLOUT}.enable_chunked_prefill=False", f"{ROLLOUT}.max_num_batched_tokens=1023"],
-            f"{ROLLOUT}.max_num_batched_tokens=1023 is below the longest sequence of 1024 tokens; raise it, or set "
-            f"{ROLLOUT}.enable_chunked_prefill=True",
-        ),
-        (
-            [f"{ROLLOUT}.mask_response_if_have_extend_token=True", f"{ROLLOUT}.mask_after_extend_token=False"],
-            f"{ROLLOUT}.mask_response_if_have_extend_token=True trains on nothing",
-        ),
+        ([*EXACT, IMPORTANCE, f"{ROLLOUT}.calculate_log_probs=True"], f"{IMPORTANCE} has no effect with {EXACT[1]}"),
+        ([*BEST, "trainer.val_before_train=False"], "compares with step 0, and trainer.val_before_train=False leaves"),
+        ([*BEST, f"{ACTOR}.checkpoint.save_contents=[model]"], "save_contents=['model'] does not write it; add hf_mo"),
+        ([f"{START}=auto", "trainer.vocab_check=off"], "trainer.vocab_check=off compares nothing; give the number"),
+        ([f"{ROLLOUT}.max_num_batched_tokens=9"], f"{ROLLOUT}.max_num_batched_tokens=9 is below {ROLLOUT}.max_num_se"),
+        ([f"{ROLLOUT}.enable_chunked_prefill=False", f"{ROLLOUT}.max_num_batched_tokens=1023"], "sequence of 1024 tok"),
+        ([f"{ROLLOUT}.mask_response_if_have_extend_token=True", f"{ROLLOUT}.mask_after_extend_token=False"], "nothing"),
     ],
 )
 def test_settings_that_exclude_each_other_are_all_named(overrides: list[str], expected: str) -> None:

@@ -224,7 +224,7 @@ def test_a_run_that_loses_too_much_stops(tokenizer, tmp_path):
     assert message.endswith(f"each dropped row is in {record}")
     assert "\n" not in message
     assert len(record.read_text().splitlines()) == 2  # written all the same
-    with pytest.raises(ValueError, match=r"data\.max_dropped_fraction=1\.5 is no share"):
+    with pytest.raises(ValueError, match=r"data\.max_dropped_fraction=1\.5 must be at most 1"):
         DataConfig(max_dropped_fraction=1.5)
 
 

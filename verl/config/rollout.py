@@ -46,7 +46,7 @@ class SamplingConfig:
     n: Count = 1
     """Answers per prompt."""
     do_sample: Bool = True
-    """False: take the most likely token, whatever ``temperature`` says."""
+    """False: take the most likely token, at any ``temperature``."""
 
     @property
     def greedy(self) -> bool:
@@ -143,10 +143,9 @@ class RolloutConfig:
     engine_kwargs: Options = field(default_factory=dict)
     """Options by engine, ``engine_kwargs.vllm.block_size=32``; another engine's group is ignored."""
     timeout_s: PositiveFloat | None = 3600.0
-    """Seconds without any finished answer after which a replica is taken to hang: a request that waits for it is asked
-    once more of another replica, and ends the run where that hangs too or there is none. An engine has as long for a
-    weight sync. The default is far above a healthy engine's silence, which is the length of one answer; null: requests
-    are waited for however long they take."""
+    """Seconds without any finished answer after which a replica counts as hanging: its requests go to another replica
+    once, and the run ends where that hangs too or there is none. Also the limit of a weight sync. A healthy engine is
+    silent for the length of one answer, far below the default; null: no limit."""
     weight_sync_bucket_mb: Count = 1024
     """Most weights in flight at once during a weight sync, in MiB."""
     log_prob_use_dynamic_bsz: Bool = True

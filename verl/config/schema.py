@@ -29,7 +29,7 @@ EXPECTED = {
     "less_than_equal": "must be at most {le:g}",
     "less_than": "must be below {lt:g}",
 }
-"""What to say of each of pydantic's types of error; of any other, its own words."""
+"""The message for each of pydantic's types of error; any other keeps pydantic's own."""
 
 
 def type_at(root: Any, key: str) -> Any:

@@ -59,15 +59,15 @@ class TrainerConfig:
     best_metric: str | None = None
     """The rule by which a validation is the best one: ``NAME [max|min] [subject to NAME >= X [of step 0] [and ...]]``,
     such as ``val/general_*/reward subject to val/rec_*/reward >= 0.98 of step 0``; see ``config.best_rule``. The best
-    checkpoint stays whatever ``max_actor_ckpt_to_keep`` says, and its model is ``best/huggingface``; a best step at
-    which none is due is saved all the same. null: no rule."""
+    step is saved even where no checkpoint is due, kept beyond ``max_actor_ckpt_to_keep``, and its model is
+    ``best/huggingface``. null: no rule."""
     stop_after_no_better: Count | None = None
     """End the run after so many validations in a row that are no better by ``best_metric``; null: never."""
     async_save: Bool = True
     """Write checkpoints while training goes on, at most one at a time; until it is written, a copy of parameters and
-    optimizer state takes host memory. False: training waits. Either way a save that fails (no room, no right to write)
-    is said and counted (``training/failed_saves``) and training goes on; a run whose last save failed ends in an
-    error. What was whole before stays."""
+    optimizer state takes host memory. False: training waits. A save that fails (disk full, no permission) is logged
+    and counted (``training/failed_saves``) and training goes on; a run whose last save failed ends in an error. Earlier
+    checkpoints stay."""
     resume_mode: Literal["auto", "disable", "resume_path"] = "auto"
     """``auto`` (the newest checkpoint in ``default_local_dir``), ``disable`` or ``resume_path``."""
     resume_from_path: str | None = None
@@ -78,28 +78,27 @@ class TrainerConfig:
     ``teacher``, ``vocabulary``."""
     max_restarts: Annotated[Int, Field(ge=0)] = 0
     """Restarts, within the run, of all ranks, engines and agent-loop workers after one of them failed: from the newest
-    checkpoint, or from the start where there is none. What a user has to mend is not tried again."""
+    checkpoint, or from the start where there is none. Errors that a user has to fix end the run."""
     grace_s: NonNegativeFloat = 120.0
-    """Seconds that the first SIGTERM or Ctrl-C leaves the run to finish its step and save it; at their end, or at a
-    second signal, it leaves at once. Ending the processes takes some seconds more."""
+    """Seconds that the run has after SIGTERM or Ctrl-C to finish its step and save it; then, or at a second signal, it
+    ends at once. Ending the processes takes some seconds more."""
     vocab_check: VocabCheck = "strict"
-    """What to do where the vocabularies of student and teacher do not fit together: ``strict`` (stop), ``warn`` (say
-    so) or ``off`` (do not look)."""
+    """What to do where the vocabularies of student and teacher do not fit together: ``strict`` (stop), ``warn``, or
+    ``off`` (do not compare them)."""
     balance_batch: Bool = True
     """Give every rank about as many tokens."""
     max_skipped_updates: Annotated[Int, Field(ge=0)] | None = 10
-    """Updates that may be skipped because their loss or gradient is not finite, before the run ends; 0: none, null: any
-    number. Ten that are taken make up for one that is skipped, so that a bad row now and then never ends a long run."""
+    """Updates that may be skipped because their loss or gradient is not finite, before the run ends; null: any number.
+    Ten updates that are taken make up for one that is skipped, so rare bad rows never end a long run."""
     canary_tolerance: NonNegativeFloat | None = 0.5
-    """Largest change, in nats, of a log-prob that a teacher gives to some fixed tokens, between the run's first start
-    and any checkpoint or resume; beyond it the run ends, for the teacher's weights went wrong. null: not looked at. In
-    one run the same tokens in the same layout score alike, to the bit or nearly (``distill/teacher_canary``); a resume
-    on other GPUs, ranks or attention may round single bf16 log-probs otherwise by tenths of a nat, and weights that
-    went wrong move some by nats."""
+    """Largest change, in nats, of the log-probs that a teacher gives to fixed tokens, between the run's first start and
+    any checkpoint or resume (``distill/teacher_canary``); beyond it the run ends, as the teacher's weights must have
+    changed. null: not checked. Within a run the change is about 0; a resume on other GPUs, ranks or attention can
+    change single bf16 log-probs by tenths of a nat, and wrong weights change some by nats."""
     engine_gap_bound: NonNegativeFloat | None = 0.1
     """Mean |difference| in nats between the engine's and the trainer's log-probs of sampled tokens
-    (``distill/engine_gap``) beyond which a step is reported; null: never. Reported for bf16 engines are 0.01 to 0.06;
-    fp32 ones are below 1e-4, and a head that a sync had left behind was off by 1.9."""
+    (``distill/engine_gap``) beyond which a step is reported; null: never. Usual are 0.01 to 0.06 for bf16 engines and
+    below 1e-4 for fp32; a head that a sync did not update gave 1.9."""
     log_val_generations: Int = 0
     """Validation answers printed with each validation."""
     ray_timeline_dir: str | None = None

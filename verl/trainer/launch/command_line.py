@@ -5,11 +5,11 @@ In: ``sys.argv`` without the program. Out: the same overrides, with
 - ``+key`` of a key that exists as ``++key`` (Hydra refuses to append what is there);
 - keys of open maps (``ray_kwargs.ray_init.*``, ``rollout.engine_kwargs.*``, ...) as ``++key``;
 - values of ``runtime_env.env_vars`` as texts, and secrets among them moved to this process's environment;
-- keys that mean nothing here left out, with a notice each (``no_effect.py``);
-- values that Hydra's grammar stumbles over, such as paths with ``=`` or brackets, in quotes;
+- keys without effect here left out, with a notice each (``no_effect``);
+- values that Hydra's grammar cannot read, such as paths with ``=`` or brackets, in quotes;
 - flags (``--cfg job``, ``-cn name``) unchanged, behind the overrides.
 
-Does not look at values otherwise: that is ``to_typed``'s part.
+Not here: whether a value fits its key (``typed``).
 """
 
 import itertools
@@ -37,7 +37,7 @@ QUOTES = ("'", '"')
 FLAGS_WITH_VALUE = frozenset(
     {"--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd"}
 )
-# These take a value only where one follows that is no override.
+# They take a value only where the next argument is not an override.
 FLAGS_WITH_OPTIONAL_VALUE = frozenset({"--info", "-i"})
 
 OVERRIDE = re.compile(r"(?P<sign>\+\+|\+|~)?(?P<key>[^=]+)(?:=(?P<value>.*))?", re.DOTALL)
@@ -45,7 +45,7 @@ OVERRIDE = re.compile(r"(?P<sign>\+\+|\+|~)?(?P<key>[^=]+)(?:=(?P<value>.*))?", 
 
 @dataclass
 class NormalizedOverrides:
-    """A command line for Hydra and what there is to say about it."""
+    """A command line for Hydra, with notices and secrets."""
 
     argv: list[str] = field(default_factory=list)
     """Overrides, then flags."""
@@ -53,11 +53,6 @@ class NormalizedOverrides:
     """One line for each key without effect and each secret, in the order of the command line."""
     secrets: dict[str, str] = field(default_factory=dict)
     """Environment variables that ``argv`` refers to as ``${oc.env:NAME}``."""
-
-    def notice(self, text: str) -> None:
-        """Keep ``text``, once."""
-        if text not in self.notices:
-            self.notices.append(text)
 
 
 def normalize_overrides(argv: Iterable[str]) -> NormalizedOverrides:
@@ -78,11 +73,12 @@ def normalize_overrides(argv: Iterable[str]) -> NormalizedOverrides:
     if errors:
         raise ValueError("\n".join(errors))
     result.argv += flags
+    result.notices = list(dict.fromkeys(result.notices))
     return result
 
 
 def normalized_argv(argv: Sequence[str]) -> list[str]:
-    """What an entry point puts in the place of ``sys.argv[1:]`` before it calls its ``hydra.main`` function.
+    """The command line that an entry point puts into ``sys.argv[1:]`` before it calls its ``hydra.main`` function.
 
     Logs the notices as warnings and puts the secrets into ``os.environ``.
 
@@ -97,7 +93,7 @@ def normalized_argv(argv: Sequence[str]) -> list[str]:
 
 
 def split_flags(argv: list[str]) -> tuple[list[str], list[str]]:
-    """Part the overrides from Hydra's flags; a flag keeps its value."""
+    """The overrides, and Hydra's flags with their values."""
     overrides: list[str] = []
     flags: list[str] = []
     rest = iter(argv)
@@ -127,7 +123,7 @@ def _add_override(text: str, result: NormalizedOverrides) -> None:
         if effect is None:
             raise ValueError(unknown_key_message(PPOConfig, key))
         if sign != "~":
-            result.notice(no_effect_notice(key, effect, value))
+            result.notices.append(no_effect_notice(key, effect, value))
         return
     open_map = map_of(PPOConfig, key)
     if open_map is not None:
@@ -158,7 +154,7 @@ def _env_var(key: str, value: str, result: NormalizedOverrides) -> str:
     quoted = len(value) >= 2 and value[0] == value[-1] and value[0] in QUOTES
     if looks_secret(name) and not value.startswith("${"):
         result.secrets[name] = value[1:-1] if quoted else value
-        result.notice(f"{key} is a secret, and command lines can be read by others; export {name} instead")
+        result.notices.append(f"{key} is a secret, and command lines can be read by others; export {name} instead")
         return f"${{oc.env:{name}}}"
     return value if quoted else _in_quotes(value)
 

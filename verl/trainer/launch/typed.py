@@ -33,12 +33,12 @@ def to_typed(cfg: DictConfig) -> PPOConfig:
     except OmegaConfBaseException as error:
         raise ValueError(f"{error.full_key or 'configuration'} cannot be resolved: {error.msg or error}") from error
     try:
-        return TypeAdapter(PPOConfig).validate_python(_without_idle_keys(values))
+        return TypeAdapter(PPOConfig).validate_python(_drop_keys_without_effect(values))
     except ValidationError as error:
         raise ValueError("\n".join(error_messages(PPOConfig, error))) from error
 
 
-def _without_idle_keys(values: Any, prefix: str = "") -> Any:
+def _drop_keys_without_effect(values: Any, prefix: str = "") -> Any:
     """The values of a section without the keys that are accepted and have no effect."""
     if not isinstance(values, dict):
         return values
@@ -47,7 +47,7 @@ def _without_idle_keys(values: Any, prefix: str = "") -> Any:
         key = f"{prefix}{name}"
         effect = find_no_effect(key)
         if effect is None:
-            kept[name] = _without_idle_keys(value, f"{key}.")
+            kept[name] = _drop_keys_without_effect(value, f"{key}.")
         else:
             logger.warning(no_effect_notice(key, effect, str(value)))
     return kept

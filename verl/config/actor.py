@@ -147,6 +147,7 @@ class FSDPActorConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def __post_init__(self) -> None:
+        # The loss reads only the two bounds.
         if self.clip_ratio_low is None:
             self.clip_ratio_low = self.clip_ratio
         if self.clip_ratio_high is None:

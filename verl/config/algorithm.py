@@ -93,6 +93,7 @@ class DistillConfig:
 
     def _check_unused(self) -> None:
         """Settings of an objective or a term that is not used must be at their defaults."""
+        # Otherwise a setting that is left over from another objective looks as if it did something.
         key, objective = "algorithm.distill", f"algorithm.distill.objective={self.objective}"
         users = {
             "support": (self.is_exact, EXACT),

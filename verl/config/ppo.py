@@ -216,7 +216,7 @@ class PPOConfig:
                 f"actor_rollout_ref.rollout.extend_vocab_start_token={start} is found by comparing the tokenizers, and "
                 "trainer.vocab_check=off compares nothing; give the number, or set trainer.vocab_check=warn"
             )
-        if start is not None:
+        if start is not None:  # auto counts as an extension until it is resolved
             return
         settings: dict[str, tuple[object, object]] = {
             "actor_rollout_ref.actor.freeze_extended_rows": (self.actor_rollout_ref.actor.freeze_extended_rows, False),

@@ -131,7 +131,7 @@ def _message(root: Any, error: Any, prefix: str) -> str:
     kind, value, context = error["type"], error["input"], error.get("ctx", {})
     key = ".".join(str(part) for part in error["loc"] if isinstance(part, str))
     hint, items = type_at(root, key), [f"[{part}]" for part in error["loc"] if isinstance(part, int)]
-    if kind == "value_error":  # of a section, which names its keys
+    if kind == "value_error":  # a check of a whole section, whose text names its keys
         return str(context["error"])
     if kind == "unexpected_keyword_argument":
         return unknown_key_message(root, key)
@@ -139,6 +139,8 @@ def _message(root: Any, error: Any, prefix: str) -> str:
         return prefix + _section_message(root, key, value)
     if kind == "literal_error":
         context = {"expected": context["expected"].replace("'", "").replace(" or ", ", ")}
+    # Of a tuple that is too short pydantic gives the index of the missing item; the tuple itself is of more use.
+    place = key if kind == "missing" else key + "".join(items)
     text = EXPECTED[kind].format(**context) if kind in EXPECTED else error["msg"]
     null = ", or null" if type(None) in _options(hint) and "null" not in text else ""
-    return f"{prefix}{key}{'' if kind == 'missing' else ''.join(items)}={value!r} {text}{null}"
+    return f"{prefix}{place}={value!r} {text}{null}"

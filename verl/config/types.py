@@ -24,6 +24,7 @@ def section(key: str = "") -> Callable[[type[Section]], type[Section]]:
 
     def as_dataclass(cls: type[Section]) -> type[Section]:
         checked: Any = dataclass(cls, config=ConfigDict(extra="forbid", coerce_numbers_to_str=True))
+        # pydantic builds sections inside a section without __init__, so only the outermost one reports.
         init = checked.__init__
 
         @functools.wraps(init)
@@ -32,6 +33,7 @@ def section(key: str = "") -> Callable[[type[Section]], type[Section]]:
                 init(self, *arguments, **settings)
             except ValidationError as error:
                 if unknown := [e["loc"][0] for e in error.errors() if e["type"] == "unexpected_keyword_argument"]:
+                    # As of any dataclass; the keys of a file or a command line are reported by ``error_messages``.
                     raise TypeError(f"{cls.__name__} has no field {', '.join(map(str, unknown))}") from error
                 raise ValueError("\n".join(error_messages(checked, error, f"{key}." if key else ""))) from error
 

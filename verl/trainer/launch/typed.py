@@ -9,6 +9,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
+from hydra import compose, initialize_config_module
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
@@ -63,7 +64,5 @@ def load_config(
     Raises:
         ValueError: see ``normalize_overrides`` and ``to_typed``.
     """
-    from hydra import compose, initialize_config_module
-
     with initialize_config_module(config_module=config_module, version_base=None):
         return to_typed(compose(config_name=config_name, overrides=normalized_argv(overrides)))

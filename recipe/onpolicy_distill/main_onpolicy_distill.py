@@ -52,7 +52,6 @@ def build_trainer(config: "PPOConfig") -> "RayPPOTrainer":
     prepare_folder(config.trainer.default_local_dir)
     reward_fn = load_reward_fn(config.custom_reward_function)
     contract = resolve_vocabulary(config)
-    config.check_extension()
     model, rollout = config.actor_rollout_ref.model, config.actor_rollout_ref.rollout
     distill = config.algorithm.distill
     tokenizer = hf_tokenizer(model.tokenizer_path or str(model.path), trust_remote_code=model.trust_remote_code)

@@ -1,29 +1,26 @@
-"""The grammar of ``trainer.best_metric``, and what it makes of figures."""
+"""The grammar of ``trainer.best_metric``, and what it makes of metrics."""
 
 import math
 import re
 
 import pytest
 
-from verl.config.best_rule import BestRule, Constraint, figure
+from verl.config.best_rule import BestRule, Constraint, metric_value
 
 START = {"val/general/reward": 0.1, "val/rec_a/reward": 0.5, "val/rec_b/reward": 0.3}
+LONG = "a subject  to val/x_*/r <= -2 and c >= 1 of  step 0 and d <= .5"
+LONG_CONSTRAINTS = [("val/x_*/r", False, -2.0, False), ("c", True, 1.0, True), ("d", False, 0.5, False)]
 
 
 @pytest.mark.parametrize(
     ("text", "name", "maximise", "constraints"),
     [
-        ("val/reward", "val/reward", True, []),
-        ("  val/reward max ", "val/reward", True, []),
+        ("  val/reward ", "val/reward", True, []),
+        ("val/reward max", "val/reward", True, []),
         ("val/reverse_kl min", "val/reverse_kl", False, []),
         ("a subject to b >= 0.98 of step 0", "a", True, [("b", True, 0.98, True)]),
         ("a min subject to b>=1e-3", "a", False, [("b", True, 1e-3, False)]),
-        (
-            "a subject  to val/x_*/r <= -2 and c >= 1 of  step 0 and d <= .5",
-            "a",
-            True,
-            [("val/x_*/r", False, -2.0, False), ("c", True, 1.0, True), ("d", False, 0.5, False)],
-        ),
+        (LONG, "a", True, LONG_CONSTRAINTS),
         ("val/subject/and", "val/subject/and", True, []),
     ],
 )
@@ -38,32 +35,24 @@ def test_rules(text: str, name: str, maximise: bool, constraints: list[tuple[str
 @pytest.mark.parametrize(
     ("text", "part"),
     [
-        ("", "''"),
-        ("val/reward best", "'val/reward best'"),
-        ("val/reward >= 0.5", "'val/reward >= 0.5'"),
-        ("val/reward max min", "'val/reward max min'"),
-        ("a subject to b", "'b'"),
-        ("a subject to b > 1", "'b > 1'"),
-        ("a subject to b >= much", "'much'"),
-        ("a subject to b >= nan", "'nan'"),
-        ("a subject to b >= 1 of step 1", "'b >= 1 of step 1'"),
-        ("a subject to b >= 1 of step 0 and", "'b >= 1 of step 0 and'"),
-        ("a subject to b >= 1 and c", "'c'"),
-        ("a subject to b >= 98%", "'98%'"),
+        *((text, text) for text in ("", "val/reward best", "val/reward >= 0.5", "val/reward max min")),
+        *((f"a subject to {part}", part) for part in ("b", "b > 1", "b >= 1 of step 1", "b >= 1 of step 0 and")),
+        *((f"a subject to b >= {bound}", bound) for bound in ("much", "nan", "98%")),
+        ("a subject to b >= 1 and c", "c"),
     ],
 )
-def test_what_is_no_rule_is_named(text: str, part: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(f"trainer.best_metric={text!r}: {part} should be")) as caught:
+def test_a_part_that_is_not_understood_is_named(text: str, part: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"trainer.best_metric={text!r}: {part!r} should be")) as caught:
         BestRule.parse(text)
     assert "the form is NAME [max|min] [subject to" in str(caught.value)
 
 
 def test_a_pattern_stands_for_a_mean() -> None:
-    assert figure(START, "val/rec_*/reward") == pytest.approx(0.4)
-    assert figure(START, "val/rec_a/reward") == 0.5
-    assert figure(START, "val/*/loss") is None
+    assert metric_value(START, "val/rec_*/reward") == pytest.approx(0.4)
+    assert metric_value(START, "val/rec_a/reward") == 0.5
+    assert metric_value(START, "val/*/loss") is None
     exact = {"val/[x]/reward": 1.0, "val/x/reward": 3.0}
-    assert figure(exact, "val/[x]/reward") == 1.0, "a name that is there is no pattern"
+    assert metric_value(exact, "val/[x]/reward") == 1.0, "a name that is there is no pattern"
 
 
 def test_bounds_of_step_0() -> None:
@@ -72,24 +61,23 @@ def test_bounds_of_step_0() -> None:
     assert rule.qualifies(at_the_bound, START)
     assert not rule.qualifies(at_the_bound | {"val/rec_b/reward": 0.29}, START)
     assert not rule.qualifies(at_the_bound, {}), "nothing to compare with"
-    assert rule.told(at_the_bound, START) == (
-        "val/general/reward 0.9; val/rec_*/reward 0.392, bound >= 0.392 = 0.98 of step 0"
-    )
+    described = "val/general/reward 0.9; val/rec_*/reward 0.392, bound >= 0.392 = 0.98 of step 0"
+    assert rule.describe(at_the_bound, START) == described
 
 
-def test_a_figure_that_is_missing_or_none_does_not_qualify() -> None:
+def test_a_metric_that_is_missing_or_none_does_not_qualify() -> None:
     rule = BestRule.parse("a subject to b <= 1")
     assert rule.qualifies({"a": 1.0, "b": 1.0}, {})
-    for figures in ({"a": 1.0}, {"b": 1.0}, {"a": math.nan, "b": 1.0}, {"a": 1.0, "b": math.nan}, {"a": 1.0, "b": 1.1}):
-        assert not rule.qualifies(figures, {})
+    for metrics in ({"a": 1.0}, {"b": 1.0}, {"a": math.nan, "b": 1.0}, {"a": 1.0, "b": math.nan}, {"a": 1.0, "b": 1.1}):
+        assert not rule.qualifies(metrics, {})
 
 
 @pytest.mark.parametrize(("direction", "sign"), [("max", 1), ("min", -1)])
 def test_of_equals_none_is_better(direction: str, sign: int) -> None:
     rule = BestRule.parse(f"a {direction}")
-    assert rule.is_better({"a": sign * 2.0}, than={"a": sign * 1.0})
-    assert not rule.is_better({"a": 1.0}, than={"a": 1.0})
-    assert not rule.is_better({"a": sign * 1.0}, than={"a": sign * 2.0})
+    better, worse = {"a": sign * 2.0}, {"a": sign * 1.0}
+    assert rule.is_better(better, than=worse)
+    assert not rule.is_better(worse, than=better) and not rule.is_better(worse, than=worse)
 
 
 def test_unknown_names_are_listed_with_the_known_ones() -> None:

@@ -77,13 +77,13 @@ def test_they_need_a_teacher_that_reads_them(run: list[str]) -> None:
     fixed = config_of(*run, f"++algorithm.distill.teachers.self={fix[1]}")
     assert fixed.algorithm.distill.teacher_knows_extended("synthetic_rec_next", True)
     blind = TEACHER.replace("}", ",prompts:without_items}")
-    with pytest.raises(ValueError, match="no teacher that reads item tokens judges them"):
+    with pytest.raises(ValueError, match="no teacher that knows item tokens scores them"):
         config_of(*run, blind)
 
 
 def test_a_catalogue_that_cannot_be_used_is_said_before_the_run(run: list[str], tmp_path: Path) -> None:
     missing, other = tmp_path / "none.parquet", tmp_path / "general.parquet"
-    with pytest.raises(ValueError, match=re.escape(f"{KEY}.catalogue={missing}: data file")):
+    with pytest.raises(ValueError, match=re.escape(f"{KEY}.catalogue={missing} matches no parquet file")):
         check_run(config_of(*run, f"{KEY}.catalogue={missing}"))
     with pytest.raises(ValueError, match=re.escape(f"{KEY}.catalogue={other} has no column 'sid'")):
         check_run(config_of(*run, f"{KEY}.catalogue={other}"))

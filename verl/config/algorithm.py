@@ -1,77 +1,265 @@
-"""Advantages and corrections (``algorithm``)."""
+"""Advantages, distillation and corrections (``algorithm``)."""
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import field
+from fnmatch import fnmatchcase
+from typing import Annotated, Literal
 
-from verl.config.actor import KL_ESTIMATORS
-from verl.config.distill import DistillConfig
+from pydantic import Field
+
+from verl.config.actor import KLEstimator
+from verl.config.types import Bool, Count, Float, Int, NonNegativeFloat, NullIsEmpty, PositiveFloat, Texts, section
 
 ON_POLICY_DISTILL = "on_policy_distill"
 """``AdvantageEstimator.ON_POLICY_DISTILL``, for checks that have to do without torch."""
-USUAL_ADV_BOUNDS = {"distill_adv_max_clip": 5.0, "distill_adv_min_clip": -30.0}
-"""Those of the recipe's YAML, which a run has without asking for them."""
+SAMPLED, EXACT, JSD, TOPK = "sampled", "exact", "jsd", "topk"
+ANY, WITH_ITEMS, WITHOUT_ITEMS = "any", "with_items", "without_items"
+STITCHED = "stitched"
+BASE_TEACHER = "ref"
+"""Role of the teacher of ``actor_rollout_ref.ref``, which scores every row that no other teacher claims."""
+RESERVED_ROLES = (BASE_TEACHER, "actor")
+ANY_SOURCE = ""
+"""A source that only patterns for all sources match."""
+
+OpenFraction = Annotated[Float, Field(gt=0, lt=1)]
 
 
-@dataclass
+@section()
+class TeacherConfig:
+    """A further teacher."""
+
+    path: str | None = None
+    """Folder or hub name; null: the student as it was before the run, frozen."""
+    vocabulary: Literal["base", "full", "stitched"] = "full"
+    """``full``: it knows all of the student's ids, item tokens included. ``base``: it knows what the teacher of
+    ``actor_rollout_ref.ref`` knows. ``stitched``, for text that mixes both: it knows all ids and decides the
+    probability of item tokens, and the teacher of ``actor_rollout_ref.ref`` decides among all others."""
+    sources: Annotated[Texts, Field(min_length=1)] = field(default_factory=lambda: ["*"])
+    """Sources of the rows it scores, as shell patterns (``rec_*``)."""
+    prompts: Literal["any", "with_items", "without_items"] = "any"
+    """Which rows of these sources: ``any``, those whose prompt holds an item token (``with_items``), or those whose
+    prompt holds none (``without_items``)."""
+    weight: NonNegativeFloat = 1.0
+    """Weight of its rows in the loss."""
+
+    @property
+    def knows_extended(self) -> bool:
+        """Whether it knows item tokens."""
+        return self.vocabulary != "base"
+
+    @property
+    def is_stitched(self) -> bool:
+        """Whether the base teacher decides among the ids that both know."""
+        return self.vocabulary == STITCHED
+
+    def matches(self, source: str, has_extended: bool) -> bool:
+        """Whether it scores rows of a source whose prompt holds item tokens, or holds none."""
+        if self.prompts != ANY and has_extended != (self.prompts == WITH_ITEMS):
+            return False
+        return any(fnmatchcase(source, pattern) for pattern in self.sources)
+
+
+@section("algorithm.distill")
+class DistillConfig:
+    """Objective of on-policy distillation."""
+
+    objective: Literal["sampled", "exact", "forward_kl", "jsd", "topk"] = "sampled"
+    """``sampled``: the advantage of the drawn token, by policy gradient. ``exact``: the whole reverse KL at every
+    trained position, differentiated directly; likewise ``forward_kl``, and ``jsd`` with ``beta``. ``topk``:
+    the reverse KL over the teacher's ``topk`` likeliest ids, for teachers that return no more."""
+    topk: Count = 64
+    """Likeliest ids of the teacher at each position that ``topk`` compares; all others it knows count as one."""
+    beta: OpenFraction = 0.5
+    """Share of the teacher in the mixture of ``jsd``."""
+    support: Literal["full", "shared"] = "full"
+    """``full``: the student's distribution over all its ids. ``shared``: over the ids that the teacher knows, so that
+    the mass on item tokens neither counts nor moves."""
+    leak_coef: NonNegativeFloat = 0.0
+    """Weight of the term that keeps the student's mass on item tokens at ``leak_target``; needs an exact objective."""
+    leak_target: OpenFraction = 1e-4
+    """Mass on item tokens that is aimed at."""
+    coef: NonNegativeFloat | None = None
+    """Weight of distillation beside a task reward, where ``algorithm.adv_estimator`` is another than
+    ``on_policy_distill``: with ``sampled`` the advantages are added token by token, with an exact objective the losses.
+    null or 0: none."""
+    teachers: Annotated[dict[str, TeacherConfig], NullIsEmpty] = field(default_factory=dict)
+    """Further teachers by name. A row belongs to the first of them that its source and its prompt match, else to the
+    teacher of ``actor_rollout_ref.ref``."""
+
+    def __post_init__(self) -> None:
+        self._check_unused()
+        self._check_teachers()
+        self.check_base_settings([(ANY_SOURCE, True), (ANY_SOURCE, False)])
+
+    def _check_unused(self) -> None:
+        """Settings of an objective or a term that is not used must be at their defaults."""
+        # Otherwise a setting that is left over from another objective looks as if it did something.
+        key, objective = "algorithm.distill", f"algorithm.distill.objective={self.objective}"
+        users = {
+            "support": (self.is_exact, EXACT),
+            "leak_coef": (self.is_exact, EXACT),
+            "topk": (self.objective == TOPK, TOPK),
+            "beta": (self.objective == JSD, JSD),
+        }
+        unused = [
+            (name, getattr(self, name), getattr(DistillConfig, name), objective, f"{key}.objective={wanted}")
+            for name, (used, wanted) in users.items()
+            if not used
+        ]
+        if not self.leak_coef:
+            why, fix = f"{key}.leak_coef={self.leak_coef}", f"{key}.leak_coef above 0"
+            unused.append(("leak_target", self.leak_target, DistillConfig.leak_target, why, fix))
+        if not self.is_exact and not self.coef:
+            weights = {f"teachers.{name}.weight": teacher.weight for name, teacher in self.teachers.items()}
+            unused += [(name, weight, 1.0, objective, f"{key}.objective={EXACT}") for name, weight in weights.items()]
+        for name, value, default, why, fix in unused:
+            if value != default:
+                raise ValueError(f"{key}.{name}={value} has no effect with {why}; set {fix}, or leave it at {default}")
+
+    def _check_teachers(self) -> None:
+        key = "algorithm.distill.teachers"
+        for name in {*RESERVED_ROLES} & {*self.teachers}:
+            raise ValueError(f"{key}.{name}: that name is taken by actor_rollout_ref.{name}; choose another")
+        knows_extended = [teacher.knows_extended for teacher in self.teachers.values()]
+        if knows_extended != sorted(knows_extended, reverse=True):
+            vocabularies = [teacher.vocabulary for teacher in self.teachers.values()]
+            raise ValueError(
+                f"{key} lists {list(self.teachers)} with the vocabularies {vocabularies}; list those with the "
+                "vocabulary base last, so that it is plain which prompts may hold item tokens"
+            )
+
+    def check_base_settings(self, kinds: Iterable[tuple[str, bool]]) -> None:
+        """Check that settings for rows whose teacher lacks item tokens have such rows.
+
+        Args:
+            kinds: source of each kind of row, and whether its prompt holds item tokens.
+
+        Raises:
+            ValueError: such a setting, and teachers that know item tokens score all rows.
+        """
+        if not all(self.teacher_knows_extended(source, has_extended) for source, has_extended in kinds):
+            return
+        for name, value, default in (("support", self.support, "full"), ("leak_coef", self.leak_coef, 0.0)):
+            if value != default:
+                raise ValueError(
+                    f"algorithm.distill.{name}={value} has no effect: it is for rows whose teacher lacks the item "
+                    f"tokens, and algorithm.distill.teachers gives all rows to {list(self.teachers)}, which know them; "
+                    f"leave it at {default}, or give each teacher the sources that are its own, such as [rec_*]"
+                )
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether distributions are compared, rather than the drawn tokens."""
+        return self.objective != SAMPLED
+
+    @property
+    def has_policy_loss(self) -> bool:
+        """Whether the update follows an advantage; a divergence without a task reward beside it does not."""
+        return not self.is_exact or bool(self.coef)
+
+    @property
+    def topk_or_none(self) -> int | None:
+        """How many likeliest ids the teachers return before the update; None: none."""
+        return self.topk if self.objective == TOPK else None
+
+    @property
+    def needs_full_distribution(self) -> bool:
+        """Whether the update needs the teachers' whole distributions."""
+        return self.is_exact and self.objective != TOPK
+
+    @property
+    def roles(self) -> list[str]:
+        """All teachers, the one of ``actor_rollout_ref.ref`` first; a row's ``teacher`` is an index into this list."""
+        return [BASE_TEACHER, *self.teachers]
+
+    def teacher_of(self, source: str, has_extended: bool = False) -> int:
+        """Index of the teacher of the rows of a source whose prompt holds item tokens, or holds none."""
+        for index, teacher in enumerate(self.teachers.values(), 1):
+            if teacher.matches(source, has_extended):
+                return index
+        return 0
+
+    @property
+    def routes_by_prompt(self) -> bool:
+        """Whether a row's teacher depends on what its prompt holds."""
+        return any(teacher.prompts != ANY for teacher in self.teachers.values())
+
+    @property
+    def extended_sources(self) -> list[str]:
+        """Patterns of the sources whose prompts may hold item tokens, as the teacher of such prompts knows them."""
+        # Teachers that know them come first in the list, so none of the others takes such a row from them.
+        readers = [t for t in self.teachers.values() if t.knows_extended and t.prompts != WITHOUT_ITEMS]
+        return [pattern for teacher in readers for pattern in teacher.sources]
+
+    def weight_of(self, role: str) -> float:
+        """Weight of a teacher's rows in the loss."""
+        return 1.0 if role == BASE_TEACHER else self.teachers[role].weight
+
+    def knows_extended(self, role: str) -> bool:
+        """Whether a teacher knows item tokens."""
+        return role != BASE_TEACHER and self.teachers[role].knows_extended
+
+    def teacher_knows_extended(self, source: str, has_extended: bool = False) -> bool:
+        """Whether the teacher of such rows knows item tokens."""
+        return self.knows_extended(self.roles[self.teacher_of(source, has_extended)])
+
+
+@section("algorithm.kl_ctrl")
 class KLControlConfig:
     """Weight of the KL penalty in the reward."""
 
-    type: str = "fixed"
+    type: Literal["fixed", "adaptive"] = "fixed"
     """``fixed`` or ``adaptive``."""
-    kl_coef: float = 0.001
+    kl_coef: Float = 0.001
     """Weight, or the weight to start from."""
-    horizon: int = 10000
+    horizon: Int = 10000
     """Steps over which the adaptive weight moves."""
-    target_kl: float = 0.1
+    target_kl: Float = 0.1
     """KL that the adaptive weight steers to."""
 
-    def __post_init__(self) -> None:
-        if self.type not in ("fixed", "adaptive"):
-            raise ValueError(f"algorithm.kl_ctrl.type={self.type!r} is not one of fixed, adaptive")
 
-
-@dataclass
+@section("algorithm.rollout_correction")
 class RolloutCorrectionConfig:
     """Importance weights from the sampler's distribution to the policy's."""
 
-    rollout_is: str | None = None
-    """``token``: weight each token by p_policy / p_sampler; null: none (and said so where the two differ)."""
-    rollout_is_threshold: float = 2.0
+    rollout_is: Literal["token"] | None = None
+    """``token``: weight each token by p_policy / p_sampler; null: none (and a warning where the two differ)."""
+    rollout_is_threshold: PositiveFloat = 2.0
     """Largest weight."""
 
-    def __post_init__(self) -> None:
-        if self.rollout_is not in (None, "token"):
-            raise ValueError(f"algorithm.rollout_correction.rollout_is={self.rollout_is!r} is not one of token, null")
-        if self.rollout_is_threshold <= 0:
-            raise ValueError(
-                f"algorithm.rollout_correction.rollout_is_threshold={self.rollout_is_threshold} must be above 0"
-            )
 
-
-@dataclass
+@section("algorithm")
 class AlgoConfig:
     """How advantages are computed."""
 
     adv_estimator: str = "grpo"
     """A name in ``core_algos.ADV_ESTIMATOR_REGISTRY``: ``on_policy_distill``, ``grpo``, ``rloo``,
     ``reinforce_plus_plus`` or one's own."""
-    gamma: float = 1.0
+    gamma: Float = 1.0
     """Discount per token."""
-    lam: float = 1.0
-    """Kept for estimators with a value function."""
-    norm_adv_by_std_in_grpo: bool = True
+    lam: Float = 1.0
+    """For estimators with a value function."""
+    norm_adv_by_std_in_grpo: Bool = True
     """Divide GRPO advantages by the group's standard deviation."""
-    use_kl_in_reward: bool = False
+    use_kl_in_reward: Bool = False
     """Subtract a KL penalty to the reference from the token rewards; not with ``on_policy_distill``, which has none.
     Where ``distill.coef`` is set, a row's reference is its teacher."""
-    kl_penalty: str = "kl"
+    kl_penalty: KLEstimator = "kl"
     """Estimator of that penalty: ``kl`` (k1), ``abs``, ``mse`` (k2) or ``low_var_kl`` (k3)."""
     kl_ctrl: KLControlConfig = field(default_factory=KLControlConfig)
-    distill_adv_max_clip: float | None = None
+    distill_adv_max_clip: Float | None = None
     """Upper bound of the distillation advantage; 0 is a bound, null is none."""
-    distill_adv_min_clip: float | None = None
+    distill_adv_min_clip: Float | None = None
     """Lower bound of the distillation advantage; 0 is a bound, null is none."""
     distill: DistillConfig = field(default_factory=DistillConfig)
     rollout_correction: RolloutCorrectionConfig = field(default_factory=RolloutCorrectionConfig)
+
+    def __post_init__(self) -> None:
+        low, high = self.distill_adv_min_clip, self.distill_adv_max_clip
+        if low is not None and high is not None and low > high:
+            raise ValueError(
+                f"algorithm.distill_adv_min_clip={low} is above algorithm.distill_adv_max_clip={high}; swap them"
+            )
 
     @property
     def distils(self) -> bool:
@@ -85,17 +273,8 @@ class AlgoConfig:
 
     @property
     def missing_reward(self) -> str:
-        """What to say where it does, and no reward function is given."""
+        """The error for a run that learns from a task reward and has no reward function."""
         return (
             f"algorithm.adv_estimator={self.adv_estimator} learns from a task reward and none is given; set "
             "custom_reward_function.path, and custom_reward_function.name where it is not compute_score"
         )
-
-    def __post_init__(self) -> None:
-        if self.kl_penalty not in KL_ESTIMATORS:
-            raise ValueError(f"algorithm.kl_penalty={self.kl_penalty!r} is not one of {', '.join(KL_ESTIMATORS)}")
-        low, high = self.distill_adv_min_clip, self.distill_adv_max_clip
-        if low is not None and high is not None and low > high:
-            raise ValueError(
-                f"algorithm.distill_adv_min_clip={low} is above algorithm.distill_adv_max_clip={high}; swap them"
-            )

@@ -1,16 +1,20 @@
-"""Prompts: files, lengths, filters (``data``)."""
+"""Prompts: files, lengths, filters, and rehearsal prompts made of random items (``data``)."""
 
-import math
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import field
+from typing import Annotated, Literal
 
-from verl.config.synthetic_items import SyntheticItemPromptsConfig
+from pydantic import Field
 
+from verl.config.types import Bool, Count, Float, Fraction, Int, NullIsEmpty, Options, Texts, section
+
+PLACEHOLDERS = ("{history}", "{item}")
 TEMPLATE_ARGUMENTS = ("conversation", "tools", "add_generation_prompt", "tokenize", "return_dict")
 """Arguments of ``apply_chat_template`` that the code sets itself."""
 
+FiniteWeight = Annotated[Float, Field(gt=0, allow_inf_nan=False)]
 
-@dataclass
+
+@section()
 class CustomClassConfig:
     """A class of the user's own, loaded by path."""
 
@@ -20,13 +24,72 @@ class CustomClassConfig:
     """Name of the class or function in it."""
 
 
-@dataclass
+@section()
+class PromptTemplateConfig:
+    """One family of recommendation prompts."""
+
+    user: str = ""
+    """The user's turn. Every ``{item}`` in it becomes an item, every ``{history}`` several, drawn anew each time."""
+    system: str | None = None
+    """The turn before it, as it is; null: none."""
+
+
+@section("data.synthetic_item_prompts")
+class SyntheticItemPromptsConfig:
+    """Prompts made of random items, scored by the student as it was (``algorithm.distill.teachers``)."""
+
+    count: Annotated[Int, Field(ge=0)] = 0
+    """Prompts that join the training data; 0: none."""
+    catalogue: str | None = None
+    """Parquet file with a column ``sid``, a list of codes per item, to draw items from; null: any codes that the
+    tokenizer has tokens for."""
+    templates: Annotated[dict[str, PromptTemplateConfig], NullIsEmpty] = field(default_factory=dict)
+    """By name, used in turn. Rehearsal protects only what it rehearses: one for each family of prompts that the student
+    knows, in the words that it knows."""
+    min_history: Count = 5
+    """Fewest items of a history."""
+    max_history: Int = 20
+    """Most items of a history."""
+    source: str = "synthetic_rec"
+    """The rows of a template have this source, an underscore and the template's name."""
+    seed: Int = 0
+    """Seed of the draws."""
+
+    def __post_init__(self) -> None:
+        key = "data.synthetic_item_prompts"
+        if self.min_history > self.max_history:
+            raise ValueError(
+                f"{key}.min_history={self.min_history} must lie between 1 and {key}.max_history={self.max_history}"
+            )
+        if self.count and not self.templates:
+            raise ValueError(
+                f"{key}.count={self.count} needs {key}.templates, such as "
+                "{next: {user: 'history: {history}'}, caption: {user: 'caption: {item}'}}"
+            )
+        for name, template in self.templates.items():
+            if not any(placeholder in template.user for placeholder in PLACEHOLDERS):
+                raise ValueError(
+                    f"{key}.templates.{name}.user={template.user!r} holds neither {' nor '.join(PLACEHOLDERS)}, where "
+                    "items would stand"
+                )
+
+    def source_of(self, template: str) -> str:
+        """Source of the rows of a template."""
+        return f"{self.source}_{template}"
+
+    @property
+    def sources(self) -> list[str]:
+        """Sources of all rows."""
+        return [self.source_of(name) for name in self.templates]
+
+
+@section("data")
 class DataConfig:
     """Where prompts come from and which of them are used."""
 
-    train_files: str | list[str] | None = None
+    train_files: Texts | None = None
     """Parquet file, folder, glob, or a list of these. Required."""
-    val_files: str | list[str] | None = None
+    val_files: Texts | None = None
     """The same for validation; null: no validation."""
     prompt_key: str = "prompt"
     """Column of the prompt, for data that is already a list of messages."""
@@ -34,88 +97,55 @@ class DataConfig:
     """Column that names a row's source: the unit of per-source metrics."""
     reward_fn_key: str = "source"
     """Column passed to the reward function as ``data_source``."""
-    max_prompt_length: int = 512
+    max_prompt_length: Count = 512
     """Most tokens of a prompt, chat template included."""
-    max_response_length: int = 512
+    max_response_length: Count = 512
     """Most tokens of a response, over all turns."""
-    train_batch_size: int = 1024
+    train_batch_size: Count = 1024
     """Prompts per step."""
-    val_batch_size: int | None = None
+    val_batch_size: Count | None = None
     """Prompts per validation batch; null: all at once."""
-    shuffle: bool = True
+    shuffle: Bool = True
     """New order every epoch."""
-    seed: int = 1
+    seed: Annotated[Int, Field(ge=0)] = 1
     """Seed of the order and of the think draws."""
-    filter_overlong_prompts: bool = False
+    filter_overlong_prompts: Bool = False
     """Leave out prompts above ``max_prompt_length`` (counted and recorded)."""
-    truncation: str = "error"
+    truncation: Literal["error", "left", "right", "middle"] = "error"
     """What happens to a prompt above the limit: ``error``, ``left``, ``right`` or ``middle``."""
-    return_raw_chat: bool = True
-    """Keep the messages; agent loops need them, so False is refused."""
-    enable_think: bool = False
+    enable_think: Bool = False
     """Append a think switch to the last user turn."""
-    think_mode: str = "auto"
+    think_mode: Literal["auto", "force_think", "force_nothink"] = "auto"
     """``auto`` (drawn), ``force_think`` or ``force_nothink``."""
-    prompt_extend_tokens: str = "drop"
+    prompt_extend_tokens: Literal["drop", "replace", "error"] = "drop"
     """Prompts that hold extended tokens: ``drop`` (counted), ``replace`` (for the teacher only) or ``error``."""
-    on_bad_row: str = "drop"
+    on_bad_row: Literal["drop", "error"] = "drop"
     """Rows that cannot be used: ``drop`` (counted and recorded) or ``error``."""
-    source_weights: dict[str, float] = field(default_factory=dict)
+    source_weights: Annotated[dict[str, FiniteWeight], NullIsEmpty] = field(default_factory=dict)
     """Share of each group of sources in every batch, by shell pattern, of which the first that fits counts
-    (``{rec_*: 0.25, *: 0.75}``); empty: as the files have them."""
+    (``{rec_*: 0.25, *: 0.75}``); empty: as the files have them. To leave rows out, leave out their file."""
     synthetic_item_prompts: SyntheticItemPromptsConfig = field(default_factory=SyntheticItemPromptsConfig)
-    max_dropped_fraction: float = 0.5
+    max_dropped_fraction: Fraction = 0.5
     """Largest share of the rows read that may be dropped, for whatever reason; above it the run stops."""
     cache_dir: str = "~/.cache/kai-verl"
     """Folder of memory-mapped copies of the data and of what was found out about its rows, shared by all runs."""
-    train_max_samples: int = -1
+    train_max_samples: Int = -1
     """Use only the first rows; -1: all."""
-    val_max_samples: int = -1
+    val_max_samples: Int = -1
     """The same for validation."""
-    dataloader_num_workers: int = 0
+    dataloader_num_workers: Int = 0
     """Processes that prepare rows."""
-    apply_chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    apply_chat_template_kwargs: Options = field(default_factory=dict)
     """Options of the chat template, such as ``enable_thinking``."""
     custom_cls: CustomClassConfig = field(default_factory=CustomClassConfig)
 
     def __post_init__(self) -> None:
-        choices = {
-            "truncation": ("error", "left", "right", "middle"),
-            "think_mode": ("auto", "force_think", "force_nothink"),
-            "prompt_extend_tokens": ("drop", "replace", "error"),
-            "on_bad_row": ("drop", "error"),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"data.{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}")
-        least = {"max_prompt_length": 1, "max_response_length": 1, "train_batch_size": 1, "seed": 0}
-        for name, bound in least.items():
-            if getattr(self, name) < bound:
-                raise ValueError(f"data.{name}={getattr(self, name)} must be at least {bound}")
-        if self.val_batch_size is not None and self.val_batch_size < 1:
-            raise ValueError(f"data.val_batch_size={self.val_batch_size} must be at least 1, or null for one batch")
-        if not 0 <= self.max_dropped_fraction <= 1:
-            raise ValueError(f"data.max_dropped_fraction={self.max_dropped_fraction} is no share from 0 to 1")
         for name in TEMPLATE_ARGUMENTS:
             if name in self.apply_chat_template_kwargs:
                 raise ValueError(
                     f"data.apply_chat_template_kwargs.{name}={self.apply_chat_template_kwargs[name]!r} is set by the "
                     "agent loops; leave it out (tools: actor_rollout_ref.rollout.multi_turn.tool_config_path)"
                 )
-        self._check_source_weights()
-        self._check_synthetic_prompts()
-        if not self.return_raw_chat:
-            raise ValueError("data.return_raw_chat=False: agent loops need the messages; set it to True")
-
-    def _check_source_weights(self) -> None:
-        for pattern, weight in self.source_weights.items():
-            if not 0 < weight < math.inf:
-                raise ValueError(
-                    f"data.source_weights.{pattern}={weight} must be a number above 0; leave rows out by leaving out "
-                    "their file"
-                )
-
-    def _check_synthetic_prompts(self) -> None:
         if self.synthetic_item_prompts.count and self.custom_cls.path is not None:
             raise ValueError(
                 f"data.synthetic_item_prompts.count={self.synthetic_item_prompts.count} makes files of this project's "

@@ -19,9 +19,9 @@ import torch
 from tqdm import tqdm
 
 from verl.config.ppo import PPOConfig
-from verl.trainer.launch.typed import public_dict
 from verl.utils.durable_files import write_durably
 from verl.utils.redaction import redacted
+from verl.utils.saved_config import public_dict
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ import pytest
 from verl.config import PPOConfig, PromptTemplateConfig, SyntheticItemPromptsConfig, TeacherConfig, TrainerConfig
 from verl.trainer.checkpoint.manifest import seal
 from verl.trainer.checkpoint.resume_check import SETTINGS, Kind, kind_of, require_resumable, require_same_run, run_facts
-from verl.trainer.launch.typed import public_dict, save_config
+from verl.utils.saved_config import public_dict, save_config
 
 
 def write_model(folder: Path, hidden: int = 8, weights: bytes = b"w" * 300_000) -> Path:

@@ -1,4 +1,4 @@
-"""What this machine has for a run, asked before Ray starts."""
+"""What this machine has for a run, checked before Ray starts."""
 
 from pathlib import Path
 from typing import Any
@@ -23,25 +23,25 @@ def test_both_pools_fit() -> None:
 @pytest.mark.parametrize(
     ("trainer", "message"),
     [
-        ({"n_gpus_per_node": 16}, "trainer.n_gpus_per_node=16: this machine has 8 ranks' room .* lower it so far"),
+        ({"n_gpus_per_node": 16}, "trainer.n_gpus_per_node=16: this machine can hold 8 ranks .* lower it so far"),
         (
             {"n_gpus_per_node": 4, "teacher_nnodes": 1, "teacher_n_gpus_per_node": 8},
-            "n_gpus_per_node=4 and trainer.teacher_n_gpus_per_node=8: this machine has 8 ranks' room .* lower them",
+            "n_gpus_per_node=4 and trainer.teacher_n_gpus_per_node=8: this machine can hold 8 ranks .* lower them",
         ),
         ({"nnodes": 2}, "trainer.nnodes=2 and no cluster is named"),
         ({"teacher_nnodes": 2, "teacher_n_gpus_per_node": 1}, "trainer.teacher_nnodes=2 and no cluster is named"),
     ],
 )
-def test_what_does_not_fit_is_asked_for_and_had(trainer: dict[str, int], message: str) -> None:
+def test_ranks_that_do_not_fit_are_counted(trainer: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check({"num_cpus": 2}, **trainer)
 
 
-def test_a_cluster_says_itself_what_it_has() -> None:
+def test_ray_checks_a_cluster() -> None:
     check({"address": "auto"}, nnodes=32, n_gpus_per_node=8, teacher_nnodes=8, teacher_n_gpus_per_node=8)
 
 
-def test_the_folder_of_a_run_is_made_and_held_to_be_writable(tmp_path: Path) -> None:
+def test_the_folder_of_a_run_is_made_and_must_be_writable(tmp_path: Path) -> None:
     prepare_folder(str(tmp_path / "a" / "b"))
     assert list((tmp_path / "a" / "b").iterdir()) == []
     (tmp_path / "file").touch()

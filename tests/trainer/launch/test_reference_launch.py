@@ -24,21 +24,14 @@ def config() -> PPOConfig:
 
 
 def test_values_arrive(config: PPOConfig) -> None:
-    models = config.actor_rollout_ref
-    assert models.model.path == "STUDENT"
-    assert models.ref.model.path == "TEACHER"
-    assert config.data.data_source_key == config.data.reward_fn_key == "source"
-    assert config.data.truncation == "error"
-    assert config.data.enable_think is True
-    assert models.actor.loss_agg_mode == "token-mean"
-    assert (models.actor.clip_ratio_low, models.actor.clip_ratio_high) == (0.2, 0.28)
-    assert models.actor.optim.lr == 5e-6
-    assert models.rollout.extend_vocab_start_token == 151669
+    models, data = config.actor_rollout_ref, config.data
+    assert (models.model.path, models.ref.model.path, config.trainer.logger) == ("STUDENT", "TEACHER", ["console"])
+    assert (data.data_source_key, data.reward_fn_key, data.enable_think) == ("source", "source", True)
+    assert (models.actor.clip_ratio_low, models.actor.clip_ratio_high, models.actor.optim.lr) == (0.2, 0.28, 5e-6)
     assert (models.rollout.prompt_length, models.rollout.response_length) == (10240, 2048)
+    assert models.rollout.extend_vocab_start_token == 151669
     assert models.rollout.engine_kwargs["vllm"] == {"max_num_seqs": 64}
-    assert config.trainer.logger == ["console"]
-    assert config.trainer.validation_data_dir == "OUT"
-    assert config.trainer.ray_timeline_dir == "OUT/tmp_hostfile_dir"
+    assert (config.trainer.validation_data_dir, config.trainer.ray_timeline_dir) == ("OUT", "OUT/tmp_hostfile_dir")
     assert config.ray_kwargs.ray_init["runtime_env"]["env_vars"] == {
         "NCCL_DEBUG": "WARN",
         "NCCL_IB_TIMEOUT": "22",
@@ -48,9 +41,10 @@ def test_values_arrive(config: PPOConfig) -> None:
     }
 
 
-def test_keys_without_effect_are_told_once_each() -> None:
+def test_keys_without_effect_have_one_notice_each() -> None:
     notices = normalize_overrides(reference_launch()).notices
-    assert [notice.split()[0] for notice in notices] == ["data.image_key", "data.video_key", "trainer.default_hdfs_dir"]
+    keys = ["data.image_key", "data.video_key", "data.return_raw_chat", "actor_rollout_ref.rollout.mode"]
+    assert [notice.split()[0] for notice in notices] == [*keys, "trainer.default_hdfs_dir"]
 
 
 @pytest.mark.parametrize("sign", ["+", "++"])

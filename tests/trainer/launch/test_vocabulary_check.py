@@ -27,7 +27,7 @@ def config_of(student: Path, teacher: Path | None, *overrides: str) -> PPOConfig
 def test_auto_becomes_the_id_it_stands_for(tiny_pair: "Pair", caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     config = config_of(tiny_pair.student, tiny_pair.teacher, f"{KEY}=auto")
-    with pytest.raises(ValueError, match="was not settled"):
+    with pytest.raises(ValueError, match="=auto is not resolved"):
         _ = config.actor_rollout_ref.rollout.extend_start
     contract = resolve_vocabulary(config)
     assert contract is not None and contract.extend_start == tiny_pair.extend_vocab_start_token

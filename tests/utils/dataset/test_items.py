@@ -166,8 +166,9 @@ def test_the_file_is_made_once_for_what_it_depends_on(tokenizer, tmp_path) -> No
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"count": -1}, "count=-1 must not be negative"),
+        ({"count": -1}, "count=-1 must be at least 0"),
         ({"min_history": 5}, "min_history=5 must lie between 1 and data.synthetic_item_prompts.max_history=4"),
+        ({"min_history": 0}, "min_history=0 must be at least 1"),
         ({"templates": {}}, "count=300 needs data.synthetic_item_prompts.templates"),
         ({"templates": {"a": PromptTemplateConfig("history")}}, "templates.a.user='history' holds neither"),
     ],

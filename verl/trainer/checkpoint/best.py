@@ -14,7 +14,7 @@
 
 The best is a function of the record and of the checkpoints on the disk, and is found again after a kill at any instant.
 What a resumed run takes again is forgotten first. The starting model is no candidate: it is there already.
-Not here: the rule (``trainer.config.best_rule``), writing checkpoints (``checkpoint_saver``), deleting them.
+Not here: the rule (``verl.config.best_rule``), writing checkpoints (``checkpoint_saver``), deleting them.
 """
 
 import json
@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from verl.config import TrainerConfig
-from verl.config.best_rule import KEY, BestRule, Figures
+from verl.config.best_rule import KEY, BestRule, Metrics
 from verl.trainer.checkpoint import layout as checkpoint
 from verl.trainer.checkpoint.manifest import EXPORT, find_faults
 from verl.utils.durable_files import flush_tree, write_durably
@@ -84,7 +84,7 @@ class BestCheckpoint:
         self._write_record()
         self._settle(self._rule)
 
-    def note(self, step: int, figures: Figures) -> dict[str, float]:
+    def note(self, step: int, figures: Metrics) -> dict[str, float]:
         """Judge a validation; the step and value of the best one so far as metrics.
 
         Raises:
@@ -157,14 +157,14 @@ class BestCheckpoint:
         return self._kept if self._saving is None else self._saving
 
     @property
-    def _start(self) -> Figures:
+    def _start(self) -> Metrics:
         return self._figures.get(0, {})
 
     def _value(self, rule: BestRule, step: int) -> float:
         return rule.value(self._figures[step])
 
     def _told(self, rule: BestRule, step: int) -> str:
-        return rule.told(self._figures[step], self._start)
+        return rule.describe(self._figures[step], self._start)
 
     def _is_best(self, rule: BestRule, step: int) -> bool:
         if step == 0 or not rule.qualifies(self._figures[step], self._start):

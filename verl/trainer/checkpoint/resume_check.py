@@ -19,9 +19,9 @@ from omegaconf import OmegaConf
 from verl.config import PPOConfig
 from verl.trainer.checkpoint.layout import checkpoint_step, clear_leftovers, find_checkpoint
 from verl.trainer.checkpoint.manifest import read_manifest
-from verl.trainer.launch.typed import public_dict
 from verl.utils.dataset.parquet_files import expand_data_files, file_digest
 from verl.utils.model_identity import model_facts
+from verl.utils.saved_config import public_dict
 
 logger = logging.getLogger(__name__)
 

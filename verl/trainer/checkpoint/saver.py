@@ -25,8 +25,8 @@ from verl.config import PPOConfig
 from verl.trainer.checkpoint import layout as checkpoint
 from verl.trainer.checkpoint.best import BestCheckpoint
 from verl.trainer.checkpoint.manifest import seal
-from verl.trainer.launch.typed import save_config
 from verl.utils.save_outcome import SaveOutcome
+from verl.utils.saved_config import save_config
 from verl.utils.timing import marked_timer
 
 logger = logging.getLogger(__name__)

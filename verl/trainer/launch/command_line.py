@@ -5,11 +5,11 @@ In: ``sys.argv`` without the program. Out: the same overrides, with
 - ``+key`` of a key that exists as ``++key`` (Hydra refuses to append what is there);
 - keys of open maps (``ray_kwargs.ray_init.*``, ``rollout.engine_kwargs.*``, ...) as ``++key``;
 - values of ``runtime_env.env_vars`` as texts, and secrets among them moved to this process's environment;
-- keys that mean nothing here left out, with a notice each (``no_effect.py``);
-- values that Hydra's grammar stumbles over, such as paths with ``=`` or brackets, in quotes;
+- keys without effect here left out, with a notice each (``no_effect``);
+- values that Hydra's grammar cannot read, such as paths with ``=`` or brackets, in quotes;
 - flags (``--cfg job``, ``-cn name``) unchanged, behind the overrides.
 
-Does not look at values otherwise: that is ``to_typed``'s part.
+Not here: whether a value fits its key (``typed``).
 """
 
 import itertools
@@ -23,7 +23,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString, Sweep
 from hydra.errors import HydraException
 
-from verl.config.schema import key_schema, shape_errors, unknown_key_message
+from verl.config.ppo import PPOConfig
+from verl.config.schema import map_of, shape_errors, type_at, unknown_key_message
 from verl.trainer.launch.no_effect import find_no_effect, no_effect_notice
 from verl.utils.redaction import looks_secret
 
@@ -36,7 +37,7 @@ QUOTES = ("'", '"')
 FLAGS_WITH_VALUE = frozenset(
     {"--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd"}
 )
-# These take a value only where one follows that is no override.
+# They take a value only where the next argument is not an override.
 FLAGS_WITH_OPTIONAL_VALUE = frozenset({"--info", "-i"})
 
 OVERRIDE = re.compile(r"(?P<sign>\+\+|\+|~)?(?P<key>[^=]+)(?:=(?P<value>.*))?", re.DOTALL)
@@ -44,7 +45,7 @@ OVERRIDE = re.compile(r"(?P<sign>\+\+|\+|~)?(?P<key>[^=]+)(?:=(?P<value>.*))?", 
 
 @dataclass
 class NormalizedOverrides:
-    """A command line for Hydra and what there is to say about it."""
+    """A command line for Hydra, with notices and secrets."""
 
     argv: list[str] = field(default_factory=list)
     """Overrides, then flags."""
@@ -52,11 +53,6 @@ class NormalizedOverrides:
     """One line for each key without effect and each secret, in the order of the command line."""
     secrets: dict[str, str] = field(default_factory=dict)
     """Environment variables that ``argv`` refers to as ``${oc.env:NAME}``."""
-
-    def notice(self, text: str) -> None:
-        """Keep ``text``, once."""
-        if text not in self.notices:
-            self.notices.append(text)
 
 
 def normalize_overrides(argv: Iterable[str]) -> NormalizedOverrides:
@@ -77,11 +73,12 @@ def normalize_overrides(argv: Iterable[str]) -> NormalizedOverrides:
     if errors:
         raise ValueError("\n".join(errors))
     result.argv += flags
+    result.notices = list(dict.fromkeys(result.notices))
     return result
 
 
 def normalized_argv(argv: Sequence[str]) -> list[str]:
-    """What an entry point puts in the place of ``sys.argv[1:]`` before it calls its ``hydra.main`` function.
+    """The command line that an entry point puts into ``sys.argv[1:]`` before it calls its ``hydra.main`` function.
 
     Logs the notices as warnings and puts the secrets into ``os.environ``.
 
@@ -96,7 +93,7 @@ def normalized_argv(argv: Sequence[str]) -> list[str]:
 
 
 def split_flags(argv: list[str]) -> tuple[list[str], list[str]]:
-    """Part the overrides from Hydra's flags; a flag keeps its value."""
+    """The overrides, and Hydra's flags with their values."""
     overrides: list[str] = []
     flags: list[str] = []
     rest = iter(argv)
@@ -120,54 +117,56 @@ def _add_override(text: str, result: NormalizedOverrides) -> None:
     sign, key, value = match["sign"] or "", match["key"], match["value"]
     if "/" in key or "@" in key or key == "hydra" or key.startswith("hydra."):
         result.argv.append(text)  # config groups and Hydra's own settings
-    elif key_schema().is_open(key):
-        _check_characters(key)
-        result.argv.append(text if sign == "~" else f"++{key}={_open_value(key, value, result)}")
-    elif key_schema().knows(key):
-        # Hydra would refuse a mapping with keys that have no effect here.
-        added = "++" if sign or value.startswith("{") else ""
-        result.argv.append(f"~{key}" if sign == "~" else f"{added}{key}={_readable(key, value)}")
-    else:
+        return
+    if type_at(PPOConfig, key) is None:
         effect = find_no_effect(key)
         if effect is None:
-            raise ValueError(unknown_key_message(key))
+            raise ValueError(unknown_key_message(PPOConfig, key))
         if sign != "~":
-            result.notice(no_effect_notice(key, effect, value))
+            result.notices.append(no_effect_notice(key, effect, value))
+        return
+    open_map = map_of(PPOConfig, key)
+    if open_map is not None:
+        _check_characters(key, open_map)
+    if sign == "~":
+        result.argv.append(f"~{key}" if open_map is None else text)
+        return
+    readable = _env_var(key, value, result) if key.startswith(f"{ENV_VARS}.") else _readable(key, value)
+    # Hydra refuses to append what is there, to set what is not, and a mapping with keys that have no effect here.
+    added = "++" if sign or open_map is not None or value.startswith("{") else ""
+    result.argv.append(f"{added}{key}={readable}")
 
 
-def _check_characters(key: str) -> None:
-    """Names in an open map are the user's, and Hydra takes some of them inside a mapping alone."""
+def _check_characters(key: str, open_map: str) -> None:
+    """Hydra takes some characters of a user's own name only inside a mapping."""
     try:
         OverridesParser.create().parse_override(f"{key}=0")
     except HydraException as error:
-        open_map = key_schema().map_of(key)
         raise ValueError(
             f"{key} holds characters that a key cannot have; give the mapping as a whole: "
             f"{open_map}='{{{key.removeprefix(open_map + '.')}: ...}}'"
         ) from error
 
 
-def _open_value(key: str, value: str, result: NormalizedOverrides) -> str:
-    """The value of a key in an open map: a quoted text for environment variables, unchanged for the rest."""
-    if not key.startswith(ENV_VARS + "."):
-        return _readable(key, value)
-    name = key.removeprefix(ENV_VARS + ".")
+def _env_var(key: str, value: str, result: NormalizedOverrides) -> str:
+    """The value of an environment variable as a quoted text; a secret becomes a reference to this process's own."""
+    name = key.removeprefix(f"{ENV_VARS}.")
     quoted = len(value) >= 2 and value[0] == value[-1] and value[0] in QUOTES
     if looks_secret(name) and not value.startswith("${"):
         result.secrets[name] = value[1:-1] if quoted else value
-        result.notice(f"{key} is a secret, and command lines can be read by others; export {name} instead")
+        result.notices.append(f"{key} is a secret, and command lines can be read by others; export {name} instead")
         return f"${{oc.env:{name}}}"
     return value if quoted else _in_quotes(value)
 
 
 def _readable(key: str, value: str) -> str:
-    """``value``, in quotes where Hydra cannot read it as it stands and it is no list, mapping or quoted text.
+    """``value``, in quotes where Hydra cannot read it as it is and it is no list, mapping or quoted text.
 
     Raises:
-        ValueError: it is one of these and cannot be read, or is of another shape than what stands at ``key``.
+        ValueError: it is one of these and cannot be read, or is of another shape than what belongs at ``key``.
     """
     try:
-        # The key is not Hydra's to read here: what it says of it would be taken for the value's fault.
+        # "key" instead of the key, whose characters Hydra would otherwise report as a fault of the value.
         read = OverridesParser.create().parse_override(f"key={value}").value()
     except HydraException as error:
         if not value.startswith((*QUOTES, "[", "{")):
@@ -176,7 +175,7 @@ def _readable(key: str, value: str) -> str:
             f"{key}={value} cannot be read ({str(error).splitlines()[0]}); close every bracket and quote, write the "
             "names of a mapping without quotes, and put an entry that holds =, ( or ) in quotes"
         ) from error
-    if not isinstance(read, Sweep) and (wrong := [*shape_errors(key, read)]):
+    if not isinstance(read, Sweep) and (wrong := [*shape_errors(PPOConfig, key, read)]):
         raise ValueError("\n".join(wrong))
     return value
 

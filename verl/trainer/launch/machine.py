@@ -1,7 +1,7 @@
-"""What a run asks of the machine that it starts on, looked at before Ray starts.
+"""What a run needs of the machine that it starts on, checked before Ray starts.
 
-In: the configuration, and the kind of device it comes to. Out: the run's folder, or an error that says what this
-machine does not have. Torch is asked for its GPUs; other machines are asked by ``single_controller.ray.node_report``.
+In: the configuration, and the kind of device. Out: the run's folder, or an error that says what this machine does not
+have. Not here: other machines (``single_controller.ray.node_report``).
 """
 
 import os
@@ -13,10 +13,10 @@ from verl.utils.device import get_torch_device
 
 
 def check_ranks(config: PPOConfig, device_name: str) -> None:
-    """On a Ray of the run's own, this machine has to hold all ranks; a cluster says itself what it has.
+    """Check that this machine can hold all ranks of a run that starts a Ray of its own; Ray checks those of a cluster.
 
     Raises:
-        ValueError: it does not.
+        ValueError: it cannot.
     """
     ray_init, trainer = config.ray_kwargs.ray_init, config.trainer
     if "address" in ray_init:
@@ -28,15 +28,17 @@ def check_ranks(config: PPOConfig, device_name: str) -> None:
                 "(init_ray_cluster.sh HOSTFILE) and set ray_kwargs.ray_init.address=auto"
             )
     if device_name == "cuda":
-        room, have = get_torch_device("cuda").device_count(), "GPUs"
+        limit = get_torch_device("cuda").device_count()
+        available = f"has {limit} GPUs"
     else:
         cores = ray_init["num_cpus"] if "num_cpus" in ray_init else len(os.sched_getaffinity(0))
-        room, have = int(cores / CPUS_PER_PROCESS), f"ranks' room on its {cores} cores"
-    asked, teacher = f"trainer.n_gpus_per_node={trainer.n_gpus_per_node}", sum(trainer.teacher_ranks_on_nodes)
+        limit = int(cores / CPUS_PER_PROCESS)
+        available = f"can hold {limit} ranks on its {cores} cores"
+    wanted, teacher = f"trainer.n_gpus_per_node={trainer.n_gpus_per_node}", sum(trainer.teacher_ranks_on_nodes)
     if teacher:
-        asked += f" and trainer.teacher_n_gpus_per_node={teacher}"
-    if trainer.n_gpus_per_node + teacher > room:
-        raise ValueError(f"{asked}: this machine has {room} {have}; lower {'them' if teacher else 'it'} so far")
+        wanted += f" and trainer.teacher_n_gpus_per_node={teacher}"
+    if trainer.n_gpus_per_node + teacher > limit:
+        raise ValueError(f"{wanted}: this machine {available}; lower {'them' if teacher else 'it'} so far")
 
 
 def prepare_folder(folder: str) -> None:

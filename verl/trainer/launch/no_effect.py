@@ -30,6 +30,7 @@ NO_EFFECT: dict[str, NoEffect] = {
     "data.return_raw_input_ids": NoEffect("agent loops read the messages"),
     "data.return_full_prompt": NoEffect("agent loops read the messages"),
     "data.filter_overlong_prompts_workers": NoEffect("one process counts the tokens of all prompts"),
+    "data.return_raw_chat": NoEffect("agent loops read the messages", ("true",)),
     "data.use_shm": NoEffect("files are read where they are"),
     # trainer
     "trainer.default_hdfs_dir": NoEffect("checkpoints are written to trainer.default_local_dir alone"),
@@ -56,11 +57,11 @@ NO_EFFECT: dict[str, NoEffect] = {
     f"{_MODEL}.lora_rank": NoEffect("all weights are trained", ("0",)),
     f"{_MODEL}.lora_alpha": NoEffect("all weights are trained"),
     f"{_MODEL}.target_modules": NoEffect("all weights are trained"),
-    f"{_REF}.strategy": NoEffect("the teacher is sharded as the student is", ("fsdp", "fsdp2")),
     **{
         key: effect
         for role in (_ACTOR, _REF)
         for key, effect in {
+            f"{role}.strategy": NoEffect("models are sharded with FSDP2", ("fsdp", "fsdp2")),
             f"{role}.ulysses_sequence_parallel_size": NoEffect("sequences are not split over ranks", ("1",)),
             f"{role}.use_torch_compile": NoEffect("nothing is compiled"),
             f"{role}.entropy_from_logits_with_chunking": NoEffect("entropy is always computed in chunks"),
@@ -89,6 +90,8 @@ NO_EFFECT: dict[str, NoEffect] = {
     f"{_ROLLOUT}.expert_parallel_size": NoEffect("experts are not split over GPUs", ("1",)),
     f"{_ROLLOUT}.log_prob_micro_batch_size": NoEffect("write log_prob_micro_batch_size_per_gpu", ("null",)),
     f"{_REF}.log_prob_micro_batch_size": NoEffect("write log_prob_micro_batch_size_per_gpu", ("null",)),
+    f"{_ROLLOUT}.mode": NoEffect("every request is served on its own, as it comes", ("async",)),
+    f"{_ROLLOUT}.multi_turn.format": NoEffect("tool calls are written as Qwen writes them", ("hermes",)),
     f"{_ROLLOUT}.multi_turn.enable": NoEffect("the agent loop decides; see rollout.agent.default_agent_loop"),
     f"{_ROLLOUT}.multi_turn.use_inference_chat_template": NoEffect("tokens of the model are never tokenised again"),
     f"{_ROLLOUT}.multi_turn.tokenization_sanity_check_mode": NoEffect("tokens of the model are never tokenised again"),

@@ -25,10 +25,10 @@ from verl.trainer.checkpoint.best import BestMetricError
 from verl.trainer.checkpoint.layout import newest_whole, step_folder
 from verl.trainer.checkpoint.manifest import find_faults
 from verl.trainer.checkpoint.saver import CheckpointError
-from verl.trainer.launch.typed import save_config
 from verl.trainer.ppo.guards import GuardError
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer
 from verl.trainer.ppo.stop_request import StopRequest
+from verl.utils.saved_config import save_config
 
 logger = logging.getLogger(__name__)
 

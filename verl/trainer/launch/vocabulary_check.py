@@ -25,13 +25,13 @@ def resolve_vocabulary(config: PPOConfig) -> VocabContract | None:
     mode, distill = str(config.trainer.vocab_check), config.algorithm.distill
     if not teacher.path:
         if rollout.extend_vocab_start_token == "auto":
-            rollout.extend_vocab_start_token = None  # the student's own starting weights are the reference
+            config.resolve_extend_start(None)  # the student's own starting weights are the reference
         return None
     if mode == "off":
         return None
     contract = _read(config, teacher.path, rollout.extend_vocab_start_token, teacher.tokenizer_path)
     enforce(contract, mode)
-    rollout.extend_vocab_start_token = contract.extend_start
+    config.resolve_extend_start(contract.extend_start)
     if (distill.topk_or_none or 0) > contract.shared_ids:
         raise ValueError(
             f"algorithm.distill.topk={distill.topk} is more than the {contract.shared_ids} ids that student and "

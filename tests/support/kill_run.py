@@ -41,7 +41,7 @@ from support.processes import RAY_AGENTS, adopt_orphans, below, of_kind, wait_go
 from support.tiny_pairs import Pair, make_pair
 from verl.config import TrainerConfig
 from verl.trainer.checkpoint import layout as checkpoint
-from verl.trainer.checkpoint.manifest import find_faults
+from verl.trainer.checkpoint.layout import find_faults
 from verl.weight_sync.send import FOLDER_PREFIX, SHARED_MEMORY
 from verl.workers.fsdp.shard_files import read_shards, stored_tensors
 
@@ -93,7 +93,7 @@ def read_whole(folder: Path) -> list[str]:
     nan = float("nan")
     tensors = {key: torch.full(tuple(entry.size), nan, dtype=entry.properties.dtype) for key, entry in entries.items()}
     read_shards(tensors, folder / "actor" / "shards", no_dist=True)
-    for path in [folder / checkpoint.DATA_STATE, *folder.glob("actor/extra_rank_*.pt")]:
+    for path in [folder / checkpoint.DRIVER_STATE, *folder.glob("actor/extra_rank_*.pt")]:
         torch.load(path, weights_only=True)
     load_file(folder / "actor" / "huggingface" / "model.safetensors")
     return [f"{key} is not finite" for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]

@@ -130,7 +130,7 @@ def test_a_teacher_that_changes_between_checkpoints_ends_the_run(config: Any, tm
     assert not (tmp_path / "run" / "global_step_3").exists()
     assert not (tmp_path / "run" / "global_step_3.unfinished").exists()
 
-    with pytest.raises(GuardError, match=r"resumed at step 2: the \d+ log-probs of its canary differ"):
+    with pytest.raises(GuardError, match=r"resumed at step 2: the \d+ log-probs of its probe differ"):
         # The same wrong weights from the start: only the checkpoint knows what is right.
         run_in_process(config(canary_tolerance=1e-3), tamper=nudge_teacher)
     run_in_process(config(canary_tolerance=1e-3))

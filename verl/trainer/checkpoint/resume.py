@@ -3,16 +3,16 @@
 In: this run's settings and identity, and the checkpoint that ``trainer.resume_mode`` names. Out: the checkpoint; a
 warning for each difference that may be; a ValueError that lists those that may not. All before anything starts.
 
-A run's identity says what settings cannot: a model, a teacher and data are the same wherever they lie. So the path of
-one is compared only where the identity does not cover it. Every difference of identity is refused. What becomes of a
-setting that differs depends on the longest entry of ``RULES`` that matches its key.
+A run's identity says what settings cannot: a model, a teacher and data are the same wherever they lie. So a path is
+compared only where the identity does not cover it. What becomes of a difference is decided by the longest entry of
+``RULES`` that matches its key.
 """
 
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from enum import Enum, auto
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,7 @@ import torch
 from omegaconf import OmegaConf
 
 from verl.config import PPOConfig
-from verl.trainer.checkpoint.layout import (
-    DRIVER_STATE,
-    checkpoint_step,
-    clear_leftovers,
-    find_checkpoint,
-    read_manifest,
-)
+from verl.trainer.checkpoint import layout
 from verl.trainer.launch.typed import public_dict
 from verl.utils.dataset.data_cache import file_digest
 from verl.utils.dataset.parquet_files import expand_data_files
@@ -38,12 +32,8 @@ START_AFRESH = "trainer.resume_mode=disable or another default_local_dir starts 
 """How not to continue from a checkpoint, for messages."""
 
 
-class Rule(Enum):
-    """What becomes of a run whose setting differs from the checkpoint's."""
-
-    REFUSE = auto()
-    WARN = auto()
-    IGNORE = auto()
+Rule = Enum("Rule", "REFUSE WARN IGNORE")
+"""What becomes of a run that differs from its checkpoint."""
 
 
 def _rules(rule: Rule, section: str, names: str) -> dict[str, Rule]:
@@ -53,6 +43,7 @@ def _rules(rule: Rule, section: str, names: str) -> dict[str, Rule]:
 
 _MODEL, _ACTOR, _REF, _ROLLOUT = (f"actor_rollout_ref.{name}" for name in ("model", "actor", "ref", "rollout"))
 RULES = {
+    **_rules(Rule.REFUSE, "", "student teacher teachers vocabulary"),  # of the identity
     **_rules(Rule.REFUSE, "", "algorithm data custom_reward_function"),
     **_rules(Rule.WARN, "", "actor_rollout_ref data.custom_cls.path custom_reward_function.path"),
     **_rules(Rule.IGNORE, "", "trainer ray_kwargs"),
@@ -69,9 +60,8 @@ RULES = {
     **_rules(Rule.REFUSE, _ROLLOUT, "mask_response_if_have_extend_token mask_after_extend_token"),
     **_rules(Rule.REFUSE, _ROLLOUT, "agent.default_agent_loop"),
     **_rules(Rule.WARN, _ROLLOUT, "multi_turn.tool_config_path multi_turn.tool_timeout_s"),
-    **_rules(Rule.IGNORE, _ROLLOUT, "prompt_length response_length val_kwargs timeout_s"),  # lengths follow data.*
-    **_rules(Rule.IGNORE, "data", "train_files synthetic_item_prompts.catalogue val_files val_batch_size"),
-    **_rules(Rule.IGNORE, "data", "val_max_samples cache_dir max_dropped_fraction on_bad_row"),
+    **_rules(Rule.IGNORE, _ROLLOUT, "prompt_length response_length timeout_s"),  # lengths follow data.*
+    **_rules(Rule.IGNORE, "data", "val_batch_size cache_dir max_dropped_fraction on_bad_row"),
 }
 """By key or section; a key that no entry matches is warned of."""
 WHOLE_MAPS = (
@@ -85,8 +75,8 @@ WHOLE_MAPS = (
 TEACHERS = "algorithm.distill.teachers"
 """A map of the user's own names: the list of names is compared, and every field of each teacher."""
 VALIDATION = ("data.val_files", "data.val_max_samples", f"{_ROLLOUT}.val_kwargs")
-"""What validations measure. Refused where both runs have a ``trainer.best_metric``: the best so far and bounds "of step
-0" were measured so, and the model of step 0 is not there to be measured again."""
+"""What validations measure: refused where both runs have a ``trainer.best_metric``, for the best so far and bounds "of
+step 0" were measured so, and the model of step 0 is not there to be measured again; else ignored."""
 
 VOLATILE = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache"}
 """Entries of a model's config.json that another save of the same model may change."""
@@ -172,20 +162,21 @@ def find_resumable(config: PPOConfig, identity: dict[str, Any], total_steps: int
     trainer = config.trainer
     if not trainer.val_only:  # validating a run that is still going must not touch what it writes
         try:
-            clear_leftovers(trainer.default_local_dir)
+            layout.clear_leftovers(trainer.default_local_dir)
         except OSError as error:
             raise ValueError(
                 f"trainer.default_local_dir={trainer.default_local_dir} cannot be written: {error}; name a folder "
                 "that you may write"
             ) from error
-    folder = find_checkpoint(trainer)
+    folder = layout.find_checkpoint(trainer)
     if folder is None:
         return None
     require_same_run(folder, config, identity)
-    if not trainer.val_only and checkpoint_step(folder) >= total_steps:
+    step = layout.checkpoint_step(folder)
+    if not trainer.val_only and step >= total_steps:
         raise ValueError(
-            f"nothing to train: {folder} is at step {checkpoint_step(folder)} and the run ends at step {total_steps}; "
-            "raise trainer.total_training_steps, or start afresh with trainer.resume_mode=disable or another "
+            f"nothing to train: {folder} is at step {step} and the run ends at step {total_steps}; raise "
+            "trainer.total_training_steps, or start afresh with trainer.resume_mode=disable or another "
             "trainer.default_local_dir (OUTPUT_DIR)"
         )
     return folder
@@ -193,7 +184,7 @@ def find_resumable(config: PPOConfig, identity: dict[str, Any], total_steps: int
 
 def load_driver_state(folder: Path) -> dict[str, Any]:
     """What the trainer kept in a checkpoint: position in the data, KL weight, teacher probe, metrics of the step."""
-    state = torch.load(folder / DRIVER_STATE, weights_only=True)
+    state = torch.load(folder / layout.DRIVER_STATE, weights_only=True)
     for before, name in (("canary", "teacher_probe"), ("figures", "metrics")):
         if before in state:
             state[name] = state.pop(before)
@@ -209,23 +200,22 @@ def require_same_run(folder: Path, config: PPOConfig, identity: dict[str, Any]) 
     Raises:
         ValueError: there are differences that may not be; the message lists them.
     """
-    manifest, allowed = read_manifest(folder), config.trainer.resume_allow_changed
-    saved = dict(_flatten(OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))))
-    now, identity = dict(_flatten(_as_json(public_dict(config)))), _as_json(identity)
+    manifest, allowed = layout.read_manifest(folder), config.trainer.resume_allow_changed
+    saved = _flatten(OmegaConf.to_container(OmegaConf.load(folder / "config.yaml")))
+    now, identity = _flatten(_as_json(public_dict(config))), _as_json(identity)
     both_judge = bool(saved.get("trainer.best_metric") and now["trainer.best_metric"]) and not config.trainer.val_only
-    changed = dict.fromkeys(_differing(manifest.identity, identity), Rule.REFUSE)
-    if not both_judge:
-        changed = {key: rule for key, rule in changed.items() if not matches(VALIDATION, key)}
-    for key in _differing(saved, now):
-        rule = Rule.REFUSE if both_judge and matches(VALIDATION, key) else rule_of(key)
-        is_covered = _is_covered(key, manifest.identity) and _is_covered(key, identity)
-        if rule is not Rule.IGNORE and not is_covered:
-            changed.setdefault(key, rule)
-    texts = {}
-    for key in changed:
-        sides = (saved | manifest.identity, now | identity)
-        was, is_now = (json.dumps(side[key], ensure_ascii=False)[:SHOWN_CHARACTERS] for side in sides)
-        texts[key] = f"{key}: {was} in the checkpoint, {is_now} now"
+    in_both = manifest.identity.keys() & identity.keys()
+    there = {key: value for key, value in saved.items() if not _is_covered(key, in_both)} | manifest.identity
+    here = now | identity
+    changed, texts = {}, {}
+    for key in [key for key in there if key in here]:  # a key that one version of this program lacks is no difference
+        rule, old, new = rule_of(key, both_judge), there[key], here[key]
+        # Maps in their order too: the first teacher or pattern that matches a source counts.
+        is_same = old == new and (not isinstance(old, Mapping) or list(old) == list(new))
+        if not is_same and rule is not Rule.IGNORE:
+            changed[key] = rule
+            was, is_now = (json.dumps(value, ensure_ascii=False)[:SHOWN_CHARACTERS] for value in (old, new))
+            texts[key] = f"{key}: {was} in the checkpoint, {is_now} now"
     refused = [key for key, rule in changed.items() if rule is Rule.REFUSE and not matches(allowed, key)]
     if refused:
         raise ValueError(
@@ -241,8 +231,14 @@ def require_same_run(folder: Path, config: PPOConfig, identity: dict[str, Any]) 
         logger.warning("resuming on %d ranks what %d wrote", config.trainer.world_size, manifest.world_size)
 
 
-def rule_of(key: str) -> Rule:
-    """The rule of a setting."""
+def rule_of(key: str, both_judge: bool = False) -> Rule:
+    """The rule of a setting or an entry of the identity.
+
+    Args:
+        both_judge: both runs have a ``trainer.best_metric``.
+    """
+    if matches(VALIDATION, key):
+        return Rule.REFUSE if both_judge else Rule.IGNORE
     matching = [entry for entry in RULES if matches([entry], key)]
     return RULES[max(matching, key=len)] if matching else Rule.WARN
 
@@ -252,32 +248,27 @@ def matches(entries: Sequence[str], key: str) -> bool:
     return any(key == entry or key.startswith(f"{entry}.") for entry in entries)
 
 
-def _differing(there: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[str]:
-    """Keys of both with other values; a key that only one of two versions of this program has is no difference."""
-    for key in there:
-        old, new = there[key], here.get(key, there[key])
-        # Maps in their order too: the first teacher or pattern that matches a source counts.
-        if old != new or (isinstance(old, Mapping) and list(old) != list(new)):
-            yield key
-
-
-def _is_covered(key: str, identity: Mapping[str, Any]) -> bool:
-    """Whether a setting is the path of something that the identity describes."""
+def _is_covered(key: str, identity: Collection[str]) -> bool:
+    """Whether a setting is a path, and the identity describes what lies there."""
     if key.startswith(f"{TEACHERS}.") and key.endswith(".path"):
         role = key.removeprefix(f"{TEACHERS}.").removesuffix(".path")
         return any(name.startswith(f"teachers.{role}.") for name in identity)
-    return key == "data.val_files" and key in identity
+    # A class of the user's own reads what it likes from data.train_files.
+    return key in (*identity, "data.train_files", "data.synthetic_item_prompts.catalogue")
 
 
-def _flatten(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flatten(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Settings by their full keys."""
+    flat: dict[str, Any] = {}
     for name, value in values.items():
         key = f"{prefix}{name}"
         if key == TEACHERS:
-            yield key, list(value)
-        if isinstance(value, Mapping) and (value or key == TEACHERS) and key not in WHOLE_MAPS:
-            yield from _flatten(value, f"{key}.")
+            flat |= {key: list(value), **_flatten(value, f"{key}.")}
+        elif isinstance(value, Mapping) and value and key not in WHOLE_MAPS:
+            flat |= _flatten(value, f"{key}.")
         else:
-            yield key, value
+            flat[key] = value
+    return flat
 
 
 def _as_json(values: Any) -> Any:

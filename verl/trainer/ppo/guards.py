@@ -191,11 +191,19 @@ class TeacherProbe:
         metrics: Metrics = {}
         for role, teacher in teachers.items():
             scores = teacher.compute_ref_log_prob(self._batch(role)).tensor("ref_log_prob")
-            difference = _largest_difference(scores, self._reference.setdefault(role, scores[0].tolist()))
-            if self._is_too_large(difference):
-                self._end_run(role, difference, step)
+            reference = self._reference.setdefault(role, scores[0].tolist())
+            if self._last_right is None:
+                when = "is broken from the start"
+                advice = "They are not finite, or differ from rank to rank; check the files of its model"
+            else:
+                when = f"at step {step} scores otherwise than at the run's start"
+                advice = (
+                    f"Its weights went wrong (memory, offload, a bug) after step {self._last_right}, where they were "
+                    "right; what was learned since is not saved. The same command again loads the teacher anew and "
+                    "goes on from the newest checkpoint"
+                )
             family = "distill" if role == "ref" else f"distill_teacher/{role}"
-            metrics[f"{family}/teacher_canary"] = difference
+            metrics[f"{family}/teacher_canary"] = self._compare(role, scores, reference, when, advice)
         self._last_right = step
         return metrics
 
@@ -227,16 +235,12 @@ class TeacherProbe:
                 logger.warning("no comparable scores of teacher %r in the checkpoint: its probe starts over", role)
                 continue
             self._reference[role] = known[role]["log_probs"]
-            difference = _largest_difference(torch.tensor(scores), self._reference[role])
-            if self._is_too_large(difference):
-                end_run(
-                    f"teacher {role!r} scores otherwise than in the run that is to be resumed at step {step}: the "
-                    f"{len(scores)} log-probs of its probe differ by up to {difference:.4g} nats, above "
-                    f"trainer.canary_tolerance={self._tolerance}. Its weights are others or were loaded wrong; where "
-                    "only GPU, precision or attention changed, raise the tolerance, and "
-                    "trainer.resume_allow_changed=[teacher] starts the probe over",
-                    self._saver,
-                )
+            advice = (
+                "Its weights are others or were loaded wrong; if only GPU, precision or attention changed, raise the "
+                "tolerance; trainer.resume_allow_changed=[teacher] starts the probe over"
+            )
+            when = f"scores otherwise than in the run that is to be resumed at step {step}"
+            difference = self._compare(role, torch.tensor(scores), self._reference[role], when, advice)
             logger.info("probe of teacher %r: %.4g nats from the run's first start", role, difference)
 
     def _tokens(self, role: str) -> list[int]:
@@ -256,29 +260,15 @@ class TeacherProbe:
         }
         return DataProto.from_dict(tensors, meta_info={"temperature": self._temperature})
 
-    def _is_too_large(self, difference: float) -> bool:
-        return self._tolerance is not None and not difference <= self._tolerance  # true for NaN
-
-    def _end_run(self, role: str, difference: float, step: int) -> NoReturn:
-        above = f"{difference:.4g} nats, above trainer.canary_tolerance={self._tolerance}"
-        if self._last_right is None:
-            cause = (
-                f"teacher {role!r} is broken from the start: the log-probs of its probe are not finite, or differ "
-                f"from rank to rank, by {above}; check the files of its model"
+    def _compare(self, role: str, scores: torch.Tensor, reference: list[float], when: str, advice: str) -> float:
+        """Largest |difference| of the scores from the reference; ends the run if it is above the tolerance."""
+        expected = torch.tensor(reference)
+        # The score of an id that the teacher lacks is a setting, which may be minus infinity on both sides.
+        difference = float((scores.float() - expected).abs().masked_fill(scores == expected, 0.0).max())
+        if self._tolerance is not None and not difference <= self._tolerance:  # NaN is not
+            end_run(
+                f"teacher {role!r} {when}: the {len(reference)} log-probs of its probe differ by up to "
+                f"{difference:.4g} nats, above trainer.canary_tolerance={self._tolerance}. {advice}",
+                self._saver,
             )
-        else:
-            cause = (
-                f"teacher {role!r} at step {step} scores otherwise than at the run's start: the "
-                f"{self._count - 1} log-probs of its probe differ by up to {above}. Its weights went wrong "
-                f"(memory, offload, a bug) after step {self._last_right}, where they were right; what was learned "
-                "since is not saved. The same command again loads the teacher anew and goes on from the newest "
-                "checkpoint"
-            )
-        end_run(cause, self._saver)
-
-
-def _largest_difference(scores: torch.Tensor, reference: list[float]) -> float:
-    """Largest |difference|; NaN where a score is NaN."""
-    expected = torch.tensor(reference)
-    # The score of an id that the teacher lacks is a setting, which may be minus infinity on both sides.
-    return float((scores.float() - expected).abs().masked_fill(scores == expected, 0.0).max())
+        return difference

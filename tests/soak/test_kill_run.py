@@ -87,7 +87,7 @@ def test_three_kills_cost_steps_and_nothing_else(tmp_path: Path) -> None:
 def find_damage(root: Path) -> None:
     """The kill run's look at checkpoints sees what sizes do not show."""
     assert kill_run.unreadable(root) == []
-    [shard, *_] = sorted((root / "global_step_6").glob("actor/shards/*.distcp"))
+    [shard, *_] = sorted((root / "global_step_6").rglob("*.distcp"))
     whole = shard.read_bytes()
     shard.write_bytes(b"\0" * len(whole))
     [fault] = kill_run.unreadable(root)

@@ -55,14 +55,8 @@ def test_a_run_that_takes_no_update_ends_beyond_the_limit(tmp_path: Path, limit:
     run = Updates(tmp_path, limit)
     for _ in range(limit):
         run.take(0, 1)
-    with pytest.raises(GuardError, match=rf"trainer\.max_skipped_updates={limit} allows"):
-        run.take(0, 1)
-
-
-def test_several_updates_of_one_step_count_each(tmp_path: Path) -> None:
-    run = Updates(tmp_path, 3)
-    run.take(0, 2)
-    with pytest.raises(GuardError, match=r"2 of the 2 updates of step 2 .*; 4 of this run so far"):
+    total = f"2 of the 2 updates of step .*; {limit + 2} of this run so far"
+    with pytest.raises(GuardError, match=rf"{total}, .* trainer\.max_skipped_updates={limit} allows"):
         run.take(0, 2)
 
 
@@ -221,6 +215,9 @@ def test_the_largest_difference_is_measured_per_teacher_from_the_start(tmp_path:
     metrics = RIGHT | {"distill_teacher/kept/teacher_canary": pytest.approx(0.25)}
     assert probe.check(teachers, 10) == metrics
     assert probe.check(teachers, 20) == metrics, "not from the last time"
+    lacking, again = Teacher(), make_probe(tmp_path)
+    lacking.error = -math.inf  # of an id that it lacks
+    assert [again.check({"ref": lacking}, step) for step in (0, 10)] == [RIGHT, RIGHT]
 
 
 @pytest.mark.parametrize("error", [0.6, -0.6, math.nan, -math.inf])
@@ -248,12 +245,6 @@ def test_a_fault_in_item_rows_or_in_one_rank_alone_is_found(tmp_path: Path) -> N
     other.error, other.row = 1.0, 1
     with pytest.raises(GuardError, match=r"broken from the start: .* by up to 1 nats.* from rank to rank"):
         make_probe(tmp_path, n_gpus_per_node=2).check({"ref": other}, 0)
-
-
-def test_ids_that_the_teacher_lacks_may_count_as_impossible(tmp_path: Path) -> None:
-    probe, teacher = make_probe(tmp_path), Teacher()
-    teacher.error = -math.inf
-    assert [probe.check({"ref": teacher}, step) for step in (0, 10)] == [RIGHT, RIGHT]
 
 
 def resumed(folder: Path, drift: float, **probe: Any) -> tuple[TeacherProbe, Teacher]:

@@ -51,8 +51,7 @@ class BestCheckpoint:
 
     def __init__(self, config: TrainerConfig, resume_from: Path | None) -> None:
         self._config, self._root, self._resume_from = config, Path(config.default_local_dir), resume_from
-        wanted = config.best_metric and not config.val_only
-        self._rule = BestRule.parse(str(config.best_metric)) if wanted else None
+        self._rule = BestRule.parse(config.best_metric) if config.best_metric and not config.val_only else None
         self._metrics: dict[int, dict[str, float]] = {}
         """Of every validation, by step."""
         self._saved: set[int] = set()
@@ -155,9 +154,7 @@ class BestCheckpoint:
     @property
     def protected(self) -> set[int]:
         """Steps whose checkpoints must stay: the best one, and the one of the pointer, which a full disk may delay."""
-        if self._rule is None:
-            return set()
-        return {step for step in (self._kept, self._pointer()) if step is not None}
+        return {step for step in (self._kept, self._pointer()) if step is not None} if self._rule else set()
 
     # ------------------------------------------------------------------ choosing
 
@@ -167,10 +164,8 @@ class BestCheckpoint:
 
     def _is_better(self, rule: BestRule, step: int, than: int | None) -> bool:
         """Whether a step keeps all bounds and is strictly better than another one; of equals the first stays."""
-        metrics = self._metrics[step]
-        if not rule.qualifies(metrics, self._metrics.get(0, {})):
-            return False
-        return than is None or rule.is_better(metrics, self._metrics[than])
+        metrics, start = self._metrics[step], self._metrics.get(0, {})
+        return rule.qualifies(metrics, start) and (than is None or rule.is_better(metrics, self._metrics[than]))
 
     def _describe_step(self, rule: BestRule, step: int) -> str:
         return rule.told(self._metrics[step], self._metrics.get(0, {}))

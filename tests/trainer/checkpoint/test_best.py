@@ -122,7 +122,7 @@ def test_the_pointer_waits_for_the_checkpoint(tmp_path: Path) -> None:
     run.saver.poll()
     assert_best(run, 2)
     assert run.checkpoints == [2]
-    run.ranks.error = "no room"
+    run.ranks.error = "disk full"
     run.take(0.9)
     run.saver.poll()
     run.ranks.error = ""
@@ -153,7 +153,7 @@ def test_steps_that_are_taken_again_are_forgotten(tmp_path: Path, caplog: Any) -
     assert_best(first, 3)
     second = Run(tmp_path, max_actor_ckpt_to_keep=None, **resume_path(tmp_path / "global_step_2"))
     assert_best(second, 2)
-    assert second.take(0.5)["training/best_step"] == 2, "0.8 of the step that was taken before is void"
+    assert second.take(0.5)["training/best_step"] == 2, "0.8 of the step that was taken before is forgotten"
     third = Run(tmp_path, resume_mode="disable", max_actor_ckpt_to_keep=None)
     assert third.pointer is None and not (tmp_path / "best").exists()
     assert "is no longer the best of this run" in caplog.text
@@ -162,9 +162,7 @@ def test_steps_that_are_taken_again_are_forgotten(tmp_path: Path, caplog: Any) -
     assert_best(third, 1)
 
 
-def test_a_run_elsewhere_takes_step_0_from_the_run_it_resumes_and_archives_the_best_of_its_folder(
-    tmp_path: Path,
-) -> None:
+def test_a_run_elsewhere_takes_step_0_from_the_run_it_resumes(tmp_path: Path) -> None:
     Run(tmp_path / "a").start().take(0.5)
     Run(tmp_path / "b").start().take(0.9)
     run = Run(tmp_path / "b", **resume_path(tmp_path / "a" / "global_step_1"))
@@ -191,7 +189,7 @@ def test_another_rule_chooses_among_what_is_there(tmp_path: Path) -> None:
 
 
 def test_a_model_outlives_its_checkpoint(tmp_path: Path) -> None:
-    """Whoever makes room by hand does not lose the best model to a worse one."""
+    """Whoever frees space by hand does not lose the best model to a worse one."""
     first = Run(tmp_path, save_every=2, max_actor_ckpt_to_keep=None).start()
     first.take(0.8)
     first.take(0.4)
@@ -203,9 +201,7 @@ def test_a_model_outlives_its_checkpoint(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", range(1, 14))
-def test_a_kill_at_any_moment_leaves_a_best_that_is_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
-) -> None:
+def test_a_kill_leaves_a_best_that_is_there(tmp_path: Path, monkeypatch: Any, number: int) -> None:
     """Step 2 is better than step 1, and step 1 must go only when all of step 2 is in place."""
     first = Run(tmp_path).start()
     first.take(0.5)
@@ -227,7 +223,7 @@ def test_a_full_disk_costs_neither_the_run_nor_the_best(tmp_path: Path, monkeypa
 
     def replace_folder(source: Path, folder: Path) -> None:
         if folder.name == "best":
-            raise OSError("no room")
+            raise OSError("disk full")
         replace(source, folder)
 
     with monkeypatch.context() as patch:

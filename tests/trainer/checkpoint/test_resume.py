@@ -1,4 +1,4 @@
-"""Which checkpoints a run may continue from, and what it says where it may not."""
+"""Which checkpoints a run may continue from, and what the message says where it may not."""
 
 import dataclasses
 import json
@@ -79,9 +79,7 @@ def refused_keys(folder: Path, config: PPOConfig) -> list[str]:
     return sorted(line.partition(": ")[0] for line in refused(folder, config))
 
 
-def test_what_does_not_change_the_training_may_differ(
-    folder: Path, run: PPOConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_settings_that_train_the_same_may_differ(folder: Path, run: PPOConfig, tmp_path: Path, caplog: Any) -> None:
     run.trainer.total_training_steps, run.trainer.save_freq, run.data.cache_dir = 1000, 7, "/elsewhere"
     check(folder, run)
     check(folder, run, None)  # trainer.vocab_check=off: not compared
@@ -93,9 +91,7 @@ def test_what_does_not_change_the_training_may_differ(
     assert not caplog.text
 
 
-def test_a_learning_rate_and_the_number_of_ranks_may_change_and_are_logged(
-    folder: Path, run: PPOConfig, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_learning_rate_and_ranks_may_change(folder: Path, run: PPOConfig, caplog: Any) -> None:
     run.actor_rollout_ref.actor.optim.lr = 2e-6
     run.trainer.n_gpus_per_node = 2
     check(folder, run)
@@ -121,9 +117,7 @@ def test_what_changes_the_training_is_refused_and_listed(folder: Path, run: PPOC
     assert {"teacher.weights", "data.train_files"} < others and len(lines) == 7
 
 
-def test_what_is_named_may_change_and_is_logged(
-    folder: Path, run: PPOConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_what_is_named_may_change(folder: Path, run: PPOConfig, tmp_path: Path, caplog: Any) -> None:
     run.algorithm.distill_adv_min_clip = -10.0
     run.actor_rollout_ref.ref.model.path = write_model(tmp_path / "other", hidden=16, weights=b"v" * 300_000)
     run.trainer.resume_allow_changed = ["algorithm.distill_adv_min_clip", "teacher"]
@@ -172,9 +166,7 @@ def with_teacher(folder: Path, run: PPOConfig, tmp_path: Path) -> PPOConfig:
     return run
 
 
-def test_a_further_teacher_may_move_and_may_not_be_another(
-    folder: Path, with_teacher: PPOConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_further_teacher_may_move(folder: Path, with_teacher: PPOConfig, tmp_path: Path, caplog: Any) -> None:
     mixed = with_teacher.algorithm.distill.teachers["mixed"]
     mixed.path = str(shutil.copytree(tmp_path / "mixed", tmp_path / "moved" / "mixed"))
     check(folder, with_teacher)
@@ -184,9 +176,7 @@ def test_a_further_teacher_may_move_and_may_not_be_another(
 
 
 @pytest.mark.parametrize("path", [None, "hub/unknown"])
-def test_a_teachers_path_counts_where_the_identity_does_not_cover_it(
-    folder: Path, with_teacher: PPOConfig, path: str | None
-) -> None:
+def test_a_teachers_path_counts_without_identity(folder: Path, with_teacher: PPOConfig, path: str | None) -> None:
     """Null is the student, whose identity has another name; a model that is not on this machine has none."""
     with_teacher.algorithm.distill.teachers["mixed"].path = path
     assert refused_keys(folder, with_teacher) == ["algorithm.distill.teachers.mixed.path"]
@@ -224,7 +214,7 @@ def test_other_synthetic_prompts_are_refused(folder: Path, run: PPOConfig, tmp_p
 
 
 @pytest.fixture
-def judged(folder: Path, run: PPOConfig, tmp_path: Path) -> PPOConfig:
+def with_rule(folder: Path, run: PPOConfig, tmp_path: Path) -> PPOConfig:
     """That run with validations and a rule for the best of them, and the checkpoint of it."""
     run.data.val_files, run.trainer.best_metric = write_rows(tmp_path / "val.parquet"), "val/reward"
     reseal(folder, run)
@@ -239,44 +229,40 @@ def change_validation(run: PPOConfig, tmp_path: Path) -> list[str]:
     return ["actor_rollout_ref.rollout.val_kwargs.n", "data.val_files", "data.val_max_samples"]
 
 
-def test_validations_may_not_change_where_both_runs_judge_by_them(
-    folder: Path, judged: PPOConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    judged.data.val_files = [shutil.copy(tmp_path / "val.parquet", tmp_path / "run")]
-    judged.trainer.best_metric = "val/reverse_kl min"
-    check(folder, judged)  # files may move, and another rule can judge what was recorded
-    changed = change_validation(judged, tmp_path)
-    assert refused_keys(folder, judged) == changed
+def test_validations_stay_if_both_have_a_rule(folder: Path, with_rule: PPOConfig, tmp_path: Path, caplog: Any) -> None:
+    with_rule.data.val_files = [shutil.copy(tmp_path / "val.parquet", tmp_path / "run")]
+    with_rule.trainer.best_metric = "val/reverse_kl min"
+    check(folder, with_rule)  # files may move, and another rule can choose among what was recorded
+    changed = change_validation(with_rule, tmp_path)
+    assert refused_keys(folder, with_rule) == changed
     assert not caplog.text
-    judged.trainer.resume_allow_changed = changed
-    check(folder, judged)
+    with_rule.trainer.resume_allow_changed = changed
+    check(folder, with_rule)
     assert "resuming with another setting: data.val_max_samples: -1 in the checkpoint, 2 now" in caplog.text
 
 
-def test_validations_may_change_where_one_run_does_not_judge_by_them(
-    folder: Path, judged: PPOConfig, tmp_path: Path
-) -> None:
-    change_validation(judged, tmp_path)
-    judged.trainer.val_only = True
-    check(folder, judged)
-    judged.trainer.val_only, judged.trainer.best_metric = False, None
-    check(folder, judged)
-    reseal(folder, judged)
-    judged.trainer.best_metric, judged.data.val_max_samples = "val/reward", 5
-    check(folder, judged)
+def test_validations_may_change_if_one_does_not(folder: Path, with_rule: PPOConfig, tmp_path: Path) -> None:
+    change_validation(with_rule, tmp_path)
+    with_rule.trainer.val_only = True
+    check(folder, with_rule)
+    with_rule.trainer.val_only, with_rule.trainer.best_metric = False, None
+    check(folder, with_rule)
+    reseal(folder, with_rule)
+    with_rule.trainer.best_metric, with_rule.data.val_max_samples = "val/reward", 5
+    check(folder, with_rule)
 
 
-def test_validation_files_of_one_name_are_told_apart(folder: Path, judged: PPOConfig, tmp_path: Path) -> None:
+def test_validation_files_of_one_name_differ(folder: Path, with_rule: PPOConfig, tmp_path: Path) -> None:
     files = {
         place: write_rows(tmp_path / place / "test.parquet", rows)
         for place, rows in (("general", 3), ("rec", 50), ("other", 900))
     }
-    judged.data.val_files = [files["general"], files["rec"]]
-    reseal(folder, judged)
-    check(folder, judged)
+    with_rule.data.val_files = [files["general"], files["rec"]]
+    reseal(folder, with_rule)
+    check(folder, with_rule)
     for others in (("other", "rec"), ("rec",), ("general", "rec", "other")):
-        judged.data.val_files = [files[place] for place in others]
-        assert refused_keys(folder, judged) == ["data.val_files"]
+        with_rule.data.val_files = [files[place] for place in others]
+        assert refused_keys(folder, with_rule) == ["data.val_files"]
 
 
 # ------------------------------------------------------------------ the table, and what surrounds it

@@ -98,9 +98,7 @@ def test_a_checkpoint_that_fails_at_the_end_does_not_hide_the_cause(tmp_path: Pa
         run.take(0, 1)
 
 
-def test_without_a_limit_the_run_goes_on_and_warns_ever_more_rarely(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_without_a_limit_warnings_become_rare(tmp_path: Path, caplog: Any) -> None:
     run = Updates(tmp_path, None)
     for _ in range(100):
         run.take(0, 1)
@@ -118,9 +116,7 @@ def gaps(guard: EngineGap, *values: float) -> list[dict[str, float]]:
     ]
 
 
-def test_a_gap_is_warned_of_once_and_again_when_it_has_doubled(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_gap_is_warned_of_again_when_it_doubled(tmp_path: Path, caplog: Any) -> None:
     guard = EngineGap(make_config(tmp_path, engine_gap_bound=0.1))
     metrics = gaps(guard, 0.02, 0.1, 0.15, 0.16, 0.29, 0.31, 0.2, math.nan, math.nan, 0.05)
     assert [step["distill/engine_gap"] for step in metrics[:4]] == [0.02, 0.1, 0.15, 0.16]
@@ -132,9 +128,7 @@ def test_a_gap_is_warned_of_once_and_again_when_it_has_doubled(
     assert "so far in 4 steps" in warnings[1]
 
 
-def test_without_a_bound_or_with_another_sampler_there_is_no_warning(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_gaps_that_are_no_fault(tmp_path: Path, caplog: Any) -> None:
     assert gaps(EngineGap(make_config(tmp_path, engine_gap_bound=None)), 5.0) == [{"distill/engine_gap": 5.0}]
     config = make_config(tmp_path)
     assert EngineGap(config).check({"actor/loss": 1.0}, 1) == {}
@@ -275,9 +269,7 @@ def test_settings_that_touch_no_teacher_do_not_start_it_over(tmp_path: Path, key
 
 
 @pytest.mark.parametrize("change", [{"resume_allow_changed": ["teacher"]}, {"temperature": 1.0}], ids=str)
-def test_a_teacher_that_was_meant_to_change_starts_over(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, change: dict[str, Any]
-) -> None:
+def test_a_teacher_may_be_meant_to_change(tmp_path: Path, caplog: Any, change: dict[str, Any]) -> None:
     second, teacher = resumed(tmp_path, 3.0, **change)
     assert "its probe starts over" in caplog.text
     assert second.check({"ref": teacher}, 40) == RIGHT
@@ -285,7 +277,7 @@ def test_a_teacher_that_was_meant_to_change_starts_over(
     second.load_state_dict({"tokens": [1], "temperature": 0.7, "log_probs": {"ref": [-9.0]}}, 30)  # one of before
 
 
-def test_a_teacher_that_scored_other_tokens_starts_over_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_teacher_that_scored_other_tokens_starts_over_alone(tmp_path: Path, caplog: Any) -> None:
     first, ref, own = make_probe(tmp_path, {"self": "base"}), Teacher(), Teacher()
     first.check({"ref": ref, "self": own}, 0)
     own.error = 3.0

@@ -169,7 +169,7 @@ def _newest_first(root: Path) -> list[Path]:
         return []
     text = latest.read_text().strip()
     if not text.isdecimal():
-        logger.warning("%s holds %r instead of a step; taking the newest folder", latest, text)
+        logger.warning("%s has %r instead of a step; taking the newest folder", latest, text)
         return folders
     return [step_folder(root, int(text)), *(path for path in folders if checkpoint_step(path) < int(text))]
 

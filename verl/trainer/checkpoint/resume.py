@@ -3,8 +3,8 @@
 In: this run's settings and identity, and the checkpoint that ``trainer.resume_mode`` names. Out: the checkpoint; a
 warning for each difference that may be; a ValueError that lists those that may not. All before anything starts.
 
-A run's identity says what settings cannot: a model, a teacher and data are the same wherever they lie. So a path is
-compared only where the identity does not cover it. What becomes of a difference is decided by the longest entry of
+A run's identity describes its models and data wherever they lie. So a path is compared only where the identity does not
+cover it. What becomes of a difference is decided by the longest entry of
 ``RULES`` that matches its key.
 """
 
@@ -203,14 +203,19 @@ def require_same_run(folder: Path, config: PPOConfig, identity: dict[str, Any]) 
     manifest, allowed = layout.read_manifest(folder), config.trainer.resume_allow_changed
     saved = _flatten(OmegaConf.to_container(OmegaConf.load(folder / "config.yaml")))
     now, identity = _flatten(_as_json(public_dict(config))), _as_json(identity)
-    both_judge = bool(saved.get("trainer.best_metric") and now["trainer.best_metric"]) and not config.trainer.val_only
+    both_have_rule = (
+        bool(saved.get("trainer.best_metric") and now["trainer.best_metric"]) and not config.trainer.val_only
+    )
     in_both = manifest.identity.keys() & identity.keys()
-    there = {key: value for key, value in saved.items() if not _is_covered(key, in_both)} | manifest.identity
-    here = now | identity
+    there, here = (
+        {key: value for key, value in settings.items() if not _is_covered(key, in_both)} | entries
+        for settings, entries in ((saved, manifest.identity), (now, identity))
+    )
     changed, texts = {}, {}
-    for key in [key for key in there if key in here]:  # a key that one version of this program lacks is no difference
-        rule, old, new = rule_of(key, both_judge), there[key], here[key]
-        # Maps in their order too: the first teacher or pattern that matches a source counts.
+    for key, old in there.items():
+        # A key that one of two versions of this program lacks is no difference.
+        rule, new = rule_of(key, both_have_rule), here.get(key, old)
+        # Maps differ by their order too: the first teacher or pattern that matches a source counts.
         is_same = old == new and (not isinstance(old, Mapping) or list(old) == list(new))
         if not is_same and rule is not Rule.IGNORE:
             changed[key] = rule
@@ -231,14 +236,14 @@ def require_same_run(folder: Path, config: PPOConfig, identity: dict[str, Any]) 
         logger.warning("resuming on %d ranks what %d wrote", config.trainer.world_size, manifest.world_size)
 
 
-def rule_of(key: str, both_judge: bool = False) -> Rule:
+def rule_of(key: str, both_have_rule: bool = False) -> Rule:
     """The rule of a setting or an entry of the identity.
 
     Args:
-        both_judge: both runs have a ``trainer.best_metric``.
+        both_have_rule: both runs have a ``trainer.best_metric``.
     """
     if matches(VALIDATION, key):
-        return Rule.REFUSE if both_judge else Rule.IGNORE
+        return Rule.REFUSE if both_have_rule else Rule.IGNORE
     matching = [entry for entry in RULES if matches([entry], key)]
     return RULES[max(matching, key=len)] if matching else Rule.WARN
 

@@ -123,7 +123,7 @@ class PromptStream:
                 f"data.train_batch_size={config.train_batch_size} is more than the {len(dataset)} usable prompts of "
                 f"data.train_files={config.train_files}; lower it, or see the data summary for dropped rows"
             )
-        self._dataset = dataset
+        self._dataset, self._config = dataset, config
         self._loader = StatefulDataLoader(
             dataset,
             batch_size=config.train_batch_size,
@@ -133,12 +133,6 @@ class PromptStream:
             drop_last=True,
             collate_fn=collate_fn,
         )
-        # The position means nothing for other data; its form depends on the loader's processes.
-        self._shape = {
-            "prompts": len(dataset),
-            "batch_size": config.train_batch_size,
-            "num_workers": config.dataloader_num_workers,
-        }
         self.epoch = 0
         """Complete passes over the data."""
         self.batches_per_epoch = len(self._loader)
@@ -152,7 +146,13 @@ class PromptStream:
 
     def state_dict(self) -> dict[str, Any]:
         """The position after the batch that was taken last."""
-        return {"loader": self._loader.state_dict(), "epoch": self.epoch, **self._shape}
+        return {"loader": self._loader.state_dict(), "epoch": self.epoch, **self._shape()}
+
+    def _shape(self) -> dict[str, int]:
+        """What a position belongs to: it means nothing for other data, and loader processes change its form."""
+        config = self._config
+        sizes = {"batch_size": config.train_batch_size, "num_workers": config.dataloader_num_workers}
+        return {"prompts": len(self._dataset), **sizes}
 
     def load_state_dict(self, state: Mapping[str, Any], *, may_start_over: bool) -> None:
         """Continue from a saved position.
@@ -165,7 +165,7 @@ class PromptStream:
         """
         was, now = (
             "{prompts} prompts in batches of {batch_size} by {num_workers} loader processes".format_map(shape)
-            for shape in (state, self._shape)
+            for shape in (state, self._shape())
         )
         if was == now:
             self._loader.load_state_dict(state["loader"])

@@ -118,7 +118,7 @@ def end_after(trainer: RayPPOTrainer, seconds: float) -> None:
         metrics = train_step(rows)
         spent += metrics["timing_s/step"]
         if spent >= seconds:
-            trainer.schedule.total_steps = trainer.global_steps
+            trainer.total_steps = trainer.global_steps
         return metrics
 
     trainer.train_step = timed_step  # type: ignore[method-assign]

@@ -36,8 +36,8 @@ def run(folder: Path, overrides: list[str], env: dict[str, str]) -> Run:
     return done
 
 
-def figures(of: Run) -> dict[int, dict[str, float]]:
-    """Figures by step but for what the clock says, and every step once."""
+def logged(of: Run) -> dict[int, dict[str, float]]:
+    """Metrics by step but for what the clock says, and every step once."""
     steps = [json.loads(line)["step"] for line in (of.folder / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, STEPS + 1))
     return {step: {k: v for k, v in data.items() if not k.startswith(CLOCK)} for step, data in of.metrics.items()}
@@ -50,7 +50,7 @@ def test_a_resumed_run_equals_a_whole_one(engine: str, env: dict[str, str], tmp_
     run(tmp_path / "halves", first_half, env)
     halves = run(tmp_path / "halves", settings(engine, 2), env)
     assert "resumed from" in halves.output
-    expected, got = figures(whole), figures(halves)
+    expected, got = logged(whole), logged(halves)
     for step in expected:
         assert got[step] == pytest.approx(expected[step], rel=1e-6, abs=1e-6), f"step {step}"
     assert halves.series("distill/teacher_canary") == pytest.approx([0, 0], abs=1e-5), "of both ranks, at both halves"
@@ -64,7 +64,7 @@ def test_a_run_goes_on_on_another_number_of_ranks_and_its_model_is_exported(
     run(tmp_path / "halves", settings("hf", 2, **{"trainer.total_training_steps": 2}), env)
     halves = run(tmp_path / "halves", settings("hf", 1), env)
     assert "resuming on 1 ranks what 2 wrote" in halves.output
-    expected, got = figures(whole), figures(halves)
+    expected, got = logged(whole), logged(halves)
     for step in expected:
         for key in ("distill/reverse_kl", "actor/pg_loss", "actor/grad_norm", "actor/lr", "response_length/mean"):
             assert got[step][key] == pytest.approx(expected[step][key], rel=1e-3, abs=1e-4), f"step {step}: {key}"

@@ -1,12 +1,43 @@
-"""Faults of a disk, for tests of what a run makes of them."""
+"""Faults of a disk and kills between two changes of it, for tests of what a run makes of them."""
 
+import os
 import resource
+import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+
+class Killed(BaseException):
+    """The process ends here."""
+
+
+@contextmanager
+def killed_at_change(monkeypatch: pytest.MonkeyPatch, number: int) -> Iterator[list[Killed]]:
+    """End the block before its n-th rename, link or removal of a folder; what it yields holds the kill afterwards."""
+    changes, kills = 0, []
+
+    def counted(original: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal changes
+            changes += 1
+            if changes == number:
+                raise Killed
+            return original(*args, **kwargs)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for owner, name in ((Path, "rename"), (Path, "replace"), (os, "link"), (shutil, "rmtree")):
+            patch.setattr(owner, name, counted(getattr(owner, name)))
+        try:
+            yield kills
+        except Killed as kill:
+            kills.append(kill)
 
 
 @contextmanager

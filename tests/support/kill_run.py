@@ -1,15 +1,15 @@
-"""Kill a run again and again, resume it each time, and hold what comes out against a run that was never touched.
+"""Kill a run again and again, resume it each time, and compare it with a run that was never touched.
 
     make soak                                                # 20 kills over 30 steps
     make soak ARGS="--kills 3 --steps 6 --engine vllm"
 
-A tiny student and teacher on the CPU, two ranks, a checkpoint every step, written beside the training. Kill k comes
+A tiny student and teacher on the CPU, two ranks, a checkpoint every step, written while training goes on. Kill k comes
 once step k * steps / (kills + 1) is logged. SIGKILL goes to the driver, a rank and an engine in turn, after a random
 wait: within a step, inside a save, or before the first step of a resumed run::
 
-    start ─► wait for the moment ─► SIGKILL ─► the driver ends ─► nothing is left ─► every checkpoint reads ─► resume
+    start ─► wait for the moment ─► SIGKILL ─► the driver ends ─► no process is left ─► every checkpoint reads ─► resume
 
-The last line is one JSON object; the exit code is 0 if nothing in it is wrong. ``lost_steps`` are no fault: they were
+The last line is one JSON object; the exit code is 0 if it counts no fault. ``lost_steps`` are no fault: they were
 logged, and taken again.
 """
 
@@ -20,49 +20,51 @@ import random
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Any
+from subprocess import TimeoutExpired
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file
 
 from recipe.onpolicy_distill.tiny_tokenizers import build_tiny_tokenizers
-from support.launch import Run, launch_command, launch_environment, script_env, small_run, write_onerec_parquet
-from support.processes import RAY_AGENTS, adopt_orphans, below, of_kind, wait_gone
+from support.launch import Run, script_env, small_run, write_onerec_parquet
+from support.running import Running, processes_of
 from support.tiny_pairs import Pair, make_pair
 from verl.config import TrainerConfig
-from verl.trainer.checkpoint import layout as checkpoint
-from verl.trainer.checkpoint.manifest import find_faults
+from verl.trainer.checkpoint import layout
 from verl.weight_sync.send import FOLDER_PREFIX, SHARED_MEMORY
 from verl.workers.fsdp.shard_files import ShardReader
 
 FAULTS = ("mismatches", "unreadable_checkpoints", "orphans", "shared_memory_left", "other")
-VICTIMS = ("driver", "rank", "engine")
+TITLES = {"rank": ("ray::WorkerHost",), "engine": ("ray::HFReplica", "ray::VLLMReplica", "VLLM::")}
+"""How titles of the processes begin, by what they are."""
+VICTIMS = ("driver", *TITLES)
+RAY_AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
+"""They hold no model and no port of the run, and wait a minute for Ray's head before they end after it."""
 WHOLE, KILLED = "whole", "killed"
 """Folders of the run that is left alone, and of the one that is killed."""
 CLOCK = ("timing", "perf/")
-"""Beginnings of the names of figures that are measured by the clock."""
+"""Beginnings of the names of metrics that are measured by the clock."""
 TOLERANCE = 1e-6
 ROUNDING, ROUNDING_BOUND = ("training/rollout_log_probs_diff", "distill/engine_gap"), 1e-4
-"""Figures of rounding itself: engines batch requests as they come, and a batch of another size rounds otherwise."""
+"""Metrics of rounding itself: engines batch requests as they come, and a batch of another size rounds otherwise."""
 PATIENCE_S = 300
 """How long a run may take to get to the moment of its kill, or to its end."""
 WORKERS_GONE_S, AGENTS_GONE_S = 30, 90
-"""After a driver ended: how long ranks, engines and Ray's servers may take to follow, and Ray's agents."""
+"""How long after the driver's end ranks, engines and Ray's servers may take to end, and Ray's agents."""
 QUIET = {
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "OMP_WAIT_POLICY": "PASSIVE",
-    "PYTHONUNBUFFERED": "1",
+    "WANDB_MODE": "offline",
 }
 
 
@@ -72,16 +74,15 @@ QUIET = {
 def unreadable(root: Path) -> list[str]:
     """What is wrong with the checkpoints of a run's folder: one line for each that is not whole or cannot be read."""
     faults = []
-    for folder in checkpoint.step_folders(root):
-        found = find_faults(folder)
+    for folder in layout.step_folders(root):
         try:
-            found = found or read_whole(folder)
+            found = layout.find_faults(folder) or read_whole(folder)
         except Exception as error:
             # Whatever goes wrong in reading is the finding.
             found = [f"{type(error).__name__}: {error}"]
         faults += [f"{folder.name}: {fault}" for fault in found]
     try:
-        checkpoint.find_checkpoint(TrainerConfig(default_local_dir=str(root)))
+        layout.find_checkpoint(TrainerConfig(default_local_dir=str(root)))
     except ValueError as error:
         faults.append(str(error))
     return faults
@@ -92,40 +93,26 @@ def read_whole(folder: Path) -> list[str]:
     shards, nan = ShardReader(folder / "actor" / "shards"), float("nan")
     tensors = {k: torch.full(tuple(e.size), nan, dtype=e.properties.dtype) for k, e in shards.tensors.items()}
     shards.read(tensors)
-    torch.load(folder / checkpoint.DATA_STATE, weights_only=True)
+    torch.load(folder / layout.DRIVER_STATE, weights_only=True)
     for path in folder.glob("actor/extra_rank_*.safetensors"):
         load_file(path)
     load_file(folder / "actor" / "huggingface" / "model.safetensors")
     return [f"{key} is not finite" for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
 
 
-def logged_steps(root: Path) -> list[int]:
-    """Steps of ``metrics.jsonl`` in its order; a last line that is not whole counts for nothing."""
-    path = root / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
-    return [json.loads(line)["step"] for line in lines if line.endswith("\n")]
-
-
-def figures(of: Run) -> dict[int, dict[str, float]]:
-    """What was logged of each step, without what the clock says."""
-    return {step: {k: v for k, v in data.items() if not k.startswith(CLOCK)} for step, data in of.metrics.items()}
-
-
-def differs(key: str, one: float, other: float) -> bool:
-    """Whether two figures are further apart than their tolerance, relative or absolute."""
-    tolerance = ROUNDING_BOUND if key.startswith(ROUNDING) else TOLERANCE
-    return not abs(one - other) <= max(tolerance, tolerance * abs(one))
-
-
 def mismatches(expected: Run, got: Run, steps: int) -> list[str]:
-    """Where the resumed run is not the one that was never touched: figures of every step, and the last weights."""
-    wrong = [] if logged_steps(got.folder) == list(range(1, steps + 1)) else ["metrics.jsonl has not every step once"]
-    ours, theirs = figures(expected), figures(got)
+    """Metrics of every step and last weights in which the resumed run differs from the one that was never touched."""
+    lines = (got.folder / "metrics.jsonl").read_text().splitlines()
+    every_step_once = [json.loads(line)["step"] for line in lines] == list(range(1, steps + 1))
+    wrong = [] if every_step_once else ["metrics.jsonl has not every step once"]
+    ours, theirs = expected.metrics, got.metrics
     for step in sorted(ours.keys() | theirs.keys()):
         one, other = ours.get(step, {}), theirs.get(step, {})
-        nan = float("nan")
-        keys = [k for k in sorted(one.keys() | other.keys()) if differs(k, one.get(k, nan), other.get(k, nan))]
-        wrong += [f"step {step}, {key}: {one.get(key)} and {other.get(key)}" for key in keys]
+        for key in sorted(key for key in one.keys() | other.keys() if not key.startswith(CLOCK)):
+            tolerance = ROUNDING_BOUND if key.startswith(ROUNDING) else TOLERANCE
+            a, b = one.get(key, float("nan")), other.get(key, float("nan"))
+            if not abs(a - b) <= max(tolerance, tolerance * abs(a)):
+                wrong.append(f"step {step}, {key}: {one.get(key)} and {other.get(key)}")
     last = f"global_step_{steps}/actor/huggingface/model.safetensors"
     weights, resumed = load_file(expected.folder / last), load_file(got.folder / last)
     wrong += [] if weights.keys() == resumed.keys() else ["other tensors"]
@@ -136,112 +123,61 @@ def mismatches(expected: Run, got: Run, steps: int) -> list[str]:
 # ------------------------------------------------------------------ one run after the other
 
 
-@dataclass
-class Report:
-    """What happened, and what of it is wrong."""
+class Driver(Running):
+    """A run from its start, resumed or not."""
 
-    kills: Counter[str] = field(default_factory=Counter)
-    """By what was killed."""
-    in_save: int = 0
-    """Kills while a checkpoint was being written."""
-    before_first_step: int = 0
-    """Kills while a run started or resumed."""
-    resumes: int = 0
-    lost_steps: int = 0
-    slowest_end_s: float = 0.0
-    """From the kill of a rank or an engine to the end of the driver."""
-    faults: dict[str, list[str]] = field(default_factory=lambda: {kind: [] for kind in FAULTS})
-
-    def add(self, kind: str, lines: list[str]) -> None:
-        """Note faults, and show them at once."""
-        self.faults[kind] += lines
-        for line in lines:
-            print(f"{kind}: {line}", flush=True)
-
-    def line(self, **more: Any) -> str:
-        """The JSON line."""
-        own = {name: value for name, value in vars(self).items() if name != "faults"}
-        own |= {
-            "kills": sum(self.kills.values()),
-            "kills_of": self.kills,
-            "slowest_end_s": round(self.slowest_end_s, 1),
-        }
-        return json.dumps({**own, **{kind: len(lines) for kind, lines in self.faults.items()}, **more})
-
-
-class Driver:
-    """One process that trains, from its start; ``with`` ends it and all that is below it."""
-
-    def __init__(self, folder: Path, overrides: list[str], env: dict[str, str]) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.folder = folder
-        self._console = folder / "console.log"
-        self._earlier_bytes = self._console.stat().st_size if self._console.exists() else 0
-        with open(self._console, "ab") as output:
-            self._process = subprocess.Popen(
-                launch_command(folder, overrides),
-                cwd=folder,
-                env=launch_environment({**QUIET, "PYTHONUNBUFFERED": "1", **env}),
-                stdout=output,
-                stderr=output,
-            )
-        self.pid = self._process.pid
-
-    def __enter__(self) -> "Driver":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for pid in [] if self.has_ended() else [self.pid, *(process.pid for process in below(self.pid))]:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        self._process.wait()
-
-    def has_ended(self) -> bool:
-        """Whether it is gone."""
-        return self._process.poll() is not None
+    @property
+    def pid(self) -> int:
+        return self.process.pid
 
     def end(self) -> int | None:
         """Wait for its end: its exit code, or None where it does not end."""
-        with suppress(subprocess.TimeoutExpired):
-            return self._process.wait(PATIENCE_S)
+        with suppress(TimeoutExpired):
+            return self.process.wait(PATIENCE_S)
         return None
-
-    def output(self) -> str:
-        """What it said so far."""
-        with open(self._console, "rb") as console:
-            console.seek(self._earlier_bytes)
-            return console.read().decode(errors="replace")
 
     def last_step(self) -> int:
         """The last step that it took; 0: none yet."""
-        return max((int(step) for step in re.findall(r"^step (\d+) \|", self.output(), re.MULTILINE)), default=0)
+        return max((int(step) for step in re.findall(r"^step (\d+) \|", self.output, re.MULTILINE)), default=0)
 
     def resumed_at(self) -> int:
-        """The step that it went on from; 0: it started afresh."""
-        found = re.search(r"resumed from \S+ at step (\d+)", self.output())
+        """The step that it resumed from; 0: it started afresh."""
+        found = re.search(r"resumed from \S+ at step (\d+)", self.output)
         return int(found[1]) if found else 0
 
     def is_saving(self) -> bool:
-        """Whether a checkpoint lies there unfinished."""
+        """Whether a checkpoint is being written."""
         return any(self.folder.glob("global_step_*.unfinished"))
+
+    def of_kind(self, kind: str) -> list[int]:
+        """Ids of its processes of one kind of ``VICTIMS``."""
+        return [self.pid] if kind == "driver" else sorted(set().union(*map(self.processes, TITLES[kind])))
 
     def wait_until(self, condition: Callable[[], bool]) -> bool:
         """Poll until a condition holds; False where the driver ended before, or neither comes."""
         deadline = time.monotonic() + PATIENCE_S
-        while not self.has_ended() and time.monotonic() < deadline:
+        while self.process.poll() is None and time.monotonic() < deadline:
             if condition():
                 return True
             time.sleep(0.005)
         return False
 
+    def outliving(self, timeout_s: float, spared: tuple[str, ...] = ()) -> list[str]:
+        """Titles of the processes that still run ``timeout_s`` after the driver's end."""
+        deadline = time.monotonic() + timeout_s
+        while left := [title for title in processes_of(self.pid).values() if not title.startswith(spared)]:
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.1)
+        return left
 
-@dataclass
-class Kill:
+
+class Kill(NamedTuple):
     """What is killed, and when."""
 
     victim: str
     moment: str
-    """``start``: before the first step; ``step``: at any instant of a step; ``save``: while a checkpoint is written."""
+    """``start``: before the first step; ``step``: anywhere in a step; ``save``: while a checkpoint is written."""
     after_step: int
     """The first step after which ``step`` and ``save`` may be."""
 
@@ -254,19 +190,23 @@ def plan_kills(count: int, steps: int, rng: random.Random) -> list[Kill]:
 
 
 class Soak:
-    """A run that is killed, and one that is not.
-
-    Args:
-        folder: where both lie.
-        overrides: of both.
-        env: what the launch script is told.
-    """
+    """A run that is killed and one that is not, in one folder, and what was counted of them."""
 
     def __init__(self, folder: Path, overrides: list[str], env: dict[str, str], rng: random.Random) -> None:
-        self.report = Report()
-        self._folder, self._overrides, self._env, self._rng = folder, overrides, env, rng
+        self._folder, self._overrides, self._env, self._rng = folder, overrides, {**QUIET, **env}, rng
+        self.kills_of: Counter[str] = Counter()
+        self.counts = Counter(in_save=0, before_first_step=0, resumes=0, lost_steps=0)
+        self.slowest_end_s = 0.0
+        """From the kill of a rank or an engine to the end of the driver."""
+        self.faults: dict[str, list[str]] = {kind: [] for kind in FAULTS}
         self._reached = 0
         self._waits = {"start": 0.0, "step": 0.0, "save": 0.0}
+
+    def add_faults(self, kind: str, lines: list[str]) -> None:
+        """Note faults, and show them at once."""
+        self.faults[kind] += lines
+        for line in lines:
+            print(f"{kind}: {line}", flush=True)
 
     def leave_alone(self, name: str) -> Run:
         """A run, or the rest of one, from its start to its own end."""
@@ -275,23 +215,22 @@ class Soak:
             driver.wait_until(lambda: driver.last_step() > 0)
             started_s = time.monotonic() - began
             status = driver.end()
-        run = Run(driver.folder, driver.output(), -1 if status is None else status)
-        if run.returncode:
-            raise SystemExit(f"the run in {run.folder} ended with {status}:\n{run.output[-4000:]}")
+            run = Run(driver.folder, driver.output, -1 if status is None else status)
+            if run.returncode:
+                raise SystemExit(f"the run in {run.folder} ended with {status}:\n{run.output[-4000:]}")
+            self.add_faults("orphans", driver.outliving(AGENTS_GONE_S))
         step_s = median(run.series("timing_s/step"))
         self._waits = {"start": started_s, "step": 2 * step_s, "save": step_s}
         if name == KILLED:
             self._note_resume(driver)
-        self.report.add("orphans", wait_gone(driver.pid, AGENTS_GONE_S))
         return run
 
     def kill(self, kill: Kill) -> None:
-        """Start the run, or go on with it, and end it by force."""
-        wait_s = self._rng.uniform(0, self._waits[kill.moment])
+        """Start the run, or resume it, and end it by force."""
         with Driver(self._folder / KILLED, self._overrides, self._env) as driver:
-            pid = self._wait_for(kill, wait_s, driver)
+            pid = self._wait_for(kill, self._rng.uniform(0, self._waits[kill.moment]), driver)
             if pid is None:
-                self.report.add("other", [f"{kill}: the moment did not come; {driver.output()[-2000:]}"])
+                self.add_faults("other", [f"{kill}: the moment did not come; {driver.output[-2000:]}"])
                 return
             in_save = driver.is_saving()
             with suppress(ProcessLookupError):  # it ended of itself, which the driver's end will tell
@@ -300,15 +239,14 @@ class Soak:
             status = driver.end()
             took_s = time.monotonic() - began
             if not status:
-                self.report.add("other", [f"{kill}: the driver ended with {status} after {took_s:.1f} s"])
+                self.add_faults("other", [f"{kill}: the driver ended with {status} after {took_s:.1f} s"])
             print(f"{kill}, in a save: {in_save}, at step {driver.last_step()}; ended after {took_s:.1f} s", flush=True)
-        self.report.kills[kill.victim] += 1
-        self.report.in_save += in_save
-        self.report.before_first_step += driver.last_step() == 0
-        self.report.slowest_end_s = max(self.report.slowest_end_s, took_s)
+            self.add_faults("orphans", driver.outliving(WORKERS_GONE_S, RAY_AGENTS))
+        self.kills_of[kill.victim] += 1
+        self.counts.update(in_save=in_save, before_first_step=driver.last_step() == 0)
+        self.slowest_end_s = max(self.slowest_end_s, took_s)
         self._note_resume(driver)
-        self.report.add("orphans", wait_gone(driver.pid, WORKERS_GONE_S, RAY_AGENTS))
-        self.report.add("unreadable_checkpoints", unreadable(driver.folder))
+        self.add_faults("unreadable_checkpoints", unreadable(driver.folder))
 
     def _wait_for(self, kill: Kill, wait_s: float, driver: Driver) -> int | None:
         """The process to kill, at the moment to kill it; None: that does not come."""
@@ -321,18 +259,18 @@ class Soak:
             # A machine that was busier when the waits were measured must not let the run get away.
             latest = 1 if kill.moment == "start" else kill.after_step + 1
             is_over = time.monotonic() > until or driver.last_step() >= latest
-            return is_over and bool(of_kind(kill.victim, driver.pid))
+            return is_over and bool(driver.of_kind(kill.victim))
 
         if not driver.wait_until(is_due):
             return None
         until = time.monotonic() + wait_s
-        return self._rng.choice(of_kind(kill.victim, driver.pid) or [None]) if driver.wait_until(is_time) else None
+        return self._rng.choice(driver.of_kind(kill.victim) or [None]) if driver.wait_until(is_time) else None
 
     def _note_resume(self, driver: Driver) -> None:
-        """Count what a run took again of what earlier ones had logged, once it has got as far as that."""
-        self.report.resumes += driver.resumed_at() > 0
+        """Count the steps that a run took again of those that earlier ones had logged, once it has got that far."""
+        self.counts["resumes"] += driver.resumed_at() > 0
         if driver.resumed_at() or driver.last_step():
-            self.report.lost_steps += self._reached - driver.resumed_at()
+            self.counts["lost_steps"] += self._reached - driver.resumed_at()
             self._reached = max(driver.last_step(), driver.resumed_at())
 
 
@@ -366,31 +304,35 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of victims and moments")
     parser.add_argument("--folder", type=Path, help="kept; default: a temporary one, which goes where all is well")
     args = parser.parse_args()
-    began, rng = time.monotonic(), random.Random(args.seed)
+    began, rng, memory = time.monotonic(), random.Random(args.seed), shared_memory()
     folder = args.folder or Path(tempfile.mkdtemp(prefix="kill-run-"))
     folder.mkdir(parents=True, exist_ok=True)
-    adopt_orphans()
-    memory = shared_memory()
     soak = Soak(folder, *make_run(folder, args.engine, args.steps), rng)
     whole = soak.leave_alone(WHOLE)
     for kill in plan_kills(args.kills, args.steps, rng):
         soak.kill(kill)
     killed = Run(folder / KILLED, "", 0)
-    if checkpoint.newest_whole(killed.folder) != checkpoint.step_folder(killed.folder, args.steps):
-        soak.leave_alone(KILLED)  # else the last kill came behind the last checkpoint, and there is nothing to train
-    report = soak.report
-    report.add("unreadable_checkpoints", unreadable(killed.folder))
-    report.add("mismatches", mismatches(whole, killed, args.steps))
-    report.add("shared_memory_left", sorted(shared_memory() - memory))
-    if sum(report.kills.values()) != args.kills:
-        report.add("other", [f"{sum(report.kills.values())} of {args.kills} kills"])
-    is_well = not any(report.faults.values())
+    if layout.newest_whole(killed.folder) != layout.step_folder(killed.folder, args.steps):
+        soak.leave_alone(KILLED)  # else the last kill came after the last checkpoint, and there is nothing to train
+    kills = soak.kills_of.total()
+    soak.add_faults("unreadable_checkpoints", unreadable(killed.folder))
+    soak.add_faults("mismatches", mismatches(whole, killed, args.steps))
+    soak.add_faults("shared_memory_left", sorted(shared_memory() - memory))
+    soak.add_faults("other", [] if kills == args.kills else [f"{kills} of {args.kills} kills"])
+    is_well = not any(soak.faults.values())
     if is_well and args.folder is None:
         shutil.rmtree(folder)
     elif not is_well:
         print(f"everything lies in {folder}", flush=True)
-    settings = {"engine": args.engine, "steps": args.steps, "seed": args.seed}
-    print(report.line(**settings, seconds=round(time.monotonic() - began)), flush=True)
+    report = {"kills": kills, "kills_of": soak.kills_of, **soak.counts, "slowest_end_s": round(soak.slowest_end_s, 1)}
+    report |= {kind: len(lines) for kind, lines in soak.faults.items()}
+    report |= {
+        "engine": args.engine,
+        "steps": args.steps,
+        "seed": args.seed,
+        "seconds": round(time.monotonic() - began),
+    }
+    print(json.dumps(report), flush=True)
     return 0 if is_well else 1
 
 

@@ -4,6 +4,7 @@ In: ``DataConfig`` and a tokenizer. Out: data sets, and loaders whose position c
 Tokenises nothing itself: chat templates are applied by the data set (to count) and by the agent loops (to generate).
 """
 
+import logging
 import os
 import signal
 import warnings
@@ -25,6 +26,8 @@ from verl.utils.dataset.source_mix import group_by_weight, mixed_order
 
 # torchdata calls what torch has deprecated; nothing a user of either could do about it.
 warnings.filterwarnings("ignore", message="'set_vital' is deprecated", category=UserWarning)
+
+logger = logging.getLogger(__name__)
 
 TRAIN_DROPPED_ROWS = "dropped_rows.jsonl"
 VAL_DROPPED_ROWS = "dropped_rows_val.jsonl"
@@ -53,6 +56,14 @@ def build_datasets(
         ValueError: files that cannot be read, or hold no usable prompt.
     """
 
+    files: Any = config.train_files
+    samples, synthetic = config.train_max_samples, config.synthetic_item_prompts
+    if synthetic.count:
+        prompt_column = config.prompt_key if get_dataset_class(files, config) is RLHFDataset else None
+        made = make_prompt_file(config, tokenizer, prompt_column)
+        # The made file comes first and whole; data.train_max_samples limits the user's own files.
+        files, samples = [made, *expand_data_files(files)], samples if samples < 0 else synthetic.count + samples
+
     def build(files: Any, max_samples: int, dropped_rows: str) -> RLHFDataset:
         return create_rl_dataset(
             files,
@@ -65,24 +76,8 @@ def build_datasets(
             tool_schemas=tool_schemas,
         )
 
-    train = build(*_training_files(config, tokenizer), TRAIN_DROPPED_ROWS)
-    if not config.val_files:
-        return train, None
-    return train, build(config.val_files, config.val_max_samples, VAL_DROPPED_ROWS)
-
-
-def _training_files(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[Any, int]:
-    """The files of the training prompts, and how many of their first rows are read (-1: all).
-
-    The file of ``data.synthetic_item_prompts`` comes first, whole: ``data.train_max_samples`` speaks of the user's.
-    """
-    files: Any = config.train_files
-    samples, synthetic = config.train_max_samples, config.synthetic_item_prompts
-    if not synthetic.count:
-        return files, samples
-    prompt_column = config.prompt_key if get_dataset_class(files, config) is RLHFDataset else None
-    made = make_prompt_file(config, tokenizer, prompt_column)
-    return [made, *expand_data_files(files)], samples if samples < 0 else synthetic.count + samples
+    train = build(files, samples, TRAIN_DROPPED_ROWS)
+    return train, build(config.val_files, config.val_max_samples, VAL_DROPPED_ROWS) if config.val_files else None
 
 
 class EpochSampler(Sampler[int]):
@@ -113,28 +108,76 @@ class EpochSampler(Sampler[int]):
         return iter(random.permutation(len(self)).tolist() if self._shuffle else range(len(self)))
 
 
-def build_train_loader(dataset: RLHFDataset, config: DataConfig) -> StatefulDataLoader:
-    """Whole batches of ``data.train_batch_size`` prompts, in a new order every epoch where ``data.shuffle``.
+class PromptStream:
+    """Endless batches of ``data.train_batch_size`` training prompts, and the position in them.
 
-    Call the data set's ``set_epoch`` before each pass, the first after ``load_state_dict`` included.
+    The order depends on ``data.seed`` and the epoch alone, whether or not a run stops in between.
 
     Raises:
         ValueError: fewer usable prompts than one batch.
     """
-    if len(dataset) < config.train_batch_size:
-        raise ValueError(
-            f"data.train_batch_size={config.train_batch_size} is more than the {len(dataset)} usable prompts of "
-            f"data.train_files={config.train_files}; lower it, or see the data summary for dropped rows"
+
+    def __init__(self, dataset: RLHFDataset, config: DataConfig) -> None:
+        if len(dataset) < config.train_batch_size:
+            raise ValueError(
+                f"data.train_batch_size={config.train_batch_size} is more than the {len(dataset)} usable prompts of "
+                f"data.train_files={config.train_files}; lower it, or see the data summary for dropped rows"
+            )
+        self._dataset, self._config = dataset, config
+        self._loader = StatefulDataLoader(
+            dataset,
+            batch_size=config.train_batch_size,
+            sampler=EpochSampler(dataset, config.seed, config.shuffle, config.source_weights),
+            num_workers=config.dataloader_num_workers,
+            worker_init_fn=detach_loader,
+            drop_last=True,
+            collate_fn=collate_fn,
         )
-    return StatefulDataLoader(
-        dataset,
-        batch_size=config.train_batch_size,
-        sampler=EpochSampler(dataset, config.seed, config.shuffle, config.source_weights),
-        num_workers=config.dataloader_num_workers,
-        worker_init_fn=detach_loader,
-        drop_last=True,
-        collate_fn=collate_fn,
-    )
+        self.epoch = 0
+        """Complete passes over the data."""
+        self.batches_per_epoch = len(self._loader)
+
+    def batches(self) -> Iterator[dict[str, Any]]:
+        """Batches of rows from the current position on; never ends."""
+        while True:
+            self._dataset.set_epoch(self.epoch)
+            yield from self._loader
+            self.epoch += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position after the batch that was taken last."""
+        return {"loader": self._loader.state_dict(), "epoch": self.epoch, **self._shape()}
+
+    def _shape(self) -> dict[str, int]:
+        """What a position belongs to: it means nothing for other data, and loader processes change its form."""
+        config = self._config
+        sizes = {"batch_size": config.train_batch_size, "num_workers": config.dataloader_num_workers}
+        return {"prompts": len(self._dataset), **sizes}
+
+    def load_state_dict(self, state: Mapping[str, Any], *, may_start_over: bool) -> None:
+        """Continue from a saved position.
+
+        Args:
+            may_start_over: if the position belongs to other data, start over instead of raising.
+
+        Raises:
+            ValueError: the data, the batch size or the loader's processes are not those of the position.
+        """
+        was, now = (
+            "{prompts} prompts in batches of {batch_size} by {num_workers} loader processes".format_map(shape)
+            for shape in (state, self._shape())
+        )
+        if was == now:
+            self._loader.load_state_dict(state["loader"])
+            self.epoch = state["epoch"]
+            return
+        difference = f"the checkpoint was saved after training on {was}, and this run has {now}"
+        if not may_start_over:
+            raise ValueError(
+                f"{difference}: its position would repeat some and leave out others; give the same data.* settings, or "
+                "start the data over with trainer.resume_allow_changed=[data]"
+            )
+        logger.warning("%s: the training data start over", difference)
 
 
 def build_val_loader(dataset: RLHFDataset, config: DataConfig) -> StatefulDataLoader:

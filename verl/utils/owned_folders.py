@@ -1,7 +1,7 @@
-"""Temporary folders that outlive no owner: what a killed process left is found and removed by the next one.
+"""Temporary folders that do not outlive their process: what a killed process left, the next one removes.
 
-Each is locked for as long as its process lives; the system takes the lock away however that ends. A folder that can be
-locked is therefore nobody's. In shared memory that matters: what is left there is memory that nobody gets back.
+Each folder is locked while its process lives, and the system releases the lock however the process ends. A folder that
+can be locked is therefore abandoned. This matters in shared memory, which nobody else would free.
 """
 
 import fcntl
@@ -9,6 +9,7 @@ import logging
 import os
 import shutil
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +23,7 @@ class OwnedFolder(NamedTuple):
     lock: int
 
     def remove(self) -> None:
-        """Delete it, then give the lock back."""
+        """Delete the folder and release the lock."""
         shutil.rmtree(self.path, ignore_errors=True)
         os.close(self.lock)
 
@@ -38,31 +39,26 @@ def make_owned_folder(parent: Path, prefix: str) -> OwnedFolder:
         lock = _lock(path)
         if lock is not None and path.exists():
             return OwnedFolder(path, lock)
-        if lock is not None:  # `remove_abandoned` elsewhere was quicker than the lock
+        if lock is not None:  # `remove_abandoned` of another process was quicker than the lock
             os.close(lock)
 
 
 def remove_abandoned(parent: Path, prefix: str) -> None:
-    """Remove this user's folders of that prefix whose processes are gone."""
+    """Remove this user's folders of that prefix whose processes have ended."""
     for path in parent.glob(f"{prefix}*"):
         lock = _lock(path)
-        if lock is None:
-            continue
-        logger.info("removing %s, which a killed run left", path)
-        OwnedFolder(path, lock).remove()
+        if lock is not None:
+            logger.info("removing %s, which a killed run left", path)
+            OwnedFolder(path, lock).remove()
 
 
 def _lock(path: Path) -> int | None:
-    """A lock on a folder; None where another process has it, or there is no such folder of this user."""
-    try:
+    """Lock a folder; None if another process holds the lock, or this user has no such folder."""
+    with suppress(OSError):
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    except OSError:
-        return None
-    try:
-        if os.fstat(descriptor).st_uid == os.getuid():
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return descriptor
-    except BlockingIOError:
-        pass
-    os.close(descriptor)
+        with suppress(BlockingIOError):
+            if os.fstat(descriptor).st_uid == os.getuid():
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return descriptor
+        os.close(descriptor)
     return None

@@ -13,7 +13,7 @@ from verl.config import PPOConfig, TrainerConfig
 from verl.experimental.agent_loop.base import RolloutError
 from verl.single_controller.base import WorkerError
 from verl.trainer.checkpoint.best import BestMetricError
-from verl.trainer.checkpoint.manifest import seal
+from verl.trainer.checkpoint.layout import seal
 from verl.trainer.checkpoint.saver import CheckpointError
 from verl.trainer.launch import run as module
 from verl.trainer.launch.run import run

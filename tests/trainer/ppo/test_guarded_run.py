@@ -36,12 +36,12 @@ def config(tiny_pair: Any, tmp_path: Path) -> Callable[..., PPOConfig]:
     return build
 
 
-def figures(folder: Path) -> list[dict[str, Any]]:
+def logged(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line)["data"] for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
 
 
 def series(folder: Path, name: str) -> list[float]:
-    return [step[name] for step in figures(folder)]
+    return [step[name] for step in logged(folder)]
 
 
 def weights(folder: Path, step: int) -> dict[str, torch.Tensor]:
@@ -65,7 +65,7 @@ def before_step(step: int, act: Callable[[Any], None]) -> Callable[[Any], None]:
 
 
 def with_bad_advantages(bad: Callable[[int], bool]) -> Callable[[Any], None]:
-    """One advantage in every mini-batch that is no number, in the steps that are said to be bad."""
+    """One advantage in every mini-batch that is no number, in the steps that are bad."""
 
     def tamper(trainer: Any) -> None:
         advantage = trainer.advantage
@@ -88,7 +88,7 @@ def nudge_teacher(trainer: Any) -> None:
     named_weights(module)["model.layers.1.mlp.up_proj.weight"].mul_(1.1)
 
 
-def test_an_untouched_run_passes_every_guard(config: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_untouched_run_passes_every_guard(config: Any, tmp_path: Path, caplog: Any) -> None:
     run_in_process(config(max_skipped_updates=0, canary_tolerance=0, engine_gap_bound=1e-4))
     assert series(tmp_path, "distill/teacher_canary") == [0] * STEPS, "equal to the bit"
     assert series(tmp_path, "actor/updates") == [UPDATES] * STEPS
@@ -99,7 +99,7 @@ def test_an_untouched_run_passes_every_guard(config: Any, tmp_path: Path, caplog
     assert not [record for record in caplog.records if record.name.startswith("verl.trainer.ppo.guards")]
 
 
-def test_one_bad_batch_costs_its_own_updates(config: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_one_bad_batch_costs_its_own_updates(config: Any, tmp_path: Path, caplog: Any) -> None:
     run_in_process(config(), tamper=with_bad_advantages(lambda step: step == 3))
     assert series(tmp_path, "actor/updates") == [2, 2, 0, 2]
     assert series(tmp_path, "actor/skipped_updates") == [0, 0, 2, 0]
@@ -126,11 +126,11 @@ def test_a_teacher_that_changes_between_checkpoints_ends_the_run(config: Any, tm
         run_in_process(config(canary_tolerance=1e-3), tamper=before_step(3, nudge_teacher))
     assert "after step 2, where they were right" in str(stop.value)
     assert str(stop.value).endswith(f"{tmp_path / 'run' / 'global_step_2'} is whole and safe")
-    assert len(figures(tmp_path)) == 3 and series(tmp_path, "actor/updates") == [2, 2, 2]
+    assert len(logged(tmp_path)) == 3 and series(tmp_path, "actor/updates") == [2, 2, 2]
     assert not (tmp_path / "run" / "global_step_3").exists()
     assert not (tmp_path / "run" / "global_step_3.unfinished").exists()
 
-    with pytest.raises(GuardError, match=r"resumed at step 2: the \d+ log-probs of its canary differ"):
+    with pytest.raises(GuardError, match=r"resumed at step 2: the \d+ log-probs of its probe differ"):
         # The same wrong weights from the start: only the checkpoint knows what is right.
         run_in_process(config(canary_tolerance=1e-3), tamper=nudge_teacher)
     run_in_process(config(canary_tolerance=1e-3))
@@ -139,7 +139,7 @@ def test_a_teacher_that_changes_between_checkpoints_ends_the_run(config: Any, tm
 
 @torch.no_grad()
 def nudge_item_rows(trainer: Any) -> None:
-    """Change what the frozen student reads and says of item tokens, and nothing else of it."""
+    """Change what the frozen student reads and scores of item tokens and nothing else."""
     module = trainer.role_groups["self"]._worker.actor.actor_module
     start = trainer.config.actor_rollout_ref.rollout.extend_start
     for name, tensor in named_weights(module).items():
@@ -148,26 +148,22 @@ def nudge_item_rows(trainer: Any) -> None:
 
 
 @pytest.mark.parametrize("vocabulary", ["full", "stitched"])
-def test_a_fault_in_the_item_rows_of_a_teacher_that_knows_them_ends_the_run(
-    config: Any, tmp_path: Path, vocabulary: str
-) -> None:
+def test_a_fault_in_item_rows_ends_the_run(config: Any, tmp_path: Path, vocabulary: str) -> None:
     settings = config(canary_tolerance=1e-3)
     settings.algorithm.distill.teachers = {"self": TeacherConfig(vocabulary=vocabulary, sources=["letters"])}
     with pytest.raises(GuardError, match=r"^teacher 'self' at step 2 scores otherwise"):
         run_in_process(settings, tamper=before_step(2, nudge_item_rows))
-    assert figures(tmp_path)[0]["distill_teacher/self/teacher_canary"] == 0
+    assert logged(tmp_path)[0]["distill_teacher/self/teacher_canary"] == 0
 
 
-def test_an_engine_that_is_left_behind_is_said_once(
-    config: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_engine_left_behind_is_warned_of(config: Any, tmp_path: Path, caplog: Any) -> None:
     def stop_syncing(trainer: Any) -> None:
         trainer.sync_weights = lambda: None
 
     run_in_process(config(engine_gap_bound=1e-4, save_freq=-1), tamper=stop_syncing)
     assert series(tmp_path, "distill/engine_gap_exceeded") == [0, 1, 1, 1], "stale from the first update on"
-    said = [record for record in caplog.records if record.name == "verl.trainer.ppo.guards"]
-    assert 1 <= len(said) <= 2 and said[0].levelno == logging.WARNING
-    assert said[0].getMessage().startswith("step 2: the engine's log-probs of its own tokens differ")
+    warnings = [record for record in caplog.records if record.name == "verl.trainer.ppo.guards"]
+    assert 1 <= len(warnings) <= 2 and warnings[0].levelno == logging.WARNING
+    assert warnings[0].getMessage().startswith("step 2: the engine's log-probs of its own tokens differ")
     gap = series(tmp_path, "distill/engine_gap")[1]
-    assert f"by {gap:.4g} nats on average" in said[0].getMessage()
+    assert f"by {gap:.4g} nats on average" in warnings[0].getMessage()

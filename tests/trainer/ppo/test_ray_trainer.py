@@ -151,7 +151,7 @@ def make_trainer(
 def test_one_step_runs_its_stages_in_order(tmp_path: Path) -> None:
     trainer, log = make_trainer(make_config(tmp_path, total_training_steps=1))
     trainer.fit()
-    assert log[:3] == ["sleep", "ref_log_prob", "sync 0"], "the teacher's canary, while the engine's memory is free"
+    assert log[:3] == ["sleep", "ref_log_prob", "sync 0"], "the teachers are checked while the engine's memory is free"
     assert log[3:] == ["generate", "sleep", "old_log_prob", "ref_log_prob", "update", "sync 1"]
 
 

@@ -22,8 +22,7 @@ from verl.single_controller.base import WorkerError
 from verl.single_controller.ray import ResourcesInUseError
 from verl.single_controller.ray.session import end_session, start_session
 from verl.trainer.checkpoint.best import BestMetricError
-from verl.trainer.checkpoint.layout import newest_whole, step_folder
-from verl.trainer.checkpoint.manifest import find_faults
+from verl.trainer.checkpoint.layout import find_faults, newest_whole, step_folder
 from verl.trainer.checkpoint.saver import CheckpointError
 from verl.trainer.ppo.guards import GuardError
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer

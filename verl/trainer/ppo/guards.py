@@ -1,21 +1,26 @@
-"""Watches that end a run, or speak up, when its figures show that something broke.
-
-In:  the figures of a step. Out: figures of their own, a warning, or a `GuardError` that says what is safe.
+"""Guards that end a run, or warn, when its metrics show that something broke.
 
 - `SkippedUpdates` ends a run whose updates are not finite, step after step.
 - `EngineGap` warns where the engine samples from something else than the trainer trains.
-- ``teacher_canary`` ends a run whose teacher no longer scores as it did.
+- `TeacherProbe` ends a run whose teacher no longer scores as it did.
 
-Not here: the skipping itself (``workers.fsdp.optimizer``), and timeouts.
+In: the metrics of a step, or the teachers' worker groups. Out: metrics, a warning, or a `GuardError` that names the
+newest whole checkpoint. Not here: the skipping itself (``workers.fsdp.optimizer``), and timeouts.
+
+Letters: N rows, T tokens of a row.
 """
 
 import logging
 import math
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import NoReturn
+from typing import Any, NoReturn
+
+import torch
 
 from verl.config import PPOConfig
+from verl.protocol import DataProto
+from verl.trainer.checkpoint.resume import matches
 from verl.trainer.checkpoint.saver import CheckpointError, CheckpointSaver
 
 logger = logging.getLogger(__name__)
@@ -23,11 +28,16 @@ logger = logging.getLogger(__name__)
 Metrics = dict[str, float]
 
 UPDATES, SKIPPED = "actor/updates", "actor/skipped_updates"
-SAMPLER_GAP, LARGEST_GAP = "training/rollout_log_probs_diff_mean", "training/rollout_log_probs_diff_max"
 RECOVERY_RATIO = 10
 """Updates that make up for a skipped one."""
-WORSE = 2.0
-"""A gap that grew by this factor is said again."""
+SAMPLER_GAP, LARGEST_GAP = "training/rollout_log_probs_diff_mean", "training/rollout_log_probs_diff_max"
+GAP_GROWTH = 2.0
+"""A gap that grew by this factor is warned of again."""
+PROBE_TOKENS = 128
+GOLDEN = 0.6180339887498949
+"""Multiples of it, modulo 1, fill the unit interval evenly however many there are."""
+CHANGES_NO_TEACHER = ("data", "actor_rollout_ref.rollout.val_kwargs")
+"""Settings that may differ on resume without touching a teacher."""
 
 
 class GuardError(RuntimeError):
@@ -35,41 +45,32 @@ class GuardError(RuntimeError):
 
 
 def end_run(cause: str, saver: CheckpointSaver) -> NoReturn:
-    """End the run with its cause and what is safe, once the checkpoint that is being written is in place.
-
-    Raises:
-        GuardError: always.
-    """
-    with suppress(CheckpointError):  # the saver has said so; the cause here is another
+    """Finish the checkpoint that is being written, then raise GuardError with the cause and the newest checkpoint."""
+    with suppress(CheckpointError):  # logged by the saver; the cause here is another
         saver.finish()
     raise GuardError(f"{cause}. {saver.latest_checkpoint_text()}")
 
 
 class SkippedUpdates:
-    """Ends a run that cannot update its model.
+    """Ends a run that skips more updates than ``trainer.max_skipped_updates`` allows.
 
-    A skipped update counts one, and ten that are taken make up for one: a bad row now and then over days never ends a
-    run, whereas one that loses more than one update in eleven ends, and one that takes none does so at once. The count
-    is the driver's, so it outlives workers; a resumed run starts at none, for it trains again what it was skipped on.
-
-    Args:
-        config: ``trainer.max_skipped_updates``.
-        saver: knows what is safe.
+    A skipped update counts one, and ten taken updates make up for one: a bad row now and then never ends a run, one
+    that loses more than one update in eleven ends, and one that takes none ends soon. The count lives in the driver, so
+    it outlives workers; a resumed run starts at 0, for it repeats the steps that skipped.
     """
 
     def __init__(self, config: PPOConfig, saver: CheckpointSaver) -> None:
-        self._limit = config.trainer.max_skipped_updates
-        self._saver = saver
+        self._limit, self._saver = config.trainer.max_skipped_updates, saver
         self._excess_skips = 0
-        """Updates that are missing to make up for the skipped ones."""
+        """Taken updates that are missing to make up for the skipped ones."""
         self._total = 0
         self._last_taken: int | None = None
 
     def check(self, metrics: Mapping[str, float], step: int) -> None:
-        """Look at the figures of a step, as ``update_actor`` gives them; a trainer without these counts is not watched.
+        """Count the updates of a step, as ``update_actor`` reports them; a trainer that reports none is not checked.
 
         Raises:
-            GuardError: more updates were skipped than may be.
+            GuardError: too many updates were skipped.
         """
         if UPDATES not in metrics or SKIPPED not in metrics:
             return
@@ -79,36 +80,31 @@ class SkippedUpdates:
         if not skipped:
             return
         before, self._total = self._total, self._total + skipped
-        broken = [f"{name}={value}" for name, value in metrics.items() if _is_broken(name, value)]
-        said = (
+        broken = [f"{k}={v}" for k, v in metrics.items() if k.startswith("actor/") and not math.isfinite(v)]
+        message = (
             f"{skipped} of the {taken + skipped} updates of step {step} had a loss or gradient that is not finite and "
             f"changed nothing ({', '.join(broken)}); {self._total} of this run so far"
         )
         if self._limit is not None and self._excess_skips > RECOVERY_RATIO * self._limit:
             last = "no update was taken before" if self._last_taken is None else f"step {self._last_taken} took one"
             end_run(
-                f"{said}, which is more than trainer.max_skipped_updates={self._limit} allows; the last that changed "
-                f"the weights: {last}. Look at the figures before it in metrics.jsonl and at the data of this step; a "
-                "lower actor_rollout_ref.actor.optim.lr, bounds on the advantage (algorithm.distill_adv_min_clip, "
-                "distill_adv_max_clip) or an older checkpoint (trainer.resume_mode=resume_path) may help, and null "
-                "sets no limit",
+                f"{message}, which is more than trainer.max_skipped_updates={self._limit} allows; the last that "
+                f"changed the weights: {last}. Look at the metrics before it in metrics.jsonl and at the data of this "
+                "step; a lower actor_rollout_ref.actor.optim.lr, bounds on the advantage "
+                "(algorithm.distill_adv_min_clip, distill_adv_max_clip) or an older checkpoint "
+                "(trainer.resume_mode=resume_path) may help, and null sets no limit",
                 self._saver,
             )
         if self._total.bit_length() > before.bit_length():  # at 1, 2, 4, 8, ... rather than every time
-            logger.warning("%s", said)
-
-
-def _is_broken(name: str, value: float) -> bool:
-    return name.startswith("actor/") and not math.isfinite(value)
+            logger.warning("%s", message)
 
 
 class EngineGap:
-    """Measures how far the engine's log-probs are from the trainer's, and says where that is too far.
+    """Compares the engine's log-probs with the trainer's.
 
     - ``distill/engine_gap``: mean |difference| at trained tokens, nats. The same number as
-      ``training/rollout_log_probs_diff_mean``, which is there for any sampler; this one only where the sampler is the
-      policy (top_p=1, top_k=-1), so that anything beyond rounding is a fault: stale or wrong weights, another
-      temperature, another vocabulary.
+      ``training/rollout_log_probs_diff_mean``, but only where the sampler is the policy (top_p=1, top_k=-1), so that
+      anything beyond rounding is a fault: stale or wrong weights, another temperature, another vocabulary.
     - ``distill/engine_gap_exceeded``: 1 in a step whose gap is beyond ``trainer.engine_gap_bound``, else 0.
 
     Needs ``rollout.calculate_log_probs``.
@@ -118,32 +114,161 @@ class EngineGap:
         rollout = config.actor_rollout_ref.rollout
         self._is_defined = rollout.top_p == 1 and rollout.top_k == -1
         self._bound = config.trainer.engine_gap_bound
-        self._said = 0.0
+        self._last_warned = 0.0
         self._exceeded = 0
 
-    def watch(self, metrics: Mapping[str, float], step: int) -> Metrics:
-        """The gap of a step, from the figures of its batch; a warning the first time that it is too large, and
-        whenever it has doubled since the last one.
-        """
+    def check(self, metrics: Mapping[str, float], step: int) -> Metrics:
+        """The gap of a step; warns the first time it is too large, and whenever it has doubled since."""
         if not self._is_defined or SAMPLER_GAP not in metrics:
             return {}
         gap = metrics[SAMPLER_GAP]
         if self._bound is None:
             return {"distill/engine_gap": gap}
-        exceeds = not gap <= self._bound  # NaN does
+        exceeds = not gap <= self._bound  # true for NaN
         self._exceeded += exceeds
         size = gap if math.isfinite(gap) else math.inf
-        if exceeds and size > WORSE * self._said:
-            self._said = size
+        if exceeds and size > GAP_GROWTH * self._last_warned:
+            self._last_warned = size
             logger.warning(
                 "step %d: the engine's log-probs of its own tokens differ from the trainer's by %.4g nats on average "
                 "(at most %.4g), above trainer.engine_gap_bound=%s; so far in %d steps. It samples from other weights "
                 "or rounds otherwise: compare the precision of both (rollout.dtype), and look whether "
                 "distill/engine_gap rises from step to step",
-                step,
-                gap,
-                metrics[LARGEST_GAP],
-                self._bound,
-                self._exceeded,
+                *(step, gap, metrics[LARGEST_GAP], self._bound, self._exceeded),
             )
         return {"distill/engine_gap": gap, "distill/engine_gap_exceeded": float(exceeds)}
+
+
+class TeacherProbe:
+    """Ends a run whose teacher scores a fixed row of tokens otherwise than at the run's first start.
+
+    ::
+
+        start            score ─► reference ◄── the checkpoint's, if the run resumes
+        each checkpoint  score ─► largest |difference| from the reference ─► metric; too large: nothing is saved
+
+    The tokens are spread over the ids that the teacher knows, item tokens included if it knows them. Every rank scores
+    the same row, so that a rank that computes something else is found as well. Checkpoints carry the reference (some
+    hundred numbers a teacher), so a teacher that another machine loads otherwise is found before anything is trained
+    on it.
+
+    Args:
+        config: ``trainer.canary_tolerance``, and the settings that decide how teachers score.
+        vocab_size: ids of the student's tokenizer.
+        saver: knows the newest checkpoint.
+    """
+
+    def __init__(self, config: PPOConfig, vocab_size: int, saver: CheckpointSaver) -> None:
+        trainer, rollout = config.trainer, config.actor_rollout_ref.rollout
+        self._tolerance, self._saver = trainer.canary_tolerance, saver
+        self._distill, self._vocab_size = config.algorithm.distill, vocab_size
+        self._extend_start = vocab_size if rollout.extend_start is None else min(vocab_size, rollout.extend_start)
+        # No longer than a training row, which limits of micro-batches and positions were chosen for.
+        self._count = min(PROBE_TOKENS, rollout.prompt_length + rollout.response_length)
+        self._temperature = rollout.temperature
+        self._rows = max(trainer.world_size, sum(trainer.teacher_ranks_on_nodes))
+        self._may_change = not all(matches(CHANGES_NO_TEACHER, key) for key in trainer.resume_allow_changed)
+        self._reference: dict[str, list[float]] = {}
+        """Log-probs by teacher."""
+        self._last_right: int | None = None
+        """The step of the last check that all teachers passed."""
+
+    def check(self, teachers: Mapping[str, Any], step: int) -> Metrics:
+        """Have every teacher score its tokens; the first scores of a teacher are its reference.
+
+        Args:
+            teachers: worker groups by role.
+
+        Returns:
+            ``distill/teacher_canary`` of ``ref``, ``distill_teacher/<role>/teacher_canary`` of further teachers: the
+            largest |difference| of a log-prob from the reference, nats. Empty if ``trainer.canary_tolerance`` is null.
+
+        Raises:
+            GuardError: a difference is above the tolerance.
+        """
+        if self._tolerance is None:
+            return {}
+        metrics: Metrics = {}
+        for role, teacher in teachers.items():
+            scores = teacher.compute_ref_log_prob(self._batch(role)).tensor("ref_log_prob")
+            reference = self._reference.setdefault(role, scores[0].tolist())
+            if self._last_right is None:
+                when = "is broken from the start"
+                advice = "They are not finite, or differ from rank to rank; check the files of its model"
+            else:
+                when = f"at step {step} scores otherwise than at the run's start"
+                advice = (
+                    f"Its weights went wrong (memory, offload, a bug) after step {self._last_right}, where they were "
+                    "right; what was learned since is not saved. The same command again loads the teacher anew and "
+                    "goes on from the newest checkpoint"
+                )
+            family = "distill" if role == "ref" else f"distill_teacher/{role}"
+            metrics[f"{family}/teacher_canary"] = self._compare(role, scores, reference, when, advice)
+        self._last_right = step
+        return metrics
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """Tokens and reference of every teacher, for a checkpoint; None if the probe is off."""
+        if self._tolerance is None:
+            return None
+        teachers = {
+            role: {"tokens": self._tokens(role), "log_probs": log_probs} for role, log_probs in self._reference.items()
+        }
+        return {"temperature": self._temperature, "teachers": teachers}
+
+    def load_state_dict(self, state: Mapping[str, Any] | None, step: int) -> None:
+        """Compare the scores of this start with the reference of the run's first start, and keep the latter.
+
+        A teacher whose reference is missing, or of other tokens or another temperature, keeps the one of this start,
+        and so do all if ``resume_allow_changed`` names something that may change a teacher.
+
+        Raises:
+            GuardError: a difference is above the tolerance.
+        """
+        if self._tolerance is None or state is None:
+            return
+        is_comparable = not self._may_change and state["temperature"] == self._temperature
+        known = state.get("teachers", {}) if is_comparable else {}
+        self._last_right = step
+        for role, scores in self._reference.items():
+            if role not in known or known[role]["tokens"] != self._tokens(role):
+                logger.warning("no comparable scores of teacher %r in the checkpoint: its probe starts over", role)
+                continue
+            self._reference[role] = known[role]["log_probs"]
+            advice = (
+                "Its weights are others or were loaded wrong; if only GPU, precision or attention changed, raise the "
+                "tolerance; trainer.resume_allow_changed=[teacher] starts the probe over"
+            )
+            when = f"scores otherwise than in the run that is to be resumed at step {step}"
+            difference = self._compare(role, torch.tensor(scores), self._reference[role], when, advice)
+            logger.info("probe of teacher %r: %.4g nats from the run's first start", role, difference)
+
+    def _tokens(self, role: str) -> list[int]:
+        """Ids spread over those that a teacher knows, in an order that jumps; always the same ones."""
+        known_ids = self._vocab_size if self._distill.knows_extended(role) else self._extend_start
+        return [int(place * GOLDEN % 1.0 * known_ids) for place in range(self._count)]
+
+    def _batch(self, role: str) -> DataProto:
+        """N equal rows of one prompt token and T - 1 response tokens, with the keys that scoring reads."""
+        row = torch.tensor([self._tokens(role)]).expand(self._rows, -1).clone()
+        responses = row[:, 1:].clone()
+        tensors = {
+            "input_ids": row,
+            "responses": responses,
+            "attention_mask": torch.ones_like(row),
+            "distill_special_token_mask": (responses >= self._extend_start).long(),
+        }
+        return DataProto.from_dict(tensors, meta_info={"temperature": self._temperature})
+
+    def _compare(self, role: str, scores: torch.Tensor, reference: list[float], when: str, advice: str) -> float:
+        """Largest |difference| of the scores from the reference; ends the run if it is above the tolerance."""
+        expected = torch.tensor(reference)
+        # The score of an id that the teacher lacks is a setting, which may be minus infinity on both sides.
+        difference = float((scores.float() - expected).abs().masked_fill(scores == expected, 0.0).max())
+        if self._tolerance is not None and not difference <= self._tolerance:  # NaN is not
+            end_run(
+                f"teacher {role!r} {when}: the {len(reference)} log-probs of its probe differ by up to "
+                f"{difference:.4g} nats, above trainer.canary_tolerance={self._tolerance}. {advice}",
+                self._saver,
+            )
+        return difference

@@ -23,16 +23,15 @@ from transformers import PreTrainedTokenizerBase
 from verl.config import PPOConfig
 from verl.experimental.agent_loop.agent_loop import AgentLoopManager
 from verl.protocol import DataProto
-from verl.trainer.checkpoint import layout as checkpoint
 from verl.trainer.checkpoint.best import BestCheckpoint
-from verl.trainer.checkpoint.position import START_AFRESH, RunPosition
-from verl.trainer.checkpoint.resume_check import require_resumable, run_facts
+from verl.trainer.checkpoint.layout import checkpoint_step, is_of_run, newest_whole
+from verl.trainer.checkpoint.resume import START_AFRESH, find_resumable, load_driver_state, run_identity
 from verl.trainer.checkpoint.saver import CheckpointSaver
-from verl.trainer.data import build_val_loader
+from verl.trainer.data import PromptStream, build_val_loader
 from verl.trainer.ppo.advantage import apply_kl_penalty, compute_advantage, compute_rollout_is_weights
 from verl.trainer.ppo.cluster_check import check_nodes
 from verl.trainer.ppo.core_algos import get_kl_controller
-from verl.trainer.ppo.guards import EngineGap, SkippedUpdates
+from verl.trainer.ppo.guards import EngineGap, SkippedUpdates, TeacherProbe
 from verl.trainer.ppo.metric_utils import (
     compute_data_metrics,
     compute_throughout_metrics,
@@ -41,16 +40,13 @@ from verl.trainer.ppo.metric_utils import (
     reduce_metrics,
 )
 from verl.trainer.ppo.reward import RewardFn, compute_rewards
-from verl.trainer.ppo.schedule import Schedule
 from verl.trainer.ppo.stages import answer_all, balance_rows, new_keys, prompt_batch, run_stage
 from verl.trainer.ppo.stop_request import StopRequest
-from verl.trainer.ppo.teacher_probe import TeacherProbe
 from verl.trainer.ppo.worker_groups import WorkerGroups, plan_pools
-from verl.trainer.prompt_stream import PromptStream
 from verl.utils.dataset.rl_dataset import RLHFDataset
 from verl.utils.rollout_dump import dump_generations, show_answers
 from verl.utils.timing import marked_timer
-from verl.utils.tracking import Tracking
+from verl.utils.tracking import Tracking, as_numbers
 
 __all__ = ["RayPPOTrainer", "compute_advantage"]
 
@@ -100,25 +96,19 @@ class RayPPOTrainer:
         """How often the run lost its workers before this trainer was built; see ``verl.trainer.launch.run``."""
         self.stop = StopRequest()
         all_epochs = self.prompts.batches_per_epoch * config.trainer.total_epochs
-        total_steps = config.trainer.total_training_steps or all_epochs
-        config.resolve_schedule(total_steps)
+        self.total_steps = config.trainer.total_training_steps or all_epochs
+        """Steps of the whole run."""
+        config.resolve_schedule(self.total_steps)
         if self.uses_reward and reward_fn is None:
             raise ValueError(config.algorithm.missing_reward)
         self.pools = plan_pools(config.trainer, self.roles, use_gpu=device_name == "cuda")
         self.worker_groups = WorkerGroups()
-        facts = run_facts(config, vocab_fingerprint)
-        require_resumable(config, facts, total_steps)
-        self.best = BestCheckpoint(config.trainer)
-        self.schedule = Schedule(config.trainer, total_steps, self.best)
-        self.saver = CheckpointSaver(config, facts, self.best)
+        identity = run_identity(config, vocab_fingerprint)
+        self.resume_from = find_resumable(config, identity, self.total_steps)
+        self.best = BestCheckpoint(config.trainer, self.resume_from)
+        self.saver = CheckpointSaver(config, identity, self.best)
         self.skipped_updates, self.engine_gap = SkippedUpdates(config, self.saver), EngineGap(config)
-        self.canary = TeacherProbe(config, len(tokenizer), self.saver)
-        self.position = RunPosition(config.trainer, self.prompts, self.kl_controller, self.canary)
-
-    @property
-    def total_steps(self) -> int:
-        """Steps of the whole run."""
-        return self.schedule.total_steps
+        self.teacher_probe = TeacherProbe(config, len(tokenizer), self.saver)
 
     # ------------------------------------------------------------------ what a recipe may override
 
@@ -239,10 +229,10 @@ class RayPPOTrainer:
                 self.global_steps += 1
                 metrics = self.train_step(rows)
                 try:
-                    if self.val_loader is not None and self.schedule.validates(self.global_steps):
+                    if self.val_loader is not None and self.is_due(config.test_freq):
                         metrics |= self.validate()
-                    is_last = self.schedule.ends(self.global_steps, self.stop.requested)
-                    saves = self.schedule.saves(self.global_steps, is_last)
+                    is_last = self.is_last_step()
+                    saves = self.is_saved(is_last)
                     metrics |= self.save_checkpoint(metrics, is_last) if saves else self.saver.poll()
                 finally:  # a run that ends here with an error keeps the figures of its last step
                     self.logger.log(metrics, self.global_steps)
@@ -251,6 +241,19 @@ class RayPPOTrainer:
                 if is_last or (saves and self.stop.requested):
                     break
         self.saver.finish()
+
+    def is_due(self, every: int) -> bool:
+        """Whether something is due after this step: every so many steps and after the last; never if ``every`` < 1."""
+        return every > 0 and (self.global_steps % every == 0 or self.global_steps >= self.total_steps)
+
+    def is_last_step(self) -> bool:
+        """Whether the run ends here: all steps are taken, it was told to stop, or it has not got better for long."""
+        return self.global_steps >= self.total_steps or self.stop.requested or self.best.gives_up()
+
+    def is_saved(self, is_last: bool) -> bool:
+        """Whether this step leaves a checkpoint: one is due, it is the last of a run that saves, or the best so far."""
+        every = self.config.trainer.save_freq
+        return self.is_due(every) or (is_last and every > 0) or self.best.is_new(self.global_steps)
 
     def train_step(self, rows: dict[str, Any]) -> Metrics:
         """One step, one line per stage."""
@@ -270,7 +273,7 @@ class RayPPOTrainer:
                 self.sync_weights()
         self.dump(self.config.trainer.rollout_data_dir, batch)
         metrics = self.stage_metrics | self.step_metrics(batch)
-        metrics |= self.engine_gap.watch(metrics, self.global_steps)
+        metrics |= self.engine_gap.check(metrics, self.global_steps)
         metrics |= compute_timing_metrics(batch, timing)
         metrics |= compute_throughout_metrics(batch, timing, self.pools.get_n_gpus())
         place = {"training/global_step": self.global_steps, "training/epoch": self.prompts.epoch}
@@ -330,24 +333,40 @@ class RayPPOTrainer:
             self.logger.finish()
 
     def save_checkpoint(self, metrics: Metrics, is_last: bool) -> Metrics:
-        """Begin a checkpoint of model, optimizer, position and the step's figures; the last one is waited for."""
+        """Begin a checkpoint of model, optimizer, driver and the step's metrics; wait for the last one."""
         checked = self.check_teachers()
-        state = self.position.state(metrics | checked)
+        state = {
+            **self.prompts.state_dict(),
+            "kl_coef": self.kl_controller.value,
+            "teacher_probe": self.teacher_probe.state_dict(),
+            "metrics": as_numbers(metrics | checked),
+        }
         return checked | self.saver.save(self.actor_wg, self.global_steps, state, last=is_last)
 
     def check_teachers(self) -> Metrics:
-        """Have every teacher score its canary, and the engines leave it their memory."""
+        """Compare every teacher's scores of its fixed tokens with those of the run's start."""
         self.agent_loop_manager.sleep()
-        return self.canary.check({role: self.role_groups[role] for role in self.roles[1:]}, self.global_steps)
+        return self.teacher_probe.check({role: self.role_groups[role] for role in self.roles[1:]}, self.global_steps)
 
     def resume(self) -> None:
-        """Continue from the checkpoint that ``trainer.resume_mode`` names, if there is one."""
-        folder = self.position.resume(self.logger, self.best)
+        """Continue from the checkpoint that was found, if any; drop what logs hold of later steps."""
+        config, folder, step, logged = self.config.trainer, self.resume_from, None, None
         if folder is not None:
-            self.global_steps = checkpoint.checkpoint_step(folder)
+            step, state = checkpoint_step(folder), load_driver_state(folder)
+            data_may_change = any(key.split(".")[0] == "data" for key in config.resume_allow_changed)
+            self.prompts.load_state_dict(state, may_start_over=data_may_change)
+            self.kl_controller.value = state["kl_coef"]
+            self.teacher_probe.load_state_dict(state.get("teacher_probe"), step)
+            # A kill between a checkpoint and the log line of its step loses the line; another run's log is not ours.
+            logged = (state.get("metrics") or None) if is_of_run(folder, config.default_local_dir) else None
+        if not config.val_only:
+            self.logger.truncate_after(step, logged)
+            self.best.resume()
+        if folder is not None and step is not None:
+            self.global_steps = step
             self.agent_loop_manager.sleep()
             self.actor_wg.load_checkpoint(str((folder / "actor").absolute()))
-            logger.warning("resumed from %s at step %d (%s)", folder, self.global_steps, START_AFRESH)
+            logger.warning("resumed from %s at step %d (%s)", folder, step, START_AFRESH)
             self.sync_weights()
 
     def dump(self, folder: str | None, batch: DataProto, show: int = 0) -> None:
@@ -358,5 +377,7 @@ class RayPPOTrainer:
 
     def progress(self) -> str:
         """Where the run stands and what it left."""
-        saved = checkpoint.describe(self.config.trainer.default_local_dir)
-        return f"step {self.global_steps} of {self.total_steps}, {saved}{self.best.describe()}"
+        root = self.config.trainer.default_local_dir
+        newest = newest_whole(root)
+        saved = f"newest checkpoint {newest}" if newest else "no checkpoint"
+        return f"step {self.global_steps} of {self.total_steps}, {saved}, run folder {root}{self.best.describe()}"

@@ -16,7 +16,7 @@ from support.file_faults import remount, small_disk
 from verl.config import PPOConfig, PromptTemplateConfig, SyntheticItemPromptsConfig, TeacherConfig, TrainerConfig
 from verl.trainer.checkpoint.layout import seal
 from verl.trainer.checkpoint.resume import RULES, Rule, find_resumable, require_same_run, rule_of, run_identity
-from verl.trainer.launch.typed import public_dict, save_config
+from verl.utils.saved_config import public_dict, save_config
 
 WEIGHTS = b"w" * 300_000
 

@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -67,7 +66,7 @@ def test_chunks_change_nothing(rows) -> None:
         torch.testing.assert_close(gradient, wanted, rtol=1e-12, atol=1e-14)
 
 
-def test_figures_are_those_of_the_whole_softmax() -> None:
+def test_extended_mass_is_that_of_the_whole_softmax() -> None:
     case = Case()
     _, stats = case.loss(case.base(), DivergenceOptions())
     torch.testing.assert_close(stats.extend_mass, (case.hidden @ case.weight[:K].T).softmax(-1)[:, E:].sum(-1))
@@ -232,7 +231,7 @@ def test_sizes_that_do_not_fit() -> None:
     case = Case()
     with pytest.raises(ValueError, match="the teacher scores 14 ids; it has to score 11"):
         case.loss(LinearTeacher(case.base_hidden, case.base_weight, 14), DivergenceOptions())
-    with pytest.raises(ValueError, match="vocab_size=15"):
+    with pytest.raises(ValueError, match="names 15 ids"):
         LinearTeacher(case.base_hidden, case.base_weight, 15)
     case.token_weights = case.token_weights[:5]
     with pytest.raises(ValueError, match="have 13 and 5 positions"):
@@ -259,7 +258,7 @@ def test_the_smallest_probabilities_of_a_teacher_leave_jsd_finite() -> None:
 @pytest.mark.parametrize("topk", [0, 64])
 def test_memory_at_the_real_vocabulary_is_that_of_a_chunk(topk) -> None:
     """Under a tenth of the logits of 8,192 positions, and no more for twice the positions."""
-    program = Path(__file__).with_name("divergence_memory.py")
+    program = REPO / "tests/support/divergence_memory.py"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (REPO, REPO / "tests")))}
 
     def grown(positions: int) -> float:

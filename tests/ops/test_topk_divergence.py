@@ -119,5 +119,5 @@ def test_gradients_of_the_likeliest_ids_are_those_of_finite_differences() -> Non
 
 def test_a_teacher_of_more_ids_than_it_is_asked_about() -> None:
     case = Case()
-    with pytest.raises(ValueError, match="names the likeliest of its 17 ids, and it is asked about 11"):
+    with pytest.raises(ValueError, match="gives the likeliest of its 17 ids, and 11 are compared"):
         case.loss(named(case.frozen(), 3)[0].rows, DivergenceOptions())

@@ -4,6 +4,7 @@ import torch
 
 from verl.ops.linear_divergence import DivergenceOptions, linear_divergence
 from verl.ops.teacher_log_probs import LinearTeacher, StitchedTeacher
+from verl.vocabulary import Vocabulary
 
 N, D, V, K, E = 13, 6, 20, 17, 11  # positions, hidden, rows of the head, ids in the softmax, first extended id
 TEACHER_ROWS = 14  # three rows past the shared ids, as Qwen3 has
@@ -42,8 +43,7 @@ class Case:
             self.token_weights,
             teacher,
             options,
-            vocab_size=K,
-            extend_start=start,
+            vocabulary=Vocabulary(K, start),
             labels=labels,
             chunk_bytes=6 * rows * K * size,
         )

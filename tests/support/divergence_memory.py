@@ -11,6 +11,7 @@ import torch
 from support.peak_memory import peak_kib
 from verl.ops.linear_divergence import DivergenceOptions, linear_divergence
 from verl.ops.teacher_log_probs import LinearTeacher, TeacherLogProbs, score_tokens
+from verl.vocabulary import Vocabulary
 
 ROWS, TEACHER_IDS, HIDDEN = 176_384, 151_669, 8
 
@@ -23,12 +24,12 @@ def main(positions: int, topk: int) -> None:
     weights = torch.full((positions,), 1 / positions)
     before = peak_kib()
     options = DivergenceOptions(leak_coef=1.0)
-    taught: TeacherLogProbs = teacher
+    compared: TeacherLogProbs = teacher
     if topk:
         top = score_tokens(teacher, torch.zeros(positions, dtype=torch.int64), -100.0, topk=topk).top
         assert top is not None, "asked for"
-        taught = top.rows
-    loss, _ = linear_divergence(hidden, weight, weights, taught, options, extend_start=TEACHER_IDS)
+        compared = top.rows
+    loss, _ = linear_divergence(hidden, weight, weights, compared, options, vocabulary=Vocabulary(ROWS, TEACHER_IDS))
     loss.backward()
     print((peak_kib() - before) / 1024)
 

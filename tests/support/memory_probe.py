@@ -12,7 +12,9 @@ from support.peak_memory import peak_kib
 from support.tiny_workers import PROMPT, RESPONSE, rollouts, with_loss_inputs, worker_config
 from verl.config import FSDPConfig, HFModelConfig
 from verl.single_controller.base import Worker
-from verl.workers.actor.dp_actor import DataParallelPPOActor, with_scoring_limits
+from verl.vocabulary import Vocabulary
+from verl.workers.actor.dp_actor import DataParallelPPOActor
+from verl.workers.actor.row_layout import BatchSizes
 from verl.workers.fsdp.build import build_model
 from verl.workers.fsdp.optimizer import LearningRateSchedule, build_optimizer
 
@@ -25,20 +27,20 @@ def main(folder: str, sizes: list[int]) -> None:
     torch.set_num_threads(1)
     mesh = init_device_mesh("cpu", (1,))
     config = worker_config(folder, extend_start=FIRST_EXTENDED).actor
-    built = build_model(folder, HFModelConfig(path=folder), FSDPConfig(), mesh, trainable=True)
-    optimizer = build_optimizer(built.module, config.optim)
+    module = build_model(folder, HFModelConfig(path=folder), FSDPConfig(), mesh, trainable=True)
+    optimizer = build_optimizer(module, config.optim)
     actor = DataParallelPPOActor(
         config,
-        built.module,
+        module,
         optimizer,
+        vocabulary=Vocabulary(module.num_rows, FIRST_EXTENDED),
+        scoring_sizes=BatchSizes(16384, None),
         lr_schedule=LearningRateSchedule(optimizer, config.optim),
-        extend_start=FIRST_EXTENDED,
-        packed=built.packed,
     )
     ids = [int(value) for value in torch.linspace(5, 150000, PROMPT + RESPONSE)]
     for rows in sizes:
         batch = with_loss_inputs(rollouts([(ids[:PROMPT], ids[PROMPT:])] * rows))
-        actor.compute_token_stats(with_scoring_limits(batch, True, 16384, None))
+        actor.compute_token_stats(batch)
         actor.update_policy(batch)
         print(peak_kib())
 

@@ -162,10 +162,10 @@ def test_scores_of_a_stitched_teacher(
 def test_one_model_is_held_once(student_model, teacher_model, frozen_model, extend_start) -> None:
     distill = DistillConfig(teachers={"self": TeacherConfig(), "mixed": TeacherConfig(vocabulary="stitched")})
     held = workers(worker_config(student_model, teacher_model, extend_start=extend_start), distill).colocated_roles
-    assert held["mixed"].actor is held["self"].actor and held["mixed"].actor is not held["ref"].actor
+    assert held["mixed"].model is held["self"].model and held["mixed"].model is not held["ref"].model
     other = DistillConfig(teachers={"self": TeacherConfig(), "mixed": TeacherConfig(str(frozen_model), "stitched")})
     held = workers(worker_config(student_model, teacher_model, extend_start=extend_start), other).colocated_roles
-    assert held["mixed"].actor is not held["self"].actor
+    assert held["mixed"].model is not held["self"].model
 
 
 def test_the_frozen_student_teaches_nothing_at_first(student_model, teacher_model, student_ids, extend_start) -> None:

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from support.exact_cases import workers
 from support.tiny_workers import draw_rows, rollouts, run_ranks, whole, with_loss_inputs, worker_config
-from test_exact_distill import workers
 
 from verl.config import ActorRolloutRefConfig, DistillConfig
 from verl.protocol import DataProto
@@ -132,7 +132,7 @@ def test_a_broken_teacher_or_student_trains_nothing(
         return metrics["actor/updates"], metrics["actor/skipped_updates"]
 
     assert update() == (1, 0)
-    norm = next(p for n, p in named_weights(teacher.actor.actor_module).items() if n.endswith("input_layernorm.weight"))
+    norm = next(p for n, p in named_weights(teacher.model.module).items() if n.endswith("input_layernorm.weight"))
     kept, before = whole(norm), state_of(student)
     poison(norm, torch.full_like(kept, float("nan")))
     assert update() == (0, 1)

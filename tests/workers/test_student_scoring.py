@@ -128,7 +128,7 @@ def test_peak_memory_does_not_grow_with_tokens_times_vocabulary(
     folder = write_model(tmp_path, tiny_tokenizers[1], rows=176384)
     path = os.pathsep.join([str(repo), str(repo / "tests"), os.environ.get("PYTHONPATH", "")])
     probe = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("memory_probe.py")), str(folder), "48", "112"],
+        [sys.executable, str(repo / "tests/support/memory_probe.py"), str(folder), "48", "112"],
         env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
         text=True,

@@ -15,11 +15,12 @@ from support.tiny_workers import (
 )
 from transformers import AutoTokenizer
 
-from verl.config import ActorRolloutRefConfig
+from verl.config import ActorRolloutRefConfig, RefConfig
 from verl.protocol import DataProto
 from verl.trainer.ppo.core_algos import compute_on_policy_distill_reverse_kl
+from verl.workers.actor.dp_actor import DataParallelPPOActor
 from verl.workers.student_worker import StudentWorker
-from verl.workers.teacher_worker import TeacherWorker, choose_replacement, shared_vocabulary
+from verl.workers.teacher_worker import TeacherWorker, choose_replacement
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
@@ -151,16 +152,9 @@ def test_at_the_first_extended_token_the_advantage_is_the_clipped_one(
 
 def test_the_teacher_is_frozen_and_needs_no_path(student_model: Path, extend_start: int) -> None:
     worker = teacher(worker_config(student_model, extend_start=extend_start))
-    assert not any(parameter.requires_grad for parameter in worker.actor.actor_module.parameters())
+    assert not any(parameter.requires_grad for parameter in worker.model.module.parameters())
     with pytest.raises(ValueError, match="frozen"):
-        worker.actor.update_policy(rollouts([([1], [2])]))
-
-
-def test_shared_vocabulary_is_the_smaller_of_the_two_limits() -> None:
-    assert shared_vocabulary(151669, 151669) == 151669
-    assert shared_vocabulary(151669, 151700) == 151669
-    assert shared_vocabulary(151669, 150000) == 150000
-    assert shared_vocabulary(151669, None) == 151669
+        DataParallelPPOActor(RefConfig(), worker.model.module).update_policy(rollouts([([1], [2])]))
 
 
 def test_choose_replacement() -> None:

@@ -90,7 +90,7 @@ def test_only_trained_tokens_are_named_and_validation_names_none(
     config = worker_config(student_model, teacher_model, extend_start=extend_start)
     teacher = workers(config, DistillConfig("topk", topk=3)).colocated_roles["ref"]
     batch = mixed_batch(student_ids, extend_start, 1)
-    scores, trained = teacher.teach(batch), batch.tensor("response_mask").bool()
+    scores, trained = teacher.score_for_update(batch), batch.tensor("response_mask").bool()
     assert (
         scores.tensor("teacher_top_ids").max() < extend_start and scores.tensor("teacher_top_ids").dtype == torch.int32
     )

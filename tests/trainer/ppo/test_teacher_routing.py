@@ -95,7 +95,7 @@ def test_the_base_teacher_needs_a_row_too_unless_a_stitched_one_speaks_with_its_
 class TeacherAhead(Teacher):
     """One that is asked before the update, and lends something for each row."""
 
-    def teach(self, batch: DataProto) -> DataProto:
+    def score_for_update(self, batch: DataProto) -> DataProto:
         scores = self.compute_ref_log_prob(batch).tensor("ref_log_prob")
         lent = [f"{self.number} {row}" for row in self.asked[-1]]
         return DataProto.from_dict({"ref_log_prob": scores}, {"teacher_states": lent})

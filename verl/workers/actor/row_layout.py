@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from tensordict import TensorDict
 
+from verl.protocol import DataProto
 from verl.utils.seqlen_balancing import rearrange_micro_batches
 
 
@@ -63,6 +64,11 @@ class BatchSizes(NamedTuple):
     max_tokens: int | None
     max_rows: int | None
 
+    @classmethod
+    def choose(cls, by_tokens: bool, max_tokens: int, max_rows: int | None) -> "BatchSizes":
+        """The limit that applies: of tokens where ``by_tokens``, else of rows."""
+        return cls(max_tokens, None) if by_tokens else cls(None, max_rows)
+
 
 class ScoredRows:
     """Rows of a batch with the response positions to score, ready to be cut into micro-batches.
@@ -93,9 +99,9 @@ class ScoredRows:
     def micro_batches(
         self, sizes: BatchSizes, packed: bool, dp_group: dist.ProcessGroup | None = None
     ) -> list[MicroBatch]:
-        """Cut the rows into micro-batches: as many on every rank, for sharded models communicate in each.
+        """Cut the rows into micro-batches: as many on every rank, because sharded models communicate in each.
 
-        A micro-batch with nothing to score (there may be such on a rank with little to do) holds one arbitrary token.
+        A micro-batch with nothing to score, as a rank with few rows may have, holds one arbitrary token.
 
         Raises:
             ValueError: a row is longer than a micro-batch may be.
@@ -157,7 +163,7 @@ def no_positions(packed: bool) -> MicroBatch:
 
 
 def _rectangles(lengths: list[int], max_tokens: int) -> list[list[int]]:
-    """Rows of like length together, so that rows x longest row stays within ``max_tokens``; longest first."""
+    """Rows of similar length together, so that rows x longest row stays within ``max_tokens``; longest first."""
     parts: list[list[int]] = []
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
         if lengths[row] > max_tokens:
@@ -179,3 +185,15 @@ def _equal_number(parts: list[list[int]], dp_group: dist.ProcessGroup | None) ->
     most = torch.tensor(len(parts))
     dist.all_reduce(most, op=dist.ReduceOp.MAX, group=dp_group)
     return parts + [[] for _ in range(int(most) - len(parts))]
+
+
+def real_response_tokens(data: DataProto) -> torch.Tensor:
+    """(B, R) bool, True where a response has a token."""
+    return data.tensor("attention_mask")[:, -data.tensor("responses").shape[1] :].bool()
+
+
+def temperature_of(data: DataProto) -> float:
+    """The sampling temperature that a batch was drawn with; raises ValueError where it is missing."""
+    if "temperature" not in data.meta_info:
+        raise ValueError("the batch has no meta_info['temperature']; the trainer sets it to rollout.temperature")
+    return float(data.meta_info["temperature"])

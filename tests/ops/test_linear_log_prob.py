@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from support.peak_memory import LargestTensor
 
 from verl.ops.linear_log_prob import TokenStats, linear_token_stats
 from verl.vocabulary import Vocabulary
@@ -156,21 +156,6 @@ def test_errors_name_the_numbers(change: dict[str, float], words: str) -> None:
         linear_token_stats(*draw(), **change)
 
 
-class LargestTensor(TorchDispatchMode):
-    """Remembers the number of elements of the largest tensor that any operation returns."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        result = func(*args, **(kwargs or {}))
-        for value in torch.utils._pytree.tree_leaves(result):
-            if isinstance(value, torch.Tensor):
-                self.numel = max(self.numel, value.numel())
-        return result
-
-
 def test_no_tensor_is_larger_than_a_chunk_or_the_head() -> None:
     tokens, hidden_size, vocabulary, rows = 512, 8, 4096, 16
     hidden = torch.randn(tokens, hidden_size, requires_grad=True)
@@ -185,4 +170,4 @@ def test_no_tensor_is_larger_than_a_chunk_or_the_head() -> None:
             chunk_bytes=rows * vocabulary * 4,
         )
         (stats.log_probs.sum() + stats.entropy.sum() + stats.extend_mass.sum()).backward()
-    assert seen.numel <= rows * vocabulary
+    assert seen.elements <= rows * vocabulary

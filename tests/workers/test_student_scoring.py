@@ -1,12 +1,10 @@
 """Log-probs, entropy and extended mass of the student worker, against whole logits of transformers."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from support.peak_memory import measure
 from support.tiny_workers import (
     PROMPT,
     draw_rows,
@@ -121,19 +119,7 @@ def test_a_missing_model_path_is_an_error(student_model: Path) -> None:
         student(config)
 
 
-def test_peak_memory_does_not_grow_with_tokens_times_vocabulary(
-    repo: Path, tiny_tokenizers: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_peak_memory_does_not_grow_with_tokens_times_vocabulary(tiny_tokenizers, tmp_path) -> None:
     """Scoring and training at V = 176,384: the logits of the 512 tokens more would take 361 MB a buffer."""
-    folder = write_model(tmp_path, tiny_tokenizers[1], rows=176384)
-    path = os.pathsep.join([str(repo), str(repo / "tests"), os.environ.get("PYTHONPATH", "")])
-    probe = subprocess.run(
-        [sys.executable, str(repo / "tests/support/memory_probe.py"), str(folder), "48", "112"],
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert probe.returncode == 0, probe.stderr
-    fewer, more = (int(line) for line in probe.stdout.split())
-    assert more - fewer < 100 * 1024
+    fewer, more = measure("model", write_model(tmp_path, tiny_tokenizers[1], rows=176384), 48, 112)
+    assert more - fewer < 100

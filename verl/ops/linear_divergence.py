@@ -43,7 +43,6 @@ from verl.vocabulary import Vocabulary
 REVERSE_KL, FORWARD_KL, JSD = "reverse_kl", "forward_kl", "jsd"
 DIVERGENCES = (REVERSE_KL, FORWARD_KL, JSD)
 SHARED, FULL = "shared", "full"
-SUPPORTS = (SHARED, FULL)
 DEFAULT_CHUNK_BYTES = 384 * 2**20
 """Of all buffers of one chunk together."""
 BUFFERS = 6
@@ -70,18 +69,6 @@ class DivergenceOptions:
     leak_target: float = 1e-4
     """delta of the leak term, strictly between 0 and 1."""
 
-    def __post_init__(self) -> None:
-        if self.kind not in DIVERGENCES or self.support not in SUPPORTS:
-            raise ValueError(
-                f"kind={self.kind!r} must be one of {', '.join(DIVERGENCES)}, support={self.support!r} one of "
-                f"{', '.join(SUPPORTS)}"
-            )
-        if self.temperature <= 0:
-            raise ValueError(f"temperature={self.temperature} must be above 0")
-        for name in ("beta", "leak_target"):
-            if not 0 < getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must lie between 0 and 1")
-
 
 class DivergenceStats(NamedTuple):
     """Statistics of N positions, without gradient; float32, or float64 for float64 inputs."""
@@ -94,10 +81,10 @@ class DivergenceStats(NamedTuple):
     """(N,) eps; 0 without E."""
     sampled: torch.Tensor
     """(N,) log p(y) - log q(y) of the drawn token y, over S: an estimate of D where tokens are drawn from p; 0 for a
-    token outside S, and without labels."""
+    token outside S."""
     teacher_log_prob: torch.Tensor
-    """(N,) log q(y) of the drawn token, over all ids that the teacher knows; ``missing_log_prob`` where it lacks y, 0
-    without labels. From likeliest ids alone it is as exact as they are."""
+    """(N,) log q(y) of the drawn token, over all ids that the teacher knows; ``missing_log_prob`` where it lacks y.
+    From likeliest ids alone it is as exact as they are."""
 
 
 def linear_divergence(
@@ -106,9 +93,9 @@ def linear_divergence(
     token_weights: torch.Tensor,
     teacher: TeacherLogProbs,
     options: DivergenceOptions,
-    *,
+    labels: torch.Tensor,
     vocabulary: Vocabulary | None = None,
-    labels: torch.Tensor | None = None,
+    *,
     chunk_bytes: int = DEFAULT_CHUNK_BYTES,
 ) -> tuple[torch.Tensor, DivergenceStats]:
     """``sum_n token_weights[n] (D_n + leak_coef leak_n)``, differentiable in ``hidden`` and ``weight``.
@@ -119,8 +106,8 @@ def linear_divergence(
         token_weights: (N,) of the positions; 0 leaves one out.
         teacher: log-probs of its ids, all or the likeliest; of B, or of all K.
         options: what is minimised.
-        vocabulary: of the student, which names K and E; None: all rows, no E.
         labels: (N,) int64, the tokens that were drawn, for the statistics alone.
+        vocabulary: of the student, which names K and E; None: all rows, no E.
         chunk_bytes: memory for the buffers of a chunk; changes memory and speed, not the result.
 
     Raises:
@@ -143,7 +130,7 @@ class _Job(NamedTuple):
     """K."""
     start: int
     """Size of B; K without E."""
-    labels: torch.Tensor | None
+    labels: torch.Tensor
     chunk_rows: int
 
 
@@ -168,8 +155,7 @@ class _LinearDivergence(torch.autograd.Function):
         head = weight[: job.ids]
         for chunk in row_chunks(rows, job.chunk_rows):
             logits = scaled_logits(hidden[chunk], head, job.options.temperature)
-            labels = None if job.labels is None else job.labels[chunk, None]
-            measured, grad = _chunk(logits, teacher(chunk), labels, job)
+            measured, grad = _chunk(logits, teacher(chunk), job.labels[chunk, None], job)
             for values, into in zip(measured, stats, strict=True):
                 into[chunk] = values
             if grad_hidden is not None or grad_weight is not None:
@@ -194,7 +180,7 @@ class _LinearDivergence(torch.autograd.Function):
 
 
 def _chunk(
-    logits: torch.Tensor, teacher: torch.Tensor | TopLogProbs, labels: torch.Tensor | None, job: _Job
+    logits: torch.Tensor, teacher: torch.Tensor | TopLogProbs, labels: torch.Tensor, job: _Job
 ) -> tuple[DivergenceStats, torch.Tensor]:
     """Statistics (C,) of a chunk and its gradient in the logits (C, K), unit weight; overwrites the first two inputs.
 
@@ -214,26 +200,19 @@ def _chunk(
     log_p = logits[:, :support].sub_((base if support == start else whole)[:, None])
     if isinstance(teacher, TopLogProbs):
         teacher = teacher.completed(log_p, options.missing_log_prob)
-    teacher_log_prob = torch.zeros_like(base) if labels is None else _drawn(teacher, labels, options.missing_log_prob)
+    teacher_log_prob = _pick(teacher, labels, options.missing_log_prob)
     log_q = _on_support(teacher, support, options)
-    sampled = torch.zeros_like(base) if labels is None else _sampled(log_p, log_q, labels)
+    sampled = _pick(log_p, labels, 0.0) - _pick(log_q, labels, 0.0)
     divergence, of_divergence = _divergence(log_p, log_p.exp(), log_q, options)
     grad[:, :support].add_(of_divergence)
     mass = (extended - whole).exp()
     return DivergenceStats(divergence, leak, mass, sampled, teacher_log_prob), grad
 
 
-def _drawn(teacher: torch.Tensor, labels: torch.Tensor, missing: float) -> torch.Tensor:
-    """(C,) log q of the drawn tokens (C, 1), from the teacher's (C, T); ``missing`` for one that it lacks."""
-    known = labels < teacher.shape[1]
-    return torch.where(known, teacher.gather(1, labels.where(known, 0)), missing).squeeze(1)
-
-
-def _sampled(log_p: torch.Tensor, log_q: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """(C,) log p - log q of the drawn tokens (C, 1), 0 outside S."""
-    inside = labels < log_p.shape[1]
-    chosen = labels.where(inside, 0)
-    return torch.where(inside, log_p.gather(1, chosen) - log_q.gather(1, chosen), 0.0).squeeze(1)
+def _pick(values: torch.Tensor, labels: torch.Tensor, missing: float) -> torch.Tensor:
+    """(C,) values (C, T) at the labels (C, 1); ``missing`` for a label from T on."""
+    known = labels < values.shape[1]
+    return torch.where(known, values.gather(1, labels.where(known, 0)), missing).squeeze(1)
 
 
 def _check_vocabulary(teacher: torch.Tensor | TopLogProbs, support: int, job: _Job) -> None:

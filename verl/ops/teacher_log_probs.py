@@ -139,7 +139,10 @@ def score_tokens(
     known = labels < size
     chosen = labels.where(known, 0)[:, None]
     drawn = torch.full(labels.shape, missing, device=labels.device)
-    top = None if topk is None else _empty_topk(len(labels), topk, size, labels.device)
+    top = None
+    if topk is not None:
+        of_ids, of_rest = torch.zeros(len(labels), topk, device=labels.device), torch.zeros_like(drawn)
+        top = TopLogProbs(torch.zeros_like(of_ids, dtype=torch.int64), of_ids, of_rest, size)
     for rows in row_chunks(len(labels), max(1, chunk_bytes // (BUFFERS * size * torch.float32.itemsize))):
         log_q = teacher(rows)
         values = log_q.gather(1, chosen[rows]).squeeze(1)
@@ -148,15 +151,6 @@ def score_tokens(
             _likeliest(log_q, top.rows(rows))
         del log_q  # before the next chunk makes its own
     return TokenScores(drawn, top)
-
-
-def _empty_topk(positions: int, topk: int, vocab_size: int, device: torch.device) -> TopLogProbs:
-    return TopLogProbs(
-        torch.zeros(positions, topk, dtype=torch.int64, device=device),
-        torch.zeros(positions, topk, device=device),
-        torch.zeros(positions, device=device),
-        vocab_size,
-    )
 
 
 def _likeliest(log_q: torch.Tensor, top: TopLogProbs) -> None:

@@ -194,13 +194,12 @@ class DataParallelPPOActor:
         ]
         reshard(self.actor_module)
         is_exact = self.distill is not None and self.distill.is_exact
-        metrics = _summarise(
-            [update.metrics for update in updates], "actor/distill_loss" if is_exact else "actor/pg_loss"
-        )
+        loss_name = "actor/distill_loss" if is_exact else "actor/pg_loss"
+        metrics = _summarise([update.metrics for update in updates], loss_name)
         if self.extended_rows is not None:
             metrics |= self.extended_rows.drift()
         last_epoch = updates[-(len(data) // rows) :]
-        return Update(metrics, torch.cat([update.teacher_log_probs for update in last_epoch]).cpu())
+        return Update(metrics, torch.cat([update.teacher_log_probs for update in last_epoch]))
 
     def _check_batch(self, data: DataProto, config: FSDPActorConfig) -> None:
         has_policy_loss = self.distill is None or self.distill.has_policy_loss
@@ -221,8 +220,8 @@ class DataParallelPPOActor:
         """One optimizer step over this rank's M rows of a mini-batch."""
         assert self.actor_optimizer is not None and self.lr_schedule is not None, "checked by update"
         metrics = {"actor/lr": self.lr_schedule.rate} | dict.fromkeys(COUNTS, 0.0)
+        result = Update({}, torch.zeros(mini.tensor("responses").shape))
         device = self.actor_module.device
-        result = Update({}, torch.zeros(mini.tensor("responses").shape, device=device))
         mini_loss = MiniBatchLoss(mini, config, self.vocabulary, device, self.distill, teachers)
         if not mini_loss.is_empty:
             result = self._accumulate_gradient(mini, mini_loss, config)
@@ -250,7 +249,7 @@ class DataParallelPPOActor:
         shares = torch.stack(list(totals.values()))
         if dist.is_initialized():
             dist.all_reduce(shares)
-        return Update(dict(zip(totals, (shares / num_ranks()).tolist(), strict=True)), teacher_log_probs)
+        return Update(dict(zip(totals, (shares / num_ranks()).tolist(), strict=True)), teacher_log_probs.cpu())
 
 
 def _summarise(steps: list[dict[str, float]], loss: str) -> dict[str, float]:

@@ -107,7 +107,8 @@ class MiniBatchLoss:
         divergence_head = divergence.head(micro, divergence.run_teachers(micro))
         if policy is None:
             return divergence.of(micro, *run_student(divergence_head))
-        stats, compared = run_student(_Both(policy.head, divergence_head))
+        # Both in one forward pass, and one backward pass for the gradient of their sum.
+        stats, compared = run_student(lambda *states: (policy.head(*states), divergence_head(*states)))
         task, distilled = policy.of(micro, stats), divergence.of(micro, *compared)
         metrics = task.metrics | distilled.metrics
         return MicroLoss(task.loss + self._coef * distilled.loss, metrics, distilled.teacher_log_probs)
@@ -232,11 +233,29 @@ class DivergenceLoss:
             scored.append((members.nonzero().flatten().to(self._device), log_probs))
         return scored
 
-    def head(self, micro: MicroBatch, scored: Sequence[tuple[torch.Tensor, TeacherLogProbs]]) -> "_DivergenceHead":
+    def head(self, micro: MicroBatch, scored: Sequence[tuple[torch.Tensor, TeacherLogProbs]]) -> Head:
         """What the student computes of a micro-batch: its divergence from what `run_teachers` returned."""
         weights = self._token_weights[micro.rows, micro.columns].to(self._device)
         groups = [(*of_teacher, options) for of_teacher, options in zip(scored, self._options, strict=True)]
-        return _DivergenceHead(groups, weights, self._vocabulary)
+        # A gradient of the whole head for a group without positions would be a large tensor of zeros.
+        groups = [group for group in groups if len(group[0])] or groups[:1]
+        order = torch.cat([members for members, _, _ in groups]).argsort()
+
+        def compare(
+            hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor
+        ) -> tuple[torch.Tensor, DivergenceStats]:
+            """The loss, and the statistics of all S positions in their order."""
+            losses, measured = [], []
+            for members, log_probs, options in groups:
+                loss, stats = linear_divergence(
+                    hidden[members], weight, weights[members], log_probs, options, labels[members], self._vocabulary
+                )
+                losses.append(loss)
+                measured.append(stats if options.leak_coef else stats._replace(leak=torch.zeros_like(stats.leak)))
+            columns = zip(*measured, strict=True)
+            return torch.stack(losses).sum(), DivergenceStats(*(torch.cat(values)[order] for values in columns))
+
+        return compare  # a function, because FSDP casts the tensors in a tuple among a forward pass's arguments
 
     def of(self, micro: MicroBatch, loss: torch.Tensor, stats: DivergenceStats) -> MicroLoss:
         """Metrics beside the loss of a micro-batch.
@@ -258,54 +277,6 @@ class DivergenceLoss:
             inside = self._in_support[micro.rows, micro.columns].to(share.device)
             metrics["distill/sampled_gap"] = (inside * (stats.sampled - stats.divergence)).sum() * self._gap_share
         return MicroLoss(loss, metrics, stats.teacher_log_prob)
-
-
-class _DivergenceHead:
-    """A head: the divergence of each group of positions from its teacher, added up.
-
-    A plain class, because FSDP casts the tensors that it finds in tuples among a forward pass's arguments.
-    """
-
-    def __init__(
-        self,
-        groups: Sequence[tuple[torch.Tensor, TeacherLogProbs, DivergenceOptions]],
-        weights: torch.Tensor,
-        vocabulary: Vocabulary,
-    ) -> None:
-        self._groups, self._weights, self._vocabulary = groups, weights, vocabulary
-
-    def __call__(
-        self, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor
-    ) -> tuple[torch.Tensor, DivergenceStats]:
-        """The loss, and the statistics of all S positions in their order."""
-        losses, measured = [], []
-        # A gradient of the whole head for a group without positions would be a large tensor of zeros.
-        groups = [group for group in self._groups if len(group[0])] or self._groups[:1]
-        for members, teacher, options in groups:
-            loss, stats = linear_divergence(
-                hidden[members],
-                weight,
-                self._weights[members],
-                teacher,
-                options,
-                vocabulary=self._vocabulary,
-                labels=labels[members],
-            )
-            losses.append(loss)
-            measured.append(stats if options.leak_coef else stats._replace(leak=torch.zeros_like(stats.leak)))
-        order = torch.cat([members for members, _, _ in groups]).argsort()
-        columns = zip(*measured, strict=True)
-        return torch.stack(losses).sum(), DivergenceStats(*(torch.cat(values)[order] for values in columns))
-
-
-class _Both:
-    """Two heads of one forward pass; a plain class for the same reason."""
-
-    def __init__(self, first: Head, second: Head) -> None:
-        self._heads = first, second
-
-    def __call__(self, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> tuple[Any, ...]:
-        return tuple(head(hidden, weight, labels) for head in self._heads)
 
 
 def num_ranks() -> int:

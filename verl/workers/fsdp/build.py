@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
@@ -31,7 +32,7 @@ from verl.utils.device import (
     select_device,
     share_cpu_cores,
 )
-from verl.workers.fsdp.shard import ShardPolicy, shard_model
+from verl.workers.fsdp.shard import shard_model
 from verl.workers.fsdp.token_stats_model import TokenStatsModel
 
 logger = logging.getLogger(__name__)
@@ -213,7 +214,11 @@ def build_model(
         causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs=CHECKPOINTING)
     weights = {name: p.detach() for name, p in module.named_parameters()} if dist.get_rank() == 0 else {}
     reduce_dtype = resolve_dtype(fsdp.mixed_precision.reduce_dtype, device_name)
-    policy = ShardPolicy(storage_dtype, compute_dtype, reduce_dtype, fsdp.reshard_after_forward)
-    shard_model(module, mesh, policy)
+    # Casts where precisions differ, and none where they do not (fp32 on CPU).
+    precision = MixedPrecisionPolicy(
+        param_dtype=compute_dtype if compute_dtype != storage_dtype else None,
+        reduce_dtype=reduce_dtype if reduce_dtype != compute_dtype else None,
+    )
+    shard_model(module, mesh, precision, fsdp.reshard_after_forward)
     _scatter_from_rank_zero(module, weights, mesh)
     return module

@@ -151,7 +151,7 @@ def test_the_leak_term_vanishes_at_its_target_and_pulls_towards_it() -> None:
 
 
 def test_extreme_logits_stay_finite() -> None:
-    """Differences of hundreds of nats: probabilities underflow, gradients and figures do not become NaN."""
+    """Differences of hundreds of nats: probabilities underflow, gradients and statistics do not become NaN."""
     case = Case(torch.float32, scale=12.0)
     for kind in DIVERGENCES:
         for support in ("shared", "full"):

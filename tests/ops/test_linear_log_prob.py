@@ -75,8 +75,8 @@ def test_values_and_gradients_are_those_of_the_definition(rows: int, temperature
         torch.testing.assert_close(gradient, right, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("asked", ["log_probs", "entropy", "extend_mass"])
-def test_each_number_has_its_own_gradient(asked: str) -> None:
+@pytest.mark.parametrize("number", ["log_probs", "entropy", "extend_mass"])
+def test_each_number_has_its_own_gradient(number: str) -> None:
     hidden, weight, labels = draw()
 
     def one(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -89,7 +89,7 @@ def test_each_number_has_its_own_gradient(asked: str) -> None:
             with_entropy=True,
             chunk_bytes=5 * ONE_ROW,
         )
-        return getattr(stats, asked)
+        return getattr(stats, number)
 
     assert torch.autograd.gradcheck(one, (hidden, weight))
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.exact_cases import workers
 from support.tiny_workers import (
     assert_same_gradient,
     draw_rows,
@@ -50,8 +51,7 @@ def export_weights(worker: StudentWorker) -> tuple[list[str], dict[str, torch.Te
 
 def run_student(config: ActorRolloutRefConfig, share: DataProto, other: DataProto, folder: Path) -> dict[str, Any]:
     """Two steps, a checkpoint between them, and everything that can be seen on the way."""
-    worker = StudentWorker(config=config, device="cpu")
-    worker.init_model()
+    worker = workers(config)
     teacher = TeacherWorker(config=config, device="cpu")
     teacher.init_model()  # a second role in the process joins the group that is there
     seen: dict[str, Any] = {
@@ -159,8 +159,7 @@ def check_export(batch: DataProto, student_ids: int, folder: Path, two: list[dic
 
 def check_resumed(config: ActorRolloutRefConfig, other: DataProto, folder: Path, two: list[dict[str, Any]]) -> None:
     """A checkpoint of two ranks goes on on one, as the two went on."""
-    worker = StudentWorker(config=config, device="cpu")
-    worker.init_model()
+    worker = workers(config)
     worker.load_checkpoint(str(folder / "checkpoint"))
     assert worker._state.schedule.steps == 1
     worker.update_actor(other)

@@ -107,7 +107,7 @@ def linear_divergence(
         teacher: log-probs of its ids, all or the likeliest; of B, or of all K.
         options: what is minimised.
         labels: (N,) int64, the tokens that were drawn, for the statistics alone.
-        vocabulary: of the student, which names K and E; None: all rows, no E.
+        vocabulary: of the student: K and E; None: all rows, no E.
         chunk_bytes: memory for the buffers of a chunk; changes memory and speed, not the result.
 
     Raises:

@@ -141,7 +141,7 @@ def _chunk_gradient(
     mass: tuple[torch.Tensor, torch.Tensor] | None,
     options: _Options,
 ) -> torch.Tensor:
-    """Gradient in the logits (C, K), as the table of the module says.
+    """Gradient in the logits (C, K), as in the table of the module.
 
     Every term but 1[j = y] has the factor p_j, so the others' coefficients are summed first: per row, plus, for the
     entropy, one per id, which overwrites ``log_softmax``. ``entropy`` and ``mass`` are pairs of gradient and value;

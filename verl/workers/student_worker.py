@@ -192,7 +192,7 @@ class StudentWorker(Worker):
 
     @contextmanager
     def _on_device(self, optimizer: bool = False) -> Iterator[None]:
-        """Have the parameters, and the optimizer's state if asked for, on the device for the time of the block."""
+        """Have the parameters, and with ``optimizer`` its state, on the device for the time of the block."""
         self._move(self._ranks.device, optimizer)
         yield
         self._leave_device(optimizer)

@@ -161,7 +161,7 @@ class TopKTeacher:
         )
         if ids.numel() and int(ids.max()) >= self._ids:
             raise ValueError(
-                f"a teacher names id {int(ids.max())} among its likeliest, and the student has {self._ids} ids "
+                f"a teacher gives id {int(ids.max())} among its likeliest, and the student has {self._ids} ids "
                 "that it may know; algorithm.distill.objective=topk needs a teacher without other ids"
             )
         return TopLogProbs(ids.long(), log_probs, rest, self._ids).rows

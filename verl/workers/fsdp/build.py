@@ -77,7 +77,7 @@ def join_ranks(worker: Worker, device_setting: str, seed: int) -> Ranks:
 
 
 def require_path(key: str, path: str | None) -> str:
-    """The path that a setting names; raises ValueError where it names none."""
+    """The path that a setting gives; raises ValueError where it gives none."""
     if path is None:
         raise ValueError(f"{key} is not set; name a folder (or hub name) of a model")
     return path

@@ -98,10 +98,3 @@ def test_the_best_of_a_run_is_found_again_after_a_kill(mixed: Any, tmp_path: Pat
     kept = load_file(folder / "best" / "huggingface" / "model.safetensors")
     of_step = load_file(folder / f"global_step_{expected}" / "actor" / "huggingface" / "model.safetensors")
     assert all(torch.equal(value, of_step[name]) for name, value in kept.items())
-
-
-def test_a_wrong_name_ends_a_run_before_it_trains(mixed: Any, tmp_path: Path) -> None:
-    changes = {"trainer.best_metric": "val/general/recall", "trainer.test_freq": 1, "trainer.val_before_train": True}
-    with pytest.raises(ValueError, match=r"names val/general/recall, .* it gives val/extend_seq_ratio, val/general/"):
-        run_in_process(mixed("run", **changes))
-    assert not (tmp_path / "run" / "metrics.jsonl").read_text()

@@ -17,6 +17,20 @@ class Vocabulary(NamedTuple):
     extend_start: int | None = None
     """First id that the teacher lacks; None: the vocabularies are the same."""
 
-    def shared_ids(self, teacher_ids: int) -> int:
-        """Number of ids in the softmax of a teacher whose tokenizer names ``teacher_ids``."""
-        return teacher_ids if self.extend_start is None else min(teacher_ids, self.extend_start)
+    def shared_ids(self, teacher_ids: int | None = None) -> int:
+        """Number of ids in the softmax of a teacher whose tokenizer names ``teacher_ids``; None: as many as here."""
+        known = self.ids if teacher_ids is None else teacher_ids
+        return known if self.extend_start is None else min(known, self.extend_start)
+
+    def check_head(self, rows: int, model: str = "") -> None:
+        """Raise ValueError where a head has fewer rows than there are ids: model and tokenizer do not fit each other.
+
+        Args:
+            rows: of the lm head.
+            model: its name, for the message.
+        """
+        if not 0 < self.ids <= rows:
+            raise ValueError(
+                f"the tokenizer names {self.ids} ids and the lm head {f'of {model} ' if model else ''}has {rows} rows; "
+                "check model.path and tokenizer_path, or resize the model's embeddings"
+            )

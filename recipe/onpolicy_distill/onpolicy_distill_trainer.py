@@ -92,7 +92,7 @@ class RayOnPolicyDistillTrainer(RayPPOTrainer):
         )
 
     def init_workers(self) -> None:
-        """As the base class; a student whose teachers lend hidden states gets their heads."""
+        """As the base class; a student whose teachers export hidden states gets their heads."""
         super().init_workers()
         self.fetch_heads()
 
@@ -121,26 +121,27 @@ class RayOnPolicyDistillTrainer(RayPPOTrainer):
         distill = self.config.algorithm.distill
         if not distill.teachers:
             return self.ask_teacher(BASE_TEACHER, batch)
-        said, order = [], []
+        scores, order = [], []
         for place, role in enumerate(distill.roles):
             rows = (batch.tensor("teacher") == place).nonzero().flatten()
             if len(rows):
-                said.append(self.ask_teacher(role, batch.select_idxs(rows)))
+                scores.append(self.ask_teacher(role, batch.select_idxs(rows)))
                 order.append(rows)
-        scores = DataProto.concat(said)
-        scores.reorder(torch.cat(order).argsort())
-        return scores
+        joined = DataProto.concat(scores)
+        joined.reorder(torch.cat(order).argsort())
+        return joined
 
     def ask_teacher(self, role: str, batch: DataProto) -> DataProto:
-        """What a teacher says of rows of its own: scores, and what an update needs that is made without it."""
-        asked_ahead = self.config.algorithm.distill.topk_or_none is not None or self.exports_hidden_states
-        if asked_ahead and not batch.meta_info["validate"]:
-            return self.role_groups[role].teach(batch)
+        """A teacher's ``ref_log_prob`` of its own rows, and what an update needs that cannot run the teacher."""
+        scores_ahead = self.config.algorithm.distill.topk_or_none is not None or self.exports_hidden_states
+        if scores_ahead and not batch.meta_info["validate"]:
+            return self.role_groups[role].score_for_update(batch)
         return self.role_groups[role].compute_ref_log_prob(batch)
 
     def update_actor(self, batch: DataProto) -> DataProto:
-        """As the base class: ``ref_log_prob`` (B, R) of teachers that were not asked before, at trained positions. What
-        teachers lent for it is given back, in place.
+        """As the base class; with it ``ref_log_prob`` (B, R) at trained positions, where the update runs the teachers.
+
+        Handles to hidden states are dropped from ``batch`` afterwards, which frees these.
         """
         updated = super().update_actor(batch)
         batch.non_tensor_batch.pop("teacher_states", None)

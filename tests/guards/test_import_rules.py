@@ -102,7 +102,8 @@ def test_no_two_modules_import_each_other() -> None:
 
 def test_no_two_folders_import_each_other() -> None:
     def folder(module: str) -> str:
-        return str(MODULES[module].parent.relative_to(REPO))
+        place = MODULES[module].parent.relative_to(REPO)
+        return module if place == Path("verl") else str(place)  # what stands alone there has its own layer
 
     # A package's __init__ that re-exports names from folders below it is that package's table of contents.
     inside = ((s, t) for s, t in EDGES if MODULES[s].name != "__init__.py" and MODULES[t].name != "__init__.py")

@@ -1,18 +1,11 @@
 """Exact divergences in chunks, against whole distributions and autograd."""
 
-import dataclasses
 import math
-import os
-import subprocess
-import sys
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
-from support.divergence_cases import LEAK, Case, D, E, K, N, V, definition
-from support.tiny_pairs import REPO
-from torch.utils._python_dispatch import TorchDispatchMode
+from support.divergence_cases import DRAWN, LEAK, Case, D, E, K, N, V, definition
+from support.peak_memory import LargestTensor, measure
 
 from verl.ops.linear_divergence import (
     DIVERGENCES,
@@ -41,22 +34,6 @@ def test_values_and_gradients_are_those_of_the_definition(kind, support, who, te
         torch.testing.assert_close(gradient, 3 * wanted, rtol=1e-10, atol=1e-13)
 
 
-@pytest.mark.parametrize("kind", DIVERGENCES)
-def test_gradients_are_those_of_finite_differences(kind) -> None:
-    case = Case()
-    options = DivergenceOptions(kind, support="full", missing_log_prob=-5, **LEAK)
-    loss, _ = case.loss(case.base(), options)
-    gradient, step = torch.autograd.grad(loss, case.hidden)[0], 1e-6
-    for place in ((0, 0), (5, 3), (12, 5)):
-        moved = []
-        for sign in (1, -1):
-            with torch.no_grad():
-                case.hidden[place] += sign * step
-                moved.append(case.loss(case.base(), options)[0].item())
-                case.hidden[place] -= sign * step
-        assert (moved[0] - moved[1]) / (2 * step) == pytest.approx(gradient[place].item(), rel=1e-6, abs=1e-9)
-
-
 @pytest.mark.parametrize("rows", [1, 2, 5, N, 1000])
 def test_chunks_change_nothing(rows) -> None:
     options = DivergenceOptions("jsd", **LEAK)
@@ -67,7 +44,7 @@ def test_chunks_change_nothing(rows) -> None:
         torch.testing.assert_close(gradient, wanted, rtol=1e-12, atol=1e-14)
 
 
-def test_figures_are_those_of_the_whole_softmax() -> None:
+def test_extended_mass_is_that_of_the_whole_softmax() -> None:
     case = Case()
     _, stats = case.loss(case.base(), DivergenceOptions())
     torch.testing.assert_close(stats.extend_mass, (case.hidden @ case.weight[:K].T).softmax(-1)[:, E:].sum(-1))
@@ -77,7 +54,7 @@ def test_figures_are_those_of_the_whole_softmax() -> None:
 @pytest.mark.parametrize("support", ["shared", "full"])
 @pytest.mark.parametrize("who", ["base", "stitched", "top"])
 def test_the_drawn_token_stands_for_the_divergence(support, who) -> None:
-    """In the mean over tokens drawn from the student it is the divergence; outside the support it says nothing."""
+    """In the mean over tokens drawn from the student it is the divergence; outside the support it is 0."""
     case, options = Case(), DivergenceOptions(support=support, missing_log_prob=-20)
     log_q = case.base()(slice(None))
     teacher = getattr(case, who)() if who != "top" else None
@@ -92,14 +69,14 @@ def test_the_drawn_token_stands_for_the_divergence(support, who) -> None:
         mean += p[:, label].detach() * stats.sampled
     torch.testing.assert_close(mean, stats.divergence, rtol=1e-10, atol=1e-14)
     outside = case.loss(teacher, options, labels=torch.full((N,), K - 1))[1].sampled
-    assert outside.any() == (support == "full") and not case.loss(teacher, options)[1].sampled.any()
+    assert outside.any() == (support == "full")
 
 
 @pytest.mark.parametrize("kind", DIVERGENCES)
 @pytest.mark.parametrize("support", ["shared", "full"])
 @pytest.mark.parametrize("who", ["base", "frozen", "stitched"])
-def test_the_teacher_is_heard_over_all_ids_that_it_knows(kind, support, who) -> None:
-    """Whatever is compared: neither the support nor the divergence changes what it says of the drawn token."""
+def test_the_teacher_scores_the_drawn_token_over_all_ids_that_it_knows(kind, support, who) -> None:
+    """Neither the support nor the divergence changes its log-prob."""
     case, options = Case(), DivergenceOptions(kind, support=support, missing_log_prob=-20)
     teacher, labels = getattr(case, who)(), torch.arange(N) + K - N  # 4 to 16: of both kinds
     log_q = teacher(slice(None))
@@ -107,7 +84,6 @@ def test_the_teacher_is_heard_over_all_ids_that_it_knows(kind, support, who) -> 
     stats = case.loss(teacher, options, labels=labels)[1]
     torch.testing.assert_close(stats.teacher_log_prob, log_q.gather(1, labels[:, None])[:, 0], rtol=1e-12, atol=0)
     assert (stats.teacher_log_prob == -20).sum() == (K - E if who == "base" else 0)
-    assert not case.loss(teacher, options)[1].teacher_log_prob.any()
 
 
 def test_two_ids_by_hand() -> None:
@@ -115,7 +91,7 @@ def test_two_ids_by_hand() -> None:
     hidden = torch.tensor([[1.0]], requires_grad=True)
     weight = torch.tensor([[0.0], [math.log(3.0)]])
     teacher = LinearTeacher(torch.zeros(1, 1), torch.zeros(2, 1), 2)
-    loss, _ = linear_divergence(hidden, weight, torch.tensor([2.0]), teacher, DivergenceOptions("reverse_kl"))
+    loss, _ = linear_divergence(hidden, weight, torch.tensor([2.0]), teacher, DivergenceOptions(), DRAWN)
     divergence = 0.25 * math.log(0.5) + 0.75 * math.log(1.5)
     assert loss.item() == pytest.approx(2 * divergence)
     loss.backward()
@@ -159,7 +135,7 @@ def test_the_leak_term_vanishes_at_its_target_and_pulls_towards_it() -> None:
 
 
 def test_extreme_logits_stay_finite() -> None:
-    """Differences of hundreds of nats: probabilities underflow, gradients and figures do not become NaN."""
+    """Differences of hundreds of nats: probabilities underflow, gradients and statistics do not become NaN."""
     case = Case(torch.float32, scale=12.0)
     for kind in DIVERGENCES:
         for support in ("shared", "full"):
@@ -183,26 +159,13 @@ def test_lower_precision_is_near(dtype) -> None:
 
 def test_nothing_to_score_and_no_extension() -> None:
     case = Case()
-    empty = linear_divergence(case.hidden[:0], case.weight, case.token_weights[:0], case.frozen(), DivergenceOptions())
+    empty = linear_divergence(
+        case.hidden[:0], case.weight, case.token_weights[:0], case.frozen(), DivergenceOptions(), DRAWN[:0]
+    )
     assert empty[0].item() == 0
     everything = LinearTeacher(case.frozen_hidden, case.frozen_weight, K)
     _, stats = case.loss(everything, DivergenceOptions(), start=None)
     assert stats.extend_mass.abs().max() == 0 and stats.leak.abs().max() == 0
-
-
-class LargestTensor(TorchDispatchMode):
-    """Elements of the largest tensor that any operation returned."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func: Callable, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for value in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(value, torch.Tensor):
-                self.elements = max(self.elements, value.numel())
-        return result
 
 
 def test_whole_logits_never_exist() -> None:
@@ -213,33 +176,18 @@ def test_whole_logits_never_exist() -> None:
     assert largest.elements == max(2 * K, V * D)
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"kind": "kl"}, "kind='kl' must be one of reverse_kl, forward_kl, jsd"),
-        ({"support": "half"}, "support='half'"),
-        ({"temperature": 0.0}, "temperature=0.0 must be above 0"),
-        ({"kind": "jsd", "beta": 1.0}, "beta=1.0 must lie between 0 and 1"),
-        ({"leak_target": 0.0}, "leak_target=0.0 must lie between 0 and 1"),
-    ],
-)
-def test_bad_options(settings, message) -> None:
-    with pytest.raises(ValueError, match=message):
-        dataclasses.replace(DivergenceOptions(), **settings)
-
-
 def test_sizes_that_do_not_fit() -> None:
     case = Case()
     with pytest.raises(ValueError, match="the teacher scores 14 ids; it has to score 11"):
         case.loss(LinearTeacher(case.base_hidden, case.base_weight, 14), DivergenceOptions())
-    with pytest.raises(ValueError, match="vocab_size=15"):
+    with pytest.raises(ValueError, match="names 15 ids"):
         LinearTeacher(case.base_hidden, case.base_weight, 15)
     case.token_weights = case.token_weights[:5]
     with pytest.raises(ValueError, match="have 13 and 5 positions"):
         case.loss(case.base(), DivergenceOptions())
 
 
-def test_a_teacher_with_more_ids_than_the_student_is_asked_about_the_students() -> None:
+def test_only_the_students_ids_of_a_larger_teacher_are_compared() -> None:
     case = Case()
     larger = LinearTeacher(case.frozen_hidden, case.frozen_weight, V)
     loss, _ = case.loss(larger, DivergenceOptions(support="full"), start=None)
@@ -251,7 +199,7 @@ def test_the_smallest_probabilities_of_a_teacher_leave_jsd_finite() -> None:
     student, head = torch.tensor([[1.0]], requires_grad=True), torch.tensor([[0.0], [-300.0]])
     teacher = LinearTeacher(torch.tensor([[1.0]]), torch.tensor([[0.0], [-103.2]]), 2)
     for beta in (0.5, 0.1):
-        loss, _ = linear_divergence(student, head, torch.ones(1), teacher, DivergenceOptions("jsd", beta=beta))
+        loss, _ = linear_divergence(student, head, torch.ones(1), teacher, DivergenceOptions("jsd", beta=beta), DRAWN)
         assert loss.isfinite()
 
 
@@ -259,15 +207,6 @@ def test_the_smallest_probabilities_of_a_teacher_leave_jsd_finite() -> None:
 @pytest.mark.parametrize("topk", [0, 64])
 def test_memory_at_the_real_vocabulary_is_that_of_a_chunk(topk) -> None:
     """Under a tenth of the logits of 8,192 positions, and no more for twice the positions."""
-    program = Path(__file__).with_name("divergence_memory.py")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (REPO, REPO / "tests")))}
-
-    def grown(positions: int) -> float:
-        command = [sys.executable, str(program), str(positions), str(topk)]
-        done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
-        return float(done.stdout)
-
-    few, twice = grown(256), grown(512)
+    (few,), (twice,) = measure("divergence", 256, topk), measure("divergence", 512, topk)
     assert 0 < twice < 0.1 * 8192 * 176_384 * 4 / 2**20
-    assert few > 0
-    assert twice < few * 1.1
+    assert few > 0 and twice < few * 1.1

@@ -4,11 +4,13 @@ import math
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from support.peak_memory import LargestTensor
 
 from verl.ops.linear_log_prob import TokenStats, linear_token_stats
+from verl.vocabulary import Vocabulary
 
 N, D, V, K, E = 13, 6, 20, 17, 11  # positions, hidden, rows of the head, ids in the softmax, first extended id
+EXTENDED = Vocabulary(K, E)
 ONE_ROW = K * 8  # bytes of one row of float64 logits
 
 
@@ -44,7 +46,7 @@ def test_two_ids_by_hand() -> None:
         torch.tensor([[1.0]]),
         torch.tensor([[0.0], [math.log(3.0)]]),
         torch.tensor([1]),
-        extend_start=1,
+        vocabulary=Vocabulary(2, 1),
         with_entropy=True,
     )
     assert stats.log_probs.tolist() == pytest.approx([math.log(0.75)])
@@ -61,8 +63,7 @@ def test_values_and_gradients_are_those_of_the_definition(rows: int, temperature
         weight,
         labels,
         temperature=temperature,
-        vocab_size=K,
-        extend_start=E,
+        vocabulary=EXTENDED,
         with_entropy=True,
         chunk_bytes=rows * ONE_ROW,
     )
@@ -74,8 +75,8 @@ def test_values_and_gradients_are_those_of_the_definition(rows: int, temperature
         torch.testing.assert_close(gradient, right, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("asked", ["log_probs", "entropy", "extend_mass"])
-def test_each_number_has_its_own_gradient(asked: str) -> None:
+@pytest.mark.parametrize("number", ["log_probs", "entropy", "extend_mass"])
+def test_each_number_has_its_own_gradient(number: str) -> None:
     hidden, weight, labels = draw()
 
     def one(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -84,24 +85,23 @@ def test_each_number_has_its_own_gradient(asked: str) -> None:
             weight,
             labels,
             temperature=1.3,
-            vocab_size=K,
-            extend_start=E,
+            vocabulary=EXTENDED,
             with_entropy=True,
             chunk_bytes=5 * ONE_ROW,
         )
-        return getattr(stats, asked)
+        return getattr(stats, number)
 
     assert torch.autograd.gradcheck(one, (hidden, weight))
 
 
 def test_rows_of_the_head_past_the_limit_get_no_probability_and_no_gradient() -> None:
     hidden, weight, labels = draw()
-    linear_token_stats(hidden, weight, labels, vocab_size=K).log_probs.sum().backward()
+    linear_token_stats(hidden, weight, labels, vocabulary=Vocabulary(K)).log_probs.sum().backward()
     assert torch.equal(weight.grad[K:], torch.zeros(V - K, D, dtype=torch.float64))
     changed = weight.detach().clone()
     changed[K:] = 1e6
-    before = linear_token_stats(hidden, weight, labels, vocab_size=K).log_probs
-    assert torch.equal(linear_token_stats(hidden, changed, labels, vocab_size=K).log_probs, before)
+    before = linear_token_stats(hidden, weight, labels, vocabulary=Vocabulary(K)).log_probs
+    assert torch.equal(linear_token_stats(hidden, changed, labels, vocabulary=Vocabulary(K)).log_probs, before)
 
 
 def test_what_is_not_asked_for_is_not_there() -> None:
@@ -111,13 +111,13 @@ def test_what_is_not_asked_for_is_not_there() -> None:
 
 
 def test_an_extension_past_the_limit_has_no_mass() -> None:
-    stats = linear_token_stats(*draw(), vocab_size=K, extend_start=K + 2)
+    stats = linear_token_stats(*draw(), vocabulary=Vocabulary(K, K + 2))
     assert torch.equal(stats.extend_mass, torch.zeros(N, dtype=torch.float64))
 
 
 def test_no_position_is_fine() -> None:
     hidden, weight, labels = draw()
-    stats = linear_token_stats(hidden[:0], weight, labels[:0], extend_start=E, with_entropy=True)
+    stats = linear_token_stats(hidden[:0], weight, labels[:0], vocabulary=Vocabulary(V, E), with_entropy=True)
     assert [tuple(values.shape) for values in stats] == [(0,)] * 3
     stats.log_probs.sum().backward()  # sharded models need the backward pass even so
     assert torch.equal(weight.grad, torch.zeros_like(weight))
@@ -125,7 +125,7 @@ def test_no_position_is_fine() -> None:
 
 def test_bf16_computes_the_softmax_in_fp32() -> None:
     hidden, weight, labels = draw(torch.bfloat16)
-    stats = linear_token_stats(hidden, weight, labels, vocab_size=K, with_entropy=True, extend_start=E)
+    stats = linear_token_stats(hidden, weight, labels, vocabulary=EXTENDED, with_entropy=True)
     assert {values.dtype for values in stats} == {torch.float32}
     logits = (hidden @ weight[:K].T).float()  # the head's product rounds to bf16, the rest must not
     right = logits.log_softmax(-1).gather(1, labels[:, None]).squeeze(1)
@@ -146,29 +146,14 @@ def test_bf16_weight_gradient_is_summed_in_fp32() -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"vocab_size": V + 1}, "vocab_size=21"),
-        ({"vocab_size": 3}, "below 3"),
+        ({"vocabulary": Vocabulary(V + 1)}, "names 21 ids"),
+        ({"vocabulary": Vocabulary(3)}, "below 3"),
         ({"temperature": 0.0}, "temperature=0.0"),
     ],
 )
 def test_errors_name_the_numbers(change: dict[str, float], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         linear_token_stats(*draw(), **change)
-
-
-class LargestTensor(TorchDispatchMode):
-    """Remembers the number of elements of the largest tensor that any operation returns."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        result = func(*args, **(kwargs or {}))
-        for value in torch.utils._pytree.tree_leaves(result):
-            if isinstance(value, torch.Tensor):
-                self.numel = max(self.numel, value.numel())
-        return result
 
 
 def test_no_tensor_is_larger_than_a_chunk_or_the_head() -> None:
@@ -180,9 +165,9 @@ def test_no_tensor_is_larger_than_a_chunk_or_the_head() -> None:
             hidden,
             weight,
             torch.zeros(tokens, dtype=torch.int64),
-            extend_start=4000,
+            vocabulary=Vocabulary(vocabulary, 4000),
             with_entropy=True,
             chunk_bytes=rows * vocabulary * 4,
         )
         (stats.log_probs.sum() + stats.entropy.sum() + stats.extend_mass.sum()).backward()
-    assert seen.numel <= rows * vocabulary
+    assert seen.elements <= rows * vocabulary

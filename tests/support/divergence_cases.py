@@ -4,9 +4,12 @@ import torch
 
 from verl.ops.linear_divergence import DivergenceOptions, linear_divergence
 from verl.ops.teacher_log_probs import LinearTeacher, StitchedTeacher
+from verl.vocabulary import Vocabulary
 
 N, D, V, K, E = 13, 6, 20, 17, 11  # positions, hidden, rows of the head, ids in the softmax, first extended id
 TEACHER_ROWS = 14  # three rows past the shared ids, as Qwen3 has
+DRAWN = torch.zeros(1, dtype=torch.int64)
+"""The token of one position, where its statistics do not matter."""
 LEAK = {"leak_coef": 0.7, "leak_target": 0.03}
 
 
@@ -42,9 +45,8 @@ class Case:
             self.token_weights,
             teacher,
             options,
-            vocab_size=K,
-            extend_start=start,
-            labels=labels,
+            DRAWN.expand(len(self.hidden)) if labels is None else labels,
+            Vocabulary(K, start),
             chunk_bytes=6 * rows * K * size,
         )
 

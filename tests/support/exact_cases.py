@@ -2,18 +2,13 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel
 
 from recipe.onpolicy_distill.onpolicy_distill_trainer import RayOnPolicyDistillTrainer
-from support.tiny_workers import (
-    draw_rows,
-    plain_log_probs,
-    rollouts,
-    with_loss_inputs,
-)
+from support.tiny_workers import draw_rows, load_plain, plain_log_probs, rollouts, with_loss_inputs, worker_config
 from verl.config import ActorRolloutRefConfig, DistillConfig, PPOConfig, TeacherConfig
 from verl.protocol import DataProto
 from verl.workers.student_worker import StudentWorker
@@ -23,20 +18,96 @@ ROWS, TEMPERATURE, MISSING = 8, 1.3, -40.0
 LEAK = {"leak_coef": 0.5, "leak_target": 0.2}
 
 
-def mixed_batch(student_ids: int, extend_start: int, teachers: int) -> DataProto:
-    """Rows of all lengths, some with extended tokens, spread over the teachers in turn."""
-    batch = rollouts(draw_rows(ROWS, student_ids, seed=2), extend_start, TEMPERATURE)
-    assert batch.tensor("distill_special_token_mask").any()
-    return with_loss_inputs(batch).union(DataProto.from_dict({"teacher": torch.arange(ROWS) % teachers}))
+class Plain(NamedTuple):
+    """The models as transformers loads them."""
+
+    student: PreTrainedModel
+    base: PreTrainedModel
+    frozen: PreTrainedModel
 
 
-def workers(config: ActorRolloutRefConfig, distill: DistillConfig) -> StudentWorker:
+class Models(NamedTuple):
+    """Folders of tiny models over one pair of vocabularies."""
+
+    student: Path
+    untied: Path
+    """A student whose head is a tensor of its own."""
+    teacher: Path
+    frozen: Path
+    """Another model with the student's vocabulary."""
+    ids: int
+    extend_start: int
+
+    def config(self, student: Path | None = None, *, packed: bool = True, **sections: Any) -> ActorRolloutRefConfig:
+        """Settings in which student and teachers use ``MISSING``; ``actor``, ``ref``, ... change their sections."""
+        for name in ("actor", "ref"):
+            sections[name] = {"ref_log_prob_replace_val": MISSING, **sections.get(name, {})}
+        sections["model"] = {"use_remove_padding": packed, **sections.get("model", {})}
+        return worker_config(student or self.student, self.teacher, extend_start=self.extend_start, **sections)
+
+    def batch(self, teachers: int = 1) -> DataProto:
+        """Rows of all lengths, some with extended tokens, spread over the teachers in turn."""
+        batch = rollouts(draw_rows(ROWS, self.ids, seed=2), self.extend_start, TEMPERATURE)
+        assert batch.tensor("distill_special_token_mask").any()
+        return with_loss_inputs(batch).union(DataProto.from_dict({"teacher": torch.arange(ROWS) % teachers}))
+
+    def distill(self, objective: str = "exact", teachers: int = 1, **settings: Any) -> DistillConfig:
+        """The base teacher and up to two more: one that knows all ids, and the same stitched to the base teacher."""
+        further = {
+            "kept": TeacherConfig(path=str(self.frozen), sources=["rec_*"], weight=0.6),
+            "mixed": TeacherConfig(path=str(self.frozen), vocabulary="stitched", sources=["mixed"], weight=1.3),
+        }
+        return DistillConfig(objective, teachers=dict(list(further.items())[: teachers - 1]), **settings)
+
+    def plain(self, student: Path | None = None) -> Plain:
+        return Plain(*(load_plain(folder) for folder in (student or self.student, self.teacher, self.frozen)))
+
+    def teacher_log_probs(self, plain: Plain, batch: DataProto) -> dict[str, torch.Tensor]:
+        """Log-probs (B, R, ids) of each vocabulary's teacher."""
+        pad = AutoTokenizer.from_pretrained(self.teacher).pad_token_id
+        input_ids = batch.tensor("input_ids")
+        readable = input_ids.masked_fill(input_ids >= self.extend_start, pad)
+        with torch.no_grad():
+            by_base = plain_log_probs(
+                plain.base, DataProto.from_dict({**batch.batch, "input_ids": readable}), self.extend_start, TEMPERATURE
+            )
+            by_frozen = plain_log_probs(plain.frozen, batch, self.ids, TEMPERATURE)
+        inside = by_frozen[..., self.extend_start :]
+        outside = (1 - inside.exp().sum(-1, keepdim=True)).log()
+        return {"base": by_base, "full": by_frozen, "stitched": torch.cat([by_base + outside, inside], dim=-1)}
+
+    def expected_loss(self, plain: Plain, batch: DataProto, distill: DistillConfig, divergence: Any = None) -> Any:
+        """The mean over trained tokens, each row's from its own teacher, by autograd through whole distributions."""
+        divergence = divergence or reverse_kl
+        log_p = plain_log_probs(plain.student, batch, self.ids, TEMPERATURE)
+        log_q = self.teacher_log_probs(plain, batch)
+        size = self.extend_start if distill.support == "shared" else self.ids
+        mass, delta = log_p[..., self.extend_start :].exp().sum(-1), distill.leak_target
+        leak = delta * (delta / mass).log() + (1 - delta) * ((1 - delta) / (1 - mass)).log()
+        losses = divergence(log_p, log_q["base"], size) + distill.leak_coef * leak
+        for place, teacher in enumerate(distill.teachers.values(), 1):
+            own = divergence(log_p, log_q[teacher.vocabulary], self.ids) * teacher.weight
+            losses = torch.where(batch.tensor("teacher")[:, None] == place, own, losses)
+        mask = batch.tensor("response_mask")
+        return (losses * mask).sum() / mask.sum()
+
+
+def over_support(log_p: torch.Tensor, log_q: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both log-probs over the first ``size`` ids; ``MISSING`` for those that the teacher lacks."""
+    return log_p[..., :size].log_softmax(-1), torch.nn.functional.pad(log_q, (0, size - log_q.shape[-1]), value=MISSING)
+
+
+def reverse_kl(log_p: torch.Tensor, log_q: torch.Tensor, size: int) -> torch.Tensor:
+    log_p, log_q = over_support(log_p, log_q, size)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def workers(config: ActorRolloutRefConfig, distill: DistillConfig | None = None) -> StudentWorker:
     """A student with its teachers beside it, as they are in one process of a worker group."""
-    student, held = StudentWorker(config, "cpu", distill), teacher_workers(config, distill)
-    student.colocated_roles = {"actor": student, **held}
-    for teacher in held.values():
-        teacher.colocated_roles = student.colocated_roles
+    student = StudentWorker(config, "cpu", distill)
+    student.colocated_roles = {"actor": student, **(teacher_workers(config, distill) if distill else {})}
     for worker in student.colocated_roles.values():
+        worker.colocated_roles = student.colocated_roles
         worker.init_model()
     return student
 
@@ -45,82 +116,31 @@ def workers_apart(
     config: ActorRolloutRefConfig, distill: DistillConfig, of_teachers: ActorRolloutRefConfig | None = None
 ) -> tuple[StudentWorker, dict[str, TeacherWorker]]:
     """A student, and its teachers as they are on ranks of their own; they may have settings of their own."""
-    student, held = StudentWorker(config, "cpu", distill), teacher_workers(of_teachers or config, distill, lends=True)
-    for teacher in held.values():
-        teacher.colocated_roles = held
+    student, teachers = workers(config), teacher_workers(of_teachers or config, distill, apart=True)
+    student._distill = student.actor.distill = distill
+    for teacher in teachers.values():
+        teacher.colocated_roles = teachers
         teacher.init_model()
-    student.init_model()
-    student.fetch_heads({role: teacher.export_heads() for role, teacher in held.items()})
-    return student, held
+    student.fetch_heads({role: teacher.export_heads() for role, teacher in teachers.items()})
+    return student, teachers
 
 
 def teacher_workers(
-    config: ActorRolloutRefConfig, distill: DistillConfig, lends: bool = False
+    config: ActorRolloutRefConfig, distill: DistillConfig, apart: bool = False
 ) -> dict[str, TeacherWorker]:
     """The teachers by role, not started yet."""
     return {
-        role: TeacherWorker(config, "cpu", distill.teachers.get(role), distill.topk_or_none, lends)
+        role: TeacherWorker(config, "cpu", distill.teachers.get(role), distill.topk_or_none, apart)
         for role in distill.roles
     }
 
 
-def scored(held: Mapping[str, Any], distill: DistillConfig, batch: DataProto, apart: bool = False) -> DataProto:
-    """The batch with what each row's teacher says of it, as the trainer joins it; ``held``: workers or groups."""
+def scored(teachers: Mapping[str, Any], distill: DistillConfig, batch: DataProto, apart: bool = False) -> DataProto:
+    """The batch with the scores of each row's teacher, as the trainer joins them; ``teachers``: workers or groups."""
     trainer: Any = object.__new__(RayOnPolicyDistillTrainer)
-    trainer.config, trainer.role_groups = PPOConfig(), held
+    trainer.config, trainer.role_groups = PPOConfig(), teachers
     trainer.config.algorithm.distill = distill
-    trainer.config.trainer.teacher_nnodes, trainer.config.trainer.teacher_n_gpus_per_node = (
-        (1, 1) if apart else (None, None)
-    )
+    number = 1 if apart else None
+    trainer.config.trainer.teacher_nnodes = trainer.config.trainer.teacher_n_gpus_per_node = number
     batch.meta_info["validate"] = False
     return batch.union(trainer.ref_log_prob(batch))
-
-
-def dense_loss(log_p, log_q, distill: DistillConfig, full: bool, extend_start: int) -> torch.Tensor:
-    """D + leak (B, R) from the student's log-probs over all its ids and the teacher's over its own."""
-    mass = log_p[..., extend_start:].exp().sum(-1)
-    if not full and distill.support == "shared":
-        log_p = log_p[..., :extend_start].log_softmax(-1)
-    missing = torch.full((*log_p.shape[:-1], log_p.shape[-1] - log_q.shape[-1]), MISSING)
-    log_q = torch.cat([log_q, missing], dim=-1)
-    divergence = (log_p.exp() * (log_p - log_q)).sum(-1)
-    if full or not distill.leak_coef:
-        return divergence
-    delta = distill.leak_target
-    leak = delta * (delta / mass).log() + (1 - delta) * ((1 - delta) / (1 - mass)).log()
-    return divergence + distill.leak_coef * leak
-
-
-def teachers_of(count: int, frozen_model: Path) -> dict[str, TeacherConfig]:
-    """Up to two further teachers: one that knows all ids, and the same stitched to the base teacher."""
-    further = {
-        "kept": TeacherConfig(path=str(frozen_model), sources=["rec_*"], weight=0.6),
-        "mixed": TeacherConfig(path=str(frozen_model), vocabulary="stitched", sources=["mixed"], weight=1.3),
-    }
-    return dict(list(further.items())[: count - 1])
-
-
-def dense_teachers(models, batch, student_ids: int, extend_start: int) -> dict[str, torch.Tensor]:
-    """Log-probs (B, R, ids) of each vocabulary's teacher. ``models``: student, base teacher, frozen student."""
-    _, base, frozen = models
-    pad = AutoTokenizer.from_pretrained(base.name_or_path).pad_token_id
-    unreadable = batch.tensor("input_ids") >= extend_start
-    readable = DataProto.from_dict({**batch.batch, "input_ids": batch.tensor("input_ids").masked_fill(unreadable, pad)})
-    with torch.no_grad():
-        by_base = plain_log_probs(base, readable, extend_start, TEMPERATURE)
-        by_frozen = plain_log_probs(frozen, batch, student_ids, TEMPERATURE)
-    inside = by_frozen[..., extend_start:]
-    outside = (1 - inside.exp().sum(-1, keepdim=True)).log()
-    return {"base": by_base, "full": by_frozen, "stitched": torch.cat([by_base + outside, inside], dim=-1)}
-
-
-def expected_loss(models, batch, distill, student_ids, extend_start) -> torch.Tensor:
-    """The mean over trained tokens, each row by its own teacher. ``models``: student, base teacher, frozen student."""
-    log_p = plain_log_probs(models[0], batch, student_ids, TEMPERATURE)
-    by_vocabulary = dense_teachers(models, batch, student_ids, extend_start)
-    losses = dense_loss(log_p, by_vocabulary["base"], distill, False, extend_start)
-    for place, teacher in enumerate(distill.teachers.values(), 1):
-        own = dense_loss(log_p, by_vocabulary[teacher.vocabulary], distill, True, extend_start) * teacher.weight
-        losses = torch.where(batch.tensor("teacher")[:, None] == place, own, losses)
-    mask = batch.tensor("response_mask")
-    return (losses * mask).sum() / mask.sum()

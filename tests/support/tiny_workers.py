@@ -4,11 +4,12 @@ A batch is drawn as a list of rows, each a prompt and a response of token ids; `
 do. `run_ranks` runs a function on several ranks in processes of their own, meeting over gloo.
 """
 
+import multiprocessing
 import os
 import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.multiprocessing
@@ -169,6 +170,11 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor().clone() if hasattr(tensor, "full_tensor") else tensor.clone()
 
 
+def weights_of(worker: Any) -> dict[str, torch.Tensor]:
+    """Whole weights of a student by name."""
+    return {name: whole(weight.detach()) for name, weight in named_weights(worker._state.module).items()}
+
+
 def first_gradient(worker: Any) -> dict[str, torch.Tensor]:
     """The gradient of a student's first optimizer step, read off Adam's first moment: m = (1 - beta1) g."""
     state = worker._state
@@ -192,22 +198,9 @@ def assert_same_gradient(got: dict[str, torch.Tensor], right: dict[str, torch.Te
         torch.testing.assert_close(got[name], value, rtol=0, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
 
 
-class Meeting(NamedTuple):
-    """What a rank gets told besides its number."""
-
-    world_size: int
-    port: int
-
-
-def _enter_rank(rank: int, program: Callable[..., None], meeting: Meeting, args: tuple[Any, ...]) -> None:
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(meeting.world_size),
-        "LOCAL_WORLD_SIZE": str(meeting.world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(meeting.port),
-    }
+def _enter_rank(rank: int, program: Callable[..., None], ranks: int, port: int, args: tuple[Any, ...]) -> None:
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in place.items()}}
     program(*args)
 
 
@@ -216,5 +209,8 @@ def run_ranks(world_size: int, program: Callable[..., None], *args: Any) -> None
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    meeting = Meeting(world_size, port)
-    torch.multiprocessing.spawn(_enter_rank, (program, meeting, args), nprocs=world_size)
+    # A server that has imported torch and the workers forks the ranks: importing takes longer than most programs.
+    multiprocessing.set_forkserver_preload(["verl.workers.student_worker", "verl.workers.teacher_worker"])
+    torch.multiprocessing.start_processes(
+        _enter_rank, (program, world_size, port, args), nprocs=world_size, start_method="forkserver"
+    )

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.exact_cases import Models
 from support.process_group import group_of_one
 from support.tiny_workers import write_model
 from transformers import AutoTokenizer
@@ -43,12 +44,8 @@ def teacher_model(
 
 
 @pytest.fixture(scope="session")
-def frozen_model(tiny_tokenizers: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Another tied Qwen3 over the extended vocabulary."""
-    return write_model(tmp_path_factory.mktemp("frozen"), tiny_tokenizers[1], seed=5)
-
-
-@pytest.fixture(scope="session")
-def untied_model(tiny_tokenizers: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Qwen3 over the extended vocabulary whose head is not its embedding."""
-    return write_model(tmp_path_factory.mktemp("untied"), tiny_tokenizers[1], tied=False)
+def models(tiny_tokenizers, student_model, teacher_model, student_ids, extend_start, tmp_path_factory) -> Models:
+    """The two, an untied student, and another model with the student's vocabulary."""
+    untied = write_model(tmp_path_factory.mktemp("untied"), tiny_tokenizers[1], tied=False)
+    frozen = write_model(tmp_path_factory.mktemp("frozen"), tiny_tokenizers[1], seed=5)
+    return Models(student_model, untied, teacher_model, frozen, student_ids, extend_start)

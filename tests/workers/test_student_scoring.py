@@ -1,12 +1,11 @@
 """Log-probs, entropy and extended mass of the student worker, against whole logits of transformers."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from support.exact_cases import Models, workers
+from support.peak_memory import measure
 from support.tiny_workers import (
     PROMPT,
     draw_rows,
@@ -18,9 +17,6 @@ from support.tiny_workers import (
     write_model,
 )
 
-from verl.config import ActorRolloutRefConfig
-from verl.workers.student_worker import StudentWorker
-
 pytestmark = pytest.mark.usefixtures("one_rank")
 
 MODES = {
@@ -30,110 +26,67 @@ MODES = {
 }
 
 
-def student(config: ActorRolloutRefConfig) -> StudentWorker:
-    worker = StudentWorker(config=config, device="cpu")
-    worker.init_model()
-    return worker
-
-
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
 def test_scores_are_those_of_whole_logits(
-    family: str,
-    tied: bool,
-    mode: str,
-    tiny_tokenizers: tuple[Path, Path],
-    student_ids: int,
-    extend_start: int,
-    tmp_path: Path,
+    family: str, tied: bool, mode: str, tiny_tokenizers: tuple[Path, Path], models: Models, tmp_path: Path
 ) -> None:
     folder = write_model(tmp_path, tiny_tokenizers[1], family=family, tied=tied)
-    config = worker_config(
-        folder, extend_start=extend_start, model=MODES[mode], rollout={"log_prob_max_token_len_per_gpu": 16}
-    )
-    batch = rollouts(draw_rows(7, student_ids), extend_start, temperature=1.3)
-    scores = student(config).compute_log_prob(batch)
-
+    config = models.config(folder, model=MODES[mode], rollout={"log_prob_max_token_len_per_gpu": 16})
+    batch = rollouts(draw_rows(7, models.ids), models.extend_start, temperature=1.3)
+    keys, meta = set(batch.batch.keys()), dict(batch.meta_info)
+    scores = workers(config).compute_log_prob(batch)
     with torch.no_grad():
-        log_probs = plain_log_probs(load_plain(folder), batch, student_ids, temperature=1.3)
+        log_probs = plain_log_probs(load_plain(folder), batch, models.ids, temperature=1.3)
     real = batch.tensor("attention_mask")[:, PROMPT:]
     right = {
         "old_log_probs": of_tokens(log_probs, batch),
         "entropys": -(log_probs.exp() * log_probs).sum(-1) * real,
-        "extend_mass": log_probs.exp()[..., extend_start:].sum(-1) * real,
+        "extend_mass": log_probs.exp()[..., models.extend_start :].sum(-1) * real,
     }
     assert set(scores.batch.keys()) == set(right)
     for key, value in right.items():
         assert scores.tensor(key).dtype == torch.float32
         torch.testing.assert_close(scores.tensor(key), value, rtol=0, atol=1e-5)
+    assert (set(batch.batch.keys()), batch.meta_info) == (keys, meta), "the batch is as it was"
 
 
-def test_micro_batches_by_rows_score_the_same(student_model: Path, student_ids: int, extend_start: int) -> None:
-    batch = rollouts(draw_rows(7, student_ids), extend_start)
-    scores = []
-    for rollout in ({}, {"log_prob_use_dynamic_bsz": False, "log_prob_micro_batch_size_per_gpu": 2}):
-        config = worker_config(student_model, extend_start=extend_start, rollout=rollout)
-        scores.append(student(config).compute_log_prob(batch))
-    for key in scores[0].batch.keys():  # noqa: SIM118  a TensorDict iterates over rows
-        torch.testing.assert_close(scores[0].tensor(key), scores[1].tensor(key), rtol=0, atol=1e-5)
+def test_micro_batches_by_rows_score_the_same(models: Models) -> None:
+    batch = rollouts(draw_rows(7, models.ids), models.extend_start)
+    by_rows = {"log_prob_use_dynamic_bsz": False, "log_prob_micro_batch_size_per_gpu": 2}
+    first, second = (workers(models.config(rollout=rollout)).compute_log_prob(batch) for rollout in ({}, by_rows))
+    for key in ("old_log_probs", "entropys", "extend_mass"):
+        torch.testing.assert_close(first.tensor(key), second.tensor(key), rtol=0, atol=1e-5)
 
 
-def test_without_an_extension_its_mass_is_zero(student_model: Path, student_ids: int) -> None:
-    scores = student(worker_config(student_model)).compute_log_prob(rollouts(draw_rows(3, student_ids)))
+def test_without_an_extension_its_mass_is_zero(models: Models) -> None:
+    scores = workers(worker_config(models.student)).compute_log_prob(rollouts(draw_rows(3, models.ids)))
     assert not scores.tensor("extend_mass").any()
 
 
-def test_scoring_leaves_the_batch_as_it_was(student_model: Path, student_ids: int) -> None:
-    batch = rollouts(draw_rows(3, student_ids))
-    keys, meta = set(batch.batch.keys()), dict(batch.meta_info)
-    student(worker_config(student_model)).compute_log_prob(batch)
-    assert set(batch.batch.keys()) == keys
-    assert batch.meta_info == meta
-
-
-def test_a_missing_temperature_is_an_error(student_model: Path, student_ids: int) -> None:
-    batch = rollouts(draw_rows(3, student_ids))
-    del batch.meta_info["temperature"]
+def test_what_a_batch_lacks_is_named(models: Models) -> None:
+    batch, student = rollouts(draw_rows(3, models.ids)), workers(models.config())
+    temperature = batch.meta_info.pop("temperature")
     with pytest.raises(ValueError, match="temperature"):
-        student(worker_config(student_model)).compute_log_prob(batch)
-
-
-def test_a_missing_key_names_its_producer(student_model: Path, student_ids: int) -> None:
-    batch = rollouts(draw_rows(3, student_ids))
+        student.compute_log_prob(batch)
+    batch.meta_info["temperature"] = temperature
     batch.pop(["attention_mask"])
     with pytest.raises(KeyError, match=r"attention_mask.*rollout"):
-        student(worker_config(student_model)).compute_log_prob(batch)
+        student.compute_log_prob(batch)
 
 
-def test_a_tokenizer_larger_than_the_model_is_an_error(
-    tiny_tokenizers: tuple[Path, Path], student_ids: int, tmp_path: Path
-) -> None:
-    folder = write_model(tmp_path, tiny_tokenizers[1], rows=student_ids - 1)
-    with pytest.raises(ValueError, match=f"{student_ids} ids .* {student_ids - 1} rows"):
-        student(worker_config(folder))
-
-
-def test_a_missing_model_path_is_an_error(student_model: Path) -> None:
-    config = worker_config(student_model)
+def test_models_that_cannot_be_scored(tiny_tokenizers: tuple[Path, Path], models: Models, tmp_path: Path) -> None:
+    folder = write_model(tmp_path, tiny_tokenizers[1], rows=models.ids - 1)
+    with pytest.raises(ValueError, match=f"{models.ids} ids .* {models.ids - 1} rows"):
+        workers(models.config(folder))
+    config = models.config()
     config.model.path = None
     with pytest.raises(ValueError, match=r"actor_rollout_ref\.model\.path"):
-        student(config)
+        workers(config)
 
 
-def test_peak_memory_does_not_grow_with_tokens_times_vocabulary(
-    repo: Path, tiny_tokenizers: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_peak_memory_does_not_grow_with_tokens_times_vocabulary(tiny_tokenizers, tmp_path) -> None:
     """Scoring and training at V = 176,384: the logits of the 512 tokens more would take 361 MB a buffer."""
-    folder = write_model(tmp_path, tiny_tokenizers[1], rows=176384)
-    path = os.pathsep.join([str(repo), str(repo / "tests"), os.environ.get("PYTHONPATH", "")])
-    probe = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("memory_probe.py")), str(folder), "48", "112"],
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert probe.returncode == 0, probe.stderr
-    fewer, more = (int(line) for line in probe.stdout.split())
-    assert more - fewer < 100 * 1024
+    fewer, more = measure("model", write_model(tmp_path, tiny_tokenizers[1], rows=176384), 48, 112)
+    assert more - fewer < 100

@@ -5,10 +5,10 @@ The gradient is read off Adam's first moment after one step, so everything up to
 
 import copy
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
+from support.exact_cases import MISSING, Models, workers
 from support.tiny_workers import (
     assert_same_gradient,
     draw_rows,
@@ -18,8 +18,8 @@ from support.tiny_workers import (
     plain_gradient,
     plain_log_probs,
     rollouts,
+    weights_of,
     with_loss_inputs,
-    worker_config,
 )
 
 from verl.config import ActorRolloutRefConfig, FSDPConfig, MixedPrecisionConfig
@@ -33,9 +33,12 @@ ROWS = 8
 
 def update(config: ActorRolloutRefConfig, batch: DataProto) -> tuple[StudentWorker, dict[str, float]]:
     """A fresh student after one call."""
-    worker = StudentWorker(config=config, device="cpu")
-    worker.init_model()
+    worker = workers(config)
     return worker, worker.update_actor(batch).meta_info["metrics"]
+
+
+def drawn_batch(models: Models, temperature: float = 1.0) -> DataProto:
+    return with_loss_inputs(rollouts(draw_rows(ROWS, models.ids), models.extend_start, temperature))
 
 
 def token_losses(log_probs: torch.Tensor, batch: DataProto) -> torch.Tensor:
@@ -55,17 +58,13 @@ def aggregate(losses: torch.Tensor, mask: torch.Tensor, mode: str) -> torch.Tens
 
 
 @pytest.mark.parametrize("mode", ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"])
-def test_gradient_is_that_of_the_loss_over_whole_logits(
-    mode: str, student_model: Path, student_ids: int, extend_start: int
-) -> None:
-    batch = rollouts(draw_rows(ROWS, student_ids), extend_start, temperature=1.2)
-    batch = with_loss_inputs(batch)
+def test_gradient_is_that_of_the_loss_over_whole_logits(mode: str, models: Models) -> None:
+    batch = drawn_batch(models, temperature=1.2)
     batch = batch.union(DataProto.from_dict({"rollout_is_weights": torch.rand_like(batch.tensor("advantages"))}))
-    config = worker_config(student_model, extend_start=extend_start, actor={"loss_agg_mode": mode})
+    config = models.config(actor={"loss_agg_mode": mode})
     worker, metrics = update(config, batch)
-
-    plain = load_plain(student_model)
-    log_probs = of_tokens(plain_log_probs(plain, batch, student_ids, temperature=1.2), batch)
+    plain = load_plain(models.student)
+    log_probs = of_tokens(plain_log_probs(plain, batch, models.ids, temperature=1.2), batch)
     losses = token_losses(log_probs, batch) * batch.tensor("rollout_is_weights")
     loss = aggregate(losses, batch.tensor("response_mask"), mode)
     right = plain_gradient(plain, loss)
@@ -76,27 +75,24 @@ def test_gradient_is_that_of_the_loss_over_whole_logits(
     assert metrics["actor/lr"] == config.actor.optim.lr
 
 
-def test_entropy_and_kl_terms(student_model: Path, student_ids: int, extend_start: int) -> None:
-    batch = with_loss_inputs(rollouts(draw_rows(ROWS, student_ids), extend_start))
+def test_entropy_and_kl_terms(models: Models) -> None:
+    batch = drawn_batch(models)
     unknown = batch.tensor("distill_special_token_mask").bool()
-    ref = (batch.tensor("old_log_probs") - 0.5).masked_fill(unknown, -100.0)
+    ref = (batch.tensor("old_log_probs") - 0.5).masked_fill(unknown, MISSING)
     batch = batch.union(DataProto.from_dict({"ref_log_prob": ref}))
     terms = {"entropy_coeff": 0.3, "use_kl_loss": True, "kl_loss_coef": 0.7, "kl_loss_type": "k2"}
-    worker, metrics = update(worker_config(student_model, extend_start=extend_start, actor=terms), batch)
-
-    plain = load_plain(student_model)
-    distribution = plain_log_probs(plain, batch, student_ids)
+    worker, metrics = update(models.config(actor=terms), batch)
+    plain = load_plain(models.student)
+    distribution = plain_log_probs(plain, batch, models.ids)
     log_probs, trained = of_tokens(distribution, batch), batch.tensor("response_mask")
-    entropy = aggregate(-(distribution.exp() * distribution).sum(-1), trained, "token-mean")
-    # The KL term runs over tokens the teacher knows: -100 is no log-prob.
-    known = trained * ~unknown
+    known = trained * ~unknown  # the stand-in is no log-prob
     assert 0 < known.sum() < trained.sum()
+    entropy = aggregate(-(distribution.exp() * distribution).sum(-1), trained, "token-mean")
     kl = aggregate(0.5 * (log_probs - ref).square(), known, "token-mean")
     loss = aggregate(token_losses(log_probs, batch), trained, "token-mean") - 0.3 * entropy + 0.7 * kl
-    assert metrics["actor/loss"] == pytest.approx(float(loss.detach()), abs=1e-4)
     assert_same_gradient(first_gradient(worker), plain_gradient(plain, loss))
-    assert metrics["actor/entropy_loss"] == pytest.approx(float(entropy.detach()), abs=1e-4)
-    assert metrics["actor/kl_loss"] == pytest.approx(float(kl.detach()), abs=1e-4)
+    for name, value in (("loss", loss), ("entropy_loss", entropy), ("kl_loss", kl)):
+        assert metrics[f"actor/{name}"] == pytest.approx(float(value.detach()), abs=1e-4)
 
 
 CUTS = {
@@ -110,16 +106,11 @@ CUTS = {
 
 
 @pytest.mark.parametrize("loss_agg_mode", ["token-mean", "seq-mean-token-mean"])
-def test_gradient_does_not_depend_on_how_a_batch_is_cut(
-    loss_agg_mode: str, student_model: Path, student_ids: int, extend_start: int
-) -> None:
-    batch = with_loss_inputs(rollouts(draw_rows(ROWS, student_ids), extend_start))
+def test_gradient_does_not_depend_on_how_a_batch_is_cut(loss_agg_mode: str, models: Models) -> None:
     results = {}
     for name, (actor, model) in CUTS.items():
-        actor = {**actor, "loss_agg_mode": loss_agg_mode}
-        worker, metrics = update(
-            worker_config(student_model, extend_start=extend_start, actor=actor, model=model), batch
-        )
+        config = models.config(actor={**actor, "loss_agg_mode": loss_agg_mode}, model=model)
+        worker, metrics = update(config, drawn_batch(models))
         results[name] = first_gradient(worker), metrics
     gradient, metrics = results.pop("one micro-batch")
     for other_gradient, other_metrics in results.values():
@@ -139,14 +130,12 @@ def extended_batch(extend_start: int) -> DataProto:
     return with_loss_inputs(rollouts(rows, extend_start))
 
 
-def test_nothing_after_the_first_extended_token_has_a_gradient(student_model: Path, extend_start: int) -> None:
+def test_nothing_after_the_first_extended_token_has_a_gradient(models: Models) -> None:
     """Whatever stands after t* (advantages, old log-probs, the tokens themselves), the gradient is the same."""
-    batch = extended_batch(extend_start)
+    batch, config = extended_batch(models.extend_start), models.config(rows_per_step=4)
     trained = batch.tensor("response_mask").bool()
     assert trained.tolist()[:2] == [[True] * 3 + [False] * 5, [True] + [False] * 7]
-    config = worker_config(student_model, extend_start=extend_start, rows_per_step=4)
     gradient = first_gradient(update(config, batch)[0])
-
     other = copy.deepcopy(batch)
     after = ~trained & other.tensor("attention_mask")[:, -trained.shape[1] :].bool()
     assert after.sum() == 4
@@ -157,70 +146,51 @@ def test_nothing_after_the_first_extended_token_has_a_gradient(student_model: Pa
     assert_same_gradient(first_gradient(update(config, other)[0]), gradient)
 
 
-def test_a_dropped_response_has_no_gradient(student_model: Path, extend_start: int) -> None:
+def test_a_dropped_response_has_no_gradient(models: Models) -> None:
     """With mask_response_if_have_extend_token, only the row without E counts: in the sum and in the denominator."""
-    batch = extended_batch(extend_start)
+    batch = extended_batch(models.extend_start)
     has_extended = batch.tensor("distill_special_token_mask").any(dim=1)
     batch.tensor("response_mask")[has_extended] = 0
     batch.tensor("advantages")[has_extended] = float("nan")
-    config = worker_config(student_model, extend_start=extend_start, rows_per_step=4)
-    alone = worker_config(student_model, extend_start=extend_start, rows_per_step=1)
-    right = first_gradient(update(alone, batch.select_idxs(~has_extended))[0])
-    assert_same_gradient(first_gradient(update(config, batch)[0]), right)
+    right = first_gradient(update(models.config(rows_per_step=1), batch.select_idxs(~has_extended))[0])
+    assert_same_gradient(first_gradient(update(models.config(rows_per_step=4), batch)[0]), right)
 
 
-def test_the_first_extended_token_itself_is_trained(student_model: Path, extend_start: int) -> None:
-    batch = extended_batch(extend_start)
-    config = worker_config(student_model, extend_start=extend_start, rows_per_step=4)
+def test_the_first_extended_token_itself_is_trained(models: Models) -> None:
+    batch, student = extended_batch(models.extend_start), workers(models.config(rows_per_step=4))
     batch.tensor("advantages").fill_(0)
     batch.tensor("advantages")[1, 0] = -30.0  # t* of the second row alone has an advantage
-    before = StudentWorker(config=config, device="cpu")
-    before.init_model()
-    old = before.compute_log_prob(batch).tensor("old_log_probs")
+    old = student.compute_log_prob(batch).tensor("old_log_probs")
     batch.tensor("old_log_probs").copy_(old)
-    metrics = before.update_actor(batch).meta_info["metrics"]
-    assert metrics["actor/grad_norm"] > 0
-    assert before.compute_log_prob(batch).tensor("old_log_probs")[1, 0] < old[1, 0] - 0.01
+    assert student.update_actor(batch).meta_info["metrics"]["actor/grad_norm"] > 0
+    assert student.compute_log_prob(batch).tensor("old_log_probs")[1, 0] < old[1, 0] - 0.01
 
 
-def test_a_mini_batch_without_trained_tokens_changes_nothing(student_model: Path, extend_start: int) -> None:
-    batch = extended_batch(extend_start)
+def test_a_mini_batch_without_trained_tokens_changes_nothing(models: Models) -> None:
+    batch = extended_batch(models.extend_start)
     batch.tensor("response_mask").zero_()
-    config = worker_config(student_model, extend_start=extend_start, rows_per_step=4)
-    worker, metrics = update(config, batch)
-    assert all(not value.any() for value in first_gradient(worker).values())
+    worker, metrics = update(models.config(rows_per_step=4), batch)
+    assert not any(value.any() for value in first_gradient(worker).values())
     assert (metrics["actor/updates"], metrics["actor/skipped_updates"]) == (0, 0), "nothing to learn is no fault"
     assert all(value == value for value in metrics.values())  # no NaN
-    plain = dict(load_plain(student_model).named_parameters())
-    for name, parameter in worker.actor.actor_module.causal_lm.named_parameters():
-        assert torch.equal(parameter.full_tensor(), plain[name])
+    plain = dict(load_plain(models.student).named_parameters())
+    assert all(torch.equal(value, plain[name]) for name, value in weights_of(worker).items())
 
 
-def test_a_gradient_that_is_not_finite_changes_nothing(student_model: Path, extend_start: int) -> None:
-    batch = extended_batch(extend_start)
-    batch.tensor("advantages")[0, 0] = float("inf")
-    worker, metrics = update(worker_config(student_model, extend_start=extend_start, rows_per_step=4), batch)
-    assert (metrics["actor/updates"], metrics["actor/skipped_updates"]) == (0, 1)
-    assert not any(value.any() for value in first_gradient(worker).values())
-
-
-def test_mini_batches_and_epochs_are_optimizer_steps(student_model: Path, student_ids: int) -> None:
-    batch = with_loss_inputs(rollouts(draw_rows(ROWS, student_ids)))
-    worker, metrics = update(worker_config(student_model, rows_per_step=2, actor={"ppo_epochs": 3}), batch)
+def test_mini_batches_and_epochs_are_optimizer_steps(models: Models) -> None:
+    worker, metrics = update(models.config(rows_per_step=2, actor={"ppo_epochs": 3}), drawn_batch(models))
     assert metrics["actor/updates"] == 12
     (steps,) = {float(state["step"]) for state in worker._state.optimizer.state.values()}
     assert steps == worker._state.schedule.steps == 12
 
 
-def test_training_raises_what_has_a_positive_advantage(student_model: Path, student_ids: int) -> None:
-    batch = rollouts(draw_rows(ROWS, student_ids))
-    worker = StudentWorker(config=worker_config(student_model), device="cpu")
-    worker.init_model()
+def test_training_raises_what_has_a_positive_advantage(models: Models) -> None:
+    batch, worker = rollouts(draw_rows(ROWS, models.ids)), workers(models.config())
     first = worker.compute_log_prob(batch).tensor("old_log_probs")
     for _ in range(5):
         old = worker.compute_log_prob(batch).tensor("old_log_probs")
         inputs = DataProto.from_dict({"old_log_probs": old, "advantages": torch.ones_like(old)})
-        worker.update_actor(rollouts(draw_rows(ROWS, student_ids)).union(inputs))
+        worker.update_actor(rollouts(draw_rows(ROWS, models.ids)).union(inputs))
     gain = (worker.compute_log_prob(batch).tensor("old_log_probs") - first)[batch.tensor("response_mask").bool()]
     assert gain.mean() > 0.2
 
@@ -233,24 +203,19 @@ def test_training_raises_what_has_a_positive_advantage(student_model: Path, stud
     ],
     ids=["rows", "padding"],
 )
-def test_batches_that_cannot_be_trained(student_model: Path, student_ids: int, change: Callable, words: str) -> None:
-    batch = with_loss_inputs(rollouts(draw_rows(ROWS, student_ids)))
+def test_batches_that_cannot_be_trained(models: Models, change: Callable, words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        update(worker_config(student_model, rows_per_step=2), change(batch))
+        update(models.config(rows_per_step=2), change(drawn_batch(models)))
 
 
-def test_fp16_training_is_refused(student_model: Path) -> None:
-    fsdp = FSDPConfig(mixed_precision=MixedPrecisionConfig(param_dtype="fp16"))
+def test_half_precision(models: Models) -> None:
+    """bf16 as on GPUs, on the CPU: fp32 parameters, bf16 passes, a gradient near the fp32 one; fp16 is refused."""
+    fsdp = {name: FSDPConfig(mixed_precision=MixedPrecisionConfig(param_dtype=name)) for name in ("fp16", "bf16")}
     with pytest.raises(ValueError, match="loss scaling"):
-        update(worker_config(student_model, actor={"fsdp_config": fsdp}), rollouts([([1], [2])]))
-
-
-def test_bf16_compute_is_close(student_model: Path, student_ids: int) -> None:
-    """Mixed precision as on GPUs, on the CPU: fp32 parameters, bf16 passes, a gradient near the fp32 one."""
-    batch = with_loss_inputs(rollouts(draw_rows(ROWS, student_ids)))
-    fsdp = FSDPConfig(mixed_precision=MixedPrecisionConfig(param_dtype="bf16"))
-    low, _ = update(worker_config(student_model, actor={"fsdp_config": fsdp}), batch)
-    high, _ = update(worker_config(student_model), batch)
+        workers(models.config(actor={"fsdp_config": fsdp["fp16"]}))
+    low, high = (
+        update(models.config(actor=actor), drawn_batch(models))[0] for actor in ({"fsdp_config": fsdp["bf16"]}, {})
+    )
+    of_low = first_gradient(low)
     for name, value in first_gradient(high).items():
-        error = (first_gradient(low)[name] - value).norm() / value.norm()
-        assert error < 0.05, f"{name}: {error}"
+        assert (of_low[name] - value).norm() / value.norm() < 0.05, name

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.exact_cases import workers
 from support.file_faults import disk_full_text
 from support.tiny_workers import (
     assert_same_gradient,
@@ -52,8 +53,7 @@ def export_weights(worker: StudentWorker) -> tuple[list[str], dict[str, torch.Te
 
 def run_student(config: ActorRolloutRefConfig, share: DataProto, other: DataProto, folder: Path) -> dict[str, Any]:
     """Two steps, a checkpoint between them, and everything that can be seen on the way."""
-    worker = StudentWorker(config=config, device="cpu")
-    worker.init_model()
+    worker = workers(config)
     teacher = TeacherWorker(config=config, device="cpu")
     teacher.init_model()  # a second role in the process joins the group that is there
     seen: dict[str, Any] = {

@@ -1,7 +1,7 @@
 """Exact divergence of a student from a teacher, straight from hidden states and lm heads, gradients with it.
 
-In:  the student's hidden states (N, D) and head (V, D), what the teacher gives each id at the same positions, a weight
-per position. Out: one scalar to minimise, and figures per position. The logits (N, V) never exist as a whole: rows are
+In:  the student's hidden states (N, D) and head (V, D), the teacher's log-probs at the same positions, a weight per
+position. Out: one scalar to minimise, and statistics per position. The logits (N, V) never exist as a whole: rows are
 taken in chunks, and a chunk's gradient is taken while its logits are there, so that nothing is computed twice.
 
 Not here: which positions are trained, how their loss is normalised, who the teacher of a row is.
@@ -21,8 +21,8 @@ and with eps the student's mass on E and delta the mass it should have there at 
     leak = delta log(delta / eps) + (1 - delta) log((1 - delta) / (1 - eps))
     d/ds_j = P_j - delta p(j | E)  for j in E,   P_j - (1 - delta) p(j | B)  for j in B,   P softmax of s over all K
 
-Of a teacher that names its likeliest ids only, all other ids it knows are one bucket for both: what it leaves them is
-shared out as the student does, which changes no formula (`TopLogProbs.completed`). The divergence is then a lower bound
+Where only the teacher's likeliest ids are known, its other ids are one bucket for both models: their mass is spread as
+the student spreads its own, which changes no formula (`TopLogProbs.completed`). The divergence is then a lower bound
 of the whole one, by the log-sum inequality.
 
 The generalised Jensen-Shannon divergence is that of Agarwal et al., "On-Policy Distillation of Language Models"
@@ -38,11 +38,11 @@ from torch.autograd.function import once_differentiable
 
 from verl.ops.linear_log_prob import WeightGradient, row_chunks, scaled_logits
 from verl.ops.teacher_log_probs import TeacherLogProbs, TopLogProbs
+from verl.vocabulary import Vocabulary
 
 REVERSE_KL, FORWARD_KL, JSD = "reverse_kl", "forward_kl", "jsd"
 DIVERGENCES = (REVERSE_KL, FORWARD_KL, JSD)
 SHARED, FULL = "shared", "full"
-SUPPORTS = (SHARED, FULL)
 DEFAULT_CHUNK_BYTES = 384 * 2**20
 """Of all buffers of one chunk together."""
 BUFFERS = 6
@@ -62,28 +62,16 @@ class DivergenceOptions:
     temperature: float = 1.0
     """Of the student's softmax."""
     missing_log_prob: float = -100.0
-    """What a teacher that lacks E gives an id of E in ``reverse_kl`` over the full support. The other divergences
-    take the probability 0. Also the least that is left for the ids which a teacher does not name."""
+    """Log-prob of an id of E under a teacher that lacks E, in ``reverse_kl`` over the full support; the other
+    divergences take the probability 0. Also the smallest log of the mass outside a teacher's likeliest ids."""
     leak_coef: float = 0.0
     """Weight of the leak term."""
     leak_target: float = 1e-4
     """delta of the leak term, strictly between 0 and 1."""
 
-    def __post_init__(self) -> None:
-        if self.kind not in DIVERGENCES or self.support not in SUPPORTS:
-            raise ValueError(
-                f"kind={self.kind!r} must be one of {', '.join(DIVERGENCES)}, support={self.support!r} one of "
-                f"{', '.join(SUPPORTS)}"
-            )
-        if self.temperature <= 0:
-            raise ValueError(f"temperature={self.temperature} must be above 0")
-        for name in ("beta", "leak_target"):
-            if not 0 < getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must lie between 0 and 1")
-
 
 class DivergenceStats(NamedTuple):
-    """Figures of each of N positions, without gradient; float32, or float64 for float64 inputs."""
+    """Statistics of N positions, without gradient; float32, or float64 for float64 inputs."""
 
     divergence: torch.Tensor
     """(N,) D, nats."""
@@ -92,11 +80,11 @@ class DivergenceStats(NamedTuple):
     extend_mass: torch.Tensor
     """(N,) eps; 0 without E."""
     sampled: torch.Tensor
-    """(N,) log p(y) - log q(y) of the drawn token y, over S: what stands for D where tokens are drawn from p; 0 for a
-    token outside S, and without labels."""
+    """(N,) log p(y) - log q(y) of the drawn token y, over S: an estimate of D where tokens are drawn from p; 0 for a
+    token outside S."""
     teacher_log_prob: torch.Tensor
-    """(N,) log q(y) of the drawn token, over all ids that the teacher knows; ``missing_log_prob`` where it lacks y, 0
-    without labels. Of a teacher that names its likeliest ids, as far as these tell it."""
+    """(N,) log q(y) of the drawn token, over all ids that the teacher knows; ``missing_log_prob`` where it lacks y.
+    From likeliest ids alone it is as exact as they are."""
 
 
 def linear_divergence(
@@ -105,10 +93,9 @@ def linear_divergence(
     token_weights: torch.Tensor,
     teacher: TeacherLogProbs,
     options: DivergenceOptions,
+    labels: torch.Tensor,
+    vocabulary: Vocabulary | None = None,
     *,
-    vocab_size: int | None = None,
-    extend_start: int | None = None,
-    labels: torch.Tensor | None = None,
     chunk_bytes: int = DEFAULT_CHUNK_BYTES,
 ) -> tuple[torch.Tensor, DivergenceStats]:
     """``sum_n token_weights[n] (D_n + leak_coef leak_n)``, differentiable in ``hidden`` and ``weight``.
@@ -119,22 +106,20 @@ def linear_divergence(
         token_weights: (N,) of the positions; 0 leaves one out.
         teacher: log-probs of its ids, all or the likeliest; of B, or of all K.
         options: what is minimised.
-        vocab_size: K; None: all rows.
-        extend_start: first id of E; None: no E.
-        labels: (N,) int64, the tokens that were drawn, for figures alone.
+        labels: (N,) int64, the tokens that were drawn, for the statistics alone.
+        vocabulary: of the student: K and E; None: all rows, no E.
         chunk_bytes: memory for the buffers of a chunk; changes memory and speed, not the result.
 
     Raises:
         ValueError: sizes that do not fit each other.
     """
-    ids = weight.shape[0] if vocab_size is None else vocab_size
-    if not 0 < ids <= weight.shape[0]:
-        raise ValueError(f"vocab_size={ids} must be between 1 and the {weight.shape[0]} rows of the lm head")
+    vocabulary = vocabulary or Vocabulary(weight.shape[0])
+    vocabulary.check_head(weight.shape[0])
     if hidden.shape[0] != token_weights.shape[0]:
         raise ValueError(f"hidden and token_weights have {hidden.shape[0]} and {token_weights.shape[0]} positions")
-    start = ids if extend_start is None else min(extend_start, ids)
-    bytes_per_row = ids * torch.promote_types(weight.dtype, torch.float32).itemsize
-    job = _Job(options, ids, start, labels, max(1, chunk_bytes // (BUFFERS * bytes_per_row)))
+    bytes_per_row = vocabulary.ids * torch.promote_types(weight.dtype, torch.float32).itemsize
+    chunk_rows = max(1, chunk_bytes // (BUFFERS * bytes_per_row))
+    job = _Job(options, vocabulary.ids, vocabulary.shared_ids(), labels, chunk_rows)
     loss, *stats = _LinearDivergence.apply(hidden, weight, token_weights, teacher, job)
     return loss, DivergenceStats(*stats)
 
@@ -145,7 +130,7 @@ class _Job(NamedTuple):
     """K."""
     start: int
     """Size of B; K without E."""
-    labels: torch.Tensor | None
+    labels: torch.Tensor
     chunk_rows: int
 
 
@@ -170,8 +155,7 @@ class _LinearDivergence(torch.autograd.Function):
         head = weight[: job.ids]
         for chunk in row_chunks(rows, job.chunk_rows):
             logits = scaled_logits(hidden[chunk], head, job.options.temperature)
-            labels = None if job.labels is None else job.labels[chunk, None]
-            measured, grad = _chunk(logits, teacher(chunk), labels, job)
+            measured, grad = _chunk(logits, teacher(chunk), job.labels[chunk, None], job)
             for values, into in zip(measured, stats, strict=True):
                 into[chunk] = values
             if grad_hidden is not None or grad_weight is not None:
@@ -196,9 +180,9 @@ class _LinearDivergence(torch.autograd.Function):
 
 
 def _chunk(
-    logits: torch.Tensor, teacher: torch.Tensor | TopLogProbs, labels: torch.Tensor | None, job: _Job
+    logits: torch.Tensor, teacher: torch.Tensor | TopLogProbs, labels: torch.Tensor, job: _Job
 ) -> tuple[DivergenceStats, torch.Tensor]:
-    """Figures (C,) of a chunk and its gradient in the logits (C, K), of unit weight; overwrites the first two inputs.
+    """Statistics (C,) of a chunk and its gradient in the logits (C, K), unit weight; overwrites the first two inputs.
 
     ``labels`` is (C, 1).
     """
@@ -216,30 +200,23 @@ def _chunk(
     log_p = logits[:, :support].sub_((base if support == start else whole)[:, None])
     if isinstance(teacher, TopLogProbs):
         teacher = teacher.completed(log_p, options.missing_log_prob)
-    said = torch.zeros_like(base) if labels is None else _drawn(teacher, labels, options.missing_log_prob)
+    teacher_log_prob = _pick(teacher, labels, options.missing_log_prob)
     log_q = _on_support(teacher, support, options)
-    sampled = torch.zeros_like(base) if labels is None else _sampled(log_p, log_q, labels)
+    sampled = _pick(log_p, labels, 0.0) - _pick(log_q, labels, 0.0)
     divergence, of_divergence = _divergence(log_p, log_p.exp(), log_q, options)
     grad[:, :support].add_(of_divergence)
     mass = (extended - whole).exp()
-    return DivergenceStats(divergence, leak, mass, sampled, said), grad
+    return DivergenceStats(divergence, leak, mass, sampled, teacher_log_prob), grad
 
 
-def _drawn(teacher: torch.Tensor, labels: torch.Tensor, missing: float) -> torch.Tensor:
-    """(C,) log q of the drawn tokens (C, 1), from the teacher's (C, T); ``missing`` for one that it lacks."""
-    known = labels < teacher.shape[1]
-    return torch.where(known, teacher.gather(1, labels.where(known, 0)), missing).squeeze(1)
-
-
-def _sampled(log_p: torch.Tensor, log_q: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """(C,) log p - log q of the drawn tokens (C, 1), 0 outside S."""
-    inside = labels < log_p.shape[1]
-    chosen = labels.where(inside, 0)
-    return torch.where(inside, log_p.gather(1, chosen) - log_q.gather(1, chosen), 0.0).squeeze(1)
+def _pick(values: torch.Tensor, labels: torch.Tensor, missing: float) -> torch.Tensor:
+    """(C,) values (C, T) at the labels (C, 1); ``missing`` for a label from T on."""
+    known = labels < values.shape[1]
+    return torch.where(known, values.gather(1, labels.where(known, 0)), missing).squeeze(1)
 
 
 def _check_vocabulary(teacher: torch.Tensor | TopLogProbs, support: int, job: _Job) -> None:
-    """Raise ValueError where a teacher speaks of other ids than it is asked about."""
+    """Raise ValueError where the teacher's ids are neither B nor all, or its likeliest ids go past the support."""
     known = teacher.vocab_size if isinstance(teacher, TopLogProbs) else teacher.shape[1]
     if known != job.start and known < job.ids:
         raise ValueError(
@@ -248,8 +225,8 @@ def _check_vocabulary(teacher: torch.Tensor | TopLogProbs, support: int, job: _J
         )
     if isinstance(teacher, TopLogProbs) and known > support:
         raise ValueError(
-            f"the teacher names the likeliest of its {known} ids, and it is asked about {support}; what is left for "
-            "these alone cannot be told"
+            f"the teacher gives the likeliest of its {known} ids, and {support} are compared; its log-probs over these "
+            "alone are not known"
         )
 
 
@@ -259,7 +236,7 @@ def _on_support(teacher: torch.Tensor, support: int, options: DivergenceOptions)
     if known < support:  # it knows nothing of E
         missing = options.missing_log_prob if options.kind == REVERSE_KL else -torch.inf
         return torch.nn.functional.pad(teacher, (0, support - known), value=missing)
-    if known > support:  # it speaks of E too, and is asked about B alone
+    if known > support:  # it knows E too, and B alone is compared
         teacher = teacher[:, :support]
         return teacher.sub_(teacher.logsumexp(dim=-1, keepdim=True))
     return teacher

@@ -22,24 +22,26 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from verl.vocabulary import Vocabulary
+
 DEFAULT_CHUNK_BYTES = 256 * 2**20
 """Size of one fp32 (C, K) buffer. Two of them live at once, and a third of the weights' dtype if that is another."""
 
 
 class TokenStats(NamedTuple):
-    """What is known of each of N tokens; float32 (float64 for float64 inputs), in nats where it is a logarithm."""
+    """Statistics of N tokens; float32 (float64 for float64 inputs), in nats where it is a logarithm."""
 
     log_probs: torch.Tensor
     """(N,) log-prob of the token."""
     entropy: torch.Tensor | None
-    """(N,) entropy of the distribution it was drawn from; None where it was not asked for."""
+    """(N,) entropy of the distribution it was drawn from; None without ``with_entropy``."""
     extend_mass: torch.Tensor | None
-    """(N,) probability of all ids from ``extend_start`` on; None without ``extend_start``."""
+    """(N,) probability of all extended ids; None for a vocabulary without extension."""
 
 
 class _Options(NamedTuple):
     temperature: float
-    vocab_size: int
+    ids: int
     extend_start: int | None
     with_entropy: bool
     chunk_rows: int
@@ -70,9 +72,9 @@ class _LinearTokenStats(torch.autograd.Function):
         log_probs, normalizer = (torch.empty(rows, dtype=dtype, device=hidden.device) for _ in range(2))
         entropy = torch.empty_like(log_probs) if options.with_entropy else None
         mass = None if options.extend_start is None else torch.empty_like(log_probs)
-        vocabulary = weight[: options.vocab_size]
+        head = weight[: options.ids]
         for chunk in row_chunks(rows, options.chunk_rows):
-            stats, normalizer[chunk] = _chunk_stats(hidden[chunk], vocabulary, labels[chunk, None], options)
+            stats, normalizer[chunk] = _chunk_stats(hidden[chunk], head, labels[chunk, None], options)
             for values, into in zip(stats, (log_probs, entropy, mass), strict=True):
                 if values is not None and into is not None:
                     into[chunk] = values
@@ -94,10 +96,10 @@ class _LinearTokenStats(torch.autograd.Function):
             grad_log_probs = torch.zeros_like(normalizer)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = WeightGradient(weight) if ctx.needs_input_grad[1] else None
-        vocabulary = weight[: options.vocab_size]
+        head = weight[: options.ids]
         for chunk in row_chunks(hidden.shape[0], options.chunk_rows):
             grad = _chunk_gradient(
-                scaled_logits(hidden[chunk], vocabulary, options.temperature).sub_(normalizer[chunk, None]),
+                scaled_logits(hidden[chunk], head, options.temperature).sub_(normalizer[chunk, None]),
                 labels[chunk, None],
                 grad_log_probs[chunk, None],
                 None if grad_entropy is None else (grad_entropy[chunk, None], entropy[chunk, None]),
@@ -105,7 +107,7 @@ class _LinearTokenStats(torch.autograd.Function):
                 options,
             ).to(weight.dtype)
             if grad_hidden is not None:
-                torch.mm(grad, vocabulary, out=grad_hidden[chunk])
+                torch.mm(grad, head, out=grad_hidden[chunk])
             if grad_weight is not None:
                 grad_weight.add(grad, hidden[chunk])
             del grad  # before the next chunk makes its own
@@ -113,10 +115,10 @@ class _LinearTokenStats(torch.autograd.Function):
 
 
 def _chunk_stats(
-    hidden: torch.Tensor, vocabulary: torch.Tensor, labels: torch.Tensor, options: _Options
+    hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor, options: _Options
 ) -> tuple[TokenStats, torch.Tensor]:
     """Statistics (C,) of a chunk, and the logarithm of its softmax's denominator. ``labels`` is (C, 1)."""
-    log_softmax = scaled_logits(hidden, vocabulary, options.temperature)
+    log_softmax = scaled_logits(hidden, head, options.temperature)
     normalizer = log_softmax.logsumexp(dim=-1)
     log_softmax.sub_(normalizer[:, None])
     log_probs = log_softmax.gather(1, labels).squeeze(1)
@@ -139,7 +141,7 @@ def _chunk_gradient(
     mass: tuple[torch.Tensor, torch.Tensor] | None,
     options: _Options,
 ) -> torch.Tensor:
-    """Gradient in the logits (C, K), as the table of the module says.
+    """Gradient in the logits (C, K), as in the table of the module.
 
     Every term but 1[j = y] has the factor p_j, so the others' coefficients are summed first: per row, plus, for the
     entropy, one per id, which overwrites ``log_softmax``. ``entropy`` and ``mass`` are pairs of gradient and value;
@@ -189,20 +191,18 @@ def linear_token_stats(
     labels: torch.Tensor,
     *,
     temperature: float = 1.0,
-    vocab_size: int | None = None,
-    extend_start: int | None = None,
+    vocabulary: Vocabulary | None = None,
     with_entropy: bool = False,
     chunk_bytes: int = DEFAULT_CHUNK_BYTES,
 ) -> TokenStats:
-    """Score tokens under ``softmax(hidden @ weight[:vocab_size].T / temperature)``.
+    """Score tokens under ``softmax(hidden @ weight[:K].T / temperature)``.
 
     Args:
         hidden: (N, D) hidden states at the positions that predict the tokens; N = 0 is fine.
         weight: (V, D) of the lm head, of the same dtype.
-        labels: (N,) int64 ids of the tokens, below ``vocab_size``.
+        labels: (N,) int64 ids of the tokens, below K.
         temperature: divides the logits.
-        vocab_size: ids that take part in the softmax; None: all rows.
-        extend_start: first id whose probability counts for ``extend_mass``; None: no ``extend_mass``.
+        vocabulary: its ``ids`` are K, its extended ids count for ``extend_mass``; None: K = V, no ``extend_mass``.
         with_entropy: compute the entropy too.
         chunk_bytes: size of one buffer of logits; it changes memory and speed, not the result.
 
@@ -210,19 +210,19 @@ def linear_token_stats(
         `TokenStats`, every tensor (N,).
 
     Raises:
-        ValueError: a label outside the softmax, a ``vocab_size`` above V, or a temperature that is not positive.
+        ValueError: a label outside the softmax, more ids than rows, or a temperature that is not positive.
     """
-    vocab_size = weight.shape[0] if vocab_size is None else vocab_size
-    if not 0 < vocab_size <= weight.shape[0]:
-        raise ValueError(f"vocab_size={vocab_size} must be between 1 and the {weight.shape[0]} rows of the lm head")
+    vocabulary = vocabulary or Vocabulary(weight.shape[0])
+    vocabulary.check_head(weight.shape[0])
+    ids = vocabulary.ids
     if temperature <= 0:
         raise ValueError(f"temperature={temperature} must be above 0")
-    if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < vocab_size:
+    if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < ids:
         raise ValueError(
-            f"labels run from {int(labels.min())} to {int(labels.max())}; the softmax is over ids below {vocab_size}"
+            f"labels run from {int(labels.min())} to {int(labels.max())}; the softmax is over ids below {ids}"
         )
-    # Nothing extended below the limit: the mass is an empty sum, and slices from there on are empty.
-    start = None if extend_start is None else min(extend_start, vocab_size)
-    bytes_per_row = vocab_size * torch.promote_types(weight.dtype, torch.float32).itemsize
-    options = _Options(temperature, vocab_size, start, with_entropy, max(1, chunk_bytes // bytes_per_row))
+    # An extension that begins past the last id has an empty sum as its mass, and empty slices.
+    start = None if vocabulary.extend_start is None else vocabulary.shared_ids()
+    bytes_per_row = ids * torch.promote_types(weight.dtype, torch.float32).itemsize
+    options = _Options(temperature, ids, start, with_entropy, max(1, chunk_bytes // bytes_per_row))
     return TokenStats(*_LinearTokenStats.apply(hidden, weight, labels, options))

@@ -1,10 +1,9 @@
-"""What frozen teachers give the ids of a vocabulary, a chunk of positions at a time.
+"""Log-probs of frozen teachers over the ids of a vocabulary, a chunk of positions at a time.
 
 In:  hidden states (N, D) and a frozen head (V, D), of one model or of two. Out: log-probs of the ids for the rows of a
-chunk (C, T), or what others are to know of them: the drawn token's and those of the likeliest ids. The logits of all N
-positions never exist.
+chunk (C, T), or of the drawn tokens and the likeliest ids alone. The logits of all N positions never exist.
 
-Not here: which model reads what, and what a student makes of it (``linear_divergence``).
+Not here: the teachers' forward passes (``workers.actor.teachers``), the student's loss (``linear_divergence``).
 
 Letters: N positions, D hidden size, V rows of a head, T <= V ids of a teacher, B those that a base teacher knows,
 E the others, C rows of a chunk, K likeliest ids.
@@ -16,10 +15,11 @@ from typing import NamedTuple
 import torch
 
 from verl.ops.linear_log_prob import row_chunks, scaled_logits
+from verl.vocabulary import Vocabulary
 
 
 class TopLogProbs(NamedTuple):
-    """What is known of a distribution over ``vocab_size`` ids: its K likeliest, and what is left for the others."""
+    """The K likeliest of ``vocab_size`` ids, and the mass of all others."""
 
     ids: torch.Tensor
     """(N, K) int64; where there are fewer than K ids, the likeliest stands again in their place."""
@@ -34,14 +34,14 @@ class TopLogProbs(NamedTuple):
         return self._replace(ids=self.ids[rows], log_probs=self.log_probs[rows], rest=self.rest[rows])
 
     def completed(self, log_p: torch.Tensor, least: float) -> torch.Tensor:
-        """(N, vocab_size) the distribution that shares out the rest as ``p`` does among these ids.
+        """(N, vocab_size) log-probs of the distribution that spreads the rest as ``p`` does over the other ids.
 
-        Whatever the divergence from ``p``, that from this distribution is the one between the two with all other ids
-        in one bucket, in value and, with this held fixed, in gradient: inside the bucket the two do not differ.
+        Any divergence between it and ``p`` is that of the two with all other ids in one bucket, in value and, with this
+        held fixed, in gradient: inside the bucket the two do not differ.
 
         Args:
             log_p: (N, >= vocab_size) of a student.
-            least: a rest of less than this is taken for this.
+            least: lower bound of the rest.
         """
         log_q = log_p[:, : self.vocab_size].scatter(1, self.ids, -torch.inf)
         rest = log_q.logsumexp(dim=-1)
@@ -51,8 +51,8 @@ class TopLogProbs(NamedTuple):
 
 
 TeacherLogProbs = Callable[[slice], torch.Tensor | TopLogProbs]
-"""Rows of the positions -> (C, T) log-probs of the first T ids, in memory of its own, which callers overwrite; or what
-is known of them."""
+"""Rows of the positions -> (C, T) log-probs of the first T ids, in memory of its own, which callers overwrite; or the
+likeliest ids alone."""
 DEFAULT_CHUNK_BYTES = 384 * 2**20
 """Of all buffers of one chunk together."""
 BUFFERS = 3
@@ -60,14 +60,13 @@ BUFFERS = 3
 
 
 class LinearTeacher:
-    """What a frozen head gives the first ``vocab_size`` ids: ``log_softmax(hidden @ weight[:vocab_size].T / T)``."""
+    """Log-probs of a frozen head's first ``vocab_size`` ids: ``log_softmax(hidden @ weight[:vocab_size].T / T)``."""
 
     def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, vocab_size: int, temperature: float = 1.0) -> None:
-        if not 0 < vocab_size <= weight.shape[0]:
-            raise ValueError(f"vocab_size={vocab_size} must be between 1 and the {weight.shape[0]} rows of the head")
+        Vocabulary(vocab_size).check_head(weight.shape[0])
         self.vocab_size = vocab_size
         self.hidden_states = (hidden,)
-        """What is to be known of the positions, besides the head."""
+        """(N, D) of each model, the base teacher's first."""
         self._weight, self._temperature = weight[:vocab_size], temperature
 
     def __call__(self, rows: slice) -> torch.Tensor:
@@ -106,32 +105,33 @@ class StitchedTeacher:
         return log_q
 
 
-Teacher = LinearTeacher | StitchedTeacher
+FullLogProbs = LinearTeacher | StitchedTeacher
+"""Teachers whose whole distributions are known."""
 
 
 class TokenScores(NamedTuple):
-    """What a teacher says of N positions."""
+    """A teacher's log-probs at N positions."""
 
     drawn: torch.Tensor
     """(N,) log-probs of the tokens that were drawn."""
     top: TopLogProbs | None
-    """Its likeliest ids, where they were asked for."""
+    """Its likeliest ids; None without ``topk``."""
 
 
 def score_tokens(
-    teacher: Teacher,
+    teacher: FullLogProbs,
     labels: torch.Tensor,
     missing: float,
     *,
     topk: int | None = None,
     chunk_bytes: int = DEFAULT_CHUNK_BYTES,
 ) -> TokenScores:
-    """Score the tokens that were drawn, and name the likeliest ids.
+    """Score the tokens that were drawn, and find the likeliest ids.
 
     Args:
         teacher: of N positions.
         labels: (N,) int64 ids of the tokens.
-        missing: what an id gets that the teacher does not know.
+        missing: log-prob of an id that the teacher does not know.
         topk: K; None: no likeliest ids.
         chunk_bytes: memory for the buffers of a chunk; changes memory and speed, not the result.
     """
@@ -139,7 +139,10 @@ def score_tokens(
     known = labels < size
     chosen = labels.where(known, 0)[:, None]
     drawn = torch.full(labels.shape, missing, device=labels.device)
-    top = None if topk is None else _empty_topk(len(labels), topk, size, labels.device)
+    top = None
+    if topk is not None:
+        of_ids, of_rest = torch.zeros(len(labels), topk, device=labels.device), torch.zeros_like(drawn)
+        top = TopLogProbs(torch.zeros_like(of_ids, dtype=torch.int64), of_ids, of_rest, size)
     for rows in row_chunks(len(labels), max(1, chunk_bytes // (BUFFERS * size * torch.float32.itemsize))):
         log_q = teacher(rows)
         values = log_q.gather(1, chosen[rows]).squeeze(1)
@@ -150,21 +153,12 @@ def score_tokens(
     return TokenScores(drawn, top)
 
 
-def _empty_topk(positions: int, topk: int, vocab_size: int, device: torch.device) -> TopLogProbs:
-    return TopLogProbs(
-        torch.zeros(positions, topk, dtype=torch.int64, device=device),
-        torch.zeros(positions, topk, device=device),
-        torch.zeros(positions, device=device),
-        vocab_size,
-    )
-
-
-def _likeliest(log_q: torch.Tensor, into: TopLogProbs) -> None:
-    """Fill in the likeliest ids of a chunk; overwrites ``log_q``."""
-    count = min(into.ids.shape[1], into.vocab_size)
+def _likeliest(log_q: torch.Tensor, top: TopLogProbs) -> None:
+    """Fill ``top`` with the likeliest ids of a chunk; overwrites ``log_q``."""
+    count = min(top.ids.shape[1], top.vocab_size)
     values, ids = log_q.topk(count, dim=-1)
-    for found, room in ((ids, into.ids), (values, into.log_probs)):
-        room[:, :count] = found
-        room[:, count:] = found[:, :1]
+    for found, target in ((ids, top.ids), (values, top.log_probs)):
+        target[:, :count] = found
+        target[:, count:] = found[:, :1]
     # As a sum over the others: one less the mass of the likeliest would be rounding where that is nearly all.
-    into.rest.copy_(log_q.scatter_(1, ids, -torch.inf).logsumexp(dim=-1))
+    top.rest.copy_(log_q.scatter_(1, ids, -torch.inf).logsumexp(dim=-1))

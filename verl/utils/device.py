@@ -1,8 +1,7 @@
 """What the processes compute on: CUDA or the CPU.
 
 In:  the setting ``trainer.device`` (``auto``, ``cuda``, ``cpu``). Out: names, dtypes, communication backends and the
-few memory calls that differ between the two. This is the only module that asks which device there is; all others are
-told.
+few memory calls that differ between the two. No other module looks which device there is.
 """
 
 import os

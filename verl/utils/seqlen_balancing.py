@@ -158,7 +158,18 @@ def _split_up(parts: list[list[int]], seqlens: list[int], k_partitions: int) -> 
     return sorted(parts, key=lambda part: -sum(seqlens[row] for row in part))
 
 
-def _most_over_ranks(number: int, device: torch.device, dp_group: dist.ProcessGroup | None) -> int:
+def check_row_lengths(seqlens: Sequence[int], max_token_len: int) -> None:
+    """Raise ValueError where a row is longer than a micro-batch of ``max_token_len`` tokens."""
+    longest = max(seqlens)
+    if longest > max_token_len:
+        raise ValueError(
+            f"row {list(seqlens).index(longest)} has {longest} tokens and a micro-batch holds {max_token_len}; raise "
+            "the limit (ppo_max_token_len_per_gpu, log_prob_max_token_len_per_gpu) to the longest prompt plus response"
+        )
+
+
+def most_over_ranks(number: int, device: torch.device | str, dp_group: dist.ProcessGroup | None = None) -> int:
+    """The largest of the ranks' numbers."""
     value = torch.tensor(number, device=device)
     dist.all_reduce(value, op=dist.ReduceOp.MAX, group=dp_group)
     return int(value.item())
@@ -192,15 +203,10 @@ def rearrange_micro_batches(
             rows here.
     """
     seqlens = [int(length) for length in batch["attention_mask"].sum(dim=1).tolist()]
-    longest = max(seqlens)
-    if longest > max_token_len:
-        raise ValueError(
-            f"row {seqlens.index(longest)} has {longest} tokens and a micro-batch holds {max_token_len}; raise the "
-            "limit (ppo_max_token_len_per_gpu, log_prob_max_token_len_per_gpu) to the longest prompt plus response"
-        )
+    check_row_lengths(seqlens, max_token_len)
     parts = _fewest_parts(seqlens, max_token_len, min_num_micro_batch or 1)
     if same_micro_num_in_dp and dist.is_initialized():
-        wanted = _most_over_ranks(len(parts), batch["attention_mask"].device, dp_group)
+        wanted = most_over_ranks(len(parts), batch["attention_mask"].device, dp_group)
         if wanted > len(seqlens):
             raise ValueError(f"another rank needs {wanted} micro-batches and this one has {len(seqlens)} rows")
         parts = _split_up(parts, seqlens, wanted)

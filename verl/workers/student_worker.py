@@ -22,14 +22,15 @@ from verl.single_controller.base.decorator import Dispatch, Execute, register
 from verl.utils.device import max_memory_metrics, release_cached_memory, resolve_dtype
 from verl.utils.save_outcome import SaveOutcome
 from verl.utils.tokenizer import hf_tokenizer
+from verl.vocabulary import Vocabulary
 from verl.weight_sync.send import Placement, WeightExporter, WeightInfo
-from verl.workers.actor.dp_actor import SCORED_KEYS, UPDATE_KEYS, DataParallelPPOActor, with_scoring_limits
+from verl.workers.actor.dp_actor import SCORED_KEYS, UPDATE_KEYS, DataParallelPPOActor
+from verl.workers.actor.row_layout import BatchSizes
 from verl.workers.actor.teachers import RemoteTeacher, Teacher, TopKTeacher
-from verl.workers.fsdp.build import build_model
+from verl.workers.fsdp.build import build_model, join_ranks, require_path
 from verl.workers.fsdp.checkpoint import CheckpointWriter, TrainingState, load_checkpoint
 from verl.workers.fsdp.extended_rows import ExtendedRows
 from verl.workers.fsdp.optimizer import LearningRateSchedule, build_optimizer
-from verl.workers.fsdp.process import join_ranks, require_path, softmax_size
 from verl.workers.fsdp.shard import move_optimizer_state, move_parameters
 from verl.workers.teacher_worker import TeacherWorker
 
@@ -55,80 +56,69 @@ class StudentWorker(Worker):
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def init_model(self) -> None:
         """Join the other ranks, load and shard the model, build the optimizer."""
-        config, actor = self.config, self.config.actor
-        self._ranks = join_ranks(self, self._device_setting, seed=config.rollout.seed)
+        config, actor, rollout = self.config, self.config.actor, self.config.rollout
+        self._ranks = join_ranks(self, self._device_setting, seed=rollout.seed)
         path = require_path("actor_rollout_ref.model.path", config.model.path)
-        self._tokenizer = hf_tokenizer(
-            config.model.tokenizer_path or path, trust_remote_code=config.model.trust_remote_code
-        )
-        built = build_model(path, config.model, actor.fsdp_config, self._ranks.mesh, trainable=True)
-        start = config.rollout.extend_start
-        extended_rows = None if start is None else ExtendedRows(built.module, start, actor.freeze_extended_rows)
-        optimizer = build_optimizer(built.module, actor.optim)
+        tokenizer = hf_tokenizer(config.model.tokenizer_path or path, trust_remote_code=config.model.trust_remote_code)
+        module = build_model(path, config.model, actor.fsdp_config, self._ranks.mesh, trainable=True)
+        vocabulary = Vocabulary(len(tokenizer), rollout.extend_start)
+        vocabulary.check_head(module.num_rows, path)
+        start = rollout.extend_start
+        extended_rows = None if start is None else ExtendedRows(module, start, actor.freeze_extended_rows)
+        optimizer = build_optimizer(module, actor.optim)
         schedule = LearningRateSchedule(optimizer, actor.optim)
-        self._state = TrainingState(built.module, optimizer, schedule, self._tokenizer)
+        self._state = TrainingState(module, optimizer, schedule, tokenizer)
         self._checkpoint_writer = CheckpointWriter(actor.checkpoint)
         self.actor = DataParallelPPOActor(
             actor,
-            built.module,
+            module,
             optimizer,
+            vocabulary=vocabulary,
+            scoring_sizes=BatchSizes.choose(
+                rollout.log_prob_use_dynamic_bsz,
+                rollout.log_prob_max_token_len_per_gpu,
+                rollout.log_prob_micro_batch_size_per_gpu,
+            ),
             lr_schedule=schedule,
-            vocab_size=softmax_size(len(self._tokenizer), built.module),
-            extend_start=start,
-            extended_rows=extended_rows,
-            packed=built.packed,
-            mini_batch_rows=actor.ppo_mini_batch_size * config.rollout.n // self.world_size,
+            mini_batch_rows=actor.ppo_mini_batch_size * rollout.n // self.world_size,
             distill=self._distill,
-            device=self._ranks.device,
+            extended_rows=extended_rows,
         )
         self._exporter = WeightExporter(
-            built.module,
+            module,
             Placement(self._ranks.device, is_node_writer=self.local_rank == 0),
             resolve_dtype(config.rollout.dtype, self._ranks.device.type),
             config.rollout.weight_sync_bucket_mb * 2**20,
         )
-        self._offload(parameters=True, optimizer=True)
+        self._leave_device(optimizer=True)
 
     @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO, reads=SCORED_KEYS)
     def compute_log_prob(self, data: DataProto) -> DataProto:
         """``old_log_probs``, ``entropys`` and ``extend_mass`` (B, R) of the current student."""
-        rollout = self.config.rollout
-        data = with_scoring_limits(
-            data,
-            rollout.log_prob_use_dynamic_bsz,
-            rollout.log_prob_max_token_len_per_gpu,
-            rollout.log_prob_micro_batch_size_per_gpu,
-        )
         with self._on_device():
-            stats = self.actor.compute_token_stats(data)
-        assert stats.entropy is not None and stats.extend_mass is not None, "compute_token_stats gives all three"
-        return DataProto.from_dict(
-            {"old_log_probs": stats.log_probs, "entropys": stats.entropy, "extend_mass": stats.extend_mass}
-        )
+            return DataProto.from_dict(self.actor.compute_token_stats(data))
 
     @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO, padding=False, reads=UPDATE_KEYS)
     def update_actor(self, data: DataProto) -> DataProto:
-        """Train on a batch; the metrics stand in ``meta_info["metrics"]``, the same on every rank.
+        """Train on a batch; the metrics are in ``meta_info["metrics"]``, the same on every rank.
 
-        With them ``ref_log_prob`` (B, R) where it is not in the batch and an exact objective's teachers are heard here:
-        at trained positions, 0 elsewhere.
+        An exact objective runs its teachers here. Unless their ``ref_log_prob`` (B, R) is in the batch already, it is
+        returned: at trained positions, 0 elsewhere.
         """
+        roles = self._distill.roles if self._distill is not None and self._distill.is_exact else []
         with self._on_device(optimizer=True), ExitStack() as stack:
-            teachers, said = [self._teacher(role, stack) for role in self._teacher_roles()], None
-            if teachers and "ref_log_prob" not in data.batch:
-                said = torch.zeros(data.tensor("responses").shape, device=self._ranks.device)
-            metrics = self.actor.update_policy(data, teachers, said)
-        metrics |= max_memory_metrics(self._ranks.device.type)
-        return DataProto.from_dict({} if said is None else {"ref_log_prob": said.cpu()}, None, {"metrics": metrics})
+            update = self.actor.update(data, [self._teacher(role, stack) for role in roles])
+        metrics = update.metrics | max_memory_metrics(self._ranks.device.type)
+        needs_scores = bool(roles) and "ref_log_prob" not in data.batch
+        scores = {"ref_log_prob": update.teacher_log_probs} if needs_scores else {}
+        return DataProto.from_dict(scores, None, {"metrics": metrics})
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def fetch_heads(self, handles: Mapping[str, Sequence[Any]]) -> None:
         """Fetch the heads of teachers on other ranks, by role; a head that two of them share once."""
         distinct = list(dict.fromkeys(handle for of_role in handles.values() for handle in of_role))
-        heads = {
-            handle: lent.tensor("head")
-            for handle, lent in zip(distinct, self.object_store.fetch(distinct), strict=True)
-        }
+        values = self.object_store.fetch(distinct)
+        heads = {handle: value.tensor("head") for handle, value in zip(distinct, values, strict=True)}
         self._teacher_heads = {role: [heads[handle] for handle in of_role] for role, of_role in handles.items()}
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
@@ -183,57 +173,41 @@ class StudentWorker(Worker):
         with self._on_device(optimizer=True):
             load_checkpoint(self._state, self.config.actor.checkpoint, Path(local_path))
 
-    def _teacher_roles(self) -> list[str]:
-        """The teachers of an exact objective."""
-        return self._distill.roles if self._distill is not None and self._distill.is_exact else []
-
     def _teacher(self, role: str, stack: ExitStack) -> tuple[Teacher, float]:
-        """A teacher, ready until ``stack`` closes, and the weight of its rows."""
-        assert self._distill is not None, "only an exact objective asks teachers"
-        return self._judge(role, stack), self._distill.weight_of(role)
-
-    def _judge(self, role: str, stack: ExitStack) -> Teacher:
-        distill = self._distill
-        assert distill is not None, "only an exact objective asks teachers"
+        """A teacher of the update, ready until ``stack`` closes, and the weight of its rows."""
+        distill, device = self._distill, self._ranks.device
+        assert distill is not None, "only an exact objective has teachers in the update"
+        knows_extended, weight = distill.knows_extended(role), distill.weight_of(role)
         if distill.topk_or_none is not None:
-            return self._topk_teacher(role)
+            return TopKTeacher(knows_extended, self.actor.vocabulary, device), weight
         if role in self._teacher_heads:
-            heads = [head.to(self._ranks.device) for head in self._teacher_heads[role]]
-            return RemoteTeacher(distill.knows_extended(role), heads, self.object_store.fetch)
-        peer = self.colocated_roles.get(role)
-        if not isinstance(peer, TeacherWorker):
+            heads = [head.to(device) for head in self._teacher_heads[role]]
+            return RemoteTeacher(knows_extended, heads, self.object_store.fetch), weight
+        worker = self.colocated_roles.get(role)
+        if not isinstance(worker, TeacherWorker):
             raise ValueError(
                 f"there is no teacher {role!r} beside the student; it holds {sorted(self.colocated_roles)}"
             )
-        return stack.enter_context(peer.on_device())
-
-    def _topk_teacher(self, role: str) -> TopKTeacher:
-        """A teacher that named its likeliest ids before the update."""
-        distill, ids, start = self._distill, self.actor.vocab_size, self.actor.extend_start
-        assert distill is not None and ids is not None, "the student's vocabulary is known"
-        knows_extended = distill.knows_extended(role)
-        known = ids if knows_extended or start is None else min(start, ids)
-        return TopKTeacher(knows_extended, known, self._ranks.device)
+        return stack.enter_context(worker.on_device()), weight
 
     @contextmanager
     def _on_device(self, optimizer: bool = False) -> Iterator[None]:
-        """Have the parameters, and the optimizer's state if asked for, on the device for the time of the block."""
-        device = self._ranks.device
-        if self._offloads(self.config.actor.fsdp_config.param_offload):
-            move_parameters(self._state.module, device)
-        if optimizer and self._offloads(self.config.actor.fsdp_config.optimizer_offload):
-            move_optimizer_state(self._state.optimizer, device)
+        """Have the parameters, and with ``optimizer`` its state, on the device for the time of the block."""
+        self._move(self._ranks.device, optimizer)
         yield
-        self._offload(parameters=True, optimizer=optimizer)
+        self._leave_device(optimizer)
 
-    def _offload(self, parameters: bool, optimizer: bool) -> None:
-        """Leave the GPU to the engine: what is offloaded goes to the host, what the allocator caches goes back."""
-        host = torch.device("cpu")
-        if parameters and self._offloads(self.config.actor.fsdp_config.param_offload):
-            move_parameters(self._state.module, host)
-        if optimizer and self._offloads(self.config.actor.fsdp_config.optimizer_offload):
-            move_optimizer_state(self._state.optimizer, host)
+    def _leave_device(self, optimizer: bool) -> None:
+        """Leave the GPU to the engine: what is offloaded goes to the host, what the allocator caches is released."""
+        self._move(torch.device("cpu"), optimizer)
         release_cached_memory(self._ranks.device.type)
 
-    def _offloads(self, setting: bool) -> bool:
-        return setting and self._ranks.device.type == "cuda"
+    def _move(self, device: torch.device, optimizer: bool) -> None:
+        """Move the parameters, and the optimizer's state, as far as they are offloaded at all."""
+        fsdp = self.config.actor.fsdp_config
+        if self._ranks.device.type != "cuda":
+            return
+        if fsdp.param_offload:
+            move_parameters(self._state.module, device)
+        if optimizer and fsdp.optimizer_offload:
+            move_optimizer_state(self._state.optimizer, device)

@@ -1,9 +1,11 @@
-"""One rank of the frozen teacher.
+"""One rank of a frozen teacher.
 
 In:  rollouts of a student whose vocabulary may extend the teacher's. Out: the teacher's log-probs of the student's
-tokens. The teacher's distribution runs over B alone, the ids below the extension that its tokenizer names; of anything
-else it reads a stand-in and says ``ref_log_prob_replace_val``. A teacher with the student's vocabulary (the student
-itself, frozen) reads and judges every id; stitched to the base teacher of its process, it leaves it the ids of B.
+tokens; for an exact objective also its likeliest ids or its hidden states.
+
+Its softmax runs over the shared ids alone. Ids that it lacks are replaced in its input, and their log-prob is
+``ref_log_prob_replace_val``. A teacher with the student's vocabulary (the student itself, frozen) reads and scores
+every id; stitched to the base teacher of its process, it leaves the shared ids to that one.
 
 Letters: B rows of this rank, R response.
 """
@@ -22,24 +24,19 @@ from verl.single_controller.base import Worker
 from verl.single_controller.base.decorator import Dispatch, register
 from verl.utils.device import release_cached_memory
 from verl.utils.tokenizer import hf_tokenizer
-from verl.workers.actor.dp_actor import (
-    SCORED_KEYS,
-    DataParallelPPOActor,
-    real_response_tokens,
-    scoring_sizes,
-    with_scoring_limits,
-)
-from verl.workers.actor.mini_batch_loss import temperature_of
+from verl.vocabulary import Vocabulary
+from verl.workers.actor.dp_actor import SCORED_KEYS
+from verl.workers.actor.row_layout import BatchSizes, real_response_tokens, temperature_of
 from verl.workers.actor.teachers import (
     HIDDEN_STATE_HANDLES,
     TOP_TENSORS,
     FullTeacher,
+    ModelTeacher,
     StitchedModelTeacher,
-    judged,
-    states_by_row,
+    hidden_states_by_row,
+    score_in_micro_batches,
 )
-from verl.workers.fsdp.build import build_model
-from verl.workers.fsdp.process import join_ranks, require_path, softmax_size
+from verl.workers.fsdp.build import build_model, join_ranks, require_path
 from verl.workers.fsdp.shard import move_parameters, reshard
 
 
@@ -50,8 +47,9 @@ class TeacherWorker(Worker):
         config: ``actor_rollout_ref``; without ``ref.model.path`` the student's own starting weights are the teacher.
         device: ``trainer.device``.
         teacher: a further teacher; None: the one of ``actor_rollout_ref.ref``.
-        topk: likeliest ids that it names at each trained position, besides the drawn token's log-prob; None: none.
-        exports_hidden_states: put the last hidden states into the object store, for a student on other ranks.
+        topk: number of likeliest ids at each trained position that `score_for_update` gives; None: none.
+        exports_hidden_states: `score_for_update` puts hidden states into the object store, for a student on other
+            ranks.
     """
 
     def __init__(
@@ -64,121 +62,114 @@ class TeacherWorker(Worker):
     ) -> None:
         super().__init__()
         self.config = config
-        self._topk, self._lends_states = topk, exports_hidden_states
-        self._exported_head: list[Any] | None = None
         self._device_setting = device
-        self._reads_extended = teacher is not None and teacher.knows_extended
+        self._topk, self._exports_hidden_states = topk, exports_hidden_states
+        self._knows_extended = teacher is not None and teacher.knows_extended
         self._is_stitched = teacher is not None and teacher.is_stitched
-        self._is_ready = False
         ref = config.ref.model if teacher is None else RefModelConfig(path=teacher.path)
         self._path = ref.path or config.model.path
         self._tokenizer_path = ref.tokenizer_path or (self._path if ref.path else config.model.tokenizer_path)
+        self._model: ModelTeacher | None = None
+
+    @property
+    def model(self) -> ModelTeacher:
+        """The frozen model; teachers of one process with the same files and vocabulary share it."""
+        assert self._model is not None, "init_model comes first"
+        return self._model
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def init_model(self) -> None:
         """Join the other ranks, load and shard the model."""
         self._ranks = join_ranks(self, self._device_setting, seed=self.config.rollout.seed)
-        twin = self._same_model_worker()
-        self._owner: TeacherWorker = self if twin is None else twin._owner
-        self.actor: DataParallelPPOActor = self._build() if twin is None else twin.actor
-        self._is_ready = True
+        self._model = self._shared_model() or self._load_model()
         self._move(torch.device("cpu"))
 
-    def _build(self) -> DataParallelPPOActor:
+    def _shared_model(self) -> ModelTeacher | None:
+        """The same model of another teacher of this process, so that no second copy is loaded."""
+        for worker in self.colocated_roles.values():
+            if isinstance(worker, TeacherWorker) and worker._model is not None and worker._files() == self._files():
+                return worker._model
+        return None
+
+    def _files(self) -> tuple[str | None, str | None, bool]:
+        return self._path, self._tokenizer_path, self._knows_extended
+
+    def _load_model(self) -> ModelTeacher:
         config, ref = self.config, self.config.ref
         path = require_path("actor_rollout_ref.ref.model.path", self._path)
         tokenizer = hf_tokenizer(self._tokenizer_path or path, trust_remote_code=config.model.trust_remote_code)
-        built = build_model(path, config.model, ref.fsdp_config, self._ranks.mesh, trainable=False)
-        known, replacement = len(tokenizer), None
-        if not self._reads_extended:
-            known = shared_vocabulary(known, config.rollout.extend_start)
+        module = build_model(path, config.model, ref.fsdp_config, self._ranks.mesh, trainable=False)
+        ids, replacement = len(tokenizer), None
+        if not self._knows_extended:
+            ids = Vocabulary(ids, config.rollout.extend_start).shared_ids()
             candidates = [tokenizer.pad_token_id, tokenizer.eos_token_id]
-            replacement = choose_replacement(ref.ref_replace_token_id, candidates, known)
-        return DataParallelPPOActor(
-            ref,
-            built.module,
-            vocab_size=softmax_size(known, built.module),
-            replace_token_id=replacement,
-            knows_extended=self._reads_extended,
-            packed=built.packed,
-            device=self._ranks.device,
-        )
+            replacement = choose_replacement(ref.ref_replace_token_id, candidates, ids)
+        Vocabulary(ids).check_head(module.num_rows, path)
+        return ModelTeacher(module, ids, replacement)
 
     @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO, reads=SCORED_KEYS)
     def compute_ref_log_prob(self, data: DataProto) -> DataProto:
         """``ref_log_prob`` (B, R): the teacher's log-probs of the responses."""
-        data = self._with_limits(data)
-        with self.on_device() as judge:
-            if self._is_stitched:
-                scores, _ = self._judge(judge, data, real_response_tokens(data))
-                return DataProto.from_dict(scores)
-            log_probs, _ = self.actor.compute_log_prob(data, mask_special_token=not self._reads_extended)
-        return DataProto.from_dict({"ref_log_prob": log_probs})
+        return self._score(data, real_response_tokens(data))
 
     @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO, reads=(*SCORED_KEYS, "response_mask"))
-    def teach(self, data: DataProto) -> DataProto:
-        """What an update compares without this teacher beside it: the likeliest ids, or handles to hidden states.
+    def score_for_update(self, data: DataProto) -> DataProto:
+        """What a later update compares the student with: the likeliest ids, or handles to hidden states.
 
-        With them ``ref_log_prob`` (B, R), in one pass. All of it at trained positions alone; 0 elsewhere.
+        With them ``ref_log_prob`` (B, R), from the same pass. All of it at trained positions alone; 0 elsewhere.
         """
         trained = data.tensor("response_mask").bool()
-        data, states = self._with_limits(data), np.full(len(data), None)
-        with self.on_device() as judge:
-            scores, lent = self._judge(judge, data, trained, topk=self._topk, lends=self._lends_states)
-        for row, handle in lent.items():
-            states[row] = handle
-        return DataProto.from_dict(scores, {HIDDEN_STATE_HANDLES: states} if self._lends_states else None)
-
-    def _with_limits(self, data: DataProto) -> DataProto:
-        ref = self.config.ref
-        return with_scoring_limits(
-            data,
-            ref.log_prob_use_dynamic_bsz,
-            ref.log_prob_max_token_len_per_gpu,
-            ref.log_prob_micro_batch_size_per_gpu,
-        )
+        return self._score(data, trained, self._topk, self._exports_hidden_states)
 
     @torch.no_grad()
-    def _judge(
-        self, judge: FullTeacher, data: DataProto, select: torch.Tensor, topk: int | None = None, lends: bool = False
-    ) -> tuple[dict[str, torch.Tensor], dict[int, Any]]:
-        """``ref_log_prob`` at the selected tokens and, with ``topk``, the likeliest ids; handles by row if it lends."""
-        missing, result = self.config.ref.ref_log_prob_replace_val, _room(select.shape, topk)
-        handles: dict[int, Any] = {}
-        sizes = scoring_sizes(data)
-        for taught, log_probs in judged(judge, data, select, sizes, self.actor.packed, temperature_of(data)):
-            scores = score_tokens(log_probs, taught.labels.to(self._ranks.device), missing, topk=topk)
-            found = [scores.drawn] if scores.top is None else [scores.drawn, *scores.top[:3]]
-            for room, values in zip(result.values(), found, strict=True):
-                room[taught.rows, taught.columns] = values.to(room.dtype).cpu()
-            if lends:
-                handles |= {row: self.object_store.lend(states) for row, states in states_by_row(taught, log_probs)}
-        return result, handles
+    def _score(
+        self, data: DataProto, select: torch.Tensor, topk: int | None = None, exports_hidden_states: bool = False
+    ) -> DataProto:
+        """``ref_log_prob`` at the selected tokens; with ``topk`` the likeliest ids; handles to hidden states by row."""
+        ref, temperature = self.config.ref, temperature_of(data)
+        sizes = BatchSizes.choose(
+            ref.log_prob_use_dynamic_bsz, ref.log_prob_max_token_len_per_gpu, ref.log_prob_micro_batch_size_per_gpu
+        )
+        scores = {"ref_log_prob": torch.zeros(select.shape)}
+        if topk is not None:
+            shape = (*select.shape, topk)
+            empty = torch.zeros(shape, dtype=torch.int32), torch.zeros(shape), torch.zeros(select.shape)
+            scores |= dict(zip(TOP_TENSORS, empty, strict=True))
+        handles = np.full(len(data), None)
+        with self.on_device() as teacher:
+            for positions, log_probs in score_in_micro_batches(teacher, data, select, sizes, temperature):
+                labels = positions.labels.to(self._ranks.device)
+                drawn, top = score_tokens(log_probs, labels, ref.ref_log_prob_replace_val, topk=topk)
+                for target, values in zip(scores.values(), [drawn] if top is None else [drawn, *top[:3]], strict=True):
+                    target[positions.rows, positions.columns] = values.to(target.dtype).cpu()
+                if exports_hidden_states:
+                    for row, states in hidden_states_by_row(positions, log_probs):
+                        handles[row] = self.object_store.lend(states)
+        return DataProto.from_dict(scores, {HIDDEN_STATE_HANDLES: handles} if exports_hidden_states else None)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def export_heads(self) -> list[Any]:
-        """On rank 0 handles to the (V, D) heads that its hidden states go with, the base teacher's first; else none."""
-        workers = [self._base(), self] if self._is_stitched else [self]
-        return [handle for worker in workers for handle in worker._owner._head_handles()]
+        """On rank 0, handles to the (V, D) heads that its hidden states go with, the base teacher's first; else none.
 
-    def _head_handles(self) -> list[Any]:
-        """Made once, whoever asks, for a head never changes; by all ranks, for it is sharded over them."""
-        if self._exported_head is None:
-            with self.on_device():
-                head = self.actor.shared_head()
-                mine = [DataProto.from_dict({"head": head.to("cpu", copy=True)})] if self.rank == 0 else []
-            self._exported_head = [self.object_store.lend(value) for value in mine]
-        return self._exported_head
+        A head is gathered from all ranks and put into the object store once, whichever teachers share its model.
+        """
+        with self.on_device() as teacher:
+            for model in teacher.models:
+                if model.head_handles is None:
+                    head = model.head()
+                    exported = DataProto.from_dict({"head": head.to("cpu", copy=True)}) if self.rank == 0 else None
+                    model.head_handles = [] if exported is None else [self.object_store.lend(exported)]
+            return [handle for model in teacher.models for handle in model.head_handles or []]
 
     @contextmanager
     def on_device(self) -> Iterator[FullTeacher]:
-        """The teacher, on its device for the time of the block, with what it gathered freed behind it."""
+        """The teacher, on its device for the time of the block; gathered parameters are freed at its end."""
         with ExitStack() as stack:
             if self._is_stitched:
                 stack.enter_context(self._base().on_device())
             self._move(self._ranks.device)
-            yield StitchedModelTeacher(self._base().actor, self.actor) if self._is_stitched else self.actor
-            reshard(self.actor.actor_module)
+            yield StitchedModelTeacher(self._base().model, self.model) if self._is_stitched else self.model
+            reshard(self.model.module)
             self._move(torch.device("cpu"))
 
     def _base(self) -> "TeacherWorker":
@@ -189,41 +180,18 @@ class TeacherWorker(Worker):
         )
         return base
 
-    def _same_model_worker(self) -> "TeacherWorker | None":
-        """A teacher of this process that holds the very model already, so that no second copy is loaded."""
-        own = (self._path, self._tokenizer_path, self._reads_extended)
-        teachers = [
-            peer for peer in self.colocated_roles.values() if isinstance(peer, TeacherWorker) and peer._is_ready
-        ]
-        same = (peer for peer in teachers if (peer._path, peer._tokenizer_path, peer._reads_extended) == own)
-        return next(same, None)
-
     def _move(self, device: torch.device) -> None:
-        """With ``param_offload`` on CUDA, keep the model in host memory but for the time it is used.
+        """With ``param_offload`` on CUDA, keep the model in host memory except while it is used.
 
-        What the allocator caches goes back to the GPU in any case: the engine wants it.
+        What the allocator caches is released in any case: the engine needs it.
         """
         if self.config.ref.fsdp_config.param_offload and self._ranks.device.type == "cuda":
-            move_parameters(self.actor.actor_module, device)
+            move_parameters(self.model.module, device)
         release_cached_memory(self._ranks.device.type)
 
 
-def _room(shape: torch.Size, topk: int | None) -> dict[str, torch.Tensor]:
-    """Zeros (B, R) for ``ref_log_prob`` and, with ``topk``, room for the likeliest ids."""
-    room = {"ref_log_prob": torch.zeros(shape)}
-    if topk is not None:
-        tops = torch.zeros(*shape, topk, dtype=torch.int32), torch.zeros(*shape, topk), torch.zeros(shape)
-        room |= dict(zip(TOP_TENSORS, tops, strict=True))
-    return room
-
-
-def shared_vocabulary(tokenizer_size: int, extend_start: int | None) -> int:
-    """Number of ids in B: those the teacher's tokenizer names, below the extension."""
-    return tokenizer_size if extend_start is None else min(tokenizer_size, extend_start)
-
-
 def choose_replacement(setting: int | None, candidates: list[int | None], shared_ids: int) -> int:
-    """What the teacher reads in place of ids it lacks: the setting, or the first candidate that it knows.
+    """Replacement of ids that the teacher lacks in its input: the setting, or the first candidate that it knows.
 
     Raises:
         ValueError: the teacher does not know the id that is set, or none of the candidates.

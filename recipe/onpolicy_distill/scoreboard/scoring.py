@@ -25,11 +25,12 @@ from verl.trainer.ppo.core_algos import AdvantageEstimator
 from verl.trainer.ppo.metric_utils import compute_on_policy_distill_data_metrics
 from verl.utils.device import release_cached_memory, resolve_dtype, select_device
 from verl.utils.tokenizer import hf_tokenizer
-from verl.workers.actor.dp_actor import DataParallelPPOActor, with_scoring_limits
+from verl.vocabulary import Vocabulary
+from verl.workers.actor.dp_actor import DataParallelPPOActor
+from verl.workers.actor.row_layout import BatchSizes
 from verl.workers.fsdp.build import choose_attention, load_config
-from verl.workers.fsdp.process import softmax_size
 from verl.workers.fsdp.token_stats_model import TokenStatsModel
-from verl.workers.teacher_worker import choose_replacement, shared_vocabulary
+from verl.workers.teacher_worker import choose_replacement
 
 MICRO_BATCH_TOKENS = 16384
 
@@ -81,19 +82,16 @@ def score(batch: DataProto, config: ScoringConfig) -> DataProto:
     """The batch with the student's ``old_log_probs``, ``entropys`` and ``extend_mass`` (B, R), and, with a teacher,
     its ``ref_log_prob`` and the ``advantages``.
     """
-    longest = batch.tensor("input_ids").shape[1]
-    limited = with_scoring_limits(batch, True, max(MICRO_BATCH_TOKENS, longest), None)
-    stats = _load_student(config).compute_token_stats(limited)
-    assert stats.entropy is not None and stats.extend_mass is not None, "the student computes both"
-    release_cached_memory(config.device)
+    sizes = BatchSizes(max(MICRO_BATCH_TOKENS, batch.tensor("input_ids").shape[1]), None)
     batch = batch.union(
-        DataProto.from_dict(
-            {"old_log_probs": stats.log_probs, "entropys": stats.entropy, "extend_mass": stats.extend_mass}
-        )
+        DataProto.from_dict(_load_actor(config.model, config, sizes, is_teacher=False).compute_token_stats(batch))
     )
+    release_cached_memory(config.device)
     if config.teacher is None:
         return batch
-    log_probs, _ = _load_teacher(config.teacher, config).compute_log_prob(limited, mask_special_token=True)
+    log_probs, _ = _load_actor(config.teacher, config, sizes, is_teacher=True).compute_log_prob(
+        batch, mask_special_token=True
+    )
     release_cached_memory(config.device)
     batch = batch.union(DataProto.from_dict({"ref_log_prob": log_probs}))
     return compute_advantage(batch, AdvantageEstimator.ON_POLICY_DISTILL, config=config.algorithm)
@@ -135,43 +133,27 @@ def describe_tokens(batch: DataProto, row: int, tokenizer: PreTrainedTokenizerBa
     ]
 
 
-def _load_student(config: ScoringConfig) -> DataParallelPPOActor:
-    tokenizer = hf_tokenizer(config.model)
-    module, packed = _load(config.model, config.device)
-    return DataParallelPPOActor(
-        RefConfig(),
-        module,
-        vocab_size=softmax_size(len(tokenizer), module),
-        extend_start=config.extend_vocab_start_token,
-        packed=packed,
-        device=select_device(config.device, 0),
-    )
-
-
-def _load_teacher(path: str, config: ScoringConfig) -> DataParallelPPOActor:
-    tokenizer = hf_tokenizer(path)
-    module, packed = _load(path, config.device)
-    shared_ids = shared_vocabulary(len(tokenizer), config.extend_vocab_start_token)
-    return DataParallelPPOActor(
-        RefConfig(),
-        module,
-        vocab_size=softmax_size(shared_ids, module),
-        replace_token_id=choose_replacement(None, [tokenizer.pad_token_id, tokenizer.eos_token_id], shared_ids),
-        packed=packed,
-        device=select_device(config.device, 0),
-    )
-
-
-def _load(path: str, device: str) -> tuple[TokenStatsModel, bool]:
-    """A frozen model, whole, on one device; and whether its rows are packed."""
-    model = HFModelConfig(path=path)
-    dtype = resolve_dtype("auto", device)
-    config = load_config(path, model)
-    attention = choose_attention(config, model, device, dtype)
+def _load_actor(path: str, config: ScoringConfig, sizes: BatchSizes, *, is_teacher: bool) -> DataParallelPPOActor:
+    """A frozen model, whole, on one device."""
+    model, tokenizer, dtype = HFModelConfig(path=path), hf_tokenizer(path), resolve_dtype("auto", config.device)
+    hf_config = load_config(path, model)
+    attention = choose_attention(hf_config, model, config.device, dtype)
     register_packed_attention()
     disable_progress_bar()
     causal_lm = AutoModelForCausalLM.from_pretrained(
-        path, config=config, dtype=dtype, attn_implementation=attention.implementation
+        path, config=hf_config, dtype=dtype, attn_implementation=attention.implementation
     )
-    module = TokenStatsModel(causal_lm.to(select_device(device, 0)), flash_attention=attention.is_flash)
-    return module.requires_grad_(False), attention.packed
+    module = TokenStatsModel(causal_lm.to(select_device(config.device, 0)), attention.packed, attention.is_flash)
+    vocabulary = Vocabulary(len(tokenizer), config.extend_vocab_start_token)
+    replacement = None
+    if is_teacher:
+        vocabulary = vocabulary._replace(ids=vocabulary.shared_ids())
+        replacement = choose_replacement(None, [tokenizer.pad_token_id, tokenizer.eos_token_id], vocabulary.ids)
+    vocabulary.check_head(module.num_rows, path)
+    return DataParallelPPOActor(
+        RefConfig(),
+        module.requires_grad_(False),
+        vocabulary=vocabulary,
+        scoring_sizes=sizes,
+        replace_token_id=replacement,
+    )

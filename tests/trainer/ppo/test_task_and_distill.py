@@ -22,7 +22,7 @@ DISTILLED = torch.tensor([[-2.0, -30.0, 0.0], [0.5, 0.0, 1.5], [-1.0, 0.5, -0.5]
 
 
 def batch_of(scores: list[float]) -> DataProto:
-    """Two prompts with two answers each; the rows of prompt b are judged by the second teacher, which reads items."""
+    """Two prompts with two answers each; the rows of prompt b belong to the second teacher, which knows items."""
     rewards = torch.zeros(4, 3)
     rewards[:, 2] = torch.tensor(scores)
     return DataProto.from_dict(
@@ -56,8 +56,8 @@ def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
 
 def test_both_advantages_are_added_token_by_token() -> None:
     weighed = trainer_of(algorithm()).advantage(batch_of([0.0, 1.0, 3.0, 1.0]))
-    # GRPO without division: -0.5 and 0.5 for prompt a, 1 and -1 for b, at trained tokens. To it 0.5 x what the base
-    # teacher says of rows 0 and 1, and 0.5 x 2 x what the second says of rows 2 and 3.
+    # GRPO without division: -0.5 and 0.5 for prompt a, 1 and -1 for b, at trained tokens. To it 0.5 x the base
+    # teacher's part of rows 0 and 1, and 0.5 x 2 x the second's of rows 2 and 3.
     expected = torch.tensor([[-1.5, -15.5, 0.0], [0.75, 0.5, 1.25], [0.0, 1.5, 0.5], [0.0, -5.0, 0.0]])
     close(weighed.tensor("advantages"), expected)
     close(weighed.tensor("returns"), expected)
@@ -100,7 +100,7 @@ PURE = {"estimator": "on_policy_distill", "coef": None}
 
 
 @pytest.mark.parametrize(
-    ("settings", "asks", "weighs"),
+    ("settings", "scores", "weighs"),
     [
         ({**PURE, "weight": 1.0}, True, True),
         ({**PURE, "objective": "topk"}, True, False),
@@ -110,16 +110,16 @@ PURE = {"estimator": "on_policy_distill", "coef": None}
         ({"objective": "topk"}, True, True),
     ],
 )
-def test_which_stages_a_step_has(settings: dict[str, Any], asks: bool, weighs: bool) -> None:
-    """Teachers beside the student are asked before the update where it does not run them, or the task's part asks."""
+def test_which_stages_a_step_has(settings: dict[str, Any], scores: bool, weighs: bool) -> None:
+    """Teachers score before the update where it does not run them, or where the task's part needs them."""
     trainer = trainer_of(algorithm(**settings))
-    assert (trainer.uses_reference, trainer.uses_advantage) == (asks, weighs)
+    assert (trainer.uses_reference, trainer.uses_advantage) == (scores, weighs)
     trainer.config.trainer = TrainerConfig(teacher_nnodes=1, teacher_n_gpus_per_node=1)
     assert (trainer.uses_reference, trainer.uses_advantage) == (True, weighs)
 
 
 @pytest.mark.parametrize("key", ["use_kl_in_reward", "use_kl_loss"])
-def test_a_kl_term_of_the_task_asks_before_the_update(key: str) -> None:
+def test_a_kl_term_of_the_task_scores_before_the_update(key: str) -> None:
     trainer = trainer_of(algorithm(objective="exact"))
     part = trainer.config.algorithm if key == "use_kl_in_reward" else trainer.config.actor_rollout_ref.actor
     setattr(part, key, True)

@@ -1,6 +1,5 @@
-"""A teacher with ranks of its own, on Ray: the same scores as beside the student, GPUs of its own, nodes checked."""
+"""A teacher with ranks of its own, on Ray: the same update as beside the student, GPUs of its own, nodes checked."""
 
-import dataclasses
 import os
 import sys
 import time
@@ -37,8 +36,6 @@ from verl.workers.teacher_worker import TeacherWorker
 
 register_pickle_by_value(sys.modules[__name__])  # ranks do not import test modules
 
-ROWS = 7
-
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster(repo: Path) -> Iterator[None]:
@@ -66,39 +63,6 @@ class Bystander(Worker):
         return self.rank, self.world_size
 
 
-def score(trainer: TrainerConfig, config: ActorRolloutRefConfig, batch: DataProto) -> tuple[torch.Tensor, int]:
-    """``ref_log_prob`` as the trainer gets it, and the number of pools."""
-    pools, groups = plan_pools(trainer, ["actor", "ref"], use_gpu=False), WorkerGroups()
-    try:
-        pools.create_resource_pool()
-        views = groups.start(
-            pools, {"actor": Bystander, "ref": TeacherWorker}, lambda _: {"config": config, "device": "cpu"}
-        )
-        assert len(views["actor"].ranks()) == trainer.world_size
-        views["ref"].init_model()
-        return views["ref"].compute_ref_log_prob(batch).tensor("ref_log_prob"), len(pools.resource_pool_dict)
-    finally:
-        groups.shutdown()
-        pools.shutdown()
-
-
-def test_a_teacher_of_its_own_says_what_one_beside_the_student_says(tiny_pair: Pair) -> None:
-    start = tiny_pair.extend_vocab_start_token
-    # A row a pass: the same products whoever has which rows, so that equal means equal to the bit.
-    ref = {"log_prob_use_dynamic_bsz": False, "log_prob_micro_batch_size_per_gpu": 1}
-    config = worker_config(tiny_pair.student, tiny_pair.teacher, extend_start=start, ref=ref)
-    batch = rollouts(draw_rows(ROWS, start + 20), start, temperature=0.9)
-    beside, pools = score(TrainerConfig(n_gpus_per_node=2), config, batch)
-    assert pools == 1 and beside.shape[0] == ROWS
-    apart, pools = score(TrainerConfig(teacher_nnodes=1, teacher_n_gpus_per_node=1), config, batch)
-    assert pools == 2
-    assert torch.equal(beside, apart)
-    assert (beside == -100).any() and beside.unique().numel() > ROWS
-    config = dataclasses.replace(config, ref=dataclasses.replace(config.ref, log_prob_use_dynamic_bsz=True))
-    packed, _ = score(TrainerConfig(teacher_nnodes=1, teacher_n_gpus_per_node=1), config, batch)
-    torch.testing.assert_close(packed, beside, rtol=0, atol=1e-5)
-
-
 class Student(StudentWorker):
     """One that shows its gradient."""
 
@@ -108,7 +72,7 @@ class Student(StudentWorker):
 
 
 class Teacher(TeacherWorker):
-    """One that counts what is lent."""
+    """One that counts its references to the object store."""
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def num_references(self) -> int:
@@ -117,7 +81,7 @@ class Teacher(TeacherWorker):
 
 class Update(NamedTuple):
     metrics: dict[str, float]
-    said: torch.Tensor
+    scores: torch.Tensor
     gradient: dict[str, torch.Tensor]
 
 
@@ -141,10 +105,10 @@ def update(trainer: TrainerConfig, config: ActorRolloutRefConfig, distill: Disti
         batch = batch.union(driver.ref_log_prob(batch)) if driver.uses_reference else batch
         assert (HIDDEN_STATE_HANDLES in batch.non_tensor_batch) == driver.exports_hidden_states
         if driver.exports_hidden_states:
-            lent = [handle for handle in batch.array(HIDDEN_STATE_HANDLES) if handle is not None]
-            assert len(lent) == len(set(lent)) and all(isinstance(handle, ray.ObjectRef) for handle in lent)
-            assert sum(driver.role_groups["ref"].num_references()) >= sum(held) + len(lent)
-            del lent
+            exported = [handle for handle in batch.array(HIDDEN_STATE_HANDLES) if handle is not None]
+            assert len(exported) == len(set(exported)) and all(isinstance(handle, ray.ObjectRef) for handle in exported)
+            assert sum(driver.role_groups["ref"].num_references()) >= sum(held) + len(exported)
+            del exported
         largest = max(value.nbytes for value in batch.batch.values())
         assert largest <= batch.tensor("input_ids").nbytes, "what the driver holds does not grow with the hidden size"
         batch.reorder(torch.arange(len(batch)).flip(0))
@@ -152,7 +116,7 @@ def update(trainer: TrainerConfig, config: ActorRolloutRefConfig, distill: Disti
         deadline = time.monotonic() + 20
         while driver.role_groups["ref"].num_references() != held and time.monotonic() < deadline:
             time.sleep(0.1)
-        assert driver.role_groups["ref"].num_references() == held, "what was lent is still there"
+        assert driver.role_groups["ref"].num_references() == held, "hidden states are still there"
         return Update(driver.stage_metrics, batch.tensor("ref_log_prob"), driver.actor_wg.gradient()[0])
     finally:
         groups.shutdown()
@@ -174,8 +138,8 @@ def test_a_student_learns_from_a_teacher_of_its_own_ranks_what_it_learns_from_on
     for name in ("actor/distill_loss", "actor/distill_divergence", "actor/leak_loss", "actor/grad_norm"):
         assert apart.metrics[name] == pytest.approx(beside.metrics[name], rel=1e-5), name
     assert_same_gradient(apart.gradient, beside.gradient)
-    torch.testing.assert_close(apart.said, beside.said, rtol=0, atol=1e-5)
-    assert (beside.said != 0).equal(batch.tensor("response_mask").flip(0).bool())
+    torch.testing.assert_close(apart.scores, beside.scores, rtol=0, atol=1e-5)
+    assert (beside.scores != 0).equal(batch.tensor("response_mask").flip(0).bool())
 
 
 def test_each_pool_has_gpus_of_its_own_and_replicas_those_of_the_student() -> None:

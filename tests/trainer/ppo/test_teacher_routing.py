@@ -16,15 +16,15 @@ SOURCES = ["rec_next", "general", "code", "rec_caption", "general", "code"]
 
 
 class Teacher:
-    """Scores a token by its id and a number of its own, and remembers what it was asked."""
+    """Scores a token by its id and a number of its own, and remembers its rows."""
 
     def __init__(self, number: float) -> None:
         self.number = number
-        self.asked: list[list[int]] = []
+        self.seen: list[list[int]] = []
 
     def compute_ref_log_prob(self, batch: DataProto) -> DataProto:
         responses = batch.tensor("responses")
-        self.asked.append(responses[:, 0].tolist())
+        self.seen.append(responses[:, 0].tolist())
         return DataProto.from_dict({"ref_log_prob": -self.number * responses.float()})
 
 
@@ -51,7 +51,7 @@ def test_rows_of_three_teachers_get_the_numbers_that_each_gives_alone() -> None:
     scores = trainer.ref_log_prob(batch).tensor("ref_log_prob")
     number_of = torch.tensor([1.0, 10.0, 100.0])[batch.tensor("teacher")]
     torch.testing.assert_close(scores, -number_of[:, None] * responses)
-    assert groups["ref"].asked == [[2, 3, 8, 9]] and groups["coder"].asked == [[4, 5, 10, 11]]
+    assert groups["ref"].seen == [[2, 3, 8, 9]] and groups["coder"].seen == [[4, 5, 10, 11]]
 
 
 def test_the_prompt_decides_where_a_teacher_asks_for_it() -> None:
@@ -93,16 +93,16 @@ def test_the_base_teacher_needs_a_row_too_unless_a_stitched_one_speaks_with_its_
 
 
 class TeacherAhead(Teacher):
-    """One that is asked before the update, and lends something for each row."""
+    """One that scores before the update, and exports something for each row."""
 
-    def teach(self, batch: DataProto) -> DataProto:
+    def score_for_update(self, batch: DataProto) -> DataProto:
         scores = self.compute_ref_log_prob(batch).tensor("ref_log_prob")
-        lent = [f"{self.number} {row}" for row in self.asked[-1]]
-        return DataProto.from_dict({"ref_log_prob": scores}, {"teacher_states": lent})
+        exported = [f"{self.number} {row}" for row in self.seen[-1]]
+        return DataProto.from_dict({"ref_log_prob": scores}, {"teacher_states": exported})
 
 
-def test_teachers_apart_are_asked_ahead_of_the_update_alone() -> None:
-    """Handles are joined by row, validation asks for scores only, and after the update the handles are gone."""
+def test_teachers_apart_export_before_an_update_alone() -> None:
+    """Handles are joined by row, validation gets scores only, and after the update the handles are gone."""
     trainer = trainer_of({"self": TeacherConfig(sources=["rec_*"])})
     trainer.config.algorithm.distill.objective = "exact"
     trainer.config.trainer = TrainerConfig(teacher_nnodes=1, teacher_n_gpus_per_node=1)
@@ -130,7 +130,7 @@ def test_a_teacher_without_rows_is_not_asked() -> None:
     trainer.role_groups = {"ref": Teacher(1.0), "self": Teacher(2.0)}
     batch = trainer.prepare({"source": np.array(["general"], dtype=object), "index": np.arange(1)}, n=1)
     trainer.ref_log_prob(batch.union(DataProto.from_dict({"responses": torch.ones(1, 2)})))
-    assert trainer.role_groups["self"].asked == []
+    assert trainer.role_groups["self"].seen == []
 
 
 def test_one_teacher_needs_no_routing() -> None:

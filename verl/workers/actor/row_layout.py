@@ -20,7 +20,8 @@ import torch
 import torch.distributed as dist
 from tensordict import TensorDict
 
-from verl.utils.seqlen_balancing import rearrange_micro_batches
+from verl.protocol import DataProto
+from verl.utils.seqlen_balancing import check_row_lengths, most_over_ranks, rearrange_micro_batches
 
 
 class ModelInputs(NamedTuple):
@@ -39,12 +40,8 @@ class ModelInputs(NamedTuple):
 
     def to(self, device: torch.device) -> "ModelInputs":
         """The same on another device."""
-        return self._replace(
-            input_ids=self.input_ids.to(device),
-            position_ids=self.position_ids.to(device),
-            select_index=self.select_index.to(device),
-            labels=self.labels.to(device),
-        )
+        tensors = {name: value.to(device) for name, value in self._asdict().items() if name != "row_lengths"}
+        return self._replace(**tensors)
 
 
 class MicroBatch(NamedTuple):
@@ -62,6 +59,11 @@ class BatchSizes(NamedTuple):
 
     max_tokens: int | None
     max_rows: int | None
+
+    @classmethod
+    def choose(cls, by_tokens: bool, max_tokens: int, max_rows: int | None) -> "BatchSizes":
+        """The limit that applies: of tokens where ``by_tokens``, else of rows."""
+        return cls(max_tokens, None) if by_tokens else cls(None, max_rows)
 
 
 class ScoredRows:
@@ -90,21 +92,17 @@ class ScoredRows:
         self.lengths = torch.where(scored, self._prompt_length + last_scored - starts, 0)
         """(B,) input tokens that each row needs; 0 where nothing is scored."""
 
-    def micro_batches(
-        self, sizes: BatchSizes, packed: bool, dp_group: dist.ProcessGroup | None = None
-    ) -> list[MicroBatch]:
-        """Cut the rows into micro-batches: as many on every rank, for sharded models communicate in each.
+    def micro_batches(self, sizes: BatchSizes, packed: bool) -> list[MicroBatch]:
+        """Cut the rows into micro-batches: as many on every rank, because sharded models communicate in each.
 
-        A micro-batch with nothing to score (there may be such on a rank with little to do) holds one arbitrary token.
+        A micro-batch with nothing to score, as a rank with few rows may have, holds one arbitrary token.
 
         Raises:
             ValueError: a row is longer than a micro-batch may be.
         """
-        return [self.build(rows, packed) for rows in self._partition(sizes, packed, dp_group)]
+        return [self.build(rows, packed) for rows in self._partition(sizes, packed)]
 
-    def _partition(
-        self, sizes: BatchSizes, packed: bool, dp_group: dist.ProcessGroup | None
-    ) -> Sequence[Sequence[int]]:
+    def _partition(self, sizes: BatchSizes, packed: bool) -> Sequence[Sequence[int]]:
         num_rows = len(self.lengths)
         if sizes.max_tokens is None:
             if sizes.max_rows is None:
@@ -113,11 +111,11 @@ class ScoredRows:
             return [range(start, min(start + sizes.max_rows, num_rows)) for start in range(0, num_rows, sizes.max_rows)]
         if packed:
             needed = torch.arange(self.input_ids.shape[1]) < self.lengths[:, None]
-            _, parts = rearrange_micro_batches(
-                TensorDict({"attention_mask": needed.cpu()}, batch_size=[num_rows]), sizes.max_tokens, dp_group
-            )
-            return parts
-        return _equal_number(_rectangles(self.lengths.tolist(), sizes.max_tokens), dp_group)
+            batch = TensorDict({"attention_mask": needed.cpu()}, batch_size=[num_rows])
+            return rearrange_micro_batches(batch, sizes.max_tokens)[1]
+        parts = _rectangles(self.lengths.tolist(), sizes.max_tokens)
+        missing = most_over_ranks(len(parts), "cpu") - len(parts) if dist.is_initialized() else 0
+        return parts + [[] for _ in range(missing)]
 
     def build(self, rows: Sequence[int], packed: bool) -> MicroBatch:
         """The given rows as one micro-batch, in the order given; as in `micro_batches`, never without any token."""
@@ -157,14 +155,10 @@ def no_positions(packed: bool) -> MicroBatch:
 
 
 def _rectangles(lengths: list[int], max_tokens: int) -> list[list[int]]:
-    """Rows of like length together, so that rows x longest row stays within ``max_tokens``; longest first."""
+    """Rows of similar length together, so that rows x longest row stays within ``max_tokens``; longest first."""
     parts: list[list[int]] = []
+    check_row_lengths(lengths, max_tokens)
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
-        if lengths[row] > max_tokens:
-            raise ValueError(
-                f"row {row} has {lengths[row]} tokens and a micro-batch holds {max_tokens}; raise the limit "
-                "(ppo_max_token_len_per_gpu, log_prob_max_token_len_per_gpu) to the longest prompt plus response"
-            )
         if parts and (len(parts[-1]) + 1) * lengths[parts[-1][0]] <= max_tokens:
             parts[-1].append(row)
         else:
@@ -172,10 +166,13 @@ def _rectangles(lengths: list[int], max_tokens: int) -> list[list[int]]:
     return parts
 
 
-def _equal_number(parts: list[list[int]], dp_group: dist.ProcessGroup | None) -> list[list[int]]:
-    """The parts, followed by empty ones up to the number of the rank that has most."""
-    if not dist.is_initialized():
-        return parts
-    most = torch.tensor(len(parts))
-    dist.all_reduce(most, op=dist.ReduceOp.MAX, group=dp_group)
-    return parts + [[] for _ in range(int(most) - len(parts))]
+def real_response_tokens(data: DataProto) -> torch.Tensor:
+    """(B, R) bool, True where a response has a token."""
+    return data.tensor("attention_mask")[:, -data.tensor("responses").shape[1] :].bool()
+
+
+def temperature_of(data: DataProto) -> float:
+    """The sampling temperature that a batch was drawn with; raises ValueError where it is missing."""
+    if "temperature" not in data.meta_info:
+        raise ValueError("the batch has no meta_info['temperature']; the trainer sets it to rollout.temperature")
+    return float(data.meta_info["temperature"])

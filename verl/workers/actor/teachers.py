@@ -1,10 +1,14 @@
-"""How a frozen teacher comes to judge positions of a student's micro-batch.
+"""Teachers of an update: where their log-probs at the student's positions come from.
 
-In:  positions of a mini-batch in the student's order. Out: log-probs at these positions, chunk by chunk
-(``utils.teacher_log_probs``). A teacher of this process reads its rows in its own layout. Others have read them before
-the update: one named its likeliest ids, which stand in the batch; one on other ranks lent its hidden states by row.
+In:  positions of a batch, in the order of the student's micro-batch. Out: the teacher's log-probs at these positions,
+a chunk at a time (``ops.teacher_log_probs``).
 
-Letters: M rows of the mini-batch, S positions.
+    ModelTeacher          a frozen model of this process; one forward pass over the rows of the positions
+    StitchedModelTeacher  two of them: one for the shared ids, one for the extended ids
+    RemoteTeacher         a model on other ranks; its hidden states were computed before the update, and are fetched
+    TopKTeacher           its likeliest ids were computed before the update, and are part of the batch
+
+Letters: B rows of the batch, S positions, D hidden size, V rows of a head.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -12,39 +16,33 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from verl.ops.teacher_log_probs import LinearTeacher, StitchedTeacher, TeacherLogProbs, TopLogProbs
-from verl.ops.teacher_log_probs import Teacher as WholeTeacher
+from verl.ops.teacher_log_probs import FullLogProbs, LinearTeacher, StitchedTeacher, TeacherLogProbs, TopLogProbs
 from verl.protocol import DataProto
-from verl.workers.actor.row_layout import BatchSizes, MicroBatch, ScoredRows
+from verl.vocabulary import Vocabulary
+from verl.workers.actor.row_layout import BatchSizes, MicroBatch, ScoredRows, no_positions
+from verl.workers.fsdp.token_stats_model import TokenStatsModel
 
 TOP_TENSORS = ("teacher_top_ids", "teacher_top_log_probs", "teacher_rest_log_prob")
-"""Where a batch holds what its rows' teachers named as the likeliest ids."""
+"""Batch keys of the teachers' likeliest ids."""
 HIDDEN_STATE_HANDLES = "teacher_states"
-"""Where a batch holds handles to what its rows' teachers lent."""
+"""Batch key of the handles to the teachers' hidden states."""
 
 
 class ScoredPositions(NamedTuple):
-    """Positions that one teacher judges, all of those that are scored in their rows."""
+    """Positions that one teacher scores: all scored positions of their rows."""
 
-    mini: DataProto
-    """All M rows."""
+    batch: DataProto
     layout: ScoredRows
-    """Their tokens."""
+    """All B rows of the batch."""
     rows: torch.Tensor
-    """(S,) row in the mini-batch."""
+    """(S,) row in the batch."""
     columns: torch.Tensor
     """(S,) position in the response."""
 
     @property
-    def chosen(self) -> list[int]:
-        """The rows, once each, in the student's order, which need not be that of the batch."""
+    def distinct_rows(self) -> list[int]:
+        """The rows, once each, in the order of the positions, which may differ from that of the batch."""
         return list(dict.fromkeys(self.rows.tolist()))
-
-    def build(self, packed: bool) -> MicroBatch:
-        """The rows as model inputs, with the positions in their order."""
-        micro = self.layout.build(self.chosen, packed)
-        self.require_order(micro.rows, micro.columns)
-        return micro
 
     @property
     def labels(self) -> torch.Tensor:
@@ -53,86 +51,120 @@ class ScoredPositions(NamedTuple):
         return responses[self.rows, self.columns]
 
     def require_order(self, rows: torch.Tensor, columns: torch.Tensor) -> None:
-        """Positions that something was computed for have to be those of the student, one by one."""
+        """Assert that something was computed for these very positions, in their order."""
         assert torch.equal(rows, self.rows) and torch.equal(columns, self.columns), (
-            "a teacher judged other positions than those that the student trains"
+            "a teacher scored other positions than those that the student trains"
         )
 
 
 class Teacher(Protocol):
-    """Whoever judges rows in an update."""
+    """Scores the rows of an update."""
 
     knows_extended: bool
     """Whether it knows all of the student's ids."""
 
-    def teach(self, taught: ScoredPositions, temperature: float) -> TeacherLogProbs:
-        """Log-probs at the positions, in their order; every rank has to call it as often."""
+    def log_probs_at(self, positions: ScoredPositions, temperature: float) -> TeacherLogProbs:
+        """Log-probs at the positions, in their order; every rank has to call it equally often."""
 
 
 class FullTeacher(Teacher, Protocol):
-    """A teacher whose distributions are known as a whole."""
+    """A teacher of this process, whose whole distributions are computed on demand."""
 
-    def teach(self, taught: ScoredPositions, temperature: float) -> WholeTeacher:
-        """As `Teacher.teach`."""
+    packed: bool
+    """Layout of its inputs."""
+    models: "list[ModelTeacher]"
+    """The base teacher's first, where there are two."""
+
+    def log_probs_at(self, positions: ScoredPositions, temperature: float) -> FullLogProbs:
+        """As `Teacher.log_probs_at`."""
 
 
-class ModelTeacher(FullTeacher, Protocol):
-    """A teacher that is one model."""
+def _hidden_states(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A head that computes nothing."""
+    return hidden, weight
 
-    def teach(self, taught: ScoredPositions, temperature: float) -> LinearTeacher:
-        """As `Teacher.teach`."""
+
+class ModelTeacher:
+    """A frozen model of this process.
+
+    Args:
+        module: the model.
+        ids: number of ids in its softmax.
+        replace_token_id: replaces the ids that it lacks in its input; None: it knows all of the student's ids.
+    """
+
+    def __init__(self, module: TokenStatsModel, ids: int, replace_token_id: int | None) -> None:
+        self.module, self.ids, self.packed = module, ids, module.packed
+        self.knows_extended = replace_token_id is None
+        self.models = [self]
+        self.head_handles: list[Any] | None = None
+        """Handles to its head, once it was exported; the head never changes."""
+        self._replace_token_id = replace_token_id
+
+    def log_probs_at(self, positions: ScoredPositions, temperature: float) -> LinearTeacher:
+        """See `Teacher`. The result reads the gathered head: it has to be used before `reshard`."""
+        micro = positions.layout.build(positions.distinct_rows, self.packed)
+        positions.require_order(micro.rows, micro.columns)
+        return LinearTeacher(*self._forward(micro), self.ids, temperature)
+
+    def head(self) -> torch.Tensor:
+        """(ids, D) the gathered head, to be used before `reshard`; all ranks have to call it."""
+        return self._forward(no_positions(self.packed))[1][: self.ids].detach()
+
+    @torch.no_grad()
+    def _forward(self, micro: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """(S, D) hidden states and the (V, D) head."""
+        inputs = micro.inputs
+        if self._replace_token_id is not None:
+            readable = inputs.input_ids.masked_fill(inputs.input_ids >= self.ids, self._replace_token_id)
+            inputs = inputs._replace(input_ids=readable)
+        self.module.eval()
+        return self.module(*inputs.to(self.module.device), _hidden_states)
 
 
 class StitchedModelTeacher:
-    """A base teacher on the ids it knows and one with the student's vocabulary on the others; both read every row."""
+    """A base teacher on the shared ids and one with the student's vocabulary on the others; both read every row."""
 
     knows_extended = True
 
     def __init__(self, base: ModelTeacher, own: ModelTeacher) -> None:
-        self._base, self._own = base, own
+        self.models, self.packed = [base, own], own.packed
 
-    def teach(self, taught: ScoredPositions, temperature: float) -> StitchedTeacher:
+    def log_probs_at(self, positions: ScoredPositions, temperature: float) -> StitchedTeacher:
         """See `Teacher`."""
-        return StitchedTeacher(self._base.teach(taught, temperature), self._own.teach(taught, temperature))
+        return StitchedTeacher(*(model.log_probs_at(positions, temperature) for model in self.models))
 
 
 class TopKTeacher:
-    """A teacher that named its likeliest ids before the update; they stand in the batch.
+    """A teacher whose likeliest ids were computed before the update; they are part of the batch.
 
     Args:
         knows_extended: see `Teacher`.
-        vocab_size: ids of the student that it knows.
+        vocabulary: the student's.
         device: where the student computes.
     """
 
-    def __init__(self, knows_extended: bool, vocab_size: int, device: torch.device) -> None:
-        self.knows_extended = knows_extended
-        self._vocab_size, self._device = vocab_size, device
+    def __init__(self, knows_extended: bool, vocabulary: Vocabulary, device: torch.device) -> None:
+        self.knows_extended, self._device = knows_extended, device
+        self._ids = vocabulary.ids if knows_extended else vocabulary.shared_ids()
 
-    def teach(self, taught: ScoredPositions, temperature: float) -> TeacherLogProbs:
+    def log_probs_at(self, positions: ScoredPositions, temperature: float) -> TeacherLogProbs:
         """See `Teacher`.
 
         Raises:
-            ValueError: it named an id that the student lacks.
+            ValueError: it gave an id that the student lacks.
         """
         ids, log_probs, rest = (
-            taught.mini.tensor(key)[taught.rows, taught.columns].to(self._device) for key in TOP_TENSORS
+            positions.batch.tensor(key)[positions.rows, positions.columns].to(self._device) for key in TOP_TENSORS
         )
-        if ids.numel() and int(ids.max()) >= self._vocab_size:
+        if ids.numel() and int(ids.max()) >= self._ids:
             raise ValueError(
-                f"a teacher names id {int(ids.max())} among its likeliest, and the student has {self._vocab_size} ids "
+                f"a teacher gives id {int(ids.max())} among its likeliest, and the student has {self._ids} ids "
                 "that it may know; algorithm.distill.objective=topk needs a teacher without other ids"
             )
-        top = TopLogProbs(ids.long(), log_probs, rest, self._vocab_size)
-        return top.rows
-
-
-def states_by_row(taught: ScoredPositions, log_probs: WholeTeacher) -> Iterator[tuple[int, DataProto]]:
-    """Each row, and what `RemoteTeacher` has to know of its positions, on the CPU."""
-    columns = {"columns": taught.columns, "labels": taught.labels}
-    columns |= {f"hidden_{part}": states.cpu() for part, states in enumerate(log_probs.hidden_states)}
-    for row in taught.chosen:
-        yield row, DataProto.from_dict({key: values[taught.rows == row] for key, values in columns.items()})
+        return TopLogProbs(ids.long(), log_probs, rest, self._ids).rows
 
 
 class RemoteTeacher:
@@ -140,29 +172,29 @@ class RemoteTeacher:
 
     Args:
         knows_extended: see `Teacher`.
-        heads: (V, D) of the teacher; of both models, the base teacher first, where it is stitched.
-        fetch: the values of the handles that stand in the batch.
+        heads: (V, D) of its model; of a stitched teacher both, the base teacher's first.
+        fetch: gives the values of handles.
     """
 
     def __init__(
         self, knows_extended: bool, heads: Sequence[torch.Tensor], fetch: Callable[[Sequence[Any]], list[Any]]
     ) -> None:
-        self.knows_extended = knows_extended
-        self._heads, self._fetch = heads, fetch
+        self.knows_extended, self._heads, self._fetch = knows_extended, heads, fetch
 
-    def teach(self, taught: ScoredPositions, temperature: float) -> WholeTeacher:
+    def log_probs_at(self, positions: ScoredPositions, temperature: float) -> FullLogProbs:
         """See `Teacher`."""
-        chosen, handles = taught.chosen, taught.mini.array(HIDDEN_STATE_HANDLES)
-        lent: list[DataProto] = self._fetch([handles[row] for row in chosen])
+        distinct, handles = positions.distinct_rows, positions.batch.array(HIDDEN_STATE_HANDLES)
+        by_row: list[DataProto] = self._fetch([handles[row] for row in distinct])
 
         def joined(key: str, like: torch.Tensor) -> torch.Tensor:
-            """A column of all rows, in the student's order; no row leaves it empty."""
-            return torch.cat([like[:0].cpu(), *(row.tensor(key) for row in lent)]).to(like.device)
+            """A column of all rows in the student's order; empty where there are no rows."""
+            return torch.cat([like[:0].cpu(), *(row.tensor(key) for row in by_row)]).to(like.device)
 
-        lengths = torch.tensor([len(row) for row in lent], dtype=torch.int64)
-        rows = torch.tensor(chosen, dtype=torch.int64).repeat_interleave(lengths)
-        taught.require_order(rows, joined("columns", taught.columns))
-        assert torch.equal(joined("labels", taught.labels), taught.labels), "hidden states of other rows were fetched"
+        lengths = torch.tensor([len(row) for row in by_row], dtype=torch.int64)
+        rows = torch.tensor(distinct, dtype=torch.int64).repeat_interleave(lengths)
+        positions.require_order(rows, joined("columns", positions.columns))
+        same_tokens = torch.equal(joined("labels", positions.labels), positions.labels)
+        assert same_tokens, "hidden states of other rows were fetched"
         teachers = [
             LinearTeacher(joined(f"hidden_{part}", head), head, len(head), temperature)
             for part, head in enumerate(self._heads)
@@ -170,19 +202,28 @@ class RemoteTeacher:
         return teachers[0] if len(teachers) == 1 else StitchedTeacher(*teachers)
 
 
+def hidden_states_by_row(positions: ScoredPositions, log_probs: FullLogProbs) -> Iterator[tuple[int, DataProto]]:
+    """Each row, and what `RemoteTeacher` fetches for it: positions, tokens and hidden states, on the CPU."""
+    columns = {"columns": positions.columns, "labels": positions.labels}
+    columns |= {f"hidden_{part}": states.cpu() for part, states in enumerate(log_probs.hidden_states)}
+    for row in positions.distinct_rows:
+        yield row, DataProto.from_dict({key: values[positions.rows == row] for key, values in columns.items()})
+
+
 @torch.no_grad()
-def judged(
-    teacher: FullTeacher, data: DataProto, select: torch.Tensor, sizes: BatchSizes, packed: bool, temperature: float
-) -> Iterator[tuple[ScoredPositions, WholeTeacher]]:
-    """The selected positions of a batch, micro-batch by micro-batch, with what the teacher gives there.
+def score_in_micro_batches(
+    teacher: FullTeacher, data: DataProto, select: torch.Tensor, sizes: BatchSizes, temperature: float
+) -> Iterator[tuple[ScoredPositions, FullLogProbs]]:
+    """The selected positions of a batch, micro-batch by micro-batch, with the teacher's log-probs.
 
     Args:
+        teacher: scores them.
         data: rows with ``input_ids`` and ``attention_mask``.
         select: (B, R) bool, real tokens.
         sizes: of micro-batches.
-        packed: layout that the sizes are for.
+        temperature: of its softmax.
     """
     layout = ScoredRows(data.tensor("input_ids"), data.tensor("attention_mask"), select)
-    for micro in layout.micro_batches(sizes, packed):
-        taught = ScoredPositions(data, layout, micro.rows, micro.columns)
-        yield taught, teacher.teach(taught, temperature)
+    for micro in layout.micro_batches(sizes, teacher.packed):
+        positions = ScoredPositions(data, layout, micro.rows, micro.columns)
+        yield positions, teacher.log_probs_at(positions, temperature)

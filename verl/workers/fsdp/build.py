@@ -1,8 +1,8 @@
-"""Any Hugging Face causal language model as a sharded `TokenStatsModel`.
+"""The ranks of a model, and any Hugging Face causal language model as a sharded `TokenStatsModel` on them.
 
-In:  a model folder, the model and sharding settings, a device mesh. Out: the model, sharded over the mesh with FSDP2
-and holding the folder's weights. Rank 0 alone reads the weights; the others get their shards from it, one parameter
-at a time.
+In:  a worker that knows its rank, a model folder, the model and sharding settings. Out: the rank's device and the mesh
+of all ranks; the model, sharded over the mesh with FSDP2 and holding the folder's weights. Rank 0 alone reads the
+weights; the others get their shards from it, one parameter at a time.
 
     config ─► rank 0: weights from disk ─┐
               others: empty skeleton  ───┴─► fully_shard ─► scatter each parameter from rank 0
@@ -12,19 +12,27 @@ Not here: optimizer, roles, tokenizers.
 
 import importlib.util
 import logging
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from verl.config import FSDPConfig, HFModelConfig
 from verl.ops.attention import PACKED_SDPA, register_packed_attention
-from verl.utils.device import resolve_dtype
-from verl.workers.fsdp.shard import ShardPolicy, shard_model
+from verl.single_controller.base import Worker
+from verl.utils.device import (
+    get_device_name,
+    get_process_group_backend,
+    resolve_dtype,
+    select_device,
+    share_cpu_cores,
+)
+from verl.workers.fsdp.shard import shard_model
 from verl.workers.fsdp.token_stats_model import TokenStatsModel
 
 logger = logging.getLogger(__name__)
@@ -47,16 +55,36 @@ class Attention(NamedTuple):
         return self.implementation.startswith("flash_attention")
 
 
-class BuiltModel(NamedTuple):
-    """A sharded model and what its users must know of it."""
+class Ranks(NamedTuple):
+    """This rank's device, and the mesh of all ranks."""
 
-    module: TokenStatsModel
-    packed: bool
-    """Layout of its inputs."""
+    device: torch.device
+    mesh: DeviceMesh
+
+
+def join_ranks(worker: Worker, device_setting: str, seed: int) -> Ranks:
+    """Meet the other ranks; every rank gets random numbers of its own from ``seed``.
+
+    Roles that share a process share the process group: the first of them makes it.
+    """
+    device_name = get_device_name(device_setting)
+    device = select_device(device_name, worker.local_rank)
+    if device_name == "cpu":
+        share_cpu_cores(worker.local_world_size)
+    worker.init_process_group(get_process_group_backend(device_name))
+    torch.manual_seed(seed + worker.rank)
+    return Ranks(device, init_device_mesh(device_name, (worker.world_size,)))
+
+
+def require_path(key: str, path: str | None) -> str:
+    """The path that a setting gives; raises ValueError where it gives none."""
+    if path is None:
+        raise ValueError(f"{key} is not set; name a folder (or hub name) of a model")
+    return path
 
 
 def _only_causal(config: PretrainedConfig) -> bool:
-    """Whether every layer attends to all earlier tokens of its row, so that rows are all a mask would hold."""
+    """Whether every layer attends to all earlier tokens of its row, so that a mask would only keep rows apart."""
     layer_types = getattr(config, "layer_types", None)
     if layer_types is not None:
         return set(layer_types) == {"full_attention"}
@@ -105,26 +133,12 @@ def load_config(path: str, model: HFModelConfig) -> PretrainedConfig:
     return config
 
 
-def _read_weights(
-    path: str, config: PretrainedConfig, model: HFModelConfig, dtype: torch.dtype, attention: str
-) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(
-        path,
-        config=config,
-        dtype=dtype,
-        attn_implementation=attention,
-        trust_remote_code=model.trust_remote_code,
-    )
-
-
-def _empty_skeleton(
-    config: PretrainedConfig, model: HFModelConfig, dtype: torch.dtype, attention: str
-) -> PreTrainedModel:
-    """The model with uninitialised weights on the CPU, of which the system commits no page before it is written."""
+def _load_on_rank_zero(path: str, config: PretrainedConfig, **options: Any) -> PreTrainedModel:
+    """The model with its weights on rank 0; on the others, with uninitialised ones, which take no memory yet."""
+    if dist.get_rank() == 0:
+        return AutoModelForCausalLM.from_pretrained(path, config=config, **options)
     with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation=attention, trust_remote_code=model.trust_remote_code
-        )
+        skeleton = AutoModelForCausalLM.from_config(config, **options)
     skeleton.to_empty(device="cpu")
     skeleton.tie_weights()  # to_empty makes two tensors of a shared one
     return skeleton
@@ -152,7 +166,7 @@ def build_model(
     mesh: DeviceMesh,
     *,
     trainable: bool,
-) -> BuiltModel:
+) -> TokenStatsModel:
     """Load and shard a model; every rank of the mesh takes part.
 
     A trained model is stored in fp32 (``model_dtype=auto``) and computes in ``mixed_precision.param_dtype``. A frozen
@@ -180,24 +194,31 @@ def build_model(
     config = load_config(path, model)
     attention = choose_attention(config, model, device_name, compute_dtype)
     register_packed_attention()
-    disable_progress_bar()  # the log of a worker is no terminal
-    if dist.get_rank() == 0:
-        causal_lm = _read_weights(path, config, model, storage_dtype, attention.implementation)
-    else:
-        causal_lm = _empty_skeleton(config, model, storage_dtype, attention.implementation)
+    disable_progress_bar()  # a worker writes to a log file
     offload = model.enable_activation_offload and device_name == "cuda"
     if offload and not model.enable_gradient_checkpointing:
         raise ValueError(
             "actor_rollout_ref.model.enable_activation_offload=True moves the inputs of checkpointed blocks; set "
             "actor_rollout_ref.model.enable_gradient_checkpointing=True with it"
         )
-    module = TokenStatsModel(causal_lm, flash_attention=attention.is_flash, offload_activations=offload)
+    causal_lm = _load_on_rank_zero(
+        path,
+        config,
+        dtype=storage_dtype,
+        attn_implementation=attention.implementation,
+        trust_remote_code=model.trust_remote_code,
+    )
+    module = TokenStatsModel(causal_lm, attention.packed, attention.is_flash, offload_activations=offload)
     module.requires_grad_(trainable)
     if trainable and model.enable_gradient_checkpointing:
         causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs=CHECKPOINTING)
     weights = {name: p.detach() for name, p in module.named_parameters()} if dist.get_rank() == 0 else {}
     reduce_dtype = resolve_dtype(fsdp.mixed_precision.reduce_dtype, device_name)
-    policy = ShardPolicy(storage_dtype, compute_dtype, reduce_dtype, fsdp.reshard_after_forward)
-    shard_model(module, mesh, policy)
+    # Casts where precisions differ, and none where they do not (fp32 on CPU).
+    precision = MixedPrecisionPolicy(
+        param_dtype=compute_dtype if compute_dtype != storage_dtype else None,
+        reduce_dtype=reduce_dtype if reduce_dtype != compute_dtype else None,
+    )
+    shard_model(module, mesh, precision, fsdp.reshard_after_forward)
     _scatter_from_rank_zero(module, weights, mesh)
-    return BuiltModel(module, attention.packed)
+    return module

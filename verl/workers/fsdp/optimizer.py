@@ -18,22 +18,6 @@ from verl.config import OptimizerConfig
 from verl.workers.fsdp.extended_rows import ExtendedRows
 
 
-def warmup_steps(config: OptimizerConfig) -> int:
-    """Steps of the warm-up.
-
-    Raises:
-        ValueError: they are a share of a total that is not known.
-    """
-    if config.lr_warmup_steps >= 0:
-        return config.lr_warmup_steps
-    if config.lr_warmup_steps_ratio > 0 and config.total_training_steps <= 0:
-        raise ValueError(
-            f"optim.lr_warmup_steps_ratio={config.lr_warmup_steps_ratio} needs "
-            f"optim.total_training_steps={config.total_training_steps} above 0"
-        )
-    return int(config.lr_warmup_steps_ratio * max(config.total_training_steps, 0))
-
-
 def learning_rate(config: OptimizerConfig, step: int) -> float:
     """Learning rate of optimizer step ``step`` (from 0).
 
@@ -41,20 +25,22 @@ def learning_rate(config: OptimizerConfig, step: int) -> float:
     constant, or falls to ``min_lr_ratio`` by the end of the run: linearly, or along half a cosine.
 
     Raises:
-        ValueError: a falling schedule without ``total_training_steps``.
+        ValueError: a falling schedule, or a warm-up as a share of all steps, without ``total_training_steps``.
     """
-    warmup = warmup_steps(config)
+    total, warmup, schedule = config.total_training_steps, config.lr_warmup_steps, config.lr_scheduler_type
+    warmup_is_share = warmup < 0 and config.lr_warmup_steps_ratio > 0
+    if total <= 0 and (warmup_is_share or schedule != "constant"):
+        ratio = f"lr_warmup_steps_ratio={config.lr_warmup_steps_ratio}"
+        setting = ratio if warmup_is_share else f"lr_scheduler_type={schedule}"
+        raise ValueError(f"optim.{setting} needs optim.total_training_steps={total} above 0")
+    if warmup < 0:
+        warmup = int(config.lr_warmup_steps_ratio * max(total, 0))
     if step < warmup:
         return config.lr * (step + 1) / warmup
-    if config.lr_scheduler_type == "constant":
+    if schedule == "constant":
         return config.lr
-    if config.total_training_steps <= 0:
-        raise ValueError(
-            f"optim.lr_scheduler_type={config.lr_scheduler_type} needs "
-            f"optim.total_training_steps={config.total_training_steps} above 0"
-        )
-    done = min(1.0, (step - warmup) / max(1, config.total_training_steps - warmup))
-    left = 1.0 - done if config.lr_scheduler_type == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+    done = min(1.0, (step - warmup) / max(1, total - warmup))
+    left = 1.0 - done if schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
     return config.lr * (config.min_lr_ratio + (1.0 - config.min_lr_ratio) * left)
 
 

@@ -7,8 +7,6 @@ head is one parameter of one group.
 Not here: building the model, gradients' clipping, optimizer steps.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -17,27 +15,13 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from verl.workers.fsdp.token_stats_model import TokenStatsModel
 
 
-class ShardPolicy(NamedTuple):
-    """Precisions, and what happens to gathered parameters."""
-
-    storage_dtype: torch.dtype
-    compute_dtype: torch.dtype
-    reduce_dtype: torch.dtype
-    reshard_after_forward: bool
-
-    def mixed_precision(self) -> MixedPrecisionPolicy:
-        """Casts where precisions differ, and none where they do not (fp32 on CPU)."""
-        return MixedPrecisionPolicy(
-            param_dtype=self.compute_dtype if self.compute_dtype != self.storage_dtype else None,
-            reduce_dtype=self.reduce_dtype if self.reduce_dtype != self.compute_dtype else None,
-        )
-
-
-def decoder_blocks(model: TokenStatsModel) -> list[nn.Module]:
-    """The model's repeated blocks, in order.
+def shard_model(
+    model: TokenStatsModel, mesh: DeviceMesh, precision: MixedPrecisionPolicy, reshard_after_forward: bool
+) -> None:
+    """Shard in place: every block, then the rest.
 
     Raises:
-        ValueError: the model class does not name them.
+        ValueError: the model class does not name its repeated blocks.
     """
     names = set(model.causal_lm._no_split_modules or ())
     blocks = [module for module in model.causal_lm.modules() if type(module).__name__ in names]
@@ -45,16 +29,10 @@ def decoder_blocks(model: TokenStatsModel) -> list[nn.Module]:
         raise ValueError(
             f"{type(model.causal_lm).__name__} names no blocks (_no_split_modules); it cannot be sharded here"
         )
-    return blocks
-
-
-def shard_model(model: TokenStatsModel, mesh: DeviceMesh, policy: ShardPolicy) -> None:
-    """Shard in place: every block, then the rest."""
-    mixed_precision = policy.mixed_precision()
-    for block in decoder_blocks(model):
-        fully_shard(block, mesh=mesh, mp_policy=mixed_precision, reshard_after_forward=policy.reshard_after_forward)
+    for block in blocks:
+        fully_shard(block, mesh=mesh, mp_policy=precision, reshard_after_forward=reshard_after_forward)
     # The root is needed first in backward, so it stays gathered after forward; `reshard` ends that.
-    fully_shard(model, mesh=mesh, mp_policy=mixed_precision, reshard_after_forward=False)
+    fully_shard(model, mesh=mesh, mp_policy=precision, reshard_after_forward=False)
 
 
 def reshard(model: nn.Module) -> None:

@@ -1,7 +1,7 @@
 """A causal language model whose forward pass ends in numbers per token instead of logits.
 
-In:  rows of token ids, which positions are scored with which token, and what to make of their hidden states (`Head`).
-Out: what the head makes of them, mostly `TokenStats`.
+In:  rows of token ids, the positions to score and their tokens, and a function of their hidden states (`Head`).
+Out: that function's result, mostly `TokenStats`.
 The head is applied inside this module's forward, so that FSDP2, for which this is the root module, has gathered the
 parameters that belong to no block: embedding, last norm and head, which may be one tensor with the embedding.
 
@@ -19,21 +19,21 @@ from torch.autograd.graph import save_on_cpu
 from transformers import PreTrainedModel
 
 from verl.ops.linear_log_prob import TokenStats, linear_token_stats
+from verl.vocabulary import Vocabulary
 
 
 class Head(Protocol):
-    """What is made of the scored positions."""
+    """A function of the scored positions, computed inside the model's forward pass."""
 
     def __call__(self, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, /) -> Any:
         """From hidden states (S, D), the head's weight (V, D) and labels (S,)."""
 
 
 class ScoreOptions(NamedTuple):
-    """A `Head` that gives `TokenStats`: what is computed at each scored position."""
+    """A `Head` that computes `TokenStats`."""
 
     temperature: float = 1.0
-    vocab_size: int | None = None
-    extend_start: int | None = None
+    vocabulary: Vocabulary | None = None
     with_entropy: bool = False
 
     def __call__(self, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> TokenStats:
@@ -43,18 +43,18 @@ class ScoreOptions(NamedTuple):
             weight,
             labels,
             temperature=self.temperature,
-            vocab_size=self.vocab_size,
-            extend_start=self.extend_start,
+            vocabulary=self.vocabulary,
             with_entropy=self.with_entropy,
         )
 
 
 class TokenStatsModel(nn.Module):
-    """Decoder, then `linear_token_stats` at the scored positions.
+    """Decoder, then a head at the scored positions.
 
     Args:
         causal_lm: a Hugging Face causal language model with a linear head without bias.
-        flash_attention: the model's attention is flash-attention, which takes row boundaries in its own form.
+        packed: its attention keeps rows apart that are laid end to end; else inputs are padded rows.
+        flash_attention: its attention is flash-attention, which takes row boundaries in its own form.
         offload_activations: keep what the decoder saves for backward in host memory.
 
     Raises:
@@ -62,17 +62,22 @@ class TokenStatsModel(nn.Module):
     """
 
     causal_lm: PreTrainedModel
+    packed: bool
     flash_attention: bool
     offload_activations: bool
 
     def __init__(
-        self, causal_lm: PreTrainedModel, flash_attention: bool = False, offload_activations: bool = False
+        self,
+        causal_lm: PreTrainedModel,
+        packed: bool = True,
+        flash_attention: bool = False,
+        offload_activations: bool = False,
     ) -> None:
         super().__init__()
         head = causal_lm.get_output_embeddings()
         if not isinstance(head, nn.Linear) or head.bias is not None:
             raise ValueError(
-                f"the lm head of {type(causal_lm).__name__} is no plain matrix; this model cannot be trained here"
+                f"the lm head of {type(causal_lm).__name__} is more than a matrix; this model cannot be trained here"
             )
         for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
             if getattr(causal_lm.config, name, None) is not None:
@@ -80,8 +85,19 @@ class TokenStatsModel(nn.Module):
                     f"{type(causal_lm).__name__} changes its logits ({name}); this model cannot be trained here"
                 )
         self.causal_lm = causal_lm
+        self.packed = packed
         self.flash_attention = flash_attention
         self.offload_activations = offload_activations
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are now."""
+        return self.causal_lm.device
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the lm head."""
+        return self.causal_lm.get_output_embeddings().weight.shape[0]
 
     def forward(
         self,
@@ -100,10 +116,7 @@ class TokenStatsModel(nn.Module):
             row_lengths: tokens of each packed row; None for padded rows.
             select_index: (S,) positions in the flattened ``input_ids`` whose next token is scored.
             labels: (S,) that token.
-            head: what to compute.
-
-        Returns:
-            what ``head`` makes of it.
+            head: what to compute at the scored positions; its result is returned.
         """
         with self._saved_activations():
             # No attention mask: rows are causal, and what pads them stands on their right, where nothing looks.

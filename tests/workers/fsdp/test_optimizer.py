@@ -55,23 +55,18 @@ def test_the_schedule_drives_the_optimizer() -> None:
     assert schedule.rate == 0.5
 
 
-def test_only_matrices_decay() -> None:
+def test_only_matrices_decay_and_frozen_parameters_stay_out() -> None:
     model = nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2))
+    model[1].bias.requires_grad_(False)
     optimizer = build_optimizer(model, OptimizerConfig(lr=0.1, weight_decay=0.5))
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
+    assert [len(group["params"]) for group in optimizer.param_groups] == [1, 2]
     optimizer.step()
     for name, parameter in model.named_parameters():
         factor = 1 - 0.1 * 0.5 if name == "0.weight" else 1.0
         torch.testing.assert_close(parameter.detach(), before[name] * factor)
-
-
-def test_frozen_parameters_stay_out() -> None:
-    model = nn.Linear(3, 2)
-    model.bias.requires_grad_(False)
-    optimizer = build_optimizer(model, OptimizerConfig())
-    assert [len(group["params"]) for group in optimizer.param_groups] == [1, 0]
 
 
 def test_a_step_clips_to_the_largest_norm() -> None:

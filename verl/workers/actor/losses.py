@@ -1,0 +1,298 @@
+"""The student's loss over one mini-batch, micro-batch by micro-batch.
+
+In:  the rows of one optimizer step that lie on this rank, the teachers of an exact objective; then the micro-batches,
+with a function that runs the student. Out: losses that, summed over micro-batches and averaged over ranks as FSDP does,
+are the loss of the whole mini-batch over all ranks; their metrics; the teachers' log-probs of the drawn tokens.
+
+    policy      clipped policy loss - entropy_coeff * entropy + kl_loss_coef * KL(policy || reference)
+    divergence  mean over trained tokens of  weight of the row's teacher * (D(student, teacher) + leak_coef * leak)
+    loss        policy, or divergence, or policy + coef * divergence
+
+The policy and entropy terms run over trained tokens, the KL term over those of them that the reference knows. A
+divergence needs whole distributions: teachers of this process run in the same micro-batch as the student, so that
+neither their logits nor their hidden states are kept. A teacher that knows all ids is compared over all of them,
+without leak term.
+
+Not here: the formulas (``core_algos``, ``ops.linear_divergence``), backward passes.
+
+Letters: M rows of the mini-batch, R response, S scored positions of a micro-batch, C rows of a micro-batch.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from verl.config import DistillConfig, FSDPActorConfig
+from verl.ops.linear_divergence import REVERSE_KL, SHARED, DivergenceOptions, DivergenceStats, linear_divergence
+from verl.ops.linear_log_prob import TokenStats
+from verl.ops.policy_loss import agg_loss, compute_policy_loss_vanilla, count_trained, kl_penalty
+from verl.ops.teacher_log_probs import TeacherLogProbs
+from verl.protocol import DataProto
+from verl.vocabulary import Vocabulary
+from verl.workers.actor.row_layout import MicroBatch, ScoredRows, temperature_of
+from verl.workers.actor.teachers import HIDDEN_STATE_HANDLES, TOP_TENSORS, ScoredPositions, Teacher
+from verl.workers.fsdp.token_stats_model import Head, ScoreOptions
+
+POLICY_TENSORS = ("old_log_probs", "advantages", "ref_log_prob", "rollout_is_weights")
+"""Batch keys (B, R) of the policy loss; the last two where their terms are on."""
+ROW_KEYS = ("teacher", *TOP_TENSORS, HIDDEN_STATE_HANDLES)
+"""Batch keys of the divergence; each only where its teachers need it."""
+DIVERGENCE_OF = {"exact": "reverse_kl", "forward_kl": "forward_kl", "jsd": "jsd", "topk": "reverse_kl"}
+"""The divergence that each exact objective minimises."""
+
+WeightedTeacher = tuple[Teacher, float]
+"""A teacher, and the weight of its rows in the loss."""
+
+
+class MicroLoss(NamedTuple):
+    """A micro-batch's share of the mini-batch's loss, times the number of ranks."""
+
+    loss: torch.Tensor
+    """0-dim, with gradient."""
+    metrics: dict[str, torch.Tensor]
+    """0-dim each, shares as the loss."""
+    teacher_log_probs: torch.Tensor | None = None
+    """(S,) of the drawn tokens, each over all ids that its teacher knows; None without a divergence."""
+
+
+class MiniBatchLoss:
+    """Loss of the micro-batches of one mini-batch. Every rank must construct it: counts are summed over ranks.
+
+    Args:
+        mini: M rows with ``input_ids``, ``attention_mask``, ``response_mask``; the keys of ``POLICY_TENSORS`` for a
+            policy loss; ``teacher`` (M,), a place in ``teachers``, where there are several; and
+            ``meta_info["temperature"]``.
+        config: the actor's settings.
+        vocabulary: the student's.
+        device: where the models compute.
+        distill: the objective; None: a policy loss alone.
+        teachers: of an exact objective.
+    """
+
+    def __init__(
+        self,
+        mini: DataProto,
+        config: FSDPActorConfig,
+        vocabulary: Vocabulary,
+        device: torch.device,
+        distill: DistillConfig | None = None,
+        teachers: Sequence[WeightedTeacher] = (),
+    ) -> None:
+        self.trained = mini.tensor("response_mask").bool()
+        """(M, R) positions that are scored and trained, on the CPU."""
+        self._policy: PolicyLoss | None = None
+        self._divergence: DivergenceLoss | None = None
+        if distill is not None and distill.is_exact:
+            self._divergence = DivergenceLoss(mini, config, vocabulary, device, distill, teachers)
+            self._coef = distill.coef or 0.0
+        if distill is None or distill.has_policy_loss:
+            self._policy = PolicyLoss(mini, config, vocabulary, device)
+        parts = [part for part in (self._policy, self._divergence) if part is not None]
+        self.is_empty = int(parts[0].counts[0]) == 0
+        """Whether no rank has a trained token in this mini-batch."""
+
+    def __call__(self, micro: MicroBatch, run_student: Callable[[Head], Any]) -> MicroLoss:
+        """Run teachers and student on a micro-batch.
+
+        Args:
+            micro: positions of ``trained``.
+            run_student: the student's forward pass over ``micro``, which ends in the given head.
+        """
+        policy, divergence = self._policy, self._divergence
+        if divergence is None:
+            assert policy is not None, "a loss has one part at least"
+            return policy.of(micro, run_student(policy.head))
+        divergence_head = divergence.head(micro, divergence.run_teachers(micro))
+        if policy is None:
+            return divergence.of(micro, *run_student(divergence_head))
+        # Both in one forward pass, and one backward pass for the gradient of their sum.
+        stats, compared = run_student(lambda *states: (policy.head(*states), divergence_head(*states)))
+        task, distilled = policy.of(micro, stats), divergence.of(micro, *compared)
+        metrics = task.metrics | distilled.metrics
+        return MicroLoss(task.loss + self._coef * distilled.loss, metrics, distilled.teacher_log_probs)
+
+
+class PolicyLoss:
+    """Clipped policy loss, with entropy and KL terms where they are on; arguments as in `MiniBatchLoss`."""
+
+    def __init__(self, mini: DataProto, config: FSDPActorConfig, vocabulary: Vocabulary, device: torch.device) -> None:
+        self._config = config
+        # Without its extension: the mass on item tokens is no part of this loss.
+        self.head = ScoreOptions(temperature_of(mini), Vocabulary(vocabulary.ids), config.entropy_coeff != 0)
+        """What the student computes at each position."""
+        self._tensors = {key: mini.tensor(key).to(device) for key in POLICY_TENSORS if key in mini.batch}
+        self._trained = self._known = mini.tensor("response_mask").bool()
+        if config.use_kl_loss:
+            self._known = self._trained & (mini.tensor("ref_log_prob") != config.ref_log_prob_replace_val)
+        self.counts = _sum_over_ranks([*count_trained(self._trained), *count_trained(self._known)], device)
+        """Trained tokens, rows with at least one, and the same of those that the reference knows; over all ranks."""
+
+    def of(self, micro: MicroBatch, stats: TokenStats) -> MicroLoss:
+        """Loss of a micro-batch from the (S,) statistics of its positions."""
+        config, device = self._config, stats.log_probs.device
+        rows, row_of = micro.rows.unique(return_inverse=True)
+        position = (row_of.to(device), micro.columns.to(device))
+
+        def spread(values: torch.Tensor) -> torch.Tensor:
+            """(S,) to (C, R), 0 elsewhere."""
+            return values.new_zeros(len(rows), self._trained.shape[1]).index_put(position, values)
+
+        def rows_of(key: str) -> torch.Tensor:
+            return self._tensors[key][rows.to(device)]
+
+        def mean(values: torch.Tensor, mask: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+            return agg_loss(values, mask, config.loss_agg_mode, num_ranks(), counts[0], counts[1])
+
+        mask, log_prob = self._trained[rows].to(device), spread(stats.log_probs)
+        loss, metrics = compute_policy_loss_vanilla(
+            rows_of("old_log_probs"),
+            log_prob,
+            rows_of("advantages"),
+            mask,
+            config.loss_agg_mode,
+            config,
+            rows_of("rollout_is_weights") if "rollout_is_weights" in self._tensors else None,
+            num_ranks(),
+            self.counts[0],
+            self.counts[1],
+        )
+        metrics["actor/pg_loss"] = loss.detach()
+        if config.entropy_coeff != 0:
+            assert stats.entropy is not None, "an entropy term needs the entropy"
+            entropy = mean(spread(stats.entropy), mask, self.counts[:2])
+            metrics["actor/entropy_loss"] = entropy.detach()
+            loss = loss - config.entropy_coeff * entropy
+        if config.use_kl_loss:
+            divergence = kl_penalty(log_prob, rows_of("ref_log_prob"), config.kl_loss_type)
+            kl_loss = mean(divergence, self._known[rows].to(device), self.counts[2:])
+            metrics["actor/kl_loss"] = kl_loss.detach()
+            loss = loss + config.kl_loss_coef * kl_loss
+        return MicroLoss(loss, metrics)
+
+
+class DivergenceLoss:
+    """Divergence from the teachers, each row from its own; arguments as in `MiniBatchLoss`."""
+
+    def __init__(
+        self,
+        mini: DataProto,
+        config: FSDPActorConfig,
+        vocabulary: Vocabulary,
+        device: torch.device,
+        distill: DistillConfig,
+        teachers: Sequence[WeightedTeacher],
+    ) -> None:
+        self._mini, self._vocabulary, self._device = mini, vocabulary, device
+        self._trained, self._temperature = mini.tensor("response_mask").bool(), temperature_of(mini)
+        self._teachers = [teacher for teacher, _ in teachers]
+        self._options = [
+            DivergenceOptions(
+                kind=DIVERGENCE_OF[distill.objective],
+                beta=distill.beta,
+                support="full" if teacher.knows_extended else distill.support,
+                temperature=self._temperature,
+                missing_log_prob=config.ref_log_prob_replace_val,
+                leak_coef=0.0 if teacher.knows_extended else distill.leak_coef,
+                leak_target=distill.leak_target,
+            )
+            for teacher in self._teachers
+        ]
+        self._teacher_of = torch.zeros(len(mini), dtype=torch.int64)
+        if "teacher" in mini.batch:
+            self._teacher_of = mini.tensor("teacher").cpu()
+        self._rows = ScoredRows(mini.tensor("input_ids"), mini.tensor("attention_mask"), self._trained)
+        self._in_support = self._drawn_in_support()
+        self.counts = _sum_over_ranks([*count_trained(self._trained), self._in_support.sum()], device)
+        """Trained tokens, rows with at least one, and trained tokens inside the support; over all ranks."""
+        is_reverse_kl = DIVERGENCE_OF[distill.objective] == REVERSE_KL
+        self._gap_share = num_ranks() / int(self.counts[2]) if is_reverse_kl and self.counts[2] else None
+        self._token_share = _token_weights(self._trained, config.loss_agg_mode, self.counts.cpu())
+        self._token_weights = self._token_share * torch.tensor([w for _, w in teachers])[self._teacher_of][:, None]
+
+    def _drawn_in_support(self) -> torch.Tensor:
+        """(M, R) bool: trained positions whose drawn token is among the ids that are compared there."""
+        start = self._vocabulary.extend_start
+        shared = torch.tensor([options.support == SHARED for options in self._options])
+        if start is None or not shared.any():
+            return self._trained
+        drawn = self._mini.tensor("input_ids")[:, -self._trained.shape[1] :].cpu()
+        return self._trained & (~shared[self._teacher_of][:, None] | (drawn < start))
+
+    def run_teachers(self, micro: MicroBatch) -> list[tuple[torch.Tensor, TeacherLogProbs]]:
+        """For each teacher, its positions as indices into the S of ``micro``, and its log-probs there.
+
+        Every teacher runs, also without positions: the other ranks' shards of its model wait for this rank.
+        """
+        scored = []
+        for number, teacher in enumerate(self._teachers):
+            members = self._teacher_of[micro.rows] == number
+            positions = ScoredPositions(self._mini, self._rows, micro.rows[members], micro.columns[members])
+            log_probs = teacher.log_probs_at(positions, self._temperature)
+            scored.append((members.nonzero().flatten().to(self._device), log_probs))
+        return scored
+
+    def head(self, micro: MicroBatch, scored: Sequence[tuple[torch.Tensor, TeacherLogProbs]]) -> Head:
+        """What the student computes of a micro-batch: its divergence from what `run_teachers` returned."""
+        weights = self._token_weights[micro.rows, micro.columns].to(self._device)
+        groups = [(*of_teacher, options) for of_teacher, options in zip(scored, self._options, strict=True)]
+        # A gradient of the whole head for a group without positions would be a large tensor of zeros.
+        groups = [group for group in groups if len(group[0])] or groups[:1]
+        order = torch.cat([members for members, _, _ in groups]).argsort()
+
+        def compare(
+            hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor
+        ) -> tuple[torch.Tensor, DivergenceStats]:
+            """The loss, and the statistics of all S positions in their order."""
+            losses, measured = [], []
+            for members, log_probs, options in groups:
+                loss, stats = linear_divergence(
+                    hidden[members], weight, weights[members], log_probs, options, labels[members], self._vocabulary
+                )
+                losses.append(loss)
+                measured.append(stats if options.leak_coef else stats._replace(leak=torch.zeros_like(stats.leak)))
+            columns = zip(*measured, strict=True)
+            return torch.stack(losses).sum(), DivergenceStats(*(torch.cat(values)[order] for values in columns))
+
+        return compare  # a function, because FSDP casts the tensors in a tuple among a forward pass's arguments
+
+    def of(self, micro: MicroBatch, loss: torch.Tensor, stats: DivergenceStats) -> MicroLoss:
+        """Metrics beside the loss of a micro-batch.
+
+        ``distill/sampled_gap``: mean of log p - log q of the drawn tokens over trained tokens inside the support, less
+        the mean of the exact reverse KL at the same positions and over the same support; nats. Its mean over tokens
+        drawn from the student is 0, so it is the noise of the ``sampled`` objective's estimate.
+        """
+        share = self._token_share[micro.rows, micro.columns].to(stats.divergence.device)
+        metrics = {
+            "actor/distill_loss": loss.detach(),
+            "actor/distill_divergence": (share * stats.divergence).sum(),
+            "actor/leak_loss": (share * stats.leak).sum(),
+        }
+        if self._vocabulary.extend_start is not None:  # the part of the divergence where an item token was drawn
+            extended = micro.inputs.labels.to(share.device) >= self._vocabulary.extend_start
+            metrics["actor/extend_divergence"] = (share * stats.divergence * extended).sum()
+        if self._gap_share is not None:
+            inside = self._in_support[micro.rows, micro.columns].to(share.device)
+            metrics["distill/sampled_gap"] = (inside * (stats.sampled - stats.divergence)).sum() * self._gap_share
+        return MicroLoss(loss, metrics, stats.teacher_log_prob)
+
+
+def num_ranks() -> int:
+    """Ranks whose gradients FSDP averages."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def _sum_over_ranks(counts: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
+    total = torch.stack(list(counts)).to(device)
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    return total
+
+
+def _token_weights(trained: torch.Tensor, mode: str, counts: torch.Tensor) -> torch.Tensor:
+    """(M, R) factor of each token's loss: the gradient of ``agg_loss``, which is linear in them."""
+    losses = torch.zeros(trained.shape, requires_grad=True)
+    total = agg_loss(losses, trained, mode, num_ranks(), counts[0], counts[1])
+    return torch.autograd.grad(total, losses)[0]

@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from verl.weight_sync.bucket import bucket_shapes
-from verl.workers.rollout.model_facts import ModelFacts, WeightManifest
+from verl.weight_sync.receive import WeightShapes, bucket_shapes
+from verl.workers.rollout.model_info import ModelInfo
 from verl.workers.rollout.replica import RolloutReplica, SamplingOptions, TokenOutput
 
 RAISE, DIE, END, HANG, STALL = 100, 101, 102, 103, 104
@@ -30,7 +30,7 @@ class FakeReplica(RolloutReplica):
     async def launch(self) -> None:
         if self.config.engine_kwargs["fake"].get("fail_launch"):
             raise RuntimeError("no memory for the cache")
-        self._facts = ModelFacts(200, 200, (END,), END, WeightManifest(SHAPES, frozenset()))
+        self._model_info = ModelInfo(200, 200, (END,), END, WeightShapes(SHAPES, frozenset()))
         self.log(f"launch {os.environ.get('CUDA_VISIBLE_DEVICES')}")
 
     async def _launch(self) -> None:
@@ -54,10 +54,9 @@ class FakeReplica(RolloutReplica):
         ids = [prompt[-1], (options.seed or 0) % 100, self.replica_rank, END][: options.max_tokens]
         return TokenOutput(ids, [-0.5] * len(ids) if options.logprobs else None, "stop", self.weight_version)
 
-    async def _check_engine(self) -> None:
-        pass
-
     async def _start_update(self) -> None:
+        if self._asleep:
+            self.log("wake weights")
         while self.replica_rank == 0 and Path(self.config.engine_kwargs["fake"]["log"]).with_name("hang").exists():
             await asyncio.sleep(0.1)
         self.log("start")
@@ -70,9 +69,6 @@ class FakeReplica(RolloutReplica):
 
     async def _sleep(self) -> None:
         self.log("sleep")
-
-    async def _wake_weights(self) -> None:
-        self.log("wake weights")
 
     async def _shutdown(self) -> None:
         self.log("shutdown")

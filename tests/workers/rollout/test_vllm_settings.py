@@ -1,21 +1,24 @@
 """What the rollout config becomes for vLLM, and what is made of a dead engine's log. vLLM is not imported."""
 
+import json
+import logging.config
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from verl.config import HFModelConfig, RolloutConfig
-from verl.workers.rollout.model_facts import ModelFacts, WeightManifest
-from verl.workers.rollout.vllm_failure import describe_exit, last_exception
+from verl.weight_sync.receive import WeightShapes
+from verl.workers.rollout.model_info import ModelInfo
+from verl.workers.rollout.vllm_engine import EngineProcesses, describe_exit, last_exception
 from verl.workers.rollout.vllm_settings import engine_arguments, engine_environment, engine_threads
 
 MODEL = HFModelConfig(path="model", override_config={"attn_implementation": "eager", "rope_theta": 5.0})
 
 
 def arguments(device: str, vocab_size: int = 90, **options: Any) -> dict[str, Any]:
-    facts = ModelFacts(vocab_size, 100, (7,), 0, WeightManifest({}, frozenset()))
-    return engine_arguments(RolloutConfig(prompt_length=20, response_length=10, **options), MODEL, facts, 2, device)
+    info = ModelInfo(vocab_size, 100, (7,), 0, WeightShapes({}, frozenset()))
+    return engine_arguments(RolloutConfig(prompt_length=20, response_length=10, **options), MODEL, info, 2, device)
 
 
 def test_cpu_engine() -> None:
@@ -45,7 +48,6 @@ def test_cuda_engine() -> None:
         "distributed_executor_backend": "mp",
     }
     assert given | expected == given
-    assert given["worker_extension_cls"].endswith("vllm_worker.WorkerExtension")
 
 
 def test_no_limit_where_every_row_has_a_token() -> None:
@@ -64,13 +66,10 @@ def test_options_that_vllm_dropped_get_a_notice(caplog: pytest.LogCaptureFixture
     assert "engine_kwargs.vllm.swap_space has no effect" in caplog.text
 
 
-def test_environment(tmp_path: Path) -> None:
-    config = RolloutConfig()
-    cpu = engine_environment(config, "cpu", tmp_path / "errors.log")
-    cuda = engine_environment(config, "cuda", tmp_path / "errors.log")
+def test_environment() -> None:
+    cpu, cuda = (engine_environment(RolloutConfig(), device) for device in ("cpu", "cuda"))
     assert (cpu["VLLM_ENABLE_V1_MULTIPROCESSING"], cuda["VLLM_ENABLE_V1_MULTIPROCESSING"]) == ("0", "1")
     assert "TORCH_COMPILE_DISABLE" in cpu and "TORCH_COMPILE_DISABLE" not in cuda
-    assert Path(cuda["VLLM_LOGGING_CONFIG_PATH"]).is_file() and "VLLM_LOGGING_CONFIG_PATH" not in cpu
     assert "VLLM_ALLOW_INSECURE_SERIALIZATION" in cuda and "VLLM_ALLOW_INSECURE_SERIALIZATION" not in cpu
 
 
@@ -103,6 +102,18 @@ def test_the_first_exception_in_the_log_is_the_cause(tmp_path: Path) -> None:
     assert last_exception(log) == "torch.OutOfMemoryError: CUDA out of memory"
     log.write_text(LOG.splitlines()[0])
     assert last_exception(log) == LOG.splitlines()[0]
+
+
+def test_what_an_engine_logs_goes_to_the_file_too() -> None:
+    processes = EngineProcesses()
+    assert processes.cause_of_death() == "its processes left no error"
+    before = logging.getLogger("vllm").handlers[:]
+    logging.config.dictConfig(json.loads(processes.logging_config.read_text()))
+    logging.getLogger("vllm.engine").error("no blocks left")
+    logging.getLogger("vllm").handlers[:] = before
+    assert processes.cause_of_death().endswith("vllm.engine: no blocks left")
+    processes.remove_files()
+    assert not processes.error_log.exists()
 
 
 def test_exits_in_words() -> None:

@@ -105,7 +105,7 @@ class Ranks:
 
 @pytest.fixture(scope="module")
 def ray_cluster() -> Iterator[None]:
-    paths = os.pathsep.join([str(HERE), str(HERE.parents[1])])
+    paths = os.pathsep.join([str(HERE.parent), str(HERE.parents[1])])
     ray.init(num_cpus=2, include_dashboard=False, runtime_env={"env_vars": {"PYTHONPATH": paths}})
     yield
     ray.shutdown()

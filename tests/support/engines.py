@@ -7,7 +7,9 @@ back. vLLM runs in a process of its own, as in production; the transformers engi
 import asyncio
 import multiprocessing
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from multiprocessing.connection import Connection
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -77,64 +79,32 @@ class ReplicaProcess:
     """A replica in a process of its own. Starts in the background; the first ``run`` waits for it."""
 
     def __init__(self, config: RolloutConfig, model_config: HFModelConfig) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, config, model_config))
-        self._process.start()
-        theirs.close()
-        self._launched = False
+        self._process = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+        self._launched = self._process.submit(_launch, config, model_config)
 
     def run(self, function: Callable[..., Awaitable[Any]], *arguments: Any) -> Any:
         """``await function(replica, *arguments)`` over there."""
-        if not self._launched:
-            self._receive(START_TIMEOUT_S)
-            self._launched = True
-        self._pipe.send((function, arguments))
-        return self._receive(CALL_TIMEOUT_S)
-
-    def kill(self) -> None:
-        """End the process at once, as the kernel does where memory runs out."""
-        self._process.kill()
-        self._process.join()
+        self._launched.result(START_TIMEOUT_S)
+        return self._process.submit(_run, function, *arguments).result(CALL_TIMEOUT_S)
 
     def close(self) -> None:
-        """Shut the replica down and end the process."""
-        self._pipe.close()
-        self._process.join(30)
-        if self._process.is_alive():
-            self.kill()
-
-    def _receive(self, timeout_s: float) -> Any:
-        if not self._pipe.poll(timeout_s):
-            raise TimeoutError(f"the replica's process gave no answer for {timeout_s} s")
-        outcome = self._pipe.recv()
-        if isinstance(outcome, Exception):
-            raise outcome
-        return outcome
+        """Shut the replica down and end the process; one that was killed has nothing left to do."""
+        with suppress(BrokenProcessPool):
+            self._process.submit(_close).result(CALL_TIMEOUT_S)
+        self._process.shutdown()
 
 
-def _serve(pipe: Connection, config: RolloutConfig, model_config: HFModelConfig) -> None:
-    asyncio.run(_serve_async(pipe, get_replica_class(config.name)(config, model_config)))
+def _launch(*arguments: Any) -> None:
+    global _replica
+    _replica = LocalReplica(*arguments)
 
 
-async def _serve_async(pipe: Connection, replica: RolloutReplica) -> None:
-    pipe.send(await _outcome(replica.launch()))
-    while True:
-        try:
-            function, arguments = await asyncio.to_thread(pipe.recv)
-        except EOFError:
-            break
-        pipe.send(await _outcome(function(replica, *arguments)))
-    await replica.shutdown()
+def _run(*arguments: Any) -> Any:
+    return _replica.run(*arguments)
 
 
-async def _outcome(call: Awaitable[Any]) -> Any:
-    try:
-        return await call
-    except ValueError as error:
-        return ValueError(str(error))
-    except RuntimeError as error:  # vLLM's own cannot all be pickled
-        return RuntimeError(str(error) if type(error) is RuntimeError else repr(error))
+def _close() -> None:
+    _replica.close()
 
 
 class Engine:

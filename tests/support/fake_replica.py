@@ -8,7 +8,7 @@ begins with ``HANG`` is never answered by replica 0, one with ``STALL`` by none,
 
 import asyncio
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from verl.workers.rollout.replica import RolloutReplica, SamplingOptions, TokenO
 
 RAISE, DIE, END, HANG, STALL = 100, 101, 102, 103, 104
 SHAPES = {"embed.weight": (4, 2), "norm.weight": (2,)}
+"""What a sync has to bring."""
+WEIGHTS = WeightShapes(SHAPES | {"head.weight": (4, 2)}, aliases=frozenset({"head.weight"}))
 
 
 class FakeReplica(RolloutReplica):
@@ -30,18 +32,15 @@ class FakeReplica(RolloutReplica):
     async def launch(self) -> None:
         if self.config.engine_kwargs["fake"].get("fail_launch"):
             raise RuntimeError("no memory for the cache")
-        self._model_info = ModelInfo(200, 200, (END,), END, WeightShapes(SHAPES, frozenset()))
+        self.model_info = ModelInfo(200, 200, (END,), END, WEIGHTS)
         self.log(f"launch {os.environ.get('CUDA_VISIBLE_DEVICES')}")
 
     async def _launch(self) -> None:
         pass
 
-    async def generate(self, prompt_ids: Sequence[int], sampling_params: Mapping[str, Any], request_id: str):
-        if prompt_ids[0] == DIE:
-            os._exit(1)
-        return await super().generate(prompt_ids, sampling_params, request_id)
-
     async def _generate(self, prompt: list[int], options: SamplingOptions, request_id: str) -> TokenOutput:
+        if prompt[0] == DIE:
+            os._exit(1)
         if prompt[0] == RAISE:
             raise RuntimeError("the kernel failed")
         if prompt[0] == STALL or (prompt[0] == HANG and self.replica_rank == 0):

@@ -111,29 +111,23 @@ async def cancel_requests(replica: RolloutReplica, prompts: list[list[int]]) -> 
 
 
 class FakeGPUEngine:
-    """The methods of ``AsyncLLM`` that a sync on CUDA uses."""
+    """Records what is called of ``AsyncLLM``."""
 
     def __init__(self) -> None:
-        self.calls: list[Any] = []
+        self.calls: list[tuple[Any, ...]] = []
 
-    async def collective_rpc(self, method: str, kwargs: dict[str, Any]) -> None:
-        self.calls.append((method, kwargs))
+    def __getattr__(self, method: str) -> Any:
+        async def call(*arguments: Any, **options: Any) -> bool:
+            self.calls.append((method, *arguments, *options.values()))
+            return True
 
-    async def sleep(self, level: int) -> None:
-        self.calls.append(("sleep", level))
-
-    async def wake_up(self, tags: list[str]) -> None:
-        self.calls.append(("wake_up", tags))
-
-    async def reset_prefix_cache(self) -> bool:
-        self.calls.append("reset_prefix_cache")
-        return True
+        return call
 
 
 async def sync_on_gpu(replica: RolloutReplica, handles: list[Any]) -> list[Any]:
     """What a replica on a GPU has vLLM do, from sleep to the end of a sync."""
     on_gpu = type(replica)(replica.config, replica.model_config, device="cuda")
-    on_gpu._model_info = dataclasses.replace(replica.model_info, weights=WeightShapes({"norm": (4,)}, frozenset()))
+    on_gpu.model_info = dataclasses.replace(replica.model_info, weights=WeightShapes({"norm": (4,)}, frozenset()))
     on_gpu._engine = FakeGPUEngine()
     await on_gpu.sleep()
     await on_gpu.start_weight_update()
@@ -148,11 +142,12 @@ async def sync_on_gpu(replica: RolloutReplica, handles: list[Any]) -> list[Any]:
 def test_the_order_of_a_sync_on_a_gpu(engine: Engine) -> None:
     handles = [{"GPU-1": (torch.Tensor, (4,), b"handle")}]
     calls = engine.replica.run(sync_on_gpu, handles)
-    assert calls[:3] == [("sleep", 2), ("wake_up", ["weights"]), ("start_weight_update", {})]
-    assert calls[4:] == [("finish_weight_update", {}), ("wake_up", ["kv_cache"]), "reset_prefix_cache"]
-    method, kwargs = calls[3]
+    assert calls[:3] == [("sleep", 2), ("wake_up", ["weights"]), ("collective_rpc", "start_weight_update", {})]
+    finish = ("collective_rpc", "finish_weight_update", {})
+    assert calls[4:] == [finish, ("wake_up", ["kv_cache"]), ("reset_prefix_cache",)]
+    *method, kwargs = calls[3]
     bucket = kwargs["update_info"]
-    assert method == "update_weights"
+    assert method == ["collective_rpc", "update_weights"]
     assert pickle.loads(base64.b64decode(bucket.pop("ipc_handles_pickled"))) == handles
     assert bucket == {"names": ["norm"], "dtype_names": ["float32"], "shapes": [[4]]}
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import multiprocessing
+import os
 import signal
 import subprocess
 import sys
@@ -48,8 +49,8 @@ async def wait_for_death(replica: RolloutReplica) -> None:
             await asyncio.sleep(0.2)
 
 
-async def descendants(replica: RolloutReplica) -> list[int]:
-    return [process.pid for process in psutil.Process().children(recursive=True)]
+async def replica_and_descendants(replica: RolloutReplica) -> list[int]:
+    return [os.getpid(), *(process.pid for process in psutil.Process().children(recursive=True))]
 
 
 @pytest.fixture
@@ -76,9 +77,9 @@ def test_an_engine_with_processes_of_its_own_is_synced_and_names_what_it_died_of
 
 @pytest.mark.slow
 def test_a_killed_replica_takes_its_engine_with_it(engine: Engine) -> None:
-    pids = engine.replica.run(descendants)
+    replica, *pids = engine.replica.run(replica_and_descendants)
     assert len(pids) >= 3, "the engine core and two workers"
-    engine.replica.kill()
+    os.kill(replica, signal.SIGKILL)
     deadline = time.monotonic() + 30
     while any(psutil.pid_exists(pid) for pid in pids) and time.monotonic() < deadline:
         time.sleep(0.2)

@@ -1,7 +1,5 @@
 """What the rollout config becomes for vLLM, and what is made of a dead engine's log. vLLM is not imported."""
 
-import json
-import logging.config
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +8,7 @@ import pytest
 from verl.config import HFModelConfig, RolloutConfig
 from verl.weight_sync.receive import WeightShapes
 from verl.workers.rollout.model_info import ModelInfo
-from verl.workers.rollout.vllm_engine import EngineProcesses, describe_exit, last_exception
+from verl.workers.rollout.vllm_engine import describe_exit, last_exception
 from verl.workers.rollout.vllm_settings import engine_arguments, engine_environment, engine_threads
 
 MODEL = HFModelConfig(path="model", override_config={"attn_implementation": "eager", "rope_theta": 5.0})
@@ -35,6 +33,7 @@ def test_cpu_engine() -> None:
     }
     assert given | expected == given
     assert "enable_sleep_mode" not in given
+    assert "logits_processors" not in arguments("cpu", vocab_size=100), "every row has a token"
 
 
 def test_cuda_engine() -> None:
@@ -50,19 +49,13 @@ def test_cuda_engine() -> None:
     assert given | expected == given
 
 
-def test_no_limit_where_every_row_has_a_token() -> None:
-    assert "logits_processors" not in arguments("cpu", vocab_size=100)
-
-
-def test_engine_kwargs_of_vllm_win_and_others_are_left_out() -> None:
-    given = arguments("cpu", engine_kwargs={"vllm": {"block_size": 32, "seed": 1}, "sglang": {"x": 1}})
+def test_options_of_vllm_win_null_is_its_default_and_a_dropped_one_gets_a_notice(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    options = {"vllm": {"block_size": 32, "seed": 1, "swap_space": 8, "quantization": None}, "sglang": {"x": 1}}
+    given = arguments("cpu", engine_kwargs=options)
     assert (given["block_size"], given["seed"]) == (32, 1)
-    assert "x" not in given
-
-
-def test_options_that_vllm_dropped_get_a_notice(caplog: pytest.LogCaptureFixture) -> None:
-    given = arguments("cpu", engine_kwargs={"vllm": {"swap_space": 8, "block_size": None}})
-    assert "swap_space" not in given and "block_size" not in given
+    assert not {"x", "swap_space", "quantization"} & given.keys()
     assert "engine_kwargs.vllm.swap_space has no effect" in caplog.text
 
 
@@ -93,27 +86,15 @@ RuntimeError: Worker failed
 """
 
 
-def test_the_first_exception_in_the_log_is_the_cause(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("text", "cause"),
+    [("", None), (LOG, "torch.OutOfMemoryError: CUDA out of memory"), (LOG.splitlines()[0], LOG.splitlines()[0])],
+)
+def test_the_first_exception_in_the_log_is_the_cause(text: str, cause: str | None, tmp_path: Path) -> None:
     log = tmp_path / "errors.log"
     assert last_exception(log) is None
-    log.write_text("")
-    assert last_exception(log) is None
-    log.write_text(LOG)
-    assert last_exception(log) == "torch.OutOfMemoryError: CUDA out of memory"
-    log.write_text(LOG.splitlines()[0])
-    assert last_exception(log) == LOG.splitlines()[0]
-
-
-def test_what_an_engine_logs_goes_to_the_file_too() -> None:
-    processes = EngineProcesses()
-    assert processes.cause_of_death() == "its processes left no error"
-    before = logging.getLogger("vllm").handlers[:]
-    logging.config.dictConfig(json.loads(processes.logging_config.read_text()))
-    logging.getLogger("vllm.engine").error("no blocks left")
-    logging.getLogger("vllm").handlers[:] = before
-    assert processes.cause_of_death().endswith("vllm.engine: no blocks left")
-    processes.remove_files()
-    assert not processes.error_log.exists()
+    log.write_text(text)
+    assert last_exception(log) == cause
 
 
 def test_exits_in_words() -> None:

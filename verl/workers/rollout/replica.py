@@ -92,6 +92,9 @@ class SamplingOptions:
 class RolloutReplica(ABC):
     """One engine; see the module. All methods are called from one event loop."""
 
+    model_info: "ModelInfo"
+    """Vocabulary, end tokens and tensors of the model; known once launched."""
+
     def __init__(
         self, config: RolloutConfig, model_config: HFModelConfig, replica_rank: int = 0, device: str = "cpu"
     ) -> None:
@@ -108,20 +111,12 @@ class RolloutReplica(ABC):
         self.max_model_len = config.max_model_len or config.prompt_length + config.response_length
         self.weight_version = 0
         self._name = f"{config.name} replica {replica_rank}"
-        self._model_info: ModelInfo | None = None
         self._requests = 0
         self._unusable: str | None = None
         """Why no request can be answered now."""
         self._asleep = False
         self._received: ReceivedWeights | None = None
         """What the weight sync under way has brought."""
-
-    @property
-    def model_info(self) -> "ModelInfo":
-        """Vocabulary, end tokens and tensors of the model; known once launched."""
-        if self._model_info is None:
-            raise RuntimeError(f"{self._name} was not launched")
-        return self._model_info
 
     async def launch(self) -> None:
         """Load the model and get ready to generate.
@@ -132,7 +127,7 @@ class RolloutReplica(ABC):
         """
         from verl.workers.rollout.model_info import read_model_info
 
-        self._model_info = await asyncio.to_thread(read_model_info, self.model_config)
+        self.model_info = await asyncio.to_thread(read_model_info, self.model_config)
         await self._launch()
 
     async def generate(

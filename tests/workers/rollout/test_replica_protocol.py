@@ -8,7 +8,7 @@ import pytest
 from support.fake_replica import END, STALL, FakeReplica
 
 from verl.config import HFModelConfig, RolloutConfig
-from verl.workers.rollout.replica import SamplingOptions, TokenOutput, get_replica_class
+from verl.workers.rollout.replica import SamplingOptions, TokenOutput
 
 EMBED, NORM = {"embed.weight": [4, 2]}, {"norm.weight": [2]}
 
@@ -145,8 +145,3 @@ async def test_nothing_is_generated_after_shutdown(tmp_path: Path) -> None:
     await replica.shutdown()
     with pytest.raises(RuntimeError, match="it was shut down"):
         await replica.write()
-
-
-def test_an_unknown_engine_is_named() -> None:
-    with pytest.raises(ValueError, match=r"rollout.name='sglang' is unknown; use vllm or hf"):
-        get_replica_class("sglang")

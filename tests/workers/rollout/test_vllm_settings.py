@@ -1,4 +1,4 @@
-"""What the rollout config becomes for vLLM, and what is made of a dead engine's log. vLLM is not imported."""
+"""vLLM's options from the rollout config, and the cause in a dead engine's log. vLLM is not imported."""
 
 from pathlib import Path
 from typing import Any

@@ -13,7 +13,7 @@ B sequences of the batch, P padded prompt, V vocabulary rows of the model.
 """
 
 import asyncio
-import itertools
+import random
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -74,7 +74,8 @@ class HFReplica(RolloutReplica):
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hf-replica")
         self._waiting: list[_Request] = []
         self._batching: asyncio.Task[None] | None = None
-        self._unseeded = itertools.count()
+        self._seeds = random.Random(f"{config.seed}, {replica_rank}")
+        """Of requests that bring none."""
         self.model: Any = None
         """A ``PreTrainedModel``, once launched."""
 
@@ -93,9 +94,7 @@ class HFReplica(RolloutReplica):
         self.model = await self._on_thread(load)
 
     async def _generate(self, prompt: list[int], options: SamplingOptions, request_id: str) -> TokenOutput:
-        seed = options.seed
-        if seed is None:
-            seed = hash((self.config.seed, self.replica_rank, next(self._unseeded))) % 2**63
+        seed = self._seeds.getrandbits(63) if options.seed is None else options.seed
         answer: asyncio.Future[TokenOutput] = asyncio.get_running_loop().create_future()
         self._waiting.append(_Request(prompt, options, seed, answer))
         if self._batching is None or self._batching.done():
@@ -199,7 +198,7 @@ class _Sampler(LogitsProcessor):
         self.log_probs: list[torch.Tensor] = []
         """Per step (B,): log-prob of the drawn token under the distribution it was drawn from."""
         self.top: list[list[dict[int, float]]] = []
-        """Per step and row the likeliest tokens with their log-probs, and the drawn one; as many as the row asks."""
+        """Per step and row the ``top_logprobs`` likeliest tokens and the drawn one, with their log-probs."""
         self._vocab_size = vocab_size
         self._options = [request.options for request in batch]
         self._generators = [torch.Generator().manual_seed(request.seed) for request in batch]

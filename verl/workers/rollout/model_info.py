@@ -1,4 +1,4 @@
-"""What an engine has to know of a model besides running it.
+"""What an engine needs to know about a model besides its weights.
 
 In:  the model's config, generation config and tokenizer files. Out: how many ids the tokenizer names, which of them end
 an answer, and name and shape of every tensor that a weight sync must bring. No weights are read.

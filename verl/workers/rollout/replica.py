@@ -8,8 +8,8 @@ Out: ``TokenOutput`` per request, stamped with the version of the weights that w
                     └──────────────────────────────────────────────────────────────────────────────────────────────┘
 
 ``RolloutReplica`` keeps that order, counts requests and checks that a sync brought the whole model; an engine is a
-subclass that fills in the underscored methods. A replica does not tokenize, knows no prompts or turns, and is a plain
-class: whoever wants it in a process of its own wraps it.
+subclass that fills in the underscored methods. A replica does not tokenize and knows no conversations. It is a plain
+class; the caller may run it in another process.
 """
 
 import asyncio
@@ -36,15 +36,15 @@ class TokenOutput:
     token_ids: list[int]
     """New tokens, the stop token included."""
     log_probs: list[float] | None
-    """Natural log of the probability with which each was drawn: after temperature, top-p and top-k. None: not asked."""
+    """Natural log of the probability with which each was drawn: after temperature, top-p and top-k. None: not requested."""
     stop_reason: str
     """``stop`` (a stop token) or ``length`` (``max_tokens``)."""
     weight_version: int
     """Version of the last finished weight sync; 0 before the first."""
     top_log_probs: list[dict[int, float]] | None = None
-    """At each new token the likeliest tokens with their log-probs, the drawn one among them; None: not asked."""
+    """At each new token the likeliest tokens with their log-probs, the drawn one among them; None: not requested."""
     retries: int = 0
-    """How often the request was asked again after a replica that hung; set by whoever asks."""
+    """How often the request was sent again because a replica hung; set by the caller."""
 
 
 @dataclass(frozen=True)
@@ -62,12 +62,12 @@ class SamplingOptions:
     """-1: all."""
     max_tokens: int
     ignore_eos: bool = False
-    """Whether the model's own end tokens end an answer no more."""
+    """Whether an answer goes on after the model's end tokens."""
     seed: int | None = None
     """Random stream of this request; None: the engine's."""
     logprobs: bool = False
     stop_token_ids: Sequence[int] | Set[int] = ()
-    """Tokens that end the answer; an engine gets the model's end tokens here too, unless ``ignore_eos``."""
+    """Tokens that end the answer; ``generate`` adds the model's end tokens unless ``ignore_eos``."""
     allowed_token_ids: Sequence[int] | None = None
     """The only tokens that may be written; None: all that the tokenizer names."""
     top_logprobs: int = 0
@@ -294,17 +294,11 @@ class RolloutReplica(ABC):
 
 
 def get_replica_class(name: str) -> type[RolloutReplica]:
-    """The class of an engine, imported only when asked for.
-
-    Raises:
-        ValueError: no such engine, or it is not installed.
-    """
+    """The class of the engine ``hf`` or ``vllm``, which is imported here: either import takes seconds."""
     if name == "hf":
         from verl.workers.rollout.hf_replica import HFReplica
 
         return HFReplica
-    if name == "vllm":
-        from verl.workers.rollout.vllm_replica import VLLMReplica
+    from verl.workers.rollout.vllm_replica import VLLMReplica
 
-        return VLLMReplica
-    raise ValueError(f"actor_rollout_ref.rollout.name={name!r} is unknown; use vllm or hf")
+    return VLLMReplica

@@ -6,7 +6,7 @@ Weights arrive through vLLM's weight-transfer interface: ``start_weight_update``
 ``finish_weight_update``, with vLLM's ``ipc`` engine on CUDA and ours (``weight_sync.vllm_receive``) on CPU.
 
 On CUDA, and with tensor parallelism, vLLM is ``AsyncLLM`` with processes of its own; on CPU it runs in this process
-(``vllm_engine``). Works with vLLM 0.24 to 0.32. What is configured how is in ``vllm_settings``.
+(``vllm_engine``). Works with vLLM 0.24 to 0.32. ``vllm_settings`` has the options.
 """
 
 import asyncio
@@ -54,7 +54,7 @@ class VLLMReplica(RolloutReplica):
         self._engine: Any = None
         """``AsyncLLM`` or ``InProcessEngine``."""
         self._processes: EngineProcesses | None = None
-        """None: the engine has none of its own."""
+        """None: the engine runs in this process."""
 
     async def _launch(self) -> None:
         environment = engine_environment(self.config, self.device)
@@ -64,7 +64,7 @@ class VLLMReplica(RolloutReplica):
         forced = ("VLLM_ENABLE_V1_MULTIPROCESSING", "OMP_NUM_THREADS")
         os.environ.update({k: v for k, v in environment.items() if k in forced or k not in os.environ})
         if self.device == "cpu":
-            # While it is imported, vLLM says three times over that Triton has no CPU backend.
+            # On import vLLM warns three times that Triton has no CPU backend.
             logging.getLogger("vllm.triton_utils").setLevel(logging.CRITICAL)
         arguments = await asyncio.to_thread(self._engine_arguments)
         try:

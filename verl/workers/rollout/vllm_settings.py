@@ -36,7 +36,7 @@ def runs_in_process(config: RolloutConfig, device: str) -> bool:
 def engine_environment(config: RolloutConfig, device: str) -> dict[str, str]:
     """Environment variables that vLLM and torch read, each for the user to override by setting it."""
     environment = {
-        # At WARNING, vLLM remarks on every setting made here on purpose, and at each weight sync on tied heads.
+        # At WARNING, vLLM comments on settings made here on purpose, and on tied heads at each weight sync.
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
@@ -76,7 +76,7 @@ def engine_arguments(
         "model": model_config.path,
         "trust_remote_code": model_config.trust_remote_code,
         "hf_overrides": {k: v for k, v in model_config.override_config.items() if k not in TRAINING_ONLY_OVERRIDES},
-        # Text never passes through the engine, and end tokens are named with every request.
+        # The engine sees no text, and every request names its end tokens.
         "skip_tokenizer_init": True,
         "generation_config": "vllm",
         "dtype": dtype_name(resolve_dtype(config.dtype, device)),
@@ -125,7 +125,7 @@ def vllm_sampling_params(options: SamplingOptions) -> "SamplingParams":
         seed=options.seed,
         # 0: the log-prob of the sampled token alone.
         logprobs=options.top_logprobs if options.logprobs or options.top_logprobs else None,
-        # Its own notion of end tokens is replaced by the explicit list.
+        # The explicit list replaces vLLM's own choice of end tokens.
         ignore_eos=True,
         stop_token_ids=sorted(options.stop_token_ids),
         allowed_token_ids=None if options.allowed_token_ids is None else list(options.allowed_token_ids),

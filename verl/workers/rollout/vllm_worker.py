@@ -22,8 +22,8 @@ class WorkerExtension:
     def exit_with_replica(self, pid: int) -> None:
         """From now on, end this process as soon as process ``pid`` has ended; vLLM's other processes follow.
 
-        A replica that is killed (out of memory, Ctrl-C) cannot stop its engine, and vLLM's processes would wait for it
-        for ever, GPU memory in hand.
+        A replica that is killed (out of memory, Ctrl-C) cannot stop its engine: vLLM's processes would wait for it for
+        ever and keep the GPU's memory.
         """
         process = os.pidfd_open(pid)
 

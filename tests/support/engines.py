@@ -145,12 +145,8 @@ class Engine:
 
     def difference(self, params: dict[str, Any], outputs: list[TokenOutput] | None = None) -> float:
         """Largest absolute difference between the log-probs of the engine and of the model."""
-        worst = 0.0
-        for prompt, output in zip(self.prompts, outputs or self.generate(params), strict=True):
-            expected = reference_log_probs(self.model, prompt, output.token_ids, self.vocab_size, params)
-            assert output.log_probs is not None and len(expected) == len(output.log_probs) > 0
-            worst = max(worst, *(abs(a - b) for a, b in zip(expected, output.log_probs, strict=True)))
-        return worst
+        outputs = outputs or self.generate(params)
+        return largest_difference(self.model, self.vocab_size, self.prompts, params, outputs)
 
 
 async def generate(replica: RolloutReplica, prompts: list[list[int]], params: dict[str, Any]) -> list[TokenOutput]:
@@ -203,3 +199,19 @@ def reference_log_probs(
         forbidden[kept[:nucleus]] = False
         row[forbidden] = -torch.inf
     return logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None])[:, 0].tolist()
+
+
+def largest_difference(
+    model: torch.nn.Module,
+    vocab_size: int,
+    prompts: Sequence[Sequence[int]],
+    sampling: Mapping[str, Any],
+    outputs: Sequence[TokenOutput],
+) -> float:
+    """Largest absolute difference between the engine's log-probs in ``outputs`` and the model's."""
+    worst = 0.0
+    for prompt, output in zip(prompts, outputs, strict=True):
+        expected = reference_log_probs(model, prompt, output.token_ids, vocab_size, sampling)
+        assert output.log_probs is not None and len(expected) == len(output.log_probs) > 0
+        worst = max(worst, *(abs(a - b) for a, b in zip(expected, output.log_probs, strict=True)))
+    return worst

@@ -36,7 +36,7 @@ class TokenOutput:
     token_ids: list[int]
     """New tokens, the stop token included."""
     log_probs: list[float] | None
-    """Natural log of the probability with which each was drawn: after temperature, top-p and top-k. None: not requested."""
+    """Log-probs with which they were drawn: after temperature, top-p and top-k. None: not requested."""
     stop_reason: str
     """``stop`` (a stop token) or ``length`` (``max_tokens``)."""
     weight_version: int

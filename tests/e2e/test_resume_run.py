@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from support.engines import ReplicaProcess, largest_difference
 from support.launch import Run, launch, script_env, small_run, write_onerec_parquet
-from support.replica_process import ReplicaProcess
-from support.rollout_reference import largest_difference
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from verl import model_merger

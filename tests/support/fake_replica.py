@@ -8,16 +8,18 @@ begins with ``HANG`` is never answered by replica 0, one with ``STALL`` by none,
 
 import asyncio
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from verl.weight_sync.bucket import bucket_shapes
-from verl.workers.rollout.model_facts import ModelFacts, WeightManifest
+from verl.weight_sync.receive import WeightShapes, bucket_shapes
+from verl.workers.rollout.model_info import ModelInfo
 from verl.workers.rollout.replica import RolloutReplica, SamplingOptions, TokenOutput
 
 RAISE, DIE, END, HANG, STALL = 100, 101, 102, 103, 104
 SHAPES = {"embed.weight": (4, 2), "norm.weight": (2,)}
+"""What a sync has to bring."""
+WEIGHTS = WeightShapes(SHAPES | {"head.weight": (4, 2)}, aliases=frozenset({"head.weight"}))
 
 
 class FakeReplica(RolloutReplica):
@@ -30,18 +32,15 @@ class FakeReplica(RolloutReplica):
     async def launch(self) -> None:
         if self.config.engine_kwargs["fake"].get("fail_launch"):
             raise RuntimeError("no memory for the cache")
-        self._facts = ModelFacts(200, 200, (END,), END, WeightManifest(SHAPES, frozenset()))
+        self.model_info = ModelInfo(200, 200, (END,), END, WEIGHTS)
         self.log(f"launch {os.environ.get('CUDA_VISIBLE_DEVICES')}")
 
     async def _launch(self) -> None:
         pass
 
-    async def generate(self, prompt_ids: Sequence[int], sampling_params: Mapping[str, Any], request_id: str):
-        if prompt_ids[0] == DIE:
-            os._exit(1)
-        return await super().generate(prompt_ids, sampling_params, request_id)
-
     async def _generate(self, prompt: list[int], options: SamplingOptions, request_id: str) -> TokenOutput:
+        if prompt[0] == DIE:
+            os._exit(1)
         if prompt[0] == RAISE:
             raise RuntimeError("the kernel failed")
         if prompt[0] == STALL or (prompt[0] == HANG and self.replica_rank == 0):
@@ -54,10 +53,9 @@ class FakeReplica(RolloutReplica):
         ids = [prompt[-1], (options.seed or 0) % 100, self.replica_rank, END][: options.max_tokens]
         return TokenOutput(ids, [-0.5] * len(ids) if options.logprobs else None, "stop", self.weight_version)
 
-    async def _check_engine(self) -> None:
-        pass
-
     async def _start_update(self) -> None:
+        if self._asleep:
+            self.log("wake weights")
         while self.replica_rank == 0 and Path(self.config.engine_kwargs["fake"]["log"]).with_name("hang").exists():
             await asyncio.sleep(0.1)
         self.log("start")
@@ -70,9 +68,6 @@ class FakeReplica(RolloutReplica):
 
     async def _sleep(self) -> None:
         self.log("sleep")
-
-    async def _wake_weights(self) -> None:
-        self.log("wake weights")
 
     async def _shutdown(self) -> None:
         self.log("shutdown")

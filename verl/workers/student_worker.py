@@ -23,7 +23,7 @@ from verl.utils.device import max_memory_metrics, release_cached_memory, resolve
 from verl.utils.save_outcome import SaveOutcome
 from verl.utils.tokenizer import hf_tokenizer
 from verl.vocabulary import Vocabulary
-from verl.weight_sync.send import Placement, WeightExporter, WeightInfo
+from verl.weight_sync.send import WeightExporter
 from verl.workers.actor.dp_actor import SCORED_KEYS, UPDATE_KEYS, DataParallelPPOActor
 from verl.workers.actor.row_layout import BatchSizes
 from verl.workers.actor.teachers import RemoteTeacher, Teacher, TopKTeacher
@@ -86,9 +86,10 @@ class StudentWorker(Worker):
         )
         self._exporter = WeightExporter(
             module,
-            Placement(self._ranks.device, is_node_writer=self.local_rank == 0),
-            resolve_dtype(config.rollout.dtype, self._ranks.device.type),
-            config.rollout.weight_sync_bucket_mb * 2**20,
+            device=self._ranks.device,
+            writes_files=self.local_rank == 0,
+            dtype=resolve_dtype(config.rollout.dtype, self._ranks.device.type),
+            bucket_bytes=config.rollout.weight_sync_bucket_mb * 2**20,
         )
         self._leave_device(optimizer=True)
 
@@ -121,24 +122,19 @@ class StudentWorker(Worker):
         heads = {handle: value.tensor("head") for handle, value in zip(distinct, values, strict=True)}
         self._teacher_heads = {role: [heads[handle] for handle in of_role] for role, of_role in handles.items()}
 
-    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
-    def weight_metadata(self) -> list[WeightInfo]:
-        """Name, dtype and shape of every tensor that the buckets hold, in order."""
-        return self._exporter.metadata()
-
     @register(dispatch_mode=Dispatch.ONE_TO_ALL, execute_mode=Execute.RANK_ZERO)
     def num_weight_buckets(self) -> int:
-        """Buckets of one export."""
+        """Buckets of one weight sync."""
         return self._exporter.num_buckets
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def export_weight_bucket(self, index: int) -> dict[str, Any] | None:
-        """Lend a bucket of whole weights to the engines; see `WeightExporter.export`."""
+        """Share a bucket of whole weights with the engines; see `WeightExporter.export`."""
         return self._exporter.export(index)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def release_weight_bucket(self, index: int) -> None:
-        """Take a bucket back, once every engine has loaded it."""
+        """Free a bucket, once every engine has loaded it."""
         self._exporter.release(index)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)

@@ -1,4 +1,4 @@
-"""What the rollout config becomes for vLLM, and what is made of a dead engine's log. vLLM is not imported."""
+"""vLLM's options from the rollout config, and the cause in a dead engine's log. vLLM is not imported."""
 
 from pathlib import Path
 from typing import Any
@@ -6,16 +6,17 @@ from typing import Any
 import pytest
 
 from verl.config import HFModelConfig, RolloutConfig
-from verl.workers.rollout.model_facts import ModelFacts, WeightManifest
-from verl.workers.rollout.vllm_failure import describe_exit, last_exception
+from verl.weight_sync.receive import WeightShapes
+from verl.workers.rollout.model_info import ModelInfo
+from verl.workers.rollout.vllm_engine import describe_exit, last_exception
 from verl.workers.rollout.vllm_settings import engine_arguments, engine_environment, engine_threads
 
 MODEL = HFModelConfig(path="model", override_config={"attn_implementation": "eager", "rope_theta": 5.0})
 
 
 def arguments(device: str, vocab_size: int = 90, **options: Any) -> dict[str, Any]:
-    facts = ModelFacts(vocab_size, 100, (7,), 0, WeightManifest({}, frozenset()))
-    return engine_arguments(RolloutConfig(prompt_length=20, response_length=10, **options), MODEL, facts, 2, device)
+    info = ModelInfo(vocab_size, 100, (7,), 0, WeightShapes({}, frozenset()))
+    return engine_arguments(RolloutConfig(prompt_length=20, response_length=10, **options), MODEL, info, 2, device)
 
 
 def test_cpu_engine() -> None:
@@ -32,6 +33,7 @@ def test_cpu_engine() -> None:
     }
     assert given | expected == given
     assert "enable_sleep_mode" not in given
+    assert "logits_processors" not in arguments("cpu", vocab_size=100), "every row has a token"
 
 
 def test_cuda_engine() -> None:
@@ -45,32 +47,22 @@ def test_cuda_engine() -> None:
         "distributed_executor_backend": "mp",
     }
     assert given | expected == given
-    assert given["worker_extension_cls"].endswith("vllm_worker.WorkerExtension")
 
 
-def test_no_limit_where_every_row_has_a_token() -> None:
-    assert "logits_processors" not in arguments("cpu", vocab_size=100)
-
-
-def test_engine_kwargs_of_vllm_win_and_others_are_left_out() -> None:
-    given = arguments("cpu", engine_kwargs={"vllm": {"block_size": 32, "seed": 1}, "sglang": {"x": 1}})
+def test_options_of_vllm_win_null_is_its_default_and_a_dropped_one_gets_a_notice(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    options = {"vllm": {"block_size": 32, "seed": 1, "swap_space": 8, "quantization": None}, "sglang": {"x": 1}}
+    given = arguments("cpu", engine_kwargs=options)
     assert (given["block_size"], given["seed"]) == (32, 1)
-    assert "x" not in given
-
-
-def test_options_that_vllm_dropped_get_a_notice(caplog: pytest.LogCaptureFixture) -> None:
-    given = arguments("cpu", engine_kwargs={"vllm": {"swap_space": 8, "block_size": None}})
-    assert "swap_space" not in given and "block_size" not in given
+    assert not {"x", "swap_space", "quantization"} & given.keys()
     assert "engine_kwargs.vllm.swap_space has no effect" in caplog.text
 
 
-def test_environment(tmp_path: Path) -> None:
-    config = RolloutConfig()
-    cpu = engine_environment(config, "cpu", tmp_path / "errors.log")
-    cuda = engine_environment(config, "cuda", tmp_path / "errors.log")
+def test_environment() -> None:
+    cpu, cuda = (engine_environment(RolloutConfig(), device) for device in ("cpu", "cuda"))
     assert (cpu["VLLM_ENABLE_V1_MULTIPROCESSING"], cuda["VLLM_ENABLE_V1_MULTIPROCESSING"]) == ("0", "1")
     assert "TORCH_COMPILE_DISABLE" in cpu and "TORCH_COMPILE_DISABLE" not in cuda
-    assert Path(cuda["VLLM_LOGGING_CONFIG_PATH"]).is_file() and "VLLM_LOGGING_CONFIG_PATH" not in cpu
     assert "VLLM_ALLOW_INSECURE_SERIALIZATION" in cuda and "VLLM_ALLOW_INSECURE_SERIALIZATION" not in cpu
 
 
@@ -94,15 +86,15 @@ RuntimeError: Worker failed
 """
 
 
-def test_the_first_exception_in_the_log_is_the_cause(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("text", "cause"),
+    [("", None), (LOG, "torch.OutOfMemoryError: CUDA out of memory"), (LOG.splitlines()[0], LOG.splitlines()[0])],
+)
+def test_the_first_exception_in_the_log_is_the_cause(text: str, cause: str | None, tmp_path: Path) -> None:
     log = tmp_path / "errors.log"
     assert last_exception(log) is None
-    log.write_text("")
-    assert last_exception(log) is None
-    log.write_text(LOG)
-    assert last_exception(log) == "torch.OutOfMemoryError: CUDA out of memory"
-    log.write_text(LOG.splitlines()[0])
-    assert last_exception(log) == LOG.splitlines()[0]
+    log.write_text(text)
+    assert last_exception(log) == cause
 
 
 def test_exits_in_words() -> None:

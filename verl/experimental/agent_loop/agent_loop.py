@@ -14,7 +14,7 @@ Beside this module only ``servers`` and ``remote_calls`` know Ray; the public na
 """
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -32,7 +32,7 @@ from verl.experimental.agent_loop.base import (
     RolloutError,
     register,
 )
-from verl.experimental.agent_loop.placement import ReplicaPlace, bucket_for, plan_replicas
+from verl.experimental.agent_loop.placement import ReplicaPlace, plan_replicas
 from verl.experimental.agent_loop.remote_calls import Remote, as_they_come, collect
 from verl.experimental.agent_loop.rows import summarise
 from verl.experimental.agent_loop.sampling import SEED_KEY, sample_seeds
@@ -42,6 +42,7 @@ from verl.protocol import DataProto
 from verl.utils.process_death import disk_full_text
 from verl.utils.row_buffer import RowBuffer
 from verl.utils.tokenizer import hf_tokenizer
+from verl.weight_sync.sync import WeightSource, send_weights
 from verl.workers.rollout.replica import RolloutReplica, get_replica_class
 
 __all__ = [
@@ -57,16 +58,6 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 _SHUTDOWN_S = 10.0
-
-
-class WeightSource(Protocol):
-    """The part of the student's worker group that a weight sync needs; lists have one entry per rank."""
-
-    def num_weight_buckets(self) -> int: ...
-
-    def export_weight_bucket(self, index: int) -> list[dict[str, Any] | None]: ...
-
-    def release_weight_bucket(self, index: int) -> Any: ...
 
 
 class PlacedGroup(Protocol):
@@ -181,27 +172,20 @@ class AgentLoopManager:
         return generated
 
     def update_weights(self, worker_group: WeightSource, version: int) -> None:
-        """Carry the training ranks' weights to every engine, bucket by bucket, and wake the engines.
+        """Send the training ranks' weights to every engine, which also wakes the engines; see ``verl.weight_sync``.
 
         Raises:
             RolloutError: an engine failed or did not get every tensor; named, with the cause.
         """
-        self._all("start_weight_update", "begin a weight sync")
-        for index in range(worker_group.num_weight_buckets()):
-            infos = worker_group.export_weight_bucket(index)
-            try:
-                buckets = [(bucket_for(place, infos),) for place in self._places]
-                self._each("update_weights", f"load weight bucket {index} of version {version}", buckets)
-            finally:
-                worker_group.release_weight_bucket(index)
-        self._all("finish_weight_update", f"finish the weight sync of version {version}", version)
+        engines = [replica.actor for replica in self._replicas]
+        send_weights(worker_group, engines, [place.ranks for place in self._places], self._wait, version)
         self.asleep = False
         self.weight_version = version
 
     def sleep(self) -> None:
         """Give the engines' memory to training, where they hold any that training wants; a weight sync wakes them."""
         if self.device == "cuda" and self.rollout.free_cache_engine:
-            self._all("sleep", "sleep")
+            self._wait("sleep", [replica.actor.sleep.remote() for replica in self._replicas])
             self.asleep = True
 
     def shutdown(self) -> None:
@@ -282,19 +266,10 @@ class AgentLoopManager:
         counts = {worker.actor.finished_rows.remote(): worker for worker in workers}
         progress(sum(collect(counts, "report progress")), total)
 
-    def _all(self, method: str, doing: str, *args: Any) -> None:
-        self._each(method, doing, [args] * len(self._replicas))
-
-    def _each(self, method: str, doing: str, args: Iterable[tuple[Any, ...]]) -> None:
-        collect(
-            {
-                getattr(replica.actor, method).remote(*own): replica
-                for replica, own in zip(self._replicas, args, strict=True)
-            },
-            doing,
-            watch=self._look,
-            timeout_s=self.rollout.timeout_s,
-        )
+    def _wait(self, task: str, calls: Sequence[Any]) -> None:
+        """Wait for one call per replica."""
+        waiting = dict(zip(calls, self._replicas, strict=True))
+        collect(waiting, task, watch=self._look, timeout_s=self.rollout.timeout_s)
 
 
 def _load_tokenizer(model: HFModelConfig) -> PreTrainedTokenizerBase:

@@ -6,7 +6,8 @@ In and out as ``agent_loop.AgentLoopManager``, for which this stands in where a 
 
 import asyncio
 from collections.abc import Callable
-from typing import Any, Protocol
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -16,17 +17,16 @@ from verl.experimental.agent_loop.rows import summarise
 from verl.experimental.agent_loop.sampling import SEED_KEY, sample_seeds
 from verl.experimental.agent_loop.worker import AgentLoopWorker
 from verl.protocol import DataProto
+from verl.weight_sync.sync import WeightSource, send_weights
 from verl.workers.rollout.replica import RolloutReplica, TokenOutput, get_replica_class
 
 
-class WeightSource(Protocol):
-    """The part of the student's group that a weight sync needs; lists have one entry."""
+class _LocalEngine:
+    """The engine, called as a Ray actor is: ``engine.method.remote(...)`` starts a call."""
 
-    def num_weight_buckets(self) -> int: ...
-
-    def export_weight_bucket(self, index: int) -> list[dict[str, Any] | None]: ...
-
-    def release_weight_bucket(self, index: int) -> Any: ...
+    def __init__(self, replica: RolloutReplica) -> None:
+        for method in (replica.start_weight_update, replica.update_weights, replica.finish_weight_update):
+            setattr(self, method.__name__, SimpleNamespace(remote=method))
 
 
 class LocalAgentLoopManager:
@@ -84,19 +84,13 @@ class LocalAgentLoopManager:
         return result.rows
 
     def update_weights(self, student: WeightSource, version: int) -> None:
-        """Carry the student's weights to the engine."""
-        self._loop.run_until_complete(self._update_weights(student, version))
+        """Send the student's weights to the engine; see ``verl.weight_sync``."""
 
-    async def _update_weights(self, student: WeightSource, version: int) -> None:
-        await self._replica.start_weight_update()
-        for index in range(student.num_weight_buckets()):
-            [bucket] = student.export_weight_bucket(index)
-            assert bucket is not None, "the only rank of its node exports every bucket"
-            try:
-                await self._replica.update_weights(bucket)
-            finally:
-                student.release_weight_bucket(index)
-        await self._replica.finish_weight_update(version)
+        def wait(task: str, calls: list[Any]) -> None:
+            for call in calls:
+                self._loop.run_until_complete(call)
+
+        send_weights(student, [_LocalEngine(self._replica)], [(0,)], wait, version)
 
     def sleep(self) -> None:
         """Nothing; see the class."""

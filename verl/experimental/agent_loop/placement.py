@@ -1,4 +1,4 @@
-"""Where rollout replicas go, and which part of a weight sync each of them reads.
+"""Where rollout replicas go.
 
 In: one placement per rank of the student, as ``Worker.get_placement`` gives it. Out: one ``ReplicaPlace`` per replica.
 Replicas share these ranks' devices and nodes, so they ask Ray for nothing: a node and, on CUDA, device ids. Ranks of
@@ -66,24 +66,3 @@ def _gpu_of(rank: Mapping[str, Any]) -> str:
         )
     # Several ids: the rank sees all GPUs of its node and uses the one of its local rank.
     return devices[0] if len(devices) == 1 else devices[rank["local_rank"]]
-
-
-def bucket_for(place: ReplicaPlace, infos: Sequence[dict[str, Any] | None]) -> dict[str, Any]:
-    """What ``place``'s replica reads one weight bucket from: the exports of the ranks beside it, in one.
-
-    A file in a node's shared memory serves as it is. Handles of GPU memory are joined, so that the replica gets those
-    of its own GPUs: all ranks' handles for all replicas would grow with the square of the cluster.
-
-    Args:
-        infos: the export of each rank, or None.
-
-    Raises:
-        ValueError: no rank exported a bucket for this replica.
-    """
-    found = [info for info in (infos[rank] for rank in place.ranks) if info is not None]
-    if not found:
-        raise ValueError(f"no training rank exported the weights for node {place.node_ip} ({len(infos)} ranks asked)")
-    if "ipc_handles" not in found[0]:
-        return found[0]
-    by_tensor = zip(*(info["ipc_handles"] for info in found), strict=True)
-    return {**found[0], "ipc_handles": [{gpu: of for own in tensor for gpu, of in own.items()} for tensor in by_tensor]}

@@ -6,18 +6,18 @@ In:  checked requests and weight buckets (``replica``). Out: tokens with the sam
                       ▲                                                        │
                       └────────────── requests that came meanwhile ◄───────────┘
 
-Every row keeps its own sampling parameters and random stream, so an answer does not depend on what it was batched
-with. There is no continuous batching and no prefix cache.
+A batch has one temperature, top-p and top-k; every row has its own random stream and stop tokens, so an answer does not
+depend on what it was batched with. There is no continuous batching and no prefix cache.
 
 B sequences of the batch, P padded prompt, V vocabulary rows of the model.
 """
 
 import asyncio
-import itertools
+import random
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from transformers import (
@@ -25,18 +25,19 @@ from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    PreTrainedModel,
     StoppingCriteria,
     StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
 )
 
 from verl.config import HFModelConfig, RolloutConfig
 from verl.utils.device import resolve_dtype, synchronize
-from verl.weight_sync.bucket import bucket_tensors
-from verl.workers.rollout.model_facts import load_hf_config
+from verl.weight_sync.receive import bucket_tensors
+from verl.workers.rollout.model_info import load_hf_config
 from verl.workers.rollout.replica import RolloutReplica, SamplingOptions, TokenOutput
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 GATHER_S = 0.005
 """How long requests are gathered before a batch starts."""
@@ -44,12 +45,17 @@ GATHER_S = 0.005
 Result = TypeVar("Result")
 
 
-@dataclass
+@dataclass(eq=False)
 class _Request:
     prompt: list[int]
     options: SamplingOptions
     seed: int
     answer: asyncio.Future[TokenOutput]
+
+    @property
+    def distribution(self) -> tuple[float, float, int]:
+        """What rows of one batch have in common."""
+        return self.options.temperature, self.options.top_p, self.options.top_k
 
 
 class HFReplica(RolloutReplica):
@@ -68,35 +74,27 @@ class HFReplica(RolloutReplica):
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hf-replica")
         self._waiting: list[_Request] = []
         self._batching: asyncio.Task[None] | None = None
-        self._unseeded = itertools.count()
-        self._model: PreTrainedModel | None = None
-
-    @property
-    def model(self) -> "PreTrainedModel":
-        """The model; exists once launched."""
-        if self._model is None:
-            raise RuntimeError(f"{self._name} was not launched")
-        return self._model
+        self._seeds = random.Random(f"{config.seed}, {replica_rank}")
+        """Of requests that bring none."""
+        self.model: Any = None
+        """A ``PreTrainedModel``, once launched."""
 
     async def _launch(self) -> None:
-        self._model = await self._on_thread(self._load_model)
+        def load() -> PreTrainedModel:
+            model = AutoModelForCausalLM.from_pretrained(
+                self.model_config.path,
+                config=load_hf_config(self.model_config),
+                dtype=resolve_dtype(self.config.dtype, self.device),
+                trust_remote_code=self.model_config.trust_remote_code,
+            )
+            # The checkpoint's own sampling defaults must not mix with those of a request.
+            model.generation_config = GenerationConfig()
+            return model.to(self._torch_device).eval()
 
-    def _load_model(self) -> "PreTrainedModel":
-        config = load_hf_config(self.model_config)
-        model = AutoModelForCausalLM.from_pretrained(
-            self.model_config.path,
-            config=config,
-            dtype=resolve_dtype(self.config.dtype, self.device),
-            trust_remote_code=self.model_config.trust_remote_code,
-        )
-        # The checkpoint's own sampling defaults must not mix with those of a request.
-        model.generation_config = GenerationConfig()
-        return model.to(self._torch_device).eval()
+        self.model = await self._on_thread(load)
 
     async def _generate(self, prompt: list[int], options: SamplingOptions, request_id: str) -> TokenOutput:
-        seed = options.seed
-        if seed is None:
-            seed = hash((self.config.seed, self.replica_rank, next(self._unseeded))) % 2**63
+        seed = self._seeds.getrandbits(63) if options.seed is None else options.seed
         answer: asyncio.Future[TokenOutput] = asyncio.get_running_loop().create_future()
         self._waiting.append(_Request(prompt, options, seed, answer))
         if self._batching is None or self._batching.done():
@@ -106,9 +104,10 @@ class HFReplica(RolloutReplica):
     async def _answer_waiting(self) -> None:
         while self._waiting:
             await asyncio.sleep(GATHER_S)
-            self._waiting = [request for request in self._waiting if not request.answer.done()]  # cancelled meanwhile
-            batch = self._waiting[: self.config.max_num_seqs]
-            del self._waiting[: len(batch)]
+            waiting = [request for request in self._waiting if not request.answer.done()]  # cancelled meanwhile
+            alike = [request for request in waiting if request.distribution == waiting[0].distribution]
+            batch = alike[: self.config.max_num_seqs]
+            self._waiting = [request for request in waiting if request not in batch]
             if not batch:
                 continue
             [outcome] = await asyncio.gather(self._on_thread(self._generate_batch, batch), return_exceptions=True)
@@ -123,18 +122,19 @@ class HFReplica(RolloutReplica):
 
     @torch.no_grad()
     def _generate_batch(self, batch: Sequence[_Request]) -> list[TokenOutput]:
-        options = [request.options for request in batch]
-        sampler = _Sampler(options, [request.seed for request in batch], self.facts.vocab_size)
+        sampler = _Sampler(batch, self.model_info.vocab_size)
         longest = max(len(request.prompt) for request in batch)
         padding = [longest - len(request.prompt) for request in batch]
-        pad = self.facts.pad_token_id
+        pad = self.model_info.pad_token_id
         ids = [[pad] * width + request.prompt for width, request in zip(padding, batch, strict=True)]
         mask = [[0] * width + [1] * (longest - width) for width in padding]
         sequences = self.model.generate(
             torch.tensor(ids, device=self._torch_device),
             attention_mask=torch.tensor(mask, device=self._torch_device),
             generation_config=GenerationConfig(
-                do_sample=False, max_new_tokens=max(option.max_tokens for option in options), pad_token_id=pad
+                do_sample=False,
+                max_new_tokens=max(request.options.max_tokens for request in batch),
+                pad_token_id=pad,
             ),
             logits_processor=LogitsProcessorList([sampler]),
             stopping_criteria=StoppingCriteriaList([_RowStops(batch, longest)]),
@@ -142,13 +142,14 @@ class HFReplica(RolloutReplica):
         log_probs = torch.stack(sampler.log_probs, dim=1).tolist()  # B x steps
         written = sequences[:, longest:].tolist()
         return [
-            self._cut(option, written[row], log_probs[row], [step[row] for step in sampler.top])
-            for row, option in enumerate(options)
+            self._cut(request.options, written[row], log_probs[row], [step[row] for step in sampler.top])
+            for row, request in enumerate(batch)
         ]
 
     def _cut(
         self, options: SamplingOptions, written: list[int], log_probs: list[float], top: list[dict[int, float]]
     ) -> TokenOutput:
+        """The answer of one row: a batch goes on until its last row has ended."""
         stops = (step + 1 for step, token_id in enumerate(written) if token_id in options.stop_token_ids)
         stop = next((step for step in stops if step <= options.max_tokens), None)
         end = options.max_tokens if stop is None else stop
@@ -160,36 +161,28 @@ class HFReplica(RolloutReplica):
             top_log_probs=top[:end] if options.top_logprobs else None,
         )
 
-    async def _check_engine(self) -> None:
-        """The engine is this process."""
-
     async def _start_update(self) -> None:
-        """Weights are copied in place; nothing to prepare."""
+        if self._asleep:
+            await self._on_thread(self.model.to, self._torch_device)
 
     async def _load_bucket(self, update_info: Mapping[str, Any]) -> None:
-        await self._on_thread(self._copy_weights, update_info)
+        @torch.no_grad()
+        def copy() -> None:
+            parameters = dict(self.model.named_parameters(remove_duplicate=False))
+            for name, tensor in bucket_tensors(update_info, self._torch_device):
+                parameters[name].copy_(tensor)
+            # The sender frees its tensors when this returns.
+            synchronize(self.device)
 
-    @torch.no_grad()
-    def _copy_weights(self, update_info: Mapping[str, Any]) -> None:
-        parameters = dict(self.model.named_parameters(remove_duplicate=False))
-        for name, tensor in bucket_tensors(update_info, self._torch_device):
-            parameters[name].copy_(tensor)
-        # The sender frees its tensors when this returns.
-        synchronize(self.device)
-
-    async def _finish_update(self) -> None:
-        """Nothing was computed ahead with the old weights."""
+        await self._on_thread(copy)
 
     async def _sleep(self) -> None:
         await self._on_thread(self.model.to, torch.device("cpu"))
         await self._on_thread(torch.cuda.empty_cache)
 
-    async def _wake_weights(self) -> None:
-        await self._on_thread(self.model.to, self._torch_device)
-
     async def _shutdown(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)
-        self._model = None
+        self.model = None
 
     async def _on_thread(self, function: Callable[..., Result], *arguments: Any) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
@@ -201,87 +194,69 @@ class _Sampler(LogitsProcessor):
     Gumbel-max: with E ~ Exp(1) drawn for every token, argmax(log p - log E) is a draw from p.
     """
 
-    def __init__(self, options: Sequence[SamplingOptions], seeds: Sequence[int], vocab_size: int) -> None:
+    def __init__(self, batch: Sequence[_Request], vocab_size: int) -> None:
         self.log_probs: list[torch.Tensor] = []
         """Per step (B,): log-prob of the drawn token under the distribution it was drawn from."""
         self.top: list[list[dict[int, float]]] = []
-        """Per step and row the likeliest tokens with their log-probs, and the drawn one; as many as the row asks."""
-        self._tops = [option.top_logprobs for option in options]
+        """Per step and row the ``top_logprobs`` likeliest tokens and the drawn one, with their log-probs."""
         self._vocab_size = vocab_size
-        self._greedy = torch.tensor([option.temperature == 0 for option in options])
-        self._temperature = torch.tensor([option.temperature or 1.0 for option in options])
-        limits = [(-1, 1.0) if option.temperature == 0 else (option.top_k, option.top_p) for option in options]
-        self._top_k = torch.tensor([vocab_size if k == -1 else k for k, _ in limits])
-        self._top_p = torch.tensor([p for _, p in limits])
-        self._truncates = any(k != -1 or p < 1 for k, p in limits)
-        self._allowed = {row: list(ids) for row, o in enumerate(options) if (ids := o.allowed_token_ids) is not None}
-        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self._options = [request.options for request in batch]
+        self._generators = [torch.Generator().manual_seed(request.seed) for request in batch]
+        temperature, top_p, top_k = batch[0].distribution
+        self._greedy = temperature == 0
+        self._warpers = LogitsProcessorList()
+        if not self._greedy:
+            self._warpers.append(TemperatureLogitsWarper(float(temperature)))
+            if top_k != -1:
+                self._warpers.append(TopKLogitsWarper(top_k))
+            if top_p < 1:
+                self._warpers.append(TopPLogitsWarper(top_p))
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Scores (B, V) in, and out with 0 at the drawn token and minus infinity elsewhere."""
         logits = scores.float()
         logits[:, self._vocab_size :] = -torch.inf
-        for row, allowed in self._allowed.items():
-            kept = logits[row, allowed]
-            logits[row] = -torch.inf
-            logits[row, allowed] = kept
-        logits /= self._temperature.to(logits.device)[:, None]
-        if self._truncates:
-            logits = truncate(logits, self._top_k.to(logits.device), self._top_p.to(logits.device))
-        log_probs = logits.log_softmax(-1)
+        for row, options in enumerate(self._options):
+            if options.allowed_token_ids is not None:
+                forbidden = torch.ones(logits.shape[1], dtype=torch.bool, device=logits.device)
+                forbidden[list(options.allowed_token_ids)] = False
+                logits[row, forbidden] = -torch.inf
+        log_probs = self._warpers(input_ids, logits).log_softmax(-1)
         drawn = (log_probs + self._noise(log_probs)).argmax(-1, keepdim=True)
         self.log_probs.append(log_probs.gather(1, drawn)[:, 0].cpu())
-        self.top.append([self._likeliest(*row) for row in zip(log_probs, drawn[:, 0], self._tops, strict=True)])
+        counts = [options.top_logprobs for options in self._options]
+        self.top.append([_likeliest(*row) for row in zip(log_probs, drawn[:, 0], counts, strict=True)])
         return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)
-
-    @staticmethod
-    def _likeliest(log_probs: torch.Tensor, drawn: torch.Tensor, count: int) -> dict[int, float]:
-        if not count:
-            return {}
-        values, tokens = log_probs.topk(count)
-        likeliest = dict(zip(tokens.tolist(), values.tolist(), strict=True))
-        return {int(drawn): float(log_probs[drawn]), **likeliest}
 
     def _noise(self, log_probs: torch.Tensor) -> torch.Tensor:
         noise = torch.zeros(log_probs.shape)
-        for row, generator in enumerate(self._generators):
-            if not self._greedy[row]:
+        if not self._greedy:
+            for row, generator in enumerate(self._generators):
                 noise[row, : self._vocab_size].exponential_(generator=generator).log_().neg_()
         return noise.to(log_probs.device)
 
 
-def truncate(logits: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
-    """Logits (B, V) with all but the top-k, and of these all but the top-p, at minus infinity.
-
-    Args:
-        top_k: (B,) number of tokens to keep.
-        top_p: (B,) a token is kept while those above it hold less than this much of the top-k's probability.
-    """
-    ranked, order = logits.sort(-1, descending=True)
-    rank = torch.arange(logits.shape[1], device=logits.device)
-    ranked = ranked.masked_fill(rank >= top_k[:, None], -torch.inf)
-    probs = ranked.softmax(-1)
-    above = probs.cumsum(-1) - probs
-    cut = above >= top_p[:, None]
-    # Rounding must not take the likeliest token, nor anything where there is no limit.
-    cut &= (rank > 0) & (top_p[:, None] < 1)
-    return torch.empty_like(logits).scatter_(1, order, ranked.masked_fill(cut, -torch.inf))
+def _likeliest(log_probs: torch.Tensor, drawn: torch.Tensor, count: int) -> dict[int, float]:
+    """The ``count`` likeliest tokens of a row and the drawn one, with log-probs; empty where none are wanted."""
+    if not count:
+        return {}
+    values, tokens = log_probs.topk(count)
+    return {int(drawn): float(log_probs[drawn]), **dict(zip(tokens.tolist(), values.tolist(), strict=True))}
 
 
 class _RowStops(StoppingCriteria):
     """Ends each row at its own stop tokens or token limit, or where its caller has gone."""
 
     def __init__(self, batch: Sequence[_Request], prompt_width: int) -> None:
-        options = [request.options for request in batch]
         self._answers = [request.answer for request in batch]
         self._prompt_width = prompt_width
-        self._stop_ids = [torch.tensor(sorted(option.stop_token_ids), dtype=torch.long) for option in options]
-        self._max_tokens = torch.tensor([option.max_tokens for option in options])
+        self._stop_ids = [request.options.stop_token_ids for request in batch]
+        self._max_tokens = torch.tensor([request.options.max_tokens for request in batch])
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """Sequences so far (B, P + steps); returns which rows are done, (B,) bool."""
-        last = input_ids[:, -1].cpu()
-        stopped = torch.stack([(last[row] == ids).any() for row, ids in enumerate(self._stop_ids)])
+        last = zip(input_ids[:, -1].tolist(), self._stop_ids, strict=True)
+        stopped = torch.tensor([token_id in stop_ids for token_id, stop_ids in last])
         full = input_ids.shape[1] - self._prompt_width >= self._max_tokens
         gone = torch.tensor([answer.done() for answer in self._answers])
         return (stopped | full | gone).to(input_ids.device)

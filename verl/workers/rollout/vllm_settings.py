@@ -1,21 +1,23 @@
-"""From the typed rollout config to vLLM's environment and engine options.
+"""From the typed rollout config to vLLM's environment, engine options and sampling parameters.
 
-In:  RolloutConfig, HFModelConfig, the model's facts, the device. Out: environment variables of the replica's process,
-and the keyword arguments of vLLM's ``AsyncEngineArgs``. Nothing is started, and vLLM is not imported.
+In:  RolloutConfig, HFModelConfig, ModelInfo, the device. Out: environment variables of the replica's process, keyword
+arguments of vLLM's ``AsyncEngineArgs``, the ``SamplingParams`` of a request. Nothing is started.
 
-On CPU the engine runs eagerly, in the replica's own process (``vllm_in_process``), with threads that sleep while they
+On CPU the engine runs eagerly, in the replica's own process (``vllm_engine``), with threads that sleep while they
 wait: they share the cores with the training ranks. What the user set in the environment stays.
 """
 
-import json
 import logging
 import os
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from verl.config import HFModelConfig, RolloutConfig
 from verl.utils.device import dtype_name, resolve_dtype
-from verl.workers.rollout.model_facts import ModelFacts
+from verl.workers.rollout.model_info import ModelInfo
+from verl.workers.rollout.replica import SamplingOptions
+
+if TYPE_CHECKING:
+    from vllm.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
 
@@ -31,14 +33,10 @@ def runs_in_process(config: RolloutConfig, device: str) -> bool:
     return device == "cpu" and config.tensor_model_parallel_size == 1
 
 
-def engine_environment(config: RolloutConfig, device: str, error_log: Path) -> dict[str, str]:
-    """Environment variables that vLLM and torch read, each for the user to override by setting it.
-
-    Args:
-        error_log: file to which the engine's own processes append their errors; see ``vllm_failure``.
-    """
+def engine_environment(config: RolloutConfig, device: str) -> dict[str, str]:
+    """Environment variables that vLLM and torch read, each for the user to override by setting it."""
     environment = {
-        # At WARNING, vLLM remarks on every setting made here on purpose, and at each weight sync on tied heads.
+        # At WARNING, vLLM comments on settings made here on purpose, and on tied heads at each weight sync.
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
@@ -46,10 +44,6 @@ def engine_environment(config: RolloutConfig, device: str, error_log: Path) -> d
         "VLLM_USE_V2_MODEL_RUNNER": "0",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0" if runs_in_process(config, device) else "1",
     }
-    if not runs_in_process(config, device):
-        logging_config = error_log.with_name("logging.json")
-        logging_config.write_text(json.dumps(_logging_config(error_log)), encoding="utf-8")
-        environment["VLLM_LOGGING_CONFIG_PATH"] = str(logging_config)
     if device == "cuda":
         # IPC handles of weights travel pickled, from the training ranks to this replica's own workers.
         return environment | {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
@@ -69,46 +63,20 @@ def engine_threads(config: RolloutConfig) -> int:
 
     Ray gives actors without CPUs of their own ``OMP_NUM_THREADS=1``; any larger value there is the user's and stays.
     """
-    asked = int(os.environ.get("OMP_NUM_THREADS", "1").split(",")[0])
+    threads = int(os.environ.get("OMP_NUM_THREADS", "1").split(",")[0])
     cores = len(os.sched_getaffinity(0))
-    return asked if asked > 1 else max(1, cores // 2 // config.tensor_model_parallel_size)
-
-
-def _logging_config(error_log: Path) -> dict[str, Any]:
-    return {
-        "version": 1,
-        "disable_existing_loggers": False,
-        "formatters": {"plain": {"format": "%(levelname)s %(asctime)s %(processName)s %(name)s: %(message)s"}},
-        "handlers": {
-            "console": {"class": "logging.StreamHandler", "formatter": "plain"},
-            "errors": {
-                "class": "logging.FileHandler",
-                "formatter": "plain",
-                "level": "ERROR",
-                "filename": str(error_log),
-                "delay": True,
-            },
-        },
-        "loggers": {
-            "vllm": {
-                "handlers": ["console", "errors"],
-                "level": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
-                "propagate": False,
-            }
-        },
-    }
+    return threads if threads > 1 else max(1, cores // 2 // config.tensor_model_parallel_size)
 
 
 def engine_arguments(
-    config: RolloutConfig, model_config: HFModelConfig, facts: ModelFacts, replica_rank: int, device: str
+    config: RolloutConfig, model_config: HFModelConfig, info: ModelInfo, replica_rank: int, device: str
 ) -> dict[str, Any]:
     """Keyword arguments of ``AsyncEngineArgs``; ``engine_kwargs.vllm`` comes last and wins."""
-    overrides = {k: v for k, v in model_config.override_config.items() if k not in TRAINING_ONLY_OVERRIDES}
     arguments: dict[str, Any] = {
         "model": model_config.path,
         "trust_remote_code": model_config.trust_remote_code,
-        "hf_overrides": overrides,
-        # Text never passes through the engine, and end tokens are named with every request.
+        "hf_overrides": {k: v for k, v in model_config.override_config.items() if k not in TRAINING_ONLY_OVERRIDES},
+        # The engine sees no text, and every request names its end tokens.
         "skip_tokenizer_init": True,
         "generation_config": "vllm",
         "dtype": dtype_name(resolve_dtype(config.dtype, device)),
@@ -121,34 +89,46 @@ def engine_arguments(
         "tensor_parallel_size": config.tensor_model_parallel_size,
         # Not left to vLLM, which inside a Ray actor would start Ray workers.
         "distributed_executor_backend": "mp" if config.tensor_model_parallel_size > 1 else "uni",
+        "worker_extension_cls": "verl.workers.rollout.vllm_worker.WorkerExtension",
         # The distribution that tokens are drawn from: after temperature, top-p and top-k.
         "logprobs_mode": "processed_logprobs",
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
     }
-    if facts.vocab_size < facts.vocab_rows:
-        arguments["logits_processors"] = ["verl.workers.rollout.vllm_sampling:VocabularyLimit"]
-        arguments["additional_config"] = {"verl_vocab_size": facts.vocab_size}
+    if info.vocab_size < info.vocab_rows:
+        arguments["logits_processors"] = ["verl.workers.rollout.vllm_worker:VocabularyLimit"]
+        arguments["additional_config"] = {"verl_vocab_size": info.vocab_size}
     if device == "cuda":
-        arguments |= {
-            "gpu_memory_utilization": config.gpu_memory_utilization,
-            "enforce_eager": config.enforce_eager,
-            "enable_sleep_mode": config.free_cache_engine,
-            "worker_extension_cls": "verl.workers.rollout.vllm_worker.WorkerExtension",
-        }
+        arguments["gpu_memory_utilization"] = config.gpu_memory_utilization
+        arguments["enforce_eager"] = config.enforce_eager
+        arguments["enable_sleep_mode"] = config.free_cache_engine
     else:
-        arguments |= {
-            "kv_cache_memory_bytes": int(config.cpu_kvcache_space_gb * 2**30),
-            "enforce_eager": True,
-            "worker_extension_cls": "verl.weight_sync.vllm_transfer.SharedMemoryWorkerExtension",
-        }
-    return arguments | _own_options(config)
+        arguments["kv_cache_memory_bytes"] = int(config.cpu_kvcache_space_gb * 2**30)
+        arguments["enforce_eager"] = True
+    for name, value in config.engine_kwargs.get("vllm", {}).items():
+        if value is not None and name in RETIRED_OPTIONS:
+            logger.warning("%s.engine_kwargs.vllm.%s has no effect: vLLM dropped this option", ROLLOUT_KEY, name)
+        elif value is not None:  # null: vLLM's default
+            arguments[name] = value
+    return arguments
 
 
-def _own_options(config: RolloutConfig) -> dict[str, Any]:
-    """``engine_kwargs.vllm`` without what is null (vLLM's default) and without options that vLLM has no more."""
-    options = {name: value for name, value in config.engine_kwargs.get("vllm", {}).items() if value is not None}
-    for name in RETIRED_OPTIONS & options.keys():
-        del options[name]
-        logger.warning("%s.engine_kwargs.vllm.%s has no effect: vLLM dropped this option", ROLLOUT_KEY, name)
-    return options
+def vllm_sampling_params(options: SamplingOptions) -> "SamplingParams":
+    """vLLM's form of a request's sampling parameters."""
+    from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+    return SamplingParams(
+        temperature=options.temperature,
+        top_p=options.top_p,
+        top_k=options.top_k,
+        max_tokens=options.max_tokens,
+        seed=options.seed,
+        # 0: the log-prob of the sampled token alone.
+        logprobs=options.top_logprobs if options.logprobs or options.top_logprobs else None,
+        # The explicit list replaces vLLM's own choice of end tokens.
+        ignore_eos=True,
+        stop_token_ids=sorted(options.stop_token_ids),
+        allowed_token_ids=None if options.allowed_token_ids is None else list(options.allowed_token_ids),
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )

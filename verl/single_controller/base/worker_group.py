@@ -20,6 +20,10 @@ class WorkerError(RuntimeError):
         self.by_user = by_user
 
 
+class RolloutError(WorkerError):
+    """An engine or an agent-loop worker failed; the message names it, the cause and its log."""
+
+
 class WorkerGroup(ABC):
     """Runs a worker class's registered methods on all its ranks."""
 

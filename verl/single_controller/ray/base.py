@@ -25,10 +25,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 from verl.single_controller.base.decorator import Call, Results, by_rank
 from verl.single_controller.base.worker import Worker
 from verl.single_controller.base.worker_group import WorkerError, WorkerGroup
-from verl.single_controller.ray.failures import Processes, gather
+from verl.single_controller.ray.calls import Ranks, disk_full_text
 from verl.single_controller.ray.object_store import RayObjectStore
 from verl.single_controller.ray.resource_pool import RankPlace, RayResourcePool
-from verl.utils.process_death import disk_full_text
 
 QUIET_ENV = {
     "TOKENIZERS_PARALLELISM": "false",
@@ -139,7 +138,7 @@ class RayWorkerGroup(WorkerGroup):
                 zip(places, _environments(places, worker_env or {}), strict=True)
             )
         ]
-        self._processes = Processes("+".join(roles), self._hosts, [place.node_ip for place in places])
+        self._ranks = Ranks("+".join(roles), self._hosts, [place.node_ip for place in places])
         self.watch: Callable[[], None] = lambda: None
         """Called now and then while a call runs: what it raises ends the wait."""
         shared_roles = ray.put(roles)
@@ -170,15 +169,15 @@ class RayWorkerGroup(WorkerGroup):
 
     def finish_calls(self, call_name: str, running: Sequence[Any]) -> Results:
         """Ranks and results of ``start_calls`` as they come; raises ``WorkerError``."""
-        return gather(running, self._processes, call_name, self.watch)
+        return self._ranks.results(running, call_name, self.watch)
 
     def check_alive(self) -> None:
         """Raise ``WorkerError`` where a rank's process has died; returns at once."""
-        self._processes.check_alive()
+        self._ranks.check_alive()
 
     def _wait_built(self) -> None:
         if self._building is not None:
-            by_rank(self.finish_calls(f"{self._processes.name}.__init__", self._building))
+            by_rank(self.finish_calls(f"{self._ranks.name}.__init__", self._building))
             self._building = None
 
     def shutdown(self) -> None:

@@ -73,7 +73,7 @@ class Student(Worker):
         time.sleep(seconds)
         return self.rank
 
-    @register(dispatch_mode=Dispatch.ONE_TO_ALL, blocking=False)
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def process(self) -> int:
         return os.getpid()
 
@@ -139,7 +139,7 @@ def test_roles_share_processes_and_process_group(colocated):
     roles = colocated.spawn({"actor", "ref"})
     assert roles["actor"].join() == [3, 3]
     assert roles["ref"].joined() == [True, True]
-    assert roles["actor"].process().get() == roles["ref"].process()
+    assert roles["actor"].process() == roles["ref"].process()
     with pytest.raises(ValueError, match=r"no roles \['critic'\] in this group; it holds \['actor', 'ref'\]"):
         colocated.spawn({"critic"})
 

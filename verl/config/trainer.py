@@ -68,9 +68,6 @@ class TrainerConfig:
     """What may differ from the checkpoint that is resumed though it changes what is trained: keys or sections, such as
     ``algorithm.distill_adv_max_clip`` or ``data`` (whose position then starts over), and ``student.weights``,
     ``teacher``, ``vocabulary``."""
-    max_restarts: int = 0
-    """Restarts, within the run, of all ranks, engines and agent-loop workers after one of them failed: from the newest
-    checkpoint, or from the start where there is none. What a user has to mend is not tried again."""
     grace_s: float = 120.0
     """Seconds that the first SIGTERM or Ctrl-C leaves the run to finish its step and save it; at their end, or at a
     second signal, it leaves at once. Ending the processes takes some seconds more."""
@@ -125,9 +122,8 @@ class TrainerConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"trainer.{name}={getattr(self, name)} must be at least 1")
         self._check_teacher_pool()
-        for name in ("max_restarts", "grace_s"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"trainer.{name}={getattr(self, name)} must be at least 0")
+        if not self.grace_s >= 0:
+            raise ValueError(f"trainer.grace_s={self.grace_s} must be at least 0")
         if self.total_training_steps is not None and self.total_training_steps < 1:
             raise ValueError(
                 f"trainer.total_training_steps={self.total_training_steps} must be at least 1, or null for whole epochs"

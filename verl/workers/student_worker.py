@@ -126,8 +126,7 @@ class StudentWorker(Worker):
         """Fetch the heads of teachers on other ranks, by role; a head that two of them share once."""
         distinct = list(dict.fromkeys(handle for of_role in handles.values() for handle in of_role))
         heads = {
-            handle: lent.tensor("head")
-            for handle, lent in zip(distinct, self.object_store.fetch(distinct), strict=True)
+            handle: lent.tensor("head") for handle, lent in zip(distinct, self.object_store.get(distinct), strict=True)
         }
         self._teacher_heads = {role: [heads[handle] for handle in of_role] for role, of_role in handles.items()}
 
@@ -199,7 +198,7 @@ class StudentWorker(Worker):
             return self._topk_teacher(role)
         if role in self._teacher_heads:
             heads = [head.to(self._ranks.device) for head in self._teacher_heads[role]]
-            return RemoteTeacher(distill.knows_extended(role), heads, self.object_store.fetch)
+            return RemoteTeacher(distill.knows_extended(role), heads, self.object_store.get)
         peer = self.colocated_roles.get(role)
         if not isinstance(peer, TeacherWorker):
             raise ValueError(

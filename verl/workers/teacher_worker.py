@@ -152,7 +152,7 @@ class TeacherWorker(Worker):
             for room, values in zip(result.values(), found, strict=True):
                 room[taught.rows, taught.columns] = values.to(room.dtype).cpu()
             if lends:
-                handles |= {row: self.object_store.lend(states) for row, states in states_by_row(taught, log_probs)}
+                handles |= {row: self.object_store.put(states) for row, states in states_by_row(taught, log_probs)}
         return result, handles
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
@@ -167,7 +167,7 @@ class TeacherWorker(Worker):
             with self.on_device():
                 head = self.actor.shared_head()
                 mine = [DataProto.from_dict({"head": head.to("cpu", copy=True)})] if self.rank == 0 else []
-            self._exported_head = [self.object_store.lend(value) for value in mine]
+            self._exported_head = [self.object_store.put(value) for value in mine]
         return self._exported_head
 
     @contextmanager

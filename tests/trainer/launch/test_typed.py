@@ -264,7 +264,6 @@ def test_wrong_types_name_key_value_and_type(override: str, expected: str) -> No
             [*EXACT, "actor_rollout_ref.actor.entropy_coeff=0.1"],
             "actor_rollout_ref.actor.entropy_coeff=0.1 has no effect with algorithm.distill.objective=exact",
         ),
-        (["trainer.max_restarts=-1"], "trainer.max_restarts=-1 must be at least 0"),
         (["trainer.grace_s=-1"], "trainer.grace_s=-1.0 must be at least 0"),
         (["actor_rollout_ref.rollout.timeout_s=0"], "actor_rollout_ref.rollout.timeout_s=0.0 must be above 0, or null"),
         (["trainer.max_actor_ckpt_to_keep=0"], "trainer.max_actor_ckpt_to_keep=0 must be at least 1, or null to keep"),

@@ -76,12 +76,11 @@ def test_a_signal_in_any_stage_ends_the_run_after_its_step_and_nothing_is_lost(
     whole.fit()
     step = 2 if stage == "save" else 1  # no checkpoint is due at step 1
     stopped, log = trainer_of(tmp_path / "run")
-    stopped.stop = listening()
+    stop = listening()
     signals_in(stopped, STAGES[stage], step, signal.SIGTERM)
-    stopped.fit()
+    stopped.fit(stop)
     assert stopped.global_steps == step
-    assert stopped.stop.requested
-    assert stopped.stop.exit_code == 143
+    assert stop.requested and stop.exit_code == 143
     assert log[-1] == f"save {step}"
     assert (tmp_path / "run" / "latest_checkpointed_iteration.txt").read_text() == f"{step}\n"
 
@@ -95,29 +94,43 @@ def test_where_no_checkpoint_was_asked_for_the_run_leaves_without_one(
     tmp_path: Path, listening: Callable[..., StopRequest]
 ) -> None:
     trainer, log = trainer_of(tmp_path, save_freq=-1)
-    trainer.stop = listening()
+    stop = listening()
     signals_in(trainer, "update_actor", 3, signal.SIGINT)
-    trainer.fit()
+    trainer.fit(stop)
     assert trainer.global_steps == 3
-    assert trainer.stop.exit_code == 130
+    assert stop.exit_code == 130
     assert not [event for event in log if event.startswith("save")]
 
 
 def test_a_second_signal_leaves_at_once(tmp_path: Path, listening: Callable[..., StopRequest]) -> None:
     trainer, log = trainer_of(tmp_path)
-    trainer.stop = listening()
+    stop = listening()
     signals_in(trainer, "old_log_prob", 1, signal.SIGTERM)
     signals_in(trainer, "ref_log_prob", 1, signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
-        trainer.fit()
+        trainer.fit(stop)
     assert "update" not in log
-    assert trainer.stop.name == "SIGTERM", "the first one decides the exit code"
+    assert stop.name == "SIGTERM", "the first one decides the exit code"
+
+
+def test_the_same_signal_within_a_second_counts_once(tmp_path: Path, listening: Callable[..., StopRequest]) -> None:
+    """A launch script passes on what a scheduler has sent to every process."""
+    trainer, log = trainer_of(tmp_path)
+    stop = listening()
+    signals_in(trainer, "old_log_prob", 1, signal.SIGTERM)
+    signals_in(trainer, "ref_log_prob", 1, signal.SIGTERM)
+    trainer.fit(stop)
+    assert trainer.global_steps == 1 and log[-1] == "save 1"
+    stop.takes_steps, stop._echo_until = True, 0.0
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1)
 
 
 def test_the_end_of_the_grace_leaves_at_once(tmp_path: Path, listening: Callable[..., StopRequest]) -> None:
     trainer, log = trainer_of(tmp_path)
     trainer.config.trainer.val_before_train = False
-    trainer.stop = listening(0.2)
+    stop = listening(0.2)
     signals_in(trainer, "old_log_prob", 1, signal.SIGTERM)
 
     def hang(*_: Any) -> None:
@@ -126,17 +139,17 @@ def test_the_end_of_the_grace_leaves_at_once(tmp_path: Path, listening: Callable
     trainer.ref_log_prob = hang
     started = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        trainer.fit()
+        trainer.fit(stop)
     assert time.monotonic() - started < 10
     assert "update" not in log
 
 
 def test_before_the_first_step_a_signal_leaves_at_once(tmp_path: Path, listening: Callable[..., StopRequest]) -> None:
     trainer, log = trainer_of(tmp_path)
-    trainer.stop = listening()
+    stop = listening()
     signals_in(trainer, "score_validation", 0, signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt):
-        trainer.fit()
+        trainer.fit(stop)
     assert log[-2:] == ["generate", "sleep"], "validation is the last it did"
     assert "update" not in log
 

@@ -1,7 +1,7 @@
 """What a run asks of the machine that it starts on, looked at before Ray starts.
 
 In: the configuration, and the kind of device it comes to. Out: the run's folder, or an error that says what this
-machine does not have. Torch is asked for its GPUs; other machines are asked by ``single_controller.ray.node_report``.
+machine does not have. Torch is asked for its GPUs; other machines are asked by ``single_controller.ray.node_check``.
 """
 
 import os

@@ -23,7 +23,7 @@ from verl.single_controller.ray import (
     create_colocated_worker_cls,
 )
 from verl.single_controller.ray.base import RoleWorkerGroup
-from verl.single_controller.ray.resource_pool import RankPlace, alive_nodes, check_capacity, largest_first
+from verl.single_controller.ray.resource_pool import RankPlace, reserve_all
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class ResourcePoolManager:
         """Reserve the places of all pools.
 
         Raises:
-            ValueError: the cluster cannot hold them; says what is asked for and what there is.
+            ValueError: the cluster cannot hold them; the message has what is asked for and what there is.
             ResourcesInUseError: it could, and something else holds what they need.
         """
         self.resource_pool_dict = {
@@ -61,9 +61,7 @@ class ResourcePoolManager:
             )
             for name, ranks in self.resource_pool_spec.items()
         }
-        check_capacity(list(self.resource_pool_dict.values()), alive_nodes())
-        for pool in largest_first(list(self.resource_pool_dict.values())):
-            pool.reserve()
+        reserve_all(list(self.resource_pool_dict.values()))
 
     def get_resource_pool(self, role: str) -> RayResourcePool:
         """The pool of a role."""
@@ -94,7 +92,7 @@ def plan_pools(config: TrainerConfig, roles: Sequence[str], use_gpu: bool) -> Re
         roles: ``actor``, then those of its frozen models.
 
     Raises:
-        ValueError: a pool for a teacher that nobody asks.
+        ValueError: a pool for a teacher that the run does not use.
     """
     spec: dict[str, list[int]] = {TRAIN: config.ranks_on_nodes}
     mapping = dict.fromkeys(roles, TRAIN)
@@ -143,14 +141,14 @@ class WorkerGroups:
             group.check_alive()
 
     def watch(self, others: Callable[[], None]) -> None:
-        """While a call of one group runs, look now and then at the other groups, and call ``others``."""
+        """While a call of one group runs, check now and then that the other groups live, and call ``others``."""
 
-        def look() -> None:
+        def check() -> None:
             self.check_alive()
             others()
 
         for group in self._groups:
-            group.watch = look
+            group.watch = check
 
     def shutdown(self) -> None:
         """End the processes; a second call does nothing."""

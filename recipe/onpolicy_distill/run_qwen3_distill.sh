@@ -48,7 +48,7 @@ gpus_here() {
     echo "$((gpus > 0 ? gpus : 1))"
 }
 
-# Ranks per host: what the user says, else the slots of the hostfile, else what this machine has.
+# Ranks per host: N_GPUS_PER_NODE, else the slots of the hostfile, else what this machine has.
 ranks_per_host() {
     local slots
     slots="$(printf '%s\n' "${HOST_SLOTS[@]}" | sed '/^$/d' | sort -nu)"

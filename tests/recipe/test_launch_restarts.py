@@ -65,8 +65,8 @@ def test_a_signal_reaches_the_run_once_and_ends_the_restarts(
         assert script.stdout.readline() == "started\n"
         time.sleep(0.1)
         send(script.pid, number)
-        said, _ = script.communicate(timeout=10)
+        output, _ = script.communicate(timeout=10)
     finally:
         script.kill()
-    assert said.splitlines() == [number.name.removeprefix("SIG")]
+    assert output.splitlines() == [number.name.removeprefix("SIG")]
     assert script.returncode == 128 + number

@@ -143,13 +143,10 @@ def test_results_without_rows_and_of_other_types():
         make_group().one_row(rows(5))
 
 
-def test_a_batch_of_facts_reaches_every_rank():
+def test_a_batch_of_facts_or_nothing_reaches_every_rank():
     group = make_group()
     assert group.count(DataProto(meta_info={"step": 1})) == [0, 0]
     assert [call.args[0].meta_info for call in group.calls] == [{"step": 1}] * 2
-
-
-def test_calls_without_arguments():
     calls, _ = plan_calls("m", Registration(Dispatch.DP_COMPUTE_PROTO, Execute.ALL), 3, (), {})
     assert calls == [Call((), {})] * 3
 

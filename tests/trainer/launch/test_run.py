@@ -1,4 +1,4 @@
-"""How runs end: exit codes, and what is reported first. Trainers fail as they are told."""
+"""How runs end: exit codes, and what is reported first. The trainer is a fake."""
 
 import os
 import signal
@@ -121,9 +121,9 @@ def test_a_signal_is_the_exit_code(
     end_of: Callable[..., Any], tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
     write_checkpoint(tmp_path, 5)
-    got, said = end_of({"save_freq": 2}, sent=number)
+    got, output = end_of({"save_freq": 2}, sent=number)
     assert got == code
-    assert said[-2:] == [f"stopped by {number.name}: step 5 of 9; the same command goes on from there", "shut down"]
+    assert output[-2:] == [f"stopped by {number.name}: step 5 of 9; the same command goes on from there", "shut down"]
 
 
 def write_checkpoint(root: Path, step: int) -> None:
@@ -136,9 +136,9 @@ def test_how_to_go_on_after_a_signal_follows_from_what_is_there(end_of: Callable
     """Without ``save_freq`` the best steps are saved and no others."""
 
     def how(**settings: Any) -> str:
-        code, said = end_of({"best_metric": "val/reward", "test_freq": 1, **settings}, sent=signal.SIGTERM)
+        code, output = end_of({"best_metric": "val/reward", "test_freq": 1, **settings}, sent=signal.SIGTERM)
         assert code == 143
-        return said[-2].rpartition("step 5 of 9; ")[2]
+        return output[-2].rpartition("step 5 of 9; ")[2]
 
     not_saved = "this step was not saved, as trainer.save_freq=-1 asks"
     assert how() == not_saved

@@ -62,7 +62,7 @@ def signals_in(trainer: Any, method: str, step: int, number: signal.Signals) -> 
     setattr(trainer, method, stage)
 
 
-def figures(lines: list[tuple[int, dict[str, float]]]) -> list[tuple[int, dict[str, float]]]:
+def metrics_of(lines: list[tuple[int, dict[str, float]]]) -> list[tuple[int, dict[str, float]]]:
     """Without what the clock says, and what only a step that saves has."""
     left_out = ("timing", "perf/", "distill/teacher_canary")
     return [(step, {k: v for k, v in data.items() if not k.startswith(left_out)}) for step, data in lines]
@@ -87,7 +87,7 @@ def test_a_signal_in_any_stage_ends_the_run_after_its_step_and_nothing_is_lost(
     resumed, _ = trainer_of(tmp_path / "run")
     resumed.fit()
     assert resumed.logger.went_on_after == [step]
-    assert figures(stopped.logger.lines + resumed.logger.lines) == figures(whole.logger.lines)
+    assert metrics_of(stopped.logger.lines + resumed.logger.lines) == metrics_of(whole.logger.lines)
 
 
 def test_where_no_checkpoint_was_asked_for_the_run_leaves_without_one(

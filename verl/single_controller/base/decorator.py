@@ -184,7 +184,7 @@ def _join_rows(method: str, results: Results, rows: int, share: int) -> Any:
     odd = {rank: len(value) for rank, value in sorted(others.items()) if isinstance(value, DataProto) and len(value)}
     if odd or not buffer.is_empty:
         raise ValueError(
-            f"{method} must return {share} rows on every rank, or none on any, for padding to be told from rows; it "
+            f"{method} must return {share} rows on every rank, or none on any, for the padding to be found; it "
             f"did not on ranks {sorted(others)}, with rows by rank {odd}"
         )
     return DataProto.concat(values)

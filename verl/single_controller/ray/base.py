@@ -133,8 +133,7 @@ class RayWorkerGroup(WorkerGroup):
         super().__init__(worker_class, resource_pool.world_size)
         self._roles = roles
         self._main_role = next(iter(roles))
-        self._pool: RayResourcePool | None = resource_pool
-        places = resource_pool.acquire()
+        places = resource_pool.reserve()
         label = name_prefix or "+".join(roles)
         self._hosts = [
             _start_host(f"{label} rank {rank}", place, environment, resource_pool)
@@ -185,14 +184,10 @@ class RayWorkerGroup(WorkerGroup):
             self._building = None
 
     def shutdown(self) -> None:
-        """End the processes and give their resources back; a second call does nothing."""
-        if self._pool is None:
-            return
+        """End the processes; their places stay the pool's. A second call does nothing."""
         if ray.is_initialized():
             for host in self._hosts:
                 ray.kill(host, no_restart=True)
-        self._pool.release()
-        self._pool = None
 
     def _start(self, method: str, calls: Sequence[Call]) -> list[Any]:
         return self.start_calls(self._main_role, method, calls)

@@ -77,11 +77,11 @@ class Remote:
         return f"{_cause_of(error)}\n{self.log_line(log)}"
 
     def log_line(self, log: str | None) -> str:
-        """The line that says where its log is; it may not have lived long enough to tell."""
+        """The line that says where its log is; unknown where it died before it could answer."""
         return f"log: {log or 'not known'} on node {self.node_ip}"
 
     def log(self) -> str | None:
-        """The file with its errors, if it lived long enough to tell."""
+        """The file with its errors; None where it died before it could answer."""
         if self._log is None or not ray.wait([self._log], timeout=0)[0]:
             return None
         try:
@@ -267,7 +267,7 @@ def _cause_of(error: RayError) -> str:
 def disk_full_text() -> str:
     """Ray's object store and the disk that it spills to are full, on this node."""
     return (
-        "no room: Ray's object store is full, and so is the disk under /tmp/ray that it spills to; "
-        "make room there, name another with ray_kwargs.ray_init._temp_dir, or raise "
+        "no space: Ray's object store is full, and so is the disk under /tmp/ray that it spills to; "
+        "free some there, name another with ray_kwargs.ray_init._temp_dir, or raise "
         "ray_kwargs.ray_init.object_store_memory"
     )

@@ -61,7 +61,7 @@ class RayResourcePool:
             process_on_nodes: ranks per node, each entry a node of its own.
             use_gpu: one GPU per rank.
             name_prefix: name of the pool in messages.
-            max_colocate_count: worker groups that share the pool, each rank taking that part of its share.
+            max_colocate_count: worker groups that may share the pool, each rank taking that part of its share.
             cpus_per_process: CPUs per rank; None: 1 with a GPU, else ``CPUS_PER_PROCESS``.
             settings: the keys that a message tells the user to lower.
         """
@@ -78,35 +78,14 @@ class RayResourcePool:
         self.rank_share: dict[str, float] = {"CPU": cpus, "GPU": 1.0} if use_gpu else {"CPU": cpus}
         """What one rank asks for."""
         self._group: PlacementGroup | None = None
-        self._users = 0
 
     @property
     def world_size(self) -> int:
         """Number of ranks."""
         return sum(self.process_on_nodes)
 
-    def acquire(self) -> list[RankPlace]:
-        """The places for one worker group, as ``reserve`` has them; every ``acquire`` needs a ``release``.
-
-        Raises:
-            ValueError: too many worker groups share the pool, or see ``reserve``.
-        """
-        if self._users == self.max_colocate_count:
-            raise ValueError(
-                f"{self.name_prefix!r} holds {self._users} worker groups already; raise max_colocate_count"
-            )
-        places = self.reserve()
-        self._users += 1
-        return places
-
-    def release(self) -> None:
-        """Give the resources back when the last worker group has."""
-        self._users -= 1
-        if self._users == 0:
-            self.remove()
-
     def reserve(self) -> list[RankPlace]:
-        """The ranks' places in rank order, kept until ``remove`` or the last ``release``.
+        """The ranks' places in rank order, kept until ``remove``; the same ones at every call.
 
         Raises:
             ValueError: the cluster is too small.
@@ -135,7 +114,7 @@ class RayResourcePool:
         ]
 
     def remove(self) -> None:
-        """Give the resources back at once; nothing happens where none are reserved."""
+        """Give the resources back; nothing happens where none are reserved."""
         if self._group is not None and ray.is_initialized():
             remove_placement_group(self._group)
         self._group = None

@@ -1,4 +1,4 @@
-"""What each node of a cluster has to hold for a run, checked before the first worker starts.
+"""Checks that each node of a cluster has what a run needs, before the first worker starts.
 
 In: the configuration, and the pools whose places are reserved. Out: nothing, or a ValueError that names nodes.
 
@@ -23,7 +23,7 @@ from verl.trainer.ppo.worker_groups import ResourcePoolManager
 
 
 def check_nodes(config: PPOConfig, pools: ResourcePoolManager) -> None:
-    """See that every node of the pools holds what its processes will read, and runs the driver's code and packages.
+    """Check that every node of the pools has what its processes will read, and the driver's code and packages.
 
     Raises:
         ValueError: what is missing or differs, and where.

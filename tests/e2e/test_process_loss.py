@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import ray
 from ray.cloudpickle import register_pickle_by_value
-from support.launch import write_onerec_parquet
+from support.launch import small_run, write_onerec_parquet
 from support.running import processes_of
 
 from recipe.onpolicy_distill.main_onpolicy_distill import build_trainer
@@ -93,30 +93,22 @@ LOSSES = [
 ]
 
 
-def settings(pair: Any, train: Path, folder: Path, **changes: Any) -> PPOConfig:
-    values = {
+def settings(pair: Any, train: Path, folder: Path) -> PPOConfig:
+    changes = {
         "actor_rollout_ref.model.path": pair.student,
         "actor_rollout_ref.ref.model.path": pair.teacher,
         "actor_rollout_ref.rollout.extend_vocab_start_token": pair.extend_vocab_start_token,
-        "actor_rollout_ref.rollout.name": "hf",
-        "actor_rollout_ref.actor.optim.lr": 1e-3,
         "actor_rollout_ref.actor.ppo_mini_batch_size": 4,
         "algorithm.adv_estimator": "on_policy_distill",
         "data.train_files": train,
-        "data.cache_dir": train.parent / "cache",
         "data.train_batch_size": 4,
-        "data.max_prompt_length": 64,
-        "data.max_response_length": 8,
+        "data.enable_think": False,
         "ray_kwargs.ray_init.num_cpus": 2,
-        "trainer.n_gpus_per_node": 2,
         "trainer.default_local_dir": folder,
-        "trainer.total_training_steps": STEPS,
         "trainer.save_freq": 1,
-        "trainer.val_before_train": False,
         "trainer.logger": "[file]",
-        **changes,
     }
-    return load_config([f"{key}={value}" for key, value in values.items()])
+    return load_config(small_run("hf", 2, STEPS, **changes))
 
 
 def metrics_of(folder: Path) -> dict[int, dict[str, Any]]:

@@ -10,24 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.launch import Run, script_env, write_onerec_parquet
+from support.launch import Run, script_env, small_run, write_onerec_parquet
 from support.running import Running
 
 pytestmark = pytest.mark.slow
 
 STEPS = 12
-OVERRIDES = [
-    "actor_rollout_ref.actor.optim.lr=3e-4",
-    "actor_rollout_ref.actor.ppo_mini_batch_size=4",
-    "actor_rollout_ref.rollout.name=hf",
-    "data.max_prompt_length=64",
-    "data.max_response_length=16",
-    "data.train_batch_size=4",
-    "trainer.n_gpus_per_node=2",
-    f"trainer.total_training_steps={STEPS}",
-    "trainer.save_freq=100",
-    "trainer.val_before_train=False",
-]
+BATCH = {"data.train_batch_size": 4, "actor_rollout_ref.actor.ppo_mini_batch_size": 4, "trainer.save_freq": 100}
+OVERRIDES = small_run("hf", 2, STEPS, **BATCH)
 
 
 @pytest.fixture(scope="module")
@@ -100,8 +90,7 @@ def test_sigterm_as_schedulers_send_it_reaches_the_driver_alone(env: dict[str, s
 def test_a_killed_rank_is_named_with_its_log_and_the_script_starts_the_run_again(
     env: dict[str, str], tmp_path: Path
 ) -> None:
-    overrides = [*OVERRIDES, "trainer.total_training_steps=500"]
-    with Running(tmp_path, overrides, env | {"MAX_RESTARTS": "1"}) as running:
+    with Running(tmp_path, small_run("hf", 2, 500, **BATCH), env | {"MAX_RESTARTS": "1"}) as running:
         running.wait_for_steps(1)
         rank = max(running.processes("ray::WorkerHost"))
         os.kill(rank, signal.SIGKILL)

@@ -3,21 +3,11 @@
 from pathlib import Path
 
 import pytest
-from support.launch import Run, launch, script_env, write_onerec_parquet
+from support.launch import Run, launch, script_env, small_run, write_onerec_parquet
 from support.tiny_pairs import Pair
 
 pytestmark = pytest.mark.slow
-OVERRIDES = [
-    "data.max_prompt_length=64",
-    "data.max_response_length=16",
-    "data.train_batch_size=8",
-    "actor_rollout_ref.actor.ppo_mini_batch_size=8",
-    "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=2048",
-    "actor_rollout_ref.actor.optim.lr=1e-3",
-    "actor_rollout_ref.rollout.name=hf",
-    "trainer.total_training_steps=2",
-    "trainer.logger=[file]",
-]
+OVERRIDES = small_run("hf", 1, 2, **{"actor_rollout_ref.actor.optim.lr": 1e-3, "trainer.save_freq": -1})
 EXACT = [
     "algorithm.distill.objective=exact",
     "algorithm.distill.support=shared",
@@ -30,8 +20,7 @@ METRICS = ["distill/reverse_kl", "actor/grad_norm"]
 def run(pair: Pair, folder: Path, *overrides: str) -> Run:
     folder.mkdir()
     train = write_onerec_parquet(folder / "train.parquet", 16, sources=("letters", "sums", "names"))
-    env = script_env(pair, train) | {"N_GPUS_PER_NODE": "1"}
-    finished = launch(folder / "run", [*OVERRIDES, *overrides], env)
+    finished = launch(folder / "run", [*OVERRIDES, *overrides], script_env(pair, train))
     assert finished.returncode == 0, finished.output[-6000:]
     return finished
 

@@ -24,14 +24,7 @@ from verl.trainer.ppo.stop_request import StopRequest
 class Trainer:
     """Ends with the last step, or with a signal in step 5, then with an error where it has one."""
 
-    def __init__(
-        self,
-        config: PPOConfig,
-        *,
-        sent: signal.Signals | None = None,
-        error: Exception | None = None,
-        saved_any: bool = False,
-    ) -> None:
+    def __init__(self, config: PPOConfig, sent: int | None, error: Exception | None, saved_any: bool) -> None:
         self.config, self.sent, self.error = config, sent, error
         self.saver = SimpleNamespace(saved_any=saved_any)
         self.global_steps, self.total_steps = 0, 9
@@ -68,9 +61,11 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def end_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, list[str]]]:
     """Runs a trainer that ends so; returns its exit code and what it wrote to the console."""
 
-    def end_of(settings: dict[str, Any] | None = None, **ends: Any) -> tuple[int, list[str]]:
-        config = PPOConfig(trainer=TrainerConfig(default_local_dir=str(tmp_path), **settings or {}))
-        trainer: Any = Trainer(config, **ends)
+    def end_of(
+        sent: int | None = None, error: Exception | None = None, saved_any: bool = False, **settings: Any
+    ) -> tuple[int, list[str]]:
+        config = PPOConfig(trainer=TrainerConfig(default_local_dir=str(tmp_path), **settings))
+        trainer: Any = Trainer(config, sent, error, saved_any)
         code = 0
         try:
             run(trainer)
@@ -116,13 +111,11 @@ def test_what_the_cluster_or_a_setting_does_not_allow(end_of: Callable[..., Any]
     assert end_of(error=error) == (1, [f"error: {error}", "shut down"])
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_is_the_exit_code(
-    end_of: Callable[..., Any], tmp_path: Path, number: signal.Signals, code: int
-) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_the_exit_code(end_of: Callable[..., Any], tmp_path: Path, number: signal.Signals) -> None:
     write_checkpoint(tmp_path, 5)
-    got, output = end_of({"save_freq": 2}, sent=number)
-    assert got == code
+    code, output = end_of(number, save_freq=2)
+    assert code == 128 + number
     assert output[-2:] == [f"stopped by {number.name}: step 5 of 9; the same command goes on from there", "shut down"]
 
 
@@ -136,7 +129,7 @@ def test_how_to_go_on_after_a_signal_follows_from_what_is_there(end_of: Callable
     """Without ``save_freq`` the best steps are saved and no others."""
 
     def how(**settings: Any) -> str:
-        code, output = end_of({"best_metric": "val/reward", "test_freq": 1, **settings}, sent=signal.SIGTERM)
+        code, output = end_of(signal.SIGTERM, best_metric="val/reward", test_freq=1, **settings)
         assert code == 143
         return output[-2].rpartition("step 5 of 9; ")[2]
 
@@ -153,21 +146,10 @@ def test_a_failure_in_the_step_that_a_signal_waits_for_ends_with_the_signal(end_
     assert end_of(sent=signal.SIGTERM, error=WorkerError(DIED))[0] == 143
 
 
-def ray_exits(ray_init: Any) -> None:
-    sys.exit(int(signal.SIGTERM))
-
-
-@pytest.mark.parametrize(
-    "session",
-    [lambda ray_init: os.kill(os.getpid(), signal.SIGTERM), ray_exits],
-    ids=["our handler", "Ray's, while it starts"],
-)
+@pytest.mark.parametrize("handler", [signal.raise_signal, sys.exit], ids=["ours", "Ray's, while it starts"])
 def test_a_signal_during_the_start_leaves_at_once(
-    end_of: Callable[..., Any],
-    monkeypatch: pytest.MonkeyPatch,
-    no_ray: list[str],
-    session: Callable[[Any], None],
+    end_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, no_ray: list[str], handler: Callable[[int], None]
 ) -> None:
-    monkeypatch.setattr(module, "start_session", session)
+    monkeypatch.setattr(module, "start_session", lambda ray_init: handler(int(signal.SIGTERM)))
     assert end_of() == (143, ["left at once at SIGTERM: step 0 of 9", "shut down"])
     assert no_ray == ["end"]

@@ -43,7 +43,7 @@ class Remote:
 
     def ask_for_log(self) -> None:
         """Ask where its errors go, before it does anything else."""
-        # A lambda travels by value, so it answers before this package is imported there, or fails to be.
+        # A lambda travels by value: this package need not be imported there yet, which may be what fails.
         self._log = self._sign = self.actor.__ray_call__.remote(lambda _: os.readlink("/proc/self/fd/2"))
 
     def find_death(self) -> RayError | None:

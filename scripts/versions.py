@@ -2,7 +2,7 @@
 
     python scripts/versions.py
 
-Read as a run reads it of its nodes, by ``verl/single_controller/ray/node_report.py``, which needs the standard library
+Read as a run reads it of its nodes, by ``verl/single_controller/ray/node_check.py``, which needs the standard library
 alone and is loaded without the package around it, so that it takes no time; ``code`` is a digest of this checkout.
 """
 
@@ -14,12 +14,12 @@ from pathlib import Path
 from types import ModuleType
 
 ROOT = Path(__file__).resolve().parent.parent
-REPORT = ROOT / "verl" / "single_controller" / "ray" / "node_report.py"
+NODE_CHECK = ROOT / "verl" / "single_controller" / "ray" / "node_check.py"
 
 
 def load_report() -> ModuleType:
     """The module that looks at a machine."""
-    spec = importlib.util.spec_from_file_location("node_report", REPORT)
+    spec = importlib.util.spec_from_file_location("node_check", NODE_CHECK)
     assert spec is not None and spec.loader is not None, "a Python file has both"
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

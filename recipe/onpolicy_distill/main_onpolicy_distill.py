@@ -10,7 +10,6 @@ Everything a user can get wrong is looked at before Ray starts. Heavy imports wa
 
 import logging
 import sys
-from functools import partial
 from typing import TYPE_CHECKING
 
 import hydra
@@ -90,7 +89,7 @@ def hydra_main(cfg: DictConfig) -> None:
         sys.exit(f"error: {error}")
     from verl.trainer.launch.run import run
 
-    run(trainer, partial(build_trainer, config))
+    run(trainer)
 
 
 def main() -> None:

@@ -19,6 +19,8 @@
 #   OUTPUT_DIR                                   checkpoints and metrics (default: ./outputs/on_policy_distill)
 #   ENV_DIR                                      Python environment (default: the active one, else .venv of the checkout)
 #   RAY_PORT, CLUSTER_DIR                        as for init_ray_cluster.sh
+#   MAX_RESTARTS                                 times that the same command runs again after a rank, an engine or an
+#                                                agent-loop worker died, raised or hung (default: 0)
 #   DRY_RUN=1                                    print the command and stop
 #
 # Variables that begin with NCCL_, GLOO_, UCX_, VLLM_, TORCH_, HF_ or TRANSFORMERS_ go along to all hosts, through Ray's
@@ -46,7 +48,7 @@ gpus_here() {
     echo "$((gpus > 0 ? gpus : 1))"
 }
 
-# Ranks per host: what the user says, else the slots of the hostfile, else what this machine has.
+# Ranks per host: N_GPUS_PER_NODE, else the slots of the hostfile, else what this machine has.
 ranks_per_host() {
     local slots
     slots="$(printf '%s\n' "${HOST_SLOTS[@]}" | sed '/^$/d' | sort -nu)"
@@ -87,6 +89,37 @@ connect_to_cluster() {
     else
         connect+=(ray_kwargs.ray_init.address=auto)
     fi
+}
+
+# Run a command, and run it again, at most MAX_RESTARTS times, where it ends with 3 or 4: it lost a process, which may go
+# well another time. After 4 it goes on from a checkpoint of its own, whatever it began with. A signal is passed on and
+# ends the restarts. RESTART_COUNT in the environment is the number of restarts so far.
+run_with_restarts() {
+    local again=() child="" stopped="" passed status
+    pass_on() { stopped="$1" passed=1; [[ -z "$child" ]] || kill -s "$1" "$child" 2>/dev/null || true; }
+    trap 'pass_on TERM' TERM
+    trap 'pass_on INT' INT
+    set -m # a process group of its own, so that Ctrl-C does not reach it a second time
+    export RESTART_COUNT
+    for ((RESTART_COUNT = 0; ; RESTART_COUNT++)); do
+        "$@" "${again[@]}" &
+        child=$!
+        if [[ -n "$stopped" ]]; then pass_on "$stopped"; fi # it came before there was a child
+        passed=1
+        while [[ -n "$passed" ]]; do # a trap ends the wait before the command does
+            passed="" status=0
+            wait "$child" || status=$?
+        done
+        child=""
+        if [[ -n "$stopped" ]] || ((status != 3 && status != 4)); then
+            exit "$status"
+        elif ((RESTART_COUNT == MAX_RESTARTS)); then
+            complain "given up after restart $RESTART_COUNT of MAX_RESTARTS=$MAX_RESTARTS"
+            exit "$status"
+        fi
+        if ((status == 4)); then again=(trainer.resume_mode=auto); fi
+        say "restart $((RESTART_COUNT + 1)) of MAX_RESTARTS=$MAX_RESTARTS" >&2
+    done
 }
 
 main() {
@@ -157,6 +190,9 @@ main() {
         exit 0
     fi
     export PYTHONPATH="$REPO${PYTHONPATH:+:$PYTHONPATH}"
+    MAX_RESTARTS="${MAX_RESTARTS:-0}"
+    [[ "$MAX_RESTARTS" =~ ^[0-9]+$ ]] || die "MAX_RESTARTS=$MAX_RESTARTS is not a number of restarts"
+    ((MAX_RESTARTS == 0)) || run_with_restarts "${command[@]}"
     exec "${command[@]}"
 }
 

@@ -1,4 +1,4 @@
-"""A run that loses a process in every stage and goes on within itself (``trainer.max_restarts``) on a real Ray.
+"""A run that loses a process in every stage, on a real Ray, and goes on with the same command.
 
 The driver is this process, so that a stage can be made to wait (SIGSTOP of whoever it needs) until the victim is dead.
 """
@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import ray
 from ray.cloudpickle import register_pickle_by_value
-from support.launch import write_onerec_parquet
+from support.launch import small_run, write_onerec_parquet
 from support.running import processes_of
 
 from recipe.onpolicy_distill.main_onpolicy_distill import build_trainer
@@ -93,33 +93,25 @@ LOSSES = [
 ]
 
 
-def settings(pair: Any, train: Path, folder: Path, **changes: Any) -> PPOConfig:
-    values = {
+def settings(pair: Any, train: Path, folder: Path) -> PPOConfig:
+    changes = {
         "actor_rollout_ref.model.path": pair.student,
         "actor_rollout_ref.ref.model.path": pair.teacher,
         "actor_rollout_ref.rollout.extend_vocab_start_token": pair.extend_vocab_start_token,
-        "actor_rollout_ref.rollout.name": "hf",
-        "actor_rollout_ref.actor.optim.lr": 1e-3,
         "actor_rollout_ref.actor.ppo_mini_batch_size": 4,
         "algorithm.adv_estimator": "on_policy_distill",
         "data.train_files": train,
-        "data.cache_dir": train.parent / "cache",
         "data.train_batch_size": 4,
-        "data.max_prompt_length": 64,
-        "data.max_response_length": 8,
+        "data.enable_think": False,
         "ray_kwargs.ray_init.num_cpus": 2,
-        "trainer.n_gpus_per_node": 2,
         "trainer.default_local_dir": folder,
-        "trainer.total_training_steps": STEPS,
         "trainer.save_freq": 1,
-        "trainer.val_before_train": False,
         "trainer.logger": "[file]",
-        **changes,
     }
-    return load_config([f"{key}={value}" for key, value in values.items()])
+    return load_config(small_run("hf", 2, STEPS, **changes))
 
 
-def figures(folder: Path) -> dict[int, dict[str, Any]]:
+def metrics_of(folder: Path) -> dict[int, dict[str, Any]]:
     """What was logged of each step, every step once, but for what the clock says and the restarts."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
@@ -137,33 +129,29 @@ def test_a_run_that_loses_processes_in_every_stage_is_the_run_that_never_did(
 ) -> None:
     before = ray_processes()
     train = write_onerec_parquet(tmp_path / "train.parquet", 10)
-    whole = settings(tiny_pair, train, tmp_path / "whole")
-    module.run(build_trainer(whole), lambda: pytest.fail("restarted"))
+    module.run(build_trainer(settings(tiny_pair, train, tmp_path / "whole")))
 
     monkeypatch.setattr(agent_loop_module, "_SHUTDOWN_S", 2.0)  # what a stopped engine costs
-    said: list[tuple[float, str]] = []
-    monkeypatch.setattr(module, "say", lambda text: said.append((time.monotonic(), text)))
-    config = settings(tiny_pair, train, tmp_path / "run", **{"trainer.max_restarts": len(LOSSES)})
-    losses, killed_at = iter(LOSSES), []
-
-    def build() -> Any:
-        trainer = build_trainer(config)
-        loss = next(losses, None)
-        if loss is not None:
-            loss.prepare(trainer, killed_at)
-        return trainer
-
-    module.run(build(), build)
-
-    errors = [(at, text) for at, text in said if text.startswith("error: ")]
-    assert len(errors) == len(killed_at) == len(LOSSES)
-    for loss, death, (at, text) in zip(LOSSES, killed_at, errors, strict=True):
-        cause, log, *_ = text.splitlines()
+    reported: list[tuple[float, str]] = []
+    monkeypatch.setattr(module, "report", lambda text: reported.append((time.monotonic(), text)))
+    for restarts, loss in enumerate(LOSSES):
+        monkeypatch.setenv("RESTART_COUNT", str(restarts))
+        trainer, killed_at = build_trainer(settings(tiny_pair, train, tmp_path / "run")), []
+        loss.prepare(trainer, killed_at)
+        with pytest.raises(SystemExit) as ended:
+            module.run(trainer)
+        assert ended.value.code == (module.LOST_AFTER_SAVE if trainer.saver.saved_any else module.LOST)
+        [(at, error)] = reported
+        reported.clear()
+        cause, log, *_ = error.splitlines()
         assert cause.startswith(loss.message)
         assert "the process died: " in cause
         assert log.startswith("log: /") and ".err on node " in log
-        assert at - death < 15, loss
-    expected, got = figures(tmp_path / "whole"), figures(tmp_path / "run")
+        assert at - killed_at[0] < 15, loss
+    monkeypatch.setenv("RESTART_COUNT", str(len(LOSSES)))
+    module.run(build_trainer(settings(tiny_pair, train, tmp_path / "run")))
+
+    expected, got = metrics_of(tmp_path / "whole"), metrics_of(tmp_path / "run")
     for step in expected:
         assert got[step] == pytest.approx(expected[step], rel=1e-6, abs=1e-6), f"step {step}"
     last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])

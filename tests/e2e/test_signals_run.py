@@ -1,32 +1,23 @@
-"""Signals and losses of whole runs, through the launch script: exit codes, what is said, what is left, going on."""
+"""Signals and losses of whole runs, through the launch script: exit codes, messages, what is left, going on."""
 
 import json
 import os
 import re
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.launch import Run, script_env, write_onerec_parquet
+from support.launch import Run, script_env, small_run, write_onerec_parquet
 from support.running import Running
 
 pytestmark = pytest.mark.slow
 
 STEPS = 12
-OVERRIDES = [
-    "actor_rollout_ref.actor.optim.lr=3e-4",
-    "actor_rollout_ref.actor.ppo_mini_batch_size=4",
-    "actor_rollout_ref.rollout.name=hf",
-    "data.max_prompt_length=64",
-    "data.max_response_length=16",
-    "data.train_batch_size=4",
-    "trainer.n_gpus_per_node=2",
-    f"trainer.total_training_steps={STEPS}",
-    "trainer.save_freq=100",
-    "trainer.val_before_train=False",
-]
+BATCH = {"data.train_batch_size": 4, "actor_rollout_ref.actor.ppo_mini_batch_size": 4, "trainer.save_freq": 100}
+OVERRIDES = small_run("hf", 2, STEPS, **BATCH)
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +25,8 @@ def env(tiny_pair: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, s
     return script_env(tiny_pair, write_onerec_parquet(tmp_path_factory.mktemp("data") / "train.parquet", 64))
 
 
-def figures(folder: Path) -> dict[int, dict[str, float]]:
-    """Figures by step, every step once, but for what the clock says and what only a step that saves has."""
+def metrics_of(folder: Path) -> dict[int, dict[str, float]]:
+    """Metrics by step, every step once, but for what the clock says and what only a step that saves has."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     own = ("timing", "perf/", "distill/teacher_canary")
@@ -71,7 +62,7 @@ def test_runs_that_are_stopped_by_signals_go_on_as_if_they_had_not_been(env: dic
 
     with Running(tmp_path / "run", OVERRIDES, env) as running:
         assert running.finish(300).returncode == 0
-    expected, got = figures(tmp_path / "whole"), figures(tmp_path / "run")
+    expected, got = metrics_of(tmp_path / "whole"), metrics_of(tmp_path / "run")
     for step in expected:
         assert got[step] == pytest.approx(expected[step], rel=1e-6, abs=1e-6), f"step {step}"
 
@@ -91,20 +82,23 @@ def test_sigterm_as_schedulers_send_it_reaches_the_driver_alone(env: dict[str, s
         ended = running.finish(60)
     assert time.monotonic() - started < 30
     assert ended.returncode == 143
-    assert ended.output.count("SIGTERM: this step is finished and saved") == 1, "said by the driver alone"
+    assert ended.output.count("SIGTERM: this step is finished and saved") == 1, "the driver's alone"
     assert f"stopped by SIGTERM: step {last_step(ended)} of {STEPS}, newest checkpoint " in ended.output
     assert "Traceback" not in ended.output
 
 
-def test_a_killed_rank_ends_the_run_with_its_cause_and_log_first(env: dict[str, str], tmp_path: Path) -> None:
-    with Running(tmp_path, [*OVERRIDES, "trainer.total_training_steps=500"], env) as running:
+def test_a_killed_rank_is_named_with_its_log_and_the_script_starts_the_run_again(
+    env: dict[str, str], tmp_path: Path
+) -> None:
+    with Running(tmp_path, small_run("hf", 2, 500, **BATCH), env | {"MAX_RESTARTS": "1"}) as running:
         running.wait_for_steps(1)
         rank = max(running.processes("ray::WorkerHost"))
-        started = time.monotonic()
         os.kill(rank, signal.SIGKILL)
-        ended = running.finish(30)
-    assert time.monotonic() - started < 30
-    assert ended.returncode == 1
+        wait_for(running, lambda: "restart 1 of MAX_RESTARTS=1" in running.output, 30)
+        wait_for(running, lambda: running.processes("ray::WorkerHost"), 120)
+        os.kill(running.process.pid, signal.SIGTERM)
+        ended = running.finish(60)
+    assert ended.returncode == 143
     _, error, rest = ended.output.partition("error: ")
     assert error
     cause, log, *further = rest.splitlines()
@@ -115,16 +109,16 @@ def test_a_killed_rank_ends_the_run_with_its_cause_and_log_first(env: dict[str, 
     assert any(line.startswith("step ") and "no checkpoint" in line for line in further)
 
 
-def wait_for_workers(running: Running) -> None:
-    deadline = time.monotonic() + 120
-    while not running.processes("ray::"):
+def wait_for(running: Running, reached: Callable[[], object], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not reached():
         assert time.monotonic() < deadline, running.output
         time.sleep(0.05)
 
 
 def test_sigterm_during_the_start_leaves_at_once(env: dict[str, str], tmp_path: Path) -> None:
     with Running(tmp_path, OVERRIDES, env) as running:
-        wait_for_workers(running)
+        wait_for(running, lambda: running.processes("ray::"), 120)
         os.kill(running.process.pid, signal.SIGTERM)
         ended = running.finish(30)
     assert ended.returncode == 143

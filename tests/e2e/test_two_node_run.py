@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from ray.cluster_utils import Cluster
-from support.launch import Run, launch, script_env, write_onerec_parquet
+from support.launch import Run, launch, script_env, small_run, write_onerec_parquet
 from support.tiny_pairs import REPO, Pair
 
 pytestmark = pytest.mark.slow
@@ -22,17 +22,14 @@ def address() -> Iterator[str]:
     cluster.shutdown()
 
 
-def run(pair: Pair, folder: Path, address: str, *overrides: str) -> Run:
-    env = script_env(pair, write_onerec_parquet(folder / "train.parquet", 16)) | {"N_GPUS_PER_NODE": "1"}
-    sizes = ["data.max_prompt_length=64", "data.max_response_length=16", "data.train_batch_size=8"]
-    sizes += ["actor_rollout_ref.actor.ppo_mini_batch_size=8", "actor_rollout_ref.rollout.name=hf"]
-    sizes += ["trainer.logger=[file]", f"ray_kwargs.ray_init.address={address}"]
-    return launch(folder / "run", [*sizes, *overrides], env)
+def run(pair: Pair, folder: Path, address: str, **changes: object) -> Run:
+    env = script_env(pair, write_onerec_parquet(folder / "train.parquet", 16))
+    return launch(folder / "run", small_run("hf", 1, 2, **{"ray_kwargs.ray_init.address": address, **changes}), env)
 
 
 def test_student_on_both_nodes_and_a_teacher_of_its_own(tiny_pair: Pair, address: str, tmp_path: Path) -> None:
-    pools = ["trainer.nnodes=2", "trainer.teacher_nnodes=1", "trainer.teacher_n_gpus_per_node=1"]
-    finished = run(tiny_pair, tmp_path, address, *pools, "trainer.total_training_steps=2", "trainer.save_freq=2")
+    pools = {"trainer.nnodes": 2, "trainer.teacher_nnodes": 1, "trainer.teacher_n_gpus_per_node": 1}
+    finished = run(tiny_pair, tmp_path, address, **pools)
     assert finished.returncode == 0, finished.output[-6000:]
     assert "pool train: 1 process of CPU 0.25, GPU 0 on each of 2 nodes, for actor" in finished.output
     assert len(finished.series("distill/reverse_kl")) == 2
@@ -43,8 +40,7 @@ def test_student_on_both_nodes_and_a_teacher_of_its_own(tiny_pair: Pair, address
 def test_a_pool_that_the_cluster_cannot_hold_is_said_in_the_last_lines(
     tiny_pair: Pair, address: str, tmp_path: Path
 ) -> None:
-    override = ["trainer.nnodes=4", "trainer.total_training_steps=1"]
-    finished = run(tiny_pair, tmp_path, address, *override)
+    finished = run(tiny_pair, tmp_path, address, **{"trainer.nnodes": 4})
     assert finished.returncode == 1
     assert "error: 'train' asks for 1 process of CPU 0.25, GPU 0 on each of 4 nodes; the cluster has" in finished.output
     assert "Traceback" not in finished.output

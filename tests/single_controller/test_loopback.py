@@ -25,47 +25,39 @@ print(GcsClient(address=sys.argv[1]).internal_kv_keys(b"", None, 5))
 """
 
 
+WITHOUT_RAY = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+
+
 @pytest.fixture(scope="module")
 def host(repo: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
     """Address and token of a Ray that a process of ours started."""
-    env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     home = tmp_path_factory.mktemp("home")
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-c", HOST],
         cwd=repo,
-        env={**env, "HOME": str(home)},
+        env=WITHOUT_RAY | {"HOME": str(home)},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-    )
-    assert process.stdout is not None
-    try:
-        address, token = process.stdout.readline().split()
-        yield address, token
-    finally:
-        process.communicate("\n", timeout=60)
+    ) as process:
+        assert process.stdout is not None
+        try:
+            address, token = process.stdout.readline().split()
+            yield address, token
+        finally:
+            process.communicate("\n", timeout=60)
     assert not (home / ".ray").exists(), "no file holds the token"
 
 
-def ask(address: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Ask Ray's head for something, as another process of this machine."""
-    env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | environment
-    return subprocess.run([sys.executable, "-c", GUEST, address], env=env, capture_output=True, text=True, timeout=120)
-
-
-def test_ray_is_on_the_loopback_and_serves_who_has_the_token(host: tuple[str, str]) -> None:
+@pytest.mark.parametrize("mode", ["token", "another token", "disabled"])
+def test_ray_is_on_the_loopback_and_serves_who_has_the_token(host: tuple[str, str], mode: str) -> None:
     address, token = host
     assert address.startswith("127.0.0.1:")
-    served = ask(address, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=token)
-    assert served.returncode == 0 and b"[" in served.stdout.encode(), served.stderr[-2000:]
-
-
-@pytest.mark.parametrize(
-    "environment",
-    [{"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}, {"RAY_AUTH_MODE": "disabled"}],
-    ids=["another token", "no token"],
-)
-def test_nobody_is_served_without_it(host: tuple[str, str], environment: dict[str, str]) -> None:
-    refused = ask(host[0], **environment)
-    assert refused.returncode != 0
-    assert "nauthenticated" in refused.stderr or "uthentication" in refused.stderr, refused.stderr[-2000:]
+    env = {"RAY_AUTH_MODE": mode.split()[-1], "RAY_AUTH_TOKEN": token if mode == "token" else "0" * 64}
+    command = [sys.executable, "-c", GUEST, address]
+    guest = subprocess.run(command, env=WITHOUT_RAY | env, capture_output=True, text=True, timeout=120)
+    if mode == "token":
+        assert guest.returncode == 0 and "[" in guest.stdout, guest.stderr[-2000:]
+    else:
+        assert guest.returncode != 0
+        assert "nauthenticated" in guest.stderr or "uthentication" in guest.stderr, guest.stderr[-2000:]

@@ -61,7 +61,7 @@ def test_a_full_disk_is_named_with_what_to_do() -> None:
     """The disk counts as full from a hundredth of it on."""
     with group(_system_config={"local_fs_capacity_threshold": 0.01}) as actor:
         for method in (actor.double, actor.total):
-            with pytest.raises(WorkerError, match=r"^actor\.\w+ could not be given its data: no room: .*_temp_dir"):
+            with pytest.raises(WorkerError, match=r"^actor\.\w+ could not be given its data: no space: .*_temp_dir"):
                 method(rows(COLUMNS))
-        with pytest.raises(WorkerError, match=r"^actor.widen failed on rank \d of 2, node \S+: no room: .*_temp_dir"):
+        with pytest.raises(WorkerError, match=r"^actor.widen failed on rank \d of 2, node \S+: no space: .*_temp_dir"):
             actor.widen(rows(1))

@@ -81,12 +81,9 @@ def test_defaults():
     pool = RayResourcePool([2, 3], use_gpu=False)
     assert (pool.rank_share, pool.world_size) == ({"CPU": 0.25}, 5)
     assert RayResourcePool([1], use_gpu=False, cpus_per_process=2.0).rank_share == {"CPU": 2.0}
-
-
-@pytest.mark.parametrize("process_on_nodes", [[], [0], [2, -1]])
-def test_empty_pools_are_refused(process_on_nodes):
-    with pytest.raises(ValueError, match="process_on_nodes"):
-        RayResourcePool(process_on_nodes)
+    for empty in ([], [0], [2, -1]):
+        with pytest.raises(ValueError, match="process_on_nodes"):
+            RayResourcePool(empty)
 
 
 def test_free_ports_lie_below_those_of_outgoing_connections():

@@ -10,7 +10,7 @@ from support.exact_cases import LEAK, Models, scored, workers, workers_apart
 from support.tiny_workers import assert_same_gradient, first_gradient
 
 from verl.config import DistillConfig, TeacherConfig
-from verl.single_controller.base.object_store import InProcessObjectStore
+from verl.single_controller.base.worker import InProcessObjectStore
 from verl.workers.actor.teachers import HIDDEN_STATE_HANDLES
 
 pytestmark = pytest.mark.usefixtures("one_rank")
@@ -90,7 +90,7 @@ def test_a_head_that_two_teachers_share_is_exported_once(models: Models) -> None
 
 def test_a_handle_of_this_process_does_not_leave_it() -> None:
     object_store = InProcessObjectStore()
-    handle = object_store.lend([1, 2])
-    assert object_store.fetch([handle, handle]) == [[1, 2], [1, 2]]
-    with pytest.raises(TypeError, match="one process"):
+    handle = object_store.put([1, 2])
+    assert object_store.get([handle, handle]) == [[1, 2], [1, 2]]
+    with pytest.raises(TypeError, match="put into the store of one process"):
         pickle.dumps(handle)

@@ -76,9 +76,6 @@ class TrainerConfig:
     """What may differ from the checkpoint that is resumed though it changes what is trained: keys or sections, such as
     ``algorithm.distill_adv_max_clip`` or ``data`` (whose position then starts over), and ``student.weights``,
     ``teacher``, ``vocabulary``."""
-    max_restarts: Annotated[Int, Field(ge=0)] = 0
-    """Restarts, within the run, of all ranks, engines and agent-loop workers after one of them failed: from the newest
-    checkpoint, or from the start where there is none. Errors that a user has to fix end the run."""
     grace_s: NonNegativeFloat = 120.0
     """Seconds that the run has after SIGTERM or Ctrl-C to finish its step and save it; then, or at a second signal, it
     ends at once. Ending the processes takes some seconds more."""

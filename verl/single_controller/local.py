@@ -40,5 +40,5 @@ class LocalWorkerGroup(WorkerGroup):
 def local_groups(workers: Mapping[str, Worker]) -> dict[str, LocalWorkerGroup]:
     """A group per role; the workers know each other as the roles of one process do."""
     for worker in workers.values():
-        worker.colocated_roles = workers
+        worker.attach(workers, worker.object_store)
     return {role: LocalWorkerGroup(worker) for role, worker in workers.items()}

@@ -1,8 +1,8 @@
-"""Keeps a run on one machine to that machine: what it opens listens on the loopback alone, and asks for a token.
+"""Keeps a run on one machine to that machine: its sockets listen on the loopback alone, and Ray needs a token.
 
 In: the environment of the driver, before Ray is imported. Out: the same, which every process of the run inherits. What
 the user set there stays. Not here: clusters, whose nodes have to reach each other; ``init_ray_cluster.sh`` gives them a
-token, and says which interface is theirs.
+token and their own interface.
 """
 
 import os

@@ -118,7 +118,7 @@ class StudentWorker(Worker):
     def fetch_heads(self, handles: Mapping[str, Sequence[Any]]) -> None:
         """Fetch the heads of teachers on other ranks, by role; a head that two of them share once."""
         distinct = list(dict.fromkeys(handle for of_role in handles.values() for handle in of_role))
-        values = self.object_store.fetch(distinct)
+        values = self.object_store.get(distinct)
         heads = {handle: value.tensor("head") for handle, value in zip(distinct, values, strict=True)}
         self._teacher_heads = {role: [heads[handle] for handle in of_role] for role, of_role in handles.items()}
 
@@ -178,7 +178,7 @@ class StudentWorker(Worker):
             return TopKTeacher(knows_extended, self.actor.vocabulary, device), weight
         if role in self._teacher_heads:
             heads = [head.to(device) for head in self._teacher_heads[role]]
-            return RemoteTeacher(knows_extended, heads, self.object_store.fetch), weight
+            return RemoteTeacher(knows_extended, heads, self.object_store.get), weight
         worker = self.colocated_roles.get(role)
         if not isinstance(worker, TeacherWorker):
             raise ValueError(

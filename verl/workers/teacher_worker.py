@@ -144,7 +144,7 @@ class TeacherWorker(Worker):
                     target[positions.rows, positions.columns] = values.to(target.dtype).cpu()
                 if exports_hidden_states:
                     for row, states in hidden_states_by_row(positions, log_probs):
-                        handles[row] = self.object_store.lend(states)
+                        handles[row] = self.object_store.put(states)
         return DataProto.from_dict(scores, {HIDDEN_STATE_HANDLES: handles} if exports_hidden_states else None)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
@@ -158,7 +158,7 @@ class TeacherWorker(Worker):
                 if model.head_handles is None:
                     head = model.head()
                     exported = DataProto.from_dict({"head": head.to("cpu", copy=True)}) if self.rank == 0 else None
-                    model.head_handles = [] if exported is None else [self.object_store.lend(exported)]
+                    model.head_handles = [] if exported is None else [self.object_store.put(exported)]
             return [handle for model in teacher.models for handle in model.head_handles or []]
 
     @contextmanager

@@ -124,7 +124,6 @@ def test_folder_of_a_run_follows_its_name() -> None:
         (f"{ACTOR}.clip_ratio_c=1", "1 must be above 1"),
         (f"{ACTOR}.optim.min_lr_ratio=1.5", "1.5 must be at most 1"),
         (f"{DISTILL}.leak_target=1", "1 must be below 1"),
-        ("trainer.max_restarts=-1", "-1 must be at least 0"),
         ("trainer.max_actor_ckpt_to_keep=0", "0 must be at least 1, or null"),
         (f"{ROLLOUT}.timeout_s=0", "0 must be above 0, or null"),
         (f"{ROLLOUT}.top_k=0", "0 must be -1 (all) or at least 1"),

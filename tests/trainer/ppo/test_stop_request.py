@@ -62,7 +62,7 @@ def signals_in(trainer: Any, method: str, step: int, number: signal.Signals) -> 
     setattr(trainer, method, stage)
 
 
-def figures(lines: list[tuple[int, dict[str, float]]]) -> list[tuple[int, dict[str, float]]]:
+def metrics_of(lines: list[tuple[int, dict[str, float]]]) -> list[tuple[int, dict[str, float]]]:
     """Without what the clock says, and what only a step that saves has."""
     left_out = ("timing", "perf/", "distill/teacher_canary")
     return [(step, {k: v for k, v in data.items() if not k.startswith(left_out)}) for step, data in lines]
@@ -76,67 +76,73 @@ def test_a_signal_in_any_stage_ends_the_run_after_its_step_and_nothing_is_lost(
     whole.fit()
     step = 2 if stage == "save" else 1  # no checkpoint is due at step 1
     stopped, log = trainer_of(tmp_path / "run")
-    stopped.stop = listening()
+    stop = listening()
     signals_in(stopped, STAGES[stage], step, signal.SIGTERM)
-    stopped.fit()
+    stopped.fit(stop)
     assert stopped.global_steps == step
-    assert stopped.stop.requested
-    assert stopped.stop.exit_code == 143
+    assert stop.requested and stop.exit_code == 143
     assert log[-1] == f"save {step}"
     assert (tmp_path / "run" / "latest_checkpointed_iteration.txt").read_text() == f"{step}\n"
 
     resumed, _ = trainer_of(tmp_path / "run")
     resumed.fit()
     assert resumed.logger.went_on_after == [step]
-    assert figures(stopped.logger.lines + resumed.logger.lines) == figures(whole.logger.lines)
+    assert metrics_of(stopped.logger.lines + resumed.logger.lines) == metrics_of(whole.logger.lines)
 
 
 def test_where_no_checkpoint_was_asked_for_the_run_leaves_without_one(
     tmp_path: Path, listening: Callable[..., StopRequest]
 ) -> None:
     trainer, log = trainer_of(tmp_path, save_freq=-1)
-    trainer.stop = listening()
+    stop = listening()
     signals_in(trainer, "update_actor", 3, signal.SIGINT)
-    trainer.fit()
+    trainer.fit(stop)
     assert trainer.global_steps == 3
-    assert trainer.stop.exit_code == 130
+    assert stop.exit_code == 130
     assert not [event for event in log if event.startswith("save")]
 
 
-def test_a_second_signal_leaves_at_once(tmp_path: Path, listening: Callable[..., StopRequest]) -> None:
+def test_another_signal_leaves_at_once(tmp_path: Path, listening: Callable[..., StopRequest]) -> None:
     trainer, log = trainer_of(tmp_path)
-    trainer.stop = listening()
+    stop = listening()
     signals_in(trainer, "old_log_prob", 1, signal.SIGTERM)
     signals_in(trainer, "ref_log_prob", 1, signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
-        trainer.fit()
+        trainer.fit(stop)
     assert "update" not in log
-    assert trainer.stop.name == "SIGTERM", "the first one decides the exit code"
+    assert stop.name == "SIGTERM", "the first one decides the exit code"
+
+
+def test_the_same_signal_within_a_second_counts_once(tmp_path: Path, listening: Callable[..., StopRequest]) -> None:
+    """A launch script passes on what a scheduler has sent to every process."""
+    trainer, log = trainer_of(tmp_path)
+    stop = listening()
+    signals_in(trainer, "old_log_prob", 1, signal.SIGTERM)
+    signals_in(trainer, "ref_log_prob", 1, signal.SIGTERM)
+    trainer.fit(stop)
+    assert trainer.global_steps == 1 and log[-1] == "save 1"
+    time.sleep(1.1)
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGTERM)
 
 
 def test_the_end_of_the_grace_leaves_at_once(tmp_path: Path, listening: Callable[..., StopRequest]) -> None:
     trainer, log = trainer_of(tmp_path)
     trainer.config.trainer.val_before_train = False
-    trainer.stop = listening(0.2)
     signals_in(trainer, "old_log_prob", 1, signal.SIGTERM)
-
-    def hang(*_: Any) -> None:
-        time.sleep(30)
-
-    trainer.ref_log_prob = hang
+    trainer.ref_log_prob = lambda _: time.sleep(30)
     started = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        trainer.fit()
+        trainer.fit(listening(0.2))
     assert time.monotonic() - started < 10
     assert "update" not in log
 
 
 def test_before_the_first_step_a_signal_leaves_at_once(tmp_path: Path, listening: Callable[..., StopRequest]) -> None:
     trainer, log = trainer_of(tmp_path)
-    trainer.stop = listening()
     signals_in(trainer, "score_validation", 0, signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt):
-        trainer.fit()
+        trainer.fit(listening())
     assert log[-2:] == ["generate", "sleep"], "validation is the last it did"
     assert "update" not in log
 
@@ -144,6 +150,5 @@ def test_before_the_first_step_a_signal_leaves_at_once(tmp_path: Path, listening
 def test_while_the_run_ends_signals_change_nothing(listening: Callable[..., StopRequest]) -> None:
     stop = listening()
     stop.leave()
-    os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(0.01)
+    signal.raise_signal(signal.SIGTERM)
     assert not stop.requested

@@ -28,7 +28,6 @@ from verl.protocol import DataProto
 from verl.single_controller.base import Worker
 from verl.single_controller.base.decorator import Dispatch, register
 from verl.single_controller.ray.node_check import check_nodes_hold
-from verl.single_controller.ray.node_report import NeededPath
 from verl.trainer.ppo.worker_groups import WorkerGroups, plan_pools
 from verl.workers.actor.teachers import HIDDEN_STATE_HANDLES
 from verl.workers.student_worker import StudentWorker
@@ -179,7 +178,7 @@ def test_a_node_is_asked_on_the_node(tmp_path: Path) -> None:
     """The one node has what the driver has; a node that is gone is named."""
     (tmp_path / "config.json").write_text("{}")
     node = ray.get_runtime_context().get_node_id()
-    needed = [NeededPath("actor_rollout_ref.model.path", str(tmp_path))]
+    needed = {"actor_rollout_ref.model.path": str(tmp_path)}
     check_nodes_hold({node: needed}, {node: "10.0.0.1"}, ["torch", "ray", "transformers", "tensordict"])
     gone = "ab" * (len(node) // 2)
     with pytest.raises(ValueError, match=r"node 10.0.0.9: it could not be asked") as caught:

@@ -10,7 +10,7 @@
 In: prompts as a ``DataProto`` (``uid``, and ``raw_prompt`` or ``prompt_ids``). Out: the rollout's keys alone
 (``verl/protocol.py``), rows in the order of the prompts; ``meta_info["metrics"]`` has the batch's figures.
 
-Beside this module only ``servers`` and ``remote_calls`` know Ray; the public names here are verl's.
+Beside this module only ``servers`` knows Ray; the public names here are verl's.
 """
 
 import logging
@@ -33,13 +33,12 @@ from verl.experimental.agent_loop.base import (
     register,
 )
 from verl.experimental.agent_loop.placement import ReplicaPlace, plan_replicas
-from verl.experimental.agent_loop.remote_calls import Remote, as_they_come, collect
 from verl.experimental.agent_loop.rows import summarise
 from verl.experimental.agent_loop.sampling import SEED_KEY, sample_seeds
 from verl.experimental.agent_loop.servers import AsyncLLMServerManager, Replica
 from verl.experimental.agent_loop.worker import AgentLoopWorker, WorkerResult, load_tools
 from verl.protocol import DataProto
-from verl.utils.process_death import disk_full_text
+from verl.single_controller.ray.calls import Remote, as_they_come, collect, disk_full_text
 from verl.utils.row_buffer import RowBuffer
 from verl.utils.tokenizer import hf_tokenizer
 from verl.weight_sync.sync import WeightSource, send_weights

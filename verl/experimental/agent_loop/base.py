@@ -16,14 +16,11 @@ from typing import Any, TypeVar
 from verl.config import RolloutConfig
 from verl.experimental.agent_loop.chat_template import ChatTemplate
 from verl.experimental.agent_loop.masks import extended_token_mask, trainable_mask
+from verl.single_controller.base import RolloutError
 from verl.tools.base_tool import BaseTool
 from verl.workers.rollout.replica import TokenOutput
 
 Generate = Callable[[list[int], dict[str, Any]], Awaitable[TokenOutput]]
-
-
-class RolloutError(RuntimeError):
-    """An engine or an agent-loop worker failed; the message names it and the cause."""
 
 
 @dataclass

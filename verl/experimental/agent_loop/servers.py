@@ -24,7 +24,7 @@ import ray
 from ray.exceptions import RayError
 
 from verl.experimental.agent_loop.base import RolloutError
-from verl.experimental.agent_loop.remote_calls import Remote
+from verl.single_controller.ray.calls import Remote
 from verl.workers.rollout.replica import TokenOutput
 
 logger = logging.getLogger(__name__)

@@ -1,7 +1,7 @@
 """How one call on a worker group becomes one call per rank, and the ranks' results become one result.
 
-``register`` notes on a worker's method how it wants to be called; ``plan_calls`` carries that out. Nothing here knows
-how a call reaches a rank.
+``register`` marks a worker's method with how its arguments and results travel; ``plan_calls`` carries that out. How a
+call reaches a rank is the group's part.
 
     group.method(batch) ── plan_calls ──► rank 0: method(rows 0..k)  ──┐
                                           rank 1: method(rows k..2k) ──┴─ collect ──► one DataProto
@@ -10,7 +10,7 @@ how a call reaches a rank.
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -18,7 +18,6 @@ from verl.protocol import DataProto
 from verl.utils.row_buffer import RowBuffer
 
 F = TypeVar("F", bound=Callable[..., Any])
-T = TypeVar("T")
 
 _ATTRIBUTE = "_verl_registration"
 
@@ -30,10 +29,6 @@ class Dispatch(Enum):
     """Rank 0 alone runs the method; its result comes back."""
     ONE_TO_ALL = "one_to_all"
     """Every rank gets the same arguments; a list of results, by rank, comes back."""
-    ALL_TO_ALL = "all_to_all"
-    """Where every argument is a list with one entry per rank, each rank gets its entry, else as ``ONE_TO_ALL``."""
-    DP_COMPUTE = "dp_compute"
-    """Every argument must hold one entry per rank; a list of results comes back."""
     DP_COMPUTE_PROTO = "dp_compute_proto"
     """Each rank gets its run of the rows of every ``DataProto``, and other arguments as they are; the ``DataProto``
     results come back as one."""
@@ -48,12 +43,11 @@ class Execute(Enum):
 
 @dataclass(frozen=True)
 class Registration:
-    """What ``register`` notes on a method."""
+    """The arguments of ``register``."""
 
     dispatch_mode: Dispatch
     execute_mode: Execute
-    blocking: bool
-    padding: bool
+    padding: bool = True
     reads: tuple[str, ...] | None = None
 
 
@@ -69,24 +63,9 @@ Results = Iterable[tuple[int, Any]]
 Collect = Callable[[Results], Any]
 
 
-class WorkerFuture(Generic[T]):
-    """The result of a call that is still running."""
-
-    def __init__(self, fetch: Callable[[], T]) -> None:
-        self._fetch: Callable[[], T] | None = fetch
-        self._result: T | None = None
-
-    def get(self) -> T:
-        """Wait for the result; raises what the call raised."""
-        if self._fetch is not None:
-            self._result, self._fetch = self._fetch(), None
-        return self._result  # type: ignore[return-value]  # set as soon as _fetch is None
-
-
 def register(
-    dispatch_mode: Dispatch = Dispatch.ALL_TO_ALL,
+    dispatch_mode: Dispatch = Dispatch.ONE_TO_ALL,
     execute_mode: Execute = Execute.ALL,
-    blocking: bool = True,
     padding: bool = True,
     reads: Sequence[str] | None = None,
 ) -> Callable[[F], F]:
@@ -95,18 +74,17 @@ def register(
     Args:
         dispatch_mode: how arguments are split and results joined.
         execute_mode: ``RANK_ZERO`` runs the method on rank 0 only.
-        blocking: wait for the result; False returns a ``WorkerFuture``.
         padding: with ``DP_COMPUTE_PROTO``, repeat rows where they do not divide over the ranks and drop their results.
             False raises ValueError instead: for methods where a repeated row would count twice.
         reads: with ``DP_COMPUTE_PROTO``, the batch keys that the method reads where they are there; no others travel.
             None: all.
     """
-    if execute_mode is Execute.RANK_ZERO and dispatch_mode in (Dispatch.DP_COMPUTE, Dispatch.DP_COMPUTE_PROTO):
+    if execute_mode is Execute.RANK_ZERO and dispatch_mode is Dispatch.DP_COMPUTE_PROTO:
         raise ValueError(f"{dispatch_mode} splits its arguments over all ranks; it cannot run on rank 0 alone")
 
     def mark(method: F) -> F:
         read_keys = None if reads is None else tuple(reads)
-        setattr(method, _ATTRIBUTE, Registration(dispatch_mode, execute_mode, blocking, padding, read_keys))
+        setattr(method, _ATTRIBUTE, Registration(dispatch_mode, execute_mode, padding, read_keys))
         return method
 
     return mark
@@ -125,71 +103,49 @@ def registered_methods(worker_class: type) -> dict[str, Registration]:
 def plan_calls(
     method: str, registration: Registration, world_size: int, args: Sequence[Any], kwargs: dict[str, Any]
 ) -> tuple[list[Call], Collect]:
-    """The calls of ranks 0, 1, ..., and what makes one result of theirs.
+    """The calls of ranks 0, 1, ..., and the function that joins their results.
 
     Raises:
         ValueError: the arguments do not fit the ranks; the message names the method and the numbers.
     """
-    args = tuple(_materialize(value) for value in args)
-    kwargs = {name: _materialize(value) for name, value in kwargs.items()}
-    mode = registration.dispatch_mode
-    if mode is Dispatch.RANK_ZERO or registration.execute_mode is Execute.RANK_ZERO:
-        return [Call(args, kwargs)], _first
-    if mode is Dispatch.DP_COMPUTE_PROTO:
+    if registration.dispatch_mode is Dispatch.DP_COMPUTE_PROTO:
         return _split_rows(method, registration, world_size, args, kwargs)
-    values = [*args, *kwargs.values()]
-    listed = [isinstance(value, list | tuple) and len(value) == world_size for value in values]
-    if mode is Dispatch.DP_COMPUTE and not all(listed):
-        raise ValueError(f"{method} takes lists with one entry for each of its {world_size} ranks")
-    if mode is Dispatch.DP_COMPUTE or (mode is Dispatch.ALL_TO_ALL and listed and all(listed)):
-        return [_pick(args, kwargs, rank) for rank in range(world_size)], by_rank
-    return [Call(args, kwargs)] * world_size, by_rank
-
-
-def _materialize(value: Any) -> Any:
-    return value.get() if isinstance(value, WorkerFuture) else value
-
-
-def _first(results: Results) -> Any:
-    return by_rank(results)[0]
+    call = Call(tuple(args), kwargs)
+    if registration.dispatch_mode is Dispatch.RANK_ZERO or registration.execute_mode is Execute.RANK_ZERO:
+        return [call], lambda results: by_rank(results)[0]
+    return [call] * world_size, by_rank
 
 
 def by_rank(results: Results) -> list[Any]:
     """The results of ranks 0, 1, ..."""
-    found = dict(results)
-    return [found[rank] for rank in sorted(found)]
-
-
-def _pick(args: Sequence[Any], kwargs: dict[str, Any], rank: int) -> Call:
-    return Call(tuple(value[rank] for value in args), {name: value[rank] for name, value in kwargs.items()})
+    return [result for _, result in sorted(results, key=lambda item: item[0])]
 
 
 def _split_rows(
     method: str, registration: Registration, world_size: int, args: Sequence[Any], kwargs: dict[str, Any]
 ) -> tuple[list[Call], Collect]:
-    values = [_only(value, registration.reads) for value in (*args, *kwargs.values())]
+    values = [_select_read(value, registration.reads) for value in (*args, *kwargs.values())]
     sizes = sorted({len(value) for value in values if isinstance(value, DataProto)})
     if len(sizes) > 1:
         raise ValueError(f"{method} got batches of {' and '.join(map(str, sizes))} rows; they must be equally long")
     rows = sizes[0] if sizes else 0
-    pad_size = -rows % world_size
-    if pad_size and not registration.padding:
+    if rows % world_size and not registration.padding:
         raise ValueError(
             f"{method} got {rows} rows for {world_size} ranks, which do not divide; use a batch size that is a "
             f"multiple of {world_size} (a repeated row would count twice)"
         )
-    columns = [
+    shares = [
         _row_runs(value, world_size) if isinstance(value, DataProto) else [value] * world_size for value in values
     ]
-    count = len(args)
-    calls = [
-        Call(tuple(row[:count]), dict(zip(kwargs, row[count:], strict=True))) for row in zip(*columns, strict=True)
-    ] or [Call((), {})] * world_size
+    calls = []
+    for rank in range(world_size):
+        own = [share[rank] for share in shares]
+        calls.append(Call(tuple(own[: len(args)]), dict(zip(kwargs, own[len(args) :], strict=True))))
     return calls, lambda results: _join_rows(method, results, rows, -(-rows // world_size))
 
 
-def _only(value: Any, keys: Sequence[str] | None) -> Any:
-    """The columns that a method reads; what it does not stays on the driver."""
+def _select_read(value: Any, keys: Sequence[str] | None) -> Any:
+    """The columns that a method reads; the others stay on the driver."""
     if keys is None or not isinstance(value, DataProto):
         return value
     tensors = None if value.batch is None else [key for key in keys if key in value.batch]
@@ -208,9 +164,10 @@ def _row_runs(data: DataProto, world_size: int) -> list[DataProto]:
 
 
 def _join_rows(method: str, results: Results, rows: int, share: int) -> Any:
-    """One ``DataProto`` of all ranks' rows without the padding; each rank's is let go as soon as it is in place.
+    """One ``DataProto`` of all ranks' rows without the padding; each rank's is freed as soon as it is copied.
 
-    Results without rows, such as figures alone, are joined as facts; results of other types come back as a list.
+    Results without rows, such as metrics alone, are joined by ``DataProto.concat``; results of other types come back as
+    a list.
     """
     buffer, others = RowBuffer(rows), dict[int, Any]()
     for rank, result in results:
@@ -227,7 +184,7 @@ def _join_rows(method: str, results: Results, rows: int, share: int) -> Any:
     odd = {rank: len(value) for rank, value in sorted(others.items()) if isinstance(value, DataProto) and len(value)}
     if odd or not buffer.is_empty:
         raise ValueError(
-            f"{method} must return {share} rows on every rank, or none on any, for padding to be told from rows; it "
+            f"{method} must return {share} rows on every rank, or none on any, for the padding to be found; it "
             f"did not on ranks {sorted(others)}, with rows by rank {odd}"
         )
     return DataProto.concat(values)

@@ -1,21 +1,57 @@
-"""What runs on one rank.
+"""The base of what runs on one rank, and how a worker hands large values to other ranks past the driver.
 
-A worker group starts one process per rank and tells it its place through environment variables; ``Worker`` reads
-them. Models, devices and the choice of a communication backend belong to the subclasses.
+A worker group starts one process per rank and passes its place in environment variables; ``Worker`` reads them.
+Models, devices and the choice of a communication backend belong to the subclasses.
+
+    rank that puts ── handle ──► driver ── handle ──► rank that gets
+          └──────────────────── the value ───────────────────┘
+
+A value lives as long as a handle to it does. A handle may travel in a batch, as any Python object.
 """
 
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn, Protocol
 
 import torch.distributed as dist
 
 from verl.single_controller.base.decorator import Dispatch, register
-from verl.single_controller.base.object_store import InProcessObjectStore, ObjectStore
 
 LOOPBACK = "127.0.0.1"
+
+
+class ObjectStore(Protocol):
+    """Where workers put values that are too large for the driver."""
+
+    def put(self, value: Any) -> Any:
+        """A small handle to a value, which nobody may change from now on."""
+
+    def get(self, handles: Sequence[Any]) -> list[Any]:
+        """The values of handles, wherever these were made; waits for them."""
+
+
+class InProcessHandle:
+    """The value itself, for workers that share a process."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("this value was put into the store of one process; only workers on Ray share across processes")
+
+
+class InProcessObjectStore:
+    """The `ObjectStore` of workers that share a process."""
+
+    def put(self, value: Any) -> InProcessHandle:
+        """See `ObjectStore`."""
+        return InProcessHandle(value)
+
+    def get(self, handles: Sequence[InProcessHandle]) -> list[Any]:
+        """See `ObjectStore`."""
+        return [handle.value for handle in handles]
 
 
 class Worker:
@@ -36,12 +72,17 @@ class Worker:
         """Number of processes on this node."""
         self.node_id = env.get("VERL_NODE_ID", "")
         """The scheduler's name of this node."""
-        self.node_ip = env.get("VERL_NODE_IP", "127.0.0.1")
+        self.node_ip = env.get("VERL_NODE_IP", LOOPBACK)
         """Address of this node."""
-        self.colocated_roles: Mapping[str, Worker] = {}
-        """The workers of this process by role, this one among them; filled once all of them are built."""
-        self.object_store: ObjectStore = InProcessObjectStore()
-        """How this worker hands values to other ranks past the driver; a worker group puts its own way here."""
+        self.attach({}, InProcessObjectStore())
+
+    def attach(self, colocated_roles: Mapping[str, "Worker"], object_store: ObjectStore) -> None:
+        """Get to know the workers of this process by role, this one among them, once all of them are built.
+
+        Args:
+            object_store: the store that all ranks of the run share.
+        """
+        self.colocated_roles, self.object_store = colocated_roles, object_store
 
     def init_process_group(self, backend: str, timeout_s: float = 1800.0) -> None:
         """Join ``torch.distributed``; a second call in one process (co-located roles) does nothing.
@@ -53,23 +94,18 @@ class Worker:
         if dist.is_initialized():
             return
         timeout = timedelta(seconds=timeout_s)
-        store = self._meeting_place(timeout)
-        dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world_size, timeout=timeout)
-
-    def _meeting_place(self, timeout: timedelta) -> dist.Store:
-        """The store that rank 0 serves. Ranks of one machine meet on its loopback, where torch by itself would listen
-        on all interfaces.
-        """
         address, port = LOOPBACK, 0  # a lone rank meets nobody: whichever port is free
         if self.world_size > 1:
             address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         listener = None
         if self.rank == 0 and address == LOOPBACK:
+            # Ranks of one machine meet on its loopback, where torch by itself would listen on all interfaces.
             server = socket.create_server((address, port))
             port, listener = server.getsockname()[1], server.detach()
-        return dist.TCPStore(
+        store = dist.TCPStore(
             address, port, self.world_size, self.rank == 0, timeout, multi_tenant=True, master_listen_fd=listener
         )
+        dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world_size, timeout=timeout)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def get_placement(self) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The driver's handle on all ranks of a role: registered methods of the worker class are callable on the group.
 
-Splitting arguments and joining results is ``decorator``'s part; a subclass says how calls reach the ranks.
+Splitting arguments and joining results is ``decorator``'s part; a subclass decides how calls reach the ranks.
 """
 
 from abc import ABC, abstractmethod
@@ -8,16 +8,20 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from verl.single_controller.base.decorator import Call, Results, WorkerFuture, by_rank, plan_calls, registered_methods
+from verl.single_controller.base.decorator import Call, Results, plan_calls, registered_methods
 
 
 class WorkerError(RuntimeError):
-    """A worker raised or died. The first line says role, method, rank, node and cause, the second where its log is."""
+    """A worker raised or died. The first line has role, method, rank, node and cause, the second where its log is."""
 
     def __init__(self, message: str, *, by_user: bool = False) -> None:
         """``by_user``: it raised a ValueError, so the same again would end the same."""
         super().__init__(message)
         self.by_user = by_user
+
+
+class RolloutError(WorkerError):
+    """An engine or an agent-loop worker failed; the message names it, the cause and its log."""
 
 
 class WorkerGroup(ABC):
@@ -26,15 +30,11 @@ class WorkerGroup(ABC):
     def __init__(self, worker_class: type, world_size: int) -> None:
         self._registrations = registered_methods(worker_class)
         self._worker_class = worker_class
-        self._world_size = world_size
+        self.world_size = world_size
+        """Number of ranks."""
         hidden = [name for name in self._registrations if hasattr(type(self), name) and name != "get_placement"]
         if hidden:
             raise ValueError(f"{worker_class.__name__} registers {hidden}, which a group has itself; rename them")
-
-    @property
-    def world_size(self) -> int:
-        """Number of ranks."""
-        return self._world_size
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         if name.startswith("_"):
@@ -48,20 +48,9 @@ class WorkerGroup(ABC):
         """Where each rank runs; see ``Worker.get_placement``."""
         return self._run("get_placement")
 
-    def execute_all(self, method: str, *args: Any, **kwargs: Any) -> list[Any]:
-        """Run any method with the same arguments on every rank; returns the results by rank."""
-        return by_rank(self._finish(method, self._start(method, [Call(args, kwargs)] * self._world_size)))
-
-    def execute_rank_zero(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        """Run any method on rank 0 and return its result."""
-        return by_rank(self._finish(method, self._start(method, [Call(args, kwargs)])))[0]
-
     def _run(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        registration = self._registrations[method]
-        calls, collect = plan_calls(method, registration, self._world_size, args, kwargs)
-        running = self._start(method, calls)
-        future = WorkerFuture(lambda: collect(self._finish(method, running)))
-        return future.get() if registration.blocking else future
+        calls, collect = plan_calls(method, self._registrations[method], self.world_size, args, kwargs)
+        return collect(self._finish(method, self._start(method, calls)))
 
     @abstractmethod
     def _start(self, method: str, calls: Sequence[Call]) -> Any:

@@ -6,7 +6,7 @@
 
 Each rank's process is a ``WorkerHost``. It holds one instance per role, so that co-located roles share the process,
 its device and its process group. A rank's place (``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, ``LOCAL_WORLD_SIZE``,
-``MASTER_ADDR``, ``MASTER_PORT``) stands in its environment before anything is imported. Dead ranks are reported, never
+``MASTER_ADDR``, ``MASTER_PORT``) is in its environment before anything is imported. Dead ranks are reported, never
 restarted.
 """
 
@@ -23,12 +23,10 @@ from ray.exceptions import ObjectStoreFullError, OutOfDiskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from verl.single_controller.base.decorator import Call, Results, by_rank
-from verl.single_controller.base.worker import Worker
+from verl.single_controller.base.worker import LOOPBACK, Worker
 from verl.single_controller.base.worker_group import WorkerError, WorkerGroup
-from verl.single_controller.ray.failures import Processes, gather
-from verl.single_controller.ray.object_store import RayObjectStore
+from verl.single_controller.ray.calls import Ranks, disk_full_text
 from verl.single_controller.ray.resource_pool import RankPlace, RayResourcePool
-from verl.utils.process_death import disk_full_text
 
 QUIET_ENV = {
     "TOKENIZERS_PARALLELISM": "false",
@@ -51,18 +49,23 @@ class RayClassWithInitArgs:
         self.kwargs = kwargs
 
 
-class ColocatedClasses:
-    """Several roles for one process per rank, as ``create_colocated_worker_cls`` makes it."""
-
-    def __init__(self, roles: Mapping[str, RayClassWithInitArgs]) -> None:
-        self.roles = dict(roles)
-
-
-def create_colocated_worker_cls(class_dict: Mapping[str, RayClassWithInitArgs]) -> ColocatedClasses:
+def create_colocated_worker_cls(class_dict: Mapping[str, RayClassWithInitArgs]) -> dict[str, RayClassWithInitArgs]:
     """Put one instance of each role, built in this order, into every rank's process."""
     if not class_dict:
         raise ValueError("create_colocated_worker_cls needs at least one role")
-    return ColocatedClasses(class_dict)
+    return dict(class_dict)
+
+
+class RayObjectStore:
+    """Ray's own: handles are object references, which Ray counts, and a value stays on its node until it is fetched."""
+
+    def put(self, value: Any) -> ray.ObjectRef:
+        """See ``base.worker.ObjectStore``."""
+        return ray.put(value)
+
+    def get(self, handles: Sequence[ray.ObjectRef]) -> list[Any]:
+        """See ``base.worker.ObjectStore``."""
+        return ray.get(list(handles))
 
 
 class WorkerHost:
@@ -81,7 +84,7 @@ class WorkerHost:
         for role, worker in roles.items():
             self._workers[role] = worker.cls(*worker.args, **worker.kwargs)
         for built in self._workers.values():
-            built.colocated_roles, built.object_store = self._workers, RayObjectStore()
+            built.attach(self._workers, RayObjectStore())
 
     def call(self, role: str, method: str, call: Call) -> Any:
         return getattr(self._workers[role], method)(*call.args, **call.kwargs)
@@ -112,26 +115,25 @@ class RayWorkerGroup(WorkerGroup):
     def __init__(
         self,
         resource_pool: RayResourcePool,
-        ray_cls_with_init: RayClassWithInitArgs | ColocatedClasses,
+        ray_cls_with_init: RayClassWithInitArgs | dict[str, RayClassWithInitArgs],
         name_prefix: str = "",
         worker_env: Mapping[str, str] | None = None,
     ) -> None:
         """
         Args:
-            name_prefix: what the processes are called in messages and logs; default: the class or the roles.
+            name_prefix: name of the processes in messages and logs; default: the class or the roles.
             worker_env: further environment of every rank.
         """
-        worker_class: type
-        if isinstance(ray_cls_with_init, ColocatedClasses):
-            roles, worker_class = ray_cls_with_init.roles, Worker
-        else:
-            roles = {name_prefix or ray_cls_with_init.cls.__name__: ray_cls_with_init}
+        worker_class: type = Worker
+        if isinstance(ray_cls_with_init, RayClassWithInitArgs):
             worker_class = ray_cls_with_init.cls
+            roles = {name_prefix or worker_class.__name__: ray_cls_with_init}
+        else:
+            roles = ray_cls_with_init
         super().__init__(worker_class, resource_pool.world_size)
         self._roles = roles
         self._main_role = next(iter(roles))
-        self._pool: RayResourcePool | None = resource_pool
-        places = resource_pool.acquire()
+        places = resource_pool.reserve()
         label = name_prefix or "+".join(roles)
         self._hosts = [
             _start_host(f"{label} rank {rank}", place, environment, resource_pool)
@@ -139,9 +141,9 @@ class RayWorkerGroup(WorkerGroup):
                 zip(places, _environments(places, worker_env or {}), strict=True)
             )
         ]
-        self._processes = Processes("+".join(roles), self._hosts, [place.node_ip for place in places])
+        self._ranks = Ranks("+".join(roles), self._hosts, [place.node_ip for place in places])
         self.watch: Callable[[], None] = lambda: None
-        """Called now and then while a call runs: what it raises ends the wait."""
+        """Called now and then while a call runs; what it raises ends the wait."""
         shared_roles = ray.put(roles)
         self._building: list[Any] | None = [host.build.remote(shared_roles) for host in self._hosts]
 
@@ -156,7 +158,7 @@ class RayWorkerGroup(WorkerGroup):
         """Begin ``calls[i]`` on rank i; arguments that go to several ranks are stored once.
 
         Raises:
-            WorkerError: there is no room for the arguments, in memory or on disk.
+            WorkerError: neither memory nor disk has space for the arguments.
         """
         self._wait_built()
         first, payloads = calls[0], list[Any](calls)
@@ -170,26 +172,22 @@ class RayWorkerGroup(WorkerGroup):
 
     def finish_calls(self, call_name: str, running: Sequence[Any]) -> Results:
         """Ranks and results of ``start_calls`` as they come; raises ``WorkerError``."""
-        return gather(running, self._processes, call_name, self.watch)
+        return self._ranks.results(running, call_name, self.watch)
 
     def check_alive(self) -> None:
         """Raise ``WorkerError`` where a rank's process has died; returns at once."""
-        self._processes.check_alive()
+        self._ranks.check_alive()
 
     def _wait_built(self) -> None:
         if self._building is not None:
-            by_rank(self.finish_calls(f"{self._processes.name}.__init__", self._building))
+            by_rank(self.finish_calls(f"{self._ranks.name}.__init__", self._building))
             self._building = None
 
     def shutdown(self) -> None:
-        """End the processes and give their resources back; a second call does nothing."""
-        if self._pool is None:
-            return
+        """End the processes; their places stay the pool's. A second call does nothing."""
         if ray.is_initialized():
             for host in self._hosts:
                 ray.kill(host, no_restart=True)
-        self._pool.release()
-        self._pool = None
 
     def _start(self, method: str, calls: Sequence[Call]) -> list[Any]:
         return self.start_calls(self._main_role, method, calls)
@@ -212,7 +210,7 @@ def _start_host(label: str, place: RankPlace, environment: dict[str, str], pool:
 
 
 def _environments(places: Sequence[RankPlace], worker_env: Mapping[str, str]) -> list[dict[str, str]]:
-    """The environment of each rank: its place, quiet libraries, its share of the node's threads, the user's wishes."""
+    """The environment of each rank: its place, quiet libraries, its share of the node's threads, the user's own."""
     ranks_on_node = Counter(place.node_id for place in places)
     cpus = {node["NodeID"]: node["Resources"].get("CPU", 1.0) for node in ray.nodes()}
     job_env = ray.get_runtime_context().runtime_env.get("env_vars") or {}
@@ -232,16 +230,13 @@ def _environments(places: Sequence[RankPlace], worker_env: Mapping[str, str]) ->
         }
         environments.append({**inherited, **job_env, **worker_env, **{k: str(v) for k, v in rank_env.items()}})
         seen[place.node_id] += 1
-    master = {"MASTER_ADDR": _master_address(places), "MASTER_PORT": str(_master_port(places[0].node_id))}
+    first = places[0]
+    address = LOOPBACK if len(ranks_on_node) == 1 else first.node_ip
+    master = {"MASTER_ADDR": address, "MASTER_PORT": str(_free_port_on(first.node_id))}
     return [{**environment, **master} for environment in environments]
 
 
-def _master_address(places: Sequence[RankPlace]) -> str:
-    alone = len({place.node_id for place in places}) == 1
-    return "127.0.0.1" if alone else places[0].node_ip
-
-
-def _master_port(node_id: str) -> int:
+def _free_port_on(node_id: str) -> int:
     if node_id == ray.get_runtime_context().get_node_id():
         return find_free_port()
     task: Any = ray.remote(num_cpus=0)(find_free_port)

@@ -1,15 +1,14 @@
 """The places a worker group's ranks run at: one placement group per pool, in it one bundle per node.
 
 A bundle holds all of a node's ranks, and no two bundles of a pool share a node: ranks are packed, and a pool of two
-nodes is on two machines. Pools may share nodes with each other, never GPUs. Whether the cluster can hold them at all is
-checked before anything waits. On the CPU a rank asks for a quarter of a CPU: ranks take turns with the rollout engines,
-so Ray's CPU count only limits how many share a core.
+nodes is on two machines. Pools may share nodes with each other, never GPUs. Ray waits without end for what no cluster
+of its size can give, so whether it can is computed first. On the CPU a rank asks for a quarter of a CPU: ranks take
+turns with the rollout engines, so Ray's CPU count only limits how many share a core.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from ipaddress import ip_address
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
@@ -26,16 +25,14 @@ class ResourcesInUseError(RuntimeError):
     """The cluster has what a pool asks for, and something else keeps it."""
 
 
-@dataclass(frozen=True)
-class NodeResources:
-    """What a node has."""
+class NodeResources(NamedTuple):
+    """What a node has, free or not."""
 
     address: str
     resources: Mapping[str, float]
 
 
-@dataclass(frozen=True)
-class RankPlace:
+class RankPlace(NamedTuple):
     """One rank's place; the ranks of a node share a bundle."""
 
     group: PlacementGroup
@@ -63,8 +60,8 @@ class RayResourcePool:
         Args:
             process_on_nodes: ranks per node, each entry a node of its own.
             use_gpu: one GPU per rank.
-            name_prefix: what the pool is called in messages.
-            max_colocate_count: worker groups that share the pool, each rank taking that part of its share.
+            name_prefix: name of the pool in messages.
+            max_colocate_count: worker groups that may share the pool, each rank taking that part of its share.
             cpus_per_process: CPUs per rank; None: 1 with a GPU, else ``CPUS_PER_PROCESS``.
             settings: the keys that a message tells the user to lower.
         """
@@ -81,43 +78,43 @@ class RayResourcePool:
         self.rank_share: dict[str, float] = {"CPU": cpus, "GPU": 1.0} if use_gpu else {"CPU": cpus}
         """What one rank asks for."""
         self._group: PlacementGroup | None = None
-        self._users = 0
 
     @property
     def world_size(self) -> int:
         """Number of ranks."""
         return sum(self.process_on_nodes)
 
-    def acquire(self) -> list[RankPlace]:
-        """The ranks' places in rank order, for one worker group; every ``acquire`` needs a ``release``.
+    def reserve(self) -> list[RankPlace]:
+        """The ranks' places in rank order, kept until ``remove``; the same ones at every call.
 
         Raises:
-            ValueError: the cluster is too small, or too many worker groups share the pool.
+            ValueError: the cluster is too small.
             ResourcesInUseError: the resources exist and stay in use.
         """
-        if self._users == self.max_colocate_count:
-            raise ValueError(
-                f"{self.name_prefix!r} holds {self._users} worker groups already; raise max_colocate_count"
-            )
-        places = self.reserve()
-        self._users += 1
-        return places
-
-    def reserve(self) -> list[RankPlace]:
-        """The places in rank order, kept until ``remove`` or the last ``release``; raises what ``acquire`` does."""
         if self._group is None:
             check_capacity([self], alive_nodes())
-            self._group = self._wait_for_group()
-        return _places(self._group, self.process_on_nodes)
-
-    def release(self) -> None:
-        """Give the resources back when the last worker group has."""
-        self._users -= 1
-        if self._users == 0:
-            self.remove()
+            shares = [
+                {kind: amount * count for kind, amount in self.rank_share.items()} for count in self.process_on_nodes
+            ]
+            group = placement_group(shares, strategy="STRICT_SPREAD")
+            if not group.wait(WAIT_S):
+                remove_placement_group(group)
+                raise ResourcesInUseError(
+                    f"{self.name_prefix!r} waited {WAIT_S} s for {self.describe()}; free in the cluster now: "
+                    f"{_describe(ray.available_resources())}. End what holds the rest, or lower {self.settings}"
+                )
+            self._group = group
+        addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
+        nodes: dict[int, str] = placement_group_table(self._group)["bundles_to_node_id"]
+        in_order = sorted(nodes, key=lambda bundle: ip_address(addresses[nodes[bundle]]))
+        return [
+            RankPlace(self._group, bundle, nodes[bundle], addresses[nodes[bundle]])
+            for bundle in in_order
+            for _ in range(self.process_on_nodes[bundle])
+        ]
 
     def remove(self) -> None:
-        """Give the resources back at once; nothing happens where none are reserved."""
+        """Give the resources back; nothing happens where none are reserved."""
         if self._group is not None and ray.is_initialized():
             remove_placement_group(self._group)
         self._group = None
@@ -129,63 +126,45 @@ class RayResourcePool:
         on = "one node" if nodes == 1 else f"each of {nodes} nodes"
         return f"{ranks} process{'' if ranks == 1 else 'es'} of {_describe(self.rank_share)} on {on}"
 
-    def _wait_for_group(self) -> PlacementGroup:
-        bundles = [
-            {kind: amount * count for kind, amount in self.rank_share.items()} for count in self.process_on_nodes
-        ]
-        group = placement_group(bundles, strategy="STRICT_SPREAD")
-        if not group.wait(WAIT_S):
-            remove_placement_group(group)
-            raise ResourcesInUseError(
-                f"{self.name_prefix!r} waited {WAIT_S} s for {self.describe()}; free in the cluster now: "
-                f"{_describe(ray.available_resources())}. End what holds the rest, or lower {self.settings}"
-            )
-        return group
 
-
-def _places(group: PlacementGroup, process_on_nodes: Sequence[int]) -> list[RankPlace]:
-    addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
-    nodes = placement_group_table(group)["bundles_to_node_id"]
-    in_order = sorted(range(len(process_on_nodes)), key=lambda bundle: ip_address(addresses[nodes[bundle]]))
-    return [
-        RankPlace(group, bundle, nodes[bundle], addresses[nodes[bundle]])
-        for bundle in in_order
-        for _ in range(process_on_nodes[bundle])
-    ]
+def reserve_all(pools: Sequence[RayResourcePool]) -> None:
+    """Reserve the places of all pools, or of none where the cluster cannot hold them all; see ``reserve``."""
+    check_capacity(pools, alive_nodes())
+    for pool in _largest_first(pools):
+        pool.reserve()
 
 
 def alive_nodes() -> list[NodeResources]:
-    """The cluster's nodes with all they have, free or not."""
+    """The cluster's nodes."""
     return [NodeResources(node["NodeManagerAddress"], node["Resources"]) for node in ray.nodes() if node["Alive"]]
 
 
 def check_capacity(pools: Sequence[RayResourcePool], nodes: Sequence[NodeResources]) -> None:
     """Raise ValueError, with what is asked for and what there is, where the nodes cannot hold all pools at once.
 
-    Args:
-        pools: none of them reserved; those with the most ranks on a node choose first, and take the roomiest node.
-        nodes: what there is in all, free or not.
+    The pools with the most ranks on a node choose first, and take the node that holds the most of their ranks.
     """
     left = [dict(node.resources) for node in nodes]
     held: list[RayResourcePool] = []
-    for pool in largest_first(pools):
+    for pool in _largest_first(pools):
         unused = list(range(len(nodes)))
         for count in sorted(pool.process_on_nodes, reverse=True):
-            roomiest = max(unused, key=lambda node: _slots(left[node], pool.rank_share), default=None)
-            if roomiest is None or _slots(left[roomiest], pool.rank_share) < count:
+            largest = max(unused, key=lambda node: _slots(left[node], pool.rank_share), default=None)
+            if largest is None or _slots(left[largest], pool.rank_share) < count:
                 raise ValueError(_does_not_fit(pool, held, nodes))
-            unused.remove(roomiest)
+            unused.remove(largest)
             for kind, amount in pool.rank_share.items():
-                left[roomiest][kind] -= amount * count
+                left[largest][kind] -= amount * count
         held.append(pool)
 
 
-def largest_first(pools: Sequence[RayResourcePool]) -> list[RayResourcePool]:
+def _largest_first(pools: Sequence[RayResourcePool]) -> list[RayResourcePool]:
     """The order in which pools are reserved: a small one must not break up the nodes that a large one needs."""
     return sorted(pools, key=lambda pool: max(pool.process_on_nodes), reverse=True)
 
 
 def _slots(resources: Mapping[str, float], rank_share: Mapping[str, float]) -> int:
+    """The ranks that a node has resources for."""
     # The small term lets fractions such as 0.1 fill a CPU in spite of rounding.
     return int(min(resources.get(kind, 0.0) / amount for kind, amount in rank_share.items() if amount) + 1e-6)
 

@@ -1,11 +1,11 @@
 """The driver's Ray: a cluster that is there, or one of this run's own.
 
-In: the arguments of ``ray.init`` and what to add to them. Out: a connection, and an error that tells the fix.
+In: the arguments of ``ray.init`` and what to add to them. Out: a connection, or an error with its fix.
 
 A signal to the driver's process group or to every process of a job, as terminals and schedulers send it, is meant for
-the run, and the driver alone decides what becomes of the step that is under way. So Ray's daemons get process groups of
-their own and SIGTERM blocked, which all that they start inherits. Ray itself does no more than block SIGINT. The price:
-daemons do not heed Ray's SIGTERM either, and are killed a second later, four seconds in all.
+the run, and the driver alone decides what becomes of the current step. So Ray's daemons get process groups of their own
+and SIGTERM blocked, which all that they start inherits; Ray itself does no more than block SIGINT. The price: daemons
+ignore Ray's own SIGTERM too, and are killed a second later, four seconds in all.
 """
 
 import logging
@@ -14,9 +14,9 @@ import signal
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 
 from verl.utils.loopback import stays_here
@@ -47,30 +47,31 @@ def start_session(ray_init: Mapping[str, Any]) -> None:
 
 @contextmanager
 def own_process_group() -> Iterator[None]:
-    """What this process forks within the block gets a process group of its own, and SIGTERM blocked."""
-    _forking_apart.set()
+    """Every process that this one starts within the block gets a process group of its own, and SIGTERM blocked."""
+    _in_own_group.set()
     try:
         yield
     finally:
-        _forking_apart.clear()
+        _in_own_group.clear()
 
 
-def detach_loader() -> None:
-    if _forking_apart.is_set():
+def _leave_process_group() -> None:
+    if _in_own_group.is_set():
         os.setpgid(0, 0)
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
 
-_forking_apart = threading.Event()
-# Between fork and exec, where no argument of Ray's reaches: Python calls it where there is a ``preexec_fn``, as Ray's.
-os.register_at_fork(after_in_child=detach_loader)
+_in_own_group = threading.Event()
+# Ray's arguments do not reach the moment between fork and exec. Python calls this hook there where ``subprocess`` got a
+# ``preexec_fn``, as from Ray.
+os.register_at_fork(after_in_child=_leave_process_group)
 
 
 def session_arguments(ray_init: Mapping[str, Any]) -> dict[str, Any]:
     """``ray_init`` over our defaults: no dashboard on a run of its own, quiet processes.
 
-    Ray writes a ``runtime_env`` into its logs. On this machine secrets go past it, through the environment that all
-    processes inherit; on a cluster there is no other way to the workers, which is said.
+    Ray writes a ``runtime_env`` into its logs. On this machine secrets avoid it, through the environment that all
+    processes inherit; on a cluster there is no other way to the workers, and a warning names them.
     """
     given = dict(ray_init)
     runtime_env = dict(given.pop("runtime_env", {}))
@@ -93,30 +94,14 @@ def end_session(timeline_folder: str | None) -> None:
     if timeline_folder:
         os.makedirs(timeline_folder, exist_ok=True)
         ray.timeline(filename=os.path.join(timeline_folder, "timeline.json"))
-    started = _own_ray_processes()
+    # Some of Ray's helpers wait a minute for a Ray that has gone; one whose start was interrupted may leave more.
+    started = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            title = " ".join(process.cmdline())
+            if "ray::" in title or "/ray/" in title:
+                started.append(process)
     ray.shutdown()
     for process in started:
-        with suppress(ProcessLookupError):
-            signal.pidfd_send_signal(process, signal.SIGKILL)
-        os.close(process)
-
-
-def _own_ray_processes() -> list[int]:
-    """Handles of Ray's processes that descend from this one.
-
-    Some of Ray's helpers wait a minute for a Ray that has gone; one whose start was interrupted may leave more.
-    """
-    parents, titles = {}, {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):  # it has ended meanwhile
-            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            titles[int(folder.name)] = (folder / "cmdline").read_text()
-    handles = []
-    for pid, title in titles.items():
-        above = pid
-        while above in parents and above != os.getpid():
-            above = parents[above]
-        if above == os.getpid() != pid and ("ray::" in title or "/ray/" in title):
-            with suppress(ProcessLookupError):
-                handles.append(os.pidfd_open(pid))
-    return handles
+        with suppress(psutil.NoSuchProcess):
+            process.kill()

@@ -1,7 +1,7 @@
 """What a run needs of the machine that it starts on, checked before Ray starts.
 
 In: the configuration, and the kind of device. Out: the run's folder, or an error that says what this machine does not
-have. Not here: other machines (``single_controller.ray.node_report``).
+have. Not here: other machines (``single_controller.ray.node_check``).
 """
 
 import os

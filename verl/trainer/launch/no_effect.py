@@ -38,6 +38,7 @@ NO_EFFECT: dict[str, NoEffect] = {
     "trainer.max_critic_ckpt_to_keep": NoEffect("there is no critic"),
     "trainer.critic_warmup": NoEffect("there is no critic"),
     "trainer.ray_wait_register_center_timeout": NoEffect("worker groups need no register center"),
+    "trainer.max_restarts": NoEffect("restarts are the launch script's: MAX_RESTARTS=N"),
     "trainer.use_legacy_worker_impl": NoEffect("there is one implementation of the workers"),
     "ray_kwargs.timeline_json_file": NoEffect("Ray's timeline goes to trainer.ray_timeline_dir", ("null",)),
     # roles that are not built

@@ -14,6 +14,7 @@ Letters: B sequences, R response tokens.
 """
 
 import logging
+import os
 from functools import partial
 from typing import Any
 
@@ -92,9 +93,6 @@ class RayPPOTrainer:
         self.kl_controller = get_kl_controller(config.algorithm.kl_ctrl)
         self.stage_metrics: Metrics = {}
         self.global_steps = 0
-        self.restarts = 0
-        """How often the run lost its workers before this trainer was built; see ``verl.trainer.launch.run``."""
-        self.stop = StopRequest()
         all_epochs = self.prompts.batches_per_epoch * config.trainer.total_epochs
         self.total_steps = config.trainer.total_training_steps or all_epochs
         """Steps of the whole run."""
@@ -211,9 +209,9 @@ class RayPPOTrainer:
 
     # ------------------------------------------------------------------ the loop
 
-    def fit(self) -> None:
-        """Train until ``total_steps``: resume, step, validate, save, log."""
-        config = self.config.trainer
+    def fit(self, stop: StopRequest | None = None) -> None:
+        """Train until ``total_steps`` or until ``stop`` is requested: resume, step, validate, save, log."""
+        config, stop = self.config.trainer, stop or StopRequest()
         self.check_teachers()
         self.resume()
         if self.agent_loop_manager.asleep:
@@ -223,7 +221,7 @@ class RayPPOTrainer:
             self.logger.log(self.validate(), self.global_steps)
         if config.val_only or (self.global_steps > 0 and self.best.gives_up()):
             return
-        self.stop.takes_steps = True
+        stop.takes_steps = True
         with tqdm(total=self.total_steps, initial=self.global_steps, desc="train", unit="step", disable=None) as bar:
             for rows in self.prompts.batches():
                 self.global_steps += 1
@@ -231,14 +229,14 @@ class RayPPOTrainer:
                 try:
                     if self.val_loader is not None and self.is_due(config.test_freq):
                         metrics |= self.validate()
-                    is_last = self.is_last_step()
+                    is_last = stop.requested or self.is_last_step()
                     saves = self.is_saved(is_last)
                     metrics |= self.save_checkpoint(metrics, is_last) if saves else self.saver.poll()
                 finally:  # a run that ends here with an error keeps the figures of its last step
                     self.logger.log(metrics, self.global_steps)
                 self.skipped_updates.check(metrics, self.global_steps)
                 bar.update()
-                if is_last or (saves and self.stop.requested):
+                if is_last or (saves and stop.requested):
                     break
         self.saver.finish()
 
@@ -247,8 +245,8 @@ class RayPPOTrainer:
         return every > 0 and (self.global_steps % every == 0 or self.global_steps >= self.total_steps)
 
     def is_last_step(self) -> bool:
-        """Whether the run ends here: all steps are taken, it was told to stop, or it has not got better for long."""
-        return self.global_steps >= self.total_steps or self.stop.requested or self.best.gives_up()
+        """Whether the run ends here: all steps are taken, or validation has not improved for long."""
+        return self.global_steps >= self.total_steps or self.best.gives_up()
 
     def is_saved(self, is_last: bool) -> bool:
         """Whether this step leaves a checkpoint: one is due, it is the last of a run that saves, or the best so far."""
@@ -277,7 +275,7 @@ class RayPPOTrainer:
         metrics |= compute_timing_metrics(batch, timing)
         metrics |= compute_throughout_metrics(batch, timing, self.pools.get_n_gpus())
         place = {"training/global_step": self.global_steps, "training/epoch": self.prompts.epoch}
-        return metrics | place | {"training/restarts": self.restarts}
+        return metrics | place | {"training/restarts": int(os.environ.get("RESTART_COUNT", "0"))}
 
     def validate(self) -> Metrics:
         """Answer every validation prompt and measure the answers."""

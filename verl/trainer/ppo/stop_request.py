@@ -1,22 +1,26 @@
-"""SIGTERM and Ctrl-C: a wish to stop, which the loop grants at the end of its step.
+"""SIGTERM and Ctrl-C: a request to stop, which the loop grants at the end of its step.
 
 ::
 
     starting        a signal ─► KeyboardInterrupt: there is nothing to lose yet
-    taking steps    the first ─► noted, the loop asks for it once a step ─► saves and leaves
-                    a second one, or grace_s after the first ─► KeyboardInterrupt
+    taking steps    the first ─► noted, the loop looks at it once a step ─► saves and leaves
+                    another one, or grace_s after the first ─► KeyboardInterrupt
     leaving         ignored: the processes are being ended
 
-KeyboardInterrupt is what passes through Ray's waits. The other processes of a run heed neither signal:
+The same signal within a second counts once: a scheduler that signals every process of a job reaches the launch script
+too, which passes it on. KeyboardInterrupt is what ends Ray's waits. The other processes of a run ignore both signals:
 ``single_controller.ray.session`` starts them so.
 """
 
 import os
 import signal
 import threading
+import time
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+ECHO_S = 1.0
+"""Seconds within which the same signal counts once."""
 AGAIN_S = 2.0
 """Seconds between reminders once the grace is over: an interrupt that falls into a destructor is lost."""
 
@@ -33,6 +37,7 @@ class StopRequest:
         self._grace_s = grace_s
         self._left = threading.Event()
         self._before: dict[signal.Signals, object] = {}
+        self._echo_until = 0.0
 
     @property
     def requested(self) -> bool:
@@ -41,7 +46,7 @@ class StopRequest:
 
     @property
     def name(self) -> str:
-        """The signal, in words."""
+        """Name of the signal."""
         return signal.Signals(self.number or signal.SIGINT).name
 
     @property
@@ -60,17 +65,19 @@ class StopRequest:
         self._left.set()
 
     def restore(self) -> None:
-        """Give the signals back to whom they belonged."""
+        """Give the signals back to their former handlers."""
         self.leave()
         for number, before in self._before.items():
             signal.signal(number, before)  # type: ignore[arg-type]
         self._before = {}
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self._left.is_set():
+        if self._left.is_set() or (number == self.number and time.monotonic() < self._echo_until):
             return
-        first, self.number = self.number is None, self.number or number
-        if not (first and self.takes_steps):
+        is_first = self.number is None
+        if is_first:
+            self.number, self._echo_until = number, time.monotonic() + ECHO_S
+        if not (is_first and self.takes_steps):
             raise KeyboardInterrupt
         # Not through a stream: the signal may have come in the middle of a write to it.
         message = f"{self.name}: this step is finished and saved, within {self._grace_s:g} s; again to leave at once\n"
@@ -78,7 +85,8 @@ class StopRequest:
         threading.Thread(target=self._remind, args=(number,), name="grace", daemon=True).start()
 
     def _remind(self, number: int) -> None:
-        patience = self._grace_s
-        while not self._left.wait(patience):
+        wait_s = self._grace_s
+        while not self._left.wait(wait_s):
+            self._echo_until = 0.0
             os.kill(os.getpid(), number)
-            patience = AGAIN_S
+            wait_s = AGAIN_S

@@ -1,4 +1,4 @@
-"""Which ranks hold which role: the resource pools, and the worker groups that run in them.
+"""The ranks of each role: the resource pools, and the worker groups that run in them.
 
 ::
 
@@ -23,7 +23,7 @@ from verl.single_controller.ray import (
     create_colocated_worker_cls,
 )
 from verl.single_controller.ray.base import RoleWorkerGroup
-from verl.single_controller.ray.resource_pool import RankPlace, alive_nodes, check_capacity, largest_first
+from verl.single_controller.ray.resource_pool import RankPlace, reserve_all
 
 logger = logging.getLogger(__name__)
 
@@ -52,8 +52,8 @@ class ResourcePoolManager:
         """Reserve the places of all pools.
 
         Raises:
-            ValueError: the cluster cannot hold them; says what is asked for and what there is.
-            ResourcesInUseError: it could, and something else holds what they need.
+            ValueError: the cluster cannot hold them; the message has what is asked for and what there is.
+            ResourcesInUseError: it could, and something else keeps what they need.
         """
         self.resource_pool_dict = {
             name: RayResourcePool(
@@ -61,25 +61,15 @@ class ResourcePoolManager:
             )
             for name, ranks in self.resource_pool_spec.items()
         }
-        check_capacity(list(self.resource_pool_dict.values()), alive_nodes())
-        for pool in largest_first(list(self.resource_pool_dict.values())):
-            pool.reserve()
-
-    def get_resource_pool(self, role: str) -> RayResourcePool:
-        """The pool of a role."""
-        return self.resource_pool_dict[self.mapping[role]]
+        reserve_all(list(self.resource_pool_dict.values()))
 
     def get_n_gpus(self) -> int:
         """Ranks of all pools: GPUs, or processes on CPU."""
         return sum(sum(ranks) for ranks in self.resource_pool_spec.values())
 
-    def roles_of(self, pool: str) -> list[str]:
-        """The roles that share a pool's ranks."""
-        return [role for role, name in self.mapping.items() if name == pool]
-
     def places(self, role: str) -> list[RankPlace]:
         """Where each rank of a role will run, in rank order; reserved already."""
-        return self.get_resource_pool(role).reserve()
+        return self.resource_pool_dict[self.mapping[role]].reserve()
 
     def shutdown(self) -> None:
         """Give everything back, used or not; a second call does nothing."""
@@ -94,7 +84,7 @@ def plan_pools(config: TrainerConfig, roles: Sequence[str], use_gpu: bool) -> Re
         roles: ``actor``, then those of its frozen models.
 
     Raises:
-        ValueError: a pool for a teacher that nobody asks.
+        ValueError: a pool for a teacher that the run does not use.
     """
     spec: dict[str, list[int]] = {TRAIN: config.ranks_on_nodes}
     mapping = dict.fromkeys(roles, TRAIN)
@@ -102,7 +92,7 @@ def plan_pools(config: TrainerConfig, roles: Sequence[str], use_gpu: bool) -> Re
         if len(roles) == 1:
             raise ValueError(
                 f"trainer.teacher_nnodes={config.teacher_nnodes} and trainer.teacher_n_gpus_per_node="
-                f"{config.teacher_n_gpus_per_node} give GPUs to a teacher, and this run asks none; set both to null"
+                f"{config.teacher_n_gpus_per_node} give GPUs to a teacher, and this run uses none; set both to null"
             )
         spec[TEACHER] = config.teacher_ranks_on_nodes
         mapping = {role: TRAIN if role == roles[0] else TEACHER for role in roles}
@@ -129,7 +119,7 @@ class WorkerGroups:
         """
         views: dict[str, RoleWorkerGroup] = {}
         for name, pool in pools.resource_pool_dict.items():
-            roles = pools.roles_of(name)
+            roles = [role for role, pool_of_role in pools.mapping.items() if pool_of_role == name]
             logger.info("pool %s: %s, for %s", name, pool.describe(), " and ".join(roles))
             classes = {role: RayClassWithInitArgs(worker_classes[role], **arguments_of(role)) for role in roles}
             group = RayWorkerGroup(pool, create_colocated_worker_cls(classes), name_prefix=name)
@@ -143,14 +133,14 @@ class WorkerGroups:
             group.check_alive()
 
     def watch(self, others: Callable[[], None]) -> None:
-        """While a call of one group runs, look now and then at the other groups, and call ``others``."""
+        """While a call of one group runs, check now and then that the other groups live, and call ``others``."""
 
-        def look() -> None:
+        def check() -> None:
             self.check_alive()
             others()
 
         for group in self._groups:
-            group.watch = look
+            group.watch = check
 
     def shutdown(self) -> None:
         """End the processes; a second call does nothing."""

@@ -12,6 +12,7 @@ SOURCES = sorted(path for top in ("verl", "recipe", "experiments") for path in (
 
 RAY_MAY_BE_IMPORTED_IN = (
     "verl/single_controller/ray/",
+    "verl/experimental/agent_loop/actors.py",
     "verl/experimental/agent_loop/agent_loop.py",
     "verl/experimental/agent_loop/remote_calls.py",
     "verl/experimental/agent_loop/servers.py",

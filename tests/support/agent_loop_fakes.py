@@ -1,14 +1,20 @@
 """A scripted engine and small tools for the agent-loop tests."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from verl.config import MultiTurnConfig, RolloutConfig
-from verl.experimental.agent_loop.base import AgentLoopContext
+from verl.experimental.agent_loop.base import AgentLoopBase, AgentLoopContext, AgentLoopOutput
 from verl.experimental.agent_loop.chat_template import ChatTemplate
+from verl.experimental.agent_loop.tool_agent_loop import ToolAgentLoop
 from verl.tools.base_tool import BaseTool, ToolResponse
 from verl.workers.rollout.replica import TokenOutput
+
+MESSAGES = [{"role": "user", "content": "How many apples?"}]
+SAMPLING = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "ignore_eos": False, "logprobs": True, "seed": 10}
+END = "<|im_end|>"
 
 
 def schema(name: str) -> dict[str, Any]:
@@ -17,7 +23,10 @@ def schema(name: str) -> dict[str, Any]:
 
 
 class AddTool(BaseTool):
-    """Adds two numbers."""
+    """Adds two numbers; brings its schema along."""
+
+    def get_openai_tool_schema(self) -> dict[str, Any]:
+        return schema("add")
 
     async def execute(self, instance_id: str, parameters: dict[str, Any], **kwargs: Any):
         return ToolResponse(text=str(parameters["first"] + parameters["second"])), 0.5, {}
@@ -79,7 +88,7 @@ class ScriptedEngine:
 
 def make_context(
     tokenizer: PreTrainedTokenizerBase,
-    tools: tuple[BaseTool, ...] = (),
+    tools: Sequence[BaseTool] = (),
     multi_turn: MultiTurnConfig | None = None,
     **rollout: Any,
 ) -> AgentLoopContext:
@@ -87,6 +96,27 @@ def make_context(
     config = RolloutConfig(multi_turn=multi_turn or MultiTurnConfig(), **settings)
     template = ChatTemplate(tokenizer, [tool.get_openai_tool_schema() for tool in tools])
     return AgentLoopContext(config, template, {tool.name: tool for tool in tools})
+
+
+async def converse(
+    tokenizer: PreTrainedTokenizerBase,
+    turns: list[str | list[int]],
+    tools: Sequence[BaseTool] = (),
+    multi_turn: MultiTurnConfig | None = None,
+    loop: type[AgentLoopBase] = ToolAgentLoop,
+    row: dict[str, Any] | None = None,
+    **rollout: Any,
+) -> tuple[AgentLoopOutput, ScriptedEngine]:
+    """A conversation in which the model writes ``turns``, and the engine that wrote them."""
+    engine = ScriptedEngine(tokenizer, turns)
+    context = make_context(tokenizer, tools, multi_turn, **rollout)
+    sampling = SAMPLING | {"logprobs": context.rollout.calculate_log_probs}
+    values = {"raw_prompt": MESSAGES, "index": 7} | (row or {})
+    return await loop(context, engine).run(sampling, **values), engine
+
+
+def call(name: str, arguments: str = "{}") -> str:
+    return f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>'
 
 
 def load(folder: Any) -> PreTrainedTokenizerBase:

@@ -40,7 +40,16 @@ class ChatTemplate:
         self.tokenizer = tokenizer
         self.tool_schemas: list[Any] = [dict(schema) for schema in tool_schemas]
         self.template_kwargs = dict(template_kwargs or {})
-        self.end_of_turn_id = self._find_end_of_turn() if self.tool_schemas else None
+        self.end_of_turn_id: int | None = None
+        if self.tool_schemas:
+            ids = self._continuation([{"role": "tool", "name": "probe", "content": "result"}])
+            if not ids or ids[0] not in tokenizer.added_tokens_decoder:
+                raise ValueError(
+                    f"the chat template of {tokenizer.name_or_path} ends an assistant's turn with "
+                    f"{tokenizer.decode(ids[:1])!r}, which is no special token; tools need a template whose turns end "
+                    "with one, so unset actor_rollout_ref.rollout.multi_turn.tool_config_path"
+                )
+            self.end_of_turn_id = ids[0]
 
     def encode_prompt(self, messages: Sequence[Message], with_tools: bool) -> list[int]:
         """Ids of the conversation up to where the assistant begins to write."""
@@ -72,13 +81,3 @@ class ChatTemplate:
             **self.template_kwargs,
         )
         return self.tokenizer.encode(text.partition(_ASSISTANT_WORDS)[2], add_special_tokens=False)
-
-    def _find_end_of_turn(self) -> int:
-        ids = self._continuation([{"role": "tool", "name": "probe", "content": "result"}])
-        if not ids or ids[0] not in self.tokenizer.added_tokens_decoder:
-            raise ValueError(
-                f"the chat template of {self.tokenizer.name_or_path} ends an assistant's turn with "
-                f"{self.tokenizer.decode(ids[:1])!r}, which is no special token; tools need a template whose turns end "
-                "with one, so unset actor_rollout_ref.rollout.multi_turn.tool_config_path"
-            )
-        return ids[0]

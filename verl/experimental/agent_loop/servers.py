@@ -30,13 +30,6 @@ from verl.workers.rollout.replica import TokenOutput
 logger = logging.getLogger(__name__)
 
 
-class Replica(Remote):
-    """One engine, which may have processes of its own."""
-
-    def _ask_for_sign(self) -> Any:
-        return self.actor.check_alive.remote()
-
-
 class AsyncLLMServerManager:
     """See the module.
 
@@ -44,7 +37,7 @@ class AsyncLLMServerManager:
     earlier turns, unless that replica hangs.
     """
 
-    def __init__(self, replicas: Sequence[Replica], first: int = 0, timeout_s: float | None = None) -> None:
+    def __init__(self, replicas: Sequence[Remote], first: int = 0, timeout_s: float | None = None) -> None:
         """
         Args:
             first: the replica to begin with among equally busy ones; workers differ in it.
@@ -103,7 +96,7 @@ class AsyncLLMServerManager:
         self._requests += 1  # part of the engine's request id: it may still be closing the conversation's last turn
         own_id = f"{request_id}-{self._requests}"
         call = replica.actor.generate.remote(prompt_ids, sampling_params, own_id)
-        answer = asyncio.ensure_future(_result_of(call))
+        answer: asyncio.Future[TokenOutput] = asyncio.ensure_future(call)
         try:
             if self._timeout_s is not None and not await self._comes(answer, chosen, self._timeout_s):
                 ray.cancel(call)
@@ -132,7 +125,3 @@ class AsyncLLMServerManager:
                 return False
             await asyncio.wait({answer}, timeout=left)
         return True
-
-
-async def _result_of(call: Any) -> TokenOutput:
-    return await call

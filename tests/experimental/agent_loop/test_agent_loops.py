@@ -1,27 +1,32 @@
-"""Conversations with a scripted engine: what is asked of it, which tokens come out, and their masks, turn by turn."""
+"""Conversations with a scripted engine: its requests, the tokens that come out, and their masks, turn by turn."""
 
 import asyncio
 from typing import Any
 
 import pytest
-from support.agent_loop_fakes import AddTool, CounterTool, ScriptedEngine, TextTool, load, make_context, schema
+from support.agent_loop_fakes import (
+    END,
+    MESSAGES,
+    SAMPLING,
+    AddTool,
+    CounterTool,
+    ScriptedEngine,
+    TextTool,
+    call,
+    converse,
+    load,
+    make_context,
+    schema,
+)
 
 from verl.config import MultiTurnConfig
-from verl.experimental.agent_loop.base import AgentLoopContext, AgentLoopOutput, RolloutError, get_agent_loop_class
+from verl.experimental.agent_loop.base import AgentLoopOutput, RolloutError, get_agent_loop_class
 from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop
 from verl.experimental.agent_loop.tool_agent_loop import ToolAgentLoop
 from verl.workers.rollout.replica import TokenOutput
 
-MESSAGES = [{"role": "user", "content": "How many apples?"}]
-SAMPLING = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "ignore_eos": False, "logprobs": True, "seed": 10}
-END = "<|im_end|>"
-
-
-def call(name: str, arguments: str = "{}") -> str:
-    return f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>'
-
-
 ADD = call("add", '{"first": 2, "second": 3}')
+ADD_TOOL = (AddTool({}, None),)
 
 
 @pytest.fixture(scope="module")
@@ -34,10 +39,6 @@ def item_start(tiny_tokenizers) -> int:
     return len(load(tiny_tokenizers[0]))
 
 
-async def converse(context: AgentLoopContext, engine: ScriptedEngine, loop=ToolAgentLoop, **row: Any):
-    return await loop(context, engine).run(dict(SAMPLING), **({"raw_prompt": MESSAGES, "index": 7} | row))
-
-
 def lengths(engine: ScriptedEngine) -> list[int]:
     """Tokens of each model turn."""
     return [len(turn) for turn in engine.turns]
@@ -48,8 +49,7 @@ def lengths(engine: ScriptedEngine) -> list[int]:
 
 @pytest.mark.parametrize("loop", [SingleTurnAgentLoop, ToolAgentLoop])
 async def test_a_plain_answer(tokenizer, loop) -> None:
-    engine = ScriptedEngine(tokenizer, ["Tom has 7 apples." + END])
-    output = await converse(make_context(tokenizer), engine, loop)
+    output, engine = await converse(tokenizer, ["Tom has 7 apples." + END], loop=loop)
     prompt = tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True, return_dict=False)
     assert engine.requests == [(prompt, SAMPLING | {"max_tokens": 300})]
     answer = tokenizer.encode("Tom has 7 apples." + END)
@@ -61,77 +61,48 @@ async def test_a_plain_answer(tokenizer, loop) -> None:
 
 
 @pytest.mark.parametrize(
-    ("drawing", "drop_whole", "trainable"),
+    ("drawing", "settings", "row", "trainable"),
     [
-        ("mmmm", False, "1111"),
-        ("mmmm", True, "1111"),
-        ("Mmmm", False, "1000"),
-        ("mmmM", False, "1111"),
-        ("mMmM", False, "1100"),
-        ("mMmm", True, "0000"),
-        ("mmmM", True, "0000"),
-        ("", False, ""),
-        ("", True, ""),
+        ("mmmm", {}, {}, "1111"),
+        ("mMmM", {}, {}, "1100"),
+        ("mmmM", {}, {}, "1111"),
+        ("", {}, {}, ""),
+        ("mmmm", {"mask_response_if_have_extend_token": True}, {}, "1111"),
+        ("mMmm", {"mask_response_if_have_extend_token": True}, {}, "0000"),
+        ("", {"mask_response_if_have_extend_token": True}, {}, ""),
+        ("mMmMm", {"mask_after_extend_token": False}, {}, "11111"),
+        ("mMmMm", {}, {"teacher_knows_extended": True}, "11111"),
+        ("mMmMm", {"mask_response_if_have_extend_token": True}, {"teacher_knows_extended": True}, "11111"),
     ],
 )
 @pytest.mark.parametrize("loop", [SingleTurnAgentLoop, ToolAgentLoop])
-async def test_masks_of_one_turn(tokenizer, item_start, loop, drawing, drop_whole, trainable) -> None:
+async def test_masks_of_one_turn(tokenizer, item_start, loop, drawing, settings, row, trainable) -> None:
     turn = [item_start + place if letter == "M" else 40 + place for place, letter in enumerate(drawing)]
-    context = make_context(
-        tokenizer, extend_vocab_start_token=item_start, mask_response_if_have_extend_token=drop_whole
-    )
-    engine = ScriptedEngine(tokenizer, [turn])
-    output = await converse(context, engine, loop)
+    output, _ = await converse(tokenizer, [turn], loop=loop, row=row, extend_vocab_start_token=item_start, **settings)
     assert output.response_ids == turn, "an extended token ends nothing"
     assert output.response_mask == [int(digit) for digit in trainable]
     assert output.distill_special_token_mask == [int(letter == "M") for letter in drawing]
 
 
-async def test_the_rest_is_trained_on_only_where_asked_for(tokenizer, item_start) -> None:
-    turn = [40, item_start, 41, item_start + 1, 42]
-    for mask_after, expected in ((True, [1, 1, 0, 0, 0]), (False, [1, 1, 1, 1, 1])):
-        context = make_context(tokenizer, extend_vocab_start_token=item_start, mask_after_extend_token=mask_after)
-        output = await converse(context, ScriptedEngine(tokenizer, [turn]))
-        assert output.response_mask == expected
-
-
-@pytest.mark.parametrize("drop_whole", [True, False])
-async def test_a_teacher_that_reads_item_tokens_judges_the_whole_answer(tokenizer, item_start, drop_whole) -> None:
-    turn = [40, item_start, 41, item_start + 1, 42]
-    context = make_context(
-        tokenizer, extend_vocab_start_token=item_start, mask_response_if_have_extend_token=drop_whole
-    )
-    output = await converse(context, ScriptedEngine(tokenizer, [turn]), teacher_knows_extended=True)
-    assert output.response_mask == [1, 1, 1, 1, 1]
-    assert output.distill_special_token_mask == [0, 1, 0, 1, 0]
-
-
-async def test_a_prompt_of_ids_is_taken_as_it_is(tokenizer) -> None:
-    engine = ScriptedEngine(tokenizer, [END])
-    output = await converse(make_context(tokenizer), engine, raw_prompt=None, prompt_ids=[5, 6, 7])
+async def test_a_prompt_of_ids_is_taken_as_it_is_and_log_probs_may_be_left_out(tokenizer) -> None:
+    row = {"raw_prompt": None, "prompt_ids": [5, 6, 7]}
+    output, _ = await converse(tokenizer, [END], row=row, calculate_log_probs=False)
     assert output.prompt_ids == [5, 6, 7]
-
-
-async def test_without_log_probs_none_are_kept(tokenizer) -> None:
-    context = make_context(tokenizer, calculate_log_probs=False)
-    loop = SingleTurnAgentLoop(context, ScriptedEngine(tokenizer, [END]))
-    output = await loop.run(SAMPLING | {"logprobs": False}, raw_prompt=MESSAGES)
     assert output.response_logprobs is None
 
 
 async def test_an_overlong_prompt_names_row_lengths_and_fix(tokenizer) -> None:
-    context = make_context(tokenizer, prompt_length=4)
     with pytest.raises(ValueError, match=r"row 7 has 5 tokens.*max_prompt_length=4.*filter_overlong_prompts"):
-        await converse(context, ScriptedEngine(tokenizer, []), prompt_ids=[1, 2, 3, 4, 5])
+        await converse(tokenizer, [], row={"prompt_ids": [1, 2, 3, 4, 5]}, prompt_length=4)
 
 
 @pytest.mark.parametrize(("ids", "log_probs"), [([1, 2], None), ([1, 2], [-1.0]), ([1, 2, 3], [-1.0, -1.0, -1.0])])
-async def test_an_engine_that_breaks_its_word_is_named(tokenizer, ids, log_probs) -> None:
+async def test_an_engine_that_answers_wrongly_is_named(tokenizer, ids, log_probs) -> None:
     async def broken(token_ids: list[int], sampling_params: dict[str, Any]) -> TokenOutput:
         return TokenOutput(token_ids=ids, log_probs=log_probs, stop_reason="stop", weight_version=0)
 
     with pytest.raises(RolloutError, match="the engine"):
-        await converse(make_context(tokenizer, response_length=2), broken)
+        await ToolAgentLoop(make_context(tokenizer, response_length=2), broken).run(SAMPLING, raw_prompt=MESSAGES)
 
 
 def test_an_unknown_loop_lists_the_known_ones() -> None:
@@ -144,10 +115,9 @@ def test_an_unknown_loop_lists_the_known_ones() -> None:
 
 def spans(output: AgentLoopOutput, engine: ScriptedEngine) -> list[tuple[str, int]]:
     """Alternating (writer, tokens): model turns as scripted, what lies between them from tools."""
-    model = lengths(engine)
     starts = [len(ids) - len(output.prompt_ids) for ids, _ in engine.requests]
     found: list[tuple[str, int]] = []
-    for number, (start, length) in enumerate(zip(starts, model, strict=True)):
+    for number, (start, length) in enumerate(zip(starts, lengths(engine), strict=True)):
         if number:
             found.append(("tool", start - sum(size for _, size in found)))
         found.append(("model", length))
@@ -156,9 +126,8 @@ def spans(output: AgentLoopOutput, engine: ScriptedEngine) -> list[tuple[str, in
 
 async def test_tool_turns_are_read_and_not_trained_on(tokenizer, item_start) -> None:
     """model (call) | tool | model (call) | tool | model: no extended token, every model token is trained on."""
-    engine = ScriptedEngine(tokenizer, [ADD + END, "So 5. " + ADD + END, "The answer is 5." + END])
-    context = make_context(tokenizer, (AddTool({}, schema("add")),), extend_vocab_start_token=item_start)
-    output = await converse(context, engine)
+    turns = [ADD + END, "So 5. " + ADD + END, "The answer is 5." + END]
+    output, engine = await converse(tokenizer, turns, ADD_TOOL, extend_vocab_start_token=item_start)
     parts = spans(output, engine)
     assert [writer for writer, _ in parts] == ["model", "tool", "model", "tool", "model"]
     assert output.response_mask == [int(writer == "model") for writer, size in parts for _ in range(size)]
@@ -185,18 +154,16 @@ async def test_tool_turns_are_read_and_not_trained_on(tokenizer, item_start) -> 
 )
 async def test_masks_over_turns(tokenizer, item_start, first, tool_text, last, drop_whole) -> None:
     """Extended tokens in the call's turn, in the tool's text, in the last turn: trained up to the first of all."""
-    engine = ScriptedEngine(tokenizer, [first + call("look") + END, f"Buy {last}now" + END])
-    context = make_context(
+    output, engine = await converse(
         tokenizer,
+        [first + call("look") + END, f"Buy {last}now" + END],
         (TextTool({"text": tool_text}, schema("look")),),
         extend_vocab_start_token=item_start,
         mask_response_if_have_extend_token=drop_whole,
     )
-    output = await converse(context, engine)
     by_model = [writer == "model" for writer, size in spans(output, engine) for _ in range(size)]
     items = [place for place, token_id in enumerate(output.response_ids) if token_id >= item_start]
-    tokens_of_items = sum(text.count("<s_") + text.count("<|sid") for text in (first, tool_text, last))
-    assert len(items) == tokens_of_items
+    assert len(items) == sum(text.count("<s_") + text.count("<|sid") for text in (first, tool_text, last))
     assert output.distill_special_token_mask == [int(place in items) for place in range(len(by_model))]
     cut = items[0] if items else len(by_model)
     trained = [int(model and place <= cut) for place, model in enumerate(by_model)]
@@ -205,8 +172,7 @@ async def test_masks_over_turns(tokenizer, item_start, first, tool_text, last, d
 
 
 async def test_every_turn_draws_its_own_random_stream_within_what_is_left(tokenizer) -> None:
-    engine = ScriptedEngine(tokenizer, [ADD + END, "5" + END])
-    output = await converse(make_context(tokenizer, (AddTool({}, schema("add")),)), engine)
+    output, engine = await converse(tokenizer, [ADD + END, "5" + END], ADD_TOOL)
     (_, first), (read, second) = engine.requests
     assert (first["seed"], second["seed"]) == (10, 11)
     assert (first["max_tokens"], second["max_tokens"]) == (300, 300 - (len(read) - len(output.prompt_ids)))
@@ -223,65 +189,49 @@ async def test_every_turn_draws_its_own_random_stream_within_what_is_left(tokeni
     ],
 )
 async def test_limits_on_turns(tokenizer, limits, turns) -> None:
-    engine = ScriptedEngine(tokenizer, [ADD + END] * 5)
-    context = make_context(tokenizer, (AddTool({}, schema("add")),), MultiTurnConfig(**limits))
-    output = await converse(context, engine)
+    output, _ = await converse(tokenizer, [ADD + END] * 5, ADD_TOOL, MultiTurnConfig(**limits))
     assert output.num_turns == turns
     assert output.metrics.tool_calls == turns // 2 - 1, "the last turn's call is not run"
     assert output.response_mask[-1] == 1, "a conversation ends with the model"
 
 
 async def test_the_length_budget_counts_model_and_tool_tokens(tokenizer) -> None:
-    """With no room for a model token after the tool's turn, that turn is left out."""
-    tool = AddTool({}, schema("add"))
-    engine = ScriptedEngine(tokenizer, [ADD + END, "5" + END])
-    output = await converse(make_context(tokenizer, (tool,)), engine)
-    (_, model_tokens), (_, tool_tokens), _ = spans(output, engine)
-
-    for room, last_turn in ((0, []), (1, tokenizer.encode("5"))):
-        engine = ScriptedEngine(tokenizer, [ADD + END, "5" + END])
-        context = make_context(tokenizer, (tool,), response_length=model_tokens + tool_tokens + room)
-        output = await converse(context, engine)
+    """A tool's turn that leaves no token to the model is left out."""
+    turns = [ADD + END, "5" + END]
+    (_, model_tokens), (_, tool_tokens), _ = spans(*await converse(tokenizer, turns, ADD_TOOL))
+    for remaining, last_turn in ((0, []), (1, tokenizer.encode("5"))):
+        budget = model_tokens + tool_tokens + remaining
+        output, _ = await converse(tokenizer, turns, ADD_TOOL, response_length=budget)
         expected = [1] * model_tokens + ([0] * tool_tokens + [1] if last_turn else [])
         assert output.response_mask == expected
         assert output.response_ids[len(expected) - len(last_turn) :] == last_turn
 
 
-async def test_a_turn_cut_off_by_length_calls_nothing(tokenizer) -> None:
+async def test_an_unfinished_turn_and_a_turn_without_tools_call_nothing(tokenizer) -> None:
     complete = len(tokenizer.encode(ADD))
-    engine = ScriptedEngine(tokenizer, [ADD + END])
-    context = make_context(tokenizer, (AddTool({}, schema("add")),), response_length=complete)
-    output = await converse(context, engine)
-    assert (len(output.response_ids), output.num_turns, output.metrics.tool_calls) == (complete, 2, 0)
-
-
-async def test_a_turn_ended_by_another_token_calls_nothing(tokenizer) -> None:
-    engine = ScriptedEngine(tokenizer, [ADD + "<|endoftext|>"])
-    output = await converse(make_context(tokenizer, (AddTool({}, schema("add")),)), engine)
-    assert output.metrics.tool_calls == 0
-
-
-async def test_without_tools_a_call_is_plain_text(tokenizer) -> None:
-    output = await converse(make_context(tokenizer), ScriptedEngine(tokenizer, [ADD + END]))
-    assert (output.num_turns, output.metrics.tool_calls) == (2, 0)
+    cut_off, _ = await converse(tokenizer, [ADD + END], ADD_TOOL, response_length=complete)
+    assert len(cut_off.response_ids) == complete
+    other_end, _ = await converse(tokenizer, [ADD + "<|endoftext|>"], ADD_TOOL)
+    without_tools, _ = await converse(tokenizer, [ADD + END])
+    for output in (cut_off, other_end, without_tools):
+        assert (output.num_turns, output.metrics.tool_calls) == (2, 0)
 
 
 # ---------------------------------------------------------------------------------------------------- tool failures
 
 
-async def tool_turn(tokenizer, tools, turn: str, multi_turn: MultiTurnConfig | None = None):
+async def tool_turn(tokenizer, tools, turn: str, **limits: Any):
     """The text that the tools' turn adds, and the conversation's metrics."""
-    engine = ScriptedEngine(tokenizer, [turn + END, "done" + END])
-    output = await converse(make_context(tokenizer, tools, multi_turn), engine)
+    output, engine = await converse(tokenizer, [turn + END, "done" + END], tools, MultiTurnConfig(**limits))
     read = engine.requests[1][0][len(output.prompt_ids) + len(engine.turns[0]) :]
     return tokenizer.decode(read), output.metrics
 
 
 class HangingTool(AddTool):
-    """Waits for ever in one of its steps."""
+    """Waits for ever in one of its steps, or raises a timeout of its own."""
 
     def __init__(self, step: str) -> None:
-        super().__init__({}, schema("add"))
+        super().__init__({}, None)
         self.step, self.cancelled = step, 0
 
     async def _hang(self, step: str) -> None:
@@ -309,15 +259,16 @@ class HangingTool(AddTool):
 @pytest.mark.parametrize("step", ["create", "execute"])
 async def test_a_tool_that_hangs_is_cancelled_and_the_model_is_told(tokenizer, step) -> None:
     tool = HangingTool(step)
-    limits = MultiTurnConfig(tool_timeout_s=0.05, max_parallel_calls=2)
-    text, metrics = await asyncio.wait_for(tool_turn(tokenizer, (tool,), ADD + ADD, limits), 20)
+    async with asyncio.timeout(20):
+        text, metrics = await tool_turn(tokenizer, (tool,), ADD + ADD, tool_timeout_s=0.05, max_parallel_calls=2)
     assert text.count("Error: TimeoutError: no answer within 0.05 s") == 2
     assert (metrics.tool_calls, metrics.tool_errors, tool.cancelled) == (2, 2, 2)
 
 
 async def test_a_tool_that_hangs_in_its_release_holds_nobody_up(tokenizer, caplog) -> None:
     tool = HangingTool("release")
-    text, metrics = await asyncio.wait_for(tool_turn(tokenizer, (tool,), ADD, MultiTurnConfig(tool_timeout_s=0.05)), 20)
+    async with asyncio.timeout(20):
+        text, metrics = await tool_turn(tokenizer, (tool,), ADD, tool_timeout_s=0.05)
     assert "Error" not in text and (metrics.tool_errors, tool.cancelled) == (0, 1)
     assert "tool add failed to release its instance: TimeoutError('no answer within 0.05 s')" in caplog.text
 
@@ -333,50 +284,51 @@ def test_a_limit_of_no_time_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("turn", "told", "counter"),
+    ("turn", "answer", "counter"),
     [
         (call("add", '{"first": 1}'), "Error: KeyError: 'second'", "tool_errors"),
         (call("subtract"), "Error: there is no tool 'subtract'; the tools are add", "unknown_tools"),
         ("<tool_call>\n{]\n</tool_call>", "Error: the tool call is not valid JSON", "malformed_calls"),
     ],
 )
-async def test_what_fails_is_told_to_the_model_and_counted(tokenizer, turn, told, counter) -> None:
-    text, metrics = await tool_turn(tokenizer, (AddTool({}, schema("add")),), turn)
-    assert told in text
+async def test_the_model_reads_what_failed_and_it_is_counted(tokenizer, turn, answer, counter) -> None:
+    text, metrics = await tool_turn(tokenizer, ADD_TOOL, turn)
+    assert answer in text
     counted = {name: getattr(metrics, name) for name in ("tool_errors", "unknown_tools", "malformed_calls")}
     assert counted == dict.fromkeys(counted, 0) | {counter: 1}
     assert metrics.tool_calls == 1
 
 
-@pytest.mark.parametrize(("side", "shown"), [("left", "abcd [truncated]"), ("right", "[truncated] wxyz")])
-async def test_a_long_response_is_cut(tokenizer, side, shown) -> None:
-    limits = MultiTurnConfig(max_tool_response_length=4, tool_response_truncate_side=side)
-    text, _ = await tool_turn(tokenizer, (TextTool({"text": "abcdefuvwxyz"}, schema("look")),), call("look"), limits)
-    assert f"<tool_response>\n{shown}\n</tool_response>" in text
-
-
 @pytest.mark.parametrize(
-    ("limit", "shown"), [(4, "ab [truncated] yz"), (5, "abc [truncated] yz"), (12, "abcdefuvwxyz")]
+    ("side", "limit", "shown"),
+    [
+        ("left", 4, "abcd [truncated]"),
+        ("right", 4, "[truncated] wxyz"),
+        ("middle", 4, "ab [truncated] yz"),
+        ("middle", 5, "abc [truncated] yz"),
+        ("middle", 12, "abcdefuvwxyz"),
+    ],
 )
-async def test_a_long_response_is_cut_in_the_middle(tokenizer, limit, shown) -> None:
-    limits = MultiTurnConfig(max_tool_response_length=limit)
-    text, _ = await tool_turn(tokenizer, (TextTool({"text": "abcdefuvwxyz"}, schema("look")),), call("look"), limits)
+async def test_a_long_response_is_cut(tokenizer, side, limit, shown) -> None:
+    limits = {"max_tool_response_length": limit, "tool_response_truncate_side": side}
+    tool = TextTool({"text": "abcdefuvwxyz"}, schema("look"))
+    text, _ = await tool_turn(tokenizer, (tool,), call("look"), **limits)
     assert f"<tool_response>\n{shown}\n</tool_response>" in text
 
 
 async def test_calls_beyond_the_limit_are_counted_and_not_run(tokenizer) -> None:
     counter = CounterTool({}, schema("count"))
-    limits = MultiTurnConfig(max_parallel_calls=2)
-    text, metrics = await tool_turn(tokenizer, (counter,), call("count") * 3, limits)
+    text, metrics = await tool_turn(tokenizer, (counter,), call("count") * 3, max_parallel_calls=2)
     assert ("count 2" in text, "count 3" in text) == (True, False)
     assert (metrics.tool_calls, metrics.dropped_calls) == (2, 1)
+    assert len(counter.created) == 1, "calls of one turn share an instance"
 
 
 async def test_a_tool_keeps_its_state_over_turns_and_is_released(tokenizer) -> None:
     counter = CounterTool({}, schema("count"))
-    engine = ScriptedEngine(tokenizer, [call("count") + END, call("count") + END, "done" + END])
     kwargs = {"count": {"create_kwargs": {"start": 10}, "execute_kwargs": {"by": 5}}}
-    output = await converse(make_context(tokenizer, (counter,)), engine, tools_kwargs=kwargs)
+    turns = [call("count") + END, call("count") + END, "done" + END]
+    output, _ = await converse(tokenizer, turns, (counter,), row={"tools_kwargs": kwargs})
     text = tokenizer.decode(output.response_ids)
     assert "count 15" in text and "count 20" in text
     assert counter.created == counter.released and len(counter.created) == 1
@@ -384,7 +336,6 @@ async def test_a_tool_keeps_its_state_over_turns_and_is_released(tokenizer) -> N
 
 async def test_tools_are_released_when_the_engine_fails(tokenizer) -> None:
     counter = CounterTool({}, schema("count"))
-    engine = ScriptedEngine(tokenizer, [call("count") + END])
-    with pytest.raises(IndexError):
-        await converse(make_context(tokenizer, (counter,)), engine)
+    with pytest.raises(IndexError):  # the script has no second turn
+        await converse(tokenizer, [call("count") + END], (counter,))
     assert counter.released == counter.created != []

@@ -1,5 +1,6 @@
 """A scripted engine and small tools for the agent-loop tests."""
 
+import asyncio
 from collections.abc import Sequence
 from typing import Any
 
@@ -40,25 +41,40 @@ class TextTool(BaseTool):
 
 
 class CounterTool(BaseTool):
-    """Counts the calls of a conversation, from ``start``; remembers what was created and released."""
+    """Counts the calls of a conversation, from ``start``; remembers what was created, released and cancelled.
 
-    def __init__(self, config: dict[str, Any], tool_schema: dict[str, Any] | None) -> None:
-        super().__init__(config, tool_schema)
+    Its config may name the step in which it ``hangs``, or a ``timeout`` of its own.
+    """
+
+    def __init__(self, config: dict[str, Any], tool_schema: dict[str, Any] | None = None) -> None:
+        super().__init__(config, tool_schema or schema("count"))
         self.counts: dict[str, int] = {}
-        self.created: list[str] = []
         self.released: list[str] = []
+        self.cancelled = 0
+
+    async def _hang(self, step: str) -> None:
+        if self.config.get("hangs") == step:
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                self.cancelled += 1
+                raise
 
     async def create(self, instance_id: str | None = None, start: int = 0, **kwargs: Any):
+        await self._hang("create")
         instance_id, response = await super().create(instance_id)
         self.counts[instance_id] = start
-        self.created.append(instance_id)
         return instance_id, response
 
     async def execute(self, instance_id: str, parameters: dict[str, Any], by: int = 1, **kwargs: Any):
+        await self._hang("execute")
+        if "timeout" in self.config:
+            raise TimeoutError(self.config["timeout"])
         self.counts[instance_id] += by
         return ToolResponse(text=f"count {self.counts[instance_id]}"), 1.0, {}
 
     async def release(self, instance_id: str, **kwargs: Any) -> None:
+        await self._hang("release")
         self.released.append(instance_id)
 
 

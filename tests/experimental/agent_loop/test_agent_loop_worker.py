@@ -88,11 +88,6 @@ async def test_the_first_failure_ends_the_other_conversations(worker: AgentLoopW
     assert worker.servers.cancelled == 2
 
 
-async def test_an_unknown_loop_is_a_value_error(worker: AgentLoopWorker) -> None:
-    with pytest.raises(ValueError, match="agent loop 'browser_agent' is unknown"):
-        await worker.generate_sequences(rows([[1]], agent_name=["browser_agent"]))
-
-
 def test_tools_come_from_the_yaml(tmp_path: Path, tiny_tokenizers: tuple[Path, Path]) -> None:
     path = tmp_path / "tools.yaml"
     path.write_text("tools: [{class_name: support.agent_loop_fakes.AddTool}]")

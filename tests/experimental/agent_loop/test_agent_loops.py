@@ -27,6 +27,7 @@ from verl.workers.rollout.replica import TokenOutput
 
 ADD = call("add", '{"first": 2, "second": 3}')
 ADD_TOOL = (AddTool({}, None),)
+COUNT = call("count")
 
 
 @pytest.fixture(scope="module")
@@ -220,61 +221,32 @@ async def test_an_unfinished_turn_and_a_turn_without_tools_call_nothing(tokenize
 # ---------------------------------------------------------------------------------------------------- tool failures
 
 
-async def tool_turn(tokenizer, tools, turn: str, **limits: Any):
+async def tool_turn(tokenizer, tool, turn: str, **limits: Any):
     """The text that the tools' turn adds, and the conversation's metrics."""
-    output, engine = await converse(tokenizer, [turn + END, "done" + END], tools, MultiTurnConfig(**limits))
+    output, engine = await converse(tokenizer, [turn + END, "done" + END], (tool,), MultiTurnConfig(**limits))
     read = engine.requests[1][0][len(output.prompt_ids) + len(engine.turns[0]) :]
     return tokenizer.decode(read), output.metrics
 
 
-class HangingTool(AddTool):
-    """Waits for ever in one of its steps, or raises a timeout of its own."""
-
-    def __init__(self, step: str) -> None:
-        super().__init__({}, None)
-        self.step, self.cancelled = step, 0
-
-    async def _hang(self, step: str) -> None:
-        if step == self.step:
-            try:
-                await asyncio.Event().wait()
-            except asyncio.CancelledError:
-                self.cancelled += 1
-                raise
-
-    async def create(self, instance_id=None, **kwargs):
-        await self._hang("create")
-        return await super().create(instance_id, **kwargs)
-
-    async def execute(self, instance_id, parameters, **kwargs):
-        await self._hang("execute")
-        if self.step == "times out itself":
-            raise TimeoutError("the service is busy")
-        return await super().execute(instance_id, parameters, **kwargs)
-
-    async def release(self, instance_id, **kwargs):
-        await self._hang("release")
-
-
 @pytest.mark.parametrize("step", ["create", "execute"])
 async def test_a_tool_that_hangs_is_cancelled_and_the_model_is_told(tokenizer, step) -> None:
-    tool = HangingTool(step)
+    tool = CounterTool({"hangs": step})
     async with asyncio.timeout(20):
-        text, metrics = await tool_turn(tokenizer, (tool,), ADD + ADD, tool_timeout_s=0.05, max_parallel_calls=2)
+        text, metrics = await tool_turn(tokenizer, tool, COUNT * 2, tool_timeout_s=0.05, max_parallel_calls=2)
     assert text.count("Error: TimeoutError: no answer within 0.05 s") == 2
     assert (metrics.tool_calls, metrics.tool_errors, tool.cancelled) == (2, 2, 2)
 
 
 async def test_a_tool_that_hangs_in_its_release_holds_nobody_up(tokenizer, caplog) -> None:
-    tool = HangingTool("release")
+    tool = CounterTool({"hangs": "release"})
     async with asyncio.timeout(20):
-        text, metrics = await tool_turn(tokenizer, (tool,), ADD, tool_timeout_s=0.05)
+        text, metrics = await tool_turn(tokenizer, tool, COUNT, tool_timeout_s=0.05)
     assert "Error" not in text and (metrics.tool_errors, tool.cancelled) == (0, 1)
-    assert "tool add failed to release its instance: TimeoutError('no answer within 0.05 s')" in caplog.text
+    assert "tool count failed to release its instance: TimeoutError('no answer within 0.05 s')" in caplog.text
 
 
 async def test_a_timeout_of_the_tools_own_is_told_as_it_is(tokenizer) -> None:
-    text, metrics = await tool_turn(tokenizer, (HangingTool("times out itself"),), ADD)
+    text, metrics = await tool_turn(tokenizer, CounterTool({"timeout": "the service is busy"}), COUNT)
     assert "Error: TimeoutError: the service is busy" in text and metrics.tool_errors == 1
 
 
@@ -292,7 +264,7 @@ def test_a_limit_of_no_time_is_refused() -> None:
     ],
 )
 async def test_the_model_reads_what_failed_and_it_is_counted(tokenizer, turn, answer, counter) -> None:
-    text, metrics = await tool_turn(tokenizer, ADD_TOOL, turn)
+    text, metrics = await tool_turn(tokenizer, ADD_TOOL[0], turn)
     assert answer in text
     counted = {name: getattr(metrics, name) for name in ("tool_errors", "unknown_tools", "malformed_calls")}
     assert counted == dict.fromkeys(counted, 0) | {counter: 1}
@@ -312,30 +284,29 @@ async def test_the_model_reads_what_failed_and_it_is_counted(tokenizer, turn, an
 async def test_a_long_response_is_cut(tokenizer, side, limit, shown) -> None:
     limits = {"max_tool_response_length": limit, "tool_response_truncate_side": side}
     tool = TextTool({"text": "abcdefuvwxyz"}, schema("look"))
-    text, _ = await tool_turn(tokenizer, (tool,), call("look"), **limits)
+    text, _ = await tool_turn(tokenizer, tool, call("look"), **limits)
     assert f"<tool_response>\n{shown}\n</tool_response>" in text
 
 
 async def test_calls_beyond_the_limit_are_counted_and_not_run(tokenizer) -> None:
-    counter = CounterTool({}, schema("count"))
-    text, metrics = await tool_turn(tokenizer, (counter,), call("count") * 3, max_parallel_calls=2)
-    assert ("count 2" in text, "count 3" in text) == (True, False)
+    tool = CounterTool({})
+    text, metrics = await tool_turn(tokenizer, tool, COUNT * 3, max_parallel_calls=2)
+    assert ("count 2" in text, "count 3" in text) == (True, False), "calls of one turn share an instance"
     assert (metrics.tool_calls, metrics.dropped_calls) == (2, 1)
-    assert len(counter.created) == 1, "calls of one turn share an instance"
 
 
 async def test_a_tool_keeps_its_state_over_turns_and_is_released(tokenizer) -> None:
-    counter = CounterTool({}, schema("count"))
+    tool = CounterTool({})
     kwargs = {"count": {"create_kwargs": {"start": 10}, "execute_kwargs": {"by": 5}}}
-    turns = [call("count") + END, call("count") + END, "done" + END]
-    output, _ = await converse(tokenizer, turns, (counter,), row={"tools_kwargs": kwargs})
+    turns = [COUNT + END, COUNT + END, "done" + END]
+    output, _ = await converse(tokenizer, turns, (tool,), row={"tools_kwargs": kwargs})
     text = tokenizer.decode(output.response_ids)
     assert "count 15" in text and "count 20" in text
-    assert counter.created == counter.released and len(counter.created) == 1
+    assert tool.released == list(tool.counts) and len(tool.released) == 1
 
 
 async def test_tools_are_released_when_the_engine_fails(tokenizer) -> None:
-    counter = CounterTool({}, schema("count"))
+    tool = CounterTool({})
     with pytest.raises(IndexError):  # the script has no second turn
-        await converse(tokenizer, [call("count") + END], (counter,))
-    assert counter.released == counter.created != []
+        await converse(tokenizer, [COUNT + END], (tool,))
+    assert tool.released == list(tool.counts) != []

@@ -4,12 +4,14 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from verl.config import MultiTurnConfig, RolloutConfig
 from verl.experimental.agent_loop.base import AgentLoopBase, AgentLoopContext, AgentLoopOutput
 from verl.experimental.agent_loop.chat_template import ChatTemplate
 from verl.experimental.agent_loop.tool_agent_loop import ToolAgentLoop
+from verl.protocol import DataProto
 from verl.tools.base_tool import BaseTool, ToolResponse
 from verl.workers.rollout.replica import TokenOutput
 
@@ -135,5 +137,9 @@ def call(name: str, arguments: str = "{}") -> str:
     return f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>'
 
 
-def load(folder: Any) -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(folder)
+def prompt_rows(**columns: Any) -> DataProto:
+    """A batch of prompts, from any sequences."""
+    arrays = {key: np.empty(len(column), dtype=object) for key, column in columns.items()}
+    for key, column in columns.items():
+        arrays[key][:] = list(column)
+    return DataProto.from_dict(non_tensors=arrays, meta_info={"global_steps": 1, "validate": False})

@@ -14,7 +14,6 @@ from support.agent_loop_fakes import (
     TextTool,
     call,
     converse,
-    load,
     make_context,
     schema,
 )
@@ -28,16 +27,6 @@ from verl.workers.rollout.replica import TokenOutput
 ADD = call("add", '{"first": 2, "second": 3}')
 ADD_TOOL = (AddTool({}, None),)
 COUNT = call("count")
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny_tokenizers):
-    return load(tiny_tokenizers[1])
-
-
-@pytest.fixture(scope="module")
-def item_start(tiny_tokenizers) -> int:
-    return len(load(tiny_tokenizers[0]))
 
 
 def lengths(engine: ScriptedEngine) -> list[int]:

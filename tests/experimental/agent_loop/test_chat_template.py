@@ -1,7 +1,8 @@
 """Prompt, model tokens and appended tool turns together are what the chat template yields for the conversation."""
 
 import pytest
-from support.agent_loop_fakes import END, AddTool, TextTool, call, converse, load, schema
+from support.agent_loop_fakes import END, AddTool, TextTool, call, converse, schema
+from transformers import AutoTokenizer
 
 from verl.config import MultiTurnConfig
 from verl.experimental.agent_loop.chat_template import ChatTemplate
@@ -16,13 +17,8 @@ QUESTION = [{"role": "user", "content": "2 + 3?"}]
 def any_tokenizer(request: pytest.FixtureRequest):
     """The small tokenizer of the tests, and real Qwen3-style ones with their own template."""
     if request.param == "tiny":
-        return load(request.getfixturevalue("tiny_tokenizers")[1])
-    return load(request.getfixturevalue("shared_data") / "tokenizer" / request.param)
-
-
-@pytest.fixture
-def tokenizer(tiny_tokenizers):
-    return load(tiny_tokenizers[1])
+        return request.getfixturevalue("tokenizer")
+    return AutoTokenizer.from_pretrained(request.getfixturevalue("shared_data") / "tokenizer" / request.param)
 
 
 @pytest.mark.parametrize(
@@ -86,8 +82,9 @@ def test_tools_are_listed_only_where_they_are_used(tokenizer) -> None:
     assert '"name": "add"' in tokenizer.decode(template.encode_prompt(QUESTION, with_tools=True))
 
 
-def test_a_template_without_an_end_of_turn_token_takes_no_tools(tokenizer) -> None:
-    tokenizer.chat_template = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+def test_a_template_without_an_end_of_turn_token_takes_no_tools(tokenizer, monkeypatch) -> None:
+    template = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+    monkeypatch.setattr(tokenizer, "chat_template", template)
     ChatTemplate(tokenizer)
     with pytest.raises(ValueError, match="no special token"):
         ChatTemplate(tokenizer, [schema("add")])

@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import ray
 import torch
 from safetensors.torch import save_file
-from support.agent_loop_fakes import load
+from support.agent_loop_fakes import prompt_rows
 from support.fake_replica import DIE, END, HANG, RAISE, SHAPES, STALL, FakeReplica
 from support.tiny_pairs import REPO
 
@@ -66,12 +65,7 @@ class World:
         return [line[2:] for line in self.log.read_text().splitlines() if line[0] == str(replica)]
 
     def generate(self, *ids: list[int], uids: str | None = None) -> DataProto:
-        columns = {"prompt_ids": ids, "uid": list(uids or map(str, range(len(ids))))}
-        arrays = {key: np.empty(len(ids), dtype=object) for key in columns}
-        for key, column in columns.items():
-            arrays[key][:] = column
-        rows = DataProto.from_dict(non_tensors=arrays, meta_info={"global_steps": 1, "validate": False})
-        return self.manager.generate_sequences(rows)
+        return self.manager.generate_sequences(prompt_rows(prompt_ids=ids, uid=uids or range(len(ids))))
 
     def seeds(self, *ids: list[int], uids: str) -> list[int]:
         return self.generate(*ids, uids=uids).batch["responses"][:, 1].tolist()
@@ -96,11 +90,6 @@ def build(folder: Path, tokenizer: Any, ranks: Ranks, device: str, fail_launch: 
     world = World(ranks, log, AgentLoopManager(config, ranks, tokenizer, **options))
     world.manager.start()
     return world
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny_tokenizers: tuple[Path, Path]) -> Any:
-    return load(tiny_tokenizers[1])
 
 
 LOADS = ["load embed.weight", "load norm.weight"]
@@ -205,9 +194,8 @@ def test_samples_of_other_weights_are_refused(world: World) -> None:
 def test_prompts_that_cannot_be_used_are_the_users_to_mend(world: World) -> None:
     with pytest.raises(ValueError, match=r"has 5 tokens, above data.max_prompt_length=4"):
         world.generate([1], [1, 2, 3, 4, 5])
-    rows = DataProto.from_dict(non_tensors={"uid": np.array(["a"], dtype=object)})
     with pytest.raises(KeyError, match="raw_prompt"):
-        world.manager.generate_sequences(rows)
+        world.manager.generate_sequences(prompt_rows(uid="a"))
 
 
 def test_a_launch_that_fails_is_named_at_once(world: World, tmp_path: Path, tokenizer: Any) -> None:

@@ -1,20 +1,14 @@
 """Rows to conversations and back: seeds and sampling parameters; padding into batch tensors; metrics of a batch."""
 
-import numpy as np
 import torch
+from support.agent_loop_fakes import prompt_rows
 
 from verl.config import RolloutConfig, SamplingConfig
 from verl.experimental.agent_loop.base import AgentLoopMetrics, AgentLoopOutput
 from verl.experimental.agent_loop.rows import batch_metrics, pad_outputs, sample_seeds, sampling_params
-from verl.protocol import BATCH_KEYS, DataProto
+from verl.protocol import BATCH_KEYS
 
 PAD = 9
-
-
-def prompts(uids: list[str], step: int = 1, validate: bool = False) -> DataProto:
-    return DataProto.from_dict(
-        non_tensors={"uid": np.array(uids, dtype=object)}, meta_info={"global_steps": step, "validate": validate}
-    )
 
 
 def test_training_and_validation_sample_by_their_own_settings() -> None:
@@ -31,13 +25,10 @@ def test_training_and_validation_sample_by_their_own_settings() -> None:
 
 
 def test_seeds_tell_answers_prompts_steps_and_runs_apart() -> None:
-    rows = ["a", "a", "b", "a"]
-    seeds = [
-        *sample_seeds(0, prompts(rows)),
-        *sample_seeds(0, prompts(rows, step=2)),
-        *sample_seeds(0, prompts(rows, validate=True)),
-        *sample_seeds(1, prompts(rows)),
-    ]
+    rows, seeds = prompt_rows(uid="aaba"), []
+    for seed, step, validate in ((0, 1, False), (0, 2, False), (0, 1, True), (1, 1, False)):
+        rows.meta_info = {"global_steps": step, "validate": validate}
+        seeds += sample_seeds(seed, rows)
     assert len(set(seeds)) == 16
     assert all(0 <= seed < 2**31 for seed in seeds)
 

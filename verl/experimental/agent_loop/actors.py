@@ -23,8 +23,8 @@ SHUTDOWN_S = 10.0
 """Seconds that all replicas have together to end by themselves."""
 
 
-class Replica(Remote):
-    """One engine, which may have processes of its own."""
+class CheckedActor(Remote):
+    """An actor with a ``check_alive`` of its own: a replica looks at the processes of its engine too."""
 
     def _ask_for_sign(self) -> Any:
         return self.actor.check_alive.remote()
@@ -41,25 +41,20 @@ class RayActors:
         """Workers that the cluster has CPUs for."""
         return int(ray.cluster_resources().get("CPU", 1))
 
-    def create_replica(self, name: str, place: ReplicaPlace, replica_class: type, *arguments: Any) -> Remote:
-        """An engine on the node and the GPUs of ``place``."""
-        environment = {}
-        if place.cuda_visible_devices is not None:
-            # The GPUs belong to the training ranks; without the second entry Ray could hide them from the replica.
-            environment = {
-                "CUDA_VISIBLE_DEVICES": place.cuda_visible_devices,
-                "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",
-            }
-        actor = _start(replica_class, place, arguments, num_gpus=0, runtime_env={"env_vars": environment})
-        replica = Replica(name, actor, place.node_ip)
-        replica.ask_for_log()
-        return replica
-
-    def create_worker(self, name: str, place: ReplicaPlace, worker_class: type, *arguments: Any) -> Remote:
-        """A worker on the node of ``place``."""
-        worker = Remote(name, _start(worker_class, place, arguments), place.node_ip)
-        worker.ask_for_log()
-        return worker
+    def create(
+        self, name: str, place: ReplicaPlace, made_class: type, *arguments: Any, gpus: str | None = None
+    ) -> Remote:
+        """An actor on the node of ``place`` that sees ``gpus`` (device ids)."""
+        options: dict[str, Any] = {"num_cpus": 0, "num_gpus": 0}
+        if gpus is not None:
+            # The GPUs belong to the training ranks; without the second entry Ray could hide them from the actor.
+            visible = {"CUDA_VISIBLE_DEVICES": gpus, "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
+            options["runtime_env"] = {"env_vars": visible}
+        on_node = NodeAffinitySchedulingStrategy(place.node_id, soft=False)
+        actor_class = ray.remote(made_class).options(scheduling_strategy=on_node, **options)
+        actor = CheckedActor(name, actor_class.remote(*arguments), place.node_ip)
+        actor.ask_for_log()
+        return actor
 
     def shutdown(self, replicas: Sequence[Remote], workers: Sequence[Remote]) -> None:
         """Let the replicas end by themselves, then kill everything."""
@@ -79,11 +74,6 @@ class RayActors:
             ray.kill(remote.actor)
 
 
-def _start(actor_class: type, place: ReplicaPlace, arguments: Sequence[Any], **options: Any) -> Any:
-    on_node = NodeAffinitySchedulingStrategy(place.node_id, soft=False)
-    return ray.remote(actor_class).options(num_cpus=0, scheduling_strategy=on_node, **options).remote(*arguments)
-
-
 class LocalHandle(Remote):
     """An object of this process, which lives as long as its caller."""
 
@@ -93,7 +83,7 @@ class LocalHandle(Remote):
 
 class LocalActors:
     """Every object in this process, on one event loop that runs while calls are waited for; an error is the object's
-    own. The engine holds no memory that training wants, and nothing could answer in its place if it hung.
+    own. On CPU alone: on a GPU, engine and training would have to take turns with its memory.
     """
 
     max_workers = 1
@@ -105,11 +95,11 @@ class LocalActors:
         """The value itself."""
         return value
 
-    def create_replica(self, name: str, place: ReplicaPlace, made_class: type, *arguments: Any) -> Remote:
-        """An engine or a worker in this process."""
+    def create(
+        self, name: str, place: ReplicaPlace, made_class: type, *arguments: Any, gpus: str | None = None
+    ) -> Remote:
+        """An object of this process; there are no ``gpus``."""
         return LocalHandle(name, LocalActor(made_class(*arguments), self._loop), place.node_ip)
-
-    create_worker = create_replica
 
     def as_they_come(self, calls: Mapping[Any, Remote], doing: str, **options: Any) -> Iterator[tuple[int, Any]]:
         """Numbers and results of the calls; the first to fail ends the wait with its own error."""

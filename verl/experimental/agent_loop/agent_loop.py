@@ -106,7 +106,8 @@ class AgentLoopManager:
         for place in self._places:
             name = f"rollout replica {place.index} ({self.rollout.name}, node {place.node_ip})"
             arguments = (self.rollout, self.config.actor_rollout_ref.model, place.index, self.device)
-            self._replicas.append(self._actors.create_replica(name, place, self._replica_class, *arguments))
+            gpus = place.cuda_visible_devices
+            self._replicas.append(self._actors.create(name, place, self._replica_class, *arguments, gpus=gpus))
         self._starting = {replica.actor.launch.remote(): replica for replica in self._replicas}
         count = max(1, min(self.rollout.agent.num_workers, self._actors.max_workers))
         tokenizer = self._actors.share(self._tokenizer)
@@ -206,7 +207,7 @@ class AgentLoopManager:
         place = self._places[first]
         servers = AsyncLLMServerManager(self._replicas, first, self._request_timeout_s)
         name = f"agent-loop worker {index} (node {place.node_ip})"
-        return self._actors.create_worker(name, place, AgentLoopWorker, self.config, tokenizer, servers)
+        return self._actors.create(name, place, AgentLoopWorker, self.config, tokenizer, servers)
 
     def _check_run(self) -> None:
         """Look at engines and workers, whoever is waited for, and at the rest of the run."""

@@ -94,6 +94,4 @@ def test_tools_come_from_the_yaml(config: PPOConfig, tokenizer, tmp_path: Path) 
     config.actor_rollout_ref.rollout.multi_turn.tool_config_path = str(path)
     context = AgentLoopWorker(config, tokenizer, EchoServers()).context
     assert list(context.tools) == ["add"]
-    prompt_ids = context.template.encode_prompt([{"role": "user", "content": "hi"}], with_tools=True)
-    assert '"name": "add"' in tokenizer.decode(prompt_ids)
     assert context.template.end_of_turn_id == tokenizer.convert_tokens_to_ids("<|im_end|>")

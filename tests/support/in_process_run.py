@@ -10,9 +10,9 @@ from verl.protocol import DataProto
 from verl.trainer.launch.typed import load_config
 
 STEPS = 5
-"""Of a run, unless it is told otherwise."""
+"""Of a run by default."""
 MEASURED = ("timing", "perf/")
-"""Beginnings of the names of figures that are measured by the clock."""
+"""Prefixes of metrics that the clock measures."""
 
 
 class Killed(BaseException):

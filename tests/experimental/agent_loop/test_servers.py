@@ -1,4 +1,4 @@
-"""Which replica gets a request, and what becomes of one that hangs: engines that answer on command."""
+"""Which replica gets a request, and how one that hangs is sent again: engines that answer on command."""
 
 import asyncio
 from typing import Any
@@ -47,12 +47,12 @@ class Servers:
         replicas = [Remote(f"replica {i}", engine) for i, engine in enumerate(self.engines)]
         self.manager = AsyncLLMServerManager(replicas, first, timeout_s)
 
-    async def ask(self, conversation: str) -> asyncio.Task[TokenOutput]:
+    async def send(self, conversation: str) -> asyncio.Task[TokenOutput]:
         task = asyncio.create_task(self.manager.generate([1], {}, conversation))
         await asyncio.sleep(0)
         return task
 
-    async def until_asked(self, engine: int, calls: int) -> None:
+    async def until_sent(self, engine: int, calls: int) -> None:
         async with asyncio.timeout(5):
             while len(self.engines[engine].calls) < calls:
                 await asyncio.sleep(0.01)
@@ -61,16 +61,16 @@ class Servers:
 async def test_conversations_go_to_the_least_busy_replica_and_stay_there() -> None:
     servers = Servers(2, first=1)
     zero, one = servers.engines
-    tasks = [await servers.ask(name) for name in "abcd"]
+    tasks = [await servers.send(name) for name in "abcd"]
     assert one.request_ids == ["a-1", "c-3"], "first=1 begins with replica 1"
     assert zero.request_ids == ["b-2", "d-4"]
     zero.answer(0)
     zero.answer(1)
     await asyncio.sleep(0)
-    tasks.append(await servers.ask("a"))
+    tasks.append(await servers.send("a"))
     assert one.request_ids[2:] == ["a-5"], "a has its cache on replica 1"
     servers.manager.forget("a")
-    tasks.append(await servers.ask("a"))
+    tasks.append(await servers.send("a"))
     assert zero.request_ids[2:] == ["a-6"]
     for engine in servers.engines:
         for call, future in enumerate(engine.calls):
@@ -79,10 +79,10 @@ async def test_conversations_go_to_the_least_busy_replica_and_stay_there() -> No
     await asyncio.gather(*tasks)
 
 
-async def test_a_request_that_hangs_is_asked_once_more_elsewhere(cancelled: list[Any]) -> None:
+async def test_a_request_that_hangs_is_sent_to_another_replica(cancelled: list[Any]) -> None:
     servers = Servers(2)
-    task = await servers.ask("talk")
-    await servers.until_asked(1, 1)
+    task = await servers.send("talk")
+    await servers.until_sent(1, 1)
     assert cancelled == [servers.engines[0].calls[0]]
     servers.engines[1].answer(0, token=7)
     output = await task
@@ -92,17 +92,17 @@ async def test_a_request_that_hangs_is_asked_once_more_elsewhere(cancelled: list
 
 async def test_the_conversation_and_new_ones_keep_away_from_a_replica_that_hangs(cancelled: list[Any]) -> None:
     servers = Servers(2)
-    tasks = [await servers.ask("talk")]
-    await servers.until_asked(1, 1)
-    tasks += [await servers.ask(name) for name in ("new", "newer")]
-    await servers.until_asked(1, 3)
+    tasks = [await servers.send("talk")]
+    await servers.until_sent(1, 1)
+    tasks += [await servers.send(name) for name in ("new", "newer")]
+    await servers.until_sent(1, 3)
     assert len(servers.engines[0].calls) == 1, "although it has fewer in flight"
     for call in range(3):
         servers.engines[1].answer(call)
     assert [(await task).retries for task in tasks] == [1, 0, 0]
     await asyncio.sleep(TIMEOUT_S)
-    later = await servers.ask("later")
-    await servers.until_asked(0, 2)  # it has had its time to recover
+    later = await servers.send("later")
+    await servers.until_sent(0, 2)  # it has had its time to recover
     servers.engines[0].answer(1)
     assert (await later).retries == 0
 
@@ -113,8 +113,8 @@ HANGS = "was not answered by replica {}, which finished nothing for actor_rollou
 @pytest.mark.parametrize(
     ("count", "message"),
     [
-        (3, f"request talk-1 {HANGS.format(0)}; asked once more, request talk-2 {HANGS.format(1)}"),
-        (1, f"request talk-1 {HANGS.format(0)}, and there is no other replica to ask"),
+        (3, f"request talk-1 {HANGS.format(0)}; sent once more, request talk-2 {HANGS.format(1)}"),
+        (1, f"request talk-1 {HANGS.format(0)}, and there is no other replica"),
     ],
 )
 async def test_a_request_that_nobody_answers_ends_the_run_with_its_id(
@@ -131,7 +131,7 @@ async def test_a_request_that_nobody_answers_ends_the_run_with_its_id(
 async def test_a_long_queue_is_no_hang(cancelled: list[Any]) -> None:
     """Three requests, each finished within the timeout of the one before; the last waits twice as long."""
     servers = Servers(1)
-    tasks = [await servers.ask(name) for name in "abc"]
+    tasks = [await servers.send(name) for name in "abc"]
     for call in range(3):
         await asyncio.sleep(0.7 * TIMEOUT_S)
         servers.engines[0].answer(call)
@@ -141,7 +141,7 @@ async def test_a_long_queue_is_no_hang(cancelled: list[Any]) -> None:
 
 async def test_without_a_timeout_a_request_is_waited_for(cancelled: list[Any]) -> None:
     servers = Servers(2, timeout_s=None)
-    task = await servers.ask("talk")
+    task = await servers.send("talk")
     await asyncio.sleep(2 * TIMEOUT_S)
     assert not task.done()
     servers.engines[0].answer(0)

@@ -78,7 +78,7 @@ class LocalHandle(Remote):
     """An object of this process, which lives as long as its caller."""
 
     def check_alive(self) -> None:
-        """Nothing to look at."""
+        """Never raises."""
 
 
 class LocalActors:

@@ -75,7 +75,7 @@ class AgentLoopManager:
             worker_group: the training ranks, whose nodes and GPUs the replicas share.
             tokenizer: the student's.
             device: ``cpu`` or ``cuda``.
-            watch: called now and then while engines and workers are waited for: what it raises ends the wait.
+            watch: called after every half second without a result of engines or workers; what it raises ends the wait.
             in_process: run one engine and one worker in this process, without Ray; on CPU alone.
             replica_class: the engine; None: the one that ``rollout.name`` names.
 
@@ -210,7 +210,7 @@ class AgentLoopManager:
         return self._actors.create(name, place, AgentLoopWorker, self.config, tokenizer, servers)
 
     def _check_run(self) -> None:
-        """Look at engines and workers, whoever is waited for, and at the rest of the run."""
+        """Check engines, workers and the rest of the run, whichever of them is waited for."""
         self.check_alive()
         if self._watch is not None:
             self._watch()

@@ -51,7 +51,7 @@ class ToolAgentLoop(AgentLoopBase):
         )
 
     def read_calls(self, turn_ids: list[int]) -> list[ToolCall]:
-        """The calls of a finished model turn; none of an unfinished one, and none where there are no tools."""
+        """The calls of a finished model turn; an unfinished turn, and a run without tools, have none."""
         if not self.context.tools or not turn_ids or turn_ids[-1] != self.template.end_of_turn_id:
             return []
         return parse_hermes_tool_calls(str(self.template.tokenizer.decode(turn_ids[:-1], skip_special_tokens=False)))

@@ -1,7 +1,7 @@
 """One run: the real trainer, workers and data sets in this process, then the scoreboard.
 
-In: a `Run`. Out: its record. See ``verl.trainer.ppo.in_process`` for what stands in for Ray; the engine is the small
-one of transformers, and ``evaluate`` measures with it too.
+In: a `Run`. Out: its record. Without Ray (``init_workers(in_process=True)``); the engine is the small one of
+transformers, and ``evaluate`` measures with it too.
 """
 
 import json
@@ -17,7 +17,6 @@ from recipe.onpolicy_distill.main_onpolicy_distill import build_trainer
 from recipe.onpolicy_distill.quickstart.distillation import EXACT_MATCH
 from verl.trainer.launch.checks import check_run
 from verl.trainer.launch.typed import load_config
-from verl.trainer.ppo.in_process import init_in_process
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer
 from verl.utils.tokenizer import hf_tokenizer
 
@@ -64,7 +63,7 @@ def train(run: Run, prepared: Prepared, folder: Path, data_cache: Path) -> None:
     if run.seconds is not None:
         end_after(trainer, run.seconds)
     try:
-        init_in_process(trainer)
+        trainer.init_workers(in_process=True)
         trainer.fit()
     finally:
         trainer.shutdown()

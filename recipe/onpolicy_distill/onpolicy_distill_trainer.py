@@ -91,9 +91,9 @@ class RayOnPolicyDistillTrainer(RayPPOTrainer):
             self.config.trainer.teacher_ranks_on_nodes
         )
 
-    def init_workers(self) -> None:
+    def init_workers(self, in_process: bool = False) -> None:
         """As the base class; a student whose teachers export hidden states gets their heads."""
-        super().init_workers()
+        super().init_workers(in_process)
         self.fetch_heads()
 
     def fetch_heads(self) -> None:

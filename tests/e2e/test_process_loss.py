@@ -22,7 +22,7 @@ from support.running import processes_of
 
 from recipe.onpolicy_distill.main_onpolicy_distill import build_trainer
 from verl.config import PPOConfig
-from verl.experimental.agent_loop import agent_loop as agent_loop_module
+from verl.experimental.agent_loop import actors
 from verl.trainer.launch import run as module
 from verl.trainer.launch.typed import load_config
 
@@ -131,7 +131,7 @@ def test_a_run_that_loses_processes_in_every_stage_is_the_run_that_never_did(
     train = write_onerec_parquet(tmp_path / "train.parquet", 10)
     module.run(build_trainer(settings(tiny_pair, train, tmp_path / "whole")))
 
-    monkeypatch.setattr(agent_loop_module, "_SHUTDOWN_S", 2.0)  # what a stopped engine costs
+    monkeypatch.setattr(actors, "SHUTDOWN_S", 2.0)  # what a stopped engine costs
     reported: list[tuple[float, str]] = []
     monkeypatch.setattr(module, "report", lambda text: reported.append((time.monotonic(), text)))
     for restarts, loss in enumerate(LOSSES):

@@ -33,12 +33,9 @@ def group() -> LocalWorkerGroup:
     return local_groups({"a": Doubler(), "b": Doubler()})["a"]
 
 
-def test_batches_are_split_and_joined_for_one_rank(group: LocalWorkerGroup) -> None:
+def test_calls_are_those_of_a_group_of_one_rank(group: LocalWorkerGroup) -> None:
     batch = DataProto.from_dict({"x": torch.tensor([1.0, 2.0, 3.0]), "y": torch.zeros(3)})
     assert group.double(batch).tensor("doubled").tolist() == [2.0, 4.0, 6.0]
-
-
-def test_a_call_to_all_ranks_gives_a_list_and_roles_know_each_other(group: LocalWorkerGroup) -> None:
     assert group.world_size == 1
     assert group.roles() == [["a", "b"]]
     assert [place["rank"] for place in group.get_placement()] == [0]

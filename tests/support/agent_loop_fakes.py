@@ -1,14 +1,23 @@
 """A scripted engine and small tools for the agent-loop tests."""
 
+import asyncio
+from collections.abc import Sequence
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from verl.config import MultiTurnConfig, RolloutConfig
-from verl.experimental.agent_loop.base import AgentLoopContext
+from verl.experimental.agent_loop.base import AgentLoopBase, AgentLoopContext, AgentLoopOutput
 from verl.experimental.agent_loop.chat_template import ChatTemplate
+from verl.experimental.agent_loop.tool_agent_loop import ToolAgentLoop
+from verl.protocol import DataProto
 from verl.tools.base_tool import BaseTool, ToolResponse
 from verl.workers.rollout.replica import TokenOutput
+
+MESSAGES = [{"role": "user", "content": "How many apples?"}]
+SAMPLING = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "ignore_eos": False, "logprobs": True, "seed": 10}
+END = "<|im_end|>"
 
 
 def schema(name: str) -> dict[str, Any]:
@@ -17,7 +26,10 @@ def schema(name: str) -> dict[str, Any]:
 
 
 class AddTool(BaseTool):
-    """Adds two numbers."""
+    """Adds two numbers; brings its schema along."""
+
+    def get_openai_tool_schema(self) -> dict[str, Any]:
+        return schema("add")
 
     async def execute(self, instance_id: str, parameters: dict[str, Any], **kwargs: Any):
         return ToolResponse(text=str(parameters["first"] + parameters["second"])), 0.5, {}
@@ -31,25 +43,40 @@ class TextTool(BaseTool):
 
 
 class CounterTool(BaseTool):
-    """Counts the calls of a conversation, from ``start``; remembers what was created and released."""
+    """Counts the calls of a conversation, from ``start``; remembers what was created, released and cancelled.
 
-    def __init__(self, config: dict[str, Any], tool_schema: dict[str, Any] | None) -> None:
-        super().__init__(config, tool_schema)
+    Its config may name the step in which it ``hangs``, or a ``timeout`` of its own.
+    """
+
+    def __init__(self, config: dict[str, Any], tool_schema: dict[str, Any] | None = None) -> None:
+        super().__init__(config, tool_schema or schema("count"))
         self.counts: dict[str, int] = {}
-        self.created: list[str] = []
         self.released: list[str] = []
+        self.cancelled = 0
+
+    async def _hang(self, step: str) -> None:
+        if self.config.get("hangs") == step:
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                self.cancelled += 1
+                raise
 
     async def create(self, instance_id: str | None = None, start: int = 0, **kwargs: Any):
+        await self._hang("create")
         instance_id, response = await super().create(instance_id)
         self.counts[instance_id] = start
-        self.created.append(instance_id)
         return instance_id, response
 
     async def execute(self, instance_id: str, parameters: dict[str, Any], by: int = 1, **kwargs: Any):
+        await self._hang("execute")
+        if "timeout" in self.config:
+            raise TimeoutError(self.config["timeout"])
         self.counts[instance_id] += by
         return ToolResponse(text=f"count {self.counts[instance_id]}"), 1.0, {}
 
     async def release(self, instance_id: str, **kwargs: Any) -> None:
+        await self._hang("release")
         self.released.append(instance_id)
 
 
@@ -79,7 +106,7 @@ class ScriptedEngine:
 
 def make_context(
     tokenizer: PreTrainedTokenizerBase,
-    tools: tuple[BaseTool, ...] = (),
+    tools: Sequence[BaseTool] = (),
     multi_turn: MultiTurnConfig | None = None,
     **rollout: Any,
 ) -> AgentLoopContext:
@@ -89,5 +116,30 @@ def make_context(
     return AgentLoopContext(config, template, {tool.name: tool for tool in tools})
 
 
-def load(folder: Any) -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(folder)
+async def converse(
+    tokenizer: PreTrainedTokenizerBase,
+    turns: list[str | list[int]],
+    tools: Sequence[BaseTool] = (),
+    multi_turn: MultiTurnConfig | None = None,
+    loop: type[AgentLoopBase] = ToolAgentLoop,
+    row: dict[str, Any] | None = None,
+    **rollout: Any,
+) -> tuple[AgentLoopOutput, ScriptedEngine]:
+    """A conversation in which the model writes ``turns``, and the engine that wrote them."""
+    engine = ScriptedEngine(tokenizer, turns)
+    context = make_context(tokenizer, tools, multi_turn, **rollout)
+    sampling = SAMPLING | {"logprobs": context.rollout.calculate_log_probs}
+    values = {"raw_prompt": MESSAGES, "index": 7} | (row or {})
+    return await loop(context, engine).run(sampling, **values), engine
+
+
+def call(name: str, arguments: str = "{}") -> str:
+    return f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>'
+
+
+def prompt_rows(**columns: Any) -> DataProto:
+    """A batch of prompts, from any sequences."""
+    arrays = {key: np.empty(len(column), dtype=object) for key, column in columns.items()}
+    for key, column in columns.items():
+        arrays[key][:] = list(column)
+    return DataProto.from_dict(non_tensors=arrays, meta_info={"global_steps": 1, "validate": False})

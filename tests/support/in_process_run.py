@@ -8,12 +8,11 @@ from recipe.onpolicy_distill.main_onpolicy_distill import build_trainer
 from verl.config import PPOConfig
 from verl.protocol import DataProto
 from verl.trainer.launch.typed import load_config
-from verl.trainer.ppo.in_process import init_in_process
 
 STEPS = 5
-"""Of a run, unless it is told otherwise."""
+"""Of a run by default."""
 MEASURED = ("timing", "perf/")
-"""Beginnings of the names of figures that are measured by the clock."""
+"""Prefixes of metrics that the clock measures."""
 
 
 class Killed(BaseException):
@@ -58,7 +57,7 @@ def run_in_process(
         tamper: gets the trainer before it starts, to break something.
     """
     trainer: Any = build_trainer(config)
-    init_in_process(trainer)
+    trainer.init_workers(in_process=True)
     generate, batches = trainer.agent_loop_manager.generate_sequences, 0
 
     def generate_or_die(prompts: DataProto) -> DataProto:

@@ -1,10 +1,13 @@
-"""Worker groups of one rank in the calling process, for studies of small models and for tests.
+"""What Ray does for a run, done in the calling process, for studies of small models and for tests.
 
-In: workers by role. Out: a group per role, whose methods are called as those of a Ray group are. Arguments are split
-and results joined by the same code, for one rank; a call runs at once, and an error is the worker's own.
+In: workers by role. Out: a worker group per role, called as a Ray group is; arguments are split and results joined by
+the same code, for one rank. A call runs at once, and an error is the worker's own. ``LocalActor`` stands in for the
+handle of a Ray actor in the same way.
 """
 
+import asyncio
 from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 from verl.single_controller.base import Worker, WorkerGroup
@@ -42,3 +45,14 @@ def local_groups(workers: Mapping[str, Worker]) -> dict[str, LocalWorkerGroup]:
     for worker in workers.values():
         worker.attach(workers, worker.object_store)
     return {role: LocalWorkerGroup(worker) for role, worker in workers.items()}
+
+
+class LocalActor:
+    """An object called as a Ray actor is: ``actor.method.remote(...)`` begins an async method on the event loop."""
+
+    def __init__(self, target: Any, loop: asyncio.AbstractEventLoop) -> None:
+        self._target, self._loop = target, loop
+
+    def __getattr__(self, method: str) -> Any:
+        function = getattr(self._target, method)
+        return SimpleNamespace(remote=lambda *arguments: self._loop.create_task(function(*arguments)))

@@ -30,7 +30,7 @@ class AgentLoopMetrics:
     generate_s: float = 0.0
     """Time waiting for the engine, all turns."""
     retried_requests: int = 0
-    """Turns that were asked again of another replica, because the first hung."""
+    """Turns that were sent to a second replica, because the first hung."""
     tool_calls_s: float = 0.0
     """Time waiting for tools, all turns."""
     tool_calls: int = 0
@@ -56,9 +56,9 @@ class AgentLoopOutput:
     response_mask: list[int]
     """1 for tokens that are trained on (``masks.trainable_mask``)."""
     distill_special_token_mask: list[int]
-    """1 for tokens of the extended vocabulary, whoever wrote them."""
+    """1 for extended tokens of the model, of tools and of users."""
     response_logprobs: list[float] | None
-    """The sampler's log-probs, 0 at tokens that it did not sample; None where not asked for."""
+    """The sampler's log-probs, 0 at tokens that it did not sample; None where the run does not keep them."""
     num_turns: int
     """Turns of prompt, model and tools together; 2 for a plain answer."""
     metrics: AgentLoopMetrics
@@ -78,26 +78,22 @@ class Trajectory:
         self.weight_versions: list[int] = []
 
     @property
-    def token_ids(self) -> list[int]:
-        """Everything so far: what the engine continues."""
-        return self.prompt_ids + self.response_ids
-
-    @property
-    def room(self) -> int:
-        """Tokens that the response may still grow by."""
+    def remaining_tokens(self) -> int:
+        """What is left of the response's token budget."""
         return self.response_length - len(self.response_ids)
 
     def add_model_turn(self, turn: TokenOutput) -> None:
         """Append what the model wrote."""
-        if len(turn.token_ids) > self.room:
-            raise RolloutError(f"the engine wrote {len(turn.token_ids)} tokens where max_tokens was {self.room}")
+        written, allowed = len(turn.token_ids), self.remaining_tokens
+        if written > allowed:
+            raise RolloutError(f"the engine wrote {written} tokens where max_tokens was {allowed}")
         if self.log_probs is not None:
-            if turn.log_probs is None or len(turn.log_probs) != len(turn.token_ids):
-                have = "no" if turn.log_probs is None else str(len(turn.log_probs))
-                raise RolloutError(f"the engine returned {have} log-probs for {len(turn.token_ids)} tokens")
+            if turn.log_probs is None or len(turn.log_probs) != written:
+                returned = "no" if turn.log_probs is None else len(turn.log_probs)
+                raise RolloutError(f"the engine returned {returned} log-probs for {written} tokens")
             self.log_probs += turn.log_probs
         self.response_ids += turn.token_ids
-        self.model_mask += [1] * len(turn.token_ids)
+        self.model_mask += [1] * written
         self.weight_versions.append(turn.weight_version)
 
     def add_other_turn(self, token_ids: Sequence[int]) -> None:
@@ -130,7 +126,7 @@ class AgentLoopBase(ABC):
         self.template = context.template
         self.metrics = AgentLoopMetrics()
         self.teacher_knows_extended = False
-        """Whether the teacher of this row knows item tokens, so that nothing is masked on their account."""
+        """Whether this row's teacher knows item tokens; the masks then keep what follows them."""
         self._generate = generate
 
     @abstractmethod
@@ -156,14 +152,14 @@ class AgentLoopBase(ABC):
         return Trajectory(prompt_ids, self.rollout.response_length, self.rollout.calculate_log_probs)
 
     async def write_turn(self, trajectory: Trajectory, sampling_params: Mapping[str, Any]) -> list[int]:
-        """Let the model write one turn, within what is left of the budget; returns the turn's tokens.
+        """Let the model write one turn within what is left of the budget; returns the turn's tokens.
 
-        Every turn of a conversation draws from a random stream of its own.
+        Every turn of a conversation has a seed of its own.
         """
-        params = dict(sampling_params, max_tokens=trajectory.room)
+        params = dict(sampling_params, max_tokens=trajectory.remaining_tokens)
         params["seed"] += len(trajectory.weight_versions)
         started = time.perf_counter()
-        turn = await self._generate(trajectory.token_ids, params)
+        turn = await self._generate(trajectory.prompt_ids + trajectory.response_ids, params)
         self.metrics.generate_s += time.perf_counter() - started
         self.metrics.retried_requests += turn.retries
         trajectory.add_model_turn(turn)
@@ -194,7 +190,7 @@ _Loop = TypeVar("_Loop", bound=type[AgentLoopBase])
 
 
 def register(agent_name: str) -> Callable[[_Loop], _Loop]:
-    """Class decorator: make a loop known as ``agent_name``."""
+    """Class decorator: rows whose ``agent_name`` is this name run the class."""
 
     def add(loop_class: _Loop) -> _Loop:
         _AGENT_LOOPS[agent_name] = loop_class

@@ -40,45 +40,41 @@ class ChatTemplate:
         self.tokenizer = tokenizer
         self.tool_schemas: list[Any] = [dict(schema) for schema in tool_schemas]
         self.template_kwargs = dict(template_kwargs or {})
-        self.end_of_turn_id = self._find_end_of_turn() if self.tool_schemas else None
+        self.end_of_turn_id: int | None = None
+        if self.tool_schemas:
+            ids = self._continuation([{"role": "tool", "name": "probe", "content": "result"}])
+            if not ids or ids[0] not in tokenizer.added_tokens_decoder:
+                raise ValueError(
+                    f"the chat template of {tokenizer.name_or_path} ends an assistant's turn with "
+                    f"{tokenizer.decode(ids[:1])!r}, which is no special token; tools need a template whose turns end "
+                    "with one, so unset actor_rollout_ref.rollout.multi_turn.tool_config_path"
+                )
+            self.end_of_turn_id = ids[0]
 
     def encode_prompt(self, messages: Sequence[Message], with_tools: bool) -> list[int]:
         """Ids of the conversation up to where the assistant begins to write."""
-        ids: Any = self.tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
-            tools=self.tool_schemas if with_tools and self.tool_schemas else None,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=False,
-            **self.template_kwargs,
-        )
-        return ids
+        return self._encode(self._render(messages, self.tool_schemas if with_tools else []))
 
     def encode_tool_turn(self, messages: Sequence[Message]) -> list[int]:
         """Ids between the assistant's end-of-turn token and the start of its next turn: ``messages`` of tools."""
         return self._continuation(messages)[1:]
 
     def _continuation(self, messages: Sequence[Message]) -> list[int]:
-        conversation = [
-            {"role": "user", "content": "question"},
-            {"role": "assistant", "content": _ASSISTANT_WORDS},
-            *(dict(message) for message in messages),
-        ]
+        question = {"role": "user", "content": "question"}
+        text = self._render(
+            [question, {"role": "assistant", "content": _ASSISTANT_WORDS}, *messages], self.tool_schemas
+        )
+        return self._encode(text.partition(_ASSISTANT_WORDS)[2])
+
+    def _render(self, messages: Sequence[Message], tool_schemas: list[Any]) -> str:
         text: Any = self.tokenizer.apply_chat_template(
-            conversation,
-            tools=self.tool_schemas or None,
+            [dict(message) for message in messages],
+            tools=tool_schemas or None,
             add_generation_prompt=True,
             tokenize=False,
             **self.template_kwargs,
         )
-        return self.tokenizer.encode(text.partition(_ASSISTANT_WORDS)[2], add_special_tokens=False)
+        return text
 
-    def _find_end_of_turn(self) -> int:
-        ids = self._continuation([{"role": "tool", "name": "probe", "content": "result"}])
-        if not ids or ids[0] not in self.tokenizer.added_tokens_decoder:
-            raise ValueError(
-                f"the chat template of {self.tokenizer.name_or_path} ends an assistant's turn with "
-                f"{self.tokenizer.decode(ids[:1])!r}, which is no special token; tools need a template whose turns end "
-                "with one, so unset actor_rollout_ref.rollout.multi_turn.tool_config_path"
-            )
-        return ids[0]
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False)

@@ -38,23 +38,18 @@ def plan_replicas(placements: Sequence[Mapping[str, Any]], device: str, gpus_per
         nodes.setdefault(placement["node_id"], []).append(placement)
     places: list[ReplicaPlace] = []
     for node_id, ranks in nodes.items():
-        if device == "cpu":
-            places.append(ReplicaPlace(len(places), node_id, ranks[0]["node_ip"], None, _numbers(ranks)))
-            continue
-        if len(ranks) % gpus_per_replica:
+        node_ip = ranks[0]["node_ip"]
+        size = len(ranks) if device == "cpu" else gpus_per_replica
+        if len(ranks) % size:
             raise ValueError(
                 f"actor_rollout_ref.rollout.tensor_model_parallel_size={gpus_per_replica} does not divide the "
-                f"{len(ranks)} GPUs of node {ranks[0]['node_ip']} (trainer.n_gpus_per_node)"
+                f"{len(ranks)} GPUs of node {node_ip} (trainer.n_gpus_per_node)"
             )
-        for first in range(0, len(ranks), gpus_per_replica):
-            beside = ranks[first : first + gpus_per_replica]
-            devices = ",".join(_gpu_of(rank) for rank in beside)
-            places.append(ReplicaPlace(len(places), node_id, ranks[0]["node_ip"], devices, _numbers(beside)))
+        for first in range(0, len(ranks), size):
+            beside = ranks[first : first + size]
+            devices = None if device == "cpu" else ",".join(_gpu_of(rank) for rank in beside)
+            places.append(ReplicaPlace(len(places), node_id, node_ip, devices, tuple(rank["rank"] for rank in beside)))
     return places
-
-
-def _numbers(ranks: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
-    return tuple(rank["rank"] for rank in ranks)
 
 
 def _gpu_of(rank: Mapping[str, Any]) -> str:

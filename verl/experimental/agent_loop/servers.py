@@ -2,15 +2,15 @@
 
 In: requests of conversations. Out: the answers, from the replica with the fewest requests in flight.
 
-A replica that leaves a request unanswered and finishes no other for ``timeout_s`` is taken to hang: the request is
-cancelled there and asked once more elsewhere. So a long queue is no hang, and neither is a long answer among others.
+A replica that leaves a request unanswered and finishes no other for ``timeout_s`` counts as hanging: the request is
+cancelled there and sent to another replica, once. A long queue or one long answer among others does not count.
 
 ::
 
-    ask ──► answer
-     └─ silence of timeout_s ──► cancel, ask another replica ──► answer, counted as retried
-                                  │ (none other)               └─ silence ──► RolloutError with the request's id
-                                  └──► RolloutError likewise
+    send ──► answer
+     └─ nothing for timeout_s ──► cancel, send to another replica ──► answer, counted as retried
+                                   │ (there is none)                └─ nothing ──► RolloutError with the request's id
+                                   └──► RolloutError with the request's id
 """
 
 import asyncio
@@ -30,13 +30,6 @@ from verl.workers.rollout.replica import TokenOutput
 logger = logging.getLogger(__name__)
 
 
-class Replica(Remote):
-    """One engine, which may have processes of its own."""
-
-    def _ask_for_sign(self) -> Any:
-        return self.actor.check_alive.remote()
-
-
 class AsyncLLMServerManager:
     """See the module.
 
@@ -44,18 +37,18 @@ class AsyncLLMServerManager:
     earlier turns, unless that replica hangs.
     """
 
-    def __init__(self, replicas: Sequence[Replica], first: int = 0, timeout_s: float | None = None) -> None:
+    def __init__(self, replicas: Sequence[Remote], first: int = 0, timeout_s: float | None = None) -> None:
         """
         Args:
-            first: the replica to begin with among equally busy ones; workers differ in it.
-            timeout_s: see the module; None: requests are waited for however long they take.
+            first: the replica to begin with among equally busy ones; each worker begins with another.
+            timeout_s: see the module; None: no limit.
         """
         self._replicas = list(replicas)
         self._order = [(first + offset) % len(self._replicas) for offset in range(len(self._replicas))]
         self._in_flight = [0] * len(self._replicas)
         self._answered_at = [0.0] * len(self._replicas)
         self._avoid_until = [0.0] * len(self._replicas)
-        """A replica that was taken to hang gets nothing for as long as it had, unless it answers or all others hang."""
+        """After a hang: no new requests until then, unless the replica answers or all others hang."""
         self._chosen: dict[str, int] = {}
         self._requests = 0
         self._timeout_s = timeout_s
@@ -70,18 +63,18 @@ class AsyncLLMServerManager:
             self._chosen[request_id] = self._least_busy(self._order)
         first = self._chosen[request_id]
         try:
-            return await self._ask(first, prompt_ids, sampling_params, request_id)
+            return await self._send(first, prompt_ids, sampling_params, request_id)
         except TimeoutError as silence:
-            logger.warning("%s; it is asked of another replica", silence)
+            logger.warning("%s; it is sent to another replica", silence)
             hung = str(silence)
         others = [replica for replica in self._order if replica != first]
         if not others:
-            raise RolloutError(f"{hung}, and there is no other replica to ask")
+            raise RolloutError(f"{hung}, and there is no other replica")
         second = self._chosen[request_id] = self._least_busy(others)
         try:
-            answer = await self._ask(second, prompt_ids, sampling_params, request_id)
+            answer = await self._send(second, prompt_ids, sampling_params, request_id)
         except TimeoutError as silence:
-            raise RolloutError(f"{hung}; asked once more, {silence}") from silence
+            raise RolloutError(f"{hung}; sent once more, {silence}") from silence
         return replace(answer, retries=1)
 
     def forget(self, request_id: str) -> None:
@@ -94,18 +87,18 @@ class AsyncLLMServerManager:
     def _avoided(self, replica: int) -> bool:
         return time.monotonic() < self._avoid_until[replica]
 
-    async def _ask(
+    async def _send(
         self, chosen: int, prompt_ids: list[int], sampling_params: dict[str, Any], request_id: str
     ) -> TokenOutput:
-        """One request to one replica; raises TimeoutError, with who and what, where that hangs."""
+        """One request to one replica; a TimeoutError that names both where it hangs."""
         replica = self._replicas[chosen]
         self._in_flight[chosen] += 1
-        self._requests += 1  # part of the engine's request id: it may still be closing the conversation's last turn
+        self._requests += 1  # makes the id unique: the engine may still be closing the conversation's last turn
         own_id = f"{request_id}-{self._requests}"
         call = replica.actor.generate.remote(prompt_ids, sampling_params, own_id)
-        answer = asyncio.ensure_future(_result_of(call))
+        answer: asyncio.Future[TokenOutput] = asyncio.ensure_future(call)
         try:
-            if self._timeout_s is not None and not await self._comes(answer, chosen, self._timeout_s):
+            if self._timeout_s is not None and not await self._answers_in_time(answer, chosen, self._timeout_s):
                 ray.cancel(call)
                 self._avoid_until[chosen] = time.monotonic() + self._timeout_s
                 raise TimeoutError(
@@ -123,16 +116,12 @@ class AsyncLLMServerManager:
         self._avoid_until[chosen] = 0.0
         return output
 
-    async def _comes(self, answer: asyncio.Future[TokenOutput], chosen: int, timeout_s: float) -> bool:
-        """Wait for an answer; False once the replica has been silent for too long."""
-        asked_at = time.monotonic()
+    async def _answers_in_time(self, answer: asyncio.Future[TokenOutput], chosen: int, timeout_s: float) -> bool:
+        """Wait for ``answer``; False once the replica has finished nothing for ``timeout_s``."""
+        sent_at = time.monotonic()
         while not answer.done():
-            left = max(asked_at, self._answered_at[chosen]) + timeout_s - time.monotonic()
+            left = max(sent_at, self._answered_at[chosen]) + timeout_s - time.monotonic()
             if left <= 0:
                 return False
             await asyncio.wait({answer}, timeout=left)
         return True
-
-
-async def _result_of(call: Any) -> TokenOutput:
-    return await call

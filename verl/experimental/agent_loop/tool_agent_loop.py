@@ -8,15 +8,14 @@
                               tool turn   <- tools run side by side; what fails answers with an error text
 
 It ends with the first turn that calls nothing, at ``max_assistant_turns``, at ``max_user_turns``, or where the budget
-of response tokens (model and tool tokens of all turns together) has no room for another model token. A turn cut off
-before its end-of-turn token calls nothing. Extended tokens do not end it: the masks deal with them.
+of response tokens (model and tool tokens of all turns together) leaves no token to the model. A turn cut off before its
+end-of-turn token calls nothing. Extended tokens do not end it: the masks deal with them.
 """
 
 from typing import Any
 
 from verl.experimental.agent_loop.base import AgentLoopBase, AgentLoopOutput, register
-from verl.experimental.agent_loop.tool_parser import ToolCall, parse_hermes_tool_calls
-from verl.experimental.agent_loop.tool_session import ToolSession
+from verl.experimental.agent_loop.tool_calls import ToolCall, ToolSession, parse_hermes_tool_calls
 
 
 @register("tool_agent")
@@ -26,7 +25,7 @@ class ToolAgentLoop(AgentLoopBase):
     async def run(self, sampling_params: dict[str, Any], **row: Any) -> AgentLoopOutput:
         """Hold the conversation; tools keep their state over its turns and are released at its end."""
         trajectory = self.start(row, with_tools=True)
-        tools = ToolSession(self.context.tools, self.rollout.multi_turn, row.get("tools_kwargs"), self.metrics)
+        tools = ToolSession(self.context.tools, self.rollout.multi_turn, self.metrics, row.get("tools_kwargs") or {})
         assistant_turns = user_turns = 0
         try:
             while True:
@@ -36,7 +35,7 @@ class ToolAgentLoop(AgentLoopBase):
                 if not calls:
                     break
                 tool_turn_ids = self.template.encode_tool_turn(await tools.answer(calls))
-                if len(tool_turn_ids) >= trajectory.room:
+                if len(tool_turn_ids) >= trajectory.remaining_tokens:
                     break
                 trajectory.add_other_turn(tool_turn_ids)
                 user_turns += 1
@@ -52,7 +51,7 @@ class ToolAgentLoop(AgentLoopBase):
         )
 
     def read_calls(self, turn_ids: list[int]) -> list[ToolCall]:
-        """The calls of a finished model turn; none of an unfinished one, and none where there are no tools."""
+        """The calls of a finished model turn; an unfinished turn, and a run without tools, have none."""
         if not self.context.tools or not turn_ids or turn_ids[-1] != self.template.end_of_turn_id:
             return []
         return parse_hermes_tool_calls(str(self.template.tokenizer.decode(turn_ids[:-1], skip_special_tokens=False)))

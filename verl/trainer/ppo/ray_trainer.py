@@ -15,15 +15,18 @@ Letters: B sequences, R response tokens.
 
 import logging
 import os
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from verl.config import PPOConfig
+from verl.config import PPOConfig, TrainerConfig
 from verl.experimental.agent_loop.agent_loop import AgentLoopManager
 from verl.protocol import DataProto
+from verl.single_controller.base import WorkerGroup
+from verl.single_controller.local import local_groups
 from verl.trainer.checkpoint.best import BestCheckpoint
 from verl.trainer.checkpoint.layout import checkpoint_step, is_of_run, newest_whole
 from verl.trainer.checkpoint.resume import START_AFRESH, find_resumable, load_driver_state, run_identity
@@ -296,20 +299,36 @@ class RayPPOTrainer:
 
     # ------------------------------------------------------------------ set-up, data, checkpoints
 
-    def init_workers(self) -> None:
+    def init_workers(self, in_process: bool = False) -> None:
         """Start training ranks and engines, and build the models.
 
         On CPU side by side. On CUDA one after the other: both sides measure how much of a GPU's memory is free.
+
+        Args:
+            in_process: run everything in this process, without Ray: one rank on CPU. For tests and for studies of many
+                short runs of small models, which would spend more time on starting processes than on training.
+
+        Raises:
+            ValueError: a model or setting cannot be used, or ``in_process`` with a GPU or several ranks.
         """
-        self.pools.create_resource_pool()
-        if "address" in self.config.ray_kwargs.ray_init:
-            check_nodes(self.config, self.pools)
-        self.role_groups = self.worker_groups.start(self.pools, self.role_worker_mapping, self.worker_arguments)
+        if in_process:
+            require_one_cpu_rank(self.config.trainer, self.device_name)
+            workers = {role: self.role_worker_mapping[role](**self.worker_arguments(role)) for role in self.roles}
+            self.role_groups: Mapping[str, WorkerGroup] = local_groups(workers)
+        else:
+            self.pools.create_resource_pool()
+            if "address" in self.config.ray_kwargs.ray_init:
+                check_nodes(self.config, self.pools)
+            self.role_groups = self.worker_groups.start(self.pools, self.role_worker_mapping, self.worker_arguments)
         self.actor_wg = self.role_groups["actor"]
         self.agent_loop_manager = AgentLoopManager(
-            self.config, self.actor_wg, device=self.device_name, tokenizer=self.tokenizer
+            self.config,
+            self.actor_wg,
+            self.tokenizer,
+            device=self.device_name,
+            watch=self.worker_groups.check_alive,
+            in_process=in_process,
         )
-        self.agent_loop_manager.watch = self.worker_groups.check_alive
         self.worker_groups.watch(self.agent_loop_manager.check_alive)
         if self.device_name == "cpu":
             self.agent_loop_manager.start()
@@ -379,3 +398,15 @@ class RayPPOTrainer:
         newest = newest_whole(root)
         saved = f"newest checkpoint {newest}" if newest else "no checkpoint"
         return f"step {self.global_steps} of {self.total_steps}, {saved}, run folder {root}{self.best.describe()}"
+
+
+def require_one_cpu_rank(config: TrainerConfig, device_name: str) -> None:
+    """Raise ``ValueError`` where a run in one process is given a GPU, more than one rank, or teachers of their own."""
+    if device_name != "cpu":
+        raise ValueError(f"trainer.device={config.device}: a run in one process is on the CPU; set trainer.device=cpu")
+    if config.world_size != 1 or config.teacher_ranks_on_nodes:
+        raise ValueError(
+            f"trainer.nnodes={config.nnodes}, trainer.n_gpus_per_node={config.n_gpus_per_node} and "
+            f"trainer.teacher_n_gpus_per_node={config.teacher_n_gpus_per_node}: a run in one process has one rank, "
+            "which student and teachers share; set 1, 1 and null"
+        )

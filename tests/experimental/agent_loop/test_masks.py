@@ -51,15 +51,9 @@ def test_masks_are_cut_after_the_first_extended_token(drawing: str, extended: st
     assert masks_of(drawing, keep_rest=True) == (extended, written)
 
 
-def test_the_threshold_itself_is_extended() -> None:
+def test_ids_from_the_threshold_on_are_extended() -> None:
     assert extended_token_mask([99, 100, 101], 100) == [0, 1, 1]
-
-
-def test_a_threshold_of_zero_is_a_threshold() -> None:
-    assert extended_token_mask([0, 1], 0) == [1, 1]
-
-
-def test_without_extension_nothing_is_extended() -> None:
+    assert extended_token_mask([0, 1], 0) == [1, 1], "0 is a threshold"
     assert extended_token_mask([0, 10**6], None) == [0, 0]
 
 

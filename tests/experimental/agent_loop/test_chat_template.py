@@ -1,0 +1,90 @@
+"""Prompt, model tokens and appended tool turns together are what the chat template yields for the conversation."""
+
+import pytest
+from support.agent_loop_fakes import END, AddTool, TextTool, call, converse, schema
+from transformers import AutoTokenizer
+
+from verl.config import MultiTurnConfig
+from verl.experimental.agent_loop.chat_template import ChatTemplate
+
+ADD = call("add", '{"first": 2, "second": 3}')
+LOOK = call("look")
+LANTERN = "red lantern\n\n <s_a_1>\n"
+QUESTION = [{"role": "user", "content": "2 + 3?"}]
+
+
+@pytest.fixture(scope="module", params=["tiny", "mini8k", "mini8k-item256"])
+def any_tokenizer(request: pytest.FixtureRequest):
+    """The small tokenizer of the tests, and real Qwen3-style ones with their own template."""
+    if request.param == "tiny":
+        return request.getfixturevalue("tokenizer")
+    return AutoTokenizer.from_pretrained(request.getfixturevalue("shared_data") / "tokenizer" / request.param)
+
+
+@pytest.mark.parametrize(
+    "turns",
+    [
+        [ADD],
+        ["<think>\nTwo numbers to add.\n</think>\n\n" + ADD],
+        [ADD, "Again.\n" + ADD],
+        ["<think>\nFirst.\n</think>\n\n" + ADD, "<think>\nSecond.\n</think>\n\n" + ADD],
+        [ADD + "\n" + LOOK],
+    ],
+)
+@pytest.mark.parametrize("system", [True, False])
+async def test_the_engine_reads_what_the_template_yields(any_tokenizer, turns, system) -> None:
+    tools = (AddTool({}, None), TextTool({"text": LANTERN}, schema("look")))
+    messages = [{"role": "system", "content": "You are careful."}, *QUESTION] if system else QUESTION
+    _, engine = await converse(
+        any_tokenizer,
+        [turn + END for turn in [*turns, "5"]],
+        tools,
+        MultiTurnConfig(max_parallel_calls=2),
+        row={"raw_prompt": messages},
+        response_length=900,
+        prompt_length=900,
+    )
+    schemas = [tool.get_openai_tool_schema() for tool in tools]
+    assert len(engine.requests) == len(turns) + 1
+    for number, (read, _) in enumerate(engine.requests):
+        conversation = list(messages)
+        for turn in turns[:number]:
+            conversation += [{"role": "assistant", "content": turn}, {"role": "tool", "content": "5"}]
+            conversation += [{"role": "tool", "content": LANTERN}] if LOOK in turn else []
+        expected = any_tokenizer.apply_chat_template(
+            conversation, tools=schemas, add_generation_prompt=True, return_dict=False
+        )
+        assert read == expected, f"request {number}: {any_tokenizer.decode(read)!r}"
+
+
+async def test_the_models_own_tokens_are_kept_where_its_text_has_another_encoding(tokenizer) -> None:
+    usual = tokenizer.encode(" apples")
+    unusual = [token for letter in " apples" for token in tokenizer.encode(letter)]
+    assert usual != unusual
+    assert tokenizer.decode(usual) == tokenizer.decode(unusual)
+    output, engine = await converse(tokenizer, [unusual + tokenizer.encode(ADD + END), "5" + END], (AddTool({}, None),))
+    assert output.num_turns == 4
+    assert output.response_ids[: len(unusual)] == unusual
+    assert engine.requests[1][0][len(output.prompt_ids) :][: len(unusual)] == unusual
+
+
+def test_template_options_reach_prompt_and_tool_turn(tokenizer) -> None:
+    template = ChatTemplate(tokenizer, [schema("add")], {"enable_thinking": False})
+    no_thought = tokenizer.encode("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+    assert template.encode_prompt(QUESTION, with_tools=False)[-len(no_thought) :] == no_thought
+    assert template.encode_tool_turn([{"role": "tool", "content": "5"}])[-len(no_thought) :] == no_thought
+
+
+def test_tools_are_listed_only_where_they_are_used(tokenizer) -> None:
+    template = ChatTemplate(tokenizer, [schema("add")])
+    plain = tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True, return_dict=False)
+    assert template.encode_prompt(QUESTION, with_tools=False) == plain
+    assert '"name": "add"' in tokenizer.decode(template.encode_prompt(QUESTION, with_tools=True))
+
+
+def test_a_template_without_an_end_of_turn_token_takes_no_tools(tokenizer, monkeypatch) -> None:
+    template = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    ChatTemplate(tokenizer)
+    with pytest.raises(ValueError, match="no special token"):
+        ChatTemplate(tokenizer, [schema("add")])

@@ -1,0 +1,285 @@
+"""The manager around replicas without a model, as Ray actors and in this process: order, seeds, syncs, failures."""
+
+import os
+import re
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+from safetensors.torch import save_file
+from support.agent_loop_fakes import prompt_rows
+from support.fake_replica import DIE, END, HANG, RAISE, SHAPES, STALL, FakeReplica
+from support.tiny_pairs import REPO
+
+from verl.config import PPOConfig
+from verl.experimental.agent_loop.agent_loop import AgentLoopManager
+from verl.experimental.agent_loop.base import RolloutError
+from verl.protocol import BATCH_KEYS, DataProto
+
+
+class Ranks:
+    """Training ranks on one node, each with a GPU of its own as far as anyone can see, and weights in buckets."""
+
+    def __init__(self, folder: Path, node_id: str, count: int) -> None:
+        self.folder, self.node_id, self.count = folder, node_id, count
+        self.names = list(SHAPES)
+        self.events: list[str] = []
+
+    def get_placement(self) -> list[dict[str, Any]]:
+        node = {"node_id": self.node_id, "node_ip": "10.0.0.1"}
+        return [{"rank": i, "local_rank": i, "cuda_visible_devices": str(i + 4), **node} for i in range(self.count)]
+
+    def num_weight_buckets(self) -> int:
+        return len(self.names)
+
+    def export_weight_bucket(self, index: int) -> list[dict[str, Any] | None]:
+        name, path = self.names[index], self.folder / f"bucket-{index}.safetensors"
+        save_file({name: torch.zeros(SHAPES[name])}, path)
+        self.events.append(f"export {index}")
+        return [{"path": str(path), "names": [name]}] * self.count  # a replica reads what the rank beside it exported
+
+    def release_weight_bucket(self, index: int) -> None:
+        self.events.append(f"release {index}")
+        (self.folder / f"bucket-{index}.safetensors").unlink()
+
+
+@dataclass
+class World:
+    """A manager and what is around it."""
+
+    ranks: Ranks
+    log: Path
+    """Where replicas write their events."""
+    manager: AgentLoopManager
+    run_error: Exception | None = None
+    """What the manager's watch raises."""
+
+    def events(self, replica: int) -> list[str]:
+        return [line[2:] for line in self.log.read_text().splitlines() if line[0] == str(replica)]
+
+    def generate(self, *ids: list[int], uids: str | None = None) -> DataProto:
+        return self.manager.generate_sequences(prompt_rows(prompt_ids=ids, uid=uids or range(len(ids))))
+
+    def seeds(self, *ids: list[int], uids: str) -> list[int]:
+        return self.generate(*ids, uids=uids).batch["responses"][:, 1].tolist()
+
+
+def build(folder: Path, tokenizer: Any, ranks: Ranks, device: str, fail_launch: bool = False, **options: Any) -> World:
+    """A world whose manager begins to start."""
+    config, log = PPOConfig(), folder / "events"
+    rollout = config.actor_rollout_ref.rollout
+    rollout.name = "hf"
+    rollout.engine_kwargs = {"fake": {"log": str(log), "fail_launch": fail_launch}}
+    rollout.prompt_length, rollout.response_length = 4, 4
+    rollout.calculate_log_probs = True
+    rollout.agent.num_workers = 2
+    rollout.timeout_s = 5.0
+
+    def watch() -> None:
+        if world.run_error is not None:
+            raise world.run_error
+
+    options |= {"device": device, "watch": watch, "replica_class": FakeReplica}
+    world = World(ranks, log, AgentLoopManager(config, ranks, tokenizer, **options))
+    world.manager.start()
+    return world
+
+
+LOADS = ["load embed.weight", "load norm.weight"]
+
+# -------------------------------------------------------------------------------------------- in this process
+
+
+def test_in_one_process_all_of_it_works_without_ray(tmp_path: Path, tokenizer: Any) -> None:
+    world = build(tmp_path, tokenizer, Ranks(tmp_path, "", 1), "cpu", in_process=True)
+    world.manager.wait_ready()
+    world.manager.check_alive()
+    world.manager.update_weights(world.ranks, version=7)
+    assert world.generate([1], [2], [3]).batch["responses"][:, 0].tolist() == [1, 2, 3]
+    assert world.seeds([1], [2], [3], uids="abc") == [world.seeds([1], uids=uid)[0] for uid in "abc"]
+    with pytest.raises(RuntimeError, match="the kernel failed"):
+        world.generate([RAISE], [STALL])
+    world.manager.sleep()
+    assert not world.manager.asleep, "on CPU there is nothing to give up"
+    world.manager.shutdown()
+    world.manager.shutdown()
+    assert world.ranks.events == ["export 0", "release 0", "export 1", "release 1"]
+    assert world.events(0) == ["launch None", "start", *LOADS, "finish", "cancelled", "shutdown"]
+
+
+# -------------------------------------------------------------------------------------------- with Ray
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Iterator[World]:
+    """Two replicas and two workers, shared by all tests below, in this order."""
+    paths = os.pathsep.join([str(REPO / "tests"), str(REPO)])
+    ray.init(num_cpus=2, include_dashboard=False, runtime_env={"env_vars": {"PYTHONPATH": paths}})
+    ranks = Ranks(tmp_path_factory.mktemp("buckets"), ray.get_runtime_context().get_node_id(), 2)
+    made = build(tmp_path_factory.mktemp("manager"), tokenizer, ranks, "cuda")
+    made.manager.wait_ready()
+    yield made
+    made.manager.shutdown()
+    made.manager.shutdown()
+    ray.shutdown()
+
+
+def test_replicas_get_the_devices_of_their_ranks(world: World) -> None:
+    assert (world.events(0), world.events(1)) == (["launch 4"], ["launch 5"])
+
+
+def test_rows_come_back_in_order_with_the_rollouts_keys_alone(world: World) -> None:
+    ids = [[10 + row] * (1 + row % 4) for row in range(7)]
+    batch = world.generate(*ids)
+    made = {key for key, column in BATCH_KEYS.items() if column.producer == "rollout"}
+    assert set(batch.batch.keys()) | set(batch.non_tensor_batch) == made
+    assert batch.batch["responses"][:, 0].tolist() == list(range(10, 17))
+    assert batch.batch["responses"][:, 3].tolist() == [END] * 7
+    assert batch.batch["attention_mask"].sum(1).tolist() == [len(row) + 4 for row in ids]
+    assert set(batch.batch["responses"][:, 2].tolist()) == {0, 1}, "both replicas answered"
+    assert batch.meta_info["metrics"]["timing_s/agent_loop/generate_sequences/min"] > 0
+
+
+def test_samples_depend_on_neither_order_nor_number_of_workers(world: World) -> None:
+    together = world.seeds([1], [2], [3], uids="abc")
+    assert together == world.seeds([3], [2], [1], uids="cba")[::-1]
+    assert together == [world.seeds([1], uids=uid)[0] for uid in "abc"]
+
+
+def test_a_weight_sync_takes_every_bucket_in_order_and_wakes_the_engines(world: World) -> None:
+    world.manager.sleep()
+    assert world.manager.asleep
+    with pytest.raises(RolloutError, match="the engines sleep"):
+        world.generate([1])
+    world.manager.update_weights(world.ranks, version=1)
+    assert not world.manager.asleep
+    assert world.ranks.events == ["export 0", "release 0", "export 1", "release 1"]
+    for replica in (0, 1):
+        assert world.events(replica)[1:] == ["sleep", "wake weights", "start", *LOADS, "finish"]
+    world.generate([1], [2])
+
+
+def test_an_incomplete_sync_names_replica_and_tensor_and_a_whole_one_mends_it(world: World) -> None:
+    world.ranks.names = ["norm.weight"]
+    with pytest.raises(ValueError, match=r"(?s)rollout replica \d \(hf, node 10.0.0.1\).*missing: embed.weight"):
+        world.manager.update_weights(world.ranks, version=2)
+    with pytest.raises(RolloutError, match=r"rollout replica \d .* failed to generate: .*sync 2 was incomplete"):
+        world.generate([1])
+    world.ranks.names = list(SHAPES)
+    world.manager.update_weights(world.ranks, version=3)
+    world.generate([1])
+
+
+def test_samples_of_other_weights_are_refused(world: World) -> None:
+    world.manager.weight_version = 99
+    with pytest.raises(RolloutError, match=r"versions \[3\] after the sync of version 99"):
+        world.generate([1])
+    world.manager.weight_version = 3
+
+
+def test_prompts_that_cannot_be_used_are_the_users_to_mend(world: World) -> None:
+    with pytest.raises(ValueError, match=r"has 5 tokens, above data.max_prompt_length=4"):
+        world.generate([1], [1, 2, 3, 4, 5])
+    with pytest.raises(KeyError, match="raw_prompt"):
+        world.manager.generate_sequences(prompt_rows(uid="a"))
+
+
+@pytest.mark.parametrize(("in_process", "who"), [(False, "rollout replica 0 .* failed to start: "), (True, "^")])
+def test_a_launch_that_fails_is_told_at_once(world: World, tmp_path: Path, tokenizer: Any, in_process, who) -> None:
+    broken = build(tmp_path, tokenizer, world.ranks, "cpu", fail_launch=True, in_process=in_process)
+    with pytest.raises(RuntimeError, match=f"{who}.*no memory"):
+        broken.manager.wait_ready()
+    broken.manager.shutdown()
+
+
+def test_a_request_that_hangs_is_cancelled_and_answered_elsewhere(world: World) -> None:
+    """The first of its two rows goes to replica 0, which alone hangs."""
+    batch = world.generate([HANG, 7], [1])
+    assert batch.batch["responses"][:, 0].tolist() == [7, 1]
+    assert batch.batch["responses"][0, 2] == 1, "the other replica"
+    assert batch.meta_info["metrics"]["agent_loop/retried_requests"] == 1.0
+    assert "cancelled" in world.events(0)
+    world.manager.update_weights(world.ranks, version=5)  # so it may take weights: no request is under way
+
+
+def give_up_sync(world: World) -> None:
+    """As if none had been begun, for the tests that follow."""
+    for replica in world.manager._replicas:
+        ray.get(replica.actor.__ray_call__.remote(lambda replica: setattr(replica, "_update", None)))
+
+
+def test_an_engine_that_hangs_in_a_weight_sync_is_named(world: World) -> None:
+    hang = world.log.with_name("hang")
+    hang.touch()
+    with pytest.raises(
+        RolloutError, match=r"^rollout replica 0 \(hf, node 10.0.0.1\) did not begin a weight sync with"
+    ):
+        world.manager.update_weights(world.ranks, version=6)
+    hang.unlink()
+    time.sleep(0.5)
+    give_up_sync(world)
+
+
+def test_a_bucket_is_released_when_loading_it_fails(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.ranks.events.clear()
+    exported = world.ranks.export_weight_bucket
+    broken = {"path": "/no/such/file", "names": ["norm.weight"]}
+    monkeypatch.setattr(world.ranks, "export_weight_bucket", lambda index: [broken for _ in exported(index)])
+    with pytest.raises(RolloutError, match=r"rollout replica \d .* failed to load weight bucket 0 of version 4: "):
+        world.manager.update_weights(world.ranks, version=4)
+    assert world.ranks.events == ["export 0", "release 0"]
+    assert not list(world.ranks.folder.iterdir())
+    give_up_sync(world)
+
+
+def test_the_rest_of_the_run_is_looked_at_meanwhile(world: World) -> None:
+    world.run_error = RuntimeError("rank 1 died")
+    started = time.monotonic()
+    with pytest.raises(RuntimeError, match="rank 1 died"):
+        world.generate([STALL])
+    assert time.monotonic() - started < 3.0
+    world.run_error = None
+
+
+WORKER, REPLICA = r"agent-loop worker 0 \(node 10.0.0.1\)", r"rollout replica \d \(hf, node 10.0.0.1\)"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "cause"),
+    [
+        (RAISE, rf"{WORKER} failed to generate: {REPLICA} .*: the kernel failed$"),
+        (STALL, rf"{WORKER} failed to generate: the process died: Worker unexp"),
+        (DIE, rf".*{REPLICA} failed to generate: the process died: "),
+    ],
+)
+def test_a_failure_names_who_failed_the_cause_and_the_log(world: World, prompt: int, cause: str) -> None:
+    """An engine that raises, a worker that is killed while it waits, an engine that dies."""
+    manager = world.manager
+    if prompt == STALL:
+        pid = ray.get(manager._workers[0].actor.__ray_call__.remote(lambda _: os.getpid()))
+        threading.Timer(1.0, os.kill, (pid, signal.SIGKILL)).start()
+    started = time.monotonic()
+    with pytest.raises(RolloutError) as caught:
+        world.generate([prompt])
+    seconds = time.monotonic() - started
+    first, second = str(caught.value).splitlines()
+    assert re.match(cause, first), first
+    log = re.match(r"log: (/\S+\.err) on node 10.0.0.1$", second)
+    assert log and Path(log.group(1)).is_file(), second
+    if prompt == STALL:
+        assert seconds < 4.0, "before the request is found to hang"
+        manager._workers[0] = manager._create_worker(0, 2, ray.put(manager._tokenizer))
+
+
+def test_an_engine_that_has_died_is_found_without_a_call(world: World) -> None:
+    with pytest.raises(RolloutError, match=r"^rollout replica \d .* failed: the process died: "):
+        for _ in range(100):
+            world.manager.check_alive()
+            time.sleep(0.1)

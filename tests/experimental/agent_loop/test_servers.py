@@ -1,0 +1,148 @@
+"""Which replica gets a request, and how one that hangs is sent again: engines that answer on command."""
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from verl.experimental.agent_loop import servers as module
+from verl.experimental.agent_loop.base import RolloutError
+from verl.experimental.agent_loop.servers import AsyncLLMServerManager
+from verl.single_controller.ray.calls import Remote
+from verl.workers.rollout.replica import TokenOutput
+
+TIMEOUT_S = 0.3
+
+
+class Engine:
+    """Looks like a Ray actor handle: ``generate.remote`` returns something to await."""
+
+    def __init__(self) -> None:
+        self.calls: list[asyncio.Future[TokenOutput]] = []
+        self.request_ids: list[str] = []
+        self.generate = self
+
+    def remote(self, prompt_ids: list[int], sampling_params: dict[str, Any], request_id: str) -> Any:
+        self.request_ids.append(request_id)
+        self.calls.append(asyncio.get_running_loop().create_future())
+        return self.calls[-1]
+
+    def answer(self, call: int, token: int = 1) -> None:
+        self.calls[call].set_result(TokenOutput([token], None, "stop", 0))
+
+
+@pytest.fixture
+def cancelled(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What was cancelled on engines."""
+    calls: list[Any] = []
+    monkeypatch.setattr(module.ray, "cancel", calls.append)
+    return calls
+
+
+class Servers:
+    """Requests to ``count`` engines."""
+
+    def __init__(self, count: int, first: int = 0, timeout_s: float | None = TIMEOUT_S) -> None:
+        self.engines = [Engine() for _ in range(count)]
+        replicas = [Remote(f"replica {i}", engine) for i, engine in enumerate(self.engines)]
+        self.manager = AsyncLLMServerManager(replicas, first, timeout_s)
+
+    async def send(self, conversation: str) -> asyncio.Task[TokenOutput]:
+        task = asyncio.create_task(self.manager.generate([1], {}, conversation))
+        await asyncio.sleep(0)
+        return task
+
+    async def until_sent(self, engine: int, calls: int) -> None:
+        async with asyncio.timeout(5):
+            while len(self.engines[engine].calls) < calls:
+                await asyncio.sleep(0.01)
+
+
+async def test_conversations_go_to_the_least_busy_replica_and_stay_there() -> None:
+    servers = Servers(2, first=1)
+    zero, one = servers.engines
+    tasks = [await servers.send(name) for name in "abcd"]
+    assert one.request_ids == ["a-1", "c-3"], "first=1 begins with replica 1"
+    assert zero.request_ids == ["b-2", "d-4"]
+    zero.answer(0)
+    zero.answer(1)
+    await asyncio.sleep(0)
+    tasks.append(await servers.send("a"))
+    assert one.request_ids[2:] == ["a-5"], "a has its cache on replica 1"
+    servers.manager.forget("a")
+    tasks.append(await servers.send("a"))
+    assert zero.request_ids[2:] == ["a-6"]
+    for engine in servers.engines:
+        for call, future in enumerate(engine.calls):
+            if not future.done():
+                engine.answer(call)
+    await asyncio.gather(*tasks)
+
+
+async def test_a_request_that_hangs_is_sent_to_another_replica(cancelled: list[Any]) -> None:
+    servers = Servers(2)
+    task = await servers.send("talk")
+    await servers.until_sent(1, 1)
+    assert cancelled == [servers.engines[0].calls[0]]
+    servers.engines[1].answer(0, token=7)
+    output = await task
+    assert (output.token_ids, output.retries) == ([7], 1)
+    assert [engine.request_ids for engine in servers.engines] == [["talk-1"], ["talk-2"]]
+
+
+async def test_the_conversation_and_new_ones_keep_away_from_a_replica_that_hangs(cancelled: list[Any]) -> None:
+    servers = Servers(2)
+    tasks = [await servers.send("talk")]
+    await servers.until_sent(1, 1)
+    tasks += [await servers.send(name) for name in ("new", "newer")]
+    await servers.until_sent(1, 3)
+    assert len(servers.engines[0].calls) == 1, "although it has fewer in flight"
+    for call in range(3):
+        servers.engines[1].answer(call)
+    assert [(await task).retries for task in tasks] == [1, 0, 0]
+    await asyncio.sleep(TIMEOUT_S)
+    later = await servers.send("later")
+    await servers.until_sent(0, 2)  # it has had its time to recover
+    servers.engines[0].answer(1)
+    assert (await later).retries == 0
+
+
+HANGS = "was not answered by replica {}, which finished nothing for actor_rollout_ref.rollout.timeout_s=0.3 s"
+
+
+@pytest.mark.parametrize(
+    ("count", "message"),
+    [
+        (3, f"request talk-1 {HANGS.format(0)}; sent once more, request talk-2 {HANGS.format(1)}"),
+        (1, f"request talk-1 {HANGS.format(0)}, and there is no other replica"),
+    ],
+)
+async def test_a_request_that_nobody_answers_ends_the_run_with_its_id(
+    cancelled: list[Any], count: int, message: str
+) -> None:
+    servers = Servers(count)
+    with pytest.raises(RolloutError) as caught:
+        await servers.manager.generate([1], {}, "talk")
+    assert str(caught.value) == message
+    assert [len(engine.calls) for engine in servers.engines] == [1, 1, 0][:count]
+    assert len(cancelled) == min(count, 2)
+
+
+async def test_a_long_queue_is_no_hang(cancelled: list[Any]) -> None:
+    """Three requests, each finished within the timeout of the one before; the last waits twice as long."""
+    servers = Servers(1)
+    tasks = [await servers.send(name) for name in "abc"]
+    for call in range(3):
+        await asyncio.sleep(0.7 * TIMEOUT_S)
+        servers.engines[0].answer(call)
+    assert [output.retries for output in await asyncio.gather(*tasks)] == [0, 0, 0]
+    assert not cancelled
+
+
+async def test_without_a_timeout_a_request_is_waited_for(cancelled: list[Any]) -> None:
+    servers = Servers(2, timeout_s=None)
+    task = await servers.send("talk")
+    await asyncio.sleep(2 * TIMEOUT_S)
+    assert not task.done()
+    servers.engines[0].answer(0)
+    assert (await task).retries == 0

@@ -1,8 +1,8 @@
-"""On-policy distillation as a trainer: the reference is a teacher, and its disagreement is what is learned from.
+"""On-policy distillation as a trainer: the student learns from one teacher or several.
 
-Always a teacher or several, and metrics of its own in training and validation. The clipped reverse KL is an advantage
-estimator in ``core_algos``, exact objectives are computed by the update; the loop is the base class's. With
-``algorithm.distill.coef`` there is a task reward beside it, and the update follows both::
+It overrides stages of ``RayPPOTrainer``: which teacher scores which row, advantages, metrics. The clipped reverse KL is
+an advantage estimator in ``core_algos``, exact objectives are computed by the update. With ``algorithm.distill.coef``
+there is a task reward too, and the update follows both::
 
     sampled:  advantage = task's estimator + coef x weight of the row's teacher x clipped reverse-KL term
     exact:    loss = policy loss of the task's advantage + coef x divergence
@@ -35,7 +35,7 @@ class RayOnPolicyDistillTrainer(RayPPOTrainer):
         """As the base class.
 
         Raises:
-            ValueError: as the base class, and where a further teacher has no row to judge, or a setting none to serve.
+            ValueError: as the base class, and where a teacher has no training row, or a setting no row to act on.
         """
         super().__init__(config, *parts, **options)
         if config.algorithm.distill.teachers:
@@ -44,31 +44,31 @@ class RayOnPolicyDistillTrainer(RayPPOTrainer):
     def _check_teachers_have_rows(self) -> None:
         distill, data = self.config.algorithm.distill, self.train_dataset
         kinds = set(zip(data.sources, data.has_extended, strict=True))
-        judged = {distill.teacher_of(source, has_extended) for source, has_extended in kinds}
+        used = {distill.teacher_of(source, has_extended) for source, has_extended in kinds}
         for place, (name, teacher) in enumerate(distill.teachers.items(), 1):
-            if place not in judged:
+            if place not in used:
                 raise ValueError(
                     f"algorithm.distill.teachers.{name}.sources={teacher.sources} with prompts={teacher.prompts} "
                     "matches no usable training row that no teacher before it claims; the sources are "
                     f"{sorted(set(data.sources))}, and prompts with item tokens have "
                     f"{sorted(source for source, has_extended in kinds if has_extended)}"
                 )
-        if 0 not in judged and not any(teacher.is_stitched for teacher in distill.teachers.values()):
+        if 0 not in used and not any(teacher.is_stitched for teacher in distill.teachers.values()):
             claims = {name: teacher.sources for name, teacher in distill.teachers.items()}
             raise ValueError(
-                f"actor_rollout_ref.ref.model.path judges no row: algorithm.distill.teachers claims all, by {claims}; "
-                "give each the sources that are its own, such as [rec_*]"
+                f"actor_rollout_ref.ref.model.path has no training row: algorithm.distill.teachers claims all, by "
+                f"{claims}; give each the sources that are its own, such as [rec_*]"
             )
         distill.check_base_settings(kinds)
 
     @property
     def uses_reference(self) -> bool:
-        """Whether teachers are asked before the update: not where it runs them, unless a KL term needs them earlier."""
+        """Whether teachers score before the update: not where it runs them, unless a KL term needs them earlier."""
         return not self.teachers_run_in_update or super().uses_reference
 
     @property
     def teachers_run_in_update(self) -> bool:
-        """Whether the update runs the teachers itself, and so has their scores from the same pass."""
+        """Whether the update runs the teachers itself, which gives their scores in the same pass."""
         return self.config.algorithm.distill.needs_full_distribution and not self.exports_hidden_states
 
     @property
@@ -77,19 +77,18 @@ class RayOnPolicyDistillTrainer(RayPPOTrainer):
         return ["actor", *self.config.algorithm.distill.roles]
 
     def worker_arguments(self, role: str) -> dict[str, Any]:
-        """The student knows its objective, a teacher what it is and what the objective asks of it."""
+        """The student gets its objective, a teacher its settings and what the objective needs of it."""
         distill, base = self.config.algorithm.distill, super().worker_arguments(role)
         if role == "actor":
             return base | {"distill": distill}
-        asked = {"topk": distill.topk_or_none, "exports_hidden_states": self.exports_hidden_states}
-        return base | asked | {"teacher": distill.teachers.get(role)}
+        needed = {"topk": distill.topk_or_none, "exports_hidden_states": self.exports_hidden_states}
+        return base | needed | {"teacher": distill.teachers.get(role)}
 
     @property
     def exports_hidden_states(self) -> bool:
-        """Whether the teachers' hidden states go to the student's ranks: the update needs them, and they are apart."""
-        return self.config.algorithm.distill.needs_full_distribution and bool(
-            self.config.trainer.teacher_ranks_on_nodes
-        )
+        """Whether teachers on other ranks send their hidden states to the student's, for its update needs them."""
+        apart = bool(self.config.trainer.teacher_ranks_on_nodes)
+        return apart and self.config.algorithm.distill.needs_full_distribution
 
     def init_workers(self, in_process: bool = False) -> None:
         """As the base class; a student whose teachers export hidden states gets their heads."""
@@ -97,13 +96,13 @@ class RayOnPolicyDistillTrainer(RayPPOTrainer):
         self.fetch_heads()
 
     def fetch_heads(self) -> None:
-        """Tell the student's ranks where to fetch the heads that the hidden states go with; they never change."""
+        """Give the student's ranks the heads that belong to exported hidden states; they never change."""
         if self.exports_hidden_states:
             roles = self.config.algorithm.distill.roles
             self.actor_wg.fetch_heads({role: self.role_groups[role].export_heads()[0] for role in roles})
 
     def prepare(self, rows: dict[str, Any], *, n: int, validate: bool = False) -> DataProto:
-        """As in the base class; where there are several teachers, with the place of each row's among them (B,)."""
+        """As in the base class; with several teachers also which of them each row has (B,)."""
         batch, distill = super().prepare(rows, n=n, validate=validate), self.config.algorithm.distill
         if not distill.teachers:
             return batch
@@ -117,21 +116,21 @@ class RayOnPolicyDistillTrainer(RayPPOTrainer):
         return batch.union(DataProto.from_dict({"teacher": places}))
 
     def ref_log_prob(self, batch: DataProto) -> DataProto:
-        """``ref_log_prob`` (B, R) and what else an exact objective wants, each row's by its own teacher."""
+        """``ref_log_prob`` (B, R) and what else an exact objective needs, each row's by its own teacher."""
         distill = self.config.algorithm.distill
         if not distill.teachers:
-            return self.ask_teacher(BASE_TEACHER, batch)
+            return self.score_with(BASE_TEACHER, batch)
         scores, order = [], []
         for place, role in enumerate(distill.roles):
             rows = (batch.tensor("teacher") == place).nonzero().flatten()
             if len(rows):
-                scores.append(self.ask_teacher(role, batch.select_idxs(rows)))
+                scores.append(self.score_with(role, batch.select_idxs(rows)))
                 order.append(rows)
         joined = DataProto.concat(scores)
         joined.reorder(torch.cat(order).argsort())
         return joined
 
-    def ask_teacher(self, role: str, batch: DataProto) -> DataProto:
+    def score_with(self, role: str, batch: DataProto) -> DataProto:
         """A teacher's ``ref_log_prob`` of its own rows, and what an update needs that cannot run the teacher."""
         scores_ahead = self.config.algorithm.distill.topk_or_none is not None or self.exports_hidden_states
         if scores_ahead and not batch.meta_info["validate"]:
@@ -154,17 +153,17 @@ class RayOnPolicyDistillTrainer(RayPPOTrainer):
 
     @property
     def uses_advantage(self) -> bool:
-        """An exact objective follows none, unless there is a task reward beside it, whose the advantage then is."""
+        """Whether the update follows an advantage: with an exact objective only that of a task reward beside it."""
         return self.config.algorithm.distill.has_policy_loss
 
     def advantage(self, batch: DataProto) -> DataProto:
-        """As in the base class; beside a task reward the sums of both parts, unless distillation is in the loss."""
-        weighed = super().advantage(batch)
+        """As in the base class; beside a task reward the sum of both parts, unless distillation is in the loss."""
+        weighted = super().advantage(batch)
         if self.adds_advantages:
             part = distillation_advantage(batch, self.config.algorithm)
             for key in ("advantages", "returns"):
-                weighed.batch[key] = weighed.tensor(key) + part
-        return weighed
+                weighted.batch[key] = weighted.tensor(key) + part
+        return weighted
 
     @property
     def adds_advantages(self) -> bool:
@@ -172,15 +171,16 @@ class RayOnPolicyDistillTrainer(RayPPOTrainer):
         return self.uses_reward and not self.config.algorithm.distill.is_exact
 
     def step_metrics(self, batch: DataProto) -> Metrics:
-        """The base metrics and the ``distill/*`` family: per data source, per teacher, and overall over the rows whose
-        teacher lacks the item tokens, for an item is no leak where it was asked for. Beside a task reward also what
-        each part puts into the advantage.
+        """The base metrics and the ``distill/*`` family; beside a task reward also the share of each part.
+
+        Overall ``distill/*`` is over rows whose teacher lacks the item tokens, since elsewhere an item is no leak.
         """
         measured = compute_on_policy_distill_data_metrics(batch, self.config.algorithm)
         lacking = self.rows_of_lacking_teachers(batch)
         if len(lacking) < len(batch):
             overall = compute_on_policy_distill_data_metrics(lacking, self.config.algorithm) if len(lacking) else {}
-            measured = _with_overall(measured, overall)
+            measured = {name: value for name, value in measured.items() if name.count("/") > 1}
+            measured |= {name: value for name, value in overall.items() if name.count("/") == 1}
         if self.adds_advantages:
             measured |= compute_advantage_part_metrics(batch, self.config.algorithm)
         return super().step_metrics(batch) | measured
@@ -199,30 +199,20 @@ class RayOnPolicyDistillTrainer(RayPPOTrainer):
         return scores
 
     def validation_metrics(self, batch: DataProto) -> Metrics:
-        """``val/reverse_kl`` and ``val/<source>/reverse_kl`` over the rows of teachers that lack the item tokens, as
-        far as they can read the prompt, and the reward metrics of all, where there are any.
+        """``val/reverse_kl`` and ``val/<source>/reverse_kl``, and the reward metrics of all rows where there are any.
+
+        The former are over rows without item tokens in the prompt whose teacher lacks these: to other prompts an item
+        is no leak, and the teacher cannot score it.
         """
-        metrics = super().validation_metrics(batch)
-        readable = self.readable_by_teacher(self.rows_of_lacking_teachers(batch))
+        metrics, readable = super().validation_metrics(batch), self.rows_of_lacking_teachers(batch)
+        if (start := self.config.actor_rollout_ref.rollout.extend_start) is not None:
+            readable = readable.select_idxs((readable.tensor("prompts") < start).all(dim=-1))
         if self.samples_validation and len(readable):
             metrics |= compute_validation_distill_metrics(readable)
         return metrics
 
-    def readable_by_teacher(self, batch: DataProto) -> DataProto:
-        """The rows whose prompt holds no extended token: an item in an answer to any other is no leak, and the
-        teacher's opinion of it is void.
-        """
-        start = self.config.actor_rollout_ref.rollout.extend_start
-        return batch if start is None else batch.select_idxs((batch.tensor("prompts") < start).all(dim=-1))
-
     @property
     def samples_validation(self) -> bool:
-        """The reverse KL is an average over the student's own samples: greedy answers do not estimate it."""
+        """Whether validation answers are samples: the mean of greedy answers does not estimate the reverse KL."""
         sampling = self.config.actor_rollout_ref.rollout.val_kwargs
         return sampling.do_sample and sampling.temperature > 0
-
-
-def _with_overall(measured: Metrics, overall: Metrics) -> Metrics:
-    """The metrics per source of ``measured``, and the overall ones of ``overall``."""
-    by_source = {name: value for name, value in measured.items() if name.count("/") > 1}
-    return by_source | {name: value for name, value in overall.items() if name.count("/") == 1}

@@ -65,13 +65,13 @@ def train(tiny_pair: Any, tmp_path: Path) -> Any:
         def record(trainer: Any) -> None:
             if scores_before:
                 trainer.__class__ = ScoresBefore
-            ask_teacher = trainer.ask_teacher
+            score_with = trainer.score_with
 
             def noted(role: str, batch: DataProto) -> DataProto:
                 called.append(role)
-                return ask_teacher(role, batch)
+                return score_with(role, batch)
 
-            trainer.ask_teacher = noted
+            trainer.score_with = noted
 
         run_in_process(settings(tiny_pair, prompts, folder, **values | changes), tamper=record)
         dist.destroy_process_group()

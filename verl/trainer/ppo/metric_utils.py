@@ -10,6 +10,7 @@ Letters: B sequences, R response tokens. "Trained" is ``response_mask`` 1; "shar
 teacher (``distill_special_token_mask`` 0); E is the extended vocabulary.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 
 from verl.experimental.agent_loop.base import TEACHER_KNOWS_EXTENDED
+from verl.ops.policy_loss import zero_outside_mask
 from verl.protocol import DataProto
 from verl.trainer.ppo.advantage import distillation_advantage, known_token_mask
 
@@ -25,30 +27,21 @@ if TYPE_CHECKING:
 
 Metrics = dict[str, float]
 
-RESPONSE_STAGES = ("gen",)
-"""Stages whose time is set against response tokens; all others work on prompt and response."""
-
 
 def reduce_metrics(metrics: Mapping[str, Any]) -> Metrics:
     """Lists of metrics as one metric each: largest for keys named ``max``, smallest for ``min``, else the mean."""
-    reduced = {}
-    for key, values in metrics.items():
+
+    def reduce(key: str, values: Any) -> float:
         last = key.rsplit("/", 1)[-1]
-        reduce: Callable[[Any], Any] = np.max if "max" in last else np.min if "min" in last else np.mean
-        reduced[key] = float(reduce(values))
-    return reduced
+        return float(np.max(values) if "max" in last else np.min(values) if "min" in last else np.mean(values))
+
+    return {key: reduce(key, values) for key, values in metrics.items()}
 
 
 def _summary(prefix: str, values: torch.Tensor) -> Metrics:
     """``<prefix>/mean``, ``max`` and ``min`` of the values; nothing where there are none."""
-    if values.numel() == 0:
-        return {}
     values = values.float()
-    return {
-        f"{prefix}/mean": values.mean().item(),
-        f"{prefix}/max": values.max().item(),
-        f"{prefix}/min": values.min().item(),
-    }
+    return {f"{prefix}/{name}": getattr(values, name)().item() for name in ("mean", "max", "min") if values.numel()}
 
 
 def _mean(name: str, values: torch.Tensor) -> Metrics:
@@ -105,24 +98,21 @@ def _sampler_metrics(batch: DataProto, trained: torch.Tensor) -> Metrics:
     sampler = batch.tensor("rollout_log_probs")[trained].double()
     policy = batch.tensor("old_log_probs")[trained].double()
     probs, log_probs = (sampler.exp() - policy.exp()).abs(), (sampler - policy).abs()
-    metrics = {
-        "training/rollout_probs_diff_mean": probs.mean().item(),
-        "training/rollout_probs_diff_max": probs.max().item(),
-        "training/rollout_probs_diff_std": probs.std(correction=0).item(),
-        "training/rollout_log_probs_diff_mean": log_probs.mean().item(),
-        "training/rollout_log_probs_diff_max": log_probs.max().item(),
-        "rollout_corr/kl": (sampler - policy).mean().item(),
+    measured = {
+        "training/rollout_probs_diff_mean": probs.mean(),
+        "training/rollout_probs_diff_max": probs.max(),
+        "training/rollout_probs_diff_std": probs.std(correction=0),
+        "training/rollout_log_probs_diff_mean": log_probs.mean(),
+        "training/rollout_log_probs_diff_max": log_probs.max(),
+        "rollout_corr/kl": (sampler - policy).mean(),
     }
     if "rollout_is_weights" in batch.batch:
         weights = batch.tensor("rollout_is_weights")[trained].double()
-        metrics |= {
-            "rollout_corr/rollout_is_mean": weights.mean().item(),
-            "rollout_corr/rollout_is_max": weights.max().item(),
-            "rollout_corr/rollout_is_eff_sample_size": (
-                weights.sum().square() / (len(weights) * weights.square().sum()).clamp(min=1e-12)
-            ).item(),
-        }
-    return metrics
+        squares = (len(weights) * weights.square().sum()).clamp(min=1e-12)
+        measured["rollout_corr/rollout_is_mean"] = weights.mean()
+        measured["rollout_corr/rollout_is_max"] = weights.max()
+        measured["rollout_corr/rollout_is_eff_sample_size"] = weights.sum().square() / squares
+    return {name: value.item() for name, value in measured.items()}
 
 
 def compute_timing_metrics(batch: DataProto, timing_raw: Mapping[str, float]) -> Metrics:
@@ -131,7 +121,7 @@ def compute_timing_metrics(batch: DataProto, timing_raw: Mapping[str, float]) ->
     all_tokens = int(batch.tensor("attention_mask").sum())
     metrics = {f"timing_s/{stage}": seconds for stage, seconds in timing_raw.items()}
     for stage, seconds in timing_raw.items():
-        tokens = response_tokens if stage in RESPONSE_STAGES else all_tokens
+        tokens = response_tokens if stage == "gen" else all_tokens
         if stage != "step" and tokens:
             metrics[f"timing_per_token_ms/{stage}"] = seconds * 1000 / tokens
     return metrics
@@ -211,9 +201,8 @@ def _extended_reverse_kl(batch: DataProto) -> Metrics:
 
 def _extended_share(batch: DataProto, low: float | None, high: float | None) -> Metrics:
     """Share of distillation's |advantage| that lies on tokens of E."""
-    trained = batch.tensor("response_mask").bool()
-    strength = _gap(batch).neg().clamp(min=low, max=high) if (low, high) != (None, None) else _gap(batch)
-    strength = torch.where(trained, strength.abs(), 0.0).double()
+    bounds = -math.inf if low is None else low, math.inf if high is None else high
+    strength = zero_outside_mask(_gap(batch).neg().clamp(*bounds).abs(), batch.tensor("response_mask")).double()
     total = strength.sum().item()
     return {"extend_adv_share": strength[_trained_extended(batch)].sum().item() / total} if total else {}
 
@@ -231,12 +220,10 @@ def _extension_metrics(batch: DataProto) -> Metrics:
 
 def _clip_metrics(batch: DataProto, low: float | None, high: float | None) -> Metrics:
     """Shares of trained tokens whose advantage lies beyond a bound; 0 for a bound that is not set."""
-    trained = batch.tensor("response_mask").bool()
-    advantages = (batch.tensor("ref_log_prob").float() - batch.tensor("old_log_probs").float())[trained]
-    nowhere = torch.zeros_like(advantages, dtype=torch.bool)
-    return _mean("adv_clipfrac_low", nowhere if low is None else advantages < low) | _mean(
-        "adv_clipfrac_high", nowhere if high is None else advantages > high
-    )
+    advantages = -_gap(batch)[batch.tensor("response_mask").bool()]
+    below = advantages < (-math.inf if low is None else low)
+    above = advantages > (math.inf if high is None else high)
+    return _mean("adv_clipfrac_low", below) | _mean("adv_clipfrac_high", above)
 
 
 def _coverage_metrics(batch: DataProto) -> Metrics:

@@ -9,8 +9,7 @@
 A stage takes the batch and returns a ``DataProto`` of its new keys alone (``verl/protocol.py`` lists every key with
 its producer); ``train_step`` unions them. A recipe overrides stages, never ``fit`` or ``train_step``.
 
-The controller computes nothing on models: workers do (``single_controller``), engines generate (``agent_loop``).
-Letters: B sequences, R response tokens.
+Workers compute on models (``workers``), engines generate (``agent_loop``). B sequences, R response tokens.
 """
 
 import logging
@@ -22,7 +21,7 @@ from typing import Any
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from verl.config import PPOConfig, TrainerConfig
+from verl.config import PPOConfig
 from verl.experimental.agent_loop.agent_loop import AgentLoopManager
 from verl.protocol import DataProto
 from verl.single_controller.base import WorkerGroup
@@ -60,7 +59,7 @@ Metrics = dict[str, float]
 
 
 class RayPPOTrainer:
-    """Policy optimisation with a task reward: generate, score, weigh, update, sync, repeat."""
+    """Policy optimisation with a task reward: generate, score, compute advantages, update, sync, repeat."""
 
     def __init__(
         self,
@@ -74,13 +73,13 @@ class RayPPOTrainer:
         device_name: str = "cpu",
         vocab_fingerprint: str | None = None,
     ) -> None:
-        """Hold the parts together; start nothing.
+        """Build the parts; start nothing.
 
         Args:
             role_worker_mapping: worker class by role: ``actor`` (trained) and ``ref`` (frozen, where it is used).
             reward_fn: scores an answer; needed wherever the advantage is made from rewards.
             device_name: ``cuda`` or ``cpu``.
-            vocab_fingerprint: of the vocabularies that student and teacher share; None: checkpoints are not held to it.
+            vocab_fingerprint: of the shared vocabulary, which a checkpoint has to match; None: any.
 
         Raises:
             ValueError: no reward function although this trainer needs one, too few prompts for one batch, or a
@@ -115,7 +114,7 @@ class RayPPOTrainer:
 
     @property
     def uses_reference(self) -> bool:
-        """Whether reference log-probs are asked for before the update."""
+        """Whether the reference scores the batch before the update."""
         return self.config.algorithm.use_kl_in_reward or self.config.actor_rollout_ref.actor.use_kl_loss
 
     @property
@@ -148,7 +147,7 @@ class RayPPOTrainer:
         if self.uses_reward and algorithm.use_kl_in_reward:
             rewarded, metrics = apply_kl_penalty(batch, self.kl_controller, algorithm.kl_penalty)
             self.stage_metrics |= metrics
-        weighed = compute_advantage(
+        weighted = compute_advantage(
             rewarded,
             adv_estimator=algorithm.adv_estimator,
             gamma=algorithm.gamma,
@@ -158,11 +157,11 @@ class RayPPOTrainer:
             config=algorithm,
         )
         if algorithm.rollout_correction.rollout_is is None:
-            return new_keys(weighed, batch)
-        return new_keys(weighed, batch).union(compute_rollout_is_weights(batch, algorithm.rollout_correction))
+            return new_keys(weighted, batch)
+        return new_keys(weighted, batch).union(compute_rollout_is_weights(batch, algorithm.rollout_correction))
 
     def step_metrics(self, batch: DataProto) -> Metrics:
-        """Figures of one step's batch."""
+        """Metrics of one step's batch."""
         return compute_data_metrics(batch)
 
     def score_validation(self, batch: DataProto) -> DataProto:
@@ -170,7 +169,7 @@ class RayPPOTrainer:
         return self.reward(batch) if self.reward_fn is not None else DataProto()
 
     def validation_metrics(self, batch: DataProto) -> Metrics:
-        """Figures of all validation answers together."""
+        """Metrics of all validation answers together."""
         return compute_validation_reward_metrics(batch) if self.reward_fn is not None else {}
 
     # ------------------------------------------------------------------ stages
@@ -201,7 +200,7 @@ class RayPPOTrainer:
         return self.role_groups["ref"].compute_ref_log_prob(batch) if self.uses_reference else DataProto()
 
     def update_actor(self, batch: DataProto) -> DataProto:
-        """One pass of optimizer steps over the batch; what teachers said of it in passing."""
+        """One pass of optimizer steps over the batch; new keys are the teachers' scores, where the update runs them."""
         updated = self.actor_wg.update_actor(batch)
         self.stage_metrics |= reduce_metrics(updated.meta_info.pop("metrics"))
         return updated
@@ -235,7 +234,7 @@ class RayPPOTrainer:
                     is_last = stop.requested or self.is_last_step()
                     saves = self.is_saved(is_last)
                     metrics |= self.save_checkpoint(metrics, is_last) if saves else self.saver.poll()
-                finally:  # a run that ends here with an error keeps the figures of its last step
+                finally:  # a run that ends here with an error keeps the metrics of its last step
                     self.logger.log(metrics, self.global_steps)
                 self.skipped_updates.check(metrics, self.global_steps)
                 bar.update()
@@ -291,7 +290,7 @@ class RayPPOTrainer:
         return metrics | self.best.note(self.global_steps, metrics) | {"timing_s/testing": timing["testing"]}
 
     def answer_validation(self, rows: dict[str, Any]) -> tuple[DataProto, Metrics]:
-        """Answers to a batch of validation prompts, scored, and the figures of the stages."""
+        """Answers to a batch of validation prompts, scored, and the metrics of the stages."""
         self.stage_metrics = {}
         batch = self.prepare(rows, n=self.config.actor_rollout_ref.rollout.val_kwargs.n, validate=True)
         batch = batch.union(self.generate(batch))
@@ -305,14 +304,19 @@ class RayPPOTrainer:
         On CPU side by side. On CUDA one after the other: both sides measure how much of a GPU's memory is free.
 
         Args:
-            in_process: run everything in this process, without Ray: one rank on CPU. For tests and for studies of many
-                short runs of small models, which would spend more time on starting processes than on training.
+            in_process: run one rank on CPU and one engine in this process, without Ray; for tests and many short runs.
 
         Raises:
             ValueError: a model or setting cannot be used, or ``in_process`` with a GPU or several ranks.
         """
         if in_process:
-            require_one_cpu_rank(self.config.trainer, self.device_name)
+            run = self.config.trainer
+            if self.device_name != "cpu" or run.world_size != 1 or run.teacher_ranks_on_nodes:
+                raise ValueError(
+                    f"a run in one process has one rank on the CPU: set trainer.device={self.device_name} to cpu, "
+                    f"trainer.nnodes={run.nnodes} and trainer.n_gpus_per_node={run.n_gpus_per_node} to 1, "
+                    f"trainer.teacher_n_gpus_per_node={run.teacher_n_gpus_per_node} to null"
+                )
             workers = {role: self.role_worker_mapping[role](**self.worker_arguments(role)) for role in self.roles}
             self.role_groups: Mapping[str, WorkerGroup] = local_groups(workers)
         else:
@@ -395,18 +399,5 @@ class RayPPOTrainer:
     def progress(self) -> str:
         """Where the run stands and what it left."""
         root = self.config.trainer.default_local_dir
-        newest = newest_whole(root)
-        saved = f"newest checkpoint {newest}" if newest else "no checkpoint"
+        saved = f"newest checkpoint {newest}" if (newest := newest_whole(root)) else "no checkpoint"
         return f"step {self.global_steps} of {self.total_steps}, {saved}, run folder {root}{self.best.describe()}"
-
-
-def require_one_cpu_rank(config: TrainerConfig, device_name: str) -> None:
-    """Raise ``ValueError`` where a run in one process is given a GPU, more than one rank, or teachers of their own."""
-    if device_name != "cpu":
-        raise ValueError(f"trainer.device={config.device}: a run in one process is on the CPU; set trainer.device=cpu")
-    if config.world_size != 1 or config.teacher_ranks_on_nodes:
-        raise ValueError(
-            f"trainer.nnodes={config.nnodes}, trainer.n_gpus_per_node={config.n_gpus_per_node} and "
-            f"trainer.teacher_n_gpus_per_node={config.teacher_n_gpus_per_node}: a run in one process has one rank, "
-            "which student and teachers share; set 1, 1 and null"
-        )

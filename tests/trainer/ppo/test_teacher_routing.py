@@ -82,7 +82,7 @@ def test_every_teacher_needs_a_row() -> None:
 def test_the_base_teacher_needs_a_row_too_unless_a_stitched_one_speaks_with_its_weights() -> None:
     trainer = trainer_of({"reader": TeacherConfig()})
     trainer.train_dataset = SimpleNamespace(sources=["rec_next", "general"], has_extended=[True, False])
-    with pytest.raises(ValueError, match=r"ref\.model\.path judges no row.*\{'reader': \['\*'\]\}"):
+    with pytest.raises(ValueError, match=r"ref\.model\.path has no training row.*\{'reader': \['\*'\]\}"):
         trainer._check_teachers_have_rows()
     trainer = trainer_of({"reader": TeacherConfig(vocabulary="stitched", sources=["rec_*", "general"])})
     trainer.train_dataset = SimpleNamespace(sources=["rec_next", "general"], has_extended=[True, False])

@@ -61,7 +61,7 @@ class Loss:
     stage: str
     victim: Callable[[Any], Any]
     stopped: Callable[[Any], Any]
-    message: str
+    message: str | tuple[str, ...]
 
     def prepare(self, trainer: Any, killed_at: list[float]) -> None:
         *part, name = self.stage.split(".")
@@ -85,7 +85,8 @@ class Loss:
 
 LOSSES = [
     Loss(1, "generate", rank, engine, "error: actor+ref failed on rank 1 of 2, node "),
-    Loss(2, "generate", engine, engine, "error: agent-loop worker "),
+    # Whoever notices first: the worker whose request fails, or the driver, which looks at the engines meanwhile.
+    Loss(2, "generate", engine, engine, ("error: agent-loop worker ", "error: rollout replica 0 (hf, node ")),
     Loss(2, "generate", agent_loop, engine, "error: agent-loop worker 0 (node "),
     Loss(3, "update_actor", rank, rank, "error: actor.update_actor failed on rank 1 of 2, node "),
     Loss(3, "saver.save", rank, rank, "error: actor.checkpoint_outcome failed on rank 1 of 2, node "),

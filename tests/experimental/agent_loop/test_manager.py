@@ -256,7 +256,7 @@ WORKER, REPLICA = r"agent-loop worker 0 \(node 10.0.0.1\)", r"rollout replica \d
     [
         (RAISE, rf"{WORKER} failed to generate: {REPLICA} .*: the kernel failed$"),
         (STALL, rf"{WORKER} failed to generate: the process died: Worker unexp"),
-        (DIE, rf".*{REPLICA} failed to generate: the process died: "),
+        (DIE, rf".*{REPLICA} failed( to generate)?: the process died: "),
     ],
 )
 def test_a_failure_names_who_failed_the_cause_and_the_log(world: World, prompt: int, cause: str) -> None:

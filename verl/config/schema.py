@@ -102,19 +102,15 @@ def all_keys(root: Any, prefix: str = "") -> list[str]:
     return keys
 
 
-def nearest_keys(root: Any, key: str, count: int = 3) -> list[str]:
-    """The known keys a user may have meant: those with the same last name first, then by spelling."""
+def unknown_key_message(root: Any, key: str) -> str:
+    """The error for a key that does not exist, with known ones: of the same last name first, then by spelling."""
 
     def closeness(known: str) -> tuple[bool, float]:
         same_name = known.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]
         return same_name, difflib.SequenceMatcher(None, key, known).ratio()
 
-    return sorted(all_keys(root), key=closeness, reverse=True)[:count]
-
-
-def unknown_key_message(root: Any, key: str) -> str:
-    """The error for a key that does not exist, with the nearest known ones."""
-    return f"{key} is no known key; did you mean {', '.join(nearest_keys(root, key))}?"
+    nearest = sorted(all_keys(root), key=closeness, reverse=True)[:3]
+    return f"{key} is no known key; did you mean {', '.join(nearest)}?"
 
 
 def error_messages(root: Any, error: ValidationError, prefix: str = "") -> list[str]:

@@ -67,10 +67,8 @@ def test_a_secret_leaves_the_command_line(monkeypatch: pytest.MonkeyPatch, caplo
 @pytest.mark.parametrize(
     ("names", "secret"),
     [
-        (["WANDB_API_KEY", "HF_TOKEN", "AWS_ACCESS_KEY_ID", "_redis_password", "MY_SECRET", "DB_PASS"], True),
-        (["mysql_pwd", "REGISTRY-AUTH", "GCP_CREDENTIAL", "APPCREDENTIAL", "AWS_CREDENTIALS_FILE"], True),
-        (["TOKENIZERS_PARALLELISM", "NCCL_DEBUG", "max_num_batched_tokens", "KEYBOARD"], False),
-        (["PWD", "OLDPWD", "SSH_AUTH_SOCK", "COMPASS", "PASS_THROUGH"], False),
+        (["WANDB_API_KEY", "HF_TOKEN", "AWS_ACCESS_KEY_ID", "_redis_password", "mysql_pwd", "APPCREDENTIAL"], True),
+        (["TOKENIZERS_PARALLELISM", "NCCL_DEBUG", "KEYBOARD", "PWD", "SSH_AUTH_SOCK", "PASS_THROUGH"], False),
     ],
 )
 def test_secret_names(names: list[str], secret: bool) -> None:

@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING
 import hydra
 from omegaconf import DictConfig
 
-from verl.trainer.launch.checks import check_run
-from verl.trainer.launch.command_line import normalized_argv
-from verl.trainer.launch.typed import to_typed
+from verl.trainer.launch.checks import check_ranks, check_run, prepare_folders
+from verl.trainer.launch.typed import normalized_argv, to_typed
 from verl.utils.loopback import keep_to_loopback, stays_here
 
 if TYPE_CHECKING:
@@ -37,7 +36,6 @@ def build_trainer(config: "PPOConfig") -> "RayPPOTrainer":
     from recipe.onpolicy_distill.onpolicy_distill_trainer import RayOnPolicyDistillTrainer
     from verl.experimental.agent_loop.worker import load_tools
     from verl.trainer.data import build_datasets
-    from verl.trainer.launch.machine import check_ranks, prepare_folder
     from verl.trainer.launch.vocabulary_check import resolve_vocabulary
     from verl.trainer.ppo.ray_trainer import RayPPOTrainer
     from verl.trainer.ppo.reward import load_reward_fn
@@ -48,7 +46,7 @@ def build_trainer(config: "PPOConfig") -> "RayPPOTrainer":
 
     device_name = get_device_name(config.trainer.device)
     check_ranks(config, device_name)
-    prepare_folder(config.trainer.default_local_dir)
+    prepare_folders(config.trainer)
     reward_fn = load_reward_fn(config.custom_reward_function)
     contract = resolve_vocabulary(config)
     model, rollout = config.actor_rollout_ref.model, config.actor_rollout_ref.rollout

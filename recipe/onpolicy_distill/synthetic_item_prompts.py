@@ -32,7 +32,7 @@ def write_file(arguments: argparse.Namespace) -> Counter[str]:
     tokenizer, out, templates = (settings.pop(name) for name in ("tokenizer", "out", "templates"))
     try:
         settings["templates"] = {name: PromptTemplateConfig(**texts) for name, texts in templates.items()}
-    except (AttributeError, TypeError) as error:
+    except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f'--templates {templates} is not {{"NAME": {{"user": "TEXT"}}}} ({error})') from error
     config = SyntheticItemPromptsConfig(**settings)
     if not config.count:

@@ -16,10 +16,8 @@ LONG_CONSTRAINTS = [("val/x_*/r", False, -2.0, False), ("c", True, 1.0, True), (
     ("text", "name", "maximise", "constraints"),
     [
         ("  val/reward ", "val/reward", True, []),
-        ("val/reward max", "val/reward", True, []),
         ("val/reverse_kl min", "val/reverse_kl", False, []),
         ("a subject to b >= 0.98 of step 0", "a", True, [("b", True, 0.98, True)]),
-        ("a min subject to b>=1e-3", "a", False, [("b", True, 1e-3, False)]),
         (LONG, "a", True, LONG_CONSTRAINTS),
         ("val/subject/and", "val/subject/and", True, []),
     ],
@@ -35,9 +33,9 @@ def test_rules(text: str, name: str, maximise: bool, constraints: list[tuple[str
 @pytest.mark.parametrize(
     ("text", "part"),
     [
-        *((text, text) for text in ("", "val/reward best", "val/reward >= 0.5", "val/reward max min")),
-        *((f"a subject to {part}", part) for part in ("b", "b > 1", "b >= 1 of step 1", "b >= 1 of step 0 and")),
-        *((f"a subject to b >= {bound}", bound) for bound in ("much", "nan", "98%")),
+        *((text, text) for text in ("", "val/reward best", "val/reward >= 0.5")),
+        *((f"a subject to {part}", part) for part in ("b", "b > 1", "b >= 1 of step 0 and")),
+        *((f"a subject to b >= {bound}", bound) for bound in ("much", "nan")),
         ("a subject to b >= 1 and c", "c"),
     ],
 )
@@ -72,12 +70,10 @@ def test_a_metric_that_is_missing_or_none_does_not_qualify() -> None:
         assert not rule.qualifies(metrics, {})
 
 
-@pytest.mark.parametrize(("direction", "sign"), [("max", 1), ("min", -1)])
-def test_of_equals_none_is_better(direction: str, sign: int) -> None:
-    rule = BestRule.parse(f"a {direction}")
-    better, worse = {"a": sign * 2.0}, {"a": sign * 1.0}
-    assert rule.is_better(better, than=worse)
-    assert not rule.is_better(worse, than=better) and not rule.is_better(worse, than=worse)
+def test_of_equals_none_is_better() -> None:
+    for rule, better, worse in ((BestRule.parse("a"), 2.0, 1.0), (BestRule.parse("a min"), 1.0, 2.0)):
+        assert rule.is_better({"a": better}, than={"a": worse})
+        assert not rule.is_better({"a": worse}, than={"a": better}) and not rule.is_better({"a": 1.0}, than={"a": 1.0})
 
 
 def test_unknown_names_are_listed_with_the_known_ones() -> None:

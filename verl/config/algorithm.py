@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from verl.config.actor import KLEstimator
-from verl.config.types import Bool, Count, Float, Int, NonNegativeFloat, NullIsEmpty, PositiveFloat, Texts, section
+from verl.config.actor_rollout_ref import KLEstimator
+from verl.config.schema import Count, NonNegativeFloat, NullIsEmpty, PositiveFloat, Texts, section
 
 ON_POLICY_DISTILL = "on_policy_distill"
 """``AdvantageEstimator.ON_POLICY_DISTILL``, for checks that have to do without torch."""
@@ -21,7 +21,7 @@ RESERVED_ROLES = (BASE_TEACHER, "actor")
 ANY_SOURCE = ""
 """A source that only patterns for all sources match."""
 
-OpenFraction = Annotated[Float, Field(gt=0, lt=1)]
+OpenFraction = Annotated[float, Field(gt=0, lt=1)]
 
 
 @section()
@@ -88,45 +88,35 @@ class DistillConfig:
 
     def __post_init__(self) -> None:
         self._check_unused()
-        self._check_teachers()
+        knows_extended = [teacher.knows_extended for teacher in self.teachers.values()]
+        if taken := {*RESERVED_ROLES} & {*self.teachers}:
+            raise ValueError(f"algorithm.distill.teachers.{taken.pop()}: that name is taken; choose another")
+        if knows_extended != sorted(knows_extended, reverse=True):
+            raise ValueError(
+                f"algorithm.distill.teachers={list(self.teachers)}: list those with vocabulary=base last, for it "
+                "decides which prompts may hold item tokens"
+            )
         self.check_base_settings([(ANY_SOURCE, True), (ANY_SOURCE, False)])
 
     def _check_unused(self) -> None:
         """Settings of an objective or a term that is not used must be at their defaults."""
         # Otherwise a setting that is left over from another objective looks as if it did something.
-        key, objective = "algorithm.distill", f"algorithm.distill.objective={self.objective}"
-        users = {
-            "support": (self.is_exact, EXACT),
-            "leak_coef": (self.is_exact, EXACT),
-            "topk": (self.objective == TOPK, TOPK),
-            "beta": (self.objective == JSD, JSD),
-        }
-        unused = [
-            (name, getattr(self, name), getattr(DistillConfig, name), objective, f"{key}.objective={wanted}")
-            for name, (used, wanted) in users.items()
-            if not used
+        exact, objective = self.is_exact, self.objective
+        settings: list[tuple[str, object, object, object, str]] = [
+            ("support", self.support, "full", exact, "objective=exact"),
+            ("leak_coef", self.leak_coef, 0.0, exact, "objective=exact"),
+            ("leak_target", self.leak_target, 1e-4, self.leak_coef, "leak_coef above 0"),
+            ("topk", self.topk, 64, objective == TOPK, "objective=topk"),
+            ("beta", self.beta, 0.5, objective == JSD, "objective=jsd"),
         ]
-        if not self.leak_coef:
-            why, fix = f"{key}.leak_coef={self.leak_coef}", f"{key}.leak_coef above 0"
-            unused.append(("leak_target", self.leak_target, DistillConfig.leak_target, why, fix))
-        if not self.is_exact and not self.coef:
-            weights = {f"teachers.{name}.weight": teacher.weight for name, teacher in self.teachers.items()}
-            unused += [(name, weight, 1.0, objective, f"{key}.objective={EXACT}") for name, weight in weights.items()]
-        for name, value, default, why, fix in unused:
-            if value != default:
-                raise ValueError(f"{key}.{name}={value} has no effect with {why}; set {fix}, or leave it at {default}")
-
-    def _check_teachers(self) -> None:
-        key = "algorithm.distill.teachers"
-        for name in {*RESERVED_ROLES} & {*self.teachers}:
-            raise ValueError(f"{key}.{name}: that name is taken by actor_rollout_ref.{name}; choose another")
-        knows_extended = [teacher.knows_extended for teacher in self.teachers.values()]
-        if knows_extended != sorted(knows_extended, reverse=True):
-            vocabularies = [teacher.vocabulary for teacher in self.teachers.values()]
-            raise ValueError(
-                f"{key} lists {list(self.teachers)} with the vocabularies {vocabularies}; list those with the "
-                "vocabulary base last, so that it is plain which prompts may hold item tokens"
-            )
+        for name, teacher in self.teachers.items():
+            settings.append((f"teachers.{name}.weight", teacher.weight, 1.0, exact or self.coef, "objective=exact"))
+        for name, value, default, is_used, fix in settings:
+            if value != default and not is_used:
+                raise ValueError(
+                    f"algorithm.distill.{name}={value} has no effect with algorithm.distill.objective={objective}; set "
+                    f"algorithm.distill.{fix}, or leave it at {default}"
+                )
 
     def check_base_settings(self, kinds: Iterable[tuple[str, bool]]) -> None:
         """Check that settings for rows whose teacher lacks item tokens have such rows.
@@ -142,9 +132,9 @@ class DistillConfig:
         for name, value, default in (("support", self.support, "full"), ("leak_coef", self.leak_coef, 0.0)):
             if value != default:
                 raise ValueError(
-                    f"algorithm.distill.{name}={value} has no effect: it is for rows whose teacher lacks the item "
-                    f"tokens, and algorithm.distill.teachers gives all rows to {list(self.teachers)}, which know them; "
-                    f"leave it at {default}, or give each teacher the sources that are its own, such as [rec_*]"
+                    f"algorithm.distill.{name}={value} has no effect: it is for teachers without item tokens, and "
+                    f"algorithm.distill.teachers gives all rows to {list(self.teachers)}, which know them; leave it at "
+                    f"{default}, or narrow their sources"
                 )
 
     @property
@@ -174,10 +164,8 @@ class DistillConfig:
 
     def teacher_of(self, source: str, has_extended: bool = False) -> int:
         """Index of the teacher of the rows of a source whose prompt holds item tokens, or holds none."""
-        for index, teacher in enumerate(self.teachers.values(), 1):
-            if teacher.matches(source, has_extended):
-                return index
-        return 0
+        teachers = enumerate(self.teachers.values(), 1)
+        return next((index for index, teacher in teachers if teacher.matches(source, has_extended)), 0)
 
     @property
     def routes_by_prompt(self) -> bool:
@@ -210,11 +198,11 @@ class KLControlConfig:
 
     type: Literal["fixed", "adaptive"] = "fixed"
     """``fixed`` or ``adaptive``."""
-    kl_coef: Float = 0.001
+    kl_coef: float = 0.001
     """Weight, or the weight to start from."""
-    horizon: Int = 10000
+    horizon: int = 10000
     """Steps over which the adaptive weight moves."""
-    target_kl: Float = 0.1
+    target_kl: float = 0.1
     """KL that the adaptive weight steers to."""
 
 
@@ -235,21 +223,21 @@ class AlgoConfig:
     adv_estimator: str = "grpo"
     """A name in ``core_algos.ADV_ESTIMATOR_REGISTRY``: ``on_policy_distill``, ``grpo``, ``rloo``,
     ``reinforce_plus_plus`` or one's own."""
-    gamma: Float = 1.0
+    gamma: float = 1.0
     """Discount per token."""
-    lam: Float = 1.0
+    lam: float = 1.0
     """For estimators with a value function."""
-    norm_adv_by_std_in_grpo: Bool = True
+    norm_adv_by_std_in_grpo: bool = True
     """Divide GRPO advantages by the group's standard deviation."""
-    use_kl_in_reward: Bool = False
+    use_kl_in_reward: bool = False
     """Subtract a KL penalty to the reference from the token rewards; not with ``on_policy_distill``, which has none.
     Where ``distill.coef`` is set, a row's reference is its teacher."""
     kl_penalty: KLEstimator = "kl"
     """Estimator of that penalty: ``kl`` (k1), ``abs``, ``mse`` (k2) or ``low_var_kl`` (k3)."""
     kl_ctrl: KLControlConfig = field(default_factory=KLControlConfig)
-    distill_adv_max_clip: Float | None = None
+    distill_adv_max_clip: float | None = None
     """Upper bound of the distillation advantage; 0 is a bound, null is none."""
-    distill_adv_min_clip: Float | None = None
+    distill_adv_min_clip: float | None = None
     """Lower bound of the distillation advantage; 0 is a bound, null is none."""
     distill: DistillConfig = field(default_factory=DistillConfig)
     rollout_correction: RolloutCorrectionConfig = field(default_factory=RolloutCorrectionConfig)
@@ -257,9 +245,7 @@ class AlgoConfig:
     def __post_init__(self) -> None:
         low, high = self.distill_adv_min_clip, self.distill_adv_max_clip
         if low is not None and high is not None and low > high:
-            raise ValueError(
-                f"algorithm.distill_adv_min_clip={low} is above algorithm.distill_adv_max_clip={high}; swap them"
-            )
+            raise ValueError(f"algorithm.distill_adv_min_clip={low} is above distill_adv_max_clip={high}; swap them")
 
     @property
     def distils(self) -> bool:
@@ -276,5 +262,5 @@ class AlgoConfig:
         """The error for a run that learns from a task reward and has no reward function."""
         return (
             f"algorithm.adv_estimator={self.adv_estimator} learns from a task reward and none is given; set "
-            "custom_reward_function.path, and custom_reward_function.name where it is not compute_score"
+            "custom_reward_function.path"
         )

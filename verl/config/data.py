@@ -5,13 +5,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from verl.config.types import Bool, Count, Float, Fraction, Int, NullIsEmpty, Options, Texts, section
+from verl.config.schema import Count, Fraction, NullIsEmpty, Options, Texts, section
 
 PLACEHOLDERS = ("{history}", "{item}")
 TEMPLATE_ARGUMENTS = ("conversation", "tools", "add_generation_prompt", "tokenize", "return_dict")
 """Arguments of ``apply_chat_template`` that the code sets itself."""
 
-FiniteWeight = Annotated[Float, Field(gt=0, allow_inf_nan=False)]
+FiniteWeight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 @section()
@@ -38,7 +38,7 @@ class PromptTemplateConfig:
 class SyntheticItemPromptsConfig:
     """Prompts made of random items, scored by the student as it was (``algorithm.distill.teachers``)."""
 
-    count: Annotated[Int, Field(ge=0)] = 0
+    count: Annotated[int, Field(ge=0)] = 0
     """Prompts that join the training data; 0: none."""
     catalogue: str | None = None
     """Parquet file with a column ``sid``, a list of codes per item, to draw items from; null: any codes that the
@@ -48,11 +48,11 @@ class SyntheticItemPromptsConfig:
     knows, in the words that it knows."""
     min_history: Count = 5
     """Fewest items of a history."""
-    max_history: Int = 20
+    max_history: int = 20
     """Most items of a history."""
     source: str = "synthetic_rec"
     """The rows of a template have this source, an underscore and the template's name."""
-    seed: Int = 0
+    seed: int = 0
     """Seed of the draws."""
 
     def __post_init__(self) -> None:
@@ -63,14 +63,12 @@ class SyntheticItemPromptsConfig:
             )
         if self.count and not self.templates:
             raise ValueError(
-                f"{key}.count={self.count} needs {key}.templates, such as "
-                "{next: {user: 'history: {history}'}, caption: {user: 'caption: {item}'}}"
+                f"{key}.count={self.count} needs {key}.templates, such as {{next: {{user: '{{history}}'}}}}"
             )
         for name, template in self.templates.items():
             if not any(placeholder in template.user for placeholder in PLACEHOLDERS):
                 raise ValueError(
-                    f"{key}.templates.{name}.user={template.user!r} holds neither {' nor '.join(PLACEHOLDERS)}, where "
-                    "items would stand"
+                    f"{key}.templates.{name}.user={template.user!r} holds neither {{history}} nor {{item}}"
                 )
 
     def source_of(self, template: str) -> str:
@@ -105,15 +103,15 @@ class DataConfig:
     """Prompts per step."""
     val_batch_size: Count | None = None
     """Prompts per validation batch; null: all at once."""
-    shuffle: Bool = True
+    shuffle: bool = True
     """New order every epoch."""
-    seed: Annotated[Int, Field(ge=0)] = 1
+    seed: Annotated[int, Field(ge=0)] = 1
     """Seed of the order and of the think draws."""
-    filter_overlong_prompts: Bool = False
+    filter_overlong_prompts: bool = False
     """Leave out prompts above ``max_prompt_length`` (counted and recorded)."""
     truncation: Literal["error", "left", "right", "middle"] = "error"
     """What happens to a prompt above the limit: ``error``, ``left``, ``right`` or ``middle``."""
-    enable_think: Bool = False
+    enable_think: bool = False
     """Append a think switch to the last user turn."""
     think_mode: Literal["auto", "force_think", "force_nothink"] = "auto"
     """``auto`` (drawn), ``force_think`` or ``force_nothink``."""
@@ -129,23 +127,22 @@ class DataConfig:
     """Largest share of the rows read that may be dropped, for whatever reason; above it the run stops."""
     cache_dir: str = "~/.cache/kai-verl"
     """Folder of memory-mapped copies of the data and of what was found out about its rows, shared by all runs."""
-    train_max_samples: Int = -1
+    train_max_samples: int = -1
     """Use only the first rows; -1: all."""
-    val_max_samples: Int = -1
+    val_max_samples: int = -1
     """The same for validation."""
-    dataloader_num_workers: Int = 0
+    dataloader_num_workers: int = 0
     """Processes that prepare rows."""
     apply_chat_template_kwargs: Options = field(default_factory=dict)
     """Options of the chat template, such as ``enable_thinking``."""
     custom_cls: CustomClassConfig = field(default_factory=CustomClassConfig)
 
     def __post_init__(self) -> None:
-        for name in TEMPLATE_ARGUMENTS:
-            if name in self.apply_chat_template_kwargs:
-                raise ValueError(
-                    f"data.apply_chat_template_kwargs.{name}={self.apply_chat_template_kwargs[name]!r} is set by the "
-                    "agent loops; leave it out (tools: actor_rollout_ref.rollout.multi_turn.tool_config_path)"
-                )
+        if taken := {*TEMPLATE_ARGUMENTS} & {*self.apply_chat_template_kwargs}:
+            raise ValueError(
+                f"data.apply_chat_template_kwargs.{taken.pop()} is set by the agent loops; leave it out (tools: "
+                "actor_rollout_ref.rollout.multi_turn.tool_config_path)"
+            )
         if self.synthetic_item_prompts.count and self.custom_cls.path is not None:
             raise ValueError(
                 f"data.synthetic_item_prompts.count={self.synthetic_item_prompts.count} makes files of this project's "

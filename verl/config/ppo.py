@@ -6,12 +6,13 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator
 
-from verl.config.actor import FSDPActorConfig, HFModelConfig, RefConfig
+from verl.config.actor_rollout_ref import ActorRolloutRefConfig
 from verl.config.algorithm import ANY, ON_POLICY_DISTILL, AlgoConfig
 from verl.config.data import CustomClassConfig, DataConfig
-from verl.config.rollout import RolloutConfig
+from verl.config.schema import Options, section
 from verl.config.trainer import TrainerConfig
-from verl.config.types import Options, section
+
+_ACTOR, _ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
 
 
 def _env_vars_to_text(ray_init: dict[str, Any]) -> dict[str, Any]:
@@ -21,16 +22,6 @@ def _env_vars_to_text(ray_init: dict[str, Any]) -> dict[str, Any]:
         env_vars = {name: str(value) for name, value in (runtime_env["env_vars"] or {}).items()}
         ray_init = {**ray_init, "runtime_env": {**runtime_env, "env_vars": env_vars}}
     return ray_init
-
-
-@section("actor_rollout_ref")
-class ActorRolloutRefConfig:
-    """Student, teacher and generation."""
-
-    model: HFModelConfig = field(default_factory=HFModelConfig)
-    actor: FSDPActorConfig = field(default_factory=FSDPActorConfig)
-    ref: RefConfig = field(default_factory=RefConfig)
-    rollout: RolloutConfig = field(default_factory=RolloutConfig)
 
 
 @section("ray_kwargs")
@@ -53,16 +44,14 @@ class PPOConfig:
     ray_kwargs: RayKwargsConfig = field(default_factory=RayKwargsConfig)
 
     def __post_init__(self) -> None:
-        errors = [
-            *self._size_errors(),
-            *self._micro_batch_errors(),
-            *self._algorithm_errors(),
-            *self._divergence_errors(),
-            *self._prompt_errors(),
-            *self._vocabulary_errors(),
-        ]
-        if errors:
-            raise ValueError("\n".join(errors))
+        _raise_all(
+            self._size_errors(),
+            self._micro_batch_errors(),
+            self._algorithm_errors(),
+            self._divergence_errors(),
+            self._prompt_errors(),
+            self._vocabulary_errors(),
+        )
 
     def resolve_schedule(self, total_steps: int) -> None:
         """Set the length of the learning-rate schedule, where it has none of its own, to that of the run."""
@@ -78,129 +67,93 @@ class PPOConfig:
             ValueError: settings need an extension, and there is none.
         """
         self.actor_rollout_ref.rollout.extend_vocab_start_token = start
-        if errors := [*self._vocabulary_errors()]:
-            raise ValueError("\n".join(errors))
+        _raise_all(self._vocabulary_errors())
 
     def _size_errors(self) -> Iterator[str]:
         data, trainer, rollout = self.data, self.trainer, self.actor_rollout_ref.rollout
-        batch, mini, ranks = data.train_batch_size, self.actor_rollout_ref.actor.ppo_mini_batch_size, trainer.world_size
-        ranks_text = f"trainer.n_gpus_per_node={trainer.n_gpus_per_node}"
-        if batch % mini:
-            yield (
-                f"data.train_batch_size={batch} is no multiple of actor_rollout_ref.actor.ppo_mini_batch_size={mini}; "
-                "every optimizer step needs a whole mini-batch, so make it one"
-            )
-        if mini * rollout.n % ranks:
-            yield (
-                f"actor_rollout_ref.actor.ppo_mini_batch_size={mini} x actor_rollout_ref.rollout.n={rollout.n} rows do "
-                f"not divide over trainer.nnodes={trainer.nnodes} x {ranks_text} = {ranks} ranks; change one of them"
-            )
-        if trainer.n_gpus_per_node % rollout.tensor_model_parallel_size:
-            yield (
-                f"actor_rollout_ref.rollout.tensor_model_parallel_size={rollout.tensor_model_parallel_size} does not "
-                f"divide {ranks_text}; an engine replica takes whole GPUs of one machine, so change one of them"
-            )
+        batch, rows = data.train_batch_size, self.actor_rollout_ref.actor.ppo_mini_batch_size
+        mini, gpus = f"{_ACTOR}.ppo_mini_batch_size={rows}", f"trainer.n_gpus_per_node={trainer.n_gpus_per_node}"
+        if batch % rows:
+            yield f"data.train_batch_size={batch} is no multiple of {mini}; make it one"
+        if rows * rollout.n % trainer.world_size:
+            ranks = f"trainer.nnodes={trainer.nnodes} x {gpus} ranks"
+            yield f"{mini} x {_ROLLOUT}.n={rollout.n} rows do not divide over {ranks}; change one of them"
+        if trainer.n_gpus_per_node % (size := rollout.tensor_model_parallel_size):
+            yield f"{_ROLLOUT}.tensor_model_parallel_size={size} does not divide {gpus}; change one of them"
         for name in ("prompt_length", "response_length"):
             wanted, found = getattr(data, f"max_{name}"), getattr(rollout, name)
             if wanted != found:
-                yield (
-                    f"data.max_{name}={wanted} differs from actor_rollout_ref.rollout.{name}={found}; "
-                    f"set data.max_{name} only, which the other follows"
-                )
+                yield f"data.max_{name}={wanted} differs from {_ROLLOUT}.{name}={found}; set the first alone"
 
     def _micro_batch_errors(self) -> Iterator[str]:
         """A row is never split, so a micro-batch has to hold the longest one."""
         models = self.actor_rollout_ref
         longest = models.rollout.prompt_length + models.rollout.response_length
-        for role, switch, prefix in (
-            ("actor", "use_dynamic_bsz", "ppo"),
-            ("ref", "log_prob_use_dynamic_bsz", "log_prob"),
-            ("rollout", "log_prob_use_dynamic_bsz", "log_prob"),
+        for settings, key, infix, prefix in (
+            (models.actor, _ACTOR, "", "ppo"),
+            (models.ref, "actor_rollout_ref.ref", "log_prob_", "log_prob"),
+            (models.rollout, _ROLLOUT, "log_prob_", "log_prob"),
         ):
-            settings, key = getattr(models, role), f"actor_rollout_ref.{role}"
-            tokens = getattr(settings, f"{prefix}_max_token_len_per_gpu")
-            by_tokens, rows = getattr(settings, switch), getattr(settings, f"{prefix}_micro_batch_size_per_gpu")
-            if not by_tokens and rows is None:
-                yield f"{key}.{switch}=False needs {key}.{prefix}_micro_batch_size_per_gpu; set it, or {switch}=True"
+            switch, tokens_key = f"{infix}use_dynamic_bsz", f"{prefix}_max_token_len_per_gpu"
+            rows_key, tokens = f"{prefix}_micro_batch_size_per_gpu", getattr(settings, tokens_key)
+            by_tokens = getattr(settings, switch)
+            if not by_tokens and getattr(settings, rows_key) is None:
+                yield f"{key}.{switch}=False needs {key}.{rows_key}; set it, or {switch}=True"
             if by_tokens and tokens < longest:
-                yield (
-                    f"{key}.{prefix}_max_token_len_per_gpu={tokens} is below actor_rollout_ref.rollout.prompt_length="
-                    f"{models.rollout.prompt_length} + actor_rollout_ref.rollout.response_length="
-                    f"{models.rollout.response_length} = {longest}; raise it to {longest} at least, or shorten the "
-                    "sequences"
-                )
+                row = f"{_ROLLOUT}.prompt_length + response_length = {longest}"
+                yield f"{key}.{tokens_key}={tokens} is below {row}; raise it to that at least"
 
     def _algorithm_errors(self) -> Iterator[str]:
-        algorithm, distill, models = self.algorithm, self.algorithm.distill, self.actor_rollout_ref
-        estimator = f"algorithm.adv_estimator={algorithm.adv_estimator}"
-        if models.actor.ref_log_prob_replace_val != models.ref.ref_log_prob_replace_val:
-            yield (
-                f"actor_rollout_ref.actor.ref_log_prob_replace_val={models.actor.ref_log_prob_replace_val} differs "
-                f"from actor_rollout_ref.ref.ref_log_prob_replace_val={models.ref.ref_log_prob_replace_val}; set both "
-                "to one value"
-            )
+        algorithm, models, best = self.algorithm, self.actor_rollout_ref, self.trainer.best_metric
+        estimator, coef = f"algorithm.adv_estimator={algorithm.adv_estimator}", algorithm.distill.coef
+        mine, theirs = models.actor.ref_log_prob_replace_val, models.ref.ref_log_prob_replace_val
+        weights, contents = algorithm.rollout_correction.rollout_is, models.actor.checkpoint.save_contents
+        if mine != theirs:
+            key = "ref_log_prob_replace_val"
+            yield f"{_ACTOR}.{key}={mine} differs from actor_rollout_ref.ref.{key}={theirs}; set both to one value"
         if algorithm.use_kl_in_reward and not algorithm.learns_from_reward:
-            yield (
-                f"algorithm.use_kl_in_reward=True has no effect with {estimator}, whose advantage comes from the "
-                "teacher and not from rewards; set it to False, and actor_rollout_ref.actor.use_kl_loss=True for a KL "
-                "term in the loss"
-            )
-        if distill.coef and not algorithm.learns_from_reward:
-            yield (
-                f"algorithm.distill.coef={distill.coef} weighs distillation against a task reward, and {estimator} has "
-                "none; leave it out, or set the estimator of the task reward (grpo, rloo, reinforce_plus_plus)"
-            )
-        rollout_is = algorithm.rollout_correction.rollout_is
-        if rollout_is is not None and not models.rollout.calculate_log_probs:
-            yield (
-                f"algorithm.rollout_correction.rollout_is={rollout_is} needs the sampler's log-probs, but "
-                "actor_rollout_ref.rollout.calculate_log_probs=False; set it to True"
-            )
-        contents = models.actor.checkpoint.save_contents
-        if self.trainer.best_metric and "hf_model" not in contents:
-            yield (
-                f"trainer.best_metric={self.trainer.best_metric!r} exports the best model, and "
-                f"actor_rollout_ref.actor.checkpoint.save_contents={contents} does not write it; add hf_model"
-            )
+            fix = f"set it to False, and {_ACTOR}.use_kl_loss=True for a KL term in the loss"
+            yield f"algorithm.use_kl_in_reward=True has no effect with {estimator}, which reads no reward; {fix}"
+        if coef and not algorithm.learns_from_reward:
+            fix = "leave it out, or set the estimator of the task reward, such as grpo"
+            yield f"algorithm.distill.coef={coef} weighs a task reward, and {estimator} has none; {fix}"
+        if weights and not models.rollout.calculate_log_probs:
+            key = f"algorithm.rollout_correction.rollout_is={weights}"
+            yield f"{key} needs the sampler's log-probs; set {_ROLLOUT}.calculate_log_probs=True"
+        if best and "hf_model" not in contents:
+            key = f"{_ACTOR}.checkpoint.save_contents={contents}"
+            yield f"trainer.best_metric={best!r} exports a model that {key} does not write; add hf_model"
 
     def _divergence_errors(self) -> Iterator[str]:
         """Settings of distillation without distillation, and those of the policy loss without one."""
-        distill, actor = self.algorithm.distill, self.actor_rollout_ref.actor
+        algorithm, distill, actor = self.algorithm, self.algorithm.distill, self.actor_rollout_ref.actor
         objective = f"algorithm.distill.objective={distill.objective}"
-        if (distill.is_exact or distill.teachers) and not self.algorithm.distils:
+        if not algorithm.distils and (distill.is_exact or distill.teachers):
             what = objective if distill.is_exact else f"algorithm.distill.teachers={list(distill.teachers)}"
-            yield (
-                f"{what} belongs to algorithm.adv_estimator={ON_POLICY_DISTILL}, not {self.algorithm.adv_estimator}; "
-                "to distil beside the task reward, set algorithm.distill.coef above 0"
-            )
+            fix = f"set algorithm.distill.coef above 0, or algorithm.adv_estimator={ON_POLICY_DISTILL}"
+            yield f"{what} has no effect with algorithm.adv_estimator={algorithm.adv_estimator}; {fix}"
         elif not distill.has_policy_loss:
             for key, value in {
-                "algorithm.rollout_correction.rollout_is": self.algorithm.rollout_correction.rollout_is,
-                "actor_rollout_ref.actor.entropy_coeff": actor.entropy_coeff,
-                "actor_rollout_ref.actor.use_kl_loss": actor.use_kl_loss,
+                "algorithm.rollout_correction.rollout_is": algorithm.rollout_correction.rollout_is,
+                f"{_ACTOR}.entropy_coeff": actor.entropy_coeff,
+                f"{_ACTOR}.use_kl_loss": actor.use_kl_loss,
             }.items():
                 if value:
                     yield f"{key}={value} has no effect with {objective}, a loss without advantages; leave it out"
 
     def _prompt_errors(self) -> Iterator[str]:
-        data, tools = self.data, self.actor_rollout_ref.rollout.multi_turn.tool_config_path
+        data, rollout, distill = self.data, self.actor_rollout_ref.rollout, self.algorithm.distill
+        tools, synthetic = rollout.multi_turn.tool_config_path, data.synthetic_item_prompts
         if tools and data.truncation != "error" and not data.filter_overlong_prompts:
             # The chat template puts the tools into the prompt.
-            yield (
-                f"data.truncation={data.truncation} would cut the tools of "
-                f"actor_rollout_ref.rollout.multi_turn.tool_config_path={tools} out of long prompts; set "
-                "data.filter_overlong_prompts=True to leave such prompts out, or data.truncation=error"
-            )
-        synthetic, distill = data.synthetic_item_prompts, self.algorithm.distill
-        if not synthetic.count or self.actor_rollout_ref.rollout.extend_vocab_start_token is None:
+            what = f"the tools of {_ROLLOUT}.multi_turn.tool_config_path={tools}"
+            yield f"data.truncation={data.truncation} would cut {what}; set data.filter_overlong_prompts=True"
+        if not synthetic.count or rollout.extend_vocab_start_token is None:
             return
         key = f"data.synthetic_item_prompts.count={synthetic.count}"
         if distill.coef:
-            yield (
-                f"{key} makes rows that have no answer to reward, and "
-                f"algorithm.adv_estimator={self.algorithm.adv_estimator} learns from a reward; write the prompts with "
-                "recipe.onpolicy_distill.synthetic_item_prompts and reward their source yourself, or leave them out"
-            )
+            estimator = f"algorithm.adv_estimator={self.algorithm.adv_estimator}"
+            yield f"{key} makes rows without an answer to reward, and {estimator} needs rewards; leave it out"
         unread = [s for s in synthetic.sources if not distill.teacher_knows_extended(s, has_extended=True)]
         if unread:
             yield (
@@ -210,26 +163,26 @@ class PPOConfig:
 
     def _vocabulary_errors(self) -> Iterator[str]:
         """Settings that need extended ids."""
-        start, distill = self.actor_rollout_ref.rollout.extend_vocab_start_token, self.algorithm.distill
+        actor, distill = self.actor_rollout_ref.actor, self.algorithm.distill
+        key, start = f"{_ROLLOUT}.extend_vocab_start_token", self.actor_rollout_ref.rollout.extend_vocab_start_token
         if start == "auto" and self.trainer.vocab_check == "off":
-            yield (
-                f"actor_rollout_ref.rollout.extend_vocab_start_token={start} is found by comparing the tokenizers, and "
-                "trainer.vocab_check=off compares nothing; give the number, or set trainer.vocab_check=warn"
-            )
+            yield f"{key}=auto needs the comparison that trainer.vocab_check=off leaves out; set it to warn"
         if start is not None:  # auto counts as an extension until it is resolved
             return
-        settings: dict[str, tuple[object, object]] = {
-            "actor_rollout_ref.actor.freeze_extended_rows": (self.actor_rollout_ref.actor.freeze_extended_rows, False),
-            "algorithm.distill.leak_coef": (distill.leak_coef, 0.0),
-            "algorithm.distill.support": (distill.support, "full"),
-        }
+        settings: list[tuple[str, object, object]] = [
+            (f"{_ACTOR}.freeze_extended_rows", actor.freeze_extended_rows, False),
+            ("algorithm.distill.leak_coef", distill.leak_coef, 0.0),
+            ("algorithm.distill.support", distill.support, "full"),
+        ]
         for name, teacher in distill.teachers.items():
-            settings[f"algorithm.distill.teachers.{name}.prompts"] = (teacher.prompts, ANY)
+            settings.append((f"algorithm.distill.teachers.{name}.prompts", teacher.prompts, ANY))
             if teacher.is_stitched:
-                settings[f"algorithm.distill.teachers.{name}.vocabulary"] = (teacher.vocabulary, "full")
-        for key, (value, default) in settings.items():
+                settings.append((f"algorithm.distill.teachers.{name}.vocabulary", teacher.vocabulary, "full"))
+        for setting, value, default in settings:
             if value != default:
-                yield (
-                    f"{key}={value} has no effect without extended ids; set "
-                    f"actor_rollout_ref.rollout.extend_vocab_start_token, or leave it at {default}"
-                )
+                yield f"{setting}={value} has no effect without extended ids; set {key}, or leave it at {default}"
+
+
+def _raise_all(*groups: Iterator[str]) -> None:
+    if messages := [message for group in groups for message in group]:
+        raise ValueError("\n".join(messages))

@@ -1,35 +1,70 @@
-"""The keys of a configuration, read from its dataclasses, and the messages about keys and values that do not fit them.
+"""Sections of a configuration: how one is made, which keys it has, and the messages about what does not fit.
 
-Every function takes the ``root`` dataclass that keys start from.
+pydantic checks the fields. A text counts as what it spells, for ``${oc.env:N}`` gives texts, and a number as a text.
+Functions about keys take the ``root`` dataclass that keys start from.
 """
 
 import dataclasses
 import difflib
-import types
-from collections.abc import Iterator, Mapping
-from typing import Any, Union, get_args, get_origin, get_type_hints
+import functools
+from collections.abc import Callable
+from typing import Annotated, Any, TypeVar, dataclass_transform, get_args, get_origin, get_type_hints
 
-from pydantic import ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic.dataclasses import dataclass
 
-EXPECTED = {
-    "int_type": "must be a whole number",
-    "float_type": "must be a number",
-    "bool_type": "must be True or False",
-    "string_type": "must be a text",
-    "list_type": "must be a list, such as [a,b]",
-    "tuple_type": "must be a list of two",
-    "missing": "must be a list of two",
-    "too_long": "must be a list of two",
-    "too_short": "must not be empty",
-    "finite_number": "must be a finite number",
-    "string_pattern_mismatch": "must match {pattern}",
-    "literal_error": "is not one of {expected}",
+Section = TypeVar("Section")
+
+LIMITS = {
     "greater_than_equal": "must be at least {ge:g}",
     "greater_than": "must be above {gt:g}",
     "less_than_equal": "must be at most {le:g}",
     "less_than": "must be below {lt:g}",
 }
-"""The message for each of pydantic's types of error; any other keeps pydantic's own."""
+"""Shorter messages for some of pydantic's types of error."""
+
+
+def _listed(value: Any) -> Any:
+    """The list that a text stands for: its only item, or one that kept the quotes of its shell line ('[a,b]')."""
+    if not isinstance(value, str):
+        return value
+    items = value[1:-1].split(",") if value.startswith("[") and value.endswith("]") else [value]
+    return [item.strip(" '\"") for item in items if item.strip()]
+
+
+Count = Annotated[int, Field(ge=1)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+IsListed = BeforeValidator(_listed)
+Texts = Annotated[list[str], IsListed]
+
+NullIsEmpty = BeforeValidator(lambda value: {} if value is None else value)
+Options = Annotated[dict[str, Any], NullIsEmpty]
+"""Keys of the user's choice; null: none."""
+
+
+@dataclass_transform(field_specifiers=(dataclasses.field, Field))
+def section(key: str = "") -> Callable[[type[Section]], type[Section]]:
+    """Make a class a dataclass that checks its fields, and names ``key`` in the errors of one that is built in code."""
+
+    def as_dataclass(cls: type[Section]) -> type[Section]:
+        checked: Any = dataclass(cls, config=ConfigDict(extra="forbid", coerce_numbers_to_str=True))
+        # pydantic builds sections inside a section without __init__, so only the outermost one reports.
+        init = checked.__init__
+
+        @functools.wraps(init)
+        def named_init(self: Any, *arguments: Any, **settings: Any) -> None:
+            try:
+                init(self, *arguments, **settings)
+            except ValidationError as error:
+                raise ValueError("\n".join(error_messages(checked, error, f"{key}." if key else ""))) from error
+
+        checked.__init__ = named_init
+        return checked
+
+    return as_dataclass
 
 
 def type_at(root: Any, key: str) -> Any:
@@ -48,99 +83,50 @@ def type_at(root: Any, key: str) -> Any:
     return hint
 
 
-def map_of(root: Any, key: str) -> str | None:
-    """The map of the user's own keys that ``key`` is, or is in."""
+def in_open_map(root: Any, key: str) -> bool:
+    """Whether ``key`` is a map of the user's own keys, or is in one."""
     parts = key.split(".")
-    paths = (".".join(parts[:end]) for end in range(1, len(parts) + 1))
-    return next((path for path in paths if get_origin(type_at(root, path)) is dict), None)
+    return any(get_origin(type_at(root, ".".join(parts[:end]))) is dict for end in range(1, len(parts) + 1))
 
 
-def all_keys(root: Any) -> list[str]:
-    """Every key that holds a value; a map of the user's own keys is one."""
+def all_keys(root: Any, prefix: str = "") -> list[str]:
+    """Every key that holds a value; of a map of sections also the keys of an entry, which is called NAME."""
     keys: list[str] = []
     for name, hint in get_type_hints(root).items():
-        keys += [f"{name}.{key}" for key in all_keys(hint)] if dataclasses.is_dataclass(hint) else [name]
+        is_map = get_origin(hint) is dict
+        key, below = f"{prefix}{name}", get_args(hint)[1] if is_map else hint
+        if is_map or not dataclasses.is_dataclass(below):
+            keys.append(key)
+        if dataclasses.is_dataclass(below):
+            keys += all_keys(below, f"{key}.NAME." if is_map else f"{key}.")
     return keys
 
 
-def _options(hint: Any) -> tuple[Any, ...]:
-    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-
-
-def _has_keys(hint: Any) -> bool:
-    return dataclasses.is_dataclass(hint) or get_origin(hint) is dict
-
-
-def nearest_keys(root: Any, key: str, count: int = 3) -> list[str]:
-    """Up to ``count`` known keys a user may have meant: first the same last name elsewhere, then similar spellings."""
-    last = key.rsplit(".", 1)[-1]
-    same_name = [name for name in all_keys(root) if name.rsplit(".", 1)[-1] == last]
-    by_closeness = sorted(same_name, key=lambda name: difflib.SequenceMatcher(None, key, name).ratio(), reverse=True)
-    similar = difflib.get_close_matches(key, sorted(all_keys(root)), n=count, cutoff=0.6)
-    return list(dict.fromkeys([*by_closeness, *similar]))[:count]
-
-
 def unknown_key_message(root: Any, key: str) -> str:
-    """The error for a key that does not exist, with the nearest known ones."""
-    open_map = map_of(root, key)
-    section = None if open_map is None else get_args(type_at(root, open_map))[1]
-    if open_map is None or not dataclasses.is_dataclass(section):
-        nearest = nearest_keys(root, key)
-        hint = f"did you mean {', '.join(nearest)}?" if nearest else "see --help for all keys"
-        return f"{key} is no known key; {hint}"
-    entry, name, *below = key.removeprefix(f"{open_map}.").split(".")
-    known = list(get_type_hints(section))
-    similar = [name] if below and name in known else difflib.get_close_matches(name, known, n=1)
-    if similar:
-        return f"{key} is no known key; did you mean {open_map}.{entry}.{similar[0]}?"
-    return f"{key} is no known key; those of an entry of {open_map} are {', '.join(known)}"
+    """The error for a key that does not exist, with known ones: of the same last name first, then by spelling."""
 
+    def closeness(known: str) -> tuple[bool, float]:
+        same_name = known.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]
+        return same_name, difflib.SequenceMatcher(None, key, known).ratio()
 
-def shape_errors(root: Any, key: str, value: Any) -> Iterator[str]:
-    """Errors for lists, mappings and plain values in each other's place, at any depth.
-
-    For the command line: laying a list over a mapping fails in OmegaConf, which names no key.
-    """
-    hint = type_at(root, key)
-    if isinstance(value, str) and value.startswith("${"):
-        return
-    if isinstance(value, Mapping) and _has_keys(hint):
-        for name, item in value.items():
-            yield from shape_errors(root, f"{key}.{name}", item)
-    elif isinstance(value, Mapping) and any(get_origin(option) is list for option in _options(hint)):
-        yield f"{key}={value!r} {EXPECTED['list_type']}"
-    elif _has_keys(hint) and not isinstance(value, Mapping) and not (value is None and get_origin(hint) is dict):
-        yield _section_message(root, key, value)
-
-
-def _section_message(root: Any, key: str, value: Any) -> str:
-    hint, below = type_at(root, key), key
-    if get_origin(hint) is dict:
-        hint, below = get_args(hint)[1], f"{key}.NAME"
-    if dataclasses.is_dataclass(hint):
-        below += f".{all_keys(hint)[0]}"
-    return f"{key}={value!r} must be a section with keys below it, such as {below}"
+    nearest = sorted(all_keys(root), key=closeness, reverse=True)[:3]
+    return f"{key} is no known key; did you mean {', '.join(nearest)}?"
 
 
 def error_messages(root: Any, error: ValidationError, prefix: str = "") -> list[str]:
-    """What is wrong with a ``root``, with key, value and what to set instead; ``prefix``: of its keys."""
-    return list(dict.fromkeys(_message(root, found, prefix) for found in error.errors()))
+    """What is wrong with a ``root``, a line each with key, value and what it must be; ``prefix``: of its keys."""
+    return [_message(root, found, prefix) for found in error.errors()]
 
 
 def _message(root: Any, error: Any, prefix: str) -> str:
-    kind, value, context = error["type"], error["input"], error.get("ctx", {})
-    key = ".".join(str(part) for part in error["loc"] if isinstance(part, str))
-    hint, items = type_at(root, key), [f"[{part}]" for part in error["loc"] if isinstance(part, int)]
+    kind, parts, context = error["type"], [str(part) for part in error["loc"]], error.get("ctx", {})
     if kind == "value_error":  # a check of a whole section, whose text names its keys
         return str(context["error"])
     if kind == "unexpected_keyword_argument":
-        return unknown_key_message(root, key)
-    if kind in ("dataclass_type", "dict_type"):
-        return prefix + _section_message(root, key, value)
-    if kind == "literal_error":
-        context = {"expected": context["expected"].replace("'", "").replace(" or ", ", ")}
-    # Of a tuple that is too short pydantic gives the index of the missing item; the tuple itself is of more use.
-    place = key if kind == "missing" else key + "".join(items)
-    text = EXPECTED[kind].format(**context) if kind in EXPECTED else error["msg"]
-    null = ", or null" if type(None) in _options(hint) and "null" not in text else ""
-    return f"{prefix}{place}={value!r} {text}{null}"
+        return prefix + unknown_key_message(root, ".".join(parts))
+    while parts and type_at(root, ".".join(parts)) is None:  # an item of a list, or an alternative of several types
+        parts.pop()
+    key = ".".join(parts)
+    text = LIMITS[kind].format(**context) if kind in LIMITS else error["msg"].replace("Input should", "must")
+    null = ", or null" if type(None) in get_args(type_at(root, key)) else ""
+    return f"{prefix}{key}={error['input']!r} {text}{null}"

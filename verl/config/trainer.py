@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field
 
 from verl.config.best_rule import BestRule
-from verl.config.types import Bool, Count, Int, IsListed, NonNegativeFloat, Texts, section
+from verl.config.schema import Count, IsListed, NonNegativeFloat, Texts, section
 
 VocabCheck = Annotated[
     Literal["strict", "warn", "off"],
@@ -40,13 +40,13 @@ class TrainerConfig:
     """Passes over the training prompts."""
     total_training_steps: Count | None = None
     """Steps of the run; null: ``total_epochs`` times the steps of an epoch."""
-    save_freq: Int = -1
+    save_freq: int = -1
     """Steps between checkpoints; -1: none."""
-    test_freq: Int = -1
+    test_freq: int = -1
     """Steps between validations; -1: none."""
-    val_before_train: Bool = True
+    val_before_train: bool = True
     """Validate the starting model; a run that goes on from a checkpoint has done so."""
-    val_only: Bool = False
+    val_only: bool = False
     """Validate and stop."""
     default_local_dir: str = ""
     """Folder of the checkpoints and of ``metrics.jsonl``; empty: ``checkpoints/<project_name>/<experiment_name>``."""
@@ -63,7 +63,7 @@ class TrainerConfig:
     ``best/huggingface``. null: no rule."""
     stop_after_no_better: Count | None = None
     """End the run after so many validations in a row that are no better by ``best_metric``; null: never."""
-    async_save: Bool = True
+    async_save: bool = True
     """Write checkpoints while training goes on, at most one at a time; until it is written, a copy of parameters and
     optimizer state takes host memory. False: training waits. A save that fails (disk full, no permission) is logged
     and counted (``training/failed_saves``) and training goes on; a run whose last save failed ends in an error. Earlier
@@ -82,9 +82,9 @@ class TrainerConfig:
     vocab_check: VocabCheck = "strict"
     """What to do where the vocabularies of student and teacher do not fit together: ``strict`` (stop), ``warn``, or
     ``off`` (do not compare them)."""
-    balance_batch: Bool = True
+    balance_batch: bool = True
     """Give every rank about as many tokens."""
-    max_skipped_updates: Annotated[Int, Field(ge=0)] | None = 10
+    max_skipped_updates: Annotated[int, Field(ge=0)] | None = 10
     """Updates that may be skipped because their loss or gradient is not finite, before the run ends; null: any number.
     Ten updates that are taken make up for one that is skipped, so rare bad rows never end a long run."""
     canary_tolerance: NonNegativeFloat | None = 0.5
@@ -96,7 +96,7 @@ class TrainerConfig:
     """Mean |difference| in nats between the engine's and the trainer's log-probs of sampled tokens
     (``distill/engine_gap``) beyond which a step is reported; null: never. Usual are 0.01 to 0.06 for bf16 engines and
     below 1e-4 for fp32; a head that a sync did not update gave 1.9."""
-    log_val_generations: Int = 0
+    log_val_generations: int = 0
     """Validation answers printed with each validation."""
     ray_timeline_dir: str | None = None
     """Folder that receives Ray's timeline at the end; null: none."""
@@ -104,37 +104,35 @@ class TrainerConfig:
     def __post_init__(self) -> None:
         if not self.default_local_dir:
             self.default_local_dir = f"checkpoints/{self.project_name}/{self.experiment_name}"
+        nodes, ranks, best = (
+            self.teacher_nnodes,
+            self.teacher_n_gpus_per_node,
+            f"trainer.best_metric={self.best_metric!r}",
+        )
         if self.resume_mode == "resume_path" and not self.resume_from_path:
             raise ValueError(
-                "trainer.resume_mode=resume_path needs trainer.resume_from_path; name the folder of a checkpoint"
+                "trainer.resume_mode=resume_path needs trainer.resume_from_path; name a checkpoint's folder"
             )
-        nodes, ranks = self.teacher_nnodes, self.teacher_n_gpus_per_node
         if (nodes is None) != (ranks is None):
             raise ValueError(
                 f"trainer.teacher_nnodes={nodes} and trainer.teacher_n_gpus_per_node={ranks} go together; set both for "
-                "a teacher with GPUs of its own, or neither for one that shares the student's"
+                "a teacher with GPUs of its own, or neither"
             )
         if self.stop_after_no_better is not None and not self.best_metric:
             raise ValueError(
                 f"trainer.stop_after_no_better={self.stop_after_no_better} counts validations that are no better by "
-                "trainer.best_metric, which is not set; set both, or leave it at null"
+                "trainer.best_metric; set both, or neither"
             )
-        if self.best_metric:
-            self._check_best_metric(self.best_metric)
-
-    def _check_best_metric(self, text: str) -> None:
-        rule = BestRule.parse(text)
-        if self.val_only:
+        if not self.best_metric:
             return
-        if self.test_freq < 1:
+        rule = BestRule.parse(self.best_metric)
+        if self.test_freq < 1 and not self.val_only:
             raise ValueError(
-                f"trainer.best_metric={text!r} compares validations, and trainer.test_freq={self.test_freq} makes none;"
-                " set it to the steps between them"
+                f"{best} compares validations; set trainer.test_freq={self.test_freq} to the steps between"
             )
-        if rule.names_of_start and not self.val_before_train:
+        if rule.names_of_start and not (self.val_before_train or self.val_only):
             raise ValueError(
-                f"trainer.best_metric={text!r} compares with step 0, and trainer.val_before_train=False leaves it out; "
-                "set it to True, or give the bound as a number"
+                f"{best} compares with step 0, and trainer.val_before_train=False leaves it out; set it to True"
             )
 
     @property

@@ -1,4 +1,3 @@
 """Verl's name for the settings in ``verl.config``; the YAML defaults lie here."""
 
 from verl.config import *  # noqa: F403
-from verl.config import __all__ as __all__

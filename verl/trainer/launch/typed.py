@@ -1,29 +1,79 @@
-"""From a composed Hydra configuration to the dataclasses.
+"""From a command line to the typed configuration.
 
-In: a ``DictConfig``. Out: a ``PPOConfig``, interpolations resolved, every value of its declared type, all checks of the
-sections done. Keys that a configuration leaves out keep the default of their dataclass. Not here: checks that look at
-files, models or packages (``checks``).
+::
+
+    sys.argv ─► normalized_argv ─► Hydra composes ─► to_typed ─► PPOConfig
+
+``normalized_argv`` turns a command line as users of verl write it into one that Hydra accepts:
+
+- ``+key`` of a key that exists becomes ``++key`` (Hydra refuses to append what is there), likewise keys of open maps
+  (``ray_kwargs.ray_init.*``, ``rollout.engine_kwargs.*``, ...);
+- values of ``runtime_env.env_vars`` become texts, and secrets among them move to this process's environment;
+- keys that have no effect here (``config/no_effect.yaml``) are left out, with a notice each;
+- values that Hydra's grammar cannot read, such as paths with ``=`` or brackets, are put in quotes;
+- flags (``--cfg job``, ``-cn name``) go behind the overrides, unchanged.
+
+Not here: checks that look at files, models or packages (``checks``).
 """
 
 import logging
+import os
+import re
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import is_dataclass
+from pathlib import Path
+from typing import Any, get_origin
 
+import yaml
 from hydra import compose, initialize_config_module
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
 from verl.config.ppo import PPOConfig
-from verl.config.schema import error_messages
-from verl.trainer.launch.command_line import normalized_argv
-from verl.trainer.launch.no_effect import find_no_effect, no_effect_notice
+from verl.config.schema import error_messages, in_open_map, type_at, unknown_key_message
+from verl.utils.redaction import looks_secret
 
 logger = logging.getLogger(__name__)
 
+ENV_VARS = "ray_kwargs.ray_init.runtime_env.env_vars."
+OVERRIDE = re.compile(r"(?P<sign>\+\+|\+|~)?(?P<key>[^=]+)(?:=(?P<value>.*))?", re.DOTALL)
+NO_EFFECT_FILE = Path(__file__).parents[1] / "config" / "no_effect.yaml"
+NO_EFFECT: dict[str, dict[str, Any]] = {
+    key: entry for entry in yaml.safe_load(NO_EFFECT_FILE.read_text(encoding="utf-8")) for key in entry["keys"]
+}
+"""The entry of each key that has no effect here."""
+
+
+def normalized_argv(argv: Sequence[str]) -> list[str]:
+    """The command line that an entry point puts into ``sys.argv[1:]`` before it calls its ``hydra.main`` function.
+
+    Logs a warning for each key without effect and each secret, and puts the secrets into ``os.environ``.
+
+    Raises:
+        ValueError: arguments that are no overrides, unknown keys (with the nearest known ones), values that would need
+            something this project does not have; all of them in one message, a line each.
+    """
+    overrides, flags, errors = [], [], []
+    for before, text in zip(("", *argv), argv, strict=False):
+        # What follows a flag is its value, unless it is an override; write --config-dir=PATH where PATH holds a "=".
+        if text.startswith("-") or (before.startswith("-") and "=" not in text and not text.startswith("~")):
+            flags.append(text)
+            continue
+        try:
+            overrides += _for_hydra(text)
+        except ValueError as error:
+            errors.append(str(error))
+    if errors:
+        raise ValueError("\n".join(errors))
+    return overrides + flags
+
 
 def to_typed(cfg: DictConfig) -> PPOConfig:
-    """The configuration as dataclasses; logs keys that have no effect here.
+    """The configuration as dataclasses, every value of its declared type; logs keys that have no effect here.
 
     Raises:
         ValueError: values that do not fit, unknown keys, interpolations without a target, or settings that exclude each
@@ -34,24 +84,9 @@ def to_typed(cfg: DictConfig) -> PPOConfig:
     except OmegaConfBaseException as error:
         raise ValueError(f"{error.full_key or 'configuration'} cannot be resolved: {error.msg or error}") from error
     try:
-        return TypeAdapter(PPOConfig).validate_python(_drop_keys_without_effect(values))
+        return TypeAdapter(PPOConfig).validate_python(_with_effect(values))
     except ValidationError as error:
         raise ValueError("\n".join(error_messages(PPOConfig, error))) from error
-
-
-def _drop_keys_without_effect(values: Any, prefix: str = "") -> Any:
-    """The values of a section without the keys that are accepted and have no effect."""
-    if not isinstance(values, dict):
-        return values
-    kept = {}
-    for name, value in values.items():
-        key = f"{prefix}{name}"
-        effect = find_no_effect(key)
-        if effect is None:
-            kept[name] = _drop_keys_without_effect(value, f"{key}.")
-        else:
-            logger.warning(no_effect_notice(key, effect, str(value)))
-    return kept
 
 
 def load_config(
@@ -62,7 +97,97 @@ def load_config(
     """Compose and type a configuration outside ``hydra.main``, from overrides as they stand on a command line.
 
     Raises:
-        ValueError: see ``normalize_overrides`` and ``to_typed``.
+        ValueError: see ``normalized_argv`` and ``to_typed``.
     """
     with initialize_config_module(config_module=config_module, version_base=None):
         return to_typed(compose(config_name=config_name, overrides=normalized_argv(overrides)))
+
+
+def _with_effect(values: Any, prefix: str = "") -> Any:
+    """The values of a section without the keys that are accepted and have no effect."""
+    if not isinstance(values, dict):
+        return values
+    kept = {}
+    for name, value in values.items():
+        if notice := _no_effect_notice(f"{prefix}{name}", str(value)):
+            logger.warning(notice)
+        else:
+            kept[name] = _with_effect(value, f"{prefix}{name}.")
+    return kept
+
+
+def _no_effect_notice(key: str, value: str) -> str | None:
+    """The line that says a key does nothing; None for a key that is not in the table.
+
+    Raises:
+        ValueError: ``value`` asks for something that is not built here.
+    """
+    parts = key.split(".")
+    groups = (".".join(parts[:end]) + ".*" for end in range(len(parts), 0, -1))
+    entry = next((NO_EFFECT[name] for name in (key, *groups) if name in NO_EFFECT), None)
+    if entry is None:
+        return None
+    plain, only = value.strip(" '\"").lower(), entry.get("only")
+    if only and {"": "null", "none": "null"}.get(plain, plain) not in only:
+        raise ValueError(
+            f"{key}={value} is not built here ({entry['why']}); leave it out or set it to {' or '.join(only)}"
+        )
+    return f"{key} is accepted and has no effect here: {entry['why']}"
+
+
+def _for_hydra(text: str) -> list[str]:
+    """An override as Hydra takes it; nothing where it has no effect here."""
+    match = OVERRIDE.fullmatch(text)
+    if match is None or (match["value"] is None and match["sign"] != "~"):
+        raise ValueError(f"{text!r} is no override; write key=value, without blanks around the equals sign")
+    sign, key, value = match["sign"] or "", match["key"], match["value"] or ""
+    if "/" in key or "@" in key or key.split(".")[0] == "hydra":
+        return [text]  # config groups and Hydra's own settings
+    if type_at(PPOConfig, key) is None:
+        notice = _no_effect_notice(key, value)
+        if notice is None:
+            raise ValueError(unknown_key_message(PPOConfig, key))
+        logger.warning(notice)
+        return []
+    if sign == "~":
+        return [text]
+    readable = _env_var(key, value) if key.startswith(ENV_VARS) else _readable(key, value)
+    # Hydra refuses to append what is there, to set what is not, and a mapping with keys that have no effect here.
+    added = "++" if sign or in_open_map(PPOConfig, key) or value.startswith("{") else ""
+    return [f"{added}{key}={readable}"]
+
+
+def _env_var(key: str, value: str) -> str:
+    """The value of an environment variable as a quoted text; a secret becomes a reference to this process's own."""
+    name = key.removeprefix(ENV_VARS)
+    is_quoted = len(value) >= 2 and value[0] == value[-1] and value[0] in "'\""
+    if looks_secret(name) and not value.startswith("${"):
+        os.environ[name] = value[1:-1] if is_quoted else value
+        logger.warning("%s is a secret, and command lines can be read by others; export %s instead", key, name)
+        return f"${{oc.env:{name}}}"
+    return value if is_quoted else _in_quotes(value)
+
+
+def _readable(key: str, value: str) -> str:
+    """``value``, in quotes where Hydra cannot read it as it is and it is no list, mapping or quoted text.
+
+    Raises:
+        ValueError: it is one of these and cannot be read, or is a list in the place of a section.
+    """
+    try:
+        read = OverridesParser.create().parse_override(f"{key}={value}").value()
+    except HydraException as error:
+        if not value.startswith(("'", '"', "[", "{")) and re.fullmatch(r"[\w.:-]+", key):
+            return _in_quotes(value)
+        raise ValueError(
+            f"{key}={value} cannot be read ({str(error).splitlines()[0]}); close brackets and quotes, put texts with "
+            "=, ( or ) in quotes, and give names with other characters as a mapping: KEY='{rec_*: 0.25}'"
+        ) from error
+    hint = type_at(PPOConfig, key)
+    if isinstance(read, list) and (is_dataclass(hint) or get_origin(hint) is dict):
+        raise ValueError(f"{key}={value} must be a mapping, such as {{name: value}}")
+    return value
+
+
+def _in_quotes(text: str) -> str:
+    return QuotedString(text=text, quote=Quote.single).with_quotes()

@@ -1,0 +1,341 @@
+"""The models and what is done with them (``actor_rollout_ref``): weights, update, teacher, generation."""
+
+from dataclasses import field
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field
+
+from verl.config.schema import Count, Fraction, IsListed, NonNegativeFloat, Options, PositiveFloat, section
+
+AGENT_LOOPS = ("tool_agent", "single_turn_agent")
+"""The agent loops that are built in."""
+
+KLEstimator = Literal["kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+CheckpointParts = Annotated[list[Literal["model", "optimizer", "extra", "hf_model"]], IsListed]
+TopP = Annotated[float, Field(gt=0, le=1)]
+TopK = Annotated[int, Field(ge=-1), AfterValidator(lambda count: count or -1)]
+
+
+@section("actor_rollout_ref.model")
+class HFModelConfig:
+    """A causal language model in Hugging Face format."""
+
+    path: str | None = None
+    """Folder (or hub name) of the weights, the config and the tokenizer. Required."""
+    tokenizer_path: str | None = None
+    """Folder of the tokenizer where it is not ``path``."""
+    trust_remote_code: bool = False
+    """Run model code that ships with the weights."""
+    use_remove_padding: bool = True
+    """Compute no padding: rows are packed where the attention implementation can keep them apart,
+    else cut to the longest of each micro-batch."""
+    enable_gradient_checkpointing: bool = True
+    """Recompute each block in backward instead of keeping its activations."""
+    enable_activation_offload: bool = False
+    """Keep the activations that backward needs in host memory (CUDA only)."""
+    override_config: Options = field(default_factory=dict)
+    """Entries laid over the model's own config, such as ``attn_implementation``."""
+
+
+@section("actor_rollout_ref.ref.model")
+class RefModelConfig:
+    """The teacher's model; everything but these keys is taken from ``actor_rollout_ref.model``."""
+
+    path: str | None = None
+    """Folder (or hub name) of the teacher; null: the student's own starting weights."""
+    tokenizer_path: str | None = None
+    """Folder of the teacher's tokenizer where it is not ``path``."""
+
+
+@section("actor_rollout_ref.actor.optim")
+class OptimizerConfig:
+    """AdamW and its learning-rate schedule."""
+
+    lr: PositiveFloat = 1e-6
+    """Peak learning rate."""
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
+    """``constant``, ``linear`` or ``cosine``, each after the warm-up."""
+    lr_warmup_steps: int = -1
+    """Linear warm-up in optimizer steps; negative: take ``lr_warmup_steps_ratio`` of all steps."""
+    lr_warmup_steps_ratio: Fraction = 0.0
+    """Warm-up as a share of all optimizer steps, used where ``lr_warmup_steps`` is negative."""
+    min_lr_ratio: Fraction = 0.0
+    """Learning rate at the end of a ``linear`` or ``cosine`` schedule, as a share of ``lr``."""
+    weight_decay: float = 0.01
+    """AdamW weight decay, applied to matrices only (not to norms and biases)."""
+    betas: Annotated[tuple[float, float], IsListed] = (0.9, 0.999)
+    """AdamW betas."""
+    eps: float = 1e-8
+    """AdamW epsilon."""
+    total_training_steps: int = -1
+    """Optimizer steps of the whole run; negative: ``PPOConfig.resolve_schedule`` fills it in."""
+
+
+@section()
+class MixedPrecisionConfig:
+    """Precision of FSDP2 compute and gradient reduction."""
+
+    param_dtype: Precision = "auto"
+    """Precision of the forward and backward pass; ``auto``: bf16 on CUDA, fp32 on CPU."""
+    reduce_dtype: Precision = "fp32"
+    """Precision in which gradients are reduced over ranks."""
+
+
+@section()
+class FSDPConfig:
+    """Sharding of one model over the training ranks with FSDP2."""
+
+    param_offload: bool = False
+    """Keep the parameters in host memory while the model is idle (CUDA only)."""
+    optimizer_offload: bool = False
+    """Keep the optimizer state in host memory between updates (CUDA only)."""
+    reshard_after_forward: bool = True
+    """Free gathered parameters after each block's forward pass: less memory, one more gather in backward."""
+    model_dtype: Precision = "auto"
+    """Precision of the stored parameters; ``auto``: fp32 for a trained model, that of compute for a frozen one."""
+    mixed_precision: MixedPrecisionConfig = field(default_factory=MixedPrecisionConfig)
+
+
+@section("actor_rollout_ref.actor.checkpoint")
+class CheckpointConfig:
+    """What a checkpoint holds and what is read back from it."""
+
+    save_contents: CheckpointParts = field(default_factory=lambda: ["model", "optimizer", "extra", "hf_model"])
+    """Any of ``model`` and ``optimizer`` (shards), ``extra`` (schedule and RNG), ``hf_model`` (weights in
+    ``huggingface/``, for transformers and vLLM; ``python -m verl.model_merger merge`` makes them of ``model``)."""
+    load_contents: CheckpointParts = field(default_factory=lambda: ["model", "optimizer", "extra"])
+    """Parts read on resume."""
+
+
+@section("actor_rollout_ref.actor")
+class FSDPActorConfig:
+    """Policy update: batch sizes, loss, optimizer, sharding."""
+
+    ppo_mini_batch_size: Count = 256
+    """Prompts per optimizer step, over all ranks; every prompt counts ``rollout.n`` rows."""
+    ppo_micro_batch_size_per_gpu: Count | None = None
+    """Rows per forward and backward pass on one rank, where ``use_dynamic_bsz`` is off."""
+    use_dynamic_bsz: bool = True
+    """Cut micro-batches by tokens (``ppo_max_token_len_per_gpu``) rather than by rows."""
+    ppo_max_token_len_per_gpu: Count = 16384
+    """Most tokens of one micro-batch on one rank."""
+    ppo_epochs: Count = 1
+    """Passes over a batch."""
+    clip_ratio: float = 0.2
+    """PPO clip range, where the two bounds below are null."""
+    clip_ratio_low: float | None = None
+    """Lower PPO clip bound: the ratio is held above ``1 - clip_ratio_low``."""
+    clip_ratio_high: float | None = None
+    """Upper PPO clip bound: the ratio is held below ``1 + clip_ratio_high``."""
+    clip_ratio_c: Annotated[float, Field(gt=1)] = 3.0
+    """Dual clip: bound of the ratio for negative advantages, above 1."""
+    loss_agg_mode: Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"] = "token-mean"
+    """How token losses become one number, over the whole mini-batch and all ranks:
+    ``token-mean``, ``seq-mean-token-sum`` or ``seq-mean-token-mean``."""
+    entropy_coeff: float = 0.0
+    """Weight of the entropy bonus."""
+    use_kl_loss: bool = False
+    """Add a KL term to the reference, weighted by ``kl_loss_coef``, at positions whose token the reference knows."""
+    kl_loss_coef: float = 0.001
+    """Weight of the KL term."""
+    kl_loss_type: KLEstimator = "low_var_kl"
+    """Estimator of the KL term: ``kl`` (k1), ``abs``, ``mse`` (k2) or ``low_var_kl`` (k3)."""
+    grad_clip: PositiveFloat = 1.0
+    """Largest gradient norm."""
+    ref_log_prob_replace_val: float = -100.0
+    """Stand-in for a log-prob that does not exist; must equal ``ref.ref_log_prob_replace_val``."""
+    freeze_extended_rows: bool = False
+    """Leave the rows of extended ids in embedding and lm head as they are: no gradient, no weight decay."""
+    optim: OptimizerConfig = field(default_factory=OptimizerConfig)
+    fsdp_config: FSDPConfig = field(default_factory=FSDPConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    def __post_init__(self) -> None:
+        # The loss reads only the two bounds.
+        if self.clip_ratio_low is None:
+            self.clip_ratio_low = self.clip_ratio
+        if self.clip_ratio_high is None:
+            self.clip_ratio_high = self.clip_ratio
+
+
+@section("actor_rollout_ref.ref")
+class RefConfig:
+    """The frozen reference: in on-policy distillation, the teacher."""
+
+    model: RefModelConfig = field(default_factory=RefModelConfig)
+    ref_log_prob_replace_val: float = -100.0
+    """The teacher's log-prob at a token it has no embedding for."""
+    ref_replace_token_id: int | None = None
+    """What the teacher reads in place of such a token; null: its tokenizer's pad id."""
+    log_prob_use_dynamic_bsz: bool = True
+    """Cut micro-batches by tokens rather than by rows."""
+    log_prob_max_token_len_per_gpu: int = 16384
+    """Most tokens of one micro-batch on one rank."""
+    log_prob_micro_batch_size_per_gpu: Count | None = None
+    """Rows of one micro-batch on one rank, where ``log_prob_use_dynamic_bsz`` is off."""
+    fsdp_config: FSDPConfig = field(default_factory=FSDPConfig)
+
+
+@section("actor_rollout_ref.rollout.val_kwargs")
+class SamplingConfig:
+    """Sampling of validation answers (``rollout.val_kwargs``)."""
+
+    temperature: NonNegativeFloat = 1.0
+    """Softmax temperature; 0 takes the most likely token."""
+    top_p: TopP = 1.0
+    """Smallest set of tokens with this much probability."""
+    top_k: TopK = -1
+    """Number of most likely tokens; -1 or 0: all."""
+    n: Count = 1
+    """Answers per prompt."""
+    do_sample: bool = True
+    """False: take the most likely token, at any ``temperature``."""
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most likely token is taken rather than a drawn one."""
+        return not self.do_sample or self.temperature == 0
+
+
+@section("actor_rollout_ref.rollout.multi_turn")
+class MultiTurnConfig:
+    """Turns and tools of an agent loop."""
+
+    max_assistant_turns: int | None = None
+    """Most turns the model writes in one conversation; null: no limit but the response length."""
+    max_user_turns: int | None = None
+    """Most turns that tools or users write; null: no limit."""
+    max_parallel_calls: int = 1
+    """Most tool calls taken from one assistant turn."""
+    max_tool_response_length: int = 256
+    """Most characters of one tool response."""
+    tool_response_truncate_side: Literal["left", "middle", "right"] = "middle"
+    """What stays of an overlong tool response: its ``left`` or ``right`` end, or both with the ``middle`` cut."""
+    tool_timeout_s: PositiveFloat | None = 600.0
+    """Seconds that a tool has for a call, and for making or releasing its instance: a call that takes longer is
+    cancelled, and the model reads an error. A tool has to await what it waits for. null: no limit."""
+    tool_config_path: str | None = None
+    """YAML that names the tools; null: none."""
+
+
+@section("actor_rollout_ref.rollout.agent")
+class AgentConfig:
+    """Agent-loop workers."""
+
+    num_workers: int = 8
+    """Most agent-loop processes; never more than the cluster has CPUs."""
+    default_agent_loop: str = "tool_agent"
+    """Loop of rows without an ``agent_name``: ``tool_agent`` or ``single_turn_agent``."""
+
+
+@section("actor_rollout_ref.rollout")
+class RolloutConfig:
+    """Generation engine, sampling, masks and log-prob batch sizes."""
+
+    name: Literal["vllm", "hf"] = "vllm"
+    """Engine: ``vllm``, or ``hf`` (transformers ``generate``) for tests and machines without vLLM."""
+    n: Count = 1
+    """Answers per prompt."""
+    temperature: PositiveFloat = 1.0
+    """Softmax temperature of the policy, for the sampler, the student's and the teacher's log-probs alike; above 0
+    (greedy validation: ``val_kwargs``)."""
+    top_p: TopP = 1.0
+    """Nucleus sampling; below 1 the sampler differs from the policy."""
+    top_k: TopK = -1
+    """Top-k sampling; other than -1 the sampler differs from the policy."""
+    ignore_eos: bool = False
+    """Go on after the end token (benchmarks)."""
+    seed: int = 0
+    """Seed of the engines."""
+    prompt_length: Count = 512
+    """Tokens of the longest prompt; follows ``data.max_prompt_length``."""
+    response_length: Count = 512
+    """Tokens of the longest response over all turns; follows ``data.max_response_length``."""
+    extend_vocab_start_token: Count | Literal["auto"] | None = None
+    """First id of the extended vocabulary E, which the teacher lacks; null: no extension; ``auto``: found by comparing
+    the tokenizers. Read it as ``extend_start``."""
+    mask_response_if_have_extend_token: bool = False
+    """Train on nothing of a response that holds an extended token."""
+    mask_after_extend_token: bool = True
+    """Train on nothing behind the first extended token of a response, where the teacher's context is void. False is
+    what the public fork of verl does."""
+    calculate_log_probs: bool = False
+    """Keep the engine's log-probs of the sampled tokens (``rollout_log_probs``)."""
+    dtype: str = "auto"
+    """Precision of the engine; ``auto``: bfloat16 on CUDA, float32 on CPU."""
+    gpu_memory_utilization: float = 0.5
+    """Share of each GPU's memory for the engine (CUDA)."""
+    cpu_kvcache_space_gb: float = 1.0
+    """Memory of the KV cache in GiB (CPU)."""
+    enforce_eager: bool = False
+    """Skip graph capture and compilation; always so on CPU."""
+    free_cache_engine: bool = True
+    """Free the engine's weights and cache while training runs (CUDA)."""
+    tensor_model_parallel_size: Count = 1
+    """GPUs per engine replica."""
+    max_model_len: int | None = None
+    """Longest sequence; null: ``prompt_length + response_length``."""
+    max_num_seqs: Count = 256
+    """Most sequences decoded at once by one replica."""
+    max_num_batched_tokens: Count = 8192
+    """Most tokens of one engine step."""
+    enable_prefix_caching: bool = True
+    """Share the cache of equal prompt beginnings."""
+    enable_chunked_prefill: bool = True
+    """Split long prompts over engine steps."""
+    engine_kwargs: Options = field(default_factory=dict)
+    """Options by engine, ``engine_kwargs.vllm.block_size=32``; another engine's group is ignored."""
+    timeout_s: PositiveFloat | None = 3600.0
+    """Seconds without any finished answer after which a replica counts as hanging: its requests go to another replica
+    once, and the run ends where that hangs too or there is none. Also the limit of a weight sync. A healthy engine is
+    silent for the length of one answer, far below the default; null: no limit."""
+    weight_sync_bucket_mb: Count = 1024
+    """Most weights in flight at once during a weight sync, in MiB."""
+    log_prob_use_dynamic_bsz: bool = True
+    """Cut the student's log-prob micro-batches by tokens rather than by rows."""
+    log_prob_max_token_len_per_gpu: int = 16384
+    """Most tokens of one such micro-batch on one rank."""
+    log_prob_micro_batch_size_per_gpu: Count | None = None
+    """Rows of one such micro-batch on one rank, where ``log_prob_use_dynamic_bsz`` is off."""
+    val_kwargs: SamplingConfig = field(default_factory=SamplingConfig)
+    multi_turn: MultiTurnConfig = field(default_factory=MultiTurnConfig)
+    agent: AgentConfig = field(default_factory=AgentConfig)
+
+    def __post_init__(self) -> None:
+        key, longest = "actor_rollout_ref.rollout", self.prompt_length + self.response_length
+        if self.mask_response_if_have_extend_token and not self.mask_after_extend_token:
+            raise ValueError(
+                f"{key}.mask_response_if_have_extend_token=True trains on nothing of a response with extended tokens, "
+                "and mask_after_extend_token=False on all of it; set one of them"
+            )
+        if self.max_model_len is not None and self.max_model_len < longest:
+            raise ValueError(
+                f"{key}.max_model_len={self.max_model_len} is below {key}.prompt_length={self.prompt_length} + "
+                f"{key}.response_length={self.response_length}; set it to null"
+            )
+
+    @property
+    def extend_start(self) -> int | None:
+        """``extend_vocab_start_token`` as a number.
+
+        Raises:
+            ValueError: it is still ``auto``.
+        """
+        start = self.extend_vocab_start_token
+        if start == "auto":
+            raise ValueError(
+                "actor_rollout_ref.rollout.extend_vocab_start_token=auto is not resolved; outside of the entry point, "
+                "set a number or null"
+            )
+        return start
+
+
+@section("actor_rollout_ref")
+class ActorRolloutRefConfig:
+    """Student, teacher and generation."""
+
+    model: HFModelConfig = field(default_factory=HFModelConfig)
+    actor: FSDPActorConfig = field(default_factory=FSDPActorConfig)
+    ref: RefConfig = field(default_factory=RefConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)

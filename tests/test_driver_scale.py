@@ -1,20 +1,18 @@
 """The driver's cost does not grow with the cluster: rows are views, bytes are the batch's, memory is one copy."""
 
-import importlib.util
+import importlib
 import pickle
-import sys
 import weakref
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from support.tiny_pairs import REPO
 
 from verl.protocol import DataProto
 from verl.single_controller.base.decorator import plan_calls, registered_methods
 from verl.workers.student_worker import StudentWorker
 
-REPO = Path(__file__).resolve().parents[1]
 HEADER_BYTES = 2048
 """Most bytes that a call takes besides its rows: names, dtypes, shapes, facts."""
 
@@ -22,12 +20,9 @@ HEADER_BYTES = 2048
 @pytest.fixture(scope="module")
 def driver_scale() -> ModuleType:
     """The benchmark as a module."""
-    spec = importlib.util.spec_from_file_location("driver_scale", REPO / "benchmarks" / "driver_scale.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["driver_scale"] = module
-    spec.loader.exec_module(module)
-    return module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(REPO / "benchmarks")
+        return importlib.import_module("driver_scale")
 
 
 def test_what_goes_to_a_rank_is_a_view_of_the_batch_and_packing_it_copies_nothing(driver_scale: ModuleType) -> None:
@@ -59,9 +54,7 @@ def test_bytes_of_a_step_are_those_of_its_rows_for_any_number_of_workers(driver_
 
 def test_the_driver_gathers_into_one_copy(driver_scale: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the ranks' answers no more than one is there at a time."""
-    present: list[int] = []
-    most: list[int] = []
-    unpack = driver_scale.Packed.unpack
+    present, most, unpack = list[int](), list[int](), driver_scale.Packed.unpack
 
     def counting(packed: object) -> DataProto:
         part = unpack(packed)

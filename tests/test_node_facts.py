@@ -49,7 +49,7 @@ def facts(*arguments, **env):
 def test_a_port_in_use_and_a_head_that_does_not_answer_are_named():
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-        assert f"error: port {port} is in use by another program" in facts("--port", str(port)).stderr
+        assert f"port {port} is in use by another program" in facts("--port", str(port)).stderr
         assert facts("--reach", f"127.0.0.1:{port}", "--node-ip", "203.0.113.9").returncode == 0, "it is the head's"
     done = facts("--reach", f"127.0.0.1:{port}")
     assert done.returncode == 1 and f"this host cannot reach the head at 127.0.0.1:{port}" in done.stderr

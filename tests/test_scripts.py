@@ -4,7 +4,18 @@ import os
 import subprocess
 
 import pytest
-from support.script_runner import CLUSTER, DEPLOY, LAUNCH, LAUNCH_SMALL, MODELS, RAY_NODE, REPO, executable, run
+from support.script_runner import (
+    CLUSTER,
+    DEPLOY,
+    LAUNCH,
+    LAUNCH_SMALL,
+    MODELS,
+    RAY_NODE,
+    REPO,
+    executable,
+    run,
+    stand_in,
+)
 
 MODULE = "recipe.onpolicy_distill.main_onpolicy_distill"
 
@@ -88,16 +99,17 @@ def test_overrides_come_last_and_unchanged_and_are_no_hostfile(first):
     assert launch(*overrides)[-3:] == overrides
 
 
-@pytest.mark.parametrize("text", ["localhost\n", "# only this one\n\n127.0.0.1  slots=8\n127.0.0.1\n"])
-def test_a_hostfile_of_this_machine_alone_needs_no_cluster(hosts, text):
+@pytest.mark.parametrize(
+    ("text", "nodes", "address"),
+    [
+        ("localhost\n", "1", None),
+        ("# only this one\n\n127.0.0.1  slots=8\n127.0.0.1\n", "1", None),
+        ("node-a slots=8 # head\nnode-b\n\nnode-a\n", "2", "auto"),
+    ],
+)
+def test_several_hosts_connect_to_the_running_cluster(hosts, text, nodes, address):
     used = settings(hosts(text), "data.seed=3")
-    assert (used["trainer.nnodes"], used["data.seed"]) == ("1", "3")
-    assert "ray_kwargs.ray_init.address" not in used
-
-
-def test_several_hosts_connect_to_the_running_cluster(hosts):
-    used = settings(hosts("node-a slots=8 # head\nnode-b\n\nnode-a\n"))
-    assert (used["trainer.nnodes"], used["ray_kwargs.ray_init.address"]) == ("2", "auto")
+    assert (used["trainer.nnodes"], used.get("ray_kwargs.ray_init.address"), used["data.seed"]) == (nodes, address, "3")
 
 
 def test_unusable_hostfiles(hosts, tmp_path):
@@ -120,23 +132,10 @@ def test_the_small_preset_changes_the_settings_and_loses_to_the_users(hosts):
     assert settings(f"{key}=99", script=LAUNCH_SMALL)[key] == "99"
 
 
-# Answers for both interpreters that deploy_env.sh uses; every call of the environment's one is written down.
-FAKE_PYTHON = """\
-#!/usr/bin/env bash
-case "$*" in
-    "--version") echo "Python 3.11.0" ;;
-    "-m venv "*) mkdir -p "$3/bin"; cp "$0" "$3/bin/python" ;;
-    *versions.py) echo "versions python=3.11.0 torch=2.13.0 vllm=none" ;;
-    "-m pip "*) printf '%s\\n' "$*" >>"$FAKE_LOG" ;;
-    -) cat >/dev/null; echo check >>"$FAKE_LOG" ;;
-esac
-"""
-
-
 @pytest.fixture
 def deploy(tmp_path):
     """Runs deploy_env.sh with stand-ins; gives the result and the calls of the environment's Python since."""
-    python, log = executable(tmp_path / "bin" / "python3", FAKE_PYTHON), tmp_path / "log"
+    python, log = stand_in("python_of_deployment", tmp_path / "bin" / "python3"), tmp_path / "log"
 
     def call(*arguments, device="cpu", **env):
         log.write_text("")
@@ -173,9 +172,11 @@ def test_deployment_on_cuda_leaves_torch_to_vllm(deploy):
     assert "requirements/cuda.txt" in calls[0] and not any("uninstall" in call for call in calls)
 
 
-def test_deployment_refuses_unknown_arguments(deploy):
-    for done, calls in (deploy(device="tpu"), deploy("--device"), deploy("--fast")):
+def test_deployment_refuses_unknown_arguments_and_an_old_python(deploy, tmp_path):
+    old = executable(tmp_path / "python3", '#!/usr/bin/env bash\n[[ "$1" == -c ]] && exit 1\necho "Python 3.9.1"\n')
+    for done, calls in (deploy(device="tpu"), deploy("--device"), deploy("--fast"), deploy(PYTHON=old)):
         assert done.returncode == 1 and "error:" in done.stderr and calls == []
+    assert "3.9.1; kai-verl needs Python 3.11 or newer" in done.stderr
 
 
 def test_a_dry_run_changes_nothing(deploy, tmp_path):
@@ -185,7 +186,7 @@ def test_a_dry_run_changes_nothing(deploy, tmp_path):
 
 
 def test_only_an_environment_of_this_script_is_changed_and_an_interrupted_one_goes_on(deploy, tmp_path):
-    executable(tmp_path / "my env" / "bin" / "python", FAKE_PYTHON)
+    stand_in("python_of_deployment", tmp_path / "my env" / "bin" / "python")
     done, calls = deploy()
     assert "was not made by this script and is used as it is" in done.stdout and calls == ["check"]
     (tmp_path / "my env" / ".kai-verl-environment").write_text("unfinished\n")
@@ -198,9 +199,3 @@ def test_conda_is_used_where_it_is_asked_for(deploy, tmp_path):
     done, _ = deploy(CONDA_ENV_NAME="mine", CONDA_EXE=conda, PYTHON="/no/python")
     assert done.returncode == 0, done.stderr
     assert "conda has no environment other" in deploy("--dev", CONDA_ENV_NAME="other", CONDA_EXE=conda)[0].stderr
-
-
-def test_deployment_refuses_an_old_python(deploy, tmp_path):
-    old = executable(tmp_path / "python3", '#!/usr/bin/env bash\n[[ "$1" == -c ]] && exit 1\necho "Python 3.9.1"\n')
-    done, _ = deploy(PYTHON=old)
-    assert done.returncode == 1 and "3.9.1; kai-verl needs Python 3.11 or newer" in done.stderr

@@ -22,7 +22,7 @@ STEPS = 12
 def vllm_run(tiny_tokenizers: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Two ranks with vLLM rollouts, through the launch script; the lm head is tied to the embedding."""
     folder = tmp_path_factory.mktemp("vllm_run")
-    pair = make_pair(*tiny_tokenizers, folder / "pair", "--hidden", "64", "--tied")
+    pair = make_pair(*tiny_tokenizers, folder / "pair", tied=True)
     train = write_onerec_parquet(folder / "train.parquet", 16 * STEPS)
     overrides = [
         *SIZES,
@@ -115,7 +115,7 @@ def test_a_wrong_model_path_is_named_before_anything_starts(tiny_pair: Pair, tmp
 def test_real_tokenizers_and_vocabulary(shared_data: Path, tmp_path: Path) -> None:
     """Two steps at V = 176,384 rows with the real Qwen3 and OneRec tokenizers."""
     tokenizers = shared_data / "tokenizer"
-    pair = make_pair(tokenizers / "qwen3", tokenizers / "qwen3-onerec", tmp_path / "pair", "--hidden", "64")
+    pair = make_pair(tokenizers / "qwen3", tokenizers / "qwen3-onerec", tmp_path / "pair")
     assert pair.extend_vocab_start_token == 151669
     train = shared_data / "onerec" / "train" / "sft_general.parquet"
     sizes = ["data.max_prompt_length=256", "data.train_batch_size=8", "actor_rollout_ref.actor.ppo_mini_batch_size=8"]

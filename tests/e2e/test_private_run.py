@@ -24,8 +24,8 @@ STEPS = 4
 class Seen:
     """What was seen of a run from outside."""
 
-    folder: Path
-    ray_folder: Path
+    folders: list[Path]
+    """Of the run and of Ray."""
     planted: dict[str, str]
     """Secrets by the variable that holds them."""
     listening: set[tuple[str, str]] = field(default_factory=set)
@@ -56,7 +56,7 @@ def seen(request: pytest.FixtureRequest, tiny_pair: Pair, tmp_path_factory: pyte
     changes = {"trainer.logger": "[console,file,wandb,tensorboard]", "trainer.rollout_data_dir": folder / "rollouts"}
     train = write_onerec_parquet(folder / "train.parquet", 18)
     env = {**script_env(tiny_pair, train), **planted, "RAY_TMPDIR": str(ray_folder)}
-    found = Seen(folder, ray_folder, planted)
+    found = Seen([folder, ray_folder], planted)
     overrides = [*small_run(request.param, 2, STEPS, **changes), passed]
     with Running(folder / "run", overrides, env) as run:
         driver = psutil.Process(run.process.pid)
@@ -83,7 +83,7 @@ def test_secrets_are_in_no_file_and_no_list_of_processes(seen: Seen, tmp_path: P
     assert any(env.get("SOME_SERVICE_TOKEN") == seen.planted["SOME_SERVICE_TOKEN"] for env in workers), "it got there"
     token = next(env["RAY_AUTH_TOKEN"] for env in workers if "RAY_AUTH_TOKEN" in env)
     values = {**seen.planted, "RAY_AUTH_TOKEN": token}
-    files = [path for root in (seen.folder, seen.ray_folder) for path in root.rglob("*") if path.is_file()]
+    files = [path for root in seen.folders for path in root.rglob("*") if path.is_file()]
     names = {path.name for path in files}
     expected = {"run.log", "config.yaml", "metrics.jsonl", "manifest.json", "model.safetensors", "raylet.out"}
     assert expected <= names and any(name.endswith(".wandb") for name in names), "the test searches too little"
@@ -95,8 +95,4 @@ def test_secrets_are_in_no_file_and_no_list_of_processes(seen: Seen, tmp_path: P
 
 def holders(files: list[Path], values: dict[str, str]) -> list[str]:
     """Which value is in which file."""
-    found = []
-    for path in files:
-        content = path.read_bytes()
-        found += [f"{name} in {path.name}" for name, value in values.items() if value.encode() in content]
-    return found
+    return [f"{key} in {path.name}" for path in files for key in values if values[key].encode() in path.read_bytes()]

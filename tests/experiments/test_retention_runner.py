@@ -70,14 +70,10 @@ def test_a_run_trains_and_measures_and_leaves_its_metrics(tmp_path: Path) -> Non
     assert record["seconds"] > 0 and {"rec_recall", "free_rate", "leak_rate"} <= set(record["metrics"])
     folder = tmp_path / "runs" / "quickstart-student0-exact-self-items-seed0-2steps"
     assert (folder / "metrics.jsonl").is_file() and not list(folder.glob("global_step_*"))
+    timed = execute(Run("quickstart", 0, "sampled", 0, seconds=1e-3), tmp_path)
+    assert (timed["status"], timed["steps"]) == (DONE, 1), "it ends with the step that passes its seconds"
     before = execute(Run("quickstart", 0, "before"), tmp_path)["metrics"]
     assert before["reverse_kl"] != record["metrics"]["reverse_kl"], "it was trained"
-
-
-@pytest.mark.usefixtures("small")
-def test_a_run_of_some_seconds_ends_with_the_step_that_passes_them(tmp_path: Path) -> None:
-    record = execute(Run("quickstart", 0, "sampled", 0, seconds=1e-3), tmp_path)
-    assert (record["status"], record["steps"]) == (DONE, 1)
 
 
 @pytest.mark.usefixtures("small")

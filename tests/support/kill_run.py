@@ -341,7 +341,7 @@ class Soak:
 
 def make_run(folder: Path, engine: str, steps: int) -> tuple[list[str], dict[str, str]]:
     """Tiny models and prompts, and the settings of a run on them."""
-    pair: Pair = make_pair(*map(Path, build_tiny_tokenizers(folder / "tokenizers")), folder / "pair", "--hidden", "64")
+    pair: Pair = make_pair(*map(Path, build_tiny_tokenizers(folder / "tokenizers")), folder / "pair")
     train = write_onerec_parquet(folder / "train.parquet", 18)
     changes = {
         "trainer.save_freq": 1,

@@ -36,19 +36,12 @@ def test_arguments():
     assert (args.steps, args.objective, args.mode) == (STEPS["exact"], "exact", "masked")
 
 
-@pytest.mark.parametrize(
-    "argv",
-    [
-        ["--steps", "0"],
-        ["--mode", "public-fork", "--objective", "exact"],
-        ["--rehearsal", "codes", "--objective", "sampled"],
-        ["--rehearsal", "items", "--mode", "public-fork"],
-    ],
-)
-def test_bad_arguments(argv, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        quickstart.parse_args(argv)
-    assert argv[0] in capsys.readouterr().err
+def test_bad_arguments(capsys):
+    steps, fork = ["--steps", "0"], ["--mode", "public-fork"]
+    for argv in (steps, [*fork, "--objective", "exact"], ["--rehearsal", "codes", "--objective", "sampled"]):
+        with pytest.raises(SystemExit, match="2"):
+            quickstart.parse_args(argv)
+        assert f"{argv[0]} {argv[1]}" in capsys.readouterr().err
 
 
 def test_the_modes_differ_in_the_mask_and_in_what_the_teacher_reads(small_world):
@@ -93,14 +86,6 @@ def test_rehearsal_without_data_asks_as_the_world_does(small_world, rehearsal, t
     assert (drawn <= catalogue) == (rehearsal == "items")
 
 
-def test_checkpoints_come_in_the_order_of_their_steps(small_world, tmp_path):
-    for step in (100, 20, 5):
-        (tmp_path / f"global_step_{step}" / "actor" / "huggingface").mkdir(parents=True)
-    (tmp_path / "global_step_7" / "actor").mkdir(parents=True)
-    run = Distillation(small_world, tmp_path, tmp_path, tmp_path, steps=100, seed=0)
-    assert [step for step, _ in run.checkpoints()] == [5, 20, 100]
-
-
 def test_popularity_by_hand(small_world):
     """Recounted the long way round: from the histories as text."""
     items = pq.read_table(small_world.catalogue).to_pylist()
@@ -130,9 +115,7 @@ def test_the_whole_experiment_and_what_a_second_one_makes_anew(tmp_path, monkeyp
     assert "general_accuracy" in summary["teacher"] and "rec_recall" in summary["half_way"]["1"]
     scored = {"general_accuracy_by_task", "rec_recall", "rec_recall_at_1", "leak_rate", "extend_mass", "reverse_kl"}
     assert scored <= set(summary["before"]) and scored <= set(summary["after"])
-    page = (tmp_path / "report.html").read_text()
-    for heading in ("General accuracy", "Recommendation", "Reverse KL to the teacher", "Step time by stage"):
-        assert heading in page
+    assert "Step time by stage" in (tmp_path / "report.html").read_text()
     metrics = [json.loads(line)["data"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert {"val/rec_next/reward", "val/general_add/reverse_kl"} <= set(metrics[0])
     assert "val/rec_next/reverse_kl" not in metrics[0], "the teacher cannot read such prompts"

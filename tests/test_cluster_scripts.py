@@ -68,13 +68,6 @@ def test_other_lines_are_errors_with_their_number(hostfile, line, message):
     assert "my hosts, line 3: " in messages and message in messages
 
 
-@pytest.mark.parametrize(("script", "arguments"), [(CLUSTER, []), (DEPLOY, ["--all-nodes"])])
-def test_hostfiles_that_cannot_be_used(hostfile, tmp_path, script, arguments):
-    assert "does not exist" in run(script, *arguments, tmp_path / "missing").stderr
-    assert "names no host" in run(script, *arguments, hostfile("# nobody")).stderr
-    assert "unknown argument --halt" in run(script, "--halt").stderr
-
-
 def test_the_head_starts_first_and_the_others_join(hostfile):
     path = hostfile("node-a", "node-b # a comment", "me@node-c:99 slots=4")
     lines = run(CLUSTER, "--dry-run", path, SSH_OPTS="-i '/my keys/id'", SSH_PORT=2222).stdout.splitlines()

@@ -17,8 +17,6 @@ from support.script_runner import (
     stand_in,
 )
 
-MODULE = "recipe.onpolicy_distill.main_onpolicy_distill"
-
 
 def launch(*arguments, script=LAUNCH, **env):
     """The command a launch would run, as its list of arguments."""
@@ -59,38 +57,27 @@ def test_required_variables_are_named(missing):
     assert done.returncode == 2 and f"{missing} is not set" in done.stderr
 
 
-def test_defaults():
-    assert launch()[1:3] == ["-m", MODULE]
+ROLLOUT = "actor_rollout_ref.rollout."
+VARIABLES = {
+    "VAL_PARQUET": ("data.val_files", "null", "/d/val.parquet"),
+    "EXTEND_VOCAB_START_TOKEN": (f"{ROLLOUT}extend_vocab_start_token", "null", "8218"),
+    "MASK_RESPONSE_IF_HAVE_EXTEND_TOKEN": (f"{ROLLOUT}mask_response_if_have_extend_token", "False", "True"),
+    "DISTILL_ADV_MAX": ("algorithm.distill_adv_max_clip", "5.0", "0"),  # 0 is a bound
+    "DISTILL_ADV_MIN": ("algorithm.distill_adv_min_clip", "-30.0", "-7.5"),
+    "BASE_MODEL": ("actor_rollout_ref.model.path", "/m/student", "/m/other"),
+    "TEACHER_MODEL": ("actor_rollout_ref.ref.model.path", "/m/teacher", "/m/other"),
+    "DATASET_PARQUET": ("data.train_files", "/d/train.parquet", "/d/other.parquet"),
+}
+"""Key, default (or what MODELS says) and another value."""
+
+
+def test_variables_are_read_and_have_defaults():
     used = settings()
-    assert (
-        used.items()
-        >= {
-            "actor_rollout_ref.model.path": "/m/student",
-            "actor_rollout_ref.ref.model.path": "/m/teacher",
-            "data.train_files": "/d/train.parquet",
-            "data.val_files": "null",
-            "algorithm.distill_adv_max_clip": "5.0",
-            "algorithm.distill_adv_min_clip": "-30.0",
-            "actor_rollout_ref.rollout.extend_vocab_start_token": "null",
-            "actor_rollout_ref.rollout.mask_response_if_have_extend_token": "False",
-            "trainer.nnodes": "1",
-        }.items()
-    )
-    assert "ray_kwargs.ray_init.address" not in used
-
-
-def test_variables_are_read():
-    variables = {
-        "VAL_PARQUET": ("data.val_files", "/d/val.parquet"),
-        "EXTEND_VOCAB_START_TOKEN": ("actor_rollout_ref.rollout.extend_vocab_start_token", "8218"),
-        "MASK_RESPONSE_IF_HAVE_EXTEND_TOKEN": ("actor_rollout_ref.rollout.mask_response_if_have_extend_token", "True"),
-        "DISTILL_ADV_MAX": ("algorithm.distill_adv_max_clip", "0"),  # 0 is a bound
-        "DISTILL_ADV_MIN": ("algorithm.distill_adv_min_clip", "-7.5"),
-        "N_GPUS_PER_NODE": ("trainer.n_gpus_per_node", "2"),
-        "OUTPUT_DIR": ("trainer.default_local_dir", "/out"),
-    }
-    used = settings(**{name: value for name, (_, value) in variables.items()})
-    assert used.items() >= dict(variables.values()).items()
+    assert {key: used[key] for key, _, _ in VARIABLES.values()} == {key: text for key, text, _ in VARIABLES.values()}
+    assert used["trainer.nnodes"] == "1" and "ray_kwargs.ray_init.address" not in used
+    used = settings(**{name: value for name, (_, _, value) in VARIABLES.items()}, N_GPUS_PER_NODE=2, OUTPUT_DIR="/out")
+    assert {key: used[key] for key, _, _ in VARIABLES.values()} == {key: text for key, _, text in VARIABLES.values()}
+    assert (used["trainer.n_gpus_per_node"], used["trainer.default_local_dir"]) == ("2", "/out")
 
 
 @pytest.mark.parametrize("first", ["data.train_batch_size=4", "++a=b", "~a", "--cfg"])
@@ -114,15 +101,16 @@ def test_several_hosts_connect_to_the_running_cluster(hosts, text, nodes, addres
 
 def test_unusable_hostfiles(hosts, tmp_path):
     for path, message in ((tmp_path / "none", "does not exist"), (hosts("# nobody\n"), "names no host")):
-        done = run(LAUNCH, path, DRY_RUN=1, **MODELS)
-        assert done.returncode == 2 and message in done.stderr
+        for script, *arguments in ((LAUNCH,), (CLUSTER,), (DEPLOY, "--all-nodes")):
+            done = run(script, *arguments, path, DRY_RUN=1, **MODELS)
+            assert done.returncode in (1, 2) and message in done.stderr
 
 
 def test_it_starts_the_environments_python_from_any_folder(tmp_path):
     text = '#!/usr/bin/env bash\npwd\necho "$PYTHONPATH"\necho "$2"\n'
     fake = executable(tmp_path / "my env" / "bin" / "python", text)
     done = run(LAUNCH, cwd=tmp_path, ENV_DIR=fake.parents[1], PYTHONPATH="/mine", **MODELS)
-    assert done.stdout.splitlines() == [str(tmp_path), f"{REPO}:/mine", MODULE]
+    assert done.stdout.splitlines() == [str(tmp_path), f"{REPO}:/mine", "recipe.onpolicy_distill.main_onpolicy_distill"]
 
 
 def test_the_small_preset_changes_the_settings_and_loses_to_the_users(hosts):

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from support.launch import script_env, small_run, write_onerec_parquet
-from support.running import Running
+from support.launch import Running, script_env, small_run, write_onerec_parquet
 from support.tiny_pairs import Pair
 
 pytestmark = pytest.mark.slow

@@ -69,8 +69,8 @@ def test_the_metrics_are_all_there(student):
         "rec_text_accuracy": {"rec_caption"},
     }
     assert {name: set(metrics[f"{name}_by_task"]) for name in tasks} == tasks
-    for name in ("general_accuracy", "rec_recall", "rec_recall_at_1", "rec_pass_at_10", "free_rate", "leak_rate"):
-        assert 0 <= metrics[name] <= 1, name
+    shares = ("general_accuracy", "rec_recall", "rec_recall_at_1", "rec_pass_at_10", "free_rate", "leak_rate")
+    assert all(0 <= metrics[name] <= 1 for name in shares)
     assert 0 < metrics["extend_mass"] < 0.2
     assert metrics["entropy"] > 0 and metrics["reverse_kl"] > 0
     assert metrics["seconds"] >= sum(metrics["seconds_by_phase"].values()) * 0.99

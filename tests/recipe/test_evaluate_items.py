@@ -93,13 +93,7 @@ def test_a_narrow_search_says_that_it_may_miss_some():
     assert engine.calls <= 8 + 12 + 12
 
 
-def test_the_trie_knows_what_may_follow():
-    trie = ItemTrie([(0, 1, 2), (0, 1, 3), (1, 0, 0)], Vocabulary(4))
-    assert trie.begin_id == 0
-    assert trie.allowed_after(()) == (100, 101)
-    assert trie.allowed_after((100, 201)) == (302, 303)
-    assert trie.item_of((101, 200, 300)) == (1, 0, 0)
-    assert (0, 1, 3) in trie and (0, 1, 1) not in trie and len(trie) == 3
+def test_an_item_that_the_tokenizer_does_not_name_is_an_error():
     with pytest.raises(ValueError, match=r"does not name <s_a_9>.*leave out the recommendation data"):
         ItemTrie([(9, 0, 0)], Vocabulary(4))
 

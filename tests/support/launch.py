@@ -1,9 +1,10 @@
-"""Start a distillation run as a user does, and read what it left behind."""
+"""Start a distillation run as a user does, watch it, and read what it left behind."""
 
 import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,22 +109,84 @@ def launch_environment(env: dict[str, str]) -> dict[str, str]:
     return {**os.environ, "ENV_DIR": sys.prefix, "WANDB_MODE": "offline", **env}
 
 
+def processes_of(session: int) -> dict[int, str]:
+    """Titles of the processes of a session of this machine, by process id; no zombies.
+
+    A process stays in its session when its parent dies, and whatever it does to its title or environment.
+    """
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            state, _, _, own_session = (folder / "stat").read_text().rpartition(")")[2].split()[:4]
+            title = (folder / "cmdline").read_text()
+        except (FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
+            continue
+        if int(own_session) == session and state != "Z":
+            found[int(folder.name)] = title
+    return found
+
+
+class Running:
+    """A run in a session of its own, whose output goes to ``run.log`` in its folder; use it as a context."""
+
+    def __init__(self, folder: Path, overrides: list[str], env: dict[str, str]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self._log = folder, folder / "run.log"
+        with self._log.open("w") as stream:
+            self.process = subprocess.Popen(
+                launch_command(folder, overrides),
+                cwd=folder,
+                env=launch_environment(env),
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def __enter__(self) -> "Running":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End whatever is left, so that a test that fails leaves nothing behind."""
+        for pid in self.left():
+            try:
+                os.kill(pid, 9)
+            except ProcessLookupError:
+                continue
+        self.process.wait()
+
+    @property
+    def output(self) -> str:
+        """Its output so far."""
+        return self._log.read_text()
+
+    def left(self) -> set[int]:
+        """Its processes, the driver among them."""
+        return set(processes_of(self.process.pid))
+
+    def processes(self, title: str) -> set[int]:
+        """Those of its processes whose title begins so, as Ray's workers' do with their class."""
+        return {pid for pid, own in processes_of(self.process.pid).items() if own.startswith(title)}
+
+    def wait_for_steps(self, steps: int, timeout_s: float = 300) -> None:
+        """Until so many steps are logged."""
+        metrics, deadline = self.folder / "metrics.jsonl", time.monotonic() + timeout_s
+        while not metrics.exists() or len(metrics.read_text().splitlines()) < steps:
+            assert self.process.poll() is None, self.output[-4000:]
+            assert time.monotonic() < deadline, self.output[-4000:]
+            time.sleep(0.02)
+
+    def finish(self, timeout_s: float) -> Run:
+        """Wait for the end of the driver, and then of all its processes."""
+        returncode = self.process.wait(timeout_s)
+        deadline = time.monotonic() + 15
+        while self.left() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        left = processes_of(self.process.pid)
+        assert not left, f"{left} outlive the run:\n{self.output[-4000:]}"
+        return Run(self.folder, self.output, returncode)
+
+
 def launch(folder: Path, overrides: list[str], env: dict[str, str], *, timeout_s: int = 600) -> Run:
-    """Run the launch script in a session of its own; a run that takes too long is ended with all it started."""
-    folder.mkdir(parents=True, exist_ok=True)
-    process = subprocess.Popen(
-        launch_command(folder, overrides),
-        cwd=folder,
-        env=launch_environment(env),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=timeout_s)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, 9)
-        output, _ = process.communicate()
-        raise AssertionError(f"no end after {timeout_s} s; the last lines:\n{output[-4000:]}") from None
-    return Run(folder, output, process.returncode)
+    """Run the launch script to its end; whatever it leaves behind, or has started when the time is up, is ended."""
+    with Running(folder, overrides, env) as run:
+        return run.finish(timeout_s)

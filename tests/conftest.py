@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,6 +62,18 @@ def tiny_pair(tiny_tokenizers: tuple[Path, Path], tmp_path_factory: pytest.TempP
     out = tmp_path_factory.mktemp("pair")
     teacher_tokenizer, student_tokenizer = tiny_tokenizers
     return make_pair(teacher_tokenizer, student_tokenizer, out)
+
+
+@pytest.fixture
+def hostfile(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a hostfile of the lines given."""
+
+    def write(*lines: str) -> Path:
+        path = tmp_path / "my hosts"
+        path.write_text("\n".join(lines))
+        return path
+
+    return write
 
 
 @pytest.fixture(scope="session")

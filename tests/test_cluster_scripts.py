@@ -10,18 +10,6 @@ from support.script_runner import CLUSTER, DEPLOY, LAUNCH, MODELS, RAY_NODE, REP
 from verl.utils.redaction import looks_secret
 
 
-@pytest.fixture
-def hostfile(tmp_path):
-    """Writes a hostfile of the lines given."""
-
-    def write(*lines):
-        path = tmp_path / "my hosts"
-        path.write_text("\n".join(lines))
-        return path
-
-    return write
-
-
 def parse(hostfile):
     """Hosts of a hostfile as ``name|target|port|slots``, the messages and the exit code."""
     show = 'for i in "${!HOSTS[@]}"; do echo "${HOSTS[i]}|${HOST_TARGETS[i]}|${HOST_PORTS[i]}|${HOST_SLOTS[i]}"; done'

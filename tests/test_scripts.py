@@ -30,18 +30,6 @@ def settings(*arguments, **env):
     return dict(argument.split("=", 1) for argument in launch(*arguments, **env)[3:])
 
 
-@pytest.fixture
-def hosts(tmp_path):
-    """Writes a hostfile."""
-
-    def write(text):
-        path = tmp_path / "my hosts"
-        path.write_text(text)
-        return path
-
-    return write
-
-
 @pytest.mark.parametrize("script", [LAUNCH, LAUNCH_SMALL, CLUSTER, DEPLOY, RAY_NODE])
 def test_help_and_syntax(script):
     done = run(script, "--help")
@@ -94,13 +82,13 @@ def test_overrides_come_last_and_unchanged_and_are_no_hostfile(first):
         ("node-a slots=8 # head\nnode-b\n\nnode-a\n", "2", "auto"),
     ],
 )
-def test_several_hosts_connect_to_the_running_cluster(hosts, text, nodes, address):
-    used = settings(hosts(text), "data.seed=3")
+def test_several_hosts_connect_to_the_running_cluster(hostfile, text, nodes, address):
+    used = settings(hostfile(text), "data.seed=3")
     assert (used["trainer.nnodes"], used.get("ray_kwargs.ray_init.address"), used["data.seed"]) == (nodes, address, "3")
 
 
-def test_unusable_hostfiles(hosts, tmp_path):
-    for path, message in ((tmp_path / "none", "does not exist"), (hosts("# nobody\n"), "names no host")):
+def test_unusable_hostfiles(hostfile, tmp_path):
+    for path, message in ((tmp_path / "none", "does not exist"), (hostfile("# nobody"), "names no host")):
         for script, *arguments in ((LAUNCH,), (CLUSTER,), (DEPLOY, "--all-nodes")):
             done = run(script, *arguments, path, DRY_RUN=1, **MODELS)
             assert done.returncode in (1, 2) and message in done.stderr
@@ -113,9 +101,9 @@ def test_it_starts_the_environments_python_from_any_folder(tmp_path):
     assert done.stdout.splitlines() == [str(tmp_path), f"{REPO}:/mine", "recipe.onpolicy_distill.main_onpolicy_distill"]
 
 
-def test_the_small_preset_changes_the_settings_and_loses_to_the_users(hosts):
+def test_the_small_preset_changes_the_settings_and_loses_to_the_users(hostfile):
     key = "actor_rollout_ref.actor.ppo_max_token_len_per_gpu"
-    base, small = settings(), settings(hosts("localhost\n"), script=LAUNCH_SMALL)
+    base, small = settings(), settings(hostfile("localhost"), script=LAUNCH_SMALL)
     assert small[key] != base[key]
     assert settings(f"{key}=99", script=LAUNCH_SMALL)[key] == "99"
 

@@ -101,7 +101,10 @@ def test_a_process_that_dies_is_a_failed_run_and_the_next_run_gets_another(
 ) -> None:
     program = 'import sys, os; line = sys.stdin.readline(); os._exit(7) if "sampled" in line else print(line)'
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    start = lambda self: subprocess.Popen([sys.executable, "-c", program], **pipes)  # noqa: E731
+
+    def start(worker: Worker) -> "subprocess.Popen[str]":
+        return subprocess.Popen([sys.executable, "-c", program], **pipes)
+
     monkeypatch.setattr(Worker, "_start", start)
     process = Worker(0, tmp_path, 1)
     record = process(Run("quickstart", 0, "sampled", steps=5))

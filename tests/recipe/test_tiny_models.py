@@ -63,16 +63,15 @@ def run_main(tiny_tokenizers, out, *options):
     main(["--teacher-tokenizer", teacher, "--student-tokenizer", student, "--out", str(out), *options])
 
 
-def test_command_line(tiny_tokenizers, tmp_path, capsys):
-    rows = ["--teacher-rows", "400", "--student-rows", "355"]
-    run_main(tiny_tokenizers, tmp_path, "--hidden", "64", "--layers", "1", "--tied", *rows)
+@pytest.mark.parametrize("tied", [True, False])
+def test_command_line(tiny_tokenizers, tmp_path, capsys, tied):
+    rows = ["--teacher-rows", "400", "--student-rows", "355", *(["--tied"] if tied else [])]
+    run_main(tiny_tokenizers, tmp_path, "--hidden", "64", "--layers", "1", *rows)
     table = capsys.readouterr().out
     assert "EXTEND_VOCAB_START_TOKEN=329" in table
-    assert [line.split()[:4] for line in table.splitlines()[1:3]] == [
-        ["teacher", "329", "400", "71"],
-        ["student", "355", "355", "0"],
-    ]
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "student").config.tie_word_embeddings
+    shown = [line.split()[:4] for line in table.splitlines()[1:3]]
+    assert shown == [["teacher", "329", "400", "71"], ["student", "355", "355", "0"]]
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "student").config.tie_word_embeddings is tied
 
 
 def test_bad_arguments(tiny_tokenizers, tmp_path):

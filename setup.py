@@ -35,7 +35,7 @@ setup(
         "verl.trainer.config": ["*.yaml"],
         "verl.utils": ["*.json"],
         "recipe.onpolicy_distill": ["config/*.yaml", "*.sh", "*.jinja"],
-        "recipe.onpolicy_distill.quickstart": ["*.html"],
+        "recipe.onpolicy_distill.quickstart": ["*.html", "*.yaml"],
     },
     install_requires=requirements("base"),
     extras_require={

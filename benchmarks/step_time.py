@@ -1,6 +1,6 @@
 """Seconds per stage and generated tokens per second of a distillation step.
 
-Runs the normal entry point on a tiny pair (or on the models given) and reads the figures that the run itself logs::
+Runs the normal entry point on a tiny pair (or on the models given) and reads the metrics that the run itself logs::
 
     python benchmarks/step_time.py [--steps 8] [--warmup 3] [--engine vllm] [--ranks 2] [-- HYDRA_OVERRIDES]
 

@@ -1,4 +1,4 @@
-"""What Ray has to be told about the machine this runs on: ``ADDRESS INTERFACE CPUS GPUS``, one line.
+"""What Ray needs to know about the machine this runs on: ``ADDRESS INTERFACE CPUS GPUS``, one line.
 
     python scripts/node_facts.py [--node-ip ADDRESS|INTERFACE] [--name NAME] [--peer HOST]
         [--reach HOST:PORT] [--port N]

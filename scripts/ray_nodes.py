@@ -35,15 +35,15 @@ def main() -> int:
     parser.add_argument("expected", nargs="*")
     args = parser.parse_args()
     ray.init(address=args.address, logging_level=logging.ERROR, log_to_driver=False)
-    deadline, said = time.monotonic() + args.wait, ""
+    deadline, shown = time.monotonic() + args.wait, ""
     while True:
         nodes = alive()
         missing = [address for address in args.expected if address not in nodes]
         cpus, gpus = total(nodes, "CPU"), total(nodes, "GPU")
         line = f"have {len(args.expected) - len(missing)} of {len(args.expected)} nodes, {cpus} of {args.cpus} CPUs"
         line += f", {gpus} of {args.gpus} GPUs" if args.gpus else ""
-        if args.expected and line != said:
-            print(said := line, flush=True)
+        if args.expected and line != shown:
+            print(shown := line, flush=True)
         complete = not missing and cpus >= args.cpus and gpus >= args.gpus
         if complete or time.monotonic() > deadline:
             break

@@ -2,10 +2,14 @@
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from recipe.onpolicy_distill.quickstart.world import World
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
@@ -57,4 +61,32 @@ def tiny_pair(tiny_tokenizers: tuple[Path, Path], tmp_path_factory: pytest.TempP
     """Random teacher and student of two layers over the tiny tokenizers."""
     out = tmp_path_factory.mktemp("pair")
     teacher_tokenizer, student_tokenizer = tiny_tokenizers
-    return make_pair(teacher_tokenizer, student_tokenizer, out, "--hidden", "64")
+    return make_pair(teacher_tokenizer, student_tokenizer, out)
+
+
+@pytest.fixture
+def hostfile(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a hostfile of the lines given."""
+
+    def write(*lines: str) -> Path:
+        path = tmp_path / "my hosts"
+        path.write_text("\n".join(lines))
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def small_world(tmp_path_factory: pytest.TempPathFactory) -> "World":
+    """A world of the quickstart that takes no time to make."""
+    from support.small_world import build_small_world
+
+    return build_small_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="session")
+def small_models(small_world: "World") -> tuple[Path, Path]:
+    """Teacher and student of the small world, three steps of training each, kept beside it."""
+    from support.small_world import make_small_models
+
+    return make_small_models(small_world, small_world.folder.parent)

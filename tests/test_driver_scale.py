@@ -1,20 +1,18 @@
 """The driver's cost does not grow with the cluster: rows are views, bytes are the batch's, memory is one copy."""
 
-import importlib.util
+import importlib
 import pickle
-import sys
 import weakref
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from support.tiny_pairs import REPO
 
 from verl.protocol import DataProto
 from verl.single_controller.base.decorator import plan_calls, registered_methods
 from verl.workers.student_worker import StudentWorker
 
-REPO = Path(__file__).resolve().parents[1]
 HEADER_BYTES = 2048
 """Most bytes that a call takes besides its rows: names, dtypes, shapes, facts."""
 
@@ -22,15 +20,12 @@ HEADER_BYTES = 2048
 @pytest.fixture(scope="module")
 def driver_scale() -> ModuleType:
     """The benchmark as a module."""
-    spec = importlib.util.spec_from_file_location("driver_scale", REPO / "benchmarks" / "driver_scale.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["driver_scale"] = module
-    spec.loader.exec_module(module)
-    return module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(REPO / "benchmarks")
+        return importlib.import_module("driver_scale")
 
 
-def test_what_goes_to_a_rank_is_a_view_of_the_batch(driver_scale: ModuleType) -> None:
+def test_what_goes_to_a_rank_is_a_view_of_the_batch_and_packing_it_copies_nothing(driver_scale: ModuleType) -> None:
     batch = driver_scale.Sizes(64, 8, 16).rollout(64)
     registration = registered_methods(StudentWorker)["compute_log_prob"]
     calls, _ = plan_calls("compute_log_prob", registration, 32, (batch,), {})
@@ -38,42 +33,28 @@ def test_what_goes_to_a_rank_is_a_view_of_the_batch(driver_scale: ModuleType) ->
         share = call.args[0]
         assert set(share.batch.keys()) == {"responses", "input_ids", "attention_mask", "distill_special_token_mask"}
         assert not share.non_tensor_batch
-        for key, tensor in share.batch.items():
-            whole = batch.batch[key]
-            assert tensor.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
-            assert tensor.data_ptr() == whole[2 * rank].data_ptr()
-
-
-def test_packing_a_share_copies_nothing(driver_scale: ModuleType) -> None:
-    batch = driver_scale.Sizes(64, 8, 16).rollout(64)
-    buffers: list[pickle.PickleBuffer] = []
-    head = pickle.dumps(batch.slice(2, 4), protocol=5, buffer_callback=buffers.append)
-    assert len(head) < HEADER_BYTES
-    addresses = {torch.frombuffer(buffer.raw(), dtype=torch.uint8).data_ptr() for buffer in buffers}
-    assert addresses == {tensor[2].data_ptr() for _, tensor in batch.batch.items()}
+        addresses = {tensor.data_ptr() for tensor in share.batch.values()}
+        assert addresses == {batch.batch[key][2 * rank].data_ptr() for key in share.batch.keys()}  # noqa: SIM118
+        buffers: list[pickle.PickleBuffer] = []
+        assert len(pickle.dumps(share, protocol=5, buffer_callback=buffers.append)) < HEADER_BYTES
+        assert {torch.frombuffer(buffer.raw(), dtype=torch.uint8).data_ptr() for buffer in buffers} == addresses
 
 
 def test_bytes_of_a_step_are_those_of_its_rows_for_any_number_of_workers(driver_scale: ModuleType) -> None:
-    sizes = driver_scale.Sizes(512, 8, 24)
-    runs = [driver_scale.run_step(workers, sizes) for workers in (2, 32, 512)]
+    runs = [driver_scale.run_step(workers, driver_scale.Sizes(512, 8, 24)) for workers in (2, 32, 512)]
     # int64 columns: response, input ids, attention and special mask to both scorers; float32 and int64 to the update.
     scored = 8 * (2 * 24 + 2 * 32)
-    updated = 8 * (2 * 24 + 2 * 32) + 4 * 3 * 24
+    row_bytes = {"compute_log_prob": scored, "compute_ref_log_prob": scored, "update_actor": scored + 4 * 3 * 24}
     for run in runs:
-        sent = {name: call["bytes_out"] for name, call in run["calls"].items()}
-        overhead = HEADER_BYTES * run["workers"]
-        assert 0 <= sent["compute_log_prob"] - 512 * scored < overhead
-        assert 0 <= sent["compute_ref_log_prob"] - 512 * scored < overhead
-        assert 0 <= sent["update_actor"] - 512 * updated < overhead
+        for name, of_a_row in row_bytes.items():
+            assert 0 <= run["calls"][name]["bytes_out"] - 512 * of_a_row < HEADER_BYTES * run["workers"]
     more = runs[-1]["bytes_per_step"] - runs[0]["bytes_per_step"]
     assert more / (4 * (512 - 2)) < HEADER_BYTES
 
 
 def test_the_driver_gathers_into_one_copy(driver_scale: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the ranks' answers no more than one is there at a time."""
-    present: list[int] = []
-    most: list[int] = []
-    unpack = driver_scale.Packed.unpack
+    present, most, unpack = list[int](), list[int](), driver_scale.Packed.unpack
 
     def counting(packed: object) -> DataProto:
         part = unpack(packed)

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from recipe.onpolicy_distill.quickstart.cache import cached_folder, file_digest
 from recipe.onpolicy_distill.quickstart.general_tasks import TASKS, draw_problem
-from recipe.onpolicy_distill.quickstart.world import Chat, World, write_chats
+from recipe.onpolicy_distill.quickstart.world import Chat, World, draw_test_chats, open_world, write_chats
 from verl.utils.dataset.items import ITEM_BEGIN, ITEM_END, code_token
 from verl.utils.tokenizer import hf_tokenizer
 
@@ -60,30 +60,18 @@ def build(folder: Path, config: OnlineRetailConfig, data: Path = DATA) -> World:
         raise ValueError(f"--world online_retail needs {purchases}, which the project does not ship")
     key = {"code": file_digest(__file__), "purchases": file_digest(purchases), **asdict(config)}
     made = cached_folder(folder, "online-retail", key, lambda target: _write(target, config, data))
-    teacher_tokenizer = data / "tokenizer" / "mini8k"
-    return World(
-        folder=made,
-        general_train=made / "general_train.parquet",
-        general_test=made / "general_test.parquet",
-        rec_train=made / "rec_train.parquet",
-        rec_test=made / "rec_test.parquet",
-        catalogue=made / "catalogue.parquet",
-        teacher_tokenizer=teacher_tokenizer,
-        student_tokenizer=data / "tokenizer" / "mini8k-item256",
-        extend_vocab_start_token=len(hf_tokenizer(teacher_tokenizer)),
-    )
+    tokenizers = data / "tokenizer"
+    return open_world(made, tokenizers / "mini8k", tokenizers / "mini8k-item256")
 
 
 def _write(folder: Path, config: OnlineRetailConfig, data: Path) -> None:
     random = Random(f"{config.seed} online retail")
-    test = _general_test(config, random)
+    test = draw_test_chats(config.general_test, lambda task: _general_chat(task, random))
     asked = {chat.question for chat in test}
     train: list[Chat] = []
     while len(train) < config.general_train:
-        chat = _general_chat(random.choice(list(TASKS)), random)
+        chat = _general_chat(random.choice(TASKS), random)
         train += [chat] if chat.question not in asked else []
-    write_chats(folder / "general_test.parquet", test)
-    write_chats(folder / "general_train.parquet", train)
 
     catalogue = _catalogue(data, config.items)
     histories = _histories(data, catalogue, config.history + 1)
@@ -97,8 +85,8 @@ def _write(folder: Path, config: OnlineRetailConfig, data: Path) -> None:
     rec_train += random.choices(captions, k=asked_for)
     random.shuffle(rec_train)
     rec_test = [_next_chat(w, catalogue) for w in random.sample(tested, config.test_prompts)]
-    write_chats(folder / "rec_train.parquet", rec_train)
-    write_chats(folder / "rec_test.parquet", rec_test + random.sample(captions, config.test_captions))
+    rec_test += random.sample(captions, config.test_captions)
+    write_chats(folder, general_train=train, general_test=test, rec_train=rec_train, rec_test=rec_test)
     popularity = Counter(item for window in trained for item in window)
     _write_catalogue(folder / "catalogue.parquet", catalogue, popularity)
 
@@ -112,16 +100,6 @@ def _general_chat(task: str, random: Random) -> Chat:
     if task != "add":
         question, answer = f"{task}: {' '.join(question.removeprefix(f'{task}: '))}", " ".join(answer)
     return Chat(f"general_{task}", question, answer, {"answer": answer})
-
-
-def _general_test(config: OnlineRetailConfig, random: Random) -> list[Chat]:
-    """Equally many per task, no question twice."""
-    chats: dict[str, Chat] = {}
-    for number, task in enumerate(TASKS, 1):
-        while len(chats) < number * config.general_test // len(TASKS):
-            chat = _general_chat(task, random)
-            chats[chat.question] = chat
-    return list(chats.values())
 
 
 # ---------------------------------------------------------------------- items

@@ -66,9 +66,9 @@ def makers_digest() -> str:
     """A digest of the source text that makes worlds and models: with other models, results are others."""
     quickstart, here = Path(cache_folders.__file__).parent, Path(__file__).parent
     made_by = ("world", "general_tasks", "catalogue", "tokenizers", "models")
-    own = ("worlds", "online_retail", "synthetic")
-    files = [quickstart.parent / "tiny_tokenizers.py", *(quickstart / f"{name}.py" for name in made_by)]
-    return cache_folders.file_digest(*files, *(here / f"{name}.py" for name in own))
+    own = (here / f"{name}.py" for name in ("worlds", "online_retail", "synthetic"))
+    tiny = (quickstart.parent / name for name in ("tiny_tokenizers.py", "tiny_chat_template.jinja"))
+    return cache_folders.file_digest(*tiny, *(quickstart / f"{name}.py" for name in made_by), *own)
 
 
 def run_of(record: Record) -> Run:

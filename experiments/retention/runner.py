@@ -12,9 +12,9 @@ from typing import Any
 from experiments.retention.results import DONE, Record, Run, record_of
 from experiments.retention.variants import BEFORE, END_TOKEN, NONE, REHEARSAL_SHARE, TEACHER, VARIANTS
 from experiments.retention.worlds import Prepared, prepare
-from recipe.onpolicy_distill.evaluate import EvaluationConfig, evaluate
 from recipe.onpolicy_distill.main_onpolicy_distill import build_trainer
 from recipe.onpolicy_distill.quickstart.distillation import EXACT_MATCH
+from recipe.onpolicy_distill.quickstart.scoreboard import score
 from verl.trainer.launch.checks import check_run
 from verl.trainer.launch.typed import load_config
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer
@@ -133,18 +133,11 @@ def read_curve(path: Path) -> tuple[int, float, list[tuple[int, float]]]:
 
 def scoreboard(prepared: Prepared, model: Path, *, rec: bool = True) -> dict[str, Any]:
     """The metrics of ``evaluate`` for one model; without recommendation where it has no item tokens."""
-    world = prepared.world
-    config = EvaluationConfig(
-        model=str(model),
-        teacher=None if model == prepared.teacher else str(prepared.teacher),
-        general=str(world.general_test),
-        rec=str(world.rec_test) if rec else None,
-        catalogue=str(world.catalogue) if rec else None,
-        extend_vocab_start_token=world.extend_vocab_start_token if rec else None,
-        engine="hf",
-        device="cpu",
-        max_prompt_length=prepared.max_prompt_tokens,
-        max_new_tokens=prepared.max_answer_tokens,
-        rollout={"max_num_seqs": ENGINE_ROWS},
-    )
-    return evaluate(config).metrics
+    settings: dict[str, Any] = {
+        "engine": "hf",
+        "device": "cpu",
+        "max_prompt_length": prepared.max_prompt_tokens,
+        "max_new_tokens": prepared.max_answer_tokens,
+        "rollout": {"max_num_seqs": ENGINE_ROWS},
+    }
+    return score(prepared.world, model, prepared.teacher, rec=rec, **settings).metrics

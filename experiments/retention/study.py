@@ -95,7 +95,7 @@ def run_study(
         make_executor: called once per process with its number.
     """
     executors: list[Executor] = []
-    lacking: set[tuple[str, int]] = set()  # worlds and students that could not be made, and said why
+    lacking: set[tuple[str, int]] = set()  # worlds and students that could not be made
     every = [run for stage in stages for run in stage]
     records = read_results(results)
     with tqdm(total=len(every), initial=len(every) - len(runs_to_do(every, records)), unit="run") as bar:

@@ -46,7 +46,7 @@ def synthetic_prompts(world: World, shape: PromptShape, folder: Path) -> dict[st
             return ITEM_BEGIN + "".join(code_token(level, random.choice(levels)) for level in range(3)) + ITEM_END
 
         for name, draw in ((ITEMS, lambda: random.choice(items)), (CODES, random_codes)):
-            write_chats(target / f"{name}.parquet", [_prompt(draw, random, shape) for _ in range(shape.prompts)])
+            write_chats(target, **{name: [_prompt(draw, random, shape) for _ in range(shape.prompts)]})
 
     written = cached_folder(folder, "prompts", key, make)
     return {name: written / f"{name}.parquet" for name in (ITEMS, CODES)}

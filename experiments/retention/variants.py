@@ -1,4 +1,4 @@
-"""What is compared: objectives, who judges what, learning rates, protection. Data, no code of its own.
+"""What is compared: objectives, which teacher scores what, learning rates, protection. Data, no code of its own.
 
 A variant is a name, what it is called in the table, Hydra overrides over `COMMON`, and the prompts of the recommender
 that are rehearsed beside the general ones. Add a line to try another.

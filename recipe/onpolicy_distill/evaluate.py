@@ -27,62 +27,54 @@ import argparse
 import asyncio
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+from transformers import PreTrainedTokenizerBase
+
+from recipe.onpolicy_distill.options import add_options, option
+from recipe.onpolicy_distill.scoreboard import measures, scoring
+from recipe.onpolicy_distill.scoreboard.answers import Answerer
+from recipe.onpolicy_distill.scoreboard.items import ItemTrie
+from recipe.onpolicy_distill.scoreboard.measures import Answered
+from recipe.onpolicy_distill.scoreboard.questions import Question, read_questions
+from recipe.onpolicy_distill.scoreboard.ranking import Ranking
 from verl.config import AlgoConfig, RolloutConfig
+from verl.utils.dataset.items import read_catalogue
+from verl.utils.device import get_device_name
 from verl.utils.timing import marked_timer
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from recipe.onpolicy_distill.scoreboard.items import ItemTrie
-    from recipe.onpolicy_distill.scoreboard.measures import Answered
-    from recipe.onpolicy_distill.scoreboard.questions import Question
-    from recipe.onpolicy_distill.scoreboard.ranking import Ranking
+from verl.utils.tokenizer import hf_tokenizer
 
 ITEM_TOKENS = 6
-"""Room for an item after the longest prompt."""
+"""Tokens that an item may take after the longest prompt."""
 
 
 @dataclass(frozen=True)
 class EvaluationConfig:
     """What is measured, and how."""
 
-    model: str
-    """Folder of the model."""
-    general: str | None = None
-    """Parquet with general prompts."""
-    rec: str | None = None
-    """Parquet with recommendation prompts; needs ``catalogue``."""
-    catalogue: str | None = None
-    """Parquet with a ``sid`` column, a list of codes per item."""
-    teacher: str | None = None
-    """Folder of the teacher; None: no reverse KL and no advantages."""
-    extend_vocab_start_token: int | None = None
-    """First extended id; None: no extension."""
-    engine: str = "vllm"
-    """``vllm`` or ``hf``."""
-    device: str = "auto"
-    """``auto``, ``cuda`` or ``cpu``."""
-    max_prompt_length: int = 1024
-    """Longer prompts are left out."""
-    max_new_tokens: int = 128
-    """Most tokens of an answer."""
-    temperature: float = 1.0
-    """Of the sampled answers, and of both models when they score them."""
-    max_rows: int = -1
-    """Use only the first rows of each file; -1: all."""
-    seed: int = 0
-    """Of the sampled answers."""
-    samples: int = 24
-    """Sampled answers to hand over token by token, over the general sources in turn."""
-    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
-    """Passed to the chat template, such as ``{"enable_thinking": false}``."""
-    rollout: dict[str, Any] = field(default_factory=dict)
-    """Further settings of ``actor_rollout_ref.rollout``, such as ``cpu_kvcache_space_gb``."""
+    model: str = option(help="folder of the model")
+    general: str | None = option(None, help="parquet with general prompts")
+    rec: str | None = option(None, help="parquet with recommendation prompts; needs --catalogue")
+    catalogue: str | None = option(None, help="parquet with a `sid` column, a list of codes per item")
+    teacher: str | None = option(None, help="folder of the teacher; none: no reverse KL and no advantages")
+    extend_vocab_start_token: int | None = option(None, type=int, help="first extended id; none: no extension")
+    engine: str = option("vllm", choices=("vllm", "hf"), help="what generates")
+    device: str = option("auto", choices=("auto", "cuda", "cpu"), help="what it runs on")
+    max_prompt_length: int = option(1024, help="tokens; longer prompts are left out")
+    max_new_tokens: int = option(128, help="most tokens of an answer")
+    temperature: float = option(1.0, help="of the sampled answers, and of both models when they score them")
+    max_rows: int = option(-1, help="first rows of each file; -1: all")
+    seed: int = option(0, help="of the sampled answers")
+    samples: int = option(24, help="sampled answers to keep token by token, over the general sources in turn")
+    chat_template_kwargs: Mapping[str, Any] | None = option(
+        None, type=json.loads, metavar="JSON", help='of the chat template, such as {"enable_thinking": false}'
+    )
+    rollout: Mapping[str, Any] | None = option(
+        None, type=json.loads, metavar="JSON", help="further settings of actor_rollout_ref.rollout"
+    )
     algorithm: AlgoConfig = field(
         default_factory=lambda: AlgoConfig(distill_adv_min_clip=-30.0, distill_adv_max_clip=5.0)
     )
@@ -93,8 +85,6 @@ class EvaluationConfig:
             raise ValueError("nothing to measure: give --general, --rec, or both")
         if (self.rec is None) != (self.catalogue is None):
             raise ValueError("--rec and --catalogue belong together: recommendations are ranked over the catalogue")
-        if self.max_new_tokens < 1 or self.max_prompt_length < 1:
-            raise ValueError("--max-new-tokens and --max-prompt-length must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -108,26 +98,14 @@ class Evaluation:
     (see ``scoreboard.scoring.describe_tokens``). The same prompts for every model that is asked the same file."""
 
 
-class _Questions(NamedTuple):
-    """All rows to ask, by what is done with their answers."""
-
-    general: "list[Question]"
-    ranked: "list[Question]"
-    """Recommendation prompts whose answer is items."""
-    rec_text: "list[Question]"
-    """Recommendation prompts whose answer is text, such as captions."""
-    trie: "ItemTrie | None"
-
-
 class _Answers(NamedTuple):
-    """What the engine wrote, each list in the order of its questions."""
+    """What the engine wrote."""
 
-    general: list[str]
-    ranked: list[str]
-    rec_text: list[str]
+    texts: dict[str, list[str]]
+    """Greedy, per group of questions."""
     sampled: list[list[int]]
     """One draw per general prompt."""
-    rankings: "list[Ranking]"
+    rankings: list[Ranking]
     requests: int
 
 
@@ -138,33 +116,36 @@ def evaluate(config: EvaluationConfig) -> Evaluation:
         ValueError: a file or model that cannot be used, or an item that the tokenizer does not name.
         RuntimeError: the engine failed.
     """
-    from verl.utils.device import get_device_name
-    from verl.utils.tokenizer import hf_tokenizer
-
     timing: dict[str, float] = {}
+    samples: list[dict[str, Any]] = []
     with marked_timer("total", timing):
         device, tokenizer = get_device_name(config.device), hf_tokenizer(config.model)
-        questions = _read(config, tokenizer)
-        answers = asyncio.run(_ask(config, questions, tokenizer, device, timing))
-        metrics = _measure(questions, answers)
-        samples: list[dict[str, Any]] = []
-        if questions.general:
+        trie = None if config.catalogue is None else ItemTrie(read_catalogue(config.catalogue), tokenizer)
+        groups = _read(config, tokenizer)
+        answers = asyncio.run(_ask(config, groups, trie, tokenizer, device, timing))
+        general, ranked, rec_text = (
+            [Answered(q.source, text, q.wanted) for q, text in zip(questions, answers.texts[name], strict=True)]
+            for name, questions in groups.items()
+        )
+        metrics: dict[str, Any] = measures.accuracy_metrics("general_", general)
+        if ranked and trie is not None:
+            metrics |= _ranking_metrics(groups["ranked"], ranked, answers.rankings, trie)
+        metrics |= measures.accuracy_metrics("rec_text_", rec_text)
+        if general:
             with marked_timer("scored", timing):
-                scored, samples = _score(config, questions, answers, tokenizer, device)
+                scored, samples = _score(config, groups["general"], general, answers.sampled, tokenizer, device)
             metrics |= scored
-    metrics["rows"] = {name: len(rows) for name, rows in zip(questions._fields, questions[:3], strict=False)}
+    metrics["rows"] = {name: len(questions) for name, questions in groups.items()}
     metrics["requests"] = answers.requests
     metrics["seconds"] = round(timing.pop("total"), 2)
     metrics["seconds_by_phase"] = {phase: round(seconds, 2) for phase, seconds in timing.items()}
     return Evaluation(metrics, samples)
 
 
-def _read(config: EvaluationConfig, tokenizer: "PreTrainedTokenizerBase") -> _Questions:
-    from recipe.onpolicy_distill.scoreboard.items import ItemTrie
-    from recipe.onpolicy_distill.scoreboard.questions import read_questions
-    from verl.utils.dataset.items import read_catalogue
+def _read(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[Question]]:
+    """``general`` prompts, and recommendation prompts whose answer is items (``ranked``) or text (``rec_text``)."""
 
-    def read(path: str | None, extend_start: int | None) -> "list[Question]":
+    def read(path: str | None, extend_start: int | None) -> list[Question]:
         if path is None:
             return []
         return read_questions(
@@ -173,90 +154,75 @@ def _read(config: EvaluationConfig, tokenizer: "PreTrainedTokenizerBase") -> _Qu
             max_prompt_length=config.max_prompt_length,
             extend_vocab_start_token=extend_start,
             max_rows=config.max_rows,
-            chat_template_kwargs=config.chat_template_kwargs,
+            chat_template_kwargs=dict(config.chat_template_kwargs or {}),
         )
 
-    trie = None if config.catalogue is None else ItemTrie(read_catalogue(config.catalogue), tokenizer)
     rec = read(config.rec, None)
-    return _Questions(
-        general=read(config.general, config.extend_vocab_start_token),
-        ranked=[question for question in rec if question.targets],
-        rec_text=[question for question in rec if not question.targets],
-        trie=trie,
-    )
+    return {
+        "general": read(config.general, config.extend_vocab_start_token),
+        "ranked": [question for question in rec if question.targets],
+        "rec_text": [question for question in rec if not question.targets],
+    }
 
 
 async def _ask(
     config: EvaluationConfig,
-    questions: _Questions,
-    tokenizer: "PreTrainedTokenizerBase",
+    groups: Mapping[str, list[Question]],
+    trie: ItemTrie | None,
+    tokenizer: PreTrainedTokenizerBase,
     device: str,
     timing: dict[str, float],
 ) -> _Answers:
     """Everything that is generated, by one engine."""
-    from recipe.onpolicy_distill.scoreboard.answers import Answerer
-    from recipe.onpolicy_distill.scoreboard.measures import KS
-
     settings: dict[str, Any] = {
         "name": config.engine,
         "prompt_length": config.max_prompt_length,
         "response_length": max(config.max_new_tokens, ITEM_TOKENS),
         "gpu_memory_utilization": 0.8,
     }
-    general, ranked, rec_text, trie = questions
-    answerer = Answerer(config.model, RolloutConfig(**settings | config.rollout), device)
+    answerer = Answerer(config.model, RolloutConfig(**settings | dict(config.rollout or {})), device)
+    every = [question for questions in groups.values() for question in questions]
     try:
         with marked_timer("engine_start", timing):
             await answerer.launch()
         with marked_timer("greedy", timing):
-            greedy = await answerer.greedy([*general, *ranked, *rec_text], config.max_new_tokens)
+            greedy = iter(await answerer.greedy(every, config.max_new_tokens))
         with marked_timer("sampled", timing):
-            sampled = await answerer.sampled(general, config.max_new_tokens, config.temperature, config.seed)
+            sampled = await answerer.sampled(groups["general"], config.max_new_tokens, config.temperature, config.seed)
         with marked_timer("ranked", timing):
-            rankings = [] if trie is None else await answerer.ranked(ranked, trie, max(KS))
+            rankings = [] if trie is None else await answerer.ranked(groups["ranked"], trie, max(measures.KS))
     finally:
         await answerer.shutdown()
-    texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in greedy]
-    first, second = len(general), len(general) + len(ranked)
-    return _Answers(texts[:first], texts[first:second], texts[second:], sampled, rankings, answerer.requests)
-
-
-def _measure(questions: _Questions, answers: _Answers) -> dict[str, Any]:
-    """Metrics of the answers alone."""
-    from recipe.onpolicy_distill.scoreboard import measures
-
-    targets = [question.targets for question in questions.ranked]
-    lists = [[item for item, _ in ranking.items] for ranking in answers.rankings]
-    metrics: dict[str, Any] = {
-        **measures.accuracy_metrics("general_", _answered(questions.general, answers.general)),
-        **measures.ranking_metrics(lists, targets),
-        **measures.accuracy_metrics("rec_text_", _answered(questions.rec_text, answers.rec_text)),
+    texts = {
+        name: [tokenizer.decode(next(greedy), skip_special_tokens=True) for _ in questions]
+        for name, questions in groups.items()
     }
-    if questions.ranked and questions.trie is not None:
-        sources = [question.source for question in questions.ranked]
-        metrics["rec_recall_by_task"] = measures.recall_by_task(lists, targets, sources)
-        metrics["rec_exact_rankings"] = sum(ranking.exact for ranking in answers.rankings) / len(lists)
-        metrics |= measures.free_metrics(answers.ranked, targets, questions.trie)
-    return metrics
+    return _Answers(texts, sampled, rankings, answerer.requests)
 
 
-def _answered(questions: "list[Question]", texts: list[str]) -> "list[Answered]":
-    from recipe.onpolicy_distill.scoreboard.measures import Answered
-
-    return [Answered(q.source, text, q.wanted) for q, text in zip(questions, texts, strict=True)]
+def _ranking_metrics(
+    questions: Sequence[Question], answered: Sequence[Answered], rankings: Sequence[Ranking], trie: ItemTrie
+) -> dict[str, Any]:
+    """Metrics of the ranked items, and of what the model answers to the same prompts unconstrained."""
+    targets = [question.targets for question in questions]
+    lists = [[item for item, _ in ranking.items] for ranking in rankings]
+    return {
+        **measures.ranking_metrics(lists, targets),
+        "rec_recall_by_task": measures.recall_by_task(lists, targets, [question.source for question in questions]),
+        "rec_exact_rankings": sum(ranking.exact for ranking in rankings) / len(rankings),
+        **measures.free_metrics([answer.text for answer in answered], targets, trie),
+    }
 
 
 def _score(
     config: EvaluationConfig,
-    questions: _Questions,
-    answers: _Answers,
-    tokenizer: "PreTrainedTokenizerBase",
+    questions: Sequence[Question],
+    answered: Sequence[Answered],
+    sampled: list[list[int]],
+    tokenizer: PreTrainedTokenizerBase,
     device: str,
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Metrics of the sampled answers as distillation sees them, and some of them token by token."""
-    from recipe.onpolicy_distill.scoreboard import scoring
-    from recipe.onpolicy_distill.scoreboard.measures import is_exact, one_of_each_in_turn
-
     settings = scoring.ScoringConfig(
         model=config.model,
         teacher=config.teacher,
@@ -265,17 +231,12 @@ def _score(
         device=device,
         algorithm=config.algorithm,
     )
-    batch = scoring.sampled_batch(questions.general, answers.sampled, settings, tokenizer.pad_token_id)
-    batch = scoring.score(batch, settings)
-    answered = _answered(questions.general, answers.general)
-    chosen = one_of_each_in_turn([question.source for question in questions.general])[: config.samples]
+    batch = scoring.score(scoring.sampled_batch(questions, sampled, settings, tokenizer.pad_token_id), settings)
+    chosen = measures.one_of_each_in_turn([question.source for question in questions])[: config.samples]
     samples = [
         {
-            "uuid": questions.general[row].uuid,
-            "source": questions.general[row].source,
-            "prompt": questions.general[row].prompt,
-            "wanted": questions.general[row].wanted,
-            "exact": is_exact(answered[row]),
+            **{key: getattr(questions[row], key) for key in ("uuid", "source", "prompt", "wanted")},
+            "exact": measures.is_exact(answered[row]),
             "tokens": scoring.describe_tokens(batch, row, tokenizer),
         }
         for row in chosen
@@ -299,35 +260,17 @@ def _shown(value: float) -> str:
     return f"{value:>10,}" if isinstance(value, int) else f"{value:>10.4g}"
 
 
-def _parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+def main(argv: list[str] | None = None) -> None:
+    """Command line."""
     parser = argparse.ArgumentParser(
         prog="python -m recipe.onpolicy_distill.evaluate",
         description="Measure a model's general and recommendation abilities on held-out rows in OneRec's layout.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--model", required=True, help="folder of the model")
-    parser.add_argument("--teacher", help="folder of the teacher, for the reverse KL")
-    parser.add_argument("--general", help="parquet with general prompts")
-    parser.add_argument("--rec", help="parquet with recommendation prompts; needs --catalogue")
-    parser.add_argument("--catalogue", help="parquet with a `sid` column, a list of codes per item")
-    parser.add_argument("--extend-vocab-start-token", type=int, help="first extended id")
-    parser.add_argument("--engine", choices=("vllm", "hf"), default="vllm", help="default: %(default)s")
-    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default: %(default)s")
-    parser.add_argument("--max-prompt-length", type=int, default=1024, help="tokens; default: %(default)s")
-    parser.add_argument("--max-new-tokens", type=int, default=128, help="default: %(default)s")
-    parser.add_argument("--temperature", type=float, default=1.0, help="of sampled answers; default: %(default)s")
-    parser.add_argument("--max-rows", type=int, default=-1, help="rows of each file; default: all")
-    parser.add_argument("--seed", type=int, default=0, help="of sampled answers; default: %(default)s")
-    parser.add_argument("--samples", type=int, default=24, help="answers to keep token by token; default: %(default)s")
-    for name, what in (("chat-template-kwargs", "of the chat template"), ("rollout", "of actor_rollout_ref.rollout")):
-        parser.add_argument(f"--{name}", type=json.loads, default={}, metavar="JSON", help=f"further settings {what}")
+    add_options(parser, EvaluationConfig)
     parser.add_argument("--out", type=Path, help="JSON file for the metrics")
     parser.add_argument("--samples-out", type=Path, help="JSON file for the sampled answers")
-    return parser.parse_args(argv)
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Command line."""
-    arguments = vars(_parse_arguments(argv))
+    arguments = vars(parser.parse_args(argv))
     outputs = arguments.pop("out"), arguments.pop("samples_out")
     try:
         evaluation = evaluate(EvaluationConfig(**arguments))

@@ -24,27 +24,32 @@ ROW_TENSORS = ("model.embed_tokens.weight", "lm_head.weight")
 """What has a row per id, in the names of Hugging Face's decoders."""
 
 
-def restore_extended_rows(before: Path, after: Path, out: Path, extend_vocab_start_token: int) -> list[str]:
+def restore_extended_rows(before: Path, after: Path, out: Path, start: int) -> list[str]:
     """Write the model; returns the names of the tensors whose rows were put back.
 
     Args:
         before: folder of the student before the run.
         after: folder of the student after it.
         out: a folder that does not exist yet.
-        extend_vocab_start_token: first extended id.
+        start: first extended id.
 
     Raises:
         ValueError: a folder without weights, an output that exists, or tensors that do not fit each other.
     """
     if out.exists():
         raise ValueError(f"--out {out} exists already; name a folder that does not")
-    repaired = {
-        name: _with_rows_of(_read(before, name), tensor, name, extend_vocab_start_token)
-        for name in ROW_TENSORS
-        if (tensor := _find(after, name)) is not None
-    }
+    originals, repaired = _row_tensors(before), _row_tensors(after)
     if not repaired:
         raise ValueError(f"--after {after} holds none of {', '.join(ROW_TENSORS)}; it is no decoder in that format")
+    for name, tensor in repaired.items():
+        if name not in originals:
+            raise ValueError(f"--before {before} holds no {name}, which --after has: one is tied and the other is not")
+        if originals[name].shape != tensor.shape:
+            shapes = f"{list(originals[name].shape)} before and {list(tensor.shape)} after"
+            raise ValueError(f"{name} has the shape {shapes}")
+        if not 0 < start < len(tensor):
+            raise ValueError(f"--extend-vocab-start-token {start} must lie between 1 and {len(tensor) - 1} for {name}")
+        tensor[start:] = originals[name][start:].to(tensor.dtype)
     shutil.copytree(after, out, ignore=shutil.ignore_patterns("*.safetensors"))
     for file in tqdm(weight_files(after), desc="write", unit="file", leave=False):
         tensors = load_file(file)
@@ -61,29 +66,13 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def _find(folder: Path, name: str) -> torch.Tensor | None:
+def _row_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Those of ROW_TENSORS that a model has, without reading its other tensors."""
+    found: dict[str, torch.Tensor] = {}
     for file in weight_files(folder):
         with safe_open(file, framework="pt") as weights:
-            if name in weights.keys():  # noqa: SIM118  no mapping
-                return weights.get_tensor(name)
-    return None
-
-
-def _read(folder: Path, name: str) -> torch.Tensor:
-    tensor = _find(folder, name)
-    if tensor is None:
-        raise ValueError(f"--before {folder} holds no {name}, which --after has: one is tied and the other is not")
-    return tensor
-
-
-def _with_rows_of(before: torch.Tensor, after: torch.Tensor, name: str, start: int) -> torch.Tensor:
-    if before.shape != after.shape:
-        raise ValueError(f"{name} has the shape {list(before.shape)} before and {list(after.shape)} after")
-    if not 0 < start < len(after):
-        raise ValueError(
-            f"--extend-vocab-start-token {start} must lie between 1 and the {len(after) - 1} rows of {name}"
-        )
-    return torch.cat([after[:start], before[start:].to(after.dtype)])
+            found |= {name: weights.get_tensor(name) for name in weights.keys() if name in ROW_TENSORS}  # noqa: SIM118
+    return found
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -91,9 +80,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m recipe.onpolicy_distill.restore_extended_rows", description=str(__doc__).splitlines()[0]
     )
-    parser.add_argument("--before", type=Path, required=True, help="folder of the student before distillation")
-    parser.add_argument("--after", type=Path, required=True, help="folder of the student after it")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    for name, meaning in (("before", "student before distillation"), ("after", "student after it"), ("out", "result")):
+        parser.add_argument(f"--{name}", type=Path, required=True, help=f"folder of the {meaning}")
     parser.add_argument("--extend-vocab-start-token", type=int, required=True, help="first extended id")
     args = parser.parse_args(argv)
     try:

@@ -22,7 +22,6 @@ H hidden size, V rows of the embedding.
 """
 
 import argparse
-import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,10 +29,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from transformers import GenerationConfig, PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
+from recipe.onpolicy_distill.options import add_options, option
 from verl.utils.tokenizer import hf_tokenizer
 
 HEAD_DIM = 32
@@ -50,34 +49,19 @@ RESIDUAL_GAIN = 0.3
 class TinyPairConfig:
     """Sizes and scales of the pair."""
 
-    hidden: int = 128
-    """Hidden size H, a multiple of 64."""
-    layers: int = 2
-    """Transformer blocks."""
-    tied: bool = False
-    """Share the embedding with the lm head, as Qwen3 up to 4B does."""
-    student_noise: float = 0.02
-    """Noise on each of the student's matrices, relative to the matrix's standard deviation; the norm before the
-    head gets NORM_NOISE_FACTOR times as much."""
-    logit_std: float = 3.0
-    """Standard deviation of the logits over the vocabulary: larger is more certain."""
-    extended_scale: float = 0.3
-    """Scale of rows past the teacher's tokenizer against the others: smaller makes extended ids rarer."""
-    teacher_rows: int | None = None
-    """Embedding rows of the teacher; None: the next multiple of 128 that leaves MIN_TEACHER_PADDING unused."""
-    student_rows: int | None = None
-    """Embedding rows of the student; None: its tokenizer rounded up to a multiple of 256."""
-    seed: int = 0
-    """Seed of all weights."""
+    hidden: int = option(128, help="hidden size H, a multiple of 64")
+    layers: int = option(2, help="transformer blocks")
+    tied: bool = option(False, help="share the embedding with the lm head")
+    student_noise: float = option(0.02, help="noise on each of the student's matrices, relative; 0: a copy")
+    logit_std: float = option(3.0, help="standard deviation of the logits over the vocabulary: larger is more certain")
+    extended_scale: float = option(0.3, help="scale of rows past the teacher's tokenizer: smaller is rarer")
+    teacher_rows: int | None = option(None, type=int, help="embedding rows; none: a multiple of 128 with some to spare")
+    student_rows: int | None = option(None, type=int, help="embedding rows; none: the next multiple of 256")
+    seed: int = option(0, help="seed of all weights")
 
     def __post_init__(self) -> None:
         if self.hidden < 64 or self.hidden % 64:
             raise ValueError(f"--hidden {self.hidden} must be a multiple of 64")
-        if self.layers < 1:
-            raise ValueError(f"--layers {self.layers} must be at least 1")
-        for name in ("student_noise", "logit_std", "extended_scale"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} must not be negative")
 
 
 def build_tiny_models(
@@ -90,8 +74,11 @@ def build_tiny_models(
     teacher_tok, student_tok = hf_tokenizer(teacher_tokenizer), hf_tokenizer(student_tokenizer)
     _check_extends(teacher_tok, student_tok)
     known = len(teacher_tok)
-    teacher_rows = _row_count("--teacher-rows", config.teacher_rows, known, _round_up(known + MIN_TEACHER_PADDING, 128))
-    student_rows = _row_count("--student-rows", config.student_rows, len(student_tok), _round_up(len(student_tok), 256))
+    teacher_rows = config.teacher_rows or round_up(known + MIN_TEACHER_PADDING, 128)
+    student_rows = config.student_rows or round_up(len(student_tok), 256)
+    for role, rows, ids in (("teacher", teacher_rows, known), ("student", student_rows, len(student_tok))):
+        if rows < ids:
+            raise ValueError(f"--{role}-rows {rows} is less than the {ids} ids of the tokenizer; give at least {ids}")
     shape: dict[str, Any] = {
         "hidden": config.hidden,
         "layers": config.layers,
@@ -110,14 +97,9 @@ def build_tiny_models(
     return folders
 
 
-def _round_up(number: int, multiple: int) -> int:
+def round_up(number: int, multiple: int) -> int:
+    """The next multiple, ``number`` itself included."""
     return -(-number // multiple) * multiple
-
-
-def _row_count(flag: str, asked: int | None, ids: int, default: int) -> int:
-    if asked is not None and asked < ids:
-        raise ValueError(f"{flag} {asked} is less than the {ids} ids of the tokenizer; give at least {ids}")
-    return default if asked is None else asked
 
 
 def _check_extends(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> None:
@@ -209,9 +191,8 @@ def describe_pair(teacher_dir: Path, student_dir: Path) -> str:
     """A small table of what was written, with the threshold to train with."""
     lines = [f"{'':8} {'ids':>8} {'rows':>8} {'padding':>8} {'parameters':>11}  folder"]
     for role, folder in (("teacher", teacher_dir), ("student", student_dir)):
-        ids, rows = len(hf_tokenizer(folder)), Qwen3Config.from_pretrained(folder).vocab_size
-        with safe_open(folder / "model.safetensors", framework="pt") as weights:
-            parameters = sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
+        ids, model = len(hf_tokenizer(folder)), Qwen3ForCausalLM.from_pretrained(folder)
+        rows, parameters = model.config.vocab_size, model.num_parameters()
         lines.append(f"{role:8} {ids:8,} {rows:8,} {rows - ids:8,} {parameters:11,}  {folder}")
     threshold, ids = len(hf_tokenizer(teacher_dir)), len(hf_tokenizer(student_dir))
     if ids == threshold:
@@ -221,8 +202,8 @@ def describe_pair(teacher_dir: Path, student_dir: Path) -> str:
     return "\n".join(lines)
 
 
-def _parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    defaults = TinyPairConfig()
+def main(argv: list[str] | None = None) -> None:
+    """Command line."""
     parser = argparse.ArgumentParser(
         prog="python -m recipe.onpolicy_distill.tiny_models",
         description="Write a random Qwen3 teacher and a student that extends and perturbs it.",
@@ -231,33 +212,13 @@ def _parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--teacher-tokenizer", required=True, help="folder")
     parser.add_argument("--student-tokenizer", required=True, help="folder; the same ids and more")
     parser.add_argument("--out", required=True, type=Path, help="folder that receives teacher/ and student/")
-    parser.add_argument("--hidden", type=int, default=defaults.hidden, help="hidden size, a multiple of 64")
-    parser.add_argument("--layers", type=int, default=defaults.layers, help="transformer blocks")
-    tied = parser.add_mutually_exclusive_group()
-    tied.add_argument("--tied", action="store_true", help="share the embedding with the lm head")
-    tied.add_argument("--untied", action="store_false", dest="tied", help="an lm head of its own")
-    parser.set_defaults(tied=defaults.tied)
-    parser.add_argument("--student-noise", type=float, default=defaults.student_noise, help="relative; 0: a copy")
-    parser.add_argument("--logit-std", type=float, default=defaults.logit_std, help="larger is more certain")
-    parser.add_argument("--extended-scale", type=float, default=defaults.extended_scale, help="smaller is rarer")
-    parser.add_argument("--teacher-rows", type=int, help="embedding rows; Qwen3 has 151936")
-    parser.add_argument("--student-rows", type=int, help="embedding rows")
-    parser.add_argument("--seed", type=int, default=defaults.seed, help="seed of all weights")
-    return parser.parse_args(argv)
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Command line."""
+    add_options(parser, TinyPairConfig)
+    parser.add_argument("--untied", action="store_false", dest="tied", help="an lm head of its own, as by default")
     disable_progress_bar()
-    arguments = vars(_parse_arguments(argv))
-    fields = {field.name for field in dataclasses.fields(TinyPairConfig)}
+    settings = vars(parser.parse_args(argv))
+    teacher, student, out = (settings.pop(name) for name in ("teacher_tokenizer", "student_tokenizer", "out"))
     try:
-        folders = build_tiny_models(
-            arguments["teacher_tokenizer"],
-            arguments["student_tokenizer"],
-            arguments["out"],
-            TinyPairConfig(**{name: value for name, value in arguments.items() if name in fields}),
-        )
+        folders = build_tiny_models(teacher, student, out, TinyPairConfig(**settings))
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
     print(describe_pair(*folders))

@@ -1,4 +1,4 @@
-"""Deploy, start, train and stop on three hosts with addresses and sshds of their own, and what is said when that fails.
+"""Deploy, start, train and stop on three hosts with addresses and sshds of their own, and the errors where that fails.
 
 The hosts are namespaces of this machine (network_hosts.py). Scripts run on the first of them, as a user would run them.
 """
@@ -8,37 +8,20 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from support.launch import Run, write_onerec_parquet
+from support.launch import SCRIPT, read_metrics, script_env, small_run, write_onerec_parquet
 from support.network_hosts import Host, Network, require_tools
 from support.tiny_pairs import REPO, Pair
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
-PORT = 6401
-# An environment that the hosts share. Where the file old_torch names a host, that host reports another torch; what a
-# host could import once (the check of deploy_env.sh takes a while) it is not made to import again.
-PYTHON = """\
-#!/usr/bin/env bash
-here="$(dirname "${BASH_SOURCE[0]}")"
-if [[ "$*" == *versions.py* && "$(cat "$here/old_torch" 2>/dev/null)" == "$(uname -n)" ]]; then
-    echo "versions python=3.11.0 torch=1.0.0"
-    exit 0
-fi
-if [[ "$1" == - && -e "$here/imported-$(uname -n)" ]]; then
-    exit 0
-fi
-status=0
-[[ "$1" == - ]] || exec REAL_PYTHON "$@"
-REAL_PYTHON - || status=$?
-((status)) || touch "$here/imported-$(uname -n)"
-exit "$status"
-"""
+# An environment that the hosts share.
+PYTHON = '#!/usr/bin/env bash\nexec REAL_PYTHON "$@"\n'
 RAY = '#!/usr/bin/env bash\nexec REAL_PYTHON -c "from ray.scripts.scripts import main; main()" "$@"\n'
 
 
@@ -47,51 +30,35 @@ class Cluster:
     """The hosts, and the scripts run on the first."""
 
     network: Network
+    hosts: list[Host]
     environment: Path
     hostfile: Path
     cluster_dir: Path
-
-    @property
-    def hosts(self) -> list[Host]:
-        return self.network.hosts
 
     def command(self, script: str, *arguments: str | Path) -> list[str]:
         return [*self.hosts[0].inside(), "bash", str(REPO / script), *map(str, arguments)]
 
     def env(self, **more: str) -> dict[str, str]:
-        own = {
-            "ENV_DIR": str(self.environment),
+        own = {"ENV_DIR": self.environment, "LOG_DIR": self.network.folder / "logs", "CLUSTER_DIR": self.cluster_dir}
+        own |= {
             "SSH_OPTS": self.network.ssh_opts,
-            "CONNECT_S": "3",
-            "LOG_DIR": str(self.network.folder / "logs"),
-            "CLUSTER_DIR": str(self.cluster_dir),
-            "RAY_PORT": str(PORT),
-            "NUM_CPUS": "2",
-            "OMP_NUM_THREADS": "1",
+            "CONNECT_S": 3,
+            "RAY_PORT": 6401,
+            "NUM_CPUS": 2,
+            "OMP_NUM_THREADS": 1,
         }
-        return {**os.environ, **own, **more}
+        return {**os.environ, **{name: str(value) for name, value in own.items()}, **more}
 
-    def run(
-        self, script: str, *arguments: str | Path, timeout_s: int = 300, **more: str
-    ) -> subprocess.CompletedProcess:
+    def run(self, script: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
         """Run a script to its end, with both outputs in one."""
-        return subprocess.run(
-            self.command(script, *arguments),
-            env=self.env(**more),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            text=True,
-            timeout=300,
-        )
+        outputs: dict[str, int] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
+        return subprocess.run(self.command(script, *arguments), env=self.env(), text=True, timeout=300, **outputs)
 
-    def ray(self, *arguments: str | Path, **more: str) -> subprocess.CompletedProcess[str]:
-        return self.run("init_ray_cluster.sh", *arguments, **more)
+    def ray(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return self.run("init_ray_cluster.sh", *arguments, self.hostfile)
 
-    def write_hosts(self, name: str, *lines: str) -> Path:
-        path = self.network.folder / name
-        path.write_text("\n".join(lines) + "\n")
-        return path
+    def deploy(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return self.run("deploy_env.sh", "--all-nodes", *arguments, "--device", "cpu", self.hostfile)
 
 
 @pytest.fixture(scope="module")
@@ -110,136 +77,51 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         first, second, third = network.hosts
         hostfile = network.folder / "host file"
         hostfile.write_text(f"# three\n{first.address}\n\nroot@{second.name}:22 slots=1 # by name\n{third.name}\n")
-        yield Cluster(network, environment, hostfile, cluster_dir)
+        yield Cluster(network, network.hosts, environment, hostfile, cluster_dir)
     finally:
         network.end()
         shutil.rmtree(cluster_dir, ignore_errors=True)
 
 
-@contextmanager
-def faulty(begin: Callable[[], object], end: Callable[[], object]) -> Iterator[None]:
-    """A fault while the block runs."""
-    begin()
-    try:
-        yield
-    finally:
-        end()
-
-
-@contextmanager
-def own_checkout(host: Host, folder: Path) -> Iterator[None]:
-    """Have ``folder`` stand in the checkout's place on this host; an environment inside the checkout stays in sight."""
-    environment = Path(sys.prefix)
-    inside = folder / environment.relative_to(REPO) if environment.is_relative_to(REPO) else None
-    if inside:
-        inside.mkdir(parents=True)
-        subprocess.run([*host.inside(), "mount", "--bind", environment, inside], check=True)
-    subprocess.run([*host.inside(), "mount", "--rbind", folder, REPO], check=True)
-    try:
-        yield
-    finally:
-        subprocess.run([*host.inside(), "umount", "--recursive", REPO], check=True)
-        if inside:
-            subprocess.run([*host.inside(), "umount", inside], check=True)
-
-
-def rows(output: str) -> dict[str, str]:
-    """Result by host, from the table of a deployment."""
-    lines = output[output.index("host    ") :].splitlines()[1:4]
-    return {line.split()[0]: line.split()[1] for line in lines}
-
-
 def test_deployment_checks_every_host(cluster: Cluster) -> None:
-    done = cluster.run("deploy_env.sh", "--all-nodes", "--device", "cpu", cluster.hostfile)
+    done = cluster.deploy()
     assert done.returncode == 0, done.stdout
-    assert rows(done.stdout) == {cluster.hosts[0].address: "ok", "kvhost2:22": "ok", "kvhost3": "ok"}
+    table = [line.split()[:2] for line in done.stdout[done.stdout.index("host    ") :].splitlines()[1:4]]
+    assert table == [[cluster.hosts[0].address, "ok"], ["kvhost2:22", "ok"], ["kvhost3", "ok"]]
 
 
 def test_copying_brings_the_tree_and_leaves_what_is_only_there(cluster: Cluster) -> None:
     # On the second host the checkout is an empty folder of its own, with a user's file in it.
     own = cluster.network.folder / "own checkout"
-    own.mkdir()
+    (own / "verl").mkdir(parents=True)
     (own / "mine.txt").write_text("kept")
-    (own / "verl").mkdir()
     (own / "verl" / "stale.py").write_text("")
-    second = cluster.hosts[1]
-    with own_checkout(second, own):
-        done = cluster.run("deploy_env.sh", "--all-nodes", "--device", "cpu", cluster.hostfile)
-        assert done.returncode == 1
-        assert "kvhost2:22: failed" in done.stdout, "the folder is there and the script is not"
-        done = cluster.run("deploy_env.sh", "--all-nodes", "--copy", "--device", "cpu", cluster.hostfile)
-        assert done.returncode == 0, done.stdout
-        assert (own / "mine.txt").read_text() == "kept"
-        assert (own / "verl" / "protocol.py").is_file() and not (own / "verl" / "stale.py").exists()
-        assert not (own / ".git").exists()
-
-
-def test_deployment_names_hosts_that_are_away_or_refuse_the_key(cluster: Cluster) -> None:
-    second, third = cluster.hosts[1:]
-    keys = second.folder / "authorized_keys"
-    allowed = keys.read_text()
-
-    def begin() -> None:
-        cluster.network.unplug(third)
-        keys.write_text("")
-
-    def end() -> None:
-        keys.write_text(allowed)
-        cluster.network.plug(third)
-
-    with faulty(begin, end):
-        done = cluster.run("deploy_env.sh", "--all-nodes", "--device", "cpu", cluster.hostfile)
-    assert done.returncode == 1
-    assert rows(done.stdout) == {cluster.hosts[0].address: "ok", "kvhost2:22": "failed", "kvhost3": "failed"}
-    assert "kvhost2:22: failed: its ssh refuses this user or key" in done.stdout
-    assert "kvhost3: failed: ssh cannot reach it" in done.stdout
-    assert "Permission denied (publickey)" in done.stdout and "connect to host kvhost3" in done.stdout
-
-
-def test_another_package_version_on_one_host_is_an_error(cluster: Cluster) -> None:
-    mark = cluster.environment / "bin" / "old_torch"
-    with faulty(lambda: mark.write_text("kvhost3"), mark.unlink):
-        done = cluster.run("deploy_env.sh", "--all-nodes", "--device", "cpu", cluster.hostfile)
-        start = cluster.ray(cluster.hostfile)
-    for output in (done.stdout, start.stdout):
-        assert "torch differs between hosts" in output and "1.0.0 on kvhost3" in output
-    assert done.returncode == 1
-    assert start.returncode == 1
-    assert "nothing was started" in start.stdout
-    assert not any(host.processes() for host in cluster.hosts)
-
-
-def test_a_broken_line_of_the_hostfile_is_named(cluster: Cluster) -> None:
-    broken = cluster.write_hosts("broken hosts", cluster.hosts[0].address, "# two", "kvhost2 eight slots")
-    done = cluster.ray(broken)
-    assert done.returncode == 1
-    assert 'broken hosts, line 3: "eight" is not understood' in done.stdout
-
-
-def test_a_port_in_use_is_named(cluster: Cluster) -> None:
-    taken = "import socket, time; s = socket.create_server(('', PORT)); time.sleep(300)".replace("PORT", str(PORT))
-    other = subprocess.Popen([*cluster.hosts[0].inside(), sys.executable, "-c", taken])
+    second, environment = cluster.hosts[1].inside(), Path(sys.prefix)
+    if environment.is_relative_to(REPO):  # it stays in sight
+        (own / environment.relative_to(REPO)).mkdir(parents=True)
+        subprocess.run([*second, "mount", "--bind", environment, own / environment.relative_to(REPO)], check=True)
+    subprocess.run([*second, "mount", "--rbind", own, REPO], check=True)
     try:
-        time.sleep(1)
-        done = cluster.ray(cluster.hostfile)
+        done = cluster.deploy()
+        assert "kvhost2:22: failed" in done.stdout, "the folder is there and the script is not"
+        done = cluster.deploy("--copy")
     finally:
-        other.kill()
-        other.wait()
-    assert done.returncode == 1
-    assert f"port {PORT} is in use by another program" in done.stdout
-    assert f"{cluster.hosts[0].address}: the head did not start" in done.stdout
-    assert not any(host.processes() for host in cluster.hosts)
+        subprocess.run([*second, "umount", "--recursive", REPO], check=True)
+    assert done.returncode == 0, done.stdout
+    assert (own / "mine.txt").read_text() == "kept"
+    assert (own / "verl" / "protocol.py").is_file() and not (own / "verl" / "stale.py").exists()
+    assert not (own / ".git").exists()
 
 
 @pytest.fixture(scope="module")
 def running(cluster: Cluster) -> Iterator[str]:
-    """Ray on all three; gives what was said."""
-    done = cluster.ray(cluster.hostfile)
+    """Ray on all three; gives the output."""
+    done = cluster.ray()
     try:
         assert done.returncode == 0, done.stdout
         yield done.stdout
     finally:
-        stopped = cluster.ray("--stop", cluster.hostfile)
+        stopped = cluster.ray("--stop")
     assert stopped.returncode == 0, stopped.stdout
     left = {host.name: host.processes() for host in cluster.hosts}
     assert not any(left.values()), left
@@ -253,11 +135,11 @@ def test_all_nodes_register_with_what_they_have(running: str) -> None:
 
 def test_a_second_start_does_nothing(cluster: Cluster, running: str) -> None:
     before = [set(host.processes()) for host in cluster.hosts]
-    done = cluster.ray(cluster.hostfile)
+    done = cluster.ray()
     assert done.returncode == 0, done.stdout
     assert "running already" in done.stdout and "nothing to do" in done.stdout
     assert all(old & set(host.processes()) for old, host in zip(before, cluster.hosts, strict=True))
-    status = cluster.ray("--status", cluster.hostfile)
+    status = cluster.ray("--status")
     assert status.stdout.count("running") == 3, status.stdout
 
 
@@ -282,34 +164,21 @@ def test_a_lost_node_is_found_and_started_again(cluster: Cluster, running: str) 
     deadline = time.monotonic() + 30
     while any("ray start" in title for title in third.processes().values()) and time.monotonic() < deadline:
         time.sleep(0.2)
-    done = cluster.ray(cluster.hostfile)
+    done = cluster.ray()
     assert done.returncode == 0, done.stdout
     assert "joining" in done.stdout and "have 3 of 3 nodes" in done.stdout
 
 
 @contextmanager
-def training(cluster: Cluster, pair: Pair, folder: Path, *overrides: str) -> Iterator[subprocess.Popen[bytes]]:
+def training(cluster: Cluster, pair: Pair, folder: Path, engine: str, steps: int) -> Iterator[subprocess.Popen[bytes]]:
     """A run of two ranks on the first two hosts, whose output goes to ``folder/output``; ended with the block."""
     folder.mkdir()
-    hostfile = cluster.write_hosts("two hosts", cluster.hosts[0].address, "kvhost2")
-    settings = [
-        "data.max_prompt_length=64",
-        "data.max_response_length=16",
-        "data.train_batch_size=8",
-        "actor_rollout_ref.actor.ppo_mini_batch_size=8",
-        "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=2048",
-        "trainer.logger=[console,file]",
-    ]
-    env = cluster.env(
-        BASE_MODEL=str(pair.student),
-        TEACHER_MODEL=str(pair.teacher),
-        DATASET_PARQUET=str(write_onerec_parquet(folder / "train.parquet", 800)),
-        EXTEND_VOCAB_START_TOKEN=str(pair.extend_vocab_start_token),
-        OUTPUT_DIR=str(folder / "run"),
-        N_GPUS_PER_NODE="1",
-        WANDB_MODE="offline",
-    )
-    command = cluster.command("recipe/onpolicy_distill/run_qwen3_distill.sh", hostfile, *settings, *overrides)
+    hostfile = folder / "two hosts"
+    hostfile.write_text(f"{cluster.hosts[0].address}\nkvhost2\n")
+    settings = small_run(engine, 1, steps, **{"trainer.save_freq": 1})
+    train = write_onerec_parquet(folder / "train.parquet", 800)
+    env = cluster.env(**script_env(pair, train), OUTPUT_DIR=str(folder / "run"))
+    command = cluster.command(SCRIPT, hostfile, *settings)
     with (folder / "output").open("w") as output:
         process = subprocess.Popen(command, env=env, cwd=folder, stdout=output, stderr=subprocess.STDOUT)
         try:
@@ -328,14 +197,13 @@ def test_three_steps_on_two_hosts(cluster: Cluster, running: str, tiny_pair: Pai
     folder = tmp_path / "a run"
     most_ranks = [0, 0, 0]
     deadline = time.monotonic() + 600
-    overrides = ["actor_rollout_ref.rollout.name=vllm", "trainer.total_training_steps=3", "trainer.save_freq=-1"]
-    with training(cluster, tiny_pair, folder, *overrides) as process:
+    with training(cluster, tiny_pair, folder, "vllm", 3) as process:
         while process.poll() is None and time.monotonic() < deadline:
             most_ranks = [max(most, ranks_on(host)) for most, host in zip(most_ranks, cluster.hosts, strict=True)]
             time.sleep(0.5)
     output = (folder / "output").read_text()
     assert process.returncode == 0, output[-6000:]
-    assert sorted(Run(folder / "run", output, 0).metrics) == [1, 2, 3]
+    assert sorted(read_metrics(folder / "run")) == [1, 2, 3]
     assert sorted(most_ranks) == [0, 1, 1], "one rank each on two of the three"
 
 
@@ -343,17 +211,19 @@ def test_a_host_cut_off_in_the_middle_of_a_step_ends_the_run(
     cluster: Cluster, running: str, tiny_pair: Pair, tmp_path: Path
 ) -> None:
     folder = tmp_path / "a run"
-    overrides = ["actor_rollout_ref.rollout.name=hf", "trainer.total_training_steps=100", "trainer.save_freq=1"]
-    with training(cluster, tiny_pair, folder, *overrides) as process:
+    with training(cluster, tiny_pair, folder, "hf", 100) as process:
         deadline = time.monotonic() + 600
         while "step 3 |" not in (folder / "output").read_text():
             assert process.poll() is None and time.monotonic() < deadline, (folder / "output").read_text()[-6000:]
             time.sleep(0.2)
         away = [host for host in cluster.hosts if ranks_on(host)][-1]
         began = time.monotonic()
-        with faulty(lambda: cluster.network.unplug(away), lambda: cluster.network.plug(away)):
+        cluster.network.unplug(away)
+        try:
             process.wait(timeout=180)
-            took_s = time.monotonic() - began
+        finally:
+            cluster.network.plug(away)
+        took_s = time.monotonic() - began
     output = (folder / "output").read_text()
     assert took_s < 60, f"{took_s:.0f} s: {output[-4000:]}"
     assert process.returncode != 0

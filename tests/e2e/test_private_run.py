@@ -2,7 +2,6 @@
 
 import secrets
 import shutil
-import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from support.launch import launch_command, launch_environment, script_env, small_run, write_onerec_parquet
+from support.launch import Running, script_env, small_run, write_onerec_parquet
 from support.tiny_pairs import Pair
 
 pytestmark = pytest.mark.slow
@@ -24,16 +23,26 @@ STEPS = 4
 class Seen:
     """What was seen of a run from outside."""
 
-    folder: Path
-    ray_folder: Path
+    folders: list[Path]
+    """Of the run and of Ray."""
     planted: dict[str, str]
     """Secrets by the variable that holds them."""
-    returncode: int = 0
     listening: set[tuple[str, str]] = field(default_factory=set)
     """Titles of processes, and addresses that they listen at."""
     command_lines: set[str] = field(default_factory=set)
     environments: dict[str, dict[str, str]] = field(default_factory=dict)
     """By title of the process."""
+
+    def look_at(self, process: psutil.Process) -> None:
+        with suppress(psutil.NoSuchProcess):
+            line = process.cmdline()
+            self.command_lines.add(" ".join(line))
+            title = line[0] if line else ""
+            with suppress(psutil.AccessDenied):
+                self.environments[title] = process.environ()
+            for connection in process.net_connections(kind="inet"):
+                if connection.status == psutil.CONN_LISTEN or (connection.type == 2 and not connection.raddr):
+                    self.listening.add((title, connection.laddr.ip))
 
 
 @pytest.fixture(scope="module", params=["hf", "vllm"])
@@ -46,46 +55,18 @@ def seen(request: pytest.FixtureRequest, tiny_pair: Pair, tmp_path_factory: pyte
     changes = {"trainer.logger": "[console,file,wandb,tensorboard]", "trainer.rollout_data_dir": folder / "rollouts"}
     train = write_onerec_parquet(folder / "train.parquet", 18)
     env = {**script_env(tiny_pair, train), **planted, "RAY_TMPDIR": str(ray_folder)}
-    found = Seen(folder, ray_folder, planted)
-    with open(folder / "console.log", "wb") as console:
-        driver = subprocess.Popen(
-            [*launch_command(folder / "run", [*small_run(request.param, 2, STEPS, **changes), passed])],
-            cwd=folder,
-            env=launch_environment(env),
-            stdout=console,
-            stderr=console,
-        )
-        try:
-            watch(driver, found)
-            found.returncode = driver.wait(300)
-        finally:
-            driver.kill()
-    assert found.returncode == 0, (folder / "console.log").read_text()[-6000:]
+    found = Seen([folder, ray_folder], planted)
+    overrides = [*small_run(request.param, 2, STEPS, **changes), passed]
+    with Running(folder / "run", overrides, env) as run:
+        driver = psutil.Process(run.process.pid)
+        while run.process.poll() is None:
+            with suppress(psutil.NoSuchProcess):
+                for process in [driver, *driver.children(recursive=True)]:
+                    found.look_at(process)
+            time.sleep(0.2)
+    assert run.process.returncode == 0, run.output[-6000:]
     yield found
     shutil.rmtree(ray_folder)
-
-
-def watch(driver: subprocess.Popen[bytes], found: Seen) -> None:
-    """Look at all processes until the run ends."""
-    deadline = time.monotonic() + 400
-    while driver.poll() is None and time.monotonic() < deadline:
-        with suppress(psutil.NoSuchProcess):
-            me = psutil.Process(driver.pid)
-            for process in [me, *me.children(recursive=True)]:
-                look_at(process, found)
-        time.sleep(0.2)
-
-
-def look_at(process: psutil.Process, found: Seen) -> None:
-    with suppress(psutil.NoSuchProcess):
-        line = process.cmdline()
-        found.command_lines.add(" ".join(line))
-        title = line[0] if line else ""
-        with suppress(psutil.AccessDenied):
-            found.environments[title] = process.environ()
-        for connection in process.net_connections(kind="inet"):
-            if connection.status == psutil.CONN_LISTEN or (connection.type == 2 and not connection.raddr):
-                found.listening.add((title, connection.laddr.ip))
 
 
 def test_nothing_listens_beyond_the_loopback(seen: Seen) -> None:
@@ -101,9 +82,9 @@ def test_secrets_are_in_no_file_and_no_list_of_processes(seen: Seen, tmp_path: P
     assert any(env.get("SOME_SERVICE_TOKEN") == seen.planted["SOME_SERVICE_TOKEN"] for env in workers), "it got there"
     token = next(env["RAY_AUTH_TOKEN"] for env in workers if "RAY_AUTH_TOKEN" in env)
     values = {**seen.planted, "RAY_AUTH_TOKEN": token}
-    files = [path for root in (seen.folder, seen.ray_folder) for path in root.rglob("*") if path.is_file()]
+    files = [path for root in seen.folders for path in root.rglob("*") if path.is_file()]
     names = {path.name for path in files}
-    expected = {"console.log", "config.yaml", "metrics.jsonl", "manifest.json", "model.safetensors", "raylet.out"}
+    expected = {"run.log", "config.yaml", "metrics.jsonl", "manifest.json", "model.safetensors", "raylet.out"}
     assert expected <= names and any(name.endswith(".wandb") for name in names), "the test searches too little"
     (tmp_path / "planted").write_bytes(b"\0" + token.encode())
     assert holders([tmp_path / "planted"], values) == ["RAY_AUTH_TOKEN in planted"], "the search finds what is there"
@@ -113,8 +94,4 @@ def test_secrets_are_in_no_file_and_no_list_of_processes(seen: Seen, tmp_path: P
 
 def holders(files: list[Path], values: dict[str, str]) -> list[str]:
     """Which value is in which file."""
-    found = []
-    for path in files:
-        content = path.read_bytes()
-        found += [f"{name} in {path.name}" for name, value in values.items() if value.encode() in content]
-    return found
+    return [f"{key} in {path.name}" for path in files for key in values if values[key].encode() in path.read_bytes()]

@@ -17,8 +17,7 @@ from typing import Any
 import pytest
 import ray
 from ray.cloudpickle import register_pickle_by_value
-from support.launch import small_run, write_onerec_parquet
-from support.running import processes_of
+from support.launch import processes_of, small_run, write_onerec_parquet
 
 from recipe.onpolicy_distill.main_onpolicy_distill import build_trainer
 from verl.config import PPOConfig

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from support.launch import Run, write_onerec_parquet
+from support.launch import read_metrics, write_onerec_parquet
 from support.tiny_pairs import REPO, Pair
 
 
@@ -37,25 +37,27 @@ def test_every_reference_key_on_one_command_line(tiny_pair: Pair, tmp_path: Path
         "data.train_batch_size": "8",
         "actor_rollout_ref.actor.ppo_mini_batch_size": "8",
         "actor_rollout_ref.rollout.extend_vocab_start_token": str(tiny_pair.extend_vocab_start_token),
+        "actor_rollout_ref.rollout.agent.num_workers": "1",
         "trainer.logger": "[console,file]",
+        "trainer.n_gpus_per_node": "1",
         "trainer.save_freq": "1",
         "trainer.default_local_dir": str(tmp_path / "run"),
     }
     command = [sys.executable, "-m", "recipe.onpolicy_distill.main_onpolicy_distill"]
-    process = subprocess.run(
+    done = subprocess.run(
         [*command, *reference_launch(replaced, paths), "trainer.total_training_steps=1"],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(REPO)},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
         timeout=500,
     )
-    run = Run(tmp_path / "run", process.stdout + process.stderr, process.returncode)
-    assert run.returncode == 0, run.output[-6000:]
-    assert sorted(run.metrics) == [1]
-    assert run.metrics[1]["distill/trained_tokens"] > 0
-    assert (run.folder / "global_step_1" / "actor").is_dir()
+    assert done.returncode == 0, done.stdout[-6000:]
+    metrics = read_metrics(tmp_path / "run")
+    assert sorted(metrics) == [1]
+    assert metrics[1]["distill/trained_tokens"] > 0
+    assert (tmp_path / "run" / "global_step_1" / "actor").is_dir()
     for key in ("data.image_key", "data.video_key", "trainer.default_hdfs_dir"):
-        assert run.output.count(f"{key} is accepted") == 1
-    # top_p=0.95 and top_k=200 are not corrected for: the run says so.
-    assert "biased" in run.output
+        assert done.stdout.count(f"{key} is accepted") == 1
+    assert "biased" in done.stdout, "top_p=0.95 and top_k=200 are not corrected for"

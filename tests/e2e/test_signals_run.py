@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.launch import Run, script_env, small_run, write_onerec_parquet
-from support.running import Running
+from support.launch import Run, Running, script_env, small_run, write_onerec_parquet
 
 pytestmark = pytest.mark.slow
 

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from recipe.onpolicy_distill.evaluate import EvaluationConfig, evaluate, main
+from verl.utils.dataset.items import item_tokens
 from verl.utils.tokenizer import hf_tokenizer
 
 ITEMS = sorted(random.Random(0).sample(list(itertools.product(range(8), repeat=3)), 40))
@@ -20,21 +21,16 @@ KINDS = ("general_copy", "general_sum")
 
 
 def text(item):
-    return (
-        "<|sid_begin|>"
-        + "".join(f"<s_{level}_{code}>" for level, code in zip("abc", item, strict=True))
-        + "<|sid_end|>"
-    )
+    return "".join(item_tokens(item))
 
 
-def row(source, number, question, reply, **metadata):
-    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
-    return {
-        "uuid": f"{source}-{number}",
-        "source": source,
-        "metadata": json.dumps(metadata),
-        "messages": json.dumps(messages[: 1 if reply is None else 2]),
-    }
+def row(source, number, question, *reply, **metadata):
+    chat = [
+        {"role": role, "content": content}
+        for role, content in zip(("user", "assistant"), (question, *reply), strict=False)
+    ]
+    texts = {"metadata": json.dumps(metadata), "messages": json.dumps(chat)}
+    return {"uuid": f"{source}-{number}", "source": source, **texts}
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +39,7 @@ def files(tmp_path_factory):
     general = [row(kind, n, f"{kind} {'abcdef'[n]}", "ab") for n in range(6) for kind in KINDS]
     general.append(row("general_copy", 9, f"what is {text(ITEMS[0])}", "ab"))  # items in a general prompt: left out
     rec = [row("rec_next", n, f"after {text(ITEMS[n])}", text(ITEMS[n + 1])) for n in range(4)]
-    rec.append(row("rec_bench", 0, "what next?", None, answer=text(ITEMS[5]) + text(ITEMS[6])))
+    rec.append(row("rec_bench", 0, "what next?", answer=text(ITEMS[5]) + text(ITEMS[6])))
     rec.append(row("rec_caption", 0, f"what is {text(ITEMS[3])}", "abc"))
     for name, rows in (("general", general), ("rec", rec)):
         pq.write_table(pa.Table.from_pylist(rows), folder / f"{name}.parquet")
@@ -52,50 +48,32 @@ def files(tmp_path_factory):
 
 
 def options(files, model, **changes):
-    return EvaluationConfig(
-        **{
-            "model": str(model),
-            "general": str(files / "general.parquet"),
-            "rec": str(files / "rec.parquet"),
-            "catalogue": str(files / "sid.parquet"),
-            "engine": "hf",
-            "device": "cpu",
-            "max_prompt_length": 64,
-            "max_new_tokens": 12,
-            **changes,
-        }
-    )
+    names = {"general": "general", "rec": "rec", "catalogue": "sid"}
+    paths = {option: str(files / f"{name}.parquet") for option, name in names.items()}
+    sizes = {"engine": "hf", "device": "cpu", "max_prompt_length": 64, "max_new_tokens": 12}
+    return EvaluationConfig(model=str(model), **{**paths, **sizes, **changes})
 
 
 @pytest.fixture(scope="module")
 def student(files, tiny_pair):
-    return evaluate(
-        options(
-            files,
-            tiny_pair.student,
-            teacher=str(tiny_pair.teacher),
-            extend_vocab_start_token=tiny_pair.extend_vocab_start_token,
-        )
-    )
-
-
-def prompt_ids(tokenizer, question):
-    chat = [{"role": "user", "content": question}]
-    return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    pair = {"teacher": str(tiny_pair.teacher), "extend_vocab_start_token": tiny_pair.extend_vocab_start_token}
+    return evaluate(options(files, tiny_pair.student, **pair))
 
 
 def test_the_metrics_are_all_there(student):
     metrics = student.metrics
     assert metrics["rows"] == {"general": 12, "ranked": 5, "rec_text": 1}
-    assert set(metrics["general_accuracy_by_task"]) == set(KINDS)
-    assert set(metrics["rec_recall_by_task"]) == {"rec_next", "rec_bench"}
-    assert set(metrics["rec_text_accuracy_by_task"]) == {"rec_caption"}
-    for name in ("general_accuracy", "rec_recall", "rec_recall_at_1", "rec_pass_at_10", "free_rate", "leak_rate"):
-        assert 0 <= metrics[name] <= 1, name
+    tasks = {
+        "general_accuracy": set(KINDS),
+        "rec_recall": {"rec_next", "rec_bench"},
+        "rec_text_accuracy": {"rec_caption"},
+    }
+    assert {name: set(metrics[f"{name}_by_task"]) for name in tasks} == tasks
+    shares = ("general_accuracy", "rec_recall", "rec_recall_at_1", "rec_pass_at_10", "free_rate", "leak_rate")
+    assert all(0 <= metrics[name] <= 1 for name in shares)
     assert 0 < metrics["extend_mass"] < 0.2
     assert metrics["entropy"] > 0 and metrics["reverse_kl"] > 0
     assert metrics["seconds"] >= sum(metrics["seconds_by_phase"].values()) * 0.99
-    json.dumps(metrics)
 
 
 def test_recall_is_that_of_scoring_every_item(student, tiny_pair):
@@ -105,7 +83,9 @@ def test_recall_is_that_of_scoring_every_item(student, tiny_pair):
     asked = [(f"after {text(ITEMS[n])}", {ITEMS[n + 1]}) for n in range(4)] + [("what next?", {ITEMS[5], ITEMS[6]})]
     recalls = []
     for question, targets in asked:
-        prompt = [*prompt_ids(tokenizer, question), tokenizer.convert_tokens_to_ids("<|sid_begin|>")]
+        chat = [{"role": "user", "content": question}]
+        prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+        prompt = [*prompt, tokenizer.convert_tokens_to_ids("<|sid_begin|>")]
         codes = [[tokenizer.convert_tokens_to_ids(f"<s_{level}_{c}>") for c in range(8)] for level in "abc"]
         log_probs = torch.zeros(len(ITEMS))
         ids = torch.tensor([[*prompt, *(codes[n][c] for n, c in enumerate(item))] for item in ITEMS])
@@ -159,14 +139,13 @@ def test_command_line(files, tiny_pair, tmp_path, capsys):
 @pytest.mark.slow
 def test_vllm_gives_the_same_metrics(files, student, tiny_pair, repo, tmp_path):
     """Greedy answers and rankings do not depend on the engine; samples do."""
-    out = tmp_path / "metrics.json"
-    command = [sys.executable, "-m", "recipe.onpolicy_distill.evaluate", "--model", str(tiny_pair.student)]
-    command += ["--general", str(files / "general.parquet"), "--rec", str(files / "rec.parquet"), "--device", "cpu"]
-    command += ["--catalogue", str(files / "sid.parquet"), "--max-prompt-length", "64", "--max-new-tokens", "12"]
-    command += ["--extend-vocab-start-token", str(tiny_pair.extend_vocab_start_token), "--out", str(out)]
-    subprocess.run([*command, "--rollout", '{"cpu_kvcache_space_gb": 0.1}'], cwd=repo, check=True, timeout=300)
+    out, config = tmp_path / "metrics.json", options(files, tiny_pair.student, engine="vllm")
+    names = ("model", "general", "rec", "catalogue", "engine", "device", "max_prompt_length", "max_new_tokens")
+    command = [f"--{name.replace('_', '-')}={getattr(config, name)}" for name in names]
+    command += [f"--extend-vocab-start-token={tiny_pair.extend_vocab_start_token}", f"--out={out}"]
+    program = [sys.executable, "-m", "recipe.onpolicy_distill.evaluate", '--rollout={"cpu_kvcache_space_gb": 0.1}']
+    subprocess.run([*program, *command], cwd=repo, check=True, timeout=300)
     metrics = json.loads(out.read_text())
-    same = [name for name in metrics if name.startswith(("general_", "rec_", "free_"))]
-    assert len(same) > 8
-    for name in [*same, "rows", "requests"]:
-        assert metrics[name] == student.metrics[name], name
+    same = [name for name in student.metrics if name.startswith(("general_", "rec_", "free_", "rows", "requests"))]
+    assert len(same) > 10
+    assert {name: metrics[name] for name in same} == {name: student.metrics[name] for name in same}

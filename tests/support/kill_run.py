@@ -35,8 +35,7 @@ import torch
 from safetensors.torch import load_file
 
 from recipe.onpolicy_distill.tiny_tokenizers import build_tiny_tokenizers
-from support.launch import Run, script_env, small_run, write_onerec_parquet
-from support.running import Running, processes_of
+from support.launch import Run, Running, processes_of, script_env, small_run, write_onerec_parquet
 from support.tiny_pairs import Pair, make_pair
 from verl.config import TrainerConfig
 from verl.trainer.checkpoint import layout
@@ -279,7 +278,7 @@ class Soak:
 
 def make_run(folder: Path, engine: str, steps: int) -> tuple[list[str], dict[str, str]]:
     """Tiny models and prompts, and the settings of a run on them."""
-    pair: Pair = make_pair(*map(Path, build_tiny_tokenizers(folder / "tokenizers")), folder / "pair", "--hidden", "64")
+    pair: Pair = make_pair(*map(Path, build_tiny_tokenizers(folder / "tokenizers")), folder / "pair")
     train = write_onerec_parquet(folder / "train.parquet", 18)
     changes = {
         "trainer.save_freq": 1,

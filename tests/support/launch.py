@@ -1,9 +1,10 @@
-"""Start a distillation run as a user does, and read what it left behind."""
+"""Start a distillation run as a user does, watch it, and read what it left behind."""
 
 import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,14 @@ def write_onerec_parquet(path: Path, rows: int, sources: tuple[str, ...] = ("let
     return path
 
 
+def read_metrics(folder: Path) -> dict[int, dict[str, float]]:
+    """What a run logged to ``metrics.jsonl``, by step."""
+    merged: dict[int, dict[str, float]] = {}
+    for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()):
+        merged.setdefault(line["step"], {}).update(line["data"])
+    return merged
+
+
 @dataclass
 class Run:
     """A finished run."""
@@ -46,20 +55,16 @@ class Run:
 
     @property
     def metrics(self) -> dict[int, dict[str, float]]:
-        """Logged figures by step."""
-        lines = (self.folder / "metrics.jsonl").read_text().splitlines()
-        merged: dict[int, dict[str, float]] = {}
-        for line in map(json.loads, lines):
-            merged.setdefault(line["step"], {}).update(line["data"])
-        return merged
+        """Logged metrics by step."""
+        return read_metrics(self.folder)
 
     def series(self, key: str) -> list[float]:
-        """Values of one figure in step order, over the steps that have it."""
+        """Values of one metric in step order, over the steps that have it."""
         return [data[key] for _, data in sorted(self.metrics.items()) if key in data]
 
 
 def script_env(pair: Pair, train: Path) -> dict[str, str]:
-    """What the launch script has to be told of a pair and its training prompts."""
+    """Variables of the launch script for a pair and its training prompts."""
     return {
         "BASE_MODEL": str(pair.student),
         "TEACHER_MODEL": str(pair.teacher),
@@ -78,6 +83,7 @@ def small_run(engine: str, ranks: int, steps: int, **changes: Any) -> list[str]:
         "actor_rollout_ref.actor.ppo_max_token_len_per_gpu": 2048,
         "actor_rollout_ref.ref.log_prob_max_token_len_per_gpu": 2048,
         "actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu": 2048,
+        "actor_rollout_ref.rollout.agent.num_workers": 1,
         "actor_rollout_ref.rollout.name": engine,
         "data.max_prompt_length": 64,
         "data.max_response_length": 16,
@@ -103,28 +109,84 @@ def launch_environment(env: dict[str, str]) -> dict[str, str]:
     return {**os.environ, "ENV_DIR": sys.prefix, "WANDB_MODE": "offline", **env}
 
 
-def launch(
-    folder: Path, overrides: list[str], env: dict[str, str], *, last: str | None = None, timeout_s: int = 600
-) -> Run:
-    """Run the launch script in a session of its own; a run that takes too long is ended with all it started.
+def processes_of(session: int) -> dict[int, str]:
+    """Titles of the processes of a session of this machine, by process id; no zombies.
 
-    Args:
-        last: one more override, behind the folder of the run.
+    A process stays in its session when its parent dies, and whatever it does to its title or environment.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    process = subprocess.Popen(
-        [*launch_command(folder, overrides), *([last] if last else [])],
-        cwd=folder,
-        env=launch_environment(env),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=timeout_s)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, 9)
-        output, _ = process.communicate()
-        raise AssertionError(f"no end after {timeout_s} s; the last lines:\n{output[-4000:]}") from None
-    return Run(folder, output, process.returncode)
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            state, _, _, own_session = (folder / "stat").read_text().rpartition(")")[2].split()[:4]
+            title = (folder / "cmdline").read_text()
+        except (FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
+            continue
+        if int(own_session) == session and state != "Z":
+            found[int(folder.name)] = title
+    return found
+
+
+class Running:
+    """A run in a session of its own, whose output goes to ``run.log`` in its folder; use it as a context."""
+
+    def __init__(self, folder: Path, overrides: list[str], env: dict[str, str]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self._log = folder, folder / "run.log"
+        with self._log.open("w") as stream:
+            self.process = subprocess.Popen(
+                launch_command(folder, overrides),
+                cwd=folder,
+                env=launch_environment(env),
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def __enter__(self) -> "Running":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End whatever is left, so that a test that fails leaves nothing behind."""
+        for pid in self.left():
+            try:
+                os.kill(pid, 9)
+            except ProcessLookupError:
+                continue
+        self.process.wait()
+
+    @property
+    def output(self) -> str:
+        """Its output so far."""
+        return self._log.read_text()
+
+    def left(self) -> set[int]:
+        """Its processes, the driver among them."""
+        return set(processes_of(self.process.pid))
+
+    def processes(self, title: str) -> set[int]:
+        """Those of its processes whose title begins so, as Ray's workers' do with their class."""
+        return {pid for pid, own in processes_of(self.process.pid).items() if own.startswith(title)}
+
+    def wait_for_steps(self, steps: int, timeout_s: float = 300) -> None:
+        """Until so many steps are logged."""
+        metrics, deadline = self.folder / "metrics.jsonl", time.monotonic() + timeout_s
+        while not metrics.exists() or len(metrics.read_text().splitlines()) < steps:
+            assert self.process.poll() is None, self.output[-4000:]
+            assert time.monotonic() < deadline, self.output[-4000:]
+            time.sleep(0.02)
+
+    def finish(self, timeout_s: float) -> Run:
+        """Wait for the end of the driver, and then of all its processes."""
+        returncode = self.process.wait(timeout_s)
+        deadline = time.monotonic() + 15
+        while self.left() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        left = processes_of(self.process.pid)
+        assert not left, f"{left} outlive the run:\n{self.output[-4000:]}"
+        return Run(self.folder, self.output, returncode)
+
+
+def launch(folder: Path, overrides: list[str], env: dict[str, str], *, timeout_s: int = 600) -> Run:
+    """Run the launch script to its end; whatever it leaves behind, or has started when the time is up, is ended."""
+    with Running(folder, overrides, env) as run:
+        return run.finish(timeout_s)

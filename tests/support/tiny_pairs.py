@@ -1,10 +1,8 @@
-"""A teacher and a student whose vocabulary extends the teacher's, made as a user would make them."""
+"""A teacher and a student whose vocabulary extends the teacher's."""
 
-import json
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -18,11 +16,15 @@ class Pair:
     extend_vocab_start_token: int
 
 
-def make_pair(teacher_tokenizer: Path, student_tokenizer: Path, out: Path, *options: str) -> Pair:
-    """Run ``recipe.onpolicy_distill.tiny_models`` as a user would."""
-    command = [sys.executable, "-m", "recipe.onpolicy_distill.tiny_models"]
-    command += ["--teacher-tokenizer", str(teacher_tokenizer), "--student-tokenizer", str(student_tokenizer)]
-    subprocess.run([*command, "--out", str(out), *options], cwd=REPO, check=True, timeout=300)
-    tokenizer = json.loads((teacher_tokenizer / "tokenizer.json").read_text())
-    ids = [*tokenizer["model"]["vocab"].values(), *(token["id"] for token in tokenizer["added_tokens"])]
-    return Pair(out / "teacher", out / "student", max(ids) + 1)
+def make_pair(teacher_tokenizer: Path, student_tokenizer: Path, out: Path, **settings: Any) -> Pair:
+    """Random models of 64 hidden units; ``settings`` are further ones of ``TinyPairConfig``."""
+    import torch
+
+    from recipe.onpolicy_distill.tiny_models import TinyPairConfig, build_tiny_models
+    from verl.utils.tokenizer import hf_tokenizer
+
+    with torch.random.fork_rng(devices=[]):
+        teacher, student = build_tiny_models(
+            teacher_tokenizer, student_tokenizer, out, TinyPairConfig(**{"hidden": 64, **settings})
+        )
+    return Pair(teacher, student, len(hf_tokenizer(teacher_tokenizer)))

@@ -18,28 +18,27 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
+from recipe.onpolicy_distill.quickstart.distillation import (
+    EXACT,
+    MASKED,
+    MAX_ANSWER_TOKENS,
+    MAX_PROMPT_TOKENS,
+    MODES,
+    OBJECTIVES,
+    REAL,
+    REHEARSALS,
+    SAMPLED,
+    STEPS,
+    Distillation,
+)
 from verl.utils.timing import marked_timer
-
-logger = logging.getLogger(__name__)
 
 PHASES = 6
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line; Hydra overrides may stand anywhere in it."""
-    from recipe.onpolicy_distill.quickstart.distillation import (
-        EXACT,
-        MASKED,
-        MODES,
-        OBJECTIVES,
-        REAL,
-        REHEARSALS,
-        SAMPLED,
-        STEPS,
-    )
-
     parser = argparse.ArgumentParser(
         prog="python -m recipe.onpolicy_distill.quickstart", description=str(__doc__).splitlines()[0]
     )
@@ -93,36 +92,17 @@ class Phases:
             yield
 
 
-def score(world: Any, model: Path, teacher: Path, seed: int, *, general: bool = True, rec: bool = True) -> Any:
-    """The scoreboard of one model on the general tasks, on recommendation, or on both."""
-    from recipe.onpolicy_distill.evaluate import EvaluationConfig, evaluate
-    from recipe.onpolicy_distill.quickstart.distillation import MAX_ANSWER_TOKENS, MAX_PROMPT_TOKENS
-
-    return evaluate(
-        EvaluationConfig(
-            model=str(model),
-            teacher=None if model == teacher else str(teacher),
-            general=str(world.general_test) if general else None,
-            rec=str(world.rec_test) if rec else None,
-            catalogue=str(world.catalogue) if rec else None,
-            extend_vocab_start_token=world.extend_vocab_start_token if rec else None,
-            max_prompt_length=MAX_PROMPT_TOKENS,
-            max_new_tokens=MAX_ANSWER_TOKENS,
-            seed=seed,
-            rollout={"cpu_kvcache_space_gb": 0.25},
-        )
-    )
-
-
 def experiment(args: argparse.Namespace, out: Path) -> Path:
     """Everything from the world to the report; returns the report. Raises RuntimeError where the distillation fails."""
-    from recipe.onpolicy_distill.quickstart import baseline, models, report, scoreboard_table, world
-    from recipe.onpolicy_distill.quickstart.distillation import EXACT, MASKED, REAL, Distillation
+    from recipe.onpolicy_distill.quickstart import models, report, scoreboard, world
 
     cache, seed = out / "cache", args.seed
+    chosen = {key: getattr(args, key) for key in ("seed", "steps", "objective", "mode", "rehearsal", "overrides")}
     method = args.objective if args.mode == MASKED else args.mode
     method = method if args.rehearsal == REAL else f"{method}-{args.rehearsal}"
     results = out if method == EXACT else out / method
+    asked = {"max_prompt_length": MAX_PROMPT_TOKENS, "max_new_tokens": MAX_ANSWER_TOKENS, "seed": seed}
+    asked["rollout"] = {"cpu_kvcache_space_gb": 0.25}
     phase, total = Phases(), dict[str, float]()
     with marked_timer("total", total):
         with phase("world", "a world: general tasks, a catalogue, users"):
@@ -132,35 +112,22 @@ def experiment(args: argparse.Namespace, out: Path) -> Path:
         with phase("student", "a student, the teacher with item tokens, learns to recommend and forgets them"):
             student = models.make_student(built, teacher, cache, models.StudentConfig(seed=seed))
         with phase("scoreboard_before", "what teacher and student can do"):
-            of_teacher = score(built, teacher, teacher, seed, rec=False)
-            before = score(built, student, teacher, seed)
-        run = Distillation(
-            built,
-            teacher,
-            student,
-            results / "run",
-            args.steps,
-            seed,
-            args.objective,
-            args.mode,
-            args.overrides,
-            args.rehearsal,
-        )
+            of_teacher = scoreboard.score(built, teacher, teacher, rec=False, **asked)
+            before = scoreboard.score(built, student, teacher, **asked)
+        run = Distillation(world=built, teacher=teacher, student=student, folder=results / "run", **chosen)
         with phase("distillation", f"{args.steps} steps of on-policy distillation ({method})"):
             run.run()
         with phase("scoreboard_after", "what the student can do now, and could half-way"):
             *earlier, (last, trained) = run.checkpoints()
-            half_way = {step: score(built, model, teacher, seed, general=False).metrics for step, model in earlier}
-            after = score(built, trained, teacher, seed)
+            half_way = {
+                step: scoreboard.score(built, model, teacher, general=False, **asked).metrics for step, model in earlier
+            }
+            after = scoreboard.score(built, trained, teacher, **asked)
     summary = {
-        "seed": seed,
+        **chosen,
         "steps": last,
-        "objective": args.objective,
-        "mode": args.mode,
-        "rehearsal": args.rehearsal,
-        "overrides": args.overrides,
         "seconds": phase.seconds | total,
-        "popularity": baseline.popularity_metrics(built),
+        "popularity": scoreboard.popularity_metrics(built),
         "teacher": of_teacher.metrics,
         "before": before.metrics,
         "half_way": half_way,
@@ -170,8 +137,8 @@ def experiment(args: argparse.Namespace, out: Path) -> Path:
     (results / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     samples = report.pair_samples(before.samples, after.samples)
     page = report.write_report(results / "report.html", summary, run.folder / "metrics.jsonl", samples)
-    print(f"\n{scoreboard_table.comparison_table(summary)}")
-    print(f"\n{scoreboard_table.popularity_line(summary)}\n{total['total']:.0f} s")
+    print(f"\n{scoreboard.comparison_table(summary)}")
+    print(f"\n{scoreboard.popularity_line(summary)}\n{total['total']:.0f} s")
     return page
 
 

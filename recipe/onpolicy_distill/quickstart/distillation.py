@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 if TYPE_CHECKING:
     from recipe.onpolicy_distill.quickstart.world import World
 
@@ -20,6 +22,8 @@ MAX_PROMPT_TOKENS = 64
 MAX_ANSWER_TOKENS = 12
 MASKED, PUBLIC_FORK = "masked", "public-fork"
 MODES = (MASKED, PUBLIC_FORK)
+"""``masked`` trains on nothing behind an answer's first item token. ``public-fork`` does as the public fork of verl: it
+trains on that too, while the teacher reads an end token in place of each item token."""
 EXACT, SAMPLED = "exact", "sampled"
 OBJECTIVES = (EXACT, SAMPLED)
 """``exact``: the whole reverse KL to the teacher on general prompts, and to the student as it was, frozen, on
@@ -33,9 +37,8 @@ SYNTHETIC_PROMPTS = 4000
 LEARNING_RATES = {EXACT: 5e-4, SAMPLED: 1e-3}
 STEPS = {EXACT: 120, SAMPLED: 200}
 """Steps that an objective needs here."""
-"""``masked`` trains on nothing behind an answer's first item token. ``public-fork`` does as the public fork of verl: it
-trains on that too, while the teacher reads an end token in place of each item token."""
 EXACT_MATCH = Path(__file__).with_name("exact_match.py")
+SETTINGS = Path(__file__).with_name("distillation.yaml")
 
 
 @dataclass(frozen=True)
@@ -53,10 +56,10 @@ class Distillation:
     """One of OBJECTIVES."""
     mode: str = MASKED
     """One of MODES."""
-    overrides: Sequence[str] = ()
-    """The user's Hydra overrides."""
     rehearsal: str = REAL
     """One of REHEARSALS; the objective sampled has none."""
+    overrides: Sequence[str] = ()
+    """The user's Hydra overrides."""
 
     def run(self) -> None:
         """Train; raises RuntimeError where the run fails."""
@@ -74,40 +77,28 @@ class Distillation:
 
     def command(self) -> list[str]:
         """The entry point with the quickstart's settings, then the user's."""
-        settings = self._settings() | self._settings_of_objective() | self._settings_of_mode()
-        command = [sys.executable, "-m", "recipe.onpolicy_distill.main_onpolicy_distill"]
-        return [*command, *(f"{key}={value}" for key, value in settings.items()), *self.overrides]
-
-    def _settings(self) -> dict[str, Any]:
         world = self.world
-        return {
+        settings = {
+            **yaml.safe_load(SETTINGS.read_text(encoding="utf-8")),
             "actor_rollout_ref.model.path": self.student,
             "actor_rollout_ref.ref.model.path": self.teacher,
             "actor_rollout_ref.actor.optim.lr": LEARNING_RATES[self.objective],
-            "actor_rollout_ref.actor.optim.lr_warmup_steps": 5,
-            "actor_rollout_ref.actor.optim.lr_scheduler_type": "cosine",
-            "actor_rollout_ref.actor.optim.min_lr_ratio": 0.1,
             "actor_rollout_ref.rollout.extend_vocab_start_token": world.extend_vocab_start_token,
             "actor_rollout_ref.rollout.seed": self.seed,
-            "actor_rollout_ref.rollout.agent.num_workers": 1,
-            # Validation asks for items too; the teacher cannot read such prompts, so they are measured by reward alone.
             "data.val_files": f"[{world.general_test},{world.rec_test}]",
-            "data.prompt_extend_tokens": "replace",
             "data.max_prompt_length": MAX_PROMPT_TOKENS,
             "data.max_response_length": MAX_ANSWER_TOKENS,
-            "data.train_batch_size": 128,
             "data.seed": self.seed,
             "custom_reward_function.path": EXACT_MATCH,
-            "trainer.n_gpus_per_node": 2,
             "trainer.total_training_steps": self.steps,
-            "trainer.total_epochs": 1000,
             "trainer.test_freq": max(1, self.steps // 8),
             "trainer.save_freq": max(1, self.steps // 2),
-            "trainer.max_actor_ckpt_to_keep": 3,
-            "trainer.resume_mode": "disable",
-            "trainer.logger": "[console,file]",
             "trainer.default_local_dir": self.folder,
+            **self._settings_of_objective(),
+            **self._settings_of_mode(),
         }
+        command = [sys.executable, "-m", "recipe.onpolicy_distill.main_onpolicy_distill"]
+        return [*command, *(f"{key}={value}" for key, value in settings.items()), *self.overrides]
 
     def _settings_of_objective(self) -> dict[str, Any]:
         world = self.world

@@ -35,7 +35,7 @@ from transformers.utils.logging import disable_progress_bar
 from recipe.onpolicy_distill.quickstart.cache import cached_folder, file_digest
 from recipe.onpolicy_distill.quickstart.tokenizers import MAX_TOKENS
 from recipe.onpolicy_distill.quickstart.world import World
-from recipe.onpolicy_distill.tiny_models import new_model
+from recipe.onpolicy_distill.tiny_models import new_model, round_up
 from verl.utils.dataset.prompt_rows import parse_messages, split_answer
 from verl.utils.tokenizer import hf_tokenizer
 
@@ -63,11 +63,6 @@ class TrainingConfig:
     learning_rate: float = 3e-3
     """The highest; reached after the warm-up, then a cosine down to a tenth."""
 
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "learning_rate"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} {getattr(self, name)} must be positive")
-
 
 @dataclass(frozen=True)
 class TeacherConfig(TrainingConfig):
@@ -81,11 +76,6 @@ class TeacherConfig(TrainingConfig):
     """Attention heads of HEAD_DIM each, an even number; two of them share keys and values."""
     tied: bool = True
     """Share the embedding with the lm head, as Qwen3 up to 4B does."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.heads < 2 or self.heads % 2:
-            raise ValueError(f"heads {self.heads} must be even and at least 2")
 
 
 @dataclass(frozen=True)
@@ -143,16 +133,12 @@ def make_student(world: World, teacher: Path, folder: Path, config: StudentConfi
     return cached_folder(folder, "student", key, make)
 
 
-def _rows_for(ids: int) -> int:
-    return -(-ids // ROW_MULTIPLE) * ROW_MULTIPLE
-
-
 def _new_model(config: TeacherConfig, tokenizer: PreTrainedTokenizerBase) -> Qwen3ForCausalLM:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         return new_model(
             tokenizer,
-            rows=_rows_for(len(tokenizer) + MIN_TEACHER_PADDING),
+            rows=round_up(len(tokenizer) + MIN_TEACHER_PADDING, ROW_MULTIPLE),
             hidden=config.hidden,
             layers=config.layers,
             heads=config.heads,
@@ -168,7 +154,7 @@ def _extended(teacher: Path, known: int, tokenizer: PreTrainedTokenizerBase, see
     disable_progress_bar()
     source = Qwen3ForCausalLM.from_pretrained(teacher, dtype=torch.float32)
     config = copy.deepcopy(source.config)
-    config.vocab_size = _rows_for(len(tokenizer))
+    config.vocab_size = round_up(len(tokenizer), ROW_MULTIPLE)
     model = Qwen3ForCausalLM(config)
     model.generation_config = source.generation_config
     generator = torch.Generator().manual_seed(seed)
@@ -185,9 +171,9 @@ def _extended(teacher: Path, known: int, tokenizer: PreTrainedTokenizerBase, see
 
 
 def tokenized_chats(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[TokenizedChat]:
-    chats = [
-        split_answer(parse_messages(cell)) for cell in pq.read_table(path, columns=["messages"])["messages"].to_pylist()
-    ]
+    """The chats of a parquet file in its order."""
+    cells = pq.read_table(path, columns=["messages"])["messages"].to_pylist()
+    chats = [split_answer(parse_messages(cell)) for cell in cells]
     prompts = tokenizer.apply_chat_template([prompt for prompt, _ in chats], add_generation_prompt=True, tokenize=False)
     prompt_ids = tokenizer(prompts)["input_ids"]
     answer_ids = tokenizer([answer + tokenizer.eos_token for _, answer in chats])["input_ids"]
@@ -240,6 +226,9 @@ def _batches(
 
 
 def token_ids_and_labels(batch: list[TokenizedChat], on_questions: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and labels, both (B, T), padded with 0 and IGNORED; with ``on_questions`` only a chat's first token is not
+    a label.
+    """
     length = max(len(chat.ids) for chat in batch)
     ids = torch.zeros(len(batch), length, dtype=torch.int64)
     labels = torch.full_like(ids, IGNORED)

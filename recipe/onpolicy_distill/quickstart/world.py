@@ -41,6 +41,7 @@ SOURCES = (
     *(Path(__file__).with_name(name) for name in ("world.py", "general_tasks.py", "catalogue.py", "tokenizers.py")),
 )
 """The source text that decides what is in a world."""
+FILES = ("general_train", "general_test", "rec_train", "rec_test", "catalogue")
 
 
 @dataclass(frozen=True)
@@ -69,24 +70,6 @@ class WorldConfig:
     """Codes at each of the three levels of an item's id."""
     history: int = 6
     """Items in a user's history, before the one to predict."""
-
-    def __post_init__(self) -> None:
-        for name in ("general_train", "general_test", "rec_train", "test_users", "history"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
-        if self.general_test % len(TASKS):
-            raise ValueError(f"general_test {self.general_test} must be a multiple of the {len(TASKS)} tasks")
-        if not 2 <= self.tastes <= self.codes_per_level:
-            raise ValueError(f"tastes {self.tastes} must lie between 2 and codes_per_level {self.codes_per_level}")
-        if self.items % self.tastes or not self.tastes <= self.items <= self.tastes * self.codes_per_level**2:
-            raise ValueError(
-                f"items {self.items} must be a multiple of tastes {self.tastes}, "
-                f"and at most tastes x codes_per_level² = {self.tastes * self.codes_per_level**2}"
-            )
-        if not 0 <= self.caption_share < 1:
-            raise ValueError(f"caption_share {self.caption_share} must be at least 0 and less than 1")
-        if not 0 <= self.test_captions <= self.items:
-            raise ValueError(f"test_captions {self.test_captions} must lie between 0 and items {self.items}")
 
 
 @dataclass(frozen=True)
@@ -117,34 +100,30 @@ class Chat(NamedTuple):
 def build(folder: Path, config: WorldConfig) -> World:
     """Write the world into a folder of its own below ``folder``, or find it there."""
     key = {**dataclasses.asdict(config), "code": file_digest(*SOURCES)}
-    return _open(cached_folder(folder, "world", key, lambda target: _write(target, config)))
+    made = cached_folder(folder, "world", key, lambda target: _write(target, config))
+    return open_world(made, made / "tokenizers" / "teacher", made / "tokenizers" / "student")
 
 
-def _open(folder: Path) -> World:
-    teacher_tokenizer = folder / "tokenizers" / "teacher"
+def open_world(folder: Path, teacher_tokenizer: Path, student_tokenizer: Path) -> World:
+    """The world whose files are in ``folder``."""
     return World(
         folder=folder,
-        general_train=folder / "general_train.parquet",
-        general_test=folder / "general_test.parquet",
-        rec_train=folder / "rec_train.parquet",
-        rec_test=folder / "rec_test.parquet",
-        catalogue=folder / "catalogue.parquet",
+        **{name: folder / f"{name}.parquet" for name in FILES},
         teacher_tokenizer=teacher_tokenizer,
-        student_tokenizer=folder / "tokenizers" / "student",
+        student_tokenizer=student_tokenizer,
         extend_vocab_start_token=len(hf_tokenizer(teacher_tokenizer)),
     )
 
 
 def _write(folder: Path, config: WorldConfig) -> None:
     build_tokenizers(folder / "tokenizers", QUESTION_WORDS, config.codes_per_level)
-    general_test = _general_test(config)
-    write_chats(folder / "general_test.parquet", general_test)
-    write_chats(folder / "general_train.parquet", _general_train(config, {chat.question for chat in general_test}))
+    random = _random(config, "general test")
+    general_test = draw_test_chats(config.general_test, lambda task: _general_chat(task, random))
+    general_train = _general_train(config, {chat.question for chat in general_test})
     catalogue = Catalogue(config.items, config.tastes, config.codes_per_level, _random(config, "catalogue"))
     rec_test = _rec_test(config, catalogue)
     rec_train = _rec_train(config, catalogue, {chat.question for chat in rec_test})
-    write_chats(folder / "rec_test.parquet", rec_test)
-    write_chats(folder / "rec_train.parquet", rec_train)
+    write_chats(folder, general_train=general_train, general_test=general_test, rec_train=rec_train, rec_test=rec_test)
     _write_catalogue(folder / "catalogue.parquet", catalogue, rec_train)
 
 
@@ -152,20 +131,19 @@ def _random(config: WorldConfig, purpose: str) -> Random:
     return Random(f"{config.seed} {purpose}")
 
 
-def _general_test(config: WorldConfig) -> list[Chat]:
-    """Equally many chats per task, no question twice."""
-    random = _random(config, "general test")
+def draw_test_chats(count: int, draw: Callable[[str], Chat]) -> list[Chat]:
+    """Equally many chats of each general task, no question twice."""
     chats: dict[str, Chat] = {}
     for number, task in enumerate(TASKS, 1):
-        while len(chats) < number * config.general_test // len(TASKS):
-            chat = _general_chat(task, random)
+        while len(chats) < number * count // len(TASKS):
+            chat = draw(task)
             chats[chat.question] = chat
     return list(chats.values())
 
 
 def _general_train(config: WorldConfig, test_questions: set[str]) -> list[Chat]:
     random = _random(config, "general train")
-    return _draw(config.general_train, lambda: _general_chat(random.choice(list(TASKS)), random), test_questions)
+    return _draw(config.general_train, lambda: _general_chat(random.choice(TASKS), random), test_questions)
 
 
 def _general_chat(task: str, random: Random) -> Chat:
@@ -217,15 +195,16 @@ def _draw(count: int, draw: Callable[[], Chat], test_questions: set[str]) -> lis
     raise ValueError(f"after {100 * count} draws only {len(chats)} of {count} questions are not in the test; test less")
 
 
-def write_chats(path: Path, chats: list[Chat]) -> None:
-    """Write a parquet file of one row per chat, in OneRec's columns."""
-    columns: dict[str, list[str]] = {
-        "source": [chat.source for chat in chats],
-        "uuid": [f"{path.stem}-{number}" for number in range(len(chats))],
-        "messages": [json.dumps([_message("user", c.question), _message("assistant", c.answer)]) for c in chats],
-        "metadata": [json.dumps(chat.metadata) for chat in chats],
-    }
-    pq.write_table(pa.table(columns), path)
+def write_chats(folder: Path, **files: list[Chat]) -> None:
+    """Write ``folder/<name>.parquet`` for each name: one row per chat, in OneRec's columns."""
+    for name, chats in files.items():
+        columns: dict[str, list[str]] = {
+            "source": [chat.source for chat in chats],
+            "uuid": [f"{name}-{number}" for number in range(len(chats))],
+            "messages": [json.dumps([_message("user", c.question), _message("assistant", c.answer)]) for c in chats],
+            "metadata": [json.dumps(chat.metadata) for chat in chats],
+        }
+        pq.write_table(pa.table(columns), folder / f"{name}.parquet")
 
 
 def _message(role: str, text: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from verl.utils.hub_cache import local_model_folder
+from verl.utils.tokenizer import local_model_folder
 
 VOLATILE = frozenset({"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache"})
 """Entries of config.json that another save of the same model may change."""

@@ -16,7 +16,7 @@ from typing import Any
 from verl.config.best_rule import BestRule
 from verl.config.ppo import PPOConfig
 from verl.config.rollout import AGENT_LOOPS
-from verl.utils.hub_cache import local_model_folder
+from verl.utils.tokenizer import local_model_folder
 
 GROUP_BASELINES = ("grpo", "rloo")
 """Estimators whose baseline is the other answers to a prompt."""

@@ -1,11 +1,12 @@
-"""Loading tokenizers: pad tokens and errors."""
+"""Loading tokenizers, and where a model lies on this machine."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from recipe.onpolicy_distill.tiny_tokenizers import build_tiny_tokenizers
-from verl.utils.tokenizer import hf_tokenizer
+from verl.utils.tokenizer import hf_tokenizer, local_model_folder
 
 
 @pytest.fixture
@@ -27,22 +28,12 @@ def test_the_tiny_pair(folder):
     assert student.encode("<s_a_0><s_c_7><|sid_begin|><|sid_end|>") == [329, 352, 353, 354]
 
 
-def test_a_missing_pad_token_becomes_the_end_token(folder):
+def test_pad_and_end_tokens_that_are_missing(folder):
     drop_from_config(folder, "pad_token")
     assert hf_tokenizer(folder).pad_token == "<|im_end|>"
-
-
-def test_neither_pad_nor_end_token(folder):
-    drop_from_config(folder, "pad_token", "eos_token")
+    drop_from_config(folder, "eos_token")
     with pytest.raises(ValueError, match="neither a pad token nor an end token"):
         hf_tokenizer(folder)
-
-
-def test_a_model_folder_whose_tokenizer_was_left_out(tmp_path):
-    # transformers builds an empty tokenizer here, which encodes every prompt to nothing.
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3", "vocab_size": 512}))
-    with pytest.raises(ValueError, match=r"holds no tokenizer that can encode text|no tokenizer could be loaded"):
-        hf_tokenizer(tmp_path)
 
 
 def test_folders_without_a_tokenizer(tmp_path):
@@ -50,3 +41,21 @@ def test_folders_without_a_tokenizer(tmp_path):
         hf_tokenizer(tmp_path / "missing")
     with pytest.raises(ValueError, match="no tokenizer could be loaded from"):
         hf_tokenizer(tmp_path)
+    # transformers builds an empty tokenizer here, which encodes every prompt to nothing.
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3", "vocab_size": 512}))
+    with pytest.raises(ValueError, match=r"holds no tokenizer that can encode text|no tokenizer could be loaded"):
+        hf_tokenizer(tmp_path)
+
+
+def test_the_folder_of_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    cache, own = tmp_path / "models--owner--name", tmp_path / "own"
+    for made in (own, cache / "snapshots" / "abc", cache / "refs"):
+        made.mkdir(parents=True)
+    (cache / "snapshots" / "abc" / "config.json").write_text("{}")
+    (cache / "refs" / "main").write_text("abc")
+    assert local_model_folder("owner/name") == cache / "snapshots" / "abc"
+    assert local_model_folder(str(own)) == local_model_folder("~/own") == own
+    for nothing in (None, "", "owner/other", "no such/na me", str(tmp_path / "absent")):
+        assert local_model_folder(nothing) is None, nothing

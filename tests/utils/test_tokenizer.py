@@ -20,14 +20,6 @@ def drop_from_config(folder, *keys):
     path.write_text(json.dumps({key: value for key, value in config.items() if key not in keys}))
 
 
-def test_the_tiny_pair(folder):
-    teacher, student = hf_tokenizer(folder), hf_tokenizer(str(folder.parent / "student"))
-    assert (len(teacher), len(student)) == (329, 355)
-    assert (teacher.pad_token, teacher.eos_token) == ("<|endoftext|>", "<|im_end|>")
-    assert student.get_vocab().items() > teacher.get_vocab().items()
-    assert student.encode("<s_a_0><s_c_7><|sid_begin|><|sid_end|>") == [329, 352, 353, 354]
-
-
 def test_pad_and_end_tokens_that_are_missing(folder):
     drop_from_config(folder, "pad_token")
     assert hf_tokenizer(folder).pad_token == "<|im_end|>"

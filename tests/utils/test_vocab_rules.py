@@ -25,7 +25,7 @@ from support.vocab_pairs import (
 
 from recipe.onpolicy_distill.quickstart.tokenizers import build_tokenizers
 from verl.utils.vocab_contract import as_dict, read_contract
-from verl.utils.vocab_rules import Verdict, VocabContract
+from verl.utils.vocab_rules import VocabContract
 
 if TYPE_CHECKING:
     from support.tiny_pairs import Pair
@@ -46,64 +46,36 @@ def contract_of(pair: Folders, start: int | str | None = "auto") -> VocabContrac
 
 def only_problem(pair: Folders, start: int | str | None = "auto") -> str:
     contract = contract_of(pair, start)
-    assert contract.verdict is Verdict.UNSOUND
+    assert contract.verdict == "unsound"
     (problem,) = contract.problems
     return problem
 
 
-def only_note(pair: Folders, start: int | str | None = "auto") -> str:
-    """The note beside the two that these folders hold no weights."""
-    contract = contract_of(pair, start)
-    assert contract.verdict is Verdict.SOUND_WITH_NOTES
-    (note,) = [note for note in contract.notes if "holds no weights" not in note]
-    return note
-
-
 def test_a_pair_with_weights_is_sound_without_notes(tiny_pair: "Pair") -> None:
     contract = read_contract(str(tiny_pair.student), str(tiny_pair.teacher), tiny_pair.extend_vocab_start_token)
-    assert (contract.verdict, contract.problems, contract.notes) == (Verdict.SOUND, [], [])
+    assert (contract.verdict, contract.problems, contract.notes) == ("sound", [], [])
     assert contract.shared == list(range(TEACHER_IDS)) and contract.extended == list(range(TEACHER_IDS, 355))
     assert contract.extend_start == contract.derived_start == tiny_pair.extend_vocab_start_token == TEACHER_IDS
 
 
-def test_the_pair_of_the_quickstart(tmp_path: Path) -> None:
-    teacher, student = build_tokenizers(tmp_path, ["sort", "add"], 4)
+def test_the_pair_of_the_quickstart(pair: Folders, tmp_path: Path) -> None:
+    teacher, student = build_tokenizers(tmp_path / "other", ["sort", "add"], 4)
     contract = read_contract(str(student), str(teacher))
-    assert contract.problems == []
-    assert contract.extend_start == contract.teacher.ids
+    assert (contract.problems, contract.extend_start) == ([], contract.teacher.ids)
+    other_family = read_contract(str(pair.student), str(teacher), TEACHER_IDS)
+    assert "id 0 is '!' to the student and '\\n' to the teacher" in other_family.problems[0]
 
 
-@pytest.mark.parametrize(
-    ("teacher", "student", "rows", "end", "extended", "colliding"),
-    [
-        ("qwen3", "qwen3-onerec", (151_936, 176_384), 151_645, [151_669, 176_246], 267),
-        ("mini8k", "mini8k-item256", (8_448, 9_216), None, [8_218, 8_987], 230),
-    ],
-)
-def test_real_pairs(shared_data: Path, tmp_path: Path, teacher, student, rows, end, extended, colliding) -> None:
-    tokenizers = shared_data / "tokenizer"
+def test_the_real_pair(shared_data: Path, tmp_path: Path) -> None:
     pair = Folders(tmp_path / "student", tmp_path / "teacher")
-    for folder in (pair.student, pair.teacher):
+    for folder in pair:
         folder.mkdir()
-    write_configs(pair, rows[1], rows[0], end)
-    paths = {"student_tokenizer": str(tokenizers / student), "teacher_tokenizer": str(tokenizers / teacher)}
-    contract = read_contract(str(pair.student), str(pair.teacher), **paths)
-    assert contract.problems == []
-    assert contract.extend_start == extended[0]
-    found = as_dict(contract)
-    assert found["extended"] == [tuple(extended)] and found["extended_ids"] == extended[1] - extended[0] + 1
-    assert found["collisions"] == [(extended[0], extended[0] + colliding - 1)]
-
-
-def set_end(side: str, token: str) -> Callable[[Folders], None]:
-    def change(pair: Folders) -> None:
-        edit_json(getattr(pair, side) / "tokenizer_config.json", lambda values: values.update(eos_token=token))
-
-    return change
-
-
-def set_rows(student: int, teacher: int) -> Callable[[Folders], None]:
-    return lambda pair: write_configs(pair, student, teacher, END)
+    write_configs(pair, 176_384, 151_936, 151_645)
+    names = {"student_tokenizer": "qwen3-onerec", "teacher_tokenizer": "qwen3"}
+    paths = {key: str(shared_data / "tokenizer" / name) for key, name in names.items()}
+    found = as_dict(read_contract(str(pair.student), str(pair.teacher), **paths))
+    assert (found["problems"], found["extend_start"], found["extended_ids"]) == ([], 151_669, 24_578)
+    assert (found["extended"], found["collisions"]) == ([(151_669, 176_246)], [(151_669, 151_935)])
 
 
 def edit_student(change: Callable[[dict[str, Any]], Any]) -> Callable[[Folders], None]:
@@ -118,13 +90,9 @@ BROKEN: dict[str, tuple[Callable[[Folders], Any], list[str]]] = {
             "actor_rollout_ref.ref.model.path",
         ],
     ),
-    "the student's end token": (
-        set_end("student", "<|endoftext|>"),
-        ["the student's end token is 320 '<|endoftext|>' and the teacher's 322 '<|im_end|>'; set"],
-    ),
-    "the teacher's end token": (
-        set_end("teacher", "<|endoftext|>"),
-        ["the student's end token is 322 '<|im_end|>' and the teacher's 320 '<|endoftext|>'; set"],
+    "another end token": (
+        lambda pair: edit_json(pair.student / "tokenizer_config.json", lambda values: values.update(eos_token="!")),
+        ["the student's end token is 0 '!' and the teacher's 322 '<|im_end|>'; set"],
     ),
     "an end of the teacher's that does not stop the student": (
         lambda pair: write_json(pair.teacher / "generation_config.json", {"eos_token_id": [END, PAD]}),
@@ -143,11 +111,11 @@ BROKEN: dict[str, tuple[Callable[[Folders], Any], list[str]]] = {
         ["the student's tokenizer has no chat template"],
     ),
     "too few rows of the student": (
-        set_rows(350, 329),
+        lambda pair: write_configs(pair, 350, 329, END),
         ["the student has 350 embedding rows", "355 ids: 350-354 (first 350 "],
     ),
     "too few rows of the teacher": (
-        set_rows(355, 324),
+        lambda pair: write_configs(pair, 355, 324, END),
         ["the teacher has 324 embedding rows", "329 ids: 324-328 (first 324 "],
     ),
     "a gap within the extended ids": (
@@ -174,19 +142,6 @@ def test_an_unsound_pair(pair: Folders, name: str) -> None:
         assert part in problem
 
 
-def test_what_both_share_is_no_difference(pair: Folders) -> None:
-    for folder in (pair.student, pair.teacher):
-        edit_template(folder, "{%- if tools -%}", "{%- if tools -%}{{- raise_exception('no tools') -}}")
-        write_json(folder / "generation_config.json", {"eos_token_id": [END, PAD]})
-    assert contract_of(pair).problems == []
-
-
-def test_another_familys_tokenizer(pair: Folders, tmp_path: Path) -> None:
-    teacher, _ = build_tokenizers(tmp_path / "other", ["sort", "add"], 4)
-    contract = read_contract(str(pair.student), str(teacher), TEACHER_IDS)
-    assert "id 0 is '!' to the student and '\\n' to the teacher" in contract.problems[0]
-
-
 @pytest.mark.parametrize(
     ("start", "expected"),
     [
@@ -205,7 +160,7 @@ def test_student_equal_to_teacher(pair: Folders) -> None:
     for start in ("auto", None):
         contract = contract_of(pair, start)
         assert (contract.problems, contract.extend_start, contract.extended, contract.collisions) == ([], None, [], [])
-    assert "extend_vocab_start_token=329 marks nothing" in only_note(pair, 329)
+    assert "extend_vocab_start_token=329 marks nothing" in contract_of(pair, 329).notes[-1]
     assert only_problem(pair, 320).endswith(f"set {START}=null, or auto")
 
 
@@ -220,31 +175,25 @@ def test_extended_ids_that_are_not_one_tail(pair: Folders) -> None:
     assert "id 329 '</think>', behind 327 '<think>', is the teacher's too" in tail
 
 
-def test_a_teacher_that_knows_more(pair: Folders) -> None:
-    contract = read_contract(str(pair.teacher), str(pair.student))
-    assert (contract.problems, contract.extend_start) == ([], None)
+NOTED: dict[str, Callable[[Folders], Any]] = {
+    "the teacher's tokenizer has no chat template": lambda pair: (pair.teacher / "chat_template.jinja").unlink(),
+    "the think tokens 327 '<think>', 328 '</think>' are extended": lambda pair: edit_json(
+        pair.teacher / "tokenizer.json", lambda tokenizer: tokenizer["added_tokens"].__delitem__(slice(-2, None))
+    ),
+    'plain text becomes extended ids: "The answer: 3 + 4': edit_student(
+        lambda tokenizer: tokenizer["added_tokens"].append(
+            {**tokenizer["added_tokens"][-1], "id": 355, "content": "answer"}
+        )
+    ),
+}
 
 
-def test_notes_that_a_user_should_see(pair: Folders) -> None:
-    (pair.teacher / "chat_template.jinja").unlink()
-    assert "the teacher's tokenizer has no chat template" in only_note(pair)
-
-
-def test_plain_text_that_becomes_extended_ids_is_noted(pair: Folders) -> None:
-    def change(tokenizer: dict[str, Any]) -> None:
-        tokenizer["added_tokens"].append({**tokenizer["added_tokens"][-1], "id": 355, "content": "answer"})
-
-    edit_json(pair.student / "tokenizer.json", change)
-    assert only_note(pair).startswith('plain text becomes extended ids: "The answer: 3 + 4')
-
-
-def test_think_tokens_that_the_teacher_lacks_are_noted(pair: Folders) -> None:
-    edit_json(
-        pair.teacher / "tokenizer.json", lambda tokenizer: tokenizer.update(added_tokens=tokenizer["added_tokens"][:-2])
-    )
+@pytest.mark.parametrize("note", NOTED)
+def test_what_is_noted(pair: Folders, note: str) -> None:
+    NOTED[note](pair)
     contract = contract_of(pair)
-    assert contract.extend_start == 327
-    assert any("the think tokens 327 '<think>', 328 '</think>' are extended" in note for note in contract.notes)
+    assert contract.verdict == "sound with notes"
+    assert any(each.startswith(note) for each in contract.notes)
 
 
 def test_the_fingerprint_is_of_shared_tokens_and_threshold(pair: Folders) -> None:

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from verl.utils.vocab_models import read_vocabulary, show_ids, to_ranges
-from verl.utils.vocab_rules import Verdict, VocabContract
+from verl.utils.vocab_rules import VocabContract
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ def enforce(contract: VocabContract, mode: str, pair: str = "student and teacher
     Raises:
         ValueError: the pair is unsound and ``mode`` is strict; a line each for what is wrong and what to set.
     """
-    if contract.verdict is not Verdict.UNSOUND:
+    if not contract.problems:
         logger.info("the vocabularies of %s\n%s", pair, render(contract))
     elif mode == "strict":
         what = f"{pair} do not fit together (trainer.vocab_check=warn would train them all the same):"
@@ -80,7 +80,6 @@ def as_dict(contract: VocabContract) -> dict[str, Any]:
         "student": contract.student.as_dict(),
         "teacher": contract.teacher.as_dict(),
         "extend_start": contract.extend_start,
-        "derived_start": contract.derived_start,
         "shared_ids": len(contract.shared),
         "extended": to_ranges(contract.extended),
         "extended_ids": len(contract.extended),
@@ -105,20 +104,14 @@ def render(contract: VocabContract) -> str:
     if collisions:
         where = f"{len(collisions):,} of them ({show_ids(collisions)})"
         lines.append(f"{'':12}{where} fall on padded rows of the teacher")
-    fits = f"where {contract.derived_start} would fit"
-    start = f"{contract.extend_start}" + (f", {fits}" if contract.extend_start != contract.derived_start else "")
-    lines.append(f"{'threshold':12}{start}; fingerprint {contract.fingerprint}")
+    lines.append(f"{'threshold':12}{contract.extend_start}; fingerprint {contract.fingerprint}")
     lines += [f"{'problem':12}{problem}" for problem in contract.problems]
     return "\n".join([*lines, *(f"{'note':12}{note}" for note in contract.notes)])
 
 
-def _threshold(text: str) -> int | str | None:
+def threshold(text: str) -> int | str | None:
     """``--extend-vocab-start-token``: a number, ``auto`` or ``null``."""
-    if text in (AUTO, "null"):
-        return AUTO if text == AUTO else None
-    if text.isdecimal() and int(text) > 0:
-        return int(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is none of a whole number from 1 on, auto and null")
+    return {AUTO: AUTO, "null": None}[text] if text in (AUTO, "null") else int(text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -132,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.add_argument(f"--{role}", required=True, metavar="MODEL", help="folder or hub name")
         parser.add_argument(f"--{role}-tokenizer", metavar="FOLDER", help="where it is not the model's")
     threshold_help = "threshold to check: a number, null (no extension) or auto (derived; the default)"
-    parser.add_argument("--extend-vocab-start-token", type=_threshold, default=AUTO, metavar="N", help=threshold_help)
+    parser.add_argument("--extend-vocab-start-token", type=threshold, default=AUTO, metavar="N", help=threshold_help)
     parser.add_argument("--trust-remote-code", action="store_true", help="run tokenizer code that ships with a model")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the report")
     arguments = vars(parser.parse_args(argv))
@@ -143,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(json.dumps(as_dict(contract), indent=2, ensure_ascii=False) if as_json else render(contract))
-    return int(contract.verdict is Verdict.UNSOUND)
+    return int(bool(contract.problems))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import InitVar, dataclass, field
-from enum import StrEnum
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,14 +27,6 @@ MOST_PROBES_OF_A_KIND = 500
 PROBES: dict[str, list[Any]] = json.loads(Path(__file__).with_name("vocab_probes.json").read_text(encoding="utf-8"))
 """``texts``, and ``chats``: ``name``, ``messages``, and where they are not the usual ones ``tools``, ``options`` of the
 template and ``add_generation_prompt``."""
-
-
-class Verdict(StrEnum):
-    """Whether the pair may be trained."""
-
-    SOUND = "sound"
-    SOUND_WITH_NOTES = "sound with notes"
-    UNSOUND = "unsound"
 
 
 class Difference(NamedTuple):
@@ -100,11 +91,9 @@ class VocabContract:
             self.notes.append(f"the think tokens {names} are extended: nothing behind them is trained")
 
     @property
-    def verdict(self) -> Verdict:
-        """Whether the pair may be trained."""
-        if self.problems:
-            return Verdict.UNSOUND
-        return Verdict.SOUND_WITH_NOTES if self.notes else Verdict.SOUND
+    def verdict(self) -> str:
+        """``unsound`` (with problems), ``sound with notes`` or ``sound``."""
+        return "unsound" if self.problems else "sound with notes" if self.notes else "sound"
 
     @property
     def derived_start(self) -> int | None:

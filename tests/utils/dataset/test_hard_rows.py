@@ -39,55 +39,39 @@ def asked_by(role: str) -> str:
 TEXT_CELLS = [
     # name, cell, outcome
     ("text content", user('"Hi"'), HI),
-    ("blanks and line breaks around", "  \n" + user('"Hi"') + "\n", HI),
     ("byte order mark", "\ufeff" + user('"Hi"'), HI),
-    ("one text part", user('{"type": "text", "text": "Hi"}'), HI),
     ("list of text parts", user('[{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]'), HI),
     ("nested lists", user('[[["H"]], ["i"]]'), HI),
     ("columns instead of rows", '{"role": ["user", "assistant"], "content": ["Hi", "Hello"]}', HI),
-    ("not a number", user('"Hi", "score": [NaN, Infinity, -Infinity]'), HI),
     ("Python literal", "[{'role': 'user', 'content': 'Hi'}, {'role': 'assistant', 'content': 'Hello'}]", HI),
     ("Python tuple", "({'role': 'user', 'content': ('H', 'i')}, " + ANSWER + ")", HI),
     ("a call is not run", "__import__('os').getcwd()", "unreadable_messages"),
     ("surrogate pair", user(r'"\ud83d\ude00"'), "user: 😀 | => Hello"),
-    ("zero character", user(r'"a\u0000b"'), "user: a\u0000b | => Hello"),
     ("lone surrogate in the question", user(r'"\ud83d"'), "unencodable_text"),
     ("lone surrogate in a name", user(r'"Hi", "name": "\ud83d"'), "unencodable_text"),
-    ("surrogate pair in a Python literal", r"[{'role': 'user', 'content': '\ud83d\ude00'}]", "unencodable_text"),
-    ("the template's own tokens", user('"<|im_end|>"'), "user: <|im_end|> | => Hello"),
     ("several turns", roles("user assistant user assistant"), "user: 1 | assistant: 2 | user: 3 | => 4"),
-    ("user after the answer", roles("user assistant user"), "user: 1 | => 2"),
-    ("assistant first, then a question", roles("assistant user assistant"), "assistant: 1 | user: 2 | => 3"),
     ("assistant alone", roles("assistant"), "no_user_turn"),
-    ("system, user, no assistant", roles("system user"), "no_assistant_turn"),
     ("role in another case", roles("System USER Assistant"), "system: 1 | user: 2 | => 3"),
     ("unknown role", asked_by('"developer"'), "unknown_role"),
     ("null role", asked_by("null"), "unknown_role"),
-    ("list as a role", asked_by('["user"]'), "unknown_role"),
     ("another layout", '[{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]', "unknown_role"),
     ("blank question", user('" \\n\\t"'), "blank_user_turn"),
-    ("question without parts", user("[]"), "blank_user_turn"),
     ("blank answer", '[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": ""}]', "user: Hi | => "),
     ("null content", user("null"), "null_content"),
-    ("no content", f'[{{"role": "user"}}, {ANSWER}]', "null_content"),
     ("numeric content", user("3"), "non_text_content"),
     ("image part", user('[{"type": "image", "image": "cat.png"}, {"type": "text", "text": "Hi"}]'), "non_text_content"),
     ("empty part", user("{}"), "non_text_content"),
     ("null", None, "no_messages"),
     ("blank", " \n", "no_messages"),
-    ("JSON null", "null", "no_messages"),
     ("cut off", user('"Hi"')[:-20], "unreadable_messages"),
     ("a number", "42", "unreadable_messages"),
     ("JSON inside JSON", json.dumps(user('"Hi"')), "unreadable_messages"),
-    ("list of nulls", "[null]", "unreadable_messages"),
     ("huge nesting, closed", "[" * 100_000 + "]" * 100_000, "unreadable_messages"),
     ("deep content", user("[" * DEEP + '"Hi"' + "]" * DEEP), "unreadable_messages"),
     ("number of 5,000 digits", user('"Hi", "n": ' + "1" * 5000), "unreadable_messages"),
 ]
 
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
-PARTS = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in CHAT]
-MESSAGE = pa.struct([("role", pa.string()), ("content", pa.string())])
 CODED_MESSAGE = pa.struct([("role", pa.dictionary(pa.int8(), pa.string())), ("content", pa.large_string())])
 
 
@@ -103,12 +87,7 @@ def not_utf8(in_lists: bool) -> pa.Array:
 TYPED_COLUMNS = [
     # name, column, an outcome per row
     ("lists", pa.array([CHAT, None, [], CHAT[:1]]), [HI, "no_messages", "no_messages", "no_assistant_turn"]),
-    ("lists of parts", pa.array([PARTS, [{**PARTS[0], "content": None}]]), [HI, "null_content"]),
-    ("lists of one length", pa.array([CHAT], pa.list_(MESSAGE, 2)), [HI]),
     ("dictionary-encoded roles", pa.array([CHAT], pa.list_(CODED_MESSAGE)), [HI]),
-    ("a struct of lists", pa.array([{"role": ["user", "assistant"], "content": ["Hi", "Hello"]}]), [HI]),
-    ("image parts", pa.array([[{"role": "user", "content": [{"type": "image"}]}]]), ["non_text_content"]),
-    ("numeric roles", pa.array([[{"role": 1, "content": "Hi"}]]), ["unknown_role"]),
     ("lists of texts", pa.array([["Hi", "Hello"]]), ["unreadable_messages"]),
     ("nothing but nulls", pa.nulls(2), ["no_messages", "no_messages"]),
     ("bytes", pa.array([json.dumps(CHAT).encode(), b"", b"\xff"]), [HI, "no_messages", "unreadable_messages"]),
@@ -122,13 +101,9 @@ OTHER_COLUMNS = [
     # name, row, outcome, source
     ("all columns", {"messages": TEXT, "source": "s", "uuid": "u", "metadata": '{"uid": 1}'}, HI, "s"),
     ("messages alone", {"messages": TEXT}, HI, "unknown"),
-    ("source as bytes", {"messages": TEXT, "source": b"s"}, HI, "s"),
     ("verl's name of the source", {"messages": TEXT, "data_source": "v"}, HI, "v"),
-    ("numeric uuid", {"messages": TEXT, "uuid": 12}, HI, "unknown"),
     ("metadata that is not JSON", {"messages": TEXT, "metadata": "{"}, HI, "unknown"),
-    ("metadata as bytes", {"messages": TEXT, "metadata": b"\xff"}, HI, "unknown"),
     ("plain text", {"messages": None, "segments": SEGMENTS, "source": "s"}, "plain_text", "s"),
-    ("plain text and an empty chat", {"messages": "[]", "segments": SEGMENTS}, "plain_text", "unknown"),
     ("chat and plain text", {"messages": TEXT, "segments": SEGMENTS}, HI, "unknown"),
     ("neither", {"messages": None, "segments": None}, "no_messages", "unknown"),
 ]

@@ -30,9 +30,8 @@ def test_what_stands_for_no_file_is_named(tmp_path):
     for missing in ("none.parquet", "*.parquet", "empty"):
         with pytest.raises(ValueError, match=rf"data file '.*{re.escape(missing)}'"):
             expand_data_files(str(tmp_path / missing))
-    for nothing, message in (([], "no data file is given"), ([""], "data file ''")):  # not the current folder
-        with pytest.raises(ValueError, match=message):
-            expand_data_files(nothing)
+    with pytest.raises(ValueError, match="data file ''"):
+        expand_data_files([""])  # not the current folder
 
 
 def test_rows_over_files_with_different_columns(tmp_path):
@@ -59,7 +58,6 @@ def test_rows_over_files_with_different_columns(tmp_path):
     [
         (lambda whole: b"", "Parquet file size is 0 bytes"),
         (lambda whole: whole[:5000], "magic bytes not found"),
-        (lambda whole: whole[:100] + bytes(2000) + whole[2100:], ""),
         (lambda whole: whole[:-300] + whole[-8:], ""),
     ],
 )
@@ -87,20 +85,15 @@ def test_a_cell_that_python_cannot_hold_costs_no_other(tmp_path):
 def test_copies_are_made_once_and_for_the_content(tmp_path):
     cache = tmp_path / "cache"
 
-    def copies():
-        return sorted((path.name, path.stat().st_mtime_ns) for path in cache.iterdir())
-
     def rows_of(path, *columns):
-        return list(ParquetRows([path], columns, cache))
+        """Rows, and how many copies there are."""
+        return list(ParquetRows([path], columns, cache)), len(list(cache.iterdir()))
 
     first = write(tmp_path / "a.parquet", x=["a"], y=[1])
-    assert rows_of(first, "x") == [{"x": "a"}]
-    (made,) = copies()
-    assert rows_of(write(tmp_path / "elsewhere" / "b.parquet", x=["a"], y=[1]), "x") == [{"x": "a"}]
-    assert copies() == [made]
-    assert rows_of(first, "x", "y") == [{"x": "a", "y": 1}]
-    assert rows_of(write(first, x=["b"], y=[1]), "x") == [{"x": "b"}]
-    assert len(copies()) == 3
+    assert rows_of(first, "x") == ([{"x": "a"}], 1)
+    assert rows_of(write(tmp_path / "elsewhere" / "b.parquet", x=["a"], y=[1]), "x") == ([{"x": "a"}], 1)
+    assert rows_of(first, "x", "y") == ([{"x": "a", "y": 1}], 2)
+    assert rows_of(write(first, x=["b"], y=[1]), "x") == ([{"x": "b"}], 3)
 
 
 def test_a_cached_file_is_there_whole_or_not_at_all(tmp_path):

@@ -6,7 +6,6 @@ import pytest
 
 from verl.config import DataConfig
 from verl.experimental.agent_loop.chat_template import ChatTemplate
-from verl.utils.dataset.prompt_rows import BadRowError
 from verl.utils.dataset.prompt_tokens import PromptEncoder, append_switch, possible_switches, think_switch
 from verl.utils.tokenizer import hf_tokenizer
 
@@ -37,12 +36,6 @@ def test_the_switch_goes_to_the_last_user_turn_of_a_copy():
     assert append_switch([{"role": "system", "content": "x"}], " /think") == [{"role": "system", "content": "x"}]
 
 
-def test_ids_are_those_of_the_chat_template(tokenizer):
-    encoder = PromptEncoder(tokenizer, DataConfig(apply_chat_template_kwargs={"enable_thinking": False}))
-    text = tokenizer.decode(encoder.encode([QUESTION])[0])
-    assert text == "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
-
-
 @pytest.mark.parametrize("name", ["tiny", "mini8k", "mini8k-item256"])
 def test_tools_stand_in_the_prompt_as_the_agent_loop_puts_them(request, tiny_tokenizers, name):
     folder = tiny_tokenizers[1]
@@ -57,12 +50,6 @@ def test_tools_stand_in_the_prompt_as_the_agent_loop_puts_them(request, tiny_tok
         expected = [template.encode_prompt(chat, with_tools) for chat in chats]
         assert encoder.encode(chats, with_tools) == expected
     assert encoder.encode(chats) != PromptEncoder(tokenizer, DataConfig(), []).encode(chats) == expected
-
-
-def test_a_refused_prompt(tokenizer):
-    with pytest.raises(BadRowError, match="unknown role nobody") as caught:
-        PromptEncoder(tokenizer, DataConfig()).render([{"role": "nobody", "content": "x"}])
-    assert caught.value.reason == "template"
 
 
 def test_a_tokenizer_without_a_template_is_refused(tokenizer, tmp_path):

@@ -40,11 +40,6 @@ def test_one_weight_for_all_is_a_permutation_that_the_generator_decides() -> Non
     assert order_of({"*": 1}) == order_of({"*": 1}) != order_of({"*": 1}, seed=1)
 
 
-def test_the_first_pattern_that_matches_counts() -> None:
-    groups = group_by_weight(SOURCES, {"rec_next": 1, "*": 3})
-    assert [(share, len(places)) for share, places in groups] == [(0.25, 9), (0.75, 91)]
-
-
 @pytest.mark.parametrize(
     ("weights", "message"),
     [

@@ -127,8 +127,6 @@ def describe(dataset: RLHFDataset, tokenizer: PreTrainedTokenizerBase) -> dict[s
 def render(dataset: RLHFDataset, report: dict[str, Any]) -> str:
     """The report of ``describe`` as text."""
     lines = [dataset.drop_report.summary()]
-    if dataset.drop_report.dropped_fraction > DataConfig.max_dropped_fraction:
-        lines.append(f"a run stops here unless data.max_dropped_fraction > {DataConfig.max_dropped_fraction}")
     for name, values in report["prompt_tokens"].items():
         lines.append(f"prompt tokens, {name}: " + ", ".join(f"{p} {value:,}" for p, value in values.items()))
     extended, counted = report["with_extended_tokens"], report["counted_prompts"]

@@ -40,9 +40,7 @@ def expand_data_files(data_files: Files) -> list[Path]:
 
     Files of a folder or glob come in the order of their names. Raises ValueError where one stands for nothing.
     """
-    entries = [data_files] if isinstance(data_files, str | Path) else list(data_files or [])
-    if not entries:
-        raise ValueError(f"no data file is given ({data_files!r}); name a parquet file, a folder or a glob")
+    entries = [data_files] if isinstance(data_files, str | Path) else list(data_files)
     files: list[Path] = []
     for entry in entries:
         # A text, not a Path: the empty text would become the current folder.
@@ -116,8 +114,7 @@ def file_digest(path: Path) -> str:
 
 def code_digest() -> str:
     """Digest of this package's source: results of another version of the code are not read from the cache."""
-    sources = sorted(Path(__file__).parent.glob("*.py"))
-    return text_digest("\n".join(source.read_text(encoding="utf-8") for source in sources))
+    return text_digest("".join(file_digest(source) for source in sorted(Path(__file__).parent.glob("*.py"))))
 
 
 class ParquetRows:

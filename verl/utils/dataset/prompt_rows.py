@@ -156,10 +156,8 @@ def _parse_message(turn: Any, number: int) -> Message:
     try:
         # Chat templates write the extras as JSON; a lone surrogate is in no tokenizer's alphabet.
         (text + json.dumps(extras, ensure_ascii=False)).encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise BadRowError("unencodable_text", f"message {number}: {error}") from error
     except (TypeError, ValueError) as error:
-        raise BadRowError("unreadable_messages", f"message {number} cannot be written as JSON: {error}") from error
+        raise BadRowError("unencodable_text", f"message {number}: {error}") from error
     if role == "user" and not text.strip():
         raise BadRowError("blank_user_turn", f"message {number} is blank")
     return {"role": role, "content": text, **extras}

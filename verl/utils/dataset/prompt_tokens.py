@@ -1,25 +1,40 @@
-"""From chat messages to prompt tokens: think switch, chat template, length limit.
+"""From chat messages to prompt tokens: think switch, chat template, length limit, and which rows pass.
 
-In: clean messages. Out: token ids exactly as the agent loop feeds them. Which rows are kept is decided elsewhere.
+In: rows of a data set, or clean messages. Out: token ids exactly as the agent loop feeds them, and a ``RowCheck`` per
+row. A check depends on the row, the encoder and ``PromptChecker.settings`` alone, so it can be cached.
+
+Python reads and renders the rows; the tokenizer counts a block of prompts at a time, with its own threads on all cores.
 """
 
 import hashlib
 import json
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from itertools import islice
+from typing import Any, NamedTuple
 
+import pyarrow as pa
 import tokenizers
 import transformers
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from verl.config import DataConfig
-from verl.utils.dataset.parquet_files import text_digest
-from verl.utils.dataset.prompt_rows import BadRowError, Message
+from verl.utils.dataset.parquet_files import Row, text_digest
+from verl.utils.dataset.prompt_rows import BadRowError, Message, PromptRow, lists_tools
 
 SWITCHES = {"force_think": (" /think",), "force_nothink": (" /no_think",), "auto": ("", " /think", " /no_think")}
 LONGEST_SWITCH_TOKENS = 32
 """More tokens than any switch can add to a prompt: one per byte of it, and some for a word cut anew."""
+PROMPTS_PER_BLOCK = 64
+"""Prompts tokenized together; each of their tokens takes some 200 bytes until it is counted."""
+CHECKS_PER_BATCH = 4096
+"""Checks held as Python objects at a time."""
+LABEL = pa.dictionary(pa.int32(), pa.string())
+CHECK_SCHEMA = pa.schema(
+    {"source": LABEL, "reason": LABEL, "detail": pa.string(), "tokens": pa.int32(), "extended": pa.int32()}
+)
 
 
 def think_switch(config: DataConfig, row_id: str, epoch: int) -> str:
@@ -107,3 +122,95 @@ class PromptEncoder:
     def encode(self, prompts: Sequence[list[Message]], with_tools: bool = True) -> list[list[int]]:
         """Ids of each prompt; errors as in ``render``."""
         return self.tokenize([self.render(prompt, with_tools) for prompt in prompts])
+
+
+class RowCheck(NamedTuple):
+    """Whether one row can be used, and the length of its prompt."""
+
+    source: str
+    reason: str | None = None
+    """Why it cannot be used, as a code to count by; None: it can."""
+    detail: str | None = None
+    """The same for people."""
+    tokens: int | None = None
+    """Length of its prompt, with the longest think switch where that may matter; None without a prompt."""
+    extended: int | None = None
+    """How many of them are extended ids; None also without a threshold."""
+
+
+def check_table(checks: Iterable[RowCheck]) -> pa.Table:
+    """Checks as a table of ``CHECK_SCHEMA``, some 20 bytes a row."""
+    remaining, batches = iter(checks), []
+    # In batches, so that no more than one of them is in Python's own, much larger objects.
+    while batch := list(islice(remaining, CHECKS_PER_BATCH)):
+        batches.append(pa.RecordBatch.from_pylist([check._asdict() for check in batch], CHECK_SCHEMA))
+    return pa.Table.from_batches(batches, CHECK_SCHEMA)
+
+
+@dataclass(frozen=True)
+class PromptChecker:
+    """Checks whether rows can be used under the ``data`` settings."""
+
+    encoder: PromptEncoder
+    config: DataConfig
+    extend_start: int | None
+    """First extended id; None: no extension."""
+    extended_sources: Sequence[str]
+    """Patterns of the sources whose prompts may hold extended tokens."""
+    read_prompt: Callable[[Row], PromptRow]
+    """Reads one row; raises BadRowError."""
+    source_of: Callable[[Row], str]
+    """The source of a row."""
+
+    def settings(self) -> dict[str, Any]:
+        """What checks depend on beside the row and the encoder, as JSON can hold it."""
+        names = ("prompt_key", "data_source_key", "prompt_extend_tokens")
+        return {name: getattr(self.config, name) for name in names} | {
+            "extend_start": self.extend_start,
+            "extended_sources": list(self.extended_sources),
+            "limit": self._limit,
+            "switches": possible_switches(self.config),
+        }
+
+    @property
+    def _limit(self) -> int | None:
+        """Most tokens of a prompt; None where prompts are cut instead: checks are then the same under every limit."""
+        is_limited = self.config.filter_overlong_prompts or self.config.truncation == "error"
+        return self.config.max_prompt_length if is_limited else None
+
+    def check_rows(self, rows: Iterable[Row]) -> Iterator[RowCheck]:
+        """One check per row, in order."""
+        remaining = iter(rows)
+        while block := list(islice(remaining, PROMPTS_PER_BLOCK)):
+            prompts = [self._render(row) for row in block]
+            ids = iter(self.encoder.tokenize([text for _, text in prompts if isinstance(text, str)]))
+            for row, (messages, text) in zip(block, prompts, strict=True):
+                if isinstance(text, str):
+                    yield self._check(row, messages, next(ids))
+                else:
+                    yield RowCheck(self.source_of(row), text.reason, text.detail)
+
+    def _render(self, row: Row) -> tuple[list[Message], str | BadRowError]:
+        """Messages of a row, and the text of its prompt with the first possible think switch."""
+        try:
+            messages = self.read_prompt(row).messages
+            first = append_switch(messages, possible_switches(self.config)[0])
+            return messages, self.encoder.render(first, lists_tools(row))
+        except BadRowError as bad:
+            return [], bad
+
+    def _check(self, row: Row, messages: list[Message], ids: list[int]) -> RowCheck:
+        source, tokens, start, limit = self.source_of(row), len(ids), self.extend_start, self._limit
+        extended = sum(token >= start for token in ids) if start is not None else None
+        replaced = self.config.prompt_extend_tokens == "replace"
+        if extended and not replaced and not any(fnmatchcase(source, p) for p in self.extended_sources):
+            detail = f"the prompt holds {extended} ids from {start} on"
+            return RowCheck(source, "extended_tokens", detail, tokens, extended)
+        # In auto mode every epoch draws a switch anew: a prompt must fit with the longest. Almost every prompt is far
+        # from the limit and need not be encoded again with each switch.
+        if limit is not None and tokens + LONGEST_SWITCH_TOKENS > limit:
+            others = [append_switch(messages, switch) for switch in possible_switches(self.config)[1:]]
+            tokens = max(map(len, [ids, *self.encoder.encode(others, lists_tools(row))]))
+        if limit is not None and tokens > limit:
+            return RowCheck(source, "overlong", f"{tokens} tokens, data.max_prompt_length={limit}", tokens, extended)
+        return RowCheck(source, None, None, tokens, extended)

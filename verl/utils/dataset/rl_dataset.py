@@ -16,10 +16,12 @@ their checks are kept in ``data.cache_dir``, so that the next run over the same 
 resume belong to the data loader.
 """
 
+import json
 import logging
+import os
 import uuid
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from itertools import islice
 from pathlib import Path
@@ -37,15 +39,23 @@ from transformers import PreTrainedTokenizerBase
 from verl.config import DataConfig
 from verl.utils.dataset import parquet_files
 from verl.utils.dataset.parquet_files import Files, ParquetRows, Row
-from verl.utils.dataset.prompt_checker import DropReport, PromptChecker, check_table
 from verl.utils.dataset.prompt_rows import PromptRow, lists_tools, mapping_of, parse_messages, text_of
-from verl.utils.dataset.prompt_tokens import PromptEncoder, append_switch, think_switch, truncate
+from verl.utils.dataset.prompt_tokens import (
+    PromptChecker,
+    PromptEncoder,
+    append_switch,
+    check_table,
+    think_switch,
+    truncate,
+)
 
 logger = logging.getLogger(__name__)
 
 SOURCE_COLUMNS = ("source", "data_source")
 """OneRec's and verl's names for the column of the source; each stands in for the other."""
 UNKNOWN_SOURCE = "unknown"
+SOURCES_SHOWN = 12
+"""Sources in a summary, the most frequent first."""
 TEXT_CHARACTERS = 200
 """How much of a dropped row is written down."""
 
@@ -64,6 +74,51 @@ def collate_fn(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
         # np.array would turn lists of equal length into a second dimension.
         batch[key] = torch.stack(tensors) if tensors else np.fromiter(values, dtype=object, count=len(values))
     return batch
+
+
+class DropReport:
+    """Counts of kept and dropped rows by reason and source, and a JSONL line for each that was dropped.
+
+    Args:
+        path: the JSONL file; None: counts alone.
+        kept: rows kept, by source.
+        dropped: lines of the file, which hold at least ``reason`` and ``source``.
+    """
+
+    def __init__(self, path: str | Path | None, kept: Counter[str], dropped: Iterable[dict[str, Any]]) -> None:
+        self.path = Path(path) if path is not None else None
+        self.kept = kept
+        """Rows kept, by source."""
+        self.dropped_by_source: Counter[tuple[str, str]] = Counter()
+        """Rows dropped, by reason and source."""
+        self.dropped: Counter[str] = Counter()
+        """Rows dropped, by reason."""
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        # A lone surrogate cannot be written as UTF-8, and may be the very reason why the row was dropped.
+        with Path(self.path or os.devnull).open("w", encoding="utf-8", errors="backslashreplace") as file:
+            for line in dropped:
+                self.dropped_by_source[line["reason"], line["source"]] += 1
+                self.dropped[line["reason"]] += 1
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self.rows = kept.total() + self.dropped.total()
+        """Rows kept and dropped."""
+        self.dropped_fraction = self.dropped.total() / max(self.rows, 1)
+        """Share of the rows that was dropped; 0 without rows."""
+
+    def reasons(self) -> str:
+        """Counts by reason in one line, and where each row is recorded."""
+        counts = ", ".join(f"{rows:,} {reason}" for reason, rows in self.dropped.most_common())
+        where = f"; each dropped row is in {self.path}" if counts and self.path else ""
+        return f"{counts or 'none'}{where}"
+
+    def summary(self) -> str:
+        """Rows kept and dropped, by reason and source, on one screen."""
+        lines = [f"kept {self.kept.total():,} of {self.rows:,} rows, dropped {self.reasons()}"]
+        for (reason, source), rows in self.dropped_by_source.most_common(SOURCES_SHOWN):
+            lines.append(f"  dropped {rows:,} of source {source}: {reason}")
+        lines += [f"  source {source}: {rows:,}" for source, rows in self.kept.most_common(SOURCES_SHOWN)]
+        return "\n".join(lines)
 
 
 class RLHFDataset(Dataset[dict[str, Any]]):
@@ -112,7 +167,7 @@ class RLHFDataset(Dataset[dict[str, Any]]):
             self._encoder, config, extend_vocab_start_token, extended_sources, self.read_prompt, self._source_of
         )
         self.checks = self._check_rows(checker, max_samples)
-        """The check of each row read, in order (``prompt_checker.CHECK_SCHEMA``)."""
+        """The check of each row read, in order (``prompt_tokens.CHECK_SCHEMA``)."""
         is_kept = self.checks["reason"].is_null()
         self._kept = np.flatnonzero(is_kept.to_numpy())
         self._has_extended = pc.greater(self.checks["extended"].fill_null(0), 0).to_numpy()

@@ -5,10 +5,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
+from support.chat_files import chat, write_rows
 from support.tiny_pairs import Pair
 
 from recipe.onpolicy_distill.main_onpolicy_distill import build_trainer
@@ -22,7 +20,6 @@ KEY = "data.synthetic_item_prompts"
 TEMPLATES = {"next": {"user": "history: {history}"}, "caption": {"user": "caption: {item}"}}
 HYDRA_TEMPLATES = "{next: {user: 'history: {history}'}, caption: {user: 'caption: {item}'}}"
 TEACHER = "++algorithm.distill.teachers.self={vocabulary:full,sources:['synthetic_rec_*']}"
-START = "actor_rollout_ref.rollout.extend_vocab_start_token"
 
 
 def config_of(*overrides: str) -> Any:
@@ -32,53 +29,42 @@ def config_of(*overrides: str) -> Any:
 @pytest.fixture
 def run(tiny_pair: Pair, tmp_path: Path) -> list[str]:
     """A run with general prompts and rehearsal of random codes."""
-    chat = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Air."}]
-    table = pa.table({"messages": [json.dumps(chat)] * 4, "source": ["general"] * 4})
-    pq.write_table(table, tmp_path / "general.parquet")
-    return [
-        f"actor_rollout_ref.model.path={tiny_pair.student}",
-        f"actor_rollout_ref.ref.model.path={tiny_pair.teacher}",
-        f"{START}=auto",
-        f"data.train_files={tmp_path / 'general.parquet'}",
-        f"data.cache_dir={tmp_path / 'cache'}",
-        "data.train_batch_size=12",
-        "data.max_prompt_length=256",
-        f"trainer.default_local_dir={tmp_path / 'run'}",
-        "trainer.device=cpu",
-        f"{KEY}.count=8",
-        f"++{KEY}.templates={HYDRA_TEMPLATES}",
-        TEACHER,
-    ]
+    settings = {
+        "actor_rollout_ref.model.path": tiny_pair.student,
+        "actor_rollout_ref.ref.model.path": tiny_pair.teacher,
+        "actor_rollout_ref.rollout.extend_vocab_start_token": "auto",
+        "data.train_files": write_rows(tmp_path / "general.parquet", [chat("Why?", source="general")] * 4),
+        "data.cache_dir": tmp_path / "cache",
+        "data.train_batch_size": 12,
+        "data.max_prompt_length": 256,
+        "trainer.default_local_dir": tmp_path / "run",
+        "trainer.device": "cpu",
+        f"{KEY}.count": 8,
+        f"++{KEY}.templates": HYDRA_TEMPLATES,
+    }
+    return [f"{key}={value}" for key, value in settings.items()]
 
 
 def test_a_run_rehearses_on_them_with_the_frozen_student(run: list[str]) -> None:
     """The batch is larger than the files alone: the prompts count before anything starts, too."""
-    config = config_of(*run)
+    config = config_of(*run, TEACHER)
     check_run(config)
     trainer = build_trainer(config)
-    rows = next(iter(trainer.prompts.batches()))
-    batch = trainer.prepare(rows, n=1)
-    is_rec = np.array([source.startswith("synthetic_rec_") for source in batch.array("source")])
-    assert is_rec.sum() == 8 and batch.tensor("teacher").tolist() == is_rec.astype(int).tolist()
-    assert batch.array("has_extended").tolist() == is_rec.tolist()
-    data, again = trainer.train_dataset, build_trainer(config_of(*run)).train_dataset
-    assert [data[place] for place in range(len(data))] == [again[place] for place in range(len(again))]
+    batch = trainer.prepare(next(iter(trainer.prompts.batches())), n=1)
+    is_rec = [source.startswith("synthetic_rec_") for source in batch.array("source")]
+    assert sum(is_rec) == 8 and batch.tensor("teacher").tolist() == [int(rec) for rec in is_rec]
+    assert batch.array("has_extended").tolist() == is_rec
 
 
 def test_they_need_a_teacher_that_reads_them(run: list[str]) -> None:
-    run.remove(TEACHER)
     with pytest.raises(ValueError, match=re.escape("['synthetic_rec_next', 'synthetic_rec_caption'], and no teacher")):
         config_of(*run)
-    part = TEACHER.replace("synthetic_rec_*", "*_caption")
     with pytest.raises(ValueError, match=re.escape("['synthetic_rec_next'], and no teacher")) as error:
-        config_of(*run, part)
+        config_of(*run, TEACHER.replace("synthetic_rec_*", "*_caption"))
     fix = re.search(r"\+\+algorithm\S+='(.*)'", str(error.value))
     assert fix is not None
     fixed = config_of(*run, f"++algorithm.distill.teachers.self={fix[1]}")
     assert fixed.algorithm.distill.teacher_knows_extended("synthetic_rec_next", True)
-    blind = TEACHER.replace("}", ",prompts:without_items}")
-    with pytest.raises(ValueError, match="no teacher that knows item tokens scores them"):
-        config_of(*run, blind)
 
 
 def test_a_catalogue_that_cannot_be_used_is_said_before_the_run(run: list[str], tmp_path: Path) -> None:
@@ -89,7 +75,7 @@ def test_a_catalogue_that_cannot_be_used_is_said_before_the_run(run: list[str], 
 
 def test_a_class_of_the_users_own_reads_files_of_its_own(run: list[str]) -> None:
     with pytest.raises(ValueError, match=re.escape(f"{KEY}.count=8 makes files of this project's layouts")):
-        config_of(*run, "data.custom_cls.path=mine.py", "data.custom_cls.name=Mine")
+        config_of(*run, TEACHER, "data.custom_cls.path=mine.py", "data.custom_cls.name=Mine")
 
 
 def test_the_command_writes_what_a_run_would_make(
@@ -98,22 +84,13 @@ def test_the_command_writes_what_a_run_would_make(
     out = tmp_path / "new" / "rec.parquet"
     arguments = ["--tokenizer", str(tiny_pair.student), "--count", "8", "--out", str(out)]
     main([*arguments, "--templates", json.dumps(TEMPLATES)])
-    printed = f"8 prompts in {out}: 4 synthetic_rec_next, 4 synthetic_rec_caption\n"
-    assert capsys.readouterr().out == printed
-    made = make_prompt_file(config_of(*run).data, hf_tokenizer(tiny_pair.student), None)
+    assert capsys.readouterr().out == f"8 prompts in {out}: 4 synthetic_rec_next, 4 synthetic_rec_caption\n"
+    made = make_prompt_file(config_of(*run, TEACHER).data, hf_tokenizer(tiny_pair.student), None)
     assert out.read_bytes() == made.read_bytes()
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (["--count", "0"], "--count 0 must be at least 1"),
-        (["--templates", '{"a": {"text": "x"}}'], "--templates"),
-        (["--templates", '{"a": {"user": "x"}}'], "holds neither"),
-        (["--catalogue", "none.parquet"], "none.parquet"),
-    ],
-)
-def test_errors_of_the_command_are_one_line(tiny_pair: Pair, tmp_path: Path, change: list[str], message: str) -> None:
-    arguments = ["--tokenizer", str(tiny_pair.student), "--out", str(tmp_path / "f.parquet"), "--count", "2"]
-    with pytest.raises(SystemExit, match=r"^error: [^\n]*" + re.escape(message)):
-        main([*arguments, "--templates", json.dumps(TEMPLATES), *change])
+    for change, message in {
+        ("--count", "0"): "--count 0 must be at least 1",
+        ("--templates", '{"a": {"text": "x"}}'): "--templates",
+        ("--catalogue", "none.parquet"): "none.parquet",
+    }.items():
+        with pytest.raises(SystemExit, match=r"^error: [^\n]*" + re.escape(message)):
+            main([*arguments, "--templates", json.dumps(TEMPLATES), *change])

@@ -3,17 +3,15 @@
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 TEACHER_IDS, STUDENT_IDS = 329, 355
 TEACHER_ROWS, STUDENT_ROWS = 340, 384
 END, PAD = 322, 320
 
 
-@dataclass(frozen=True)
-class Folders:
+class Folders(NamedTuple):
     """A student and a teacher without weights: tokenizers and configs."""
 
     student: Path
@@ -22,15 +20,13 @@ class Folders:
 
 def copy_pair(teacher: Path, student: Path, out: Path) -> Folders:
     """Copies of two tokenizers that may be broken, with the configs of models that have some padded rows."""
-    folders = Folders(out / "student", out / "teacher")
-    shutil.copytree(student, folders.student)
-    shutil.copytree(teacher, folders.teacher)
+    folders = Folders(shutil.copytree(student, out / "student"), shutil.copytree(teacher, out / "teacher"))
     write_configs(folders, STUDENT_ROWS, TEACHER_ROWS, END)
     return folders
 
 
-def write_configs(folders: Folders, student_rows: int, teacher_rows: int, end: int) -> None:
-    for folder, rows in ((folders.student, student_rows), (folders.teacher, teacher_rows)):
+def write_configs(folders: Folders, student_rows: int, teacher_rows: int, end: int | None) -> None:
+    for folder, rows in zip(folders, (student_rows, teacher_rows), strict=True):
         write_json(folder / "config.json", {"model_type": "qwen3", "vocab_size": rows, "eos_token_id": end})
 
 
@@ -38,14 +34,10 @@ def write_json(path: Path, values: Any) -> None:
     path.write_text(json.dumps(values), encoding="utf-8")
 
 
-def edit_json(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+def edit_json(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     values = json.loads(path.read_text(encoding="utf-8"))
     change(values)
     write_json(path, values)
-
-
-def edit_tokenizer(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    edit_json(folder / "tokenizer.json", change)
 
 
 def swap_tokens(folder: Path, first: str, second: str) -> None:
@@ -53,7 +45,7 @@ def swap_tokens(folder: Path, first: str, second: str) -> None:
         vocab = tokenizer["model"]["vocab"]
         vocab[first], vocab[second] = vocab[second], vocab[first]
 
-    edit_tokenizer(folder, swap)
+    edit_json(folder / "tokenizer.json", swap)
 
 
 def renumber(folder: Path, new_id: Callable[[int], int | None]) -> None:
@@ -67,7 +59,7 @@ def renumber(folder: Path, new_id: Callable[[int], int | None]) -> None:
             # Ids of added tokens that the model's vocabulary does not hold are numbered afresh on loading.
             tokenizer["model"]["vocab"][token["content"]] = token["id"]
 
-    edit_tokenizer(folder, change)
+    edit_json(folder / "tokenizer.json", change)
 
 
 def edit_template(folder: Path, old: str, new: str) -> None:

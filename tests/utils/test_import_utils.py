@@ -17,14 +17,6 @@ def test_a_file_is_loaded_once(tmp_path: Path) -> None:
     assert isinstance(pickle.loads(pickle.dumps(thing())), thing)
 
 
-def test_files_of_one_name_do_not_mix(tmp_path: Path) -> None:
-    for number in (1, 2):
-        (tmp_path / str(number)).mkdir()
-        (tmp_path / str(number) / "mine.py").write_text(f"VALUE = {number}\n")
-    assert load_extern_type(tmp_path / "1" / "mine.py", "VALUE") == 1
-    assert load_extern_type(tmp_path / "2" / "mine.py", "VALUE") == 2
-
-
 @pytest.mark.parametrize("module", ["collections", "pkg://collections"])
 def test_a_dotted_module(module: str) -> None:
     assert load_extern_type(module, "OrderedDict") is OrderedDict

@@ -1,34 +1,17 @@
-"""What student and teacher share: sound pairs, and every way in which a pair is not.
+"""The vocabulary contract around its rules: row counts from weights, the report, the command line, strict and warn."""
 
-The tiny teacher names ids 0-328 and has 340 rows, the tiny student adds 329-354.
-"""
-
-import shutil
+import json
+import logging
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
-from support.vocab_pairs import (
-    END,
-    PAD,
-    STUDENT_IDS,
-    TEACHER_IDS,
-    Folders,
-    copy_pair,
-    edit_json,
-    edit_template,
-    edit_tokenizer,
-    renumber,
-    swap_tokens,
-    write_configs,
-    write_json,
-)
+from safetensors.numpy import save_file
+from support.vocab_pairs import END, STUDENT_IDS, TEACHER_IDS, Folders, copy_pair, write_json
 
-from recipe.onpolicy_distill.quickstart.tokenizers import build_tokenizers
-from verl.utils.vocab_contract import Verdict, VocabContract, read_contract
-
-if TYPE_CHECKING:
-    from support.tiny_pairs import Pair
+from verl.utils.vocab_contract import enforce, main, read_contract, render
+from verl.utils.vocab_models import ModelVocabulary, read_vocabulary
 
 
 @pytest.fixture
@@ -36,278 +19,89 @@ def pair(tiny_tokenizers: tuple[Path, Path], tmp_path: Path) -> Folders:
     return copy_pair(*tiny_tokenizers, tmp_path)
 
 
-def contract_of(pair: Folders, start: int | str | None = "auto") -> VocabContract:
-    return read_contract(str(pair.student), str(pair.teacher), start)
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    write_json(folder / "config.json", {"vocab_size": 12, "eos_token_id": 3})
+    return folder
 
 
-def only_problem(pair: Folders, start: int | str | None = "auto") -> str:
-    contract = contract_of(pair, start)
-    assert contract.verdict is Verdict.UNSOUND
-    (problem,) = contract.problems
-    return problem
+@pytest.fixture
+def read(tiny_tokenizers: tuple[Path, Path], model: Path) -> Callable[..., ModelVocabulary]:
+    """Reads the files of a model whose tokenizer lies elsewhere and ends answers at END."""
+    return lambda name=model, **changes: read_vocabulary("student", str(name), str(tiny_tokenizers[1]), **changes)
 
 
-def only_note(pair: Folders, start: int | str | None = "auto") -> str:
-    """The note beside the two that these folders hold no weights."""
-    contract = contract_of(pair, start)
-    assert contract.verdict is Verdict.SOUND_WITH_NOTES
-    (note,) = [note for note in contract.notes if "holds no weights" not in note]
-    return note
+def save_rows(path: Path, **rows: int) -> None:
+    save_file({f"{name}.weight": np.zeros((count, 2), dtype=np.float32) for name, count in rows.items()}, path)
 
 
-def test_the_tiny_pair(pair: Folders) -> None:
-    contract = contract_of(pair)
-    assert contract.problems == ()
-    assert (contract.student.ids, contract.teacher.ids, contract.shared_ids) == (STUDENT_IDS, TEACHER_IDS, TEACHER_IDS)
-    assert contract.extend_start == contract.derived_start == TEACHER_IDS
-    assert (contract.extended, contract.extended_ids) == (((329, 354),), 26)
-    assert (contract.collisions, contract.beyond_teacher) == (((329, 339),), ((340, 354),))
-    assert (contract.student.padded_rows, contract.teacher.padded_rows) == ((355, 383), (329, 339))
-    assert (contract.student.eos_id, contract.student.pad_id, contract.student.think_ids) == (END, PAD, (327, 328))
-    assert contract.student.end_ids == (END,)
+def test_rows_of_the_weights(model: Path, read: Callable[..., ModelVocabulary]) -> None:
+    save_rows(model / "model-00001-of-00002.safetensors", **{"model.embed_tokens": 12, "mtp.model.embed_tokens": 5})
+    save_rows(model / "model-00002-of-00002.safetensors", lm_head=12)
+    found = read()
+    assert (found.rows, found.end_ids, found.problems, found.notes) == (12, (END, 3), [], [])
+    save_rows(model / "model-00002-of-00002.safetensors", lm_head=11)
+    found = read()
+    assert found.rows == 11
+    problem = f"{model}: lm_head.weight has 11 rows, and vocab_size=12 in config.json; correct config.json"
+    assert found.problems == [problem]
 
 
-def test_a_pair_with_weights_is_sound_without_notes(tiny_pair: "Pair") -> None:
-    contract = read_contract(str(tiny_pair.student), str(tiny_pair.teacher), tiny_pair.extend_vocab_start_token)
-    assert (contract.verdict, contract.problems, contract.notes) == (Verdict.SOUND, (), ())
-    assert contract.teacher.rows_source == "weights"
-    assert contract.extend_start == tiny_pair.extend_vocab_start_token
+def test_models_that_say_little(model: Path, read: Callable[..., ModelVocabulary]) -> None:
+    note = f"{model} holds no weights in safetensors format: vocab_size of config.json is taken"
+    assert (read().rows, read().notes) == (12, [note])
+    write_json(model / "config.json", {"text_config": {"vocab_size": 7}})
+    assert read().rows == 7
+    assert read(overrides={"vocab_size": 9, "eos_token_id": [1, 2]}).end_ids == (END, 1, 2)
+    assert (read("owner/name").rows, read("owner/name").end_ids) == (None, (END,))
 
 
-def test_the_pair_of_the_quickstart(tmp_path: Path) -> None:
-    teacher, student = build_tokenizers(tmp_path, ["sort", "add"], 4)
-    contract = read_contract(str(student), str(teacher))
-    assert contract.problems == ()
-    assert contract.extend_start == contract.teacher.ids
+def test_broken_files(model: Path, read: Callable[..., ModelVocabulary]) -> None:
+    (model / "model.safetensors").write_bytes(b"cut off")
+    with pytest.raises(ValueError, match=r"the weights .*model\.safetensors cannot be read .*; copy the model again"):
+        read()
+    (model / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config.json is not JSON .*; copy the model again"):
+        read()
 
 
-@pytest.mark.parametrize(
-    ("teacher", "student", "rows", "extended", "colliding"),
-    [
-        ("qwen3", "qwen3-onerec", (151_936, 176_384), (151_669, 176_246), 267),
-        ("mini8k", "mini8k-item256", (8_448, 9_216), (8_218, 8_987), 230),
-    ],
-)
-def test_real_pairs(
-    shared_data: Path,
-    tmp_path: Path,
-    teacher: str,
-    student: str,
-    rows: tuple[int, int],
-    extended: tuple[int, int],
-    colliding: int,
-) -> None:
-    tokenizers = shared_data / "tokenizer"
-    pair = copy_pair(tokenizers / teacher, tokenizers / student, tmp_path)
-    write_configs(pair, rows[1], rows[0], contract_of(pair).student.eos_id or 0)
-    contract = contract_of(pair)
-    assert contract.problems == ()
-    assert contract.extend_start == extended[0]
-    assert contract.extended == (extended,)
-    assert contract.extended_ids == extended[1] - extended[0] + 1
-    assert contract.as_dict()["colliding_ids"] == colliding
-    assert contract.collisions == ((extended[0], extended[0] + colliding - 1),)
+def test_the_report(pair: Folders) -> None:
+    lines = render(read_contract(str(pair.student), str(pair.teacher), TEACHER_IDS)).splitlines()
+    report = {line[:12].strip(): line[12:] for line in lines}
+    assert report["verdict"] == "SOUND WITH NOTES"
+    assert (report["ids"].split(), report["rows"].split()) == (["355", "329"], ["384", "340"])
+    assert report["padded_rows"].split("  ")[0] == "[(355, 383)]"
+    assert report["end_token"].split("  ")[0] == "322 '<|im_end|>'"
+    assert report["extended"] == "329-354: 26 ids that the teacher lacks"
+    assert report[""] == "11 of them (329-339) fall on padded rows of the teacher"
+    assert report["threshold"].startswith("329;")
 
 
-def test_a_swapped_token(pair: Folders) -> None:
-    swap_tokens(pair.student, "A", "B")
-    problem = only_problem(pair)
-    assert problem.startswith("id 32 is 'B' to the student and 'A' to the teacher, and 2 of the 329 ids")
-    assert "actor_rollout_ref.ref.model.path" in problem
+def test_the_command_line(pair: Folders, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["--student", str(pair.student), "--teacher", str(pair.teacher)]
+    assert main(command) == 0
+    assert "SOUND WITH NOTES" in capsys.readouterr().out
+    assert main([*command, "--json", "--extend-vocab-start-token", "329"]) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert (values["verdict"], values["extend_start"], values["colliding_ids"]) == ("sound with notes", 329, 11)
+    assert (values["extended"], values["teacher"]["padded_rows"]) == ([[329, 354]], [[329, 339]])
+    assert main([*command, "--extend-vocab-start-token", "null"]) == 1
+    assert "UNSOUND" in capsys.readouterr().out
 
 
-def test_another_familys_tokenizer(pair: Folders, tmp_path: Path) -> None:
-    teacher, _ = build_tokenizers(tmp_path / "other", ["sort", "add"], 4)
-    contract = read_contract(str(pair.student), str(teacher), TEACHER_IDS)
-    assert contract.verdict is Verdict.UNSOUND
-    assert "id 0 is '!' to the student and '\\n' to the teacher" in contract.problems[0]
-    assert "another family's tokenizer" in contract.problems[0]
+def test_a_folder_without_a_tokenizer_is_one_line(pair: Folders, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--student", str(pair.student / "none"), "--teacher", str(pair.teacher)]) == 2
+    assert capsys.readouterr() == ("", f"error: the tokenizer folder '{pair.student}/none' does not exist\n")
 
 
-@pytest.mark.parametrize(
-    ("start", "expected"),
-    [
-        (328, "=328 lies inside the shared vocabulary: ids 328 (first '</think>')"),
-        (330, "=330: ids 329 (first '<s_a_0>'), which the teacher lacks, are neither shared nor extended"),
-        (340, "=340: ids 329-339 (first '<s_a_0>'), which the teacher lacks, are neither shared nor extended"),
-        (500, "=500: ids 329-354 (first '<s_a_0>'), which the teacher lacks, are neither shared nor extended"),
-        (None, "=null: ids 329-354 (first '<s_a_0>'), which the teacher lacks, are neither shared nor extended"),
-    ],
-)
-def test_a_threshold_that_does_not_fit(pair: Folders, start: int | None, expected: str) -> None:
-    problem = only_problem(pair, start)
-    assert f"actor_rollout_ref.rollout.extend_vocab_start_token{expected}" in problem
-    assert "set actor_rollout_ref.rollout.extend_vocab_start_token=329" in problem
-
-
-@pytest.mark.parametrize("broken", ["student", "teacher"])
-def test_another_end_token(pair: Folders, broken: str) -> None:
-    def change(values: dict[str, Any]) -> None:
-        values["eos_token"] = "<|endoftext|>"
-
-    edit_json(getattr(pair, broken) / "tokenizer_config.json", change)
-    problem = only_problem(pair)
-    names = {"student": "320 '<|endoftext|>'", "teacher": "322 '<|im_end|>'"}
-    if broken == "teacher":
-        names = dict(zip(names, reversed(names.values()), strict=True))
-    assert problem.startswith(
-        f"the student's end token is {names['student']} and the teacher's {names['teacher']}; set"
-    )
-
-
-def test_an_end_of_the_teachers_that_does_not_stop_the_student(pair: Folders) -> None:
-    write_json(pair.teacher / "generation_config.json", {"eos_token_id": [END, PAD]})
-    problem = only_problem(pair)
-    assert "the teacher ends an answer at 320 '<|endoftext|>' too" in problem
-    assert f"{pair.student}/generation_config.json" in problem
-    write_json(pair.student / "generation_config.json", {"eos_token_id": [END, PAD]})
-    assert contract_of(pair).problems == ()
-
-
-def test_a_student_that_stops_at_more_is_only_noted(pair: Folders) -> None:
-    write_json(pair.student / "generation_config.json", {"eos_token_id": [END, STUDENT_IDS - 1]})
-    assert only_note(pair) == "the student's engine also stops at 354 '<|sid_end|>', the teacher not"
-
-
-def test_a_template_that_changes_ids(pair: Folders) -> None:
-    edit_template(pair.student, "<think>\\n\\n</think>\\n\\n", "<think></think>")
-    problem = only_problem(pair)
-    assert "different ids for the chat 'think off': 328 '</think>' for the student" in problem
-    assert "chat_template.jinja" in problem
-
-
-def test_a_template_that_refuses_tools(pair: Folders) -> None:
-    refuses = ("{%- if tools -%}", "{%- if tools -%}{{- raise_exception('no tools') -}}")
-    edit_template(pair.teacher, *refuses)
-    problem = only_problem(pair)
-    assert "the chat 'tools' (so do: tool result)" in problem
-    assert "nothing (the template refuses it) for the teacher" in problem
-    edit_template(pair.student, *refuses)
-    assert contract_of(pair).problems == (), "a chat that both refuse is no difference"
-
-
-def test_a_template_that_changes_only_its_own_text(pair: Folders) -> None:
-    edit_template(pair.student, "{%- if tools -%}", "{#- tools come first -#}{%- if tools -%}")
-    assert only_note(pair) == "the chat templates differ in text, but not in the ids of 9 probe chats"
-
-
-def test_a_missing_template(pair: Folders) -> None:
-    (pair.teacher / "chat_template.jinja").unlink()
-    assert "the teacher's tokenizer has no chat template" in only_note(pair)
-    (pair.student / "chat_template.jinja").unlink()
-    assert "the student's tokenizer has no chat template" in only_problem(pair)
-
-
-@pytest.mark.parametrize("broken", ["student", "teacher"])
-def test_too_few_rows(pair: Folders, broken: str) -> None:
-    rows = {"student": 355, "teacher": 329}
-    write_configs(pair, rows["student"], rows["teacher"], END)
-    assert contract_of(pair).problems == ()
-    rows[broken] -= 5
-    write_configs(pair, rows["student"], rows["teacher"], END)
-    problem = only_problem(pair)
-    assert f"the {broken} has {rows[broken]} embedding rows (config.json)" in problem
-    assert f"ids: {rows[broken]}-{rows[broken] + 4} (first {rows[broken]} " in problem
-
-
-@pytest.mark.parametrize("broken", ["student", "teacher"])
-def test_missing_tokenizer_files(pair: Folders, broken: str) -> None:
-    folder = getattr(pair, broken)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / name).unlink()
-    with pytest.raises(ValueError, match="tokenizer") as error:
-        contract_of(pair)
-    assert str(folder) in str(error.value)
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("start", ["auto", None])
-def test_student_equal_to_teacher(pair: Folders, start: str | None) -> None:
-    shutil.copytree(pair.teacher, pair.student, dirs_exist_ok=True)
-    assert only_note(pair, start) == ("student and teacher name the same ids: no extension, and no threshold is needed")
-    contract = contract_of(pair, start)
-    assert (contract.extend_start, contract.extended, contract.collisions) == (None, (), ())
-
-
-def test_a_threshold_without_an_extension(pair: Folders) -> None:
-    shutil.copytree(pair.teacher, pair.student, dirs_exist_ok=True)
-    assert "extend_vocab_start_token=329 marks nothing" in only_note(pair, 329)
-    assert "=320 lies inside the shared vocabulary" in only_problem(pair, 320)
-
-
-def test_a_gap_within_the_extended_ids(pair: Folders) -> None:
-    renumber(pair.student, lambda token_id: token_id + 5 if token_id > 340 else token_id)
-    contract = contract_of(pair)
-    assert contract.extended == ((329, 340), (346, 359))
-    assert contract.student.gaps == ((341, 345),)
-    assert "names 355 ids with a gap (341-345 name nothing)" in only_problem(pair)
-
-
-def test_extended_ids_that_are_not_one_tail(pair: Folders) -> None:
-    # The teacher lacks 327 and 328 and has 329: the student's 327 and 328 are extended, its 329 is not.
-    renumber(pair.teacher, lambda token_id: 329 if token_id == 328 else None if token_id == 327 else token_id)
-    swapped = {328: 329, 329: 328}
-    renumber(pair.student, lambda token_id: swapped.get(token_id, token_id))
-    contract = contract_of(pair)
-    assert contract.verdict is Verdict.UNSOUND
-    assert contract.extended == ((327, 328), (330, 354))
-    [tail] = [problem for problem in contract.problems if "not one tail" in problem]
-    assert "id 329 '</think>', behind 327 '<think>', is the teacher's too" in tail
-
-
-def test_a_teacher_that_knows_more(pair: Folders) -> None:
-    contract = read_contract(str(pair.teacher), str(pair.student))
-    assert contract.problems == ()
-    assert contract.extend_start is None
-    assert any("the teacher names 26 ids that the student lacks (329-354" in note for note in contract.notes)
-
-
-@pytest.mark.parametrize(
-    ("change", "part"),
-    [
-        (lambda tokenizer: tokenizer["model"]["merges"].pop(), "merges"),
-        (lambda tokenizer: tokenizer.update(normalizer={"type": "Lowercase"}), "normalizer"),
-    ],
-)
-def test_equal_tokens_that_cut_texts_differently(pair: Folders, change: Any, part: str) -> None:
-    edit_tokenizer(pair.student, change)
-    problem = only_problem(pair)
-    assert problem.startswith("equal ids, but ") and f"(different {part})" in problem
-
-
-def test_plain_text_that_becomes_extended_ids_is_noted(pair: Folders) -> None:
-    def change(tokenizer: dict[str, Any]) -> None:
-        token = {**tokenizer["added_tokens"][-1], "id": STUDENT_IDS, "content": "answer"}
-        tokenizer["added_tokens"].append(token)
-
-    edit_tokenizer(pair.student, change)
-    note = only_note(pair)
-    assert note.startswith('plain text becomes extended ids: "The answer: 3 + 4')
-
-
-def test_think_tokens_that_the_teacher_lacks_are_noted(pair: Folders) -> None:
-    def change(tokenizer: dict[str, Any]) -> None:
-        del tokenizer["added_tokens"][-2:]
-
-    edit_tokenizer(pair.teacher, change)
-    contract = contract_of(pair)
-    assert contract.extend_start == 327
-    assert any("the think tokens 327 '<think>', 328 '</think>' are extended" in note for note in contract.notes)
-
-
-def test_other_pad_tokens_are_noted(pair: Folders) -> None:
-    def change(values: dict[str, Any]) -> None:
-        values["pad_token"] = "<|im_start|>"
-
-    edit_json(pair.teacher / "tokenizer_config.json", change)
-    assert only_note(pair).startswith("the student pads with 320 '<|endoftext|>', the teacher with 321 '<|im_start|>'")
-
-
-def test_the_fingerprint_is_of_shared_tokens_and_threshold(pair: Folders) -> None:
-    first = contract_of(pair)
-    assert contract_of(pair, TEACHER_IDS).fingerprint == first.fingerprint
-    assert contract_of(pair, TEACHER_IDS + 1).fingerprint != first.fingerprint
-    edit_template(pair.student, "<think>\\n\\n</think>\\n\\n", "<think></think>")
-    assert contract_of(pair).fingerprint == first.fingerprint, "templates are no vocabulary"
-    swap_tokens(pair.student, "A", "B")
-    assert contract_of(pair).fingerprint != first.fingerprint
+def test_strict_stops_and_warn_goes_on(pair: Folders, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    unsound = read_contract(str(pair.student), str(pair.teacher), STUDENT_IDS)
+    with pytest.raises(ValueError, match=r"(?s)trainer.vocab_check=warn.*\n- .*ids 329-354 .* set .*token=329"):
+        enforce(unsound, "strict")
+    assert caplog.text == ""
+    enforce(unsound, "warn")
+    enforce(read_contract(str(pair.student), str(pair.teacher)), "strict")
+    assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]

@@ -21,8 +21,7 @@ from verl.config import DataConfig
 from verl.utils.dataset.items import make_prompt_file
 from verl.utils.dataset.onerec_dataset import create_rl_dataset, get_dataset_class
 from verl.utils.dataset.parquet_files import expand_data_files
-from verl.utils.dataset.rl_dataset import RLHFDataset, collate_fn
-from verl.utils.dataset.source_mix import group_by_weight, mixed_order
+from verl.utils.dataset.rl_dataset import RLHFDataset, collate_fn, group_by_weight, mixed_order
 
 # torchdata calls what torch has deprecated; nothing a user of either could do about it.
 warnings.filterwarnings("ignore", message="'set_vital' is deprecated", category=UserWarning)

@@ -1,46 +1,63 @@
-"""Loading tokenizers.
+"""Where a model lies on this machine, and its tokenizer.
 
-In: a folder (or hub name). Out: a tokenizer that can pad. Chat templates, prompts and masks are not dealt with here.
+In: a folder or a hub name. Out: a folder, its own or that of the hub's local cache; a tokenizer that can pad. Chat
+templates, prompts and masks are not dealt with here.
 """
 
 import logging
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
 
-def hf_tokenizer(path: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def local_model_folder(model: str | None) -> Path | None:
+    """The folder of a model; None without a model, or where it is not on this machine. Fetches nothing."""
+    if not model:
+        return None
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    # Not before it is needed: the models of most runs are folders.
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        cached = try_to_load_from_cache(model, "config.json")
+    except HFValidationError:  # not a name that the hub could have
+        return None
+    return Path(cached).parent if isinstance(cached, str) else None
+
+
+def hf_tokenizer(path: str | Path, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
     """Load a tokenizer and give it a pad token (its end token) where it has none.
 
     Raises ValueError where ``path`` holds no tokenizer, or one that has neither a pad nor an end token.
     """
+    from transformers import AutoTokenizer
+
     name = os.path.expanduser(str(path))
     # Without this check a mistyped folder is taken for a hub name, and the message is about repository ids.
     if name.startswith(("/", ".")) and not os.path.isdir(name):
         raise ValueError(f"the tokenizer folder {name!r} does not exist")
+    files = "tokenizer.json and tokenizer_config.json"
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(
-            f"no tokenizer could be loaded from {name!r} ({reason}); "
-            "give a folder that holds tokenizer.json and tokenizer_config.json"
+            f"no tokenizer could be loaded from {name!r} ({reason}); name a folder with {files}"
         ) from error
     if not tokenizer.encode("a", add_special_tokens=False):
         # transformers makes an empty tokenizer of a folder that holds only a model's config.
-        raise ValueError(
-            f"{name!r} holds no tokenizer that can encode text; copy tokenizer.json and tokenizer_config.json "
-            "there, or name their folder as model.tokenizer_path"
-        )
+        raise ValueError(f"{name!r} holds no tokenizer that can encode text; copy {files} there")
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
-            raise ValueError(
-                f"the tokenizer in {name!r} has neither a pad token nor an end token; "
-                "set pad_token in its tokenizer_config.json"
-            )
+            raise ValueError(f"{name!r}: neither a pad token nor an end token; set pad_token in tokenizer_config.json")
         tokenizer.pad_token = tokenizer.eos_token
         logger.warning("the tokenizer in %s has no pad token; its end token %s is used", name, tokenizer.eos_token)
     return tokenizer

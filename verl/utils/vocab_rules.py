@@ -1,250 +1,273 @@
 """What makes a pair of student and teacher sound.
 
-In: both vocabularies and the threshold. Out: problems, which stop a run, and notes. A problem names the first ids and
-tokens concerned and what to set.
+In: both vocabularies and the threshold. Out: ``VocabContract``: what the two share, problems, which stop a run, and
+notes. A problem names the first ids and tokens concerned and what to set.
+
+Equal vocabularies do not make equal tokenizers: merges, normalisation and the cutting into words decide which tokens
+a text becomes, and the chat template decides what a conversation looks like. Text in tokens that a teacher was not
+trained on gets wrong scores. So both also encode probe texts and chats (``vocab_probes.json``).
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import InitVar, dataclass, field
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from verl.utils.vocab_models import IdRange, ModelVocabulary, show_ranges, to_ranges
-from verl.utils.vocab_probes import CHATS, Difference, compare_chats, compare_texts
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from verl.utils.vocab_models import ModelVocabulary, show_ids
 
 START_KEY = "actor_rollout_ref.rollout.extend_vocab_start_token"
 MODEL_KEYS = {"student": "actor_rollout_ref.model", "teacher": "actor_rollout_ref.ref.model"}
+MOST_PROBES_OF_A_KIND = 500
+PROBES: dict[str, list[Any]] = json.loads(Path(__file__).with_name("vocab_probes.json").read_text(encoding="utf-8"))
+"""``texts``, and ``chats``: ``name``, ``messages``, and where they are not the usual ones ``tools``, ``options`` of the
+template and ``add_generation_prompt``."""
+
+
+class Difference(NamedTuple):
+    """A probe that student and teacher turn into different ids."""
+
+    probe: str
+    """The text, or the name of the chat."""
+    student: list[int]
+    """Ids of the student; empty where its template refuses the chat."""
+    teacher: list[int]
+    """Ids of the teacher; of chats, the teacher's text in the student's ids."""
 
 
 @dataclass
-class PairCheck:
-    """Student and teacher compared, rule by rule.
+class VocabContract:
+    """What two models share, and whether a threshold describes it.
+
+    B = ids that both tokenizers name, E = ids that the student's alone names. A threshold describes the pair where
+    ``id >= threshold`` means the same as "in E".
 
     Args:
-        start: the threshold in force; None: no extension; ``auto``: the first extended id.
+        start: the threshold; None: no extension; ``auto``: the first id of E.
     """
 
     student: ModelVocabulary
     teacher: ModelVocabulary
-    start: int | str | None
-    problems: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    text_probes: int = 0
-    """Texts encoded with both tokenizers; 0 where the shared ids differ already."""
-    chat_probes: int = 0
-    """Chats rendered with both templates; 0 where one has none."""
+    start: InitVar[int | str | None]
+    extend_start: int | None = field(init=False)
+    """First extended id: the one set, or derived for ``auto``. None: no extension."""
+    shared: list[int] = field(init=False)
+    """Ids of the same token, in order, as all lists of ids here."""
+    extended: list[int] = field(init=False)
+    """E."""
+    problems: list[str] = field(init=False)
+    """Why the pair must not be trained as it is, each with what to set."""
+    notes: list[str] = field(init=False)
+    """What a user should know and may have meant."""
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, start: int | str | None) -> None:
         ours, theirs = self.student.tokens, self.teacher.tokens
-        common = ours.keys() & theirs.keys()
-        self.shared = {token_id for token_id in common if ours[token_id] == theirs[token_id]}
-        """Ids of the same token."""
-        self.differing = sorted(common - self.shared)
-        """Ids that both name, differently."""
+        common = sorted(ours.keys() & theirs.keys())
+        self.shared = [token_id for token_id in common if ours[token_id] == theirs[token_id]]
         self.extended = sorted(ours.keys() - theirs.keys())
-        """E: ids that the student alone names."""
-        self.missing = sorted(theirs.keys() - ours.keys())
-        """Ids that the teacher alone names."""
-        self.first = self.extended[0] if self.extended else None
-        """The first id of E."""
-        if isinstance(self.start, str):
-            self.start = self.first
-        self._check_shared_tokens()
-        self._check_gaps_and_tail()
-        # Where tokens differ, the rules behind an `if` would report what follows from that and advise wrongly.
-        if not self.differing:
-            self._check_threshold()
-        self._check_rows()
-        self._check_end_tokens()
-        self._check_templates()
-        if not self.differing:
-            self._check_pad_and_think()
-            self._check_texts()
-
-    def _check_shared_tokens(self) -> None:
-        """An id that both name is the same token to both."""
-        if self.differing:
-            first, many = self.differing[0], len(self.differing)
-            common = many + len(self.shared)
-            cause = "another family's tokenizer" if many > common / 2 else "not the tokenizer the student grew from"
-            student_key, teacher_key = MODEL_KEYS.values()
-            self.problems.append(
-                f"id {first} is {self.student.tokens[first]!r} to the student and {self.teacher.tokens[first]!r} to "
-                f"the teacher, and {many:,} of the {common:,} ids that both name differ ({_show(self.differing)}): "
-                f"{cause}; give {teacher_key}.path the model that the student extends, or correct "
-                f"{student_key}.tokenizer_path or {teacher_key}.tokenizer_path"
+        self.extend_start = self.derived_start if isinstance(start, str) else start
+        self.notes = [*self.student.notes, *self.teacher.notes]
+        self.problems = [*self.student.problems, *self.teacher.problems, *self._row_problems()]
+        differing = [token_id for token_id in common if ours[token_id] != theirs[token_id]]
+        if differing:
+            # Other rules would report what follows from this, and advise wrongly.
+            first, teacher_key = differing[0], MODEL_KEYS["teacher"]
+            self.problems.insert(
+                0,
+                f"id {first} is {ours[first]!r} to the student and {theirs[first]!r} to the teacher, and "
+                f"{len(differing):,} of the {len(common):,} ids that both name differ ({show_ids(differing)}); give "
+                f"{teacher_key}.path the model that the student extends, or correct tokenizer_path",
             )
-        elif self.missing:
-            self.notes.append(
-                f"the teacher names {len(self.missing):,} ids that the student lacks ({_show(self.missing)}; first "
-                f"{self.teacher.tokens[self.missing[0]]!r}): the student cannot write them"
-            )
+            return
+        for rule in (self._threshold_problems, self._end_problems, self._chat_problems, self._text_problems):
+            self.problems += rule()
+        if extended := [token_id for token_id in self.student.think_ids if token_id in self.extended]:
+            names = ", ".join(map(self.student.name, extended))
+            self.notes.append(f"the think tokens {names} are extended: nothing behind them is trained")
 
-    def _check_gaps_and_tail(self) -> None:
-        """Ids run from 0 without gaps and E is their tail, for masks compare with the threshold and softmaxes count."""
+    @property
+    def verdict(self) -> str:
+        """``unsound`` (with problems), ``sound with notes`` or ``sound``."""
+        return "unsound" if self.problems else "sound with notes" if self.notes else "sound"
+
+    @property
+    def derived_start(self) -> int | None:
+        """First id of E; None: there is none."""
+        return self.extended[0] if self.extended else None
+
+    @property
+    def collisions(self) -> list[int]:
+        """Ids of E that fall on padded rows of the teacher, which takes them without an error."""
+        return [token_id for token_id in self.extended if token_id < (self.teacher.rows or 0)]
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the shared tokens and the threshold: equal where two runs mean the same by both."""
+        digest = hashlib.sha256(f"start {self.extend_start}".encode())
+        for token_id in self.shared:
+            digest.update(f"\n{token_id} {self.student.tokens[token_id]!r}".encode())
+        return digest.hexdigest()[:16]
+
+    def _row_problems(self) -> Iterator[str]:
+        """Ids run from 0 without gaps, for softmaxes count them, and every id has an embedding row."""
         for side in (self.student, self.teacher):
-            if side.gaps:
-                self.problems.append(
-                    f"the {side.role}'s tokenizer names {side.ids:,} ids with a gap ({show_ranges(side.gaps)} name "
-                    f"nothing), and a run takes its ids to be 0-{side.ids - 1}: ids from {side.ids} on would never be "
-                    "sampled or scored; number the tokens without gaps, or name the free ids"
+            if gaps := set(range(max(side.tokens) + 1)) - side.tokens.keys():
+                yield (
+                    f"the {side.role}'s tokenizer names {side.ids:,} ids with a gap ({show_ids(gaps)} name nothing), "
+                    f"so ids from {side.ids} on would never be sampled or scored; number the tokens without gaps"
                 )
-        behind = max(self.teacher.tokens.keys() & self.student.tokens.keys(), default=-1)
-        if self.first is not None and behind > self.first:
-            self.problems.append(
-                f"the extended ids {_show(self.extended)} are not one tail: id {behind} "
-                f"{self.student.tokens[behind]!r}, behind {self.first} {self.student.tokens[self.first]!r}, is the "
-                f"teacher's too, and masks go by id >= {START_KEY}; append the student's own tokens after all of the "
-                "teacher's"
-            )
-
-    def _check_threshold(self) -> None:
-        """The threshold is the first extended id."""
-        first, start, student = self.first, self.start, self.student
-        assert not isinstance(start, str), "auto was resolved"
-        if first is None:
-            if start is None:
-                if student.tokens == self.teacher.tokens:
-                    self.notes.append("student and teacher name the same ids: no extension, and no threshold is needed")
-            elif start < student.ids:
-                self.problems.append(
-                    f"{START_KEY}={start} lies inside the shared vocabulary: the student has no id that the teacher "
-                    f"lacks, and ids {start}-{student.ids - 1} (first {student.name(start)}) would never be scored; "
-                    f"set {START_KEY}=null, or auto"
-                )
-            else:
-                self.notes.append(f"{START_KEY}={start} marks nothing: the student has no id that the teacher lacks")
-        elif start is None or start > first:
-            between = [token_id for token_id in self.extended if start is None or token_id < start]
-            self.problems.append(
-                f"{START_KEY}={'null' if start is None else start}: ids {_show(between)} (first "
-                f"{student.tokens[first]!r}), which the teacher lacks, are neither shared nor extended; set "
-                f"{START_KEY}={first}, or auto"
-            )
-        elif start < first:
-            lost = [token_id for token_id in self.shared if token_id >= start]
-            known = f"first {student.tokens[start]!r}" if start in student.tokens else "named by neither"
-            self.problems.append(
-                f"{START_KEY}={start} lies inside the shared vocabulary: ids {_show(lost)} ({known}), which the "
-                f"teacher knows, would count as extended and never be scored; set {START_KEY}={first}, or auto"
-            )
-
-    def _check_rows(self) -> None:
-        """Every id has an embedding row, and the model loads."""
-        for side in (self.student, self.teacher):
-            self.problems += side.problems
-            self.notes += side.notes
             if side.rows is not None and side.rows < side.ids:
-                self.problems.append(
-                    f"the {side.role} has {side.rows:,} embedding rows ({side.rows_source}) and its tokenizer names "
-                    f"{side.ids:,} ids: {IdRange(side.rows, side.ids - 1)} (first {side.name(side.rows)}) have no "
-                    f"row; resize the model's embedding to {side.ids}, or give {MODEL_KEYS[side.role]}.tokenizer_path "
-                    "the tokenizer that belongs to it"
+                yield (
+                    f"the {side.role} has {side.rows:,} embedding rows and its tokenizer names {side.ids:,} ids: "
+                    f"{show_ids(range(side.rows, side.ids))} (first {side.name(side.rows)}) have no row; resize the "
+                    f"model's embedding, or give {MODEL_KEYS[side.role]}.tokenizer_path the model's own tokenizer"
                 )
 
-    def _check_end_tokens(self) -> None:
+    def _threshold_problems(self) -> Iterator[str]:
+        """E is the tail of all ids, for masks compare with the threshold, and the threshold is its first id."""
+        start, first, last_shared = self.extend_start, self.derived_start, max(self.shared, default=-1)
+        if first is not None and last_shared > first:
+            yield (
+                f"the extended ids {show_ids(self.extended)} are not one tail: id {self.student.name(last_shared)}, "
+                f"behind {self.student.name(first)}, is the teacher's too, and masks go by id >= {START_KEY}; append "
+                "the student's own tokens after all of the teacher's"
+            )
+        lost = [i for i in self.shared if start is not None and i >= start and (first is None or i < first)]
+        unmarked = [token_id for token_id in self.extended if start is None or token_id < start]
+        for ids, what in (
+            (lost, "lie inside the shared vocabulary and would never be scored"),
+            (unmarked, "which the teacher lacks, are neither shared nor extended"),
+        ):
+            if ids:
+                setting, fix = ("null" if value is None else value for value in (start, first))
+                yield (
+                    f"{START_KEY}={setting}: ids {show_ids(ids)} (first {self.student.name(ids[0])}), {what}; set "
+                    f"{START_KEY}={fix}, or auto"
+                )
+        if first is None and start is not None and not lost:
+            self.notes.append(f"{START_KEY}={start} marks nothing: the student has no id that the teacher lacks")
+
+    def _end_problems(self) -> Iterator[str]:
         """The student's engine stops where the teacher ends an answer.
 
         Else the student learns to write the teacher's end token and then writes on, in a context that the teacher has
         never seen. The other way round an answer is merely cut.
         """
         ours, theirs = self.student, self.teacher
-        if ours.eos_id != theirs.eos_id:
-            texts = [side.tokens.get(side.eos_id) for side in (ours, theirs) if side.eos_id is not None]
-            if self.differing and len(set(texts)) == 1:
-                return  # one token at two ids: reported with the tokens that differ
-            self.problems.append(
-                f"the student's end token is {ours.name(ours.eos_id)} and the teacher's {theirs.name(theirs.eos_id)}; "
-                f"set eos_token of {ours.tokenizer_path}/tokenizer_config.json to the teacher's"
+        end, their_end = ours.tokenizer.eos_token_id, theirs.tokenizer.eos_token_id
+        missing = [token_id for token_id in theirs.end_ids if token_id not in ours.end_ids]
+        if end != their_end:
+            yield (
+                f"the student's end token is {ours.name(end)} and the teacher's {theirs.name(their_end)}; set "
+                f"eos_token of {ours.tokenizer_path}/tokenizer_config.json to the teacher's"
             )
-            return
-        if ours.end_ids is None or theirs.end_ids is None:
-            return
-        running_on = [token_id for token_id in theirs.end_ids if token_id not in ours.end_ids]
-        if running_on:
-            self.problems.append(
-                f"the teacher ends an answer at {', '.join(map(theirs.name, running_on))} too, and the student's "
-                f"engine stops at {', '.join(map(str, ours.end_ids)) or 'none'} only; add it to eos_token_id in "
-                f"{ours.model}/generation_config.json"
+        elif missing:
+            yield (
+                f"the teacher also ends an answer at {', '.join(map(theirs.name, missing))}, where the student's "
+                f"engine writes on; add it to eos_token_id in {ours.model}/generation_config.json"
             )
-        cut = [token_id for token_id in ours.end_ids if token_id not in theirs.end_ids]
-        if cut:
-            self.notes.append(f"the student's engine also stops at {', '.join(map(ours.name, cut))}, the teacher not")
 
-    def _check_templates(self) -> None:
+    def _chat_problems(self) -> Iterator[str]:
         """Both templates make the same ids of a chat."""
-        ours, theirs = self.student.tokenizer.chat_template, self.teacher.tokenizer.chat_template
-        if not ours:
-            self.problems.append(
+        ours, theirs = self.student.tokenizer, self.teacher.tokenizer
+        if not ours.chat_template:
+            yield (
                 "the student's tokenizer has no chat template, and prompts are chats; copy the teacher's "
                 f"chat_template.jinja to {self.student.tokenizer_path}"
             )
-        if not theirs:
+        elif not theirs.chat_template:
             self.notes.append("the teacher's tokenizer has no chat template: it may never have seen a chat")
-        if not ours or not theirs:
-            return
-        self.chat_probes = len(CHATS)
-        differences = compare_chats(self.student.tokenizer, self.teacher.tokenizer)
-        if differences:
-            first, others = differences[0], [difference.probe for difference in differences[1:]]
-            also = f" (so do: {', '.join(others)})" if others else ""
-            self.problems.append(
-                f"the chat templates give different ids for the chat '{first.probe}'{also}: "
-                f"{_first_difference(first, self.student, self.student)}; copy "
-                f"{self.teacher.tokenizer_path}/chat_template.jinja to the student's tokenizer, or the other way round"
-            )
-        elif ours != theirs:
-            self.notes.append(f"the chat templates differ in text, but not in the ids of {len(CHATS)} probe chats")
-
-    def _check_pad_and_think(self) -> None:
-        """Pad tokens may differ, as they are never trained on; an extended think token cuts every thought."""
-        ours, theirs = self.student, self.teacher
-        if ours.pad_id != theirs.pad_id:
-            self.notes.append(
-                f"the student pads with {ours.name(ours.pad_id)}, the teacher with {theirs.name(theirs.pad_id)}; each "
-                "takes its own"
-            )
-        extended = [token_id for token_id in ours.think_ids if token_id in self.extended]
-        if extended:
-            self.notes.append(
-                f"the think tokens {', '.join(map(ours.name, extended))} are extended: the teacher lacks them, and "
-                "nothing behind them is trained"
+        elif differences := compare_chats(ours, theirs):
+            yield (
+                f"the chat templates give different ids for the chats {', '.join(each.probe for each in differences)}: "
+                f"{self._describe(differences[0])}; copy {self.teacher.tokenizer_path}/chat_template.jinja to the "
+                "student's tokenizer, or the other way round"
             )
 
-    def _check_texts(self) -> None:
+    def _text_problems(self) -> Iterator[str]:
         """Both turn plain text into the same ids; text that becomes extended ids is noted."""
-        self.text_probes, differences, parts = compare_texts(self.student.tokenizer, self.teacher.tokenizer)
-        extended, missing = set(self.extended), set(self.missing)
-        turned = [d for d in differences if extended.intersection(d.student or ())]
-        plain = [d for d in differences if d not in turned and not missing.intersection(d.teacher or ())]
+        differences, parts = compare_texts(self.student.tokenizer, self.teacher.tokenizer)
+        extended, missing = set(self.extended), self.teacher.tokens.keys() - self.student.tokens.keys()
+        turned = [each for each in differences if extended.intersection(each.student)]
+        plain = [each for each in differences if each not in turned and not missing.intersection(each.teacher)]
+        where = f"different {' and '.join(parts)}"
         if plain:
-            where = f" (different {' and '.join(parts)})" if parts else ""
-            self.problems.append(
-                f"equal ids, but {len(plain)} of {self.text_probes} probe texts are cut up differently{where}: "
-                f"{plain[0].probe[:40]!r} gives {_first_difference(plain[0], self.student, self.teacher)}; use one "
-                "tokenizer for both, with the student's own tokens added to it"
+            yield (
+                f"equal ids, but {len(plain)} probe texts are cut up differently ({where}): {plain[0].probe[:40]!r} "
+                f"gives {self._describe(plain[0])}; use one tokenizer for both, with the student's own tokens added"
             )
         elif parts and not differences:
-            self.notes.append(f"the tokenizers have a different {' and '.join(parts)}, which no probe text shows")
+            self.notes.append(f"the tokenizers have a {where}, which no probe text shows")
         if turned:
-            self.notes.append(
-                f"plain text becomes extended ids: {turned[0].probe[:40]!r} holds ids from {self.first} on for the "
-                "student"
-            )
+            self.notes.append(f"plain text becomes extended ids: {turned[0].probe[:40]!r} holds some for the student")
+
+    def _describe(self, difference: Difference) -> str:
+        """The first ids that differ, with their tokens."""
+        pairs = enumerate(zip_longest(difference.student, difference.teacher))
+        place, ids = next((place, pair) for place, pair in pairs if pair[0] != pair[1])
+        student, teacher = map(self.student.name, ids)
+        return f"{student} for the student and {teacher} for the teacher at token {place}"
 
 
-def _first_difference(difference: Difference, student: ModelVocabulary, teacher: ModelVocabulary) -> str:
-    """The first ids that differ, with their tokens."""
-    place = difference.position
+def compare_texts(
+    student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase
+) -> tuple[list[Difference], list[str]]:
+    """Encode the probe texts, every added token, and texts that test merges which differ.
 
-    def token(ids: tuple[int, ...] | None, side: ModelVocabulary) -> str:
-        if ids is None:
-            return "nothing (the template refuses it)"
-        return side.name(ids[place]) if place < len(ids) else "the end"
+    Returns:
+        the texts with different ids, and which parts of the tokenizers are defined differently (``normalizer``,
+        ``pre_tokenizer``, ``merges``).
+    """
+    parts, merged = _compare_definitions(student, teacher)
+    added = [str(token) for token in teacher.added_tokens_decoder.values()]
+    texts = [*PROBES["texts"], *(f"a {token} b{token}c" for token in added[:MOST_PROBES_OF_A_KIND])]
+    texts += [teacher.convert_tokens_to_string([token]) for token in merged[:MOST_PROBES_OF_A_KIND]]
+    ids = [tokenizer(texts, add_special_tokens=False)["input_ids"] for tokenizer in (student, teacher)]
+    probes = (Difference(text, *pair) for text, *pair in zip(texts, *ids, strict=True))
+    return [probe for probe in probes if probe.student != probe.teacher], parts
 
-    return (
-        f"{token(difference.student, student)} for the student and {token(difference.teacher, teacher)} for the "
-        f"teacher at token {place}"
-    )
+
+def compare_chats(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> list[Difference]:
+    """Render the probe chats with both templates and encode the results with the student's tokenizer.
+
+    A chat that both templates refuse counts as equal. Both tokenizers need a template.
+    """
+
+    def ids_of(tokenizer: PreTrainedTokenizerBase, chat: dict[str, Any]) -> list[int]:
+        options = {"add_generation_prompt": chat.get("add_generation_prompt", True), **chat.get("options", {})}
+        try:
+            text = tokenizer.apply_chat_template(chat["messages"], tools=chat.get("tools"), tokenize=False, **options)
+        except (TemplateError, TypeError, ValueError):  # what templates raise on roles and tools they do not know
+            return []
+        return student.encode(text, add_special_tokens=False)
+
+    probes = (Difference(chat["name"], ids_of(student, chat), ids_of(teacher, chat)) for chat in PROBES["chats"])
+    return [probe for probe in probes if probe.student != probe.teacher]
 
 
-def _show(ids: Iterable[int]) -> str:
-    return show_ranges(to_ranges(ids))
+def _compare_definitions(
+    student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase
+) -> tuple[list[str], list[str]]:
+    """Names of the parts that differ, and tokens whose merges differ: first those that one side alone merges."""
+    backends = [each.backend_tokenizer for each in (student, teacher) if isinstance(each, PreTrainedTokenizerFast)]
+    if len(backends) < 2:
+        return [], []
+    states = {
+        name: [part.__getstate__() if (part := getattr(backend, name)) else b"" for backend in backends]
+        for name in ("normalizer", "pre_tokenizer", "model")
+    }
+    models = states.pop("model")
+    parts = [name for name, (ours, theirs) in states.items() if ours != theirs]
+    if models[0] == models[1]:
+        return parts, []
+    # Only now parsed: the definition of a large vocabulary is megabytes of JSON.
+    first, second = ([tuple(merge) for merge in json.loads(model).get("merges", [])] for model in models)
+    alone = set(first) ^ set(second)
+    merges = [merge for merge in (*first, *second) if merge in alone]
+    merges += [merge for pair in zip(first, second, strict=False) if pair[0] != pair[1] for merge in pair]
+    return [*parts, "merges"] if first != second else parts, ["".join(merge) for merge in merges]

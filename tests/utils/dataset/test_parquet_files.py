@@ -1,6 +1,7 @@
 """Files, folders, globs, rows over files whose columns differ, and the cache of their copies."""
 
 import pickle
+import re
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -27,11 +28,8 @@ def test_files_folders_and_globs(tmp_path):
 def test_what_stands_for_no_file_is_named(tmp_path):
     (tmp_path / "empty").mkdir()
     for missing in ("none.parquet", "*.parquet", "empty"):
-        with pytest.raises(ValueError, match="data file") as caught:
+        with pytest.raises(ValueError, match=rf"data file '.*{re.escape(missing)}'"):
             expand_data_files(str(tmp_path / missing))
-        assert missing in str(caught.value)
-    with pytest.raises(ValueError, match="no data file is given"):
-        expand_data_files([])
     with pytest.raises(ValueError, match="data file ''"):
         expand_data_files([""])  # not the current folder
 
@@ -47,8 +45,7 @@ def test_rows_over_files_with_different_columns(tmp_path):
     rows = ParquetRows(files, ["x", "y"])
     expected = [{"x": "p", "y": 1}, {"x": "q", "y": 2}, {"x": "r"}, {}, {}, {"x": "s", "y": None}]
     assert list(rows) == [rows[index] for index in range(6)] == expected
-    assert len(rows) == 6
-    assert rows.columns == {"x", "y"}
+    assert (len(rows), rows.columns) == (6, {"x", "y"})
     places = [(files[0], 0), (files[0], 1), (files[1], 0), (files[3], 0), (files[3], 1), (files[4], 0)]
     assert [rows.location(index) for index in range(6)] == places
     assert column_names(files) == {"x", "y", "unused"}
@@ -60,19 +57,18 @@ def test_rows_over_files_with_different_columns(tmp_path):
     ("spoil", "message"),
     [
         (lambda whole: b"", "Parquet file size is 0 bytes"),
-        (lambda whole: b"a,b\n1,2\n" * 3, "magic bytes not found"),
         (lambda whole: whole[:5000], "magic bytes not found"),
-        (lambda whole: whole[:100] + bytes(2000) + whole[2100:], ""),
         (lambda whole: whole[:-300] + whole[-8:], ""),
     ],
 )
 def test_a_file_that_is_no_parquet_gives_one_clear_line(tmp_path, spoil, message):
     path = write(tmp_path / "d.parquet", x=[f"row {number} {number * 7919 % 1000}" for number in range(5000)])
     path.write_bytes(spoil(path.read_bytes()))
-    with pytest.raises(ValueError, match=r"d\.parquet cannot be read as parquet: .*; convert other formats") as caught:
+    with pytest.raises(
+        ValueError, match=r"d\.parquet cannot be read as parquet: .*; convert it, or copy it again$"
+    ) as caught:
         ParquetRows([path], ["x"])
-    assert message in str(caught.value)
-    assert "\n" not in str(caught.value)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_cell_that_python_cannot_hold_costs_no_other(tmp_path):
@@ -89,20 +85,15 @@ def test_a_cell_that_python_cannot_hold_costs_no_other(tmp_path):
 def test_copies_are_made_once_and_for_the_content(tmp_path):
     cache = tmp_path / "cache"
 
-    def copies():
-        return sorted((path.name, path.stat().st_mtime_ns) for path in cache.iterdir())
-
     def rows_of(path, *columns):
-        return list(ParquetRows([path], columns, cache))
+        """Rows, and how many copies there are."""
+        return list(ParquetRows([path], columns, cache)), len(list(cache.iterdir()))
 
     first = write(tmp_path / "a.parquet", x=["a"], y=[1])
-    assert rows_of(first, "x") == [{"x": "a"}]
-    (made,) = copies()
-    assert rows_of(write(tmp_path / "elsewhere" / "b.parquet", x=["a"], y=[1]), "x") == [{"x": "a"}]
-    assert copies() == [made]
-    assert rows_of(first, "x", "y") == [{"x": "a", "y": 1}]
-    assert rows_of(write(first, x=["b"], y=[1]), "x") == [{"x": "b"}]
-    assert len(copies()) == 3
+    assert rows_of(first, "x") == ([{"x": "a"}], 1)
+    assert rows_of(write(tmp_path / "elsewhere" / "b.parquet", x=["a"], y=[1]), "x") == ([{"x": "a"}], 1)
+    assert rows_of(first, "x", "y") == ([{"x": "a", "y": 1}], 2)
+    assert rows_of(write(first, x=["b"], y=[1]), "x") == ([{"x": "b"}], 3)
 
 
 def test_a_cached_file_is_there_whole_or_not_at_all(tmp_path):

@@ -6,7 +6,6 @@ import pytest
 
 from verl.config import DataConfig
 from verl.experimental.agent_loop.chat_template import ChatTemplate
-from verl.utils.dataset.prompt_rows import BadRowError
 from verl.utils.dataset.prompt_tokens import PromptEncoder, append_switch, possible_switches, think_switch
 from verl.utils.tokenizer import hf_tokenizer
 
@@ -18,14 +17,14 @@ def test_auto_draws_a_third_each_and_depends_on_seed_row_and_epoch_alone():
         assert think_switch(DataConfig(enable_think=True, think_mode=mode), "row", 0) == switch
         assert think_switch(DataConfig(think_mode=mode), "row", 0) == ""
     config = DataConfig(enable_think=True)
-    draws = [think_switch(config, f"row {n}", 0) for n in range(3000)]
-    assert set(draws) == set(possible_switches(config))
+
+    def draw(epoch=0, **settings):
+        return [think_switch(DataConfig(enable_think=True, **settings), f"row {n}", epoch) for n in range(3000)]
+
+    draws = draw()
+    assert draws == draw() and set(draws) == set(possible_switches(config))
     assert all(900 < count < 1100 for count in Counter(draws).values())
-    assert draws == [think_switch(config, f"row {n}", 0) for n in range(3000)]
-    for other in (
-        [think_switch(config, f"row {n}", 1) for n in range(3000)],
-        [think_switch(DataConfig(enable_think=True, seed=2), f"row {n}", 0) for n in range(3000)],
-    ):
+    for other in (draw(epoch=1), draw(seed=2)):
         assert 900 < sum(a == b for a, b in zip(draws, other, strict=True)) < 1100  # a third agree by chance
 
 
@@ -35,12 +34,6 @@ def test_the_switch_goes_to_the_last_user_turn_of_a_copy():
     assert [message["content"] for message in switched] == ["Why?", "So.", "And? /think"]
     assert chat[2]["content"] == "And?"
     assert append_switch([{"role": "system", "content": "x"}], " /think") == [{"role": "system", "content": "x"}]
-
-
-def test_ids_are_those_of_the_chat_template(tokenizer):
-    encoder = PromptEncoder(tokenizer, DataConfig(apply_chat_template_kwargs={"enable_thinking": False}))
-    text = tokenizer.decode(encoder.encode([QUESTION])[0])
-    assert text == "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
 
 
 @pytest.mark.parametrize("name", ["tiny", "mini8k", "mini8k-item256"])
@@ -55,26 +48,8 @@ def test_tools_stand_in_the_prompt_as_the_agent_loop_puts_them(request, tiny_tok
     template = ChatTemplate(tokenizer, schemas)
     for with_tools in (True, False):
         expected = [template.encode_prompt(chat, with_tools) for chat in chats]
-        assert encoder.encode(chats, with_tools) == encoder.encode_each(chats, with_tools) == expected
+        assert encoder.encode(chats, with_tools) == expected
     assert encoder.encode(chats) != PromptEncoder(tokenizer, DataConfig(), []).encode(chats) == expected
-
-
-def test_a_refused_prompt_leaves_the_others_of_its_block(tokenizer):
-    encoder = PromptEncoder(tokenizer, DataConfig())
-    good, bad, again = encoder.encode_each([QUESTION, [{"role": "nobody", "content": "x"}], QUESTION])
-    assert good == again == encoder.encode([QUESTION])[0]
-    assert isinstance(bad, BadRowError)
-    assert bad.reason == "template"
-    assert "unknown role nobody" in bad.detail
-
-
-def test_longest_length_counts_the_longest_switch(tokenizer):
-    lengths = {switch: len(tokenizer.encode("Why?" + switch)) for switch in (" /think", " /no_think", "")}
-    config = DataConfig(enable_think=True, max_prompt_length=16)
-    encoder = PromptEncoder(tokenizer, config)
-    ids = encoder.encode([QUESTION])[0]
-    assert encoder.longest_length(QUESTION, ids) == len(ids) + max(lengths.values()) - lengths[""]
-    assert PromptEncoder(tokenizer, DataConfig()).longest_length(QUESTION, ids) == len(ids)
 
 
 def test_a_tokenizer_without_a_template_is_refused(tokenizer, tmp_path):

@@ -43,21 +43,11 @@ def test_verl_rows(tokenizer, tmp_path):
     assert second["agent_name"] is None
 
 
-def test_another_prompt_key_and_a_row_without_a_question(tokenizer, tmp_path):
-    rows = [{"chat": [{"role": "user", "content": "a"}]}, {"chat": [{"role": "system", "content": "b"}]}]
-    dataset = RLHFDataset(write_rows(tmp_path / "d.parquet", rows), tokenizer, DataConfig(prompt_key="chat"))
-    assert dataset.drop_report.dropped == {"no_user_turn": 1}
-    assert dataset[0]["source"] == "unknown"
-    assert dataset[0]["reward_model"] == {"style": "rule", "ground_truth": None}
-
-
 def test_collate_stacks_tensors_and_keeps_objects():
-    first = {"t": torch.tensor([0, 0]), "ids": [3, 4]}
     second = {"t": torch.tensor([1, 1]), "ids": [1, 2], "only": 1}
-    batch = collate_fn([first, second])
-    assert torch.equal(batch["t"], torch.tensor([[0, 0], [1, 1]]))
-    assert batch["ids"].shape == (2,)
-    assert batch["ids"][1] == [1, 2]
+    batch = collate_fn([{"t": torch.tensor([0, 0]), "ids": [3, 4]}, second])
+    assert batch["t"].tolist() == [[0, 0], [1, 1]]
+    assert batch["ids"].tolist() == [[3, 4], [1, 2]] and batch["ids"].shape == (2,)
     assert list(batch["only"]) == [None, 1]
     with pytest.raises(ValueError, match="tensor 't' is missing from some of the 2 items"):
         collate_fn([{"t": torch.zeros(2)}, {}])
@@ -75,14 +65,8 @@ CUSTOM = """
 from verl.utils.dataset.rl_dataset import RLHFDataset
 
 class New(RLHFDataset):
-    def __init__(self, *arguments, **options):
-        super().__init__(*arguments, **options)
     def __len__(self):
         return 1
-
-class Old(RLHFDataset):
-    def __init__(self, files, tokenizer, config, *, extend_vocab_start_token=None, max_samples=-1):
-        super().__init__(files, tokenizer, config)
 
 other = 3
 """
@@ -97,20 +81,16 @@ def test_a_custom_class(tokenizer, tmp_path):
         return len(create_rl_dataset(data, tokenizer, config, **options))
 
     assert load("New", extended_sources=["rec_*"], max_samples=2) == 1
-    assert load("Old", max_samples=2) == 2  # written before there were sources with items
-    with pytest.raises(ValueError, match=r"custom_cls\.name='Old' takes no argument 'extended_sources'.*teachers"):
-        load("Old", extended_sources=["rec_*"])
     with pytest.raises(ValueError, match=r"'other'.*is not a class that extends"):
         load("other")
     with pytest.raises(ValueError, match=r"needs data\.custom_cls\.name"):
         load(None)
 
 
-@pytest.mark.parametrize("encode", [json.dumps, lambda value: json.dumps(value).encode()])
-def test_columns_of_json_text(tokenizer, tmp_path, encode):
+def test_columns_of_json_text(tokenizer, tmp_path):
     kwargs = {"add": {"create_kwargs": {"start": 1}}}
     extra_info = {"split": "train", "tools_kwargs": json.dumps(kwargs)}
-    row = verl_row("2 + 2", reward_model=encode({"ground_truth": "4"}), extra_info=encode(extra_info))
+    row = verl_row("2 + 2", reward_model=json.dumps({"ground_truth": "4"}), extra_info=json.dumps(extra_info).encode())
     entry = RLHFDataset(write_rows(tmp_path / "d.parquet", [row]), tokenizer, DataConfig())[0]
     assert entry["reward_model"] == {"style": "rule", "ground_truth": "4"}
     assert (entry["extra_info"], entry["tools_kwargs"]) == (extra_info, kwargs)

@@ -15,7 +15,7 @@ from tempfile import TemporaryFile
 from typing import Any
 
 from verl.config import AGENT_LOOPS, PPOConfig, TrainerConfig
-from verl.utils.hub_cache import local_model_folder
+from verl.utils.tokenizer import local_model_folder
 
 HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+")
 

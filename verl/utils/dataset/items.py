@@ -14,9 +14,9 @@ training files reads it as it reads these. Which teacher scores the prompts is d
 import dataclasses
 import json
 import logging
+import operator
 import re
 from collections.abc import Callable, Iterator
-from itertools import islice
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING
@@ -25,15 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from verl.config import DataConfig, SyntheticItemPromptsConfig
-from verl.utils.dataset.parquet_files import (
-    DEFAULT_CACHE_DIR,
-    ParquetRows,
-    cached_file,
-    code_digest,
-    column_names,
-    expand_data_files,
-    file_digest,
-)
+from verl.utils.dataset.parquet_files import cached_file, code_digest, column_names, expand_data_files, file_digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -48,7 +40,6 @@ KEY = "data.synthetic_item_prompts"
 SID_COLUMN = "sid"
 ITEM_BEGIN, ITEM_END = "<|sid_begin|>", "<|sid_end|>"
 LEVELS = "abcdefgh"
-ROWS_PER_WRITE = 4096
 _PLACEHOLDER = re.compile(r"\{(history|item)\}")
 _CODE = re.compile(rf"<s_([{LEVELS}])_(\d+)>")
 
@@ -63,7 +54,7 @@ def item_tokens(item: Item) -> list[str]:
     return [ITEM_BEGIN, *(code_token(level, code) for level, code in enumerate(item)), ITEM_END]
 
 
-def read_catalogue(path: str | Path, cache_dir: str | Path = DEFAULT_CACHE_DIR) -> list[Item]:
+def read_catalogue(path: str | Path) -> list[Item]:
     """The items of a catalogue, each once, in order of their codes.
 
     Raises:
@@ -72,21 +63,18 @@ def read_catalogue(path: str | Path, cache_dir: str | Path = DEFAULT_CACHE_DIR) 
     files = expand_data_files(path)
     if SID_COLUMN not in (columns := column_names(files)):
         raise ValueError(f"the catalogue {path} has the columns {sorted(columns)} and no {SID_COLUMN!r} (list of ints)")
-    items: set[Item] = set()
-    for row in ParquetRows(files, [SID_COLUMN], cache_dir):
-        codes = row[SID_COLUMN]
-        if not isinstance(codes, list) or not codes or not all(isinstance(code, int) for code in codes):
-            raise ValueError(f"the catalogue {path} has {codes!r} as {SID_COLUMN}; a list of ints is needed")
-        items.add(tuple(codes))
+    cells = (cell for file in files for cell in pq.ParquetFile(file).read([SID_COLUMN])[SID_COLUMN].to_pylist())
+    try:
+        items = {tuple(map(operator.index, cell)) for cell in cells}
+    except TypeError as error:
+        raise ValueError(f"the catalogue {path}: {SID_COLUMN} must hold lists of ints ({error})") from error
     depths = sorted({len(item) for item in items})
-    if len(depths) != 1 or depths[0] > len(LEVELS):
-        raise ValueError(f"the items of {path} have {depths} codes; all must have as many, {len(LEVELS)} at most")
+    if len(depths) != 1 or not 0 < depths[0] <= len(LEVELS):
+        raise ValueError(f"the items of {path} have {depths} codes; all must have as many, 1 to {len(LEVELS)}")
     return sorted(items)
 
 
-def item_sampler(
-    tokenizer: "PreTrainedTokenizerBase", catalogue: str | None, cache_dir: str | Path = DEFAULT_CACHE_DIR
-) -> DrawItem:
+def item_sampler(tokenizer: "PreTrainedTokenizerBase", catalogue: str | None) -> DrawItem:
     """A function that draws items from a catalogue, or without one any codes that the tokenizer has tokens for.
 
     Raises:
@@ -97,12 +85,11 @@ def item_sampler(
         levels = _codes_by_level(vocabulary)
         if not levels or "".join(levels) != LEVELS[: len(levels)] or not {ITEM_BEGIN, ITEM_END} <= vocabulary.keys():
             raise ValueError(
-                f"{KEY}.catalogue is null, so items are random codes, and the student's tokenizer has no whole set of "
-                f"item tokens ({ITEM_BEGIN}, {ITEM_END}, <s_a_0>, <s_b_0>, ...; levels found: "
-                f"{', '.join(levels) or 'none'}); use the tokenizer of a recommender"
+                f"{KEY}.catalogue is null, and the student's tokenizer has no whole set of item tokens ({ITEM_BEGIN}, "
+                f"<s_a_0>, ..., {ITEM_END}; levels found: {', '.join(levels) or 'none'}); use a recommender's"
             )
         return lambda random: tuple(random.choice(codes) for codes in levels.values())
-    items = read_catalogue(catalogue, cache_dir)
+    items = read_catalogue(catalogue)
     unknown = sorted({token for item in items for token in item_tokens(item)} - vocabulary.keys())
     if unknown:
         raise ValueError(
@@ -144,51 +131,41 @@ def write_item_prompts(
     config: SyntheticItemPromptsConfig,
     tokenizer: "PreTrainedTokenizerBase",
     prompt_column: str | None = None,
-    cache_dir: str | Path = DEFAULT_CACHE_DIR,
 ) -> None:
     """Write the prompts as rows of ``source``, ``uuid`` and messages as JSON text.
 
     Args:
         prompt_column: where prompts stand in verl's layout; None: OneRec's, whose chats end with an answer, which is
             empty here: nobody knows it.
-        cache_dir: where the catalogue's rows are kept.
 
     Raises:
         ValueError: as ``item_sampler``.
     """
-    draw_item = item_sampler(tokenizer, config.catalogue, cache_dir)
-    column = prompt_column or "messages"
     answer = [{"role": "assistant", "content": ""}] if prompt_column is None else []
-    schema = pa.schema([("source", pa.string()), ("uuid", pa.string()), (column, pa.string())])
-    rows = (
-        {
-            "source": source,
-            "uuid": f"{config.source}-{config.seed}-{number}",
-            column: json.dumps([*messages, *answer], ensure_ascii=False),
-        }
-        for number, (source, messages) in enumerate(draw_chats(config, draw_item))
-    )
-    with pq.ParquetWriter(path, schema) as writer:
-        while block := list(islice(rows, ROWS_PER_WRITE)):
-            writer.write_table(pa.Table.from_pylist(block, schema))
+    sources, chats = zip(*draw_chats(config, item_sampler(tokenizer, config.catalogue)), strict=True)
+    columns = {
+        "source": sources,
+        "uuid": [f"{config.source}-{config.seed}-{number}" for number in range(config.count)],
+        prompt_column or "messages": [json.dumps([*chat, *answer], ensure_ascii=False) for chat in chats],
+    }
+    pq.write_table(pa.table(columns), path)
 
 
 def make_prompt_file(config: DataConfig, tokenizer: "PreTrainedTokenizerBase", prompt_column: str | None) -> Path:
     """The file of ``data.synthetic_item_prompts`` in ``data.cache_dir``; arguments and errors of write_item_prompts."""
     wanted = config.synthetic_item_prompts
     catalogue = [] if wanted.catalogue is None else expand_data_files(wanted.catalogue)
-    depends_on = {
+    path = cached_file(
+        config.cache_dir,
+        "synthetic-items",
+        ".parquet",
+        lambda path: write_item_prompts(path, wanted, tokenizer, prompt_column),
         # The catalogue by its content: moved, it makes the same file; changed, another.
-        "settings": dataclasses.asdict(wanted) | {"catalogue": [file_digest(file) for file in catalogue]},
-        "codes": _codes_by_level(tokenizer.get_vocab()),
-        "prompt_column": prompt_column,
-        "code": code_digest(),
-    }
-
-    def write(path: Path) -> None:
-        write_item_prompts(path, wanted, tokenizer, prompt_column, config.cache_dir)
-
-    path = cached_file(config.cache_dir, "synthetic-items", ".parquet", write, **depends_on)
-    what = "random codes" if wanted.catalogue is None else f"items of {wanted.catalogue}"
+        settings=dataclasses.asdict(wanted) | {"catalogue": [file_digest(file) for file in catalogue]},
+        codes=_codes_by_level(tokenizer.get_vocab()),
+        prompt_column=prompt_column,
+        code=code_digest(),
+    )
+    what = f"items of {wanted.catalogue}" if wanted.catalogue else "random codes"
     logger.info("%s prompts of %s join the training data: %s", f"{wanted.count:,}", what, path)
     return path

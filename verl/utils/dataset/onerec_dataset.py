@@ -5,35 +5,37 @@ items of ``RLHFDataset``: the prompt is everything before the last assistant mes
 ground truth, and ``extra_info`` is the row's metadata. Rows of plain text (``segments``) are
 dropped.
 
-As a command it prints what the data holds and which rows a run would drop::
+As a command it prints what the data holds and which rows a run would drop, from a data set as a run would build it::
 
     python -m verl.utils.dataset.onerec_dataset --files F... --tokenizer T [--extend-vocab-start-token N]
         [--max-prompt-length N] [--json]
 """
 
 import argparse
-import inspect
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow.compute as pc
 from transformers import PreTrainedTokenizerBase
 
 from verl.config import DataConfig
-from verl.utils.dataset.data_report import describe, render
-from verl.utils.dataset.parquet_files import Row, column_names, expand_data_files
+from verl.utils.dataset.parquet_files import Files, Row, column_names, expand_data_files
 from verl.utils.dataset.prompt_rows import BadRowError, PromptRow, parse_messages, split_answer, text_of
 from verl.utils.dataset.rl_dataset import RLHFDataset
 from verl.utils.import_utils import load_extern_type
 from verl.utils.tokenizer import hf_tokenizer
 
+PERCENTILES = (0, 10, 50, 90, 99, 100)
+EXAMPLE_CHARACTERS = 400
+"""Of an example's prompt in the text, half of them from its end."""
+
 
 class OneRecDataset(RLHFDataset):
     """Prompts from chats in OneRec's layout; arguments and errors as in ``RLHFDataset``."""
-
-    caches_checks = True
 
     def message_column(self) -> str:
         """OneRec's name for it."""
@@ -44,7 +46,10 @@ class OneRecDataset(RLHFDataset):
         return super().columns() | {"segments", "metadata"}
 
     def read_prompt(self, row: Row) -> PromptRow:
-        """Split one chat at its last answer; raises BadRowError where it cannot be used."""
+        """Split one chat at its last answer; raises BadRowError where it cannot be used.
+
+        Metadata that are no JSON object are kept as they are: a chat is usable without them.
+        """
         try:
             messages = parse_messages(row.get("messages"))
         except BadRowError as bad:
@@ -52,27 +57,17 @@ class OneRecDataset(RLHFDataset):
                 raise BadRowError("plain_text", "the row holds segments, not a chat") from bad
             raise
         prompt, answer = split_answer(messages)
-        return PromptRow(prompt, ground_truth=answer, extra_info=_metadata_of(row.get("metadata")))
-
-    def text_of(self, row: Row) -> str:
-        """As in the base class, or the segments of a row without a chat."""
-        return super().text_of(row) or text_of(row.get("segments"))
-
-
-def _metadata_of(value: Any) -> dict[str, Any]:
-    """The row's metadata; anything but a JSON object is kept as it is, since a chat is usable without it."""
-    known = value
-    if isinstance(value, str | bytes):
+        metadata = row.get("metadata")
         try:
-            known = json.loads(value)
+            known = json.loads(metadata) if isinstance(metadata, str | bytes) else metadata
         except (ValueError, RecursionError):
-            known = text_of(value)
-    if isinstance(known, dict):
-        return known
-    return {} if value is None else {"metadata": known}
+            known = text_of(metadata)
+        if not isinstance(known, dict):
+            known = {} if metadata is None else {"metadata": known}
+        return PromptRow(prompt, ground_truth=answer, extra_info=known)
 
 
-def get_dataset_class(data_files: str | Path | Sequence[str | Path], config: DataConfig) -> type[RLHFDataset]:
+def get_dataset_class(data_files: Files, config: DataConfig) -> type[RLHFDataset]:
     """``data.custom_cls`` where it is set; ``RLHFDataset`` for files with the prompt column; else ``OneRecDataset``.
 
     Raises ValueError where the custom class cannot be loaded or does not extend ``RLHFDataset``, whose arguments and
@@ -85,35 +80,66 @@ def get_dataset_class(data_files: str | Path | Sequence[str | Path], config: Dat
         raise ValueError(f"data.custom_cls.path={custom.path!r} needs data.custom_cls.name, the class in it")
     chosen = load_extern_type(custom.path, custom.name)
     if not (isinstance(chosen, type) and issubclass(chosen, RLHFDataset)):
-        raise ValueError(
-            f"data.custom_cls.name={custom.name!r} in {custom.path} is not a class that extends "
-            "verl.utils.dataset.rl_dataset.RLHFDataset"
-        )
+        base = "verl.utils.dataset.rl_dataset.RLHFDataset"
+        raise ValueError(f"data.custom_cls.name={custom.name!r} in {custom.path} is not a class that extends {base}")
     return chosen
 
 
 def create_rl_dataset(
-    data_files: str | Path | Sequence[str | Path],
-    tokenizer: PreTrainedTokenizerBase,
-    config: DataConfig,
-    *,
-    extended_sources: Sequence[str] = (),
-    **options: Any,
+    data_files: Files, tokenizer: PreTrainedTokenizerBase, config: DataConfig, **options: Any
 ) -> RLHFDataset:
     """Build the data set of ``get_dataset_class``; arguments and errors as in ``RLHFDataset``."""
-    dataset_class = get_dataset_class(data_files, config)
-    if extended_sources:
-        # Classes of users' own that were written before there was this argument are refused only where it matters.
-        options["extended_sources"] = extended_sources
-        try:
-            inspect.signature(dataset_class).bind(data_files, tokenizer, config, **options)
-        except TypeError as error:
-            raise ValueError(
-                f"data.custom_cls.name={dataset_class.__name__!r} takes no argument 'extended_sources', through which "
-                "it would learn which prompts algorithm.distill.teachers can read; let its __init__ take **kwargs and "
-                "hand them on"
-            ) from error
-    return dataset_class(data_files, tokenizer, config, **options)
+    if not options.get("extended_sources"):  # classes of users' own may be older than this argument
+        options.pop("extended_sources", None)
+    return get_dataset_class(data_files, config)(data_files, tokenizer, config, **options)
+
+
+def describe(dataset: RLHFDataset, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What the data set holds, as JSON can hold it; counts are rows, ``dropped`` is by reason and source."""
+    drops, checks, tokens = dataset.drop_report, dataset.checks, dataset.checks["tokens"]
+    dropped: dict[str, dict[str, int]] = {}
+    for (reason, source), rows in drops.dropped_by_source.most_common():
+        dropped.setdefault(reason, {})[source] = rows
+    counted = checks.filter(pc.is_valid(tokens))
+    lengths = {"kept": tokens.filter(pc.is_null(checks["reason"])), "all": counted["tokens"]}
+    percentiles = {}
+    for name, column in lengths.items():
+        values = np.percentile(column.to_numpy(), PERCENTILES, method="nearest").tolist()
+        percentiles[name] = {f"p{p}": int(value) for p, value in zip(PERCENTILES, values, strict=True)}
+    examples = []
+    for entry in (dataset[place] for place in sorted({0, len(dataset) // 2, len(dataset) - 1})):
+        path, row = dataset.location(entry["index"])
+        example = {"file": str(path), "row": row, "source": entry["source"], "tokens": tokens[entry["index"]].as_py()}
+        prompt = tokenizer.apply_chat_template(entry["raw_prompt"], tokenize=False, add_generation_prompt=True)
+        examples.append(example | {"prompt": prompt, "ground_truth": entry["reward_model"]["ground_truth"]})
+    return {
+        "files": [str(path) for path in dataset.files],
+        "rows": drops.rows,
+        "kept": dict(drops.kept.most_common()),
+        "dropped": dropped,
+        "prompt_tokens": percentiles,
+        "counted_prompts": len(counted),
+        "with_extended_tokens": pc.sum(pc.greater(counted["extended"], 0)).as_py(),
+        "examples": examples,
+    }
+
+
+def render(dataset: RLHFDataset, report: dict[str, Any]) -> str:
+    """The report of ``describe`` as text."""
+    lines = [dataset.drop_report.summary()]
+    for name, values in report["prompt_tokens"].items():
+        lines.append(f"prompt tokens, {name}: " + ", ".join(f"{p} {value:,}" for p, value in values.items()))
+    extended, counted = report["with_extended_tokens"], report["counted_prompts"]
+    share = f"in {extended:,} of {counted:,} prompts" if extended is not None else "not counted without a threshold"
+    lines.append(f"extended tokens: {share}")
+    for example in report["examples"]:
+        prompt, half = example["prompt"], EXAMPLE_CHARACTERS // 2
+        if len(prompt) > EXAMPLE_CHARACTERS:
+            prompt = f"{prompt[:half]} [...] {prompt[-half:]}"
+        place = f"row {example['row']} of {Path(example['file']).name}"
+        lines += ["", f"{example['source']}, {place}, {example['tokens']:,} tokens", f"  | {prompt!r}"]
+        lines.append(f"  = {str(example['ground_truth'])[:half]!r}")
+    return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -128,15 +154,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--max-prompt-length", type=int, default=2**31 - 1, help="longer are dropped; default: none")
     parser.add_argument("--json", action="store_true", help="one JSON document instead of text")
     args = parser.parse_args(argv)
+    start = {"extend_vocab_start_token": args.extend_vocab_start_token}
     try:
         tokenizer = hf_tokenizer(args.tokenizer)
-        limits = {"max_prompt_length": args.max_prompt_length, "filter_overlong_prompts": True}
-        dataset = create_rl_dataset(
-            args.files,
-            tokenizer,
-            DataConfig(**limits, max_dropped_fraction=1.0),
-            extend_vocab_start_token=args.extend_vocab_start_token,
-        )
+        config = DataConfig(max_prompt_length=args.max_prompt_length, filter_overlong_prompts=True)
+        config.max_dropped_fraction = 1.0
+        dataset = create_rl_dataset(args.files, tokenizer, config, **start)
     except ValueError as error:
         sys.exit(f"error: {error}")
     report = describe(dataset, tokenizer)

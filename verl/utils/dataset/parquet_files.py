@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 Row = dict[str, Any]
+Files = str | Path | Sequence[str | Path]
 
 DEFAULT_CACHE_DIR = "~/.cache/kai-verl"
 ROWS_PER_BLOCK = 256
@@ -34,29 +35,24 @@ COPY_LAYOUT = 1
 """To be raised where the copies change, so that older ones are made anew."""
 
 
-def expand_data_files(data_files: str | Path | Sequence[str | Path]) -> list[Path]:
+def expand_data_files(data_files: Files) -> list[Path]:
     """The parquet files that a path, a folder (its own files), a glob, or a list of these stands for.
 
     Files of a folder or glob come in the order of their names. Raises ValueError where one stands for nothing.
     """
-    entries = [data_files] if isinstance(data_files, str | Path) else list(data_files or [])
-    if not entries:
-        raise ValueError(f"no data file is given ({data_files!r}); name a parquet file, a folder or a glob")
+    entries = [data_files] if isinstance(data_files, str | Path) else list(data_files)
     files: list[Path] = []
     for entry in entries:
         # A text, not a Path: the empty text would become the current folder.
         pattern = os.path.expanduser(str(entry))
-        if os.path.isdir(pattern):
-            found = sorted(Path(pattern).glob("*.parquet"))
-        elif os.path.isfile(pattern):
-            found = [Path(pattern)]  # before the glob: a file's own name may hold its characters
+        if os.path.isfile(pattern):
+            found = [pattern]  # before the glob: a file's own name may hold its characters
         else:
-            found = sorted(Path(match) for match in glob.glob(pattern, recursive=True))
+            inside = os.path.join(glob.escape(pattern), "*.parquet")
+            found = sorted(glob.glob(inside if os.path.isdir(pattern) else pattern, recursive=True))
         if not found:
-            is_folder = os.path.isdir(pattern)
-            why = "the folder holds no *.parquet file" if is_folder else "no such file, folder or match"
-            raise ValueError(f"data file {str(entry)!r}: {why}")
-        files.extend(found)
+            raise ValueError(f"data file {str(entry)!r}: no such file, folder with *.parquet or match")
+        files += map(Path, found)
     return files
 
 
@@ -101,9 +97,7 @@ def cached_file(
         finally:
             beside.unlink(missing_ok=True)
     except OSError as error:
-        raise ValueError(
-            f"data.cache_dir={folder} cannot be written: {error}; name a folder with room for the data"
-        ) from error
+        raise ValueError(f"data.cache_dir={folder} cannot be written: {error}; name another folder") from error
     return path
 
 
@@ -120,8 +114,7 @@ def file_digest(path: Path) -> str:
 
 def code_digest() -> str:
     """Digest of this package's source: results of another version of the code are not read from the cache."""
-    sources = sorted(Path(__file__).parent.glob("*.py"))
-    return text_digest("\n".join(source.read_text(encoding="utf-8") for source in sources))
+    return text_digest("".join(file_digest(source) for source in sorted(Path(__file__).parent.glob("*.py"))))
 
 
 class ParquetRows:
@@ -184,13 +177,12 @@ class ParquetRows:
         if number not in self._tables:
             self._tables[number] = pa.ipc.open_stream(pa.memory_map(str(self._copies[number]))).read_all()
         block = self._tables[number].slice(row, count)
-        if not block.num_columns:  # of which Arrow forgets how many rows there are
-            return [{} for _ in range(count)]
         try:
-            return block.to_pylist()
+            # Of a table without columns Arrow forgets how many rows there are.
+            return block.to_pylist() or [{}] * count
         except (ValueError, OverflowError):
-            columns = {name: [_cell(scalar) for scalar in block.column(name)] for name in block.schema.names}
-            return [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
+            columns = [[_cell(scalar) for scalar in column] for column in block.columns]
+            return [dict(zip(block.schema.names, cells, strict=True)) for cells in zip(*columns, strict=True)]
 
     def __getstate__(self) -> dict[str, Any]:
         # A loader process maps the files itself; pickled, the tables would travel whole.
@@ -215,10 +207,8 @@ def _read_blocks(source: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
 def _cell(scalar: pa.Scalar) -> Any:
     try:
         return scalar.as_py()
-    except UnicodeDecodeError as error:
-        return error.object  # the bytes, which whoever reads the row finds unreadable
     except (ValueError, OverflowError) as error:
-        return str(error)
+        return getattr(error, "object", str(error))  # of broken UTF-8 the bytes, which are found unreadable later
 
 
 @contextmanager
@@ -229,7 +219,4 @@ def _open_parquet(path: Path) -> Iterator[pq.ParquetFile]:
             yield file
     except (pa.ArrowException, OSError) as error:
         reason = str(error).strip().split("\n")[0].removesuffix(".")
-        raise ValueError(
-            f"{path} cannot be read as parquet: {reason}; convert other formats, such as with pandas' to_parquet, and "
-            "copy or write a file again that was cut off or is damaged"
-        ) from error
+        raise ValueError(f"{path} cannot be read as parquet: {reason}; convert it, or copy it again") from error

@@ -34,17 +34,23 @@ class BadRowError(ValueError):
 
 @dataclass
 class PromptRow:
-    """What a data set reads out of one row; errors of ``tools_kwargs`` are those of ``mapping_of``."""
+    """What a data set reads out of one row.
+
+    Raises:
+        BadRowError: with reason ``no_user_turn`` (the messages hold no question), or as ``mapping_of``.
+    """
 
     messages: list[Message]
     ground_truth: Any = None
     style: str = "rule"
     extra_info: dict[str, Any] = field(default_factory=dict)
+    tools_kwargs: dict[str, Any] = field(init=False)
+    """Options of the row's tools, by tool name."""
 
-    @property
-    def tools_kwargs(self) -> dict[str, Any]:
-        """Options of the row's tools, by tool name."""
-        return mapping_of(self.extra_info.get("tools_kwargs"), "tools_kwargs")
+    def __post_init__(self) -> None:
+        if not any(message["role"] == "user" for message in self.messages):
+            raise BadRowError("no_user_turn", "the prompt holds no user message")
+        self.tools_kwargs = mapping_of(self.extra_info.get("tools_kwargs"), "tools_kwargs")
 
 
 def parse_messages(value: Any) -> list[Message]:
@@ -64,20 +70,12 @@ def split_answer(messages: list[Message]) -> tuple[list[Message], str]:
     """Split a chat at its last assistant message: what came before it is the prompt, its content the ground truth.
 
     Raises:
-        BadRowError: with reason ``no_assistant_turn`` or ``no_user_turn`` (none before the answer).
+        BadRowError: with reason ``no_assistant_turn``.
     """
-    answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
-    if not answers:
+    last = max((place for place, message in enumerate(messages) if message["role"] == "assistant"), default=None)
+    if last is None:
         raise BadRowError("no_assistant_turn", f"the roles are {', '.join(message['role'] for message in messages)}")
-    prompt = messages[: answers[-1]]
-    require_user_turn(prompt)
-    return prompt, messages[answers[-1]]["content"]
-
-
-def require_user_turn(prompt: list[Message]) -> None:
-    """Raise BadRowError ``no_user_turn`` where the prompt holds no question."""
-    if not any(message["role"] == "user" for message in prompt):
-        raise BadRowError("no_user_turn", "the prompt holds no user message")
+    return messages[:last], messages[last]["content"]
 
 
 def mapping_of(value: Any, column: str) -> dict[str, Any]:
@@ -86,16 +84,14 @@ def mapping_of(value: Any, column: str) -> dict[str, Any]:
     Raises:
         BadRowError: with reason ``unreadable_<column>``.
     """
-    if isinstance(value, str | bytes):
-        try:
+    try:
+        if isinstance(value, str | bytes):
             value = json.loads(value) if value.strip() else None
-        except (ValueError, RecursionError) as error:
-            raise BadRowError(f"unreadable_{column}", f"{column} is a text that is not JSON: {error}") from error
-    if value is None:
-        return {}
-    if not isinstance(value, Mapping):
+    except (ValueError, RecursionError) as error:
+        raise BadRowError(f"unreadable_{column}", f"{column} is a text that is not JSON: {error}") from error
+    if not isinstance(value, Mapping | None):
         raise BadRowError(f"unreadable_{column}", f"{column} is a {type(value).__name__}, not a mapping")
-    return dict(value)
+    return dict(value or {})
 
 
 def lists_tools(row: Row) -> bool:
@@ -105,43 +101,42 @@ def lists_tools(row: Row) -> bool:
 
 def text_of(cell: Any) -> str:
     """A cell for people to read: a text as it is, bytes decoded as far as they go, nothing as an empty text."""
-    if cell is None:
-        return ""
-    return cell.decode("utf-8", errors="backslashreplace") if isinstance(cell, bytes) else str(cell)
+    if isinstance(cell, bytes):
+        return cell.decode("utf-8", errors="backslashreplace")
+    return "" if cell is None else str(cell)
 
 
 def _turns_of(value: Any) -> list[Any]:
     """The messages of a cell in any of its forms, each still as it is."""
-    if isinstance(value, bytes):
-        try:
-            value = value.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise BadRowError("unreadable_messages", f"bytes that are not UTF-8: {error}") from error
-    if isinstance(value, str):
-        # Text exported on Windows may begin with a byte order mark.
-        text = value.removeprefix("\ufeff").strip()
-        value = _parse_text(text) if text else None
+    if isinstance(value, str | bytes):
+        value = _parse_text(value)
     if isinstance(value, Mapping) and value:
         roles, contents = value.get("role"), value.get("content")
         if isinstance(roles, list) and isinstance(contents, list) and len(roles) == len(contents):
             return [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
         return [value]
-    if value is None or (isinstance(value, list | tuple | Mapping) and not value):
-        raise BadRowError("no_messages", "the cell is empty")
-    if not isinstance(value, list | tuple):
+    if not isinstance(value, list | tuple | Mapping | None):
         raise BadRowError("unreadable_messages", f"a {type(value).__name__}, not a list of messages")
+    if not value:
+        raise BadRowError("no_messages", "the cell is empty")
     return list(value)
 
 
-def _parse_text(text: str) -> Any:
+def _parse_text(text: str | bytes) -> Any:
+    """The value of JSON or a Python literal; None of a blank text."""
     try:
-        return json.loads(text)
+        # Text exported on Windows may begin with a byte order mark.
+        known = (text.decode("utf-8") if isinstance(text, bytes) else text).removeprefix("\ufeff").strip()
+    except UnicodeDecodeError as error:
+        raise BadRowError("unreadable_messages", f"bytes that are not UTF-8: {error}") from error
+    try:
+        return json.loads(known) if known else None
     except (ValueError, RecursionError) as json_error:
         try:
             # Exports through CSV leave the repr() of a list; literal_eval runs nothing.
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of Python about backslashes in the user's text
-                return ast.literal_eval(text)
+                return ast.literal_eval(known)
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             raise BadRowError("unreadable_messages", f"neither JSON nor a Python literal: {json_error}") from json_error
 
@@ -154,18 +149,15 @@ def _parse_message(turn: Any, number: int) -> Message:
     if role not in ROLES:
         raise BadRowError("unknown_role", f"message {number} has the role {turn.get('role')!r}")
     extras = {key: turn[key] for key in TEMPLATE_KEYS if turn.get(key) is not None}
-    content = turn.get("content")
-    if content is None and extras.get("tool_calls"):
-        content = ""  # a turn that only calls tools
-    text = _content_text(content, number)
+    # A turn that only calls tools needs no content.
+    text = _content_text(
+        "" if turn.get("content") is None and extras.get("tool_calls") else turn.get("content"), number
+    )
     try:
         # Chat templates write the extras as JSON; a lone surrogate is in no tokenizer's alphabet.
         (text + json.dumps(extras, ensure_ascii=False)).encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise BadRowError("unencodable_text", f"message {number}: {error}") from error
     except (TypeError, ValueError) as error:
-        keys = ", ".join(extras)
-        raise BadRowError("unreadable_messages", f"message {number} holds {keys} that JSON cannot: {error}") from error
+        raise BadRowError("unencodable_text", f"message {number}: {error}") from error
     if role == "user" and not text.strip():
         raise BadRowError("blank_user_turn", f"message {number} is blank")
     return {"role": role, "content": text, **extras}

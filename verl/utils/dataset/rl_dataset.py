@@ -16,9 +16,13 @@ their checks are kept in ``data.cache_dir``, so that the next run over the same 
 resume belong to the data loader.
 """
 
+import json
 import logging
+import os
 import uuid
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -33,30 +37,25 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from verl.config import DataConfig
-from verl.utils.dataset.parquet_files import (
-    ParquetRows,
-    Row,
-    cached_file,
-    code_digest,
-    column_names,
-    expand_data_files,
+from verl.utils.dataset import parquet_files
+from verl.utils.dataset.parquet_files import Files, ParquetRows, Row
+from verl.utils.dataset.prompt_rows import PromptRow, lists_tools, mapping_of, parse_messages, text_of
+from verl.utils.dataset.prompt_tokens import (
+    PromptChecker,
+    PromptEncoder,
+    append_switch,
+    check_table,
+    think_switch,
+    truncate,
 )
-from verl.utils.dataset.prompt_checker import DropReport, PromptChecker, check_table
-from verl.utils.dataset.prompt_rows import (
-    PromptRow,
-    lists_tools,
-    mapping_of,
-    parse_messages,
-    require_user_turn,
-    text_of,
-)
-from verl.utils.dataset.prompt_tokens import PromptEncoder, append_switch, think_switch, truncate
 
 logger = logging.getLogger(__name__)
 
 SOURCE_COLUMNS = ("source", "data_source")
 """OneRec's and verl's names for the column of the source; each stands in for the other."""
 UNKNOWN_SOURCE = "unknown"
+SOURCES_SHOWN = 12
+"""Sources in a summary, the most frequent first."""
 TEXT_CHARACTERS = 200
 """How much of a dropped row is written down."""
 
@@ -70,14 +69,56 @@ def collate_fn(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
     for key in dict.fromkeys(key for item in items for key in item):
         values = [item.get(key) for item in items]
         tensors = [value for value in values if isinstance(value, torch.Tensor)]
-        if tensors:
-            if len(tensors) < len(items):
-                raise ValueError(f"the tensor {key!r} is missing from some of the {len(items)} items of a batch")
-            batch[key] = torch.stack(tensors)
-        else:
-            # np.array would turn lists of equal length into a second dimension.
-            batch[key] = np.fromiter(values, dtype=object, count=len(values))
+        if tensors and len(tensors) < len(items):
+            raise ValueError(f"the tensor {key!r} is missing from some of the {len(items)} items of a batch")
+        # np.array would turn lists of equal length into a second dimension.
+        batch[key] = torch.stack(tensors) if tensors else np.fromiter(values, dtype=object, count=len(values))
     return batch
+
+
+class DropReport:
+    """Counts of kept and dropped rows by reason and source, and a JSONL line for each that was dropped.
+
+    Args:
+        path: the JSONL file; None: counts alone.
+        kept: rows kept, by source.
+        dropped: lines of the file, which hold at least ``reason`` and ``source``.
+    """
+
+    def __init__(self, path: str | Path | None, kept: Counter[str], dropped: Iterable[dict[str, Any]]) -> None:
+        self.path = Path(path) if path is not None else None
+        self.kept = kept
+        """Rows kept, by source."""
+        self.dropped_by_source: Counter[tuple[str, str]] = Counter()
+        """Rows dropped, by reason and source."""
+        self.dropped: Counter[str] = Counter()
+        """Rows dropped, by reason."""
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        # A lone surrogate cannot be written as UTF-8, and may be the very reason why the row was dropped.
+        with Path(self.path or os.devnull).open("w", encoding="utf-8", errors="backslashreplace") as file:
+            for line in dropped:
+                self.dropped_by_source[line["reason"], line["source"]] += 1
+                self.dropped[line["reason"]] += 1
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self.rows = kept.total() + self.dropped.total()
+        """Rows kept and dropped."""
+        self.dropped_fraction = self.dropped.total() / max(self.rows, 1)
+        """Share of the rows that was dropped; 0 without rows."""
+
+    def reasons(self) -> str:
+        """Counts by reason in one line, and where each row is recorded."""
+        counts = ", ".join(f"{rows:,} {reason}" for reason, rows in self.dropped.most_common())
+        where = f"; each dropped row is in {self.path}" if counts and self.path else ""
+        return f"{counts or 'none'}{where}"
+
+    def summary(self) -> str:
+        """Rows kept and dropped, by reason and source, on one screen."""
+        lines = [f"kept {self.kept.total():,} of {self.rows:,} rows, dropped {self.reasons()}"]
+        for (reason, source), rows in self.dropped_by_source.most_common(SOURCES_SHOWN):
+            lines.append(f"  dropped {rows:,} of source {source}: {reason}")
+        lines += [f"  source {source}: {rows:,}" for source, rows in self.kept.most_common(SOURCES_SHOWN)]
+        return "\n".join(lines)
 
 
 class RLHFDataset(Dataset[dict[str, Any]]):
@@ -103,12 +144,9 @@ class RLHFDataset(Dataset[dict[str, Any]]):
             tokens where the settings make them an error.
     """
 
-    caches_checks = True
-    """Whether checks are kept between runs. A subclass does not inherit this: nothing here sees its code change."""
-
     def __init__(
         self,
-        data_files: str | Path | Sequence[str | Path],
+        data_files: Files,
         tokenizer: PreTrainedTokenizerBase,
         config: DataConfig,
         *,
@@ -122,22 +160,29 @@ class RLHFDataset(Dataset[dict[str, Any]]):
         self.epoch = 0
         """The epoch that was set last."""
         self._encoder = PromptEncoder(tokenizer, config, tool_schemas)
-        self.files = expand_data_files(data_files)
+        self.files = parquet_files.expand_data_files(data_files)
         self._rows = ParquetRows(self.files, self.columns(), config.cache_dir)
         self._check_columns()
         checker = PromptChecker(
             self._encoder, config, extend_vocab_start_token, extended_sources, self.read_prompt, self._source_of
         )
         self.checks = self._check_rows(checker, max_samples)
-        """The check of each row read, in order (``prompt_checker.CHECK_SCHEMA``)."""
+        """The check of each row read, in order (``prompt_tokens.CHECK_SCHEMA``)."""
         is_kept = self.checks["reason"].is_null()
         self._kept = np.flatnonzero(is_kept.to_numpy())
         self._has_extended = pc.greater(self.checks["extended"].fill_null(0), 0).to_numpy()
-        self.drop_report = DropReport(dropped_rows_path)
-        counts = self.checks["source"].filter(is_kept).value_counts().to_pylist()
-        self.drop_report.record_rows({count["values"]: count["counts"] for count in counts}, self._dropped_rows())
-        logger.info("%s: %s", ", ".join(path.name for path in self.files[:4]), self.drop_report.summary())
-        self._check_losses()
+        counts = self.checks["source"].filter(is_kept).value_counts()
+        kept = Counter({str(count["values"]): count["counts"].as_py() for count in counts})
+        self.drop_report = report = DropReport(dropped_rows_path, kept, self._dropped_rows())
+        files = ", ".join(map(str, self.files))
+        logger.info("%s: %s", files, report.summary())
+        if not len(self):
+            raise ValueError(f"no usable row in {files}: dropped are {report.reasons()}")
+        if report.dropped_fraction > (most := config.max_dropped_fraction):
+            raise ValueError(
+                f"{report.dropped_fraction:.1%} of the {report.rows:,} rows of {files} are dropped, more than "
+                f"data.max_dropped_fraction={most}; raise it where this is meant: {report.reasons()}"
+            )
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -196,34 +241,18 @@ class RLHFDataset(Dataset[dict[str, Any]]):
     def read_prompt(self, row: Row) -> PromptRow:
         """Read one row; raises BadRowError where it cannot be used."""
         messages = parse_messages(row.get(self.message_column()))
-        require_user_turn(messages)
-        reward_model = mapping_of(row.get("reward_model"), "reward_model")
-        return PromptRow(
-            messages,
-            ground_truth=reward_model.get("ground_truth"),
-            style=reward_model.get("style") or "rule",
-            extra_info=mapping_of(row.get("extra_info"), "extra_info"),
-        )
-
-    def text_of(self, row: Row) -> str:
-        """What a dropped row is recognised by."""
-        return text_of(row.get(self.message_column()))
+        reward, extra_info = (mapping_of(row.get(name), name) for name in ("reward_model", "extra_info"))
+        return PromptRow(messages, reward.get("ground_truth"), reward.get("style") or "rule", extra_info)
 
     def _check_columns(self) -> None:
         """Raise ValueError where no file has a column that the settings name."""
-        files, there = [str(path) for path in self.files], self._rows.columns
-        if self.message_column() not in there:
-            raise ValueError(
-                f"no column {self.message_column()!r} in {files}, which have "
-                f"{', '.join(sorted(column_names(self.files)))}; OneRec data has a column 'messages', verl's a column "
-                "of prompts that data.prompt_key names"
-            )
+        there, columns = self._rows.columns, ", ".join(sorted(parquet_files.column_names(self.files)))
+        where = f"in {[str(path) for path in self.files]}, which have {columns}"
+        if (column := self.message_column()) not in there:
+            raise ValueError(f"no column {column!r} {where}; name that of the messages in data.prompt_key")
         for name in ("data_source_key", "reward_fn_key"):
-            column = getattr(self.config, name)
-            if column not in SOURCE_COLUMNS and column not in there:
-                raise ValueError(
-                    f"data.{name}={column!r} names no column of {files}; the usual one is {' or '.join(SOURCE_COLUMNS)}"
-                )
+            if (column := getattr(self.config, name)) not in there.union(SOURCE_COLUMNS):
+                raise ValueError(f"data.{name}={column!r} names no column {where}")
 
     def _check_rows(self, checker: PromptChecker, max_samples: int) -> pa.Table:
         """Checks of the first ``max_samples`` rows (-1: all), read from the cache where they are there."""
@@ -233,64 +262,36 @@ class RLHFDataset(Dataset[dict[str, Any]]):
             checks = checker.check_rows(islice(self._rows, count))
             return check_table(tqdm(checks, total=count, desc="read prompts", unit="row", disable=None, leave=False))
 
-        settings = checker.settings() if vars(type(self)).get("caches_checks") else None
-        if settings is None:
+        # Checks of a user's own class are not kept: nothing here sees its code change.
+        encoder = self._encoder.digest() if type(self).__module__.startswith("verl.utils.dataset.") else None
+        if encoder is None:
             return check()
-        kept = cached_file(
-            self.config.cache_dir,
-            "checks",
-            ".parquet",
-            lambda path: pq.write_table(check(), path),
-            files=self._rows.digests,
-            rows=count,
-            settings=settings | {"class": type(self).__name__, "code": code_digest()},
-        )
+        settings = checker.settings() | {"encoder": encoder, "class": type(self).__name__}
+        depends_on = {"rows": [*self._rows.digests, count], "settings": settings, "code": parquet_files.code_digest()}
+        folder, write = self.config.cache_dir, lambda path: pq.write_table(check(), path)
+        kept = parquet_files.cached_file(folder, "checks", ".parquet", write, **depends_on)
         # Not read_table, which would make columns out of folder names such as `a=b`.
         return pq.ParquetFile(kept).read()
 
     def _dropped_rows(self) -> Iterator[dict[str, Any]]:
         """A line of the drop report per row that is not kept; ValueError at one that the settings make an error."""
+        config, is_dropped = self.config, self.checks["reason"].is_valid()
+        fixes = {"overlong": "", "extended_tokens": ""}
+        # Rows count as overlong only where they are filtered or data.truncation=error.
+        if not config.filter_overlong_prompts:
+            fixes["overlong"] = "raise data.max_prompt_length, or set data.filter_overlong_prompts=True"
+        if config.prompt_extend_tokens == "error":
+            fixes["extended_tokens"] = "set data.prompt_extend_tokens=drop, or replace to hide them from the teacher"
+        other = "data.on_bad_row=drop leaves such rows out" if config.on_bad_row == "error" else ""
         # A batch at a time: most rows of a large data set may be dropped, each with its detail.
-        is_dropped = self.checks["reason"].is_valid()
         checks = (check for batch in self.checks.filter(is_dropped).to_batches() for check in batch.to_pylist())
         for index, check in zip(np.flatnonzero(is_dropped.to_numpy()).tolist(), checks, strict=True):
             row, (path, number), reason = self._rows[index], self._rows.location(index), check["reason"]
-            if (fix := self._fix_for(reason)) is not None:
+            if fix := fixes.get(reason, other):
                 raise ValueError(f"{path}, row {number}: {check['detail']} ({reason}); {fix}")
-            yield {
-                "file": str(path),
-                "row": number,
-                "uuid": self._row_id(row, index),
-                "source": check["source"],
-                "reason": reason,
-                "detail": check["detail"],
-                "text": self.text_of(row)[:TEXT_CHARACTERS],
-            }
-
-    def _check_losses(self) -> None:
-        """Raise ValueError where no row is left, or too few."""
-        report, most = self.drop_report, self.config.max_dropped_fraction
-        files = ", ".join(str(path) for path in self.files)
-        where = f"; each dropped row is in {report.path}" if report.path else ""
-        if not len(self):
-            raise ValueError(f"no usable row in {files}: dropped are {report.reasons() or 'none of 0 rows'}{where}")
-        if report.dropped_fraction > most:
-            raise ValueError(
-                f"{report.dropped_fraction:.1%} of the {report.rows:,} rows of {files} are dropped "
-                f"({report.reasons()}), more than data.max_dropped_fraction={most}; give other data or settings, or "
-                f"raise it where this is meant{where}"
-            )
-
-    def _fix_for(self, reason: str) -> str | None:
-        """What to set instead where the settings make this reason an error; None where the row is dropped."""
-        # Rows count as overlong only where they are filtered or data.truncation=error.
-        if reason == "overlong":
-            fix = "raise data.max_prompt_length, or set data.filter_overlong_prompts=True or data.truncation=left"
-            return None if self.config.filter_overlong_prompts else fix
-        if reason == "extended_tokens":
-            fix = "data.prompt_extend_tokens=drop leaves such prompts out, replace hides the tokens from the teacher"
-            return fix if self.config.prompt_extend_tokens == "error" else None
-        return "data.on_bad_row=drop leaves such rows out" if self.config.on_bad_row == "error" else None
+            text = text_of(row.get(self.message_column())) or text_of(row.get("segments"))
+            place = {"file": str(path), "row": number, "uuid": self._row_id(row, index), "source": check["source"]}
+            yield place | {"reason": reason, "detail": check["detail"], "text": text[:TEXT_CHARACTERS]}
 
     def _source_of(self, row: Row, key: str | None = None) -> str:
         """The row's value of the column ``key``, by default that of ``data.data_source_key``."""
@@ -302,3 +303,47 @@ class RLHFDataset(Dataset[dict[str, Any]]):
     def _row_id(self, row: Row, index: int) -> str:
         path, number = self._rows.location(index)
         return text_of(row.get("uuid")) or str(uuid.uuid5(uuid.NAMESPACE_URL, f"{path.name}:{number}"))
+
+
+def group_by_weight(sources: Sequence[str], weights: Mapping[str, float]) -> list[tuple[float, np.ndarray]]:
+    """Share and places of each group of rows: those whose source a pattern is the first to match.
+
+    Args:
+        weights: all above 0, which ``DataConfig`` sees to.
+
+    Raises:
+        ValueError: a source that no pattern matches, or a pattern that matches none.
+    """
+    first = {source: next((p for p in weights if fnmatchcase(source, p)), None) for source in set(sources)}
+    unmatched = sorted(source for source, pattern in first.items() if pattern is None)
+    if unmatched:
+        raise ValueError(
+            f"data.source_weights={dict(weights)} matches no source {unmatched}; add them, or a pattern '*'"
+        )
+    if empty := [pattern for pattern in weights if pattern not in first.values()]:
+        raise ValueError(f"data.source_weights: no usable row has a source like {empty}; there are {sorted(first)}")
+    chosen, total = np.array([first[source] for source in sources]), sum(weights.values())
+    return [(weight / total, np.flatnonzero(chosen == pattern)) for pattern, weight in weights.items()]
+
+
+def mixed_order(groups: Sequence[tuple[float, np.ndarray]], random: np.random.Generator, shuffle: bool) -> list[int]:
+    """Places of rows, as many as there are, such that among the first n each group has its share of n, to within a row.
+
+    Rows of a group whose share is larger than it has rows come again, in another order, after all of them have come; of
+    a group whose share is smaller, an epoch holds a part.
+    """
+    length = sum(len(places) for _, places in groups)
+    shares, had = np.array([share for share, _ in groups]), np.zeros(len(groups))
+    turns = np.empty(length, dtype=np.int64)
+    # Each turn goes to the group that is furthest behind its share.
+    for place in range(length):
+        turns[place] = group = int(np.argmax(shares * (place + 1) - had))
+        had[group] += 1
+    order = np.empty(length, dtype=np.int64)
+    for group, (_, places) in enumerate(groups):
+        wanted = np.flatnonzero(turns == group)
+        # A group starts again only after all of it has come, each pass in an order of its own.
+        passes = -(-len(wanted) // len(places))
+        drawn = [random.permutation(places) if shuffle else places for _ in range(passes)]
+        order[wanted] = np.concatenate(drawn)[: len(wanted)] if passes else []
+    return order.tolist()

@@ -1,0 +1,206 @@
+"""What student and teacher share: sound pairs, and every way in which a pair is not.
+
+The tiny teacher names ids 0-328 and has 340 rows, the tiny student adds 329-354.
+"""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from support.vocab_pairs import (
+    END,
+    PAD,
+    TEACHER_IDS,
+    Folders,
+    copy_pair,
+    edit_json,
+    edit_template,
+    renumber,
+    swap_tokens,
+    write_configs,
+    write_json,
+)
+
+from recipe.onpolicy_distill.quickstart.tokenizers import build_tokenizers
+from verl.utils.vocab_contract import as_dict, read_contract
+from verl.utils.vocab_rules import VocabContract
+
+if TYPE_CHECKING:
+    from support.tiny_pairs import Pair
+
+START = "actor_rollout_ref.rollout.extend_vocab_start_token"
+FINGERPRINT = "e78600d0a4a14f54"
+"""Of the tiny pair: checkpoints hold it."""
+
+
+@pytest.fixture
+def pair(tiny_tokenizers: tuple[Path, Path], tmp_path: Path) -> Folders:
+    return copy_pair(*tiny_tokenizers, tmp_path)
+
+
+def contract_of(pair: Folders, start: int | str | None = "auto") -> VocabContract:
+    return read_contract(str(pair.student), str(pair.teacher), start)
+
+
+def only_problem(pair: Folders, start: int | str | None = "auto") -> str:
+    contract = contract_of(pair, start)
+    assert contract.verdict == "unsound"
+    (problem,) = contract.problems
+    return problem
+
+
+def test_a_pair_with_weights_is_sound_without_notes(tiny_pair: "Pair") -> None:
+    contract = read_contract(str(tiny_pair.student), str(tiny_pair.teacher), tiny_pair.extend_vocab_start_token)
+    assert (contract.verdict, contract.problems, contract.notes) == ("sound", [], [])
+    assert contract.shared == list(range(TEACHER_IDS)) and contract.extended == list(range(TEACHER_IDS, 355))
+    assert contract.extend_start == contract.derived_start == tiny_pair.extend_vocab_start_token == TEACHER_IDS
+
+
+def test_the_pair_of_the_quickstart(pair: Folders, tmp_path: Path) -> None:
+    teacher, student = build_tokenizers(tmp_path / "other", ["sort", "add"], 4)
+    contract = read_contract(str(student), str(teacher))
+    assert (contract.problems, contract.extend_start) == ([], contract.teacher.ids)
+    other_family = read_contract(str(pair.student), str(teacher), TEACHER_IDS)
+    assert "id 0 is '!' to the student and '\\n' to the teacher" in other_family.problems[0]
+
+
+def test_the_real_pair(shared_data: Path, tmp_path: Path) -> None:
+    pair = Folders(tmp_path / "student", tmp_path / "teacher")
+    for folder in pair:
+        folder.mkdir()
+    write_configs(pair, 176_384, 151_936, 151_645)
+    names = {"student_tokenizer": "qwen3-onerec", "teacher_tokenizer": "qwen3"}
+    paths = {key: str(shared_data / "tokenizer" / name) for key, name in names.items()}
+    found = as_dict(read_contract(str(pair.student), str(pair.teacher), **paths))
+    assert (found["problems"], found["extend_start"], found["extended_ids"]) == ([], 151_669, 24_578)
+    assert (found["extended"], found["collisions"]) == ([(151_669, 176_246)], [(151_669, 151_935)])
+
+
+def edit_student(change: Callable[[dict[str, Any]], Any]) -> Callable[[Folders], None]:
+    return lambda pair: edit_json(pair.student / "tokenizer.json", change)
+
+
+BROKEN: dict[str, tuple[Callable[[Folders], Any], list[str]]] = {
+    "swapped tokens": (
+        lambda pair: swap_tokens(pair.student, "A", "B"),
+        [
+            "id 32 is 'B' to the student and 'A' to the teacher, and 2 of the 329 ids",
+            "actor_rollout_ref.ref.model.path",
+        ],
+    ),
+    "another end token": (
+        lambda pair: edit_json(pair.student / "tokenizer_config.json", lambda values: values.update(eos_token="!")),
+        ["the student's end token is 0 '!' and the teacher's 322 '<|im_end|>'; set"],
+    ),
+    "an end of the teacher's that does not stop the student": (
+        lambda pair: write_json(pair.teacher / "generation_config.json", {"eos_token_id": [END, PAD]}),
+        ["the teacher also ends an answer at 320 '<|endoftext|>'", "student/generation_config.json"],
+    ),
+    "a template that changes ids": (
+        lambda pair: edit_template(pair.student, "<think>\\n\\n</think>\\n\\n", "<think></think>"),
+        ["different ids for the chats think off: 328 '</think>' for the student", "chat_template.jinja"],
+    ),
+    "a template that refuses tools": (
+        lambda pair: edit_template(pair.teacher, "{%- if tools -%}", "{%- if tools -%}{{- raise_exception('no') -}}"),
+        ["the chats tools, tool result: ", "for the student and none for the teacher"],
+    ),
+    "no template": (
+        lambda pair: (pair.student / "chat_template.jinja").unlink(),
+        ["the student's tokenizer has no chat template"],
+    ),
+    "too few rows of the student": (
+        lambda pair: write_configs(pair, 350, 329, END),
+        ["the student has 350 embedding rows", "355 ids: 350-354 (first 350 "],
+    ),
+    "too few rows of the teacher": (
+        lambda pair: write_configs(pair, 355, 324, END),
+        ["the teacher has 324 embedding rows", "329 ids: 324-328 (first 324 "],
+    ),
+    "a gap within the extended ids": (
+        lambda pair: renumber(pair.student, lambda token_id: token_id + 5 if token_id > 340 else token_id),
+        ["names 355 ids with a gap (341-345 name nothing)"],
+    ),
+    "a missing merge": (
+        edit_student(lambda tokenizer: tokenizer["model"]["merges"].pop()),
+        ["equal ids, but ", "(different merges)"],
+    ),
+    "a normalizer": (
+        edit_student(lambda tokenizer: tokenizer.update(normalizer={"type": "Lowercase"})),
+        ["equal ids, but ", "(different normalizer)"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_an_unsound_pair(pair: Folders, name: str) -> None:
+    spoil, parts = BROKEN[name]
+    spoil(pair)
+    problem = only_problem(pair)
+    for part in parts:
+        assert part in problem
+
+
+@pytest.mark.parametrize(
+    ("start", "expected"),
+    [
+        (328, "=328: ids 328 (first 328 '</think>'), lie inside the shared vocabulary and would never be scored"),
+        (330, "=330: ids 329 (first 329 '<s_a_0>'), which the teacher lacks, are neither shared nor extended"),
+        (500, "=500: ids 329-354 (first 329 '<s_a_0>'), which the teacher lacks, are neither shared nor extended"),
+        (None, "=null: ids 329-354 (first 329 '<s_a_0>'), which the teacher lacks, are neither shared nor extended"),
+    ],
+)
+def test_a_threshold_that_does_not_fit(pair: Folders, start: int | None, expected: str) -> None:
+    assert only_problem(pair, start) == f"{START}{expected}; set {START}=329, or auto"
+
+
+def test_student_equal_to_teacher(pair: Folders) -> None:
+    shutil.copytree(pair.teacher, pair.student, dirs_exist_ok=True)
+    for start in ("auto", None):
+        contract = contract_of(pair, start)
+        assert (contract.problems, contract.extend_start, contract.extended, contract.collisions) == ([], None, [], [])
+    assert "extend_vocab_start_token=329 marks nothing" in contract_of(pair, 329).notes[-1]
+    assert only_problem(pair, 320).endswith(f"set {START}=null, or auto")
+
+
+def test_extended_ids_that_are_not_one_tail(pair: Folders) -> None:
+    # The teacher lacks 327 and 328 and has 329: the student's 327 and 328 are extended, its 329 is not.
+    renumber(pair.teacher, lambda token_id: 329 if token_id == 328 else None if token_id == 327 else token_id)
+    swapped = {328: 329, 329: 328}
+    renumber(pair.student, lambda token_id: swapped.get(token_id, token_id))
+    contract = contract_of(pair)
+    assert contract.extended == [327, 328, *range(330, 355)]
+    [tail] = [problem for problem in contract.problems if "not one tail" in problem]
+    assert "id 329 '</think>', behind 327 '<think>', is the teacher's too" in tail
+
+
+NOTED: dict[str, Callable[[Folders], Any]] = {
+    "the teacher's tokenizer has no chat template": lambda pair: (pair.teacher / "chat_template.jinja").unlink(),
+    "the think tokens 327 '<think>', 328 '</think>' are extended": lambda pair: edit_json(
+        pair.teacher / "tokenizer.json", lambda tokenizer: tokenizer["added_tokens"].__delitem__(slice(-2, None))
+    ),
+    'plain text becomes extended ids: "The answer: 3 + 4': edit_student(
+        lambda tokenizer: tokenizer["added_tokens"].append(
+            {**tokenizer["added_tokens"][-1], "id": 355, "content": "answer"}
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("note", NOTED)
+def test_what_is_noted(pair: Folders, note: str) -> None:
+    NOTED[note](pair)
+    contract = contract_of(pair)
+    assert contract.verdict == "sound with notes"
+    assert any(each.startswith(note) for each in contract.notes)
+
+
+def test_the_fingerprint_is_of_shared_tokens_and_threshold(pair: Folders) -> None:
+    first = contract_of(pair)
+    assert contract_of(pair, TEACHER_IDS).fingerprint == first.fingerprint == FINGERPRINT
+    assert contract_of(pair, TEACHER_IDS + 1).fingerprint != first.fingerprint
+    edit_template(pair.student, "<think>\\n\\n</think>\\n\\n", "<think></think>")
+    assert contract_of(pair).fingerprint == first.fingerprint, "templates are no vocabulary"
+    swap_tokens(pair.student, "A", "B")
+    assert contract_of(pair).fingerprint != first.fingerprint

@@ -70,7 +70,7 @@ def test_they_need_a_teacher_that_reads_them(run: list[str]) -> None:
 def test_a_catalogue_that_cannot_be_used_is_said_before_the_run(run: list[str], tmp_path: Path) -> None:
     missing = tmp_path / "none.parquet"
     with pytest.raises(ValueError, match=re.escape(f"{KEY}.catalogue={missing} matches no parquet file")):
-        check_run(config_of(*run, f"{KEY}.catalogue={missing}"))
+        check_run(config_of(*run, TEACHER, f"{KEY}.catalogue={missing}"))
 
 
 def test_a_class_of_the_users_own_reads_files_of_its_own(run: list[str]) -> None:

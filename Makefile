@@ -1,6 +1,8 @@
 # Every target sets up what it needs; a fresh machine needs Python 3.11 or newer and nothing else.
 ENV_DIR ?= .venv
 PYTEST = $(ENV_DIR)/bin/python -m pytest
+# Test files are spread over this many processes; a file stays whole, for its tests share what they start.
+WORKERS ?= 2
 export ENV_DIR
 
 .PHONY: env test test-slow test-all soak quickstart lint format clean
@@ -9,7 +11,7 @@ env:
 	bash deploy_env.sh --dev
 
 test: env
-	$(PYTEST) -m "not slow and not cluster and not gpu" $(ARGS)
+	$(PYTEST) -n $(WORKERS) --dist loadfile -m "not slow and not cluster and not gpu" $(ARGS)
 
 test-slow: env
 	$(PYTEST) -m "slow or cluster" $(ARGS)

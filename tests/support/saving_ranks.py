@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from verl.utils.save_outcome import SaveOutcome
+from verl.workers.fsdp.checkpoint import SaveOutcome
 
 DRIVER_STATE = {"loader": {"batch": 3}, "epoch": 1, "kl_coef": 0.5, "metrics": {}}
 

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 
 from verl import model_merger
 from verl.config import CheckpointConfig, OptimizerConfig
-from verl.utils.save_outcome import SaveOutcome
 from verl.weight_sync.send import named_weights
 from verl.workers.fsdp import checkpoint
+from verl.workers.fsdp.checkpoint import SaveOutcome
 from verl.workers.fsdp.shard_files import write_file, write_weights
 from verl.workers.student_worker import StudentWorker
 

@@ -13,8 +13,8 @@ from recipe.onpolicy_distill.onpolicy_distill_trainer import RayOnPolicyDistillT
 from verl.config import PPOConfig, TrainerConfig
 from verl.protocol import DataProto
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer
-from verl.utils.save_outcome import SaveOutcome
 from verl.utils.tracking import Tracking
+from verl.workers.fsdp.checkpoint import SaveOutcome
 
 P, R = 2, 3
 

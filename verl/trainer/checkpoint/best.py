@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from verl.config import TrainerConfig
-from verl.config.best_rule import KEY, BestRule, Metrics
+from verl.config.best_rule import KEY, BestRule, Metrics, metric_value
 from verl.trainer.checkpoint import layout
 from verl.utils.durable_files import flush_tree, write_durably
 
@@ -33,10 +33,6 @@ logger = logging.getLogger(__name__)
 
 RECORD, POINTER = "validations.json", "best_checkpointed_iteration.txt"
 BEST, VOID, REASON = "best", "best_void", "best.json"
-
-
-class BestMetricError(ValueError):
-    """The rule names a metric that validation does not give."""
 
 
 class BestCheckpoint:
@@ -50,7 +46,7 @@ class BestCheckpoint:
     """
 
     def __init__(self, config: TrainerConfig, resume_from: Path | None) -> None:
-        self._config, self._root, self._resume_from = config, Path(config.default_local_dir), resume_from
+        self._root, self._patience = Path(config.default_local_dir), config.stop_after_no_better
         self._rule = BestRule.parse(config.best_metric) if config.best_metric and not config.val_only else None
         self._metrics: dict[int, dict[str, float]] = {}
         """Of every validation, by step."""
@@ -63,33 +59,28 @@ class BestCheckpoint:
         self._names_are_known = False
         if self._rule is None or resume_from is None:
             return
-        start = _read_record(resume_from.absolute().parent).get(0, {})
-        missing = [bound.name for bound in self._rule.constraints if math.isnan(bound.bound_for(start))]
+        last, record = layout.checkpoint_step(resume_from), _read_json(resume_from.absolute().parent / RECORD)
+        self._metrics = {int(step): metrics for step, metrics in record.items() if int(step) <= last}
+        if layout.is_of_run(resume_from, self._root):
+            self._saved = {
+                step for step in map(layout.checkpoint_step, layout.step_folders(self._root)) if step <= last
+            }
+        missing = [name for name in self._rule.names_of_start if math.isnan(metric_value(self._start, name))]
         if missing:
             raise ValueError(
-                f"{KEY}={self._rule.text!r} compares {', '.join(missing)} with step 0, and the run that is resumed "
-                f"from {resume_from} did not record it in its {RECORD}; give the bound as a number, or start afresh "
-                "(trainer.resume_mode=disable, or another trainer.default_local_dir)"
+                f"{KEY}={self._rule.text!r} compares {', '.join(missing)} with step 0, which the run of {resume_from} "
+                f"did not record in its {RECORD}; give the bound as a number, or set trainer.resume_mode=disable"
             )
 
     # ------------------------------------------------------------------ for the trainer
 
     def resume(self) -> None:
-        """Load the record up to the checkpoint that the run continues from; archive ``best/`` of later steps."""
+        """Write the record up to the checkpoint that the run continues from; archive ``best/`` of later steps."""
         if self._rule is None:
             return
-        folder = self._resume_from
-        if folder is not None:
-            last = layout.checkpoint_step(folder)
-            recorded = _read_record(folder.absolute().parent)
-            self._metrics = {step: metrics for step, metrics in recorded.items() if step <= last}
-            if layout.is_of_run(folder, self._root):
-                steps = map(layout.checkpoint_step, layout.step_folders(self._root))
-                self._saved = {step for step in steps if step <= last}
-            else:
-                self._archive_best()  # the best of another run, which had this folder before
-        self._write_record()
-        self._update_best(self._rule)
+        if not self._saved:
+            self._archive_best()  # of another run, which had this folder before
+        self._update_files(self._rule)
 
     def note(self, step: int, metrics: Metrics) -> dict[str, float]:
         """Record a validation; returns step and value of the best one so far as metrics.
@@ -101,19 +92,14 @@ class BestCheckpoint:
         if rule is None:
             return {}
         if not self._names_are_known:
-            try:
-                rule.require_known(metrics)
-            except ValueError as error:
-                raise BestMetricError(str(error)) from error
+            rule.require_known(metrics)
             self._names_are_known = True
         # JSON has no NaN; a missing metric keeps no bound either.
         self._metrics[step] = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
-        self._write_record()
-        if step in self._saved:  # the run resumed from it
-            self._update_best(rule)
-        elif step > 0 and self._is_better(rule, step, self._best):
+        self._update_files(rule)
+        if step > 0 and step not in self._saved and self._is_better(rule, step, self._best):
             self._pending = step
-            logger.info("step %d is the best so far: %s", step, self._describe_step(rule, step))
+            logger.info("step %d is the best so far: %s", step, rule.describe(self._metrics[step], self._start))
         if self._best is None:
             return {}
         return {"training/best_step": self._best, "training/best_value": rule.value(self._metrics[self._best])}
@@ -124,9 +110,8 @@ class BestCheckpoint:
 
     def gives_up(self) -> bool:
         """Whether the last ``trainer.stop_after_no_better`` validations were no better; logs it."""
-        patience, best = self._config.stop_after_no_better, self._best or 0
-        since = sum(step > best for step in self._metrics)
-        if patience is None or since < patience:
+        since = sum(step > (self._best or 0) for step in self._metrics)
+        if self._patience is None or since < self._patience:
             return False
         logger.warning("stopping early: %d validations without a better one%s", since, self.describe())
         return True
@@ -137,7 +122,8 @@ class BestCheckpoint:
             return ""
         if self._kept is None:
             return f", no checkpoint met {KEY}"
-        return f", best {layout.step_folder(self._root, self._kept)} ({self._describe_step(self._rule, self._kept)})"
+        reason = self._rule.describe(self._metrics[self._kept], self._start)
+        return f", best {layout.step_folder(self._root, self._kept)} ({reason})"
 
     # ------------------------------------------------------------------ for the saver
 
@@ -149,12 +135,12 @@ class BestCheckpoint:
             self._pending = None
         if in_place:
             self._saved.add(step)
-            self._update_best(self._rule)
+            self._update_files(self._rule)
 
     @property
-    def protected(self) -> set[int]:
+    def protected(self) -> set[int | None]:
         """Steps whose checkpoints must stay: the best one, and the one of the pointer, which a full disk may delay."""
-        return {step for step in (self._kept, self._pointer()) if step is not None} if self._rule else set()
+        return {self._kept, _read_json(self._root / POINTER) or None} if self._rule else set()
 
     # ------------------------------------------------------------------ choosing
 
@@ -162,36 +148,35 @@ class BestCheckpoint:
     def _best(self) -> int | None:
         return self._kept if self._pending is None else self._pending
 
+    @property
+    def _start(self) -> Metrics:
+        return self._metrics.get(0, {})
+
     def _is_better(self, rule: BestRule, step: int, than: int | None) -> bool:
         """Whether a step keeps all bounds and is strictly better than another one; of equals the first stays."""
-        metrics, start = self._metrics[step], self._metrics.get(0, {})
-        return rule.qualifies(metrics, start) and (than is None or rule.is_better(metrics, self._metrics[than]))
+        metrics = self._metrics[step]
+        return rule.qualifies(metrics, self._start) and (than is None or rule.is_better(metrics, self._metrics[than]))
 
-    def _describe_step(self, rule: BestRule, step: int) -> str:
-        return rule.describe(self._metrics[step], self._metrics.get(0, {}))
+    def _update_files(self, rule: BestRule) -> None:
+        """Choose the best step that has a whole checkpoint or its model in ``best/``; write record, model and pointer.
 
-    def _update_best(self, rule: BestRule) -> None:
-        """Choose the best step that has a whole checkpoint, or its model in ``best/``; write ``best/`` and pointer.
-
-        A full disk is logged, and the next checkpoint tries again.
+        A full disk is logged, and the next validation or checkpoint tries again.
         """
-        exported = _read_json(self._root / BEST / REASON).get("step")
-        self._kept = None
+        exported, self._kept = _read_json(self._root / BEST / REASON).get("step"), None
         for step in sorted(self._metrics):
-            if self._is_better(rule, step, self._kept) and (
-                step == exported or (step in self._saved and not layout.find_faults(self._folder(step)))
-            ):
+            has_model = step == exported or (step in self._saved and not layout.find_faults(self._folder(step)))
+            if has_model and self._is_better(rule, step, self._kept):
                 self._kept = step
         try:
+            write_durably(self._root / RECORD, json.dumps(dict(sorted(self._metrics.items()))) + "\n")
             if self._kept is None:
                 self._archive_best()
-                return
-            if exported != self._kept:
-                self._export_best(rule, self._kept)
-            if self._pointer() != self._kept:
+            else:
+                if exported != self._kept:
+                    self._export_best(rule, self._kept)
                 write_durably(self._root / POINTER, f"{self._kept}\n")
         except OSError as error:
-            logger.error("the best checkpoint, of step %s, cannot be named in %s: %s", self._kept, self._root, error)
+            logger.error("validations and best checkpoint are not up to date in %s: %s", self._root, error)
 
     # ------------------------------------------------------------------ files
 
@@ -200,22 +185,12 @@ class BestCheckpoint:
 
     def _export_best(self, rule: BestRule, step: int) -> None:
         """Write ``best/`` beside, then put it into place."""
-        export, beside = self._folder(step) / layout.EXPORT, self._root / f"{BEST}{layout.UNFINISHED}"
+        beside, metrics = self._root / f"{BEST}{layout.UNFINISHED}", self._metrics[step]
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir()
-        if export.is_dir():
-            shutil.copytree(export, beside / "huggingface", copy_function=_link_or_copy)
-        else:
-            logger.warning("%s is gone: best/ has no model", export)
-        reason = {
-            "step": step,
-            "checkpoint": self._folder(step).name,
-            "rule": rule.text,
-            "value": rule.value(self._metrics[step]),
-            "reason": self._describe_step(rule, step),
-            "metrics": self._metrics[step],
-            "metrics_of_step_0": self._metrics.get(0, {}),
-        }
+        shutil.copytree(self._folder(step) / layout.EXPORT, beside / "huggingface", copy_function=_link_or_copy)
+        reason = {"step": step, "checkpoint": self._folder(step).name, "rule": rule.text, "value": rule.value(metrics)}
+        reason |= {"reason": rule.describe(metrics, self._start), "metrics": metrics, "metrics_of_step_0": self._start}
         (beside / REASON).write_text(json.dumps(reason, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         flush_tree(beside)
         layout.replace_folder(beside, self._root / BEST)
@@ -227,33 +202,10 @@ class BestCheckpoint:
             logger.warning("%s is no longer the best of this run; it is %s now", self._root / BEST, VOID)
             layout.replace_folder(self._root / BEST, self._root / VOID)
 
-    def _pointer(self) -> int | None:
-        pointer = self._root / POINTER
-        text = pointer.read_text().strip() if pointer.is_file() else ""
-        return int(text) if text.isdecimal() else None
 
-    def _write_record(self) -> None:
-        record = {str(step): metrics for step, metrics in sorted(self._metrics.items())}
-        try:
-            write_durably(self._root / RECORD, json.dumps(record, ensure_ascii=False) + "\n")
-        except OSError as error:
-            logger.error("the metrics of the last validation are not in %s: %s", self._root / RECORD, error)
-
-
-def _read_record(root: Path) -> dict[int, dict[str, float]]:
-    """Metrics of the validations in a run folder, by step."""
-    return {int(step): metrics for step, metrics in _read_json(root / RECORD).items()}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; empty if the file is missing, or damaged, which is logged."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        logger.warning("%s is damaged (%s) and is ignored", path, error)
-        return {}
+def _read_json(path: Path) -> Any:
+    """What a file holds; an empty object without it."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def _link_or_copy(source: str, target: str) -> None:

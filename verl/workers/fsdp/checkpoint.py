@@ -28,14 +28,12 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from verl.config import CheckpointConfig
 from verl.utils.device import dtype_name, get_rng_states, set_rng_states
 from verl.utils.durable_files import flush_tree
-from verl.utils.save_outcome import SaveOutcome
 from verl.weight_sync.send import named_weights
 from verl.workers.fsdp.optimizer import LearningRateSchedule
 from verl.workers.fsdp.shard_files import HUGGINGFACE, OPTIMIZER, SHARDS, Shard, ShardReader, write_file, write_weights
@@ -49,6 +47,17 @@ EXTRA = "extra_rank_{}.safetensors"
 WRITE_TIMEOUT = timedelta(hours=2)
 """How long a rank that has written waits for the slowest."""
 SHOWN_DIFFERENCES = 10
+
+
+class SaveOutcome(NamedTuple):
+    """How far one rank's part of a checkpoint is."""
+
+    done: bool
+    """False while the rank still writes."""
+    error: str = ""
+    """Why nothing usable was written; empty where all went well, and while the rank writes."""
+    seconds: float = 0.0
+    """From the start of the copy to the last byte, where all went well."""
 
 
 class TrainingState(NamedTuple):
@@ -172,32 +181,20 @@ def load_checkpoint(state: TrainingState, config: CheckpointConfig, folder: Path
     tensors = _named_tensors(state, config.load_contents)
     if tensors:
         reader = ShardReader(folder / SHARDS)
-        _require_same_tensors(tensors, reader)
+        saved = {key: list(entry.size) for key, entry in reader.tensors.items()}
+        wrong = [
+            f"- {key}: {saved.get(key, 'nothing')} there, {list(tensor.shape)} here"
+            for key, tensor in tensors.items()
+            if saved.get(key) != list(tensor.shape)
+        ]
+        if wrong:
+            raise ValueError(
+                f"{reader.folder} is of another model than actor_rollout_ref.model.path; choose another checkpoint or "
+                "set trainer.resume_mode=disable:\n" + "\n".join(wrong[:SHOWN_DIFFERENCES])
+            )
         reader.read(tensors)
     if "extra" in config.load_contents:
         _load_extra(state, folder)
-
-
-def _require_same_tensors(tensors: Tensors, reader: ShardReader) -> None:
-    """Compare names and shapes of this model's tensors with those in the shards.
-
-    Raises:
-        ValueError: they differ; the message lists where.
-    """
-    own = {key: list(tensor.shape) for key, tensor in tensors.items()}
-    kinds = {key.startswith(OPTIMIZER) for key in own}
-    saved = {key: list(e.size) for key, e in reader.tensors.items() if key.startswith(OPTIMIZER) in kinds}
-    wrong = [
-        f"- {key}: {saved.get(key, 'nothing')} there, {own.get(key, 'nothing')} here"
-        for key in sorted(saved.keys() | own.keys())
-        if saved.get(key) != own.get(key)
-    ]
-    if wrong:
-        more = [f"- and {len(wrong) - SHOWN_DIFFERENCES} more"] if len(wrong) > SHOWN_DIFFERENCES else []
-        raise ValueError(
-            f"{reader.folder} is of another model than actor_rollout_ref.model.path; choose another checkpoint or set "
-            "trainer.resume_mode=disable:\n" + "\n".join([*wrong[:SHOWN_DIFFERENCES], *more])
-        )
 
 
 def _load_extra(state: TrainingState, folder: Path) -> None:
@@ -205,12 +202,9 @@ def _load_extra(state: TrainingState, folder: Path) -> None:
     path = own if own.is_file() else folder / EXTRA.format(0)
     if not path.is_file():
         raise ValueError(f"{folder} holds no {path.name}; leave 'extra' out of actor.checkpoint.load_contents")
-    try:
-        extra = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} cannot be read ({error}); take an earlier checkpoint") from error
+    extra = load_file(path)
     state.schedule.set_steps(int(extra["optimizer_steps"]))
-    if path != own:
+    if path == own:
+        set_rng_states({key.removeprefix("rng."): value for key, value in extra.items() if key.startswith("rng.")})
+    else:
         logger.warning("%s has no random state of rank %d; it goes on with its own", folder, dist.get_rank())
-        return
-    set_rng_states({key.removeprefix("rng."): value for key, value in extra.items() if key.startswith("rng.")})

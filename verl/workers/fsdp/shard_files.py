@@ -13,7 +13,6 @@ Not here: what is saved and when, the model's config and tokenizer.
 """
 
 import json
-import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,13 +22,13 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
-from verl.utils.durable_files import write_durably
+from verl.utils.durable_files import flush, write_durably
 
 SHARDS, HUGGINGFACE = "shards", "huggingface"
 OPTIMIZER = "optimizer."
@@ -37,7 +36,7 @@ OPTIMIZER = "optimizer."
 MAX_FILE_BYTES = 2 * 10**9
 """Of a file of whole weights, which is in memory at once; a larger tensor is a file of its own."""
 WEIGHTS_INDEX = "model.safetensors.index.json"
-_FILE_NAME, _ANY_FILE = "{:05d}-of-{:05d}.safetensors", "*-of-*[0-9].safetensors"
+_FILE_NAME = "{:05d}-of-{:05d}.safetensors"
 
 # Torch warns whenever a rank reads without the others, which is what is wanted here.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -56,8 +55,7 @@ def write_file(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str,
     except SafetensorError as error:
         raise OSError(f"{path} cannot be written: {error}") from error
     path.chmod(mode)  # safetensors renames a file into its place that its owner alone may read
-    with open(path, "rb") as stream:
-        os.fsync(stream.fileno())
+    flush(path)
 
 
 class Shard(NamedTuple):
@@ -105,8 +103,14 @@ class ShardReader(dcp.HuggingFaceStorageReader):
     def __init__(self, folder: Path) -> None:
         super().__init__(str(folder))
         self.folder = folder
-        self._require_whole()
-        self._metadata = super().read_metadata()
+        # The base class reads what the folder lists: without a shard, tensors would lose their last rows unnoticed.
+        names = sorted(path.name for path in folder.glob("*.safetensors"))
+        if not names or names != [_FILE_NAME.format(number + 1, len(names)) for number in range(len(names))]:
+            raise ValueError(f"{folder} holds no whole set of shards ({names}); take another checkpoint")
+        try:
+            self._metadata = super().read_metadata()
+        except SafetensorError as error:
+            raise ValueError(f"{folder} cannot be read ({error}); take an earlier checkpoint") from error
         self.tensors = cast("dict[str, TensorStorageMetadata]", self._metadata.state_dict_metadata)
         """Shape and dtype of every whole tensor, by key."""
 
@@ -126,32 +130,8 @@ class ShardReader(dcp.HuggingFaceStorageReader):
             [(cause, _)] = error.failures.values()
             raise ValueError(f"{self.folder} cannot be read ({cause}); take an earlier checkpoint") from error
 
-    def _require_whole(self) -> None:
-        folder = self.folder
-        if any(folder.glob("*.distcp")):
-            raise ValueError(
-                f"{folder} is of a kai-verl whose shards were *.distcp files, which this version does not read; resume "
-                "with that version, or set trainer.resume_mode=disable and actor_rollout_ref.model.path to the "
-                "huggingface/ beside it"
-            )
-        count = max((int(path.stem[-5:]) for path in folder.glob(_ANY_FILE)), default=0)
-        if count == 0:
-            raise ValueError(f"{folder.parent} holds no whole {folder.name}/; choose another checkpoint")
-        for number in range(1, count + 1):
-            path = folder / _FILE_NAME.format(number, count)
-            try:
-                safe_open(path, "pt")
-            except (OSError, SafetensorError) as error:
-                raise ValueError(f"{path} cannot be read ({error}); take an earlier checkpoint") from error
-        # The base class reads what the folder lists: without a shard, tensors would lose their last rows unnoticed.
-        listed = len(list(folder.glob("*.safetensors")))
-        if listed != count:
-            raise ValueError(f"{folder} lists {listed} shards, not {count}; take an earlier checkpoint")
 
-
-def write_weights(
-    shards: Path, folder: Path, dtype: torch.dtype | None = None, max_file_bytes: int = MAX_FILE_BYTES
-) -> int:
+def write_weights(shards: Path, folder: Path, dtype: torch.dtype | None = None) -> int:
     """Write the model in ``shards`` as transformers and vLLM load it, with an index where it takes several files.
 
     Args:
@@ -173,7 +153,7 @@ def write_weights(
     if not weights:
         raise ValueError(f"{shards} holds no model; it was saved without 'model' in actor.checkpoint.save_contents")
     folder.mkdir(parents=True, exist_ok=True)
-    split = split_torch_state_dict_into_shards(weights, max_shard_size=max_file_bytes)
+    split = split_torch_state_dict_into_shards(weights, max_shard_size=MAX_FILE_BYTES)
     for file, names in split.filename_to_tensors.items():
         part = {name: torch.empty_like(weights[name], device="cpu") for name in names}
         reader.read(part)

@@ -3,11 +3,10 @@
 ::
 
     validation ──► note: metrics into validations.json ──► better than all before? ──► the trainer saves it, due or not
-    its checkpoint is in place ──► best/ ──► best_checkpointed_iteration.txt ──► pruning spares this checkpoint
+    its checkpoint is in place ──► best/ ──► pruning spares this checkpoint
 
     default_local_dir/
         validations.json                   metrics of every validation of the run, by step
-        best_checkpointed_iteration.txt    step of the best checkpoint, written last
         best/best.json                     the rule, and the step's metrics and bounds
         best/huggingface/                  the best student, hard-linked to the files of the checkpoint
         best_void/                         what best/ was, of steps that a resumed run takes again
@@ -31,8 +30,7 @@ from verl.utils.durable_files import flush_tree, write_durably
 
 logger = logging.getLogger(__name__)
 
-RECORD, POINTER = "validations.json", "best_checkpointed_iteration.txt"
-BEST, VOID, REASON = "best", "best_void", "best.json"
+RECORD, BEST, VOID, REASON = "validations.json", "best", "best_void", "best.json"
 
 
 class BestCheckpoint:
@@ -62,9 +60,8 @@ class BestCheckpoint:
         last, record = layout.checkpoint_step(resume_from), _read_json(resume_from.absolute().parent / RECORD)
         self._metrics = {int(step): metrics for step, metrics in record.items() if int(step) <= last}
         if layout.is_of_run(resume_from, self._root):
-            self._saved = {
-                step for step in map(layout.checkpoint_step, layout.step_folders(self._root)) if step <= last
-            }
+            steps = map(layout.checkpoint_step, layout.step_folders(self._root))
+            self._saved = {step for step in steps if step <= last}
         missing = [name for name in self._rule.names_of_start if math.isnan(metric_value(self._start, name))]
         if missing:
             raise ValueError(
@@ -139,8 +136,8 @@ class BestCheckpoint:
 
     @property
     def protected(self) -> set[int | None]:
-        """Steps whose checkpoints must stay: the best one, and the one of the pointer, which a full disk may delay."""
-        return {self._kept, _read_json(self._root / POINTER) or None} if self._rule else set()
+        """Steps whose checkpoints must stay: the best one, and the one of ``best/``, which a full disk may delay."""
+        return {self._kept, self._exported_step()}
 
     # ------------------------------------------------------------------ choosing
 
@@ -158,11 +155,11 @@ class BestCheckpoint:
         return rule.qualifies(metrics, self._start) and (than is None or rule.is_better(metrics, self._metrics[than]))
 
     def _update_files(self, rule: BestRule) -> None:
-        """Choose the best step that has a whole checkpoint or its model in ``best/``; write record, model and pointer.
+        """Choose the best step that has a whole checkpoint or its model in ``best/``; write record and model.
 
         A full disk is logged, and the next validation or checkpoint tries again.
         """
-        exported, self._kept = _read_json(self._root / BEST / REASON).get("step"), None
+        exported, self._kept = self._exported_step(), None
         for step in sorted(self._metrics):
             has_model = step == exported or (step in self._saved and not layout.find_faults(self._folder(step)))
             if has_model and self._is_better(rule, step, self._kept):
@@ -171,10 +168,8 @@ class BestCheckpoint:
             write_durably(self._root / RECORD, json.dumps(dict(sorted(self._metrics.items()))) + "\n")
             if self._kept is None:
                 self._archive_best()
-            else:
-                if exported != self._kept:
-                    self._export_best(rule, self._kept)
-                write_durably(self._root / POINTER, f"{self._kept}\n")
+            elif exported != self._kept:
+                self._export_best(rule, self._kept)
         except OSError as error:
             logger.error("validations and best checkpoint are not up to date in %s: %s", self._root, error)
 
@@ -182,6 +177,9 @@ class BestCheckpoint:
 
     def _folder(self, step: int) -> Path:
         return layout.step_folder(self._root, step)
+
+    def _exported_step(self) -> int | None:
+        return _read_json(self._root / BEST / REASON).get("step")
 
     def _export_best(self, rule: BestRule, step: int) -> None:
         """Write ``best/`` beside, then put it into place."""
@@ -197,13 +195,12 @@ class BestCheckpoint:
 
     def _archive_best(self) -> None:
         """Rename ``best/`` of another run, or of steps that are taken again, to ``best_void/``."""
-        (self._root / POINTER).unlink(missing_ok=True)
         if (self._root / BEST).exists():
             logger.warning("%s is no longer the best of this run; it is %s now", self._root / BEST, VOID)
             layout.replace_folder(self._root / BEST, self._root / VOID)
 
 
-def _read_json(path: Path) -> Any:
+def _read_json(path: Path) -> dict[str, Any]:
     """What a file holds; an empty object without it."""
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 

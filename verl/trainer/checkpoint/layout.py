@@ -4,7 +4,7 @@
 
     default_local_dir/
         latest_checkpointed_iteration.txt      step of the newest checkpoint
-        best_checkpointed_iteration.txt, best/ where trainer.best_metric is set (``best``)
+        best/                                  where trainer.best_metric is set (``best``)
         global_step_N/actor/                   model and optimizer, written by the training workers
         global_step_N/data.pt                  state of the driver, such as the position in the training data
         global_step_N/config.yaml              settings of the run, without secrets

@@ -71,13 +71,9 @@ def model_identity(model: str | None, tokenizer: str | None = None) -> dict[str,
     folder = local_model_folder(model)
     if folder is None:
         return {}
-    identity: dict[str, Any] = {}
-    if (folder / "config.json").is_file():
-        entries = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        identity |= {f"config.{name}": value for name, value in entries.items() if name not in VOLATILE}
-    weights = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
-    if weights:
-        identity["weights"] = _digest_of_samples(weights)
+    entries = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    identity = {f"config.{name}": value for name, value in entries.items() if name not in VOLATILE}
+    identity["weights"] = _digest_of_samples(sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]))
     words = (local_model_folder(tokenizer) or folder) / "tokenizer.json"
     if words.is_file():
         identity["tokenizer"] = file_digest(words)[:DIGEST_DIGITS]
@@ -137,41 +133,35 @@ def require_same_run(folder: Path, config: PPOConfig, identity: dict[str, Any]) 
     Raises:
         ValueError: there are differences that may not be; the message lists them.
     """
-    manifest, trainer = layout.read_manifest(folder), config.trainer
-    saved, now = (
-        _flatten(values)
-        for values in (OmegaConf.to_container(OmegaConf.load(folder / "config.yaml")), public_dict(config))
-    )
+    described, trainer = layout.read_manifest(folder).identity, config.trainer
+    saved = _flatten(OmegaConf.to_container(OmegaConf.load(folder / "config.yaml")))
     both_have_rule = bool(saved.get("trainer.best_metric") and trainer.best_metric and not trainer.val_only)
-    in_both = manifest.identity.keys() & identity.keys()
+    in_both = described.keys() & identity.keys()
     paths = {f"{TEACHERS}.{name.split('.')[1]}.path" for name in in_both if name.startswith("teachers.")}
     covered = {"data.train_files", CATALOGUE, *paths}
     there, here = (
         {key: value for key, value in settings.items() if key not in covered} | entries
-        for settings, entries in ((saved, manifest.identity), (now, identity))
+        for settings, entries in ((saved, described), (_flatten(public_dict(config)), identity))
     )
     refused: dict[str, str] = {}
-    others: dict[str, str] = {}
     for key, old in there.items():
         # A key that one of two versions of this program lacks is no difference. As texts, maps differ by their order
         # too: the first teacher or pattern that matches a source counts.
         was, is_now = (json.dumps(value, ensure_ascii=False) for value in (old, here.get(key, old)))
         rule = rule_of(key, both_have_rule)
-        if was != is_now and rule != "ignore":
-            is_refused = rule == "refuse" and not matches(trainer.resume_allow_changed, key)
-            text = f"{key}: {was[:SHOWN_CHARACTERS]} in the checkpoint, {is_now[:SHOWN_CHARACTERS]} now"
-            (refused if is_refused else others)[key] = text
+        if was == is_now or rule == "ignore":
+            continue
+        text = f"{key}: {was[:SHOWN_CHARACTERS]} in the checkpoint, {is_now[:SHOWN_CHARACTERS]} now"
+        if rule == "refuse" and not matches(trainer.resume_allow_changed, key):
+            refused[key] = text
+        else:
+            logger.warning("resuming with another setting: %s", text)
     if refused:
         raise ValueError(
-            f"{folder} was trained otherwise than this run would go on:\n- "
-            + "\n- ".join(refused.values())
-            + "\nset them as they were, or allow what you mean to change with "
-            f"trainer.resume_allow_changed=[{','.join(refused)}], or start afresh with trainer.resume_mode=disable"
+            f"{folder} was trained otherwise than this run would go on:\n- " + "\n- ".join(refused.values()) + "\n"
+            f"set them as they were, or trainer.resume_allow_changed=[{','.join(refused)}] to change them, or "
+            "trainer.resume_mode=disable to start afresh"
         )
-    for text in others.values():
-        logger.warning("resuming with another setting: %s", text)
-    if manifest.world_size != trainer.world_size:
-        logger.warning("resuming on %d ranks what %d wrote", trainer.world_size, manifest.world_size)
 
 
 def rule_of(key: str, both_have_rule: bool = False) -> str:

@@ -86,11 +86,7 @@ class CheckpointSaver:
 
     def poll(self) -> Metrics:
         """Publish the checkpoint that is being written, if all ranks have finished."""
-        began = time.perf_counter()
-        metrics = self._finish_pending(wait=False)
-        if metrics:
-            metrics["timing_s/save_checkpoint"] = time.perf_counter() - began
-        return metrics | self._failures()
+        return self._finish_pending(wait=False) | self._failures()
 
     def finish(self) -> None:
         """Wait for the checkpoint that is being written.
@@ -114,7 +110,7 @@ class CheckpointSaver:
         """Publish or give up the pending checkpoint once all ranks are done; empty if none is or they are not."""
         if self._pending is None:
             return {}
-        step, ranks = self._pending
+        began, (step, ranks) = time.perf_counter(), self._pending
         outcomes = ranks.checkpoint_outcome(wait)
         if not all(outcome.done for outcome in outcomes):
             return {}
@@ -138,7 +134,8 @@ class CheckpointSaver:
                 logger.error(
                     "older checkpoints in trainer.default_local_dir=%s cannot be deleted: %s", self._root, error
                 )
-        return {"timing_s/save_checkpoint/write": max(outcome.seconds for outcome in outcomes)}
+        waited_s, written_s = time.perf_counter() - began, max(outcome.seconds for outcome in outcomes)
+        return {"timing_s/save_checkpoint": waited_s, "timing_s/save_checkpoint/write": written_s}
 
     def _record_failure(self, step: int, cause: str) -> None:
         """Log and count a failed save, and delete what was written of it."""

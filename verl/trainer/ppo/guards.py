@@ -29,8 +29,6 @@ Metrics = dict[str, float]
 
 RECOVERY_RATIO = 10
 """Updates that make up for a skipped one."""
-GAP_GROWTH = 2.0
-"""A gap that grew by this factor is warned of again."""
 PROBE_TOKENS = 128
 GOLDEN = 0.6180339887498949
 """Multiples of it, modulo 1, fill the unit interval evenly however many there are."""
@@ -103,18 +101,16 @@ class EngineGap:
         rollout = config.actor_rollout_ref.rollout
         self._is_defined = rollout.top_p == 1 and rollout.top_k == -1
         self._bound = config.trainer.engine_gap_bound
-        self._last_warned = 0.0
 
     def check(self, metrics: Mapping[str, float], step: int) -> Metrics:
-        """The gap of a step; warns the first time it is too large, whenever it has doubled since, and if it is NaN."""
+        """The gap of a step; warns if it is too large or NaN."""
         gap = metrics.get("training/rollout_log_probs_diff_mean")
         if not self._is_defined or gap is None:
             return {}
         if self._bound is None:
             return {"distill/engine_gap": gap}
         exceeds = not gap <= self._bound  # true for NaN
-        if exceeds and not gap <= GAP_GROWTH * self._last_warned:
-            self._last_warned = max(self._last_warned, gap)
+        if exceeds:
             logger.warning(
                 "step %d: the engine's log-probs of its own tokens differ from the trainer's by %.4g nats on average, "
                 "above trainer.engine_gap_bound=%s: it samples from other weights or rounds otherwise (rollout.dtype)",
@@ -189,25 +185,19 @@ class TeacherProbe:
             )
         return metrics
 
-    def state_dict(self) -> dict[str, Any] | None:
-        """Tokens and reference of every teacher, for a checkpoint; None if the probe is off."""
-        if self._tolerance is None:
-            return None
-        teachers = {
-            role: {"tokens": self._tokens(role), "log_probs": log_probs} for role, log_probs in self._reference.items()
-        }
-        return {"temperature": self._temperature, "teachers": teachers}
+    def state_dict(self) -> dict[str, Any]:
+        """Tokens and reference of every teacher, for a checkpoint."""
+        return {role: {"tokens": self._tokens(role), "log_probs": scores} for role, scores in self._reference.items()}
 
-    def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over the reference of the run's first start.
 
-        A teacher whose reference is missing, or of other tokens or another temperature, gets one at this start, and so
-        do all if ``resume_allow_changed`` names something that may change a teacher.
+        A teacher whose reference is missing or of other tokens gets one at this start, and so do all if
+        ``resume_allow_changed`` names something that may change a teacher.
         """
-        if state is not None and not self._may_change and state["temperature"] == self._temperature:
-            for role, known in state["teachers"].items():
-                if known["tokens"] == self._tokens(role):
-                    self._reference[role] = known["log_probs"]
+        if not self._may_change:
+            known = {role: saved for role, saved in state.items() if saved["tokens"] == self._tokens(role)}
+            self._reference = {role: saved["log_probs"] for role, saved in known.items()}
 
     def _tokens(self, role: str) -> list[int]:
         """Ids spread over those that a teacher knows, in an order that jumps; always the same ones."""

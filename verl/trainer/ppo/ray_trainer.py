@@ -370,8 +370,7 @@ class RayPPOTrainer:
         if folder is not None:
             step, state = checkpoint_step(folder), load_driver_state(folder)
             self.global_steps = step
-            data_may_change = any(key.split(".")[0] == "data" for key in config.resume_allow_changed)
-            self.prompts.load_state_dict(state, may_start_over=data_may_change)
+            self.prompts.load_state_dict(state)
             self.kl_controller.value = state["kl_coef"]
             self.teacher_probe.load_state_dict(state["teacher_probe"])
             # A kill between a checkpoint and the log line of its step loses the line; another run's log is not ours.

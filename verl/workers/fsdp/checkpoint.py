@@ -35,13 +35,12 @@ from verl.config import CheckpointConfig
 from verl.utils.device import dtype_name, get_rng_states, set_rng_states
 from verl.utils.durable_files import flush_tree
 from verl.weight_sync.send import named_weights
+from verl.workers.fsdp import shard_files
 from verl.workers.fsdp.optimizer import LearningRateSchedule
-from verl.workers.fsdp.shard_files import HUGGINGFACE, OPTIMIZER, SHARDS, Shard, ShardReader, write_file, write_weights
+from verl.workers.fsdp.shard_files import HUGGINGFACE, OPTIMIZER, SHARDS, ShardReader, Tensors
 from verl.workers.fsdp.token_stats_model import TokenStatsModel
 
 logger = logging.getLogger(__name__)
-
-Tensors = dict[str, torch.Tensor]
 
 EXTRA = "extra_rank_{}.safetensors"
 WRITE_TIMEOUT = timedelta(hours=2)
@@ -107,7 +106,7 @@ class CheckpointWriter:
         began = time.perf_counter()
         # The weights of huggingface/ are made from the shards.
         contents = self._contents | ({"model"} if "hf_model" in self._contents else set())
-        shard = Shard.copy_of(_named_tensors(state, contents))
+        shard = shard_files.copy_shard(_named_tensors(state, contents))
         extra: Tensors = {}
         if "extra" in contents:
             extra = {"global_step": torch.tensor(global_step), "optimizer_steps": torch.tensor(state.schedule.steps)}
@@ -130,7 +129,9 @@ class CheckpointWriter:
             return SaveOutcome(done=True, error=f"{type(error).__name__}: {error}".splitlines()[0])
         return SaveOutcome(done=True, seconds=writing.result())
 
-    def _write(self, state: TrainingState, shard: Shard, extra: Tensors, folder: Path, began: float) -> float:
+    def _write(
+        self, state: TrainingState, shard: shard_files.Shard, extra: Tensors, folder: Path, began: float
+    ) -> float:
         """Write, in the thread, and return the seconds since ``began``. ``state`` gives config and tokenizer alone."""
         rank, shards, huggingface = dist.get_rank(), folder / SHARDS, folder / HUGGINGFACE
         if rank == 0:
@@ -140,9 +141,9 @@ class CheckpointWriter:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if extra:
-                write_file(folder / EXTRA.format(rank), extra)
+                shard_files.write_file(folder / EXTRA.format(rank), extra)
             if self._contents - {"extra"}:
-                shard.write(shards)
+                shard_files.write_shard(shards, shard)
             failed.zero_()
         finally:
             # Whatever happened: the other ranks wait here.
@@ -150,7 +151,7 @@ class CheckpointWriter:
         if rank == 0 and not failed and {"model", "hf_model"} & self._contents:
             _write_description(state.module.causal_lm, state.tokenizer, huggingface)
             if "hf_model" in self._contents:
-                write_weights(shards, huggingface)
+                shard_files.write_weights(shards, huggingface)
             if not {"model", "optimizer"} & self._contents:
                 shutil.rmtree(shards)
             flush_tree(huggingface)
@@ -193,11 +194,8 @@ def load_checkpoint(state: TrainingState, config: CheckpointConfig, folder: Path
                 "set trainer.resume_mode=disable:\n" + "\n".join(wrong[:SHOWN_DIFFERENCES])
             )
         reader.read(tensors)
-    if "extra" in config.load_contents:
-        _load_extra(state, folder)
-
-
-def _load_extra(state: TrainingState, folder: Path) -> None:
+    if "extra" not in config.load_contents:
+        return
     own = folder / EXTRA.format(dist.get_rank())
     path = own if own.is_file() else folder / EXTRA.format(0)
     if not path.is_file():

@@ -14,9 +14,8 @@ Not here: what is saved and when, the model's config and tokenizer.
 
 import json
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -30,6 +29,10 @@ from torch.distributed.tensor import DTensor
 
 from verl.utils.durable_files import flush, write_durably
 
+Tensors = dict[str, torch.Tensor]
+Shard = tuple[Tensors, dict[str, Any]]
+"""A rank's slices of tensors, in host memory, and where each begins, as torch's reader expects it."""
+
 SHARDS, HUGGINGFACE = "shards", "huggingface"
 OPTIMIZER = "optimizer."
 """Begins the key of every tensor in the shards that is no parameter; parameters have their Hugging Face names."""
@@ -42,55 +45,36 @@ _FILE_NAME = "{:05d}-of-{:05d}.safetensors"
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
-def write_file(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file; when this returns, its content is on the disk.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+def write_file(path: Path, tensors: Tensors, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file; when this returns, its content is on the disk."""
     path.touch()
     mode = path.stat().st_mode
-    try:
-        save_file(tensors, path, metadata)
-    except SafetensorError as error:
-        raise OSError(f"{path} cannot be written: {error}") from error
+    save_file(tensors, path, metadata)
     path.chmod(mode)  # safetensors renames a file into its place that its owner alone may read
     flush(path)
 
 
-class Shard(NamedTuple):
-    """A rank's slices of tensors, in host memory and independent of the originals."""
+def copy_shard(tensors: Tensors) -> Shard:
+    """Copy this rank's slices. A tensor that is not sharded is the same on all ranks, and rank 0 has it."""
+    copies, places = {}, {}
+    for key, tensor in tensors.items():
+        local, offset = tensor, [0] * tensor.dim()
+        if isinstance(tensor, DTensor):
+            local, offset = tensor.to_local(), list(tensor.__create_chunk_list__()[0].offsets)
+        elif dist.get_rank() > 0:
+            continue
+        if local.numel() > 0:  # a rank may have no row of a small tensor
+            copies[key] = local.to("cpu", copy=True, memory_format=torch.contiguous_format)
+            places[key] = {"saved_offsets": offset}
+    return copies, places
 
-    tensors: dict[str, torch.Tensor]
-    offsets: dict[str, list[int]]
-    """Where each slice begins in its tensor."""
 
-    @classmethod
-    def copy_of(cls, tensors: Mapping[str, torch.Tensor]) -> "Shard":
-        """Copy this rank's slices. A tensor that is not sharded is the same on all ranks, and rank 0 has it."""
-        shard = cls({}, {})
-        for key, tensor in tensors.items():
-            local, offset = tensor, [0] * tensor.dim()
-            if isinstance(tensor, DTensor):
-                local, offset = tensor.to_local(), list(tensor.__create_chunk_list__()[0].offsets)
-            elif dist.get_rank() > 0:
-                continue
-            if local.numel() > 0:  # a rank may have no row of a small tensor
-                shard.tensors[key] = local.to("cpu", copy=True, memory_format=torch.contiguous_format)
-                shard.offsets[key] = offset
-        return shard
-
-    def write(self, folder: Path) -> None:
-        """Write this rank's file.
-
-        Raises:
-            OSError: it cannot be written.
-        """
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / _FILE_NAME.format(dist.get_rank() + 1, dist.get_world_size())
-        # The form that torch's reader knows.
-        slices = json.dumps({key: {"saved_offsets": offset} for key, offset in self.offsets.items()})
-        write_file(path, self.tensors, {"DCP_SHARDING_INFO": slices, "format": "pt"})
+def write_shard(folder: Path, shard: Shard) -> None:
+    """Write this rank's file."""
+    copies, places = shard
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / _FILE_NAME.format(dist.get_rank() + 1, dist.get_world_size())
+    write_file(path, copies, {"DCP_SHARDING_INFO": json.dumps(places), "format": "pt"})
 
 
 class ShardReader(dcp.HuggingFaceStorageReader):
@@ -118,7 +102,7 @@ class ShardReader(dcp.HuggingFaceStorageReader):
         """As the base class does, with the files' headers read once."""
         return self._metadata
 
-    def read(self, tensors: dict[str, torch.Tensor]) -> None:
+    def read(self, tensors: Tensors) -> None:
         """Fill tensors, whole or sharded, with what the shards have under their keys, in their own precision.
 
         Raises:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from verl.utils.device import dtype_name, resolve_dtype
 from verl.utils.durable_files import write_durably
-from verl.workers.fsdp.shard_files import HUGGINGFACE, SHARDS, write_weights
+from verl.workers.fsdp.checkpoint import HUGGINGFACE, SHARDS, write_weights
 
 CONFIG = "config.json"
 

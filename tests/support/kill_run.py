@@ -41,7 +41,7 @@ from support.tiny_pairs import Pair, make_pair
 from verl.config import TrainerConfig
 from verl.trainer.checkpoint import layout
 from verl.weight_sync.send import FOLDER_PREFIX, SHARED_MEMORY
-from verl.workers.fsdp.shard_files import ShardReader
+from verl.workers.fsdp.checkpoint import ShardReader
 
 FAULTS = ("mismatches", "unreadable_checkpoints", "orphans", "shared_memory_left", "other")
 TITLES = {"rank": ("ray::WorkerHost",), "engine": ("ray::HFReplica", "ray::VLLMReplica", "VLLM::")}

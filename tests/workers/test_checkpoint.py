@@ -16,8 +16,7 @@ from verl import model_merger
 from verl.config import CheckpointConfig, OptimizerConfig
 from verl.weight_sync.send import named_weights
 from verl.workers.fsdp import checkpoint
-from verl.workers.fsdp.checkpoint import SaveOutcome
-from verl.workers.fsdp.shard_files import write_file, write_weights
+from verl.workers.fsdp.checkpoint import SaveOutcome, write_file, write_weights
 from verl.workers.student_worker import StudentWorker
 
 pytestmark = pytest.mark.usefixtures("one_rank")

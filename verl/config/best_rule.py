@@ -15,6 +15,7 @@ In: the text, and the metrics of validations by name. Out: values, comparisons, 
 """
 
 import math
+import operator
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ FORM = "NAME [max|min] [subject to NAME >= X [of step 0] [and ...]]"
 _OBJECTIVE = re.compile(r"(?P<name>[^\s<>=]+)(?:\s+(?P<direction>max|min))?")
 _NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 _BOUND = re.compile(rf"(?P<name>[^\s<>=]+)\s*(?P<sign>>=|<=)\s*(?P<factor>{_NUMBER})(?P<start>\s+of\s+step\s+0)?")
+
+COMPARISONS = {">=": operator.ge, "<=": operator.le}
 
 Metrics = Mapping[str, float]
 
@@ -49,7 +52,8 @@ class Bound:
     """A bound that a step has to keep; none keeps one that is NaN."""
 
     name: str
-    at_least: bool
+    sign: str
+    """``>=`` or ``<=``."""
     factor: float
     of_start: bool
     """Whether the bound is ``factor`` times the metric at step 0, and not ``factor`` itself."""
@@ -60,13 +64,12 @@ class Bound:
 
     def is_met(self, metrics: Metrics, start: Metrics) -> bool:
         """Whether a step keeps the bound."""
-        value, bound = metric_value(metrics, self.name), self.value(start)
-        return value >= bound if self.at_least else value <= bound
+        return COMPARISONS[self.sign](metric_value(metrics, self.name), self.value(start))
 
     def describe(self, metrics: Metrics, start: Metrics) -> str:
         """The metric and its bound as text."""
-        sign, origin = ">=" if self.at_least else "<=", f" = {self.factor:g} of step 0" if self.of_start else ""
-        return f"{self.name} {metric_value(metrics, self.name):.4g}, bound {sign} {self.value(start):.4g}{origin}"
+        origin = f" = {self.factor:g} of step 0" if self.of_start else ""
+        return f"{self.name} {metric_value(metrics, self.name):.4g}, bound {self.sign} {self.value(start):.4g}{origin}"
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ class BestRule:
             if match is None:
                 raise ValueError(f"{KEY}={text!r}: {part!r} is not understood; the form is {FORM}")
         first, *others = (match for match in matches if match)
-        bounds = (Bound(m["name"], m["sign"] == ">=", float(m["factor"]), m["start"] is not None) for m in others)
+        bounds = (Bound(m["name"], m["sign"], float(m["factor"]), m["start"] is not None) for m in others)
         return cls(text.strip(), first["name"], first["direction"] != "min", tuple(bounds))
 
     @property

@@ -7,7 +7,7 @@ Tokenises nothing itself: chat templates are applied by the data set (to count) 
 import logging
 import os
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,36 +28,23 @@ logger = logging.getLogger(__name__)
 
 
 def build_datasets(
-    config: DataConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    extend_vocab_start_token: int | None = None,
-    extended_sources: Sequence[str] = (),
-    dropped_rows_folder: str | Path,
-    tool_schemas: list[dict[str, Any]] | None = None,
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, dropped_rows_folder: str | Path, **options: Any
 ) -> tuple[RLHFDataset, RLHFDataset | None]:
     """Read the training prompts and, where ``data.val_files`` is set, the validation prompts.
 
     Prompts of ``data.synthetic_item_prompts`` are made and join the training prompts.
 
     Args:
-        extended_sources: patterns of the sources whose prompts may hold extended tokens, whatever the settings say.
         dropped_rows_folder: receives ``dropped_rows.jsonl`` (training) and ``dropped_rows_val.jsonl``, a line per row
             left out.
-        tool_schemas: OpenAI function schemas of the run's tools, which count towards a prompt's length.
+        options: of both data sets, as in ``RLHFDataset``: ``extend_vocab_start_token``, ``tool_schemas`` (OpenAI
+            function schemas of the run's tools, which count towards a prompt's length) and ``extended_sources``
+            (patterns of the sources whose prompts may hold extended tokens, whatever the settings say).
 
     Raises:
         ValueError: files that cannot be read, or hold no usable prompt.
     """
-
-    build = partial(
-        create_rl_dataset,
-        tokenizer=tokenizer,
-        config=config,
-        extend_vocab_start_token=extend_vocab_start_token,
-        extended_sources=extended_sources,
-        tool_schemas=tool_schemas,
-    )
+    build = partial(create_rl_dataset, tokenizer=tokenizer, config=config, **options)
     files: Any = config.train_files
     samples, synthetic, folder = config.train_max_samples, config.synthetic_item_prompts, Path(dropped_rows_folder)
     if synthetic.count:

@@ -45,23 +45,25 @@ class BestCheckpoint:
 
     def __init__(self, config: TrainerConfig, resume_from: Path | None) -> None:
         self._root, self._patience = Path(config.default_local_dir), config.stop_after_no_better
-        self._rule = BestRule.parse(config.best_metric) if config.best_metric and not config.val_only else None
+        self._is_on = bool(config.best_metric) and not config.val_only
+        self._rule = BestRule.parse(config.best_metric or "none")
         self._metrics: dict[int, dict[str, float]] = {}
         """Of every validation, by step."""
-        self._saved: set[int] = set()
-        """Steps whose checkpoints this run wrote, or the run that it continues."""
+        self._candidates: set[int | None] = set()
+        """Steps whose model is there or being written."""
         self._pending: int | None = None
         """The best step, while its checkpoint is being written."""
-        self._kept: int | None = None
-        """The best step whose model is in place."""
+        self._exported: int | None = None
+        """The step whose model is in ``best/``."""
         self._names_are_known = False
-        if self._rule is None or resume_from is None:
+        if not self._is_on or resume_from is None:
             return
         last, record = layout.checkpoint_step(resume_from), _read_json(resume_from.absolute().parent / RECORD)
         self._metrics = {int(step): metrics for step, metrics in record.items() if int(step) <= last}
         if layout.is_of_run(resume_from, self._root):
-            steps = map(layout.checkpoint_step, layout.step_folders(self._root))
-            self._saved = {step for step in steps if step <= last}
+            self._exported = _read_json(self._root / BEST / REASON).get("step")
+            whole = [folder for folder in layout.step_folders(self._root) if not layout.find_faults(folder)]
+            self._candidates = {self._exported, *(step for step in map(layout.checkpoint_step, whole) if step <= last)}
         missing = [name for name in self._rule.names_of_start if math.isnan(metric_value(self._start, name))]
         if missing:
             raise ValueError(
@@ -71,13 +73,21 @@ class BestCheckpoint:
 
     # ------------------------------------------------------------------ for the trainer
 
-    def resume(self) -> None:
-        """Write the record up to the checkpoint that the run continues from; archive ``best/`` of later steps."""
-        if self._rule is None:
+    def update_files(self) -> None:
+        """Write the record, and bring ``best/`` up to date; a full disk is logged, and the next call tries again."""
+        if not self._is_on:
             return
-        if not self._saved:
-            self._archive_best()  # of another run, which had this folder before
-        self._update_files(self._rule)
+        best = self._best_of(self._candidates)
+        try:
+            write_durably(self._root / RECORD, json.dumps(dict(sorted(self._metrics.items()))) + "\n")
+            if best is None and (self._root / BEST).exists():  # of another run, or of steps that are taken again
+                logger.warning("%s is no longer the best of this run; it is %s now", self._root / BEST, VOID)
+                layout.replace_folder(self._root / BEST, self._root / VOID)
+                self._exported = None
+            elif best is not None and best not in (self._exported, self._pending):
+                self._export_best(best)
+        except OSError as error:
+            logger.error("validations and best checkpoint are not up to date in %s: %s", self._root, error)
 
     def note(self, step: int, metrics: Metrics) -> dict[str, float]:
         """Record a validation; returns step and value of the best one so far as metrics.
@@ -85,21 +95,23 @@ class BestCheckpoint:
         Raises:
             BestMetricError: the first validation lacks a metric that the rule names.
         """
-        rule = self._rule
-        if rule is None:
+        if not self._is_on:
             return {}
         if not self._names_are_known:
-            rule.require_known(metrics)
+            self._rule.require_known(metrics)
             self._names_are_known = True
         # JSON has no NaN; a missing metric keeps no bound either.
         self._metrics[step] = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
-        self._update_files(rule)
-        if step > 0 and step not in self._saved and self._is_better(rule, step, self._best):
+        is_new = step > 0 and step not in self._candidates
+        if is_new and self._best_of({*self._candidates, step}) == step:
             self._pending = step
-            logger.info("step %d is the best so far: %s", step, rule.describe(self._metrics[step], self._start))
-        if self._best is None:
+            self._candidates.add(step)
+            logger.info("step %d is the best so far: %s", step, self._rule.describe(self._metrics[step], self._start))
+        self.update_files()
+        best = self._best_of(self._candidates)
+        if best is None:
             return {}
-        return {"training/best_step": self._best, "training/best_value": rule.value(self._metrics[self._best])}
+        return {"training/best_step": best, "training/best_value": self._rule.value(self._metrics[best])}
 
     def is_new(self, step: int) -> bool:
         """Whether a step is the best one and has no checkpoint yet."""
@@ -107,7 +119,8 @@ class BestCheckpoint:
 
     def gives_up(self) -> bool:
         """Whether the last ``trainer.stop_after_no_better`` validations were no better; logs it."""
-        since = sum(step > (self._best or 0) for step in self._metrics)
+        best = self._best_of(self._candidates) or 0
+        since = sum(step > best for step in self._metrics)
         if self._patience is None or since < self._patience:
             return False
         logger.warning("stopping early: %d validations without a better one%s", since, self.describe())
@@ -115,89 +128,55 @@ class BestCheckpoint:
 
     def describe(self) -> str:
         """A clause about the best checkpoint, to append to a message."""
-        if self._rule is None:
+        if not self._is_on:
             return ""
-        if self._kept is None:
+        if self._exported not in self._metrics:
             return f", no checkpoint met {KEY}"
-        reason = self._rule.describe(self._metrics[self._kept], self._start)
-        return f", best {layout.step_folder(self._root, self._kept)} ({reason})"
+        reason = self._rule.describe(self._metrics[self._exported], self._start)
+        return f", best {layout.step_folder(self._root, self._exported)} ({reason})"
 
     # ------------------------------------------------------------------ for the saver
 
     def checkpoint_ended(self, step: int, *, in_place: bool) -> None:
         """A checkpoint was published, or could not be written."""
-        if self._rule is None:
-            return
-        if step == self._pending:
-            self._pending = None
-        if in_place:
-            self._saved.add(step)
-            self._update_files(self._rule)
+        (self._candidates.add if in_place else self._candidates.discard)(step)
+        self._pending = None if step == self._pending else self._pending
+        self.update_files()
 
     @property
     def protected(self) -> set[int | None]:
         """Steps whose checkpoints must stay: the best one, and the one of ``best/``, which a full disk may delay."""
-        return {self._kept, self._exported_step()}
+        return {self._exported, self._best_of(self._candidates)}
 
     # ------------------------------------------------------------------ choosing
-
-    @property
-    def _best(self) -> int | None:
-        return self._kept if self._pending is None else self._pending
 
     @property
     def _start(self) -> Metrics:
         return self._metrics.get(0, {})
 
-    def _is_better(self, rule: BestRule, step: int, than: int | None) -> bool:
-        """Whether a step keeps all bounds and is strictly better than another one; of equals the first stays."""
-        metrics = self._metrics[step]
-        return rule.qualifies(metrics, self._start) and (than is None or rule.is_better(metrics, self._metrics[than]))
-
-    def _update_files(self, rule: BestRule) -> None:
-        """Choose the best step that has a whole checkpoint or its model in ``best/``; write record and model.
-
-        A full disk is logged, and the next validation or checkpoint tries again.
-        """
-        exported, self._kept = self._exported_step(), None
-        for step in sorted(self._metrics):
-            has_model = step == exported or (step in self._saved and not layout.find_faults(self._folder(step)))
-            if has_model and self._is_better(rule, step, self._kept):
-                self._kept = step
-        try:
-            write_durably(self._root / RECORD, json.dumps(dict(sorted(self._metrics.items()))) + "\n")
-            if self._kept is None:
-                self._archive_best()
-            elif exported != self._kept:
-                self._export_best(rule, self._kept)
-        except OSError as error:
-            logger.error("validations and best checkpoint are not up to date in %s: %s", self._root, error)
+    def _best_of(self, steps: set[int | None]) -> int | None:
+        """The best of some steps that keeps all bounds; of equals the first."""
+        best, rule = None, self._rule
+        for step in sorted(self._metrics.keys() & steps):
+            metrics = self._metrics[step]
+            if rule.qualifies(metrics, self._start) and (best is None or rule.is_better(metrics, self._metrics[best])):
+                best = step
+        return best
 
     # ------------------------------------------------------------------ files
 
-    def _folder(self, step: int) -> Path:
-        return layout.step_folder(self._root, step)
-
-    def _exported_step(self) -> int | None:
-        return _read_json(self._root / BEST / REASON).get("step")
-
-    def _export_best(self, rule: BestRule, step: int) -> None:
+    def _export_best(self, step: int) -> None:
         """Write ``best/`` beside, then put it into place."""
-        beside, metrics = self._root / f"{BEST}{layout.UNFINISHED}", self._metrics[step]
+        beside, checkpoint = self._root / f"{BEST}{layout.UNFINISHED}", layout.step_folder(self._root, step)
+        metrics, rule = self._metrics[step], self._rule
         shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir()
-        shutil.copytree(self._folder(step) / layout.EXPORT, beside / "huggingface", copy_function=_link_or_copy)
-        reason = {"step": step, "checkpoint": self._folder(step).name, "rule": rule.text, "value": rule.value(metrics)}
+        shutil.copytree(checkpoint / layout.EXPORT, beside / "huggingface", copy_function=_link_or_copy)
+        reason = {"step": step, "checkpoint": checkpoint.name, "rule": rule.text, "value": rule.value(metrics)}
         reason |= {"reason": rule.describe(metrics, self._start), "metrics": metrics, "metrics_of_step_0": self._start}
-        (beside / REASON).write_text(json.dumps(reason, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_durably(beside / REASON, json.dumps(reason, indent=1, ensure_ascii=False) + "\n")
         flush_tree(beside)
         layout.replace_folder(beside, self._root / BEST)
-
-    def _archive_best(self) -> None:
-        """Rename ``best/`` of another run, or of steps that are taken again, to ``best_void/``."""
-        if (self._root / BEST).exists():
-            logger.warning("%s is no longer the best of this run; it is %s now", self._root / BEST, VOID)
-            layout.replace_folder(self._root / BEST, self._root / VOID)
+        self._exported = step
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -26,7 +26,7 @@ import re
 import shutil
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from verl.config import TrainerConfig
 from verl.utils.durable_files import file_sizes, flush, flush_tree, write_durably
@@ -37,9 +37,6 @@ LATEST, MANIFEST, DRIVER_STATE = "latest_checkpointed_iteration.txt", "manifest.
 EXPORT = "actor/huggingface/"
 UNFINISHED, DELETED = ".unfinished", ".deleted"
 _STEP_FOLDER = re.compile(r"global_step_\d+")
-_LEFTOVER = re.compile(r"global_step_\d+(\.unfinished|\.deleted)")
-SHOWN_FAULTS = 5
-"""Most faults of a checkpoint that a message lists."""
 
 
 # ------------------------------------------------------------------ names
@@ -64,41 +61,33 @@ def step_folders(root: str | Path) -> list[Path]:
 # ------------------------------------------------------------------ the manifest
 
 
-class Manifest(NamedTuple):
-    """Content of ``manifest.json``."""
-
-    step: int
-    world_size: int
-    """Training ranks that wrote the checkpoint."""
-    identity: dict[str, Any]
-    """Models and data of the run; see ``resume.run_identity``."""
-    files: dict[str, int]
-    """Size in bytes by path below the checkpoint's folder."""
-
-
 def seal(folder: Path, step: int, world_size: int, identity: dict[str, Any]) -> None:
-    """Flush all files of a checkpoint to the disk, then write its manifest.
+    """Flush all files of a checkpoint to the disk, then write its manifest with their sizes.
+
+    Args:
+        world_size: training ranks that wrote the checkpoint.
+        identity: models and data of the run; see ``resume.run_identity``.
 
     Raises:
         OSError: the disk is full or cannot be written.
     """
     flush_tree(folder)
-    manifest = Manifest(step, world_size, identity, file_sizes(folder))
-    write_durably(folder / MANIFEST, json.dumps(manifest._asdict(), indent=1, ensure_ascii=False) + "\n")
+    manifest = {"step": step, "world_size": world_size, "identity": identity, "files": file_sizes(folder)}
+    write_durably(folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
 
 
-def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a whole checkpoint."""
-    return Manifest(**json.loads((folder / MANIFEST).read_text(encoding="utf-8")))
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What `seal` wrote of a checkpoint."""
+    return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
 
 
 def find_faults(folder: Path) -> list[str]:
     """Why a checkpoint is not whole, as short texts; empty if it is whole."""
     try:
-        sizes = read_manifest(folder).files
+        sizes, _ = (read_manifest(folder)[key] for key in ("files", "identity"))
     except FileNotFoundError:
         return [f"it holds no {MANIFEST}, so its writing was never finished" if folder.exists() else "it is not there"]
-    except (ValueError, TypeError) as error:
+    except (ValueError, KeyError) as error:
         return [f"its {MANIFEST} is damaged or of another version of this program ({error})"]
     found = file_sizes(folder)
     return [
@@ -134,7 +123,7 @@ def find_checkpoint(config: TrainerConfig) -> Path | None:
             if damage:
                 logger.warning("resuming from the older %s, because\n%s", folder, "\n".join(damage))
             return folder
-        damage.append(f"- {folder} is not whole: {', '.join(faults[:SHOWN_FAULTS])}")
+        damage.append(f"- {folder} is not whole: {', '.join(faults[:5])}")
     if not damage:
         return None
     raise ValueError(
@@ -184,14 +173,13 @@ def clear_leftovers(root: str | Path) -> None:
     Raises:
         OSError: the folder cannot be written.
     """
-    left = [path for path in Path(root).glob("global_step_*.*") if _LEFTOVER.fullmatch(path.name)]
-    # .unfinished first: it may replace what is in .deleted.
-    for path in sorted(left, key=lambda path: path.suffix, reverse=True):
-        step = checkpoint_step(path)
-        if path.suffix == UNFINISHED and not find_faults(path) and not step_folder(root, step).exists():
-            logger.warning("%s is whole and was not yet in place; it is now", path)
-            publish(root, step)
-        remove_folder(path)
+    for suffix in (UNFINISHED, DELETED):  # in this order: what is unfinished may replace what is in .deleted
+        for path in Path(root).glob(f"global_step_*{suffix}"):
+            step = checkpoint_step(path)
+            if suffix == UNFINISHED and not find_faults(path) and not step_folder(root, step).exists():
+                logger.warning("%s is whole and was not yet in place; it is now", path)
+                publish(root, step)
+            remove_folder(path)
 
 
 def prune_checkpoints(root: Path, keep: int | None, current: int, protected: Collection[int | None]) -> None:

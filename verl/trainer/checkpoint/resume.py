@@ -33,8 +33,7 @@ TEACHERS = "algorithm.distill.teachers"
 CATALOGUE = "data.synthetic_item_prompts.catalogue"
 VOLATILE = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache"}
 """Entries of a model's config.json that another save of the same model may change."""
-SAMPLES, SAMPLE_BYTES, DIGEST_DIGITS = 32, 4096, 16
-SHOWN_CHARACTERS = 100
+SAMPLES, SAMPLE_BYTES, DIGEST_DIGITS, SHOWN_CHARACTERS = 32, 4096, 16, 100
 
 
 # ------------------------------------------------------------------ what a run is
@@ -133,7 +132,7 @@ def require_same_run(folder: Path, config: PPOConfig, identity: dict[str, Any]) 
     Raises:
         ValueError: there are differences that may not be; the message lists them.
     """
-    described, trainer = layout.read_manifest(folder).identity, config.trainer
+    described, trainer = layout.read_manifest(folder)["identity"], config.trainer
     saved = _flatten(OmegaConf.to_container(OmegaConf.load(folder / "config.yaml")))
     both_have_rule = bool(saved.get("trainer.best_metric") and trainer.best_metric and not trainer.val_only)
     in_both = described.keys() & identity.keys()

@@ -98,11 +98,6 @@ class CheckpointSaver:
         if self._last_failure:
             raise CheckpointError(self._last_failure)
 
-    def latest_checkpoint_text(self) -> str:
-        """One clause about the newest checkpoint that a run could resume from."""
-        newest = layout.newest_whole(self._root)
-        return f"{newest} is whole and safe" if newest else "there is no whole checkpoint yet"
-
     def _failures(self) -> Metrics:
         return {"training/failed_saves": float(self._failed_saves)} if self._config.trainer.saves_checkpoints else {}
 
@@ -140,10 +135,7 @@ class CheckpointSaver:
     def _record_failure(self, step: int, cause: str) -> None:
         """Log and count a failed save, and delete what was written of it."""
         self._best.checkpoint_ended(step, in_place=False)
-        self._last_failure = (
-            f"the checkpoint of step {step} could not be written to trainer.default_local_dir={self._root}: {cause}; "
-            f"{self.latest_checkpoint_text()}"
-        )
+        self._last_failure = f"step {step} could not be written to trainer.default_local_dir={self._root}: {cause}"
         self._failed_saves += 1
         logger.error("%s; training goes on, the next one is due as usual", self._last_failure)
         shutil.rmtree(layout.step_folder(self._root, step, layout.UNFINISHED), ignore_errors=True)

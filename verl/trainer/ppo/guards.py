@@ -4,8 +4,8 @@
 - `EngineGap` warns where the engine samples from something else than the trainer trains.
 - `TeacherProbe` ends a run whose teacher no longer scores as it did.
 
-In: the metrics of a step, or the teachers' worker groups. Out: metrics, a warning, or a `GuardError` that names the
-newest whole checkpoint. Not here: the skipping itself (``workers.fsdp.optimizer``), and timeouts.
+In: the metrics of a step, or the teachers' worker groups. Out: metrics, a warning, or a `GuardError`.
+Not here: the skipping itself (``workers.fsdp.optimizer``), and timeouts.
 
 Letters: N rows, T tokens of a row.
 """
@@ -20,7 +20,6 @@ import torch
 
 from verl.config import PPOConfig
 from verl.protocol import DataProto
-from verl.trainer.checkpoint.resume import matches
 from verl.trainer.checkpoint.saver import CheckpointError, CheckpointSaver
 
 logger = logging.getLogger(__name__)
@@ -32,8 +31,6 @@ RECOVERY_RATIO = 10
 PROBE_TOKENS = 128
 GOLDEN = 0.6180339887498949
 """Multiples of it, modulo 1, fill the unit interval evenly however many there are."""
-CHANGES_NO_TEACHER = ("data", "actor_rollout_ref.rollout.val_kwargs")
-"""Settings that may differ on resume without touching a teacher."""
 
 
 class GuardError(RuntimeError):
@@ -41,10 +38,10 @@ class GuardError(RuntimeError):
 
 
 def end_run(cause: str, saver: CheckpointSaver) -> NoReturn:
-    """Finish the checkpoint that is being written, then raise GuardError with the cause and the newest checkpoint."""
+    """Finish the checkpoint that is being written, then raise GuardError."""
     with suppress(CheckpointError):  # logged by the saver; the cause here is another
         saver.finish()
-    raise GuardError(f"{cause}. {saver.latest_checkpoint_text()}")
+    raise GuardError(cause)
 
 
 class SkippedUpdates:
@@ -141,13 +138,13 @@ class TeacherProbe:
     def __init__(self, config: PPOConfig, vocab_size: int, saver: CheckpointSaver) -> None:
         trainer, rollout = config.trainer, config.actor_rollout_ref.rollout
         self._tolerance, self._saver = trainer.canary_tolerance, saver
+        self._may_change = bool(trainer.resume_allow_changed)
         self._distill, self._vocab_size = config.algorithm.distill, vocab_size
         self._extend_start = vocab_size if rollout.extend_start is None else min(vocab_size, rollout.extend_start)
         # No longer than a training row, which limits of micro-batches and positions were chosen for.
         self._count = min(PROBE_TOKENS, rollout.prompt_length + rollout.response_length)
         self._temperature = rollout.temperature
         self._rows = max(trainer.world_size, sum(trainer.teacher_ranks_on_nodes))
-        self._may_change = not all(matches(CHANGES_NO_TEACHER, key) for key in trainer.resume_allow_changed)
         self._reference: dict[str, list[float]] = {}
         """Log-probs by teacher."""
 
@@ -192,12 +189,12 @@ class TeacherProbe:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over the reference of the run's first start.
 
-        A teacher whose reference is missing or of other tokens gets one at this start, and so do all if
-        ``resume_allow_changed`` names something that may change a teacher.
+        A teacher whose reference is missing or of other tokens gets one at this start, and so do all where
+        ``resume_allow_changed`` is set.
         """
-        if not self._may_change:
-            known = {role: saved for role, saved in state.items() if saved["tokens"] == self._tokens(role)}
-            self._reference = {role: saved["log_probs"] for role, saved in known.items()}
+        for role, saved in {} if self._may_change else state.items():
+            if saved["tokens"] == self._tokens(role):
+                self._reference[role] = saved["log_probs"]
 
     def _tokens(self, role: str) -> list[int]:
         """Ids spread over those that a teacher knows, in an order that jumps; always the same ones."""

@@ -378,7 +378,7 @@ class RayPPOTrainer:
         self.check_teachers()
         if not config.val_only:
             self.logger.truncate_after(step, logged)
-            self.best.resume()
+            self.best.update_files()
         if folder is not None:
             self.actor_wg.load_checkpoint(str((folder / "actor").absolute()))
             logger.warning("resumed from %s at step %d (trainer.resume_mode=disable starts afresh)", folder, step)

@@ -44,7 +44,7 @@ def build_datasets(
     Raises:
         ValueError: files that cannot be read, or hold no usable prompt.
     """
-    build = partial(create_rl_dataset, tokenizer=tokenizer, config=config, **options)
+    build: Any = partial(create_rl_dataset, tokenizer=tokenizer, config=config, **options)
     files: Any = config.train_files
     samples, synthetic, folder = config.train_max_samples, config.synthetic_item_prompts, Path(dropped_rows_folder)
     if synthetic.count:

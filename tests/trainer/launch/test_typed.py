@@ -154,7 +154,7 @@ def test_a_wrong_value_is_named_with_its_key_and_what_to_write(override: str, ex
         (f"++{TEACHERS}={{ref: {{}}}}", f"{TEACHERS}.ref: that name is taken"),
         (f"++{TEACHERS}={{a: {{vocabulary: base}}, b: {{}}}}", f"{TEACHERS} lists ['a', 'b'] with the vocabularies"),
         ("data.apply_chat_template_kwargs.tools=[]", "data.apply_chat_template_kwargs.tools=[] is set by the agent"),
-        ("trainer.best_metric=val/reward best", "trainer.best_metric='val/reward best': 'val/reward best' should be"),
+        ("trainer.best_metric=val/reward best", "trainer.best_metric='val/reward best': 'val/reward best' is not"),
         ("trainer.best_metric=val/reward", "trainer.best_metric='val/reward' compares validations, and trainer.test_f"),
         ("trainer.stop_after_no_better=3", "trainer.stop_after_no_better=3 counts validations that are no better by"),
         ("trainer.teacher_nnodes=1", "trainer.teacher_nnodes=1 and trainer.teacher_n_gpus_per_node=None go together"),

@@ -119,13 +119,8 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_a_resumed_run_takes_
 @pytest.mark.parametrize("limit", [200, 60_000], ids=["extra", "shards"])
 def test_a_full_disk_costs_only_the_checkpoint(student_model: Path, tmp_path: Path, limit: int) -> None:
     worker = student(student_model)
-    with disk_full_text(limit):
-        worker.begin_checkpoint(str(tmp_path / "full"), 1)
-        outcome = worker.checkpoint_outcome(wait=True)
-        assert outcome.done
-        assert "File too large" in outcome.error and "\n" not in outcome.error
-        with pytest.raises(OSError, match="is not whole"):
-            worker.save_checkpoint(str(tmp_path / "full"), 1)
+    with disk_full_text(limit), pytest.raises(OSError, match=r"is not whole: .*File too large"):
+        worker.save_checkpoint(str(tmp_path / "full"), 1)
     worker.save_checkpoint(str(tmp_path / "whole"), 1)
     worker.load_checkpoint(str(tmp_path / "whole"))
     assert same_weights(worker, student_model)
@@ -190,14 +185,9 @@ def test_large_models_take_several_files(student_model: Path, saved: Path, tmp_p
     assert same_weights(tmp_path, student_model)
 
 
-@pytest.mark.parametrize(
-    ("option", "value", "words"),
-    [("--local_dir", "elsewhere", "holds no huggingface/config.json"), ("--dtype", "fp8", "'fp8' is not one of")],
-)
-def test_user_errors_of_a_merge_are_one_line(
-    saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, value: str, words: str
-) -> None:
-    command = ["merge", "--local_dir", str(saved), "--target_dir", str(tmp_path), option, value]
+@pytest.mark.parametrize("option", ["--local_dir", "--dtype"])
+def test_user_errors_of_a_merge_are_one_line(saved: Path, tmp_path: Path, capsys: Any, option: str) -> None:
+    command = ["merge", "--local_dir", str(saved), "--target_dir", str(tmp_path), option, "unknown"]
     assert model_merger.main(command) == 1
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and words in error and error.count("\n") == 1
+    assert error.startswith("error: ") and "unknown" in error and error.count("\n") == 1

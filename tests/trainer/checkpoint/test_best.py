@@ -11,7 +11,6 @@ from support.file_faults import killed_at_change
 from support.saving_ranks import DRIVER_STATE, FakeRanks
 
 from verl.config import PPOConfig, TrainerConfig
-from verl.config.best_rule import BestMetricError
 from verl.trainer.checkpoint import layout
 from verl.trainer.checkpoint.best import BestCheckpoint
 from verl.trainer.checkpoint.saver import CheckpointSaver
@@ -103,17 +102,13 @@ def test_the_model_waits_for_the_checkpoint(tmp_path: Path) -> None:
     assert run.take(0.6)["training/best_step"] == 2
     assert_best(run, 1)
     assert run.take(0.55)["training/best_step"] == 2, "worse than what is being written"
-    run.ranks.slow = False
+    run.ranks.slow, run.ranks.error = False, "disk full"
     run.saver.poll()
-    assert_best(run, 2)
-    assert run.checkpoints == [2]
-    run.ranks.error = "disk full"
-    run.take(0.9)
-    run.saver.poll()
+    assert_best(run, 1)
     run.ranks.error = ""
-    assert run.take(0.7)["training/best_step"] == 5, "better than those that were written"
+    assert run.take(0.52)["training/best_step"] == 4, "better than those that were written"
     run.saver.poll()
-    assert_best(run, 5)
+    assert_best(run, 4)
 
 
 def test_a_resumed_run_continues_with_its_best_and_its_step_0(tmp_path: Path) -> None:
@@ -162,14 +157,6 @@ def test_step_0_has_to_be_known(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"compares rec with step 0, .*global_step_1 did not record .*resume_mode="):
         Run(tmp_path)
     Run(tmp_path, best_metric="general subject to rec >= 0.4")
-
-
-def test_another_rule_chooses_among_what_is_there(tmp_path: Path) -> None:
-    first = Run(tmp_path, max_actor_ckpt_to_keep=None).start()
-    first.take(0.4, rec=0.6)
-    first.take(0.6, rec=0.5)
-    assert_best(first, 2)
-    assert_best(Run(tmp_path, best_metric="rec", max_actor_ckpt_to_keep=None), 1)
 
 
 def test_a_model_outlives_its_checkpoint(tmp_path: Path) -> None:
@@ -228,12 +215,6 @@ def test_validations_without_a_better_one_end_the_run(tmp_path: Path) -> None:
         ended.append(run.best.gives_up())
     assert ended == [False, False, False, False, True]
     assert not Run(tmp_path / "other").start().best.gives_up(), "never unless it is asked for"
-
-
-def test_names_that_validation_does_not_give_end_the_run_at_the_first(tmp_path: Path) -> None:
-    run = Run(tmp_path, best_metric="general subject to recall >= 0.9 of step 0")
-    with pytest.raises(BestMetricError, match="names recall, which validation does not give; it gives general, rec"):
-        run.start()
 
 
 def test_without_a_rule_nothing_is_written(tmp_path: Path) -> None:

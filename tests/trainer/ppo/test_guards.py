@@ -24,13 +24,6 @@ def make_saver(config: PPOConfig) -> CheckpointSaver:
     return CheckpointSaver(config, {}, BestCheckpoint(config.trainer, None))
 
 
-@pytest.mark.parametrize("name", ["max_skipped_updates", "canary_tolerance", "engine_gap_bound"])
-@pytest.mark.parametrize("value", [-1, math.nan])
-def test_limits_below_nothing_are_refused(name: str, value: float) -> None:
-    with pytest.raises(ValueError, match=rf"trainer\.{name}={value} must be (at least 0|a whole number), or null"):
-        TrainerConfig(**{name: value})
-
-
 # ------------------------------------------------------------------ skipped updates
 
 
@@ -195,14 +188,16 @@ def test_the_largest_difference_is_measured_per_teacher_from_the_start(tmp_path:
     assert [again.check({"ref": lacking}, step) for step in (0, 10)] == [RIGHT, RIGHT]
 
 
-@pytest.mark.parametrize("error", [0.6, -0.6, math.nan, -math.inf])
+@pytest.mark.parametrize("error", [0.6, math.nan, -math.inf])
 def test_a_teacher_that_went_wrong_ends_the_run(tmp_path: Path, error: float) -> None:
-    probe, ref, kept = make_probe(tmp_path, {"kept": "full"}), Teacher(), Teacher()
-    probe.check({"ref": ref, "kept": kept}, 0)
+    probe, kept = make_probe(tmp_path, {"kept": "full"}), Teacher()
+    probe.check({"ref": Teacher(), "kept": kept}, 0)
     kept.error = error
-    with pytest.raises(GuardError, match="teacher 'kept' at step 20 scores otherwise than at the run's") as stop:
-        probe.check({"ref": ref, "kept": kept}, 20)
-    assert f"differ by up to {abs(error):.4g} nats on some rank, above trainer.canary_tolerance=0.5" in str(stop.value)
+    text = (
+        rf"teacher 'kept' at step 20 .* up to {abs(error):.4g} nats on some rank, above trainer\.canary_tolerance=0\.5"
+    )
+    with pytest.raises(GuardError, match=text):
+        probe.check({"ref": Teacher(), "kept": kept}, 20)
 
 
 def test_a_fault_in_item_rows_or_in_one_rank_alone_is_found(tmp_path: Path) -> None:

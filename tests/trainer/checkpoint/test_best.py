@@ -190,15 +190,12 @@ def test_a_kill_leaves_a_best_that_is_there(tmp_path: Path, monkeypatch: Any, nu
 def test_a_full_disk_costs_neither_the_run_nor_the_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = Run(tmp_path, save_every=1).start()
     run.take(0.5)
-    replace = layout.replace_folder
 
-    def replace_folder(source: Path, folder: Path) -> None:
-        if folder.name == "best":
-            raise OSError("disk full")
-        replace(source, folder)
+    def full(*_: Any) -> None:
+        raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(layout, "replace_folder", replace_folder)
+        patch.setattr(BestCheckpoint, "_export_best", full)
         run.take(0.6)
         run.take(0.1)
         assert run.checkpoints == [1, 2, 3], "the one of best/, the best, the newest"

@@ -33,6 +33,7 @@ setup(
     packages=find_packages(include=["verl", "verl.*", "recipe", "recipe.*"]),
     package_data={
         "verl.trainer.config": ["*.yaml"],
+        "verl.trainer.checkpoint": ["*.yaml"],
         "verl.utils": ["*.json"],
         "recipe.onpolicy_distill": ["config/*.yaml", "*.sh", "*.jinja"],
         "recipe.onpolicy_distill.quickstart": ["*.html", "*.yaml"],

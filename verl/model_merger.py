@@ -18,7 +18,7 @@ from pathlib import Path
 
 from verl.utils.device import dtype_name, resolve_dtype
 from verl.utils.durable_files import write_durably
-from verl.workers.fsdp.shard_files import HUGGINGFACE, SHARDS, write_weights
+from verl.workers.fsdp.checkpoint import HUGGINGFACE, SHARDS, write_weights
 
 CONFIG = "config.json"
 
@@ -54,20 +54,15 @@ def merge(local_dir: Path, target_dir: Path, dtype: str | None = None) -> int:
     return count
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m verl.model_merger", description="Export a checkpoint.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("merge", help="write a Hugging Face model")
+    command = parser.add_subparsers(required=True).add_parser("merge", help="write a Hugging Face model")
     command.add_argument("--local_dir", required=True, type=Path, metavar="CKPT", help="actor/ of a checkpoint")
     command.add_argument("--target_dir", required=True, type=Path, metavar="OUT", help="folder of the model")
     command.add_argument("--backend", choices=("fsdp", "fsdp2"), default="fsdp", help="all checkpoints are FSDP2's")
     command.add_argument("--dtype", help="such as bfloat16; default: as the trainer stores the weights (float32)")
-    return parser.parse_args(argv)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit code."""
-    args = parse_args(argv)
+    args = parser.parse_args(argv)
     try:
         count = merge(args.local_dir, args.target_dir, args.dtype)
     except (ValueError, OSError) as error:

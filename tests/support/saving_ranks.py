@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from verl.utils.save_outcome import SaveOutcome
+from verl.workers.fsdp.checkpoint import SaveOutcome
 
 DRIVER_STATE = {"loader": {"batch": 3}, "epoch": 1, "kl_coef": 0.5, "metrics": {}}
 
@@ -24,15 +24,14 @@ class FakeRanks:
     def checkpoint_outcome(self, wait: bool) -> list[SaveOutcome]:
         if self.slow and not wait:
             return [SaveOutcome(done=True, seconds=1.0), SaveOutcome(done=False)]
-        if self.error:
-            return [SaveOutcome(done=True, seconds=1.0), SaveOutcome(done=True, error=self.error)]
-        return [self._write(rank) for rank in range(2)]
+        return [SaveOutcome(done=True, seconds=2.0), self._write()]
 
-    def _write(self, rank: int) -> SaveOutcome:
+    def _write(self) -> SaveOutcome:
         try:
             (self.folder / "huggingface").mkdir(exist_ok=True)
             (self.folder / "huggingface" / "model.safetensors").write_text(f"weights of step {self.step}")
-            (self.folder / f"shard_{rank}").write_bytes(b"x" * self.num_bytes)
+            for rank in range(2):
+                (self.folder / f"shard_{rank}").write_bytes(b"x" * self.num_bytes)
         except OSError as error:
             return SaveOutcome(done=True, error=f"OSError: {error}")
-        return SaveOutcome(done=True, seconds=2.0 + rank)
+        return SaveOutcome(done=True, error=self.error, seconds=3.0)

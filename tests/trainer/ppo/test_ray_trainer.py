@@ -13,8 +13,8 @@ from recipe.onpolicy_distill.onpolicy_distill_trainer import RayOnPolicyDistillT
 from verl.config import PPOConfig, TrainerConfig
 from verl.protocol import DataProto
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer
-from verl.utils.save_outcome import SaveOutcome
 from verl.utils.tracking import Tracking
+from verl.workers.fsdp.checkpoint import SaveOutcome
 
 P, R = 2, 3
 
@@ -233,8 +233,8 @@ def test_a_run_resumes_where_it_was_saved(tmp_path: Path) -> None:
 
     second, log = make_trainer(make_config(tmp_path, total_training_steps=4))
     second.fit()
-    assert log[:2] == ["sleep", "ref_log_prob"]
-    assert log[2:6] == ["sleep", "load 3", "sync 3", "generate"], "loading needs the memory that an engine may hold"
+    expected = ["sleep", "ref_log_prob", "load 3", "sync 3", "generate"]
+    assert log[:5] == expected, "loading needs the memory that an engine may hold"
     assert [step for step, _ in second.logger.lines] == [4]
     assert (first.logger.went_on_after, second.logger.went_on_after) == ([None], [3])
     seen = [row for batch in first.actor_wg.updated[2:] for row in batch.non_tensor_batch["index"]]
@@ -306,29 +306,20 @@ def test_old_checkpoints_of_another_run_do_not_cost_a_new_run_its_own(tmp_path: 
     assert left == ["global_step_2", "global_step_3", "global_step_400", "global_step_450"]
 
 
-def test_a_checkpoint_of_other_data_is_refused(tmp_path: Path) -> None:
-    first, _ = make_trainer(make_config(tmp_path, total_training_steps=1, save_freq=1))
-    first.fit()
-    second, _ = make_trainer(make_config(tmp_path, total_training_steps=2))
-    second.train_dataset.rows = 12
-    with pytest.raises(ValueError, match=r"8 prompts in batches of 4 by 0 .* this run has 12 prompts"):
-        second.fit()
-
-
 def test_data_may_be_exchanged_where_that_is_meant(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     first, _ = make_trainer(make_config(tmp_path, total_training_steps=1, save_freq=1))
     first.fit()
     second, _ = make_trainer(make_config(tmp_path, total_training_steps=2, resume_allow_changed=["data.train_files"]))
     second.train_dataset.rows = 12
     second.fit()
-    assert "the training data start over" in caplog.text
+    assert "the data start over: saved after 8 prompts" in caplog.text
     assert second.train_dataset.epochs == [0]
 
 
 def test_a_run_that_has_nothing_left_to_train_says_so_before_it_starts(tmp_path: Path) -> None:
     first, _ = make_trainer(make_config(tmp_path, total_training_steps=2, save_freq=1))
     first.fit()
-    with pytest.raises(ValueError, match=r"nothing to train: .*global_step_2 is at step 2 .*resume_mode=disable"):
+    with pytest.raises(ValueError, match=r"nothing to train: .*global_step_2 is there; .*resume_mode=disable"):
         make_trainer(make_config(tmp_path, total_training_steps=2))
 
 

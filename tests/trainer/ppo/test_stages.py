@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from test_ray_trainer import Engines, Prompts, make_config, make_trainer
 
+from verl.config.best_rule import BestMetricError
 from verl.protocol import DataProto
-from verl.trainer.checkpoint.best import BestMetricError
 from verl.trainer.ppo.stages import join_metrics
 
 

@@ -4,7 +4,7 @@
 
     default_local_dir/
         latest_checkpointed_iteration.txt      step of the newest checkpoint
-        best_checkpointed_iteration.txt, best/ where trainer.best_metric is set (``best``)
+        best/                                  where trainer.best_metric is set (``best``)
         global_step_N/actor/                   model and optimizer, written by the training workers
         global_step_N/data.pt                  state of the driver, such as the position in the training data
         global_step_N/config.yaml              settings of the run, without secrets
@@ -26,7 +26,7 @@ import re
 import shutil
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from verl.config import TrainerConfig
 from verl.utils.durable_files import file_sizes, flush, flush_tree, write_durably
@@ -36,22 +36,15 @@ logger = logging.getLogger(__name__)
 LATEST, MANIFEST, DRIVER_STATE = "latest_checkpointed_iteration.txt", "manifest.json", "data.pt"
 EXPORT = "actor/huggingface/"
 UNFINISHED, DELETED = ".unfinished", ".deleted"
-_STEP_FOLDER = re.compile(r"global_step_\d+$")
-_LEFTOVER = re.compile(r"global_step_\d+(\.unfinished|\.deleted)$")
-SHOWN_FAULTS = 5
+_STEP_FOLDER = re.compile(r"global_step_\d+")
 
 
 # ------------------------------------------------------------------ names
 
 
-def step_folder(root: str | Path, step: int) -> Path:
-    """Folder of the checkpoint of one step."""
-    return Path(root) / f"global_step_{step}"
-
-
-def unfinished_folder(root: str | Path, step: int) -> Path:
-    """Folder that the checkpoint of one step is written to."""
-    return Path(root) / f"global_step_{step}{UNFINISHED}"
+def step_folder(root: str | Path, step: int, suffix: str = "") -> Path:
+    """Folder of the checkpoint of one step, with `UNFINISHED` the one that it is written to."""
+    return Path(root) / f"global_step_{step}{suffix}"
 
 
 def checkpoint_step(folder: Path) -> int:
@@ -61,68 +54,47 @@ def checkpoint_step(folder: Path) -> int:
 
 def step_folders(root: str | Path) -> list[Path]:
     """All checkpoints of a run folder, whole or not, the newest first."""
-    folders = [path for path in Path(root).glob("global_step_*") if _STEP_FOLDER.search(path.name)]
+    folders = [path for path in Path(root).glob("global_step_*") if _STEP_FOLDER.fullmatch(path.name)]
     return sorted(folders, key=checkpoint_step, reverse=True)
 
 
 # ------------------------------------------------------------------ the manifest
 
 
-class Manifest(NamedTuple):
-    """Content of ``manifest.json``."""
-
-    step: int
-    world_size: int
-    """Training ranks that wrote the checkpoint."""
-    identity: dict[str, Any]
-    """Models and data of the run; see ``resume.run_identity``."""
-    files: dict[str, int]
-    """Size in bytes by path below the checkpoint's folder."""
-
-
 def seal(folder: Path, step: int, world_size: int, identity: dict[str, Any]) -> None:
-    """Flush all files of a checkpoint to the disk, then write its manifest.
+    """Flush all files of a checkpoint to the disk, then write its manifest with their sizes.
+
+    Args:
+        world_size: training ranks that wrote the checkpoint.
+        identity: models and data of the run; see ``resume.run_identity``.
 
     Raises:
         OSError: the disk is full or cannot be written.
     """
     flush_tree(folder)
-    manifest = Manifest(step, world_size, identity, file_sizes(folder))
-    write_durably(folder / MANIFEST, json.dumps(manifest._asdict(), indent=1, ensure_ascii=False) + "\n")
+    manifest = {"step": step, "world_size": world_size, "identity": identity, "files": file_sizes(folder)}
+    write_durably(folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
 
 
-def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a checkpoint.
-
-    Raises:
-        ValueError: it is missing or damaged.
-    """
-    try:
-        content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        if "facts" in content:  # the name of before
-            content["identity"] = content.pop("facts")
-        return Manifest(**content)
-    except FileNotFoundError:
-        raise ValueError(f"it holds no {MANIFEST}, so its writing was never finished") from None
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"its {MANIFEST} is damaged ({error})") from error
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What `seal` wrote of a checkpoint."""
+    return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
 
 
 def find_faults(folder: Path) -> list[str]:
     """Why a checkpoint is not whole, as short texts; empty if it is whole."""
-    if not folder.is_dir():
-        return ["it is not there"]
     try:
-        manifest = read_manifest(folder)
-    except ValueError as error:
-        return [str(error)]
+        sizes, _ = (read_manifest(folder)[key] for key in ("files", "identity"))
+    except FileNotFoundError:
+        return [f"it holds no {MANIFEST}, so its writing was never finished" if folder.exists() else "it is not there"]
+    except (ValueError, KeyError) as error:
+        return [f"its {MANIFEST} is damaged or of another version of this program ({error})"]
     found = file_sizes(folder)
-    faults = [
+    return [
         f"{name} has {found[name]} of {size} bytes" if name in found else f"{name} is missing"
-        for name, size in manifest.files.items()
+        for name, size in sizes.items()
         if found.get(name) != size and not name.startswith(EXPORT)
     ]
-    return faults if len(faults) <= SHOWN_FAULTS else [*faults[:SHOWN_FAULTS], f"and {len(faults) - SHOWN_FAULTS} more"]
 
 
 # ------------------------------------------------------------------ finding
@@ -131,47 +103,33 @@ def find_faults(folder: Path) -> list[str]:
 def find_checkpoint(config: TrainerConfig) -> Path | None:
     """The checkpoint to resume from, or None for a fresh start.
 
-    ``resume_mode=auto`` takes the newest one; if that is damaged, it warns and takes the newest whole one before it.
+    ``resume_mode=auto`` takes the one that was finished last; if that is damaged, it warns and takes the newest whole
+    one before it.
 
     Raises:
         ValueError: ``resume_from_path`` is not a whole checkpoint, or there are checkpoints and all are damaged.
     """
-    if config.resume_mode == "disable":
-        return None
+    latest, candidates = Path(config.default_local_dir) / LATEST, []
     if config.resume_mode == "resume_path":
-        named = Path(str(config.resume_from_path))
-        faults = find_faults(named) if _STEP_FOLDER.search(named.name) else ["it is not a folder global_step_N"]
-        if faults:
-            raise ValueError(
-                f"trainer.resume_from_path={named} is not whole: {', '.join(faults)}; name another checkpoint"
-            )
-        return named
+        candidates = [Path(str(config.resume_from_path))]
+    elif config.resume_mode == "auto" and latest.is_file():
+        step = int(latest.read_text())
+        older = [path for path in step_folders(latest.parent) if checkpoint_step(path) < step]
+        candidates = [step_folder(latest.parent, step), *older]
     damage: list[str] = []
-    for folder in _newest_first(Path(config.default_local_dir)):
-        faults = find_faults(folder)
+    for folder in candidates:
+        faults = find_faults(folder) if _STEP_FOLDER.fullmatch(folder.name) else ["it is not named global_step_N"]
         if not faults:
             if damage:
-                logger.warning("resuming from the older %s, because %s", folder, "; ".join(damage))
+                logger.warning("resuming from the older %s, because\n%s", folder, "\n".join(damage))
             return folder
-        damage.append(f"{folder} is not whole: {', '.join(faults)}")
+        damage.append(f"- {folder} is not whole: {', '.join(faults[:5])}")
     if not damage:
         return None
     raise ValueError(
-        f"trainer.resume_mode=auto finds no whole checkpoint in trainer.default_local_dir={config.default_local_dir}; "
-        "set trainer.resume_mode=disable to start afresh:\n" + "\n".join(f"- {line}" for line in damage)
+        f"trainer.resume_mode={config.resume_mode} finds no whole checkpoint; name one in trainer.resume_from_path, or "
+        "set trainer.resume_mode=disable to start afresh:\n" + "\n".join(damage)
     )
-
-
-def _newest_first(root: Path) -> list[Path]:
-    """The checkpoint that was finished last, there or not, and the ones of earlier steps."""
-    latest, folders = root / LATEST, step_folders(root)
-    if not latest.is_file():
-        return []
-    text = latest.read_text().strip()
-    if not text.isdecimal():
-        logger.warning("%s has %r instead of a step; taking the newest folder", latest, text)
-        return folders
-    return [step_folder(root, int(text)), *(path for path in folders if checkpoint_step(path) < int(text))]
 
 
 def newest_whole(root: str | Path) -> Path | None:
@@ -193,7 +151,7 @@ def publish(root: str | Path, step: int) -> None:
     Raises:
         OSError: the folder cannot be written.
     """
-    replace_folder(unfinished_folder(root, step), step_folder(root, step))
+    replace_folder(step_folder(root, step, UNFINISHED), step_folder(root, step))
     write_durably(Path(root) / LATEST, f"{step}\n")
 
 
@@ -203,11 +161,10 @@ def replace_folder(source: Path, folder: Path) -> None:
     Raises:
         OSError: the folder cannot be written.
     """
-    if folder.exists():
-        _move_to_deleted(folder)
+    deleted = _move_to_deleted(folder)
     source.rename(folder)
     flush(folder.parent)
-    _remove(folder.with_name(folder.name + DELETED))
+    remove_folder(deleted)
 
 
 def clear_leftovers(root: str | Path) -> None:
@@ -216,19 +173,16 @@ def clear_leftovers(root: str | Path) -> None:
     Raises:
         OSError: the folder cannot be written.
     """
-    left = [path for path in Path(root).glob("global_step_*.*") if _LEFTOVER.search(path.name)]
-    # .unfinished first: it may replace what is in .deleted.
-    for path in sorted(left, key=lambda path: path.suffix, reverse=True):
-        step = checkpoint_step(path)
-        if path.suffix == UNFINISHED and not find_faults(path) and not step_folder(root, step).exists():
-            logger.warning("%s is whole and was not yet in place; it is now", path)
-            publish(root, step)
-        else:
-            logger.info("removing %s, which an earlier run left", path)
-            _remove(path)
+    for suffix in (UNFINISHED, DELETED):  # in this order: what is unfinished may replace what is in .deleted
+        for path in Path(root).glob(f"global_step_*{suffix}"):
+            step = checkpoint_step(path)
+            if suffix == UNFINISHED and not find_faults(path) and not step_folder(root, step).exists():
+                logger.warning("%s is whole and was not yet in place; it is now", path)
+                publish(root, step)
+            remove_folder(path)
 
 
-def prune_checkpoints(root: str | Path, keep: int | None, current: int, protected: Collection[int] = ()) -> None:
+def prune_checkpoints(root: Path, keep: int | None, current: int, protected: Collection[int | None]) -> None:
     """Delete checkpoints that are older than the ``keep`` newest whole ones.
 
     Those of later steps than ``current`` belong to another run in the same folder and stay.
@@ -238,26 +192,26 @@ def prune_checkpoints(root: str | Path, keep: int | None, current: int, protecte
         current: step of the checkpoint that was just published.
         protected: steps that stay too.
     """
-    if keep is None:
-        return
     own = [path for path in step_folders(root) if checkpoint_step(path) <= current]
     whole = [path for path in own if not find_faults(path)]
-    if len(whole) < keep:
+    if keep is None or len(whole) < keep:
         return
     for folder in own[own.index(whole[keep - 1]) + 1 :]:
         if checkpoint_step(folder) not in protected:
-            _remove(_move_to_deleted(folder))
+            remove_folder(_move_to_deleted(folder))
 
 
 def _move_to_deleted(folder: Path) -> Path:
     """Rename a checkpoint before it is deleted, so that a half-deleted one never has a checkpoint's name."""
     deleted = folder.with_name(folder.name + DELETED)
-    _remove(deleted)
-    folder.rename(deleted)
-    flush(folder.parent)
+    remove_folder(deleted)
+    if folder.exists():
+        folder.rename(deleted)
+        flush(folder.parent)
     return deleted
 
 
-def _remove(folder: Path) -> None:
+def remove_folder(folder: Path) -> None:
+    """Delete a folder, if it is there."""
     if folder.exists():
         shutil.rmtree(folder)

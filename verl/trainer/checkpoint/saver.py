@@ -18,7 +18,6 @@ import io
 import logging
 import shutil
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -67,19 +66,27 @@ class CheckpointSaver:
         """
         began = time.perf_counter()
         metrics = self._finish_pending(wait=True)
-        # The count before this save: a checkpoint that can be read did not fail.
-        self._begin(ranks, step, state | {"metrics": state["metrics"] | self._failures()})
+        content = io.BytesIO()
+        # To memory: on a full disk it would raise something else than OSError. With the count before this save.
+        torch.save(state | {"metrics": state["metrics"] | self._failures()}, content)
+        folder = layout.step_folder(self._root, step, layout.UNFINISHED)
+        try:
+            layout.remove_folder(folder)
+            (folder / "actor").mkdir(parents=True)
+            (folder / layout.DRIVER_STATE).write_bytes(content.getvalue())
+            save_config(self._config, folder / "config.yaml")
+        except OSError as error:
+            self._record_failure(step, str(error))
+        else:
+            ranks.begin_checkpoint(str((folder / "actor").absolute()), step)
+            self._pending = step, ranks
         if last or not self._config.trainer.async_save:
             metrics |= self._finish_pending(wait=True)
         return metrics | self._failures() | {"timing_s/save_checkpoint": time.perf_counter() - began}
 
     def poll(self) -> Metrics:
         """Publish the checkpoint that is being written, if all ranks have finished."""
-        began = time.perf_counter()
-        metrics = self._finish_pending(wait=False)
-        if metrics:
-            metrics["timing_s/save_checkpoint"] = time.perf_counter() - began
-        return metrics | self._failures()
+        return self._finish_pending(wait=False) | self._failures()
 
     def finish(self) -> None:
         """Wait for the checkpoint that is being written.
@@ -91,71 +98,44 @@ class CheckpointSaver:
         if self._last_failure:
             raise CheckpointError(self._last_failure)
 
-    def latest_checkpoint_text(self) -> str:
-        """One clause about the newest checkpoint that a run could resume from."""
-        newest = layout.newest_whole(self._root)
-        return f"{newest} is whole and safe" if newest else "there is no whole checkpoint yet"
-
     def _failures(self) -> Metrics:
         return {"training/failed_saves": float(self._failed_saves)} if self._config.trainer.saves_checkpoints else {}
-
-    def _begin(self, ranks: Any, step: int, state: dict[str, Any]) -> None:
-        folder = layout.unfinished_folder(self._root, step)
-        content = io.BytesIO()
-        torch.save(state, content)  # to memory: on a full disk it would raise something else than OSError
-        try:
-            if folder.exists():
-                shutil.rmtree(folder)
-            (folder / "actor").mkdir(parents=True)
-            (folder / layout.DRIVER_STATE).write_bytes(content.getvalue())
-            save_config(self._config, folder / "config.yaml")
-        except OSError as error:
-            self._record_failure(step, str(error))
-            return
-        ranks.begin_checkpoint(str((folder / "actor").absolute()), step)
-        self._pending = step, ranks
 
     def _finish_pending(self, wait: bool) -> Metrics:
         """Publish or give up the pending checkpoint once all ranks are done; empty if none is or they are not."""
         if self._pending is None:
             return {}
-        step, ranks = self._pending
+        began, (step, ranks) = time.perf_counter(), self._pending
         outcomes = ranks.checkpoint_outcome(wait)
         if not all(outcome.done for outcome in outcomes):
             return {}
         self._pending = None
         errors = [f"rank {rank}: {outcome.error}" for rank, outcome in enumerate(outcomes) if outcome.error]
+        config = self._config.trainer
         try:
             if errors:
                 raise OSError("; ".join(errors))
-            unfinished = layout.unfinished_folder(self._root, step)
-            layout.seal(unfinished, step, self._config.trainer.world_size, self._identity)
+            unfinished = layout.step_folder(self._root, step, layout.UNFINISHED)
+            layout.seal(unfinished, step, config.world_size, self._identity)
             layout.publish(self._root, step)
         except OSError as error:
             self._record_failure(step, str(error))
         else:
             self._last_failure, self.saved_any = "", True
             self._best.checkpoint_ended(step, in_place=True)
-            self._prune(step)
-        return {"timing_s/save_checkpoint/write": max(outcome.seconds for outcome in outcomes)}
-
-    def _prune(self, step: int) -> None:
-        try:
-            keep = self._config.trainer.max_actor_ckpt_to_keep
-            layout.prune_checkpoints(self._root, keep, current=step, protected=self._best.protected)
-        except OSError as error:
-            logger.error("older checkpoints in trainer.default_local_dir=%s cannot be deleted: %s", self._root, error)
+            try:
+                layout.prune_checkpoints(self._root, config.max_actor_ckpt_to_keep, step, self._best.protected)
+            except OSError as error:
+                logger.error(
+                    "older checkpoints in trainer.default_local_dir=%s cannot be deleted: %s", self._root, error
+                )
+        waited_s, written_s = time.perf_counter() - began, max(outcome.seconds for outcome in outcomes)
+        return {"timing_s/save_checkpoint": waited_s, "timing_s/save_checkpoint/write": written_s}
 
     def _record_failure(self, step: int, cause: str) -> None:
         """Log and count a failed save, and delete what was written of it."""
         self._best.checkpoint_ended(step, in_place=False)
-        free = ""
-        with suppress(OSError):
-            free = f" ({shutil.disk_usage(self._root).free / 2**30:.2f} GiB free)"
-        self._last_failure = (
-            f"the checkpoint of step {step} could not be written to trainer.default_local_dir={self._root}{free}: "
-            f"{cause}; {self.latest_checkpoint_text()}"
-        )
+        self._last_failure = f"step {step} could not be written to trainer.default_local_dir={self._root}: {cause}"
         self._failed_saves += 1
         logger.error("%s; training goes on, the next one is due as usual", self._last_failure)
-        shutil.rmtree(layout.unfinished_folder(self._root, step), ignore_errors=True)
+        shutil.rmtree(layout.step_folder(self._root, step, layout.UNFINISHED), ignore_errors=True)

@@ -16,10 +16,10 @@ import os
 import signal
 import sys
 
+from verl.config.best_rule import BestMetricError
 from verl.single_controller.base import WorkerError
 from verl.single_controller.ray import ResourcesInUseError
 from verl.single_controller.ray.session import end_session, start_session
-from verl.trainer.checkpoint.best import BestMetricError
 from verl.trainer.checkpoint.layout import find_faults, newest_whole, step_folder
 from verl.trainer.checkpoint.saver import CheckpointError
 from verl.trainer.ppo.guards import GuardError

@@ -4,8 +4,8 @@
 - `EngineGap` warns where the engine samples from something else than the trainer trains.
 - `TeacherProbe` ends a run whose teacher no longer scores as it did.
 
-In: the metrics of a step, or the teachers' worker groups. Out: metrics, a warning, or a `GuardError` that names the
-newest whole checkpoint. Not here: the skipping itself (``workers.fsdp.optimizer``), and timeouts.
+In: the metrics of a step, or the teachers' worker groups. Out: metrics, a warning, or a `GuardError`.
+Not here: the skipping itself (``workers.fsdp.optimizer``), and timeouts.
 
 Letters: N rows, T tokens of a row.
 """
@@ -20,24 +20,17 @@ import torch
 
 from verl.config import PPOConfig
 from verl.protocol import DataProto
-from verl.trainer.checkpoint.resume import matches
 from verl.trainer.checkpoint.saver import CheckpointError, CheckpointSaver
 
 logger = logging.getLogger(__name__)
 
 Metrics = dict[str, float]
 
-UPDATES, SKIPPED = "actor/updates", "actor/skipped_updates"
 RECOVERY_RATIO = 10
 """Updates that make up for a skipped one."""
-SAMPLER_GAP, LARGEST_GAP = "training/rollout_log_probs_diff_mean", "training/rollout_log_probs_diff_max"
-GAP_GROWTH = 2.0
-"""A gap that grew by this factor is warned of again."""
 PROBE_TOKENS = 128
 GOLDEN = 0.6180339887498949
 """Multiples of it, modulo 1, fill the unit interval evenly however many there are."""
-CHANGES_NO_TEACHER = ("data", "actor_rollout_ref.rollout.val_kwargs")
-"""Settings that may differ on resume without touching a teacher."""
 
 
 class GuardError(RuntimeError):
@@ -45,10 +38,10 @@ class GuardError(RuntimeError):
 
 
 def end_run(cause: str, saver: CheckpointSaver) -> NoReturn:
-    """Finish the checkpoint that is being written, then raise GuardError with the cause and the newest checkpoint."""
+    """Finish the checkpoint that is being written, then raise GuardError."""
     with suppress(CheckpointError):  # logged by the saver; the cause here is another
         saver.finish()
-    raise GuardError(f"{cause}. {saver.latest_checkpoint_text()}")
+    raise GuardError(cause)
 
 
 class SkippedUpdates:
@@ -64,7 +57,6 @@ class SkippedUpdates:
         self._excess_skips = 0
         """Taken updates that are missing to make up for the skipped ones."""
         self._total = 0
-        self._last_taken: int | None = None
 
     def check(self, metrics: Mapping[str, float], step: int) -> None:
         """Count the updates of a step, as ``update_actor`` reports them; a trainer that reports none is not checked.
@@ -72,31 +64,23 @@ class SkippedUpdates:
         Raises:
             GuardError: too many updates were skipped.
         """
-        if UPDATES not in metrics or SKIPPED not in metrics:
-            return
-        taken, skipped = int(metrics[UPDATES]), int(metrics[SKIPPED])
+        taken, skipped = int(metrics.get("actor/updates", 0)), int(metrics.get("actor/skipped_updates", 0))
         self._excess_skips = max(0, self._excess_skips - taken) + RECOVERY_RATIO * skipped
-        self._last_taken = step if taken else self._last_taken
         if not skipped:
             return
-        before, self._total = self._total, self._total + skipped
+        self._total += skipped
         broken = [f"{k}={v}" for k, v in metrics.items() if k.startswith("actor/") and not math.isfinite(v)]
         message = (
             f"{skipped} of the {taken + skipped} updates of step {step} had a loss or gradient that is not finite and "
             f"changed nothing ({', '.join(broken)}); {self._total} of this run so far"
         )
         if self._limit is not None and self._excess_skips > RECOVERY_RATIO * self._limit:
-            last = "no update was taken before" if self._last_taken is None else f"step {self._last_taken} took one"
             end_run(
-                f"{message}, which is more than trainer.max_skipped_updates={self._limit} allows; the last that "
-                f"changed the weights: {last}. Look at the metrics before it in metrics.jsonl and at the data of this "
-                "step; a lower actor_rollout_ref.actor.optim.lr, bounds on the advantage "
-                "(algorithm.distill_adv_min_clip, distill_adv_max_clip) or an older checkpoint "
-                "(trainer.resume_mode=resume_path) may help, and null sets no limit",
+                f"{message}, more than trainer.max_skipped_updates={self._limit} allows: look at metrics.jsonl and the "
+                "data of this step, lower actor_rollout_ref.actor.optim.lr, or set algorithm.distill_adv_min_clip",
                 self._saver,
             )
-        if self._total.bit_length() > before.bit_length():  # at 1, 2, 4, 8, ... rather than every time
-            logger.warning("%s", message)
+        logger.warning("%s", message)
 
 
 class EngineGap:
@@ -114,27 +98,20 @@ class EngineGap:
         rollout = config.actor_rollout_ref.rollout
         self._is_defined = rollout.top_p == 1 and rollout.top_k == -1
         self._bound = config.trainer.engine_gap_bound
-        self._last_warned = 0.0
-        self._exceeded = 0
 
     def check(self, metrics: Mapping[str, float], step: int) -> Metrics:
-        """The gap of a step; warns the first time it is too large, and whenever it has doubled since."""
-        if not self._is_defined or SAMPLER_GAP not in metrics:
+        """The gap of a step; warns if it is too large or NaN."""
+        gap = metrics.get("training/rollout_log_probs_diff_mean")
+        if not self._is_defined or gap is None:
             return {}
-        gap = metrics[SAMPLER_GAP]
         if self._bound is None:
             return {"distill/engine_gap": gap}
         exceeds = not gap <= self._bound  # true for NaN
-        self._exceeded += exceeds
-        size = gap if math.isfinite(gap) else math.inf
-        if exceeds and size > GAP_GROWTH * self._last_warned:
-            self._last_warned = size
+        if exceeds:
             logger.warning(
-                "step %d: the engine's log-probs of its own tokens differ from the trainer's by %.4g nats on average "
-                "(at most %.4g), above trainer.engine_gap_bound=%s; so far in %d steps. It samples from other weights "
-                "or rounds otherwise: compare the precision of both (rollout.dtype), and look whether "
-                "distill/engine_gap rises from step to step",
-                *(step, gap, metrics[LARGEST_GAP], self._bound, self._exceeded),
+                "step %d: the engine's log-probs of its own tokens differ from the trainer's by %.4g nats on average, "
+                "above trainer.engine_gap_bound=%s: it samples from other weights or rounds otherwise (rollout.dtype)",
+                *(step, gap, self._bound),
             )
         return {"distill/engine_gap": gap, "distill/engine_gap_exceeded": float(exceeds)}
 
@@ -144,13 +121,13 @@ class TeacherProbe:
 
     ::
 
-        start            score ─► reference ◄── the checkpoint's, if the run resumes
-        each checkpoint  score ─► largest |difference| from the reference ─► metric; too large: nothing is saved
+        start            score ─► the reference, if the run is new  ┐
+        each checkpoint  score ─────────────────────────────────────┴► largest |difference| from the reference ─► metric
 
     The tokens are spread over the ids that the teacher knows, item tokens included if it knows them. Every rank scores
     the same row, so that a rank that computes something else is found as well. Checkpoints carry the reference (some
     hundred numbers a teacher), so a teacher that another machine loads otherwise is found before anything is trained
-    on it.
+    on it. Where a difference is too large, nothing is saved.
 
     Args:
         config: ``trainer.canary_tolerance``, and the settings that decide how teachers score.
@@ -161,17 +138,15 @@ class TeacherProbe:
     def __init__(self, config: PPOConfig, vocab_size: int, saver: CheckpointSaver) -> None:
         trainer, rollout = config.trainer, config.actor_rollout_ref.rollout
         self._tolerance, self._saver = trainer.canary_tolerance, saver
+        self._may_change = bool(trainer.resume_allow_changed)
         self._distill, self._vocab_size = config.algorithm.distill, vocab_size
         self._extend_start = vocab_size if rollout.extend_start is None else min(vocab_size, rollout.extend_start)
         # No longer than a training row, which limits of micro-batches and positions were chosen for.
         self._count = min(PROBE_TOKENS, rollout.prompt_length + rollout.response_length)
         self._temperature = rollout.temperature
         self._rows = max(trainer.world_size, sum(trainer.teacher_ranks_on_nodes))
-        self._may_change = not all(matches(CHANGES_NO_TEACHER, key) for key in trainer.resume_allow_changed)
         self._reference: dict[str, list[float]] = {}
         """Log-probs by teacher."""
-        self._last_right: int | None = None
-        """The step of the last check that all teachers passed."""
 
     def check(self, teachers: Mapping[str, Any], step: int) -> Metrics:
         """Have every teacher score its tokens; the first scores of a teacher are its reference.
@@ -190,58 +165,36 @@ class TeacherProbe:
             return {}
         metrics: Metrics = {}
         for role, teacher in teachers.items():
-            scores = teacher.compute_ref_log_prob(self._batch(role)).tensor("ref_log_prob")
-            reference = self._reference.setdefault(role, scores[0].tolist())
-            if self._last_right is None:
-                when = "is broken from the start"
-                advice = "They are not finite, or differ from rank to rank; check the files of its model"
-            else:
-                when = f"at step {step} scores otherwise than at the run's start"
-                advice = (
-                    f"Its weights went wrong (memory, offload, a bug) after step {self._last_right}, where they were "
-                    "right; what was learned since is not saved. The same command again loads the teacher anew and "
-                    "goes on from the newest checkpoint"
+            scores = teacher.compute_ref_log_prob(self._batch(role)).tensor("ref_log_prob").float()
+            expected = torch.tensor(self._reference.setdefault(role, scores[0].tolist()))
+            # The score of an id that the teacher lacks is a setting, which may be minus infinity on both sides.
+            difference = float((scores - expected).abs().masked_fill(scores == expected, 0.0).max())
+            if not difference <= self._tolerance:  # NaN is not
+                end_run(
+                    f"teacher {role!r} at step {step} scores otherwise than at the run's first start: the "
+                    f"{len(expected)} log-probs of its probe differ by up to {difference:.4g} nats on some rank, above "
+                    f"trainer.canary_tolerance={self._tolerance}; the same command loads it anew; if it is "
+                    "meant to be another, raise the tolerance or set trainer.resume_allow_changed=[teacher]",
+                    self._saver,
                 )
-            family = "distill" if role == "ref" else f"distill_teacher/{role}"
-            metrics[f"{family}/teacher_canary"] = self._compare(role, scores, reference, when, advice)
-        self._last_right = step
+            metrics["distill/teacher_canary" if role == "ref" else f"distill_teacher/{role}/teacher_canary"] = (
+                difference
+            )
         return metrics
 
-    def state_dict(self) -> dict[str, Any] | None:
-        """Tokens and reference of every teacher, for a checkpoint; None if the probe is off."""
-        if self._tolerance is None:
-            return None
-        teachers = {
-            role: {"tokens": self._tokens(role), "log_probs": log_probs} for role, log_probs in self._reference.items()
-        }
-        return {"temperature": self._temperature, "teachers": teachers}
+    def state_dict(self) -> dict[str, Any]:
+        """Tokens and reference of every teacher, for a checkpoint."""
+        return {role: {"tokens": self._tokens(role), "log_probs": scores} for role, scores in self._reference.items()}
 
-    def load_state_dict(self, state: Mapping[str, Any] | None, step: int) -> None:
-        """Compare the scores of this start with the reference of the run's first start, and keep the latter.
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over the reference of the run's first start.
 
-        A teacher whose reference is missing, or of other tokens or another temperature, keeps the one of this start,
-        and so do all if ``resume_allow_changed`` names something that may change a teacher.
-
-        Raises:
-            GuardError: a difference is above the tolerance.
+        A teacher whose reference is missing or of other tokens gets one at this start, and so do all where
+        ``resume_allow_changed`` is set.
         """
-        if self._tolerance is None or state is None:
-            return
-        is_comparable = not self._may_change and state["temperature"] == self._temperature
-        known = state.get("teachers", {}) if is_comparable else {}
-        self._last_right = step
-        for role, scores in self._reference.items():
-            if role not in known or known[role]["tokens"] != self._tokens(role):
-                logger.warning("no comparable scores of teacher %r in the checkpoint: its probe starts over", role)
-                continue
-            self._reference[role] = known[role]["log_probs"]
-            advice = (
-                "Its weights are others or were loaded wrong; if only GPU, precision or attention changed, raise the "
-                "tolerance; trainer.resume_allow_changed=[teacher] starts the probe over"
-            )
-            when = f"scores otherwise than in the run that is to be resumed at step {step}"
-            difference = self._compare(role, torch.tensor(scores), self._reference[role], when, advice)
-            logger.info("probe of teacher %r: %.4g nats from the run's first start", role, difference)
+        for role, saved in {} if self._may_change else state.items():
+            if saved["tokens"] == self._tokens(role):
+                self._reference[role] = saved["log_probs"]
 
     def _tokens(self, role: str) -> list[int]:
         """Ids spread over those that a teacher knows, in an order that jumps; always the same ones."""
@@ -259,16 +212,3 @@ class TeacherProbe:
             "distill_special_token_mask": (responses >= self._extend_start).long(),
         }
         return DataProto.from_dict(tensors, meta_info={"temperature": self._temperature})
-
-    def _compare(self, role: str, scores: torch.Tensor, reference: list[float], when: str, advice: str) -> float:
-        """Largest |difference| of the scores from the reference; ends the run if it is above the tolerance."""
-        expected = torch.tensor(reference)
-        # The score of an id that the teacher lacks is a setting, which may be minus infinity on both sides.
-        difference = float((scores.float() - expected).abs().masked_fill(scores == expected, 0.0).max())
-        if self._tolerance is not None and not difference <= self._tolerance:  # NaN is not
-            end_run(
-                f"teacher {role!r} {when}: the {len(reference)} log-probs of its probe differ by up to "
-                f"{difference:.4g} nats, above trainer.canary_tolerance={self._tolerance}. {advice}",
-                self._saver,
-            )
-        return difference

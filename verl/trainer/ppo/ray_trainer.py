@@ -28,7 +28,7 @@ from verl.single_controller.base import WorkerGroup
 from verl.single_controller.local import local_groups
 from verl.trainer.checkpoint.best import BestCheckpoint
 from verl.trainer.checkpoint.layout import checkpoint_step, is_of_run, newest_whole
-from verl.trainer.checkpoint.resume import START_AFRESH, find_resumable, load_driver_state, run_identity
+from verl.trainer.checkpoint.resume import find_resumable, load_driver_state, run_identity
 from verl.trainer.checkpoint.saver import CheckpointSaver
 from verl.trainer.data import PromptStream, build_val_loader
 from verl.trainer.ppo.advantage import apply_kl_penalty, compute_advantage, compute_rollout_is_weights
@@ -214,7 +214,6 @@ class RayPPOTrainer:
     def fit(self, stop: StopRequest | None = None) -> None:
         """Train until ``total_steps`` or until ``stop`` is requested: resume, step, validate, save, log."""
         config, stop = self.config.trainer, stop or StopRequest()
-        self.check_teachers()
         self.resume()
         if self.agent_loop_manager.asleep:
             self.sync_weights()
@@ -365,29 +364,28 @@ class RayPPOTrainer:
         return checked | self.saver.save(self.actor_wg, self.global_steps, state, last=is_last)
 
     def check_teachers(self) -> Metrics:
-        """Compare every teacher's scores of its fixed tokens with those of the run's start."""
+        """Compare every teacher's scores of its fixed tokens with those of the run's start; engines sleep after it."""
         self.agent_loop_manager.sleep()
         return self.teacher_probe.check({role: self.role_groups[role] for role in self.roles[1:]}, self.global_steps)
 
     def resume(self) -> None:
-        """Continue from the checkpoint that was found, if any; drop what logs hold of later steps."""
+        """Continue from the checkpoint that was found, if any; check teachers; drop what logs hold of later steps."""
         config, folder, step, logged = self.config.trainer, self.resume_from, None, None
         if folder is not None:
             step, state = checkpoint_step(folder), load_driver_state(folder)
-            data_may_change = any(key.split(".")[0] == "data" for key in config.resume_allow_changed)
-            self.prompts.load_state_dict(state, may_start_over=data_may_change)
+            self.global_steps = step
+            self.prompts.load_state_dict(state)
             self.kl_controller.value = state["kl_coef"]
-            self.teacher_probe.load_state_dict(state.get("teacher_probe"), step)
+            self.teacher_probe.load_state_dict(state["teacher_probe"])
             # A kill between a checkpoint and the log line of its step loses the line; another run's log is not ours.
-            logged = (state.get("metrics") or None) if is_of_run(folder, config.default_local_dir) else None
+            logged = (state["metrics"] or None) if is_of_run(folder, config.default_local_dir) else None
+        self.check_teachers()
         if not config.val_only:
             self.logger.truncate_after(step, logged)
-            self.best.resume()
-        if folder is not None and step is not None:
-            self.global_steps = step
-            self.agent_loop_manager.sleep()
+            self.best.update_files()
+        if folder is not None:
             self.actor_wg.load_checkpoint(str((folder / "actor").absolute()))
-            logger.warning("resumed from %s at step %d (%s)", folder, step, START_AFRESH)
+            logger.warning("resumed from %s at step %d (trainer.resume_mode=disable starts afresh)", folder, step)
             self.sync_weights()
 
     def dump(self, folder: str | None, batch: DataProto, show: int = 0) -> None:

@@ -1,10 +1,11 @@
 """Checkpoints of a trained, sharded model.
 
-In:  model, optimizer, schedule and a folder. Out, below that folder::
+In:  model, optimizer, schedule and a folder. Out, below that folder, in safetensors, which unpickle nothing::
 
-    shards/                       parameters and AdamW state, each rank its part; readable by any number of ranks
-    extra_rank_<r>.safetensors    optimizer steps done, training step, random number generators of rank r
-    huggingface/                  config and tokenizer, and with ``hf_model`` the weights, for transformers and vLLM
+    shards/00001-of-00002.safetensors    the shard of rank 0: its slice of every parameter and of AdamW's state, and
+    shards/00002-of-00002.safetensors    where the slice begins; the shard of rank 1
+    extra_rank_<r>.safetensors           optimizer steps done, training step, random number generators of rank r
+    huggingface/                         config and tokenizer, and with ``hf_model`` the weights, for transformers, vLLM
 
 `actor.checkpoint` says which of these are written and read. All ranks call `begin` together::
 
@@ -13,42 +14,180 @@ In:  model, optimizer, schedule and a folder. Out, below that folder::
 
 What training changes after `begin` returned does not reach the checkpoint. The copy takes as much host memory as the
 rank's parameters and optimizer state until it is written.
+
+Torch's ``HuggingFaceStorageReader`` reads shards into tensors that are sharded over any number of ranks. Its writer is
+not used: it serializes a rank's file in memory, a second copy that holds the interpreter lock while training goes on.
+A head that is tied to the embedding has no tensor of its own.
 Not here: which checkpoint is the newest, how many stay, whether one is whole, the position in the data.
 """
 
 import copy
+import json
 import logging
 import shutil
 import time
+import warnings
 from collections.abc import Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from verl.config import CheckpointConfig
 from verl.utils.device import dtype_name, get_rng_states, set_rng_states
-from verl.utils.durable_files import flush_tree
-from verl.utils.save_outcome import SaveOutcome
+from verl.utils.durable_files import flush, flush_tree, write_durably
 from verl.weight_sync.send import named_weights
 from verl.workers.fsdp.optimizer import LearningRateSchedule
-from verl.workers.fsdp.shard_files import HUGGINGFACE, OPTIMIZER, SHARDS, Shard, ShardReader, write_file, write_weights
 from verl.workers.fsdp.token_stats_model import TokenStatsModel
 
 logger = logging.getLogger(__name__)
 
 Tensors = dict[str, torch.Tensor]
+Shard = tuple[Tensors, dict[str, Any]]
+"""A rank's slices of tensors, in host memory, and where each begins, as torch's reader expects it."""
 
-EXTRA = "extra_rank_{}.safetensors"
+SHARDS, HUGGINGFACE, EXTRA = "shards", "huggingface", "extra_rank_{}.safetensors"
+OPTIMIZER = "optimizer."
+"""Begins the key of every tensor in the shards that is no parameter; parameters have their Hugging Face names."""
+MAX_FILE_BYTES = 2 * 10**9
+"""Of a file of whole weights, which is in memory at once; a larger tensor is a file of its own."""
 WRITE_TIMEOUT = timedelta(hours=2)
 """How long a rank that has written waits for the slowest."""
-SHOWN_DIFFERENCES = 10
+_SHARD_NAME = "{:05d}-of-{:05d}.safetensors"
+
+# Torch warns whenever a rank reads without the others, which is what is wanted here.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+
+
+# ------------------------------------------------------------------ tensors on the disk
+
+
+def write_file(path: Path, tensors: Tensors, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file; when this returns, its content is on the disk."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata)
+    path.chmod(mode)  # safetensors renames a file into its place that its owner alone may read
+    flush(path)
+
+
+def copy_shard(tensors: Tensors) -> Shard:
+    """Copy this rank's slices. A tensor that is not sharded is the same on all ranks, and rank 0 has it."""
+    copies, places = {}, {}
+    for key, tensor in tensors.items():
+        local, offset = tensor, [0] * tensor.dim()
+        if isinstance(tensor, DTensor):
+            local, offset = tensor.to_local(), list(tensor.__create_chunk_list__()[0].offsets)
+        elif dist.get_rank() > 0:
+            continue
+        if local.numel() > 0:  # a rank may have no row of a small tensor
+            copies[key] = local.to("cpu", copy=True, memory_format=torch.contiguous_format)
+            places[key] = {"saved_offsets": offset}
+    return copies, places
+
+
+def write_shard(folder: Path, shard: Shard) -> None:
+    """Write this rank's file."""
+    copies, places = shard
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / _SHARD_NAME.format(dist.get_rank() + 1, dist.get_world_size())
+    write_file(path, copies, {"DCP_SHARDING_INFO": json.dumps(places), "format": "pt"})
+
+
+class ShardReader(dcp.HuggingFaceStorageReader):
+    """Reads the shards of any number of ranks; no other rank has to take part.
+
+    Raises:
+        ValueError: a shard is missing or damaged; the message names it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(str(folder))
+        self.folder = folder
+        # The base class reads what the folder lists: without a shard, tensors would lose their last rows unnoticed.
+        names = sorted(path.name for path in folder.glob("*.safetensors"))
+        if not names or names != [_SHARD_NAME.format(number + 1, len(names)) for number in range(len(names))]:
+            raise ValueError(f"{folder} holds no whole set of shards ({names}); take another checkpoint")
+        try:
+            self._metadata = super().read_metadata()
+        except SafetensorError as error:
+            raise ValueError(f"{folder} cannot be read ({error}); take an earlier checkpoint") from error
+        self.tensors = cast("dict[str, TensorStorageMetadata]", self._metadata.state_dict_metadata)
+        """Shape and dtype of every whole tensor, by key."""
+
+    def read_metadata(self) -> Metadata:
+        """As the base class does, with the files' headers read once."""
+        return self._metadata
+
+    def read(self, tensors: Tensors) -> None:
+        """Fill tensors, whole or sharded, with what the shards have under their keys, in their own precision.
+
+        Raises:
+            ValueError: a shard cannot be read, or lacks a tensor or has it in another shape.
+        """
+        try:
+            dcp.load(tensors, storage_reader=self, no_dist=True)
+        except CheckpointException as error:  # a BaseException, which callers and Ray would let through
+            [(cause, _)] = error.failures.values()
+            raise ValueError(f"{self.folder} cannot be loaded ({cause}); take a whole one of this model") from error
+
+
+def write_weights(shards: Path, folder: Path, dtype: torch.dtype | None = None) -> int:
+    """Write the model in ``shards`` as transformers and vLLM load it, with an index where it takes several files.
+
+    Args:
+        dtype: precision to write; None: as stored.
+
+    Returns:
+        The number of parameters.
+
+    Raises:
+        ValueError: the shards are missing or damaged, or hold no model.
+        OSError: the weights cannot be written.
+    """
+    reader = ShardReader(shards)
+    weights = {
+        name: torch.empty(entry.size, dtype=dtype or entry.properties.dtype, device="meta")
+        for name, entry in reader.tensors.items()
+        if not name.startswith(OPTIMIZER)
+    }
+    if not weights:
+        raise ValueError(f"{shards} holds no model; it was saved without 'model' in actor.checkpoint.save_contents")
+    folder.mkdir(parents=True, exist_ok=True)
+    split = split_torch_state_dict_into_shards(weights, max_shard_size=MAX_FILE_BYTES)
+    for file, names in split.filename_to_tensors.items():
+        part = {name: torch.empty_like(weights[name], device="cpu") for name in names}
+        reader.read(part)
+        write_file(folder / file, part, {"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        write_durably(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+    return sum(weight.numel() for weight in weights.values())
+
+
+# ------------------------------------------------------------------ writing a checkpoint
+
+
+class SaveOutcome(NamedTuple):
+    """How far one rank's part of a checkpoint is."""
+
+    done: bool
+    """False while the rank still writes."""
+    error: str = ""
+    """Why nothing usable was written; empty where all went well, and while the rank writes."""
+    seconds: float = 0.0
+    """From the start of the copy to the last byte, where all went well."""
 
 
 class TrainingState(NamedTuple):
@@ -75,9 +214,6 @@ def _named_tensors(state: TrainingState, contents: Collection[str]) -> Tensors:
     return tensors
 
 
-# ------------------------------------------------------------------ writing
-
-
 class CheckpointWriter:
     """Writes one checkpoint at a time, in a thread of its own. All ranks make one together.
 
@@ -98,7 +234,7 @@ class CheckpointWriter:
         began = time.perf_counter()
         # The weights of huggingface/ are made from the shards.
         contents = self._contents | ({"model"} if "hf_model" in self._contents else set())
-        shard = Shard.copy_of(_named_tensors(state, contents))
+        shard = copy_shard(_named_tensors(state, contents))
         extra: Tensors = {}
         if "extra" in contents:
             extra = {"global_step": torch.tensor(global_step), "optimizer_steps": torch.tensor(state.schedule.steps)}
@@ -133,7 +269,7 @@ class CheckpointWriter:
             if extra:
                 write_file(folder / EXTRA.format(rank), extra)
             if self._contents - {"extra"}:
-                shard.write(shards)
+                write_shard(shards, shard)
             failed.zero_()
         finally:
             # Whatever happened: the other ranks wait here.
@@ -171,46 +307,16 @@ def load_checkpoint(state: TrainingState, config: CheckpointConfig, folder: Path
     """
     tensors = _named_tensors(state, config.load_contents)
     if tensors:
-        reader = ShardReader(folder / SHARDS)
-        _require_same_tensors(tensors, reader)
-        reader.read(tensors)
-    if "extra" in config.load_contents:
-        _load_extra(state, folder)
-
-
-def _require_same_tensors(tensors: Tensors, reader: ShardReader) -> None:
-    """Compare names and shapes of this model's tensors with those in the shards.
-
-    Raises:
-        ValueError: they differ; the message lists where.
-    """
-    own = {key: list(tensor.shape) for key, tensor in tensors.items()}
-    kinds = {key.startswith(OPTIMIZER) for key in own}
-    saved = {key: list(e.size) for key, e in reader.tensors.items() if key.startswith(OPTIMIZER) in kinds}
-    wrong = [
-        f"- {key}: {saved.get(key, 'nothing')} there, {own.get(key, 'nothing')} here"
-        for key in sorted(saved.keys() | own.keys())
-        if saved.get(key) != own.get(key)
-    ]
-    if wrong:
-        more = [f"- and {len(wrong) - SHOWN_DIFFERENCES} more"] if len(wrong) > SHOWN_DIFFERENCES else []
-        raise ValueError(
-            f"{reader.folder} is of another model than actor_rollout_ref.model.path; choose another checkpoint or set "
-            "trainer.resume_mode=disable:\n" + "\n".join([*wrong[:SHOWN_DIFFERENCES], *more])
-        )
-
-
-def _load_extra(state: TrainingState, folder: Path) -> None:
+        ShardReader(folder / SHARDS).read(tensors)
+    if "extra" not in config.load_contents:
+        return
     own = folder / EXTRA.format(dist.get_rank())
     path = own if own.is_file() else folder / EXTRA.format(0)
     if not path.is_file():
         raise ValueError(f"{folder} holds no {path.name}; leave 'extra' out of actor.checkpoint.load_contents")
-    try:
-        extra = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} cannot be read ({error}); take an earlier checkpoint") from error
+    extra = load_file(path)
     state.schedule.set_steps(int(extra["optimizer_steps"]))
-    if path != own:
+    if path == own:
+        set_rng_states({key.removeprefix("rng."): value for key, value in extra.items() if key.startswith("rng.")})
+    else:
         logger.warning("%s has no random state of rank %d; it goes on with its own", folder, dist.get_rank())
-        return
-    set_rng_states({key.removeprefix("rng."): value for key, value in extra.items() if key.startswith("rng.")})

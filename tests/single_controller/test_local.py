@@ -46,9 +46,3 @@ def test_errors_are_the_workers_own(group: LocalWorkerGroup) -> None:
         group.refuse(3)
     with pytest.raises(AttributeError, match="no registered method 'unregistered'"):
         group.unregistered()
-
-
-def test_a_rank_of_several_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="WORLD_SIZE=2"):
-        LocalWorkerGroup(Doubler())

@@ -153,7 +153,7 @@ async def generate(replica: RolloutReplica, prompts: list[list[int]], params: di
     """Answers to all prompts at once, each with its own seed from ``seed`` on."""
     seed = params.get("seed", 0)
     calls = [
-        replica.generate(prompt, {"logprobs": True, **params, "seed": seed + row}, f"request-{row}")
+        replica.generate(prompt, {"max_tokens": 24, "logprobs": True, **params, "seed": seed + row}, f"request-{row}")
         for row, prompt in enumerate(prompts)
     ]
     return await asyncio.gather(*calls)
@@ -179,7 +179,7 @@ def write_buckets(
         chosen = names[first : first + tensors_per_bucket]
         path = folder / f"bucket-{first}.safetensors"
         save_file({name: tensors[name].detach().contiguous().clone() for name in chosen}, path)
-        infos.append({"path": str(path), "names": chosen})
+        infos.append({"path": str(path), "names": chosen, "shapes": [list(tensors[name].shape) for name in chosen]})
     return infos
 
 

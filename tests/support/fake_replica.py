@@ -12,14 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from verl.weight_sync.receive import WeightShapes, bucket_shapes
-from verl.workers.rollout.model_info import ModelInfo
-from verl.workers.rollout.replica import RolloutReplica, SamplingOptions, TokenOutput
+from verl.workers.rollout.replica import ModelInfo, RolloutReplica, SamplingOptions, TokenOutput
 
 RAISE, DIE, END, HANG, STALL = 100, 101, 102, 103, 104
 SHAPES = {"embed.weight": (4, 2), "norm.weight": (2,)}
 """What a sync has to bring."""
-WEIGHTS = WeightShapes(SHAPES | {"head.weight": (4, 2)}, aliases=frozenset({"head.weight"}))
 
 
 class FakeReplica(RolloutReplica):
@@ -32,7 +29,7 @@ class FakeReplica(RolloutReplica):
     async def launch(self) -> None:
         if self.config.engine_kwargs["fake"].get("fail_launch"):
             raise RuntimeError("no memory for the cache")
-        self.model_info = ModelInfo(200, 200, (END,), END, WEIGHTS)
+        self.model_info = ModelInfo(200, 200, (END,), END, SHAPES)
         self.log(f"launch {os.environ.get('CUDA_VISIBLE_DEVICES')}")
 
     async def _launch(self) -> None:
@@ -61,7 +58,7 @@ class FakeReplica(RolloutReplica):
         self.log("start")
 
     async def _load_bucket(self, update_info: Mapping[str, Any]) -> None:
-        self.log(f"load {' '.join(name for name, _ in bucket_shapes(update_info))}")
+        self.log(f"load {' '.join(update_info['names'])}")
 
     async def _finish_update(self) -> None:
         self.log("finish")

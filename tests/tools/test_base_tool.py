@@ -32,24 +32,19 @@ async def test_tools_are_built_with_config_and_schema_and_instances_have_ids_of_
 @pytest.mark.parametrize(
     ("text", "error"),
     [
-        ("", "expected a list of tools under the key 'tools'"),
-        ("tools: []", "expected a list of tools"),
-        ("tools: [3]", r"tools\[0\]: expected a mapping with class_name"),
-        ("tools: [{class_name: support.agent_loop_fakes.TextTool, shema: {}}]", "unknown keys shema"),
-        ("tools: [{class_name: support.agent_loop_fakes.No}]", "=support.agent_loop_fakes.No cannot be loaded"),
-        ("tools: [{class_name: no_such_module.Tool}]", "=no_such_module.Tool cannot be loaded"),
-        ("tools: [{class_name: TextTool}]", "class_name=TextTool names no module"),
-        ("tools: [{class_name: support.agent_loop_fakes.ScriptedEngine}]", "no subclass of verl.tools.base_tool.Base"),
-        ("tools: [{class_name: support.agent_loop_fakes.TextTool}]", "TextTool has no tool_schema"),
-        (LOOK.replace(SCHEMA, "{type: function}").join(("tools: [", "]")), "it must look like"),
-        (f"tools: [{LOOK}, {LOOK}]", "several tools are called look"),
+        ("", "Field required"),
+        ("tools: [{class_name: support.agent_loop_fakes.TextTool, shema: {}}]", r"tools.0.shema\n.*not permitted"),
+        ("tools: [{class_name: support.agent_loop_fakes.No}]", "agent_loop_fakes defines no 'No'"),
+        ("tools: [{class_name: TextTool}]", "class_name=TextTool is no module.Class"),
+        ("tools: [{class_name: support.agent_loop_fakes.ScriptedEngine}]", "no module.Class of a verl.tools.base_tool"),
+        ("tools: [{class_name: support.agent_loop_fakes.TextTool}]", "TextTool: tool_schema=None must look like"),
     ],
 )
 def test_a_wrong_file_says_what_is_wrong_with_it(tmp_path: Path, text: str, error: str) -> None:
-    with pytest.raises(ValueError, match=error):
+    with pytest.raises(ValueError, match=rf"multi_turn\.tool_config_path=.*tools\.yaml: (?s:.*){error}"):
         initialize_tools_from_config(write(tmp_path, text))
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"multi_turn\.tool_config_path=.*nothing\.yaml: there is no such file"):
+    with pytest.raises(ValueError, match=r"multi_turn\.tool_config_path=.*nothing\.yaml: .*No such file"):
         initialize_tools_from_config(tmp_path / "nothing.yaml")

@@ -1,7 +1,9 @@
-"""Buckets of whole weights for the engines."""
+"""Buckets of whole weights, the order of a sync's calls, and which export of a bucket each engine reads."""
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from support.process_group import group_of_one
 from support.tiny_workers import load_plain, worker_config, write_model
 
 from verl.weight_sync import send
-from verl.weight_sync.send import WeightExporter
+from verl.weight_sync.send import WeightExporter, bucket_for, send_weights
 from verl.workers.student_worker import StudentWorker
 
 
@@ -30,24 +32,18 @@ def student(folder: Path) -> Iterator[StudentWorker]:
         yield worker
 
 
-def make_exporter(student: StudentWorker, dtype: torch.dtype, bucket_bytes: int) -> WeightExporter:
-    return WeightExporter(
-        student._state.module, device=torch.device("cpu"), writes_files=True, dtype=dtype, bucket_bytes=bucket_bytes
-    )
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_buckets_hold_every_tensor_once_and_no_more_than_fits(
     student: StudentWorker, folder: Path, dtype: torch.dtype
 ) -> None:
-    limit = 50_000
-    exporter = make_exporter(student, dtype, limit)
+    module, device, limit = student._state.module, torch.device("cpu"), 50_000
+    exporter = WeightExporter(module, device=device, writes_files=True, dtype=dtype, bucket_bytes=limit)
     assert exporter.num_buckets > 3
     found: dict[str, torch.Tensor] = {}
     for index in range(exporter.num_buckets):
         info = exporter.export(index)
         tensors = load_file(info["path"])
-        assert sorted(info["names"]) == sorted(tensors)
+        assert dict(zip(info["names"], info["shapes"], strict=True)) == {k: list(v.shape) for k, v in tensors.items()}
         assert not tensors.keys() & found.keys()
         assert len(tensors) == 1 or sum(tensor.nbytes for tensor in tensors.values()) <= limit
         found |= tensors
@@ -69,3 +65,56 @@ def test_where_shared_memory_is_full_a_file_on_disk_is_used(
     assert "nowhere is too full for" in caplog.text
     student.release_weight_bucket(0)
     assert not Path(info["path"]).exists()
+
+
+class Ranks:
+    """Two training ranks with two buckets; each rank exports for the engine beside it."""
+
+    def __init__(self, events: list[str]) -> None:
+        self.events = events
+
+    def num_weight_buckets(self) -> int:
+        return 2
+
+    def export_weight_bucket(self, index: int) -> list[dict[str, Any] | None]:
+        self.events.append(f"export {index}")
+        return [{"path": f"bucket {index} of rank {rank}"} for rank in range(2)]
+
+    def release_weight_bucket(self, index: int) -> None:
+        self.events.append(f"release {index}")
+
+
+def make_engine(events: list[str]) -> SimpleNamespace:
+    calls = {
+        "start_weight_update": lambda: events.append("start"),
+        "update_weights": lambda bucket: events.append(f"load {bucket['path']}"),
+        "finish_weight_update": lambda version: events.append(f"finish {version}"),
+    }
+    return SimpleNamespace(**{name: SimpleNamespace(remote=call) for name, call in calls.items()})
+
+
+def test_a_bucket_is_released_once_every_engine_has_loaded_it() -> None:
+    events: list[str] = []
+    engines = [make_engine(events) for _ in range(2)]
+    send_weights(Ranks(events), engines, [(0,), (1,)], lambda task, calls: events.append(f"wait to {task}"), version=7)
+    expected = ["start", "start", "wait to begin a weight sync"]
+    for index in range(2):
+        loads = [f"load bucket {index} of rank {rank}" for rank in range(2)]
+        waits = f"wait to load weight bucket {index} of version 7"
+        expected += [f"export {index}", *loads, waits, f"release {index}"]
+    assert events == [*expected, "finish 7", "finish 7", "wait to finish the weight sync of version 7"]
+
+
+def test_on_cpu_an_engine_reads_the_export_of_its_own_node() -> None:
+    exports = [{"path": "a"}, None, None, {"path": "b"}]
+    assert [bucket_for(ranks, exports)["path"] for ranks in ((0, 1), (2, 3))] == ["a", "b"]
+
+
+@pytest.mark.parametrize("ranks", [(2,), (2, 3)])
+def test_on_cuda_an_engine_gets_the_handles_of_its_own_gpus_alone(ranks: tuple[int, ...]) -> None:
+    exports = [
+        {"names": ["a", "b"], "ipc_handles": [{f"gpu{rank}": f"{name} of {rank}"} for name in "ab"]}
+        for rank in range(4)
+    ]
+    handles = [{f"gpu{rank}": f"{name} of {rank}" for rank in ranks} for name in "ab"]
+    assert bucket_for(ranks, exports) == {"names": ["a", "b"], "ipc_handles": handles}

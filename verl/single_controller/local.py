@@ -15,22 +15,10 @@ from verl.single_controller.base.decorator import Call, Results
 
 
 class LocalWorkerGroup(WorkerGroup):
-    """One worker, in this process.
-
-    Args:
-        worker: rank 0 of 1.
-
-    Raises:
-        ValueError: the environment makes it one of several ranks.
-    """
+    """One worker, rank 0 of 1, in this process."""
 
     def __init__(self, worker: Worker) -> None:
         super().__init__(type(worker), world_size=1)
-        if worker.world_size != 1:
-            raise ValueError(
-                f"{type(worker).__name__} is rank {worker.rank} of WORLD_SIZE={worker.world_size}; a local group has "
-                "one rank alone: unset RANK and WORLD_SIZE"
-            )
         self._worker = worker
 
     def _start(self, method: str, calls: Sequence[Call]) -> list[tuple[int, Any]]:

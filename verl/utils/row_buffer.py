@@ -8,7 +8,6 @@ parts at the end instead would hold every row twice, and the memory of many smal
 from typing import Any
 
 import numpy as np
-import torch
 
 from verl.protocol import DataProto, merge_meta_info
 
@@ -19,41 +18,31 @@ class RowBuffer:
     def __init__(self, rows: int) -> None:
         self._rows = rows
         self._filled = 0
-        self._tensors: dict[str, torch.Tensor] | None = None
-        self._arrays: dict[str, np.ndarray] = {}
+        self._tensors: dict[str, Any] = {}
+        self._arrays: dict[str, Any] = {}
         self._meta_info: dict[int, dict[str, Any]] = {}
 
     @property
     def is_empty(self) -> bool:
         """Whether no part has come yet."""
-        return self._tensors is None
+        return not self._meta_info
 
     def put(self, start: int, part: DataProto) -> None:
         """Copy ``part`` to rows ``start`` and on; rows past the last one are left out.
 
         Raises:
-            ValueError: its columns, or their shapes, are not those of the first part.
+            ValueError: its columns are not those of the first part.
         """
         tensors = {} if part.batch is None else dict(part.batch.items())
-        if self._tensors is None:
-            self._tensors = {
-                key: torch.empty((self._rows, *value.shape[1:]), dtype=value.dtype) for key, value in tensors.items()
-            }
+        if self.is_empty:
+            self._tensors = {key: value.new_empty((self._rows, *value.shape[1:])) for key, value in tensors.items()}
             self._arrays = {key: np.empty(self._rows, dtype=object) for key in part.non_tensor_batch}
-        differing = (tensors.keys() | part.non_tensor_batch.keys()) ^ (self._tensors.keys() | self._arrays.keys())
-        if differing:
+        whole, columns = self._tensors | self._arrays, tensors | part.non_tensor_batch
+        if differing := whole.keys() ^ columns.keys():
             raise ValueError(f"rows can only be joined with the same keys; not in all: {', '.join(sorted(differing))}")
         count = max(0, min(len(part), self._rows - start))
-        for key, value in tensors.items():
-            whole = self._tensors[key]
-            if value.shape[1:] != whole.shape[1:] or value.dtype != whole.dtype:
-                raise ValueError(
-                    f"{key!r} has rows of {tuple(value.shape[1:])} {value.dtype} in one part and of "
-                    f"{tuple(whole.shape[1:])} {whole.dtype} in another"
-                )
-            whole[start : start + count] = value[:count]
-        for key, array in part.non_tensor_batch.items():
-            self._arrays[key][start : start + count] = array[:count]
+        for key, values in columns.items():
+            whole[key][start : start + count] = values[:count]
         self._meta_info[start] = part.meta_info
         self._filled += count
 

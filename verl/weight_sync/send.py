@@ -1,17 +1,23 @@
-"""The sender: a training rank's share of a weight sync.
+"""The sender: the driver's order of calls, and each training rank's share of a weight sync.
 
-In:  a sharded model. Out, per bucket: on the CPU a safetensors file in shared memory, on CUDA handles through which an
-engine on the same GPU reads the tensors where they lie. Every rank calls `export` for every bucket, in order, because
-each tensor is gathered from all of them. A bucket stays until it is released.
+In:  the sharded student, the engines, and which ranks are beside each of them. Out: every engine has the new weights.
 
-Names are Hugging Face's; a tensor shared by embedding and head appears once, as the embedding.
-Not here: the order of calls (`sync`), what an engine does with a bucket (`receive`).
+    all engines: start_weight_update
+    per bucket:  all ranks export ─► all engines load what the ranks beside them exported ─► all ranks release
+    all engines: finish_weight_update(version); each checks that the whole model came, and stamps its answers
+
+A bucket is, on the CPU, a safetensors file in shared memory; on CUDA, handles through which an engine on the same GPU
+reads the tensors where they lie. Every rank exports every bucket, in order, because each tensor is gathered from all of
+them. Names are Hugging Face's; a tensor shared by embedding and head appears once, as the embedding.
+
+Not here: what an engine does with a bucket (`receive`), and how calls are waited for (the caller).
 """
 
 import logging
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections import ChainMap
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +27,57 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from verl.utils.device import dtype_name, get_device_uuid, release_cached_memory, synchronize
-from verl.utils.owned_folders import OwnedFolder, make_owned_folder, remove_abandoned
+from verl.utils.owned_folders import make_owned_folder, remove_abandoned
 
 logger = logging.getLogger(__name__)
 
 SHARED_MEMORY = Path("/dev/shm")
 FOLDER_PREFIX = "kai-verl-weights-"
+
+Bucket = dict[str, Any]
+"""Where to read one bucket; see `WeightExporter.export`."""
+
+Wait = Callable[[str, list[Any]], Any]
+"""``wait(task, calls)`` waits for calls that were started, one per engine; ``task`` is for its error message."""
+
+
+def send_weights(
+    student: Any, engines: Sequence[Any], ranks_beside: Sequence[Sequence[int]], wait: Wait, version: int
+) -> None:
+    """Send the student's weights to every engine.
+
+    Args:
+        student: the worker group; its lists have one entry per rank.
+        engines: handles of rollout replicas; as with a Ray actor, ``engine.method.remote(...)`` starts a call.
+        ranks_beside: per engine the ranks whose export it reads: on CUDA those on its GPUs, on CPU all of its node.
+        version: number of these weights; engines stamp their answers with it.
+    """
+    wait("begin a weight sync", [engine.start_weight_update.remote() for engine in engines])
+    for index in range(student.num_weight_buckets()):
+        exports = student.export_weight_bucket(index)
+        try:
+            buckets = [bucket_for(ranks, exports) for ranks in ranks_beside]
+            wait(
+                f"load weight bucket {index} of version {version}",
+                [engine.update_weights.remote(bucket) for engine, bucket in zip(engines, buckets, strict=True)],
+            )
+        finally:
+            student.release_weight_bucket(index)
+    calls = [engine.finish_weight_update.remote(version) for engine in engines]
+    wait(f"finish the weight sync of version {version}", calls)
+
+
+def bucket_for(ranks: Sequence[int], exports: Sequence[Bucket | None]) -> Bucket:
+    """What the engine beside ``ranks`` reads one bucket from.
+
+    A file in a node's shared memory serves as it is. Handles of GPU memory are joined, so that the engine gets those
+    of its own GPUs: all ranks' handles for all engines would grow with the square of the cluster.
+    """
+    first, *others = [export for export in (exports[rank] for rank in ranks) if export is not None]
+    if "ipc_handles" not in first:
+        return first
+    by_tensor = zip(first["ipc_handles"], *(export["ipc_handles"] for export in others), strict=True)
+    return {**first, "ipc_handles": [dict(ChainMap(*of_tensor)) for of_tensor in by_tensor]}
 
 
 def named_weights(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -50,61 +101,57 @@ class WeightExporter:
     ) -> None:
         self._module = module
         self._device = device
-        self._writes_files = writes_files
         self._dtype = dtype
+        # Every GPU has an engine beside it, so each rank keeps the bucket; one on several GPUs reads several ranks'.
+        on_cpu = self._share_file if writes_files else None
+        self._share = self._share_handles if device.type == "cuda" else on_cpu
         self._buckets = _fill_buckets(named_weights(module), dtype.itemsize, bucket_bytes)
+        self.num_buckets = len(self._buckets)
         self._release: dict[int, Callable[[], None]] = {}
         if writes_files:
             remove_abandoned(SHARED_MEMORY, FOLDER_PREFIX)
 
-    @property
-    def num_buckets(self) -> int:
-        """Buckets of one export."""
-        return len(self._buckets)
-
-    def export(self, index: int) -> dict[str, Any] | None:
+    def export(self, index: int) -> Bucket | None:
         """Gather a bucket and share it; all ranks together.
 
         Returns:
-            On CUDA, on every rank: ``names``, ``dtype_names``, ``shapes`` and ``ipc_handles``, per tensor that of
-            this rank's GPU. On the CPU ``path`` and ``names`` on the writing rank of each machine, else None.
+            ``names`` and ``shapes``, with ``path`` on the writing rank of each machine (CPU; None on the others), or
+            ``dtype_names`` and ``ipc_handles``, per tensor that of this rank's GPU, on every rank (CUDA).
         """
         weights = named_weights(self._module)
-        on_gpu = self._device.type == "cuda"
         tensors: dict[str, torch.Tensor] = {}
         for name in self._buckets[index]:
             # Cast before it is gathered: less travels. Gathering needs every rank, those that keep nothing too.
             tensor = weights[name].detach().to(device=self._device, dtype=self._dtype)
             whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-            if on_gpu or self._writes_files:
+            if self._share:
                 tensors[name] = whole.contiguous()
-        if on_gpu:
-            return self._share_handles(index, tensors)
-        return self._share_file(index, tensors) if self._writes_files else None
+        if self._share is None:
+            return None
+        shapes = [list(tensor.shape) for tensor in tensors.values()]
+        return {"names": list(tensors), "shapes": shapes, **self._share(index, tensors)}
 
     def release(self, index: int) -> None:
         """Free a bucket; does nothing where it is not exported."""
-        if index in self._release:
-            self._release.pop(index)()
+        self._release.pop(index, lambda: None)()
 
-    def _share_file(self, index: int, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
-        folder = _make_folder(sum(tensor.nbytes for tensor in tensors.values()))
+    def _share_file(self, index: int, tensors: dict[str, torch.Tensor]) -> Bucket:
+        """In a folder that only this user may read: in shared memory if it fits, else among temporary files."""
+        num_bytes, parent = sum(tensor.nbytes for tensor in tensors.values()), SHARED_MEMORY
+        if not parent.is_dir() or shutil.disk_usage(parent).free < 1.1 * num_bytes:
+            parent = Path(tempfile.gettempdir())
+            logger.warning("%s is too full for %.0f MiB of weights; using %s", SHARED_MEMORY, num_bytes / 2**20, parent)
+        folder = make_owned_folder(parent, FOLDER_PREFIX)
         self._release[index] = folder.remove
-        path = folder.path / f"bucket-{index}.safetensors"
+        path = str(folder.path / f"bucket-{index}.safetensors")
         save_file(tensors, path)
-        return {"path": str(path), "names": list(tensors)}
+        return {"path": path}
 
-    def _share_handles(self, index: int, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
-        # Every GPU has an engine beside it, so each rank keeps the bucket; one on several GPUs reads several ranks'.
+    def _share_handles(self, index: int, tensors: dict[str, torch.Tensor]) -> Bucket:
         from torch.multiprocessing.reductions import reduce_tensor
 
         gpu = get_device_uuid("cuda")
-        bucket = {
-            "names": list(tensors),
-            "dtype_names": [dtype_name(tensor.dtype) for tensor in tensors.values()],
-            "shapes": [list(tensor.shape) for tensor in tensors.values()],
-            "ipc_handles": [{gpu: reduce_tensor(tensor)[1]} for tensor in tensors.values()],
-        }
+        handles = [{gpu: reduce_tensor(tensor)[1]} for tensor in tensors.values()]
         synchronize("cuda")  # engines may read at once
 
         def release() -> None:
@@ -112,7 +159,7 @@ class WeightExporter:
             release_cached_memory("cuda")
 
         self._release[index] = release
-        return bucket
+        return {"dtype_names": [dtype_name(self._dtype)] * len(tensors), "ipc_handles": handles}
 
 
 def _fill_buckets(weights: dict[str, nn.Parameter], itemsize: int, bucket_bytes: int) -> list[list[str]]:
@@ -127,16 +174,3 @@ def _fill_buckets(weights: dict[str, nn.Parameter], itemsize: int, bucket_bytes:
         buckets[-1].append(name)
         free_bytes -= size
     return buckets
-
-
-def _make_folder(num_bytes: int) -> OwnedFolder:
-    """A new folder that only this user may read: in shared memory if the bucket fits, else among temporary files."""
-    try:
-        fits = shutil.disk_usage(SHARED_MEMORY).free > 1.1 * num_bytes
-    except OSError:
-        fits = False
-    if fits:
-        return make_owned_folder(SHARED_MEMORY, FOLDER_PREFIX)
-    folder = make_owned_folder(Path(tempfile.gettempdir()), FOLDER_PREFIX)
-    logger.warning("%s is too full for %.0f MiB of weights; using %s", SHARED_MEMORY, num_bytes / 2**20, folder.path)
-    return folder

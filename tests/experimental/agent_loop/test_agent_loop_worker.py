@@ -31,7 +31,6 @@ class EchoServers:
 
     def __init__(self) -> None:
         self.conversations: dict[str, int] = {}
-        self.forgotten: list[str] = []
         self.cancelled = 0
 
     async def generate(self, prompt_ids: list[int], sampling_params: dict[str, Any], request_id: str) -> TokenOutput:
@@ -46,21 +45,15 @@ class EchoServers:
                 raise
         return TokenOutput([prompt_ids[-1], sampling_params["seed"]], [-1.0, -1.0], "stop", 0)
 
-    def forget(self, request_id: str) -> None:
-        self.forgotten.append(request_id)
+    def forget_conversations(self) -> None: ...
 
 
 @pytest.fixture
-def config() -> PPOConfig:
+def worker(tokenizer) -> AgentLoopWorker:
     config = PPOConfig()
     config.actor_rollout_ref.rollout.prompt_length = 4
     config.actor_rollout_ref.rollout.response_length = 6
     config.actor_rollout_ref.rollout.calculate_log_probs = True
-    return config
-
-
-@pytest.fixture
-def worker(config: PPOConfig, tokenizer) -> AgentLoopWorker:
     return AgentLoopWorker(config, tokenizer, EchoServers())
 
 
@@ -73,12 +66,14 @@ async def test_every_row_gets_its_loop_and_seed_in_order(worker: AgentLoopWorker
     result = await worker.generate_sequences(rows([1], [2], [3, 4], agent_name=names))
     pad = worker.context.template.tokenizer.pad_token_id
     expected = [[1, 50, pad, pad, pad, pad], [2, 51, 51, 52, pad, pad], [4, 52, pad, pad, pad, pad]]
-    assert result.rows.batch["responses"].tolist() == expected
-    assert result.rows.batch["response_mask"].sum(1).tolist() == [2, 4, 2]
-    assert result.rows.non_tensor_batch["__num_turns__"].tolist() == [2, 3, 2]
+    assert result.batch["responses"].tolist() == expected
+    assert result.batch["response_mask"].sum(1).tolist() == [2, 4, 2]
+    assert result.array("__num_turns__").tolist() == [2, 3, 2]
     assert sorted(worker.servers.conversations.values()) == [1, 1, 2], "a conversation keeps its id over turns"
-    assert sorted(worker.servers.forgotten) == sorted(worker.servers.conversations)
-    assert (len(result.metrics), result.weight_versions) == (3, {0})
+    assert (result.meta_info["metrics"]["weight_version"], result.meta_info["metrics"]["tool_calls"]) == (
+        [0] * 3,
+        [0] * 3,
+    )
 
 
 async def test_the_first_failure_ends_the_other_conversations(worker: AgentLoopWorker) -> None:
@@ -88,8 +83,8 @@ async def test_the_first_failure_ends_the_other_conversations(worker: AgentLoopW
     assert worker.servers.cancelled == 2
 
 
-def test_tools_come_from_the_yaml(config: PPOConfig, tokenizer, tmp_path: Path) -> None:
-    path = tmp_path / "tools.yaml"
+def test_tools_come_from_the_yaml(tokenizer, tmp_path: Path) -> None:
+    config, path = PPOConfig(), tmp_path / "tools.yaml"
     path.write_text("tools: [{class_name: support.agent_loop_fakes.AddTool}]")
     config.actor_rollout_ref.rollout.multi_turn.tool_config_path = str(path)
     context = AgentLoopWorker(config, tokenizer, EchoServers()).context

@@ -75,13 +75,6 @@ def test_template_options_reach_prompt_and_tool_turn(tokenizer) -> None:
     assert template.encode_tool_turn([{"role": "tool", "content": "5"}])[-len(no_thought) :] == no_thought
 
 
-def test_tools_are_listed_only_where_they_are_used(tokenizer) -> None:
-    template = ChatTemplate(tokenizer, [schema("add")])
-    plain = tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True, return_dict=False)
-    assert template.encode_prompt(QUESTION, with_tools=False) == plain
-    assert '"name": "add"' in tokenizer.decode(template.encode_prompt(QUESTION, with_tools=True))
-
-
 def test_a_template_without_an_end_of_turn_token_takes_no_tools(tokenizer, monkeypatch) -> None:
     template = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
     monkeypatch.setattr(tokenizer, "chat_template", template)

@@ -11,7 +11,7 @@ from verl.experimental.agent_loop.servers import AsyncLLMServerManager
 from verl.single_controller.ray.calls import Remote
 from verl.workers.rollout.replica import TokenOutput
 
-TIMEOUT_S = 0.3
+TIMEOUT_S = 0.2
 
 
 class Engine:
@@ -69,7 +69,7 @@ async def test_conversations_go_to_the_least_busy_replica_and_stay_there() -> No
     await asyncio.sleep(0)
     tasks.append(await servers.send("a"))
     assert one.request_ids[2:] == ["a-5"], "a has its cache on replica 1"
-    servers.manager.forget("a")
+    servers.manager.forget_conversations()
     tasks.append(await servers.send("a"))
     assert zero.request_ids[2:] == ["a-6"]
     for engine in servers.engines:
@@ -79,21 +79,11 @@ async def test_conversations_go_to_the_least_busy_replica_and_stay_there() -> No
     await asyncio.gather(*tasks)
 
 
-async def test_a_request_that_hangs_is_sent_to_another_replica(cancelled: list[Any]) -> None:
-    servers = Servers(2)
-    task = await servers.send("talk")
-    await servers.until_sent(1, 1)
-    assert cancelled == [servers.engines[0].calls[0]]
-    servers.engines[1].answer(0, token=7)
-    output = await task
-    assert (output.token_ids, output.retries) == ([7], 1)
-    assert [engine.request_ids for engine in servers.engines] == [["talk-1"], ["talk-2"]]
-
-
-async def test_the_conversation_and_new_ones_keep_away_from_a_replica_that_hangs(cancelled: list[Any]) -> None:
+async def test_a_request_that_hangs_and_new_ones_go_to_another_replica(cancelled: list[Any]) -> None:
     servers = Servers(2)
     tasks = [await servers.send("talk")]
     await servers.until_sent(1, 1)
+    assert cancelled == [servers.engines[0].calls[0]]
     tasks += [await servers.send(name) for name in ("new", "newer")]
     await servers.until_sent(1, 3)
     assert len(servers.engines[0].calls) == 1, "although it has fewer in flight"
@@ -107,14 +97,14 @@ async def test_the_conversation_and_new_ones_keep_away_from_a_replica_that_hangs
     assert (await later).retries == 0
 
 
-HANGS = "was not answered by replica {}, which finished nothing for actor_rollout_ref.rollout.timeout_s=0.3 s"
+HANGS = "was not answered by replica {}, which finished nothing for actor_rollout_ref.rollout.timeout_s=0.2 s"
 
 
 @pytest.mark.parametrize(
     ("count", "message"),
     [
-        (3, f"request talk-1 {HANGS.format(0)}; sent once more, request talk-2 {HANGS.format(1)}"),
-        (1, f"request talk-1 {HANGS.format(0)}, and there is no other replica"),
+        (3, f"request talk-1 {HANGS.format(0)}; request talk-2 {HANGS.format(1)}"),
+        (1, f"request talk-1 {HANGS.format(0)}"),
     ],
 )
 async def test_a_request_that_nobody_answers_ends_the_run_with_its_id(

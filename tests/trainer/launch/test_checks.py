@@ -114,8 +114,7 @@ def test_what_passes(run: list[str], tmp_path: Path, files: str) -> None:
 
 
 def test_agent_loops(run: list[str]) -> None:
-    for module in ("tool_agent_loop", "single_turn_agent_loop"):
-        importlib.import_module(f"verl.experimental.agent_loop.{module}")
+    importlib.import_module("verl.experimental.agent_loop.tool_agent_loop")
     assert [get_agent_loop_class(name).__name__ for name in AGENT_LOOPS] == ["ToolAgentLoop", "SingleTurnAgentLoop"]
     register("own_agent_of_the_test")(AgentLoopBase)
     assert check(*run, f"{ROLLOUT}.agent.default_agent_loop=own_agent_of_the_test") == []

@@ -1,19 +1,23 @@
-"""Where replicas and agent-loop workers run: as Ray actors on the cluster's nodes, or as objects of this process.
+"""Where replicas and agent-loop workers go, and what they are there: Ray actors, or objects of this process.
 
-In: a class and its arguments. Out: a handle. Both kinds are called alike: ``handle.actor.method.remote(...)`` begins a
-call, and ``as_they_come`` yields the results of calls.
+In: one placement per rank of the student, as ``Worker.get_placement`` gives it; a class and its arguments. Out: one
+``ReplicaPlace`` per replica; a handle. Replicas share these ranks' devices and nodes, so they ask Ray for nothing: a
+node and, on CUDA, device ids. Ranks of other pools, such as a teacher's, do not come in: their GPUs are their own.
+
+Both kinds of handles are called alike: ``handle.actor.method.remote(...)`` begins a call, and ``as_they_come`` yields
+the results of calls.
 """
 
 import asyncio
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from verl.experimental.agent_loop.placement import ReplicaPlace
 from verl.single_controller.local import LocalActor
 from verl.single_controller.ray.calls import Remote, as_they_come
 
@@ -21,6 +25,46 @@ logger = logging.getLogger(__name__)
 
 SHUTDOWN_S = 10.0
 """Seconds that all replicas have together to end by themselves."""
+
+
+@dataclass(frozen=True)
+class ReplicaPlace:
+    """One replica's node and GPUs."""
+
+    index: int
+    node_id: str
+    node_ip: str
+    cuda_visible_devices: str | None
+    """Comma-separated device ids; None on CPU."""
+    ranks: tuple[int, ...]
+    """The student's ranks beside it: on CUDA those whose GPUs it uses, on CPU all of the node."""
+
+
+def plan_replicas(placements: Sequence[Mapping[str, Any]], device: str, gpus_per_replica: int) -> list[ReplicaPlace]:
+    """On CPU one replica per node; on CUDA one per ``gpus_per_replica`` consecutive ranks of a node.
+
+    Args:
+        placements: per rank ``rank``, ``local_rank``, ``node_id``, ``node_ip``, ``cuda_visible_devices``.
+        device: ``cpu`` or ``cuda``.
+    """
+    nodes: dict[str, list[Mapping[str, Any]]] = {}
+    for placement in sorted(placements, key=lambda placement: placement["rank"]):
+        nodes.setdefault(placement["node_id"], []).append(placement)
+    places: list[ReplicaPlace] = []
+    for node_id, ranks in nodes.items():
+        size = len(ranks) if device == "cpu" else gpus_per_replica
+        for first in range(0, len(ranks), size):
+            beside = ranks[first : first + size]
+            numbers = tuple(rank["rank"] for rank in beside)
+            gpus = None if device == "cpu" else ",".join(map(_gpu_of, beside))
+            places.append(ReplicaPlace(len(places), node_id, beside[0]["node_ip"], gpus, numbers))
+    return places
+
+
+def _gpu_of(rank: Mapping[str, Any]) -> str:
+    # Several ids: the rank sees all GPUs of its node and uses the one of its local rank.
+    devices: list[str] = rank["cuda_visible_devices"].split(",")
+    return devices[0] if len(devices) == 1 else devices[rank["local_rank"]]
 
 
 class CheckedActor(Remote):
@@ -33,13 +77,11 @@ class CheckedActor(Remote):
 class RayActors:
     """Every object in a process of its own; an error names the process, the cause and its log."""
 
-    share = staticmethod(ray.put)
     as_they_come = staticmethod(as_they_come)
 
-    @property
-    def max_workers(self) -> int:
-        """Workers that the cluster has CPUs for."""
-        return int(ray.cluster_resources().get("CPU", 1))
+    def __init__(self) -> None:
+        self.max_workers = int(ray.cluster_resources().get("CPU", 1))
+        """As many as the cluster has CPUs."""
 
     def create(
         self, name: str, place: ReplicaPlace, made_class: type, *arguments: Any, gpus: str | None = None
@@ -63,11 +105,10 @@ class RayActors:
         for call in done:
             try:
                 ray.get(call)
-            except RayActorError:
-                logger.debug("%s was dead before it could be shut down", calls[call].name)
             except RayError as error:
-                account = calls[call].account_of(error, calls[call].log())
-                logger.warning("%s failed to shut down: %s", calls[call].name, account)
+                # A run often ends because one is dead, and has said so.
+                level = logging.DEBUG if isinstance(error, RayActorError) else logging.WARNING
+                logger.log(level, "%s failed to shut down: %s", calls[call].name, error)
         for call in late:
             logger.warning("%s did not shut down within %.0f s and is killed", calls[call].name, SHUTDOWN_S)
         for remote in (*workers, *replicas):
@@ -90,10 +131,6 @@ class LocalActors:
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
-
-    def share(self, value: Any) -> Any:
-        """The value itself."""
-        return value
 
     def create(
         self, name: str, place: ReplicaPlace, made_class: type, *arguments: Any, gpus: str | None = None

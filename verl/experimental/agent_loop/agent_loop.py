@@ -17,32 +17,22 @@ public names here are verl's.
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
-from ray.exceptions import ObjectStoreFullError, OutOfDiskError
 from transformers import PreTrainedTokenizerBase
 
 from verl.config import PPOConfig
-from verl.experimental.agent_loop.actors import LocalActors, RayActors
-from verl.experimental.agent_loop.base import AgentLoopBase, AgentLoopMetrics, AgentLoopOutput, RolloutError, register
-from verl.experimental.agent_loop.placement import plan_replicas
+from verl.experimental.agent_loop.actors import LocalActors, RayActors, plan_replicas
+from verl.experimental.agent_loop.base import AgentLoopBase, AgentLoopOutput, RolloutError, register
 from verl.experimental.agent_loop.rows import SEED_KEY, batch_metrics, sample_seeds
 from verl.experimental.agent_loop.servers import AsyncLLMServerManager
-from verl.experimental.agent_loop.worker import AgentLoopWorker, WorkerResult, load_tools
+from verl.experimental.agent_loop.worker import AgentLoopWorker
 from verl.protocol import DataProto
 from verl.single_controller.base import WorkerGroup
-from verl.single_controller.ray.calls import Remote, disk_full_text
+from verl.single_controller.ray.calls import Remote
 from verl.utils.row_buffer import RowBuffer
-from verl.weight_sync.sync import WeightSource, send_weights
-from verl.workers.rollout.replica import RolloutReplica, get_replica_class
+from verl.weight_sync.send import send_weights
+from verl.workers.rollout.replica import get_replica_class
 
-__all__ = [
-    "AgentLoopBase",
-    "AgentLoopManager",
-    "AgentLoopOutput",
-    "AgentLoopWorker",
-    "AsyncLLMServerManager",
-    "register",
-]
+__all__ = ["AgentLoopBase", "AgentLoopOutput", "AgentLoopWorker", "AsyncLLMServerManager", "register"]  # verl's names
 
 
 class AgentLoopManager:
@@ -55,11 +45,10 @@ class AgentLoopManager:
         tokenizer: PreTrainedTokenizerBase,
         *,
         device: str,
-        watch: Callable[[], None] | None = None,
+        watch: Callable[[], None],
         in_process: bool = False,
-        replica_class: type[RolloutReplica] | None = None,
     ) -> None:
-        """Plan the replicas and check the tools; start nothing.
+        """Plan the replicas; start nothing.
 
         Args:
             worker_group: the training ranks, whose nodes and GPUs the replicas share.
@@ -67,10 +56,6 @@ class AgentLoopManager:
             device: ``cpu`` or ``cuda``.
             watch: called after every half second without a result of engines or workers; what it raises ends the wait.
             in_process: run one engine and one worker in this process, without Ray; on CPU alone.
-            replica_class: the engine; None: the one that ``rollout.name`` names.
-
-        Raises:
-            ValueError: a tool cannot be loaded, or the ranks do not divide into replicas.
         """
         self.config = config
         self.rollout = config.actor_rollout_ref.rollout
@@ -84,24 +69,22 @@ class AgentLoopManager:
         self._actors = LocalActors() if in_process else RayActors()
         # In one process nothing but the engine could answer a request, so it has all the time it takes.
         self._request_timeout_s = None if in_process else self.rollout.timeout_s
-        self._replica_class = replica_class or get_replica_class(self.rollout.name)
         self._places = plan_replicas(worker_group.get_placement(), device, self.rollout.tensor_model_parallel_size)
-        self._with_tools = bool(load_tools(self.rollout))
         self._replicas: list[Remote] = []
         self._workers: list[Remote] = []
         self._starting: dict[Any, Remote] = {}
 
     def start(self) -> None:
         """Begin to start engines and workers, all at once; returns at once."""
+        replica_class = get_replica_class(self.rollout.name)
         for place in self._places:
             name = f"rollout replica {place.index} ({self.rollout.name}, node {place.node_ip})"
             arguments = (self.rollout, self.config.actor_rollout_ref.model, place.index, self.device)
             gpus = place.cuda_visible_devices
-            self._replicas.append(self._actors.create(name, place, self._replica_class, *arguments, gpus=gpus))
+            self._replicas.append(self._actors.create(name, place, replica_class, *arguments, gpus=gpus))
         self._starting = {replica.actor.launch.remote(): replica for replica in self._replicas}
         count = max(1, min(self.rollout.agent.num_workers, self._actors.max_workers))
-        tokenizer = self._actors.share(self._tokenizer)
-        self._workers = [self._create_worker(index, count, tokenizer) for index in range(count)]
+        self._workers = [self._create_worker(index, count) for index in range(count)]
         self._starting |= {worker.actor.check_alive.remote(): worker for worker in self._workers}
 
     def wait_ready(self) -> None:
@@ -110,8 +93,7 @@ class AgentLoopManager:
         Raises:
             RolloutError: one could not; named, with the cause.
         """
-        starting, self._starting = self._starting, {}
-        list(self._actors.as_they_come(starting, "start", watch=self._check_run))
+        list(self._actors.as_they_come(self._starting, "start", watch=self._check_run))
 
     def check_alive(self) -> None:
         """Raise ``RolloutError`` where the process of an engine or a worker has died; returns at once."""
@@ -132,37 +114,29 @@ class AgentLoopManager:
             ValueError: a prompt or an agent name cannot be used.
             RolloutError: an engine or a worker failed, or samples from other weights than the last sync's.
         """
-        if self.asleep:
-            raise RolloutError("the engines sleep and have no weights; call update_weights before generate_sequences")
-        if "prompt_ids" not in prompts.non_tensor_batch:
-            prompts.require("raw_prompt")
-        seeds = np.array(sample_seeds(self.rollout.seed, prompts), dtype=object)
-        rows = DataProto.from_dict(
-            non_tensors={**prompts.non_tensor_batch, SEED_KEY: seeds},
-            meta_info={"validate": prompts.meta_info["validate"]},
-        )
-        parts = np.array_split(np.arange(len(rows)), min(len(self._workers), len(rows)))
-        try:
-            calls = {
-                worker.actor.generate_sequences.remote(rows[part[0] : part[-1] + 1]): worker
-                for worker, part in zip(self._workers, parts, strict=False)
-            }
-        except (OutOfDiskError, ObjectStoreFullError) as error:
-            raise RolloutError(f"the agent-loop workers could not be given their rows: {disk_full_text()}") from error
-        buffer, versions = RowBuffer(len(rows)), set[int]()
-        metrics: dict[int, list[AgentLoopMetrics]] = {}
-        result: WorkerResult
-        for number, result in self._actors.as_they_come(calls, "generate", watch=self._check_run):
-            buffer.put(int(parts[number][0]), result.rows)
-            metrics[number], versions = result.metrics, versions | result.weight_versions
-            del result  # before the next one comes
-        self._check_versions(versions)
+        seeds = sample_seeds(self.rollout.seed, prompts)
+        meta_info = {"validate": prompts.meta_info["validate"]}
+        rows = DataProto.from_dict(None, {**prompts.non_tensor_batch, SEED_KEY: seeds}, meta_info)
+        share = -(-len(rows) // len(self._workers))
+        parts = zip(self._workers, rows.split(share), strict=False)
+        calls = {worker.actor.generate_sequences.remote(part): worker for worker, part in parts}
+        buffer = RowBuffer(len(rows))
+        for number, part in self._actors.as_they_come(calls, "generate", watch=self._check_run):
+            buffer.put(number * share, part)
+            del part  # before the next one comes
         generated = buffer.take()
-        in_order = [conversation for number in sorted(metrics) for conversation in metrics[number]]
-        generated.meta_info = {"metrics": batch_metrics(in_order, self._with_tools)}
+        measured = generated.meta_info["metrics"]
+        versions = set(measured["weight_version"])
+        if self.weight_version is not None and versions != {self.weight_version}:
+            raise RolloutError(
+                f"the engines sampled from weights of versions {sorted(versions)} after the sync of version "
+                f"{self.weight_version}"
+            )
+        with_tools = self.rollout.multi_turn.tool_config_path is not None
+        generated.meta_info = {"metrics": batch_metrics(measured, with_tools)}
         return generated
 
-    def update_weights(self, worker_group: WeightSource, version: int) -> None:
+    def update_weights(self, worker_group: WorkerGroup, version: int) -> None:
         """Send the training ranks' weights to every engine, which also wakes the engines; see ``verl.weight_sync``.
 
         Raises:
@@ -184,26 +158,18 @@ class AgentLoopManager:
         self._actors.shutdown(self._replicas, self._workers)
         self._replicas, self._workers, self._starting = [], [], {}
 
-    def _create_worker(self, index: int, count: int, tokenizer: Any) -> Remote:
+    def _create_worker(self, index: int, count: int) -> Remote:
         """Workers begin with replicas evenly apart, so that few workers keep many replicas busy, each on its node."""
         first = index * len(self._places) // count
         place = self._places[first]
         servers = AsyncLLMServerManager(self._replicas, first, self._request_timeout_s)
         name = f"agent-loop worker {index} (node {place.node_ip})"
-        return self._actors.create(name, place, AgentLoopWorker, self.config, tokenizer, servers)
+        return self._actors.create(name, place, AgentLoopWorker, self.config, self._tokenizer, servers)
 
     def _check_run(self) -> None:
         """Check engines, workers and the rest of the run, whichever of them is waited for."""
         self.check_alive()
-        if self._watch is not None:
-            self._watch()
-
-    def _check_versions(self, versions: set[int]) -> None:
-        if self.weight_version is not None and versions != {self.weight_version}:
-            raise RolloutError(
-                f"the engines sampled from weights of versions {sorted(versions)} after the sync of version "
-                f"{self.weight_version}"
-            )
+        self._watch()
 
     def _wait(self, task: str, calls: Sequence[Any]) -> None:
         """Wait for one call per replica."""

@@ -66,42 +66,40 @@ class AgentLoopOutput:
     """Version of the weights that wrote the oldest turn."""
 
 
+@dataclass
 class Trajectory:
     """A response in the making: tokens of the model and of tools, in order."""
 
-    def __init__(self, prompt_ids: Sequence[int], response_length: int, keep_log_probs: bool) -> None:
-        self.prompt_ids = list(prompt_ids)
-        self.response_length = response_length
-        self.response_ids: list[int] = []
-        self.model_mask: list[int] = []
-        self.log_probs: list[float] | None = [] if keep_log_probs else None
-        self.weight_versions: list[int] = []
-
-    @property
-    def remaining_tokens(self) -> int:
-        """What is left of the response's token budget."""
-        return self.response_length - len(self.response_ids)
+    prompt_ids: list[int]
+    remaining_tokens: int
+    """What is left of the response's token budget."""
+    log_probs: list[float] | None
+    """None: they are not kept."""
+    response_ids: list[int] = field(default_factory=list)
+    model_mask: list[int] = field(default_factory=list)
+    weight_versions: list[int] = field(default_factory=list)
 
     def add_model_turn(self, turn: TokenOutput) -> None:
         """Append what the model wrote."""
-        written, allowed = len(turn.token_ids), self.remaining_tokens
-        if written > allowed:
-            raise RolloutError(f"the engine wrote {written} tokens where max_tokens was {allowed}")
-        if self.log_probs is not None:
-            if turn.log_probs is None or len(turn.log_probs) != written:
-                returned = "no" if turn.log_probs is None else len(turn.log_probs)
-                raise RolloutError(f"the engine returned {returned} log-probs for {written} tokens")
-            self.log_probs += turn.log_probs
-        self.response_ids += turn.token_ids
-        self.model_mask += [1] * written
+        written, log_probs = len(turn.token_ids), turn.log_probs or []
+        if written > self.remaining_tokens or (self.log_probs is not None and len(log_probs) != written):
+            raise RolloutError(
+                f"the engine wrote {written} tokens with {len(log_probs)} log-probs where max_tokens was "
+                f"{self.remaining_tokens}"
+            )
+        self._append(turn.token_ids, 1, log_probs)
         self.weight_versions.append(turn.weight_version)
 
     def add_other_turn(self, token_ids: Sequence[int]) -> None:
         """Append what tools or users wrote: read by the model, never trained on."""
+        self._append(token_ids, 0, [0.0] * len(token_ids))
+
+    def _append(self, token_ids: Sequence[int], by_model: int, log_probs: Sequence[float]) -> None:
         self.response_ids += token_ids
-        self.model_mask += [0] * len(token_ids)
+        self.model_mask += [by_model] * len(token_ids)
+        self.remaining_tokens -= len(token_ids)
         if self.log_probs is not None:
-            self.log_probs += [0.0] * len(token_ids)
+            self.log_probs += log_probs
 
 
 @dataclass(frozen=True)
@@ -117,17 +115,15 @@ TEACHER_KNOWS_EXTENDED = "teacher_knows_extended"
 """Key of a row, true where its teacher knows item tokens."""
 
 
+@dataclass
 class AgentLoopBase(ABC):
     """One conversation; a new object for each, so that a loop may keep its state on itself."""
 
-    def __init__(self, context: AgentLoopContext, generate: Generate) -> None:
-        self.context = context
-        self.rollout = context.rollout
-        self.template = context.template
-        self.metrics = AgentLoopMetrics()
-        self.teacher_knows_extended = False
-        """Whether this row's teacher knows item tokens; the masks then keep what follows them."""
-        self._generate = generate
+    context: AgentLoopContext
+    generate: Generate
+    metrics: AgentLoopMetrics = field(default_factory=AgentLoopMetrics)
+    teacher_knows_extended: bool = False
+    """Whether this row's teacher knows item tokens; the masks then keep what follows them."""
 
     @abstractmethod
     async def run(self, sampling_params: dict[str, Any], **row: Any) -> AgentLoopOutput:
@@ -142,14 +138,15 @@ class AgentLoopBase(ABC):
         self.teacher_knows_extended = bool(row.get(TEACHER_KNOWS_EXTENDED))
         prompt_ids = row.get("prompt_ids")
         if prompt_ids is None:
-            prompt_ids = self.template.encode_prompt(row["raw_prompt"], with_tools)
-        if len(prompt_ids) > self.rollout.prompt_length:
+            prompt_ids = self.context.template.encode_prompt(row["raw_prompt"], with_tools)
+        rollout = self.context.rollout
+        if len(prompt_ids) > rollout.prompt_length:
             raise ValueError(
                 f"the prompt of row {row.get('index')} has {len(prompt_ids)} tokens, above data.max_prompt_length="
-                f"{self.rollout.prompt_length} (actor_rollout_ref.rollout.prompt_length); raise it, or set "
-                "data.filter_overlong_prompts=True"
+                f"{rollout.prompt_length}; raise it, or set data.filter_overlong_prompts=True"
             )
-        return Trajectory(prompt_ids, self.rollout.response_length, self.rollout.calculate_log_probs)
+        log_probs: list[float] | None = [] if rollout.calculate_log_probs else None
+        return Trajectory(list(prompt_ids), rollout.response_length, log_probs)
 
     async def write_turn(self, trajectory: Trajectory, sampling_params: Mapping[str, Any]) -> list[int]:
         """Let the model write one turn within what is left of the budget; returns the turn's tokens.
@@ -159,7 +156,7 @@ class AgentLoopBase(ABC):
         params = dict(sampling_params, max_tokens=trajectory.remaining_tokens)
         params["seed"] += len(trajectory.weight_versions)
         started = time.perf_counter()
-        turn = await self._generate(trajectory.prompt_ids + trajectory.response_ids, params)
+        turn = await self.generate(trajectory.prompt_ids + trajectory.response_ids, params)
         self.metrics.generate_s += time.perf_counter() - started
         self.metrics.retried_requests += turn.retries
         trajectory.add_model_turn(turn)
@@ -167,15 +164,16 @@ class AgentLoopBase(ABC):
 
     def finish(self, trajectory: Trajectory, num_turns: int) -> AgentLoopOutput:
         """Close the conversation: its masks over all turns."""
-        extended = extended_token_mask(trajectory.response_ids, self.rollout.extend_start)
+        rollout = self.context.rollout
+        extended = extended_token_mask(trajectory.response_ids, rollout.extend_start)
         return AgentLoopOutput(
             prompt_ids=trajectory.prompt_ids,
             response_ids=trajectory.response_ids,
             response_mask=trainable_mask(
                 trajectory.model_mask,
                 extended,
-                drop_whole=self.rollout.mask_response_if_have_extend_token and not self.teacher_knows_extended,
-                keep_rest=self.teacher_knows_extended or not self.rollout.mask_after_extend_token,
+                drop_whole=rollout.mask_response_if_have_extend_token and not self.teacher_knows_extended,
+                keep_rest=self.teacher_knows_extended or not rollout.mask_after_extend_token,
             ),
             distill_special_token_mask=extended,
             response_logprobs=trajectory.log_probs,
@@ -206,8 +204,6 @@ def get_agent_loop_class(agent_name: str) -> type[AgentLoopBase]:
         ValueError: there is none; the message lists those there are.
     """
     if agent_name not in _AGENT_LOOPS:
-        raise ValueError(
-            f"agent loop {agent_name!r} is unknown (column agent_name, or "
-            f"actor_rollout_ref.rollout.agent.default_agent_loop); use one of {', '.join(sorted(_AGENT_LOOPS))}"
-        )
+        known = ", ".join(sorted(_AGENT_LOOPS))
+        raise ValueError(f"agent loop {agent_name!r} is unknown (rollout.agent.default_agent_loop); use one of {known}")
     return _AGENT_LOOPS[agent_name]

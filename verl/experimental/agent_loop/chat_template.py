@@ -45,9 +45,8 @@ class ChatTemplate:
             ids = self._continuation([{"role": "tool", "name": "probe", "content": "result"}])
             if not ids or ids[0] not in tokenizer.added_tokens_decoder:
                 raise ValueError(
-                    f"the chat template of {tokenizer.name_or_path} ends an assistant's turn with "
-                    f"{tokenizer.decode(ids[:1])!r}, which is no special token; tools need a template whose turns end "
-                    "with one, so unset actor_rollout_ref.rollout.multi_turn.tool_config_path"
+                    f"the chat template of {tokenizer.name_or_path} ends an assistant's turn with no special token, "
+                    "which tools need; unset actor_rollout_ref.rollout.multi_turn.tool_config_path"
                 )
             self.end_of_turn_id = ids[0]
 
@@ -60,11 +59,8 @@ class ChatTemplate:
         return self._continuation(messages)[1:]
 
     def _continuation(self, messages: Sequence[Message]) -> list[int]:
-        question = {"role": "user", "content": "question"}
-        text = self._render(
-            [question, {"role": "assistant", "content": _ASSISTANT_WORDS}, *messages], self.tool_schemas
-        )
-        return self._encode(text.partition(_ASSISTANT_WORDS)[2])
+        opening = [{"role": "user", "content": "question"}, {"role": "assistant", "content": _ASSISTANT_WORDS}]
+        return self._encode(self._render([*opening, *messages], self.tool_schemas).partition(_ASSISTANT_WORDS)[2])
 
     def _render(self, messages: Sequence[Message], tool_schemas: list[Any]) -> str:
         text: Any = self.tokenizer.apply_chat_template(

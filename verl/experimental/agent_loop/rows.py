@@ -11,13 +11,13 @@ B conversations, P prompt, R response, T = P + R.
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from verl.config import RolloutConfig
-from verl.experimental.agent_loop.base import AgentLoopMetrics, AgentLoopOutput
+from verl.experimental.agent_loop.base import AgentLoopOutput
 from verl.protocol import DataProto
 
 SEED_KEY = "sample_seed"
@@ -27,14 +27,10 @@ SEED_KEY = "sample_seed"
 def sampling_params(rollout: RolloutConfig, validate: bool) -> dict[str, Any]:
     """Sampling parameters for training, or for validation (``rollout.val_kwargs``); ``seed`` comes with each row."""
     settings = rollout.val_kwargs if validate else rollout
-    greedy = validate and not rollout.val_kwargs.do_sample
-    return {
-        "temperature": 0.0 if greedy else settings.temperature,
-        "top_p": 1.0 if greedy else settings.top_p,
-        "top_k": -1 if greedy else settings.top_k,
-        "ignore_eos": rollout.ignore_eos,
-        "logprobs": rollout.calculate_log_probs,
-    }
+    sampling = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k}
+    if validate and not rollout.val_kwargs.do_sample:
+        sampling = {"temperature": 0.0, "top_p": 1.0, "top_k": -1}
+    return {**sampling, "ignore_eos": rollout.ignore_eos, "logprobs": rollout.calculate_log_probs}
 
 
 def sample_seeds(seed: int, prompts: DataProto) -> list[int]:
@@ -86,21 +82,24 @@ def _pad(
     dtype = torch.float32 if isinstance(pad, float) else torch.int64
     padded = torch.full((len(rows), length), pad, dtype=dtype)
     for number, row in enumerate(rows):
-        assert len(row) <= length, f"a row of {len(row)} tokens does not fit into {length}"
         start = length - len(row) if left else 0
         padded[number, start : start + len(row)] = torch.tensor(row, dtype=dtype)
     return padded
 
 
-def batch_metrics(conversations: Sequence[AgentLoopMetrics], with_tools: bool) -> dict[str, float]:
-    """Metrics of a batch from those of its conversations; metrics of tools only where there are tools."""
-    spreads = {"timing_s/agent_loop/generate_sequences": [one.generate_s for one in conversations]}
+def batch_metrics(measured: Mapping[str, Sequence[float]], with_tools: bool) -> dict[str, float]:
+    """Metrics of a batch; those of tools only where there are tools.
+
+    Args:
+        measured: per field of ``AgentLoopMetrics`` one value per conversation.
+    """
+    spreads = {"timing_s/agent_loop/generate_sequences": "generate_s"}
     counts = ["retried_requests"]
     if with_tools:
-        spreads["timing_s/agent_loop/tool_calls"] = [one.tool_calls_s for one in conversations]
-        spreads["agent_loop/tool_reward"] = [one.tool_reward for one in conversations]
+        spreads |= {"timing_s/agent_loop/tool_calls": "tool_calls_s", "agent_loop/tool_reward": "tool_reward"}
         counts += ["tool_calls", "tool_errors", "unknown_tools", "malformed_calls", "dropped_calls"]
-    metrics = {f"agent_loop/{name}": float(sum(getattr(one, name) for one in conversations)) for name in counts}
-    for name, values in spreads.items():
+    metrics = {f"agent_loop/{name}": float(sum(measured[name])) for name in counts}
+    for name, field in spreads.items():
+        values = measured[field]
         metrics |= {f"{name}/min": min(values), f"{name}/mean": sum(values) / len(values), f"{name}/max": max(values)}
     return metrics

@@ -9,12 +9,14 @@ cancelled there and sent to another replica, once. A long queue or one long answ
 
     send ──► answer
      └─ nothing for timeout_s ──► cancel, send to another replica ──► answer, counted as retried
-                                   │ (there is none)                └─ nothing ──► RolloutError with the request's id
+                                   │ (there is none)                └─ nothing ──► RolloutError that names both
                                    └──► RolloutError with the request's id
 """
 
 import asyncio
+import itertools
 import logging
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -50,8 +52,9 @@ class AsyncLLMServerManager:
         self._avoid_until = [0.0] * len(self._replicas)
         """After a hang: no new requests until then, unless the replica answers or all others hang."""
         self._chosen: dict[str, int] = {}
-        self._requests = 0
-        self._timeout_s = timeout_s
+        # Makes a request's id unique: the engine may still be closing the conversation's last turn.
+        self._numbers = itertools.count(1)
+        self._timeout_s = math.inf if timeout_s is None else timeout_s
 
     async def generate(self, prompt_ids: list[int], sampling_params: dict[str, Any], request_id: str) -> TokenOutput:
         """One turn of the conversation ``request_id``.
@@ -59,30 +62,23 @@ class AsyncLLMServerManager:
         Raises:
             RolloutError: the replica failed, or two of them hang; names them, the request and the cause.
         """
-        if request_id not in self._chosen or self._avoided(self._chosen[request_id]):
-            self._chosen[request_id] = self._least_busy(self._order)
-        first = self._chosen[request_id]
-        try:
-            return await self._send(first, prompt_ids, sampling_params, request_id)
-        except TimeoutError as silence:
-            logger.warning("%s; it is sent to another replica", silence)
-            hung = str(silence)
-        others = [replica for replica in self._order if replica != first]
-        if not others:
-            raise RolloutError(f"{hung}, and there is no other replica")
-        second = self._chosen[request_id] = self._least_busy(others)
-        try:
-            answer = await self._send(second, prompt_ids, sampling_params, request_id)
-        except TimeoutError as silence:
-            raise RolloutError(f"{hung}; sent once more, {silence}") from silence
-        return replace(answer, retries=1)
+        left, silences = list(self._order), []
+        for retries in range(min(2, len(left))):
+            chosen = self._chosen.get(request_id)
+            if chosen not in left or self._avoided(chosen):
+                chosen = min(left, key=lambda replica: (self._avoided(replica), self._in_flight[replica]))
+            self._chosen[request_id] = chosen
+            left.remove(chosen)
+            try:
+                return replace(await self._send(chosen, prompt_ids, sampling_params, request_id), retries=retries)
+            except TimeoutError as silence:
+                logger.warning("%s", silence)
+                silences.append(str(silence))
+        raise RolloutError("; ".join(silences))
 
-    def forget(self, request_id: str) -> None:
-        """The conversation is over."""
-        self._chosen.pop(request_id, None)
-
-    def _least_busy(self, among: Sequence[int]) -> int:
-        return min(among, key=lambda replica: (self._avoided(replica), self._in_flight[replica]))
+    def forget_conversations(self) -> None:
+        """Those so far are over."""
+        self._chosen.clear()
 
     def _avoided(self, replica: int) -> bool:
         return time.monotonic() < self._avoid_until[replica]
@@ -93,19 +89,21 @@ class AsyncLLMServerManager:
         """One request to one replica; a TimeoutError that names both where it hangs."""
         replica = self._replicas[chosen]
         self._in_flight[chosen] += 1
-        self._requests += 1  # makes the id unique: the engine may still be closing the conversation's last turn
-        own_id = f"{request_id}-{self._requests}"
-        call = replica.actor.generate.remote(prompt_ids, sampling_params, own_id)
+        own_id = f"{request_id}-{next(self._numbers)}"
+        call, sent_at = replica.actor.generate.remote(prompt_ids, sampling_params, own_id), time.monotonic()
         answer: asyncio.Future[TokenOutput] = asyncio.ensure_future(call)
         try:
-            if self._timeout_s is not None and not await self._answers_in_time(answer, chosen, self._timeout_s):
-                ray.cancel(call)
-                self._avoid_until[chosen] = time.monotonic() + self._timeout_s
-                raise TimeoutError(
-                    f"request {own_id} was not answered by {replica.name}, which finished nothing for "
-                    f"actor_rollout_ref.rollout.timeout_s={self._timeout_s:g} s"
-                )
-            output = await answer
+            while not answer.done():
+                left = max(sent_at, self._answered_at[chosen]) + self._timeout_s - time.monotonic()
+                if left <= 0:
+                    ray.cancel(call)
+                    self._avoid_until[chosen] = time.monotonic() + self._timeout_s
+                    raise TimeoutError(
+                        f"request {own_id} was not answered by {replica.name}, which finished nothing for "
+                        f"actor_rollout_ref.rollout.timeout_s={self._timeout_s:g} s"
+                    )
+                await asyncio.wait({answer}, timeout=left)
+            output = answer.result()
         except RayError as error:
             account = replica.account_of(error, await replica.log_async())
             raise RolloutError(f"{replica.name} failed to generate: {account}") from error
@@ -115,13 +113,3 @@ class AsyncLLMServerManager:
         self._answered_at[chosen] = time.monotonic()
         self._avoid_until[chosen] = 0.0
         return output
-
-    async def _answers_in_time(self, answer: asyncio.Future[TokenOutput], chosen: int, timeout_s: float) -> bool:
-        """Wait for ``answer``; False once the replica has finished nothing for ``timeout_s``."""
-        sent_at = time.monotonic()
-        while not answer.done():
-            left = max(sent_at, self._answered_at[chosen]) + timeout_s - time.monotonic()
-            if left <= 0:
-                return False
-            await asyncio.wait({answer}, timeout=left)
-        return True

@@ -1,4 +1,4 @@
-"""A conversation in which the model may call tools: the default loop.
+"""The conversations that are built in: with tools (the default), and a single turn without.
 
 ::
 
@@ -10,12 +10,143 @@
 It ends with the first turn that calls nothing, at ``max_assistant_turns``, at ``max_user_turns``, or where the budget
 of response tokens (model and tool tokens of all turns together) leaves no token to the model. A turn cut off before its
 end-of-turn token calls nothing. Extended tokens do not end it: the masks deal with them.
+
+Calls come in the Hermes syntax that Qwen uses, ``<tool_call>{JSON}</tool_call>``; calls inside a thought
+(``<think>...</think>``) are ignored. A tool gets one instance per conversation, made at its first call and released at
+the end, so it may keep state over turns. Nothing that a tool or a call does wrong ends the conversation: the model
+reads an error text instead, and the metrics count it. A tool that hangs is treated alike
+(``multi_turn.tool_timeout_s``).
 """
 
+import asyncio
+import logging
+import math
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from verl.experimental.agent_loop.base import AgentLoopBase, AgentLoopOutput, register
-from verl.experimental.agent_loop.tool_calls import ToolCall, ToolSession, parse_hermes_tool_calls
+from pydantic import BaseModel, ValidationError
+
+from verl.config import MultiTurnConfig
+from verl.experimental.agent_loop.base import AgentLoopBase, AgentLoopMetrics, AgentLoopOutput, register
+from verl.tools.base_tool import BaseTool
+
+logger = logging.getLogger(__name__)
+
+_CALL = re.compile(r"<tool_call>(.*?)(</tool_call>|\Z)", re.DOTALL)
+
+
+class ToolCall(BaseModel):
+    """One call that can be read."""
+
+    name: str
+    arguments: dict[str, Any] = {}
+
+
+def parse_hermes_tool_calls(text: str) -> list[ToolCall | str]:
+    """The calls of one assistant turn, in the order they were written; why, for one that cannot be read."""
+    # The opening tag of a thought may stand in the prompt, where the template puts it: the last closing tag counts.
+    outside_thought = text.rpartition("</think>")[2].partition("<think>")[0]
+    return [_read_call(*match.groups()) for match in _CALL.finditer(outside_thought)]
+
+
+def _read_call(body: str, closing_tag: str) -> ToolCall | str:
+    if not closing_tag:
+        return "<tool_call> is not closed by </tool_call>"
+    try:
+        return ToolCall.model_validate_json(body)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(map(str, problem["loc"]))
+        return f'a tool call is {{"name": ..., "arguments": {{...}}}}; {where or "this"}: {problem["msg"]}'
+
+
+@dataclass
+class ToolSession:
+    """Runs the calls of one conversation."""
+
+    tools: Mapping[str, BaseTool]
+    limits: MultiTurnConfig
+    metrics: AgentLoopMetrics
+    """The conversation's; calls are counted there."""
+    tools_kwargs: Mapping[str, Mapping[str, Any]]
+    """Per tool, ``create_kwargs``, ``execute_kwargs`` and ``release_kwargs`` of this row."""
+    _instances: dict[str, str] = field(default_factory=dict)
+    _creating: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    async def answer(self, calls: Sequence[ToolCall | str]) -> list[dict[str, str]]:
+        """Run the calls of one turn side by side; one ``tool`` message for each, in their order."""
+        taken = calls[: self.limits.max_parallel_calls]
+        self.metrics.tool_calls += len(taken)
+        self.metrics.dropped_calls += len(calls) - len(taken)
+        started = time.perf_counter()
+        # Whatever a tool raises becomes an answer to the model, so it is collected here, not caught by type.
+        results = await asyncio.gather(*(self._run(call) for call in taken), return_exceptions=True)
+        self.metrics.tool_calls_s += time.perf_counter() - started
+        messages = []
+        for call, result in zip(taken, results, strict=True):
+            name = call.name if isinstance(call, ToolCall) else ""
+            if isinstance(result, BaseException):
+                self.metrics.tool_errors += 1
+                logger.info("tool %s failed", name, exc_info=result)
+                result = self._shortened(f"Error: {type(result).__name__}: {result}")
+            messages.append({"role": "tool", "name": name, "content": result})
+        return messages
+
+    async def release(self) -> None:
+        """Release every instance; a tool that fails to is logged."""
+        limit = self.limits.tool_timeout_s
+        releases = [
+            asyncio.wait_for(self.tools[name].release(instance_id, **self._options(name, "release")), limit)
+            for name, instance_id in self._instances.items()
+        ]
+        results = await asyncio.gather(*releases, return_exceptions=True)
+        for name, result in zip(self._instances, results, strict=True):
+            if isinstance(result, BaseException):
+                logger.warning("tool %s failed to release its instance: %r", name, result)
+        self._instances.clear()
+
+    async def _run(self, call: ToolCall | str) -> str:
+        if isinstance(call, str):
+            self.metrics.malformed_calls += 1
+            return f"Error: {call}"
+        if call.name not in self.tools:
+            self.metrics.unknown_tools += 1
+            return f"Error: there is no tool {call.name!r}; the tools are {', '.join(self.tools)}"
+        tool, limit = self.tools[call.name], self.limits.tool_timeout_s
+        async with self._creating:  # calls of one turn share an instance
+            if call.name not in self._instances:
+                created = tool.create(**self._options(call.name, "create"))
+                self._instances[call.name], _ = await asyncio.wait_for(created, limit)
+        executed = tool.execute(self._instances[call.name], call.arguments, **self._options(call.name, "execute"))
+        response, reward, _ = await asyncio.wait_for(executed, limit)
+        self.metrics.tool_reward += reward or 0.0
+        return self._shortened(response.text or "")
+
+    def _options(self, name: str, step: str) -> dict[str, Any]:
+        return dict(self.tools_kwargs.get(name, {}).get(f"{step}_kwargs", {}))
+
+    def _shortened(self, text: str) -> str:
+        """``text`` within the limit on characters; ``tool_response_truncate_side`` names the end that stays."""
+        limit, side = self.limits.max_tool_response_length, self.limits.tool_response_truncate_side
+        if len(text) <= limit:
+            return text
+        head = {"left": limit, "right": 0, "middle": (limit + 1) // 2}[side]
+        parts = (text[:head], "[truncated]", text[len(text) - (limit - head) :])
+        return " ".join(part for part in parts if part)
+
+
+@register("single_turn_agent")
+class SingleTurnAgentLoop(AgentLoopBase):
+    """One prompt, one answer: no tools are shown and none are called."""
+
+    async def run(self, sampling_params: dict[str, Any], **row: Any) -> AgentLoopOutput:
+        """Template the messages, let the model answer, and stop."""
+        trajectory = self.start(row, with_tools=False)
+        await self.write_turn(trajectory, sampling_params)
+        return self.finish(trajectory, num_turns=2)
 
 
 @register("tool_agent")
@@ -25,16 +156,21 @@ class ToolAgentLoop(AgentLoopBase):
     async def run(self, sampling_params: dict[str, Any], **row: Any) -> AgentLoopOutput:
         """Hold the conversation; tools keep their state over its turns and are released at its end."""
         trajectory = self.start(row, with_tools=True)
-        tools = ToolSession(self.context.tools, self.rollout.multi_turn, self.metrics, row.get("tools_kwargs") or {})
+        limits, tools_kwargs = self.context.rollout.multi_turn, row.get("tools_kwargs") or {}
+        tools = ToolSession(self.context.tools, limits, self.metrics, tools_kwargs)
+        most_by_model = math.inf if limits.max_assistant_turns is None else limits.max_assistant_turns
+        most_by_tools = math.inf if limits.max_user_turns is None else limits.max_user_turns
         assistant_turns = user_turns = 0
         try:
             while True:
                 turn_ids = await self.write_turn(trajectory, sampling_params)
                 assistant_turns += 1
-                calls = self.read_calls(turn_ids) if self.may_go_on(assistant_turns, user_turns) else []
+                if assistant_turns >= most_by_model or user_turns >= most_by_tools:
+                    break
+                calls = self.read_calls(turn_ids)
                 if not calls:
                     break
-                tool_turn_ids = self.template.encode_tool_turn(await tools.answer(calls))
+                tool_turn_ids = self.context.template.encode_tool_turn(await tools.answer(calls))
                 if len(tool_turn_ids) >= trajectory.remaining_tokens:
                     break
                 trajectory.add_other_turn(tool_turn_ids)
@@ -43,15 +179,9 @@ class ToolAgentLoop(AgentLoopBase):
             await tools.release()
         return self.finish(trajectory, num_turns=1 + assistant_turns + user_turns)
 
-    def may_go_on(self, assistant_turns: int, user_turns: int) -> bool:
-        """Whether the limits on turns allow another tool turn and the model turn after it."""
-        limits = self.rollout.multi_turn
-        return (limits.max_assistant_turns is None or assistant_turns < limits.max_assistant_turns) and (
-            limits.max_user_turns is None or user_turns < limits.max_user_turns
-        )
-
-    def read_calls(self, turn_ids: list[int]) -> list[ToolCall]:
+    def read_calls(self, turn_ids: list[int]) -> list[ToolCall | str]:
         """The calls of a finished model turn; an unfinished turn, and a run without tools, have none."""
-        if not self.context.tools or not turn_ids or turn_ids[-1] != self.template.end_of_turn_id:
+        if not self.context.tools or not turn_ids or turn_ids[-1] != self.context.template.end_of_turn_id:
             return []
-        return parse_hermes_tool_calls(str(self.template.tokenizer.decode(turn_ids[:-1], skip_special_tokens=False)))
+        text: Any = self.context.template.tokenizer.decode(turn_ids[:-1], skip_special_tokens=False)
+        return parse_hermes_tool_calls(text)

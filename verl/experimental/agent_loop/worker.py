@@ -1,39 +1,26 @@
 """One process that holds many conversations at once.
 
-In: rows of prompts, with a seed each. Out: their rollout tensors (``rows.py``), in order, with the conversations'
-metrics and weight versions. A plain class: the manager decides where it runs, and ``AsyncLLMServerManager`` knows where
+In: rows of prompts, with a seed each. Out: their rollout tensors (``rows.py``), in order, and what was measured of the
+conversations. A plain class: the manager decides where it runs, and ``AsyncLLMServerManager`` knows where
 the engines are.
 """
 
 import asyncio
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 from uuid import uuid4
 
-import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-# Imported to be known by name.
-import verl.experimental.agent_loop.single_turn_agent_loop
-import verl.experimental.agent_loop.tool_agent_loop  # noqa: F401
+import verl.experimental.agent_loop.tool_agent_loop  # noqa: F401 (registers the loops)
 from verl.config import PPOConfig, RolloutConfig
-from verl.experimental.agent_loop.base import AgentLoopContext, AgentLoopMetrics, AgentLoopOutput, get_agent_loop_class
+from verl.experimental.agent_loop.base import AgentLoopContext, AgentLoopOutput, get_agent_loop_class
 from verl.experimental.agent_loop.chat_template import ChatTemplate
 from verl.experimental.agent_loop.rows import SEED_KEY, pad_outputs, sampling_params
 from verl.experimental.agent_loop.servers import AsyncLLMServerManager
 from verl.protocol import DataProto
 from verl.tools.base_tool import BaseTool, initialize_tools_from_config
-
-
-@dataclass
-class WorkerResult:
-    """One worker's rows, and what came with them."""
-
-    rows: DataProto
-    metrics: list[AgentLoopMetrics]
-    weight_versions: set[int]
 
 
 class AgentLoopWorker:
@@ -55,10 +42,15 @@ class AgentLoopWorker:
     async def check_alive(self) -> None:
         """Answers once the worker is built."""
 
-    async def generate_sequences(self, prompts: DataProto) -> WorkerResult:
-        """Hold one conversation per row, all at once; the first failure ends them all."""
+    async def generate_sequences(self, prompts: DataProto) -> DataProto:
+        """Hold one conversation per row, all at once; the first failure ends them all.
+
+        Returns:
+            The rollout's keys; ``meta_info["metrics"]`` lists what was measured, and the weight version, row by row.
+        """
         rollout, columns = self.context.rollout, prompts.non_tensor_batch
         sampling = sampling_params(rollout, bool(prompts.meta_info["validate"]))
+        self.servers.forget_conversations()
         tasks = [
             asyncio.create_task(self._converse(sampling, {key: values[row] for key, values in columns.items()}))
             for row in range(len(prompts))
@@ -70,21 +62,15 @@ class AgentLoopWorker:
                 task.cancel()
         pad_token_id: Any = self.context.template.tokenizer.pad_token_id
         tensors = pad_outputs(outputs, rollout.prompt_length, rollout.response_length, pad_token_id)
-        turns = np.array([output.num_turns for output in outputs], dtype=object)
-        return WorkerResult(
-            DataProto.from_dict(tensors, {"__num_turns__": turns}),
-            [output.metrics for output in outputs],
-            {output.weight_version for output in outputs},
-        )
+        turns = [output.num_turns for output in outputs]
+        measured = [vars(output.metrics) | {"weight_version": output.weight_version} for output in outputs]
+        metrics = {name: [of_row[name] for of_row in measured] for name in measured[0]}
+        return DataProto.from_dict(tensors, {"__num_turns__": turns}, {"metrics": metrics})
 
     async def _converse(self, sampling: Mapping[str, Any], row: dict[str, Any]) -> AgentLoopOutput:
-        request_id = uuid4().hex
         name = row.pop("agent_name", None) or self.context.rollout.agent.default_agent_loop
-        loop = get_agent_loop_class(name)(self.context, partial(self.servers.generate, request_id=request_id))
-        try:
-            return await loop.run(dict(sampling, seed=row.pop(SEED_KEY)), **row)
-        finally:
-            self.servers.forget(request_id)
+        loop = get_agent_loop_class(name)(self.context, partial(self.servers.generate, request_id=uuid4().hex))
+        return await loop.run(dict(sampling, seed=row.pop(SEED_KEY)), **row)
 
 
 def load_tools(rollout: RolloutConfig) -> dict[str, BaseTool]:

@@ -17,32 +17,17 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedModel,
-    StoppingCriteria,
-    StoppingCriteriaList,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+import transformers
 
-from verl.config import HFModelConfig, RolloutConfig
 from verl.utils.device import resolve_dtype, synchronize
 from verl.weight_sync.receive import bucket_tensors
-from verl.workers.rollout.model_info import load_hf_config
-from verl.workers.rollout.replica import RolloutReplica, SamplingOptions, TokenOutput
+from verl.workers.rollout.replica import RolloutReplica, SamplingOptions, TokenOutput, load_hf_config
 
 GATHER_S = 0.005
 """How long requests are gathered before a batch starts."""
-
-Result = TypeVar("Result")
 
 
 @dataclass(eq=False)
@@ -61,37 +46,26 @@ class _Request:
 class HFReplica(RolloutReplica):
     """A transformers model on one device."""
 
-    def __init__(
-        self, config: RolloutConfig, model_config: HFModelConfig, replica_rank: int = 0, device: str = "cpu"
-    ) -> None:
-        super().__init__(config, model_config, replica_rank, device)
-        if config.tensor_model_parallel_size != 1:
-            raise ValueError(
-                f"actor_rollout_ref.rollout.tensor_model_parallel_size={config.tensor_model_parallel_size} and "
-                "actor_rollout_ref.rollout.name=hf: this engine runs on one device; use 1, or rollout.name=vllm"
-            )
-        self._torch_device = torch.device(device, 0) if device == "cuda" else torch.device(device)
+    model: Any = None
+    """A ``PreTrainedModel``, once launched."""
+
+    async def _launch(self) -> None:
+        self._torch_device = torch.device(self.device, 0)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hf-replica")
         self._waiting: list[_Request] = []
         self._batching: asyncio.Task[None] | None = None
-        self._seeds = random.Random(f"{config.seed}, {replica_rank}")
+        self._seeds = random.Random(f"{self.config.seed}, {self.replica_rank}")
         """Of requests that bring none."""
-        self.model: Any = None
-        """A ``PreTrainedModel``, once launched."""
 
-    async def _launch(self) -> None:
-        def load() -> PreTrainedModel:
-            model = AutoModelForCausalLM.from_pretrained(
-                self.model_config.path,
-                config=load_hf_config(self.model_config),
-                dtype=resolve_dtype(self.config.dtype, self.device),
-                trust_remote_code=self.model_config.trust_remote_code,
-            )
-            # The checkpoint's own sampling defaults must not mix with those of a request.
-            model.generation_config = GenerationConfig()
-            return model.to(self._torch_device).eval()
-
-        self.model = await self._on_thread(load)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            self.model_config.path,
+            config=load_hf_config(self.model_config),
+            dtype=resolve_dtype(self.config.dtype, self.device),
+            trust_remote_code=self.model_config.trust_remote_code,
+        )
+        # The checkpoint's own sampling defaults must not mix with those of a request.
+        model.generation_config = transformers.GenerationConfig()
+        self.model = model.to(self._torch_device).eval()
 
     async def _generate(self, prompt: list[int], options: SamplingOptions, request_id: str) -> TokenOutput:
         seed = self._seeds.getrandbits(63) if options.seed is None else options.seed
@@ -110,13 +84,13 @@ class HFReplica(RolloutReplica):
             self._waiting = [request for request in waiting if request not in batch]
             if not batch:
                 continue
+            outcome: Any
             [outcome] = await asyncio.gather(self._on_thread(self._generate_batch, batch), return_exceptions=True)
             for index, request in enumerate(batch):
                 if request.answer.done():  # its caller was cancelled
                     continue
                 if isinstance(outcome, BaseException):
-                    message = f"{self._name} failed: {type(outcome).__name__}: {outcome}"
-                    request.answer.set_exception(RuntimeError(message))
+                    request.answer.set_exception(outcome)
                 else:
                     request.answer.set_result(outcome[index])
 
@@ -131,13 +105,11 @@ class HFReplica(RolloutReplica):
         sequences = self.model.generate(
             torch.tensor(ids, device=self._torch_device),
             attention_mask=torch.tensor(mask, device=self._torch_device),
-            generation_config=GenerationConfig(
-                do_sample=False,
-                max_new_tokens=max(request.options.max_tokens for request in batch),
-                pad_token_id=pad,
+            generation_config=transformers.GenerationConfig(
+                do_sample=False, max_new_tokens=max(request.options.max_tokens for request in batch), pad_token_id=pad
             ),
-            logits_processor=LogitsProcessorList([sampler]),
-            stopping_criteria=StoppingCriteriaList([_RowStops(batch, longest)]),
+            logits_processor=transformers.LogitsProcessorList([sampler]),
+            stopping_criteria=transformers.StoppingCriteriaList([_RowStops(batch, longest)]),
         )
         log_probs = torch.stack(sampler.log_probs, dim=1).tolist()  # B x steps
         written = sequences[:, longest:].tolist()
@@ -150,13 +122,13 @@ class HFReplica(RolloutReplica):
         self, options: SamplingOptions, written: list[int], log_probs: list[float], top: list[dict[int, float]]
     ) -> TokenOutput:
         """The answer of one row: a batch goes on until its last row has ended."""
-        stops = (step + 1 for step, token_id in enumerate(written) if token_id in options.stop_token_ids)
-        stop = next((step for step in stops if step <= options.max_tokens), None)
-        end = options.max_tokens if stop is None else stop
+        written = written[: options.max_tokens]
+        stop = next((step for step, token_id in enumerate(written, 1) if token_id in options.stop_token_ids), None)
+        end = stop or len(written)
         return TokenOutput(
             token_ids=written[:end],
             log_probs=log_probs[:end] if options.logprobs else None,
-            stop_reason="length" if stop is None else "stop",
+            stop_reason="stop" if stop else "length",
             weight_version=self.weight_version,
             top_log_probs=top[:end] if options.top_logprobs else None,
         )
@@ -168,7 +140,7 @@ class HFReplica(RolloutReplica):
     async def _load_bucket(self, update_info: Mapping[str, Any]) -> None:
         @torch.no_grad()
         def copy() -> None:
-            parameters = dict(self.model.named_parameters(remove_duplicate=False))
+            parameters = dict(self.model.named_parameters())
             for name, tensor in bucket_tensors(update_info, self._torch_device):
                 parameters[name].copy_(tensor)
             # The sender frees its tensors when this returns.
@@ -177,18 +149,19 @@ class HFReplica(RolloutReplica):
         await self._on_thread(copy)
 
     async def _sleep(self) -> None:
-        await self._on_thread(self.model.to, torch.device("cpu"))
-        await self._on_thread(torch.cuda.empty_cache)
+        await self._on_thread(self.model.to, "cpu")
+        torch.cuda.empty_cache()
 
     async def _shutdown(self) -> None:
-        self._thread.shutdown(wait=False, cancel_futures=True)
-        self.model = None
+        if self.model is not None:
+            self._thread.shutdown(wait=False, cancel_futures=True)
+            self.model = None
 
-    async def _on_thread(self, function: Callable[..., Result], *arguments: Any) -> Result:
+    async def _on_thread(self, function: Callable[..., Any], *arguments: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
 
 
-class _Sampler(LogitsProcessor):
+class _Sampler(transformers.LogitsProcessor):
     """Draws each row's next token and forces ``generate``, which then only takes the largest score, to take it.
 
     Gumbel-max: with E ~ Exp(1) drawn for every token, argmax(log p - log E) is a draw from p.
@@ -203,14 +176,14 @@ class _Sampler(LogitsProcessor):
         self._options = [request.options for request in batch]
         self._generators = [torch.Generator().manual_seed(request.seed) for request in batch]
         temperature, top_p, top_k = batch[0].distribution
-        self._greedy = temperature == 0
-        self._warpers = LogitsProcessorList()
-        if not self._greedy:
-            self._warpers.append(TemperatureLogitsWarper(float(temperature)))
+        self._warpers = transformers.LogitsProcessorList()
+        """None: the most likely token is taken."""
+        if temperature > 0:
+            self._warpers.append(transformers.TemperatureLogitsWarper(float(temperature)))
             if top_k != -1:
-                self._warpers.append(TopKLogitsWarper(top_k))
+                self._warpers.append(transformers.TopKLogitsWarper(top_k))
             if top_p < 1:
-                self._warpers.append(TopPLogitsWarper(top_p))
+                self._warpers.append(transformers.TopPLogitsWarper(top_p))
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Scores (B, V) in, and out with 0 at the drawn token and minus infinity elsewhere."""
@@ -222,29 +195,23 @@ class _Sampler(LogitsProcessor):
                 forbidden[list(options.allowed_token_ids)] = False
                 logits[row, forbidden] = -torch.inf
         log_probs = self._warpers(input_ids, logits).log_softmax(-1)
-        drawn = (log_probs + self._noise(log_probs)).argmax(-1, keepdim=True)
-        self.log_probs.append(log_probs.gather(1, drawn)[:, 0].cpu())
-        counts = [options.top_logprobs for options in self._options]
-        self.top.append([_likeliest(*row) for row in zip(log_probs, drawn[:, 0], counts, strict=True)])
-        return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)
-
-    def _noise(self, log_probs: torch.Tensor) -> torch.Tensor:
         noise = torch.zeros(log_probs.shape)
-        if not self._greedy:
+        if self._warpers:
             for row, generator in enumerate(self._generators):
                 noise[row, : self._vocab_size].exponential_(generator=generator).log_().neg_()
-        return noise.to(log_probs.device)
+        drawn = (log_probs + noise.to(log_probs.device)).argmax(-1, keepdim=True)
+        self.log_probs.append(log_probs.gather(1, drawn)[:, 0].cpu())
+        self.top.append([_likeliest(*row) for row in zip(log_probs, drawn[:, 0], self._options, strict=True)])
+        return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)
 
 
-def _likeliest(log_probs: torch.Tensor, drawn: torch.Tensor, count: int) -> dict[int, float]:
-    """The ``count`` likeliest tokens of a row and the drawn one, with log-probs; empty where none are wanted."""
-    if not count:
-        return {}
-    values, tokens = log_probs.topk(count)
+def _likeliest(log_probs: torch.Tensor, drawn: torch.Tensor, options: SamplingOptions) -> dict[int, float]:
+    """The likeliest tokens that a row asks for and the drawn one, with log-probs."""
+    values, tokens = log_probs.topk(options.top_logprobs)
     return {int(drawn): float(log_probs[drawn]), **dict(zip(tokens.tolist(), values.tolist(), strict=True))}
 
 
-class _RowStops(StoppingCriteria):
+class _RowStops(transformers.StoppingCriteria):
     """Ends each row at its own stop tokens or token limit, or where its caller has gone."""
 
     def __init__(self, batch: Sequence[_Request], prompt_width: int) -> None:

@@ -17,14 +17,17 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from verl.config import HFModelConfig, RolloutConfig
+from verl.utils.import_utils import load_extern_type
+from verl.utils.tokenizer import hf_tokenizer
+from verl.weight_sync.receive import ReceivedWeights, WeightShapes, weight_shapes
 
-if TYPE_CHECKING:
-    from verl.weight_sync.receive import ReceivedWeights
-    from verl.workers.rollout.model_info import ModelInfo
-
+REPLICA_CLASSES = {"hf": "HFReplica", "vllm": "VLLMReplica"}
 MAX_TOP_LOGPROBS = 20
 """Most of the likeliest tokens that a request may ask for: vLLM's own limit."""
 
@@ -49,18 +52,14 @@ class TokenOutput:
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """Sampling parameters of one request; the fields are the keys that ``generate`` takes.
+    """Sampling parameters of one request; the fields are the keys that ``generate`` takes."""
 
-    Raises:
-        ValueError: a value is out of range.
-    """
-
-    temperature: float
-    """0 takes the most likely token; its log-prob is then that at temperature 1."""
-    top_p: float
-    top_k: int
-    """-1: all."""
     max_tokens: int
+    temperature: float = 1.0
+    """0 takes the most likely token; its log-prob is then that at temperature 1."""
+    top_p: float = 1.0
+    top_k: int = -1
+    """-1: all."""
     ignore_eos: bool = False
     """Whether an answer goes on after the model's end tokens."""
     seed: int | None = None
@@ -73,26 +72,25 @@ class SamplingOptions:
     top_logprobs: int = 0
     """How many of the likeliest tokens are returned with each new token, at most MAX_TOP_LOGPROBS."""
 
-    def __post_init__(self) -> None:
-        checks = {
-            f"temperature={self.temperature} must not be negative": self.temperature >= 0,
-            f"top_p={self.top_p} must lie in (0, 1]": 0 < self.top_p <= 1,
-            f"top_k={self.top_k} must be -1 (all) or at least 1": self.top_k == -1 or self.top_k >= 1,
-            f"max_tokens={self.max_tokens} must be at least 1": self.max_tokens >= 1,
-            f"seed={self.seed} must lie in [0, 2**63)": self.seed is None or 0 <= self.seed < 2**63,
-            f"top_logprobs={self.top_logprobs} must lie in [0, {MAX_TOP_LOGPROBS}]": (
-                0 <= self.top_logprobs <= MAX_TOP_LOGPROBS
-            ),
-        }
-        for message, is_well in checks.items():
-            if not is_well:
-                raise ValueError(message)
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What an engine needs to know about a model besides its weights."""
+
+    vocab_size: int
+    """Ids that the tokenizer names, [0, vocab_size): the support of the policy. The model may have more rows."""
+    vocab_rows: int
+    """Rows of the model's embedding, padding included."""
+    eos_token_ids: tuple[int, ...]
+    """Ids that end an answer: those of the tokenizer, the generation config and the config."""
+    pad_token_id: int
+    weights: WeightShapes
 
 
 class RolloutReplica(ABC):
     """One engine; see the module. All methods are called from one event loop."""
 
-    model_info: "ModelInfo"
+    model_info: ModelInfo
     """Vocabulary, end tokens and tensors of the model; known once launched."""
 
     def __init__(
@@ -115,8 +113,8 @@ class RolloutReplica(ABC):
         self._unusable: str | None = None
         """Why no request can be answered now."""
         self._asleep = False
-        self._received: ReceivedWeights | None = None
-        """What the weight sync under way has brought."""
+        self._received: ReceivedWeights
+        """What the last weight sync has brought."""
 
     async def launch(self) -> None:
         """Load the model and get ready to generate.
@@ -125,8 +123,6 @@ class RolloutReplica(ABC):
             ValueError: the model or an engine option cannot be used.
             RuntimeError: the engine did not start; the message names the cause.
         """
-        from verl.workers.rollout.model_info import read_model_info
-
         self.model_info = await asyncio.to_thread(read_model_info, self.model_config)
         await self._launch()
 
@@ -137,18 +133,17 @@ class RolloutReplica(ABC):
 
         Args:
             prompt_ids: at least one token, all of them named by the tokenizer.
-            sampling_params: fields of ``SamplingOptions``; what is missing comes from the rollout config.
-                ``max_tokens`` is cut to what ``max_model_len`` leaves.
+            sampling_params: fields of ``SamplingOptions``; ``max_tokens`` is cut to what ``max_model_len`` leaves.
 
         Raises:
-            ValueError: the prompt or a parameter cannot be used.
+            ValueError: the prompt cannot be used.
+            TypeError: there is no such parameter.
             RuntimeError: the engine is dead, asleep or in the middle of a weight sync; the message names the cause.
         """
         if self._unusable is not None:
             raise RuntimeError(f"{self._name} cannot generate: {self._unusable}")
         prompt = [int(token_id) for token_id in prompt_ids]
-        self._check_prompt(prompt)
-        options = self._complete(sampling_params, len(prompt))
+        options = self._complete(sampling_params, prompt)
         self._requests += 1
         try:
             return await self._generate(prompt, options, request_id)
@@ -160,9 +155,8 @@ class RolloutReplica(ABC):
 
         Where the last sync failed, this one begins anew.
         """
-        from verl.weight_sync.receive import ReceivedWeights
-
-        self._check_idle("start_weight_update")
+        if self._requests:
+            raise RuntimeError(f"{self._name}: a weight sync while {self._requests} requests are under way")
         self._unusable = "it is in the middle of a weight sync"
         self._received = ReceivedWeights(self.model_info.weights)
         await self._start_update()
@@ -172,12 +166,7 @@ class RolloutReplica(ABC):
 
         A bucket with a tensor that the model does not have, or not in this shape, is not loaded;
         ``finish_weight_update`` reports it. Where loading fails the replica stays unusable.
-
-        Raises:
-            RuntimeError: no sync was begun, or the engine is dead.
         """
-        if self._received is None:
-            raise RuntimeError(f"{self._name}: update_weights before start_weight_update")
         if self._received.add(update_info):
             await self._load_bucket(update_info)
 
@@ -188,10 +177,7 @@ class RolloutReplica(ABC):
             ValueError: tensors were missing, unknown, of another shape or sent twice; the message lists them. The
                 replica refuses to generate until a sync succeeds.
         """
-        if self._received is None:
-            raise RuntimeError(f"{self._name}: finish_weight_update before start_weight_update")
         problems = self._received.problems()
-        self._received = None
         self._unusable = f"weight sync {version} did not finish"
         await self._finish_update()
         self._asleep = False
@@ -204,12 +190,10 @@ class RolloutReplica(ABC):
     async def sleep(self) -> None:
         """Free the engine's memory while training runs: its cache and its weights. The next thing must be a sync.
 
-        Does nothing on CPU or where ``rollout.free_cache_engine`` is off.
+        On CUDA, with ``rollout.free_cache_engine``; safe to call twice.
         """
-        if self.device != "cuda" or not self.config.free_cache_engine or self._asleep:
-            return
-        self._check_idle("sleep")
-        await self._sleep()
+        if not self._asleep:
+            await self._sleep()
         self._asleep = True
         self._unusable = "it sleeps without weights; sync them first"
 
@@ -225,45 +209,19 @@ class RolloutReplica(ABC):
         self._unusable = "it was shut down"
         await self._shutdown()
 
-    def _check_idle(self, what: str) -> None:
-        if self._requests:
-            raise RuntimeError(f"{self._name}: {what} while {self._requests} requests are under way")
-
-    def _check_prompt(self, prompt: Sequence[int]) -> None:
-        if not prompt:
-            raise ValueError("the prompt is empty; at least one token is needed")
-        if len(prompt) >= self.max_model_len:
+    def _complete(self, sampling_params: Mapping[str, Any], prompt: Sequence[int]) -> SamplingOptions:
+        """The options of a request, with the model's end tokens."""
+        ids, remaining = self.model_info.vocab_size, self.max_model_len - len(prompt)
+        if not prompt or remaining < 1 or min(prompt) < 0 or max(prompt) >= ids:
             raise ValueError(
-                f"the prompt has {len(prompt)} tokens, which leaves none for an answer in max_model_len="
-                f"{self.max_model_len} (actor_rollout_ref.rollout.max_model_len, or prompt_length + response_length)"
+                f"a prompt of {len(prompt)} tokens with ids up to {max(prompt, default=None)}: it must hold 1 to "
+                f"{self.max_model_len - 1} tokens (rollout.max_model_len) with ids from 0 to {ids - 1} (the tokenizer)"
             )
-        if min(prompt) < 0 or max(prompt) >= self.model_info.vocab_size:
-            raise ValueError(
-                f"the prompt holds token ids from {min(prompt)} to {max(prompt)}; the tokenizer of "
-                f"{self.model_config.path} names 0 to {self.model_info.vocab_size - 1}"
-            )
-
-    def _complete(self, sampling_params: Mapping[str, Any], prompt_tokens: int) -> SamplingOptions:
-        """The options of a request: its own parameters, the config's for what is missing, the model's end tokens."""
-        known = [field.name for field in dataclasses.fields(SamplingOptions)]
-        unknown = sorted(set(sampling_params) - set(known))
-        if unknown:
-            raise ValueError(f"sampling parameters {unknown} are unknown; use {', '.join(known)}")
-        defaults: dict[str, Any] = {
-            "temperature": self.config.temperature,
-            "top_p": self.config.top_p,
-            "top_k": self.config.top_k,
-            "max_tokens": self.config.response_length,
-            "ignore_eos": self.config.ignore_eos,
-        }
-        options = SamplingOptions(**{**defaults, **sampling_params})
-        allowed, ids = options.allowed_token_ids, self.model_info.vocab_size
-        if allowed is not None and (not allowed or min(allowed) < 0 or max(allowed) >= ids):
-            raise ValueError(f"allowed_token_ids must hold at least one id, all of them from 0 to {ids - 1}")
+        options = SamplingOptions(**sampling_params)
         end_ids = () if options.ignore_eos else self.model_info.eos_token_ids
         return dataclasses.replace(
             options,
-            max_tokens=min(options.max_tokens, self.max_model_len - prompt_tokens),
+            max_tokens=min(options.max_tokens, remaining),
             stop_token_ids=frozenset([*options.stop_token_ids, *end_ids]),
         )
 
@@ -293,12 +251,37 @@ class RolloutReplica(ABC):
         """Free weights and cache (CUDA)."""
 
 
+def read_model_info(model_config: HFModelConfig) -> ModelInfo:
+    """Read it from the model's config, generation config and tokenizer files; no weights are read."""
+    path = str(model_config.path)
+    config = load_hf_config(model_config)
+    tokenizer = hf_tokenizer(model_config.tokenizer_path or path, model_config.trust_remote_code)
+    try:
+        generation_eos = GenerationConfig.from_pretrained(path).eos_token_id
+    except OSError:  # the model ships no generation_config.json
+        generation_eos = None
+    eos_ids: list[int | None] = []
+    for value in (tokenizer.eos_token_id, generation_eos, config.eos_token_id):
+        eos_ids += value if isinstance(value, list) else [value]
+    with torch.device("meta"):  # without memory for the weights
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=model_config.trust_remote_code)
+    return ModelInfo(
+        vocab_size=len(tokenizer),
+        vocab_rows=config.vocab_size,
+        eos_token_ids=tuple(token_id for token_id in dict.fromkeys(eos_ids) if token_id is not None),
+        pad_token_id=tokenizer.pad_token_id,
+        weights=weight_shapes(model),
+    )
+
+
+def load_hf_config(model_config: HFModelConfig) -> Any:
+    """The model's config with ``model.override_config`` over it."""
+    return AutoConfig.from_pretrained(
+        model_config.path, trust_remote_code=model_config.trust_remote_code, **model_config.override_config
+    )
+
+
 def get_replica_class(name: str) -> type[RolloutReplica]:
-    """The class of the engine ``hf`` or ``vllm``, which is imported here: either import takes seconds."""
-    if name == "hf":
-        from verl.workers.rollout.hf_replica import HFReplica
-
-        return HFReplica
-    from verl.workers.rollout.vllm_replica import VLLMReplica
-
-    return VLLMReplica
+    """The class of the engine ``hf`` or ``vllm``, loaded by name: they build on this module."""
+    replica_class: type[RolloutReplica] = load_extern_type(f"{__package__}.{name}_replica", REPLICA_CLASSES[name])
+    return replica_class

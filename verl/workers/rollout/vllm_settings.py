@@ -9,15 +9,11 @@ wait: they share the cores with the training ranks. What the user set in the env
 
 import logging
 import os
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from verl.config import HFModelConfig, RolloutConfig
 from verl.utils.device import dtype_name, resolve_dtype
-from verl.workers.rollout.model_info import ModelInfo
-from verl.workers.rollout.replica import SamplingOptions
-
-if TYPE_CHECKING:
-    from vllm.sampling_params import SamplingParams
+from verl.workers.rollout.replica import ModelInfo, SamplingOptions
 
 logger = logging.getLogger(__name__)
 
@@ -105,16 +101,15 @@ def engine_arguments(
     else:
         arguments["kv_cache_memory_bytes"] = int(config.cpu_kvcache_space_gb * 2**30)
         arguments["enforce_eager"] = True
-    for name, value in config.engine_kwargs.get("vllm", {}).items():
-        if value is not None and name in RETIRED_OPTIONS:
-            logger.warning("%s.engine_kwargs.vllm.%s has no effect: vLLM dropped this option", ROLLOUT_KEY, name)
-        elif value is not None:  # null: vLLM's default
-            arguments[name] = value
-    return arguments
+    own = {name: value for name, value in config.engine_kwargs.get("vllm", {}).items() if value is not None}
+    for name in RETIRED_OPTIONS & own.keys():
+        logger.warning("%s.engine_kwargs.vllm.%s has no effect: vLLM dropped this option", ROLLOUT_KEY, name)
+        del own[name]
+    return arguments | own
 
 
-def vllm_sampling_params(options: SamplingOptions) -> "SamplingParams":
-    """vLLM's form of a request's sampling parameters."""
+def vllm_sampling_params(options: SamplingOptions) -> Any:
+    """A request's sampling parameters as vLLM's ``SamplingParams``."""
     from vllm.sampling_params import RequestOutputKind, SamplingParams
 
     return SamplingParams(

@@ -1,19 +1,28 @@
 """What vLLM loads by name in each of its worker processes.
 
 ``WorkerExtension`` is mixed into vLLM's worker class (``worker_extension_cls``), ``VocabularyLimit`` is one of its
-logits processors, and importing this module makes the weight-transfer engine for the CPU known to vLLM.
+logits processors, and ``SharedMemoryEngine`` receives weights on CPU; on CUDA vLLM's own ``ipc`` engine does.
+
+    start_weight_update ─► layers go back to checkpoint layout, on the meta device
+    update_weights      ─► tensors are kept until their layer is complete, then converted into place: vLLM's own
+                           layout is fused, sharded over tensor-parallel ranks and packed for the CPU kernels
+    finish_weight_update ► what came in part is converted, attention layers follow, tied heads are packed again
 """
 
 import os
 import select
 import threading
+from dataclasses import dataclass
 
 import torch
 from vllm.config import VllmConfig
 from vllm.distributed.weight_transfer import WeightTransferEngineFactory
+from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 
-WeightTransferEngineFactory.register_engine("shm", "verl.weight_sync.vllm_receive", "SharedMemoryEngine")
+from verl.weight_sync.receive import bucket_tensors
 
 
 class WorkerExtension:
@@ -55,3 +64,57 @@ class VocabularyLimit(LogitsProcessor):
         """Logits (N, V), the same tensor back."""
         logits[:, self._vocab_size :] = -torch.inf
         return logits
+
+
+@dataclass
+class SharedMemoryInitInfo(WeightTransferInitInfo):
+    """Empty: each bucket names its file."""
+
+
+@dataclass
+class SharedMemoryUpdateInfo(WeightTransferUpdateInfo):
+    """One bucket."""
+
+    path: str
+    names: list[str]
+    shapes: list[list[int]]
+
+
+class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInitInfo, SharedMemoryUpdateInfo]):
+    """Reads each bucket from a safetensors file under /dev/shm, whose tensors are in checkpoint layout."""
+
+    init_info_cls = SharedMemoryInitInfo
+    update_info_cls = SharedMemoryUpdateInfo
+
+    def init_transfer_engine(self, init_info: SharedMemoryInitInfo) -> None:
+        """Nothing to connect to."""
+
+    def start_weight_update(self) -> None:
+        initialize_layerwise_reload(self.model)
+
+    def receive_weights(self, update_info: SharedMemoryUpdateInfo) -> None:
+        self.model.load_weights(bucket_tensors(vars(update_info), torch.device("cpu")))
+
+    def finish_weight_update(self) -> None:
+        finalize_layerwise_reload(self.model, self.model_config)
+        _repack_tied_heads(self.model)
+
+    def shutdown(self) -> None:
+        """Nothing stays open between buckets."""
+
+
+def _repack_tied_heads(model: torch.nn.Module) -> None:
+    """Pack tied lm heads from their new weights.
+
+    On CPU every linear layer computes with a packed copy of its weight. vLLM 0.32 makes that copy anew for layers that
+    received weights, which a tied head never does: it would go on computing logits with the old embedding.
+    """
+    heads = [layer for layer in model.modules() if isinstance(layer, ParallelLMHead)]
+    embeddings = [layer for layer in model.modules() if isinstance(layer, VocabParallelEmbedding)]
+    tied = {id(layer.weight) for layer in embeddings if layer not in heads}  # a head is an embedding to vLLM
+    for head in heads:
+        if id(head.weight) in tied:
+            head.quant_method.process_weights_after_loading(head)
+
+
+WeightTransferEngineFactory.register_engine("shm", __name__, "SharedMemoryEngine")

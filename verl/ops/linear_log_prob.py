@@ -15,7 +15,7 @@ With s = hidden @ weight[:K].T / temperature, p = softmax(s) and y the token tha
     mass     = sum_{j >= extend_start} p_j     d/ds_j = p_j (1[j >= extend_start] - mass)
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -59,6 +59,37 @@ def scaled_logits(hidden: torch.Tensor, weight: torch.Tensor, temperature: float
     return logits if temperature == 1.0 else logits.div_(temperature)
 
 
+class InputGradients:
+    """Gradients of a loss in hidden states (N, D) and head (V, D), from those in the logits, chunk by chunk.
+
+    In half precision a sum over dozens of chunks would lose the small ones, so that of the head is kept in float32 and
+    rounded once.
+
+    Args:
+        needed: whether each of the two is.
+    """
+
+    def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, needed: Sequence[bool]) -> None:
+        self._hidden, self._weight = hidden, weight
+        self._of_hidden = torch.empty_like(hidden) if needed[0] else None
+        exact = torch.promote_types(weight.dtype, torch.float32)
+        self._of_weight = torch.zeros_like(weight, dtype=exact) if needed[1] else None
+
+    def add(self, chunk: slice, grad: torch.Tensor) -> None:
+        """``grad`` (C, K) is that of the chunk's logits, in the dtype of the head."""
+        ids = grad.shape[1]
+        if self._of_hidden is not None:
+            torch.mm(grad, self._weight[:ids], out=self._of_hidden[chunk])
+        if self._of_weight is not None and self._of_weight.dtype == grad.dtype:
+            self._of_weight[:ids].addmm_(grad.T, self._hidden[chunk])
+        elif self._of_weight is not None:
+            self._of_weight[:ids].add_(grad.T @ self._hidden[chunk])
+
+    def result(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """That of the hidden states, and that of the head."""
+        return self._of_hidden, None if self._of_weight is None else self._of_weight.to(self._weight.dtype)
+
+
 class _LinearTokenStats(torch.autograd.Function):
     """Forward and backward in chunks of rows."""
 
@@ -94,9 +125,7 @@ class _LinearTokenStats(torch.autograd.Function):
         options: _Options = ctx.options
         if grad_log_probs is None:
             grad_log_probs = torch.zeros_like(normalizer)
-        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        grad_weight = WeightGradient(weight) if ctx.needs_input_grad[1] else None
-        head = weight[: options.ids]
+        gradients, head = InputGradients(hidden, weight, ctx.needs_input_grad), weight[: options.ids]
         for chunk in row_chunks(hidden.shape[0], options.chunk_rows):
             grad = _chunk_gradient(
                 scaled_logits(hidden[chunk], head, options.temperature).sub_(normalizer[chunk, None]),
@@ -106,12 +135,9 @@ class _LinearTokenStats(torch.autograd.Function):
                 None if grad_mass is None else (grad_mass[chunk, None], mass[chunk, None]),
                 options,
             ).to(weight.dtype)
-            if grad_hidden is not None:
-                torch.mm(grad, head, out=grad_hidden[chunk])
-            if grad_weight is not None:
-                grad_weight.add(grad, hidden[chunk])
+            gradients.add(chunk, grad)
             del grad  # before the next chunk makes its own
-        return grad_hidden, None if grad_weight is None else grad_weight.result(), None, None
+        return *gradients.result(), None, None
 
 
 def _chunk_stats(
@@ -162,27 +188,6 @@ def _chunk_gradient(
     else:
         grad.mul_(coefficient)
     return grad.scatter_add_(1, labels, grad_log_probs.to(grad.dtype)).div_(options.temperature)
-
-
-class WeightGradient:
-    """Sum of the chunks' contributions to the head's gradient (V, D).
-
-    In half precision a sum over dozens of chunks would lose the small ones, so it is kept in float32 and rounded once.
-    """
-
-    def __init__(self, weight: torch.Tensor) -> None:
-        self._dtype = weight.dtype
-        self._sum = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
-
-    def add(self, grad_logits: torch.Tensor, hidden: torch.Tensor) -> None:
-        used = self._sum[: grad_logits.shape[1]]
-        if self._sum.dtype == self._dtype:
-            used.addmm_(grad_logits.T, hidden)
-        else:
-            used.add_(grad_logits.T @ hidden)
-
-    def result(self) -> torch.Tensor:
-        return self._sum.to(self._dtype)
 
 
 def linear_token_stats(

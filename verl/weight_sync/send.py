@@ -98,7 +98,7 @@ class WeightExporter:
         # Every GPU has an engine beside it, so each rank keeps the bucket; one on several GPUs reads several ranks'.
         from torch.multiprocessing.reductions import reduce_tensor
 
-        gpu = get_device_uuid("cuda")
+        gpu = get_device_uuid()
         bucket = {
             "names": list(tensors),
             "dtype_names": [dtype_name(tensor.dtype) for tensor in tensors.values()],

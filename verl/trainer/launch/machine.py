@@ -7,9 +7,10 @@ have. Not here: other machines (``single_controller.ray.node_check``).
 import os
 from tempfile import TemporaryFile
 
+import torch
+
 from verl.config import PPOConfig
 from verl.single_controller.ray.resource_pool import CPUS_PER_PROCESS
-from verl.utils.device import get_torch_device
 
 
 def check_ranks(config: PPOConfig, device_name: str) -> None:
@@ -28,7 +29,7 @@ def check_ranks(config: PPOConfig, device_name: str) -> None:
                 "(init_ray_cluster.sh HOSTFILE) and set ray_kwargs.ray_init.address=auto"
             )
     if device_name == "cuda":
-        limit = get_torch_device("cuda").device_count()
+        limit = torch.cuda.device_count()
         available = f"has {limit} GPUs"
     else:
         cores = ray_init["num_cpus"] if "num_cpus" in ray_init else len(os.sched_getaffinity(0))

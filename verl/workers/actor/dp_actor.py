@@ -26,7 +26,7 @@ from verl.ops.linear_log_prob import TokenStats
 from verl.protocol import DataProto
 from verl.vocabulary import Vocabulary
 from verl.workers.actor.losses import POLICY_TENSORS, ROW_KEYS, MiniBatchLoss, WeightedTeacher, num_ranks
-from verl.workers.actor.row_layout import BatchSizes, MicroBatch, ScoredRows, real_response_tokens, temperature_of
+from verl.workers.actor.row_layout import BatchSizes, MicroBatch, ScoredRows, real_response_tokens
 from verl.workers.fsdp.extended_rows import ExtendedRows
 from verl.workers.fsdp.optimizer import LearningRateSchedule, clipped_step
 from verl.workers.fsdp.shard import reshard
@@ -80,16 +80,13 @@ class DataParallelPPOActor:
         distill: DistillConfig | None = None,
         extended_rows: ExtendedRows | None = None,
     ) -> None:
-        self.config = config
-        self.actor_module = actor_module
-        self.actor_optimizer = actor_optimizer
+        self.config, self.actor_module = config, actor_module
+        self.actor_optimizer, self.lr_schedule = actor_optimizer, lr_schedule
         self.vocabulary = vocabulary or Vocabulary(actor_module.num_rows)
-        self.scoring_sizes = scoring_sizes or BatchSizes(None, 1)
+        self.scoring_sizes = scoring_sizes or BatchSizes(max_tokens=0, max_rows=1)
         self.replace_token_id = replace_token_id
-        self.lr_schedule = lr_schedule
         self.mini_batch_rows = mini_batch_rows
-        self.distill = distill
-        self.extended_rows = extended_rows
+        self.distill, self.extended_rows = distill, extended_rows
 
     # ------------------------------------------------------------------ scoring
 
@@ -112,14 +109,14 @@ class DataParallelPPOActor:
             ValueError: ``mask_special_token`` without a replacement.
         """
         input_ids, ids = data.tensor("input_ids"), self.vocabulary.ids
+        if mask_special_token:
+            if self.replace_token_id is None:
+                raise ValueError("mask_special_token=True needs the actor's replace_token_id")
+            ids = self.vocabulary.shared_ids()
+            input_ids = input_ids.masked_fill(input_ids >= ids, self.replace_token_id)
+        stats = self._score(data, input_ids, ScoreOptions(1.0, Vocabulary(ids), calculate_entropy))
         if not mask_special_token:
-            stats = self._score(data, input_ids, ScoreOptions(1.0, Vocabulary(ids), calculate_entropy))
             return stats.log_probs, stats.entropy
-        if self.replace_token_id is None:
-            raise ValueError("mask_special_token=True needs the actor's replace_token_id")
-        ids = self.vocabulary.shared_ids()
-        readable = input_ids.masked_fill(input_ids >= ids, self.replace_token_id)
-        stats = self._score(data, readable, ScoreOptions(1.0, Vocabulary(ids), calculate_entropy))
         unknown = data.tensor("responses") >= ids
         if "distill_special_token_mask" in data.batch:
             unknown |= data.tensor("distill_special_token_mask").bool()
@@ -139,7 +136,7 @@ class DataParallelPPOActor:
     @torch.no_grad()
     def _score(self, data: DataProto, input_ids: torch.Tensor, options: ScoreOptions) -> TokenStats:
         """Score every real response token of ``input_ids``, at the batch's temperature."""
-        options = options._replace(temperature=temperature_of(data))
+        options = options._replace(temperature=data.meta_info["temperature"])
         real = real_response_tokens(data)
         result = TokenStats(*(torch.zeros(real.shape) for _ in TokenStats._fields))
         rows = ScoredRows(input_ids, data.tensor("attention_mask"), real)
@@ -179,12 +176,16 @@ class DataParallelPPOActor:
             measured after the last step. Teacher log-probs are those of the last epoch.
 
         Raises:
-            ValueError: a frozen model, rows that do not divide into mini-batches, or trained padding.
+            ValueError: a frozen model, or trained padding.
         """
         config = self.config
         if not isinstance(config, FSDPActorConfig) or self.actor_optimizer is None or self.lr_schedule is None:
             raise ValueError("update_policy needs an actor with an optimizer and a schedule; this model is frozen")
-        self._check_batch(data, config)
+        is_exact = self.distill is not None and self.distill.is_exact
+        has_policy_loss = self.distill is None or self.distill.has_policy_loss
+        data.require(*LOSS_KEYS, *(("old_log_probs", "advantages") if has_policy_loss else ()))
+        if (data.tensor("response_mask").bool() & ~real_response_tokens(data)).any():
+            raise ValueError("response_mask is 1 at padding, where attention_mask is 0; there is no token to train on")
         rows = self.mini_batch_rows or len(data)
         self.actor_module.train()
         updates = [
@@ -193,26 +194,12 @@ class DataParallelPPOActor:
             for start in range(0, len(data), rows)
         ]
         reshard(self.actor_module)
-        is_exact = self.distill is not None and self.distill.is_exact
         loss_name = "actor/distill_loss" if is_exact else "actor/pg_loss"
         metrics = _summarise([update.metrics for update in updates], loss_name)
         if self.extended_rows is not None:
             metrics |= self.extended_rows.drift()
         last_epoch = updates[-(len(data) // rows) :]
         return Update(metrics, torch.cat([update.teacher_log_probs for update in last_epoch]))
-
-    def _check_batch(self, data: DataProto, config: FSDPActorConfig) -> None:
-        has_policy_loss = self.distill is None or self.distill.has_policy_loss
-        data.require(*LOSS_KEYS, *(("old_log_probs", "advantages") if has_policy_loss else ()))
-        if config.use_kl_loss:
-            data.require("ref_log_prob")
-        if self.mini_batch_rows is not None and len(data) % self.mini_batch_rows:
-            raise ValueError(
-                f"{len(data)} rows on this rank do not divide into mini-batches of {self.mini_batch_rows}; "
-                "data.train_batch_size must be a multiple of actor_rollout_ref.actor.ppo_mini_batch_size"
-            )
-        if (data.tensor("response_mask").bool() & ~real_response_tokens(data)).any():
-            raise ValueError("response_mask is 1 at padding, where attention_mask is 0; there is no token to train on")
 
     def _update_mini_batch(
         self, mini: DataProto, config: FSDPActorConfig, teachers: Sequence[WeightedTeacher]
@@ -226,9 +213,11 @@ class DataParallelPPOActor:
         if not mini_loss.is_empty:
             result = self._accumulate_gradient(mini, mini_loss, config)
             loss = result.metrics["actor/loss"]
-            step = clipped_step(self.actor_module, self.actor_optimizer, config.grad_clip, loss, self.extended_rows)
-            metrics |= {"actor/grad_norm": step.grad_norm, COUNTS[0 if step.taken else 1]: 1.0}
-        self.lr_schedule.advance()
+            norm, taken = clipped_step(
+                self.actor_module, self.actor_optimizer, config.grad_clip, loss, self.extended_rows
+            )
+            metrics |= {"actor/grad_norm": norm, COUNTS[0 if taken else 1]: 1.0}
+        self.lr_schedule.set_steps(self.lr_schedule.steps + 1)
         return Update(metrics | result.metrics, result.teacher_log_probs)
 
     def _accumulate_gradient(self, mini: DataProto, mini_loss: MiniBatchLoss, config: FSDPActorConfig) -> Update:

@@ -18,6 +18,7 @@ Not here: the formulas (``core_algos``, ``ops.linear_divergence``), backward pas
 Letters: M rows of the mini-batch, R response, S scored positions of a micro-batch, C rows of a micro-batch.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -25,13 +26,13 @@ import torch
 import torch.distributed as dist
 
 from verl.config import DistillConfig, FSDPActorConfig
-from verl.ops.linear_divergence import REVERSE_KL, SHARED, DivergenceOptions, DivergenceStats, linear_divergence
+from verl.ops.linear_divergence import FULL, REVERSE_KL, SHARED, DivergenceOptions, DivergenceStats, linear_divergence
 from verl.ops.linear_log_prob import TokenStats
 from verl.ops.policy_loss import agg_loss, compute_policy_loss_vanilla, count_trained, kl_penalty
 from verl.ops.teacher_log_probs import TeacherLogProbs
 from verl.protocol import DataProto
 from verl.vocabulary import Vocabulary
-from verl.workers.actor.row_layout import MicroBatch, ScoredRows, temperature_of
+from verl.workers.actor.row_layout import MicroBatch, ScoredRows
 from verl.workers.actor.teachers import HIDDEN_STATE_HANDLES, TOP_TENSORS, ScoredPositions, Teacher
 from verl.workers.fsdp.token_stats_model import Head, ScoreOptions
 
@@ -101,9 +102,9 @@ class MiniBatchLoss:
             run_student: the student's forward pass over ``micro``, which ends in the given head.
         """
         policy, divergence = self._policy, self._divergence
-        if divergence is None:
-            assert policy is not None, "a loss has one part at least"
+        if policy is not None and divergence is None:
             return policy.of(micro, run_student(policy.head))
+        assert divergence is not None, "a loss has one part at least"
         divergence_head = divergence.head(micro, divergence.run_teachers(micro))
         if policy is None:
             return divergence.of(micro, *run_student(divergence_head))
@@ -120,7 +121,7 @@ class PolicyLoss:
     def __init__(self, mini: DataProto, config: FSDPActorConfig, vocabulary: Vocabulary, device: torch.device) -> None:
         self._config = config
         # Without its extension: the mass on item tokens is no part of this loss.
-        self.head = ScoreOptions(temperature_of(mini), Vocabulary(vocabulary.ids), config.entropy_coeff != 0)
+        self.head = ScoreOptions(mini.meta_info["temperature"], Vocabulary(vocabulary.ids), config.entropy_coeff != 0)
         """What the student computes at each position."""
         self._tensors = {key: mini.tensor(key).to(device) for key in POLICY_TENSORS if key in mini.batch}
         self._trained = self._known = mini.tensor("response_mask").bool()
@@ -139,24 +140,21 @@ class PolicyLoss:
             """(S,) to (C, R), 0 elsewhere."""
             return values.new_zeros(len(rows), self._trained.shape[1]).index_put(position, values)
 
-        def rows_of(key: str) -> torch.Tensor:
-            return self._tensors[key][rows.to(device)]
-
         def mean(values: torch.Tensor, mask: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-            return agg_loss(values, mask, config.loss_agg_mode, num_ranks(), counts[0], counts[1])
+            return agg_loss(values, mask, config.loss_agg_mode, num_ranks(), *counts)
 
         mask, log_prob = self._trained[rows].to(device), spread(stats.log_probs)
+        given = {key: values[rows.to(device)] for key, values in self._tensors.items()}
         loss, metrics = compute_policy_loss_vanilla(
-            rows_of("old_log_probs"),
+            given["old_log_probs"],
             log_prob,
-            rows_of("advantages"),
+            given["advantages"],
             mask,
             config.loss_agg_mode,
             config,
-            rows_of("rollout_is_weights") if "rollout_is_weights" in self._tensors else None,
+            given.get("rollout_is_weights"),
             num_ranks(),
-            self.counts[0],
-            self.counts[1],
+            *self.counts[:2],
         )
         metrics["actor/pg_loss"] = loss.detach()
         if config.entropy_coeff != 0:
@@ -165,7 +163,7 @@ class PolicyLoss:
             metrics["actor/entropy_loss"] = entropy.detach()
             loss = loss - config.entropy_coeff * entropy
         if config.use_kl_loss:
-            divergence = kl_penalty(log_prob, rows_of("ref_log_prob"), config.kl_loss_type)
+            divergence = kl_penalty(log_prob, given["ref_log_prob"], config.kl_loss_type)
             kl_loss = mean(divergence, self._known[rows].to(device), self.counts[2:])
             metrics["actor/kl_loss"] = kl_loss.detach()
             loss = loss + config.kl_loss_coef * kl_loss
@@ -185,40 +183,36 @@ class DivergenceLoss:
         teachers: Sequence[WeightedTeacher],
     ) -> None:
         self._mini, self._vocabulary, self._device = mini, vocabulary, device
-        self._trained, self._temperature = mini.tensor("response_mask").bool(), temperature_of(mini)
+        self._trained, self._temperature = mini.tensor("response_mask").bool(), mini.meta_info["temperature"]
         self._teachers = [teacher for teacher, _ in teachers]
-        self._options = [
-            DivergenceOptions(
-                kind=DIVERGENCE_OF[distill.objective],
-                beta=distill.beta,
-                support="full" if teacher.knows_extended else distill.support,
-                temperature=self._temperature,
-                missing_log_prob=config.ref_log_prob_replace_val,
-                leak_coef=0.0 if teacher.knows_extended else distill.leak_coef,
-                leak_target=distill.leak_target,
-            )
-            for teacher in self._teachers
-        ]
-        self._teacher_of = torch.zeros(len(mini), dtype=torch.int64)
-        if "teacher" in mini.batch:
-            self._teacher_of = mini.tensor("teacher").cpu()
+        options = DivergenceOptions(
+            DIVERGENCE_OF[distill.objective],
+            distill.beta,
+            distill.support,
+            self._temperature,
+            config.ref_log_prob_replace_val,
+            distill.leak_coef,
+            distill.leak_target,
+        )
+        over_all = dataclasses.replace(options, support=FULL, leak_coef=0.0)
+        self._options = [over_all if teacher.knows_extended else options for teacher in self._teachers]
+        self._teacher_of = mini.batch.get("teacher", torch.zeros(len(mini), dtype=torch.int64))
         self._rows = ScoredRows(mini.tensor("input_ids"), mini.tensor("attention_mask"), self._trained)
-        self._in_support = self._drawn_in_support()
+        self._in_support = self._trained
+        """(M, R) bool: trained positions whose drawn token is among the ids that are compared there."""
+        if vocabulary.extend_start is not None:
+            shared = torch.tensor([options.support == SHARED for options in self._options])[self._teacher_of]
+            drawn = mini.tensor("input_ids")[:, -self._trained.shape[1] :]
+            self._in_support = self._trained & (~shared[:, None] | (drawn < vocabulary.extend_start))
         self.counts = _sum_over_ranks([*count_trained(self._trained), self._in_support.sum()], device)
         """Trained tokens, rows with at least one, and trained tokens inside the support; over all ranks."""
-        is_reverse_kl = DIVERGENCE_OF[distill.objective] == REVERSE_KL
+        is_reverse_kl = options.kind == REVERSE_KL
         self._gap_share = num_ranks() / int(self.counts[2]) if is_reverse_kl and self.counts[2] else None
-        self._token_share = _token_weights(self._trained, config.loss_agg_mode, self.counts.cpu())
+        # The factor of each token's loss is the gradient of `agg_loss`, which is linear in them.
+        losses = torch.zeros(self._trained.shape, requires_grad=True)
+        total = agg_loss(losses, self._trained, config.loss_agg_mode, num_ranks(), *self.counts[:2].cpu())
+        self._token_share = torch.autograd.grad(total, losses)[0]
         self._token_weights = self._token_share * torch.tensor([w for _, w in teachers])[self._teacher_of][:, None]
-
-    def _drawn_in_support(self) -> torch.Tensor:
-        """(M, R) bool: trained positions whose drawn token is among the ids that are compared there."""
-        start = self._vocabulary.extend_start
-        shared = torch.tensor([options.support == SHARED for options in self._options])
-        if start is None or not shared.any():
-            return self._trained
-        drawn = self._mini.tensor("input_ids")[:, -self._trained.shape[1] :].cpu()
-        return self._trained & (~shared[self._teacher_of][:, None] | (drawn < start))
 
     def run_teachers(self, micro: MicroBatch) -> list[tuple[torch.Tensor, TeacherLogProbs]]:
         """For each teacher, its positions as indices into the S of ``micro``, and its log-probs there.
@@ -289,10 +283,3 @@ def _sum_over_ranks(counts: Sequence[torch.Tensor], device: torch.device) -> tor
     if dist.is_initialized():
         dist.all_reduce(total)
     return total
-
-
-def _token_weights(trained: torch.Tensor, mode: str, counts: torch.Tensor) -> torch.Tensor:
-    """(M, R) factor of each token's loss: the gradient of ``agg_loss``, which is linear in them."""
-    losses = torch.zeros(trained.shape, requires_grad=True)
-    total = agg_loss(losses, trained, mode, num_ranks(), counts[0], counts[1])
-    return torch.autograd.grad(total, losses)[0]

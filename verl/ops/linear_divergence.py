@@ -176,8 +176,7 @@ def _chunk(
     known = teacher.vocab_size if isinstance(teacher, TopLogProbs) else teacher.shape[1]
     if known != start and known < job.ids:
         raise ValueError(
-            f"the teacher scores {known} ids; it has to score {start} (B) or all {job.ids}: "
-            "actor_rollout_ref.rollout.extend_vocab_start_token does not fit this teacher (algorithm.distill)"
+            f"the teacher scores {known} ids, not {start} or {job.ids}: check rollout.extend_vocab_start_token"
         )
     base = logits[:, :start].logsumexp(dim=-1)
     extended = logits[:, start:].logsumexp(dim=-1)  # -inf where E is empty
@@ -186,7 +185,7 @@ def _chunk(
     grad = torch.zeros_like(logits)
     leak = torch.zeros_like(base)
     if start < job.ids:
-        leak = _leak(logits, (base, extended, whole), grad, options, start)
+        leak = _leak(logits, base, extended, grad, job)
     log_p = logits[:, :support].sub_((base if support == start else whole)[:, None])
     if isinstance(teacher, TopLogProbs):
         teacher = teacher.completed(log_p, options.missing_log_prob)
@@ -241,14 +240,10 @@ def _divergence(
 
 
 def _leak(
-    logits: torch.Tensor,
-    normalizers: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    grad: torch.Tensor,
-    options: DivergenceOptions,
-    start: int,
+    logits: torch.Tensor, base: torch.Tensor, extended: torch.Tensor, grad: torch.Tensor, job: _Job
 ) -> torch.Tensor:
-    """The leak term (C,); adds its weighted gradient to ``grad``. Normalizers (C,) of B, E and both together."""
-    base, extended, whole = normalizers
+    """The leak term (C,); adds its weighted gradient to ``grad``. ``base`` and ``extended`` normalise B and E (C,)."""
+    options, start, whole = job.options, job.start, torch.logaddexp(base, extended)
     delta = options.leak_target
     log_outside, log_inside = base - whole, extended - whole
     value = delta * (math.log(delta) - log_inside) + (1 - delta) * (math.log1p(-delta) - log_outside)

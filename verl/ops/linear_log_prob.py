@@ -12,7 +12,7 @@ With s = hidden @ weight[:K].T / temperature, p = softmax(s) and y the token tha
 
     log_prob = s_y - logsumexp(s)              d/ds_j = 1[j = y] - p_j
     entropy  = -sum_j p_j log p_j              d/ds_j = -p_j (log p_j + entropy)
-    mass     = sum_{j >= extend_start} p_j     d/ds_j = p_j (1[j >= extend_start] - mass)
+    mass     = sum_{j >= extend_start} p_j     a measurement, without gradient
 """
 
 from collections.abc import Iterator, Sequence
@@ -36,7 +36,7 @@ class TokenStats(NamedTuple):
     entropy: torch.Tensor | None
     """(N,) entropy of the distribution it was drawn from; None without ``with_entropy``."""
     extend_mass: torch.Tensor | None
-    """(N,) probability of all extended ids; None for a vocabulary without extension."""
+    """(N,) probability of all extended ids, without gradient; None for a vocabulary without extension."""
 
 
 class _Options(NamedTuple):
@@ -110,33 +110,32 @@ class _LinearTokenStats(torch.autograd.Function):
                 if values is not None and into is not None:
                     into[chunk] = values
         ctx.options = options
-        ctx.save_for_backward(hidden, weight, labels, normalizer, entropy, mass)
+        ctx.save_for_backward(hidden, weight, labels, normalizer, entropy)
+        if mass is not None:
+            ctx.mark_non_differentiable(mass)
         return log_probs, entropy, mass
 
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any,
-        grad_log_probs: torch.Tensor | None,
-        grad_entropy: torch.Tensor | None = None,
-        grad_mass: torch.Tensor | None = None,
+        ctx: Any, grad_log_probs: torch.Tensor | None, grad_entropy: torch.Tensor | None, _: None
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
-        hidden, weight, labels, normalizer, entropy, mass = ctx.saved_tensors
+        hidden, weight, labels, normalizer, entropy = ctx.saved_tensors
         options: _Options = ctx.options
         if grad_log_probs is None:
             grad_log_probs = torch.zeros_like(normalizer)
         gradients, head = InputGradients(hidden, weight, ctx.needs_input_grad), weight[: options.ids]
         for chunk in row_chunks(hidden.shape[0], options.chunk_rows):
-            grad = _chunk_gradient(
-                scaled_logits(hidden[chunk], head, options.temperature).sub_(normalizer[chunk, None]),
-                labels[chunk, None],
-                grad_log_probs[chunk, None],
-                None if grad_entropy is None else (grad_entropy[chunk, None], entropy[chunk, None]),
-                None if grad_mass is None else (grad_mass[chunk, None], mass[chunk, None]),
-                options,
-            ).to(weight.dtype)
-            gradients.add(chunk, grad)
-            del grad  # before the next chunk makes its own
+            log_softmax = scaled_logits(hidden[chunk], head, options.temperature).sub_(normalizer[chunk, None])
+            # Both terms but 1[j = y] have the factor p_j, so the others' coefficients are summed first.
+            grad, coefficient = log_softmax.exp(), -grad_log_probs[chunk, None]
+            if grad_entropy is not None:
+                slope = log_softmax.add_(entropy[chunk, None]).mul_(-grad_entropy[chunk, None])
+                coefficient = slope.add_(coefficient)
+            of_labels = grad_log_probs[chunk, None].to(grad.dtype)
+            grad = grad.mul_(coefficient).scatter_add_(1, labels[chunk, None], of_labels).div_(options.temperature)
+            gradients.add(chunk, grad.to(weight.dtype))
+            del log_softmax, grad, coefficient  # before the next chunk makes its own
         return *gradients.result(), None, None
 
 
@@ -157,37 +156,6 @@ def _chunk_stats(
     elif start is not None:
         mass = log_softmax[:, start:].exp().sum(dim=-1)
     return TokenStats(log_probs, entropy, mass), normalizer
-
-
-def _chunk_gradient(
-    log_softmax: torch.Tensor,
-    labels: torch.Tensor,
-    grad_log_probs: torch.Tensor,
-    entropy: tuple[torch.Tensor, torch.Tensor] | None,
-    mass: tuple[torch.Tensor, torch.Tensor] | None,
-    options: _Options,
-) -> torch.Tensor:
-    """Gradient in the logits (C, K), as in the table of the module.
-
-    Every term but 1[j = y] has the factor p_j, so the others' coefficients are summed first: per row, plus, for the
-    entropy, one per id, which overwrites ``log_softmax``. ``entropy`` and ``mass`` are pairs of gradient and value;
-    all per-row arguments are (C, 1).
-    """
-    grad, start = log_softmax.exp(), options.extend_start
-    coefficient = -grad_log_probs
-    if mass is not None:
-        coefficient = coefficient - mass[0] * mass[1]
-    if entropy is not None:
-        log_softmax.add_(entropy[1]).mul_(-entropy[0]).add_(coefficient)
-        if mass is not None:
-            log_softmax[:, start:].add_(mass[0])
-        grad.mul_(log_softmax)
-    elif mass is not None:
-        grad[:, :start].mul_(coefficient)
-        grad[:, start:].mul_(coefficient + mass[0])
-    else:
-        grad.mul_(coefficient)
-    return grad.scatter_add_(1, labels, grad_log_probs.to(grad.dtype)).div_(options.temperature)
 
 
 def linear_token_stats(
@@ -215,17 +183,13 @@ def linear_token_stats(
         `TokenStats`, every tensor (N,).
 
     Raises:
-        ValueError: a label outside the softmax, more ids than rows, or a temperature that is not positive.
+        ValueError: a label outside the softmax, or more ids than rows.
     """
     vocabulary = vocabulary or Vocabulary(weight.shape[0])
     vocabulary.check_head(weight.shape[0])
     ids = vocabulary.ids
-    if temperature <= 0:
-        raise ValueError(f"temperature={temperature} must be above 0")
     if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < ids:
-        raise ValueError(
-            f"labels run from {int(labels.min())} to {int(labels.max())}; the softmax is over ids below {ids}"
-        )
+        raise ValueError(f"labels go up to {int(labels.max())}; the softmax is over ids from 0 to below {ids}")
     # An extension that begins past the last id has an empty sum as its mass, and empty slices.
     start = None if vocabulary.extend_start is None else vocabulary.shared_ids()
     bytes_per_row = ids * torch.promote_types(weight.dtype, torch.float32).itemsize

@@ -9,23 +9,15 @@ Letters: B sequences, R response tokens. A mask is 1 at trained tokens. Values a
 infinity included: they are replaced, not multiplied by zero.
 """
 
-from typing import Protocol
-
 import torch
+
+from verl.config import FSDPActorConfig
 
 Count = int | float | torch.Tensor
 """A number of tokens or sequences."""
 
 LOG_RATIO_LIMIT = 20.0
 """Log-ratios are held within this before ``exp``: e^20 and its products stay finite in float32 and bfloat16."""
-
-
-class PolicyLossConfig(Protocol):
-    """The part of the actor's settings that the policy loss reads."""
-
-    clip_ratio_low: float | None
-    clip_ratio_high: float | None
-    clip_ratio_c: float
 
 
 def zero_outside_mask(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -100,7 +92,7 @@ def compute_policy_loss_vanilla(
     advantages: torch.Tensor,
     response_mask: torch.Tensor,
     loss_agg_mode: str = "token-mean",
-    config: PolicyLossConfig | None = None,
+    config: FSDPActorConfig | None = None,
     rollout_is_weights: torch.Tensor | None = None,
     dp_size: int = 1,
     batch_num_tokens: Count | None = None,

@@ -112,8 +112,7 @@ def check_row_lengths(seqlens: Sequence[int], max_token_len: int) -> None:
     longest = max(seqlens)
     if longest > max_token_len:
         raise ValueError(
-            f"row {list(seqlens).index(longest)} has {longest} tokens and a micro-batch holds {max_token_len}; raise "
-            "the limit (ppo_max_token_len_per_gpu, log_prob_max_token_len_per_gpu) to the longest prompt plus response"
+            f"a row has {longest} tokens and a micro-batch holds {max_token_len}; raise *_max_token_len_per_gpu"
         )
 
 

@@ -27,15 +27,15 @@ from verl.utils.device import release_cached_memory
 from verl.utils.tokenizer import hf_tokenizer
 from verl.vocabulary import Vocabulary
 from verl.workers.actor.dp_actor import SCORED_KEYS
-from verl.workers.actor.row_layout import BatchSizes, real_response_tokens
+from verl.workers.actor.row_layout import BatchSizes, ScoredRows, real_response_tokens
 from verl.workers.actor.teachers import (
     HIDDEN_STATE_HANDLES,
     TOP_TENSORS,
     FullTeacher,
     ModelTeacher,
+    ScoredPositions,
     StitchedModelTeacher,
     hidden_states_by_row,
-    score_in_micro_batches,
 )
 from verl.workers.fsdp.build import build_model, join_ranks
 from verl.workers.fsdp.shard import move_parameters, reshard
@@ -116,7 +116,7 @@ class TeacherWorker(Worker):
     ) -> DataProto:
         """``ref_log_prob`` at the selected tokens; with ``topk`` the likeliest ids; handles to hidden states by row."""
         missing, temperature = self.config.ref.ref_log_prob_replace_val, data.meta_info["temperature"]
-        sizes = BatchSizes.of_scoring(self.config.ref)
+        layout = ScoredRows(data.tensor("input_ids"), data.tensor("attention_mask"), select)
         scores = {"ref_log_prob": torch.zeros(select.shape)}
         if topk is not None:
             shape = (*select.shape, topk)
@@ -124,11 +124,12 @@ class TeacherWorker(Worker):
             scores |= dict(zip(TOP_TENSORS, empty, strict=True))
         handles = np.full(len(data), None)
         with self.on_device() as teacher:
-            for positions, log_probs in score_in_micro_batches(teacher, data, select, sizes, temperature):
-                at = positions.rows, positions.columns
-                drawn, top = score_tokens(log_probs, data.tensor("responses")[at].to(self._device), missing, topk=topk)
+            for micro in layout.micro_batches(BatchSizes.of_scoring(self.config.ref), teacher.packed):
+                positions = ScoredPositions(data, layout, micro.rows, micro.columns)
+                log_probs = teacher.log_probs_at(positions, temperature)
+                drawn, top = score_tokens(log_probs, micro.inputs.labels.to(self._device), missing, topk=topk)
                 for target, values in zip(scores.values(), [drawn, *(top or ())[:3]], strict=True):
-                    target[at] = values.to(target.dtype).cpu()
+                    target[micro.rows, micro.columns] = values.to(target.dtype).cpu()
                 if exports_hidden_states:
                     for row, states in hidden_states_by_row(positions, log_probs):
                         handles[row] = self.object_store.put(states)
@@ -143,9 +144,10 @@ class TeacherWorker(Worker):
         with self.on_device() as teacher:
             for model in teacher.models:
                 if model.head_handles is None:
-                    head = model.head()
-                    exported = DataProto.from_dict({"head": head.to("cpu", copy=True)}) if self.rank == 0 else None
-                    model.head_handles = [] if exported is None else [self.object_store.put(exported)]
+                    head, model.head_handles = model.head(), []
+                    if self.rank == 0:
+                        exported = DataProto.from_dict({"head": head.to("cpu", copy=True)})
+                        model.head_handles = [self.object_store.put(exported)]
             return [handle for model in teacher.models for handle in model.head_handles or []]
 
     @contextmanager
@@ -182,6 +184,5 @@ def choose_replacement(setting: int | None, candidates: list[int | None], shared
         if token is not None and 0 <= token < shared_ids:
             return token
     raise ValueError(
-        f"actor_rollout_ref.ref.ref_replace_token_id={setting} (pad and eos tokens {candidates}) is none of the "
-        f"teacher's {shared_ids} ids; set one of them"
+        f"ref.ref_replace_token_id={setting} (pad, eos: {candidates}) is none of {shared_ids} ids; set one"
     )

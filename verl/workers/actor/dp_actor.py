@@ -22,15 +22,15 @@ import torch
 import torch.distributed as dist
 
 from verl.config import DistillConfig, FSDPActorConfig, RefConfig
-from verl.ops.linear_log_prob import TokenStats
+from verl.ops.linear_log_prob import TokenStats, linear_token_stats
 from verl.protocol import DataProto
 from verl.vocabulary import Vocabulary
-from verl.workers.actor.losses import POLICY_TENSORS, ROW_KEYS, MiniBatchLoss, WeightedTeacher, num_ranks
+from verl.workers.actor.losses import POLICY_TENSORS, ROW_KEYS, MiniBatchLoss, WeightedTeacher
 from verl.workers.actor.row_layout import BatchSizes, MicroBatch, ScoredRows, real_response_tokens
 from verl.workers.fsdp.extended_rows import ExtendedRows
 from verl.workers.fsdp.optimizer import LearningRateSchedule, clipped_step
 from verl.workers.fsdp.shard import reshard
-from verl.workers.fsdp.token_stats_model import Head, ScoreOptions, TokenStatsModel
+from verl.workers.fsdp.token_stats_model import Head, TokenStatsModel
 
 LOSS_KEYS = ("responses", "response_mask", "input_ids", "attention_mask")
 """Batch keys of every update."""
@@ -114,7 +114,7 @@ class DataParallelPPOActor:
                 raise ValueError("mask_special_token=True needs the actor's replace_token_id")
             ids = self.vocabulary.shared_ids()
             input_ids = input_ids.masked_fill(input_ids >= ids, self.replace_token_id)
-        stats = self._score(data, input_ids, ScoreOptions(1.0, Vocabulary(ids), calculate_entropy))
+        stats = self._score(data, input_ids, Vocabulary(ids), calculate_entropy)
         if not mask_special_token:
             return stats.log_probs, stats.entropy
         unknown = data.tensor("responses") >= ids
@@ -129,24 +129,27 @@ class DataParallelPPOActor:
         Returns:
             (B, R) tensors, float32, on the CPU, 0 at padding; the mass is 0 without an extension.
         """
-        stats = self._score(data, data.tensor("input_ids"), ScoreOptions(1.0, self.vocabulary, True))
+        stats = self._score(data, data.tensor("input_ids"), self.vocabulary, True)
         assert stats.entropy is not None and stats.extend_mass is not None, "computed whatever the vocabulary"
         return {"old_log_probs": stats.log_probs, "entropys": stats.entropy, "extend_mass": stats.extend_mass}
 
     @torch.no_grad()
-    def _score(self, data: DataProto, input_ids: torch.Tensor, options: ScoreOptions) -> TokenStats:
+    def _score(
+        self, data: DataProto, input_ids: torch.Tensor, vocabulary: Vocabulary, with_entropy: bool
+    ) -> TokenStats:
         """Score every real response token of ``input_ids``, at the batch's temperature."""
-        options = options._replace(temperature=data.meta_info["temperature"])
+        temperature = data.meta_info["temperature"]
+        head = partial(linear_token_stats, temperature=temperature, vocabulary=vocabulary, with_entropy=with_entropy)
         real = real_response_tokens(data)
         result = TokenStats(*(torch.zeros(real.shape) for _ in TokenStats._fields))
         rows = ScoredRows(input_ids, data.tensor("attention_mask"), real)
         self.actor_module.eval()
         for micro in rows.micro_batches(self.scoring_sizes, self.actor_module.packed):
-            for values, target in zip(self._forward(micro, options), result, strict=True):
+            for values, target in zip(self._forward(micro, head), result, strict=True):
                 if values is not None and target is not None:
                     target[micro.rows, micro.columns] = values.float().cpu()
         reshard(self.actor_module)
-        return result if options.with_entropy else result._replace(entropy=None)
+        return result if with_entropy else result._replace(entropy=None)
 
     def _forward(self, micro: MicroBatch, head: Head) -> Any:
         return self.actor_module(*micro.inputs.to(self.actor_module.device), head)
@@ -176,7 +179,7 @@ class DataParallelPPOActor:
             measured after the last step. Teacher log-probs are those of the last epoch.
 
         Raises:
-            ValueError: a frozen model, or trained padding.
+            ValueError: a frozen model.
         """
         config = self.config
         if not isinstance(config, FSDPActorConfig) or self.actor_optimizer is None or self.lr_schedule is None:
@@ -184,8 +187,6 @@ class DataParallelPPOActor:
         is_exact = self.distill is not None and self.distill.is_exact
         has_policy_loss = self.distill is None or self.distill.has_policy_loss
         data.require(*LOSS_KEYS, *(("old_log_probs", "advantages") if has_policy_loss else ()))
-        if (data.tensor("response_mask").bool() & ~real_response_tokens(data)).any():
-            raise ValueError("response_mask is 1 at padding, where attention_mask is 0; there is no token to train on")
         rows = self.mini_batch_rows or len(data)
         self.actor_module.train()
         updates = [
@@ -194,8 +195,11 @@ class DataParallelPPOActor:
             for start in range(0, len(data), rows)
         ]
         reshard(self.actor_module)
-        loss_name = "actor/distill_loss" if is_exact else "actor/pg_loss"
-        metrics = _summarise([update.metrics for update in updates], loss_name)
+        steps = [update.metrics for update in updates]
+        names = {"actor/distill_loss" if is_exact else "actor/pg_loss", "actor/loss", "actor/grad_norm"}.union(*steps)
+        columns = {name: [step[name] for step in steps if name in step] for name in sorted(names)}
+        metrics = {name: sum(values) / max(1, len(values)) for name, values in columns.items()}
+        metrics |= {name: sum(columns[name]) for name in COUNTS}
         if self.extended_rows is not None:
             metrics |= self.extended_rows.drift()
         last_epoch = updates[-(len(data) // rows) :]
@@ -236,14 +240,7 @@ class DataParallelPPOActor:
             if part.teacher_log_probs is not None:
                 teacher_log_probs[micro.rows, micro.columns] = part.teacher_log_probs.float()
         shares = torch.stack(list(totals.values()))
-        if dist.is_initialized():
-            dist.all_reduce(shares)
-        return Update(dict(zip(totals, (shares / num_ranks()).tolist(), strict=True)), teacher_log_probs.cpu())
-
-
-def _summarise(steps: list[dict[str, float]], loss: str) -> dict[str, float]:
-    """Mean of each metric over the optimizer steps that have it; steps taken and skipped are counted."""
-    names = {loss, "actor/loss", "actor/grad_norm"}.union(*steps)
-    columns = {name: [step[name] for step in steps if name in step] for name in sorted(names)}
-    means = {name: sum(values) / max(1, len(values)) for name, values in columns.items()}
-    return means | {name: sum(columns[name]) for name in COUNTS}
+        dist.all_reduce(shares)
+        return Update(
+            dict(zip(totals, (shares / dist.get_world_size()).tolist(), strict=True)), teacher_log_probs.cpu()
+        )

@@ -19,7 +19,7 @@ import torch
 from verl.ops.teacher_log_probs import FullLogProbs, LinearTeacher, StitchedTeacher, TeacherLogProbs, TopLogProbs
 from verl.protocol import DataProto
 from verl.vocabulary import Vocabulary
-from verl.workers.actor.row_layout import BatchSizes, MicroBatch, ScoredRows, no_positions
+from verl.workers.actor.row_layout import MicroBatch, ScoredRows, no_positions
 from verl.workers.fsdp.token_stats_model import TokenStatsModel
 
 TOP_TENSORS = ("teacher_top_ids", "teacher_top_log_probs", "teacher_rest_log_prob")
@@ -172,22 +172,3 @@ def hidden_states_by_row(positions: ScoredPositions, log_probs: FullLogProbs) ->
     columns |= {f"hidden_{part}": states.cpu() for part, states in enumerate(log_probs.hidden_states)}
     for row in positions.distinct_rows:
         yield row, DataProto.from_dict({key: values[positions.rows == row] for key, values in columns.items()})
-
-
-@torch.no_grad()
-def score_in_micro_batches(
-    teacher: FullTeacher, data: DataProto, select: torch.Tensor, sizes: BatchSizes, temperature: float
-) -> Iterator[tuple[ScoredPositions, FullLogProbs]]:
-    """The selected positions of a batch, micro-batch by micro-batch, with the teacher's log-probs.
-
-    Args:
-        teacher: scores them.
-        data: rows with ``input_ids`` and ``attention_mask``.
-        select: (B, R) bool, real tokens.
-        sizes: of micro-batches.
-        temperature: of its softmax.
-    """
-    layout = ScoredRows(data.tensor("input_ids"), data.tensor("attention_mask"), select)
-    for micro in layout.micro_batches(sizes, teacher.packed):
-        positions = ScoredPositions(data, layout, micro.rows, micro.columns)
-        yield positions, teacher.log_probs_at(positions, temperature)

@@ -147,18 +147,13 @@ def build_model(
     device_name = mesh.device_type
     compute_dtype = resolve_dtype(fsdp.mixed_precision.param_dtype, device_name)
     if trainable and compute_dtype == torch.float16:
-        raise ValueError(
-            "actor.fsdp_config.mixed_precision.param_dtype=fp16: gradients underflow without loss scaling; use bf16"
-        )
+        raise ValueError("actor.fsdp_config.mixed_precision.param_dtype=fp16 needs loss scaling; use bf16")
     storage_dtype = torch.float32 if trainable else compute_dtype
     if fsdp.model_dtype != "auto":
         storage_dtype = resolve_dtype(fsdp.model_dtype, device_name)
     offload = model.enable_activation_offload and device_name == "cuda"
     if offload and not model.enable_gradient_checkpointing:
-        raise ValueError(
-            "actor_rollout_ref.model.enable_activation_offload=True moves the inputs of checkpointed blocks; set "
-            "actor_rollout_ref.model.enable_gradient_checkpointing=True with it"
-        )
+        raise ValueError("model.enable_activation_offload=True needs model.enable_gradient_checkpointing=True")
     config = load_config(path, model)
     attention, packed = choose_attention(config, model, device_name, compute_dtype)
     disable_progress_bar()  # a worker writes to a log file

@@ -96,23 +96,18 @@ class ExtendedRows:
         """``||rows - rows at the start|| / ||rows at the start||`` of extended and of shared rows, over all ranks."""
         parts = [torch.stack([m.squares(m.first, len(m.start)), m.squares(0, m.first)]) for m in self._matrices]
         sums = torch.stack(parts).sum(0)
-        if dist.is_initialized():
-            dist.all_reduce(sums)
+        dist.all_reduce(sums)
         ratios = [math.sqrt(moved / start) if start else 0.0 for moved, start in sums.tolist()]
         return {"actor/extended_row_drift": ratios[0], "actor/shared_row_drift": ratios[1]}
 
 
 def _find_share(parameter: nn.Parameter, extend_start: int) -> _Matrix:
     assert isinstance(parameter, DTensor) and parameter.placements == (Shard(0),), "student models are sharded by rows"
-    rows, ranks = parameter.shape[0], parameter.device_mesh.size()
+    rows = parameter.shape[0]
     if not 0 < extend_start < rows:
         raise ValueError(
-            f"actor_rollout_ref.rollout.extend_vocab_start_token={extend_start} leaves no extended row among the "
-            f"{rows} rows of actor_rollout_ref.model.path; give an id below that, or null for no extension"
+            f"rollout.extend_vocab_start_token={extend_start} leaves no extended row; the model has {rows} rows"
         )
-    per_rank = -(-rows // ranks)
-    offset = min(parameter.device_mesh.get_local_rank() * per_rank, rows)
-    own = parameter.to_local().detach()
-    assert len(own) == min(per_rank, rows - offset), f"{len(own)} rows from {offset} on of {rows} over {ranks} ranks"
-    first = min(max(extend_start - offset, 0), len(own))
+    own, rows_each = parameter.to_local().detach(), -(-rows // parameter.device_mesh.size())
+    first = min(max(extend_start - parameter.device_mesh.get_local_rank() * rows_each, 0), len(own))
     return _Matrix(parameter, first, own.to("cpu", copy=True))

@@ -22,15 +22,8 @@ def learning_rate(config: OptimizerConfig, step: int) -> float:
 
     Warm-up rises linearly and reaches the peak in its last step; none of its steps is lost at 0. After it the rate is
     constant, or falls to ``min_lr_ratio`` by the end of the run: linearly, or along half a cosine.
-
-    Raises:
-        ValueError: a falling schedule, or a warm-up as a share of all steps, without ``total_training_steps``.
     """
     total, warmup, schedule = config.total_training_steps, config.lr_warmup_steps, config.lr_scheduler_type
-    warmup_is_share = warmup < 0 and config.lr_warmup_steps_ratio > 0
-    if total <= 0 and (warmup_is_share or schedule != "constant"):
-        setting = "lr_warmup_steps_ratio" if warmup_is_share else "lr_scheduler_type"
-        raise ValueError(f"optim.{setting}={getattr(config, setting)} needs optim.total_training_steps={total} above 0")
     if warmup < 0:
         warmup = int(config.lr_warmup_steps_ratio * max(total, 0))
     if step < warmup:

@@ -10,35 +10,17 @@ Not here: how rows become inputs (``workers.actor.row_layout``), sharding (``sha
 Letters: N tokens of all rows, S scored positions, D hidden size.
 """
 
+from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 from torch.autograd.graph import save_on_cpu
 from transformers import PreTrainedModel
 
-from verl.ops.linear_log_prob import TokenStats, linear_token_stats
-from verl.vocabulary import Vocabulary
-
-
-class Head(Protocol):
-    """A function of the scored positions, computed inside the model's forward pass."""
-
-    def __call__(self, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, /) -> Any:
-        """From hidden states (S, D), the head's weight (V, D) and labels (S,)."""
-
-
-class ScoreOptions(NamedTuple):
-    """A `Head` that computes `TokenStats`."""
-
-    temperature: float = 1.0
-    vocabulary: Vocabulary | None = None
-    with_entropy: bool = False
-
-    def __call__(self, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> TokenStats:
-        """`TokenStats`, every tensor (S,)."""
-        return linear_token_stats(hidden, weight, labels, **self._asdict())
+Head = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Any]
+"""What is computed at the scored positions, from hidden states (S, D), the head's weight (V, D) and labels (S,)."""
 
 
 class TokenStatsModel(nn.Module):

@@ -105,10 +105,15 @@ class _LinearTokenStats(torch.autograd.Function):
         mass = None if options.extend_start is None else torch.empty_like(log_probs)
         head = weight[: options.ids]
         for chunk in row_chunks(rows, options.chunk_rows):
-            stats, normalizer[chunk] = _chunk_stats(hidden[chunk], head, labels[chunk, None], options)
-            for values, into in zip(stats, (log_probs, entropy, mass), strict=True):
-                if values is not None and into is not None:
-                    into[chunk] = values
+            log_softmax = scaled_logits(hidden[chunk], head, options.temperature)
+            normalizer[chunk] = log_softmax.logsumexp(dim=-1)
+            log_softmax.sub_(normalizer[chunk, None])
+            log_probs[chunk] = log_softmax.gather(1, labels[chunk, None]).squeeze(1)
+            if mass is not None:
+                mass[chunk] = log_softmax[:, options.extend_start :].exp().sum(dim=-1)
+            if entropy is not None:
+                entropy[chunk] = log_softmax.exp().mul_(log_softmax).sum(dim=-1).neg_()
+            del log_softmax  # before the next chunk makes its own
         ctx.options = options
         ctx.save_for_backward(hidden, weight, labels, normalizer, entropy)
         if mass is not None:
@@ -137,25 +142,6 @@ class _LinearTokenStats(torch.autograd.Function):
             gradients.add(chunk, grad.to(weight.dtype))
             del log_softmax, grad, coefficient  # before the next chunk makes its own
         return *gradients.result(), None, None
-
-
-def _chunk_stats(
-    hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor, options: _Options
-) -> tuple[TokenStats, torch.Tensor]:
-    """Statistics (C,) of a chunk, and the logarithm of its softmax's denominator. ``labels`` is (C, 1)."""
-    log_softmax = scaled_logits(hidden, head, options.temperature)
-    normalizer = log_softmax.logsumexp(dim=-1)
-    log_softmax.sub_(normalizer[:, None])
-    log_probs = log_softmax.gather(1, labels).squeeze(1)
-    start, entropy, mass = options.extend_start, None, None
-    if options.with_entropy:
-        probs = log_softmax.exp()
-        if start is not None:
-            mass = probs[:, start:].sum(dim=-1)
-        entropy = probs.mul_(log_softmax).sum(dim=-1).neg_()
-    elif start is not None:
-        mass = log_softmax[:, start:].exp().sum(dim=-1)
-    return TokenStats(log_probs, entropy, mass), normalizer
 
 
 def linear_token_stats(

@@ -78,16 +78,11 @@ def balanced_order(seqlens: Sequence[int], mini_batch_rows: int, dp_size: int) -
         (B,) a permutation; the identity for one rank.
 
     Raises:
-        ValueError: the batch is no multiple of the mini-batch, or the mini-batch none of ``dp_size``.
+        ValueError: a mini-batch does not divide over the ranks.
     """
-    rows = len(seqlens)
-    if mini_batch_rows < 1 or rows % mini_batch_rows:
-        raise ValueError(f"a batch of {rows} rows does not divide into mini-batches of {mini_batch_rows}")
-    if dp_size < 1 or mini_batch_rows % dp_size:
-        raise ValueError(f"a mini-batch of {mini_batch_rows} rows does not divide over {dp_size} ranks")
     shares: list[list[int]] = [[] for _ in range(dp_size)]
     tokens = [0] * dp_size
-    for start in range(0, rows, mini_batch_rows):
+    for start in range(0, len(seqlens), mini_batch_rows):
         lengths = seqlens[start : start + mini_batch_rows]
         parts = get_seqlen_balanced_partitions(lengths, dp_size, equal_size=True)
         fewest_first = sorted(range(dp_size), key=lambda rank: (tokens[rank], rank))

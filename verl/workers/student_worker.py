@@ -100,9 +100,9 @@ class StudentWorker(Worker):
         """
         roles = self._distill.roles if self._distill is not None and self._distill.is_exact else []
         with self._on_device(optimizer=True), ExitStack() as stack:
-            update = self.actor.update(data, [self._teacher(role, stack) for role in roles])
-        metrics = update.metrics | max_memory_metrics(self._device.type)
-        scores = {"ref_log_prob": update.teacher_log_probs} if roles and "ref_log_prob" not in data.batch else {}
+            metrics, teacher_log_probs = self.actor.update(data, [self._teacher(role, stack) for role in roles])
+        metrics |= max_memory_metrics(self._device.type)
+        scores = {"ref_log_prob": teacher_log_probs} if roles and "ref_log_prob" not in data.batch else {}
         return DataProto.from_dict(scores, None, {"metrics": metrics})
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)

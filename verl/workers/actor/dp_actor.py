@@ -15,8 +15,9 @@ Letters: B rows of this rank, M rows of a mini-batch, R response, S scored posit
 """
 
 from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -42,14 +43,7 @@ COUNTS = ("actor/updates", "actor/skipped_updates")
 """Optimizer steps that were taken, and those that were not because loss or gradient was not finite."""
 
 
-class Update(NamedTuple):
-    """Outcome of a batch or of a mini-batch."""
-
-    metrics: dict[str, float]
-    teacher_log_probs: torch.Tensor
-    """(B, R) of the drawn tokens, at the trained positions of an exact objective; 0 elsewhere."""
-
-
+@dataclass
 class DataParallelPPOActor:
     """A policy on one rank; with an optimizer it can be trained.
 
@@ -57,7 +51,7 @@ class DataParallelPPOActor:
         config: the actor's settings, or the reference's for a frozen model.
         actor_module: the sharded model.
         actor_optimizer: None for a frozen model.
-        vocabulary: of the policy; None: all rows of the head, without extension.
+        vocabulary: of the policy.
         scoring_sizes: of micro-batches where nothing is trained.
         replace_token_id: input of a teacher in place of the ids that it lacks.
         lr_schedule: drives the optimizer's learning rate; given with it.
@@ -66,27 +60,17 @@ class DataParallelPPOActor:
         extended_rows: measures and, where they are frozen, holds the rows of the extended ids.
     """
 
-    def __init__(
-        self,
-        config: FSDPActorConfig | RefConfig,
-        actor_module: TokenStatsModel,
-        actor_optimizer: torch.optim.Optimizer | None = None,
-        *,
-        vocabulary: Vocabulary | None = None,
-        scoring_sizes: BatchSizes | None = None,
-        replace_token_id: int | None = None,
-        lr_schedule: LearningRateSchedule | None = None,
-        mini_batch_rows: int | None = None,
-        distill: DistillConfig | None = None,
-        extended_rows: ExtendedRows | None = None,
-    ) -> None:
-        self.config, self.actor_module = config, actor_module
-        self.actor_optimizer, self.lr_schedule = actor_optimizer, lr_schedule
-        self.vocabulary = vocabulary or Vocabulary(actor_module.num_rows)
-        self.scoring_sizes = scoring_sizes or BatchSizes(max_tokens=0, max_rows=1)
-        self.replace_token_id = replace_token_id
-        self.mini_batch_rows = mini_batch_rows
-        self.distill, self.extended_rows = distill, extended_rows
+    config: FSDPActorConfig | RefConfig
+    actor_module: TokenStatsModel
+    actor_optimizer: torch.optim.Optimizer | None = None
+    _: KW_ONLY
+    vocabulary: Vocabulary
+    scoring_sizes: BatchSizes = field(default_factory=lambda: BatchSizes(max_tokens=0, max_rows=1))
+    replace_token_id: int | None = None
+    lr_schedule: LearningRateSchedule | None = None
+    mini_batch_rows: int | None = None
+    distill: DistillConfig | None = None
+    extended_rows: ExtendedRows | None = None
 
     # ------------------------------------------------------------------ scoring
 
@@ -158,9 +142,11 @@ class DataParallelPPOActor:
 
     def update_policy(self, data: DataProto) -> dict[str, float]:
         """`update` of a policy without teachers; its metrics."""
-        return self.update(data).metrics
+        return self.update(data)[0]
 
-    def update(self, data: DataProto, teachers: Sequence[WeightedTeacher] = ()) -> Update:
+    def update(
+        self, data: DataProto, teachers: Sequence[WeightedTeacher] = ()
+    ) -> tuple[dict[str, float], torch.Tensor]:
         """Train on a batch: ``ppo_epochs`` passes, an optimizer step for every ``mini_batch_rows`` rows.
 
         A mini-batch without a trained token, or with a loss or gradient that is not finite, changes nothing; it still
@@ -176,7 +162,8 @@ class DataParallelPPOActor:
         Returns:
             metrics, the same on every rank: means over the optimizer steps, each over the whole mini-batch of all
             ranks. ``actor/loss`` is the whole loss, with all its terms; those of ``COUNTS`` are counts; drifts are
-            measured after the last step. Teacher log-probs are those of the last epoch.
+            measured after the last step. And (B, R) the teachers' log-probs of the drawn tokens in the last epoch, at
+            the trained positions of an exact objective; 0 elsewhere.
 
         Raises:
             ValueError: a frozen model.
@@ -195,36 +182,37 @@ class DataParallelPPOActor:
             for start in range(0, len(data), rows)
         ]
         reshard(self.actor_module)
-        steps = [update.metrics for update in updates]
+        steps, scores = zip(*updates, strict=True)
         names = {"actor/distill_loss" if is_exact else "actor/pg_loss", "actor/loss", "actor/grad_norm"}.union(*steps)
         columns = {name: [step[name] for step in steps if name in step] for name in sorted(names)}
         metrics = {name: sum(values) / max(1, len(values)) for name, values in columns.items()}
         metrics |= {name: sum(columns[name]) for name in COUNTS}
         if self.extended_rows is not None:
             metrics |= self.extended_rows.drift()
-        last_epoch = updates[-(len(data) // rows) :]
-        return Update(metrics, torch.cat([update.teacher_log_probs for update in last_epoch]))
+        return metrics, torch.cat(scores[-(len(data) // rows) :])
 
     def _update_mini_batch(
         self, mini: DataProto, config: FSDPActorConfig, teachers: Sequence[WeightedTeacher]
-    ) -> Update:
+    ) -> tuple[dict[str, float], torch.Tensor]:
         """One optimizer step over this rank's M rows of a mini-batch."""
         assert self.actor_optimizer is not None and self.lr_schedule is not None, "checked by update"
         metrics = {"actor/lr": self.lr_schedule.rate} | dict.fromkeys(COUNTS, 0.0)
-        result = Update({}, torch.zeros(mini.tensor("responses").shape))
+        teacher_log_probs = torch.zeros(mini.tensor("responses").shape)
         device = self.actor_module.device
         mini_loss = MiniBatchLoss(mini, config, self.vocabulary, device, self.distill, teachers)
         if not mini_loss.is_empty:
-            result = self._accumulate_gradient(mini, mini_loss, config)
-            loss = result.metrics["actor/loss"]
+            of_loss, teacher_log_probs = self._accumulate_gradient(mini, mini_loss, config)
+            loss = of_loss["actor/loss"]
             norm, taken = clipped_step(
                 self.actor_module, self.actor_optimizer, config.grad_clip, loss, self.extended_rows
             )
-            metrics |= {"actor/grad_norm": norm, COUNTS[0 if taken else 1]: 1.0}
+            metrics |= {"actor/grad_norm": norm, COUNTS[0 if taken else 1]: 1.0, **of_loss}
         self.lr_schedule.set_steps(self.lr_schedule.steps + 1)
-        return Update(metrics | result.metrics, result.teacher_log_probs)
+        return metrics, teacher_log_probs
 
-    def _accumulate_gradient(self, mini: DataProto, mini_loss: MiniBatchLoss, config: FSDPActorConfig) -> Update:
+    def _accumulate_gradient(
+        self, mini: DataProto, mini_loss: MiniBatchLoss, config: FSDPActorConfig
+    ) -> tuple[dict[str, float], torch.Tensor]:
         """Forward and backward over all micro-batches; the metrics are those of the whole mini-batch over all ranks."""
         sizes = BatchSizes.choose(
             config.use_dynamic_bsz, config.ppo_max_token_len_per_gpu, config.ppo_micro_batch_size_per_gpu
@@ -241,6 +229,5 @@ class DataParallelPPOActor:
                 teacher_log_probs[micro.rows, micro.columns] = part.teacher_log_probs.float()
         shares = torch.stack(list(totals.values()))
         dist.all_reduce(shares)
-        return Update(
-            dict(zip(totals, (shares / dist.get_world_size()).tolist(), strict=True)), teacher_log_probs.cpu()
-        )
+        shares = shares / dist.get_world_size()
+        return dict(zip(totals, shares.tolist(), strict=True)), teacher_log_probs.cpu()

@@ -53,13 +53,6 @@ def join_ranks(worker: Worker, device_setting: str, seed: int) -> tuple[torch.de
     return device, init_device_mesh(device_name, (worker.world_size,))
 
 
-def _only_causal(config: PretrainedConfig) -> bool:
-    """Whether every layer attends to all earlier tokens of its row, so that a mask would only keep rows apart."""
-    if getattr(config, "layer_types", None) is not None:
-        return set(config.layer_types) == {"full_attention"}
-    return getattr(config, "sliding_window", None) is None
-
-
 def choose_attention(
     config: PretrainedConfig, model: HFModelConfig, device_name: str, compute_dtype: torch.dtype
 ) -> tuple[str, bool]:
@@ -74,7 +67,10 @@ def choose_attention(
     has_flash = importlib.util.find_spec("flash_attn") is not None
     if device_name == "cuda" and has_flash and compute_dtype in (torch.bfloat16, torch.float16):
         return "flash_attention_2", packed
-    return (PACKED_SDPA, True) if packed and _only_causal(config) else ("sdpa", False)
+    # Where every layer attends to all earlier tokens of its row, a mask would only keep rows apart.
+    layers = set(getattr(config, "layer_types", None) or ())
+    only_causal = layers == {"full_attention"} if layers else getattr(config, "sliding_window", None) is None
+    return (PACKED_SDPA, True) if packed and only_causal else ("sdpa", False)
 
 
 def load_config(path: str, model: HFModelConfig) -> PretrainedConfig:

@@ -50,9 +50,7 @@ def packed_sdpa_attention(
     """
     extras = [name for name in _CHANGES_ATTENTION if kwargs.get(name) is not None]
     if extras or attention_mask is not None:
-        raise ValueError(
-            f"packed attention knows no {', '.join(extras) or 'mask'}; set actor_rollout_ref.model.use_remove_padding=False"
-        )
+        raise ValueError(f"packed attention knows no {', '.join(extras) or 'mask'}; set model.use_remove_padding=False")
 
     parts = [tensor.split(row_lengths or tensor.shape[2], dim=2) for tensor in (query, key, value)]
     grouped = query.shape[1] != key.shape[1]

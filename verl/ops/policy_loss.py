@@ -117,14 +117,10 @@ def compute_policy_loss_vanilla(
         the dual clip bind), ``actor/ppo_kl`` (k1 estimate of KL(old || new)).
 
     Raises:
-        ValueError: no config, a missing clip bound, clip_ratio_c not above 1, or one of the two counts alone.
+        ValueError: no config, or a missing clip bound.
     """
     if config is None or config.clip_ratio_low is None or config.clip_ratio_high is None:
         raise ValueError("the policy loss needs a config with actor.clip_ratio_low and actor.clip_ratio_high")
-    if config.clip_ratio_c <= 1.0:
-        raise ValueError(f"actor.clip_ratio_c={config.clip_ratio_c} must be above 1")
-    if (batch_num_tokens is None) != (global_batch_size is None):
-        raise ValueError("give batch_num_tokens and global_batch_size together, or neither")
     # Selected before exp: an infinite ratio at a masked token would turn the gradient of `where` into 0 * inf = NaN.
     log_ratio = zero_outside_mask(log_prob - old_log_prob, response_mask).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     advantages = zero_outside_mask(advantages, response_mask)

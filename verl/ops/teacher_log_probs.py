@@ -137,17 +137,11 @@ def score_tokens(
         values = log_q.gather(1, chosen[rows]).squeeze(1)
         drawn[rows] = values.where(known[rows], missing).to(drawn.dtype)
         if top is not None:
-            _likeliest(log_q, top.rows(rows))
+            likeliest, ids = log_q.topk(min(topk or 0, size), dim=-1)
+            for found, target in ((ids, top.ids[rows]), (likeliest, top.log_probs[rows])):
+                target[:, : found.shape[1]] = found
+                target[:, found.shape[1] :] = found[:, :1]
+            # As a sum over the others: one less the mass of the likeliest would be rounding where that is nearly all.
+            top.rest[rows] = log_q.scatter_(1, ids, -torch.inf).logsumexp(dim=-1)
         del log_q  # before the next chunk makes its own
     return drawn, top
-
-
-def _likeliest(log_q: torch.Tensor, top: TopLogProbs) -> None:
-    """Fill ``top`` with the likeliest ids of a chunk; overwrites ``log_q``."""
-    count = min(top.ids.shape[1], top.vocab_size)
-    values, ids = log_q.topk(count, dim=-1)
-    for found, target in ((ids, top.ids), (values, top.log_probs)):
-        target[:, :count] = found
-        target[:, count:] = found[:, :1]
-    # As a sum over the others: one less the mass of the likeliest would be rounding where that is nearly all.
-    top.rest.copy_(log_q.scatter_(1, ids, -torch.inf).logsumexp(dim=-1))

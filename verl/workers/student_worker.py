@@ -98,11 +98,13 @@ class StudentWorker(Worker):
         An exact objective runs its teachers here. Unless their ``ref_log_prob`` (B, R) is in the batch already, it is
         returned: at trained positions, 0 elsewhere.
         """
-        roles = self._distill.roles if self._distill is not None and self._distill.is_exact else []
+        distill = self._distill if self._distill is not None and self._distill.is_exact else None
         with self._on_device(optimizer=True), ExitStack() as stack:
-            metrics, teacher_log_probs = self.actor.update(data, [self._teacher(role, stack) for role in roles])
+            metrics, teacher_log_probs = self.actor.update(
+                data, [self._teacher(distill, role, stack) for role in distill.roles] if distill else []
+            )
         metrics |= max_memory_metrics(self._device.type)
-        scores = {"ref_log_prob": teacher_log_probs} if roles and "ref_log_prob" not in data.batch else {}
+        scores = {"ref_log_prob": teacher_log_probs} if distill and "ref_log_prob" not in data.batch else {}
         return DataProto.from_dict(scores, None, {"metrics": metrics})
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
@@ -160,10 +162,9 @@ class StudentWorker(Worker):
         with self._on_device(optimizer=True):
             load_checkpoint(self._state, self.config.actor.checkpoint, Path(local_path))
 
-    def _teacher(self, role: str, stack: ExitStack) -> tuple[Teacher, float]:
+    def _teacher(self, distill: DistillConfig, role: str, stack: ExitStack) -> tuple[Teacher, float]:
         """A teacher of the update, ready until ``stack`` closes, and the weight of its rows."""
-        distill, device = self._distill, self._device
-        assert distill is not None, "only an exact objective has teachers in the update"
+        device = self._device
         knows_extended, weight = distill.knows_extended(role), distill.weight_of(role)
         if distill.topk_or_none is not None:
             return TopKTeacher(knows_extended, self.actor.vocabulary, device), weight

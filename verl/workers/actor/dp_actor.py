@@ -42,6 +42,9 @@ UPDATE_KEYS = (*LOSS_KEYS, *POLICY_TENSORS, *ROW_KEYS)
 COUNTS = ("actor/updates", "actor/skipped_updates")
 """Optimizer steps that were taken, and those that were not because loss or gradient was not finite."""
 
+Update = tuple[dict[str, float], torch.Tensor]
+"""Metrics, and the teachers' log-probs (B, R) of the drawn tokens."""
+
 
 @dataclass
 class DataParallelPPOActor:
@@ -144,9 +147,7 @@ class DataParallelPPOActor:
         """`update` of a policy without teachers; its metrics."""
         return self.update(data)[0]
 
-    def update(
-        self, data: DataProto, teachers: Sequence[WeightedTeacher] = ()
-    ) -> tuple[dict[str, float], torch.Tensor]:
+    def update(self, data: DataProto, teachers: Sequence[WeightedTeacher] = ()) -> Update:
         """Train on a batch: ``ppo_epochs`` passes, an optimizer step for every ``mini_batch_rows`` rows.
 
         A mini-batch without a trained token, or with a loss or gradient that is not finite, changes nothing; it still
@@ -193,7 +194,7 @@ class DataParallelPPOActor:
 
     def _update_mini_batch(
         self, mini: DataProto, config: FSDPActorConfig, teachers: Sequence[WeightedTeacher]
-    ) -> tuple[dict[str, float], torch.Tensor]:
+    ) -> Update:
         """One optimizer step over this rank's M rows of a mini-batch."""
         assert self.actor_optimizer is not None and self.lr_schedule is not None, "checked by update"
         metrics = {"actor/lr": self.lr_schedule.rate} | dict.fromkeys(COUNTS, 0.0)
@@ -210,9 +211,7 @@ class DataParallelPPOActor:
         self.lr_schedule.set_steps(self.lr_schedule.steps + 1)
         return metrics, teacher_log_probs
 
-    def _accumulate_gradient(
-        self, mini: DataProto, mini_loss: MiniBatchLoss, config: FSDPActorConfig
-    ) -> tuple[dict[str, float], torch.Tensor]:
+    def _accumulate_gradient(self, mini: DataProto, mini_loss: MiniBatchLoss, config: FSDPActorConfig) -> Update:
         """Forward and backward over all micro-batches; the metrics are those of the whole mini-batch over all ranks."""
         sizes = BatchSizes.choose(
             config.use_dynamic_bsz, config.ppo_max_token_len_per_gpu, config.ppo_micro_batch_size_per_gpu

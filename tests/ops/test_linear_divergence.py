@@ -7,11 +7,7 @@ import torch
 from support.divergence_cases import DRAWN, LEAK, Case, D, E, K, N, V, definition
 from support.peak_memory import LargestTensor, measure
 
-from verl.ops.linear_divergence import (
-    DIVERGENCES,
-    DivergenceOptions,
-    linear_divergence,
-)
+from verl.ops.linear_divergence import DIVERGENCES, DivergenceOptions, linear_divergence
 from verl.ops.teacher_log_probs import LinearTeacher, TopLogProbs
 
 
@@ -29,6 +25,8 @@ def test_values_and_gradients_are_those_of_the_definition(kind, support, who, te
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
     torch.testing.assert_close(stats.divergence, divergence, rtol=1e-10, atol=1e-14)
     torch.testing.assert_close(stats.leak, leak, rtol=1e-10, atol=1e-14)
+    mass = (case.hidden @ case.weight[:K].T / temperature).softmax(-1)[:, E:].sum(-1)
+    torch.testing.assert_close(stats.extend_mass, mass)
     right = torch.autograd.grad(expected, (case.hidden, case.weight))
     for gradient, wanted in zip(torch.autograd.grad(3 * loss, (case.hidden, case.weight)), right, strict=True):
         torch.testing.assert_close(gradient, 3 * wanted, rtol=1e-10, atol=1e-13)
@@ -42,13 +40,6 @@ def test_chunks_change_nothing(rows) -> None:
     chunked = torch.autograd.grad(case.loss(case.base(), options, rows=rows)[0], (case.hidden, case.weight))
     for gradient, wanted in zip(chunked, right, strict=True):
         torch.testing.assert_close(gradient, wanted, rtol=1e-12, atol=1e-14)
-
-
-def test_extended_mass_is_that_of_the_whole_softmax() -> None:
-    case = Case()
-    _, stats = case.loss(case.base(), DivergenceOptions())
-    torch.testing.assert_close(stats.extend_mass, (case.hidden @ case.weight[:K].T).softmax(-1)[:, E:].sum(-1))
-    assert not any(values.requires_grad for values in stats)
 
 
 @pytest.mark.parametrize("support", ["shared", "full"])
@@ -112,15 +103,6 @@ def test_the_shared_support_does_not_move_with_the_mass_of_item_tokens() -> None
     assert (moved.extend_mass - stats.extend_mass).abs().max() > 0.1
 
 
-def test_no_divergence_from_oneself() -> None:
-    case = Case()
-    itself = LinearTeacher(case.hidden.detach(), case.weight.detach(), K)
-    for kind in DIVERGENCES:
-        loss, stats = case.loss(itself, DivergenceOptions(kind, support="full"))
-        assert stats.divergence.abs().max() < 1e-12
-        assert all(g.abs().max() < 1e-12 for g in torch.autograd.grad(loss, (case.hidden, case.weight)))
-
-
 def test_the_leak_term_vanishes_at_its_target_and_pulls_towards_it() -> None:
     case = Case()
     eps = (case.hidden @ case.weight[:K].T).softmax(-1)[:, E:].sum(-1)
@@ -178,21 +160,10 @@ def test_whole_logits_never_exist() -> None:
 
 def test_sizes_that_do_not_fit() -> None:
     case = Case()
-    with pytest.raises(ValueError, match="the teacher scores 14 ids; it has to score 11"):
+    with pytest.raises(ValueError, match="the teacher scores 14 ids, not 11 or 17"):
         case.loss(LinearTeacher(case.base_hidden, case.base_weight, 14), DivergenceOptions())
     with pytest.raises(ValueError, match="names 15 ids"):
         LinearTeacher(case.base_hidden, case.base_weight, 15)
-    case.token_weights = case.token_weights[:5]
-    with pytest.raises(ValueError, match="have 13 and 5 positions"):
-        case.loss(case.base(), DivergenceOptions())
-
-
-def test_only_the_students_ids_of_a_larger_teacher_are_compared() -> None:
-    case = Case()
-    larger = LinearTeacher(case.frozen_hidden, case.frozen_weight, V)
-    loss, _ = case.loss(larger, DivergenceOptions(support="full"), start=None)
-    cut = LinearTeacher(case.frozen_hidden, case.frozen_weight, K)
-    torch.testing.assert_close(loss, case.loss(cut, DivergenceOptions(support="full"), start=None)[0])
 
 
 def test_the_smallest_probabilities_of_a_teacher_leave_jsd_finite() -> None:

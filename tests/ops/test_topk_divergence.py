@@ -99,9 +99,3 @@ def test_a_rest_of_nothing_stays_finite() -> None:
             if p_rest:  # what the teacher leaves counts as exp(-100) at least
                 wanted = (1 - p_rest) * (math.log1p(-p_rest) + 1e-6) + p_rest * (math.log(p_rest) - max(rest, -100.0))
                 assert loss.item() == pytest.approx(wanted, rel=1e-4, abs=1e-6)
-
-
-def test_likeliest_ids_go_past_the_support() -> None:
-    case = Case()
-    with pytest.raises(ValueError, match="gives the likeliest of its 17 ids, and 11 are compared"):
-        case.loss(named(case.frozen(), 3)[0].rows, DivergenceOptions())

@@ -95,7 +95,7 @@ def diverge(positions: str, topk: str) -> None:
     before = peak_mib()
     compared: TeacherLogProbs = teacher
     if int(topk):
-        top = score_tokens(teacher, labels, -100.0, topk=int(topk)).top
+        top = score_tokens(teacher, labels, -100.0, topk=int(topk))[1]
         assert top is not None, "topk is given"
         compared = top.rows
     options, vocabulary = DivergenceOptions(leak_coef=1.0), Vocabulary(VOCABULARY, TEACHER_IDS)

@@ -26,9 +26,16 @@ MODES = {
 }
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
+@pytest.mark.parametrize(
+    ("family", "tied", "mode"),
+    [
+        ("qwen2", True, "packed"),
+        ("qwen3", False, "packed"),
+        ("llama", True, "packed"),
+        ("qwen3", True, "padded"),
+        ("qwen2", False, "eager"),
+    ],
+)
 def test_scores_are_those_of_whole_logits(
     family: str, tied: bool, mode: str, tiny_tokenizers: tuple[Path, Path], models: Models, tmp_path: Path
 ) -> None:
@@ -56,21 +63,14 @@ def test_micro_batches_by_rows_score_the_same(models: Models) -> None:
     batch = rollouts(draw_rows(7, models.ids), models.extend_start)
     by_rows = {"log_prob_use_dynamic_bsz": False, "log_prob_micro_batch_size_per_gpu": 2}
     first, second = (workers(models.config(rollout=rollout)).compute_log_prob(batch) for rollout in ({}, by_rows))
+    none = workers(worker_config(models.student)).compute_log_prob(batch)
+    assert not none.tensor("extend_mass").any(), "there is no extension"
     for key in ("old_log_probs", "entropys", "extend_mass"):
         torch.testing.assert_close(first.tensor(key), second.tensor(key), rtol=0, atol=1e-5)
 
 
-def test_without_an_extension_its_mass_is_zero(models: Models) -> None:
-    scores = workers(worker_config(models.student)).compute_log_prob(rollouts(draw_rows(3, models.ids)))
-    assert not scores.tensor("extend_mass").any()
-
-
 def test_what_a_batch_lacks_is_named(models: Models) -> None:
     batch, student = rollouts(draw_rows(3, models.ids)), workers(models.config())
-    temperature = batch.meta_info.pop("temperature")
-    with pytest.raises(ValueError, match="temperature"):
-        student.compute_log_prob(batch)
-    batch.meta_info["temperature"] = temperature
     batch.pop(["attention_mask"])
     with pytest.raises(KeyError, match=r"attention_mask.*rollout"):
         student.compute_log_prob(batch)
@@ -80,12 +80,9 @@ def test_models_that_cannot_be_scored(tiny_tokenizers: tuple[Path, Path], models
     folder = write_model(tmp_path, tiny_tokenizers[1], rows=models.ids - 1)
     with pytest.raises(ValueError, match=f"{models.ids} ids .* {models.ids - 1} rows"):
         workers(models.config(folder))
-    config = models.config()
-    config.model.path = None
-    with pytest.raises(ValueError, match=r"actor_rollout_ref\.model\.path"):
-        workers(config)
 
 
+@pytest.mark.slow
 def test_peak_memory_does_not_grow_with_tokens_times_vocabulary(tiny_tokenizers, tmp_path) -> None:
     """Scoring and training at V = 176,384: the logits of the 512 tokens more would take 361 MB a buffer."""
     fewer, more = measure("model", write_model(tmp_path, tiny_tokenizers[1], rows=176384), 48, 112)

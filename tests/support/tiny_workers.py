@@ -61,15 +61,12 @@ def load_plain(folder: Path) -> PreTrainedModel:
 
 
 def worker_config(
-    student: Path,
-    teacher: Path | None = None,
-    *,
-    extend_start: int | None = None,
-    rows_per_step: int = 8,
-    **sections: Any,
+    student: Path, teacher: Path | None = None, extend_start: int | None = None, rows_per_step: int = 8, **sections: Any
 ) -> ActorRolloutRefConfig:
-    """Settings of the workers, with changes of ``actor``, ``model``, ``ref`` and ``rollout``: gradients are not clipped,
-    and Adam's first moment holds a tenth of the gradient."""
+    """Settings of the workers, with changes of the sections ``actor``, ``model``, ``ref`` and ``rollout``.
+
+    Gradients are not clipped, and Adam's first moment holds a tenth of the gradient.
+    """
     optim = OptimizerConfig(lr=1e-3, weight_decay=0.0, betas=(ADAM_BETA1, 0.999))
     actor = {"ppo_mini_batch_size": rows_per_step, "grad_clip": 1e9, "optim": optim, **sections.get("actor", {})}
     sizes = {"prompt_length": PROMPT, "response_length": RESPONSE, "extend_vocab_start_token": extend_start}

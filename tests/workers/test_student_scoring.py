@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 from support.exact_cases import Models, workers
-from support.peak_memory import measure
 from support.tiny_workers import (
     PROMPT,
     draw_rows,
@@ -80,10 +79,3 @@ def test_models_that_cannot_be_scored(tiny_tokenizers: tuple[Path, Path], models
     folder = write_model(tmp_path, tiny_tokenizers[1], rows=models.ids - 1)
     with pytest.raises(ValueError, match=f"{models.ids} ids .* {models.ids - 1} rows"):
         workers(models.config(folder))
-
-
-@pytest.mark.slow
-def test_peak_memory_does_not_grow_with_tokens_times_vocabulary(tiny_tokenizers, tmp_path) -> None:
-    """Scoring and training at V = 176,384: the logits of the 512 tokens more would take 361 MB a buffer."""
-    fewer, more = measure("model", write_model(tmp_path, tiny_tokenizers[1], rows=176384), 48, 112)
-    assert more - fewer < 100

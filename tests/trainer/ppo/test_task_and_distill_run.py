@@ -64,12 +64,6 @@ def test_reward_and_distillation_train_in_one_run(mixed: Any, tmp_path: Path) ->
     assert steps[-1]["distill_teacher/self/reverse_kl"] != pytest.approx(0, abs=1e-4)
     assert steps[0]["distill_teacher/ref/reverse_kl"] > 0.01
 
-    run_in_process(mixed("exact", **{"algorithm.distill.objective": "exact", "algorithm.distill.support": "shared"}))
-    steps = [line["data"] for line in lines(tmp_path / "exact")]
-    for data in steps:
-        assert data["actor/distill_loss"] > 0 and "actor/pg_loss" in data and "advantage/distill_share" not in data
-        assert data["critic/advantages/max"] > 0
-
 
 RULE = "val/general/reward subject to val/*/reward >= 0.01 of step 0"
 
@@ -93,8 +87,7 @@ def test_the_best_of_a_run_is_found_again_after_a_kill(mixed: Any, tmp_path: Pat
     why = json.loads((folder / "best" / "best.json").read_text())
     assert (why["step"], why["value"]) == (expected, values[expected])
     assert {path.name for path in folder.glob("global_step_*")} == {f"global_step_{expected}", f"global_step_{STEPS}"}
-    last = lines(folder)[-1]["data"]
-    assert (last["training/best_step"], last["training/best_value"]) == (expected, values[expected])
+    assert lines(folder)[-1]["data"]["training/best_step"] == expected
     kept = load_file(folder / "best" / "huggingface" / "model.safetensors")
     of_step = load_file(folder / f"global_step_{expected}" / "actor" / "huggingface" / "model.safetensors")
     assert all(torch.equal(value, of_step[name]) for name, value in kept.items())

@@ -52,6 +52,8 @@ def test_rows_of_three_teachers_get_the_numbers_that_each_gives_alone() -> None:
     number_of = torch.tensor([1.0, 10.0, 100.0])[batch.tensor("teacher")]
     torch.testing.assert_close(scores, -number_of[:, None] * responses)
     assert groups["ref"].seen == [[2, 3, 8, 9]] and groups["coder"].seen == [[4, 5, 10, 11]]
+    trainer.ref_log_prob(batch.select_idxs(batch.tensor("teacher") == 0))
+    assert [len(teacher.seen) for teacher in groups.values()] == [2, 1, 1], "without rows it is not called"
 
 
 def test_the_prompt_decides_where_a_teacher_asks_for_it() -> None:
@@ -123,27 +125,3 @@ def test_teachers_apart_export_before_an_update_alone() -> None:
     assert "teacher_states" in seen[0].non_tensor_batch and "teacher_states" not in batch.non_tensor_batch
     validation = trainer.prepare(rows, n=1, validate=True).union(responses)
     assert "teacher_states" not in trainer.ref_log_prob(validation).non_tensor_batch
-
-
-def test_a_teacher_without_rows_is_not_asked() -> None:
-    trainer = trainer_of({"self": TeacherConfig(sources=["rec_*"])})
-    trainer.role_groups = {"ref": Teacher(1.0), "self": Teacher(2.0)}
-    batch = trainer.prepare({"source": np.array(["general"], dtype=object), "index": np.arange(1)}, n=1)
-    trainer.ref_log_prob(batch.union(DataProto.from_dict({"responses": torch.ones(1, 2)})))
-    assert trainer.role_groups["self"].seen == []
-
-
-def test_one_teacher_needs_no_routing() -> None:
-    trainer = trainer_of({})
-    batch = trainer.prepare({"index": np.arange(2)}, n=1)
-    assert batch.batch is None and TEACHER_KNOWS_EXTENDED not in batch.non_tensor_batch
-
-
-def test_workers_know_what_they_are() -> None:
-    kept = TeacherConfig(sources=["rec_*"])
-    trainer = trainer_of({"self": kept})
-    trainer.device_name = "cpu"
-    assert trainer.roles == ["actor", "ref", "self"]
-    arguments = {role: SimpleNamespace(**trainer.worker_arguments(role)) for role in trainer.roles}
-    assert arguments["actor"].distill is trainer.config.algorithm.distill
-    assert (arguments["ref"].teacher, arguments["self"].teacher) == (None, kept)

@@ -21,7 +21,10 @@ def test_values_and_gradients_are_those_of_the_definition(kind, support, who, te
     log_q = getattr(case, who)(temperature)(slice(None))
     divergence, leak = definition(case, log_q, options)
     expected = (case.token_weights * (divergence + 0.7 * leak)).sum()
-    loss, stats = case.loss(getattr(case, who)(temperature), options)
+    labels = torch.arange(N) + K - N  # 4 to 16: of both kinds
+    loss, stats = case.loss(getattr(case, who)(temperature), options, labels=labels)
+    scores = torch.nn.functional.pad(log_q, (0, K - log_q.shape[1]), value=-20.0)  # over all ids that it knows
+    torch.testing.assert_close(stats.teacher_log_prob, scores.gather(1, labels[:, None])[:, 0], rtol=1e-12, atol=0)
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
     torch.testing.assert_close(stats.divergence, divergence, rtol=1e-10, atol=1e-14)
     torch.testing.assert_close(stats.leak, leak, rtol=1e-10, atol=1e-14)
@@ -61,20 +64,6 @@ def test_the_drawn_token_stands_for_the_divergence(support, who) -> None:
     torch.testing.assert_close(mean, stats.divergence, rtol=1e-10, atol=1e-14)
     outside = case.loss(teacher, options, labels=torch.full((N,), K - 1))[1].sampled
     assert outside.any() == (support == "full")
-
-
-@pytest.mark.parametrize("kind", DIVERGENCES)
-@pytest.mark.parametrize("support", ["shared", "full"])
-@pytest.mark.parametrize("who", ["base", "frozen", "stitched"])
-def test_the_teacher_scores_the_drawn_token_over_all_ids_that_it_knows(kind, support, who) -> None:
-    """Neither the support nor the divergence changes its log-prob."""
-    case, options = Case(), DivergenceOptions(kind, support=support, missing_log_prob=-20)
-    teacher, labels = getattr(case, who)(), torch.arange(N) + K - N  # 4 to 16: of both kinds
-    log_q = teacher(slice(None))
-    log_q = torch.nn.functional.pad(log_q, (0, K - log_q.shape[1]), value=-20.0)
-    stats = case.loss(teacher, options, labels=labels)[1]
-    torch.testing.assert_close(stats.teacher_log_prob, log_q.gather(1, labels[:, None])[:, 0], rtol=1e-12, atol=0)
-    assert (stats.teacher_log_prob == -20).sum() == (K - E if who == "base" else 0)
 
 
 def test_two_ids_by_hand() -> None:

@@ -98,15 +98,6 @@ def test_scores_of_teachers_that_know_all_ids(vocabulary: str, packed: bool, row
     assert batch.tensor("distill_special_token_mask").any() and not (scores == -40.0).any()
 
 
-def test_the_student_does_not_diverge_from_itself(models: Models) -> None:
-    """``path`` left out: the teacher is the student as it starts."""
-    batch = models.batch(2)
-    batch = batch.select_idxs(batch.tensor("teacher") == 1)
-    distill = DistillConfig("exact", teachers={"self": TeacherConfig(sources=["*"])})
-    metrics = workers(models.config(rows_per_step=len(batch)), distill).update_actor(batch).meta_info["metrics"]
-    assert abs(metrics["actor/distill_divergence"]) < 1e-6 and metrics["actor/grad_norm"] < 1e-5
-
-
 def save_gradient(config: ActorRolloutRefConfig, distill: DistillConfig, batch: DataProto, folder: Path) -> None:
     """On each rank: train on its share of the rows, and write the gradient and the teachers' scores."""
     student = workers(config, distill)

@@ -165,13 +165,6 @@ def test_a_mini_batch_without_trained_tokens_changes_nothing(models: Models) -> 
     assert all(torch.equal(value, plain[name]) for name, value in weights_of(worker).items())
 
 
-def test_mini_batches_and_epochs_are_optimizer_steps(models: Models) -> None:
-    worker, metrics = update(models.config(rows_per_step=2, actor={"ppo_epochs": 3}), drawn_batch(models))
-    assert metrics["actor/updates"] == 12
-    (steps,) = {float(state["step"]) for state in worker._state.optimizer.state.values()}
-    assert steps == worker._state.schedule.steps == 12
-
-
 def test_half_precision(models: Models) -> None:
     """bf16 as on GPUs, on the CPU: fp32 parameters, bf16 passes, a gradient near the fp32 one; fp16 is refused."""
     fsdp = {name: FSDPConfig(mixed_precision=MixedPrecisionConfig(param_dtype=name)) for name in ("fp16", "bf16")}

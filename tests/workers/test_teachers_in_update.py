@@ -5,36 +5,21 @@ from typing import Any
 import pytest
 import torch
 from support.exact_cases import LEAK, Models, scored, workers
-from support.tiny_workers import PROMPT, weights_of
+from support.tiny_workers import weights_of
 
 from verl.config import DistillConfig
-from verl.protocol import DataProto
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
 ROWWISE = {"use_dynamic_bsz": False, "ppo_micro_batch_size_per_gpu": 3}
 
 
-def leaking(models: Models, teachers: int) -> DataProto:
-    """As `Models.batch`; the last trained token is an item in the rows of each teacher, except in one row."""
-    batch = models.batch(teachers)
-    trained = batch.tensor("response_mask").sum(dim=-1)
-    rows = trained[:-1].nonzero().flatten()
-    for key, start in (("responses", 0), ("input_ids", PROMPT), ("distill_special_token_mask", 0)):
-        value = 1 if key.endswith("mask") else models.extend_start + 2
-        batch.tensor(key)[rows, start + trained[rows] - 1] = value
-    assert set(batch.tensor("teacher")[rows].tolist()) == set(range(teachers))
-    return batch
-
-
 @pytest.mark.parametrize(
     ("objective", "packed", "teachers", "settings", "limits"),
     [
-        ("exact", True, 1, {"support": "shared"}, {}),
         ("forward_kl", False, 1, {"support": "full"}, ROWWISE),
         ("jsd", True, 3, {"support": "shared"}, {"ppo_max_token_len_per_gpu": 16}),
         ("exact", False, 3, {"support": "full"}, {"ppo_mini_batch_size": 4, "ppo_epochs": 2, **ROWWISE}),
-        ("exact", True, 2, {}, {"ppo_mini_batch_size": 2, "ppo_epochs": 3, "ppo_max_token_len_per_gpu": 24}),
         ("exact", True, 2, {"support": "shared", "coef": 0.7}, {"ppo_max_token_len_per_gpu": 24}),
     ],
 )
@@ -42,7 +27,7 @@ def test_scores_and_update_are_those_of_a_stage_before(
     objective: str, packed: bool, teachers: int, settings: dict[str, Any], limits: dict[str, Any], models: Models
 ) -> None:
     """Base, full and stitched teachers by row; each scores item tokens, known to it or not."""
-    distill, batch = models.distill(objective, teachers, **settings, **LEAK), leaking(models, teachers)
+    distill, batch = models.distill(objective, teachers, **settings, **LEAK), models.batch(teachers)
     config = models.config(packed=packed, actor=limits)
     student, other = workers(config, distill), workers(config, distill)
     keys = [key for key in batch.batch.keys() if key not in ("advantages", "old_log_probs")]  # noqa: SIM118
@@ -56,14 +41,6 @@ def test_scores_and_update_are_those_of_a_stage_before(
     assert updated.meta_info == right.meta_info
     trained = weights_of(other)
     assert all(torch.equal(value, trained[name]) for name, value in weights_of(student).items())
-
-
-def test_a_mini_batch_that_trains_nothing_has_no_scores(models: Models) -> None:
-    batch = models.batch()
-    batch.tensor("response_mask")[:4] = 0
-    updated = workers(models.config(rows_per_step=4), DistillConfig("exact")).update_actor(batch)
-    scores = updated.tensor("ref_log_prob")
-    assert not scores[:4].any() and (scores != 0).equal(batch.tensor("response_mask").bool())
 
 
 def test_a_policy_loss_needs_an_advantage(models: Models) -> None:

@@ -86,8 +86,7 @@ def test_the_base_teacher_needs_a_row_too_unless_a_stitched_one_speaks_with_its_
     trainer.train_dataset = SimpleNamespace(sources=["rec_next", "general"], has_extended=[True, False])
     with pytest.raises(ValueError, match=r"ref\.model\.path judges no row.*\{'reader': \['\*'\]\}"):
         trainer._check_teachers_have_rows()
-    trainer = trainer_of({"reader": TeacherConfig(vocabulary="stitched", sources=["rec_*", "general"])})
-    trainer.train_dataset = SimpleNamespace(sources=["rec_next", "general"], has_extended=[True, False])
+    trainer.config.algorithm.distill.teachers = {"reader": TeacherConfig(vocabulary="stitched", sources=["*"])}
     trainer._check_teachers_have_rows()
     trainer.config.algorithm.distill.support = "shared"
     with pytest.raises(ValueError, match=r"support=shared has no effect: .* all rows to \['reader'\], which know them"):

@@ -91,12 +91,6 @@ def test_mini_batches_hold_the_same_rows_for_any_number_of_ranks(dp_size: int, m
         assert together == list(range(number * mini_batch_rows, (number + 1) * mini_batch_rows))
 
 
-def test_the_fullest_part_goes_to_the_rank_with_the_fewest_tokens() -> None:
-    # Each mini-batch of two rows gives one rank 9 and the other 1 token: turned, both have 10 after two.
-    order = balanced_order([9, 1, 9, 1], mini_batch_rows=2, dp_size=2)
-    assert order == [0, 3, 1, 2]
-
-
 # ---------------------------------------------------------------- micro-batches
 
 

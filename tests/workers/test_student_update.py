@@ -144,16 +144,6 @@ def test_nothing_after_the_first_extended_token_has_a_gradient(models: Models) -
     assert_same_gradient(first_gradient(update(config, other)[0]), gradient)
 
 
-def test_the_first_extended_token_itself_is_trained(models: Models) -> None:
-    batch, student = extended_batch(models.extend_start), workers(models.config(rows_per_step=4))
-    batch.tensor("advantages").fill_(0)
-    batch.tensor("advantages")[1, 0] = -30.0  # t* of the second row alone has an advantage
-    old = student.compute_log_prob(batch).tensor("old_log_probs")
-    batch.tensor("old_log_probs").copy_(old)
-    assert student.update_actor(batch).meta_info["metrics"]["actor/grad_norm"] > 0
-    assert student.compute_log_prob(batch).tensor("old_log_probs")[1, 0] < old[1, 0] - 0.01
-
-
 def test_a_mini_batch_without_trained_tokens_changes_nothing(models: Models) -> None:
     batch = extended_batch(models.extend_start)
     batch.tensor("response_mask").zero_()

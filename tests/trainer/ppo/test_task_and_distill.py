@@ -105,11 +105,3 @@ def test_which_stages_a_step_has(settings: dict[str, Any], scores: bool, weighs:
     assert (trainer.uses_reference, trainer.uses_advantage) == (scores, weighs)
     trainer.config.trainer = TrainerConfig(teacher_nnodes=1, teacher_n_gpus_per_node=1)
     assert (trainer.uses_reference, trainer.uses_advantage) == (True, weighs)
-
-
-@pytest.mark.parametrize("key", ["use_kl_in_reward", "use_kl_loss"])
-def test_a_kl_term_of_the_task_scores_before_the_update(key: str) -> None:
-    trainer = trainer_of(algorithm(objective="exact"))
-    part = trainer.config.algorithm if key == "use_kl_in_reward" else trainer.config.actor_rollout_ref.actor
-    setattr(part, key, True)
-    assert trainer.uses_reference

@@ -1,6 +1,7 @@
 """Learning-rate schedules in numbers, and what a step does."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -9,33 +10,23 @@ from torch import nn
 from verl.config import OptimizerConfig
 from verl.workers.fsdp.optimizer import LearningRateSchedule, build_optimizer, clipped_step, learning_rate
 
-
-def rates(config: OptimizerConfig, steps: int) -> list[float]:
-    return [learning_rate(config, step) for step in range(steps)]
-
-
-def test_constant_after_warmup() -> None:
-    config = OptimizerConfig(lr=1.0, lr_warmup_steps=4)
-    assert rates(config, 6) == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+LINEAR = {"lr_scheduler_type": "linear", "total_training_steps": 5}
+COSINE = {"lr_scheduler_type": "cosine", "min_lr_ratio": 0.5}
 
 
-def test_warmup_as_a_share_of_all_steps() -> None:
-    config = OptimizerConfig(lr=1.0, lr_warmup_steps_ratio=0.2, total_training_steps=10)
-    assert rates(config, 4) == [0.5, 1.0, 1.0, 1.0]
-
-
-def test_linear_falls_to_its_minimum() -> None:
-    config = OptimizerConfig(lr=1.0, lr_scheduler_type="linear", lr_warmup_steps=1, total_training_steps=5)
-    assert rates(config, 7) == [1.0, 1.0, 0.75, 0.5, 0.25, 0.0, 0.0]
-    config.min_lr_ratio = 0.2
-    assert rates(config, 6) == pytest.approx([1.0, 1.0, 0.8, 0.6, 0.4, 0.2])
-
-
-def test_cosine_is_half_way_down_in_the_middle() -> None:
-    config = OptimizerConfig(lr=2.0, lr_scheduler_type="cosine", min_lr_ratio=0.5, total_training_steps=8)
-    assert learning_rate(config, 0) == 2.0
-    assert learning_rate(config, 4) == pytest.approx(1.5)
-    assert learning_rate(config, 8) == pytest.approx(1.0)
+@pytest.mark.parametrize(
+    ("settings", "rates"),
+    [
+        ({"lr_warmup_steps": 4}, [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]),
+        ({"lr_warmup_steps_ratio": 0.2, "total_training_steps": 10}, [0.5, 1.0, 1.0, 1.0]),
+        ({**LINEAR, "lr_warmup_steps": 1}, [1.0, 1.0, 0.75, 0.5, 0.25, 0.0, 0.0]),
+        ({**LINEAR, "lr_warmup_steps": 1, "min_lr_ratio": 0.2}, [1.0, 1.0, 0.8, 0.6, 0.4, 0.2]),
+        ({**COSINE, "total_training_steps": 2}, [1.0, 0.75, 0.5, 0.5]),
+    ],
+)
+def test_schedules_in_numbers(settings: dict[str, Any], rates: list[float]) -> None:
+    config = OptimizerConfig(lr=1.0, **settings)
+    assert [learning_rate(config, step) for step in range(len(rates))] == pytest.approx(rates)
 
 
 def test_the_schedule_drives_the_optimizer() -> None:

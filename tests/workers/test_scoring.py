@@ -65,16 +65,6 @@ def test_scores_are_those_of_whole_logits(
     assert (set(batch.batch.keys()), batch.meta_info) == (keys, meta), "the batch is as it was"
 
 
-def test_micro_batches_by_rows_score_the_same(models: Models) -> None:
-    batch = rollouts(draw_rows(7, models.ids), models.extend_start)
-    by_rows = {"log_prob_use_dynamic_bsz": False, "log_prob_micro_batch_size_per_gpu": 2}
-    first, second = (workers(models.config(rollout=rollout)).compute_log_prob(batch) for rollout in ({}, by_rows))
-    none = workers(worker_config(models.student)).compute_log_prob(batch)
-    assert not none.tensor("extend_mass").any(), "there is no extension"
-    for key in ("old_log_probs", "entropys", "extend_mass"):
-        torch.testing.assert_close(first.tensor(key), second.tensor(key), rtol=0, atol=1e-5)
-
-
 def test_models_that_cannot_be_scored(tiny_tokenizers: tuple[Path, Path], models: Models, tmp_path: Path) -> None:
     folder = write_model(tmp_path, tiny_tokenizers[1], rows=models.ids - 1)
     with pytest.raises(ValueError, match=f"{models.ids} ids .* {models.ids - 1} rows"):
@@ -126,16 +116,6 @@ def test_replacement_and_stand_in_are_settings(models: Models) -> None:
         same = worker.compute_ref_log_prob(spelled_out).tensor("ref_log_prob")
         torch.testing.assert_close(scores[token][0, [0, 2]], same[0, [0, 2]])
     assert not torch.allclose(scores[9], scores[10])
-
-
-def test_ids_between_tokenizer_and_extension_are_unknown_too(models: Models) -> None:
-    """The extension may begin past the teacher's last id; what lies between is in its padded rows, not in B."""
-    ids = models.extend_start
-    config = worker_config(models.student, models.teacher, extend_start=ids + 4)
-    batch = rollouts([([5, 6], [7, ids + 1, ids + 5, 8])], ids + 4)
-    scores = teacher(config).compute_ref_log_prob(batch).tensor("ref_log_prob")[0]
-    assert (scores == -100.0).tolist() == [False, True, True, False, False, False, False, False]
-    assert scores[4:].tolist() == [0.0] * 4
 
 
 def test_a_student_that_is_its_teacher_has_no_advantage(models: Models) -> None:

@@ -75,16 +75,6 @@ def test_constant_rewards_leave_distillation_alone(estimator: str) -> None:
     close(pure, DISTILLED)
 
 
-def test_a_teacher_that_agrees_leaves_the_reward_alone() -> None:
-    batch = batch_of([0.0, 1.0, 3.0, 1.0])
-    batch.batch["ref_log_prob"] = STUDENT.clone()
-    settings = algorithm()
-    alone = trainer_of(AlgoConfig(norm_adv_by_std_in_grpo=False), RayPPOTrainer).advantage(batch)
-    both = trainer_of(settings).advantage(batch)
-    assert torch.equal(both.tensor("advantages"), alone.tensor("advantages"))
-    assert torch.equal(both.tensor("returns"), alone.tensor("returns"))
-
-
 PURE = {"estimator": "on_policy_distill", "coef": None}
 
 

@@ -107,7 +107,7 @@ def test_micro_batches_hold_every_row_once_within_the_limit_fullest_first() -> N
 
 
 def test_a_row_above_the_limit_is_named() -> None:
-    with pytest.raises(ValueError, match="12 tokens and a micro-batch holds 11; raise"):
+    with pytest.raises(ValueError, match="12 tokens, a micro-batch holds 11; raise"):
         rearrange_micro_batches(rows_of(3, 12), max_token_len=11)
 
 

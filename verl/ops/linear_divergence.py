@@ -175,9 +175,7 @@ def _chunk(
     support = start if options.support == SHARED else job.ids
     known = teacher.vocab_size if isinstance(teacher, TopLogProbs) else teacher.shape[1]
     if known != start and known < job.ids:
-        raise ValueError(
-            f"the teacher scores {known} ids, not {start} or {job.ids}: check rollout.extend_vocab_start_token"
-        )
+        raise ValueError(f"the teacher scores {known} ids, not {start} or {job.ids}: check extend_vocab_start_token")
     base = logits[:, :start].logsumexp(dim=-1)
     extended = logits[:, start:].logsumexp(dim=-1)  # -inf where E is empty
     whole = torch.logaddexp(base, extended)

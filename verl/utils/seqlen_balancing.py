@@ -19,15 +19,6 @@ Part = tuple[int, list[int]]
 """Tokens of a part, and its rows."""
 
 
-def _merge(left: list[Part], right: list[Part]) -> list[Part]:
-    """Two divisions into k parts as one: the fullest part of one takes the emptiest of the other."""
-    merged = [
-        (tokens + other, rows + more) for (tokens, rows), (other, more) in zip(left, reversed(right), strict=True)
-    ]
-    # By rows too: with rows of no tokens an empty part must still count as emptier, or one could stay empty.
-    return sorted(merged, key=lambda part: (part[0], len(part[1])), reverse=True)
-
-
 def get_seqlen_balanced_partitions(seqlen_list: Sequence[int], k_partitions: int, equal_size: bool) -> list[list[int]]:
     """Divide rows into parts of about equal numbers of tokens (Karmarkar-Karp, the largest differencing method).
 
@@ -56,7 +47,11 @@ def get_seqlen_balanced_partitions(seqlen_list: Sequence[int], k_partitions: int
         heapq.heappush(heap, (division[-1][0] - division[0][0], start, division))
     while len(heap) > 1:
         _, ticket, first = heapq.heappop(heap)
-        merged = _merge(first, heapq.heappop(heap)[2])
+        # The fullest part of one takes the emptiest of the other. Sorted by rows too: with rows of no tokens an empty
+        # part must still count as emptier, or one could stay empty.
+        pairs = zip(first, reversed(heapq.heappop(heap)[2]), strict=True)
+        merged = [(tokens + other, rows + more) for (tokens, rows), (other, more) in pairs]
+        merged.sort(key=lambda part: (part[0], len(part[1])), reverse=True)
         heapq.heappush(heap, (merged[-1][0] - merged[0][0], ticket, merged))
     return [sorted(rows) for _, rows in heap[0][2]]
 
@@ -107,7 +102,7 @@ def check_row_lengths(seqlens: Sequence[int], max_token_len: int) -> None:
     longest = max(seqlens)
     if longest > max_token_len:
         raise ValueError(
-            f"a row has {longest} tokens and a micro-batch holds {max_token_len}; raise *_max_token_len_per_gpu"
+            f"a row has {longest} tokens, a micro-batch holds {max_token_len}; raise *_max_token_len_per_gpu"
         )
 
 

@@ -91,8 +91,8 @@ class TeacherWorker(Worker):
         ids, replacement = len(tokenizer), None
         if not knows_extended:
             ids = Vocabulary(ids, config.rollout.extend_start).shared_ids()
-            candidates = [tokenizer.pad_token_id, tokenizer.eos_token_id]
-            replacement = choose_replacement(ref.ref_replace_token_id, candidates, ids)
+            likely = [tokenizer.pad_token_id, tokenizer.eos_token_id]
+            replacement = choose_replacement(ref.ref_replace_token_id, likely, ids)
         Vocabulary(ids).check_head(module.num_rows, path)
         return ModelTeacher(module, ids, replacement)
 

@@ -61,12 +61,6 @@ def test_every_scored_position_comes_once_and_limits_hold(max_tokens: int, packe
     assert all(micro.inputs.input_ids.numel() <= max_tokens for micro in micros)
 
 
-@pytest.mark.parametrize("packed", [True, False])
-def test_a_row_longer_than_a_micro_batch_is_an_error(packed: bool) -> None:
-    with pytest.raises(ValueError, match="micro-batch holds 3"):
-        ScoredRows(INPUT_IDS, ATTENTION, ALL_RESPONSE).micro_batches(BatchSizes(3), packed)
-
-
 def test_a_response_without_prompt_is_an_error() -> None:
     attention = ATTENTION.clone()
     attention[1, :3] = 0

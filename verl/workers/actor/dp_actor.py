@@ -203,10 +203,8 @@ class DataParallelPPOActor:
         mini_loss = MiniBatchLoss(mini, config, self.vocabulary, device, self.distill, teachers)
         if not mini_loss.is_empty:
             of_loss, teacher_log_probs = self._accumulate_gradient(mini, mini_loss, config)
-            loss = of_loss["actor/loss"]
-            norm, taken = clipped_step(
-                self.actor_module, self.actor_optimizer, config.grad_clip, loss, self.extended_rows
-            )
+            module, loss = self.actor_module, of_loss["actor/loss"]
+            norm, taken = clipped_step(module, self.actor_optimizer, config.grad_clip, loss, self.extended_rows)
             metrics |= {"actor/grad_norm": norm, COUNTS[0 if taken else 1]: 1.0, **of_loss}
         self.lr_schedule.set_steps(self.lr_schedule.steps + 1)
         return metrics, teacher_log_probs

@@ -187,15 +187,9 @@ class DivergenceLoss:
         self._mini, self._vocabulary, self._device = mini, vocabulary, device
         self._trained, self._temperature = mini.tensor("response_mask").bool(), mini.meta_info["temperature"]
         self._teachers = [teacher for teacher, _ in teachers]
-        options = DivergenceOptions(
-            DIVERGENCE_OF[distill.objective],
-            distill.beta,
-            distill.support,
-            self._temperature,
-            config.ref_log_prob_replace_val,
-            distill.leak_coef,
-            distill.leak_target,
-        )
+        kind, missing = DIVERGENCE_OF[distill.objective], config.ref_log_prob_replace_val
+        settings = {name: getattr(distill, name) for name in ("beta", "support", "leak_coef", "leak_target")}
+        options = DivergenceOptions(kind, temperature=self._temperature, missing_log_prob=missing, **settings)
         over_all = dataclasses.replace(options, support=FULL, leak_coef=0.0)
         self._options = [over_all if teacher.knows_extended else options for teacher in self._teachers]
         self._teacher_of = mini.batch.get("teacher", torch.zeros(len(mini), dtype=torch.int64))

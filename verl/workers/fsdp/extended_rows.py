@@ -105,9 +105,7 @@ def _find_share(parameter: nn.Parameter, extend_start: int) -> _Matrix:
     assert isinstance(parameter, DTensor) and parameter.placements == (Shard(0),), "student models are sharded by rows"
     rows = parameter.shape[0]
     if not 0 < extend_start < rows:
-        raise ValueError(
-            f"rollout.extend_vocab_start_token={extend_start} leaves no extended row; the model has {rows} rows"
-        )
+        raise ValueError(f"extend_vocab_start_token={extend_start} leaves no extended row: the model has {rows} rows")
     own, rows_each = parameter.to_local().detach(), -(-rows // parameter.device_mesh.size())
     first = min(max(extend_start - parameter.device_mesh.get_local_rank() * rows_each, 0), len(own))
     return _Matrix(parameter, first, own.to("cpu", copy=True))

@@ -22,7 +22,7 @@ class Vocabulary(NamedTuple):
         known = self.ids if teacher_ids is None else teacher_ids
         return known if self.extend_start is None else min(known, self.extend_start)
 
-    def check_head(self, rows: int, model: str = "") -> None:
+    def check_head(self, rows: int, model: str = "the model") -> None:
         """Raise ValueError where a head has fewer rows than there are ids: model and tokenizer do not fit each other.
 
         Args:
@@ -31,6 +31,5 @@ class Vocabulary(NamedTuple):
         """
         if not 0 < self.ids <= rows:
             raise ValueError(
-                f"the tokenizer names {self.ids} ids and the lm head {f'of {model} ' if model else ''}has {rows} rows; "
-                "check model.path and tokenizer_path, or resize the model's embeddings"
+                f"the tokenizer names {self.ids} ids and the lm head of {model} has {rows} rows; check tokenizer_path"
             )

@@ -1,18 +1,82 @@
-"""Exact divergences in chunks, against whole distributions and autograd."""
+"""Exact divergences in chunks, from whole distributions or likeliest ids alone, against definitions and autograd."""
 
 import math
 
 import pytest
 import torch
-from support.divergence_cases import DRAWN, LEAK, Case, D, E, K, N, V, definition
-from support.peak_memory import LargestTensor, measure
+from support.peak_memory import LargestTensor
 
-from verl.ops.linear_divergence import (
-    DIVERGENCES,
-    DivergenceOptions,
-    linear_divergence,
-)
-from verl.ops.teacher_log_probs import LinearTeacher, TopLogProbs
+from verl.ops.linear_divergence import DIVERGENCES, DivergenceOptions, linear_divergence
+from verl.ops.teacher_log_probs import LinearTeacher, StitchedTeacher, TopLogProbs
+from verl.vocabulary import Vocabulary
+
+N, D, V, K, E = 13, 6, 20, 17, 11  # positions, hidden, rows of the head, ids in the softmax, first extended id
+TEACHER_ROWS = 14  # three rows past the shared ids, as Qwen3 has
+DRAWN = torch.zeros(1, dtype=torch.int64)
+"""The token of one position, where its statistics do not matter."""
+LEAK = {"leak_coef": 0.7, "leak_target": 0.03}
+
+
+class Case:
+    """Student, base teacher and frozen student, all random."""
+
+    def __init__(self, dtype: torch.dtype = torch.float64, seed: int = 0, scale: float = 1.0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+
+        def draw(*shape: int) -> torch.Tensor:
+            return scale * torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+        self.hidden, self.weight = draw(N, D).requires_grad_(), draw(V, D).requires_grad_()
+        self.base_hidden, self.base_weight = draw(N, 4), draw(TEACHER_ROWS, 4)
+        self.frozen_hidden, self.frozen_weight = draw(N, D), draw(V, D)
+        self.token_weights = torch.rand(N, generator=generator, dtype=torch.float64).to(dtype)
+        self.token_weights[3] = 0.0
+
+    def base(self, temperature: float = 1.0) -> LinearTeacher:
+        return LinearTeacher(self.base_hidden, self.base_weight, E, temperature)
+
+    def frozen(self, temperature: float = 1.0) -> LinearTeacher:
+        return LinearTeacher(self.frozen_hidden, self.frozen_weight, K, temperature)
+
+    def stitched(self, temperature: float = 1.0) -> StitchedTeacher:
+        return StitchedTeacher(self.base(temperature), self.frozen(temperature))
+
+    def loss(self, teacher, options: DivergenceOptions, rows: int = 4, start: int | None = E, labels=None):
+        size = self.hidden.dtype.itemsize
+        return linear_divergence(
+            self.hidden,
+            self.weight,
+            self.token_weights,
+            teacher,
+            options,
+            DRAWN.expand(len(self.hidden)) if labels is None else labels,
+            Vocabulary(K, start),
+            chunk_bytes=6 * rows * K * size,
+        )
+
+
+def definition(case: Case, log_q: torch.Tensor, options: DivergenceOptions) -> tuple[torch.Tensor, torch.Tensor]:
+    """D and the leak term (N,) from whole distributions; ``log_q`` over B or over all ids."""
+    logits = case.hidden @ case.weight[:K].T / options.temperature
+    size = E if options.support == "shared" else K
+    log_p = logits[:, :size].log_softmax(-1)
+    if log_q.shape[1] > size:
+        log_q = log_q[:, :size].log_softmax(-1)
+    if log_q.shape[1] < size:
+        missing = options.missing_log_prob if options.kind == "reverse_kl" else -torch.inf
+        log_q = torch.cat([log_q, torch.full((N, size - log_q.shape[1]), missing, dtype=log_q.dtype)], dim=1)
+    p, q = log_p.exp(), log_q.exp()
+    known = torch.where(q > 0, log_q, 0.0)  # 0 log 0 is 0
+    if options.kind == "reverse_kl":
+        divergence = (p * (log_p - log_q)).sum(-1)
+    elif options.kind == "forward_kl":
+        divergence = (q * (known - log_p)).sum(-1)
+    else:
+        log_m = (options.beta * q + (1 - options.beta) * p).log()
+        divergence = options.beta * (q * (known - log_m)).sum(-1) + (1 - options.beta) * (p * (log_p - log_m)).sum(-1)
+    eps, delta = logits.softmax(-1)[:, E:].sum(-1), options.leak_target
+    leak = delta * (delta / eps).log() + (1 - delta) * ((1 - delta) / (1 - eps)).log()
+    return divergence, leak
 
 
 @pytest.mark.parametrize("kind", DIVERGENCES)
@@ -25,30 +89,18 @@ def test_values_and_gradients_are_those_of_the_definition(kind, support, who, te
     log_q = getattr(case, who)(temperature)(slice(None))
     divergence, leak = definition(case, log_q, options)
     expected = (case.token_weights * (divergence + 0.7 * leak)).sum()
-    loss, stats = case.loss(getattr(case, who)(temperature), options)
+    labels = torch.arange(N) + K - N  # 4 to 16: of both kinds
+    loss, stats = case.loss(getattr(case, who)(temperature), options, labels=labels)
+    scores = torch.nn.functional.pad(log_q, (0, K - log_q.shape[1]), value=-20.0)  # over all ids that it knows
+    torch.testing.assert_close(stats.teacher_log_prob, scores.gather(1, labels[:, None])[:, 0], rtol=1e-12, atol=0)
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
     torch.testing.assert_close(stats.divergence, divergence, rtol=1e-10, atol=1e-14)
     torch.testing.assert_close(stats.leak, leak, rtol=1e-10, atol=1e-14)
+    mass = (case.hidden @ case.weight[:K].T / temperature).softmax(-1)[:, E:].sum(-1)
+    torch.testing.assert_close(stats.extend_mass, mass)
     right = torch.autograd.grad(expected, (case.hidden, case.weight))
     for gradient, wanted in zip(torch.autograd.grad(3 * loss, (case.hidden, case.weight)), right, strict=True):
         torch.testing.assert_close(gradient, 3 * wanted, rtol=1e-10, atol=1e-13)
-
-
-@pytest.mark.parametrize("rows", [1, 2, 5, N, 1000])
-def test_chunks_change_nothing(rows) -> None:
-    options = DivergenceOptions("jsd", **LEAK)
-    whole, case = Case(), Case()
-    right = torch.autograd.grad(whole.loss(whole.base(), options, rows=N)[0], (whole.hidden, whole.weight))
-    chunked = torch.autograd.grad(case.loss(case.base(), options, rows=rows)[0], (case.hidden, case.weight))
-    for gradient, wanted in zip(chunked, right, strict=True):
-        torch.testing.assert_close(gradient, wanted, rtol=1e-12, atol=1e-14)
-
-
-def test_extended_mass_is_that_of_the_whole_softmax() -> None:
-    case = Case()
-    _, stats = case.loss(case.base(), DivergenceOptions())
-    torch.testing.assert_close(stats.extend_mass, (case.hidden @ case.weight[:K].T).softmax(-1)[:, E:].sum(-1))
-    assert not any(values.requires_grad for values in stats)
 
 
 @pytest.mark.parametrize("support", ["shared", "full"])
@@ -72,20 +124,6 @@ def test_the_drawn_token_stands_for_the_divergence(support, who) -> None:
     assert outside.any() == (support == "full")
 
 
-@pytest.mark.parametrize("kind", DIVERGENCES)
-@pytest.mark.parametrize("support", ["shared", "full"])
-@pytest.mark.parametrize("who", ["base", "frozen", "stitched"])
-def test_the_teacher_scores_the_drawn_token_over_all_ids_that_it_knows(kind, support, who) -> None:
-    """Neither the support nor the divergence changes its log-prob."""
-    case, options = Case(), DivergenceOptions(kind, support=support, missing_log_prob=-20)
-    teacher, labels = getattr(case, who)(), torch.arange(N) + K - N  # 4 to 16: of both kinds
-    log_q = teacher(slice(None))
-    log_q = torch.nn.functional.pad(log_q, (0, K - log_q.shape[1]), value=-20.0)
-    stats = case.loss(teacher, options, labels=labels)[1]
-    torch.testing.assert_close(stats.teacher_log_prob, log_q.gather(1, labels[:, None])[:, 0], rtol=1e-12, atol=0)
-    assert (stats.teacher_log_prob == -20).sum() == (K - E if who == "base" else 0)
-
-
 def test_two_ids_by_hand() -> None:
     # Student 1/4 and 3/4, teacher 1/2 and 1/2: KL(p | q) = 1/4 ln(1/2) + 3/4 ln(3/2).
     hidden = torch.tensor([[1.0]], requires_grad=True)
@@ -97,28 +135,6 @@ def test_two_ids_by_hand() -> None:
     loss.backward()
     # ds_1 / dh = ln 3, dD / ds_1 = 3/4 (ln(3/2) - D)
     assert hidden.grad.item() == pytest.approx(2 * math.log(3) * 0.75 * (math.log(1.5) - divergence), rel=1e-5)
-
-
-def test_the_shared_support_does_not_move_with_the_mass_of_item_tokens() -> None:
-    """Logits of E alone change: no divergence on B moves, nor has it a gradient there."""
-    case = Case()
-    loss, stats = case.loss(case.base(), DivergenceOptions("reverse_kl"))
-    gradient = torch.autograd.grad(loss, case.weight)[0]
-    assert gradient[E:].abs().max() == 0 and gradient[:E].abs().max() > 0
-    with torch.no_grad():
-        case.weight[E:] *= 3
-    _, moved = case.loss(case.base(), DivergenceOptions("reverse_kl"))
-    torch.testing.assert_close(moved.divergence, stats.divergence)
-    assert (moved.extend_mass - stats.extend_mass).abs().max() > 0.1
-
-
-def test_no_divergence_from_oneself() -> None:
-    case = Case()
-    itself = LinearTeacher(case.hidden.detach(), case.weight.detach(), K)
-    for kind in DIVERGENCES:
-        loss, stats = case.loss(itself, DivergenceOptions(kind, support="full"))
-        assert stats.divergence.abs().max() < 1e-12
-        assert all(g.abs().max() < 1e-12 for g in torch.autograd.grad(loss, (case.hidden, case.weight)))
 
 
 def test_the_leak_term_vanishes_at_its_target_and_pulls_towards_it() -> None:
@@ -157,42 +173,23 @@ def test_lower_precision_is_near(dtype) -> None:
         assert error < (1e-5 if dtype == torch.float32 else 0.05)
 
 
-def test_nothing_to_score_and_no_extension() -> None:
-    case = Case()
-    empty = linear_divergence(
-        case.hidden[:0], case.weight, case.token_weights[:0], case.frozen(), DivergenceOptions(), DRAWN[:0]
-    )
-    assert empty[0].item() == 0
-    everything = LinearTeacher(case.frozen_hidden, case.frozen_weight, K)
-    _, stats = case.loss(everything, DivergenceOptions(), start=None)
-    assert stats.extend_mass.abs().max() == 0 and stats.leak.abs().max() == 0
-
-
 def test_whole_logits_never_exist() -> None:
     case = Case()
-    with LargestTensor() as largest:
-        loss, _ = case.loss(case.base(), DivergenceOptions("jsd", **LEAK), rows=2)
-        loss.backward()
-    assert largest.elements == max(2 * K, V * D)
+    for teacher in (case.base(), named(case.base(), 3)[0].rows):
+        with LargestTensor() as largest:
+            loss, _ = case.loss(teacher, DivergenceOptions("jsd", **LEAK), rows=2)
+            loss.backward()
+        assert largest.elements == max(2 * K, V * D)
 
 
 def test_sizes_that_do_not_fit() -> None:
     case = Case()
-    with pytest.raises(ValueError, match="the teacher scores 14 ids; it has to score 11"):
+    empty = case.hidden[:0], case.weight, case.token_weights[:0], case.frozen(), DivergenceOptions(), DRAWN[:0]
+    assert linear_divergence(*empty)[0].item() == 0
+    with pytest.raises(ValueError, match="the teacher scores 14 ids, not 11 or 17"):
         case.loss(LinearTeacher(case.base_hidden, case.base_weight, 14), DivergenceOptions())
     with pytest.raises(ValueError, match="names 15 ids"):
         LinearTeacher(case.base_hidden, case.base_weight, 15)
-    case.token_weights = case.token_weights[:5]
-    with pytest.raises(ValueError, match="have 13 and 5 positions"):
-        case.loss(case.base(), DivergenceOptions())
-
-
-def test_only_the_students_ids_of_a_larger_teacher_are_compared() -> None:
-    case = Case()
-    larger = LinearTeacher(case.frozen_hidden, case.frozen_weight, V)
-    loss, _ = case.loss(larger, DivergenceOptions(support="full"), start=None)
-    cut = LinearTeacher(case.frozen_hidden, case.frozen_weight, K)
-    torch.testing.assert_close(loss, case.loss(cut, DivergenceOptions(support="full"), start=None)[0])
 
 
 def test_the_smallest_probabilities_of_a_teacher_leave_jsd_finite() -> None:
@@ -203,10 +200,92 @@ def test_the_smallest_probabilities_of_a_teacher_leave_jsd_finite() -> None:
         assert loss.isfinite()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("topk", [0, 64])
-def test_memory_at_the_real_vocabulary_is_that_of_a_chunk(topk) -> None:
-    """Under a tenth of the logits of 8,192 positions, and no more for twice the positions."""
-    (few,), (twice,) = measure("divergence", 256, topk), measure("divergence", 512, topk)
-    assert 0 < twice < 0.1 * 8192 * 176_384 * 4 / 2**20
-    assert few > 0 and twice < few * 1.1
+def bucketed(log_probs: torch.Tensor, ids: torch.Tensor, known: int) -> torch.Tensor:
+    """Log-probs of the named ids (N, K), of the others below ``known`` together (N, 1), and of those past it."""
+    others = log_probs[:, :known].scatter(1, ids, -torch.inf).logsumexp(-1, keepdim=True)
+    return torch.cat([log_probs.gather(1, ids), others, log_probs[:, known:]], dim=1)
+
+
+def named(teacher, topk: int) -> tuple[TopLogProbs, torch.Tensor]:
+    """The likeliest ids of a teacher from its whole distribution in double precision, and that distribution."""
+    log_q = teacher(slice(None))
+    values, ids = log_q.topk(topk, dim=-1)
+    rest = log_q.scatter(1, ids, -torch.inf).logsumexp(-1)
+    return TopLogProbs(ids, values, rest, log_q.shape[1]), log_q
+
+
+@pytest.mark.parametrize("kind", DIVERGENCES)
+@pytest.mark.parametrize("support", ["shared", "full"])
+@pytest.mark.parametrize("who", ["base", "frozen", "stitched"])
+@pytest.mark.parametrize(("topk", "rows"), [(1, 5), (4, 1), (4, 5)])
+def test_of_the_likeliest_ids_it_is_the_divergence_of_the_buckets(kind, support, who, topk, rows) -> None:
+    """Value and gradient by autograd through the coarsened distributions, and a lower bound of the whole."""
+    if who != "base" and support == "shared":
+        return  # a teacher of all ids is compared over all of them
+    case = Case()
+    options = DivergenceOptions(kind, beta=0.3, support=support, missing_log_prob=-20, **LEAK)
+    top, log_q = named(getattr(case, who)(0.8), topk)
+    size = E if support == "shared" else K
+    log_p = (case.hidden @ case.weight[:K].T)[:, :size].log_softmax(-1)
+    whole_divergence, leak = definition(case, log_q, options)
+    missing = options.missing_log_prob if kind == "reverse_kl" else -torch.inf
+    padded = torch.nn.functional.pad(log_q, (0, size - log_q.shape[1]), value=missing)
+    lp, lq = (bucketed(values, top.ids, top.vocab_size) for values in (log_p, padded))
+    p, q, known = lp.exp(), lq.exp(), torch.where(lq > -torch.inf, lq, 0.0)
+    log_m = (options.beta * q + (1 - options.beta) * p).log()
+    divergence = {
+        "reverse_kl": (p * (lp - known)).sum(-1),
+        "forward_kl": (q * (known - lp)).sum(-1),
+        "jsd": (options.beta * q * (known - log_m) + (1 - options.beta) * p * (lp - log_m)).sum(-1),
+    }[kind]
+    loss, stats = case.loss(top.rows, options, rows=rows)
+    torch.testing.assert_close(stats.divergence, divergence, rtol=1e-10, atol=1e-14)
+    assert (stats.divergence <= whole_divergence + 1e-12).all() and (stats.divergence < whole_divergence - 1e-6).any()
+    right = torch.autograd.grad(
+        (case.token_weights * (divergence + 0.7 * leak)).sum(), (case.hidden, case.weight), retain_graph=True
+    )
+    for gradient, wanted in zip(torch.autograd.grad(loss, (case.hidden, case.weight)), right, strict=True):
+        torch.testing.assert_close(gradient, wanted, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize(("who", "support"), [("base", "shared"), ("base", "full"), ("frozen", "full")])
+def test_all_ids_named_is_the_whole_divergence(who, support) -> None:
+    case = Case()
+    options = DivergenceOptions(support=support, missing_log_prob=-20, **LEAK)
+    top, log_q = named(getattr(case, who)(), E if who == "base" else K)
+    assert (top.rest == -torch.inf).all() and top.ids.shape[1] == log_q.shape[1]
+    right = case.loss(getattr(case, who)(), options)
+    loss, stats = case.loss(top.rows, options)
+    torch.testing.assert_close(stats.divergence, right[1].divergence, rtol=1e-12, atol=1e-14)
+    gradients = (torch.autograd.grad(value, (case.hidden, case.weight)) for value in (loss, right[0]))
+    for gradient, wanted in zip(*gradients, strict=True):
+        torch.testing.assert_close(gradient, wanted, rtol=1e-12, atol=1e-14)
+
+
+def test_three_ids_in_two_buckets_by_hand() -> None:
+    # Student 1/2, 1/4, 1/4; the teacher names id 0 with 1/4 and leaves 3/4: D = 1/2 ln 2 + 1/2 ln(2/3).
+    head = torch.tensor([[math.log(2.0)], [0.0], [0.0]])
+    hidden, ones = torch.tensor([[1.0]], requires_grad=True), torch.ones(1)
+    top = TopLogProbs(torch.tensor([[0]]), torch.tensor([[0.25]]).log(), torch.tensor([0.75]).log(), 3)
+    loss, _ = linear_divergence(hidden, head, ones, top.rows, DivergenceOptions(), DRAWN)
+    divergence = 0.5 * math.log(2) + 0.5 * math.log(2 / 3)
+    assert loss.item() == pytest.approx(divergence)
+    loss.backward()
+    # ds_0 / dh = ln 2, dD / ds_0 = 1/2 (ln 2 - D)
+    assert hidden.grad.item() == pytest.approx(math.log(2) * 0.5 * (math.log(2) - divergence), rel=1e-5)
+
+
+def test_a_rest_of_nothing_stays_finite() -> None:
+    """The student or the teacher leaves next to nothing to the ids that are not named, and then nothing at all."""
+    head = torch.tensor([[0.0], [-1.0], [-2.0]])
+    for of_student in (1.0, 100.0, 1000.0):
+        for rest in (-1.0, -90.0, -1000.0, -torch.inf):
+            hidden = torch.tensor([[of_student]], requires_grad=True)
+            top = TopLogProbs(torch.tensor([[0]]), torch.tensor([[-1e-6]]), torch.tensor([rest]), 3)
+            loss, _ = linear_divergence(hidden, head, torch.ones(1), top.rows, DivergenceOptions(), DRAWN)
+            loss.backward()
+            assert loss.isfinite() and hidden.grad.isfinite().all()
+            p_rest = 1 - torch.softmax(of_student * head[:, 0].double(), 0)[0].item()
+            if p_rest:  # what the teacher leaves counts as exp(-100) at least
+                wanted = (1 - p_rest) * (math.log1p(-p_rest) + 1e-6) + p_rest * (math.log(p_rest) - max(rest, -100.0))
+                assert loss.item() == pytest.approx(wanted, rel=1e-4, abs=1e-6)

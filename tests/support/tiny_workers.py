@@ -1,26 +1,20 @@
 """Tiny models, hand-made rollouts and groups of ranks for tests of the training workers.
 
 A batch is drawn as a list of rows, each a prompt and a response of token ids; `rollouts` pads them as the agent loops
-do. `run_ranks` runs a function on several ranks in processes of their own, meeting over gloo.
+do. `run_ranks` runs a function on several ranks, processes that all tests share, meeting over gloo.
 """
 
 import multiprocessing
 import os
 import socket
+import traceback
 from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.multiprocessing
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    LlamaConfig,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen3Config,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 
 from verl.config import (
     ActorRolloutRefConfig,
@@ -47,16 +41,8 @@ def write_model(
 ) -> Path:
     """Save a random model of two blocks with that tokenizer; ``rows`` of embedding, by default 5 past its ids."""
     ids = AutoTokenizer.from_pretrained(tokenizer)
-    sizes = {
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 512,
-    }
-    if family != "qwen2":
-        sizes["head_dim"] = 16
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, **({} if family == "qwen2" else {"head_dim": 16})}
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "max_position_embeddings": 512} | heads
     torch.manual_seed(seed)
     config = FAMILIES[family](vocab_size=rows or len(ids) + 5, tie_word_embeddings=tied, **sizes)
     model = AutoModelForCausalLM.from_config(config)
@@ -75,27 +61,20 @@ def load_plain(folder: Path) -> PreTrainedModel:
 
 
 def worker_config(
-    student: Path,
-    teacher: Path | None = None,
-    *,
-    extend_start: int | None = None,
-    rows_per_step: int = 8,
-    actor: dict[str, Any] | None = None,
-    model: dict[str, Any] | None = None,
-    ref: dict[str, Any] | None = None,
-    rollout: dict[str, Any] | None = None,
+    student: Path, teacher: Path | None = None, extend_start: int | None = None, rows_per_step: int = 8, **sections: Any
 ) -> ActorRolloutRefConfig:
-    """Settings of the workers: gradients are not clipped, and Adam's first moment holds a tenth of the gradient."""
+    """Settings of the workers, with changes of the sections ``actor``, ``model``, ``ref`` and ``rollout``.
+
+    Gradients are not clipped, and Adam's first moment holds a tenth of the gradient.
+    """
     optim = OptimizerConfig(lr=1e-3, weight_decay=0.0, betas=(ADAM_BETA1, 0.999))
+    actor = {"ppo_mini_batch_size": rows_per_step, "grad_clip": 1e9, "optim": optim, **sections.get("actor", {})}
+    sizes = {"prompt_length": PROMPT, "response_length": RESPONSE, "extend_vocab_start_token": extend_start}
     return ActorRolloutRefConfig(
-        model=HFModelConfig(path=str(student), **(model or {})),
-        actor=FSDPActorConfig(
-            **{"ppo_mini_batch_size": rows_per_step, "grad_clip": 1e9, "optim": optim, **(actor or {})}
-        ),
-        ref=RefConfig(model=RefModelConfig(path=None if teacher is None else str(teacher)), **(ref or {})),
-        rollout=RolloutConfig(
-            prompt_length=PROMPT, response_length=RESPONSE, extend_vocab_start_token=extend_start, **(rollout or {})
-        ),
+        model=HFModelConfig(path=str(student), **sections.get("model", {})),
+        actor=FSDPActorConfig(**actor),
+        ref=RefConfig(model=RefModelConfig(path=None if teacher is None else str(teacher)), **sections.get("ref", {})),
+        rollout=RolloutConfig(**sizes, **sections.get("rollout", {})),
     )
 
 
@@ -198,19 +177,47 @@ def assert_same_gradient(got: dict[str, torch.Tensor], right: dict[str, torch.Te
         torch.testing.assert_close(got[name], value, rtol=0, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def _enter_rank(rank: int, program: Callable[..., None], ranks: int, port: int, args: tuple[Any, ...]) -> None:
+def _serve_rank(rank: int, ranks: int, port: int, connection: Connection) -> None:
+    """Run what comes, one program after the other, and answer with the error or None."""
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in place.items()}}
-    program(*args)
+    while True:
+        program, args = connection.recv()
+        try:
+            program(*args)
+            connection.send(None)
+        except BaseException:
+            connection.send(traceback.format_exc())
 
 
-def run_ranks(world_size: int, program: Callable[..., None], *args: Any) -> None:
-    """Run ``program(*args)`` on each rank; an error on any of them is raised here."""
+def _start_ranks(world_size: int) -> list[Connection]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     # A server that has imported torch and the workers forks the ranks: importing takes longer than most programs.
-    multiprocessing.set_forkserver_preload(["verl.workers.student_worker", "verl.workers.teacher_worker"])
-    torch.multiprocessing.start_processes(
-        _enter_rank, (program, world_size, port, args), nprocs=world_size, start_method="forkserver"
-    )
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["verl.workers.student_worker", "verl.workers.teacher_worker"])
+    connections = []
+    for rank in range(world_size):
+        ours, theirs = context.Pipe()
+        context.Process(target=_serve_rank, args=(rank, world_size, port, theirs), daemon=True).start()
+        connections.append(ours)
+    return connections
+
+
+_RANKS: dict[int, list[Connection]] = {}
+
+
+def run_ranks(world_size: int, program: Callable[..., None], *args: Any) -> None:
+    """Run ``program(*args)`` on each rank; an error on any of them is raised here. All tests share the processes."""
+    connections = _RANKS.get(world_size) or _RANKS.setdefault(world_size, _start_ranks(world_size))
+    for connection in connections:
+        connection.send((program, args))
+    waiting = list(connections)
+    while waiting:
+        for connection in wait(waiting):
+            error = connection.recv()
+            if error is not None:
+                del _RANKS[world_size]  # the others may wait for a rank that will not come
+                raise RuntimeError(error)
+            waiting.remove(connection)

@@ -1,11 +1,18 @@
-"""Exact objectives through the real workers: against whole distributions, per teacher, on one rank and two."""
+"""Objectives over whole distributions through the real workers: against autograd, per teacher, on one rank and two.
+
+The gradient is the same wherever teachers run: in the update, in a stage before it, or on other ranks, whose hidden
+states are exported.
+"""
 
 import dataclasses
+import gc
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from support.exact_cases import LEAK, TEMPERATURE, Models, over_support, scored, workers
+from support.exact_cases import LEAK, TEMPERATURE, Models, over_support, scored, workers, workers_apart
 from support.tiny_workers import (
     assert_same_gradient,
     first_gradient,
@@ -13,26 +20,27 @@ from support.tiny_workers import (
     plain_gradient,
     plain_log_probs,
     run_ranks,
+    weights_of,
 )
 
 from verl.config import ActorRolloutRefConfig, DistillConfig, TeacherConfig
 from verl.protocol import DataProto
-from verl.workers.student_worker import StudentWorker
+from verl.workers.actor.teachers import HIDDEN_STATE_HANDLES
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
 
 @pytest.mark.parametrize(
-    ("support", "leak", "teachers", "limits"),
+    ("support", "leak", "teachers", "limits", "packed", "tied"),
     [
-        ("shared", {}, 1, {}),
-        ("full", LEAK, 1, {}),
-        ("shared", LEAK, 3, {}),
-        ("shared", LEAK, 3, {"ppo_max_token_len_per_gpu": 16}),
-        ("shared", LEAK, 2, {"use_dynamic_bsz": False, "ppo_micro_batch_size_per_gpu": 3}),
+        ("shared", {}, 1, {}, True, True),
+        ("full", LEAK, 1, {}, False, True),
+        ("shared", LEAK, 3, {}, True, False),
+        ("shared", LEAK, 3, {"ppo_max_token_len_per_gpu": 16}, True, True),
+        ("shared", LEAK, 3, {"ppo_max_token_len_per_gpu": 16}, False, True),
+        ("shared", LEAK, 2, {"use_dynamic_bsz": False, "ppo_micro_batch_size_per_gpu": 3}, True, False),
     ],
 )
-@pytest.mark.parametrize(("packed", "tied"), [(True, True), (False, True), (True, False)])
 def test_gradient_is_that_of_the_whole_distributions(
     support: str, leak: dict[str, float], teachers: int, limits: dict, packed: bool, tied: bool, models: Models
 ) -> None:
@@ -46,14 +54,10 @@ def test_gradient_is_that_of_the_whole_distributions(
     assert metrics["actor/distill_loss"] == pytest.approx(loss.item(), rel=1e-4)
 
 
-@pytest.mark.parametrize("limits", [{}, {"ppo_max_token_len_per_gpu": 16}])
-def test_beside_a_task_reward_the_losses_add_up(limits: dict[str, int], models: Models) -> None:
+def test_beside_a_task_reward_the_losses_add_up(models: Models) -> None:
     """At the first step the policy loss has the gradient of -A x log-prob, whatever the clip."""
-    distill, batch, plain = (
-        models.distill(teachers=2, support="shared", coef=0.7, **LEAK),
-        models.batch(2),
-        models.plain(),
-    )
+    distill, limits = models.distill(teachers=2, support="shared", coef=0.7, **LEAK), {"ppo_max_token_len_per_gpu": 16}
+    batch, plain = models.batch(2), models.plain()
     drawn = of_tokens(plain_log_probs(plain.student, batch, models.ids, TEMPERATURE), batch)
     batch.batch["old_log_probs"] = drawn.detach()
     mask = batch.tensor("response_mask")
@@ -90,8 +94,7 @@ def test_the_gap_is_the_drawn_tokens_estimate_less_the_exact_divergence(
     assert "distill/sampled_gap" not in other, "the sampled estimate is one of the reverse KL"
 
 
-@pytest.mark.parametrize("packed", [True, False])
-@pytest.mark.parametrize("rows", [1, 3, 8])
+@pytest.mark.parametrize(("packed", "rows"), [(True, 3), (False, 8)])
 @pytest.mark.parametrize("vocabulary", ["full", "stitched"])
 def test_scores_of_teachers_that_know_all_ids(vocabulary: str, packed: bool, rows: int, models: Models) -> None:
     """Also of item tokens; of a stitched teacher, each part's with the mass that is left to it."""
@@ -102,30 +105,6 @@ def test_scores_of_teachers_that_know_all_ids(vocabulary: str, packed: bool, row
     right = of_tokens(models.teacher_log_probs(models.plain(), batch)[vocabulary], batch)
     torch.testing.assert_close(scores, right, rtol=0, atol=1e-5)
     assert batch.tensor("distill_special_token_mask").any() and not (scores == -40.0).any()
-
-
-def test_one_model_is_loaded_once(models: Models) -> None:
-    for path, shared in ((None, True), (str(models.frozen), False)):
-        further = {"self": TeacherConfig(), "mixed": TeacherConfig(path, "stitched")}
-        teachers = workers(models.config(), DistillConfig(teachers=further)).colocated_roles
-        assert (teachers["mixed"].model is teachers["self"].model) == shared
-        assert teachers["mixed"].model is not teachers["ref"].model
-
-
-def test_the_student_does_not_diverge_from_itself(models: Models) -> None:
-    """``path`` left out: the teacher is the student as it starts."""
-    batch = models.batch(2)
-    batch = batch.select_idxs(batch.tensor("teacher") == 1)
-    distill = DistillConfig("exact", teachers={"self": TeacherConfig(sources=["*"])})
-    metrics = workers(models.config(rows_per_step=len(batch)), distill).update_actor(batch).meta_info["metrics"]
-    assert abs(metrics["actor/distill_divergence"]) < 1e-6 and metrics["actor/grad_norm"] < 1e-5
-
-
-def test_a_teacher_elsewhere_is_an_error(models: Models) -> None:
-    student = StudentWorker(models.config(), "cpu", DistillConfig("exact"))
-    student.init_model()
-    with pytest.raises(ValueError, match="no teacher 'ref' beside the student"):
-        student.update_actor(models.batch())
 
 
 def save_gradient(config: ActorRolloutRefConfig, distill: DistillConfig, batch: DataProto, folder: Path) -> None:
@@ -145,3 +124,120 @@ def test_two_ranks_give_the_gradient_of_one(models: Models, tmp_path: Path) -> N
     before = scored(workers(models.config(), distill).colocated_roles, distill, batch).tensor("ref_log_prob")
     expected = before * batch.tensor("response_mask")
     torch.testing.assert_close(torch.cat([first, second]), expected, rtol=0, atol=1e-5)
+
+
+ROWWISE = {"use_dynamic_bsz": False, "ppo_micro_batch_size_per_gpu": 3}
+
+
+@pytest.mark.parametrize(
+    ("objective", "packed", "teachers", "settings", "limits"),
+    [
+        ("forward_kl", False, 1, {"support": "full"}, ROWWISE),
+        ("jsd", True, 3, {"support": "shared"}, {"ppo_max_token_len_per_gpu": 16}),
+        ("exact", False, 3, {"support": "full"}, {"ppo_mini_batch_size": 4, "ppo_epochs": 2, **ROWWISE}),
+        ("exact", True, 2, {"support": "shared", "coef": 0.7}, {"ppo_max_token_len_per_gpu": 24}),
+    ],
+)
+def test_scores_and_update_are_those_of_a_stage_before(
+    objective: str, packed: bool, teachers: int, settings: dict[str, Any], limits: dict[str, Any], models: Models
+) -> None:
+    """Base, full and stitched teachers by row; each scores item tokens, known to it or not."""
+    distill, batch = models.distill(objective, teachers, **settings, **LEAK), models.batch(teachers)
+    config = models.config(packed=packed, actor=limits)
+    student, other = workers(config, distill), workers(config, distill)
+    keys = [key for key in batch.batch.keys() if key not in ("advantages", "old_log_probs")]  # noqa: SIM118
+    updated = student.update_actor(batch if distill.has_policy_loss else batch.select(keys))
+    before = scored(other.colocated_roles, distill, batch.select())
+    right = other.update_actor(before)
+    assert len(right) == 0, "scores that are there already are not returned again"
+    assert [*updated.batch.keys()] == ["ref_log_prob"]
+    expected = before.tensor("ref_log_prob") * batch.tensor("response_mask")
+    torch.testing.assert_close(updated.tensor("ref_log_prob"), expected, rtol=0, atol=1e-5)
+    assert updated.meta_info == right.meta_info
+    trained = weights_of(other)
+    assert all(torch.equal(value, trained[name]) for name, value in weights_of(student).items())
+
+
+@pytest.mark.parametrize(("packed", "tied"), [(True, True), (False, False)])
+@pytest.mark.parametrize(("teachers", "support", "topk"), [(1, "shared", 4), (1, "full", 4), (3, "shared", 7)])
+def test_gradient_is_that_of_the_buckets(
+    packed: bool, tied: bool, teachers: int, support: str, topk: int, models: Models
+) -> None:
+    """Each row by the likeliest ids of its own teacher: base, full and stitched in one batch."""
+
+    def coarse(log_p: torch.Tensor, log_q: torch.Tensor, size: int) -> torch.Tensor:
+        """The reverse KL (B, R) over the likeliest ids of ``q``, its other ids as one, and ids past its vocabulary."""
+        known, ids = log_q.shape[-1], log_q.topk(topk, dim=-1).indices
+
+        def bucketed(values: torch.Tensor) -> torch.Tensor:
+            others = values[..., :known].scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)
+            return torch.cat([values.gather(-1, ids), others, values[..., known:]], dim=-1)
+
+        of_student, of_teacher = map(bucketed, over_support(log_p, log_q, size))
+        return (of_student.exp() * (of_student - of_teacher)).sum(-1)
+
+    distill = models.distill("topk", teachers, topk=topk, support=support, **LEAK)
+    folder = models.student if tied else models.untied
+    limits = {"actor": {"ppo_max_token_len_per_gpu": 24}, "ref": {"log_prob_max_token_len_per_gpu": 16}}
+    student = workers(models.config(folder, packed=packed, **limits), distill)
+    batch = scored(student.colocated_roles, distill, models.batch(teachers))
+    assert batch.tensor("teacher_top_ids").shape == (*batch.tensor("responses").shape, topk)
+    student.update_actor(batch)
+    plain = models.plain(folder)
+    loss = models.expected_loss(plain, batch, distill, coarse)
+    assert_same_gradient(first_gradient(student), plain_gradient(plain.student, loss))
+
+
+@pytest.mark.parametrize(
+    ("objective", "teachers", "packed"), [("exact", 1, True), ("exact", 3, False), ("jsd", 3, False)]
+)
+def test_an_update_is_that_of_teachers_beside_the_student(
+    objective: str, teachers: int, packed: bool, models: Models
+) -> None:
+    """Rows are scored in one order and layout, and trained in others."""
+    distill, batch = models.distill(objective, teachers, support="shared", **LEAK), models.batch(teachers)
+
+    def config(packed: bool, tokens: int):
+        limits = {"actor": {"ppo_max_token_len_per_gpu": tokens}, "ref": {"log_prob_max_token_len_per_gpu": tokens}}
+        return models.config(packed=packed, **limits)
+
+    beside = workers(config(packed, 64), distill)
+    updated = beside.update_actor(batch.select())
+    right, trained = updated.meta_info["metrics"], batch.tensor("response_mask").bool()
+    student, held = workers_apart(config(packed, 24), distill, config(not packed, 16))
+    batch = scored(held, distill, batch, apart=True)
+    difference = (batch.tensor("ref_log_prob") - updated.tensor("ref_log_prob"))[trained]
+    assert difference.abs().max() < 1e-5
+    batch.reorder(torch.randperm(len(batch), generator=torch.Generator().manual_seed(3)))
+    metrics = student.update_actor(batch).meta_info["metrics"]
+    for name in ("actor/distill_loss", "actor/distill_divergence", "actor/leak_loss", "actor/grad_norm"):
+        assert metrics[name] == pytest.approx(right[name], rel=1e-5, abs=1e-7), name
+    assert_same_gradient(first_gradient(student), first_gradient(beside))
+
+
+def test_only_trained_positions_are_exported_and_nothing_stays(models: Models) -> None:
+    distill = models.distill(teachers=3)
+    student, held = workers_apart(models.config(), distill)
+    batch = models.batch(3)
+    batch.tensor("response_mask")[4] = 0
+    batch = scored(held, distill, batch, apart=True)
+    handles, trained = batch.array(HIDDEN_STATE_HANDLES), batch.tensor("response_mask").sum(-1).tolist()
+    assert [0 if handle is None else len(handle.value) for handle in handles] == trained and 0 in trained
+    stitched = handles[[place == 2 for place in batch.tensor("teacher").tolist()]]
+    assert {"hidden_0", "hidden_1"} <= {*stitched[0].value.batch.keys()}
+    values = [weakref.ref(handle.value) for handle in handles if handle is not None]
+    student.update_actor(batch)
+    del handles, stitched
+    batch.pop(non_tensor_batch_keys=[HIDDEN_STATE_HANDLES])
+    gc.collect()
+    assert [value() for value in values] == [None] * len(values)
+
+
+def test_states_of_other_positions_are_noticed(models: Models) -> None:
+    distill = models.distill()
+    student, held = workers_apart(models.config(), distill)
+    batch = scored(held, distill, models.batch(), apart=True)
+    row, column = batch.tensor("response_mask").nonzero()[0].tolist()
+    batch.tensor("response_mask")[row, column] = 0
+    with pytest.raises(AssertionError, match="other positions"):
+        student.update_actor(batch)

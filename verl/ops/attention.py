@@ -9,7 +9,6 @@ Not here: sliding windows, soft caps and attention sinks. They are refused, neve
 Letters: H query heads, G key heads, N tokens of all rows, d size of a head.
 """
 
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -51,31 +50,16 @@ def packed_sdpa_attention(
     """
     extras = [name for name in _CHANGES_ATTENTION if kwargs.get(name) is not None]
     if extras or attention_mask is not None:
-        raise ValueError(
-            f"packed attention knows no {', '.join(extras) or 'attention mask'}; set "
-            "actor_rollout_ref.model.use_remove_padding=False and "
-            "+actor_rollout_ref.model.override_config.attn_implementation=sdpa"
-        )
+        raise ValueError(f"packed attention knows no {', '.join(extras) or 'mask'}; set model.use_remove_padding=False")
 
-    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        grouped = q.shape[1] != k.shape[1]
-        return F.scaled_dot_product_attention(
-            q, k, v, dropout_p=dropout, scale=scaling, is_causal=True, enable_gqa=grouped
-        )
-
-    if row_lengths is None:
-        output = attend(query, key, value)
-    else:
-        ends = list(accumulate(row_lengths))
-        starts = [0, *ends[:-1]]
-        rows = [
-            attend(query[:, :, start:end], key[:, :, start:end], value[:, :, start:end])
-            for start, end in zip(starts, ends, strict=True)
-        ]
-        output = torch.cat(rows, dim=2)
-    return output.transpose(1, 2).contiguous(), None
+    parts = [tensor.split(row_lengths or tensor.shape[2], dim=2) for tensor in (query, key, value)]
+    grouped = query.shape[1] != key.shape[1]
+    rows = [
+        F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scaling, is_causal=True, enable_gqa=grouped)
+        for q, k, v in zip(*parts, strict=True)
+    ]
+    return torch.cat(rows, dim=2).transpose(1, 2).contiguous(), None
 
 
-def register_packed_attention() -> None:
-    """Make the name known to transformers. Models with it get no mask, which is what the function expects."""
-    AttentionInterface.register(PACKED_SDPA, packed_sdpa_attention)
+# Models with it get no mask, which is what the function expects.
+AttentionInterface.register(PACKED_SDPA, packed_sdpa_attention)

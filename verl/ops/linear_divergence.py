@@ -36,7 +36,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
-from verl.ops.linear_log_prob import WeightGradient, row_chunks, scaled_logits
+from verl.ops.linear_log_prob import InputGradients, row_chunks, scaled_logits
 from verl.ops.teacher_log_probs import TeacherLogProbs, TopLogProbs
 from verl.vocabulary import Vocabulary
 
@@ -115,8 +115,6 @@ def linear_divergence(
     """
     vocabulary = vocabulary or Vocabulary(weight.shape[0])
     vocabulary.check_head(weight.shape[0])
-    if hidden.shape[0] != token_weights.shape[0]:
-        raise ValueError(f"hidden and token_weights have {hidden.shape[0]} and {token_weights.shape[0]} positions")
     bytes_per_row = vocabulary.ids * torch.promote_types(weight.dtype, torch.float32).itemsize
     chunk_rows = max(1, chunk_bytes // (BUFFERS * bytes_per_row))
     job = _Job(options, vocabulary.ids, vocabulary.shared_ids(), labels, chunk_rows)
@@ -139,43 +137,30 @@ class _LinearDivergence(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        token_weights: torch.Tensor,
-        teacher: TeacherLogProbs,
-        job: _Job,
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, token_weights: torch.Tensor, teacher: Any, job: _Job
     ) -> tuple[torch.Tensor, ...]:
         rows, dtype = hidden.shape[0], torch.promote_types(hidden.dtype, torch.float32)
-        stats = DivergenceStats(
-            *(torch.zeros(rows, dtype=dtype, device=hidden.device) for _ in DivergenceStats._fields)
-        )
-        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        grad_weight = WeightGradient(weight) if ctx.needs_input_grad[1] else None
-        head = weight[: job.ids]
+        stats = DivergenceStats(*torch.zeros(len(DivergenceStats._fields), rows, dtype=dtype, device=hidden.device))
+        gradients, head = InputGradients(hidden, weight, ctx.needs_input_grad), weight[: job.ids]
         for chunk in row_chunks(rows, job.chunk_rows):
             logits = scaled_logits(hidden[chunk], head, job.options.temperature)
             measured, grad = _chunk(logits, teacher(chunk), job.labels[chunk, None], job)
             for values, into in zip(measured, stats, strict=True):
                 into[chunk] = values
-            if grad_hidden is not None or grad_weight is not None:
+            if any(ctx.needs_input_grad):
                 grad = grad.mul_(token_weights[chunk, None] / job.options.temperature).to(weight.dtype)
-            if grad_hidden is not None:
-                torch.mm(grad, head, out=grad_hidden[chunk])
-            if grad_weight is not None:
-                grad_weight.add(grad, hidden[chunk])
+                gradients.add(chunk, grad)
             del logits, grad  # before the next chunk makes its own
         loss = (token_weights * (stats.divergence + job.options.leak_coef * stats.leak)).sum()
-        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.result())
+        ctx.save_for_backward(*gradients.result())
         ctx.mark_non_differentiable(*stats)
         return loss, *stats
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: torch.Tensor, *_: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        grad_hidden, grad_weight = ctx.saved_tensors
         # In place: nobody else holds these, and the head's is large.
-        scaled = (None if grad is None else grad.mul_(grad_loss.to(grad.dtype)) for grad in (grad_hidden, grad_weight))
+        scaled = (None if grad is None else grad.mul_(grad_loss.to(grad.dtype)) for grad in ctx.saved_tensors)
         return *scaled, None, None, None
 
 
@@ -188,7 +173,9 @@ def _chunk(
     """
     options, start = job.options, job.start
     support = start if options.support == SHARED else job.ids
-    _check_vocabulary(teacher, support, job)
+    known = teacher.vocab_size if isinstance(teacher, TopLogProbs) else teacher.shape[1]
+    if known != start and known < job.ids:
+        raise ValueError(f"the teacher scores {known} ids, not {start} or {job.ids}: check extend_vocab_start_token")
     base = logits[:, :start].logsumexp(dim=-1)
     extended = logits[:, start:].logsumexp(dim=-1)  # -inf where E is empty
     whole = torch.logaddexp(base, extended)
@@ -196,7 +183,7 @@ def _chunk(
     grad = torch.zeros_like(logits)
     leak = torch.zeros_like(base)
     if start < job.ids:
-        leak = _leak(logits, (base, extended, whole), grad, options, start)
+        leak = _leak(logits, base, extended, grad, job)
     log_p = logits[:, :support].sub_((base if support == start else whole)[:, None])
     if isinstance(teacher, TopLogProbs):
         teacher = teacher.completed(log_p, options.missing_log_prob)
@@ -213,21 +200,6 @@ def _pick(values: torch.Tensor, labels: torch.Tensor, missing: float) -> torch.T
     """(C,) values (C, T) at the labels (C, 1); ``missing`` for a label from T on."""
     known = labels < values.shape[1]
     return torch.where(known, values.gather(1, labels.where(known, 0)), missing).squeeze(1)
-
-
-def _check_vocabulary(teacher: torch.Tensor | TopLogProbs, support: int, job: _Job) -> None:
-    """Raise ValueError where the teacher's ids are neither B nor all, or its likeliest ids go past the support."""
-    known = teacher.vocab_size if isinstance(teacher, TopLogProbs) else teacher.shape[1]
-    if known != job.start and known < job.ids:
-        raise ValueError(
-            f"the teacher scores {known} ids; it has to score {job.start} (B) or all {job.ids}: "
-            "actor_rollout_ref.rollout.extend_vocab_start_token does not fit this teacher (algorithm.distill)"
-        )
-    if isinstance(teacher, TopLogProbs) and known > support:
-        raise ValueError(
-            f"the teacher gives the likeliest of its {known} ids, and {support} are compared; its log-probs over these "
-            "alone are not known"
-        )
 
 
 def _on_support(teacher: torch.Tensor, support: int, options: DivergenceOptions) -> torch.Tensor:
@@ -266,14 +238,10 @@ def _divergence(
 
 
 def _leak(
-    logits: torch.Tensor,
-    normalizers: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    grad: torch.Tensor,
-    options: DivergenceOptions,
-    start: int,
+    logits: torch.Tensor, base: torch.Tensor, extended: torch.Tensor, grad: torch.Tensor, job: _Job
 ) -> torch.Tensor:
-    """The leak term (C,); adds its weighted gradient to ``grad``. Normalizers (C,) of B, E and both together."""
-    base, extended, whole = normalizers
+    """The leak term (C,); adds its weighted gradient to ``grad``. ``base`` and ``extended`` normalise B and E (C,)."""
+    options, start, whole = job.options, job.start, torch.logaddexp(base, extended)
     delta = options.leak_target
     log_outside, log_inside = base - whole, extended - whole
     value = delta * (math.log(delta) - log_inside) + (1 - delta) * (math.log1p(-delta) - log_outside)

@@ -12,10 +12,10 @@ With s = hidden @ weight[:K].T / temperature, p = softmax(s) and y the token tha
 
     log_prob = s_y - logsumexp(s)              d/ds_j = 1[j = y] - p_j
     entropy  = -sum_j p_j log p_j              d/ds_j = -p_j (log p_j + entropy)
-    mass     = sum_{j >= extend_start} p_j     d/ds_j = p_j (1[j >= extend_start] - mass)
+    mass     = sum_{j >= extend_start} p_j     a measurement, without gradient
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -36,7 +36,7 @@ class TokenStats(NamedTuple):
     entropy: torch.Tensor | None
     """(N,) entropy of the distribution it was drawn from; None without ``with_entropy``."""
     extend_mass: torch.Tensor | None
-    """(N,) probability of all extended ids; None for a vocabulary without extension."""
+    """(N,) probability of all extended ids, without gradient; None for a vocabulary without extension."""
 
 
 class _Options(NamedTuple):
@@ -59,6 +59,37 @@ def scaled_logits(hidden: torch.Tensor, weight: torch.Tensor, temperature: float
     return logits if temperature == 1.0 else logits.div_(temperature)
 
 
+class InputGradients:
+    """Gradients of a loss in hidden states (N, D) and head (V, D), from those in the logits, chunk by chunk.
+
+    In half precision a sum over dozens of chunks would lose the small ones, so that of the head is kept in float32 and
+    rounded once.
+
+    Args:
+        needed: whether each of the two is.
+    """
+
+    def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, needed: Sequence[bool]) -> None:
+        self._hidden, self._weight = hidden, weight
+        self._of_hidden = torch.empty_like(hidden) if needed[0] else None
+        exact = torch.promote_types(weight.dtype, torch.float32)
+        self._of_weight = torch.zeros_like(weight, dtype=exact) if needed[1] else None
+
+    def add(self, chunk: slice, grad: torch.Tensor) -> None:
+        """``grad`` (C, K) is that of the chunk's logits, in the dtype of the head."""
+        ids = grad.shape[1]
+        if self._of_hidden is not None:
+            torch.mm(grad, self._weight[:ids], out=self._of_hidden[chunk])
+        if self._of_weight is not None and self._of_weight.dtype == grad.dtype:
+            self._of_weight[:ids].addmm_(grad.T, self._hidden[chunk])
+        elif self._of_weight is not None:
+            self._of_weight[:ids].add_(grad.T @ self._hidden[chunk])
+
+    def result(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """That of the hidden states, and that of the head."""
+        return self._of_hidden, None if self._of_weight is None else self._of_weight.to(self._weight.dtype)
+
+
 class _LinearTokenStats(torch.autograd.Function):
     """Forward and backward in chunks of rows."""
 
@@ -74,115 +105,43 @@ class _LinearTokenStats(torch.autograd.Function):
         mass = None if options.extend_start is None else torch.empty_like(log_probs)
         head = weight[: options.ids]
         for chunk in row_chunks(rows, options.chunk_rows):
-            stats, normalizer[chunk] = _chunk_stats(hidden[chunk], head, labels[chunk, None], options)
-            for values, into in zip(stats, (log_probs, entropy, mass), strict=True):
-                if values is not None and into is not None:
-                    into[chunk] = values
+            log_softmax = scaled_logits(hidden[chunk], head, options.temperature)
+            normalizer[chunk] = log_softmax.logsumexp(dim=-1)
+            log_softmax.sub_(normalizer[chunk, None])
+            log_probs[chunk] = log_softmax.gather(1, labels[chunk, None]).squeeze(1)
+            if mass is not None:
+                mass[chunk] = log_softmax[:, options.extend_start :].exp().sum(dim=-1)
+            if entropy is not None:
+                entropy[chunk] = log_softmax.exp().mul_(log_softmax).sum(dim=-1).neg_()
+            del log_softmax  # before the next chunk makes its own
         ctx.options = options
-        ctx.save_for_backward(hidden, weight, labels, normalizer, entropy, mass)
+        ctx.save_for_backward(hidden, weight, labels, normalizer, entropy)
+        if mass is not None:
+            ctx.mark_non_differentiable(mass)
         return log_probs, entropy, mass
 
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any,
-        grad_log_probs: torch.Tensor | None,
-        grad_entropy: torch.Tensor | None = None,
-        grad_mass: torch.Tensor | None = None,
+        ctx: Any, grad_log_probs: torch.Tensor | None, grad_entropy: torch.Tensor | None, _: None
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
-        hidden, weight, labels, normalizer, entropy, mass = ctx.saved_tensors
+        hidden, weight, labels, normalizer, entropy = ctx.saved_tensors
         options: _Options = ctx.options
         if grad_log_probs is None:
             grad_log_probs = torch.zeros_like(normalizer)
-        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        grad_weight = WeightGradient(weight) if ctx.needs_input_grad[1] else None
-        head = weight[: options.ids]
+        gradients, head = InputGradients(hidden, weight, ctx.needs_input_grad), weight[: options.ids]
         for chunk in row_chunks(hidden.shape[0], options.chunk_rows):
-            grad = _chunk_gradient(
-                scaled_logits(hidden[chunk], head, options.temperature).sub_(normalizer[chunk, None]),
-                labels[chunk, None],
-                grad_log_probs[chunk, None],
-                None if grad_entropy is None else (grad_entropy[chunk, None], entropy[chunk, None]),
-                None if grad_mass is None else (grad_mass[chunk, None], mass[chunk, None]),
-                options,
-            ).to(weight.dtype)
-            if grad_hidden is not None:
-                torch.mm(grad, head, out=grad_hidden[chunk])
-            if grad_weight is not None:
-                grad_weight.add(grad, hidden[chunk])
-            del grad  # before the next chunk makes its own
-        return grad_hidden, None if grad_weight is None else grad_weight.result(), None, None
-
-
-def _chunk_stats(
-    hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor, options: _Options
-) -> tuple[TokenStats, torch.Tensor]:
-    """Statistics (C,) of a chunk, and the logarithm of its softmax's denominator. ``labels`` is (C, 1)."""
-    log_softmax = scaled_logits(hidden, head, options.temperature)
-    normalizer = log_softmax.logsumexp(dim=-1)
-    log_softmax.sub_(normalizer[:, None])
-    log_probs = log_softmax.gather(1, labels).squeeze(1)
-    start, entropy, mass = options.extend_start, None, None
-    if options.with_entropy:
-        probs = log_softmax.exp()
-        if start is not None:
-            mass = probs[:, start:].sum(dim=-1)
-        entropy = probs.mul_(log_softmax).sum(dim=-1).neg_()
-    elif start is not None:
-        mass = log_softmax[:, start:].exp().sum(dim=-1)
-    return TokenStats(log_probs, entropy, mass), normalizer
-
-
-def _chunk_gradient(
-    log_softmax: torch.Tensor,
-    labels: torch.Tensor,
-    grad_log_probs: torch.Tensor,
-    entropy: tuple[torch.Tensor, torch.Tensor] | None,
-    mass: tuple[torch.Tensor, torch.Tensor] | None,
-    options: _Options,
-) -> torch.Tensor:
-    """Gradient in the logits (C, K), as in the table of the module.
-
-    Every term but 1[j = y] has the factor p_j, so the others' coefficients are summed first: per row, plus, for the
-    entropy, one per id, which overwrites ``log_softmax``. ``entropy`` and ``mass`` are pairs of gradient and value;
-    all per-row arguments are (C, 1).
-    """
-    grad, start = log_softmax.exp(), options.extend_start
-    coefficient = -grad_log_probs
-    if mass is not None:
-        coefficient = coefficient - mass[0] * mass[1]
-    if entropy is not None:
-        log_softmax.add_(entropy[1]).mul_(-entropy[0]).add_(coefficient)
-        if mass is not None:
-            log_softmax[:, start:].add_(mass[0])
-        grad.mul_(log_softmax)
-    elif mass is not None:
-        grad[:, :start].mul_(coefficient)
-        grad[:, start:].mul_(coefficient + mass[0])
-    else:
-        grad.mul_(coefficient)
-    return grad.scatter_add_(1, labels, grad_log_probs.to(grad.dtype)).div_(options.temperature)
-
-
-class WeightGradient:
-    """Sum of the chunks' contributions to the head's gradient (V, D).
-
-    In half precision a sum over dozens of chunks would lose the small ones, so it is kept in float32 and rounded once.
-    """
-
-    def __init__(self, weight: torch.Tensor) -> None:
-        self._dtype = weight.dtype
-        self._sum = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
-
-    def add(self, grad_logits: torch.Tensor, hidden: torch.Tensor) -> None:
-        used = self._sum[: grad_logits.shape[1]]
-        if self._sum.dtype == self._dtype:
-            used.addmm_(grad_logits.T, hidden)
-        else:
-            used.add_(grad_logits.T @ hidden)
-
-    def result(self) -> torch.Tensor:
-        return self._sum.to(self._dtype)
+            log_softmax = scaled_logits(hidden[chunk], head, options.temperature).sub_(normalizer[chunk, None])
+            # Both terms but 1[j = y] have the factor p_j, so the others' coefficients are summed first.
+            grad, coefficient = log_softmax.exp(), -grad_log_probs[chunk, None]
+            if grad_entropy is not None:
+                slope = log_softmax.add_(entropy[chunk, None]).mul_(-grad_entropy[chunk, None])
+                coefficient = slope.add_(coefficient)
+            of_labels = grad_log_probs[chunk, None].to(grad.dtype)
+            grad = grad.mul_(coefficient).scatter_add_(1, labels[chunk, None], of_labels).div_(options.temperature)
+            gradients.add(chunk, grad.to(weight.dtype))
+            del log_softmax, grad, coefficient  # before the next chunk makes its own
+        return *gradients.result(), None, None
 
 
 def linear_token_stats(
@@ -210,17 +169,13 @@ def linear_token_stats(
         `TokenStats`, every tensor (N,).
 
     Raises:
-        ValueError: a label outside the softmax, more ids than rows, or a temperature that is not positive.
+        ValueError: a label outside the softmax, or more ids than rows.
     """
     vocabulary = vocabulary or Vocabulary(weight.shape[0])
     vocabulary.check_head(weight.shape[0])
     ids = vocabulary.ids
-    if temperature <= 0:
-        raise ValueError(f"temperature={temperature} must be above 0")
     if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < ids:
-        raise ValueError(
-            f"labels run from {int(labels.min())} to {int(labels.max())}; the softmax is over ids below {ids}"
-        )
+        raise ValueError(f"labels go up to {int(labels.max())}; the softmax is over ids from 0 to below {ids}")
     # An extension that begins past the last id has an empty sum as its mass, and empty slices.
     start = None if vocabulary.extend_start is None else vocabulary.shared_ids()
     bytes_per_row = ids * torch.promote_types(weight.dtype, torch.float32).itemsize

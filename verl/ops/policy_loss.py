@@ -9,23 +9,15 @@ Letters: B sequences, R response tokens. A mask is 1 at trained tokens. Values a
 infinity included: they are replaced, not multiplied by zero.
 """
 
-from typing import Protocol
-
 import torch
+
+from verl.config import FSDPActorConfig
 
 Count = int | float | torch.Tensor
 """A number of tokens or sequences."""
 
 LOG_RATIO_LIMIT = 20.0
 """Log-ratios are held within this before ``exp``: e^20 and its products stay finite in float32 and bfloat16."""
-
-
-class PolicyLossConfig(Protocol):
-    """The part of the actor's settings that the policy loss reads."""
-
-    clip_ratio_low: float | None
-    clip_ratio_high: float | None
-    clip_ratio_c: float
 
 
 def zero_outside_mask(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -41,11 +33,6 @@ def count_trained(loss_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     trained = loss_mask.bool()
     return trained.sum(), trained.any(dim=-1).sum()
-
-
-def _at_least_one(count: Count) -> Count:
-    """A denominator: a count of nothing stands under a sum of nothing, which must give 0 and not NaN."""
-    return count.clamp(min=1) if isinstance(count, torch.Tensor) else max(count, 1)
 
 
 def agg_loss(
@@ -95,7 +82,8 @@ def agg_loss(
         )
     if given is None and dp_size > 1:
         raise ValueError(f"loss_agg_mode={loss_agg_mode!r} with dp_size={dp_size} needs {name} over all ranks")
-    return total / _at_least_one(local if given is None else given) * dp_size
+    # A count of nothing stands under a sum of nothing, which must give 0 and not NaN.
+    return total / torch.as_tensor(local if given is None else given).clamp(min=1) * dp_size
 
 
 def compute_policy_loss_vanilla(
@@ -104,7 +92,7 @@ def compute_policy_loss_vanilla(
     advantages: torch.Tensor,
     response_mask: torch.Tensor,
     loss_agg_mode: str = "token-mean",
-    config: PolicyLossConfig | None = None,
+    config: FSDPActorConfig | None = None,
     rollout_is_weights: torch.Tensor | None = None,
     dp_size: int = 1,
     batch_num_tokens: Count | None = None,
@@ -129,19 +117,19 @@ def compute_policy_loss_vanilla(
         the dual clip bind), ``actor/ppo_kl`` (k1 estimate of KL(old || new)).
 
     Raises:
-        ValueError: no config, a missing clip bound, clip_ratio_c not above 1, or one of the two counts alone.
+        ValueError: no config, or a missing clip bound.
     """
     if config is None or config.clip_ratio_low is None or config.clip_ratio_high is None:
         raise ValueError("the policy loss needs a config with actor.clip_ratio_low and actor.clip_ratio_high")
-    if config.clip_ratio_c <= 1.0:
-        raise ValueError(f"actor.clip_ratio_c={config.clip_ratio_c} must be above 1")
-    if (batch_num_tokens is None) != (global_batch_size is None):
-        raise ValueError("give batch_num_tokens and global_batch_size together, or neither")
     # Selected before exp: an infinite ratio at a masked token would turn the gradient of `where` into 0 * inf = NaN.
     log_ratio = zero_outside_mask(log_prob - old_log_prob, response_mask).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     advantages = zero_outside_mask(advantages, response_mask)
-    bounds = (1.0 - config.clip_ratio_low, 1.0 + config.clip_ratio_high)
-    losses, is_clipped, is_capped = _clipped_losses(log_ratio.exp(), advantages, bounds, config.clip_ratio_c)
+    ratio, ceiling = log_ratio.exp(), -advantages * config.clip_ratio_c
+    unclipped = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1.0 - config.clip_ratio_low, 1.0 + config.clip_ratio_high)
+    pessimistic = torch.maximum(unclipped, clipped)
+    is_capped = (pessimistic > ceiling) & (advantages < 0)
+    losses = torch.where(is_capped, ceiling, pessimistic)
     if rollout_is_weights is not None:
         losses = losses * zero_outside_mask(rollout_is_weights, response_mask)
 
@@ -149,22 +137,12 @@ def compute_policy_loss_vanilla(
         return agg_loss(values.detach(), response_mask, "token-mean", dp_size, batch_num_tokens)
 
     metrics = {
-        "actor/pg_clipfrac": mean(is_clipped.float()),
+        "actor/pg_clipfrac": mean((clipped > unclipped).float()),
         "actor/pg_clipfrac_lower": mean(is_capped.float()),
         "actor/ppo_kl": mean(-log_ratio),
     }
     loss = agg_loss(losses, response_mask, loss_agg_mode, dp_size, batch_num_tokens, global_batch_size)
     return loss, metrics
-
-
-def _clipped_losses(
-    ratio: torch.Tensor, advantages: torch.Tensor, bounds: tuple[float, float], cap: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Token losses, where the clip binds, and where the dual clip does; all of the shape of ``ratio``."""
-    unclipped, clipped = -advantages * ratio, -advantages * ratio.clamp(*bounds)
-    pessimistic, ceiling = torch.maximum(unclipped, clipped), -advantages * cap
-    is_capped = (pessimistic > ceiling) & (advantages < 0)
-    return torch.where(is_capped, ceiling, pessimistic), clipped > unclipped, is_capped
 
 
 def kl_penalty(logprob: torch.Tensor, ref_logprob: torch.Tensor, kl_penalty: str) -> torch.Tensor:

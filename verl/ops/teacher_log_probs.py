@@ -88,11 +88,6 @@ class StitchedTeacher:
     """
 
     def __init__(self, base: LinearTeacher, own: LinearTeacher) -> None:
-        if base.vocab_size > own.vocab_size:
-            raise ValueError(
-                f"the base teacher knows {base.vocab_size} ids and the other one, which should know more, "
-                f"{own.vocab_size}"
-            )
         self.vocab_size = own.vocab_size
         self.hidden_states = (*base.hidden_states, *own.hidden_states)
         self._base, self._own = base, own
@@ -109,15 +104,6 @@ FullLogProbs = LinearTeacher | StitchedTeacher
 """Teachers whose whole distributions are known."""
 
 
-class TokenScores(NamedTuple):
-    """A teacher's log-probs at N positions."""
-
-    drawn: torch.Tensor
-    """(N,) log-probs of the tokens that were drawn."""
-    top: TopLogProbs | None
-    """Its likeliest ids; None without ``topk``."""
-
-
 def score_tokens(
     teacher: FullLogProbs,
     labels: torch.Tensor,
@@ -125,7 +111,7 @@ def score_tokens(
     *,
     topk: int | None = None,
     chunk_bytes: int = DEFAULT_CHUNK_BYTES,
-) -> TokenScores:
+) -> tuple[torch.Tensor, TopLogProbs | None]:
     """Score the tokens that were drawn, and find the likeliest ids.
 
     Args:
@@ -134,6 +120,9 @@ def score_tokens(
         missing: log-prob of an id that the teacher does not know.
         topk: K; None: no likeliest ids.
         chunk_bytes: memory for the buffers of a chunk; changes memory and speed, not the result.
+
+    Returns:
+        (N,) log-probs of the tokens that were drawn, and the likeliest ids; None without ``topk``.
     """
     size = teacher.vocab_size
     known = labels < size
@@ -148,17 +137,11 @@ def score_tokens(
         values = log_q.gather(1, chosen[rows]).squeeze(1)
         drawn[rows] = values.where(known[rows], missing).to(drawn.dtype)
         if top is not None:
-            _likeliest(log_q, top.rows(rows))
+            likeliest, ids = log_q.topk(min(topk or 0, size), dim=-1)
+            for found, target in ((ids, top.ids[rows]), (likeliest, top.log_probs[rows])):
+                target[:, : found.shape[1]] = found
+                target[:, found.shape[1] :] = found[:, :1]
+            # As a sum over the others: one less the mass of the likeliest would be rounding where that is nearly all.
+            top.rest[rows] = log_q.scatter_(1, ids, -torch.inf).logsumexp(dim=-1)
         del log_q  # before the next chunk makes its own
-    return TokenScores(drawn, top)
-
-
-def _likeliest(log_q: torch.Tensor, top: TopLogProbs) -> None:
-    """Fill ``top`` with the likeliest ids of a chunk; overwrites ``log_q``."""
-    count = min(top.ids.shape[1], top.vocab_size)
-    values, ids = log_q.topk(count, dim=-1)
-    for found, target in ((ids, top.ids), (values, top.log_probs)):
-        target[:, :count] = found
-        target[:, count:] = found[:, :1]
-    # As a sum over the others: one less the mass of the likeliest would be rounding where that is nearly all.
-    top.rest.copy_(log_q.scatter_(1, ids, -torch.inf).logsumexp(dim=-1))
+    return drawn, top

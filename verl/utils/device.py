@@ -1,50 +1,25 @@
 """What the processes compute on: CUDA or the CPU.
 
-In:  the setting ``trainer.device`` (``auto``, ``cuda``, ``cpu``). Out: names, dtypes, communication backends and the
-few memory calls that differ between the two. No other module looks which device there is.
+In:  the setting ``trainer.device`` (``auto``, ``cuda``, ``cpu``). Out: names, dtypes and the few memory calls that
+differ between the two.
 """
-
-import os
-from types import ModuleType
 
 import torch
 
-DEVICE_SETTINGS = ("auto", "cuda", "cpu")
-
-_DTYPES = {
-    "fp32": torch.float32,
-    "float32": torch.float32,
-    "bf16": torch.bfloat16,
-    "bfloat16": torch.bfloat16,
-    "fp16": torch.float16,
-    "float16": torch.float16,
-    "half": torch.float16,
-}
-
-
-def is_cuda_available() -> bool:
-    """Whether this process sees a CUDA device."""
-    return torch.cuda.is_available()
+_SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def get_device_name(setting: str = "auto") -> str:
     """``cuda`` or ``cpu``: what ``trainer.device`` means on this machine.
 
     Raises:
-        ValueError: an unknown setting, or ``cuda`` where there is none.
+        ValueError: ``cuda`` where there is none.
     """
-    if setting not in DEVICE_SETTINGS:
-        raise ValueError(f"trainer.device={setting!r} is not one of {', '.join(DEVICE_SETTINGS)}")
     if setting == "auto":
-        return "cuda" if is_cuda_available() else "cpu"
-    if setting == "cuda" and not is_cuda_available():
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if setting == "cuda" and not torch.cuda.is_available():
         raise ValueError("trainer.device='cuda', and no CUDA device is visible here; use trainer.device=cpu or auto")
     return setting
-
-
-def get_torch_device(device_name: str) -> ModuleType:
-    """The torch module of a device: ``torch.cuda`` or ``torch.cpu``."""
-    return torch.cuda if device_name == "cuda" else torch.cpu
 
 
 def select_device(device_name: str, local_rank: int) -> torch.device:
@@ -60,20 +35,6 @@ def select_device(device_name: str, local_rank: int) -> torch.device:
     return device
 
 
-def share_cpu_cores(processes: int) -> None:
-    """Use this process's share of the machine's cores, where ``processes`` like it run.
-
-    With more threads than cores every small operation waits for threads that do not run: two ranks of two threads on
-    two cores were up to fifty times slower than two ranks of one.
-    """
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes))
-
-
-def get_process_group_backend(device_name: str) -> str:
-    """Backend of ``torch.distributed``; with CUDA, tensors on the CPU communicate too (checkpoints need that)."""
-    return "cpu:gloo,cuda:nccl" if device_name == "cuda" else "gloo"
-
-
 def resolve_dtype(setting: str, device_name: str) -> torch.dtype:
     """The dtype of a setting; ``auto`` is bf16 on CUDA and fp32 on the CPU.
 
@@ -82,9 +43,10 @@ def resolve_dtype(setting: str, device_name: str) -> torch.dtype:
     """
     if setting == "auto":
         return torch.bfloat16 if device_name == "cuda" else torch.float32
-    if setting not in _DTYPES:
-        raise ValueError(f"dtype {setting!r} is not one of auto, {', '.join(_DTYPES)}")
-    return _DTYPES[setting]
+    dtype = getattr(torch, _SHORT.get(setting, setting), None)
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"dtype {setting!r} is not one of auto, fp32, bf16, fp16")
+    return dtype
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -101,13 +63,12 @@ def release_cached_memory(device_name: str) -> None:
 
 def synchronize(device_name: str) -> None:
     """Wait for all work queued on the current device."""
-    get_torch_device(device_name).synchronize()
+    if device_name == "cuda":
+        torch.cuda.synchronize()
 
 
-def get_device_uuid(device_name: str) -> str:
-    """Identity of the current physical GPU, the same in every process that shares it; empty on the CPU."""
-    if device_name != "cuda":
-        return ""
+def get_device_uuid() -> str:
+    """Identity of the current physical GPU, the same in every process that shares it."""
     return str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
 
 
@@ -124,11 +85,11 @@ def max_memory_metrics(device_name: str) -> dict[str, float]:
 def get_rng_states() -> dict[str, torch.Tensor]:
     """States of this process's random number generators, by device name."""
     states = {"cpu": torch.get_rng_state()}
-    return states | {"cuda": torch.cuda.get_rng_state()} if is_cuda_available() else states
+    return states | {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else states
 
 
 def set_rng_states(states: dict[str, torch.Tensor]) -> None:
     """Go on from the states of `get_rng_states`; a generator that is not there now is left out."""
     torch.set_rng_state(states["cpu"])
-    if "cuda" in states and is_cuda_available():
+    if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])

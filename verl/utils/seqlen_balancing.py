@@ -9,7 +9,7 @@ Letters: B sequences, T tokens of a padded row.
 
 import heapq
 from collections.abc import Sequence
-from itertools import chain, pairwise
+from itertools import chain
 
 import torch
 import torch.distributed as dist
@@ -19,37 +19,11 @@ Part = tuple[int, list[int]]
 """Tokens of a part, and its rows."""
 
 
-def _merge(left: list[Part], right: list[Part]) -> list[Part]:
-    """Two divisions into k parts as one: the fullest part of one takes the emptiest of the other."""
-    merged = [
-        (tokens + other, rows + more) for (tokens, rows), (other, more) in zip(left, reversed(right), strict=True)
-    ]
-    # By rows too: with rows of no tokens an empty part must still count as emptier, or one could stay empty.
-    return sorted(merged, key=lambda part: (part[0], len(part[1])), reverse=True)
-
-
-def _karmarkar_karp(seqlens: Sequence[int], k_partitions: int, equal_size: bool) -> list[list[int]]:
-    """Largest differencing method: divisions into k parts are merged, those with the largest spread first.
-
-    It starts from one division per row or, for parts of equal size, per k rows next to each other in length.
-    """
-    order = sorted(range(len(seqlens)), key=lambda row: (-seqlens[row], row))
-    rows_each = k_partitions if equal_size else 1
-    heap: list[tuple[int, int, list[Part]]] = []
-    for start in range(0, len(order), rows_each):
-        division: list[Part] = [(int(seqlens[row]), [row]) for row in order[start : start + rows_each]]
-        division += [(0, [])] * (k_partitions - len(division))
-        heapq.heappush(heap, (division[-1][0] - division[0][0], start, division))
-    while len(heap) > 1:
-        _, ticket, first = heapq.heappop(heap)
-        _, _, second = heapq.heappop(heap)
-        merged = _merge(first, second)
-        heapq.heappush(heap, (merged[-1][0] - merged[0][0], ticket, merged))
-    return [sorted(rows) for _, rows in heap[0][2]]
-
-
 def get_seqlen_balanced_partitions(seqlen_list: Sequence[int], k_partitions: int, equal_size: bool) -> list[list[int]]:
-    """Divide rows into parts of about equal numbers of tokens (Karmarkar-Karp).
+    """Divide rows into parts of about equal numbers of tokens (Karmarkar-Karp, the largest differencing method).
+
+    It starts from one division into k parts per row or, for parts of equal size, per k rows next to each other in
+    length, and merges divisions, those with the largest spread first.
 
     Args:
         seqlen_list: (B,) tokens of each row.
@@ -62,43 +36,24 @@ def get_seqlen_balanced_partitions(seqlen_list: Sequence[int], k_partitions: int
     Raises:
         ValueError: fewer rows than parts, or rows that do not divide into parts of equal size.
     """
-    if not 1 <= k_partitions <= len(seqlen_list):
-        raise ValueError(f"{len(seqlen_list)} rows cannot fill {k_partitions} parts; every part needs a row")
-    if equal_size and len(seqlen_list) % k_partitions:
-        raise ValueError(f"{len(seqlen_list)} rows do not divide into {k_partitions} parts of equal size")
-    return _karmarkar_karp(seqlen_list, k_partitions, equal_size)
-
-
-def log_seqlen_unbalance(seqlen_list: Sequence[int], partitions: list[list[int]], prefix: str) -> dict[str, float]:
-    """Tokens of the parts with and without balancing, as metrics ``<prefix>/<name>``.
-
-    ``min``, ``max``, ``minmax_diff`` of parts cut in the order of arrival; ``balanced_min``, ``balanced_max`` of
-    ``partitions``; ``mean`` of either.
-    """
-    bounds = [len(seqlen_list) * part // len(partitions) for part in range(len(partitions) + 1)]
-    plain = [sum(seqlen_list[start:end]) for start, end in pairwise(bounds)]
-    balanced = [sum(seqlen_list[row] for row in rows) for rows in partitions]
-    return {
-        f"{prefix}/min": min(plain),
-        f"{prefix}/max": max(plain),
-        f"{prefix}/minmax_diff": max(plain) - min(plain),
-        f"{prefix}/balanced_min": min(balanced),
-        f"{prefix}/balanced_max": max(balanced),
-        f"{prefix}/mean": sum(seqlen_list) / len(partitions),
-    }
-
-
-def get_reverse_idx(idx_map: Sequence[int]) -> list[int]:
-    """The inverse permutation: ``x[idx_map][get_reverse_idx(idx_map)]`` is ``x``."""
-    reverse = [0] * len(idx_map)
-    for position, row in enumerate(idx_map):
-        reverse[row] = position
-    return reverse
-
-
-def restore_dynamic_batch(data: torch.Tensor, batch_idx_list: list[list[int]]) -> torch.Tensor:
-    """Rows of concatenated micro-batches (B, ...), back in the order before `rearrange_micro_batches`."""
-    return data[torch.tensor(get_reverse_idx(list(chain.from_iterable(batch_idx_list))), device=data.device)]
+    if not 1 <= k_partitions <= len(seqlen_list) or (equal_size and len(seqlen_list) % k_partitions):
+        raise ValueError(f"{len(seqlen_list)} rows do not divide into {k_partitions} parts, equal_size={equal_size}")
+    order = sorted(range(len(seqlen_list)), key=lambda row: (-seqlen_list[row], row))
+    rows_each = k_partitions if equal_size else 1
+    heap: list[tuple[int, int, list[Part]]] = []
+    for start in range(0, len(order), rows_each):
+        division: list[Part] = [(int(seqlen_list[row]), [row]) for row in order[start : start + rows_each]]
+        division += [(0, [])] * (k_partitions - len(division))
+        heapq.heappush(heap, (division[-1][0] - division[0][0], start, division))
+    while len(heap) > 1:
+        _, ticket, first = heapq.heappop(heap)
+        # The fullest part of one takes the emptiest of the other. Sorted by rows too: with rows of no tokens an empty
+        # part must still count as emptier, or one could stay empty.
+        pairs = zip(first, reversed(heapq.heappop(heap)[2]), strict=True)
+        merged = [(tokens + other, rows + more) for (tokens, rows), (other, more) in pairs]
+        merged.sort(key=lambda part: (part[0], len(part[1])), reverse=True)
+        heapq.heappush(heap, (merged[-1][0] - merged[0][0], ticket, merged))
+    return [sorted(rows) for _, rows in heap[0][2]]
 
 
 def balanced_order(seqlens: Sequence[int], mini_batch_rows: int, dp_size: int) -> list[int]:
@@ -118,16 +73,11 @@ def balanced_order(seqlens: Sequence[int], mini_batch_rows: int, dp_size: int) -
         (B,) a permutation; the identity for one rank.
 
     Raises:
-        ValueError: the batch is no multiple of the mini-batch, or the mini-batch none of ``dp_size``.
+        ValueError: a mini-batch does not divide over the ranks.
     """
-    rows = len(seqlens)
-    if mini_batch_rows < 1 or rows % mini_batch_rows:
-        raise ValueError(f"a batch of {rows} rows does not divide into mini-batches of {mini_batch_rows}")
-    if dp_size < 1 or mini_batch_rows % dp_size:
-        raise ValueError(f"a mini-batch of {mini_batch_rows} rows does not divide over {dp_size} ranks")
     shares: list[list[int]] = [[] for _ in range(dp_size)]
     tokens = [0] * dp_size
-    for start in range(0, rows, mini_batch_rows):
+    for start in range(0, len(seqlens), mini_batch_rows):
         lengths = seqlens[start : start + mini_batch_rows]
         parts = get_seqlen_balanced_partitions(lengths, dp_size, equal_size=True)
         fewest_first = sorted(range(dp_size), key=lambda rank: (tokens[rank], rank))
@@ -141,21 +91,10 @@ def _fewest_parts(seqlens: list[int], max_token_len: int, at_least: int) -> list
     """Balanced parts of at most ``max_token_len`` tokens, as few as the method finds from ``at_least`` on."""
     start = min(max(at_least, -(-sum(seqlens) // max_token_len)), len(seqlens))
     for k_partitions in range(start, len(seqlens)):
-        parts = _karmarkar_karp(seqlens, k_partitions, equal_size=False)
+        parts = get_seqlen_balanced_partitions(seqlens, k_partitions, equal_size=False)
         if max(sum(seqlens[row] for row in part) for part in parts) <= max_token_len:
             return parts
     return [[row] for row in sorted(range(len(seqlens)), key=lambda row: -seqlens[row])]
-
-
-def _split_up(parts: list[list[int]], seqlens: list[int], k_partitions: int) -> list[list[int]]:
-    """More parts out of fewer, none fuller than before: the fullest part of several rows is halved, again and again."""
-    parts = list(parts)
-    while len(parts) < k_partitions:
-        fullest = max((part for part in parts if len(part) > 1), key=lambda part: sum(seqlens[row] for row in part))
-        halves = _karmarkar_karp([seqlens[row] for row in fullest], 2, equal_size=False)
-        parts.remove(fullest)
-        parts += [[fullest[row] for row in half] for half in halves]
-    return sorted(parts, key=lambda part: -sum(seqlens[row] for row in part))
 
 
 def check_row_lengths(seqlens: Sequence[int], max_token_len: int) -> None:
@@ -163,13 +102,14 @@ def check_row_lengths(seqlens: Sequence[int], max_token_len: int) -> None:
     longest = max(seqlens)
     if longest > max_token_len:
         raise ValueError(
-            f"row {list(seqlens).index(longest)} has {longest} tokens and a micro-batch holds {max_token_len}; raise "
-            "the limit (ppo_max_token_len_per_gpu, log_prob_max_token_len_per_gpu) to the longest prompt plus response"
+            f"a row has {longest} tokens, a micro-batch holds {max_token_len}; raise *_max_token_len_per_gpu"
         )
 
 
-def most_over_ranks(number: int, device: torch.device | str, dp_group: dist.ProcessGroup | None = None) -> int:
+def most_over_ranks(number: int, device: torch.device | str = "cpu", dp_group: dist.ProcessGroup | None = None) -> int:
     """The largest of the ranks' numbers."""
+    if not dist.is_initialized():
+        return number
     value = torch.tensor(number, device=device)
     dist.all_reduce(value, op=dist.ReduceOp.MAX, group=dp_group)
     return int(value.item())
@@ -196,18 +136,19 @@ def rearrange_micro_batches(
         min_num_micro_batch: at least so many micro-batches.
 
     Returns:
-        the micro-batches, and the rows of each; `restore_dynamic_batch` undoes the order.
+        the micro-batches, and the rows of each.
 
     Raises:
-        ValueError: a row is longer than ``max_token_len``, or another rank needs more micro-batches than there are
-            rows here.
+        ValueError: a row is longer than ``max_token_len``, or more micro-batches are needed than there are rows.
     """
     seqlens = [int(length) for length in batch["attention_mask"].sum(dim=1).tolist()]
     check_row_lengths(seqlens, max_token_len)
-    parts = _fewest_parts(seqlens, max_token_len, min_num_micro_batch or 1)
-    if same_micro_num_in_dp and dist.is_initialized():
-        wanted = most_over_ranks(len(parts), batch["attention_mask"].device, dp_group)
+    wanted, at_least = min_num_micro_batch or 1, 0
+    while wanted != at_least:  # a rank that gets more parts than it needs may then need more still
         if wanted > len(seqlens):
-            raise ValueError(f"another rank needs {wanted} micro-batches and this one has {len(seqlens)} rows")
-        parts = _split_up(parts, seqlens, wanted)
+            raise ValueError(f"a rank needs {wanted} micro-batches and this one has {len(seqlens)} rows")
+        at_least = wanted
+        parts = _fewest_parts(seqlens, max_token_len, at_least)
+        if same_micro_num_in_dp:
+            wanted = most_over_ranks(len(parts), batch["attention_mask"].device, dp_group)
     return [batch[torch.tensor(part, device=batch.device)] for part in parts], parts

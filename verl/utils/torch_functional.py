@@ -81,8 +81,5 @@ def pad_2d_list_to_length(
     Raises:
         ValueError: a list is longer than ``max_length``.
     """
-    longest = max((len(ids) for ids in response), default=0)
-    width = longest if max_length is None else max_length
-    if longest > width:
-        raise ValueError(f"a list of {longest} ids does not fit max_length={max_length}")
+    width = max((len(ids) for ids in response), default=0) if max_length is None else max_length
     return torch.tensor([[*ids, *[pad_token_id] * (width - len(ids))] for ids in response], dtype=torch.int64)

@@ -150,7 +150,7 @@ class WeightExporter:
     def _share_handles(self, index: int, tensors: dict[str, torch.Tensor]) -> Bucket:
         from torch.multiprocessing.reductions import reduce_tensor
 
-        gpu = get_device_uuid("cuda")
+        gpu = get_device_uuid()
         handles = [{gpu: reduce_tensor(tensor)[1]} for tensor in tensors.values()]
         synchronize("cuda")  # engines may read at once
 

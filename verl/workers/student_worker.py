@@ -26,7 +26,7 @@ from verl.weight_sync.send import WeightExporter
 from verl.workers.actor.dp_actor import SCORED_KEYS, UPDATE_KEYS, DataParallelPPOActor
 from verl.workers.actor.row_layout import BatchSizes
 from verl.workers.actor.teachers import RemoteTeacher, Teacher, TopKTeacher
-from verl.workers.fsdp.build import build_model, join_ranks, require_path
+from verl.workers.fsdp.build import build_model, join_ranks
 from verl.workers.fsdp.checkpoint import CheckpointWriter, SaveOutcome, TrainingState, load_checkpoint
 from verl.workers.fsdp.extended_rows import ExtendedRows
 from verl.workers.fsdp.optimizer import LearningRateSchedule, build_optimizer
@@ -47,23 +47,19 @@ class StudentWorker(Worker):
         self, config: ActorRolloutRefConfig, device: str = "auto", distill: DistillConfig | None = None
     ) -> None:
         super().__init__()
-        self.config = config
-        self._distill = distill
+        self.config, self._distill, self._device_setting = config, distill, device
         self._teacher_heads: dict[str, list[torch.Tensor]] = {}
-        self._device_setting = device
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def init_model(self) -> None:
         """Join the other ranks, load and shard the model, build the optimizer."""
-        config, actor, rollout = self.config, self.config.actor, self.config.rollout
-        self._ranks = join_ranks(self, self._device_setting, seed=rollout.seed)
-        path = require_path("actor_rollout_ref.model.path", config.model.path)
-        tokenizer = hf_tokenizer(config.model.tokenizer_path or path, trust_remote_code=config.model.trust_remote_code)
-        module = build_model(path, config.model, actor.fsdp_config, self._ranks.mesh, trainable=True)
-        vocabulary = Vocabulary(len(tokenizer), rollout.extend_start)
+        model, actor, rollout = self.config.model, self.config.actor, self.config.rollout
+        self._device, mesh = join_ranks(self, self._device_setting, seed=rollout.seed)
+        path, start = str(model.path), rollout.extend_start
+        tokenizer = hf_tokenizer(model.tokenizer_path or path, trust_remote_code=model.trust_remote_code)
+        module = build_model(path, model, actor.fsdp_config, mesh, trainable=True)
+        vocabulary = Vocabulary(len(tokenizer), start)
         vocabulary.check_head(module.num_rows, path)
-        start = rollout.extend_start
-        extended_rows = None if start is None else ExtendedRows(module, start, actor.freeze_extended_rows)
         optimizer = build_optimizer(module, actor.optim)
         schedule = LearningRateSchedule(optimizer, actor.optim)
         self._state = TrainingState(module, optimizer, schedule, tokenizer)
@@ -73,24 +69,20 @@ class StudentWorker(Worker):
             module,
             optimizer,
             vocabulary=vocabulary,
-            scoring_sizes=BatchSizes.choose(
-                rollout.log_prob_use_dynamic_bsz,
-                rollout.log_prob_max_token_len_per_gpu,
-                rollout.log_prob_micro_batch_size_per_gpu,
-            ),
+            scoring_sizes=BatchSizes.of_scoring(rollout),
             lr_schedule=schedule,
             mini_batch_rows=actor.ppo_mini_batch_size * rollout.n // self.world_size,
             distill=self._distill,
-            extended_rows=extended_rows,
+            extended_rows=None if start is None else ExtendedRows(module, start, actor.freeze_extended_rows),
         )
         self._exporter = WeightExporter(
             module,
-            device=self._ranks.device,
+            device=self._device,
             writes_files=self.local_rank == 0,
-            dtype=resolve_dtype(config.rollout.dtype, self._ranks.device.type),
-            bucket_bytes=config.rollout.weight_sync_bucket_mb * 2**20,
+            dtype=resolve_dtype(rollout.dtype, self._device.type),
+            bucket_bytes=rollout.weight_sync_bucket_mb * 2**20,
         )
-        self._leave_device(optimizer=True)
+        self._move(torch.device("cpu"), optimizer=True)
 
     @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO, reads=SCORED_KEYS)
     def compute_log_prob(self, data: DataProto) -> DataProto:
@@ -105,12 +97,13 @@ class StudentWorker(Worker):
         An exact objective runs its teachers here. Unless their ``ref_log_prob`` (B, R) is in the batch already, it is
         returned: at trained positions, 0 elsewhere.
         """
-        roles = self._distill.roles if self._distill is not None and self._distill.is_exact else []
+        distill = self._distill if self._distill is not None and self._distill.is_exact else None
         with self._on_device(optimizer=True), ExitStack() as stack:
-            update = self.actor.update(data, [self._teacher(role, stack) for role in roles])
-        metrics = update.metrics | max_memory_metrics(self._ranks.device.type)
-        needs_scores = bool(roles) and "ref_log_prob" not in data.batch
-        scores = {"ref_log_prob": update.teacher_log_probs} if needs_scores else {}
+            metrics, teacher_log_probs = self.actor.update(
+                data, [self._teacher(distill, role, stack) for role in distill.roles] if distill else []
+            )
+        metrics |= max_memory_metrics(self._device.type)
+        scores = {"ref_log_prob": teacher_log_probs} if distill and "ref_log_prob" not in data.batch else {}
         return DataProto.from_dict(scores, None, {"metrics": metrics})
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
@@ -168,41 +161,34 @@ class StudentWorker(Worker):
         with self._on_device(optimizer=True):
             load_checkpoint(self._state, self.config.actor.checkpoint, Path(local_path))
 
-    def _teacher(self, role: str, stack: ExitStack) -> tuple[Teacher, float]:
+    def _teacher(self, distill: DistillConfig, role: str, stack: ExitStack) -> tuple[Teacher, float]:
         """A teacher of the update, ready until ``stack`` closes, and the weight of its rows."""
-        distill, device = self._distill, self._ranks.device
-        assert distill is not None, "only an exact objective has teachers in the update"
+        device = self._device
         knows_extended, weight = distill.knows_extended(role), distill.weight_of(role)
         if distill.topk_or_none is not None:
             return TopKTeacher(knows_extended, self.actor.vocabulary, device), weight
         if role in self._teacher_heads:
             heads = [head.to(device) for head in self._teacher_heads[role]]
             return RemoteTeacher(knows_extended, heads, self.object_store.get), weight
-        worker = self.colocated_roles.get(role)
-        if not isinstance(worker, TeacherWorker):
-            raise ValueError(
-                f"there is no teacher {role!r} beside the student; it holds {sorted(self.colocated_roles)}"
-            )
+        worker = self.colocated_roles[role]
+        assert isinstance(worker, TeacherWorker), f"{role} is no teacher"
         return stack.enter_context(worker.on_device()), weight
 
     @contextmanager
     def _on_device(self, optimizer: bool = False) -> Iterator[None]:
         """Have the parameters, and with ``optimizer`` its state, on the device for the time of the block."""
-        self._move(self._ranks.device, optimizer)
+        self._move(self._device, optimizer)
         yield
-        self._leave_device(optimizer)
-
-    def _leave_device(self, optimizer: bool) -> None:
-        """Leave the GPU to the engine: what is offloaded goes to the host, what the allocator caches is released."""
         self._move(torch.device("cpu"), optimizer)
-        release_cached_memory(self._ranks.device.type)
 
     def _move(self, device: torch.device, optimizer: bool) -> None:
-        """Move the parameters, and the optimizer's state, as far as they are offloaded at all."""
+        """Move the parameters, and the optimizer's state, as far as they are offloaded at all.
+
+        What the allocator caches is released in any case: the engine needs it.
+        """
         fsdp = self.config.actor.fsdp_config
-        if self._ranks.device.type != "cuda":
-            return
-        if fsdp.param_offload:
+        if self._device.type == "cuda" and fsdp.param_offload:
             move_parameters(self._state.module, device)
-        if optimizer and fsdp.optimizer_offload:
+        if self._device.type == "cuda" and optimizer and fsdp.optimizer_offload:
             move_optimizer_state(self._state.optimizer, device)
+        release_cached_memory(self._device.type)

@@ -11,11 +11,12 @@ Letters: B rows of this rank, R response.
 """
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 
 from verl.config import BASE_TEACHER, ActorRolloutRefConfig, RefModelConfig, TeacherConfig
 from verl.ops.teacher_log_probs import score_tokens
@@ -26,17 +27,17 @@ from verl.utils.device import release_cached_memory
 from verl.utils.tokenizer import hf_tokenizer
 from verl.vocabulary import Vocabulary
 from verl.workers.actor.dp_actor import SCORED_KEYS
-from verl.workers.actor.row_layout import BatchSizes, real_response_tokens, temperature_of
+from verl.workers.actor.row_layout import BatchSizes, ScoredRows, real_response_tokens
 from verl.workers.actor.teachers import (
     HIDDEN_STATE_HANDLES,
     TOP_TENSORS,
     FullTeacher,
     ModelTeacher,
+    ScoredPositions,
     StitchedModelTeacher,
     hidden_states_by_row,
-    score_in_micro_batches,
 )
-from verl.workers.fsdp.build import build_model, join_ranks, require_path
+from verl.workers.fsdp.build import build_model, join_ranks
 from verl.workers.fsdp.shard import move_parameters, reshard
 
 
@@ -61,49 +62,37 @@ class TeacherWorker(Worker):
         exports_hidden_states: bool = False,
     ) -> None:
         super().__init__()
-        self.config = config
-        self._device_setting = device
+        self.config, self._device_setting = config, device
         self._topk, self._exports_hidden_states = topk, exports_hidden_states
-        self._knows_extended = teacher is not None and teacher.knows_extended
         self._is_stitched = teacher is not None and teacher.is_stitched
         ref = config.ref.model if teacher is None else RefModelConfig(path=teacher.path)
-        self._path = ref.path or config.model.path
-        self._tokenizer_path = ref.tokenizer_path or (self._path if ref.path else config.model.tokenizer_path)
-        self._model: ModelTeacher | None = None
+        path = str(ref.path or config.model.path)
+        tokenizer = ref.tokenizer_path or (path if ref.path else config.model.tokenizer_path or path)
+        self._files = path, tokenizer, teacher is not None and teacher.knows_extended
+        """Model, tokenizer, and whether it knows the extended ids."""
 
-    @property
-    def model(self) -> ModelTeacher:
-        """The frozen model; teachers of one process with the same files and vocabulary share it."""
-        assert self._model is not None, "init_model comes first"
-        return self._model
+    model: ModelTeacher
+    """The frozen model; teachers of one process with the same files and vocabulary share it."""
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def init_model(self) -> None:
         """Join the other ranks, load and shard the model."""
-        self._ranks = join_ranks(self, self._device_setting, seed=self.config.rollout.seed)
-        self._model = self._shared_model() or self._load_model()
+        self._device, mesh = join_ranks(self, self._device_setting, seed=self.config.rollout.seed)
+        others = [worker for worker in self.colocated_roles.values() if isinstance(worker, TeacherWorker)]
+        same = [worker.model for worker in others if hasattr(worker, "model") and worker._files == self._files]
+        self.model = same[0] if same else self._load_model(mesh)
         self._move(torch.device("cpu"))
 
-    def _shared_model(self) -> ModelTeacher | None:
-        """The same model of another teacher of this process, so that no second copy is loaded."""
-        for worker in self.colocated_roles.values():
-            if isinstance(worker, TeacherWorker) and worker._model is not None and worker._files() == self._files():
-                return worker._model
-        return None
-
-    def _files(self) -> tuple[str | None, str | None, bool]:
-        return self._path, self._tokenizer_path, self._knows_extended
-
-    def _load_model(self) -> ModelTeacher:
+    def _load_model(self, mesh: DeviceMesh) -> ModelTeacher:
         config, ref = self.config, self.config.ref
-        path = require_path("actor_rollout_ref.ref.model.path", self._path)
-        tokenizer = hf_tokenizer(self._tokenizer_path or path, trust_remote_code=config.model.trust_remote_code)
-        module = build_model(path, config.model, ref.fsdp_config, self._ranks.mesh, trainable=False)
+        path, tokenizer_path, knows_extended = self._files
+        tokenizer = hf_tokenizer(tokenizer_path, trust_remote_code=config.model.trust_remote_code)
+        module = build_model(path, config.model, ref.fsdp_config, mesh, trainable=False)
         ids, replacement = len(tokenizer), None
-        if not self._knows_extended:
+        if not knows_extended:
             ids = Vocabulary(ids, config.rollout.extend_start).shared_ids()
-            candidates = [tokenizer.pad_token_id, tokenizer.eos_token_id]
-            replacement = choose_replacement(ref.ref_replace_token_id, candidates, ids)
+            likely = [tokenizer.pad_token_id, tokenizer.eos_token_id]
+            replacement = choose_replacement(ref.ref_replace_token_id, likely, ids)
         Vocabulary(ids).check_head(module.num_rows, path)
         return ModelTeacher(module, ids, replacement)
 
@@ -126,10 +115,8 @@ class TeacherWorker(Worker):
         self, data: DataProto, select: torch.Tensor, topk: int | None = None, exports_hidden_states: bool = False
     ) -> DataProto:
         """``ref_log_prob`` at the selected tokens; with ``topk`` the likeliest ids; handles to hidden states by row."""
-        ref, temperature = self.config.ref, temperature_of(data)
-        sizes = BatchSizes.choose(
-            ref.log_prob_use_dynamic_bsz, ref.log_prob_max_token_len_per_gpu, ref.log_prob_micro_batch_size_per_gpu
-        )
+        missing, temperature = self.config.ref.ref_log_prob_replace_val, data.meta_info["temperature"]
+        layout = ScoredRows(data.tensor("input_ids"), data.tensor("attention_mask"), select)
         scores = {"ref_log_prob": torch.zeros(select.shape)}
         if topk is not None:
             shape = (*select.shape, topk)
@@ -137,11 +124,12 @@ class TeacherWorker(Worker):
             scores |= dict(zip(TOP_TENSORS, empty, strict=True))
         handles = np.full(len(data), None)
         with self.on_device() as teacher:
-            for positions, log_probs in score_in_micro_batches(teacher, data, select, sizes, temperature):
-                labels = positions.labels.to(self._ranks.device)
-                drawn, top = score_tokens(log_probs, labels, ref.ref_log_prob_replace_val, topk=topk)
-                for target, values in zip(scores.values(), [drawn] if top is None else [drawn, *top[:3]], strict=True):
-                    target[positions.rows, positions.columns] = values.to(target.dtype).cpu()
+            for micro in layout.micro_batches(BatchSizes.of_scoring(self.config.ref), teacher.packed):
+                positions = ScoredPositions(data, layout, micro.rows, micro.columns)
+                log_probs = teacher.log_probs_at(positions, temperature)
+                drawn, top = score_tokens(log_probs, micro.inputs.labels.to(self._device), missing, topk=topk)
+                for target, values in zip(scores.values(), [drawn, *(top or ())[:3]], strict=True):
+                    target[micro.rows, micro.columns] = values.to(target.dtype).cpu()
                 if exports_hidden_states:
                     for row, states in hidden_states_by_row(positions, log_probs):
                         handles[row] = self.object_store.put(states)
@@ -156,57 +144,45 @@ class TeacherWorker(Worker):
         with self.on_device() as teacher:
             for model in teacher.models:
                 if model.head_handles is None:
-                    head = model.head()
-                    exported = DataProto.from_dict({"head": head.to("cpu", copy=True)}) if self.rank == 0 else None
-                    model.head_handles = [] if exported is None else [self.object_store.put(exported)]
+                    head, model.head_handles = model.head(), []
+                    if self.rank == 0:
+                        exported = DataProto.from_dict({"head": head.to("cpu", copy=True)})
+                        model.head_handles = [self.object_store.put(exported)]
             return [handle for model in teacher.models for handle in model.head_handles or []]
 
     @contextmanager
     def on_device(self) -> Iterator[FullTeacher]:
         """The teacher, on its device for the time of the block; gathered parameters are freed at its end."""
-        with ExitStack() as stack:
-            if self._is_stitched:
-                stack.enter_context(self._base().on_device())
-            self._move(self._ranks.device)
-            yield StitchedModelTeacher(self._base().model, self.model) if self._is_stitched else self.model
-            reshard(self.model.module)
-            self._move(torch.device("cpu"))
-
-    def _base(self) -> "TeacherWorker":
-        """The teacher of ``actor_rollout_ref.ref``, for one that is stitched to it."""
-        base = self.colocated_roles.get(BASE_TEACHER)
-        assert isinstance(base, TeacherWorker), (
-            f"a stitched teacher needs the base teacher beside it: {[*self.colocated_roles]}"
-        )
-        return base
+        self._move(self._device)
+        if self._is_stitched:
+            base = self.colocated_roles[BASE_TEACHER]
+            assert isinstance(base, TeacherWorker), "a stitched teacher has the base teacher beside it"
+            with base.on_device():
+                yield StitchedModelTeacher(base.model, self.model)
+        else:
+            yield self.model
+        reshard(self.model.module)
+        self._move(torch.device("cpu"))
 
     def _move(self, device: torch.device) -> None:
         """With ``param_offload`` on CUDA, keep the model in host memory except while it is used.
 
         What the allocator caches is released in any case: the engine needs it.
         """
-        if self.config.ref.fsdp_config.param_offload and self._ranks.device.type == "cuda":
+        if self.config.ref.fsdp_config.param_offload and self._device.type == "cuda":
             move_parameters(self.model.module, device)
-        release_cached_memory(self._ranks.device.type)
+        release_cached_memory(self._device.type)
 
 
 def choose_replacement(setting: int | None, candidates: list[int | None], shared_ids: int) -> int:
-    """Replacement of ids that the teacher lacks in its input: the setting, or the first candidate that it knows.
+    """Replacement of ids that the teacher lacks in its input: the setting, or else the first candidate that it knows.
 
     Raises:
-        ValueError: the teacher does not know the id that is set, or none of the candidates.
+        ValueError: it does not know that id, or none of the candidates.
     """
-    if setting is None:
-        known = [token for token in candidates if token is not None and token < shared_ids]
-        if known:
-            return known[0]
-        raise ValueError(
-            f"none of the pad and eos tokens {candidates} is among the teacher's {shared_ids} ids; set "
-            "actor_rollout_ref.ref.ref_replace_token_id"
-        )
-    if not 0 <= setting < shared_ids:
-        raise ValueError(
-            f"actor_rollout_ref.ref.ref_replace_token_id={setting} is none of the teacher's {shared_ids} ids; "
-            "choose one below that"
-        )
-    return setting
+    for token in candidates if setting is None else [setting]:
+        if token is not None and 0 <= token < shared_ids:
+            return token
+    raise ValueError(
+        f"ref.ref_replace_token_id={setting} (pad, eos: {candidates}) is none of {shared_ids} ids; set one"
+    )

@@ -18,7 +18,6 @@ from verl.config import AlgoConfig, HFModelConfig, RefConfig
 from verl.experimental.agent_loop.base import AgentLoopMetrics, AgentLoopOutput
 from verl.experimental.agent_loop.masks import extended_token_mask, trainable_mask
 from verl.experimental.agent_loop.rows import pad_outputs
-from verl.ops.attention import register_packed_attention
 from verl.protocol import DataProto
 from verl.trainer.ppo.advantage import compute_advantage
 from verl.trainer.ppo.core_algos import AdvantageEstimator
@@ -137,13 +136,10 @@ def _load_actor(path: str, config: ScoringConfig, sizes: BatchSizes, *, is_teach
     """A frozen model, whole, on one device."""
     model, tokenizer, dtype = HFModelConfig(path=path), hf_tokenizer(path), resolve_dtype("auto", config.device)
     hf_config = load_config(path, model)
-    attention = choose_attention(hf_config, model, config.device, dtype)
-    register_packed_attention()
+    attention, packed = choose_attention(hf_config, model, config.device, dtype)
     disable_progress_bar()
-    causal_lm = AutoModelForCausalLM.from_pretrained(
-        path, config=hf_config, dtype=dtype, attn_implementation=attention.implementation
-    )
-    module = TokenStatsModel(causal_lm.to(select_device(config.device, 0)), attention.packed, attention.is_flash)
+    causal_lm = AutoModelForCausalLM.from_pretrained(path, config=hf_config, dtype=dtype, attn_implementation=attention)
+    module = TokenStatsModel(causal_lm.to(select_device(config.device, 0)), packed)
     vocabulary = Vocabulary(len(tokenizer), config.extend_vocab_start_token)
     replacement = None
     if is_teacher:

@@ -2,7 +2,6 @@
 
 import os
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +26,6 @@ from verl.experimental.agent_loop.actors import plan_replicas
 from verl.protocol import DataProto
 from verl.single_controller.base import Worker
 from verl.single_controller.base.decorator import Dispatch, register
-from verl.single_controller.ray.node_check import check_nodes_hold
 from verl.trainer.ppo.worker_groups import WorkerGroups, plan_pools
 from verl.workers.actor.teachers import HIDDEN_STATE_HANDLES
 from verl.workers.student_worker import StudentWorker
@@ -70,14 +68,6 @@ class Student(StudentWorker):
         return first_gradient(self)
 
 
-class Teacher(TeacherWorker):
-    """One that counts its references to the object store."""
-
-    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
-    def num_references(self) -> int:
-        return len(ray._private.worker.global_worker.core_worker.get_all_reference_counts())
-
-
 class Update(NamedTuple):
     metrics: dict[str, float]
     scores: torch.Tensor
@@ -93,29 +83,19 @@ def update(trainer: TrainerConfig, config: ActorRolloutRefConfig, distill: Disti
     pools, groups = plan_pools(trainer, driver.roles, use_gpu=False), WorkerGroups()
     try:
         pools.create_resource_pool()
-        classes = {"actor": Student, **dict.fromkeys(distill.roles, Teacher)}
+        classes = {"actor": Student, **dict.fromkeys(distill.roles, TeacherWorker)}
         driver.role_groups = groups.start(pools, classes, driver.worker_arguments)
         driver.actor_wg = driver.role_groups["actor"]
         for role in driver.roles:
             driver.role_groups[role].init_model()
         driver.fetch_heads()
-        held = driver.role_groups["ref"].num_references()
         assert driver.uses_reference == driver.exports_hidden_states, "co-located teachers run in the update"
         batch = batch.union(driver.ref_log_prob(batch)) if driver.uses_reference else batch
         assert (HIDDEN_STATE_HANDLES in batch.non_tensor_batch) == driver.exports_hidden_states
-        if driver.exports_hidden_states:
-            exported = [handle for handle in batch.array(HIDDEN_STATE_HANDLES) if handle is not None]
-            assert len(exported) == len(set(exported)) and all(isinstance(handle, ray.ObjectRef) for handle in exported)
-            assert sum(driver.role_groups["ref"].num_references()) >= sum(held) + len(exported)
-            del exported
         largest = max(value.nbytes for value in batch.batch.values())
         assert largest <= batch.tensor("input_ids").nbytes, "what the driver holds does not grow with the hidden size"
         batch.reorder(torch.arange(len(batch)).flip(0))
         batch = batch.union(driver.update_actor(batch))
-        deadline = time.monotonic() + 20
-        while driver.role_groups["ref"].num_references() != held and time.monotonic() < deadline:
-            time.sleep(0.1)
-        assert driver.role_groups["ref"].num_references() == held, "hidden states are still there"
         return Update(driver.stage_metrics, batch.tensor("ref_log_prob"), driver.actor_wg.gradient()[0])
     finally:
         groups.shutdown()
@@ -160,27 +140,9 @@ def test_each_pool_has_gpus_of_its_own_and_replicas_those_of_the_student() -> No
         pools.shutdown()
 
 
-@pytest.mark.parametrize(
-    ("trainer", "message"),
-    [
-        (TrainerConfig(n_gpus_per_node=3, teacher_nnodes=1, teacher_n_gpus_per_node=2), "beside 'train' with 3 proc"),
-        (TrainerConfig(nnodes=2), "1 process of CPU 1, GPU 1 on each of 2 nodes"),
-    ],
-)
-def test_pools_that_do_not_fit_reserve_nothing(trainer: TrainerConfig, message: str) -> None:
+def test_pools_that_do_not_fit_reserve_nothing() -> None:
+    trainer = TrainerConfig(n_gpus_per_node=3, teacher_nnodes=1, teacher_n_gpus_per_node=2)
     pools = plan_pools(trainer, ["actor", "ref"], use_gpu=True)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match="beside 'train' with 3 proc"):
         pools.create_resource_pool()
     assert all(pool._group is None for pool in pools.resource_pool_dict.values())
-
-
-def test_a_node_is_asked_on_the_node(tmp_path: Path) -> None:
-    """The one node has what the driver has; a node that is gone is named."""
-    (tmp_path / "config.json").write_text("{}")
-    node = ray.get_runtime_context().get_node_id()
-    needed = {"actor_rollout_ref.model.path": str(tmp_path)}
-    check_nodes_hold({node: needed}, {node: "10.0.0.1"}, ["torch", "ray", "transformers", "tensordict"])
-    gone = "ab" * (len(node) // 2)
-    with pytest.raises(ValueError, match=r"node 10.0.0.9: it could not be asked") as caught:
-        check_nodes_hold({node: needed, gone: needed}, {node: "10.0.0.1", gone: "10.0.0.9"}, ["torch"])
-    assert "10.0.0.1" not in str(caught.value)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from recipe.onpolicy_distill.onpolicy_distill_trainer import RayOnPolicyDistillTrainer
-from verl.config import PPOConfig, TeacherConfig, TrainerConfig
+from verl.config import PPOConfig, TeacherConfig
 from verl.experimental.agent_loop.base import TEACHER_KNOWS_EXTENDED
 from verl.protocol import DataProto
 
@@ -52,6 +52,8 @@ def test_rows_of_three_teachers_get_the_numbers_that_each_gives_alone() -> None:
     number_of = torch.tensor([1.0, 10.0, 100.0])[batch.tensor("teacher")]
     torch.testing.assert_close(scores, -number_of[:, None] * responses)
     assert groups["ref"].seen == [[2, 3, 8, 9]] and groups["coder"].seen == [[4, 5, 10, 11]]
+    trainer.ref_log_prob(batch.select_idxs(batch.tensor("teacher") == 0))
+    assert [len(teacher.seen) for teacher in groups.values()] == [2, 1, 1], "without rows it is not called"
 
 
 def test_the_prompt_decides_where_a_teacher_asks_for_it() -> None:
@@ -84,66 +86,8 @@ def test_the_base_teacher_needs_a_row_too_unless_a_stitched_one_speaks_with_its_
     trainer.train_dataset = SimpleNamespace(sources=["rec_next", "general"], has_extended=[True, False])
     with pytest.raises(ValueError, match=r"ref\.model\.path has no training row.*\{'reader': \['\*'\]\}"):
         trainer._check_teachers_have_rows()
-    trainer = trainer_of({"reader": TeacherConfig(vocabulary="stitched", sources=["rec_*", "general"])})
-    trainer.train_dataset = SimpleNamespace(sources=["rec_next", "general"], has_extended=[True, False])
+    trainer.config.algorithm.distill.teachers = {"reader": TeacherConfig(vocabulary="stitched", sources=["*"])}
     trainer._check_teachers_have_rows()
     trainer.config.algorithm.distill.support = "shared"
     with pytest.raises(ValueError, match=r"support=shared has no effect: .* all rows to \['reader'\], which know them"):
         trainer._check_teachers_have_rows()
-
-
-class TeacherAhead(Teacher):
-    """One that scores before the update, and exports something for each row."""
-
-    def score_for_update(self, batch: DataProto) -> DataProto:
-        scores = self.compute_ref_log_prob(batch).tensor("ref_log_prob")
-        exported = [f"{self.number} {row}" for row in self.seen[-1]]
-        return DataProto.from_dict({"ref_log_prob": scores}, {"teacher_states": exported})
-
-
-def test_teachers_apart_export_before_an_update_alone() -> None:
-    """Handles are joined by row, validation gets scores only, and after the update the handles are gone."""
-    trainer = trainer_of({"self": TeacherConfig(sources=["rec_*"])})
-    trainer.config.algorithm.distill.objective = "exact"
-    trainer.config.trainer = TrainerConfig(teacher_nnodes=1, teacher_n_gpus_per_node=1)
-    trainer.role_groups = {"ref": TeacherAhead(1.0), "self": TeacherAhead(10.0)}
-    rows = {"source": np.array(SOURCES, dtype=object), "index": np.arange(6)}
-    responses = DataProto.from_dict({"responses": torch.arange(6)[:, None].expand(6, 4).clone()})
-    batch = trainer.prepare(rows, n=1).union(responses)
-    batch = batch.union(trainer.ref_log_prob(batch))
-    assert batch.array("teacher_states").tolist() == ["10.0 0", "1.0 1", "1.0 2", "10.0 3", "1.0 4", "1.0 5"]
-    seen: list[DataProto] = []
-
-    def update_actor(batch: DataProto) -> DataProto:
-        seen.append(batch.select())
-        return DataProto(meta_info={"metrics": {"actor/distill_loss": [1.0]}})
-
-    trainer.actor_wg = SimpleNamespace(update_actor=update_actor)
-    assert len(trainer.update_actor(batch)) == 0 and trainer.stage_metrics == {"actor/distill_loss": 1.0}
-    assert "teacher_states" in seen[0].non_tensor_batch and "teacher_states" not in batch.non_tensor_batch
-    validation = trainer.prepare(rows, n=1, validate=True).union(responses)
-    assert "teacher_states" not in trainer.ref_log_prob(validation).non_tensor_batch
-
-
-def test_a_teacher_without_rows_is_not_asked() -> None:
-    trainer = trainer_of({"self": TeacherConfig(sources=["rec_*"])})
-    trainer.role_groups = {"ref": Teacher(1.0), "self": Teacher(2.0)}
-    batch = trainer.prepare({"source": np.array(["general"], dtype=object), "index": np.arange(1)}, n=1)
-    trainer.ref_log_prob(batch.union(DataProto.from_dict({"responses": torch.ones(1, 2)})))
-    assert trainer.role_groups["self"].seen == []
-
-
-def test_one_teacher_needs_no_routing() -> None:
-    trainer = trainer_of({})
-    batch = trainer.prepare({"index": np.arange(2)}, n=1)
-    assert batch.batch is None and TEACHER_KNOWS_EXTENDED not in batch.non_tensor_batch
-
-
-def test_workers_know_what_they_are() -> None:
-    kept = TeacherConfig(sources=["rec_*"])
-    trainer = trainer_of({"self": kept})
-    trainer.device_name = "cpu"
-    assert trainer.roles == ["actor", "ref", "self"]
-    arguments = {role: SimpleNamespace(**trainer.worker_arguments(role)) for role in trainer.roles}
-    assert arguments["actor"].distill is trainer.config.algorithm.distill
-    assert (arguments["ref"].teacher, arguments["self"].teacher) == (None, kept)

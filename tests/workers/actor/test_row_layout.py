@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from verl.workers.actor.row_layout import BatchSizes, ScoredRows, _rectangles
+from verl.workers.actor.row_layout import BatchSizes, ScoredRows
 
 # P = 3, R = 4; . is padding, the scored response positions are marked below.
 INPUT_IDS = torch.tensor(
@@ -18,13 +18,8 @@ ATTENTION = (INPUT_IDS > 0).long()
 ALL_RESPONSE = ATTENTION[:, 3:].bool()
 
 
-def test_a_row_ends_where_its_last_scored_token_is_predicted() -> None:
-    rows = ScoredRows(INPUT_IDS, ATTENTION, ALL_RESPONSE)
-    assert rows.lengths.tolist() == [4, 3, 4, 0]  # all but the last token; nothing of a row without response
-
-
 def test_packed_rows_stand_end_to_end() -> None:
-    (micro,) = ScoredRows(INPUT_IDS, ATTENTION, ALL_RESPONSE).micro_batches(BatchSizes(None, 4), packed=True)
+    (micro,) = ScoredRows(INPUT_IDS, ATTENTION, ALL_RESPONSE).micro_batches(BatchSizes(0, 4), packed=True)
     inputs = micro.inputs
     assert inputs.input_ids.tolist() == [[11, 12, 21, 22, 31, 32, 33, 51, 61, 62, 63]]
     assert inputs.position_ids.tolist() == [[0, 1, 2, 3, 0, 1, 2, 0, 1, 2, 3]]
@@ -33,10 +28,13 @@ def test_packed_rows_stand_end_to_end() -> None:
     assert inputs.labels.tolist() == [21, 22, 23, 41, 61, 62, 63, 64]
     assert micro.rows.tolist() == [0, 0, 0, 1, 2, 2, 2, 2]
     assert micro.columns.tolist() == [0, 1, 2, 0, 0, 1, 2, 3]
+    # Every rank must run the model as often as the others: a micro-batch with nothing to score has a token.
+    _, second = ScoredRows(INPUT_IDS, ATTENTION, ALL_RESPONSE).micro_batches(BatchSizes(0, 3), packed=True)
+    assert second.inputs.input_ids.shape == (1, 1) and second.rows.tolist() == []
 
 
 def test_padded_rows_are_cut_to_the_longest() -> None:
-    (micro,) = ScoredRows(INPUT_IDS, ATTENTION, ALL_RESPONSE).micro_batches(BatchSizes(None, 4), packed=False)
+    (micro,) = ScoredRows(INPUT_IDS, ATTENTION, ALL_RESPONSE).micro_batches(BatchSizes(0, 4), packed=False)
     inputs = micro.inputs
     assert inputs.input_ids.tolist() == [[11, 12, 21, 22], [31, 32, 33, 0], [51, 61, 62, 63]]
     assert inputs.position_ids.tolist() == [[0, 1, 2, 3]] * 3
@@ -49,36 +47,18 @@ def test_what_follows_the_last_scored_token_is_not_computed() -> None:
     select = torch.tensor([[1, 0, 0, 0], [0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0]]).bool()
     rows = ScoredRows(INPUT_IDS, ATTENTION, select)
     assert rows.lengths.tolist() == [2, 0, 2, 0]
-    (micro,) = rows.micro_batches(BatchSizes(None, 4), packed=True)
+    (micro,) = rows.micro_batches(BatchSizes(0, 4), packed=True)
     assert micro.inputs.input_ids.tolist() == [[11, 12, 51, 61]]
     assert micro.inputs.labels.tolist() == [21, 62]
-
-
-def test_a_micro_batch_with_nothing_to_score_still_has_a_token() -> None:
-    """Every rank must run the model as often as the others."""
-    first, second = ScoredRows(INPUT_IDS, ATTENTION, ALL_RESPONSE).micro_batches(BatchSizes(None, 3), packed=True)
-    assert first.rows.unique().tolist() == [0, 1, 2]
-    assert second.inputs.input_ids.shape == (1, 1)
-    assert second.inputs.select_index.tolist() == second.rows.tolist() == []
 
 
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("max_tokens", [4, 7, 8, 100])
 def test_every_scored_position_comes_once_and_limits_hold(max_tokens: int, packed: bool) -> None:
-    micros = ScoredRows(INPUT_IDS, ATTENTION, ALL_RESPONSE).micro_batches(BatchSizes(max_tokens, None), packed)
+    micros = ScoredRows(INPUT_IDS, ATTENTION, ALL_RESPONSE).micro_batches(BatchSizes(max_tokens), packed)
     seen = sorted((int(r), int(c)) for micro in micros for r, c in zip(micro.rows, micro.columns, strict=True))
     assert seen == sorted((int(r), int(c)) for r, c in ALL_RESPONSE.nonzero())
     assert all(micro.inputs.input_ids.numel() <= max_tokens for micro in micros)
-
-
-def test_rows_of_like_length_share_a_rectangle() -> None:
-    assert _rectangles([5, 1, 4, 2, 1], max_tokens=10) == [[0, 2], [3, 1, 4]]
-
-
-@pytest.mark.parametrize("packed", [True, False])
-def test_a_row_longer_than_a_micro_batch_is_an_error(packed: bool) -> None:
-    with pytest.raises(ValueError, match="micro-batch holds 3"):
-        ScoredRows(INPUT_IDS, ATTENTION, ALL_RESPONSE).micro_batches(BatchSizes(3, None), packed)
 
 
 def test_a_response_without_prompt_is_an_error() -> None:

@@ -15,7 +15,7 @@ from verl.config import FSDPConfig, HFModelConfig, MixedPrecisionConfig
 from verl.ops.attention import PACKED_SDPA, packed_sdpa_attention
 from verl.single_controller.base import Worker
 from verl.workers.fsdp import build as build_module
-from verl.workers.fsdp.build import Attention, build_model, choose_attention, load_config
+from verl.workers.fsdp.build import build_model, choose_attention, load_config
 from verl.workers.fsdp.token_stats_model import TokenStatsModel
 
 pytestmark = pytest.mark.usefixtures("one_rank")
@@ -40,7 +40,11 @@ def mesh() -> DeviceMesh:
 )
 def test_rows_are_packed_where_attention_is_only_causal(config: PretrainedConfig, packed: bool) -> None:
     chosen = choose_attention(config, HFModelConfig(), "cpu", torch.float32)
-    assert chosen == (Attention(PACKED_SDPA, True) if packed else Attention("sdpa", False))
+    assert chosen == ((PACKED_SDPA, True) if packed else ("sdpa", False))
+    wanted = HFModelConfig(override_config={"attn_implementation": "eager"})
+    assert choose_attention(config, wanted, "cpu", torch.float32) == ("eager", False)
+    padded = HFModelConfig(use_remove_padding=False)
+    assert choose_attention(config, padded, "cpu", torch.float32) == ("sdpa", False)
 
 
 def test_flash_attention_is_taken_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,13 +52,6 @@ def test_flash_attention_is_taken_where_it_is_installed(monkeypatch: pytest.Monk
     assert choose_attention(Qwen3Config(), HFModelConfig(), "cuda", torch.bfloat16) == ("flash_attention_2", True)
     assert choose_attention(Qwen3Config(), HFModelConfig(), "cuda", torch.float32) == (PACKED_SDPA, True)
     assert choose_attention(Qwen3Config(), HFModelConfig(), "cpu", torch.bfloat16) == (PACKED_SDPA, True)
-
-
-def test_settings_decide_over_attention() -> None:
-    wanted = HFModelConfig(override_config={"attn_implementation": "eager"})
-    assert choose_attention(Qwen3Config(), wanted, "cpu", torch.float32) == ("eager", False)
-    padded = HFModelConfig(use_remove_padding=False)
-    assert choose_attention(Qwen3Config(), padded, "cpu", torch.float32) == ("sdpa", False)
 
 
 def test_packed_attention_is_attention_row_by_row() -> None:
@@ -65,35 +62,27 @@ def test_packed_attention_is_attention_row_by_row() -> None:
     visible = (row[:, None] == row[None, :]) & torch.ones(7, 7).tril().bool()
     right = scores.masked_fill(~visible, float("-inf")).softmax(-1) @ value.repeat_interleave(2, dim=1)
     torch.testing.assert_close(packed, right.transpose(1, 2))
+    with pytest.raises(ValueError, match="packed attention knows no softcap"):
+        packed_sdpa_attention(nn.Module(), query, key, value, None, softcap=30.0)
 
 
-@pytest.mark.parametrize("extra", [{"sliding_window": 4}, {"softcap": 30.0}, {"s_aux": torch.zeros(4)}])
-def test_packed_attention_refuses_what_it_would_ignore(extra: dict[str, object]) -> None:
-    tensor = torch.randn(1, 2, 3, 4)
-    with pytest.raises(ValueError, match=f"packed attention knows no {next(iter(extra))}"):
-        packed_sdpa_attention(nn.Module(), tensor, tensor, tensor, None, **extra)
+def test_a_config_is_overridden_and_has_no_dropout(student_model: Path, tmp_path: Path, caplog) -> None:
+    config = json.loads((student_model / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.1}))
+    model = HFModelConfig(override_config={"rms_norm_eps": 0.5, "attn_implementation": "sdpa"})
+    loaded = load_config(str(tmp_path), model)
+    assert (loaded.attention_dropout, loaded.rms_norm_eps) == (0.0, 0.5) and "attention_dropout=0.1" in caplog.text
+    with pytest.raises(ValueError, match=r"override_config\.rms_norm=0\.5: Qwen3Config has no such entry"):
+        load_config(str(tmp_path), HFModelConfig(override_config={"rms_norm": 0.5}))
 
 
 def test_flash_attention_gets_the_row_boundaries_in_its_form(student_model: Path) -> None:
-    model = TokenStatsModel(load_plain(student_model), flash_attention=True)
+    model = TokenStatsModel(load_plain(student_model))
+    model.causal_lm.config._attn_implementation = "flash_attention_2"
     arguments = model._row_boundaries((3, 1, 4))
     assert arguments["cu_seq_lens_q"].tolist() == arguments["cu_seq_lens_k"].tolist() == [0, 3, 4, 8]
     assert arguments["cu_seq_lens_q"].dtype == torch.int32
     assert arguments["max_length_q"] == arguments["max_length_k"] == 4
-
-
-def test_dropout_is_switched_off(student_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    config = json.loads((student_model / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.1}))
-    assert load_config(str(tmp_path), HFModelConfig()).attention_dropout == 0.0
-    assert "attention_dropout=0.1" in caplog.text
-
-
-def test_entries_are_laid_over_the_config(student_model: Path) -> None:
-    model = HFModelConfig(override_config={"rms_norm_eps": 0.5, "attn_implementation": "sdpa"})
-    assert load_config(str(student_model), model).rms_norm_eps == 0.5
-    with pytest.raises(ValueError, match=r"override_config\.rms_norm=0\.5: Qwen3Config has no such entry"):
-        load_config(str(student_model), HFModelConfig(override_config={"rms_norm": 0.5}))
 
 
 @pytest.mark.parametrize(
@@ -111,10 +100,6 @@ def test_precision_of_stored_weights(
     module = build_model(str(student_model), HFModelConfig(), fsdp, mesh, trainable=trainable)
     assert {parameter.dtype for parameter in module.parameters()} == {dtype}
     assert {parameter.requires_grad for parameter in module.parameters()} == {trainable}
-
-
-def test_every_block_is_sharded_and_a_shared_embedding_stays_one(student_model: Path, mesh: DeviceMesh) -> None:
-    module = build_model(str(student_model), HFModelConfig(), FSDPConfig(), mesh, trainable=True)
     sharded = [name for name, part in module.named_modules() if isinstance(part, FSDPModule)]
     assert sharded == ["", "causal_lm.model.layers.0", "causal_lm.model.layers.1"]
     causal_lm = module.causal_lm
@@ -128,5 +113,5 @@ def test_heads_that_are_more_than_a_matrix_are_refused(tiny_tokenizers: tuple[Pa
         TokenStatsModel(model)
     model.config.final_logit_softcapping = None
     model.set_output_embeddings(nn.Linear(64, 10, bias=True))
-    with pytest.raises(ValueError, match="more than a matrix"):
+    with pytest.raises(ValueError, match="a bias, or no matrix"):
         TokenStatsModel(model)

@@ -47,8 +47,9 @@ def check_ranks(config: PPOConfig, device_name: str) -> None:
         ValueError: it cannot.
     """
     # torch and Ray come with them, which --help has to do without.
+    import torch
+
     from verl.single_controller.ray.resource_pool import CPUS_PER_PROCESS
-    from verl.utils.device import get_torch_device
 
     ray_init, trainer = config.ray_kwargs.ray_init, config.trainer
     if "address" in ray_init:
@@ -60,7 +61,7 @@ def check_ranks(config: PPOConfig, device_name: str) -> None:
                 "(init_ray_cluster.sh HOSTFILE) and set ray_kwargs.ray_init.address=auto"
             )
     if device_name == "cuda":
-        limit = get_torch_device("cuda").device_count()
+        limit = torch.cuda.device_count()
         available = f"has {limit} GPUs"
     else:
         cores = ray_init["num_cpus"] if "num_cpus" in ray_init else len(os.sched_getaffinity(0))

@@ -15,22 +15,23 @@ Letters: B rows of this rank, M rows of a mini-batch, R response, S scored posit
 """
 
 from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from verl.config import DistillConfig, FSDPActorConfig, RefConfig
-from verl.ops.linear_log_prob import TokenStats
+from verl.ops.linear_log_prob import TokenStats, linear_token_stats
 from verl.protocol import DataProto
 from verl.vocabulary import Vocabulary
-from verl.workers.actor.losses import POLICY_TENSORS, ROW_KEYS, MiniBatchLoss, WeightedTeacher, num_ranks
-from verl.workers.actor.row_layout import BatchSizes, MicroBatch, ScoredRows, real_response_tokens, temperature_of
+from verl.workers.actor.losses import POLICY_TENSORS, ROW_KEYS, MiniBatchLoss, WeightedTeacher
+from verl.workers.actor.row_layout import BatchSizes, MicroBatch, ScoredRows, real_response_tokens
 from verl.workers.fsdp.extended_rows import ExtendedRows
 from verl.workers.fsdp.optimizer import LearningRateSchedule, clipped_step
 from verl.workers.fsdp.shard import reshard
-from verl.workers.fsdp.token_stats_model import Head, ScoreOptions, TokenStatsModel
+from verl.workers.fsdp.token_stats_model import Head, TokenStatsModel
 
 LOSS_KEYS = ("responses", "response_mask", "input_ids", "attention_mask")
 """Batch keys of every update."""
@@ -41,15 +42,11 @@ UPDATE_KEYS = (*LOSS_KEYS, *POLICY_TENSORS, *ROW_KEYS)
 COUNTS = ("actor/updates", "actor/skipped_updates")
 """Optimizer steps that were taken, and those that were not because loss or gradient was not finite."""
 
-
-class Update(NamedTuple):
-    """Outcome of a batch or of a mini-batch."""
-
-    metrics: dict[str, float]
-    teacher_log_probs: torch.Tensor
-    """(B, R) of the drawn tokens, at the trained positions of an exact objective; 0 elsewhere."""
+Update = tuple[dict[str, float], torch.Tensor]
+"""Metrics, and the teachers' log-probs (B, R) of the drawn tokens."""
 
 
+@dataclass
 class DataParallelPPOActor:
     """A policy on one rank; with an optimizer it can be trained.
 
@@ -57,7 +54,7 @@ class DataParallelPPOActor:
         config: the actor's settings, or the reference's for a frozen model.
         actor_module: the sharded model.
         actor_optimizer: None for a frozen model.
-        vocabulary: of the policy; None: all rows of the head, without extension.
+        vocabulary: of the policy.
         scoring_sizes: of micro-batches where nothing is trained.
         replace_token_id: input of a teacher in place of the ids that it lacks.
         lr_schedule: drives the optimizer's learning rate; given with it.
@@ -66,30 +63,17 @@ class DataParallelPPOActor:
         extended_rows: measures and, where they are frozen, holds the rows of the extended ids.
     """
 
-    def __init__(
-        self,
-        config: FSDPActorConfig | RefConfig,
-        actor_module: TokenStatsModel,
-        actor_optimizer: torch.optim.Optimizer | None = None,
-        *,
-        vocabulary: Vocabulary | None = None,
-        scoring_sizes: BatchSizes | None = None,
-        replace_token_id: int | None = None,
-        lr_schedule: LearningRateSchedule | None = None,
-        mini_batch_rows: int | None = None,
-        distill: DistillConfig | None = None,
-        extended_rows: ExtendedRows | None = None,
-    ) -> None:
-        self.config = config
-        self.actor_module = actor_module
-        self.actor_optimizer = actor_optimizer
-        self.vocabulary = vocabulary or Vocabulary(actor_module.num_rows)
-        self.scoring_sizes = scoring_sizes or BatchSizes(None, 1)
-        self.replace_token_id = replace_token_id
-        self.lr_schedule = lr_schedule
-        self.mini_batch_rows = mini_batch_rows
-        self.distill = distill
-        self.extended_rows = extended_rows
+    config: FSDPActorConfig | RefConfig
+    actor_module: TokenStatsModel
+    actor_optimizer: torch.optim.Optimizer | None = None
+    _: KW_ONLY
+    vocabulary: Vocabulary
+    scoring_sizes: BatchSizes = field(default_factory=lambda: BatchSizes(max_tokens=0, max_rows=1))
+    replace_token_id: int | None = None
+    lr_schedule: LearningRateSchedule | None = None
+    mini_batch_rows: int | None = None
+    distill: DistillConfig | None = None
+    extended_rows: ExtendedRows | None = None
 
     # ------------------------------------------------------------------ scoring
 
@@ -112,14 +96,14 @@ class DataParallelPPOActor:
             ValueError: ``mask_special_token`` without a replacement.
         """
         input_ids, ids = data.tensor("input_ids"), self.vocabulary.ids
+        if mask_special_token:
+            if self.replace_token_id is None:
+                raise ValueError("mask_special_token=True needs the actor's replace_token_id")
+            ids = self.vocabulary.shared_ids()
+            input_ids = input_ids.masked_fill(input_ids >= ids, self.replace_token_id)
+        stats = self._score(data, input_ids, Vocabulary(ids), calculate_entropy)
         if not mask_special_token:
-            stats = self._score(data, input_ids, ScoreOptions(1.0, Vocabulary(ids), calculate_entropy))
             return stats.log_probs, stats.entropy
-        if self.replace_token_id is None:
-            raise ValueError("mask_special_token=True needs the actor's replace_token_id")
-        ids = self.vocabulary.shared_ids()
-        readable = input_ids.masked_fill(input_ids >= ids, self.replace_token_id)
-        stats = self._score(data, readable, ScoreOptions(1.0, Vocabulary(ids), calculate_entropy))
         unknown = data.tensor("responses") >= ids
         if "distill_special_token_mask" in data.batch:
             unknown |= data.tensor("distill_special_token_mask").bool()
@@ -132,24 +116,27 @@ class DataParallelPPOActor:
         Returns:
             (B, R) tensors, float32, on the CPU, 0 at padding; the mass is 0 without an extension.
         """
-        stats = self._score(data, data.tensor("input_ids"), ScoreOptions(1.0, self.vocabulary, True))
+        stats = self._score(data, data.tensor("input_ids"), self.vocabulary, True)
         assert stats.entropy is not None and stats.extend_mass is not None, "computed whatever the vocabulary"
         return {"old_log_probs": stats.log_probs, "entropys": stats.entropy, "extend_mass": stats.extend_mass}
 
     @torch.no_grad()
-    def _score(self, data: DataProto, input_ids: torch.Tensor, options: ScoreOptions) -> TokenStats:
+    def _score(
+        self, data: DataProto, input_ids: torch.Tensor, vocabulary: Vocabulary, with_entropy: bool
+    ) -> TokenStats:
         """Score every real response token of ``input_ids``, at the batch's temperature."""
-        options = options._replace(temperature=temperature_of(data))
+        temperature = data.meta_info["temperature"]
+        head = partial(linear_token_stats, temperature=temperature, vocabulary=vocabulary, with_entropy=with_entropy)
         real = real_response_tokens(data)
         result = TokenStats(*(torch.zeros(real.shape) for _ in TokenStats._fields))
         rows = ScoredRows(input_ids, data.tensor("attention_mask"), real)
         self.actor_module.eval()
         for micro in rows.micro_batches(self.scoring_sizes, self.actor_module.packed):
-            for values, target in zip(self._forward(micro, options), result, strict=True):
+            for values, target in zip(self._forward(micro, head), result, strict=True):
                 if values is not None and target is not None:
                     target[micro.rows, micro.columns] = values.float().cpu()
         reshard(self.actor_module)
-        return result if options.with_entropy else result._replace(entropy=None)
+        return result if with_entropy else result._replace(entropy=None)
 
     def _forward(self, micro: MicroBatch, head: Head) -> Any:
         return self.actor_module(*micro.inputs.to(self.actor_module.device), head)
@@ -158,7 +145,7 @@ class DataParallelPPOActor:
 
     def update_policy(self, data: DataProto) -> dict[str, float]:
         """`update` of a policy without teachers; its metrics."""
-        return self.update(data).metrics
+        return self.update(data)[0]
 
     def update(self, data: DataProto, teachers: Sequence[WeightedTeacher] = ()) -> Update:
         """Train on a batch: ``ppo_epochs`` passes, an optimizer step for every ``mini_batch_rows`` rows.
@@ -176,15 +163,18 @@ class DataParallelPPOActor:
         Returns:
             metrics, the same on every rank: means over the optimizer steps, each over the whole mini-batch of all
             ranks. ``actor/loss`` is the whole loss, with all its terms; those of ``COUNTS`` are counts; drifts are
-            measured after the last step. Teacher log-probs are those of the last epoch.
+            measured after the last step. And (B, R) the teachers' log-probs of the drawn tokens in the last epoch, at
+            the trained positions of an exact objective; 0 elsewhere.
 
         Raises:
-            ValueError: a frozen model, rows that do not divide into mini-batches, or trained padding.
+            ValueError: a frozen model.
         """
         config = self.config
         if not isinstance(config, FSDPActorConfig) or self.actor_optimizer is None or self.lr_schedule is None:
             raise ValueError("update_policy needs an actor with an optimizer and a schedule; this model is frozen")
-        self._check_batch(data, config)
+        is_exact = self.distill is not None and self.distill.is_exact
+        has_policy_loss = self.distill is None or self.distill.has_policy_loss
+        data.require(*LOSS_KEYS, *(("old_log_probs", "advantages") if has_policy_loss else ()))
         rows = self.mini_batch_rows or len(data)
         self.actor_module.train()
         updates = [
@@ -193,26 +183,14 @@ class DataParallelPPOActor:
             for start in range(0, len(data), rows)
         ]
         reshard(self.actor_module)
-        is_exact = self.distill is not None and self.distill.is_exact
-        loss_name = "actor/distill_loss" if is_exact else "actor/pg_loss"
-        metrics = _summarise([update.metrics for update in updates], loss_name)
+        steps, scores = zip(*updates, strict=True)
+        names = {"actor/distill_loss" if is_exact else "actor/pg_loss", "actor/loss", "actor/grad_norm"}.union(*steps)
+        columns = {name: [step[name] for step in steps if name in step] for name in sorted(names)}
+        metrics = {name: sum(values) / max(1, len(values)) for name, values in columns.items()}
+        metrics |= {name: sum(columns[name]) for name in COUNTS}
         if self.extended_rows is not None:
             metrics |= self.extended_rows.drift()
-        last_epoch = updates[-(len(data) // rows) :]
-        return Update(metrics, torch.cat([update.teacher_log_probs for update in last_epoch]))
-
-    def _check_batch(self, data: DataProto, config: FSDPActorConfig) -> None:
-        has_policy_loss = self.distill is None or self.distill.has_policy_loss
-        data.require(*LOSS_KEYS, *(("old_log_probs", "advantages") if has_policy_loss else ()))
-        if config.use_kl_loss:
-            data.require("ref_log_prob")
-        if self.mini_batch_rows is not None and len(data) % self.mini_batch_rows:
-            raise ValueError(
-                f"{len(data)} rows on this rank do not divide into mini-batches of {self.mini_batch_rows}; "
-                "data.train_batch_size must be a multiple of actor_rollout_ref.actor.ppo_mini_batch_size"
-            )
-        if (data.tensor("response_mask").bool() & ~real_response_tokens(data)).any():
-            raise ValueError("response_mask is 1 at padding, where attention_mask is 0; there is no token to train on")
+        return metrics, torch.cat(scores[-(len(data) // rows) :])
 
     def _update_mini_batch(
         self, mini: DataProto, config: FSDPActorConfig, teachers: Sequence[WeightedTeacher]
@@ -220,16 +198,16 @@ class DataParallelPPOActor:
         """One optimizer step over this rank's M rows of a mini-batch."""
         assert self.actor_optimizer is not None and self.lr_schedule is not None, "checked by update"
         metrics = {"actor/lr": self.lr_schedule.rate} | dict.fromkeys(COUNTS, 0.0)
-        result = Update({}, torch.zeros(mini.tensor("responses").shape))
+        teacher_log_probs = torch.zeros(mini.tensor("responses").shape)
         device = self.actor_module.device
         mini_loss = MiniBatchLoss(mini, config, self.vocabulary, device, self.distill, teachers)
         if not mini_loss.is_empty:
-            result = self._accumulate_gradient(mini, mini_loss, config)
-            loss = result.metrics["actor/loss"]
-            step = clipped_step(self.actor_module, self.actor_optimizer, config.grad_clip, loss, self.extended_rows)
-            metrics |= {"actor/grad_norm": step.grad_norm, COUNTS[0 if step.taken else 1]: 1.0}
-        self.lr_schedule.advance()
-        return Update(metrics | result.metrics, result.teacher_log_probs)
+            of_loss, teacher_log_probs = self._accumulate_gradient(mini, mini_loss, config)
+            module, loss = self.actor_module, of_loss["actor/loss"]
+            norm, taken = clipped_step(module, self.actor_optimizer, config.grad_clip, loss, self.extended_rows)
+            metrics |= {"actor/grad_norm": norm, COUNTS[0 if taken else 1]: 1.0, **of_loss}
+        self.lr_schedule.set_steps(self.lr_schedule.steps + 1)
+        return metrics, teacher_log_probs
 
     def _accumulate_gradient(self, mini: DataProto, mini_loss: MiniBatchLoss, config: FSDPActorConfig) -> Update:
         """Forward and backward over all micro-batches; the metrics are those of the whole mini-batch over all ranks."""
@@ -247,14 +225,6 @@ class DataParallelPPOActor:
             if part.teacher_log_probs is not None:
                 teacher_log_probs[micro.rows, micro.columns] = part.teacher_log_probs.float()
         shares = torch.stack(list(totals.values()))
-        if dist.is_initialized():
-            dist.all_reduce(shares)
-        return Update(dict(zip(totals, (shares / num_ranks()).tolist(), strict=True)), teacher_log_probs.cpu())
-
-
-def _summarise(steps: list[dict[str, float]], loss: str) -> dict[str, float]:
-    """Mean of each metric over the optimizer steps that have it; steps taken and skipped are counted."""
-    names = {loss, "actor/loss", "actor/grad_norm"}.union(*steps)
-    columns = {name: [step[name] for step in steps if name in step] for name in sorted(names)}
-    means = {name: sum(values) / max(1, len(values)) for name, values in columns.items()}
-    return means | {name: sum(columns[name]) for name in COUNTS}
+        dist.all_reduce(shares)
+        shares = shares / dist.get_world_size()
+        return dict(zip(totals, shares.tolist(), strict=True)), teacher_log_probs.cpu()

@@ -18,22 +18,24 @@ Not here: the formulas (``core_algos``, ``ops.linear_divergence``), backward pas
 Letters: M rows of the mini-batch, R response, S scored positions of a micro-batch, C rows of a micro-batch.
 """
 
+import dataclasses
+from collections import ChainMap
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from verl.config import DistillConfig, FSDPActorConfig
-from verl.ops.linear_divergence import REVERSE_KL, SHARED, DivergenceOptions, DivergenceStats, linear_divergence
-from verl.ops.linear_log_prob import TokenStats
+from verl.ops.linear_divergence import FULL, REVERSE_KL, SHARED, DivergenceOptions, DivergenceStats, linear_divergence
+from verl.ops.linear_log_prob import TokenStats, linear_token_stats
 from verl.ops.policy_loss import agg_loss, compute_policy_loss_vanilla, count_trained, kl_penalty
-from verl.ops.teacher_log_probs import TeacherLogProbs
 from verl.protocol import DataProto
 from verl.vocabulary import Vocabulary
-from verl.workers.actor.row_layout import MicroBatch, ScoredRows, temperature_of
+from verl.workers.actor.row_layout import MicroBatch, ScoredRows
 from verl.workers.actor.teachers import HIDDEN_STATE_HANDLES, TOP_TENSORS, ScoredPositions, Teacher
-from verl.workers.fsdp.token_stats_model import Head, ScoreOptions
+from verl.workers.fsdp.token_stats_model import Head
 
 POLICY_TENSORS = ("old_log_probs", "advantages", "ref_log_prob", "rollout_is_weights")
 """Batch keys (B, R) of the policy loss; the last two where their terms are on."""
@@ -82,15 +84,13 @@ class MiniBatchLoss:
     ) -> None:
         self.trained = mini.tensor("response_mask").bool()
         """(M, R) positions that are scored and trained, on the CPU."""
-        self._policy: PolicyLoss | None = None
-        self._divergence: DivergenceLoss | None = None
-        if distill is not None and distill.is_exact:
-            self._divergence = DivergenceLoss(mini, config, vocabulary, device, distill, teachers)
-            self._coef = distill.coef or 0.0
+        self._parts: list[tuple[float, PolicyLoss | DivergenceLoss]] = []
         if distill is None or distill.has_policy_loss:
-            self._policy = PolicyLoss(mini, config, vocabulary, device)
-        parts = [part for part in (self._policy, self._divergence) if part is not None]
-        self.is_empty = int(parts[0].counts[0]) == 0
+            self._parts.append((1.0, PolicyLoss(mini, config, vocabulary, device)))
+        if distill is not None and distill.is_exact:
+            divergence = DivergenceLoss(mini, config, vocabulary, device, distill, teachers)
+            self._parts.append((distill.coef or 1.0, divergence))
+        self.is_empty = int(self._parts[0][1].counts[0]) == 0
         """Whether no rank has a trained token in this mini-batch."""
 
     def __call__(self, micro: MicroBatch, run_student: Callable[[Head], Any]) -> MicroLoss:
@@ -100,34 +100,37 @@ class MiniBatchLoss:
             micro: positions of ``trained``.
             run_student: the student's forward pass over ``micro``, which ends in the given head.
         """
-        policy, divergence = self._policy, self._divergence
-        if divergence is None:
-            assert policy is not None, "a loss has one part at least"
-            return policy.of(micro, run_student(policy.head))
-        divergence_head = divergence.head(micro, divergence.run_teachers(micro))
-        if policy is None:
-            return divergence.of(micro, *run_student(divergence_head))
-        # Both in one forward pass, and one backward pass for the gradient of their sum.
-        stats, compared = run_student(lambda *states: (policy.head(*states), divergence_head(*states)))
-        task, distilled = policy.of(micro, stats), divergence.of(micro, *compared)
-        metrics = task.metrics | distilled.metrics
-        return MicroLoss(task.loss + self._coef * distilled.loss, metrics, distilled.teacher_log_probs)
+        heads = [part.head(micro) for _, part in self._parts]
+        # All in one forward pass, and one backward pass for the gradient of their sum.
+        results = run_student(lambda *states: [head(*states) for head in heads])
+        losses = [part.of(micro, result) for (_, part), result in zip(self._parts, results, strict=True)]
+        total = torch.stack([coef * loss.loss for (coef, _), loss in zip(self._parts, losses, strict=True)]).sum()
+        return MicroLoss(total, dict(ChainMap(*(loss.metrics for loss in losses))), losses[-1].teacher_log_probs)
 
 
 class PolicyLoss:
     """Clipped policy loss, with entropy and KL terms where they are on; arguments as in `MiniBatchLoss`."""
 
     def __init__(self, mini: DataProto, config: FSDPActorConfig, vocabulary: Vocabulary, device: torch.device) -> None:
-        self._config = config
+        self._config, self._temperature = config, mini.meta_info["temperature"]
         # Without its extension: the mass on item tokens is no part of this loss.
-        self.head = ScoreOptions(temperature_of(mini), Vocabulary(vocabulary.ids), config.entropy_coeff != 0)
-        """What the student computes at each position."""
+        self._vocabulary = Vocabulary(vocabulary.ids)
         self._tensors = {key: mini.tensor(key).to(device) for key in POLICY_TENSORS if key in mini.batch}
         self._trained = self._known = mini.tensor("response_mask").bool()
         if config.use_kl_loss:
             self._known = self._trained & (mini.tensor("ref_log_prob") != config.ref_log_prob_replace_val)
-        self.counts = _sum_over_ranks([*count_trained(self._trained), *count_trained(self._known)], device)
+        self.counts = torch.stack([*count_trained(self._trained), *count_trained(self._known)]).to(device)
+        dist.all_reduce(self.counts)
         """Trained tokens, rows with at least one, and the same of those that the reference knows; over all ranks."""
+
+    def head(self, micro: MicroBatch) -> Head:
+        """What the student computes at each position."""
+        return partial(
+            linear_token_stats,
+            temperature=self._temperature,
+            vocabulary=self._vocabulary,
+            with_entropy=self._config.entropy_coeff != 0,
+        )
 
     def of(self, micro: MicroBatch, stats: TokenStats) -> MicroLoss:
         """Loss of a micro-batch from the (S,) statistics of its positions."""
@@ -139,24 +142,21 @@ class PolicyLoss:
             """(S,) to (C, R), 0 elsewhere."""
             return values.new_zeros(len(rows), self._trained.shape[1]).index_put(position, values)
 
-        def rows_of(key: str) -> torch.Tensor:
-            return self._tensors[key][rows.to(device)]
-
         def mean(values: torch.Tensor, mask: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-            return agg_loss(values, mask, config.loss_agg_mode, num_ranks(), counts[0], counts[1])
+            return agg_loss(values, mask, config.loss_agg_mode, dist.get_world_size(), *counts)
 
         mask, log_prob = self._trained[rows].to(device), spread(stats.log_probs)
+        given = {key: values[rows.to(device)] for key, values in self._tensors.items()}
         loss, metrics = compute_policy_loss_vanilla(
-            rows_of("old_log_probs"),
+            given["old_log_probs"],
             log_prob,
-            rows_of("advantages"),
+            given["advantages"],
             mask,
             config.loss_agg_mode,
             config,
-            rows_of("rollout_is_weights") if "rollout_is_weights" in self._tensors else None,
-            num_ranks(),
-            self.counts[0],
-            self.counts[1],
+            given.get("rollout_is_weights"),
+            dist.get_world_size(),
+            *self.counts[:2],
         )
         metrics["actor/pg_loss"] = loss.detach()
         if config.entropy_coeff != 0:
@@ -165,7 +165,7 @@ class PolicyLoss:
             metrics["actor/entropy_loss"] = entropy.detach()
             loss = loss - config.entropy_coeff * entropy
         if config.use_kl_loss:
-            divergence = kl_penalty(log_prob, rows_of("ref_log_prob"), config.kl_loss_type)
+            divergence = kl_penalty(log_prob, given["ref_log_prob"], config.kl_loss_type)
             kl_loss = mean(divergence, self._known[rows].to(device), self.counts[2:])
             metrics["actor/kl_loss"] = kl_loss.detach()
             loss = loss + config.kl_loss_coef * kl_loss
@@ -185,58 +185,42 @@ class DivergenceLoss:
         teachers: Sequence[WeightedTeacher],
     ) -> None:
         self._mini, self._vocabulary, self._device = mini, vocabulary, device
-        self._trained, self._temperature = mini.tensor("response_mask").bool(), temperature_of(mini)
+        self._trained, self._temperature = mini.tensor("response_mask").bool(), mini.meta_info["temperature"]
         self._teachers = [teacher for teacher, _ in teachers]
-        self._options = [
-            DivergenceOptions(
-                kind=DIVERGENCE_OF[distill.objective],
-                beta=distill.beta,
-                support="full" if teacher.knows_extended else distill.support,
-                temperature=self._temperature,
-                missing_log_prob=config.ref_log_prob_replace_val,
-                leak_coef=0.0 if teacher.knows_extended else distill.leak_coef,
-                leak_target=distill.leak_target,
-            )
-            for teacher in self._teachers
-        ]
-        self._teacher_of = torch.zeros(len(mini), dtype=torch.int64)
-        if "teacher" in mini.batch:
-            self._teacher_of = mini.tensor("teacher").cpu()
+        kind, missing = DIVERGENCE_OF[distill.objective], config.ref_log_prob_replace_val
+        settings = {name: getattr(distill, name) for name in ("beta", "support", "leak_coef", "leak_target")}
+        options = DivergenceOptions(kind, temperature=self._temperature, missing_log_prob=missing, **settings)
+        over_all = dataclasses.replace(options, support=FULL, leak_coef=0.0)
+        self._options = [over_all if teacher.knows_extended else options for teacher in self._teachers]
+        self._teacher_of = mini.batch.get("teacher", torch.zeros(len(mini), dtype=torch.int64))
         self._rows = ScoredRows(mini.tensor("input_ids"), mini.tensor("attention_mask"), self._trained)
-        self._in_support = self._drawn_in_support()
-        self.counts = _sum_over_ranks([*count_trained(self._trained), self._in_support.sum()], device)
+        self._in_support = self._trained
+        """(M, R) bool: trained positions whose drawn token is among the ids that are compared there."""
+        if vocabulary.extend_start is not None:
+            shared = torch.tensor([options.support == SHARED for options in self._options])[self._teacher_of]
+            drawn = mini.tensor("input_ids")[:, -self._trained.shape[1] :]
+            self._in_support = self._trained & (~shared[:, None] | (drawn < vocabulary.extend_start))
+        self.counts = torch.stack([*count_trained(self._trained), self._in_support.sum()]).to(device)
+        dist.all_reduce(self.counts)
         """Trained tokens, rows with at least one, and trained tokens inside the support; over all ranks."""
-        is_reverse_kl = DIVERGENCE_OF[distill.objective] == REVERSE_KL
-        self._gap_share = num_ranks() / int(self.counts[2]) if is_reverse_kl and self.counts[2] else None
-        self._token_share = _token_weights(self._trained, config.loss_agg_mode, self.counts.cpu())
+        is_reverse_kl = options.kind == REVERSE_KL
+        self._gap_share = dist.get_world_size() / int(self.counts[2]) if is_reverse_kl and self.counts[2] else None
+        # The factor of each token's loss is the gradient of `agg_loss`, which is linear in them.
+        losses = torch.zeros(self._trained.shape, requires_grad=True)
+        total = agg_loss(losses, self._trained, config.loss_agg_mode, dist.get_world_size(), *self.counts[:2].cpu())
+        self._token_share = torch.autograd.grad(total, losses)[0]
         self._token_weights = self._token_share * torch.tensor([w for _, w in teachers])[self._teacher_of][:, None]
 
-    def _drawn_in_support(self) -> torch.Tensor:
-        """(M, R) bool: trained positions whose drawn token is among the ids that are compared there."""
-        start = self._vocabulary.extend_start
-        shared = torch.tensor([options.support == SHARED for options in self._options])
-        if start is None or not shared.any():
-            return self._trained
-        drawn = self._mini.tensor("input_ids")[:, -self._trained.shape[1] :].cpu()
-        return self._trained & (~shared[self._teacher_of][:, None] | (drawn < start))
-
-    def run_teachers(self, micro: MicroBatch) -> list[tuple[torch.Tensor, TeacherLogProbs]]:
-        """For each teacher, its positions as indices into the S of ``micro``, and its log-probs there.
-
-        Every teacher runs, also without positions: the other ranks' shards of its model wait for this rank.
-        """
-        scored = []
-        for number, teacher in enumerate(self._teachers):
+    def head(self, micro: MicroBatch) -> Head:
+        """Run the teachers; what the student computes of a micro-batch: its divergence from them."""
+        weights = self._token_weights[micro.rows, micro.columns].to(self._device)
+        groups = []
+        for number, (teacher, options) in enumerate(zip(self._teachers, self._options, strict=True)):
             members = self._teacher_of[micro.rows] == number
             positions = ScoredPositions(self._mini, self._rows, micro.rows[members], micro.columns[members])
+            # Also without positions: the other ranks' shards of its model wait for this rank.
             log_probs = teacher.log_probs_at(positions, self._temperature)
-            scored.append((members.nonzero().flatten().to(self._device), log_probs))
-        return scored
-
-    def head(self, micro: MicroBatch, scored: Sequence[tuple[torch.Tensor, TeacherLogProbs]]) -> Head:
-        """What the student computes of a micro-batch: its divergence from what `run_teachers` returned."""
-        weights = self._token_weights[micro.rows, micro.columns].to(self._device)
-        groups = [(*of_teacher, options) for of_teacher, options in zip(scored, self._options, strict=True)]
+            groups.append((members.nonzero().flatten().to(self._device), log_probs, options))
         # A gradient of the whole head for a group without positions would be a large tensor of zeros.
         groups = [group for group in groups if len(group[0])] or groups[:1]
         order = torch.cat([members for members, _, _ in groups]).argsort()
@@ -257,13 +241,14 @@ class DivergenceLoss:
 
         return compare  # a function, because FSDP casts the tensors in a tuple among a forward pass's arguments
 
-    def of(self, micro: MicroBatch, loss: torch.Tensor, stats: DivergenceStats) -> MicroLoss:
+    def of(self, micro: MicroBatch, compared: tuple[torch.Tensor, DivergenceStats]) -> MicroLoss:
         """Metrics beside the loss of a micro-batch.
 
         ``distill/sampled_gap``: mean of log p - log q of the drawn tokens over trained tokens inside the support, less
         the mean of the exact reverse KL at the same positions and over the same support; nats. Its mean over tokens
         drawn from the student is 0, so it is the noise of the ``sampled`` objective's estimate.
         """
+        loss, stats = compared
         share = self._token_share[micro.rows, micro.columns].to(stats.divergence.device)
         metrics = {
             "actor/distill_loss": loss.detach(),
@@ -277,22 +262,3 @@ class DivergenceLoss:
             inside = self._in_support[micro.rows, micro.columns].to(share.device)
             metrics["distill/sampled_gap"] = (inside * (stats.sampled - stats.divergence)).sum() * self._gap_share
         return MicroLoss(loss, metrics, stats.teacher_log_prob)
-
-
-def num_ranks() -> int:
-    """Ranks whose gradients FSDP averages."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def _sum_over_ranks(counts: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
-    total = torch.stack(list(counts)).to(device)
-    if dist.is_initialized():
-        dist.all_reduce(total)
-    return total
-
-
-def _token_weights(trained: torch.Tensor, mode: str, counts: torch.Tensor) -> torch.Tensor:
-    """(M, R) factor of each token's loss: the gradient of ``agg_loss``, which is linear in them."""
-    losses = torch.zeros(trained.shape, requires_grad=True)
-    total = agg_loss(losses, trained, mode, num_ranks(), counts[0], counts[1])
-    return torch.autograd.grad(total, losses)[0]

@@ -17,9 +17,9 @@ from itertools import accumulate
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from tensordict import TensorDict
 
+from verl.config import RefConfig, RolloutConfig
 from verl.protocol import DataProto
 from verl.utils.seqlen_balancing import check_row_lengths, most_over_ranks, rearrange_micro_batches
 
@@ -40,8 +40,8 @@ class ModelInputs(NamedTuple):
 
     def to(self, device: torch.device) -> "ModelInputs":
         """The same on another device."""
-        tensors = {name: value.to(device) for name, value in self._asdict().items() if name != "row_lengths"}
-        return self._replace(**tensors)
+        ids, positions, *rest = (value.to(device) for value in self if isinstance(value, torch.Tensor))
+        return ModelInputs(ids, positions, self.row_lengths, *rest)
 
 
 class MicroBatch(NamedTuple):
@@ -57,13 +57,20 @@ class MicroBatch(NamedTuple):
 class BatchSizes(NamedTuple):
     """How large micro-batches may be: by tokens, or else by rows."""
 
-    max_tokens: int | None
-    max_rows: int | None
+    max_tokens: int
+    max_rows: int | None = None
+    """Counts instead of the tokens, where it is given."""
 
     @classmethod
     def choose(cls, by_tokens: bool, max_tokens: int, max_rows: int | None) -> "BatchSizes":
         """The limit that applies: of tokens where ``by_tokens``, else of rows."""
-        return cls(max_tokens, None) if by_tokens else cls(None, max_rows)
+        return cls(max_tokens, None if by_tokens else max_rows)
+
+    @classmethod
+    def of_scoring(cls, config: RolloutConfig | RefConfig) -> "BatchSizes":
+        """Those of passes without training."""
+        by_tokens, max_tokens = config.log_prob_use_dynamic_bsz, config.log_prob_max_token_len_per_gpu
+        return cls.choose(by_tokens, max_tokens, config.log_prob_micro_batch_size_per_gpu)
 
 
 class ScoredRows:
@@ -79,8 +86,7 @@ class ScoredRows:
     """
 
     def __init__(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, select: torch.Tensor) -> None:
-        self.input_ids = input_ids
-        self.select = select
+        self.input_ids, self.select = input_ids, select
         self._prompt_length = input_ids.shape[1] - select.shape[1]
         scored = select.any(dim=1)
         starts = attention_mask.int().argmax(dim=1)
@@ -100,22 +106,16 @@ class ScoredRows:
         Raises:
             ValueError: a row is longer than a micro-batch may be.
         """
-        return [self.build(rows, packed) for rows in self._partition(sizes, packed)]
-
-    def _partition(self, sizes: BatchSizes, packed: bool) -> Sequence[Sequence[int]]:
-        num_rows = len(self.lengths)
-        if sizes.max_tokens is None:
-            if sizes.max_rows is None:
-                raise ValueError("a micro-batch needs a limit of tokens or of rows")
-            # All ranks have as many rows, so as many micro-batches.
-            return [range(start, min(start + sizes.max_rows, num_rows)) for start in range(0, num_rows, sizes.max_rows)]
-        if packed:
+        if sizes.max_rows is not None:  # all ranks have as many rows, so as many micro-batches
+            parts = [part.tolist() for part in torch.arange(len(self.lengths)).split(sizes.max_rows)]
+        elif packed:
             needed = torch.arange(self.input_ids.shape[1]) < self.lengths[:, None]
-            batch = TensorDict({"attention_mask": needed.cpu()}, batch_size=[num_rows])
-            return rearrange_micro_batches(batch, sizes.max_tokens)[1]
-        parts = _rectangles(self.lengths.tolist(), sizes.max_tokens)
-        missing = most_over_ranks(len(parts), "cpu") - len(parts) if dist.is_initialized() else 0
-        return parts + [[] for _ in range(missing)]
+            batch = TensorDict({"attention_mask": needed}, batch_size=[len(needed)])
+            parts = rearrange_micro_batches(batch, sizes.max_tokens)[1]
+        else:
+            parts = _rectangles(self.lengths.tolist(), sizes.max_tokens)
+            parts += [[]] * (most_over_ranks(len(parts)) - len(parts))
+        return [self.build(rows, packed) for rows in parts]
 
     def build(self, rows: Sequence[int], packed: bool) -> MicroBatch:
         """The given rows as one micro-batch, in the order given; as in `micro_batches`, never without any token."""
@@ -138,14 +138,9 @@ class ScoredRows:
             offsets = torch.arange(len(used)) * width
         chosen = torch.tensor(used)[local_rows]
         predicting = self._prompt_length + columns - self._starts[chosen] - 1
-        inputs = ModelInputs(
-            input_ids=input_ids,
-            position_ids=position_ids,
-            row_lengths=tuple(lengths) if packed else None,
-            select_index=offsets[local_rows] + predicting,
-            labels=self.input_ids[chosen, self._prompt_length + columns],
-        )
-        return MicroBatch(inputs, chosen, columns)
+        select_index, labels = offsets[local_rows] + predicting, self.input_ids[chosen, self._prompt_length + columns]
+        row_lengths = tuple(lengths) if packed else None
+        return MicroBatch(ModelInputs(input_ids, position_ids, row_lengths, select_index, labels), chosen, columns)
 
 
 def no_positions(packed: bool) -> MicroBatch:
@@ -169,10 +164,3 @@ def _rectangles(lengths: list[int], max_tokens: int) -> list[list[int]]:
 def real_response_tokens(data: DataProto) -> torch.Tensor:
     """(B, R) bool, True where a response has a token."""
     return data.tensor("attention_mask")[:, -data.tensor("responses").shape[1] :].bool()
-
-
-def temperature_of(data: DataProto) -> float:
-    """The sampling temperature that a batch was drawn with; raises ValueError where it is missing."""
-    if "temperature" not in data.meta_info:
-        raise ValueError("the batch has no meta_info['temperature']; the trainer sets it to rollout.temperature")
-    return float(data.meta_info["temperature"])

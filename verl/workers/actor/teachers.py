@@ -12,14 +12,14 @@ Letters: B rows of the batch, S positions, D hidden size, V rows of a head.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 
 from verl.ops.teacher_log_probs import FullLogProbs, LinearTeacher, StitchedTeacher, TeacherLogProbs, TopLogProbs
 from verl.protocol import DataProto
 from verl.vocabulary import Vocabulary
-from verl.workers.actor.row_layout import BatchSizes, MicroBatch, ScoredRows, no_positions
+from verl.workers.actor.row_layout import MicroBatch, ScoredRows, no_positions
 from verl.workers.fsdp.token_stats_model import TokenStatsModel
 
 TOP_TENSORS = ("teacher_top_ids", "teacher_top_log_probs", "teacher_rest_log_prob")
@@ -44,46 +44,10 @@ class ScoredPositions(NamedTuple):
         """The rows, once each, in the order of the positions, which may differ from that of the batch."""
         return list(dict.fromkeys(self.rows.tolist()))
 
-    @property
-    def labels(self) -> torch.Tensor:
-        """(S,) the tokens at the positions."""
-        responses = self.layout.input_ids[:, -self.layout.select.shape[1] :]
-        return responses[self.rows, self.columns]
-
     def require_order(self, rows: torch.Tensor, columns: torch.Tensor) -> None:
         """Assert that something was computed for these very positions, in their order."""
-        assert torch.equal(rows, self.rows) and torch.equal(columns, self.columns), (
-            "a teacher scored other positions than those that the student trains"
-        )
-
-
-class Teacher(Protocol):
-    """Scores the rows of an update."""
-
-    knows_extended: bool
-    """Whether it knows all of the student's ids."""
-
-    def log_probs_at(self, positions: ScoredPositions, temperature: float) -> TeacherLogProbs:
-        """Log-probs at the positions, in their order; every rank has to call it equally often."""
-
-
-class FullTeacher(Teacher, Protocol):
-    """A teacher of this process, whose whole distributions are computed on demand."""
-
-    packed: bool
-    """Layout of its inputs."""
-    models: "list[ModelTeacher]"
-    """The base teacher's first, where there are two."""
-
-    def log_probs_at(self, positions: ScoredPositions, temperature: float) -> FullLogProbs:
-        """As `Teacher.log_probs_at`."""
-
-
-def _hidden_states(
-    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """A head that computes nothing."""
-    return hidden, weight
+        same = torch.equal(rows, self.rows) and torch.equal(columns, self.columns)
+        assert same, "a teacher scored other positions than those that the student trains"
 
 
 class ModelTeacher:
@@ -99,12 +63,16 @@ class ModelTeacher:
         self.module, self.ids, self.packed = module, ids, module.packed
         self.knows_extended = replace_token_id is None
         self.models = [self]
+        """The base teacher's first, where there are two."""
         self.head_handles: list[Any] | None = None
         """Handles to its head, once it was exported; the head never changes."""
         self._replace_token_id = replace_token_id
 
     def log_probs_at(self, positions: ScoredPositions, temperature: float) -> LinearTeacher:
-        """See `Teacher`. The result reads the gathered head: it has to be used before `reshard`."""
+        """Log-probs at the positions, in their order; every rank has to call it equally often.
+
+        The result reads the gathered head: it has to be used before `reshard`.
+        """
         micro = positions.layout.build(positions.distinct_rows, self.packed)
         positions.require_order(micro.rows, micro.columns)
         return LinearTeacher(*self._forward(micro), self.ids, temperature)
@@ -121,7 +89,8 @@ class ModelTeacher:
             readable = inputs.input_ids.masked_fill(inputs.input_ids >= self.ids, self._replace_token_id)
             inputs = inputs._replace(input_ids=readable)
         self.module.eval()
-        return self.module(*inputs.to(self.module.device), _hidden_states)
+        # A head that computes nothing.
+        return self.module(*inputs.to(self.module.device), lambda hidden, weight, labels: (hidden, weight))
 
 
 class StitchedModelTeacher:
@@ -133,7 +102,7 @@ class StitchedModelTeacher:
         self.models, self.packed = [base, own], own.packed
 
     def log_probs_at(self, positions: ScoredPositions, temperature: float) -> StitchedTeacher:
-        """See `Teacher`."""
+        """As `ModelTeacher.log_probs_at`."""
         return StitchedTeacher(*(model.log_probs_at(positions, temperature) for model in self.models))
 
 
@@ -141,7 +110,7 @@ class TopKTeacher:
     """A teacher whose likeliest ids were computed before the update; they are part of the batch.
 
     Args:
-        knows_extended: see `Teacher`.
+        knows_extended: whether it knows all of the student's ids.
         vocabulary: the student's.
         device: where the student computes.
     """
@@ -151,19 +120,10 @@ class TopKTeacher:
         self._ids = vocabulary.ids if knows_extended else vocabulary.shared_ids()
 
     def log_probs_at(self, positions: ScoredPositions, temperature: float) -> TeacherLogProbs:
-        """See `Teacher`.
-
-        Raises:
-            ValueError: it gave an id that the student lacks.
-        """
+        """As `ModelTeacher.log_probs_at`."""
         ids, log_probs, rest = (
             positions.batch.tensor(key)[positions.rows, positions.columns].to(self._device) for key in TOP_TENSORS
         )
-        if ids.numel() and int(ids.max()) >= self._ids:
-            raise ValueError(
-                f"a teacher gives id {int(ids.max())} among its likeliest, and the student has {self._ids} ids "
-                "that it may know; algorithm.distill.objective=topk needs a teacher without other ids"
-            )
         return TopLogProbs(ids.long(), log_probs, rest, self._ids).rows
 
 
@@ -171,7 +131,7 @@ class RemoteTeacher:
     """A teacher on other ranks, whose hidden states at the trained positions are fetched row by row.
 
     Args:
-        knows_extended: see `Teacher`.
+        knows_extended: whether it knows all of the student's ids.
         heads: (V, D) of its model; of a stitched teacher both, the base teacher's first.
         fetch: gives the values of handles.
     """
@@ -182,7 +142,7 @@ class RemoteTeacher:
         self.knows_extended, self._heads, self._fetch = knows_extended, heads, fetch
 
     def log_probs_at(self, positions: ScoredPositions, temperature: float) -> FullLogProbs:
-        """See `Teacher`."""
+        """As `ModelTeacher.log_probs_at`."""
         distinct, handles = positions.distinct_rows, positions.batch.array(HIDDEN_STATE_HANDLES)
         by_row: list[DataProto] = self._fetch([handles[row] for row in distinct])
 
@@ -193,8 +153,6 @@ class RemoteTeacher:
         lengths = torch.tensor([len(row) for row in by_row], dtype=torch.int64)
         rows = torch.tensor(distinct, dtype=torch.int64).repeat_interleave(lengths)
         positions.require_order(rows, joined("columns", positions.columns))
-        same_tokens = torch.equal(joined("labels", positions.labels), positions.labels)
-        assert same_tokens, "hidden states of other rows were fetched"
         teachers = [
             LinearTeacher(joined(f"hidden_{part}", head), head, len(head), temperature)
             for part, head in enumerate(self._heads)
@@ -202,28 +160,15 @@ class RemoteTeacher:
         return teachers[0] if len(teachers) == 1 else StitchedTeacher(*teachers)
 
 
+FullTeacher = ModelTeacher | StitchedModelTeacher
+"""A teacher of this process, whose whole distributions are computed on demand."""
+Teacher = FullTeacher | TopKTeacher | RemoteTeacher
+"""Scores the rows of an update."""
+
+
 def hidden_states_by_row(positions: ScoredPositions, log_probs: FullLogProbs) -> Iterator[tuple[int, DataProto]]:
-    """Each row, and what `RemoteTeacher` fetches for it: positions, tokens and hidden states, on the CPU."""
-    columns = {"columns": positions.columns, "labels": positions.labels}
+    """Each row, and what `RemoteTeacher` fetches for it: positions and hidden states, on the CPU."""
+    columns = {"columns": positions.columns}
     columns |= {f"hidden_{part}": states.cpu() for part, states in enumerate(log_probs.hidden_states)}
     for row in positions.distinct_rows:
         yield row, DataProto.from_dict({key: values[positions.rows == row] for key, values in columns.items()})
-
-
-@torch.no_grad()
-def score_in_micro_batches(
-    teacher: FullTeacher, data: DataProto, select: torch.Tensor, sizes: BatchSizes, temperature: float
-) -> Iterator[tuple[ScoredPositions, FullLogProbs]]:
-    """The selected positions of a batch, micro-batch by micro-batch, with the teacher's log-probs.
-
-    Args:
-        teacher: scores them.
-        data: rows with ``input_ids`` and ``attention_mask``.
-        select: (B, R) bool, real tokens.
-        sizes: of micro-batches.
-        temperature: of its softmax.
-    """
-    layout = ScoredRows(data.tensor("input_ids"), data.tensor("attention_mask"), select)
-    for micro in layout.micro_batches(sizes, teacher.packed):
-        positions = ScoredPositions(data, layout, micro.rows, micro.columns)
-        yield positions, teacher.log_probs_at(positions, temperature)

@@ -12,7 +12,8 @@ Not here: optimizer, roles, tokenizers.
 
 import importlib.util
 import logging
-from typing import Any, NamedTuple
+import os
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,15 +24,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.utils.logging import disable_progress_bar
 
 from verl.config import FSDPConfig, HFModelConfig
-from verl.ops.attention import PACKED_SDPA, register_packed_attention
+from verl.ops.attention import PACKED_SDPA
 from verl.single_controller.base import Worker
-from verl.utils.device import (
-    get_device_name,
-    get_process_group_backend,
-    resolve_dtype,
-    select_device,
-    share_cpu_cores,
-)
+from verl.utils.device import get_device_name, resolve_dtype, select_device
 from verl.workers.fsdp.shard import shard_model
 from verl.workers.fsdp.token_stats_model import TokenStatsModel
 
@@ -41,72 +36,41 @@ CHECKPOINTING = {"use_reentrant": False, "preserve_rng_state": False}
 """Blocks draw no random numbers, so recomputing one needs no generator's state."""
 
 
-class Attention(NamedTuple):
-    """How a model computes attention."""
-
-    implementation: str
-    """Name in transformers' attention interface."""
-    packed: bool
-    """Whether rows are laid end to end."""
-
-    @property
-    def is_flash(self) -> bool:
-        """Whether it is one of the flash-attention packages."""
-        return self.implementation.startswith("flash_attention")
-
-
-class Ranks(NamedTuple):
-    """This rank's device, and the mesh of all ranks."""
-
-    device: torch.device
-    mesh: DeviceMesh
-
-
-def join_ranks(worker: Worker, device_setting: str, seed: int) -> Ranks:
-    """Meet the other ranks; every rank gets random numbers of its own from ``seed``.
+def join_ranks(worker: Worker, device_setting: str, seed: int) -> tuple[torch.device, DeviceMesh]:
+    """Meet the other ranks: this rank's device, and the mesh of all; each gets random numbers of its own from ``seed``.
 
     Roles that share a process share the process group: the first of them makes it.
     """
     device_name = get_device_name(device_setting)
     device = select_device(device_name, worker.local_rank)
     if device_name == "cpu":
-        share_cpu_cores(worker.local_world_size)
-    worker.init_process_group(get_process_group_backend(device_name))
+        # With more threads than cores every small operation waits for threads that do not run: two ranks of two
+        # threads on two cores were up to fifty times slower than two ranks of one.
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // worker.local_world_size))
+    # With CUDA, tensors on the CPU communicate too: checkpoints need that.
+    worker.init_process_group("cpu:gloo,cuda:nccl" if device_name == "cuda" else "gloo")
     torch.manual_seed(seed + worker.rank)
-    return Ranks(device, init_device_mesh(device_name, (worker.world_size,)))
-
-
-def require_path(key: str, path: str | None) -> str:
-    """The path that a setting gives; raises ValueError where it gives none."""
-    if path is None:
-        raise ValueError(f"{key} is not set; name a folder (or hub name) of a model")
-    return path
-
-
-def _only_causal(config: PretrainedConfig) -> bool:
-    """Whether every layer attends to all earlier tokens of its row, so that a mask would only keep rows apart."""
-    layer_types = getattr(config, "layer_types", None)
-    if layer_types is not None:
-        return set(layer_types) == {"full_attention"}
-    return getattr(config, "sliding_window", None) is None
+    return device, init_device_mesh(device_name, (worker.world_size,))
 
 
 def choose_attention(
     config: PretrainedConfig, model: HFModelConfig, device_name: str, compute_dtype: torch.dtype
-) -> Attention:
-    """Flash-attention where it is installed, else torch's own; packed where rows can be kept apart.
+) -> tuple[str, bool]:
+    """Name of the attention in transformers' interface, and whether rows are packed, laid end to end.
 
+    Flash-attention where it is installed, else torch's own; packed where rows can be kept apart.
     ``model.override_config.attn_implementation`` decides where it is set.
     """
-    wanted = model.override_config.get("attn_implementation")
+    wanted, packed = model.override_config.get("attn_implementation"), model.use_remove_padding
     if wanted is not None:
-        return Attention(wanted, model.use_remove_padding and (wanted.startswith("flash") or wanted == PACKED_SDPA))
+        return wanted, packed and (wanted.startswith("flash") or wanted == PACKED_SDPA)
     has_flash = importlib.util.find_spec("flash_attn") is not None
     if device_name == "cuda" and has_flash and compute_dtype in (torch.bfloat16, torch.float16):
-        return Attention("flash_attention_2", model.use_remove_padding)
-    if model.use_remove_padding and _only_causal(config):
-        return Attention(PACKED_SDPA, True)
-    return Attention("sdpa", False)
+        return "flash_attention_2", packed
+    # Where every layer attends to all earlier tokens of its row, a mask would only keep rows apart.
+    layers = set(getattr(config, "layer_types", None) or ())
+    only_causal = layers == {"full_attention"} if layers else getattr(config, "sliding_window", None) is None
+    return (PACKED_SDPA, True) if packed and only_causal else ("sdpa", False)
 
 
 def load_config(path: str, model: HFModelConfig) -> PretrainedConfig:
@@ -149,23 +113,17 @@ def _scatter_from_rank_zero(module: torch.nn.Module, weights: dict[str, torch.Te
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             assert isinstance(parameter, DTensor), f"{name} is not sharded"
-            if name in weights:
-                whole = weights.pop(name).to(mesh.device_type)
-            else:
-                whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=mesh.device_type)
-            shard = distribute_tensor(whole, mesh, parameter.placements)
+            whole = weights.pop(name, None)
+            if whole is None:
+                whole = torch.empty(parameter.shape, dtype=parameter.dtype)
+            shard = distribute_tensor(whole.to(mesh.device_type), mesh, parameter.placements)
             parameter.to_local().copy_(shard.to_local())
         for buffer in module.buffers():
             dist.broadcast(buffer, src=0)
 
 
 def build_model(
-    path: str,
-    model: HFModelConfig,
-    fsdp: FSDPConfig,
-    mesh: DeviceMesh,
-    *,
-    trainable: bool,
+    path: str, model: HFModelConfig, fsdp: FSDPConfig, mesh: DeviceMesh, *, trainable: bool
 ) -> TokenStatsModel:
     """Load and shard a model; every rank of the mesh takes part.
 
@@ -185,30 +143,19 @@ def build_model(
     device_name = mesh.device_type
     compute_dtype = resolve_dtype(fsdp.mixed_precision.param_dtype, device_name)
     if trainable and compute_dtype == torch.float16:
-        raise ValueError(
-            "actor.fsdp_config.mixed_precision.param_dtype=fp16: gradients underflow without loss scaling; use bf16"
-        )
+        raise ValueError("actor.fsdp_config.mixed_precision.param_dtype=fp16 needs loss scaling; use bf16")
     storage_dtype = torch.float32 if trainable else compute_dtype
     if fsdp.model_dtype != "auto":
         storage_dtype = resolve_dtype(fsdp.model_dtype, device_name)
-    config = load_config(path, model)
-    attention = choose_attention(config, model, device_name, compute_dtype)
-    register_packed_attention()
-    disable_progress_bar()  # a worker writes to a log file
     offload = model.enable_activation_offload and device_name == "cuda"
     if offload and not model.enable_gradient_checkpointing:
-        raise ValueError(
-            "actor_rollout_ref.model.enable_activation_offload=True moves the inputs of checkpointed blocks; set "
-            "actor_rollout_ref.model.enable_gradient_checkpointing=True with it"
-        )
-    causal_lm = _load_on_rank_zero(
-        path,
-        config,
-        dtype=storage_dtype,
-        attn_implementation=attention.implementation,
-        trust_remote_code=model.trust_remote_code,
-    )
-    module = TokenStatsModel(causal_lm, attention.packed, attention.is_flash, offload_activations=offload)
+        raise ValueError("model.enable_activation_offload=True needs model.enable_gradient_checkpointing=True")
+    config = load_config(path, model)
+    attention, packed = choose_attention(config, model, device_name, compute_dtype)
+    disable_progress_bar()  # a worker writes to a log file
+    options = {"dtype": storage_dtype, "attn_implementation": attention, "trust_remote_code": model.trust_remote_code}
+    causal_lm = _load_on_rank_zero(path, config, **options)
+    module = TokenStatsModel(causal_lm, packed, offload_activations=offload)
     module.requires_grad_(trainable)
     if trainable and model.enable_gradient_checkpointing:
         causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs=CHECKPOINTING)

@@ -42,10 +42,16 @@ class _Matrix(NamedTuple):
         """The share as it is now; the same memory."""
         return self.parameter.to_local().detach()
 
-    @property
-    def extended(self) -> torch.Tensor:
-        """Its extended rows; the same memory."""
-        return self.rows[self.first :]
+    def squares(self, begin: int, end: int) -> torch.Tensor:
+        """(2,) float64: sums of the squares of what rows ``begin`` to ``end`` moved by, and of their start."""
+        sums = torch.zeros(2, dtype=torch.float64, device=self.rows.device)
+        for now, start in zip(
+            self.rows[begin:end].split(ROWS_AT_ONCE), self.start[begin:end].split(ROWS_AT_ONCE), strict=True
+        ):
+            before = start.to(now.device).float()
+            moved = now.float() - before
+            sums += torch.stack([part.square().sum(dtype=torch.float64) for part in (moved, before)])
+        return sums
 
 
 class ExtendedRows:
@@ -80,45 +86,26 @@ class ExtendedRows:
 
         A zero gradient is not enough: weight decay moves rows of its own accord.
         """
-        before = [matrix.extended.clone() for matrix in self._matrices] if self._frozen else []
+        held = [matrix.rows[matrix.first :] for matrix in self._matrices] if self._frozen else []
+        before = [rows.clone() for rows in held]
         yield
-        for matrix, rows in zip(self._matrices, before, strict=False):
-            matrix.extended.copy_(rows)
+        for rows, values in zip(held, before, strict=True):
+            rows.copy_(values)
 
     def drift(self) -> dict[str, float]:
         """``||rows - rows at the start|| / ||rows at the start||`` of extended and of shared rows, over all ranks."""
-        extended = torch.stack([_squares(m, m.first, len(m.start)) for m in self._matrices]).sum(0)
-        shared = torch.stack([_squares(m, 0, m.first) for m in self._matrices]).sum(0)
-        sums = torch.stack([extended, shared])
-        if dist.is_initialized():
-            dist.all_reduce(sums)
+        parts = [torch.stack([m.squares(m.first, len(m.start)), m.squares(0, m.first)]) for m in self._matrices]
+        sums = torch.stack(parts).sum(0)
+        dist.all_reduce(sums)
         ratios = [math.sqrt(moved / start) if start else 0.0 for moved, start in sums.tolist()]
         return {"actor/extended_row_drift": ratios[0], "actor/shared_row_drift": ratios[1]}
 
 
 def _find_share(parameter: nn.Parameter, extend_start: int) -> _Matrix:
     assert isinstance(parameter, DTensor) and parameter.placements == (Shard(0),), "student models are sharded by rows"
-    rows, ranks = parameter.shape[0], parameter.device_mesh.size()
+    rows = parameter.shape[0]
     if not 0 < extend_start < rows:
-        raise ValueError(
-            f"actor_rollout_ref.rollout.extend_vocab_start_token={extend_start} leaves no extended row among the "
-            f"{rows} rows of actor_rollout_ref.model.path; give an id below that, or null for no extension"
-        )
-    per_rank = -(-rows // ranks)
-    offset = min(parameter.device_mesh.get_local_rank() * per_rank, rows)
-    own = parameter.to_local().detach()
-    assert len(own) == min(per_rank, rows - offset), f"{len(own)} rows from {offset} on of {rows} over {ranks} ranks"
-    first = min(max(extend_start - offset, 0), len(own))
+        raise ValueError(f"extend_vocab_start_token={extend_start} leaves no extended row: the model has {rows} rows")
+    own, rows_each = parameter.to_local().detach(), -(-rows // parameter.device_mesh.size())
+    first = min(max(extend_start - parameter.device_mesh.get_local_rank() * rows_each, 0), len(own))
     return _Matrix(parameter, first, own.to("cpu", copy=True))
-
-
-def _squares(matrix: _Matrix, begin: int, end: int) -> torch.Tensor:
-    """(2,) float64: sums of the squares of what rows ``begin`` to ``end`` moved by, and of their start."""
-    now = matrix.rows
-    sums = torch.zeros(2, dtype=torch.float64, device=now.device)
-    for place in range(begin, end, ROWS_AT_ONCE):
-        there = slice(place, min(place + ROWS_AT_ONCE, end))
-        start = matrix.start[there].to(now.device).float()
-        sums[0] += (now[there].float() - start).square().sum(dtype=torch.float64)
-        sums[1] += start.square().sum(dtype=torch.float64)
-    return sums

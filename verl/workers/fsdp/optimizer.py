@@ -8,7 +8,6 @@ Not here: losses, offload of the optimizer's state (``shard``).
 
 import math
 from contextlib import nullcontext
-from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -23,16 +22,8 @@ def learning_rate(config: OptimizerConfig, step: int) -> float:
 
     Warm-up rises linearly and reaches the peak in its last step; none of its steps is lost at 0. After it the rate is
     constant, or falls to ``min_lr_ratio`` by the end of the run: linearly, or along half a cosine.
-
-    Raises:
-        ValueError: a falling schedule, or a warm-up as a share of all steps, without ``total_training_steps``.
     """
     total, warmup, schedule = config.total_training_steps, config.lr_warmup_steps, config.lr_scheduler_type
-    warmup_is_share = warmup < 0 and config.lr_warmup_steps_ratio > 0
-    if total <= 0 and (warmup_is_share or schedule != "constant"):
-        ratio = f"lr_warmup_steps_ratio={config.lr_warmup_steps_ratio}"
-        setting = ratio if warmup_is_share else f"lr_scheduler_type={schedule}"
-        raise ValueError(f"optim.{setting} needs optim.total_training_steps={total} above 0")
     if warmup < 0:
         warmup = int(config.lr_warmup_steps_ratio * max(total, 0))
     if step < warmup:
@@ -51,24 +42,14 @@ class LearningRateSchedule:
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, config: OptimizerConfig) -> None:
-        self._optimizer = optimizer
-        self._config = config
+        self._optimizer, self._config = optimizer, config
         self.set_steps(0)
 
-    @property
-    def rate(self) -> float:
-        """Learning rate of the next step."""
-        return learning_rate(self._config, self.steps)
-
     def set_steps(self, steps: int) -> None:
-        """Continue as after ``steps`` steps."""
-        self.steps = steps
+        """Continue as after ``steps`` steps; ``rate`` is the learning rate of the next one."""
+        self.steps, self.rate = steps, learning_rate(self._config, steps)
         for group in self._optimizer.param_groups:
             group["lr"] = self.rate
-
-    def advance(self) -> None:
-        """One step is done."""
-        self.set_steps(self.steps + 1)
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
@@ -78,24 +59,11 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    beta1, beta2 = config.betas
-    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(beta1, beta2), eps=config.eps)
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), eps=config.eps)
     for parameter in parameters:
-        optimizer.state[parameter] = {
-            "step": torch.tensor(0.0),
-            "exp_avg": torch.zeros_like(parameter),
-            "exp_avg_sq": torch.zeros_like(parameter),
-        }
+        moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[parameter] = {"step": torch.tensor(0.0), **moments}
     return optimizer
-
-
-class StepResult(NamedTuple):
-    """What an optimizer step did."""
-
-    grad_norm: float
-    """Norm of the gradient over all parameters and ranks, before clipping."""
-    taken: bool
-    """False where the loss or the norm was not finite: weights and optimizer are as they were, to the bit."""
 
 
 def clipped_step(
@@ -104,13 +72,17 @@ def clipped_step(
     max_norm: float,
     loss: float,
     extended_rows: ExtendedRows | None = None,
-) -> StepResult:
+) -> tuple[float, bool]:
     """Clip the gradient to ``max_norm``, take the step, drop the gradient. Every rank returns the same.
 
     Args:
         loss: of all ranks together, so that all decide alike. Looked at too, for its gradient may be finite where it is
             not: that of ``x - inf`` is 1.
         extended_rows: of the model, which the step leaves alone where they are frozen.
+
+    Returns:
+        the norm of the gradient over all parameters and ranks, before clipping, and whether the step was taken. Not
+        where the loss or the norm was not finite: weights and optimizer are as they were, to the bit.
     """
     if extended_rows is not None:
         extended_rows.drop_gradient()
@@ -122,4 +94,4 @@ def clipped_step(
         with nullcontext() if extended_rows is None else extended_rows.held():
             optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return StepResult(float(norm), taken)
+    return float(norm), taken

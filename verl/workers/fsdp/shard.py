@@ -26,9 +26,7 @@ def shard_model(
     names = set(model.causal_lm._no_split_modules or ())
     blocks = [module for module in model.causal_lm.modules() if type(module).__name__ in names]
     if not blocks:
-        raise ValueError(
-            f"{type(model.causal_lm).__name__} names no blocks (_no_split_modules); it cannot be sharded here"
-        )
+        raise ValueError(f"{type(model.causal_lm).__name__} cannot be sharded: its _no_split_modules names no blocks")
     for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=precision, reshard_after_forward=reshard_after_forward)
     # The root is needed first in backward, so it stays gathered after forward; `reshard` ends that.

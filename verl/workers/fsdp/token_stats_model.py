@@ -10,42 +10,17 @@ Not here: how rows become inputs (``workers.actor.row_layout``), sharding (``sha
 Letters: N tokens of all rows, S scored positions, D hidden size.
 """
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import nn
 from torch.autograd.graph import save_on_cpu
 from transformers import PreTrainedModel
 
-from verl.ops.linear_log_prob import TokenStats, linear_token_stats
-from verl.vocabulary import Vocabulary
-
-
-class Head(Protocol):
-    """A function of the scored positions, computed inside the model's forward pass."""
-
-    def __call__(self, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, /) -> Any:
-        """From hidden states (S, D), the head's weight (V, D) and labels (S,)."""
-
-
-class ScoreOptions(NamedTuple):
-    """A `Head` that computes `TokenStats`."""
-
-    temperature: float = 1.0
-    vocabulary: Vocabulary | None = None
-    with_entropy: bool = False
-
-    def __call__(self, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> TokenStats:
-        """`TokenStats`, every tensor (S,)."""
-        return linear_token_stats(
-            hidden,
-            weight,
-            labels,
-            temperature=self.temperature,
-            vocabulary=self.vocabulary,
-            with_entropy=self.with_entropy,
-        )
+Head = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Any]
+"""What is computed at the scored positions, from hidden states (S, D), the head's weight (V, D) and labels (S,)."""
 
 
 class TokenStatsModel(nn.Module):
@@ -54,7 +29,6 @@ class TokenStatsModel(nn.Module):
     Args:
         causal_lm: a Hugging Face causal language model with a linear head without bias.
         packed: its attention keeps rows apart that are laid end to end; else inputs are padded rows.
-        flash_attention: its attention is flash-attention, which takes row boundaries in its own form.
         offload_activations: keep what the decoder saves for backward in host memory.
 
     Raises:
@@ -63,31 +37,18 @@ class TokenStatsModel(nn.Module):
 
     causal_lm: PreTrainedModel
     packed: bool
-    flash_attention: bool
     offload_activations: bool
 
-    def __init__(
-        self,
-        causal_lm: PreTrainedModel,
-        packed: bool = True,
-        flash_attention: bool = False,
-        offload_activations: bool = False,
-    ) -> None:
+    def __init__(self, causal_lm: PreTrainedModel, packed: bool = True, offload_activations: bool = False) -> None:
         super().__init__()
         head = causal_lm.get_output_embeddings()
-        if not isinstance(head, nn.Linear) or head.bias is not None:
-            raise ValueError(
-                f"the lm head of {type(causal_lm).__name__} is more than a matrix; this model cannot be trained here"
-            )
-        for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-            if getattr(causal_lm.config, name, None) is not None:
-                raise ValueError(
-                    f"{type(causal_lm).__name__} changes its logits ({name}); this model cannot be trained here"
-                )
+        scales = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+        reasons = [name for name in scales if getattr(causal_lm.config, name, None) is not None]
+        if not isinstance(head, nn.Linear) or head.bias is not None or reasons:
+            reason = ", ".join(reasons) or "a bias, or no matrix"
+            raise ValueError(f"{type(causal_lm).__name__} cannot be trained here: its head has more ({reason})")
         self.causal_lm = causal_lm
-        self.packed = packed
-        self.flash_attention = flash_attention
-        self.offload_activations = offload_activations
+        self.packed, self.offload_activations = packed, offload_activations
 
     @property
     def device(self) -> torch.device:
@@ -118,7 +79,8 @@ class TokenStatsModel(nn.Module):
             labels: (S,) that token.
             head: what to compute at the scored positions; its result is returned.
         """
-        with self._saved_activations():
+        offloads = self.offload_activations and self.training and torch.is_grad_enabled()
+        with save_on_cpu(pin_memory=True) if offloads else nullcontext():
             # No attention mask: rows are causal, and what pads them stands on their right, where nothing looks.
             output = self.causal_lm.get_decoder()(
                 input_ids=input_ids, position_ids=position_ids, use_cache=False, **self._row_boundaries(row_lengths)
@@ -126,23 +88,12 @@ class TokenStatsModel(nn.Module):
         hidden = output.last_hidden_state.flatten(0, 1)[select_index]
         return head(hidden, self.causal_lm.get_output_embeddings().weight, labels)
 
-    def _saved_activations(self) -> AbstractContextManager[object]:
-        if self.offload_activations and self.training and torch.is_grad_enabled():
-            return save_on_cpu(pin_memory=True)
-        return nullcontext()
-
     def _row_boundaries(self, row_lengths: tuple[int, ...] | None) -> dict[str, object]:
-        """Arguments that tell the attention function where rows begin."""
+        """Arguments that tell the attention function where rows begin; flash-attention has its own form."""
         if row_lengths is None:
             return {}
-        if not self.flash_attention:
+        if not self.causal_lm.config._attn_implementation.startswith("flash_attention"):
             return {"row_lengths": row_lengths}
-        device = next(self.causal_lm.parameters()).device
-        ends = torch.tensor((0, *row_lengths)).cumsum(0).to(device=device, dtype=torch.int32)
+        ends = torch.tensor((0, *row_lengths)).cumsum(0).to(device=self.device, dtype=torch.int32)
         longest = max(row_lengths)
-        return {
-            "cu_seq_lens_q": ends,
-            "cu_seq_lens_k": ends,
-            "max_length_q": longest,
-            "max_length_k": longest,
-        }
+        return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}

@@ -1,0 +1,142 @@
+"""Log-probs of student and teacher workers, entropy and extended mass, against whole logits of transformers."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from support.exact_cases import MISSING, TEMPERATURE, Models, workers
+from support.tiny_workers import (
+    PROMPT,
+    draw_rows,
+    load_plain,
+    of_tokens,
+    plain_log_probs,
+    rollouts,
+    worker_config,
+    write_model,
+)
+from transformers import AutoTokenizer
+
+from verl.config import ActorRolloutRefConfig
+from verl.trainer.ppo.core_algos import compute_on_policy_distill_reverse_kl
+from verl.vocabulary import Vocabulary
+from verl.workers.actor.dp_actor import DataParallelPPOActor
+from verl.workers.teacher_worker import TeacherWorker, choose_replacement
+
+pytestmark = pytest.mark.usefixtures("one_rank")
+
+MODES = {
+    "packed": {"use_remove_padding": True},
+    "padded": {"use_remove_padding": False},
+    "eager": {"override_config": {"attn_implementation": "eager"}},
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "tied", "mode"),
+    [
+        ("qwen2", True, "packed"),
+        ("qwen3", False, "packed"),
+        ("llama", True, "packed"),
+        ("qwen3", True, "padded"),
+        ("qwen2", False, "eager"),
+    ],
+)
+def test_scores_are_those_of_whole_logits(
+    family: str, tied: bool, mode: str, tiny_tokenizers: tuple[Path, Path], models: Models, tmp_path: Path
+) -> None:
+    folder = write_model(tmp_path, tiny_tokenizers[1], family=family, tied=tied)
+    config = models.config(folder, model=MODES[mode], rollout={"log_prob_max_token_len_per_gpu": 16})
+    batch = rollouts(draw_rows(7, models.ids), models.extend_start, temperature=1.3)
+    keys, meta = set(batch.batch.keys()), dict(batch.meta_info)
+    scores = workers(config).compute_log_prob(batch)
+    with torch.no_grad():
+        log_probs = plain_log_probs(load_plain(folder), batch, models.ids, temperature=1.3)
+    real = batch.tensor("attention_mask")[:, PROMPT:]
+    right = {
+        "old_log_probs": of_tokens(log_probs, batch),
+        "entropys": -(log_probs.exp() * log_probs).sum(-1) * real,
+        "extend_mass": log_probs.exp()[..., models.extend_start :].sum(-1) * real,
+    }
+    assert set(scores.batch.keys()) == set(right)
+    for key, value in right.items():
+        assert scores.tensor(key).dtype == torch.float32
+        torch.testing.assert_close(scores.tensor(key), value, rtol=0, atol=1e-5)
+    assert (set(batch.batch.keys()), batch.meta_info) == (keys, meta), "the batch is as it was"
+
+
+def test_models_that_cannot_be_scored(tiny_tokenizers: tuple[Path, Path], models: Models, tmp_path: Path) -> None:
+    folder = write_model(tmp_path, tiny_tokenizers[1], rows=models.ids - 1)
+    with pytest.raises(ValueError, match=f"{models.ids} ids .* {models.ids - 1} rows"):
+        workers(models.config(folder))
+
+
+def teacher(config: ActorRolloutRefConfig) -> TeacherWorker:
+    worker = TeacherWorker(config=config, device="cpu")
+    worker.init_model()
+    return worker
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_scores_by_the_definition(packed: bool, models: Models) -> None:
+    """Extended ids replaced by the pad token, softmax over B alone, the stand-in at extended tokens, 0 at padding."""
+    e = models.extend_start
+    with_extended = [([5, e, 6], [20, e + 3, 21, 22]), ([e + 1], [e + 2, 30, e + 25])]
+    batch = rollouts(draw_rows(7, models.ids) + with_extended, e, TEMPERATURE)
+    config, plain = models.config(packed=packed, ref={"log_prob_max_token_len_per_gpu": 16}), models.plain()
+    result = teacher(config).compute_ref_log_prob(batch)
+    assert set(result.batch.keys()) == {"ref_log_prob"}
+    assert plain.base.config.vocab_size > e  # rows past B, which collide with the first extended ids
+    unknown = batch.tensor("distill_special_token_mask").bool()
+    right = of_tokens(models.teacher_log_probs(plain, batch)["base"], batch).masked_fill(unknown, MISSING)
+    torch.testing.assert_close(result.tensor("ref_log_prob"), right, rtol=0, atol=1e-5)
+    # The same as verl's actor scores it.
+    module, vocabulary = teacher(config).model.module, Vocabulary(models.ids, e)
+    pad = AutoTokenizer.from_pretrained(models.teacher).pad_token_id
+    actor = DataParallelPPOActor(config.ref, module, vocabulary=vocabulary, replace_token_id=pad)
+    log_probs, entropy = actor.compute_log_prob(batch, calculate_entropy=True, mask_special_token=True)
+    torch.testing.assert_close(log_probs, right, rtol=0, atol=1e-5)
+    assert entropy is not None and entropy.shape == right.shape
+    with pytest.raises(ValueError, match="needs the actor's replace_token_id"):
+        DataParallelPPOActor(config.ref, module, vocabulary=vocabulary).compute_log_prob(batch, mask_special_token=True)
+    # Nothing is trained.
+    assert not any(parameter.requires_grad for parameter in module.parameters())
+    with pytest.raises(ValueError, match="frozen"):
+        actor.update_policy(batch)
+
+
+def test_replacement_and_stand_in_are_settings(models: Models) -> None:
+    e, scores = models.extend_start, {}
+    batch = rollouts([([5, e, 6], [7, e + 1, 8])], e)
+    for token in (9, 10):
+        worker = teacher(models.config(ref={"ref_replace_token_id": token, "ref_log_prob_replace_val": -7.5}))
+        scores[token] = worker.compute_ref_log_prob(batch).tensor("ref_log_prob")
+        assert scores[token][0, 1] == -7.5
+        spelled_out = rollouts([([5, token, 6], [7, token, 8])], e)
+        same = worker.compute_ref_log_prob(spelled_out).tensor("ref_log_prob")
+        torch.testing.assert_close(scores[token][0, [0, 2]], same[0, [0, 2]])
+    assert not torch.allclose(scores[9], scores[10])
+
+
+def test_a_student_that_is_its_teacher_has_no_advantage(models: Models) -> None:
+    """Equal weights and no extended ids in sight; at the first extended token it is the clipped one, whatever else."""
+    for config, rows in (
+        (worker_config(models.student), draw_rows(8, models.extend_start)),
+        (models.config(), [([5, 6], [20, 21, models.extend_start + 2, 30])]),
+    ):
+        batch = rollouts(rows, models.extend_start, temperature=1.1)
+        old = workers(config).compute_log_prob(batch).tensor("old_log_probs")
+        ref = teacher(config).compute_ref_log_prob(batch).tensor("ref_log_prob")
+        mask, bounds = batch.tensor("response_mask"), {"distill_adv_max_clip": 5.0, "distill_adv_min_clip": -30.0}
+        advantages = compute_on_policy_distill_reverse_kl(old, ref, mask, **bounds)[0]
+        if len(rows) == 8:
+            assert advantages.abs().max() < 1e-5
+    assert advantages[0, 2] == -30.0 and (advantages[0, :2].abs() < 30).all() and not advantages[0, 3:].any()
+
+
+def test_choose_replacement() -> None:
+    assert choose_replacement(7, [1, 2], 10) == 7
+    assert [choose_replacement(None, [first, 2], 10) for first in (1, None, 12)] == [1, 2, 2]
+    for setting, candidates in ((10, [1]), (None, [None, None])):
+        with pytest.raises(ValueError, match=rf"ref_replace_token_id={setting} .* is none of 10 ids"):
+            choose_replacement(setting, candidates, 10)

@@ -1,6 +1,4 @@
-"""The training loop: one controller, one line per stage.
-
-::
+"""The training loop: one controller, one line per stage::
 
     prompts -> generate -> reward -> old_log_prob -> ref_log_prob -> advantage -> update_actor -> sync_weights
                                                                                                         |
@@ -250,7 +248,7 @@ class RayPPOTrainer:
         return self.global_steps >= self.total_steps or self.best.gives_up()
 
     def is_saved(self, is_last: bool) -> bool:
-        """Whether this step leaves a checkpoint: one is due, it is the last of a run that saves, or the best so far."""
+        """Whether this step leaves a checkpoint: due, the last of a run that saves, or the best so far."""
         every = self.config.trainer.save_freq
         return self.is_due(every) or (is_last and every > 0) or self.best.is_new(self.global_steps)
 
@@ -279,8 +277,8 @@ class RayPPOTrainer:
         return metrics | place | {"training/restarts": int(os.environ.get("RESTART_COUNT", "0"))}
 
     def validate(self) -> Metrics:
-        """Answer every validation prompt and measure the answers."""
-        assert self.val_loader is not None, "called only where there are validation prompts"
+        """Answer every validation prompt, of which there have to be some, and measure the answers."""
+        assert self.val_loader is not None
         timing: dict[str, float] = {}
         with marked_timer("testing", timing):
             batch, metrics = answer_all(self.val_loader, self.answer_validation)

@@ -167,7 +167,7 @@ class DataParallelPPOActor:
             the trained positions of an exact objective; 0 elsewhere.
 
         Raises:
-            ValueError: a frozen model.
+            ValueError: a frozen model, or trained padding.
         """
         config = self.config
         if not isinstance(config, FSDPActorConfig) or self.actor_optimizer is None or self.lr_schedule is None:
@@ -175,7 +175,10 @@ class DataParallelPPOActor:
         is_exact = self.distill is not None and self.distill.is_exact
         has_policy_loss = self.distill is None or self.distill.has_policy_loss
         data.require(*LOSS_KEYS, *(("old_log_probs", "advantages") if has_policy_loss else ()))
+        if (data.tensor("response_mask").bool() & ~real_response_tokens(data)).any():
+            raise ValueError("response_mask is 1 at padding, where attention_mask is 0; there is no token to train on")
         rows = self.mini_batch_rows or len(data)
+        assert len(data) % rows == 0, f"{len(data)} rows are no whole number of mini-batches of {rows}"
         self.actor_module.train()
         updates = [
             self._update_mini_batch(data.slice(start, start + rows), config, teachers)

@@ -44,6 +44,11 @@ class ScoredPositions(NamedTuple):
         """The rows, once each, in the order of the positions, which may differ from that of the batch."""
         return list(dict.fromkeys(self.rows.tolist()))
 
+    @property
+    def labels(self) -> torch.Tensor:
+        """(S,) the drawn tokens."""
+        return self.batch.tensor("responses")[self.rows, self.columns]
+
     def require_order(self, rows: torch.Tensor, columns: torch.Tensor) -> None:
         """Assert that something was computed for these very positions, in their order."""
         same = torch.equal(rows, self.rows) and torch.equal(columns, self.columns)
@@ -124,6 +129,11 @@ class TopKTeacher:
         ids, log_probs, rest = (
             positions.batch.tensor(key)[positions.rows, positions.columns].to(self._device) for key in TOP_TENSORS
         )
+        if ids.numel() and int(ids.max()) >= self._ids:
+            raise ValueError(
+                f"a teacher's likeliest ids hold {int(ids.max())}, and {self._ids} ids are shared with the student; "
+                "algorithm.distill.objective=topk needs a teacher without other ids"
+            )
         return TopLogProbs(ids.long(), log_probs, rest, self._ids).rows
 
 
@@ -153,6 +163,8 @@ class RemoteTeacher:
         lengths = torch.tensor([len(row) for row in by_row], dtype=torch.int64)
         rows = torch.tensor(distinct, dtype=torch.int64).repeat_interleave(lengths)
         positions.require_order(rows, joined("columns", positions.columns))
+        same_tokens = torch.equal(joined("labels", positions.labels), positions.labels)
+        assert same_tokens, "hidden states of other rows were fetched"
         teachers = [
             LinearTeacher(joined(f"hidden_{part}", head), head, len(head), temperature)
             for part, head in enumerate(self._heads)
@@ -167,8 +179,8 @@ Teacher = FullTeacher | TopKTeacher | RemoteTeacher
 
 
 def hidden_states_by_row(positions: ScoredPositions, log_probs: FullLogProbs) -> Iterator[tuple[int, DataProto]]:
-    """Each row, and what `RemoteTeacher` fetches for it: positions and hidden states, on the CPU."""
-    columns = {"columns": positions.columns}
+    """Each row, and what `RemoteTeacher` fetches for it: positions, tokens and hidden states, on the CPU."""
+    columns = {"columns": positions.columns, "labels": positions.labels}
     columns |= {f"hidden_{part}": states.cpu() for part, states in enumerate(log_probs.hidden_states)}
     for row in positions.distinct_rows:
         yield row, DataProto.from_dict({key: values[positions.rows == row] for key, values in columns.items()})

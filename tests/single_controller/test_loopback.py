@@ -49,13 +49,12 @@ def host(repo: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple
     assert not (home / ".ray").exists(), "no file holds the token"
 
 
-@pytest.mark.parametrize("mode", ["token", "another token", "disabled"])
+@pytest.mark.parametrize("mode", ["token", "disabled"])
 def test_ray_is_on_the_loopback_and_serves_who_has_the_token(host: tuple[str, str], mode: str) -> None:
     address, token = host
     assert address.startswith("127.0.0.1:")
-    env = {"RAY_AUTH_MODE": mode.split()[-1], "RAY_AUTH_TOKEN": token if mode == "token" else "0" * 64}
-    command = [sys.executable, "-c", GUEST, address]
-    guest = subprocess.run(command, env=WITHOUT_RAY | env, capture_output=True, text=True, timeout=120)
+    env = WITHOUT_RAY | {"RAY_AUTH_MODE": mode, "RAY_AUTH_TOKEN": token}
+    guest = subprocess.run([sys.executable, "-c", GUEST, address], env=env, capture_output=True, text=True, timeout=120)
     if mode == "token":
         assert guest.returncode == 0 and "[" in guest.stdout, guest.stderr[-2000:]
     else:

@@ -163,8 +163,8 @@ def test_each_pool_has_gpus_of_its_own_and_replicas_those_of_the_student() -> No
 @pytest.mark.parametrize(
     ("trainer", "message"),
     [
-        (TrainerConfig(n_gpus_per_node=3, teacher_nnodes=1, teacher_n_gpus_per_node=2), "beside 'train' with 3 proc"),
-        (TrainerConfig(nnodes=2), "1 process of CPU 1, GPU 1 on each of 2 nodes"),
+        (TrainerConfig(n_gpus_per_node=3, teacher_nnodes=1, teacher_n_gpus_per_node=2), "beside 'train': 3 rank"),
+        (TrainerConfig(nnodes=2), r"2 rank\(s\) on 2 node\(s\), each rank with CPU 1, GPU 1"),
     ],
 )
 def test_pools_that_do_not_fit_reserve_nothing(trainer: TrainerConfig, message: str) -> None:

@@ -7,7 +7,7 @@ read by                             what
 ==================================  ===================================================================
 student's ranks, engines beside     student's model and tokenizer, the checkpoint to resume from
 agent-loop workers (same nodes)     the tools' configuration
-teacher's ranks                     that teacher's model and tokenizer
+teachers' ranks                     the teachers' models and tokenizer
 driver alone                        data files, reward function: checked before Ray starts
 ==================================  ===================================================================
 """
@@ -29,51 +29,40 @@ def check_nodes(config: PPOConfig, pools: ResourcePoolManager) -> None:
         ValueError: what is missing or differs, and where.
     """
     packages = [name for name in DISTRIBUTIONS if name != "vllm" or config.actor_rollout_ref.rollout.name == "vllm"]
+    trainer, student = config.trainer, student_paths(config)
     node_ips: dict[str, str] = {}
     needed: dict[str, dict[str, str]] = {}
-    trainer = config.trainer
     with ExitStack() as stack:
-        shared = {}
         if trainer.saves_checkpoints or checkpoint.find_checkpoint(trainer) is not None:
             # Ranks write or read checkpoints side by side in the run's folder: all have to see this file in it.
             folder = Path(trainer.default_local_dir).absolute()
             folder.mkdir(parents=True, exist_ok=True)
             marker = stack.enter_context(tempfile.NamedTemporaryFile(dir=folder, prefix=".seen-by-all-nodes-"))
-            shared["trainer.default_local_dir (the driver's file in it)"] = marker.name
+            student["trainer.default_local_dir (the driver's file in it)"] = marker.name
         for role in pools.mapping:
-            paths = student_paths(config) | shared if role == "actor" else teacher_paths(config, role)
+            paths = student if role == "actor" else teacher_paths(config)
             for place in pools.places(role):
                 node_ips[place.node_id] = place.node_ip
-                needed.setdefault(place.node_id, {}).update(paths)
+                needed.setdefault(place.node_id, {}).update({key: path for key, path in paths.items() if path})
         check_nodes_hold(needed, node_ips, packages)
 
 
-def student_paths(config: PPOConfig) -> dict[str, str]:
+def student_paths(config: PPOConfig) -> dict[str, str | None]:
     """By setting, what the student's ranks, the engines and the agent-loop workers read."""
     models, trainer = config.actor_rollout_ref, config.trainer
-    paths = {
+    return {
         "actor_rollout_ref.model.path": models.model.path,
         "actor_rollout_ref.model.tokenizer_path": models.model.tokenizer_path,
         "actor_rollout_ref.rollout.multi_turn.tool_config_path": models.rollout.multi_turn.tool_config_path,
         "trainer.resume_from_path": trainer.resume_from_path if trainer.resume_mode == "resume_path" else None,
     }
-    return {key: path for key, path in paths.items() if path}
 
 
-def teacher_paths(config: PPOConfig, role: str) -> dict[str, str]:
-    """By setting, what a teacher's ranks read; without a path of its own it is the student's starting weights."""
-    student, base = config.actor_rollout_ref.model, config.actor_rollout_ref.ref.model
-    further = config.algorithm.distill.teachers.get(role)
-    if further is not None:
-        paths = {f"algorithm.distill.teachers.{role}.path": further.path}
-    else:
-        paths = {
-            "actor_rollout_ref.ref.model.path": base.path,
-            "actor_rollout_ref.ref.model.tokenizer_path": base.tokenizer_path,
-        }
-    if not (base if further is None else further).path:
-        paths |= {
-            "actor_rollout_ref.model.path": student.path,
-            "actor_rollout_ref.model.tokenizer_path": student.tokenizer_path,
-        }
-    return {key: path for key, path in paths.items() if path}
+def teacher_paths(config: PPOConfig) -> dict[str, str | None]:
+    """By setting, what the teachers' ranks read; one without a path is the student's starting weights."""
+    model, teachers = config.actor_rollout_ref.ref.model, config.algorithm.distill.teachers
+    paths = {f"algorithm.distill.teachers.{role}.path": teacher.path for role, teacher in teachers.items()}
+    paths |= {"actor_rollout_ref.ref.model.path": model.path}
+    if not all(paths.values()):
+        paths |= {"actor_rollout_ref.model.path": config.actor_rollout_ref.model.path}
+    return paths | {"actor_rollout_ref.ref.model.tokenizer_path": model.tokenizer_path}

@@ -16,23 +16,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from verl.config import TrainerConfig
-from verl.single_controller.ray import (
-    RayClassWithInitArgs,
-    RayResourcePool,
-    RayWorkerGroup,
-    create_colocated_worker_cls,
-)
+from verl.single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
 from verl.single_controller.ray.base import RoleWorkerGroup
 from verl.single_controller.ray.resource_pool import RankPlace, reserve_all
 
 logger = logging.getLogger(__name__)
 
 TRAIN, TEACHER = "train", "teacher"
-SETTINGS = {
-    TRAIN: "trainer.n_gpus_per_node or trainer.nnodes",
-    TEACHER: "trainer.teacher_n_gpus_per_node or trainer.teacher_nnodes",
-}
-"""The keys that decide a pool's size, for messages."""
 
 
 @dataclass
@@ -52,15 +42,11 @@ class ResourcePoolManager:
         """Reserve the places of all pools.
 
         Raises:
-            ValueError: the cluster cannot hold them; the message has what is asked for and what there is.
-            ResourcesInUseError: it could, and something else keeps what they need.
+            ValueError: the cluster cannot hold them, or something else keeps what they need.
         """
-        self.resource_pool_dict = {
-            name: RayResourcePool(
-                ranks, self.use_gpu, name_prefix=name, settings=SETTINGS.get(name, f"the size of pool {name!r}")
-            )
-            for name, ranks in self.resource_pool_spec.items()
-        }
+        for name, ranks in self.resource_pool_spec.items():
+            keys = "trainer.{0}n_gpus_per_node or trainer.{0}nnodes".format("teacher_" if name == TEACHER else "")
+            self.resource_pool_dict[name] = RayResourcePool(ranks, self.use_gpu, name_prefix=name, settings=keys)
         reserve_all(list(self.resource_pool_dict.values()))
 
     def get_n_gpus(self) -> int:
@@ -86,17 +72,14 @@ def plan_pools(config: TrainerConfig, roles: Sequence[str], use_gpu: bool) -> Re
     Raises:
         ValueError: a pool for a teacher that the run does not use.
     """
-    spec: dict[str, list[int]] = {TRAIN: config.ranks_on_nodes}
-    mapping = dict.fromkeys(roles, TRAIN)
-    if config.teacher_ranks_on_nodes:
-        if len(roles) == 1:
-            raise ValueError(
-                f"trainer.teacher_nnodes={config.teacher_nnodes} and trainer.teacher_n_gpus_per_node="
-                f"{config.teacher_n_gpus_per_node} give GPUs to a teacher, and this run uses none; set both to null"
-            )
-        spec[TEACHER] = config.teacher_ranks_on_nodes
-        mapping = {role: TRAIN if role == roles[0] else TEACHER for role in roles}
-    return ResourcePoolManager(spec, mapping, use_gpu)
+    train, teacher = config.ranks_on_nodes, config.teacher_ranks_on_nodes
+    if not teacher:
+        return ResourcePoolManager({TRAIN: train}, dict.fromkeys(roles, TRAIN), use_gpu)
+    if len(roles) == 1:
+        given = f"teacher_nnodes={config.teacher_nnodes}, teacher_n_gpus_per_node={config.teacher_n_gpus_per_node}"
+        raise ValueError(f"trainer.{given}: this run uses no teacher; set both to null")
+    mapping = {role: TRAIN if role == roles[0] else TEACHER for role in roles}
+    return ResourcePoolManager({TRAIN: train, TEACHER: teacher}, mapping, use_gpu)
 
 
 class WorkerGroups:
@@ -122,7 +105,7 @@ class WorkerGroups:
             roles = [role for role, pool_of_role in pools.mapping.items() if pool_of_role == name]
             logger.info("pool %s: %s, for %s", name, pool.describe(), " and ".join(roles))
             classes = {role: RayClassWithInitArgs(worker_classes[role], **arguments_of(role)) for role in roles}
-            group = RayWorkerGroup(pool, create_colocated_worker_cls(classes), name_prefix=name)
+            group = RayWorkerGroup(pool, classes, name_prefix=name)
             self._groups.append(group)
             views |= group.spawn(set(roles))
         return views

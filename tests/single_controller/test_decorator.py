@@ -65,8 +65,6 @@ class Arithmetic:
     def square(self, data: DataProto) -> DataProto:
         return DataProto.from_dict({"squared": data.batch["x"] ** 2})
 
-    def unregistered(self) -> None: ...
-
 
 def make_group(ranks: int = 2) -> LocalGroup:
     return LocalGroup([Arithmetic(rank) for rank in range(ranks)])
@@ -96,21 +94,12 @@ def test_rows_are_split_as_if_padded_and_come_back_in_order_without_padding(rank
     assert [list(call.args[0].array("uid")) for call in group.calls] == [list(c.array("uid")) for c in chunks]
 
 
-def test_runs_share_memory_with_the_batch():
-    group, data = make_group(), rows(4)
-    group.double(data)
-    data.batch["x"][2] = 99
-    assert group.calls[1].args[0].batch["x"].tolist() == [99, 3]
-
-
 def test_only_what_a_method_reads_travels():
     group, data = make_group(), rows(3)
     data.batch["y"], data.meta_info["step"] = torch.zeros(3), 7
     assert group.square(data).batch["squared"].tolist() == [0, 1, 4]
-    for call in group.calls:
-        (sent,) = call.args
-        assert set(sent.batch.keys()) == {"x"} and not sent.non_tensor_batch
-        assert sent.meta_info == {"step": 7}
+    for sent in (call.args[0] for call in group.calls):
+        assert set(sent.batch.keys()) == {"x"} and not sent.non_tensor_batch and sent.meta_info == {"step": 7}
     assert set(data.batch.keys()) == {"x", "y"}, "the driver's batch keeps everything"
 
 
@@ -147,18 +136,10 @@ def test_an_override_keeps_its_registration():
     assert LocalGroup([Other(0), Other(1)]).add_rank(5) == [-5, -5]
 
 
-def test_a_method_that_is_not_registered():
-    with pytest.raises(AttributeError, match="registered method 'unregistered'"):
-        _ = make_group().unregistered
-
-
 def test_a_lone_worker_joins_a_process_group():
-    worker = Worker()
-    worker.init_process_group("gloo")
+    Worker().init_process_group("gloo")
     try:
-        worker.init_process_group("gloo")
-        total = torch.ones(2)
-        torch.distributed.all_reduce(total)
-        assert total.tolist() == [1.0, 1.0]
+        Worker().init_process_group("gloo")  # does nothing
+        assert torch.distributed.get_world_size() == 1
     finally:
         torch.distributed.destroy_process_group()

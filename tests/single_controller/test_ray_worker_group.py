@@ -48,10 +48,6 @@ class Student(Worker):
         return DataProto.from_dict({"old_log_probs": data.batch["x"]}, {"rank": [self.rank] * len(data)})
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
-    def environment(self, *names: str) -> list[str | None]:
-        return [os.environ.get(name) for name in names]
-
-    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def raise_on(self, rank: int) -> int:
         if self.rank == rank:
             raise ValueError("the numbers do not add up\nsecond line")
@@ -75,11 +71,6 @@ class Student(Worker):
         return os.getpid(), dist.is_initialized()
 
 
-class Teacher(Student):
-    def __init__(self) -> None:
-        super().__init__(0)
-
-
 @pytest.fixture(scope="module")
 def pool() -> Iterator[RayResourcePool]:
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
@@ -90,7 +81,7 @@ def pool() -> Iterator[RayResourcePool]:
 @pytest.fixture(scope="module")
 def colocated(pool: RayResourcePool) -> RayWorkerGroup:
     """Two processes, which take most of the time of these tests to start; the last test kills one."""
-    classes = {"actor": RayClassWithInitArgs(Student, 3), "ref": RayClassWithInitArgs(ray.remote(Teacher))}
+    classes = {"actor": RayClassWithInitArgs(Student, 3), "ref": RayClassWithInitArgs(ray.remote(Student), 0)}
     return RayWorkerGroup(pool, create_colocated_worker_cls(classes))
 
 
@@ -100,13 +91,9 @@ def actor(colocated: RayWorkerGroup) -> Any:
 
 
 def test_places(colocated, actor):
-    first, second = colocated.get_placement()
-    assert (first["rank"], first["local_rank"], second["rank"], second["local_rank"]) == (0, 0, 1, 1)
-    assert first["node_id"] == second["node_id"] == ray.get_runtime_context().get_node_id()
-    assert first["node_ip"] == ray.nodes()[0]["NodeManagerAddress"]
-    assert first["cuda_visible_devices"] is None
-    place = actor.environment("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
-    assert place[1] == ["1", "2", "2", "127.0.0.1"]
+    (node,) = ray.nodes()
+    place = {"node_id": node["NodeID"], "node_ip": node["NodeManagerAddress"], "cuda_visible_devices": None}
+    assert colocated.get_placement() == [place | {"rank": rank, "local_rank": rank} for rank in (0, 1)]
     assert colocated.world_size == actor.world_size == 2
 
 
@@ -124,7 +111,6 @@ def test_roles_share_processes_and_process_group(colocated):
     roles = colocated.spawn({"actor", "ref"})
     assert roles["actor"].join() == [3, 3]
     assert roles["actor"].process() == roles["ref"].process()
-    assert [joined for _, joined in roles["ref"].process()] == [True, True]
 
 
 def test_an_exception_names_role_method_rank_node_and_cause(actor):
@@ -136,11 +122,6 @@ def test_an_exception_names_role_method_rank_node_and_cause(actor):
     assert "raise ValueError" in str(caught.value)
     assert caught.value.by_user, "the same again would end the same"
     assert actor.raise_on(-1) == [0, 1]
-
-
-def test_a_pool_larger_than_the_cluster_fails_at_once(pool):
-    with pytest.raises(ValueError, match=r"'student' asks for 9 rank.*CPU 0.25.* CPU 2, GPU 0"):
-        RayWorkerGroup(RayResourcePool([9], use_gpu=False, name_prefix="student"), RayClassWithInitArgs(Student, 0))
 
 
 def test_a_process_that_dies_elsewhere_ends_a_call(colocated, actor):

@@ -1,5 +1,6 @@
 """A run through the launch script that is still going, and what is left of one that is not."""
 
+import json
 import os
 import subprocess
 import sys
@@ -25,6 +26,14 @@ def processes_of(session: int) -> dict[int, str]:
         if int(own_session) == session and state != "Z":
             found[int(folder.name)] = title
     return found
+
+
+def metrics_by_step(folder: Path, steps: int) -> dict[int, dict[str, float]]:
+    """A run's metrics, every step once, but for what the clock says, restarts, and what only a step that saves has."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, steps + 1))
+    own = ("timing", "perf/", "training/restarts", "distill/teacher_canary")
+    return {line["step"]: {k: v for k, v in line["data"].items() if not k.startswith(own)} for line in lines}
 
 
 class Running:

@@ -7,20 +7,17 @@ import pytest
 
 from verl.config import PPOConfig, TeacherConfig, TrainerConfig
 from verl.single_controller.ray.resource_pool import RankPlace
-from verl.trainer.ppo import cluster_check
-from verl.trainer.ppo.cluster_check import check_nodes, teacher_paths
-from verl.trainer.ppo.worker_groups import ResourcePoolManager, plan_pools
+from verl.trainer.ppo import worker_groups
+from verl.trainer.ppo.worker_groups import ResourcePoolManager, check_nodes, plan_pools, teacher_paths
 
 ROLES = ["actor", "ref"]
 
 
 def test_a_teacher_shares_the_students_ranks_unless_it_has_its_own() -> None:
-    shared = plan_pools(TrainerConfig(nnodes=2, n_gpus_per_node=4), ROLES, use_gpu=True)
-    assert shared.resource_pool_spec == {"train": [4, 4]}
-    assert shared.mapping == {"actor": "train", "ref": "train"}
-    apart = plan_pools(
-        TrainerConfig(nnodes=2, n_gpus_per_node=4, teacher_nnodes=1, teacher_n_gpus_per_node=8), ROLES, use_gpu=True
-    )
+    student = {"nnodes": 2, "n_gpus_per_node": 4}
+    shared = plan_pools(TrainerConfig(**student), ROLES, use_gpu=True)
+    assert (shared.resource_pool_spec, shared.mapping) == ({"train": [4, 4]}, {"actor": "train", "ref": "train"})
+    apart = plan_pools(TrainerConfig(**student, teacher_nnodes=1, teacher_n_gpus_per_node=8), ROLES, use_gpu=True)
     assert apart.resource_pool_spec == {"train": [4, 4], "teacher": [8]}
     assert apart.mapping == {"actor": "train", "ref": "teacher"}
     assert (shared.get_n_gpus(), apart.get_n_gpus()) == (8, 16)
@@ -79,6 +76,6 @@ def test_every_node_is_asked_for_what_its_ranks_read(
         assert Path(folder).is_file() if folder else save_freq < 0
         assert ("vllm" in packages) == (engine == "vllm"), "counts only where it is used"
 
-    monkeypatch.setattr(cluster_check, "check_nodes_hold", check)
+    monkeypatch.setattr(worker_groups, "check_nodes_hold", check)
     check_nodes(config, pools)
     assert not list(tmp_path.glob("run/*"))

@@ -46,7 +46,7 @@ class Registration(NamedTuple):
     dispatch_mode: Dispatch
     execute_mode: Execute
     padding: bool = True
-    reads: tuple[str, ...] | None = None
+    reads: Sequence[str] | None = None
 
 
 class Call(NamedTuple):
@@ -79,8 +79,7 @@ def register(
     """
 
     def mark(method: F) -> F:
-        read_keys = None if reads is None else tuple(reads)
-        setattr(method, _ATTRIBUTE, Registration(dispatch_mode, execute_mode, padding, read_keys))
+        setattr(method, _ATTRIBUTE, Registration(dispatch_mode, execute_mode, padding, reads))
         return method
 
     return mark

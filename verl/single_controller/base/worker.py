@@ -101,10 +101,5 @@ class Worker:
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def get_placement(self) -> dict[str, Any]:
         """Where this rank runs: node, ranks, and its GPUs as ``CUDA_VISIBLE_DEVICES`` names them (None without)."""
-        return {
-            "node_id": self.node_id,
-            "node_ip": self.node_ip,
-            "rank": self.rank,
-            "local_rank": self.local_rank,
-            "cuda_visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES") or None,
-        }
+        place = {name: getattr(self, name) for name in ("node_id", "node_ip", "rank", "local_rank")}
+        return place | {"cuda_visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES") or None}

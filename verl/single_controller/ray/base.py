@@ -6,8 +6,8 @@
 
 Each rank's process is a ``WorkerHost``. It holds one instance per role, so that co-located roles share the process,
 its device and its process group. A rank's place (``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, ``LOCAL_WORLD_SIZE``,
-``MASTER_ADDR``, ``MASTER_PORT``) is in its environment before anything is imported. Dead ranks are reported, never
-restarted.
+``MASTER_ADDR``) is in its environment before anything is imported, ``MASTER_PORT`` before a role is built. Dead ranks
+are reported, never restarted.
 """
 
 import os
@@ -20,7 +20,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import ObjectStoreFullError, OutOfDiskError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from verl.single_controller.base.decorator import Call, Results
 from verl.single_controller.base.worker import LOOPBACK, Worker
@@ -69,7 +69,20 @@ class WorkerHost:
     def __repr__(self) -> str:
         return self._label  # the prefix of this process's lines in the driver's output
 
-    def build(self, roles: Mapping[str, RayClassWithInitArgs]) -> None:
+    def find_free_port(self) -> int:
+        """A port of this machine that nothing listens on.
+
+        Below the range that outgoing connections draw from (32768 on Linux): Ray opens many of those before rank 0
+        listens.
+        """
+        for port in random.sample(range(20000, 32000), 100):
+            with socket.socket() as probe, suppress(OSError):
+                probe.bind(("", port))
+                return port
+        raise RuntimeError("100 ports tried between 20000 and 32000 are all in use on this machine")
+
+    def build(self, roles: Mapping[str, RayClassWithInitArgs], master_port: int) -> None:
+        os.environ["MASTER_PORT"] = str(master_port)
         for role, worker in roles.items():
             self._workers[role] = worker.cls(*worker.args, **worker.kwargs)
         for built in self._workers.values():
@@ -119,21 +132,18 @@ class RayWorkerGroup(RoleWorkerGroup):
         """Called now and then while a call runs; what it raises ends the wait."""
         places = resource_pool.reserve()
         share = {kind: amount / resource_pool.max_colocate_count for kind, amount in resource_pool.rank_share.items()}
-        host_class: Any = ray.remote(WorkerHost)
-        self._hosts = [
-            host_class.options(
-                num_cpus=share["CPU"],
-                num_gpus=share.get("GPU", 0),
-                scheduling_strategy=PlacementGroupSchedulingStrategy(place.group, place.bundle_index),
-                runtime_env={"env_vars": environment},
-            ).remote(f"{name_prefix or self._name} rank {environment['RANK']}")
-            for place, environment in zip(places, _environments(places), strict=True)
-        ]
-        self._ranks = [Remote(self._name, host, place.node_ip) for host, place in zip(self._hosts, places, strict=True)]
-        for rank in self._ranks:
-            rank.ask_for_log()
+        host_class: Any = ray.remote(num_cpus=share["CPU"], num_gpus=share.get("GPU", 0))(WorkerHost)
         shared_roles = ray.put(self._roles)
-        self._building = [host.build.remote(shared_roles) for host in self._hosts]
+        self._ranks: list[Remote] = []
+        for place, environment in zip(places, _environments(places), strict=True):
+            in_bundle = PlacementGroupSchedulingStrategy(place.group, place.bundle_index)
+            options = {"scheduling_strategy": in_bundle, "runtime_env": {"env_vars": environment}}
+            label = f"{name_prefix or self._name} rank {environment['RANK']}"
+            rank = Remote(label, host_class.options(**options).remote(label), place.node_ip)
+            rank.ask_for_log()
+            self._ranks.append(rank)
+        port = self._ranks[0].actor.find_free_port.remote()
+        self._building = [rank.actor.build.remote(shared_roles, port) for rank in self._ranks]
 
     def spawn(self, prefix_set: set[str]) -> dict[str, RoleWorkerGroup]:
         """A view per role, which shares this group's processes."""
@@ -152,9 +162,9 @@ class RayWorkerGroup(RoleWorkerGroup):
         try:
             if len(calls) > 1 and (first.args or first.kwargs) and all(call is first for call in calls):
                 payloads = [ray.put(first)] * len(calls)
-            running = [
-                host.call.remote(role, method, payload) for host, payload in zip(self._hosts, payloads, strict=False)
-            ]
+            # There are fewer calls than ranks where rank 0 alone is called.
+            to_ranks = zip(self._ranks, payloads, strict=False)
+            running = [rank.actor.call.remote(role, method, payload) for rank, payload in to_ranks]
         except (OutOfDiskError, ObjectStoreFullError) as error:
             raise WorkerError(f"{role}.{method} could not be given its data: {disk_full_text()}") from error
         return rank_results(self._ranks, running, f"{role}.{method}", self.watch)
@@ -168,8 +178,8 @@ class RayWorkerGroup(RoleWorkerGroup):
     def shutdown(self) -> None:
         """End the processes; their places stay the pool's. A second call does nothing."""
         if ray.is_initialized():
-            for host in self._hosts:
-                ray.kill(host, no_restart=True)
+            for rank in self._ranks:
+                ray.kill(rank.actor)
 
 
 def _environments(places: Sequence[RankPlace]) -> list[dict[str, str]]:
@@ -177,13 +187,6 @@ def _environments(places: Sequence[RankPlace]) -> list[dict[str, str]]:
     ranks_on_node = Counter(place.node_id for place in places)
     cpus = {node["NodeID"]: node["Resources"].get("CPU", 1.0) for node in ray.nodes()}
     job_env = ray.get_runtime_context().runtime_env.get("env_vars") or {}
-    first = places[0]
-    if first.node_id == ray.get_runtime_context().get_node_id():
-        port = find_free_port()
-    else:
-        task: Any = ray.remote(num_cpus=0)(find_free_port)
-        on_first = NodeAffinitySchedulingStrategy(first.node_id, soft=False)
-        port = ray.get(task.options(scheduling_strategy=on_first).remote())
     environments = []
     for rank, place in enumerate(places):
         on_node = ranks_on_node[place.node_id]
@@ -196,20 +199,7 @@ def _environments(places: Sequence[RankPlace]) -> list[dict[str, str]]:
             "LOCAL_WORLD_SIZE": on_node,
             "VERL_NODE_ID": place.node_id,
             "VERL_NODE_IP": place.node_ip,
-            "MASTER_ADDR": LOOPBACK if len(ranks_on_node) == 1 else first.node_ip,
-            "MASTER_PORT": port,
+            "MASTER_ADDR": LOOPBACK if len(ranks_on_node) == 1 else places[0].node_ip,
         }
         environments.append({name: str(value) for name, value in rank_env.items()})
     return environments
-
-
-def find_free_port() -> int:
-    """A port of this machine that nothing listens on.
-
-    Below the range that outgoing connections draw from (32768 on Linux): Ray opens many of those before rank 0 listens.
-    """
-    for port in random.sample(range(20000, 32000), 100):
-        with socket.socket() as probe, suppress(OSError):
-            probe.bind(("", port))
-            return port
-    raise RuntimeError("100 ports tried between 20000 and 32000 are all in use on this machine")

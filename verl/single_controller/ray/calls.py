@@ -143,9 +143,7 @@ def as_they_come(
             watch()
         if timeout_s is not None and numbers and time.monotonic() - started > timeout_s:
             late = ", ".join(calls[call].name for call in numbers)
-            raise RolloutError(
-                f"{late} did not {doing} within actor_rollout_ref.rollout.timeout_s={timeout_s:g} s; it hangs"
-            )
+            raise RolloutError(f"{late} did not {doing} within actor_rollout_ref.rollout.timeout_s={timeout_s:g} s")
 
 
 def rank_results(

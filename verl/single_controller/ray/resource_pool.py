@@ -77,10 +77,9 @@ class RayResourcePool:
             )
             if not group.wait(WAIT_S):
                 remove_placement_group(group)
-                raise ValueError(
-                    f"{self.name_prefix!r} waited {WAIT_S} s for {self.describe()}; free in the cluster now: "
-                    f"{_describe(ray.available_resources())}. End what holds the rest, or lower {self.settings}"
-                )
+                free = _describe(ray.available_resources())
+                asks = f"{self.name_prefix!r} waited {WAIT_S} s for {self.describe()}; free in the cluster now: {free}"
+                raise ValueError(f"{asks}. End what holds the rest, or lower {self.settings}")
             self._group = group
         addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
         nodes: dict[int, str] = placement_group_table(self._group)["bundles_to_node_id"]

@@ -45,9 +45,7 @@ def start_session(ray_init: Mapping[str, Any]) -> None:
         with own_process_group():
             ray.init(**session_arguments(ray_init))
     except (ConnectionError, ValueError) as error:
-        raise ValueError(
-            f"ray_kwargs.ray_init: {error}; a cluster is started by init_ray_cluster.sh HOSTFILE"
-        ) from error
+        raise ValueError(f"ray_kwargs.ray_init: {error} (init_ray_cluster.sh starts a cluster)") from error
 
 
 @contextmanager

@@ -18,12 +18,7 @@ from ray.cloudpickle import register_pickle_by_value
 from verl.protocol import DataProto
 from verl.single_controller.base import Worker, WorkerError
 from verl.single_controller.base.decorator import Dispatch, register
-from verl.single_controller.ray import (
-    RayClassWithInitArgs,
-    RayResourcePool,
-    RayWorkerGroup,
-    create_colocated_worker_cls,
-)
+from verl.single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
 
 register_pickle_by_value(sys.modules[__name__])  # ranks do not import test modules
 
@@ -82,7 +77,7 @@ def pool() -> Iterator[RayResourcePool]:
 def colocated(pool: RayResourcePool) -> RayWorkerGroup:
     """Two processes, which take most of the time of these tests to start; the last test kills one."""
     classes = {"actor": RayClassWithInitArgs(Student, 3), "ref": RayClassWithInitArgs(ray.remote(Student), 0)}
-    return RayWorkerGroup(pool, create_colocated_worker_cls(classes))
+    return RayWorkerGroup(pool, classes)
 
 
 @pytest.fixture

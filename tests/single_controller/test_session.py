@@ -1,13 +1,10 @@
 """What a run on this machine tells Ray, and what it keeps from it."""
 
 import os
-import signal
-import subprocess
-import sys
 
 import pytest
 
-from verl.single_controller.ray.session import own_process_group, session_arguments
+from verl.single_controller.ray.session import session_arguments
 from verl.utils.loopback import keep_to_loopback, stays_here
 
 SET = ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS"]
@@ -20,21 +17,6 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in SET:
         monkeypatch.setenv(name, "")  # so that it is put back
         monkeypatch.delenv(name)
-
-
-def test_what_starts_in_a_process_group_of_its_own_gets_no_signal_of_the_run() -> None:
-    code = (
-        "import os, signal; blocked = signal.pthread_sigmask(signal.SIG_BLOCK, []);"
-        "print(os.getpgrp() == os.getpid(), signal.SIGTERM in blocked)"
-    )
-
-    def start() -> str:  # as Ray starts its daemons
-        return subprocess.check_output([sys.executable, "-c", code], preexec_fn=lambda: None, text=True).strip()
-
-    with own_process_group():
-        assert start() == "True True"
-    assert start() == "False False"
-    assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, []), "this process gets them as before"
 
 
 def test_each_run_has_a_token_of_its_own_and_what_the_user_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -128,7 +128,7 @@ class Transport(WorkerGroup):
         self.seconds_in = time.process_time() - started - self.seconds_out - self._seconds_elsewhere
         return joined
 
-    def _start(self, method: str, calls: Sequence[Call]) -> list[Packed]:
+    def _send(self, method: str, calls: Sequence[Call]) -> list[Packed]:
         started = time.process_time()
         for call in calls:
             self.bytes_out += Packed(call).num_bytes
@@ -140,8 +140,8 @@ class Transport(WorkerGroup):
         self._seconds_elsewhere = time.process_time() - sent
         return [answers[count] for count in rows]
 
-    def _finish(self, method: str, running: list[Packed]) -> Results:
-        for rank, packed in enumerate(running):
+    def _results(self, method: str, calls: Sequence[Call]) -> Results:
+        for rank, packed in enumerate(self._send(method, calls)):
             self.bytes_in += packed.num_bytes
             yield rank, packed.unpack()
 

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import ray
 from ray.cloudpickle import register_pickle_by_value
-from support.launch import processes_of, small_run, write_onerec_parquet
+from support.launch import metrics_by_step, small_run, write_onerec_parquet
 
 from recipe.onpolicy_distill.main_onpolicy_distill import build_trainer
 from verl.config import PPOConfig
@@ -31,17 +31,13 @@ register_pickle_by_value(sys.modules[__name__])  # workers do not import test mo
 STEPS = 4
 
 
-def own_pid(_: Any) -> int:
-    return os.getpid()
-
-
 def pid_of(actor: Any) -> int:
-    return ray.get(actor.__ray_call__.remote(own_pid))
+    return ray.get(actor.__ray_call__.remote(lambda _: os.getpid()))
 
 
 def rank(trainer: Any) -> Any:
     [group] = trainer.worker_groups._groups
-    return group._hosts[1]
+    return group._ranks[1].actor
 
 
 def engine(trainer: Any) -> Any:
@@ -71,15 +67,11 @@ class Loss:
             if trainer.global_steps == self.step:
                 victim = pid_of(self.victim(trainer))
                 os.kill(pid_of(self.stopped(trainer)), signal.SIGSTOP)
-                threading.Timer(1.0, self._kill, (victim, killed_at)).start()
+                killed_at.append(time.monotonic() + 1.0)
+                threading.Timer(1.0, os.kill, (victim, signal.SIGKILL)).start()
             return original(*arguments, **options)
 
         setattr(owner, name, stage)
-
-    @staticmethod
-    def _kill(victim: int, killed_at: list[float]) -> None:
-        killed_at.append(time.monotonic())
-        os.kill(victim, signal.SIGKILL)
 
 
 LOSSES = [
@@ -111,23 +103,9 @@ def settings(pair: Any, train: Path, folder: Path) -> PPOConfig:
     return load_config(small_run("hf", 2, STEPS, **changes))
 
 
-def metrics_of(folder: Path) -> dict[int, dict[str, Any]]:
-    """What was logged of each step, every step once, but for what the clock says and the restarts."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
-    own = ("timing", "perf/", "training/restarts")
-    return {line["step"]: {k: v for k, v in line["data"].items() if not k.startswith(own)} for line in lines}
-
-
-def ray_processes() -> dict[int, str]:
-    """Titles of Ray's processes in the session of this one, by process id; workers are among them."""
-    return {pid: title for pid, title in processes_of(os.getsid(0)).items() if "ray::" in title or "/ray/" in title}
-
-
 def test_a_run_that_loses_processes_in_every_stage_is_the_run_that_never_did(
     tiny_pair: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = ray_processes()
     train = write_onerec_parquet(tmp_path / "train.parquet", 10)
     module.run(build_trainer(settings(tiny_pair, train, tmp_path / "whole")))
 
@@ -151,13 +129,8 @@ def test_a_run_that_loses_processes_in_every_stage_is_the_run_that_never_did(
     monkeypatch.setenv("RESTART_COUNT", str(len(LOSSES)))
     module.run(build_trainer(settings(tiny_pair, train, tmp_path / "run")))
 
-    expected, got = metrics_of(tmp_path / "whole"), metrics_of(tmp_path / "run")
+    expected, got = metrics_by_step(tmp_path / "whole", STEPS), metrics_by_step(tmp_path / "run", STEPS)
     for step in expected:
         assert got[step] == pytest.approx(expected[step], rel=1e-6, abs=1e-6), f"step {step}"
     last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["data"]["training/restarts"] == len(LOSSES)
-    deadline = time.monotonic() + 15
-    while ray_processes().keys() - before.keys() and time.monotonic() < deadline:
-        time.sleep(0.2)
-    left = {pid: title for pid, title in ray_processes().items() if pid not in before}
-    assert not left

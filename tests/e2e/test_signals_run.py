@@ -1,6 +1,5 @@
 """Signals and losses of whole runs, through the launch script: exit codes, messages, what is left, going on."""
 
-import json
 import os
 import re
 import signal
@@ -10,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.launch import Run, Running, script_env, small_run, write_onerec_parquet
+from support.launch import Running, metrics_by_step, processes_of, script_env, small_run, write_onerec_parquet
 
 pytestmark = pytest.mark.slow
 
 STEPS = 12
 BATCH = {"data.train_batch_size": 4, "actor_rollout_ref.actor.ppo_mini_batch_size": 4, "trainer.save_freq": 100}
-OVERRIDES = small_run("hf", 2, STEPS, **BATCH)
+OVERRIDES = small_run("hf", 2, STEPS, **BATCH, **{"data.dataloader_num_workers": 1})
 
 
 @pytest.fixture(scope="module")
@@ -24,66 +23,36 @@ def env(tiny_pair: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, s
     return script_env(tiny_pair, write_onerec_parquet(tmp_path_factory.mktemp("data") / "train.parquet", 64))
 
 
-def metrics_of(folder: Path) -> dict[int, dict[str, float]]:
-    """Metrics by step, every step once, but for what the clock says and what only a step that saves has."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
-    own = ("timing", "perf/", "distill/teacher_canary")
-    return {line["step"]: {k: v for k, v in line["data"].items() if not k.startswith(own)} for line in lines}
-
-
-def last_step(run: Run) -> int:
-    return int((run.folder / "latest_checkpointed_iteration.txt").read_text())
-
-
 def test_runs_that_are_stopped_by_signals_go_on_as_if_they_had_not_been(env: dict[str, str], tmp_path: Path) -> None:
+    """The driver alone heeds them: sent to all of Ray's processes, as by schedulers, and to the group, as by terminals.
+
+    A data loader's process has a group of its own.
+    """
     with Running(tmp_path / "whole", OVERRIDES, env) as whole:
         assert whole.finish(300).returncode == 0
-
-    with Running(tmp_path / "run", OVERRIDES, env) as running:
-        running.wait_for_steps(2)
-        os.kill(running.process.pid, signal.SIGTERM)
-        terminated = running.finish(60)
-    assert terminated.returncode == 143
-    stopped_at = last_step(terminated)
-    assert 2 <= stopped_at < STEPS
-    assert "SIGTERM: this step is finished and saved, within 120 s; again to leave at once" in terminated.output
-    assert f"stopped by SIGTERM: step {stopped_at} of {STEPS}, newest checkpoint " in terminated.output
-
-    with Running(tmp_path / "run", OVERRIDES, env) as running:
-        running.wait_for_steps(stopped_at + 2)
-        os.killpg(running.process.pid, signal.SIGINT)  # as a terminal does
-        interrupted = running.finish(60)
-    assert interrupted.returncode == 130
-    assert stopped_at < last_step(interrupted) < STEPS
-    assert f"stopped by SIGINT: step {last_step(interrupted)} of {STEPS}" in interrupted.output
-    assert "Traceback" not in interrupted.output
+    stopped_at = 0
+    for number in (signal.SIGTERM, signal.SIGINT):
+        with Running(tmp_path / "run", OVERRIDES, env) as running:
+            running.wait_for_steps(stopped_at + 2)
+            if number == signal.SIGTERM:
+                for pid, title in processes_of(running.process.pid).items():
+                    if pid == running.process.pid or "ray::" in title or "/ray/" in title:
+                        os.kill(pid, number)
+            else:
+                os.killpg(running.process.pid, number)
+            ended = running.finish(60)
+        assert ended.returncode == 128 + number
+        before, stopped_at = stopped_at, int((ended.folder / "latest_checkpointed_iteration.txt").read_text())
+        assert before + 2 <= stopped_at < STEPS
+        assert ended.output.count(f"{number.name}: this step is finished and saved, within 120 s") == 1
+        assert f"stopped by {number.name}: step {stopped_at} of {STEPS}, newest checkpoint " in ended.output
+        assert "Traceback" not in ended.output
 
     with Running(tmp_path / "run", OVERRIDES, env) as running:
         assert running.finish(300).returncode == 0
-    expected, got = metrics_of(tmp_path / "whole"), metrics_of(tmp_path / "run")
+    expected, got = metrics_by_step(tmp_path / "whole", STEPS), metrics_by_step(tmp_path / "run", STEPS)
     for step in expected:
         assert got[step] == pytest.approx(expected[step], rel=1e-6, abs=1e-6), f"step {step}"
-
-
-@pytest.mark.parametrize("to", ["the process group", "every process"])
-def test_sigterm_as_schedulers_send_it_reaches_the_driver_alone(env: dict[str, str], tmp_path: Path, to: str) -> None:
-    """Ray's processes block it, and the loader's are in a group of their own, so the step is finished and saved."""
-    loader = [f"data.dataloader_num_workers={1 if to == 'the process group' else 0}"]
-    with Running(tmp_path, [*OVERRIDES, *loader], env) as running:
-        running.wait_for_steps(2)
-        started = time.monotonic()
-        if to == "every process":
-            for process in running.left():
-                os.kill(process, signal.SIGTERM)
-        else:
-            os.killpg(running.process.pid, signal.SIGTERM)
-        ended = running.finish(60)
-    assert time.monotonic() - started < 30
-    assert ended.returncode == 143
-    assert ended.output.count("SIGTERM: this step is finished and saved") == 1, "the driver's alone"
-    assert f"stopped by SIGTERM: step {last_step(ended)} of {STEPS}, newest checkpoint " in ended.output
-    assert "Traceback" not in ended.output
 
 
 def test_a_killed_rank_is_named_with_its_log_and_the_script_starts_the_run_again(

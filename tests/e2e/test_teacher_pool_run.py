@@ -39,7 +39,7 @@ def test_a_teacher_in_its_own_pool_changes_no_metric(
     beside = run(tiny_pair, tmp_path / "beside", *objective)
     own_pool = ["trainer.teacher_nnodes=1", "trainer.teacher_n_gpus_per_node=1"]
     apart = run(tiny_pair, tmp_path / "apart", *objective, *own_pool)
-    assert "pool teacher: 1 process of CPU 0.25, GPU 0 on one node, for ref" in apart.output
+    assert "pool teacher: 1 rank(s) on 1 node(s), each rank with CPU 0.25, GPU 0, for ref" in apart.output
     for name in METRICS + metrics:
         assert len(beside.series(name)) == 2
         assert apart.series(name) == pytest.approx(beside.series(name), rel=rel, abs=rel / 100), name

@@ -31,7 +31,7 @@ def test_student_on_both_nodes_and_a_teacher_of_its_own(tiny_pair: Pair, address
     pools = {"trainer.nnodes": 2, "trainer.teacher_nnodes": 1, "trainer.teacher_n_gpus_per_node": 1}
     finished = run(tiny_pair, tmp_path, address, **pools)
     assert finished.returncode == 0, finished.output[-6000:]
-    assert "pool train: 1 process of CPU 0.25, GPU 0 on each of 2 nodes, for actor" in finished.output
+    assert "pool train: 2 rank(s) on 2 node(s), each rank with CPU 0.25, GPU 0, for actor" in finished.output
     assert len(finished.series("distill/reverse_kl")) == 2
     assert (finished.folder / "global_step_2").is_dir()
     assert not list(finished.folder.glob(".seen-by-all-nodes-*"))
@@ -42,5 +42,7 @@ def test_a_pool_that_the_cluster_cannot_hold_is_said_in_the_last_lines(
 ) -> None:
     finished = run(tiny_pair, tmp_path, address, **{"trainer.nnodes": 4})
     assert finished.returncode == 1
-    assert "error: 'train' asks for 1 process of CPU 0.25, GPU 0 on each of 4 nodes; the cluster has" in finished.output
+    assert (
+        "error: 'train' asks for 4 rank(s) on 4 node(s), each rank with CPU 0.25, GPU 0; the cluster" in finished.output
+    )
     assert "Traceback" not in finished.output

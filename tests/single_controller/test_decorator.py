@@ -8,16 +8,7 @@ import torch
 
 from verl.protocol import DataProto, pad_dataproto_to_divisor
 from verl.single_controller.base import Worker, WorkerGroup
-from verl.single_controller.base.decorator import (
-    Call,
-    Dispatch,
-    Execute,
-    Registration,
-    Results,
-    plan_calls,
-    register,
-    registered_methods,
-)
+from verl.single_controller.base.decorator import Call, Dispatch, Execute, Results, register, registered_methods
 
 
 class LocalGroup(WorkerGroup):
@@ -28,12 +19,12 @@ class LocalGroup(WorkerGroup):
         self.workers = workers
         self.calls: list[Call] = []
 
-    def _start(self, method: str, calls: Sequence[Call]) -> list[Any]:
+    def _results(self, method: str, calls: Sequence[Call]) -> Results:
         self.calls = list(calls)
-        return [getattr(worker, method)(*call.args, **call.kwargs) for worker, call in zip(self.workers, calls)]  # noqa: B905
-
-    def _finish(self, method: str, running: list[Any]) -> Results:
-        return reversed(list(enumerate(running)))  # in another order than they were called
+        results = [
+            (rank, getattr(self.workers[rank], method)(*call.args, **call.kwargs)) for rank, call in enumerate(calls)
+        ]
+        return reversed(results)  # in another order than they were called
 
 
 class Arithmetic:
@@ -74,8 +65,6 @@ class Arithmetic:
     def square(self, data: DataProto) -> DataProto:
         return DataProto.from_dict({"squared": data.batch["x"] ** 2})
 
-    def unregistered(self) -> None: ...
-
 
 def make_group(ranks: int = 2) -> LocalGroup:
     return LocalGroup([Arithmetic(rank) for rank in range(ranks)])
@@ -92,7 +81,7 @@ def test_rank_zero_alone_and_one_to_all():
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
-@pytest.mark.parametrize("count", [1, 2, 4, 5, 12])
+@pytest.mark.parametrize("count", [1, 4, 5])
 def test_rows_are_split_as_if_padded_and_come_back_in_order_without_padding(ranks, count):
     group = make_group(ranks)
     result = group.double(rows(count))
@@ -105,21 +94,12 @@ def test_rows_are_split_as_if_padded_and_come_back_in_order_without_padding(rank
     assert [list(call.args[0].array("uid")) for call in group.calls] == [list(c.array("uid")) for c in chunks]
 
 
-def test_runs_share_memory_with_the_batch():
-    group, data = make_group(), rows(4)
-    group.double(data)
-    data.batch["x"][2] = 99
-    assert group.calls[1].args[0].batch["x"].tolist() == [99, 3]
-
-
 def test_only_what_a_method_reads_travels():
     group, data = make_group(), rows(3)
     data.batch["y"], data.meta_info["step"] = torch.zeros(3), 7
     assert group.square(data).batch["squared"].tolist() == [0, 1, 4]
-    for call in group.calls:
-        (sent,) = call.args
-        assert set(sent.batch.keys()) == {"x"} and not sent.non_tensor_batch
-        assert sent.meta_info == {"step": 7}
+    for sent in (call.args[0] for call in group.calls):
+        assert set(sent.batch.keys()) == {"x"} and not sent.non_tensor_batch and sent.meta_info == {"step": 7}
     assert set(data.batch.keys()) == {"x", "y"}, "the driver's batch keeps everything"
 
 
@@ -137,16 +117,14 @@ def test_no_repeated_row_where_it_would_count_twice():
 
 def test_results_without_rows_and_of_other_types():
     assert make_group().count(rows(5)) == [3, 3]
-    with pytest.raises(ValueError, match=r"one_row must return 3 rows on every rank.* rows by rank \{0: 1, 1: 1\}"):
+    with pytest.raises(ValueError, match=r"one_row must return 3 rows on every rank.* ranks \[0, 1\] did not"):
         make_group().one_row(rows(5))
 
 
-def test_a_batch_of_facts_or_nothing_reaches_every_rank():
+def test_a_batch_without_rows_reaches_every_rank():
     group = make_group()
     assert group.count(DataProto(meta_info={"step": 1})) == [0, 0]
     assert [call.args[0].meta_info for call in group.calls] == [{"step": 1}] * 2
-    calls, _ = plan_calls("m", Registration(Dispatch.DP_COMPUTE_PROTO, Execute.ALL), 3, (), {})
-    assert calls == [Call((), {})] * 3
 
 
 def test_an_override_keeps_its_registration():
@@ -158,27 +136,10 @@ def test_an_override_keeps_its_registration():
     assert LocalGroup([Other(0), Other(1)]).add_rank(5) == [-5, -5]
 
 
-def test_methods_that_are_not_registered_or_cannot_be():
-    with pytest.raises(AttributeError, match="Arithmetic has no registered method 'unregistered'; it has: add_rank"):
-        _ = make_group().unregistered
-    with pytest.raises(ValueError, match="rank 0 alone"):
-        register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO, execute_mode=Execute.RANK_ZERO)
-
-    class Hiding:
-        @register()
-        def _run(self) -> None: ...
-
-    with pytest.raises(ValueError, match=r"Hiding registers \['_run'\]"):
-        LocalGroup([Hiding()])
-
-
 def test_a_lone_worker_joins_a_process_group():
-    worker = Worker()
-    worker.init_process_group("gloo")
+    Worker().init_process_group("gloo")
     try:
-        worker.init_process_group("gloo")
-        total = torch.ones(2)
-        torch.distributed.all_reduce(total)
-        assert total.tolist() == [1.0, 1.0]
+        Worker().init_process_group("gloo")  # does nothing
+        assert torch.distributed.get_world_size() == 1
     finally:
         torch.distributed.destroy_process_group()

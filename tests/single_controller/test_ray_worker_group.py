@@ -18,21 +18,16 @@ from ray.cloudpickle import register_pickle_by_value
 from verl.protocol import DataProto
 from verl.single_controller.base import Worker, WorkerError
 from verl.single_controller.base.decorator import Dispatch, register
-from verl.single_controller.ray import (
-    RayClassWithInitArgs,
-    RayResourcePool,
-    RayWorkerGroup,
-    create_colocated_worker_cls,
-)
+from verl.single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
 
 register_pickle_by_value(sys.modules[__name__])  # ranks do not import test modules
 
 
 class Student(Worker):
-    def __init__(self, offset: int, fail_on_rank: int | None = None) -> None:
+    def __init__(self, offset: int) -> None:
         super().__init__()
         self.offset = offset
-        if self.rank == fail_on_rank:
+        if offset < 0:
             raise ValueError(f"cannot build with offset {offset}")
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
@@ -48,10 +43,6 @@ class Student(Worker):
         return DataProto.from_dict({"old_log_probs": data.batch["x"]}, {"rank": [self.rank] * len(data)})
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
-    def environment(self, *names: str) -> list[str | None]:
-        return [os.environ.get(name) for name in names]
-
-    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def raise_on(self, rank: int) -> int:
         if self.rank == rank:
             raise ValueError("the numbers do not add up\nsecond line")
@@ -61,7 +52,7 @@ class Student(Worker):
     def die_in_collective(self, rank: int) -> None:
         self.init_process_group("gloo", timeout_s=60)
         if self.rank == rank:
-            time.sleep(0.5)
+            time.sleep(0.2)
             os.kill(os.getpid(), signal.SIGKILL)
         dist.all_reduce(torch.ones(1))
 
@@ -75,26 +66,18 @@ class Student(Worker):
         return os.getpid(), dist.is_initialized()
 
 
-class Teacher(Student):
-    def __init__(self) -> None:
-        super().__init__(0)
-
-
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    runtime_env = {"env_vars": {"NCCL_DEBUG": "INFO"}}
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env=runtime_env)
-    yield
+def pool() -> Iterator[RayResourcePool]:
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield RayResourcePool([2], use_gpu=False)
     ray.shutdown()
 
 
 @pytest.fixture(scope="module")
-def colocated(cluster: None) -> Iterator[RayWorkerGroup]:
-    classes = {"actor": RayClassWithInitArgs(Student, 3), "ref": RayClassWithInitArgs(ray.remote(Teacher))}
-    pool = RayResourcePool([2], use_gpu=False)
-    group = RayWorkerGroup(pool, create_colocated_worker_cls(classes), "train", {"MINE": "yes"})
-    yield group
-    group.shutdown()
+def colocated(pool: RayResourcePool) -> RayWorkerGroup:
+    """Two processes, which take most of the time of these tests to start; the last test kills one."""
+    classes = {"actor": RayClassWithInitArgs(Student, 3), "ref": RayClassWithInitArgs(ray.remote(Student), 0)}
+    return RayWorkerGroup(pool, classes)
 
 
 @pytest.fixture
@@ -103,15 +86,9 @@ def actor(colocated: RayWorkerGroup) -> Any:
 
 
 def test_places(colocated, actor):
-    first, second = colocated.get_placement()
-    assert (first["rank"], first["local_rank"], second["rank"], second["local_rank"]) == (0, 0, 1, 1)
-    assert first["node_id"] == second["node_id"] == ray.get_runtime_context().get_node_id()
-    assert first["node_ip"] == ray.nodes()[0]["NodeManagerAddress"]
-    assert first["cuda_visible_devices"] is None
-    place = actor.environment("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
-    assert place[1] == ["1", "2", "2", "127.0.0.1"]
-    others = actor.environment("MINE", "TOKENIZERS_PARALLELISM", "NCCL_DEBUG")
-    assert others == [["yes", "false", "INFO"]] * 2, "the user's settings win over the defaults"
+    (node,) = ray.nodes()
+    place = {"node_id": node["NodeID"], "node_ip": node["NodeManagerAddress"], "cuda_visible_devices": None}
+    assert colocated.get_placement() == [place | {"rank": rank, "local_rank": rank} for rank in (0, 1)]
     assert colocated.world_size == actor.world_size == 2
 
 
@@ -129,9 +106,6 @@ def test_roles_share_processes_and_process_group(colocated):
     roles = colocated.spawn({"actor", "ref"})
     assert roles["actor"].join() == [3, 3]
     assert roles["actor"].process() == roles["ref"].process()
-    assert [joined for _, joined in roles["ref"].process()] == [True, True]
-    with pytest.raises(ValueError, match=r"no roles \['critic'\] in this group; it holds \['actor', 'ref'\]"):
-        colocated.spawn({"critic"})
 
 
 def test_an_exception_names_role_method_rank_node_and_cause(actor):
@@ -145,21 +119,6 @@ def test_an_exception_names_role_method_rank_node_and_cause(actor):
     assert actor.raise_on(-1) == [0, 1]
 
 
-def test_a_pool_larger_than_the_cluster_fails_at_once(cluster):
-    started = time.monotonic()
-    with pytest.raises(ValueError, match=r"'student' asks for 9 processes of CPU 0.25.* CPU 2, GPU 0"):
-        RayWorkerGroup(RayResourcePool([9], use_gpu=False, name_prefix="student"), RayClassWithInitArgs(Student, 0))
-    assert time.monotonic() - started < 1.0
-
-
-def test_a_constructor_that_fails_is_reported_by_the_first_call(cluster):
-    pool = RayResourcePool([1], use_gpu=False)
-    group = RayWorkerGroup(pool, RayClassWithInitArgs(Student, 7, fail_on_rank=0), name_prefix="student")
-    with pytest.raises(WorkerError, match=r"student.__init__ failed on rank 0 of 1, .*: ValueError: cannot build"):
-        group.join()
-    group.shutdown()
-
-
 def test_a_process_that_dies_elsewhere_ends_a_call(colocated, actor):
     def engine_died() -> None:
         raise RuntimeError("engine 0 died")
@@ -167,31 +126,29 @@ def test_a_process_that_dies_elsewhere_ends_a_call(colocated, actor):
     colocated.watch = engine_died
     started = time.monotonic()
     with pytest.raises(RuntimeError, match="engine 0 died"):
-        actor.take_long(4.0)
-    assert time.monotonic() - started < 3.5
+        actor.take_long(2.0)
+    assert time.monotonic() - started < 1.9
     colocated.watch = lambda: None
     colocated.check_alive()  # a busy rank is asked, and alive
     assert actor.take_long(0.0) == [0, 1]
 
 
-def test_a_killed_rank_is_reported_before_those_that_waited_for_it(cluster):
-    pool = RayResourcePool([2], use_gpu=False)
-    group = RayWorkerGroup(pool, RayClassWithInitArgs(Student, 0), name_prefix="student")
+def test_a_killed_rank_is_reported_before_those_that_waited_for_it(pool, colocated, actor):
+    """The last test of the group; another one in its places, which cannot be built, is reported by the first call."""
     with pytest.raises(WorkerError) as caught:
-        group.die_in_collective(1)
+        actor.die_in_collective(1)
     lines = str(caught.value).splitlines()
-    assert lines[0].startswith("student.die_in_collective failed on rank 1 of 2, node ")
+    assert lines[0].startswith("actor.die_in_collective failed on rank 1 of 2, node ")
     assert "the process died: Worker unexpectedly exits" in lines[0]
     log = re.match(r"log: (/\S+\.err) on node ", lines[1])
     assert log and Path(log.group(1)).is_file()
     assert lines[2].startswith("rank 0, node ")
-    with pytest.raises(WorkerError, match=r"^student failed on rank 1 of 2, node \S+: the process died: "):
+    with pytest.raises(WorkerError, match=r"^actor\+ref failed on rank 1 of 2, node \S+: the process died: "):
         for _ in range(100):
-            group.check_alive()
+            colocated.check_alive()
             time.sleep(0.1)
-    group.shutdown()
-    group.shutdown()
-    again = RayWorkerGroup(pool, RayClassWithInitArgs(Student, 0))
-    assert again.join() == [3, 3], "the places are free for another group"
-    again.shutdown()
-    pool.remove()
+    colocated.shutdown()
+    colocated.shutdown()
+    group = RayWorkerGroup(pool, RayClassWithInitArgs(Student, -1), name_prefix="student")
+    with pytest.raises(WorkerError, match=r"student.__init__ failed on rank \d of 2, .*: ValueError: cannot build"):
+        group.join()

@@ -1,90 +1,51 @@
 """Whether a cluster can hold pools, from plain numbers; no Ray runs here."""
 
 import re
+from typing import Any
 
 import pytest
 
-from verl.single_controller.ray.base import find_free_port
-from verl.single_controller.ray.resource_pool import NodeResources, RayResourcePool, check_capacity
+from verl.single_controller.ray.resource_pool import RayResourcePool, check_capacity
+
+GPUS_8, GPUS_4, CPUS = {"CPU": 64.0, "GPU": 8.0}, {"CPU": 64.0, "GPU": 4.0}, {"CPU": 2.0}
 
 
-def cpu(process_on_nodes, name="train", **options):
-    return RayResourcePool(process_on_nodes, use_gpu=False, name_prefix=name, **options)
-
-
-def gpu(process_on_nodes, name="train", **options):
-    return RayResourcePool(process_on_nodes, name_prefix=name, **options)
-
-
-def nodes(*resources):
-    return [NodeResources(f"10.0.0.{number}", has) for number, has in enumerate(resources)]
-
-
-GPUS_8, GPUS_4 = {"CPU": 64.0, "GPU": 8.0}, {"CPU": 64.0, "GPU": 4.0}
-
-
-def test_what_fits_passes():
-    check_capacity([cpu([8])], nodes({"CPU": 2.0}))
-    check_capacity([cpu([20], cpus_per_process=0.1)], nodes({"CPU": 2.0}))
-    check_capacity([gpu([4, 8])], nodes({"CPU": 9.0, "GPU": 8.0}, GPUS_4))
+def check(cluster: list[dict[str, float]], student: list[int], teacher: list[int] | None = None) -> None:
+    nodes = [{"NodeManagerAddress": f"10.0.0.{i}", "Resources": has, "Alive": True} for i, has in enumerate(cluster)]
+    nodes.append({"NodeManagerAddress": "10.0.0.99", "Resources": {"CPU": 999.0, "GPU": 999.0}, "Alive": False})
+    pools = [RayResourcePool(student, use_gpu=cluster != [CPUS], name_prefix="train")]
+    if teacher:
+        pools.append(RayResourcePool(teacher, name_prefix="teacher", settings="trainer.teacher_nnodes"))
+    check_capacity(pools, nodes)
 
 
 @pytest.mark.parametrize(
-    ("student", "teacher", "cluster"),
+    ("cluster", "pools"),
     [
-        ([4], [4], [GPUS_8]),
-        ([4], [8], [GPUS_8, GPUS_4]),
-        ([8], [4], [GPUS_4, GPUS_8]),
-        ([6, 6], [2, 2], [GPUS_8, GPUS_8]),
-        ([8, 8], [8], [GPUS_8] * 3),
+        ([CPUS], ([8],)),
+        ([GPUS_8, GPUS_4], ([4, 8],)),
+        ([GPUS_8, GPUS_4], ([4], [8])),
+        ([GPUS_4, GPUS_8], ([8], [4])),
+        ([GPUS_8, GPUS_8], ([6, 6], [2, 2])),
     ],
-    ids=["one node", "the larger first", "whichever it is", "beside each other", "a node of its own"],
+    ids=["4 ranks per CPU", "uneven", "the larger first", "whichever it is", "beside each other"],
 )
-def test_two_pools_that_fit(student, teacher, cluster):
-    check_capacity([gpu(student), gpu(teacher, "teacher")], nodes(*cluster))
+def test_what_fits_passes(cluster: list[dict[str, float]], pools: Any) -> None:
+    check(cluster, *pools)
 
 
 @pytest.mark.parametrize(
-    ("pool", "cluster", "asked", "have"),
+    ("cluster", "pools", "message"),
     [
-        (cpu([9]), [{"CPU": 2.0}], "9 processes of CPU 0.25, GPU 0 on one node", "CPU 2, GPU 0"),
-        (gpu([1]), [{"CPU": 2.0}], "1 process of CPU 1, GPU 1 on one node", "CPU 2, GPU 0"),
-        (gpu([2]), [{"CPU": 9.0, "GPU": 1.0}] * 2, "2 processes", "node 10.0.0.1: CPU 9, GPU 1"),
-        (
-            gpu([1, 1]),
-            [GPUS_8],
-            "1 process of CPU 1, GPU 1 on each of 2 nodes",
-            "has node 10.0.0.0: CPU 64, GPU 8. Lower",
-        ),
-        (gpu([4, 2]), [GPUS_4, {"CPU": 9.0, "GPU": 1.0}], "[4, 2] processes", "GPU 1"),
-        (cpu([1]), [], "1 process of", "no node"),
-        (gpu([16]), [GPUS_8] * 20, "16 processes", "; and 4 more. Lower"),
+        ([CPUS], ([9],), "'train' asks for 9 rank(s) on 1 node(s), each rank with CPU 0.25, GPU 0; the cluster has"),
+        ([GPUS_8], ([1, 1],), "GPU 1; the cluster has node 10.0.0.0: CPU 64, GPU 8. Lower trainer.n_gpus_per_node"),
+        ([GPUS_4, GPUS_4], ([8],), "node 10.0.0.0: CPU 64, GPU 4; node 10.0.0.1: CPU 64, GPU 4."),
+        ([GPUS_8, GPUS_8], ([8, 8], [8]), "CPU 1, GPU 1, beside 'train': 16 rank(s) on 2 node(s)"),
     ],
-    ids=["too many ranks", "no GPU", "packed", "nodes are machines", "one too small", "no cluster", "many nodes"],
+    ids=["too many ranks", "nodes are machines", "packed", "taken by the other"],
 )
-def test_what_does_not_fit_says_what_is_asked_for_and_what_there_is(pool, cluster, asked, have):
-    with pytest.raises(ValueError, match=re.escape(have)) as caught:
-        check_capacity([pool], nodes(*cluster))
-    assert f"'train' asks for {asked}" in str(caught.value)
-    assert "trainer.n_gpus_per_node" in str(caught.value)
-
-
-def test_a_pool_that_finds_the_gpus_taken_names_its_own_settings_and_the_other_pool():
-    teacher = gpu([8], "teacher", settings="trainer.teacher_n_gpus_per_node")
-    with pytest.raises(ValueError, match=r"trainer\.teacher_n_gpus_per_node, or add") as caught:
-        check_capacity([gpu([8, 8]), teacher], nodes(GPUS_8, GPUS_8))
-    assert "'teacher' asks for 8 processes of CPU 1, GPU 1 on one node, beside 'train' with 8" in str(caught.value)
-
-
-def test_defaults():
-    assert RayResourcePool([2, 2]).rank_share == {"CPU": 1.0, "GPU": 1.0}
-    pool = RayResourcePool([2, 3], use_gpu=False)
-    assert (pool.rank_share, pool.world_size) == ({"CPU": 0.25}, 5)
-    assert RayResourcePool([1], use_gpu=False, cpus_per_process=2.0).rank_share == {"CPU": 2.0}
-    for empty in ([], [0], [2, -1]):
-        with pytest.raises(ValueError, match="process_on_nodes"):
-            RayResourcePool(empty)
-
-
-def test_free_ports_lie_below_those_of_outgoing_connections():
-    assert 20000 <= find_free_port() < 32000
+def test_what_does_not_fit_says_what_is_asked_for_and_what_there_is(
+    cluster: list[dict[str, float]], pools: Any, message: str
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check(cluster, *pools)

@@ -126,6 +126,14 @@ def processes_of(session: int) -> dict[int, str]:
     return found
 
 
+def metrics_by_step(folder: Path, steps: int) -> dict[int, dict[str, float]]:
+    """A run's metrics, every step once, without timings, restarts and what only a step that saves has."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, steps + 1))
+    own = ("timing", "perf/", "training/restarts", "distill/teacher_canary")
+    return {line["step"]: {k: v for k, v in line["data"].items() if not k.startswith(own)} for line in lines}
+
+
 class Running:
     """A run in a session of its own, whose output goes to ``run.log`` in its folder; use it as a context."""
 

@@ -21,11 +21,8 @@ class LocalWorkerGroup(WorkerGroup):
         super().__init__(type(worker), world_size=1)
         self._worker = worker
 
-    def _start(self, method: str, calls: Sequence[Call]) -> list[tuple[int, Any]]:
+    def _results(self, method: str, calls: Sequence[Call]) -> Results:
         return [(rank, getattr(self._worker, method)(*call.args, **call.kwargs)) for rank, call in enumerate(calls)]
-
-    def _finish(self, method: str, running: list[tuple[int, Any]]) -> Results:
-        return running
 
 
 def local_groups(workers: Mapping[str, Worker]) -> dict[str, LocalWorkerGroup]:

@@ -10,9 +10,6 @@ import secrets
 from collections.abc import Mapping
 from typing import Any
 
-ADDRESS = "127.0.0.1"
-INTERFACE = "lo"
-
 
 def stays_here(ray_init: Mapping[str, Any]) -> bool:
     """Whether a run with these arguments of ``ray.init`` starts a Ray of its own, at an address that nobody chose."""
@@ -30,6 +27,6 @@ def keep_to_loopback() -> None:
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     if not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-    os.environ.setdefault("VLLM_HOST_IP", ADDRESS)
+    os.environ.setdefault("VLLM_HOST_IP", "127.0.0.1")
     for library in ("GLOO", "NCCL"):
-        os.environ.setdefault(f"{library}_SOCKET_IFNAME", INTERFACE)
+        os.environ.setdefault(f"{library}_SOCKET_IFNAME", "lo")

@@ -1,17 +1,17 @@
 """Keeps secrets out of what is printed and saved.
 
-A secret is a text below a key that holds one of ``SECRET_WORDS`` or ends in one of ``SECRET_ENDINGS``. Only open maps
-are searched (the arguments of ``ray.init``, engine options): the keys of this project itself hold none.
+A secret is a text below a key with a word such as ``TOKEN``. Only open maps are searched (the arguments of
+``ray.init``, engine options): the keys of this project itself hold none.
 """
 
 import re
 from typing import Any
 
-SECRET_WORDS = frozenset(
-    {"KEY", "APIKEY", "TOKEN", "SECRET", "PASSWORD", "PASSWD", "PASSPHRASE", "CREDENTIAL", "CREDENTIALS"}
+# Whole words; the second line's as the last of several: ``PWD`` alone is a folder, and ``SSH_AUTH_SOCK`` a path.
+_SECRET = re.compile(
+    r"(?<![A-Z0-9])(KEY|APIKEY|TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|[A-Z0-9]*CREDENTIALS?)(?![A-Z0-9])"
+    r"|[A-Z0-9][^A-Z0-9]+(PASS|PWD|AUTH)[^A-Z0-9]*$"
 )
-SECRET_ENDINGS = frozenset({"PASS", "PWD", "AUTH"})
-"""Secret as the last of several words: ``PWD`` alone is a folder, and ``SSH_AUTH_SOCK`` a path."""
 REDACTED = "***"
 
 
@@ -20,9 +20,7 @@ def looks_secret(name: str) -> bool:
 
     Whole words count: ``TOKENIZERS_PARALLELISM`` is none.
     """
-    words = [word for word in re.split(r"[^A-Z0-9]+", name.upper()) if word]
-    ends_secret = len(words) > 1 and words[-1] in SECRET_ENDINGS
-    return ends_secret or any(word in SECRET_WORDS or word.endswith("CREDENTIAL") for word in words)
+    return _SECRET.search(name.upper()) is not None
 
 
 def redacted(value: Any, name: str = "") -> Any:

@@ -8,7 +8,6 @@ call reaches a rank is the group's part.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from enum import Enum
 from typing import Any, NamedTuple, TypeVar
 
@@ -41,14 +40,13 @@ class Execute(Enum):
     RANK_ZERO = "rank_zero"
 
 
-@dataclass(frozen=True)
-class Registration:
+class Registration(NamedTuple):
     """The arguments of ``register``."""
 
     dispatch_mode: Dispatch
     execute_mode: Execute
     padding: bool = True
-    reads: tuple[str, ...] | None = None
+    reads: Sequence[str] | None = None
 
 
 class Call(NamedTuple):
@@ -79,12 +77,9 @@ def register(
         reads: with ``DP_COMPUTE_PROTO``, the batch keys that the method reads where they are there; no others travel.
             None: all.
     """
-    if execute_mode is Execute.RANK_ZERO and dispatch_mode is Dispatch.DP_COMPUTE_PROTO:
-        raise ValueError(f"{dispatch_mode} splits its arguments over all ranks; it cannot run on rank 0 alone")
 
     def mark(method: F) -> F:
-        read_keys = None if reads is None else tuple(reads)
-        setattr(method, _ATTRIBUTE, Registration(dispatch_mode, execute_mode, padding, read_keys))
+        setattr(method, _ATTRIBUTE, Registration(dispatch_mode, execute_mode, padding, reads))
         return method
 
     return mark
@@ -92,12 +87,12 @@ def register(
 
 def registered_methods(worker_class: type) -> dict[str, Registration]:
     """The registered methods of a class by name; an override keeps the registration of what it overrides."""
-    found: dict[str, Registration] = {}
-    for parent in worker_class.__mro__:
-        for name, member in vars(parent).items():
-            if hasattr(member, _ATTRIBUTE):
-                found.setdefault(name, getattr(member, _ATTRIBUTE))
-    return found
+    return {
+        name: getattr(member, _ATTRIBUTE)
+        for parent in reversed(worker_class.__mro__)
+        for name, member in vars(parent).items()
+        if hasattr(member, _ATTRIBUTE)
+    }
 
 
 def plan_calls(
@@ -124,36 +119,32 @@ def by_rank(results: Results) -> list[Any]:
 def _split_rows(
     method: str, registration: Registration, world_size: int, args: Sequence[Any], kwargs: dict[str, Any]
 ) -> tuple[list[Call], Collect]:
-    values = [_select_read(value, registration.reads) for value in (*args, *kwargs.values())]
-    sizes = sorted({len(value) for value in values if isinstance(value, DataProto)})
+    values = [*args, *kwargs.values()]
+    sizes = sorted({len(value) for value in values if isinstance(value, DataProto)}) or [0]
     if len(sizes) > 1:
         raise ValueError(f"{method} got batches of {' and '.join(map(str, sizes))} rows; they must be equally long")
-    rows = sizes[0] if sizes else 0
+    rows = sizes[0]
     if rows % world_size and not registration.padding:
         raise ValueError(
-            f"{method} got {rows} rows for {world_size} ranks, which do not divide; use a batch size that is a "
-            f"multiple of {world_size} (a repeated row would count twice)"
+            f"{method} got {rows} rows for {world_size} ranks; use a batch size that is a multiple of {world_size}"
         )
-    shares = [
-        _row_runs(value, world_size) if isinstance(value, DataProto) else [value] * world_size for value in values
-    ]
+    shares = [_row_runs(value, registration.reads, world_size) for value in values]
     calls = []
-    for rank in range(world_size):
-        own = [share[rank] for share in shares]
+    for _, *own in zip(range(world_size), *shares, strict=True):
         calls.append(Call(tuple(own[: len(args)]), dict(zip(kwargs, own[len(args) :], strict=True))))
     return calls, lambda results: _join_rows(method, results, rows, -(-rows // world_size))
 
 
-def _select_read(value: Any, keys: Sequence[str] | None) -> Any:
-    """The columns that a method reads; the others stay on the driver."""
-    if keys is None or not isinstance(value, DataProto):
-        return value
-    tensors = None if value.batch is None else [key for key in keys if key in value.batch]
-    return value.select(tensors, [key for key in keys if key in value.non_tensor_batch])
+def _row_runs(data: Any, reads: Sequence[str] | None, world_size: int) -> list[Any]:
+    """Each rank's part of an argument: the chunks of ``pad_dataproto_to_divisor``'s batch, or the same value for all.
 
-
-def _row_runs(data: DataProto, world_size: int) -> list[DataProto]:
-    """The chunks of ``pad_dataproto_to_divisor``'s batch, without making that batch: only the last runs are copies."""
+    That batch is never made: only the last runs are copies.
+    """
+    if not isinstance(data, DataProto):
+        return [data] * world_size
+    if reads is not None:
+        tensors = [key for key in reads if data.batch is not None and key in data.batch]
+        data = data.select(tensors, [key for key in reads if key in data.non_tensor_batch])
     rows = len(data)
     share = -(-rows // world_size)
     bounds = [(rank * share, (rank + 1) * share) for rank in range(world_size)]
@@ -179,12 +170,8 @@ def _join_rows(method: str, results: Results, rows: int, share: int) -> Any:
     if not others:
         return buffer.take()
     values = by_rank(others.items())
-    if buffer.is_empty and not all(isinstance(value, DataProto) for value in values):
-        return values
-    odd = {rank: len(value) for rank, value in sorted(others.items()) if isinstance(value, DataProto) and len(value)}
-    if odd or not buffer.is_empty:
+    if not buffer.is_empty or any(isinstance(value, DataProto) and len(value) for value in values):
         raise ValueError(
-            f"{method} must return {share} rows on every rank, or none on any, for the padding to be found; it "
-            f"did not on ranks {sorted(others)}, with rows by rank {odd}"
+            f"{method} must return {share} rows on every rank, or none on any; ranks {sorted(others)} did not"
         )
-    return DataProto.concat(values)
+    return DataProto.concat(values) if all(isinstance(value, DataProto) for value in values) else values

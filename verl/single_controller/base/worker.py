@@ -13,7 +13,8 @@ import os
 import socket
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
-from typing import Any, NoReturn, Protocol
+from types import SimpleNamespace
+from typing import Any, Protocol
 
 import torch.distributed as dist
 
@@ -32,24 +33,14 @@ class ObjectStore(Protocol):
         """The values of handles, wherever these were made; waits for them."""
 
 
-class InProcessHandle:
-    """The value itself, for workers that share a process."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def __reduce__(self) -> NoReturn:
-        raise TypeError("this value was put into the store of one process; only workers on Ray share across processes")
-
-
 class InProcessObjectStore:
     """The `ObjectStore` of workers that share a process."""
 
-    def put(self, value: Any) -> InProcessHandle:
+    def put(self, value: Any) -> SimpleNamespace:
         """See `ObjectStore`."""
-        return InProcessHandle(value)
+        return SimpleNamespace(value=value)
 
-    def get(self, handles: Sequence[InProcessHandle]) -> list[Any]:
+    def get(self, handles: Sequence[SimpleNamespace]) -> list[Any]:
         """See `ObjectStore`."""
         return [handle.value for handle in handles]
 
@@ -110,10 +101,5 @@ class Worker:
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def get_placement(self) -> dict[str, Any]:
         """Where this rank runs: node, ranks, and its GPUs as ``CUDA_VISIBLE_DEVICES`` names them (None without)."""
-        return {
-            "node_id": self.node_id,
-            "node_ip": self.node_ip,
-            "rank": self.rank,
-            "local_rank": self.local_rank,
-            "cuda_visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES") or None,
-        }
+        place = {name: getattr(self, name) for name in ("node_id", "node_ip", "rank", "local_rank")}
+        return place | {"cuda_visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES") or None}

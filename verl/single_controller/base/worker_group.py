@@ -29,33 +29,18 @@ class WorkerGroup(ABC):
 
     def __init__(self, worker_class: type, world_size: int) -> None:
         self._registrations = registered_methods(worker_class)
-        self._worker_class = worker_class
         self.world_size = world_size
         """Number of ranks."""
-        hidden = [name for name in self._registrations if hasattr(type(self), name) and name != "get_placement"]
-        if hidden:
-            raise ValueError(f"{worker_class.__name__} registers {hidden}, which a group has itself; rename them")
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        if name not in self._registrations:
-            known = ", ".join(sorted(self._registrations))
-            raise AttributeError(f"{self._worker_class.__name__} has no registered method {name!r}; it has: {known}")
+        if name.startswith("_") or name not in self._registrations:
+            raise AttributeError(f"{type(self).__name__} has no registered method {name!r}")
         return partial(self._run, name)
-
-    def get_placement(self) -> list[dict[str, Any]]:
-        """Where each rank runs; see ``Worker.get_placement``."""
-        return self._run("get_placement")
 
     def _run(self, method: str, *args: Any, **kwargs: Any) -> Any:
         calls, collect = plan_calls(method, self._registrations[method], self.world_size, args, kwargs)
-        return collect(self._finish(method, self._start(method, calls)))
+        return collect(self._results(method, calls))
 
     @abstractmethod
-    def _start(self, method: str, calls: Sequence[Call]) -> Any:
-        """Begin call i on rank i, and return what ``_finish`` waits for."""
-
-    @abstractmethod
-    def _finish(self, method: str, running: Any) -> Results:
-        """Ranks and results as they come, none kept here; raises ``WorkerError``."""
+    def _results(self, method: str, calls: Sequence[Call]) -> Results:
+        """Run call i on rank i: ranks and results as they come, none kept here; raises ``WorkerError``."""

@@ -1,12 +1,6 @@
 """The single controller on Ray: one actor per rank."""
 
 from verl.single_controller.ray.base import RayClassWithInitArgs, RayWorkerGroup, create_colocated_worker_cls
-from verl.single_controller.ray.resource_pool import RayResourcePool, ResourcesInUseError
+from verl.single_controller.ray.resource_pool import RayResourcePool
 
-__all__ = [
-    "RayClassWithInitArgs",
-    "RayResourcePool",
-    "RayWorkerGroup",
-    "ResourcesInUseError",
-    "create_colocated_worker_cls",
-]
+__all__ = ["RayClassWithInitArgs", "RayResourcePool", "RayWorkerGroup", "create_colocated_worker_cls"]

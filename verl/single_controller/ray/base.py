@@ -6,8 +6,8 @@
 
 Each rank's process is a ``WorkerHost``. It holds one instance per role, so that co-located roles share the process,
 its device and its process group. A rank's place (``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, ``LOCAL_WORLD_SIZE``,
-``MASTER_ADDR``, ``MASTER_PORT``) is in its environment before anything is imported. Dead ranks are reported, never
-restarted.
+``MASTER_ADDR``) is in its environment before anything is imported, ``MASTER_PORT`` before a role is built. Dead ranks
+are reported, never restarted.
 """
 
 import os
@@ -20,23 +20,13 @@ from typing import Any
 
 import ray
 from ray.exceptions import ObjectStoreFullError, OutOfDiskError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from verl.single_controller.base.decorator import Call, Results, by_rank
+from verl.single_controller.base.decorator import Call, Results
 from verl.single_controller.base.worker import LOOPBACK, Worker
 from verl.single_controller.base.worker_group import WorkerError, WorkerGroup
-from verl.single_controller.ray.calls import Ranks, disk_full_text
+from verl.single_controller.ray.calls import Remote, disk_full_text, failure_of_ranks, rank_results
 from verl.single_controller.ray.resource_pool import RankPlace, RayResourcePool
-
-QUIET_ENV = {
-    "TOKENIZERS_PARALLELISM": "false",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "TORCH_CPP_LOG_LEVEL": "ERROR",
-    "NCCL_DEBUG": "WARN",
-}
-"""Keeps libraries from writing the same lines once per rank; what the user sets wins."""
-NOSET_VARIABLE = "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"
-"""Where this is set, Ray shows every GPU of the node to every actor."""
 
 
 class RayClassWithInitArgs:
@@ -51,8 +41,6 @@ class RayClassWithInitArgs:
 
 def create_colocated_worker_cls(class_dict: Mapping[str, RayClassWithInitArgs]) -> dict[str, RayClassWithInitArgs]:
     """Put one instance of each role, built in this order, into every rank's process."""
-    if not class_dict:
-        raise ValueError("create_colocated_worker_cls needs at least one role")
     return dict(class_dict)
 
 
@@ -74,13 +62,27 @@ class WorkerHost:
     def __init__(self, label: str) -> None:
         self._label = label
         self._workers: dict[str, Any] = {}
-        if NOSET_VARIABLE in os.environ and ray.get_gpu_ids():
+        if "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES" in os.environ and ray.get_gpu_ids():
+            # Ray then shows every GPU of the node to every actor.
             os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, ray.get_gpu_ids()))
 
     def __repr__(self) -> str:
         return self._label  # the prefix of this process's lines in the driver's output
 
-    def build(self, roles: Mapping[str, RayClassWithInitArgs]) -> None:
+    def find_free_port(self) -> int:
+        """A port of this machine that nothing listens on.
+
+        Below the range that outgoing connections draw from (32768 on Linux): Ray opens many of those before rank 0
+        listens.
+        """
+        for port in random.sample(range(20000, 32000), 100):
+            with socket.socket() as probe, suppress(OSError):
+                probe.bind(("", port))
+                return port
+        raise RuntimeError("100 ports tried between 20000 and 32000 are all in use on this machine")
+
+    def build(self, roles: Mapping[str, RayClassWithInitArgs], master_port: int) -> None:
+        os.environ["MASTER_PORT"] = str(master_port)
         for role, worker in roles.items():
             self._workers[role] = worker.cls(*worker.args, **worker.kwargs)
         for built in self._workers.values():
@@ -95,17 +97,13 @@ class RoleWorkerGroup(WorkerGroup):
 
     def __init__(self, owner: "RayWorkerGroup", role: str, worker_class: type) -> None:
         super().__init__(worker_class, owner.world_size)
-        self._owner = owner
-        self._role = role
+        self._owner, self._role = owner, role
 
-    def _start(self, method: str, calls: Sequence[Call]) -> list[Any]:
-        return self._owner.start_calls(self._role, method, calls)
-
-    def _finish(self, method: str, running: list[Any]) -> Results:
-        return self._owner.finish_calls(f"{self._role}.{method}", running)
+    def _results(self, method: str, calls: Sequence[Call]) -> Results:
+        return self._owner.results(self._role, method, calls)
 
 
-class RayWorkerGroup(WorkerGroup):
+class RayWorkerGroup(RoleWorkerGroup):
     """One process per place of the pool, each holding the given class or classes.
 
     Returns while the processes still start; the first call waits for them and reports what went wrong. With
@@ -117,139 +115,91 @@ class RayWorkerGroup(WorkerGroup):
         resource_pool: RayResourcePool,
         ray_cls_with_init: RayClassWithInitArgs | dict[str, RayClassWithInitArgs],
         name_prefix: str = "",
-        worker_env: Mapping[str, str] | None = None,
     ) -> None:
         """
         Args:
             name_prefix: name of the processes in messages and logs; default: the class or the roles.
-            worker_env: further environment of every rank.
         """
-        worker_class: type = Worker
+        self.world_size = resource_pool.world_size
         if isinstance(ray_cls_with_init, RayClassWithInitArgs):
             worker_class = ray_cls_with_init.cls
-            roles = {name_prefix or worker_class.__name__: ray_cls_with_init}
+            self._roles = {name_prefix or worker_class.__name__: ray_cls_with_init}
         else:
-            roles = ray_cls_with_init
-        super().__init__(worker_class, resource_pool.world_size)
-        self._roles = roles
-        self._main_role = next(iter(roles))
-        places = resource_pool.reserve()
-        label = name_prefix or "+".join(roles)
-        self._hosts = [
-            _start_host(f"{label} rank {rank}", place, environment, resource_pool)
-            for rank, (place, environment) in enumerate(
-                zip(places, _environments(places, worker_env or {}), strict=True)
-            )
-        ]
-        self._ranks = Ranks("+".join(roles), self._hosts, [place.node_ip for place in places])
+            worker_class, self._roles = Worker, ray_cls_with_init
+        super().__init__(self, next(iter(self._roles)), worker_class)
+        self._name = "+".join(self._roles)
         self.watch: Callable[[], None] = lambda: None
         """Called now and then while a call runs; what it raises ends the wait."""
-        shared_roles = ray.put(roles)
-        self._building: list[Any] | None = [host.build.remote(shared_roles) for host in self._hosts]
+        places = resource_pool.reserve()
+        share = {kind: amount / resource_pool.max_colocate_count for kind, amount in resource_pool.rank_share.items()}
+        host_class: Any = ray.remote(num_cpus=share["CPU"], num_gpus=share.get("GPU", 0))(WorkerHost)
+        shared_roles = ray.put(self._roles)
+        self._ranks: list[Remote] = []
+        for place, environment in zip(places, _environments(places), strict=True):
+            in_bundle = PlacementGroupSchedulingStrategy(place.group, place.bundle_index)
+            options = {"scheduling_strategy": in_bundle, "runtime_env": {"env_vars": environment}}
+            label = f"{name_prefix or self._name} rank {environment['RANK']}"
+            rank = Remote(label, host_class.options(**options).remote(label), place.node_ip)
+            rank.ask_for_log()
+            self._ranks.append(rank)
+        port = self._ranks[0].actor.find_free_port.remote()
+        self._building = [rank.actor.build.remote(shared_roles, port) for rank in self._ranks]
 
     def spawn(self, prefix_set: set[str]) -> dict[str, RoleWorkerGroup]:
         """A view per role, which shares this group's processes."""
-        unknown = sorted(prefix_set - self._roles.keys())
-        if unknown:
-            raise ValueError(f"no roles {unknown} in this group; it holds {sorted(self._roles)}")
         return {role: RoleWorkerGroup(self, role, self._roles[role].cls) for role in self._roles if role in prefix_set}
 
-    def start_calls(self, role: str, method: str, calls: Sequence[Call]) -> list[Any]:
-        """Begin ``calls[i]`` on rank i; arguments that go to several ranks are stored once.
+    def results(self, role: str, method: str, calls: Sequence[Call]) -> Results:
+        """Run ``calls[i]`` on rank i: ranks and results as they come. Arguments for several ranks are stored once.
 
         Raises:
-            WorkerError: neither memory nor disk has space for the arguments.
+            WorkerError: a rank failed, or neither memory nor disk has space for the arguments.
         """
-        self._wait_built()
+        if self._building:
+            list(rank_results(self._ranks, self._building, f"{self._name}.__init__", self.watch))
+            self._building = []
         first, payloads = calls[0], list[Any](calls)
-        hosts = self._hosts[: len(calls)]
         try:
             if len(calls) > 1 and (first.args or first.kwargs) and all(call is first for call in calls):
                 payloads = [ray.put(first)] * len(calls)
-            return [host.call.remote(role, method, payload) for host, payload in zip(hosts, payloads, strict=True)]
+            # There are fewer calls than ranks where rank 0 alone is called.
+            to_ranks = zip(self._ranks, payloads, strict=False)
+            running = [rank.actor.call.remote(role, method, payload) for rank, payload in to_ranks]
         except (OutOfDiskError, ObjectStoreFullError) as error:
             raise WorkerError(f"{role}.{method} could not be given its data: {disk_full_text()}") from error
-
-    def finish_calls(self, call_name: str, running: Sequence[Any]) -> Results:
-        """Ranks and results of ``start_calls`` as they come; raises ``WorkerError``."""
-        return self._ranks.results(running, call_name, self.watch)
+        return rank_results(self._ranks, running, f"{role}.{method}", self.watch)
 
     def check_alive(self) -> None:
         """Raise ``WorkerError`` where a rank's process has died; returns at once."""
-        self._ranks.check_alive()
-
-    def _wait_built(self) -> None:
-        if self._building is not None:
-            by_rank(self.finish_calls(f"{self._ranks.name}.__init__", self._building))
-            self._building = None
+        for rank, remote in enumerate(self._ranks):
+            if (error := remote.find_death()) is not None:
+                raise failure_of_ranks(self._ranks, [(rank, error)], self._name) from error
 
     def shutdown(self) -> None:
         """End the processes; their places stay the pool's. A second call does nothing."""
         if ray.is_initialized():
-            for host in self._hosts:
-                ray.kill(host, no_restart=True)
-
-    def _start(self, method: str, calls: Sequence[Call]) -> list[Any]:
-        return self.start_calls(self._main_role, method, calls)
-
-    def _finish(self, method: str, running: list[Any]) -> Results:
-        return self.finish_calls(f"{self._main_role}.{method}", running)
+            for rank in self._ranks:
+                ray.kill(rank.actor)
 
 
-def _start_host(label: str, place: RankPlace, environment: dict[str, str], pool: RayResourcePool) -> Any:
-    share = {kind: amount / pool.max_colocate_count for kind, amount in pool.rank_share.items()}
-    host_class: Any = ray.remote(WorkerHost)
-    return host_class.options(
-        num_cpus=share["CPU"],
-        num_gpus=share.get("GPU", 0),
-        scheduling_strategy=PlacementGroupSchedulingStrategy(
-            place.group, placement_group_bundle_index=place.bundle_index
-        ),
-        runtime_env={"env_vars": environment},
-    ).remote(label)
-
-
-def _environments(places: Sequence[RankPlace], worker_env: Mapping[str, str]) -> list[dict[str, str]]:
-    """The environment of each rank: its place, quiet libraries, its share of the node's threads, the user's own."""
+def _environments(places: Sequence[RankPlace]) -> list[dict[str, str]]:
+    """The environment of each rank: its place, and its share of the node's threads where the user has set none."""
     ranks_on_node = Counter(place.node_id for place in places)
     cpus = {node["NodeID"]: node["Resources"].get("CPU", 1.0) for node in ray.nodes()}
     job_env = ray.get_runtime_context().runtime_env.get("env_vars") or {}
-    seen: Counter[str] = Counter()
     environments = []
     for rank, place in enumerate(places):
-        threads = max(1, int(cpus[place.node_id] // ranks_on_node[place.node_id]))
-        defaults = {**QUIET_ENV, "OMP_NUM_THREADS": str(threads)}
-        inherited = {name: os.environ.get(name, value) for name, value in defaults.items()}
+        on_node = ranks_on_node[place.node_id]
+        threads = os.environ.get("OMP_NUM_THREADS", max(1, int(cpus[place.node_id] // on_node)))
         rank_env = {
+            "OMP_NUM_THREADS": job_env.get("OMP_NUM_THREADS", threads),
             "RANK": rank,
             "WORLD_SIZE": len(places),
-            "LOCAL_RANK": seen[place.node_id],
-            "LOCAL_WORLD_SIZE": ranks_on_node[place.node_id],
+            "LOCAL_RANK": sum(other.node_id == place.node_id for other in places[:rank]),
+            "LOCAL_WORLD_SIZE": on_node,
             "VERL_NODE_ID": place.node_id,
             "VERL_NODE_IP": place.node_ip,
+            "MASTER_ADDR": LOOPBACK if len(ranks_on_node) == 1 else places[0].node_ip,
         }
-        environments.append({**inherited, **job_env, **worker_env, **{k: str(v) for k, v in rank_env.items()}})
-        seen[place.node_id] += 1
-    first = places[0]
-    address = LOOPBACK if len(ranks_on_node) == 1 else first.node_ip
-    master = {"MASTER_ADDR": address, "MASTER_PORT": str(_free_port_on(first.node_id))}
-    return [{**environment, **master} for environment in environments]
-
-
-def _free_port_on(node_id: str) -> int:
-    if node_id == ray.get_runtime_context().get_node_id():
-        return find_free_port()
-    task: Any = ray.remote(num_cpus=0)(find_free_port)
-    return ray.get(task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False)).remote())
-
-
-def find_free_port() -> int:
-    """A port of this machine that nothing listens on.
-
-    Below the range that outgoing connections draw from (32768 on Linux): Ray opens many of those before rank 0 listens.
-    """
-    for port in random.sample(range(20000, 32000), 100):
-        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe, suppress(OSError):
-            probe.bind(("", port))
-            return port
-    raise RuntimeError("100 ports tried between 20000 and 32000 are all in use on this machine")
+        environments.append({name: str(value) for name, value in rank_env.items()})
+    return environments

@@ -5,7 +5,7 @@ names who failed, at what, why, and where its log is.
 
 =====================  ==============================================================================================
 ``as_they_come``       engines and agent-loop workers: the first failure ends the wait (``RolloutError``)
-``Ranks.results``      ranks of a group, which wait for each other in collectives: after the first failure the others
+``rank_results``       ranks of a group, which wait for each other in collectives: after the first failure the others
                        get a moment to show theirs, and the likeliest cause is named first (``WorkerError``)
 =====================  ==============================================================================================
 
@@ -15,10 +15,10 @@ A call learns nothing of a process that dies elsewhere, so both call ``watch`` n
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import ray
-from ray.exceptions import OutOfDiskError, RayActorError, RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, OutOfDiskError, RayActorError, RayError, RayTaskError
 
 from verl.single_controller.base.worker_group import RolloutError, WorkerError
 
@@ -51,10 +51,10 @@ class Remote:
 
         One question at a time is under way, which a busy process answers when it is done.
         """
-        if not ray.wait([self._sign], timeout=0)[0]:
-            return None
         try:
-            ray.get(self._sign)
+            ray.get(self._sign, timeout=0)
+        except GetTimeoutError:
+            return None
         except RayError as error:
             return error
         self._sign = self._ask_for_sign()
@@ -82,10 +82,8 @@ class Remote:
 
     def log(self) -> str | None:
         """The file with its errors; None where it died before it could answer."""
-        if self._log is None or not ray.wait([self._log], timeout=0)[0]:
-            return None
         try:
-            return ray.get(self._log)
+            return ray.get(self._log, timeout=0)
         except RayError:
             return None
 
@@ -110,18 +108,11 @@ def _in_batches(refs: Iterable[Any], wait_s: Callable[[], float]) -> Iterator[li
         yield done
 
 
-def collect(calls: Mapping[Any, Remote], doing: str, **options: Any) -> list[Any]:
-    """Results of remote calls, in the order of the calls; see ``as_they_come``."""
-    results = dict(as_they_come(calls, doing, **options))
-    return [results[index] for index in range(len(calls))]
-
-
 def as_they_come(
     calls: Mapping[Any, Remote],
     doing: str,
     *,
-    watch: Callable[[], None] | None = None,
-    report: Callable[[], None] | None = None,
+    watch: Callable[[], None] = lambda: None,
     timeout_s: float | None = None,
 ) -> Iterator[tuple[int, Any]]:
     """Numbers and results of remote calls in the order in which they finish; the first to fail ends the wait.
@@ -130,7 +121,6 @@ def as_they_come(
         calls: who makes each call.
         doing: what they do, for the message: "... failed to {doing}".
         watch: called now and then while nothing comes; what it raises ends the wait.
-        report: called every half second while they do it.
         timeout_s: seconds that all of them have together; None: as long as they take.
 
     Raises:
@@ -149,104 +139,74 @@ def as_they_come(
                 raise kind(f"{calls[call].name} failed to {doing}: {account}") from error
             yield numbers.pop(call), result
             del result  # before the next one comes
-        if report:
-            report()
-        if watch and not done:
+        if not done:
             watch()
         if timeout_s is not None and numbers and time.monotonic() - started > timeout_s:
             late = ", ".join(calls[call].name for call in numbers)
-            raise RolloutError(
-                f"{late} did not {doing} within actor_rollout_ref.rollout.timeout_s={timeout_s:g} s; it hangs"
-            )
+            raise RolloutError(f"{late} did not {doing} within actor_rollout_ref.rollout.timeout_s={timeout_s:g} s")
 
 
-class Failure(NamedTuple):
-    """What went wrong on one rank."""
+def rank_results(
+    ranks: Sequence[Remote], refs: Sequence[Any], call_name: str, watch: Callable[[], None]
+) -> Iterator[tuple[int, Any]]:
+    """Ranks and results of ``refs`` as they come; nothing more once a rank has failed.
 
-    likelihood: int
-    """0 a dead process, 1 an exception, 2 an exception that another rank's death may have caused."""
-    rank: int
-    cause: str
-    traceback: str
-    by_user: bool
-    """A ValueError: the same again would end the same."""
+    Args:
+        refs: references of one call, in rank order.
+        call_name: role and method, for the message.
+        watch: called now and then; what it raises ends the wait.
 
+    Raises:
+        WorkerError: a rank failed; the others had a moment to report their failures.
+    """
+    numbers = {ref: rank for rank, ref in enumerate(refs)}
+    failures: list[tuple[int, RayError]] = []
 
-class Ranks:
-    """The processes of a worker group, by rank."""
+    def wait_s() -> float:
+        if not failures:
+            return POLL_S
+        return PEER_GRACE_S if _may_be_a_consequence(failures[0][1]) else GRACE_S
 
-    def __init__(self, name: str, actors: Sequence[Any], node_ips: Sequence[str]) -> None:
-        """``name``: what the group is called in messages."""
-        self.name = name
-        self._ranks = [Remote(f"rank {rank}", actor, node_ips[rank]) for rank, actor in enumerate(actors)]
-        for remote in self._ranks:
-            remote.ask_for_log()
-
-    def check_alive(self) -> None:
-        """Raise ``WorkerError`` where a process has died; returns at once."""
-        for rank, remote in enumerate(self._ranks):
-            if (error := remote.find_death()) is not None:
-                raise WorkerError(self._message(self.name, [_failure(rank, error)])) from error
-
-    def results(self, refs: Sequence[Any], call_name: str, watch: Callable[[], None]) -> Iterator[tuple[int, Any]]:
-        """Ranks and results of ``refs`` as they come; nothing more once a rank has failed.
-
-        Args:
-            refs: references of one call on every rank, in rank order.
-            call_name: role and method, for the message.
-            watch: called now and then; what it raises ends the wait.
-
-        Raises:
-            WorkerError: a rank failed; the others had a moment to report their failures.
-        """
-        ranks = {ref: rank for rank, ref in enumerate(refs)}
-        failures: list[Failure] = []
-
-        def wait_s() -> float:
-            if not failures:
-                return POLL_S
-            return GRACE_S if failures[0].likelihood < 2 else PEER_GRACE_S
-
-        for done in _in_batches(refs, wait_s):
-            if not done and failures:
-                break
-            if not done:
-                watch()
-            for ref in done:
-                try:
-                    result = ray.get(ref)
-                except RayError as error:
-                    failures.append(_failure(ranks[ref], error))
-                    failures.sort(key=lambda failure: failure.likelihood)  # stable: the first to fail stays first
-                    continue
-                yield ranks[ref], result
-                del result  # before the next one comes
-        if failures:
-            raise WorkerError(self._message(call_name, failures), by_user=failures[0].by_user)
-
-    def _message(self, call_name: str, failures: list[Failure]) -> str:
-        """``failures``: the likeliest cause first."""
-        first, *others = failures
-        remote = self._ranks[first.rank]
-        lines = [
-            f"{call_name} failed on rank {first.rank} of {len(self._ranks)}, node {remote.node_ip}: {first.cause}",
-            remote.log_line(remote.log()),
-        ]
-        for other in others:
-            lines.append(f"rank {other.rank}, node {self._ranks[other.rank].node_ip}, failed too: {other.cause}")
-        if first.traceback:
-            lines += [f"Traceback of rank {first.rank}:", first.traceback]
-        return "\n".join(lines)
+    for done in _in_batches(refs, wait_s):
+        if not done and failures:
+            break
+        if not done:
+            watch()
+        for ref in done:
+            try:
+                result = ray.get(ref)
+            except RayError as error:
+                failures.append((numbers[ref], error))
+                # The likeliest cause first: a dead process, then an exception; the first to fail stays first.
+                failures.sort(key=lambda item: (not isinstance(item[1], RayActorError), _may_be_a_consequence(item[1])))
+                continue
+            yield numbers[ref], result
+            del result  # before the next one comes
+    if failures:
+        raise failure_of_ranks(ranks, failures, call_name)
 
 
-def _failure(rank: int, error: RayError) -> Failure:
-    cause = _cause_of(error).splitlines()[0]
-    if isinstance(error, RayActorError):
-        return Failure(0, rank, cause, "", False)
-    if not isinstance(error, RayTaskError) or isinstance(error, OutOfDiskError):
-        return Failure(1, rank, cause, "", False)
-    from_other = any(name in cause.lower() for name in ("gloo", "nccl", "distbackenderror"))
-    return Failure(2 if from_other else 1, rank, cause, str(error).strip(), isinstance(error.cause, ValueError))
+def failure_of_ranks(ranks: Sequence[Remote], failures: Sequence[tuple[int, RayError]], call_name: str) -> WorkerError:
+    """The error that names the first of ``failures`` in its first line, and where its log is in the second."""
+    (rank, error), *others = failures
+    lines = [
+        f"{call_name} failed on rank {rank} of {len(ranks)}, node {ranks[rank].node_ip}: {_first_line(error)}",
+        ranks[rank].log_line(ranks[rank].log()),
+        *(f"rank {other}, node {ranks[other].node_ip}, failed too: {_first_line(theirs)}" for other, theirs in others),
+    ]
+    if isinstance(error, RayTaskError):
+        lines += [f"Traceback of rank {rank}:", str(error).strip()]
+    return WorkerError("\n".join(lines), by_user=isinstance(getattr(error, "cause", None), ValueError))
+
+
+def _may_be_a_consequence(error: RayError) -> bool:
+    """Whether another rank's death may have caused an exception: it comes from a collective."""
+    cause = _first_line(error).lower()
+    return isinstance(error, RayTaskError) and any(name in cause for name in ("gloo", "nccl", "distbackenderror"))
+
+
+def _first_line(error: RayError) -> str:
+    return _cause_of(error).splitlines()[0]
 
 
 def _cause_of(error: RayError) -> str:
@@ -267,7 +227,6 @@ def _cause_of(error: RayError) -> str:
 def disk_full_text() -> str:
     """Ray's object store and the disk that it spills to are full, on this node."""
     return (
-        "no space: Ray's object store is full, and so is the disk under /tmp/ray that it spills to; "
-        "free some there, name another with ray_kwargs.ray_init._temp_dir, or raise "
-        "ray_kwargs.ray_init.object_store_memory"
+        "no space: Ray's object store is full, and so is the disk under /tmp/ray that it spills to; free some there, "
+        "name another with ray_kwargs.ray_init._temp_dir, or raise ray_kwargs.ray_init.object_store_memory"
     )

@@ -24,8 +24,15 @@ from verl.utils.redaction import looks_secret
 
 logger = logging.getLogger(__name__)
 
-QUIET_PROCESSES = {"TOKENIZERS_PARALLELISM": "false", "OMP_WAIT_POLICY": "PASSIVE"}
-"""Environment of every Ray process: threads that spin while they wait make a busy machine ten times slower."""
+QUIET_PROCESSES = {
+    "TOKENIZERS_PARALLELISM": "false",
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+    "NCCL_DEBUG": "WARN",
+}
+"""Environment of every Ray process, where the user has set nothing else: threads that spin while they wait make a busy
+machine ten times slower, and libraries would write the same lines once per rank."""
 
 
 def start_session(ray_init: Mapping[str, Any]) -> None:
@@ -37,12 +44,8 @@ def start_session(ray_init: Mapping[str, Any]) -> None:
     try:
         with own_process_group():
             ray.init(**session_arguments(ray_init))
-    except ConnectionError as error:
-        raise ValueError(
-            f"no Ray answers at ray_kwargs.ray_init.address; start it: init_ray_cluster.sh HOSTFILE ({error})"
-        ) from error
-    except ValueError as error:
-        raise ValueError(f"ray_kwargs.ray_init={dict(ray_init)}: {error}") from error
+    except (ConnectionError, ValueError) as error:
+        raise ValueError(f"ray_kwargs.ray_init: {error} (init_ray_cluster.sh starts a cluster)") from error
 
 
 @contextmanager
@@ -75,7 +78,8 @@ def session_arguments(ray_init: Mapping[str, Any]) -> dict[str, Any]:
     """
     given = dict(ray_init)
     runtime_env = dict(given.pop("runtime_env", {}))
-    env_vars = {**QUIET_PROCESSES, **runtime_env.pop("env_vars", {})}
+    quiet = {name: os.environ.get(name, value) for name, value in QUIET_PROCESSES.items()}
+    env_vars = {**quiet, **runtime_env.pop("env_vars", {})}
     secrets = [name for name in env_vars if looks_secret(name)]
     if stays_here(ray_init):
         os.environ.update({name: env_vars.pop(name) for name in secrets})

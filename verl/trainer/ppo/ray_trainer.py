@@ -30,7 +30,6 @@ from verl.trainer.checkpoint.resume import find_resumable, load_driver_state, ru
 from verl.trainer.checkpoint.saver import CheckpointSaver
 from verl.trainer.data import PromptStream, build_val_loader
 from verl.trainer.ppo.advantage import apply_kl_penalty, compute_advantage, compute_rollout_is_weights
-from verl.trainer.ppo.cluster_check import check_nodes
 from verl.trainer.ppo.core_algos import get_kl_controller
 from verl.trainer.ppo.guards import EngineGap, SkippedUpdates, TeacherProbe
 from verl.trainer.ppo.metric_utils import (
@@ -43,7 +42,7 @@ from verl.trainer.ppo.metric_utils import (
 from verl.trainer.ppo.reward import RewardFn, compute_rewards
 from verl.trainer.ppo.stages import answer_all, balance_rows, new_keys, prompt_batch, run_stage
 from verl.trainer.ppo.stop_request import StopRequest
-from verl.trainer.ppo.worker_groups import WorkerGroups, plan_pools
+from verl.trainer.ppo.worker_groups import WorkerGroups, check_nodes, plan_pools
 from verl.utils.dataset.rl_dataset import RLHFDataset
 from verl.utils.rollout_dump import dump_generations, show_answers
 from verl.utils.timing import marked_timer

@@ -17,8 +17,8 @@ import signal
 import threading
 import time
 from types import FrameType
+from typing import Any
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
 ECHO_S = 1.0
 """Seconds within which the same signal counts once."""
 AGAIN_S = 2.0
@@ -36,7 +36,7 @@ class StopRequest:
         """Whether there are steps to finish, rather than a start that may be broken off."""
         self._grace_s = grace_s
         self._left = threading.Event()
-        self._before: dict[signal.Signals, object] = {}
+        self._before: dict[int, Any] = {}
         self._echo_until = 0.0
 
     @property
@@ -56,7 +56,7 @@ class StopRequest:
 
     def listen(self) -> None:
         """Take the signals over; once more where a library has taken them since."""
-        for number in SIGNALS:
+        for number in (signal.SIGTERM, signal.SIGINT):
             before = signal.signal(number, self._on_signal)
             self._before.setdefault(number, before)
 
@@ -68,8 +68,7 @@ class StopRequest:
         """Give the signals back to their former handlers."""
         self.leave()
         for number, before in self._before.items():
-            signal.signal(number, before)  # type: ignore[arg-type]
-        self._before = {}
+            signal.signal(number, before)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._left.is_set() or (number == self.number and time.monotonic() < self._echo_until):

@@ -8,31 +8,35 @@
 
 In: the trainer's settings and the worker class of each role. Out: a view per role, whose methods the trainer calls.
 Rollout engines are placed beside the student's ranks (``agent_loop``); a teacher in its own pool has its GPUs alone.
+
+Before the first worker starts on a cluster, ``check_nodes`` asks every node for what is read there:
+
+==================================  ===================================================================
+student's ranks, engines beside     student's model and tokenizer, the checkpoint to resume from
+agent-loop workers (same nodes)     the tools' configuration
+teachers' ranks                     the teachers' models and tokenizer
+driver alone                        data files, reward function: checked before Ray starts
+==================================  ===================================================================
 """
 
 import logging
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from verl.config import TrainerConfig
-from verl.single_controller.ray import (
-    RayClassWithInitArgs,
-    RayResourcePool,
-    RayWorkerGroup,
-    create_colocated_worker_cls,
-)
+from verl.config import PPOConfig, TrainerConfig
+from verl.single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
 from verl.single_controller.ray.base import RoleWorkerGroup
+from verl.single_controller.ray.node_check import DISTRIBUTIONS, check_nodes_hold
 from verl.single_controller.ray.resource_pool import RankPlace, reserve_all
+from verl.trainer.checkpoint import layout as checkpoint
 
 logger = logging.getLogger(__name__)
 
 TRAIN, TEACHER = "train", "teacher"
-SETTINGS = {
-    TRAIN: "trainer.n_gpus_per_node or trainer.nnodes",
-    TEACHER: "trainer.teacher_n_gpus_per_node or trainer.teacher_nnodes",
-}
-"""The keys that decide a pool's size, for messages."""
 
 
 @dataclass
@@ -52,15 +56,11 @@ class ResourcePoolManager:
         """Reserve the places of all pools.
 
         Raises:
-            ValueError: the cluster cannot hold them; the message has what is asked for and what there is.
-            ResourcesInUseError: it could, and something else keeps what they need.
+            ValueError: the cluster cannot hold them, or something else keeps what they need.
         """
-        self.resource_pool_dict = {
-            name: RayResourcePool(
-                ranks, self.use_gpu, name_prefix=name, settings=SETTINGS.get(name, f"the size of pool {name!r}")
-            )
-            for name, ranks in self.resource_pool_spec.items()
-        }
+        for name, ranks in self.resource_pool_spec.items():
+            keys = "trainer.{0}n_gpus_per_node or trainer.{0}nnodes".format("teacher_" if name == TEACHER else "")
+            self.resource_pool_dict[name] = RayResourcePool(ranks, self.use_gpu, name_prefix=name, settings=keys)
         reserve_all(list(self.resource_pool_dict.values()))
 
     def get_n_gpus(self) -> int:
@@ -86,17 +86,14 @@ def plan_pools(config: TrainerConfig, roles: Sequence[str], use_gpu: bool) -> Re
     Raises:
         ValueError: a pool for a teacher that the run does not use.
     """
-    spec: dict[str, list[int]] = {TRAIN: config.ranks_on_nodes}
-    mapping = dict.fromkeys(roles, TRAIN)
-    if config.teacher_ranks_on_nodes:
-        if len(roles) == 1:
-            raise ValueError(
-                f"trainer.teacher_nnodes={config.teacher_nnodes} and trainer.teacher_n_gpus_per_node="
-                f"{config.teacher_n_gpus_per_node} give GPUs to a teacher, and this run uses none; set both to null"
-            )
-        spec[TEACHER] = config.teacher_ranks_on_nodes
-        mapping = {role: TRAIN if role == roles[0] else TEACHER for role in roles}
-    return ResourcePoolManager(spec, mapping, use_gpu)
+    train, teacher = config.ranks_on_nodes, config.teacher_ranks_on_nodes
+    if not teacher:
+        return ResourcePoolManager({TRAIN: train}, dict.fromkeys(roles, TRAIN), use_gpu)
+    if len(roles) == 1:
+        given = f"teacher_nnodes={config.teacher_nnodes}, teacher_n_gpus_per_node={config.teacher_n_gpus_per_node}"
+        raise ValueError(f"trainer.{given}: this run uses no teacher; set both to null")
+    mapping = {role: TRAIN if role == roles[0] else TEACHER for role in roles}
+    return ResourcePoolManager({TRAIN: train, TEACHER: teacher}, mapping, use_gpu)
 
 
 class WorkerGroups:
@@ -122,7 +119,7 @@ class WorkerGroups:
             roles = [role for role, pool_of_role in pools.mapping.items() if pool_of_role == name]
             logger.info("pool %s: %s, for %s", name, pool.describe(), " and ".join(roles))
             classes = {role: RayClassWithInitArgs(worker_classes[role], **arguments_of(role)) for role in roles}
-            group = RayWorkerGroup(pool, create_colocated_worker_cls(classes), name_prefix=name)
+            group = RayWorkerGroup(pool, classes, name_prefix=name)
             self._groups.append(group)
             views |= group.spawn(set(roles))
         return views
@@ -146,3 +143,49 @@ class WorkerGroups:
         """End the processes; a second call does nothing."""
         for group in self._groups:
             group.shutdown()
+
+
+def check_nodes(config: PPOConfig, pools: ResourcePoolManager) -> None:
+    """Check that every node of the pools has what its processes will read, and the driver's code and packages.
+
+    Raises:
+        ValueError: what is missing or differs, and where.
+    """
+    packages = [name for name in DISTRIBUTIONS if name != "vllm" or config.actor_rollout_ref.rollout.name == "vllm"]
+    trainer, student = config.trainer, student_paths(config)
+    node_ips: dict[str, str] = {}
+    needed: dict[str, dict[str, str]] = {}
+    with ExitStack() as stack:
+        if trainer.saves_checkpoints or checkpoint.find_checkpoint(trainer) is not None:
+            # Ranks write or read checkpoints side by side in the run's folder: all have to see this file in it.
+            folder = Path(trainer.default_local_dir).absolute()
+            folder.mkdir(parents=True, exist_ok=True)
+            marker = stack.enter_context(tempfile.NamedTemporaryFile(dir=folder, prefix=".seen-by-all-nodes-"))
+            student["trainer.default_local_dir (the driver's file in it)"] = marker.name
+        for role in pools.mapping:
+            paths = student if role == "actor" else teacher_paths(config)
+            for place in pools.places(role):
+                node_ips[place.node_id] = place.node_ip
+                needed.setdefault(place.node_id, {}).update({key: path for key, path in paths.items() if path})
+        check_nodes_hold(needed, node_ips, packages)
+
+
+def student_paths(config: PPOConfig) -> dict[str, str | None]:
+    """By setting, what the student's ranks, the engines and the agent-loop workers read."""
+    models, trainer = config.actor_rollout_ref, config.trainer
+    return {
+        "actor_rollout_ref.model.path": models.model.path,
+        "actor_rollout_ref.model.tokenizer_path": models.model.tokenizer_path,
+        "actor_rollout_ref.rollout.multi_turn.tool_config_path": models.rollout.multi_turn.tool_config_path,
+        "trainer.resume_from_path": trainer.resume_from_path if trainer.resume_mode == "resume_path" else None,
+    }
+
+
+def teacher_paths(config: PPOConfig) -> dict[str, str | None]:
+    """By setting, what the teachers' ranks read; one without a path is the student's starting weights."""
+    model, teachers = config.actor_rollout_ref.ref.model, config.algorithm.distill.teachers
+    paths = {f"algorithm.distill.teachers.{role}.path": teacher.path for role, teacher in teachers.items()}
+    paths |= {"actor_rollout_ref.ref.model.path": model.path}
+    if not all(paths.values()):
+        paths |= {"actor_rollout_ref.model.path": config.actor_rollout_ref.model.path}
+    return paths | {"actor_rollout_ref.ref.model.tokenizer_path": model.tokenizer_path}

@@ -34,20 +34,3 @@ def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path: Path, 
     assert ours.path.stat().st_mode & 0o777 == 0o700
     ours.remove()
     assert not ours.path.exists()
-
-
-def test_a_folder_that_was_removed_before_it_was_locked_is_made_again(tmp_path: Path, monkeypatch) -> None:
-    from verl.utils import owned_folders
-
-    lock, calls = owned_folders._lock, []
-
-    def sweeper_is_quicker(path: Path) -> int | None:
-        calls.append(path)
-        descriptor = lock(path)
-        if len(calls) == 1:
-            path.rmdir()
-        return descriptor
-
-    monkeypatch.setattr(owned_folders, "_lock", sweeper_is_quicker)
-    folder = make_owned_folder(tmp_path, "weights-")
-    assert len(calls) == 2 and folder.path.is_dir()

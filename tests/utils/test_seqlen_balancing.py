@@ -1,14 +1,10 @@
 """Partitions, row orders and micro-batches on small lists, with the sums written out."""
 
-from pathlib import Path
-
 import pytest
 import torch
 import torch.distributed as dist
-from support.tiny_workers import run_ranks
 from tensordict import TensorDict
 
-from verl.single_controller.base import Worker
 from verl.utils.seqlen_balancing import (
     balanced_order,
     get_reverse_idx,
@@ -29,98 +25,54 @@ def rows_of(*lengths: int, width: int = 16) -> TensorDict:
     return TensorDict({"attention_mask": mask, "row": torch.arange(len(lengths))}, batch_size=len(lengths))
 
 
-# ---------------------------------------------------------------- partitions
-
-
-def test_karmarkar_karp_by_hand() -> None:
-    # The textbook case 8 7 6 5 4: differences 8-7=1, 6-5=1, then 4-1=3, then 3-1=2: parts of 16 and 14.
-    seqlens = [8, 7, 6, 5, 4]
-    parts = get_seqlen_balanced_partitions(seqlens, 2, equal_size=False)
-    assert sums(seqlens, parts) == [16, 14]
-    assert sorted(row for part in parts for row in part) == [0, 1, 2, 3, 4]
-
-
-def test_equal_sizes_by_hand() -> None:
-    # Neighbours in length 9 8 | 5 4 | 3 1 differ by 1, 1, 2: (3) against (9|8) leaves 1, (5|4) against that leaves 0.
-    seqlens = [9, 8, 5, 4, 3, 1]
-    parts = get_seqlen_balanced_partitions(seqlens, 2, equal_size=True)
-    assert [len(part) for part in parts] == [3, 3]
-    assert sums(seqlens, parts) == [15, 15]
-
-
-def test_partitions_hold_every_row_once_and_none_is_empty() -> None:
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(200):
-        rows = int(torch.randint(1, 24, (1,), generator=generator))
-        parts_wanted = int(torch.randint(1, rows + 1, (1,), generator=generator))
-        seqlens = torch.randint(0, 30, (rows,), generator=generator).tolist()
-        parts = get_seqlen_balanced_partitions(seqlens, parts_wanted, equal_size=False)
-        assert len(parts) == parts_wanted
-        assert all(part and part == sorted(part) for part in parts)
-        assert sorted(row for part in parts for row in part) == list(range(rows))
-        assert sums(seqlens, parts) == sorted(sums(seqlens, parts), reverse=True)
-
-
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8])
-def test_equal_size_partitions_are_equal_and_balanced(ranks: int) -> None:
-    generator = torch.Generator().manual_seed(1)
-    seqlens = torch.randint(1, 1000, (24,), generator=generator).tolist()
-    parts = get_seqlen_balanced_partitions(seqlens, ranks, equal_size=True)
-    assert [len(part) for part in parts] == [24 // ranks] * ranks
-    tokens = sums(seqlens, parts)
-    assert max(tokens) - min(tokens) < max(seqlens) / 2
-    assert parts == get_seqlen_balanced_partitions(list(seqlens), ranks, equal_size=True)
-
-
 @pytest.mark.parametrize(
-    ("rows", "parts", "equal_size", "message"),
-    [(3, 4, False, "3 rows cannot fill 4 parts"), (3, 0, False, "cannot fill 0"), (5, 2, True, "5 rows do not divide")],
+    ("seqlens", "equal_size", "expected"),
+    [
+        # The textbook case: differences 8-7=1, 6-5=1, then 4-1=3, then 3-1=2: parts of 16 and 14.
+        ([8, 7, 6, 5, 4], False, [16, 14]),
+        # Neighbours 9 8 | 5 4 | 3 1 differ by 1, 1, 2: (3) against (9|8) leaves 1, (5|4) against that leaves 0.
+        ([9, 8, 5, 4, 3, 1], True, [15, 15]),
+    ],
 )
-def test_impossible_partitions_are_refused(rows: int, parts: int, equal_size: bool, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        get_seqlen_balanced_partitions([1] * rows, parts, equal_size)
+def test_karmarkar_karp_by_hand(seqlens: list[int], equal_size: bool, expected: list[int]) -> None:
+    assert sums(seqlens, get_seqlen_balanced_partitions(seqlens, 2, equal_size)) == expected
+
+
+@pytest.mark.parametrize("equal_size", [True, False])
+def test_partitions_contain_every_row_once_and_are_balanced(equal_size: bool) -> None:
+    generator = torch.Generator().manual_seed(1)
+    for wanted in (1, 2, 3, 8, 24):
+        seqlens = torch.randint(0, 1000, (24,), generator=generator).tolist()
+        parts = get_seqlen_balanced_partitions(seqlens, wanted, equal_size)
+        assert len(parts) == wanted and all(part and part == sorted(part) for part in parts)
+        assert sorted(row for part in parts for row in part) == list(range(24))
+        assert not equal_size or {len(part) for part in parts} == {24 // wanted}
+        assert max(sums(seqlens, parts)) - min(sums(seqlens, parts)) <= max(seqlens) / (1 if wanted == 24 else 2)
 
 
 def test_unbalance_metrics() -> None:
     # In order of arrival 9 + 8 and 1 + 2; balanced 9 + 1 and 8 + 2.
-    assert log_seqlen_unbalance([9, 8, 1, 2], [[0, 2], [1, 3]], "global_seqlen") == {
-        "global_seqlen/min": 3,
-        "global_seqlen/max": 17,
-        "global_seqlen/minmax_diff": 14,
-        "global_seqlen/balanced_min": 10,
-        "global_seqlen/balanced_max": 10,
-        "global_seqlen/mean": 10,
-    }
-
-
-def test_reverse_index_undoes_a_permutation() -> None:
-    order = [2, 0, 3, 1]
-    assert get_reverse_idx(order) == [1, 3, 0, 2]
-    assert [order[place] for place in get_reverse_idx(order)] == [0, 1, 2, 3]
-
-
-# ---------------------------------------------------------------- order over ranks
+    by_hand = {"min": 3, "max": 17, "minmax_diff": 14, "balanced_min": 10, "balanced_max": 10, "mean": 10}
+    metrics = log_seqlen_unbalance([9, 8, 1, 2], [[0, 2], [1, 3]], "global_seqlen")
+    assert metrics == {f"global_seqlen/{name}": value for name, value in by_hand.items()}
 
 
 def test_balanced_order_by_hand() -> None:
     # Mini-batch 0 is rows 0-3 (10 1 1 10): the ranks get 11 tokens each. Mini-batch 1 is rows 4-7 (5 5 9 1): 10 each.
     seqlens = [10, 1, 1, 10, 5, 5, 9, 1]
     order = balanced_order(seqlens, mini_batch_rows=4, dp_size=2)
-    first, second = order[:4], order[4:]
-    for share in (first, second):
-        assert sum(seqlens[row] for row in share[:2]) == 11
-        assert sum(seqlens[row] for row in share[2:]) == 10
-    assert sorted(first[:2] + second[:2]) == [0, 1, 2, 3]
-    assert sorted(first[2:] + second[2:]) == [4, 5, 6, 7]
+    assert sums(seqlens, [order[:2], order[2:4], order[4:6], order[6:]]) == [11, 10, 11, 10]
+    assert sorted(order[:2] + order[4:6]) == [0, 1, 2, 3]
+    # The fuller part goes to the rank with fewer tokens: 9 and 1, then 1 and 9.
+    assert balanced_order([9, 1, 9, 1], mini_batch_rows=2, dp_size=2) == [0, 3, 1, 2]
 
 
-@pytest.mark.parametrize("dp_size", [1, 2, 3, 4, 6])
-@pytest.mark.parametrize("mini_batch_rows", [12, 24, 48])
-def test_mini_batches_hold_the_same_rows_for_any_number_of_ranks(dp_size: int, mini_batch_rows: int) -> None:
-    generator = torch.Generator().manual_seed(2)
-    seqlens = torch.randint(1, 500, (48,), generator=generator).tolist()
+@pytest.mark.parametrize("dp_size", [1, 3, 4])
+@pytest.mark.parametrize("mini_batch_rows", [12, 48])
+def test_mini_batches_contain_the_same_rows_for_any_number_of_ranks(dp_size: int, mini_batch_rows: int) -> None:
+    seqlens = torch.randint(1, 500, (48,), generator=torch.Generator().manual_seed(2)).tolist()
     order = balanced_order(seqlens, mini_batch_rows, dp_size)
-    assert sorted(order) == list(range(48)) and (dp_size > 1 or order == list(range(48)))
+    assert order[get_reverse_idx(order)[5]] == 5 and (dp_size > 1 or order == list(range(48)))
     share, local = 48 // dp_size, mini_batch_rows // dp_size
     for number in range(48 // mini_batch_rows):
         slices = [order[rank * share + number * local :][:local] for rank in range(dp_size)]
@@ -128,63 +80,47 @@ def test_mini_batches_hold_the_same_rows_for_any_number_of_ranks(dp_size: int, m
         assert together == list(range(number * mini_batch_rows, (number + 1) * mini_batch_rows))
 
 
-def test_the_fullest_part_goes_to_the_rank_with_the_fewest_tokens() -> None:
-    # Each mini-batch of two rows gives one rank 9 and the other 1 token: turned, both have 10 after two.
-    order = balanced_order([9, 1, 9, 1], mini_batch_rows=2, dp_size=2)
-    assert order == [0, 3, 1, 2]
-
-
-@pytest.mark.parametrize(
-    ("rows", "mini", "ranks", "message"),
-    [(6, 4, 2, "6 rows does not divide into mini-batches of 4"), (6, 3, 2, "3 rows does not divide over 2 ranks")],
-)
-def test_rows_that_do_not_divide_are_refused(rows: int, mini: int, ranks: int, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        balanced_order([1] * rows, mini, ranks)
-
-
-# ---------------------------------------------------------------- micro-batches
-
-
-def test_micro_batches_hold_every_row_once_within_the_limit_fullest_first() -> None:
+def test_micro_batches_contain_every_row_once_within_the_limit_fullest_first() -> None:
     seqlens = [3, 9, 4, 1, 6, 8, 2]
     micro_batches, parts = rearrange_micro_batches(rows_of(*seqlens), max_token_len=11)
-    tokens = sums(seqlens, parts)
-    assert tokens == [11, 11, 11]  # 33 tokens need three of 11, and there is a perfect cut
+    assert sums(seqlens, parts) == [11, 11, 11]  # 33 tokens need three of 11, and there is a perfect cut
     assert [part["row"].tolist() for part in micro_batches] == parts
-    assert [int(part["attention_mask"].sum()) for part in micro_batches] == tokens
+    assert [int(part["attention_mask"].sum()) for part in micro_batches] == [11, 11, 11]
     rows = torch.cat([part["row"] for part in micro_batches])
     assert restore_dynamic_batch(rows, parts).tolist() == [0, 1, 2, 3, 4, 5, 6]
 
 
-def test_the_limit_holds_where_the_fewest_parts_cannot_be_balanced() -> None:
+def test_as_many_micro_batches_as_the_limit_and_the_caller_require() -> None:
     # 18 tokens would fit two micro-batches of 10 by their sum, but no two rows of 6 fit one.
     _, parts = rearrange_micro_batches(rows_of(6, 6, 6), max_token_len=10)
     assert sorted(parts) == [[0], [1], [2]]
-
-
-def test_a_least_number_of_micro_batches() -> None:
     _, parts = rearrange_micro_batches(rows_of(1, 1, 1, 1), max_token_len=16, min_num_micro_batch=3)
     assert len(parts) == 3
 
 
-def test_a_row_above_the_limit_is_named() -> None:
+def test_rows_that_do_not_divide_or_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match="3 rows cannot fill 4 parts"):
+        get_seqlen_balanced_partitions([1] * 3, 4, False)
+    with pytest.raises(ValueError, match="5 rows do not divide"):
+        get_seqlen_balanced_partitions([1] * 5, 2, True)
+    with pytest.raises(ValueError, match="6 rows does not divide into mini-batches of 4"):
+        balanced_order([1] * 6, 4, 2)
     with pytest.raises(ValueError, match=r"row 1 has 12 tokens and a micro-batch holds 11; raise"):
         rearrange_micro_batches(rows_of(3, 12), max_token_len=11)
 
 
-def count_micro_batches(lengths: list[list[int]], folder: Path) -> None:
-    """On each rank: micro-batches with and without the other rank, and the tokens of the fullest."""
-    Worker().init_process_group("gloo")
-    rank = dist.get_rank()
-    _, parts = rearrange_micro_batches(rows_of(*lengths[rank]), max_token_len=10)
-    _, alone = rearrange_micro_batches(rows_of(*lengths[rank]), max_token_len=10, same_micro_num_in_dp=False)
-    assert sorted(row for part in parts for row in part) == list(range(len(lengths[rank])))
-    seen = [len(parts), len(alone), max(sums(lengths[rank], parts))]
-    (folder / f"seen_{rank}").write_text(str(seen))
+@pytest.mark.parametrize(("lengths", "alone"), [([2, 2, 2, 2], 1), ([9, 9, 9, 9], 4)])
+def test_ranks_agree_on_the_number_of_micro_batches(
+    monkeypatch: pytest.MonkeyPatch, lengths: list[int], alone: int
+) -> None:
+    # One rank has 8 tokens and would take one micro-batch, the other needs four of one row each.
+    def most_of_two(count: torch.Tensor, op: object, group: object = None) -> None:
+        assert op == dist.ReduceOp.MAX and int(count) == alone
+        count.fill_(4)
 
-
-def test_ranks_agree_on_the_number_of_micro_batches(tmp_path: Path) -> None:
-    # Rank 0 has 8 tokens and would take one micro-batch, rank 1 needs four of one row each.
-    run_ranks(2, count_micro_batches, [[2, 2, 2, 2], [9, 9, 9, 9]], tmp_path)
-    assert [(tmp_path / f"seen_{rank}").read_text() for rank in range(2)] == ["[4, 1, 2]", "[4, 4, 9]"]
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "all_reduce", most_of_two)
+    _, parts = rearrange_micro_batches(rows_of(*lengths), max_token_len=10)
+    assert sorted(parts) == [[0], [1], [2], [3]]
+    _, parts = rearrange_micro_batches(rows_of(*lengths), max_token_len=10, same_micro_num_in_dp=False)
+    assert len(parts) == alone

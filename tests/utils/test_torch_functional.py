@@ -26,14 +26,13 @@ def test_masked_sum_and_mean_select() -> None:
     assert masked_mean(VALUES, MASK).item() == 3.0
     assert masked_sum(VALUES, MASK, axis=-1).tolist() == [3.0, 6.0, 0.0]
     assert masked_mean(VALUES, MASK, axis=-1).tolist() == [1.5, 6.0, 0.0]
-    assert masked_mean(VALUES, MASK, axis=(0, 1)).item() == 3.0
 
 
 def test_masked_variance() -> None:
     # 1, 2, 6: mean 3, squared deviations 4 + 1 + 9 = 14
     assert masked_var(VALUES, MASK).item() == 7.0
     assert masked_var(VALUES, MASK, unbiased=False).item() == pytest.approx(14 / 3)
-    assert masked_var(VALUES, MASK[1:].new_tensor([[0, 0, 0], [1, 0, 0], [0, 0, 0]])).item() == 0.0
+    assert masked_var(VALUES[1:2], MASK[1:2]).item() == 0.0, "of one value"
 
 
 def test_masked_whiten_has_mean_zero_and_deviation_one() -> None:
@@ -44,21 +43,14 @@ def test_masked_whiten_has_mean_zero_and_deviation_one() -> None:
     torch.testing.assert_close(masked_whiten(VALUES, MASK, shift_mean=False), torch.tensor(shifted))
 
 
-@pytest.mark.parametrize("statistic", [masked_sum, masked_mean, masked_var])
+@pytest.mark.parametrize("statistic", [masked_sum, masked_mean, masked_var, masked_whiten])
 @pytest.mark.parametrize("mask", [MASK, torch.zeros_like(MASK)])
 def test_no_gradient_leaks_through_the_mask(statistic, mask: torch.Tensor) -> None:
     values = VALUES.clone().requires_grad_()
-    statistic(values, mask).backward()
-    assert values.grad is not None
-    assert torch.isfinite(values.grad).all()
-    assert values.grad[mask == 0].abs().sum() == 0
-
-
-def test_whitening_keeps_gradients_finite() -> None:
-    values = VALUES.clone().requires_grad_()
-    (masked_whiten(values, MASK) * torch.arange(9.0).view(3, 3)).sum().backward()
-    assert values.grad is not None
-    assert torch.isfinite(values.grad).all()
+    result = statistic(values, mask)
+    (gradient,) = torch.autograd.grad((result * torch.arange(1.0, result.numel() + 1).view_as(result)).sum(), values)
+    assert torch.isfinite(gradient).all()
+    assert gradient[mask == 0].abs().sum() == 0
 
 
 def test_log_probs_and_entropy_of_logits() -> None:
@@ -71,23 +63,16 @@ def test_log_probs_and_entropy_of_logits() -> None:
 
 
 def test_log_probs_of_low_precision_logits_are_float32() -> None:
-    logits = torch.zeros(2, 3, 8, dtype=torch.bfloat16)
-    log_probs = logprobs_from_logits(logits, torch.zeros(2, 3, dtype=torch.int64))
-    assert log_probs.dtype == torch.float32
-    torch.testing.assert_close(log_probs, torch.full((2, 3), -math.log(8)))
+    log_probs = logprobs_from_logits(torch.zeros(3, 8, dtype=torch.bfloat16), torch.zeros(3, dtype=torch.int64))
+    torch.testing.assert_close(log_probs, torch.full((3,), -math.log(8)))
 
 
-def test_padding_of_tensors() -> None:
+def test_padding() -> None:
     ids = torch.tensor([[1, 2]])
     assert pad_sequence_to_length(ids, 4, 9).tolist() == [[1, 2, 9, 9]]
     assert pad_sequence_to_length(ids, 4, 9, left_pad=True).tolist() == [[9, 9, 1, 2]]
-    assert pad_sequence_to_length(ids, 2, 9) is ids
     assert pad_sequence_to_length(ids, 1, 9) is ids, "nothing is ever cut"
-
-
-def test_padding_of_lists() -> None:
     assert pad_2d_list_to_length([[1], [2, 3], []], 0).tolist() == [[1, 0], [2, 3], [0, 0]]
     assert pad_2d_list_to_length([[1]], 7, max_length=3).tolist() == [[1, 7, 7]]
-    assert pad_2d_list_to_length([[]], 7, max_length=2).dtype == torch.int64
     with pytest.raises(ValueError, match="3 ids does not fit max_length=2"):
         pad_2d_list_to_length([[1, 2, 3]], 0, max_length=2)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.file_faults import disk_full_text, killed_at_change, remount, small_disk
+from support.file_faults import full_disk, killed_at_change, remount, small_disk
 from support.saving_ranks import DRIVER_STATE, FakeRanks
 
 from verl.config import PPOConfig, TrainerConfig
@@ -201,7 +201,7 @@ def assert_save_failed(root: Path, metrics: dict[str, float], text: str, words: 
 def test_a_full_disk_costs_one_checkpoint(tmp_path: Path, caplog: Any) -> None:
     saver = make_saver(tmp_path)
     save(saver, 1)
-    with disk_full_text(5000):
+    with full_disk(5000):
         metrics = save(saver, 2, FakeRanks(num_bytes=6000))
     assert_save_failed(tmp_path, metrics, caplog.text, "File too large")
     with pytest.raises(CheckpointError, match="step 2 could not be written"):

@@ -1,4 +1,4 @@
-"""The scripts for several hosts, with a stand-in for ssh that runs what it is given on this machine."""
+"""The scripts for several hosts, with a stand-in for ssh that runs its command on this machine."""
 
 import os
 import subprocess
@@ -42,11 +42,9 @@ def test_duplicates_count_once_and_are_named_once(hostfile):
     ("line", "message"),
     [
         ("node-a node-b", '"node-b" is not understood'),
-        ("node-a slots=0", '"slots=0" is not understood'),
         ("node-a:99999", "port 99999 is none"),
         ("2001:db8::9", "IPv6 in brackets"),
         ("-oProxyCommand=x", "is no host"),
-        ("me@", "is no host"),
         ("node-a;reboot", "is no host"),
     ],
 )
@@ -59,23 +57,16 @@ def test_other_lines_are_errors_with_their_number(hostfile, line, message):
 def test_the_head_starts_first_and_the_others_join(hostfile):
     path = hostfile("node-a", "node-b # a comment", "me@node-c:99 slots=4")
     lines = run(CLUSTER, "--dry-run", path, SSH_OPTS="-i '/my keys/id'", SSH_PORT=2222).stdout.splitlines()
-    commands = [line.split(" bash ") for line in lines if not line.startswith("[")]
-    ssh = [command[0] for command in commands]
+    ssh, started = zip(*(line.split(" bash ") for line in lines if not line.startswith("[")), strict=True)
     assert all(r"-i /my\ keys/id" in words and "BatchMode=yes" in words for words in ssh)
     assert " -p 2222 " in ssh[4] and " -p 99 " in ssh[5]
     hosts = ["node-a", "node-b", "me@node-c"]
     assert [words.split()[-1] for words in ssh] == [*hosts, *hosts, "node-a"]
-    assert [command[-1] for command in commands[:5]] == [
-        *[f"{RAY_NODE} state"] * 3,
-        f"{RAY_NODE} start node-a head node-b",
-        f"{RAY_NODE} start node-b HEAD:6379",
-    ]
-    assert "nodes --wait 120" in commands[6][-1]
-
-
-def test_without_a_hostfile_there_is_one_machine_and_no_ssh():
-    output = run(CLUSTER, "--dry-run").stdout
-    assert "ssh" not in output and f"localhost: bash {RAY_NODE} start localhost head" in output
+    assert started[:3] == (f"{RAY_NODE} state",) * 3
+    assert started[3:5] == (f"{RAY_NODE} start node-a head node-b", f"{RAY_NODE} start node-b HEAD:6379")
+    assert "nodes --wait 120" in started[6]
+    alone = run(CLUSTER, "--dry-run").stdout
+    assert "ssh" not in alone and f"localhost: bash {RAY_NODE} start localhost head" in alone
 
 
 @pytest.fixture
@@ -99,30 +90,25 @@ def test_deployment_to_all_hosts_ends_with_a_table(all_nodes, tmp_path):
     versions = ["3.11.2", "2.13.0"]
     assert [[*row[:2], *row[3:5]] for row in rows] == [["node-a", "ok", *versions], ["node-b", "ok", *versions]]
     assert "was not made by this script and is used as it is" in (tmp_path / "my logs/deploy-node-a.log").read_text()
-    assert all(line.endswith(" bash -s") for line in (tmp_path / "ssh.log").read_text().splitlines()), "nothing to see"
+    assert all(line.endswith(" bash -s") for line in (tmp_path / "ssh.log").read_text().splitlines())
 
 
-@pytest.mark.parametrize(
-    ("host", "message", "end_of_log"),
-    [
-        ("node-gone", "failed: ssh cannot reach it; the end of", "No route to host"),
-        ("node-locked", "failed: its ssh refuses this user or key", "Permission denied"),
-        ("node-new", "failed: its host key is not known here", "verification failed"),
-        ("node-broken", "failed; the end of", "libfoo.so"),
-    ],
-)
-def test_a_host_that_fails_is_named_with_the_end_of_its_log(all_nodes, host, message, end_of_log):
-    done = all_nodes("node-a", host)
-    assert done.returncode == 1
-    assert f"{host}: {message}" in done.stderr and end_of_log in done.stderr and "node-a: failed" not in done.stderr
-    assert [line.split()[1] for line in done.stdout.splitlines() if line.startswith("node-")] == ["ok", "failed"]
-
-
-def test_versions_that_differ_are_an_error(all_nodes):
+def test_hosts_that_fail_or_differ_are_named_with_the_end_of_their_logs(all_nodes):
+    failures = {
+        "node-gone": ("failed: ssh cannot reach it; the end of", "No route to host"),
+        "node-locked": ("failed: its ssh refuses this user or key", "Permission denied"),
+        "node-new": ("failed: its host key is not known here", "verification failed"),
+        "node-broken": ("failed; the end of", "libfoo.so"),
+    }
+    done = all_nodes("node-a", *failures)
+    assert done.returncode == 1 and "node-a: failed" not in done.stderr
+    for host, (message, end_of_log) in failures.items():
+        assert f"{host}: {message}" in done.stderr and end_of_log in done.stderr
+    states = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("node-")]
+    assert states == ["ok"] + ["failed"] * len(failures)
     done = all_nodes("node-a", "node-old", "node-b")
-    assert done.returncode == 1
+    assert done.returncode == 1 and "ray differs" not in done.stderr
     assert "torch differs between hosts: 2.13.0 on node-a, node-b; 2.12.0 on node-old" in done.stderr
-    assert "ray differs" not in done.stderr
 
 
 def test_no_cluster_starts_with_a_host_that_cannot_take_part(all_nodes):
@@ -167,21 +153,11 @@ def test_stopping_ends_the_session_that_was_started_and_nothing_else(tmp_path):
         ours.kill()
 
 
-SECRETS = ("HF_TOKEN", "WANDB_API_KEY", "VLLM_PASSWD", "NCCL_SECRET_FILE", "TORCH_KEY_ID", "HF_PASSWORD", "HF_token")
-SECRETS += ("UCX_PASSPHRASE", "HF_APPCREDENTIAL", "HF_CREDENTIALS_FILE", "HF_REGISTRY_AUTH", "HF__TOKEN__", "HF_PWD_")
-PLAIN = (
-    "NCCL_DEBUG",
-    "HF_HOME",
-    "VLLM_KEYBOARD",
-    "TORCH_TOKENIZERS",
-    "HF_AUTH_SOCK",
-    "VLLM_PASS_THROUGH",
-    "HF_COMPASS",
-)
-PLAIN += ("UCX_CREDENTIALED", "TRANSFORMERS_OLDPWD", "GLOO_SECRETS", "NCCL_AUTHOR", "HF_TOKEN1")
+SECRETS = ("HF_TOKEN", "WANDB_API_KEY", "VLLM_PASSWD", "NCCL_SECRET_FILE", "HF_token", "HF_CREDENTIALS_FILE", "HF_PWD_")
+PLAIN = ("NCCL_DEBUG", "HF_HOME", "VLLM_KEYBOARD", "TORCH_TOKENIZERS", "HF_AUTH_SOCK", "HF_COMPASS", "HF_TOKEN1")
 
 
-def test_variables_for_workers_go_along_and_secrets_by_the_runs_rule_do_not(hostfile, tmp_path):
+def test_variables_are_passed_to_workers_without_secrets(hostfile, tmp_path):
     names = (*SECRETS, *PLAIN)
     env = {**MODELS, **dict.fromkeys(names, "^lo,docker0"), "DRY_RUN": 1, "CLUSTER_DIR": tmp_path}
     lines = run(LAUNCH, hostfile("node-a slots=4", "node-b slots=4"), **env).stdout.splitlines()
@@ -190,7 +166,7 @@ def test_variables_for_workers_go_along_and_secrets_by_the_runs_rule_do_not(host
     passed = dict(line.removeprefix(key).split("=", 1) for line in lines if line.startswith(key))
     assert passed["NCCL_DEBUG"] == "^lo,docker0"
     assert [name for name in names if name not in passed] == [*SECRETS]
-    assert [name for name in names if looks_secret(name)] == [*SECRETS]
+    assert [name for name in names if looks_secret(name)] == [*SECRETS], "the run uses the same rule"
 
 
 def test_hosts_with_different_slots_need_a_decision(hostfile):

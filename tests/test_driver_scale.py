@@ -1,20 +1,18 @@
-"""The driver's cost does not grow with the cluster: rows are views, bytes are the batch's, memory is one copy."""
+"""The driver's cost does not grow with the cluster: rows are views and bytes are those of the batch."""
 
 import importlib
 import pickle
-import weakref
 from types import ModuleType
 
 import pytest
 import torch
 from support.tiny_pairs import REPO
 
-from verl.protocol import DataProto
 from verl.single_controller.base.decorator import plan_calls, registered_methods
 from verl.workers.student_worker import StudentWorker
 
 HEADER_BYTES = 2048
-"""Most bytes that a call takes besides its rows: names, dtypes, shapes, facts."""
+"""Most bytes that a call takes besides its rows: names, dtypes, shapes, meta_info."""
 
 
 @pytest.fixture(scope="module")
@@ -50,21 +48,3 @@ def test_bytes_of_a_step_are_those_of_its_rows_for_any_number_of_workers(driver_
             assert 0 <= run["calls"][name]["bytes_out"] - 512 * of_a_row < HEADER_BYTES * run["workers"]
     more = runs[-1]["bytes_per_step"] - runs[0]["bytes_per_step"]
     assert more / (4 * (512 - 2)) < HEADER_BYTES
-
-
-def test_the_driver_gathers_into_one_copy(driver_scale: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the ranks' answers no more than one is there at a time."""
-    present, most, unpack = list[int](), list[int](), driver_scale.Packed.unpack
-
-    def counting(packed: object) -> DataProto:
-        part = unpack(packed)
-        present.append(1)
-        most.append(len(present))
-        weakref.finalize(part.batch, present.pop)
-        return part
-
-    monkeypatch.setattr(driver_scale.Packed, "unpack", counting)
-    sizes = driver_scale.Sizes(64, 8, 16)
-    group = driver_scale.Transport(driver_scale.Engines, 16, lambda method, rows: sizes.rollout(rows))
-    assert len(group.generate(sizes.prompts())) == 64
-    assert most == [1] * 16 and present == []

@@ -1,4 +1,4 @@
-"""Who may know whom: the layers of the design, read from the source.
+"""Which module may import which: the layers of the design, read from the source.
 
     config, protocol -> ops, vocabulary -> utils -> single_controller, weight_sync -> workers -> agent loop -> trainer
     -> recipe -> experiments
@@ -19,7 +19,7 @@ REPO = Path(__file__).resolve().parents[2]
 SOURCES = sorted(path for top in ("verl", "recipe", "experiments") for path in (REPO / top).rglob("*.py"))
 
 LAYERS = (
-    ("verl.config", "verl.protocol"),
+    ("verl.config", "verl.protocol", "verl.trainer.config", "verl.workers.config"),
     ("verl.ops", "verl.vocabulary"),
     ("verl.utils",),
     ("verl.single_controller", "verl.weight_sync", "verl.tools"),
@@ -29,8 +29,7 @@ LAYERS = (
     ("recipe",),
     ("experiments",),
 )
-ALIASES = ("verl.trainer.config", "verl.workers.config")
-"""verl's names for ``verl.config``."""
+LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names}
 
 RAY_MAY_BE_IMPORTED_IN = ("verl/single_controller/ray/", "verl/experimental/agent_loop/")
 VLLM_MAY_BE_IMPORTED_IN = ("verl/workers/rollout/", "verl/weight_sync/")
@@ -63,25 +62,20 @@ def imported_modules(path: Path) -> set[str]:
 
 
 def layer_of(module: str) -> int:
-    """The number of the layer that names the module, or the folder that holds it most closely."""
-    if module in ALIASES:
-        return 0
-    places = [(len(name), number) for number, names in enumerate(LAYERS) for name in names]
-    return max((size, number) for size, number in places if f"{module}.".startswith(names_of(size, number)))[1]
-
-
-def names_of(size: int, number: int) -> tuple[str, ...]:
-    return tuple(f"{name}." for name in LAYERS[number] if len(name) == size)
+    """The number of the layer that lists the module, or the closest package around it."""
+    while module not in LAYER_OF:
+        module = module.rpartition(".")[0]
+    return LAYER_OF[module]
 
 
 def find_circle(edges: Iterable[tuple[str, str]]) -> list[str]:
     """Nodes that lead back to the first of them, or nothing."""
-    graph: dict[str, set[str]] = {}
+    sorter: TopologicalSorter[str] = TopologicalSorter()
     for source, target in edges:
         if source != target:
-            graph.setdefault(source, set()).add(target)
+            sorter.add(source, target)
     try:
-        TopologicalSorter(graph).prepare()
+        sorter.prepare()
     except CycleError as error:
         return list(error.args[1])
     return []
@@ -93,44 +87,32 @@ EDGES = sorted((name, target) for name, path in MODULES.items() for target in im
 def test_nothing_imports_upward() -> None:
     upward = [f"{source} imports {target}" for source, target in EDGES if layer_of(source) < layer_of(target)]
     assert not upward
-    assert len(EDGES) > 300, "the rule is held against too few imports to mean anything"
+    assert len(EDGES) > 300, "too few imports to mean anything"
 
 
-def test_no_two_modules_import_each_other() -> None:
-    assert not find_circle(EDGES)
-
-
-def test_no_two_folders_import_each_other() -> None:
+def test_no_two_modules_or_folders_import_each_other() -> None:
     def folder(module: str) -> str:
         place = MODULES[module].parent.relative_to(REPO)
-        return module if place == Path("verl") else str(place)  # what stands alone there has its own layer
+        return module if place == Path("verl") else str(place)  # a module directly in verl/ has its own layer
 
+    assert not find_circle(EDGES)
     # A package's __init__ that re-exports names from folders below it is that package's table of contents.
     inside = ((s, t) for s, t in EDGES if MODULES[s].name != "__init__.py" and MODULES[t].name != "__init__.py")
     assert not find_circle((folder(source), folder(target)) for source, target in inside)
 
 
-def test_circles_are_found() -> None:
+def test_the_rules_find_circles_and_layers() -> None:
     assert find_circle([("a", "b"), ("b", "c"), ("c", "a"), ("a", "d")])
     assert not find_circle([("a", "b"), ("a", "a"), ("b", "c")])
-    assert [layer_of(name) for name in ("verl.config.data", "verl.trainer.config", "verl.trainer.ppo", "verl")] == [
-        0,
-        0,
-        6,
-        6,
-    ]
+    modules = ("verl.config.data", "verl.trainer.config", "verl.trainer.ppo", "verl")
+    assert [layer_of(name) for name in modules] == [0, 0, 6, 6]
 
 
 @pytest.mark.parametrize(("package", "places"), [("ray", RAY_MAY_BE_IMPORTED_IN), ("vllm", VLLM_MAY_BE_IMPORTED_IN)])
 def test_ray_and_vllm_stay_at_the_edge(package: str, places: tuple[str, ...]) -> None:
-    users = [
-        str(path.relative_to(REPO))
-        for path in SOURCES
-        if any(name.split(".")[0] == package for name in imported_names(path))
-    ]
-    assert users, f"nothing imports {package}: the rule tests nothing"
-    outside = [user for user in users if not user.startswith(places)]
-    assert not outside, f"{package} is imported in {outside}; only {places} may"
+    users = [path for path in SOURCES if any(name.split(".")[0] == package for name in imported_names(path))]
+    outside = [user for path in users if not (user := str(path.relative_to(REPO))).startswith(places)]
+    assert users and not outside, f"{package} is imported in {outside}; only {places} may"
 
 
 def test_the_algorithm_and_its_kernels_are_pure_torch() -> None:
@@ -140,10 +122,8 @@ def test_the_algorithm_and_its_kernels_are_pure_torch() -> None:
     assert len(paths) > 4 and names <= {"torch", "numpy", "verl", *sys.stdlib_module_names}
 
 
-@pytest.mark.parametrize(
-    "module", ["verl", "verl.config", "verl.trainer.config", "recipe.onpolicy_distill.main_onpolicy_distill"]
-)
-def test_imports_that_help_needs_are_light(module: str) -> None:
-    probe = f"import sys, {module}; print([m for m in ('torch', 'ray', 'vllm', 'transformers') if m in sys.modules])"
+def test_imports_that_help_needs_are_light() -> None:
+    modules = "verl, verl.config, verl.trainer.config, recipe.onpolicy_distill.main_onpolicy_distill"
+    probe = f"import sys, {modules}; print([m for m in ('torch', 'ray', 'vllm', 'transformers') if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", probe], cwd=REPO, capture_output=True, text=True, timeout=120)
     assert result.stdout.strip() == "[]", result.stdout + result.stderr

@@ -1,8 +1,10 @@
-"""What the README says is there, is there."""
+"""Files, commands and settings that the README names exist and work."""
 
 import re
 import shlex
 from pathlib import Path
+
+import pytest
 
 from verl.trainer.launch.typed import load_config
 
@@ -16,35 +18,21 @@ def tree_paths() -> list[str]:
     paths, parent = [], ""
     for line in block.strip().splitlines():
         name = line.split()[0]
-        if line.startswith(" "):
-            paths.append(parent + name)
-        else:
-            parent = name
-            paths.append(name)
+        parent = parent if line.startswith(" ") else name
+        paths.append(name if name == parent else parent + name)
     return paths
 
 
-def test_every_path_of_the_tree_exists() -> None:
+def test_the_tree_shows_every_package_and_nothing_else() -> None:
     paths = tree_paths()
-    assert len(paths) > 15
-    missing = [path for path in paths if not (REPO / path).exists()]
-    assert not missing
-
-
-def test_every_package_is_in_the_tree() -> None:
-    paths = tree_paths()
+    assert len(paths) > 15 and not [path for path in paths if not (REPO / path).exists()]
     folders = {
         str(init.parent.relative_to(REPO)) + "/"
         for top in ("verl", "recipe/onpolicy_distill", "experiments")
         for init in (REPO / top).rglob("__init__.py")
         if "quickstart" not in init.parts
     }
-    unnamed = [
-        folder
-        for folder in sorted(folders)
-        if not any(folder.startswith(path) for path in paths) and not any(path.startswith(folder) for path in paths)
-    ]
-    assert not unnamed
+    assert not [f for f in folders if not any(f.startswith(path) or path.startswith(f) for path in paths)]
 
 
 def test_scripts_make_targets_and_modules_that_it_names_exist() -> None:
@@ -59,21 +47,16 @@ def test_scripts_make_targets_and_modules_that_it_names_exist() -> None:
     assert links and not [name for name in links if not (REPO / name).is_file()]
 
 
-def test_settings_that_it_shows_are_accepted() -> None:
-    block = next(part for part in README.split("\n\n") if part.startswith("    algorithm.distill.objective=exact"))
-    overrides = shlex.split(block.replace("\\\n", " "))
-    start = "actor_rollout_ref.rollout.extend_vocab_start_token=auto"
-    config = load_config([*overrides, start], "recipe.onpolicy_distill.config", "onpolicy_distill_trainer")
-    assert config.algorithm.distill.is_exact and config.algorithm.distill.teacher_knows_extended("rec_next")
-    assert config.data.source_weights == {"rec_*": 0.25, "general_*": 0.75}
-
-
-def test_the_rehearsal_that_it_shows_is_accepted() -> None:
-    block = next(part for part in README.split("\n\n") if part.startswith("    data.synthetic_item_prompts"))
-    start = "actor_rollout_ref.rollout.extend_vocab_start_token=auto"
-    overrides = [*shlex.split(block.replace("\\\n", " ")), start]
+@pytest.mark.parametrize("first", ["algorithm.distill.objective=exact", "data.synthetic_item_prompts"])
+def test_settings_that_it_shows_are_accepted(first: str) -> None:
+    block = next(part for part in README.split("\n\n") if part.startswith(f"    {first}"))
+    overrides = [*shlex.split(block.replace("\\\n", " ")), "actor_rollout_ref.rollout.extend_vocab_start_token=auto"]
     config = load_config(overrides, "recipe.onpolicy_distill.config", "onpolicy_distill_trainer")
-    assert config.data.synthetic_item_prompts.sources == ["synthetic_rec_next", "synthetic_rec_about"]
+    if first.startswith("data"):
+        assert config.data.synthetic_item_prompts.sources == ["synthetic_rec_next", "synthetic_rec_about"]
+    else:
+        assert config.algorithm.distill.is_exact and config.algorithm.distill.teacher_knows_extended("rec_next")
+        assert config.data.source_weights == {"rec_*": 0.25, "general_*": 0.75}
 
 
 def test_it_stays_short() -> None:

@@ -1,4 +1,4 @@
-"""Faults of a disk and kills between two changes of it, for tests of what a run makes of them."""
+"""Faults of a disk and kills between two changes of it, for tests of how a run handles them."""
 
 import os
 import resource
@@ -41,7 +41,7 @@ def killed_at_change(monkeypatch: pytest.MonkeyPatch, number: int) -> Iterator[l
 
 
 @contextmanager
-def disk_full_text(limit_bytes: int) -> Iterator[None]:
+def full_disk(limit_bytes: int) -> Iterator[None]:
     """Let no file of this process grow beyond ``limit_bytes``: writing more fails as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, hard))

@@ -1,4 +1,4 @@
-"""Answers as JSON lines."""
+"""Responses as JSON lines."""
 
 import json
 from pathlib import Path

@@ -36,7 +36,7 @@ def test_it_holds_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert config.ray_kwargs.ray_init["runtime_env"]["env_vars"]["HF_TOKEN"] == "hunter2"
 
 
-def test_those_of_earlier_runs_are_kept_beside_it(tmp_path: Path) -> None:
+def test_configurations_of_earlier_runs_are_kept_beside_it(tmp_path: Path) -> None:
     config, path = PPOConfig(), tmp_path / "config.yaml"
     for rate in (1e-6, 2e-6, 2e-6, 3e-6):
         config.actor_rollout_ref.actor.optim.lr = rate

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.file_faults import disk_full_text
+from support.file_faults import full_disk
 from support.tiny_workers import draw_rows, load_plain, rollouts, with_loss_inputs, worker_config, write_model
 from transformers import AutoModelForCausalLM
 
@@ -119,7 +119,7 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_a_resumed_run_takes_
 @pytest.mark.parametrize("limit", [200, 60_000], ids=["extra", "shards"])
 def test_a_full_disk_costs_only_the_checkpoint(student_model: Path, tmp_path: Path, limit: int) -> None:
     worker = student(student_model)
-    with disk_full_text(limit), pytest.raises(OSError, match=r"is not whole: .*File too large"):
+    with full_disk(limit), pytest.raises(OSError, match=r"is not whole: .*File too large"):
         worker.save_checkpoint(str(tmp_path / "full"), 1)
     worker.save_checkpoint(str(tmp_path / "whole"), 1)
     worker.load_checkpoint(str(tmp_path / "whole"))

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.exact_cases import Models, workers
-from support.file_faults import disk_full_text
+from support.file_faults import full_disk
 from support.tiny_workers import (
     assert_same_gradient,
     draw_rows,
@@ -65,7 +65,7 @@ def run_student(config: ActorRolloutRefConfig, share: DataProto, other: DataProt
     worker.save_checkpoint(str(folder / "checkpoint"), 1)
     seen["saved_scores"] = worker.compute_log_prob(share).tensor("old_log_probs")
     seen["paths"], seen["weights"] = export_weights(worker)
-    with disk_full_text(2_000) if worker.rank == 1 else nullcontext():
+    with full_disk(2_000) if worker.rank == 1 else nullcontext():
         worker.begin_checkpoint(str(folder / "full"), 1)
         seen["failed_save"] = worker.checkpoint_outcome(wait=True)
     seen["next"] = next_step(worker, other)

@@ -39,7 +39,6 @@ def test_distillation_advantage_with_both_clips() -> None:
     weighed = compute_advantage(batch, "on_policy_distill", config=config)
     # Row 0: -1, 1 -> 0.75, 0. Row 1: 0.5, then -99.5 -> -30 at the leak, nothing after it.
     close(weighed.batch["advantages"], [[-1.0, 0.75, 0.0], [0.5, -30.0, 0.0]])
-    close(weighed.batch["returns"], [[-1.0, 0.75, 0.0], [0.5, -30.0, 0.0]])
     assert weighed.meta_info == {"temperature": 1.0}
     assert "advantages" not in batch.batch, "the given batch stays as it is"
 
@@ -77,19 +76,15 @@ def test_an_estimator_of_ones_own_gets_what_it_names(monkeypatch: pytest.MonkeyP
     close(weighed.batch["advantages"], [[0.5, 0.5, 0.5], [0.5, -0.5, 0.0]])
 
 
-@pytest.mark.parametrize(
-    ("estimator", "missing", "producer"),
-    [("on_policy_distill", "ref_log_prob", "teacher"), ("grpo", "token_level_scores", "reward")],
-)
-def test_a_missing_input_names_its_producer(estimator: str, missing: str, producer: str) -> None:
+def test_missing_inputs_and_a_missing_kl_penalty_are_refused() -> None:
     batch = distill_batch()
     batch.pop(batch_keys=["ref_log_prob"])
-    with pytest.raises(KeyError, match=rf"'{missing}' \(made by: {producer}\)"):
-        compute_advantage(batch, estimator)
-
-
-def test_kl_in_the_reward_is_never_forgotten() -> None:
-    batch = distill_batch()
+    for estimator, missing in (
+        ("on_policy_distill", r"'ref_log_prob' \(made by: teacher"),
+        ("grpo", "'token_level_sc"),
+    ):
+        with pytest.raises(KeyError, match=missing):
+            compute_advantage(batch, estimator)
     batch.batch["token_level_scores"] = torch.zeros(2, 3)
     with pytest.raises(ValueError, match="call apply_kl_penalty first"):
         compute_advantage(batch, "grpo", config=AlgoConfig(use_kl_in_reward=True))
@@ -102,7 +97,7 @@ def test_kl_penalty_comes_off_where_the_reference_knows_the_token() -> None:
     rewarded, metrics = apply_kl_penalty(batch, controller, "kl")
     # KL: 1, -1, 0 in row 0; -0.5 in row 1, whose second token is in E and whose third is not trained.
     close(rewarded.batch["token_level_rewards"], [[-0.1, 0.1, 1.0], [0.05, 2.0, 0.0]])
-    # Means of the rows: 0 and -0.5; of both: -0.25. Error held at -0.2: 0.1 * (1 - 0.2 * 2 / 10).
+    # Means of the rows: 0 and -0.5; of both: -0.25. Error clipped to -0.2: 0.1 * (1 - 0.2 * 2 / 10).
     assert metrics == {"actor/reward_kl_penalty": pytest.approx(-0.25), "actor/reward_kl_penalty_coeff": 0.1}
     assert controller.value == pytest.approx(0.096)
     assert "token_level_rewards" not in batch.batch
@@ -124,14 +119,6 @@ def test_importance_weights_are_ratios_cut_at_the_threshold() -> None:
     batch.batch["rollout_log_probs"] = torch.tensor([[0.0, -4.0, -3.0], [-1.5, -0.5, -7.0]])
     weights = compute_rollout_is_weights(batch, RolloutCorrectionConfig(rollout_is="token", rollout_is_threshold=2.0))
     assert list(weights.batch.keys()) == ["rollout_is_weights"]
-    close(
-        weights.batch["rollout_is_weights"],
-        [[math.exp(-1), 2.0, 1.0], [math.exp(0.5), 1.0, 0.0]],
-    )
-
-
-def test_importance_weights_need_the_samplers_log_probs() -> None:
+    close(weights.batch["rollout_is_weights"], [[math.exp(-1), 2.0, 1.0], [math.exp(0.5), 1.0, 0.0]])
     with pytest.raises(ValueError, match=r"rollout.calculate_log_probs=True"):
         compute_rollout_is_weights(distill_batch(), RolloutCorrectionConfig(rollout_is="token"))
-    with pytest.raises(ValueError, match="rollout_is=None gives no weights"):
-        compute_rollout_is_weights(distill_batch(), RolloutCorrectionConfig())

@@ -10,7 +10,6 @@ import torch
 from verl.config import AlgoConfig, FSDPActorConfig, KLControlConfig
 from verl.trainer.ppo import core_algos
 from verl.trainer.ppo.core_algos import (
-    ADV_ESTIMATOR_REGISTRY,
     AdvantageEstimator,
     agg_loss,
     compute_grpo_outcome_advantage,
@@ -45,21 +44,16 @@ TRAINED = torch.tensor([[1, 1, 1, 0]])
     [
         (None, None, [-1.0, 1.0, -97.0, 0.0]),
         (-30.0, 5.0, [-1.0, 1.0, -30.0, 0.0]),
-        (None, 0.0, [-1.0, 0.0, -97.0, 0.0]),
         (0.0, None, [0.0, 1.0, 0.0, 0.0]),
-        (0.0, 0.0, [0.0, 0.0, 0.0, 0.0]),
         (-30.0, -2.0, [-2.0, -2.0, -30.0, 0.0]),  # a negative upper bound never reaches the masked position
     ],
 )
 def test_distillation_advantage_is_the_clipped_log_ratio(
     low: float | None, high: float | None, expected: list[float]
 ) -> None:
-    config = AlgoConfig(distill_adv_min_clip=low, distill_adv_max_clip=high)
-    by_config = compute_on_policy_distill_reverse_kl(STUDENT, TEACHER, TRAINED, config=config)
-    by_argument = compute_on_policy_distill_reverse_kl(
-        STUDENT, TEACHER, TRAINED, distill_adv_max_clip=high, distill_adv_min_clip=low
-    )
-    for advantages, returns in (by_config, by_argument):
+    bounds = {"distill_adv_min_clip": low, "distill_adv_max_clip": high}
+    for options in ({"config": AlgoConfig(**bounds)}, bounds):
+        advantages, returns = compute_on_policy_distill_reverse_kl(STUDENT, TEACHER, TRAINED, **options)
         close(advantages, [expected])
         close(returns, [expected])
 
@@ -68,26 +62,15 @@ def test_a_bound_given_as_argument_goes_before_the_config() -> None:
     config = AlgoConfig(distill_adv_min_clip=-30.0, distill_adv_max_clip=5.0)
     advantages, _ = compute_on_policy_distill_reverse_kl(STUDENT, TEACHER, TRAINED, config, distill_adv_max_clip=0.0)
     close(advantages, [[-1.0, 0.0, -30.0, 0.0]])
-
-
-def test_equal_student_and_teacher_give_no_advantage() -> None:
-    advantages, _ = compute_on_policy_distill_reverse_kl(TEACHER, TEACHER.clone(), TRAINED)
-    close(advantages, [[0.0, 0.0, 0.0, 0.0]], atol=0)
+    with pytest.raises(ValueError, match=r"distill_adv_min_clip=-30.*distill_adv_max_clip=-40"):
+        compute_on_policy_distill_reverse_kl(STUDENT, TEACHER, TRAINED, config, distill_adv_max_clip=-40.0)
 
 
 def test_low_precision_log_probs_are_subtracted_in_float32() -> None:
-    advantages, _ = compute_on_policy_distill_reverse_kl(
-        STUDENT.bfloat16(), torch.tensor([[-1.01, -2.0, -3.0, 0.0]]), TRAINED
-    )
+    teacher = torch.tensor([[-1.01, -2.0, -3.0, 0.0]])
+    advantages, _ = compute_on_policy_distill_reverse_kl(STUDENT.bfloat16(), teacher, TRAINED)
     assert advantages.dtype == torch.float32
     close(advantages, [[-0.01, 0.0, 0.0, 0.0]])
-
-
-def test_bounds_the_wrong_way_round_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"distill_adv_min_clip=5.*distill_adv_max_clip=-30"):
-        compute_on_policy_distill_reverse_kl(
-            STUDENT, TEACHER, TRAINED, distill_adv_max_clip=-30.0, distill_adv_min_clip=5.0
-        )
 
 
 # ---------------------------------------------------------------- advantages from task rewards
@@ -104,24 +87,16 @@ def rewards_of(*scores: float) -> torch.Tensor:
 def test_grpo_compares_with_the_group_mean_in_units_of_its_deviation() -> None:
     # Group a: 1, 3, 8: mean 4, deviations -3, -1, 4, unbiased variance (9 + 1 + 16) / 2 = 13, std 3.6055513.
     # b and c are alone: no baseline, no scale; c trains nothing.
-    advantages, returns = compute_grpo_outcome_advantage(rewards_of(1, 5, 3, 7, 8), MASK, GROUPS)
-    low, middle, high = -3 / (math.sqrt(13) + 1e-6), -1 / (math.sqrt(13) + 1e-6), 4 / (math.sqrt(13) + 1e-6)
-    expected = [[low, low, 0], [5 / (1 + 1e-6), 0, 0], [middle] * 3, [0, 0, 0], [0, high, 0]]
-    close(advantages, expected)
-    close(returns, expected)
-
-
-def test_grpo_without_the_division_is_the_distance_to_the_mean() -> None:
-    advantages, _ = compute_grpo_outcome_advantage(
-        rewards_of(1, 5, 3, 7, 8), MASK, GROUPS, norm_adv_by_std_in_grpo=False
-    )
-    close(advantages, [[-3, -3, 0], [5, 0, 0], [-1, -1, -1], [0, 0, 0], [0, 4, 0]])
-
-
-def test_grpo_gives_nothing_where_a_group_agrees() -> None:
-    index = np.array([7, 7], dtype=object)
-    advantages, _ = compute_grpo_outcome_advantage(rewards_of(2, 2), MASK[:2], index)
-    close(advantages, [[0, 0, 0], [0, 0, 0]], atol=0)
+    low, middle, high = (deviation / (math.sqrt(13) + 1e-6) for deviation in (-3, -1, 4))
+    scaled = [[low, low, 0], [5 / (1 + 1e-6), 0, 0], [middle] * 3, [0, 0, 0], [0, high, 0]]
+    plain = [[-3, -3, 0], [5, 0, 0], [-1, -1, -1], [0, 0, 0], [0, 4, 0]]
+    for by_std, expected in ((True, scaled), (False, plain)):
+        for values in compute_grpo_outcome_advantage(
+            rewards_of(1, 5, 3, 7, 8), MASK, GROUPS, norm_adv_by_std_in_grpo=by_std
+        ):
+            close(values, expected)
+    agreeing, _ = compute_grpo_outcome_advantage(rewards_of(2, 2), MASK[:2], np.array([7, 7], dtype=object))
+    close(agreeing, [[0, 0, 0], [0, 0, 0]], atol=0)
 
 
 def test_rloo_compares_with_the_mean_of_the_others() -> None:
@@ -141,34 +116,23 @@ def test_reinforce_plus_plus_discounts_over_trained_tokens_and_whitens() -> None
     close(advantages, [[-1.0434984, -0.6708204, 0.0745356], [0.0745356, 0.0, 1.5652476]], atol=1e-5)
 
 
-def test_reinforce_plus_plus_sees_a_reward_behind_the_last_trained_token() -> None:
-    # The answer leaked at its second token; the reward sits at its end.
+def test_reinforce_plus_plus_includes_a_reward_after_the_last_trained_token() -> None:
+    # The answer leaked at its second token; the reward is at its end.
     _, returns = compute_reinforce_plus_plus_outcome_advantage(rewards_of(3), torch.tensor([[1, 1, 0]]))
     close(returns, [[3, 3, 0]])
-
-
-@pytest.mark.parametrize("mask", [[[0, 0, 0]], [[0, 1, 0]]])
-def test_reinforce_plus_plus_has_no_scale_below_two_tokens(mask: list[list[int]]) -> None:
-    advantages, _ = compute_reinforce_plus_plus_outcome_advantage(rewards_of(3), torch.tensor(mask))
+    # Fewer than two tokens have no deviation to divide by.
+    advantages, _ = compute_reinforce_plus_plus_outcome_advantage(rewards_of(3), torch.tensor([[0, 1, 0]]))
     close(advantages, [[0, 0, 0]], atol=0)
 
 
 # ---------------------------------------------------------------- registry
 
 
-def test_registry_holds_the_built_in_estimators_by_name_and_enum() -> None:
-    assert AdvantageEstimator.ON_POLICY_DISTILL == "on_policy_distill"
+def test_estimators_are_registered_once_by_name_and_enum(monkeypatch: pytest.MonkeyPatch) -> None:
     assert get_adv_estimator_fn("on_policy_distill") is compute_on_policy_distill_reverse_kl
     assert get_adv_estimator_fn(AdvantageEstimator.GRPO) is compute_grpo_outcome_advantage
-    assert {"on_policy_distill", "grpo", "rloo", "reinforce_plus_plus"} <= ADV_ESTIMATOR_REGISTRY.keys()
-
-
-def test_an_unknown_estimator_lists_the_known_ones() -> None:
     with pytest.raises(ValueError, match=r"'gae' is unknown; choose from .*grpo.*on_policy_distill"):
         get_adv_estimator_fn("gae")
-
-
-def test_a_name_cannot_be_taken_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(core_algos, "ADV_ESTIMATOR_REGISTRY", {})
     first = register_adv_est("mine")(lambda: None)
     assert register_adv_est("mine")(first) is first
@@ -194,12 +158,8 @@ def test_aggregation_by_hand(mode: str, expected: float) -> None:
     assert agg_loss(LOSSES, LOSS_MASK, mode).item() == pytest.approx(expected)
 
 
-def test_counts_are_trained_tokens_and_sequences_that_have_any() -> None:
-    assert [int(count) for count in count_trained(LOSS_MASK)] == [3, 2]
-
-
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("cuts", [[8], [4, 4], [1, 3, 2, 2], [1] * 8])
+@pytest.mark.parametrize("cuts", [[8], [1, 3, 2, 2], [1] * 8])
 @pytest.mark.parametrize("dp_size", [1, 2])
 def test_shares_of_ranks_and_micro_batches_add_up_to_the_whole(mode: str, cuts: list[int], dp_size: int) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -221,23 +181,18 @@ def test_shares_of_ranks_and_micro_batches_add_up_to_the_whole(mode: str, cuts: 
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("counts", [(None, None), (0, 0), (torch.tensor(0), torch.tensor(0))])
+@pytest.mark.parametrize("counts", [(None, None), (torch.tensor(0), torch.tensor(0))])
 def test_nothing_to_train_is_zero_with_zero_gradient(mode: str, counts: tuple) -> None:
     losses = torch.tensor([[NAN, 1.0]], requires_grad=True)
     loss = agg_loss(losses, torch.zeros(1, 2), mode, 1, *counts)
     assert loss.item() == 0.0
-    loss.backward()
-    assert losses.grad is not None
-    close(losses.grad, [[0, 0]], atol=0)
+    close(torch.autograd.grad(loss, losses)[0], [[0, 0]], atol=0)
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_several_ranks_need_the_count_over_all_of_them(mode: str) -> None:
-    with pytest.raises(ValueError, match=r"needs (batch_num_tokens|global_batch_size) over all ranks"):
-        agg_loss(LOSSES, LOSS_MASK, mode, dp_size=2)
-
-
-def test_an_unknown_aggregation_is_refused() -> None:
+def test_aggregations_that_cannot_be_computed_are_refused() -> None:
+    for mode in MODES:
+        with pytest.raises(ValueError, match=r"needs (batch_num_tokens|global_batch_size) over all ranks"):
+            agg_loss(LOSSES, LOSS_MASK, mode, dp_size=2)
     with pytest.raises(ValueError, match="'mean' is not one of token-mean"):
         agg_loss(LOSSES, LOSS_MASK, "mean")
 
@@ -268,15 +223,13 @@ def test_policy_loss_clips_both_ways_and_doubly() -> None:
 
 def test_policy_gradient_on_policy_is_the_advantage_and_stops_at_the_mask() -> None:
     # d/dlogp of -A exp(logp - old) at logp = old is -A; each of 4 tokens counts 1/4. Nothing past the mask, whatever
-    # stands there.
-    for beyond in (NAN, 1000.0, -1000.0, float("inf")):
+    # its value.
+    for beyond in (NAN, 1000.0, float("inf")):
         log_prob = torch.tensor([[-1.0, -2.0, -3.0, -4.0, beyond]], requires_grad=True)
         old = torch.tensor([[-1.0, -2.0, -3.0, -4.0, 0.0]])
         advantages = torch.tensor([[1.0, 2.0, -3.0, 0.0, NAN]])
         loss, _ = compute_policy_loss_vanilla(old, log_prob, advantages, FIVE, "token-mean", CLIP)
-        loss.backward()
-        assert log_prob.grad is not None
-        close(log_prob.grad, [[-0.25, -0.5, 0.75, 0.0, 0.0]])
+        close(torch.autograd.grad(loss, log_prob)[0], [[-0.25, -0.5, 0.75, 0.0, 0.0]])
 
 
 def test_importance_weights_scale_each_token() -> None:
@@ -318,7 +271,8 @@ def test_an_exploded_ratio_stays_finite() -> None:
         (SimpleNamespace(clip_ratio_low=0.2, clip_ratio_high=None, clip_ratio_c=3.0), {}, "clip_ratio_high"),
     ],
 )
-def test_policy_loss_refuses_half_a_description(config: object, counts: dict, message: str) -> None:
+def test_policy_loss_refuses_half_a_description(ratio_c: float, counts: dict, message: str) -> None:
+    config = SimpleNamespace(clip_ratio_low=0.2, clip_ratio_high=0.2, clip_ratio_c=ratio_c)
     with pytest.raises(ValueError, match=message):
         compute_policy_loss_vanilla(OLD, NEW, ADVANTAGES, FIVE, "token-mean", config, **counts)
 
@@ -327,30 +281,25 @@ def test_policy_loss_refuses_half_a_description(config: object, counts: dict, me
 
 
 @pytest.mark.parametrize(
-    ("name", "expected"),
+    ("names", "expected"),
     [
         # d = logprob - ref = 1 and -1
-        ("kl", [1.0, -1.0]),
-        ("k1", [1.0, -1.0]),
-        ("abs", [1.0, 1.0]),
-        ("mse", [0.5, 0.5]),
-        ("k2", [0.5, 0.5]),
-        ("low_var_kl", [0.36787944, 0.71828183]),  # e^-1 + 1 - 1 and e - 1 - 1
-        ("k3", [0.36787944, 0.71828183]),
+        (("kl", "k1"), [1.0, -1.0]),
+        (("abs",), [1.0, 1.0]),
+        (("mse", "k2"), [0.5, 0.5]),
+        (("low_var_kl", "k3"), [0.36787944, 0.71828183]),  # e^-1 + 1 - 1 and e - 1 - 1
     ],
 )
-def test_kl_estimators_by_hand(name: str, expected: list[float]) -> None:
-    close(kl_penalty(torch.tensor([-1.0, -2.0]), torch.tensor([-2.0, -1.0]), name), expected)
+def test_kl_estimators_by_hand(names: tuple[str, ...], expected: list[float]) -> None:
+    for name in names:
+        close(kl_penalty(torch.tensor([-1.0, -2.0]), torch.tensor([-2.0, -1.0]), name), expected)
 
 
-def test_k3_is_bounded() -> None:
+def test_k3_is_bounded_and_full_is_refused() -> None:
     close(kl_penalty(torch.tensor([-1000.0]), torch.tensor([0.0]), "k3"), [10.0])
-
-
-@pytest.mark.parametrize(("name", "reason"), [("full", "whole distribution"), ("k4", "unknown")])
-def test_other_kl_estimators_are_refused(name: str, reason: str) -> None:
-    with pytest.raises(ValueError, match=reason):
-        kl_penalty(torch.zeros(1), torch.zeros(1), name)
+    for name, reason in (("full", "whole distribution"), ("k4", "unknown")):
+        with pytest.raises(ValueError, match=reason):
+            kl_penalty(torch.zeros(1), torch.zeros(1), name)
 
 
 def test_kl_controllers() -> None:
@@ -358,9 +307,7 @@ def test_kl_controllers() -> None:
     fixed.update(current_kl=5.0, n_steps=10)
     assert fixed.value == 0.1
     adaptive = core_algos.get_kl_controller(KLControlConfig(type="adaptive", kl_coef=0.1, target_kl=1.0, horizon=100))
-    adaptive.update(current_kl=2.0, n_steps=10)  # error held at 0.2: 0.1 * (1 + 0.2 * 10 / 100)
+    adaptive.update(current_kl=2.0, n_steps=10)  # error clipped to 0.2: 0.1 * (1 + 0.2 * 10 / 100)
     assert adaptive.value == pytest.approx(0.102)
     adaptive.update(current_kl=0.9, n_steps=10)  # error -0.1: 0.102 * (1 - 0.1 * 10 / 100)
     assert adaptive.value == pytest.approx(0.10098)
-    with pytest.raises(ValueError, match="horizon=0"):
-        core_algos.get_kl_controller(KLControlConfig(type="adaptive", horizon=0))

@@ -1,6 +1,7 @@
-"""Validations of several batches: all answers, and the metrics of their stages as if there had been one batch."""
+"""Validations of several batches: the metrics of their stages as if there had been one batch."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,42 +12,27 @@ from verl.protocol import DataProto
 from verl.trainer.ppo.stages import join_metrics
 
 
-def test_figures_of_batches_are_joined_by_what_they_are() -> None:
-    first = {
-        "agent_loop/tool_calls": 3.0,
-        "agent_loop/tool_reward/min": -1.0,
-        "agent_loop/tool_reward/max": 2.0,
-        "agent_loop/tool_reward/mean": 1.0,
-        "rollout/share": 0.5,
+def test_metrics_of_batches_are_joined_by_their_names() -> None:
+    by_hand = {  # of six rows, of two, of all
+        "agent_loop/tool_calls": (3.0, 4.0, 7.0),
+        "agent_loop/tool_reward/min": (-1.0, 0.0, -1.0),
+        "agent_loop/tool_reward/max": (2.0, 5.0, 5.0),
+        "agent_loop/tool_reward/mean": (1.0, 2.0, 1.25),  # (6 x 1 + 2 x 2) / 8
+        "rollout/share": (0.5, 0.25, 0.4375),  # (6 x 0.5 + 2 x 0.25) / 8
     }
-    second = {
-        "agent_loop/tool_calls": 4.0,
-        "agent_loop/tool_reward/min": 0.0,
-        "agent_loop/tool_reward/max": 5.0,
-        "agent_loop/tool_reward/mean": 2.0,
-        "rollout/share": 0.25,
-        "rollout/late": 7.0,
-    }
-    assert join_metrics([(6, first), (2, second)]) == {
-        "agent_loop/tool_calls": 7.0,
-        "agent_loop/tool_reward/min": -1.0,
-        "agent_loop/tool_reward/max": 5.0,
-        "agent_loop/tool_reward/mean": 1.25,  # (6 x 1 + 2 x 2) / 8
-        "rollout/share": 0.4375,  # (6 x 0.5 + 2 x 0.25) / 8
-        "rollout/late": 7.0,
-    }
+    first, second, joined = ({name: values[place] for name, values in by_hand.items()} for place in range(3))
+    late = {"rollout/late": 7.0}
+    assert join_metrics([(6, first), (2, second | late)]) == joined | late
     assert join_metrics([]) == {}
 
 
 class CountingEngines(Engines):
-    """Every answer calls two tools and takes a second."""
+    """Every response calls two tools and takes a second."""
 
     def generate_sequences(self, prompts: DataProto) -> DataProto:
         generated = super().generate_sequences(prompts)
-        generated.meta_info["metrics"] = {
-            "agent_loop/tool_calls": 2.0 * len(prompts),
-            "timing_s/agent_loop/tool_calls/max": 1.0,
-        }
+        calls = {"agent_loop/tool_calls": 2.0 * len(prompts), "timing_s/agent_loop/tool_calls/max": 1.0}
+        generated.meta_info["metrics"] = calls
         return generated
 
 
@@ -60,17 +46,12 @@ def trainer_of(folder: Path, **settings: Any) -> Any:
     config = make_config(folder, **settings)
     config.data.val_batch_size = 2  # five rows: the last batch has one
     trainer, log = make_trainer(config, val_dataset=Prompts(5), reward_fn=reward)
-    trainer.tokenizer = Words()
+    trainer.tokenizer = SimpleNamespace(decode=lambda tokens, **_: str(tokens))
     trainer.agent_loop_manager = CountingEngines(log)
     return trainer
 
 
-class Words:
-    def decode(self, tokens: list[int], **_: Any) -> str:
-        return str(tokens)
-
-
-def test_a_validation_logs_what_its_stages_measure(tmp_path: Path) -> None:
+def test_a_validation_logs_the_metrics_of_its_stages(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path)
     trainer.stage_metrics = {"rollout/of_a_step": 1.0}
     metrics = trainer.validate()
@@ -81,7 +62,7 @@ def test_a_validation_logs_what_its_stages_measure(tmp_path: Path) -> None:
     assert not {name for name in metrics if "of_a_step" in name or "timing_s/agent_loop" in name}
 
 
-def test_the_best_checkpoint_may_be_judged_by_them(tmp_path: Path) -> None:
+def test_the_best_checkpoint_may_be_chosen_by_them(tmp_path: Path) -> None:
     rule = "val_reward_extra/number subject to val_agent_loop/tool_calls <= 10"
     settings = {"test_freq": 1, "save_freq": 5, "total_training_steps": 1}
     trainer = trainer_of(tmp_path / "run", best_metric=rule, **settings)

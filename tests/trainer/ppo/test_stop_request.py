@@ -85,7 +85,7 @@ def test_a_signal_in_any_stage_ends_the_run_after_its_step_and_nothing_is_lost(
 
     resumed, _ = trainer_of(tmp_path / "run")
     resumed.fit()
-    assert resumed.logger.went_on_after == [step]
+    assert resumed.logger.truncated_after == [step]
     assert metrics_of(stopped.logger.lines + resumed.logger.lines) == metrics_of(whole.logger.lines)
 
 

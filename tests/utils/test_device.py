@@ -6,10 +6,16 @@ import torch
 from verl.utils import device
 
 
-@pytest.mark.parametrize("has_cuda", [False, True])
-def test_auto_takes_cuda_where_there_is_one(monkeypatch: pytest.MonkeyPatch, has_cuda: bool) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_cuda)
-    assert device.get_device_name("auto") == ("cuda" if has_cuda else "cpu")
+@pytest.fixture(autouse=True)
+def no_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same answers on every machine."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def test_auto_takes_cuda_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert device.get_device_name("auto") == device.get_device_name("cpu") == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert device.get_device_name("auto") == device.get_device_name("cuda") == "cuda"
     assert device.get_device_name("cpu") == "cpu"
 
 
@@ -21,6 +27,7 @@ def test_a_device_that_is_not_there_is_an_error() -> None:
 def test_auto_dtype_follows_the_device() -> None:
     assert device.resolve_dtype("auto", "cuda") == torch.bfloat16
     assert device.resolve_dtype("auto", "cpu") == torch.float32
-    assert device.resolve_dtype("bf16", "cpu") == torch.bfloat16
+    assert device.resolve_dtype("bf16", "cpu") == device.resolve_dtype("bfloat16", "cuda") == torch.bfloat16
+    assert device.dtype_name(torch.bfloat16) == "bfloat16"
     with pytest.raises(ValueError, match="'int8'"):
         device.resolve_dtype("int8", "cpu")

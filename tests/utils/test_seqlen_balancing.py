@@ -1,10 +1,14 @@
 """Partitions, row orders and micro-batches on small lists, with the sums written out."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
+from support.tiny_workers import run_ranks
 from tensordict import TensorDict
 
+from verl.single_controller.base import Worker
 from verl.utils.seqlen_balancing import (
     balanced_order,
     get_seqlen_balanced_partitions,
@@ -65,18 +69,21 @@ def test_balanced_order_by_hand() -> None:
     # Mini-batch 0 is rows 0-3 (10 1 1 10): the ranks get 11 tokens each. Mini-batch 1 is rows 4-7 (5 5 9 1): 10 each.
     seqlens = [10, 1, 1, 10, 5, 5, 9, 1]
     order = balanced_order(seqlens, mini_batch_rows=4, dp_size=2)
-    assert sums(seqlens, [order[:2], order[2:4], order[4:6], order[6:]]) == [11, 10, 11, 10]
-    assert sorted(order[:2] + order[4:6]) == [0, 1, 2, 3]
-    # The fuller part goes to the rank with fewer tokens: 9 and 1, then 1 and 9.
-    assert balanced_order([9, 1, 9, 1], mini_batch_rows=2, dp_size=2) == [0, 3, 1, 2]
+    first, second = order[:4], order[4:]
+    for share in (first, second):
+        assert sum(seqlens[row] for row in share[:2]) == 11
+        assert sum(seqlens[row] for row in share[2:]) == 10
+    assert sorted(first[:2] + second[:2]) == [0, 1, 2, 3]
+    assert sorted(first[2:] + second[2:]) == [4, 5, 6, 7]
 
 
-@pytest.mark.parametrize("dp_size", [1, 3, 4])
-@pytest.mark.parametrize("mini_batch_rows", [12, 48])
-def test_mini_batches_contain_the_same_rows_for_any_number_of_ranks(dp_size: int, mini_batch_rows: int) -> None:
-    seqlens = torch.randint(1, 500, (48,), generator=torch.Generator().manual_seed(2)).tolist()
+@pytest.mark.parametrize("dp_size", [1, 2, 3, 4, 6])
+@pytest.mark.parametrize("mini_batch_rows", [12, 24, 48])
+def test_mini_batches_hold_the_same_rows_for_any_number_of_ranks(dp_size: int, mini_batch_rows: int) -> None:
+    generator = torch.Generator().manual_seed(2)
+    seqlens = torch.randint(1, 500, (48,), generator=generator).tolist()
     order = balanced_order(seqlens, mini_batch_rows, dp_size)
-    assert order[get_reverse_idx(order)[5]] == 5 and (dp_size > 1 or order == list(range(48)))
+    assert sorted(order) == list(range(48)) and (dp_size > 1 or order == list(range(48)))
     share, local = 48 // dp_size, mini_batch_rows // dp_size
     for number in range(48 // mini_batch_rows):
         slices = [order[rank * share + number * local :][:local] for rank in range(dp_size)]
@@ -90,7 +97,8 @@ def test_mini_batches_contain_the_same_rows_for_any_number_of_ranks(dp_size: int
 def test_micro_batches_hold_every_row_once_within_the_limit_fullest_first() -> None:
     seqlens = [3, 9, 4, 1, 6, 8, 2]
     micro_batches, parts = rearrange_micro_batches(rows_of(*seqlens), max_token_len=11)
-    assert sums(seqlens, parts) == [11, 11, 11]  # 33 tokens need three of 11, and there is a perfect cut
+    tokens = sums(seqlens, parts)
+    assert tokens == [11, 11, 11]  # 33 tokens need three of 11, and there is a perfect cut
     assert [part["row"].tolist() for part in micro_batches] == parts
     assert [int(part["attention_mask"].sum()) for part in micro_batches] == tokens
     # 18 tokens would fit two micro-batches of 10 by their sum, but no two rows of 6 fit one.
@@ -103,18 +111,18 @@ def test_a_row_above_the_limit_is_named() -> None:
         rearrange_micro_batches(rows_of(3, 12), max_token_len=11)
 
 
-@pytest.mark.parametrize(("lengths", "alone"), [([2, 2, 2, 2], 1), ([9, 9, 9, 9], 4)])
-def test_ranks_agree_on_the_number_of_micro_batches(
-    monkeypatch: pytest.MonkeyPatch, lengths: list[int], alone: int
-) -> None:
-    # One rank has 8 tokens and would take one micro-batch, the other needs four of one row each.
-    def most_of_two(count: torch.Tensor, op: object, group: object = None) -> None:
-        assert op == dist.ReduceOp.MAX and int(count) == alone
-        count.fill_(4)
+def count_micro_batches(lengths: list[list[int]], folder: Path) -> None:
+    """On each rank: micro-batches with and without the other rank, and the tokens of the fullest."""
+    Worker().init_process_group("gloo")
+    rank = dist.get_rank()
+    _, parts = rearrange_micro_batches(rows_of(*lengths[rank]), max_token_len=10)
+    _, alone = rearrange_micro_batches(rows_of(*lengths[rank]), max_token_len=10, same_micro_num_in_dp=False)
+    assert sorted(row for part in parts for row in part) == list(range(len(lengths[rank])))
+    seen = [len(parts), len(alone), max(sums(lengths[rank], parts))]
+    (folder / f"seen_{rank}").write_text(str(seen))
 
-    monkeypatch.setattr(dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(dist, "all_reduce", most_of_two)
-    _, parts = rearrange_micro_batches(rows_of(*lengths), max_token_len=10)
-    assert sorted(parts) == [[0], [1], [2], [3]]
-    _, parts = rearrange_micro_batches(rows_of(*lengths), max_token_len=10, same_micro_num_in_dp=False)
-    assert len(parts) == alone
+
+def test_ranks_agree_on_the_number_of_micro_batches(tmp_path: Path) -> None:
+    # Rank 0 has 8 tokens and would take one micro-batch, rank 1 needs four of one row each.
+    run_ranks(2, count_micro_batches, [[2, 2, 2, 2], [9, 9, 9, 9]], tmp_path)
+    assert [(tmp_path / f"seen_{rank}").read_text() for rank in range(2)] == ["[4, 1, 2]", "[4, 4, 9]"]

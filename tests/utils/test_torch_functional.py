@@ -26,13 +26,14 @@ def test_masked_sum_and_mean_select() -> None:
     assert masked_mean(VALUES, MASK).item() == 3.0
     assert masked_sum(VALUES, MASK, axis=-1).tolist() == [3.0, 6.0, 0.0]
     assert masked_mean(VALUES, MASK, axis=-1).tolist() == [1.5, 6.0, 0.0]
+    assert masked_mean(VALUES, MASK, axis=(0, 1)).item() == 3.0
 
 
 def test_masked_variance() -> None:
     # 1, 2, 6: mean 3, squared deviations 4 + 1 + 9 = 14
     assert masked_var(VALUES, MASK).item() == 7.0
     assert masked_var(VALUES, MASK, unbiased=False).item() == pytest.approx(14 / 3)
-    assert masked_var(VALUES[1:2], MASK[1:2]).item() == 0.0, "of one value"
+    assert masked_var(VALUES, MASK[1:].new_tensor([[0, 0, 0], [1, 0, 0], [0, 0, 0]])).item() == 0.0
 
 
 def test_masked_whiten_has_mean_zero_and_deviation_one() -> None:

@@ -137,9 +137,10 @@ def test_signals_of_the_run_do_not_reach_the_loaders_processes(stream: Any) -> N
     """They are in groups of their own, which terminals and schedulers do not send to; the driver still ends them."""
     before = signal.signal(signal.SIGTERM, lambda *_: None)  # the driver's handler, which they would inherit
     try:
+        others = set(multiprocessing.active_children())  # of other tests in this process
         batches = stream(dataloader_num_workers=1).batches()
         next(batches)
-        [child] = multiprocessing.active_children()
+        [child] = set(multiprocessing.active_children()) - others
         assert os.getpgid(child.pid) == child.pid
         os.kill(child.pid, signal.SIGINT)
         assert len([next(batches) for _ in range(PER_EPOCH - 1)]) == PER_EPOCH - 1

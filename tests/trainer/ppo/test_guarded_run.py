@@ -83,7 +83,7 @@ def with_bad_advantages(bad: Callable[[int], bool]) -> Callable[[Any], None]:
 @torch.no_grad()
 def nudge_teacher(trainer: Any) -> None:
     """Change one matrix of the teacher by a tenth."""
-    module = trainer.role_groups["ref"]._worker._model.module
+    module = trainer.role_groups["ref"]._worker.model.module
     named_weights(module)["model.layers.1.mlp.up_proj.weight"].mul_(1.1)
 
 

@@ -11,9 +11,8 @@ A value lives as long as a handle to it does. A handle may travel in a batch, as
 
 import os
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
-from types import SimpleNamespace
 from typing import Any, Protocol
 
 import torch.distributed as dist
@@ -36,13 +35,13 @@ class ObjectStore(Protocol):
 class InProcessObjectStore:
     """The `ObjectStore` of workers that share a process."""
 
-    def put(self, value: Any) -> SimpleNamespace:
+    def put(self, value: Any) -> Callable[[], Any]:
         """See `ObjectStore`."""
-        return SimpleNamespace(value=value)
+        return lambda: value  # a handle has to be hashable, and to keep the value as long as it lives
 
-    def get(self, handles: Sequence[SimpleNamespace]) -> list[Any]:
+    def get(self, handles: Sequence[Callable[[], Any]]) -> list[Any]:
         """See `ObjectStore`."""
-        return [handle.value for handle in handles]
+        return [handle() for handle in handles]
 
 
 class Worker:

@@ -163,8 +163,8 @@ class AgentLoopManager:
         first = index * len(self._places) // count
         place = self._places[first]
         servers = AsyncLLMServerManager(self._replicas, first, self._request_timeout_s)
-        name = f"agent-loop worker {index} (node {place.node_ip})"
-        return self._actors.create(name, place, AgentLoopWorker, self.config, self._tokenizer, servers)
+        arguments = (AgentLoopWorker, self.config, self._tokenizer, servers)
+        return self._actors.create(f"agent-loop worker {index} (node {place.node_ip})", place, *arguments)
 
     def _check_run(self) -> None:
         """Check engines, workers and the rest of the run, whichever of them is waited for."""

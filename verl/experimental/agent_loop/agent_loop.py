@@ -132,8 +132,7 @@ class AgentLoopManager:
                 f"the engines sampled from weights of versions {sorted(versions)} after the sync of version "
                 f"{self.weight_version}"
             )
-        with_tools = self.rollout.multi_turn.tool_config_path is not None
-        generated.meta_info = {"metrics": batch_metrics(measured, with_tools)}
+        generated.meta_info = {"metrics": batch_metrics(measured, self.rollout.multi_turn.tool_config_path is not None)}
         return generated
 
     def update_weights(self, worker_group: WorkerGroup, version: int) -> None:

@@ -45,7 +45,7 @@ class TextTool(BaseTool):
 class CounterTool(BaseTool):
     """Counts the calls of a conversation, from ``start``; remembers what was created, released and cancelled.
 
-    Its config may name the step in which it ``hangs``, or a ``timeout`` of its own.
+    Its config may name the step in which it ``hangs``.
     """
 
     def __init__(self, config: dict[str, Any], tool_schema: dict[str, Any] | None = None) -> None:
@@ -70,8 +70,6 @@ class CounterTool(BaseTool):
 
     async def execute(self, instance_id: str, parameters: dict[str, Any], by: int = 1, **kwargs: Any):
         await self._hang("execute")
-        if "timeout" in self.config:
-            raise TimeoutError(self.config["timeout"])
         self.counts[instance_id] += by
         return ToolResponse(text=f"count {self.counts[instance_id]}"), 1.0, {}
 

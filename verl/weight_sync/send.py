@@ -37,12 +37,9 @@ FOLDER_PREFIX = "kai-verl-weights-"
 Bucket = dict[str, Any]
 """Where to read one bucket; see `WeightExporter.export`."""
 
-Wait = Callable[[str, list[Any]], Any]
-"""``wait(task, calls)`` waits for calls that were started, one per engine; ``task`` is for its error message."""
-
 
 def send_weights(
-    student: Any, engines: Sequence[Any], ranks_beside: Sequence[Sequence[int]], wait: Wait, version: int
+    student: Any, engines: Sequence[Any], ranks_beside: Sequence[Sequence[int]], wait: Callable[..., Any], version: int
 ) -> None:
     """Send the student's weights to every engine.
 
@@ -50,6 +47,7 @@ def send_weights(
         student: the worker group; its lists have one entry per rank.
         engines: handles of rollout replicas; as with a Ray actor, ``engine.method.remote(...)`` starts a call.
         ranks_beside: per engine the ranks whose export it reads: on CUDA those on its GPUs, on CPU all of its node.
+        wait: ``wait(task, calls)`` waits for calls that were started, one per engine; ``task`` is for its errors.
         version: number of these weights; engines stamp their answers with it.
     """
     wait("begin a weight sync", [engine.start_weight_update.remote() for engine in engines])

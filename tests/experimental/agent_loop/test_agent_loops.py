@@ -57,13 +57,9 @@ async def test_a_plain_answer(tokenizer, loop) -> None:
 @pytest.mark.parametrize(
     ("drawing", "settings", "row", "trainable"),
     [
-        ("mmmm", {}, {}, "1111"),
         ("mMmM", {}, {}, "1100"),
-        ("mmmM", {}, {}, "1111"),
         ("", {}, {}, ""),
-        ("mmmm", {"mask_response_if_have_extend_token": True}, {}, "1111"),
         ("mMmm", {"mask_response_if_have_extend_token": True}, {}, "0000"),
-        ("", {"mask_response_if_have_extend_token": True}, {}, ""),
         ("mMmMm", {"mask_after_extend_token": False}, {}, "11111"),
         ("mMmMm", {}, {"teacher_knows_extended": True}, "11111"),
         ("mMmMm", {"mask_response_if_have_extend_token": True}, {"teacher_knows_extended": True}, "11111"),
@@ -174,10 +170,8 @@ async def test_every_turn_draws_its_own_random_stream_within_what_is_left(tokeni
 @pytest.mark.parametrize(
     ("limits", "turns"),
     [
-        ({"max_assistant_turns": 1}, 2),
         ({"max_assistant_turns": 2}, 4),
         ({"max_user_turns": 0}, 2),
-        ({"max_user_turns": 1}, 4),
         ({"max_user_turns": 2, "max_assistant_turns": 9}, 6),
     ],
 )

@@ -124,6 +124,13 @@ def test_in_one_process_all_of_it_works_without_ray(tmp_path: Path, tokenizer: A
     assert world.events(0) == ["launch None", "start", *LOADS, "finish", "cancelled", "shutdown"]
 
 
+def test_a_launch_that_fails_is_told_at_once(tmp_path: Path, tokenizer: Any) -> None:
+    broken = build(tmp_path, tokenizer, Ranks(tmp_path, "", 1), "cpu", fail_launch=True, in_process=True)
+    with pytest.raises(RuntimeError, match="no memory"):
+        broken.manager.wait_ready()
+    broken.manager.shutdown()
+
+
 # -------------------------------------------------------------------------------------------- with Ray
 
 
@@ -196,13 +203,6 @@ def test_samples_of_other_weights_are_refused(world: World) -> None:
 def test_a_prompt_that_cannot_be_used_is_the_users_to_mend(world: World) -> None:
     with pytest.raises(ValueError, match=r"has 5 tokens, above data.max_prompt_length=4"):
         world.generate([1], [1, 2, 3, 4, 5])
-
-
-def test_a_launch_that_fails_is_told_at_once(world: World, tmp_path: Path, tokenizer: Any) -> None:
-    broken = build(tmp_path, tokenizer, world.ranks, "cpu", fail_launch=True)
-    with pytest.raises(RolloutError, match=r"rollout replica 0 .* failed to start: .*no memory"):
-        broken.manager.wait_ready()
-    broken.manager.shutdown()
 
 
 def test_a_request_that_hangs_is_cancelled_and_answered_elsewhere(world: World) -> None:

@@ -127,12 +127,3 @@ async def test_a_long_queue_is_no_hang(cancelled: list[Any]) -> None:
         servers.engines[0].answer(call)
     assert [output.retries for output in await asyncio.gather(*tasks)] == [0, 0, 0]
     assert not cancelled
-
-
-async def test_without_a_timeout_a_request_is_waited_for(cancelled: list[Any]) -> None:
-    servers = Servers(2, timeout_s=None)
-    task = await servers.send("talk")
-    await asyncio.sleep(2 * TIMEOUT_S)
-    assert not task.done()
-    servers.engines[0].answer(0)
-    assert (await task).retries == 0

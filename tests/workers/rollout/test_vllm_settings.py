@@ -7,7 +7,7 @@ import pytest
 from verl.config import HFModelConfig, RolloutConfig
 from verl.workers.rollout.replica import ModelInfo
 from verl.workers.rollout.vllm_engine import LOGGED_EXCEPTION
-from verl.workers.rollout.vllm_settings import engine_arguments, engine_environment, engine_threads
+from verl.workers.rollout.vllm_settings import engine_arguments, engine_threads
 
 MODEL = HFModelConfig(path="model", override_config={"attn_implementation": "eager", "rope_theta": 5.0})
 
@@ -55,13 +55,6 @@ def test_options_of_vllm_win_null_is_its_default_and_a_dropped_one_gets_a_notice
     assert (given["block_size"], given["seed"]) == (32, 1)
     assert not {"x", "swap_space", "quantization"} & given.keys()
     assert "engine_kwargs.vllm.swap_space has no effect" in caplog.text
-
-
-def test_environment() -> None:
-    cpu, cuda = (engine_environment(RolloutConfig(), device) for device in ("cpu", "cuda"))
-    assert (cpu["VLLM_ENABLE_V1_MULTIPROCESSING"], cuda["VLLM_ENABLE_V1_MULTIPROCESSING"]) == ("0", "1")
-    assert "TORCH_COMPILE_DISABLE" in cpu and "TORCH_COMPILE_DISABLE" not in cuda
-    assert "VLLM_ALLOW_INSECURE_SERIALIZATION" in cuda and "VLLM_ALLOW_INSECURE_SERIALIZATION" not in cpu
 
 
 @pytest.mark.parametrize(

@@ -132,8 +132,7 @@ class AgentLoopManager:
                 f"the engines sampled from weights of versions {sorted(versions)} after the sync of version "
                 f"{self.weight_version}"
             )
-        with_tools = self.rollout.multi_turn.tool_config_path is not None
-        generated.meta_info = {"metrics": batch_metrics(measured, with_tools)}
+        generated.meta_info = {"metrics": batch_metrics(measured, self.rollout.multi_turn.tool_config_path is not None)}
         return generated
 
     def update_weights(self, worker_group: WorkerGroup, version: int) -> None:
@@ -163,8 +162,8 @@ class AgentLoopManager:
         first = index * len(self._places) // count
         place = self._places[first]
         servers = AsyncLLMServerManager(self._replicas, first, self._request_timeout_s)
-        name = f"agent-loop worker {index} (node {place.node_ip})"
-        return self._actors.create(name, place, AgentLoopWorker, self.config, self._tokenizer, servers)
+        arguments = (AgentLoopWorker, self.config, self._tokenizer, servers)
+        return self._actors.create(f"agent-loop worker {index} (node {place.node_ip})", place, *arguments)
 
     def _check_run(self) -> None:
         """Check engines, workers and the rest of the run, whichever of them is waited for."""

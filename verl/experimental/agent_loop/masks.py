@@ -33,8 +33,6 @@ def trainable_mask(
         drop_whole: train on nothing of a response that holds an extended token.
         keep_rest: train on what follows the first extended token too, void as the teacher's context is there.
     """
-    if len(model_mask) != len(extended_mask):
-        raise ValueError(f"model_mask has {len(model_mask)} tokens and extended_mask {len(extended_mask)}")
     if 1 not in extended_mask:
         return list(model_mask)
     if drop_whole:

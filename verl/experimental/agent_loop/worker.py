@@ -62,10 +62,9 @@ class AgentLoopWorker:
                 task.cancel()
         pad_token_id: Any = self.context.template.tokenizer.pad_token_id
         tensors = pad_outputs(outputs, rollout.prompt_length, rollout.response_length, pad_token_id)
-        turns = [output.num_turns for output in outputs]
         measured = [vars(output.metrics) | {"weight_version": output.weight_version} for output in outputs]
         metrics = {name: [of_row[name] for of_row in measured] for name in measured[0]}
-        return DataProto.from_dict(tensors, {"__num_turns__": turns}, {"metrics": metrics})
+        return DataProto.from_dict(tensors, {"__num_turns__": [o.num_turns for o in outputs]}, {"metrics": metrics})
 
     async def _converse(self, sampling: Mapping[str, Any], row: dict[str, Any]) -> AgentLoopOutput:
         name = row.pop("agent_name", None) or self.context.rollout.agent.default_agent_loop

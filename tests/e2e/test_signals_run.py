@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 
 STEPS = 12
 BATCH = {"data.train_batch_size": 4, "actor_rollout_ref.actor.ppo_mini_batch_size": 4, "trainer.save_freq": 100}
-OVERRIDES = small_run("hf", 2, STEPS, **BATCH, **{"data.dataloader_num_workers": 1})
+OVERRIDES = small_run("hf", 2, STEPS, **BATCH)
 
 
 @pytest.fixture(scope="module")
@@ -28,11 +28,12 @@ def test_runs_that_are_stopped_by_signals_go_on_as_if_they_had_not_been(env: dic
 
     A data loader's process has a group of its own.
     """
-    with Running(tmp_path / "whole", OVERRIDES, env) as whole:
+    overrides = [*OVERRIDES, "data.dataloader_num_workers=1"]
+    with Running(tmp_path / "whole", overrides, env) as whole:
         assert whole.finish(300).returncode == 0
     stopped_at = 0
     for number in (signal.SIGTERM, signal.SIGINT):
-        with Running(tmp_path / "run", OVERRIDES, env) as running:
+        with Running(tmp_path / "run", overrides, env) as running:
             running.wait_for_steps(stopped_at + 2)
             if number == signal.SIGTERM:
                 for pid, title in processes_of(running.process.pid).items():
@@ -48,7 +49,7 @@ def test_runs_that_are_stopped_by_signals_go_on_as_if_they_had_not_been(env: dic
         assert f"stopped by {number.name}: step {stopped_at} of {STEPS}, newest checkpoint " in ended.output
         assert "Traceback" not in ended.output
 
-    with Running(tmp_path / "run", OVERRIDES, env) as running:
+    with Running(tmp_path / "run", overrides, env) as running:
         assert running.finish(300).returncode == 0
     expected, got = metrics_by_step(tmp_path / "whole", STEPS), metrics_by_step(tmp_path / "run", STEPS)
     for step in expected:

@@ -10,19 +10,6 @@ import torch
 
 from verl.config import AlgoConfig, FSDPActorConfig, KLControlConfig
 from verl.trainer.ppo import core_algos
-from verl.trainer.ppo.core_algos import (
-    AdvantageEstimator,
-    agg_loss,
-    compute_grpo_outcome_advantage,
-    compute_on_policy_distill_reverse_kl,
-    compute_policy_loss_vanilla,
-    compute_reinforce_plus_plus_outcome_advantage,
-    compute_rloo_outcome_advantage,
-    count_trained,
-    get_adv_estimator_fn,
-    kl_penalty,
-    register_adv_est,
-)
 
 NAN = float("nan")
 MODES = ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"]
@@ -52,22 +39,24 @@ TRAINED = torch.tensor([[1, 1, 1, 0]])
 def test_distillation_advantage_is_the_clipped_log_ratio(low: Any, high: Any, expected: list[float]) -> None:
     bounds = {"distill_adv_min_clip": low, "distill_adv_max_clip": high}
     for options in ({"config": AlgoConfig(**bounds)}, bounds):
-        advantages, returns = compute_on_policy_distill_reverse_kl(STUDENT, TEACHER, TRAINED, **options)
+        advantages, returns = core_algos.compute_on_policy_distill_reverse_kl(STUDENT, TEACHER, TRAINED, **options)
         close(advantages, [expected])
         close(returns, [expected])
 
 
 def test_a_bound_given_as_argument_goes_before_the_config() -> None:
     config = AlgoConfig(distill_adv_min_clip=-30.0, distill_adv_max_clip=5.0)
-    advantages, _ = compute_on_policy_distill_reverse_kl(STUDENT, TEACHER, TRAINED, config, distill_adv_max_clip=0.0)
+    advantages, _ = core_algos.compute_on_policy_distill_reverse_kl(
+        STUDENT, TEACHER, TRAINED, config, distill_adv_max_clip=0.0
+    )
     close(advantages, [[-1.0, 0.0, -30.0, 0.0]])
     with pytest.raises(ValueError, match=r"distill_adv_min_clip=-30.*distill_adv_max_clip=-40"):
-        compute_on_policy_distill_reverse_kl(STUDENT, TEACHER, TRAINED, config, distill_adv_max_clip=-40.0)
+        core_algos.compute_on_policy_distill_reverse_kl(STUDENT, TEACHER, TRAINED, config, distill_adv_max_clip=-40.0)
 
 
 def test_low_precision_log_probs_are_subtracted_in_float32() -> None:
     teacher = torch.tensor([[-1.01, -2.0, -3.0, 0.0]])
-    advantages, _ = compute_on_policy_distill_reverse_kl(STUDENT.bfloat16(), teacher, TRAINED)
+    advantages, _ = core_algos.compute_on_policy_distill_reverse_kl(STUDENT.bfloat16(), teacher, TRAINED)
     assert advantages.dtype == torch.float32
     close(advantages, [[-0.01, 0.0, 0.0, 0.0]])
 
@@ -90,17 +79,17 @@ def test_grpo_compares_with_the_group_mean_in_units_of_its_deviation() -> None:
     scaled = [[low, low, 0], [5 / (1 + 1e-6), 0, 0], [middle] * 3, [0, 0, 0], [0, high, 0]]
     plain = [[-3, -3, 0], [5, 0, 0], [-1, -1, -1], [0, 0, 0], [0, 4, 0]]
     for by_std, expected in ((True, scaled), (False, plain)):
-        for values in compute_grpo_outcome_advantage(
+        for values in core_algos.compute_grpo_outcome_advantage(
             rewards_of(1, 5, 3, 7, 8), MASK, GROUPS, norm_adv_by_std_in_grpo=by_std
         ):
             close(values, expected)
-    agreeing, _ = compute_grpo_outcome_advantage(rewards_of(2, 2), MASK[:2], np.array([7, 7], dtype=object))
+    agreeing, _ = core_algos.compute_grpo_outcome_advantage(rewards_of(2, 2), MASK[:2], np.array([7, 7], dtype=object))
     close(agreeing, [[0, 0, 0], [0, 0, 0]], atol=0)
 
 
 def test_rloo_compares_with_the_mean_of_the_others() -> None:
     # Group a: 1 - (3 + 8) / 2 = -4.5, 3 - (1 + 8) / 2 = -1.5, 8 - (1 + 3) / 2 = 6; b is alone: 5.
-    advantages, _ = compute_rloo_outcome_advantage(rewards_of(1, 5, 3, 7, 8), MASK, GROUPS)
+    advantages, _ = core_algos.compute_rloo_outcome_advantage(rewards_of(1, 5, 3, 7, 8), MASK, GROUPS)
     close(advantages, [[-4.5, -4.5, 0], [5, 0, 0], [-1.5, -1.5, -1.5], [0, 0, 0], [0, 6, 0]])
 
 
@@ -110,17 +99,19 @@ def test_reinforce_plus_plus_discounts_over_trained_tokens_and_whitens() -> None
     # Whitened over 0.25, 0.5, 1, 1, 2: mean 0.95, squared deviations sum to 1.8, / 4 = 0.45, std 0.6708204.
     rewards = torch.tensor([[0.0, 0.0, 1.0], [0.0, 0.0, 2.0]])
     mask = torch.tensor([[1, 1, 1], [1, 0, 1]])
-    advantages, returns = compute_reinforce_plus_plus_outcome_advantage(rewards, mask, config=AlgoConfig(gamma=0.5))
+    advantages, returns = core_algos.compute_reinforce_plus_plus_outcome_advantage(
+        rewards, mask, config=AlgoConfig(gamma=0.5)
+    )
     close(returns, [[0.25, 0.5, 1.0], [1.0, 0.0, 2.0]])
     close(advantages, [[-1.0434984, -0.6708204, 0.0745356], [0.0745356, 0.0, 1.5652476]], atol=1e-5)
 
 
 def test_reinforce_plus_plus_includes_a_reward_after_the_last_trained_token() -> None:
     # The answer leaked at its second token; the reward is at its end.
-    _, returns = compute_reinforce_plus_plus_outcome_advantage(rewards_of(3), torch.tensor([[1, 1, 0]]))
+    _, returns = core_algos.compute_reinforce_plus_plus_outcome_advantage(rewards_of(3), torch.tensor([[1, 1, 0]]))
     close(returns, [[3, 3, 0]])
     # Fewer than two tokens have no deviation to divide by.
-    advantages, _ = compute_reinforce_plus_plus_outcome_advantage(rewards_of(3), torch.tensor([[0, 1, 0]]))
+    advantages, _ = core_algos.compute_reinforce_plus_plus_outcome_advantage(rewards_of(3), torch.tensor([[0, 1, 0]]))
     close(advantages, [[0, 0, 0]], atol=0)
 
 
@@ -128,15 +119,17 @@ def test_reinforce_plus_plus_includes_a_reward_after_the_last_trained_token() ->
 
 
 def test_estimators_are_registered_once_by_name_and_enum(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert get_adv_estimator_fn("on_policy_distill") is compute_on_policy_distill_reverse_kl
-    assert get_adv_estimator_fn(AdvantageEstimator.GRPO) is compute_grpo_outcome_advantage
+    assert core_algos.get_adv_estimator_fn("on_policy_distill") is core_algos.compute_on_policy_distill_reverse_kl
+    assert (
+        core_algos.get_adv_estimator_fn(core_algos.AdvantageEstimator.GRPO) is core_algos.compute_grpo_outcome_advantage
+    )
     with pytest.raises(ValueError, match=r"'gae' is unknown; choose from .*grpo.*on_policy_distill"):
-        get_adv_estimator_fn("gae")
+        core_algos.get_adv_estimator_fn("gae")
     monkeypatch.setattr(core_algos, "ADV_ESTIMATOR_REGISTRY", {})
-    first = register_adv_est("mine")(lambda: None)
-    assert register_adv_est("mine")(first) is first
+    first = core_algos.register_adv_est("mine")(lambda: None)
+    assert core_algos.register_adv_est("mine")(first) is first
     with pytest.raises(ValueError, match="'mine' exists"):
-        register_adv_est("mine")(lambda: None)
+        core_algos.register_adv_est("mine")(lambda: None)
 
 
 # ---------------------------------------------------------------- aggregation
@@ -149,7 +142,7 @@ def test_aggregation_by_hand() -> None:
     token_mean = 7 / 3  # (1 + 2 + 4) / 3 tokens
     token_sum = 3.5  # (3 + 4) / 2 sequences; the third has nothing to train
     of_means = 2.75  # (1.5 + 4) / 2
-    assert [agg_loss(LOSSES, LOSS_MASK, mode).item() for mode in MODES] == pytest.approx(
+    assert [core_algos.agg_loss(LOSSES, LOSS_MASK, mode).item() for mode in MODES] == pytest.approx(
         [token_mean, token_sum, of_means]
     )
 
@@ -162,14 +155,16 @@ def test_shares_of_ranks_and_micro_batches_add_up_to_the_whole(mode: str, cuts: 
     losses = torch.randn(8 * dp_size, 5, generator=generator, dtype=torch.float64, requires_grad=True)
     mask = (torch.rand(8 * dp_size, 5, generator=generator) < 0.5).long()
     mask[0] = 0  # one micro-batch of [1] * 8 trains nothing
-    whole = agg_loss(losses, mask, mode)
+    whole = core_algos.agg_loss(losses, mask, mode)
     (whole_grad,) = torch.autograd.grad(whole, losses)
 
-    tokens, sequences = count_trained(mask)
+    tokens, sequences = core_algos.count_trained(mask)
     ranks = []
     for rank_losses, rank_mask in zip(losses.chunk(dp_size), mask.chunk(dp_size), strict=True):
         pieces = zip(rank_losses.split(cuts), rank_mask.split(cuts), strict=True)
-        ranks.append(sum(agg_loss(loss, part, mode, dp_size, int(tokens), int(sequences)) for loss, part in pieces))
+        ranks.append(
+            sum(core_algos.agg_loss(loss, part, mode, dp_size, int(tokens), int(sequences)) for loss, part in pieces)
+        )
     averaged = sum(ranks) / dp_size  # what data-parallel training does to gradients
     torch.testing.assert_close(averaged, whole)
     (grad,) = torch.autograd.grad(averaged, losses)
@@ -180,7 +175,7 @@ def test_shares_of_ranks_and_micro_batches_add_up_to_the_whole(mode: str, cuts: 
 @pytest.mark.parametrize("counts", [(None, None), (torch.tensor(0), torch.tensor(0))])
 def test_nothing_to_train_is_zero_with_zero_gradient(mode: str, counts: tuple) -> None:
     losses = torch.tensor([[NAN, 1.0]], requires_grad=True)
-    loss = agg_loss(losses, torch.zeros(1, 2), mode, 1, *counts)
+    loss = core_algos.agg_loss(losses, torch.zeros(1, 2), mode, 1, *counts)
     assert loss.item() == 0.0
     close(torch.autograd.grad(loss, losses)[0], [[0, 0]], atol=0)
 
@@ -188,9 +183,9 @@ def test_nothing_to_train_is_zero_with_zero_gradient(mode: str, counts: tuple) -
 def test_aggregations_that_cannot_be_computed_are_refused() -> None:
     for mode in MODES:
         with pytest.raises(ValueError, match=r"needs (batch_num_tokens|global_batch_size) over all ranks"):
-            agg_loss(LOSSES, LOSS_MASK, mode, dp_size=2)
+            core_algos.agg_loss(LOSSES, LOSS_MASK, mode, dp_size=2)
     with pytest.raises(ValueError, match="'mean' is not one of token-mean"):
-        agg_loss(LOSSES, LOSS_MASK, "mean")
+        core_algos.agg_loss(LOSSES, LOSS_MASK, "mean")
 
 
 # ---------------------------------------------------------------- policy loss
@@ -209,7 +204,7 @@ FIVE = torch.tensor([[1, 1, 1, 1, 0]])
 
 
 def test_policy_loss_clips_both_ways_and_doubly() -> None:
-    loss, metrics = compute_policy_loss_vanilla(OLD, NEW, ADVANTAGES, FIVE, "token-mean", CLIP)
+    loss, metrics = core_algos.compute_policy_loss_vanilla(OLD, NEW, ADVANTAGES, FIVE, "token-mean", CLIP)
     assert loss.item() == pytest.approx(0.5)  # (-1.3 - 0.5 + 3.0 + 0.8) / 4
     assert metrics["actor/pg_clipfrac"].item() == pytest.approx(0.5)  # tokens 0 and 3
     assert metrics["actor/pg_clipfrac_lower"].item() == pytest.approx(0.25)  # token 2
@@ -224,13 +219,13 @@ def test_policy_gradient_on_policy_is_the_advantage_and_stops_at_the_mask() -> N
         log_prob = torch.tensor([[-1.0, -2.0, -3.0, -4.0, beyond]], requires_grad=True)
         old = torch.tensor([[-1.0, -2.0, -3.0, -4.0, 0.0]])
         advantages = torch.tensor([[1.0, 2.0, -3.0, 0.0, NAN]])
-        loss, _ = compute_policy_loss_vanilla(old, log_prob, advantages, FIVE, "token-mean", CLIP)
+        loss, _ = core_algos.compute_policy_loss_vanilla(old, log_prob, advantages, FIVE, "token-mean", CLIP)
         close(torch.autograd.grad(loss, log_prob)[0], [[-0.25, -0.5, 0.75, 0.0, 0.0]])
 
 
 def test_importance_weights_scale_each_token() -> None:
     weights = torch.tensor([[2.0, 1.0, 1.0, 0.5, NAN]])
-    loss, _ = compute_policy_loss_vanilla(OLD, NEW, ADVANTAGES, FIVE, "token-mean", CLIP, weights)
+    loss, _ = core_algos.compute_policy_loss_vanilla(OLD, NEW, ADVANTAGES, FIVE, "token-mean", CLIP, weights)
     assert loss.item() == pytest.approx((-2.6 - 0.5 + 3.0 + 0.4) / 4)
 
 
@@ -238,11 +233,11 @@ def test_policy_loss_and_metrics_of_shares_add_up() -> None:
     generator = torch.Generator().manual_seed(1)
     old, new, advantages = torch.randn(3, 4, 6, generator=generator)
     mask = (torch.rand(4, 6, generator=generator) < 0.6).long()
-    tokens, sequences = count_trained(mask)
+    tokens, sequences = core_algos.count_trained(mask)
     for mode in MODES:
-        loss, metrics = compute_policy_loss_vanilla(old, new, advantages, mask, mode, CLIP)
+        loss, metrics = core_algos.compute_policy_loss_vanilla(old, new, advantages, mask, mode, CLIP)
         shares = [
-            compute_policy_loss_vanilla(
+            core_algos.compute_policy_loss_vanilla(
                 old[row], new[row], advantages[row], mask[row], mode, CLIP, None, 2, tokens, sequences
             )
             for row in ([0], [1, 2], [3])
@@ -253,7 +248,7 @@ def test_policy_loss_and_metrics_of_shares_add_up() -> None:
 
 
 def test_an_exploded_ratio_stays_finite() -> None:
-    loss, metrics = compute_policy_loss_vanilla(
+    loss, metrics = core_algos.compute_policy_loss_vanilla(
         torch.tensor([[-200.0]]), torch.tensor([[0.0]]), torch.tensor([[-1.0]]), torch.ones(1, 1), config=CLIP
     )
     assert loss.item() == pytest.approx(3.0)  # the dual clip
@@ -264,7 +259,7 @@ def test_policy_loss_refuses_half_a_description() -> None:
     for ratio_c, counts, message in ((1.0, {}, "must be above 1"), (3.0, {"batch_num_tokens": 4}, "together")):
         config = SimpleNamespace(clip_ratio_low=0.2, clip_ratio_high=0.2, clip_ratio_c=ratio_c)
         with pytest.raises(ValueError, match=message):
-            compute_policy_loss_vanilla(OLD, NEW, ADVANTAGES, FIVE, "token-mean", config, **counts)
+            core_algos.compute_policy_loss_vanilla(OLD, NEW, ADVANTAGES, FIVE, "token-mean", config, **counts)
 
 
 # ---------------------------------------------------------------- KL
@@ -275,14 +270,14 @@ def test_kl_estimators_by_hand() -> None:
     k3 = [0.36787944, 0.71828183]  # e^-1 + 1 - 1 and e - 1 - 1
     by_hand = {"kl": [1.0, -1.0], "k1": [1.0, -1.0], "abs": [1.0, 1.0], "mse": [0.5, 0.5], "k2": [0.5, 0.5]}
     for name, expected in (by_hand | {"low_var_kl": k3, "k3": k3}).items():
-        close(kl_penalty(log_prob, reference, name), expected)
+        close(core_algos.kl_penalty(log_prob, reference, name), expected)
 
 
 def test_k3_is_bounded_and_full_is_refused() -> None:
-    close(kl_penalty(torch.tensor([-1000.0]), torch.tensor([0.0]), "k3"), [10.0])
+    close(core_algos.kl_penalty(torch.tensor([-1000.0]), torch.tensor([0.0]), "k3"), [10.0])
     for name, reason in (("full", "whole distribution"), ("k4", "unknown")):
         with pytest.raises(ValueError, match=reason):
-            kl_penalty(torch.zeros(1), torch.zeros(1), name)
+            core_algos.kl_penalty(torch.zeros(1), torch.zeros(1), name)
 
 
 def test_kl_controllers() -> None:

@@ -168,23 +168,19 @@ def test_one_step_runs_its_stages_in_order_and_logs_every_family_once(tmp_path: 
     assert {"timing_s/gen", "timing_s/update_weights", "timing_s/step", "perf/throughput"} <= set(data)
 
 
-def test_responses_to_a_prompt_share_its_uid(tmp_path: Path) -> None:
-    config = make_config(tmp_path, total_training_steps=1)
-    config.actor_rollout_ref.rollout.n = 2
-    trainer, _ = make_trainer(config)
-    trainer.fit()
-    uids = sorted(trainer.actor_wg.updated[0].non_tensor_batch["uid"])
-    assert len(set(uids)) == 4 and uids[::2] == uids[1::2]
-
-
 def test_epochs_follow_until_the_last_step_and_the_data_are_notified(tmp_path: Path) -> None:
-    trainer, log = make_trainer(make_config(tmp_path, total_training_steps=5))
+    config = make_config(tmp_path, total_training_steps=5)
+    config.actor_rollout_ref.rollout.n = 2
+    trainer, log = make_trainer(config)
     trainer.fit()
     assert [step for step, _ in trainer.logger.lines] == [1, 2, 3, 4, 5]
     assert trainer.train_dataset.epochs == [0, 1, 2]  # two batches of four an epoch
     assert log.count("update") == 5
-    rows = [index for batch in trainer.actor_wg.updated[:2] for index in batch.non_tensor_batch["index"]]
-    assert sorted(rows) == list(range(8)), "an epoch shows every prompt once"
+    first_epoch = trainer.actor_wg.updated[:2]
+    rows = [index for batch in first_epoch for index in batch.non_tensor_batch["index"]]
+    assert sorted(rows) == sorted([*range(8)] * 2), "an epoch shows every prompt once, with two responses"
+    uids = sorted(uid for batch in first_epoch for uid in batch.non_tensor_batch["uid"])
+    assert uids[::2] == uids[1::2] and len(set(uids)) == 8, "only responses to one prompt share a uid"
 
 
 def test_engines_that_slept_through_validation_are_synced_before_they_generate(tmp_path: Path) -> None:
@@ -229,20 +225,6 @@ def test_a_run_resumes_where_it_was_saved(tmp_path: Path) -> None:
     assert sorted(seen) == list(range(8)), "the second epoch continues with the remaining prompts"
 
 
-def killed_before_logging(trainer: Any, step: int) -> None:
-    """Train until the process ends after the checkpoint of a step and before its line in the log."""
-    log = trainer.logger.log
-
-    def log_or_die(data: dict[str, float], number: int) -> None:
-        if number == step:
-            raise Killed
-        log(data, number)
-
-    trainer.logger.log = log_or_die
-    with pytest.raises(Killed):
-        trainer.fit()
-
-
 @pytest.mark.parametrize("async_save", [True, False])
 def test_a_kill_between_a_checkpoint_and_its_line_loses_no_metrics(tmp_path: Path, async_save: bool) -> None:
     def trainer_of(folder: Path, steps: int = 4, **settings: Any) -> Any:
@@ -258,7 +240,17 @@ def test_a_kill_between_a_checkpoint_and_its_line_loses_no_metrics(tmp_path: Pat
 
     whole, run = tmp_path / "whole", tmp_path / "run"
     trainer_of(whole).fit()
-    killed_before_logging(trainer_of(run, steps=2), 2)  # the last step waits for its checkpoint
+    killed = trainer_of(run, steps=2)  # the last step waits for its checkpoint
+    log = killed.logger.log
+
+    def log_or_die(data: dict[str, float], step: int) -> None:
+        if step == 2:
+            raise Killed
+        log(data, step)
+
+    killed.logger.log = log_or_die
+    with pytest.raises(Killed):
+        killed.fit()
     assert (run / "latest_checkpointed_iteration.txt").read_text() == "2\n"
     assert [step for step, _ in metrics(run)] == [1]
     # Its own folder by another name, from which it also takes the checkpoint.

@@ -25,7 +25,7 @@ def test_an_interface_or_an_address_of_the_users_wins():
 
 def test_the_name_in_the_hostfile_counts_unless_it_means_the_loopback(monkeypatch):
     assert node_facts.choose_address(None, "10.0.0.1", None, OWN) == "10.0.0.1"
-    # As on Debian, where a host's own name stands for 127.0.1.1: the route to the others decides.
+    # As on Debian, where a host's own name resolves to 127.0.1.1: the route to the others decides.
     monkeypatch.setattr(node_facts, "resolve", lambda name: ["127.0.1.1"])
     monkeypatch.setattr(node_facts, "route_from", {"node-b": "10.1.0.1"}.get)
     own = {**OWN, "127.0.1.1": "lo"}

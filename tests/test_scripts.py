@@ -1,6 +1,7 @@
 """The shell scripts: what they would run, with stand-ins for Python and without any network or cluster."""
 
 import os
+import subprocess
 
 import pytest
 from support.script_runner import (
@@ -34,6 +35,7 @@ def test_help_and_syntax(script):
     done = run(script, "--help")
     assert done.returncode == 0 and script.name in done.stdout
     assert "set -euo pipefail" in script.read_text()
+    assert subprocess.run(["bash", "-n", str(script)], check=False).returncode == 0
     assert os.access(script, os.X_OK)
 
 

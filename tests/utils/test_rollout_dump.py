@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from verl.protocol import DataProto
@@ -18,40 +17,25 @@ class LetterTokenizer:
 
 
 def test_rows_are_written_without_padding(tmp_path: Path) -> None:
-    batch = DataProto.from_dict(
-        {
-            "prompts": torch.tensor([[0, 1], [2, 3]]),
-            "responses": torch.tensor([[4, 9, 0], [5, 0, 0]]),
-            "attention_mask": torch.tensor([[0, 1, 1, 1, 0], [1, 1, 1, 0, 0]]),
-            "response_mask": torch.tensor([[1, 0, 0], [1, 0, 0]]),
-            "distill_special_token_mask": torch.tensor([[0, 1, 0], [0, 0, 0]]),
-            "token_level_scores": torch.tensor([[0.0, 1.5, 0.0], [0.0, 0.0, 0.0]]),
-        },
-        {
-            "uid": np.array(["u0", "u1"], dtype=object),
-            "data_source": np.array(["math", "item"], dtype=object),
-            "reward_model": np.array([{"ground_truth": "d"}, None], dtype=object),
-            "__num_turns__": np.array([2, 4], dtype=object),
-        },
-    )
+    tensors = {
+        "prompts": [[0, 1], [2, 3]],
+        "responses": [[4, 9, 0], [5, 0, 0]],
+        "attention_mask": [[0, 1, 1, 1, 0], [1, 1, 1, 0, 0]],
+        "response_mask": [[1, 0, 0], [1, 0, 0]],
+        "distill_special_token_mask": [[0, 1, 0], [0, 0, 0]],
+        "token_level_scores": [[0.0, 1.5, 0.0], [0.0, 0.0, 0.0]],
+    }
+    arrays = {"uid": ["u0", "u1"], "data_source": ["math", "item"], "__num_turns__": [2, 4]}
+    arrays["reward_model"] = [{"ground_truth": "d"}, None]
+    batch = DataProto.from_dict({key: torch.tensor(rows) for key, rows in tensors.items()}, arrays)
     path = dump_generations(tmp_path / "dump", 7, batch, LetterTokenizer())
     assert path == tmp_path / "dump" / "7.jsonl"
     text = path.read_text(encoding="utf-8")
     assert "dé" in text, "readable, not escaped"
     first, second = map(json.loads, text.splitlines())
-    assert first == {
-        "step": 7,
-        "uid": "u0",
-        "data_source": "math",
-        "input": "a",
-        "output": "dé",
-        "gts": "d",
-        "response_tokens": 2,
-        "trained_tokens": 1,
-        "extend_tokens": 1,
-        "num_turns": 2,
-        "score": 1.5,
-    }
+    texts = {"step": 7, "uid": "u0", "data_source": "math", "input": "a", "output": "dé", "gts": "d"}
+    counts = {"response_tokens": 2, "trained_tokens": 1, "extend_tokens": 1, "num_turns": 2, "score": 1.5}
+    assert first == texts | counts
     assert (second["input"], second["output"], second["gts"]) == ("bc", "e", None)
     dump_generations(tmp_path / "dump", 7, batch[[0]], LetterTokenizer())
     assert len(path.read_text().splitlines()) == 1, "a step that is run again replaces its file"

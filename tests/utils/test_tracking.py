@@ -97,14 +97,14 @@ def test_a_full_disk_delays_lines_and_loses_none(tmp_path: Path, caplog: pytest.
     assert recorded_steps(tmp_path / "metrics.jsonl") == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize(
-    ("resumed_from", "metrics", "expected"),
-    [
-        (1, None, [(1, 1.0), (2, 8.0), (3, 8.0)]),
-        (2, None, [(1, 1.0), (2, 1.0), (3, 8.0)]),
-        (2, {"loss": 2.5}, [(1, 1.0), (2, 2.5), (3, 8.0)]),
-    ],
-)
+TENSORBOARD = [
+    (1, None, [(1, 1.0), (2, 8.0), (3, 8.0)]),
+    (2, None, [(1, 1.0), (2, 1.0), (3, 8.0)]),
+    (2, {"loss": 2.5}, [(1, 1.0), (2, 2.5), (3, 8.0)]),
+]
+
+
+@pytest.mark.parametrize(("resumed_from", "metrics", "expected"), TENSORBOARD)
 def test_tensorboard_skips_steps_that_are_taken_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resumed_from: int, metrics: dict | None, expected: list
 ) -> None:

@@ -16,17 +16,15 @@ NAN = float("nan")
 
 
 def distill_batch() -> DataProto:
-    """Two rows of three tokens; row 1 leaks at its second token (E), where the teacher's log-prob is a stand-in."""
-    return DataProto.from_dict(
-        {
-            "old_log_probs": torch.tensor([[-1.0, -2.0, -3.0], [-1.0, -0.5, NAN]]),
-            "ref_log_prob": torch.tensor([[-2.0, -1.0, -3.0], [-0.5, -100.0, NAN]]),
-            "response_mask": torch.tensor([[1, 1, 1], [1, 1, 0]]),
-            "distill_special_token_mask": torch.tensor([[0, 0, 0], [0, 1, 0]]),
-        },
-        {"uid": np.array(["a", "a"], dtype=object)},
-        {"temperature": 1.0},
-    )
+    """Two rows of three tokens; row 1 leaks at its second token, whose log-prob the teacher does not know."""
+    tensors = {
+        "old_log_probs": [[-1.0, -2.0, -3.0], [-1.0, -0.5, NAN]],
+        "ref_log_prob": [[-2.0, -1.0, -3.0], [-0.5, -100.0, NAN]],
+        "response_mask": [[1, 1, 1], [1, 1, 0]],
+        "distill_special_token_mask": [[0, 0, 0], [0, 1, 0]],
+    }
+    arrays = {"uid": ["a", "a"]}
+    return DataProto.from_dict({key: torch.tensor(rows) for key, rows in tensors.items()}, arrays, {"temperature": 1.0})
 
 
 def close(actual: torch.Tensor, expected: list) -> None:
@@ -36,19 +34,19 @@ def close(actual: torch.Tensor, expected: list) -> None:
 def test_distillation_advantage_with_both_clips() -> None:
     batch = distill_batch()
     config = AlgoConfig(adv_estimator="on_policy_distill", distill_adv_min_clip=-30.0, distill_adv_max_clip=0.75)
-    weighed = compute_advantage(batch, "on_policy_distill", config=config)
+    result = compute_advantage(batch, "on_policy_distill", config=config)
     # Row 0: -1, 1 -> 0.75, 0. Row 1: 0.5, then -99.5 -> -30 at the leak, nothing after it.
-    close(weighed.batch["advantages"], [[-1.0, 0.75, 0.0], [0.5, -30.0, 0.0]])
-    assert weighed.meta_info == {"temperature": 1.0}
+    close(result.batch["advantages"], [[-1.0, 0.75, 0.0], [0.5, -30.0, 0.0]])
+    assert result.meta_info == {"temperature": 1.0}
     assert "advantages" not in batch.batch, "the given batch stays as it is"
 
 
 def test_scores_stand_in_for_rewards() -> None:
     batch = distill_batch()
     batch.batch["token_level_scores"] = torch.tensor([[0.0, 0.0, 1.0], [0.0, 0.0, 3.0]])
-    weighed = compute_advantage(batch, "grpo", norm_adv_by_std_in_grpo=False)
-    close(weighed.batch["advantages"], [[-1.0, -1.0, -1.0], [1.0, 1.0, 0.0]])
-    close(weighed.batch["token_level_rewards"], [[0.0, 0.0, 1.0], [0.0, 0.0, 3.0]])
+    result = compute_advantage(batch, "grpo", norm_adv_by_std_in_grpo=False)
+    close(result.batch["advantages"], [[-1.0, -1.0, -1.0], [1.0, 1.0, 0.0]])
+    close(result.batch["token_level_rewards"], [[0.0, 0.0, 1.0], [0.0, 0.0, 3.0]])
 
 
 def test_gamma_reaches_an_estimator_that_discounts() -> None:
@@ -57,8 +55,8 @@ def test_gamma_reaches_an_estimator_that_discounts() -> None:
     by_argument = compute_advantage(batch, "reinforce_plus_plus", gamma=0.5)
     by_config = compute_advantage(batch, "reinforce_plus_plus", config=AlgoConfig(gamma=0.5))
     # Row 1: the reward lies after its two trained tokens and counts whole for the last of them.
-    for weighed in (by_argument, by_config):
-        close(weighed.batch["returns"], [[0.25, 0.5, 1.0], [1.0, 2.0, 0.0]])
+    for result in (by_argument, by_config):
+        close(result.batch["returns"], [[0.25, 0.5, 1.0], [1.0, 2.0, 0.0]])
 
 
 def test_an_estimator_of_ones_own_gets_what_it_names(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,8 +70,8 @@ def test_an_estimator_of_ones_own_gets_what_it_names(monkeypatch: pytest.MonkeyP
         advantages = response_mask.float() * config.gamma - distill_special_token_mask
         return advantages, advantages
 
-    weighed = compute_advantage(distill_batch(), "own", config=AlgoConfig(gamma=0.5))
-    close(weighed.batch["advantages"], [[0.5, 0.5, 0.5], [0.5, -0.5, 0.0]])
+    result = compute_advantage(distill_batch(), "own", config=AlgoConfig(gamma=0.5))
+    close(result.batch["advantages"], [[0.5, 0.5, 0.5], [0.5, -0.5, 0.0]])
 
 
 def test_missing_inputs_and_a_missing_kl_penalty_are_refused() -> None:

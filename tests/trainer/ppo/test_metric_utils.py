@@ -8,16 +8,7 @@ import torch
 
 from verl.config import AlgoConfig, DistillConfig, TeacherConfig
 from verl.protocol import DataProto
-from verl.trainer.ppo.metric_utils import (
-    compute_advantage_part_metrics,
-    compute_data_metrics,
-    compute_on_policy_distill_data_metrics,
-    compute_throughout_metrics,
-    compute_timing_metrics,
-    compute_validation_distill_metrics,
-    compute_validation_reward_metrics,
-    reduce_metrics,
-)
+from verl.trainer.ppo import metric_utils
 
 NAN = float("nan")
 
@@ -56,7 +47,7 @@ CLIPS = AlgoConfig(distill_adv_min_clip=-30.0, distill_adv_max_clip=2.5)
 
 
 def test_distillation_metrics_by_hand() -> None:
-    metrics = compute_on_policy_distill_data_metrics(batch_of_three(), CLIPS)
+    metrics = metric_utils.compute_on_policy_distill_data_metrics(batch_of_three(), CLIPS)
     overall = {key: value for key, value in metrics.items() if key.count("/") == 1}
     assert overall == {
         # student - teacher at shared trained tokens: 1, 0, 0.5, -3 (row 0), 2 (row 1, before E): 0.5 / 5
@@ -91,34 +82,39 @@ def test_distillation_metrics_by_hand() -> None:
         assert {key.split("/")[2] for key in metrics if key.startswith(f"distill/{source}/")} == names - missing
     without = batch_of_three()
     without.pop(non_tensor_batch_keys=["data_source"])
-    assert compute_on_policy_distill_data_metrics(without, CLIPS).keys() == overall.keys()
+    assert metric_utils.compute_on_policy_distill_data_metrics(without, CLIPS).keys() == overall.keys()
 
 
 @pytest.mark.parametrize("objective", ["exact", "forward_kl", "topk"])
 def test_objectives_without_an_advantage_have_no_metrics_of_it(objective: str) -> None:
     config = AlgoConfig(distill_adv_min_clip=-30.0, distill=DistillConfig(objective))
-    metrics, every = (compute_on_policy_distill_data_metrics(batch_of_three(), given) for given in (config, CLIPS))
+    metrics, every = (
+        metric_utils.compute_on_policy_distill_data_metrics(batch_of_three(), given) for given in (config, CLIPS)
+    )
     of_advantage = ("extend_adv_share", "adv_clipfrac_low", "adv_clipfrac_high")
     assert metrics == {name: value for name, value in every.items() if not name.endswith(of_advantage)}
     assert len(metrics) == len(every) - 9, "overall and of two sources"
 
 
-@pytest.mark.parametrize(
-    ("low", "high", "share_low", "share_high"),
-    [(None, None, 0.0, 0.0), (0.0, None, 4 / 6, 0.0), (None, 0.0, 0.0, 1 / 6)],
-    ids=["no bound", "-1, -0.5, -2, -99.5 are below 0", "3 is above 0"],
-)
-def test_a_bound_of_zero_is_counted(low: float | None, high: float | None, share_low: float, share_high: float) -> None:
-    config = AlgoConfig(distill_adv_min_clip=low, distill_adv_max_clip=high)
-    metrics = compute_on_policy_distill_data_metrics(batch_of_three(), config)
-    shares = [metrics[f"distill/adv_clipfrac_{name}"] for name in ("low", "high")]
-    assert shares == pytest.approx([share_low, share_high])
+def test_a_bound_of_zero_is_counted() -> None:
+    cases = [
+        (None, None, [0.0, 0.0]),
+        (0.0, None, [4 / 6, 0.0]),  # -1, -0.5, -2, -99.5 are below 0
+        (None, 0.0, [0.0, 1 / 6]),  # 3 is above 0
+    ]
+    for low, high, shares in cases:
+        config = AlgoConfig(distill_adv_min_clip=low, distill_adv_max_clip=high)
+        metrics = metric_utils.compute_on_policy_distill_data_metrics(batch_of_three(), config)
+        assert [metrics[f"distill/adv_clipfrac_{name}"] for name in ("low", "high")] == pytest.approx(shares)
 
 
 def test_metrics_over_nothing_are_left_out() -> None:
     batch = batch_of_three()
     batch.batch["response_mask"] = torch.zeros_like(batch.batch["response_mask"])
-    distill, data = compute_on_policy_distill_data_metrics(batch, CLIPS), compute_data_metrics(batch)
+    distill, data = (
+        metric_utils.compute_on_policy_distill_data_metrics(batch, CLIPS),
+        metric_utils.compute_data_metrics(batch),
+    )
     assert not {f"distill/{key}" for key in ("reverse_kl", "extend_mass", "adv_clipfrac_low", "entropy")} & set(distill)
     assert distill["distill/trained_tokens"] == 0.0 and distill["distill/masked_seq_ratio"] == 1.0
     assert "critic/advantages/mean" not in data
@@ -142,12 +138,12 @@ def test_data_metrics_under_verls_names() -> None:
         "num_turns/mean": 8 / 3,
         "num_turns/max": 4.0,
     }
-    metrics = compute_data_metrics(batch)
+    metrics = metric_utils.compute_data_metrics(batch)
     assert {key: metrics[key] for key in expected} == pytest.approx(expected)
     assert not [key for key in metrics if key.startswith(("critic/score", "critic/rewards", "training/"))]
     assert all(isinstance(value, float) for value in metrics.values())
     batch.batch["token_level_scores"] = SCORES
-    metrics = compute_data_metrics(batch)
+    metrics = metric_utils.compute_data_metrics(batch)
     assert [metrics[f"critic/score/{name}"] for name in ("mean", "max", "min")] == [2.0, 3.0, 1.0]
 
 
@@ -156,7 +152,7 @@ def test_distance_between_sampler_and_policy() -> None:
     rollout = batch.batch["old_log_probs"].clone()
     rollout[0, 0] = math.log(0.5)  # the policy's is e^-1 = 0.36788
     batch.batch["rollout_log_probs"] = rollout
-    metrics = compute_data_metrics(batch)
+    metrics = metric_utils.compute_data_metrics(batch)
     by_hand = {
         "training/rollout_probs_diff_max": 0.5 - math.exp(-1),
         "training/rollout_probs_diff_mean": (0.5 - math.exp(-1)) / 6,
@@ -165,7 +161,7 @@ def test_distance_between_sampler_and_policy() -> None:
     }
     assert {key: metrics[key] for key in by_hand} == pytest.approx(by_hand)
     batch.batch["rollout_is_weights"] = torch.tensor([[2.0, 1, 1, 1], [1, 0, NAN, NAN], [NAN] * 4])
-    metrics = compute_data_metrics(batch)
+    metrics = metric_utils.compute_data_metrics(batch)
     by_hand = {"mean": 1.0, "max": 2.0, "eff_sample_size": 36 / (6 * 8)}
     assert {key: metrics[f"rollout_corr/rollout_is_{key}"] for key in by_hand} == pytest.approx(by_hand)
 
@@ -173,11 +169,11 @@ def test_distance_between_sampler_and_policy() -> None:
 def test_timing_per_token_and_throughput_per_rank() -> None:
     # 5 prompt and 9 response tokens.
     timing = {"gen": 0.9, "update_actor": 1.4, "step": 3.5}
-    assert compute_timing_metrics(batch_of_three(), timing) == pytest.approx(
+    assert metric_utils.compute_timing_metrics(batch_of_three(), timing) == pytest.approx(
         {f"timing_s/{name}": value for name, value in timing.items()}
         | {"timing_per_token_ms/gen": 100.0, "timing_per_token_ms/update_actor": 100.0}
     )
-    assert compute_throughout_metrics(batch_of_three(), timing, n_gpus=2) == {
+    assert metric_utils.compute_throughout_metrics(batch_of_three(), timing, n_gpus=2) == {
         "perf/total_num_tokens": 14.0,
         "perf/time_per_step": 3.5,
         "perf/throughput": pytest.approx(2.0),
@@ -187,17 +183,17 @@ def test_timing_per_token_and_throughput_per_rank() -> None:
 
 def test_validation_metrics() -> None:
     batch = batch_of_three()
-    metrics = compute_validation_distill_metrics(batch)
+    metrics = metric_utils.compute_validation_distill_metrics(batch)
     by_hand = {"reverse_kl": 0.1, "math/reverse_kl": -0.375, "item/reverse_kl": 2.0, "response_length": 3.0}
     assert {key: metrics[f"val/{key}"] for key in by_hand} == pytest.approx(by_hand)
     batch.batch["token_level_scores"] = SCORES
     rewards = {"val/reward": 2.0, "val/item/reward": 2.5, "val/math/reward": 1.0}
-    assert compute_validation_reward_metrics(batch) == rewards
+    assert metric_utils.compute_validation_reward_metrics(batch) == rewards
 
 
 def test_reduction_follows_the_name() -> None:
     metrics = {"actor/pg_loss": [1.0, 3.0], "perf/max_memory": [1, 5], "perf/min_free": [1, 5], "maximum/mean": [1, 3]}
-    assert reduce_metrics(metrics) == {
+    assert metric_utils.reduce_metrics(metrics) == {
         "actor/pg_loss": 2.0,
         "perf/max_memory": 5.0,
         "perf/min_free": 1.0,
@@ -211,8 +207,8 @@ def test_other_values_of_a_reward_function_are_averaged() -> None:
     batch.non_tensor_batch["reward_extra"] = np.array(extra, dtype=object)
     batch.batch["token_level_scores"] = SCORES
     for metrics, family in (
-        (compute_data_metrics(batch), "reward_extra/"),
-        (compute_validation_reward_metrics(batch), "val_reward_extra/"),
+        (metric_utils.compute_data_metrics(batch), "reward_extra/"),
+        (metric_utils.compute_validation_reward_metrics(batch), "val_reward_extra/"),
     ):
         expected = {f"{family}format_ok": pytest.approx(2 / 3), f"{family}rare": 0.5}
         assert {name: metrics[name] for name in metrics if name.startswith(family)} == expected
@@ -234,7 +230,7 @@ def batch_of_two_teachers() -> DataProto:
 def test_metrics_per_teacher() -> None:
     further = {"self": TeacherConfig(sources=["item"])}
     config = AlgoConfig(adv_estimator="on_policy_distill", distill=DistillConfig(teachers=further))
-    metrics = compute_on_policy_distill_data_metrics(batch_of_two_teachers(), config)
+    metrics = metric_utils.compute_on_policy_distill_data_metrics(batch_of_two_teachers(), config)
     by_hand = {
         "distill_teacher/ref/reverse_kl": -0.375,
         "distill_teacher/self/reverse_kl": 0.0,  # 2 and -2 at the shared tokens
@@ -246,7 +242,7 @@ def test_metrics_per_teacher() -> None:
     assert {key: metrics[key] for key in by_hand} == pytest.approx(by_hand)
     assert "distill_teacher/ref/extend_reverse_kl" not in metrics
     overall = {key.removeprefix("distill/") for key in metrics if key.startswith("distill/") and key.count("/") == 1}
-    alone = compute_on_policy_distill_data_metrics(batch_of_two_teachers()[[1]], config)
+    alone = metric_utils.compute_on_policy_distill_data_metrics(batch_of_two_teachers()[[1]], config)
     for name in overall:
         assert alone[f"distill/{name}"] == metrics[f"distill_teacher/self/{name}"], name
 
@@ -258,7 +254,7 @@ def test_parts_of_a_summed_advantage() -> None:
     # Distillation: 0.5 x (-1, 0, -0.5, 2 clipped) in row 0 and 0.5 x 2 x (-2, -2, 2) in row 1. The task's: 1 and -1.
     part = torch.tensor([[-0.5, 0.0, -0.25, 1.0], [-2.0, -2.0, 2.0, 0.0], [0.0] * 4])
     batch.batch["advantages"] = part + torch.tensor([[1.0] * 4, [-1.0, -1.0, -1.0, 0.0], [0.0] * 4])
-    metrics = compute_advantage_part_metrics(batch, config)
+    metrics = metric_utils.compute_advantage_part_metrics(batch, config)
     by_hand = {
         "advantage/task_abs": 1.0,
         "advantage/distill_abs": 7.75 / 7,

@@ -43,8 +43,18 @@ class Prompts(Dataset[dict[str, Any]]):
         self.epoch = epoch
 
 
+class Tokenizer:
+    """Ten tokens, decoded as numbers."""
+
+    def __len__(self) -> int:
+        return 10
+
+    def decode(self, tokens: list[int], **_: Any) -> str:
+        return str(tokens)
+
+
 class Engines:
-    """Stands in for the agent-loop manager: every answer is one shared token, one extended token, padding."""
+    """In place of the agent-loop manager: every response is one shared token, one extended token, padding."""
 
     def __init__(self, log: list[str]) -> None:
         self.log = log
@@ -62,6 +72,7 @@ class Engines:
             "position_ids": [0, 1, 2, 3, 4],
             "response_mask": [1, 1, 0],
             "distill_special_token_mask": [0, 1, 0],
+            "rollout_log_probs": [-1.5, -1.5, 0.0],
         }
         tensors = {key: torch.tensor([values] * len(prompts)) for key, values in row.items()}
         turns = {"__num_turns__": [2] * len(prompts)}
@@ -77,7 +88,7 @@ class Engines:
 
 
 class Ranks:
-    """Stands in for the student's and the teacher's worker groups."""
+    """In place of the student's and the teacher's worker groups."""
 
     def __init__(self, log: list[str]) -> None:
         self.log = log
@@ -133,7 +144,7 @@ def make_config(folder: Path, **trainer: Any) -> PPOConfig:
 def make_trainer(
     config: PPOConfig, cls: type[RayPPOTrainer] = RayOnPolicyDistillTrainer, **options: Any
 ) -> tuple[Any, list[str]]:
-    trainer: Any = cls(config, range(10), {}, Prompts(), **options)  # type: ignore[arg-type]
+    trainer: Any = cls(config, Tokenizer(), {}, Prompts(), **options)  # type: ignore[arg-type]
     log: list[str] = []
     trainer.agent_loop_manager = Engines(log)
     trainer.actor_wg = Ranks(log)
@@ -157,23 +168,19 @@ def test_one_step_runs_its_stages_in_order_and_logs_every_family_once(tmp_path: 
     assert {"timing_s/gen", "timing_s/update_weights", "timing_s/step", "perf/throughput"} <= set(data)
 
 
-def test_answers_of_a_prompt_share_its_uid_and_prompts_do_not(tmp_path: Path) -> None:
-    config = make_config(tmp_path, total_training_steps=1)
+def test_epochs_follow_until_the_last_step_and_the_data_are_notified(tmp_path: Path) -> None:
+    config = make_config(tmp_path, total_training_steps=5)
     config.actor_rollout_ref.rollout.n = 2
-    trainer, _ = make_trainer(config)
-    trainer.fit()
-    uids = sorted(trainer.actor_wg.updated[0].non_tensor_batch["uid"])
-    assert len(set(uids)) == 4 and uids[::2] == uids[1::2]
-
-
-def test_epochs_go_on_until_the_last_step_and_are_announced_to_the_data(tmp_path: Path) -> None:
-    trainer, log = make_trainer(make_config(tmp_path, total_training_steps=5))
+    trainer, log = make_trainer(config)
     trainer.fit()
     assert [step for step, _ in trainer.logger.lines] == [1, 2, 3, 4, 5]
     assert trainer.train_dataset.epochs == [0, 1, 2]  # two batches of four an epoch
     assert log.count("update") == 5
-    rows = [index for batch in trainer.actor_wg.updated[:2] for index in batch.non_tensor_batch["index"]]
-    assert sorted(rows) == list(range(8)), "an epoch shows every prompt once"
+    first_epoch = trainer.actor_wg.updated[:2]
+    rows = [index for batch in first_epoch for index in batch.non_tensor_batch["index"]]
+    assert sorted(rows) == sorted([*range(8)] * 2), "an epoch shows every prompt once, with two responses"
+    uids = sorted(uid for batch in first_epoch for uid in batch.non_tensor_batch["uid"])
+    assert uids[::2] == uids[1::2] and len(set(uids)) == 8, "only responses to one prompt share a uid"
 
 
 def test_engines_that_slept_through_validation_are_synced_before_they_generate(tmp_path: Path) -> None:
@@ -215,21 +222,7 @@ def test_a_run_resumes_where_it_was_saved(tmp_path: Path) -> None:
     assert (first.logger.truncated_after, second.logger.truncated_after) == ([None], [3])
     seen = [row for batch in first.actor_wg.updated[2:] for row in batch.non_tensor_batch["index"]]
     seen += list(second.actor_wg.updated[0].non_tensor_batch["index"])
-    assert sorted(seen) == list(range(8)), "the second epoch goes on with the prompts it had not shown"
-
-
-def killed_before_logging(trainer: Any, step: int) -> None:
-    """Train until the process ends after the checkpoint of a step and before its line in the log."""
-    log = trainer.logger.log
-
-    def log_or_die(data: dict[str, float], number: int) -> None:
-        if number == step:
-            raise Killed
-        log(data, number)
-
-    trainer.logger.log = log_or_die
-    with pytest.raises(Killed):
-        trainer.fit()
+    assert sorted(seen) == list(range(8)), "the second epoch continues with the remaining prompts"
 
 
 @pytest.mark.parametrize("async_save", [True, False])
@@ -247,7 +240,17 @@ def test_a_kill_between_a_checkpoint_and_its_line_loses_no_metrics(tmp_path: Pat
 
     whole, run = tmp_path / "whole", tmp_path / "run"
     trainer_of(whole).fit()
-    killed_before_logging(trainer_of(run, steps=2), 2)  # the last step waits for its checkpoint
+    killed = trainer_of(run, steps=2)  # the last step waits for its checkpoint
+    log = killed.logger.log
+
+    def log_or_die(data: dict[str, float], step: int) -> None:
+        if step == 2:
+            raise Killed
+        log(data, step)
+
+    killed.logger.log = log_or_die
+    with pytest.raises(Killed):
+        killed.fit()
     assert (run / "latest_checkpointed_iteration.txt").read_text() == "2\n"
     assert [step for step, _ in metrics(run)] == [1]
     # Its own folder by another name, from which it also takes the checkpoint.
@@ -301,15 +304,10 @@ def test_an_adaptive_kl_weight_survives_a_resume(tmp_path: Path) -> None:
 def test_every_estimator_corrects_for_the_sampler_where_asked(tmp_path: Path, cls: type[RayPPOTrainer]) -> None:
     config = make_config(tmp_path, total_training_steps=1)
     config.algorithm.rollout_correction.rollout_is = "token"
-    if cls is RayPPOTrainer:
-        config.algorithm.adv_estimator = "grpo"
+    config.algorithm.adv_estimator = "grpo" if cls is RayPPOTrainer else "on_policy_distill"
     trainer, _ = make_trainer(config, cls, reward_fn=lambda **_: 1.0)
-    batch = trainer.prepare(next(trainer.prompts.batches()), n=1)
-    batch = batch.union(trainer.generate(batch)).union(trainer.actor_wg.compute_log_prob(batch))
-    batch = batch.union(trainer.actor_wg.compute_ref_log_prob(batch))
-    batch.batch["token_level_scores"] = torch.ones(4, R)
-    # The sampler gave both tokens log-prob -1.5; the policy gives -1 and -2.
-    batch.batch["rollout_log_probs"] = torch.full((4, R), -1.5)
-    weights = trainer.advantage(batch).batch["rollout_is_weights"]
+    trainer.fit()
+    # The sampler's log-prob of both tokens was -1.5; the policy's are -1 and -2.
     expected = torch.tensor([[0.5, -0.5, 0.0]]).exp() * torch.tensor([1.0, 1.0, 0.0])
+    weights = trainer.actor_wg.updated[0].batch["rollout_is_weights"]
     torch.testing.assert_close(weights, expected.expand(4, R))

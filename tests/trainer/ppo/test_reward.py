@@ -21,18 +21,12 @@ class LetterTokenizer:
 
 def responses() -> DataProto:
     """Responses ``ab<end>``, nothing, and ``cdef`` without an end; prompts of one token."""
-    return DataProto.from_dict(
-        {
-            "responses": torch.tensor([[2, 3, 1, 0], [0, 0, 0, 0], [4, 5, 6, 7]]),
-            "attention_mask": torch.tensor([[1, 1, 1, 1, 0], [1, 0, 0, 0, 0], [1, 1, 1, 1, 1]]),
-        },
-        {
-            "data_source": np.array(["x", "y", "z"], dtype=object),
-            "reward_model": np.array([{"ground_truth": "ab"}, {"ground_truth": ""}, None], dtype=object),
-            "extra_info": np.array([{"level": 1}, None, None], dtype=object),
-            "__num_turns__": np.array([2, 2, 3], dtype=object),
-        },
-    )
+    tensors = {
+        "responses": torch.tensor([[2, 3, 1, 0], [0, 0, 0, 0], [4, 5, 6, 7]]),
+        "attention_mask": torch.tensor([[1, 1, 1, 1, 0], [1, 0, 0, 0, 0], [1, 1, 1, 1, 1]]),
+    }
+    arrays = {"data_source": ["x", "y", "z"], "extra_info": [{"level": 1}, None, None], "__num_turns__": [2, 2, 3]}
+    return DataProto.from_dict(tensors, arrays | {"reward_model": [{"ground_truth": "ab"}, {"ground_truth": ""}, None]})
 
 
 def test_scores_are_at_the_last_token_of_each_response() -> None:
@@ -59,17 +53,15 @@ def test_a_mapping_reports_more_than_the_score() -> None:
     assert rewarded.array("reward_extra").tolist() == [{"correct": True}, {}, {"correct": False}]
 
 
-@pytest.mark.parametrize(
-    ("result", "message"),
-    [
+def test_results_without_a_score_are_refused() -> None:
+    wrong = [
         ({"acc": 1}, "row 0; it must hold 'score'"),
-        ("high", "returned 'high' for row 0; a number"),
-        ({"score": float("inf")}, "must be finite"),
-    ],
-)
-def test_results_without_a_score_are_refused(result: object, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        compute_rewards(responses(), LetterTokenizer(), lambda **_: result)
+        ("high", "'high' for row 0"),
+        (float("inf"), "must be finite"),
+    ]
+    for result, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            compute_rewards(responses(), LetterTokenizer(), lambda result=result, **_: result)
 
 
 def test_loading_by_path(tmp_path: Path) -> None:

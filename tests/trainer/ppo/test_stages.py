@@ -1,7 +1,6 @@
 """Validations of several batches: the metrics of their stages as if there had been one batch."""
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -46,7 +45,6 @@ def trainer_of(folder: Path, **settings: Any) -> Any:
     config = make_config(folder, **settings)
     config.data.val_batch_size = 2  # five rows: the last batch has one
     trainer, log = make_trainer(config, val_dataset=Prompts(5), reward_fn=reward)
-    trainer.tokenizer = SimpleNamespace(decode=lambda tokens, **_: str(tokens))
     trainer.agent_loop_manager = CountingEngines(log)
     return trainer
 

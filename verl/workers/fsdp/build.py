@@ -97,12 +97,12 @@ def load_config(path: str, model: HFModelConfig) -> PretrainedConfig:
     return config
 
 
-def _load_on_rank_zero(path: str, config: PretrainedConfig, **options: Any) -> PreTrainedModel:
+def _load_on_rank_zero(path: str, config: PretrainedConfig, trusts: bool, **options: Any) -> PreTrainedModel:
     """The model with its weights on rank 0; on the others, with uninitialised ones, which take no memory yet."""
     if dist.get_rank() == 0:
-        return AutoModelForCausalLM.from_pretrained(path, config=config, **options)
+        return AutoModelForCausalLM.from_pretrained(path, config=config, trust_remote_code=trusts, **options)
     with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config, **options)
+        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trusts, **options)
     skeleton.to_empty(device="cpu")
     skeleton.tie_weights()  # to_empty makes two tensors of a shared one
     return skeleton
@@ -153,8 +153,8 @@ def build_model(
     config = load_config(path, model)
     attention, packed = choose_attention(config, model, device_name, compute_dtype)
     disable_progress_bar()  # a worker writes to a log file
-    options = {"dtype": storage_dtype, "attn_implementation": attention, "trust_remote_code": model.trust_remote_code}
-    causal_lm = _load_on_rank_zero(path, config, **options)
+    options = {"dtype": storage_dtype, "attn_implementation": attention}
+    causal_lm = _load_on_rank_zero(path, config, model.trust_remote_code, **options)
     module = TokenStatsModel(causal_lm, packed, offload_activations=offload)
     module.requires_grad_(trainable)
     if trainable and model.enable_gradient_checkpointing:

@@ -222,10 +222,10 @@ def test_only_trained_positions_are_exported_and_nothing_stays(models: Models) -
     batch.tensor("response_mask")[4] = 0
     batch = scored(held, distill, batch, apart=True)
     handles, trained = batch.array(HIDDEN_STATE_HANDLES), batch.tensor("response_mask").sum(-1).tolist()
-    assert [0 if handle is None else len(handle.value) for handle in handles] == trained and 0 in trained
+    assert [0 if handle is None else len(handle()) for handle in handles] == trained and 0 in trained
     stitched = handles[[place == 2 for place in batch.tensor("teacher").tolist()]]
-    assert {"hidden_0", "hidden_1"} <= {*stitched[0].value.batch.keys()}
-    values = [weakref.ref(handle.value) for handle in handles if handle is not None]
+    assert {"hidden_0", "hidden_1"} <= {*stitched[0]().batch.keys()}
+    values = [weakref.ref(handle()) for handle in handles if handle is not None]
     student.update_actor(batch)
     del handles, stitched
     batch.pop(non_tensor_batch_keys=[HIDDEN_STATE_HANDLES])

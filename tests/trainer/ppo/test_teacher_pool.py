@@ -138,7 +138,6 @@ def test_each_pool_has_gpus_of_its_own_and_replicas_those_of_the_student() -> No
     finally:
         groups.shutdown()
         pools.shutdown()
-<<<<<<< HEAD
 
 
 def test_pools_that_do_not_fit_reserve_nothing() -> None:
@@ -147,5 +146,3 @@ def test_pools_that_do_not_fit_reserve_nothing() -> None:
     with pytest.raises(ValueError, match="beside 'train': 3 rank"):
         pools.create_resource_pool()
     assert all(pool._group is None for pool in pools.resource_pool_dict.values())
-=======
->>>>>>> area-W6

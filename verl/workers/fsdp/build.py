@@ -97,21 +97,12 @@ def load_config(path: str, model: HFModelConfig) -> PretrainedConfig:
     return config
 
 
-<<<<<<< HEAD
 def _load_on_rank_zero(path: str, config: PretrainedConfig, trust: bool, **options: Any) -> PreTrainedModel:
     """The model with its weights on rank 0; on the others, with uninitialised ones, which take no memory yet."""
     if dist.get_rank() == 0:
         return AutoModelForCausalLM.from_pretrained(path, config=config, trust_remote_code=trust, **options)
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust, **options)
-=======
-def _load_on_rank_zero(path: str, config: PretrainedConfig, trusts: bool, **options: Any) -> PreTrainedModel:
-    """The model with its weights on rank 0; on the others, with uninitialised ones, which take no memory yet."""
-    if dist.get_rank() == 0:
-        return AutoModelForCausalLM.from_pretrained(path, config=config, trust_remote_code=trusts, **options)
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trusts, **options)
->>>>>>> area-W6
     skeleton.to_empty(device="cpu")
     skeleton.tie_weights()  # to_empty makes two tensors of a shared one
     return skeleton

@@ -80,6 +80,8 @@ class PPOConfig:
             yield f"{mini} x {_ROLLOUT}.n={rollout.n} rows do not divide over {ranks}; change one of them"
         if trainer.n_gpus_per_node % (size := rollout.tensor_model_parallel_size):
             yield f"{_ROLLOUT}.tensor_model_parallel_size={size} does not divide {gpus}; change one of them"
+        if rollout.name == "hf" and size > 1:
+            yield f"{_ROLLOUT}.tensor_model_parallel_size={size} needs {_ROLLOUT}.name=vllm: hf runs on one device"
         for name in ("prompt_length", "response_length"):
             wanted, found = getattr(data, f"max_{name}"), getattr(rollout, name)
             if wanted != found:

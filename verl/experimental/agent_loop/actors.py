@@ -106,7 +106,7 @@ class RayActors:
             try:
                 ray.get(call)
             except RayError as error:
-                # A run often ends because one is dead, and has said so.
+                # A run often ends because one is dead, which was reported.
                 level = logging.DEBUG if isinstance(error, RayActorError) else logging.WARNING
                 logger.log(level, "%s failed to shut down: %s", calls[call].name, error)
         for call in late:

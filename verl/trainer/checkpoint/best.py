@@ -185,7 +185,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _link_or_copy(source: str, target: str) -> None:
-    """A hard link takes no room; some file systems have none."""
+    """A hard link takes no space; some file systems have none."""
     try:
         os.link(source, target)
     except OSError:

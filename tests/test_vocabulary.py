@@ -15,5 +15,5 @@ def test_the_shared_ids_end_at_the_smaller_of_the_two_limits(extend_start: int |
 
 def test_a_head_has_a_row_for_every_id() -> None:
     Vocabulary(7).check_head(7)
-    with pytest.raises(ValueError, match=r"names 7 ids and the lm head of tiny has 6 rows"):
+    with pytest.raises(ValueError, match=r"has 7 ids, the lm head of tiny only 6 rows"):
         Vocabulary(7).check_head(6, "tiny")

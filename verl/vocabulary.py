@@ -31,5 +31,5 @@ class Vocabulary(NamedTuple):
         """
         if not 0 < self.ids <= rows:
             raise ValueError(
-                f"the tokenizer names {self.ids} ids and the lm head of {model} has {rows} rows; check tokenizer_path"
+                f"the tokenizer has {self.ids} ids, the lm head of {model} only {rows} rows; check tokenizer_path"
             )

@@ -24,7 +24,7 @@ class TopLogProbs(NamedTuple):
     ids: torch.Tensor
     """(N, K) int64; where there are fewer than K ids, the likeliest stands again in their place."""
     log_probs: torch.Tensor
-    """(N, K) of these ids."""
+    """(N, K) log-probs of these ids."""
     rest: torch.Tensor
     """(N,) log of the mass of all other ids; -inf where there is none."""
     vocab_size: int

@@ -44,7 +44,7 @@ class Backend:
     """A place that metrics go to."""
 
     def truncate_after(self, step: int | None, metrics: Metrics | None) -> None:
-        """Drop the records of later steps, which a resumed run will take again.
+        """Drop records after ``step``, since a resumed run repeats those steps.
 
         Args:
             step: of the checkpoint; None: drop all records.

@@ -172,10 +172,10 @@ def test_ranks_that_fit_or_that_ray_checks() -> None:
 @pytest.mark.parametrize(
     ("trainer", "message"),
     [
-        ({"n_gpus_per_node": 16}, "trainer.n_gpus_per_node=16: this machine can hold 8 ranks"),
+        ({"n_gpus_per_node": 16}, "trainer.n_gpus_per_node=16, but this machine can hold 8 ranks"),
         (
             {"n_gpus_per_node": 4, "teacher_nnodes": 1, "teacher_n_gpus_per_node": 8},
-            "n_gpus_per_node=4 and trainer.teacher_n_gpus_per_node=8: this machine can hold 8 ranks",
+            "n_gpus_per_node=4 and trainer.teacher_n_gpus_per_node=8, but this machine can hold 8 ranks",
         ),
         ({"nnodes": 2}, "trainer.nnodes=2 and no cluster is named"),
         ({"teacher_nnodes": 2, "teacher_n_gpus_per_node": 1}, "trainer.teacher_nnodes=2 and no cluster is named"),

@@ -1,4 +1,4 @@
-"""Where replicas and agent-loop workers go, and what they are there: Ray actors, or objects of this process.
+"""Places replicas and agent-loop workers, and makes them Ray actors or objects of this process.
 
 In: one placement per rank of the student, as ``Worker.get_placement`` gives it; a class and its arguments. Out: one
 ``ReplicaPlace`` per replica; a handle. Replicas share these ranks' devices and nodes, so they ask Ray for nothing: a

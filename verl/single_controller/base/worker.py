@@ -57,7 +57,7 @@ class Worker:
         self.world_size = int(env.get("WORLD_SIZE", "1"))
         """Number of processes."""
         self.local_rank = int(env.get("LOCAL_RANK", "0"))
-        """This process among those of its node, from 0."""
+        """Rank on this node, from 0."""
         self.local_world_size = int(env.get("LOCAL_WORLD_SIZE", "1"))
         """Number of processes on this node."""
         self.node_id = env.get("VERL_NODE_ID", "")

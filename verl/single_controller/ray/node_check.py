@@ -19,7 +19,7 @@ from typing import Any
 DISTRIBUTIONS = ("torch", "ray", "vllm", "transformers", "tensordict")
 """Packages whose versions have to agree; one built for the CPU may be called ``NAME-cpu``."""
 SOURCES = ("verl", "recipe")
-"""Packages whose own source has to agree."""
+"""Packages whose source must equal the driver's."""
 DEPLOY = "deploy one environment and source on all nodes (deploy_env.sh --all-nodes)"
 COPY = "copy it there, or give the absolute path of a place that all nodes see"
 LISTED = 3

@@ -71,7 +71,7 @@ def check_ranks(config: PPOConfig, device_name: str) -> None:
     if teacher:
         wanted += f" and trainer.teacher_n_gpus_per_node={teacher}"
     if trainer.n_gpus_per_node + teacher > limit:
-        raise ValueError(f"{wanted}: this machine {available}; ask for no more")
+        raise ValueError(f"{wanted}, but this machine {available}; use fewer")
 
 
 def prepare_folders(trainer: TrainerConfig) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 ECHO_S = 1.0
 """Seconds within which the same signal counts once."""
 AGAIN_S = 2.0
-"""Seconds between reminders once the grace is over: an interrupt that falls into a destructor is lost."""
+"""Seconds between KeyboardInterrupts after the grace; one raised in a destructor is lost."""
 
 
 class StopRequest:

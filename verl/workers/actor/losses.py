@@ -13,7 +13,7 @@ divergence needs whole distributions: teachers of this process run in the same m
 neither their logits nor their hidden states are kept. A teacher that knows all ids is compared over all of them,
 without leak term.
 
-Not here: the formulas (``core_algos``, ``ops.linear_divergence``), backward passes.
+Not here: the formulas (``ops.policy_loss``, ``ops.linear_divergence``), backward passes.
 
 Letters: M rows of the mini-batch, R response, S scored positions of a micro-batch, C rows of a micro-batch.
 """

@@ -143,7 +143,7 @@ def build_model(
     device_name = mesh.device_type
     compute_dtype = resolve_dtype(fsdp.mixed_precision.param_dtype, device_name)
     if trainable and compute_dtype == torch.float16:
-        raise ValueError("actor.fsdp_config.mixed_precision.param_dtype=fp16 needs loss scaling; use bf16")
+        raise ValueError("actor.fsdp_config.mixed_precision.param_dtype=fp16 cannot be trained; use bf16")
     storage_dtype = torch.float32 if trainable else compute_dtype
     if fsdp.model_dtype != "auto":
         storage_dtype = resolve_dtype(fsdp.model_dtype, device_name)

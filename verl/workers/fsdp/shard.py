@@ -51,7 +51,7 @@ def move_parameters(model: nn.Module, device: torch.device) -> None:
 
 
 def move_optimizer_state(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
-    """Move the moments of the optimizer to ``device``; step counts stay where the optimizer keeps them."""
+    """Move the optimizer's moments to ``device``; step counts stay where they are."""
     for state in optimizer.state.values():
         for key, value in state.items():
             if isinstance(value, torch.Tensor) and value.dim() > 0:

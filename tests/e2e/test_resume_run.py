@@ -66,7 +66,7 @@ def test_a_run_goes_on_on_another_number_of_ranks_and_its_model_is_exported(
     expected, got = logged(whole), logged(halves)
     for step in expected:
         for key in ("distill/reverse_kl", "actor/pg_loss", "actor/grad_norm", "actor/lr", "response_length/mean"):
-            assert got[step][key] == pytest.approx(expected[step][key], rel=1e-3, abs=1e-4), f"step {step}: {key}"
+            assert got[step][key] == pytest.approx(expected[step][key], rel=1e-5, abs=1e-6), f"step {step}: {key}"
     check_export(whole.folder / f"global_step_{STEPS}", tmp_path / "model")
 
 
@@ -81,7 +81,7 @@ def check_export(checkpoint: Path, target: Path) -> None:
     prompts = [tokenizer.encode("copy 1 and 7"), tokenizer.encode("sort 3 and 21")]
     sampling = {"temperature": 1.0, "top_p": 1.0, "top_k": -1}
     try:
-        outputs = engine.run(generate, prompts, {**sampling, "logprobs": True, "seed": 1})
+        outputs = engine.run(generate, prompts, {**sampling, "max_tokens": 16, "logprobs": True, "seed": 1})
     finally:
         engine.close()
     assert largest_difference(model, len(tokenizer), prompts, sampling, outputs) < 1e-4

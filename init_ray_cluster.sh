@@ -101,7 +101,7 @@ join() {
     failures start "could not join $HEAD"
 }
 
-# Wait for what each host said of itself; not for long if it is known that one is missing ($1).
+# Wait for the report of each host; not for long if it is known that one is missing ($1).
 wait_nodes() {
     local index cpus=0 gpus=0 addresses=() address limit="${WAIT_S:-120}" log
     [[ -z "$DRY_RUN" ]] || { on_host 0 "$NODE" nodes --wait "$limit"; return; }

@@ -29,7 +29,7 @@ def test_what_goes_to_a_rank_is_a_view_of_the_batch_and_packing_it_copies_nothin
     calls, _ = plan_calls("compute_log_prob", registration, 32, (batch,), {})
     for rank, call in enumerate(calls):
         share = call.args[0]
-        assert set(share.batch.keys()) == {"responses", "input_ids", "attention_mask", "distill_special_token_mask"}
+        assert set(share.batch.keys()) == {"responses", "input_ids", "attention_mask"}
         assert not share.non_tensor_batch
         addresses = {tensor.data_ptr() for tensor in share.batch.values()}
         assert addresses == {batch.batch[key][2 * rank].data_ptr() for key in share.batch.keys()}  # noqa: SIM118
@@ -40,9 +40,10 @@ def test_what_goes_to_a_rank_is_a_view_of_the_batch_and_packing_it_copies_nothin
 
 def test_bytes_of_a_step_are_those_of_its_rows_for_any_number_of_workers(driver_scale: ModuleType) -> None:
     runs = [driver_scale.run_step(workers, driver_scale.Sizes(512, 8, 24)) for workers in (2, 32, 512)]
-    # int64 columns: response, input ids, attention and special mask to both scorers; float32 and int64 to the update.
-    scored = 8 * (2 * 24 + 2 * 32)
-    row_bytes = {"compute_log_prob": scored, "compute_ref_log_prob": scored, "update_actor": scored + 4 * 3 * 24}
+    # int64 columns: responses, input ids and attention mask; the update takes the response mask and 3 of float32 too.
+    scored = 8 * (24 + 2 * 32)
+    trained = scored + (8 + 3 * 4) * 24
+    row_bytes = {"compute_log_prob": scored, "compute_ref_log_prob": scored, "update_actor": trained}
     for run in runs:
         for name, of_a_row in row_bytes.items():
             assert 0 <= run["calls"][name]["bytes_out"] - 512 * of_a_row < HEADER_BYTES * run["workers"]

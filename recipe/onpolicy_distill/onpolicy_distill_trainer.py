@@ -214,5 +214,4 @@ class RayOnPolicyDistillTrainer(RayPPOTrainer):
     @property
     def samples_validation(self) -> bool:
         """Whether validation answers are samples: the mean of greedy answers does not estimate the reverse KL."""
-        sampling = self.config.actor_rollout_ref.rollout.val_kwargs
-        return sampling.do_sample and sampling.temperature > 0
+        return not self.config.actor_rollout_ref.rollout.val_kwargs.greedy

@@ -84,7 +84,7 @@ def test_bf16_weight_gradient_is_summed_in_fp32() -> None:
 
 
 def test_errors_name_the_numbers() -> None:
-    for ids, words in ((V + 1, "names 21 ids"), (3, "below 3")):
+    for ids, words in ((V + 1, "has 21 ids"), (3, "below 3")):
         with pytest.raises(ValueError, match=words):
             linear_token_stats(*draw(), vocabulary=Vocabulary(ids))
 

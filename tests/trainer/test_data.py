@@ -99,7 +99,9 @@ def test_a_resumed_run_takes_the_same_batches(
 def test_the_position_of_other_data_is_not_taken_over(stream: Any, whole_run: Any, caplog: Any) -> None:
     first, second = stream(train_max_samples=20), stream()
     take(first, 7)
-    second.load_state_dict(first.state_dict())
+    with pytest.raises(ValueError, match=r"saved after 20 prompts .* now 22 prompts .*resume_allow_changed=\[data\]"):
+        second.load_state_dict(first.state_dict())
+    second.load_state_dict(first.state_dict(), may_start_over=True)
     assert "start over: saved after 20 prompts in batches of 4, now 22 prompts" in caplog.text
     assert take(second, STEPS) == whole_run
 

@@ -141,6 +141,11 @@ class TrainerConfig:
         return self.save_freq > 0 or bool(self.best_metric)
 
     @property
+    def data_may_change(self) -> bool:
+        """Whether a resumed run may start over in other training data: it is allowed, or no step is taken."""
+        return self.val_only or any(key.partition(".")[0] == "data" for key in self.resume_allow_changed)
+
+    @property
     def world_size(self) -> int:
         """The student's ranks over all machines."""
         return self.nnodes * self.n_gpus_per_node

@@ -107,12 +107,25 @@ class PromptStream:
         """The position after the batch that was taken last, and what it is a position in."""
         return {"epoch": self.epoch, "batches": self._taken, "data": self._describe_data()}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a saved position; if it belongs to other data, warn and start over."""
+    def load_state_dict(self, state: Mapping[str, Any], may_start_over: bool = False) -> None:
+        """Continue from a saved position.
+
+        Args:
+            may_start_over: where it belongs to other data, warn and start over.
+
+        Raises:
+            ValueError: it belongs to other data, where it would repeat some prompts and leave others out.
+        """
+        difference = f"saved after {state['data']}, now {self._describe_data()}"
         if state["data"] == self._describe_data():
             self.epoch, self._taken = state["epoch"], state["batches"]
+        elif may_start_over:
+            logger.warning("the data start over: %s", difference)
         else:
-            logger.warning("the data start over: saved after %s, now %s", state["data"], self._describe_data())
+            raise ValueError(
+                f"the position in the training data is of other data: {difference}; give the same files, tools and "
+                "data.* settings, or let the data start over with trainer.resume_allow_changed=[data]"
+            )
 
     def _describe_data(self) -> str:
         return f"{len(self._dataset)} prompts in batches of {self._config.train_batch_size}"

@@ -219,7 +219,8 @@ async def test_a_tool_that_hangs_is_cancelled_and_the_model_reads_an_error(token
     tool = CounterTool({"hangs": step})
     async with asyncio.timeout(20):
         text, metrics = await tool_turn(tokenizer, tool, COUNT * 2, tool_timeout_s=0.05, max_parallel_calls=2)
-    assert text.count("Error: TimeoutError") == metrics.tool_errors == errors
+    error = "Error: TimeoutError: no answer within multi_turn.tool_timeout_s=0.05 s"
+    assert text.count(error) == metrics.tool_errors == errors
     assert (metrics.tool_calls, tool.cancelled) == (2, errors or 1)
     assert ("tool count failed to release its instance: TimeoutError" in caplog.text) == (step == "release")
 

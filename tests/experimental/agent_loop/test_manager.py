@@ -184,8 +184,9 @@ def test_a_weight_sync_takes_every_bucket_in_order_and_wakes_the_engines(world: 
 
 def test_an_incomplete_sync_names_replica_and_tensor_and_a_whole_one_mends_it(world: World) -> None:
     world.ranks.names = ["norm.weight"]
-    with pytest.raises(ValueError, match=r"(?s)rollout replica \d \(hf, node 10.0.0.1\).*missing: embed.weight"):
+    with pytest.raises(RolloutError, match=r"(?s)replica \d \(hf, node 10.0.0.1\).*missing: embed.weight") as caught:
         world.manager.update_weights(world.ranks, version=2)
+    assert caught.value.by_user, "the same command would end the same"
     with pytest.raises(RolloutError, match=r"rollout replica \d .* failed to generate: .*sync 2 was incomplete"):
         world.generate([1])
     world.ranks.names = list(SHAPES)
@@ -201,8 +202,9 @@ def test_samples_of_other_weights_are_refused(world: World) -> None:
 
 
 def test_a_prompt_that_cannot_be_used_is_the_users_to_mend(world: World) -> None:
-    with pytest.raises(ValueError, match=r"has 5 tokens, above data.max_prompt_length=4"):
+    with pytest.raises(RolloutError, match=r"has 5 tokens, above data.max_prompt_length=4") as caught:
         world.generate([1], [1, 2, 3, 4, 5])
+    assert caught.value.by_user
 
 
 def test_a_request_that_hangs_is_cancelled_and_answered_elsewhere(world: World) -> None:

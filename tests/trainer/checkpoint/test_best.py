@@ -157,6 +157,9 @@ def test_step_0_has_to_be_known(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"compares rec with step 0, .*global_step_1 did not record .*resume_mode="):
         Run(tmp_path)
     Run(tmp_path, best_metric="general subject to rec >= 0.4")
+    (tmp_path / "validations.json").write_text('{"0": ')
+    with pytest.raises(ValueError, match=r"validations\.json is damaged"):
+        Run(tmp_path)
 
 
 def test_a_model_outlives_its_checkpoint(tmp_path: Path) -> None:

@@ -148,6 +148,26 @@ def test_a_kill_leaves_a_whole_checkpoint(tmp_path: Path, monkeypatch: Any, step
     assert names(tmp_path) == ["global_step_6", LATEST]
 
 
+def test_a_checkpoint_counts_where_the_one_it_replaces_cannot_be_removed(tmp_path: Path, monkeypatch: Any) -> None:
+    save_steps(tmp_path, 1, 2)
+    (tmp_path / LATEST).write_text("1\n")  # as a run that goes back to step 1 leaves it
+
+    def cannot(*_: Any, **__: Any) -> None:
+        raise PermissionError("not yours")
+
+    saver = make_saver(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", cannot)
+        assert save(saver, 2)["training/failed_saves"] == 0
+    assert auto(tmp_path) == step_folder(tmp_path, 2)
+
+
+def test_a_file_of_the_latest_step_that_holds_none_is_named(tmp_path: Path) -> None:
+    (tmp_path / LATEST).write_text("step 2\n")
+    with pytest.raises(ValueError, match=rf"{LATEST} holds 'step 2', not a step"):
+        auto(tmp_path)
+
+
 def test_leftovers_are_removed_and_nothing_else(tmp_path: Path) -> None:
     save_steps(tmp_path, 2)
     others = ["global_step_3.old", "my_global_step_3.unfinished", "metrics.jsonl"]

@@ -16,6 +16,8 @@ from verl.trainer.launch.typed import load_config
 
 STUDENT, TEACHER, ROLLOUT = "actor_rollout_ref.model", "actor_rollout_ref.ref.model", "actor_rollout_ref.rollout"
 GRPO = ["algorithm.adv_estimator=grpo", f"{ROLLOUT}.n=2"]
+BEST = ["trainer.test_freq=5", "data.val_files=train.parquet"]
+GREEDY = f"{ROLLOUT}.val_kwargs.do_sample=False"
 NO_REWARD = "custom_reward_function.path=null"
 
 
@@ -72,6 +74,8 @@ def test_a_run_in_order_passes_and_makes_nothing(run: list[str], tmp_path: Path)
         ([f"{STUDENT}.override_config.max_position_embeddings=64"], "is above max_position_embeddings=64 of"),
         (["trainer.best_metric=val/kl", "trainer.test_freq=5"], "trainer.best_metric='val/kl' needs data.val_files"),
         (["trainer.val_only=True"], "trainer.val_only=True needs data.val_files"),
+        ([*BEST, "trainer.best_metric=val/reward", NO_REWARD], "'val/reward' needs rewards; set custom_reward_func"),
+        ([*BEST, "trainer.best_metric=val/a/reverse_kl min", GREEDY], "_kl min' needs answers that are drawn, and val"),
         (["algorithm.adv_estimator=rloo", NO_REWARD], "rloo learns from a task reward and none is given; set custom_r"),
         (["algorithm.adv_estimator=gae"], "algorithm.adv_estimator=gae is unknown; choose from"),
         *((["data.train_files=" + files], "data.train_files is not set; give a parquet") for files in ("null", "''")),
@@ -98,6 +102,13 @@ def test_vllm_has_to_be_installed_where_it_is_used(run: list[str], monkeypatch: 
     check(*run, f"{ROLLOUT}.name=hf")
 
 
+def test_loggers_have_to_be_installed(run: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "is_installed", lambda name: name != "tensorboard")
+    with pytest.raises(ValueError, match=r"trainer\.logger=.*needs the package tensorboard; install it, or leave"):
+        check(*run, "trainer.logger=[console,tensorboard,wandb]")
+    check(*run, "trainer.logger=[console,file,wandb]")
+
+
 def test_all_errors_come_at_once(run: list[str]) -> None:
     with pytest.raises(ValueError, match="train_files") as caught:
         check(*run, "data.train_files=gone", f"{STUDENT}.path=gone", f"{TEACHER}.path=gone")
@@ -110,6 +121,9 @@ def test_what_passes(run: list[str], tmp_path: Path, files: str) -> None:
     write_model(tmp_path / "student", vocab_size=120, rope_scaling={"rope_type": "yarn", "factor": 4.0})
     write_model(tmp_path / "teacher", rope_parameters={"rope_type": "yarn", "factor": 4.0})
     assert check(*run, f"data.train_files={files}", "data.max_prompt_length=2000") == []
+    sampled = [f"{ROLLOUT}.val_kwargs.do_sample=True", f"{ROLLOUT}.val_kwargs.temperature=1"]
+    assert check(*run, *BEST, "trainer.best_metric=val/reverse_kl min", *sampled) == []
+    assert check(*run, *BEST, "trainer.best_metric=val/reward") == []
     assert check(*run, *GRPO, f"{TEACHER}.path=null") == []  # task rewards need no teacher
 
 
@@ -153,8 +167,9 @@ def test_no_notice(run: list[str], overrides: list[str]) -> None:
 def test_hub_names_pass_where_there_is_a_hub(run: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     assert check(*run, f"{STUDENT}.path=owner/name") == []
-    with pytest.raises(ValueError, match="there is no such folder"):
-        check(*run, f"{STUDENT}.path=./name")
+    for path in ("./name", "student/huggingface"):  # the second begins with a folder that is here
+        with pytest.raises(ValueError, match="there is no such folder"):
+            check(*run, f"{STUDENT}.path={path}")
 
 
 def ranks(ray_init: dict[str, Any], **trainer: Any) -> None:

@@ -83,7 +83,8 @@ def test_without_a_limit_or_without_counts_the_run_goes_on(tmp_path: Path, caplo
     run = Updates(tmp_path, None)
     for _ in range(100):
         run.take(0, 1)
-    assert len(caplog.records) == 100
+    warned = [int(record.getMessage().split(" of this run")[0].split()[-1]) for record in caplog.records]
+    assert warned == [1, 2, 4, 8, 16, 32, 64], "seldom enough for a run of a million steps"
     Updates(tmp_path, 0).guard.check({"actor/loss": math.nan}, 1)  # steps without counts are not checked
 
 
@@ -101,6 +102,12 @@ def test_a_gap_above_the_bound_is_counted_and_warned_of(tmp_path: Path, caplog: 
     assert exceeded == [0, 0, 1, 1, 0], "the bound itself is within it, NaN beyond"
     assert [record.getMessage().split(":")[0] for record in caplog.records] == ["step 3", "step 4"]
     assert "0.15 nats on average, above trainer.engine_gap_bound=0.1" in caplog.text
+
+
+def test_a_gap_is_warned_of_again_where_it_has_doubled(tmp_path: Path, caplog: Any) -> None:
+    metrics = gaps(EngineGap(make_config(tmp_path, engine_gap_bound=0.1)), 0.2, 0.3, 0.4, 0.2, 0.7, 0.8, math.inf)
+    assert all(step["distill/engine_gap_exceeded"] for step in metrics)
+    assert [record.getMessage().split(":")[0] for record in caplog.records] == ["step 1", "step 3", "step 6", "step 7"]
 
 
 def test_gaps_that_are_no_fault(tmp_path: Path, caplog: Any) -> None:
@@ -153,7 +160,7 @@ def test_every_rank_scores_the_same_row_spread_over_the_shared_ids(tmp_path: Pat
     assert rows.shape == (3, 128) and (rows == rows[0]).all() and set(rows[0].tolist()) == set(range(50))
     assert rows[0, :6].tolist() == [0, 30, 11, 42, 23, 4]
     assert torch.equal(batch.tensor("responses"), rows[:, 1:])
-    assert batch.tensor("attention_mask").all() and not batch.tensor("distill_special_token_mask").any()
+    assert batch.tensor("attention_mask").all()
     make_probe(tmp_path, length=5).check({"ref": teacher}, 0)
     assert teacher.batches[1].tensor("input_ids").shape == (1, 10), "no longer than a training row"
 
@@ -165,7 +172,6 @@ def test_teachers_that_know_item_tokens_score_some_and_the_others_none(tmp_path:
     for role, teacher in teachers.items():
         (batch,) = teacher.batches
         responses = batch.tensor("responses")
-        assert torch.equal(batch.tensor("distill_special_token_mask"), (responses >= 50).long())
         largest = 49 if role in ("ref", "small") else 59
         assert int(responses.max()) == largest, f"{role}: spread over all that it knows"
 
@@ -219,14 +225,17 @@ def test_a_resumed_run_is_compared_with_the_first_start(tmp_path: Path) -> None:
     with pytest.raises(GuardError, match=r"teacher 'ref' at step 30 .*: the 127 log-probs .* 0\.6 nats"):
         resumed(tmp_path, 0.6)
     assert resumed(tmp_path, 3.0, resume_allow_changed=["teacher"]) == RIGHT
+    with pytest.raises(GuardError):  # what is allowed has nothing to do with teachers
+        resumed(tmp_path, 3.0, resume_allow_changed=["data.train_files", "actor_rollout_ref.rollout.val_kwargs"])
 
 
-def test_a_teacher_that_scored_other_tokens_starts_over_alone(tmp_path: Path) -> None:
+def test_a_teacher_that_scored_other_tokens_starts_over_alone(tmp_path: Path, caplog: Any) -> None:
     first, ref, own = make_probe(tmp_path, {"self": "base"}), Teacher(), Teacher()
     first.check({"ref": ref, "self": own}, 0)
     own.error = 3.0
     second = make_probe(tmp_path, {"self": "full"})
     second.load_state_dict(first.state_dict())
+    assert "teacher 'self' is not compared with the run's first start" in caplog.text and "'ref'" not in caplog.text
     assert second.check({"ref": ref, "self": own}, 40) == RIGHT | {"distill_teacher/self/teacher_canary": 0}
     ref.error = 0.6
     with pytest.raises(GuardError, match=r"teacher 'ref' at step 50 scores otherwise"):

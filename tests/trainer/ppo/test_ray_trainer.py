@@ -142,9 +142,12 @@ def make_config(folder: Path, **trainer: Any) -> PPOConfig:
 
 
 def make_trainer(
-    config: PPOConfig, cls: type[RayPPOTrainer] = RayOnPolicyDistillTrainer, **options: Any
+    config: PPOConfig,
+    cls: type[RayPPOTrainer] = RayOnPolicyDistillTrainer,
+    train_dataset: Prompts | None = None,
+    **options: Any,
 ) -> tuple[Any, list[str]]:
-    trainer: Any = cls(config, Tokenizer(), {}, Prompts(), **options)  # type: ignore[arg-type]
+    trainer: Any = cls(config, Tokenizer(), {}, train_dataset or Prompts(), **options)  # type: ignore[arg-type]
     log: list[str] = []
     trainer.agent_loop_manager = Engines(log)
     trainer.actor_wg = Ranks(log)
@@ -277,8 +280,10 @@ def test_old_checkpoints_of_another_run_do_not_cost_a_new_run_its_own(tmp_path: 
 def test_data_may_be_exchanged_where_that_is_meant(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     first, _ = make_trainer(make_config(tmp_path, total_training_steps=1, save_freq=1))
     first.fit()
-    second, _ = make_trainer(make_config(tmp_path, total_training_steps=2, resume_allow_changed=["data.train_files"]))
-    second.train_dataset.rows = 12
+    with pytest.raises(ValueError, match="saved after 8 prompts in batches of 4, now 12 prompts"):
+        make_trainer(make_config(tmp_path, total_training_steps=2), train_dataset=Prompts(12))
+    config = make_config(tmp_path, total_training_steps=2, resume_allow_changed=["data.train_files"])
+    second, _ = make_trainer(config, train_dataset=Prompts(12))
     second.fit()
     assert "the data start over: saved after 8 prompts" in caplog.text
     assert second.train_dataset.epochs == [0]

@@ -27,7 +27,7 @@ from verl.experimental.agent_loop.servers import AsyncLLMServerManager
 from verl.experimental.agent_loop.worker import AgentLoopWorker
 from verl.protocol import DataProto
 from verl.single_controller.base import WorkerGroup
-from verl.single_controller.ray.calls import Remote
+from verl.single_controller.ray.calls import Remote, sending
 from verl.utils.row_buffer import RowBuffer
 from verl.weight_sync.send import send_weights
 from verl.workers.rollout.replica import get_replica_class
@@ -111,18 +111,22 @@ class AgentLoopManager:
             The rollout's new keys, in the order of ``prompts``.
 
         Raises:
-            ValueError: a prompt or an agent name cannot be used.
-            RolloutError: an engine or a worker failed, or samples from other weights than the last sync's.
+            WorkerError: an engine or a worker failed, a prompt or an agent name cannot be used (``by_user``), there is
+                no space for the prompts, or samples come from other weights than the last sync's.
         """
         seeds = sample_seeds(self.rollout.seed, prompts)
         meta_info = {"validate": prompts.meta_info["validate"]}
         rows = DataProto.from_dict(None, {**prompts.non_tensor_batch, SEED_KEY: seeds}, meta_info)
-        share = -(-len(rows) // len(self._workers))
-        parts = zip(self._workers, rows.split(share), strict=False)
-        calls = {worker.actor.generate_sequences.remote(part): worker for worker, part in parts}
+        busy = min(len(self._workers), len(rows))
+        starts = [len(rows) * index // busy for index in range(busy + 1)]
+        with sending("generate_sequences"):
+            calls = {
+                worker.actor.generate_sequences.remote(rows.slice(first, end)): worker
+                for worker, first, end in zip(self._workers, starts, starts[1:], strict=False)
+            }
         buffer = RowBuffer(len(rows))
         for number, part in self._actors.as_they_come(calls, "generate", watch=self._check_run):
-            buffer.put(number * share, part)
+            buffer.put(starts[number], part)
             del part  # before the next one comes
         generated = buffer.take()
         measured = generated.meta_info["metrics"]

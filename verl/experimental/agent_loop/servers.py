@@ -26,7 +26,7 @@ import ray
 from ray.exceptions import RayError
 
 from verl.experimental.agent_loop.base import RolloutError
-from verl.single_controller.ray.calls import Remote
+from verl.single_controller.ray.calls import Remote, is_by_user
 from verl.workers.rollout.replica import TokenOutput
 
 logger = logging.getLogger(__name__)
@@ -106,7 +106,8 @@ class AsyncLLMServerManager:
             output = answer.result()
         except RayError as error:
             account = replica.account_of(error, await replica.log_async())
-            raise RolloutError(f"{replica.name} failed to generate: {account}") from error
+            message = f"{replica.name} failed to generate: {account}"
+            raise RolloutError(message, by_user=is_by_user(error)) from error
         finally:
             answer.cancel()
             self._in_flight[chosen] -= 1

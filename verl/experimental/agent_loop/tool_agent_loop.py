@@ -23,9 +23,9 @@ import logging
 import math
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
@@ -34,6 +34,8 @@ from verl.experimental.agent_loop.base import AgentLoopBase, AgentLoopMetrics, A
 from verl.tools.base_tool import BaseTool
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _CALL = re.compile(r"<tool_call>(.*?)(</tool_call>|\Z)", re.DOTALL)
 
@@ -97,9 +99,8 @@ class ToolSession:
 
     async def release(self) -> None:
         """Release every instance; a tool that fails to is logged."""
-        limit = self.limits.tool_timeout_s
         releases = [
-            asyncio.wait_for(self.tools[name].release(instance_id, **self._options(name, "release")), limit)
+            self._in_time(self.tools[name].release(instance_id, **self._options(name, "release")))
             for name, instance_id in self._instances.items()
         ]
         results = await asyncio.gather(*releases, return_exceptions=True)
@@ -115,15 +116,26 @@ class ToolSession:
         if call.name not in self.tools:
             self.metrics.unknown_tools += 1
             return f"Error: there is no tool {call.name!r}; the tools are {', '.join(self.tools)}"
-        tool, limit = self.tools[call.name], self.limits.tool_timeout_s
+        tool = self.tools[call.name]
         async with self._creating:  # calls of one turn share an instance
             if call.name not in self._instances:
                 created = tool.create(**self._options(call.name, "create"))
-                self._instances[call.name], _ = await asyncio.wait_for(created, limit)
+                self._instances[call.name], _ = await self._in_time(created)
         executed = tool.execute(self._instances[call.name], call.arguments, **self._options(call.name, "execute"))
-        response, reward, _ = await asyncio.wait_for(executed, limit)
+        response, reward, _ = await self._in_time(executed)
         self.metrics.tool_reward += reward or 0.0
         return self._shortened(response.text or "")
+
+    async def _in_time(self, task: Coroutine[Any, Any, T]) -> T:
+        """What a tool's coroutine returns; a TimeoutError with a text where it takes too long."""
+        limit = self.limits.tool_timeout_s
+        try:
+            async with asyncio.timeout(limit) as scope:
+                return await task
+        except TimeoutError as error:
+            if not scope.expired():  # the tool's own, with its own text
+                raise
+            raise TimeoutError(f"no answer within multi_turn.tool_timeout_s={limit:g} s") from error
 
     def _options(self, name: str, step: str) -> dict[str, Any]:
         return dict(self.tools_kwargs.get(name, {}).get(f"{step}_kwargs", {}))

@@ -19,13 +19,12 @@ from contextlib import suppress
 from typing import Any
 
 import ray
-from ray.exceptions import ObjectStoreFullError, OutOfDiskError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from verl.single_controller.base.decorator import Call, Results
 from verl.single_controller.base.worker import LOOPBACK, Worker
-from verl.single_controller.base.worker_group import WorkerError, WorkerGroup
-from verl.single_controller.ray.calls import Remote, disk_full_text, failure_of_ranks, rank_results
+from verl.single_controller.base.worker_group import WorkerGroup
+from verl.single_controller.ray.calls import Remote, failure_of_ranks, rank_results, sending
 from verl.single_controller.ray.resource_pool import RankPlace, RayResourcePool
 
 
@@ -159,14 +158,12 @@ class RayWorkerGroup(RoleWorkerGroup):
             list(rank_results(self._ranks, self._building, f"{self._name}.__init__", self.watch))
             self._building = []
         first, payloads = calls[0], list[Any](calls)
-        try:
+        with sending(f"{role}.{method}"):
             if len(calls) > 1 and (first.args or first.kwargs) and all(call is first for call in calls):
                 payloads = [ray.put(first)] * len(calls)
             # There are fewer calls than ranks where rank 0 alone is called.
             to_ranks = zip(self._ranks, payloads, strict=False)
             running = [rank.actor.call.remote(role, method, payload) for rank, payload in to_ranks]
-        except (OutOfDiskError, ObjectStoreFullError) as error:
-            raise WorkerError(f"{role}.{method} could not be given its data: {disk_full_text()}") from error
         return rank_results(self._ranks, running, f"{role}.{method}", self.watch)
 
     def check_alive(self) -> None:

@@ -15,10 +15,18 @@ A call learns nothing of a process that dies elsewhere, so both call ``watch`` n
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, OutOfDiskError, RayActorError, RayError, RayTaskError
+from ray.exceptions import (
+    GetTimeoutError,
+    ObjectStoreFullError,
+    OutOfDiskError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+)
 
 from verl.single_controller.base.worker_group import RolloutError, WorkerError
 
@@ -125,7 +133,6 @@ def as_they_come(
 
     Raises:
         RolloutError: one failed, or had no time left.
-        ValueError: one raised it.
     """
     numbers = {call: number for number, call in enumerate(calls)}
     started = time.monotonic()
@@ -134,9 +141,9 @@ def as_they_come(
             try:
                 result = ray.get(call)
             except RayError as error:
-                kind = ValueError if isinstance(error, ValueError) else RolloutError
                 account = calls[call].account_of(error, calls[call].log())
-                raise kind(f"{calls[call].name} failed to {doing}: {account}") from error
+                message = f"{calls[call].name} failed to {doing}: {account}"
+                raise RolloutError(message, by_user=is_by_user(error)) from error
             yield numbers.pop(call), result
             del result  # before the next one comes
         if not done:
@@ -196,7 +203,7 @@ def failure_of_ranks(ranks: Sequence[Remote], failures: Sequence[tuple[int, RayE
     ]
     if isinstance(error, RayTaskError):
         lines += [f"Traceback of rank {rank}:", str(error).strip()]
-    return WorkerError("\n".join(lines), by_user=isinstance(getattr(error, "cause", None), ValueError))
+    return WorkerError("\n".join(lines), by_user=is_by_user(error))
 
 
 def _may_be_a_consequence(error: RayError) -> bool:
@@ -213,7 +220,7 @@ def _cause_of(error: RayError) -> str:
     """What went wrong, without the trace through Ray."""
     cause = getattr(error, "cause", None)
     if isinstance(error, OutOfDiskError) or isinstance(cause, OutOfDiskError):
-        return disk_full_text()
+        return _disk_full_text()
     if isinstance(cause, BaseException):
         return f"{type(cause).__name__}: {str(cause).strip()}"
     one_line = " ".join(str(error).split())
@@ -224,7 +231,22 @@ def _cause_of(error: RayError) -> str:
     return f"{type(error).__name__}: {one_line}"
 
 
-def disk_full_text() -> str:
+def is_by_user(error: BaseException) -> bool:
+    """Whether what a process raised is a ValueError, there or in a process that it called in turn."""
+    cause = getattr(error, "cause", None)
+    return isinstance(cause, ValueError) or getattr(cause, "by_user", False)
+
+
+@contextmanager
+def sending(call_name: str) -> Iterator[None]:
+    """Raise ``WorkerError`` where neither memory nor disk has space for the arguments of a call."""
+    try:
+        yield
+    except (OutOfDiskError, ObjectStoreFullError) as error:
+        raise WorkerError(f"{call_name} could not be given its data: {_disk_full_text()}") from error
+
+
+def _disk_full_text() -> str:
     """Ray's object store and the disk that it spills to are full, on this node."""
     return (
         "no space: Ray's object store is full, and so is the disk under /tmp/ray that it spills to; free some there, "

@@ -82,7 +82,7 @@ class BestCheckpoint:
             write_durably(self._root / RECORD, json.dumps(dict(sorted(self._metrics.items()))) + "\n")
             if best is None and (self._root / BEST).exists():  # of another run, or of steps that are taken again
                 logger.warning("%s is no longer the best of this run; it is %s now", self._root / BEST, VOID)
-                layout.replace_folder(self._root / BEST, self._root / VOID)
+                layout.remove_folder(layout.replace_folder(self._root / BEST, self._root / VOID))
                 self._exported = None
             elif best is not None and best not in (self._exported, self._pending):
                 self._export_best(best)
@@ -175,13 +175,21 @@ class BestCheckpoint:
         reason |= {"reason": rule.describe(metrics, self._start), "metrics": metrics, "metrics_of_step_0": self._start}
         write_durably(beside / REASON, json.dumps(reason, indent=1, ensure_ascii=False) + "\n")
         flush_tree(beside)
-        layout.replace_folder(beside, self._root / BEST)
+        deleted = layout.replace_folder(beside, self._root / BEST)
         self._exported = step
+        layout.remove_folder(deleted)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """What a file holds; an empty object without it."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    """What a file holds; an empty object without it.
+
+    Raises:
+        ValueError: it is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); removing it forgets the best of the run so far") from error
 
 
 def _link_or_copy(source: str, target: str) -> None:

@@ -107,13 +107,17 @@ def find_checkpoint(config: TrainerConfig) -> Path | None:
     one before it.
 
     Raises:
-        ValueError: ``resume_from_path`` is not a whole checkpoint, or there are checkpoints and all are damaged.
+        ValueError: ``resume_from_path`` is not a whole checkpoint, there are checkpoints and all are damaged, or the
+            file that names the latest holds no step.
     """
     latest, candidates = Path(config.default_local_dir) / LATEST, []
     if config.resume_mode == "resume_path":
         candidates = [Path(str(config.resume_from_path))]
     elif config.resume_mode == "auto" and latest.is_file():
-        step = int(latest.read_text())
+        text = latest.read_text().strip()
+        if not text.isdecimal():
+            raise ValueError(f"{latest} holds {text!r}, not a step; write the step of the newest checkpoint into it")
+        step = int(text)
         older = [path for path in step_folders(latest.parent) if checkpoint_step(path) < step]
         candidates = [step_folder(latest.parent, step), *older]
     damage: list[str] = []
@@ -151,12 +155,16 @@ def publish(root: str | Path, step: int) -> None:
     Raises:
         OSError: the folder cannot be written.
     """
-    replace_folder(step_folder(root, step, UNFINISHED), step_folder(root, step))
+    deleted = replace_folder(step_folder(root, step, UNFINISHED), step_folder(root, step))
     write_durably(Path(root) / LATEST, f"{step}\n")
+    try:  # last, for the checkpoint counts by then
+        remove_folder(deleted)
+    except OSError as error:
+        logger.warning("%s cannot be removed: %s", deleted, error)
 
 
-def replace_folder(source: Path, folder: Path) -> None:
-    """Rename ``source`` to ``folder``, then delete the folder of that name if there was one.
+def replace_folder(source: Path, folder: Path) -> Path:
+    """Rename ``source`` to ``folder``; returns where a folder of that name went, for the caller to remove.
 
     Raises:
         OSError: the folder cannot be written.
@@ -164,7 +172,7 @@ def replace_folder(source: Path, folder: Path) -> None:
     deleted = _move_to_deleted(folder)
     source.rename(folder)
     flush(folder.parent)
-    remove_folder(deleted)
+    return deleted
 
 
 def clear_leftovers(root: str | Path) -> None:

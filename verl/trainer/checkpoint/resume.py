@@ -101,11 +101,18 @@ def find_resumable(config: PPOConfig, identity: dict[str, Any], total_steps: int
     First clears what a killed run left half-written.
 
     Raises:
-        ValueError: the checkpoint is not whole, belongs to another run, or leaves this run no step to take.
+        ValueError: the checkpoint is not whole, belongs to another run, or leaves this run no step to take; or what a
+            killed run left cannot be removed.
     """
     trainer = config.trainer
     if not trainer.val_only:  # validating a run that is still going must not touch what it writes
-        layout.clear_leftovers(trainer.default_local_dir)
+        try:
+            layout.clear_leftovers(trainer.default_local_dir)
+        except OSError as error:
+            raise ValueError(
+                f"trainer.default_local_dir={trainer.default_local_dir} holds what a killed run left, and it cannot be "
+                f"removed: {error}"
+            ) from error
     folder = layout.find_checkpoint(trainer)
     if folder is None:
         return None

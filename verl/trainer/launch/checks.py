@@ -2,7 +2,7 @@
 
 In: a ``PPOConfig``, whose sections have checked themselves. Out: errors, all at once, or notices. ``check_run`` looks
 at folders, ``config.json`` and installed packages, ``check_ranks`` and ``prepare_folders`` at this machine. Not here:
-the vocabularies (``vocabulary_check``), other machines (``single_controller.ray.node_report``), and files that are read
+the vocabularies (``vocabulary_check``), other machines (``single_controller.ray.node_check``), and files that are read
 before Ray starts and name their key then: rows, rewards, tools, checkpoints.
 """
 
@@ -11,10 +11,12 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
 from verl.config import AGENT_LOOPS, PPOConfig, TrainerConfig
+from verl.config.best_rule import BestRule
 from verl.utils.tokenizer import local_model_folder
 
 HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+")
@@ -34,6 +36,7 @@ def check_run(config: PPOConfig) -> list[str]:
         *_algorithm_errors(config),
         *_data_errors(config),
         *_engine_errors(config),
+        *_output_errors(config),
     ]
     if errors:
         raise ValueError("\n".join(errors))
@@ -115,7 +118,12 @@ def _model_errors(config: PPOConfig) -> Iterator[str]:
     }
     for key, path in paths.items():
         folder = local_model_folder(path)
-        if path and folder is None and (constants.HF_HUB_OFFLINE or not HUB_NAME.fullmatch(path)):
+        # A folder here that is called as an owner on the hub is much likelier meant.
+        if (
+            path
+            and folder is None
+            and (constants.HF_HUB_OFFLINE or not HUB_NAME.fullmatch(path) or Path(path).parts[0] in os.listdir())
+        ):
             yield (
                 f"{key}={path}: there is no such folder, and it is not in the hub's cache; correct the path, or give a "
                 "hub name (owner/name) without HF_HUB_OFFLINE"
@@ -204,6 +212,23 @@ def _engine_errors(config: PPOConfig) -> Iterator[str]:
         yield (
             f"{key}.agent.default_agent_loop={loop!r} is unknown; use {' or '.join(AGENT_LOOPS)}, or register your "
             "own (verl.experimental.agent_loop.base.register), in the workers by a worker_process_setup_hook of Ray"
+        )
+
+
+def _output_errors(config: PPOConfig) -> Iterator[str]:
+    """Loggers must be installed, and the rule for the best checkpoint read metrics that a validation can give."""
+    trainer, validation = config.trainer, config.actor_rollout_ref.rollout.val_kwargs
+    for name in trainer.logger:
+        if name in ("tensorboard", "wandb") and not is_installed(name):
+            yield f"trainer.logger={trainer.logger} needs the package {name}; install it, or leave {name} out"
+    names = BestRule.parse(trainer.best_metric).names if trainer.best_metric else []
+    key = f"trainer.best_metric={trainer.best_metric!r}"
+    if config.custom_reward_function.path is None and any(name.endswith("/reward") for name in names):
+        yield f"{key} needs rewards; set custom_reward_function.path, or take another metric: 'val/reverse_kl min'"
+    if validation.greedy and any(name.endswith("/reverse_kl") for name in names):
+        yield (
+            f"{key} needs answers that are drawn, and validation is greedy; set "
+            "actor_rollout_ref.rollout.val_kwargs.do_sample=True and its temperature above 0"
         )
 
 

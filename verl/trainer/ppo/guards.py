@@ -20,6 +20,7 @@ import torch
 
 from verl.config import PPOConfig
 from verl.protocol import DataProto
+from verl.trainer.checkpoint.resume import matches
 from verl.trainer.checkpoint.saver import CheckpointError, CheckpointSaver
 
 logger = logging.getLogger(__name__)
@@ -29,6 +30,8 @@ Metrics = dict[str, float]
 RECOVERY_RATIO = 10
 """Updates that make up for a skipped one."""
 PROBE_TOKENS = 128
+BLIND_TO = ("data", "actor_rollout_ref.rollout.val_kwargs")
+"""Settings that decide nothing about how a teacher scores."""
 GOLDEN = 0.6180339887498949
 """Multiples of it, modulo 1, fill the unit interval evenly however many there are."""
 
@@ -80,7 +83,8 @@ class SkippedUpdates:
                 "data of this step, lower actor_rollout_ref.actor.optim.lr, or set algorithm.distill_adv_min_clip",
                 self._saver,
             )
-        logger.warning("%s", message)
+        if self._total.bit_length() > (self._total - skipped).bit_length():  # at 1, 2, 4, 8 ... of them
+            logger.warning("%s", message)
 
 
 class EngineGap:
@@ -89,7 +93,8 @@ class EngineGap:
     - ``distill/engine_gap``: mean |difference| at trained tokens, nats. The same number as
       ``training/rollout_log_probs_diff_mean``, but only where the sampler is the policy (top_p=1, top_k=-1), so that
       anything beyond rounding is a fault: stale or wrong weights, another temperature, another vocabulary.
-    - ``distill/engine_gap_exceeded``: 1 in a step whose gap is beyond ``trainer.engine_gap_bound``, else 0.
+    - ``distill/engine_gap_exceeded``: 1 in a step whose gap is beyond ``trainer.engine_gap_bound``, else 0; the first
+      such step is warned of, and each that doubles the gap of the last warning.
 
     Needs ``rollout.calculate_log_probs``.
     """
@@ -98,6 +103,8 @@ class EngineGap:
         rollout = config.actor_rollout_ref.rollout
         self._is_defined = rollout.top_p == 1 and rollout.top_k == -1
         self._bound = config.trainer.engine_gap_bound
+        self._warned_of = 0.0
+        """Gap of the last warning."""
 
     def check(self, metrics: Mapping[str, float], step: int) -> Metrics:
         """The gap of a step; warns if it is too large or NaN."""
@@ -107,7 +114,8 @@ class EngineGap:
         if self._bound is None:
             return {"distill/engine_gap": gap}
         exceeds = not gap <= self._bound  # true for NaN
-        if exceeds:
+        if exceeds and not gap < 2 * self._warned_of:
+            self._warned_of = math.inf if math.isnan(gap) else gap
             logger.warning(
                 "step %d: the engine's log-probs of its own tokens differ from the trainer's by %.4g nats on average, "
                 "above trainer.engine_gap_bound=%s: it samples from other weights or rounds otherwise (rollout.dtype)",
@@ -138,7 +146,7 @@ class TeacherProbe:
     def __init__(self, config: PPOConfig, vocab_size: int, saver: CheckpointSaver) -> None:
         trainer, rollout = config.trainer, config.actor_rollout_ref.rollout
         self._tolerance, self._saver = trainer.canary_tolerance, saver
-        self._may_change = bool(trainer.resume_allow_changed)
+        self._may_change = any(not matches(BLIND_TO, key) for key in trainer.resume_allow_changed)
         self._distill, self._vocab_size = config.algorithm.distill, vocab_size
         self._extend_start = vocab_size if rollout.extend_start is None else min(vocab_size, rollout.extend_start)
         # No longer than a training row, which limits of micro-batches and positions were chosen for.
@@ -190,10 +198,12 @@ class TeacherProbe:
         """Take over the reference of the run's first start.
 
         A teacher whose reference is missing or of other tokens gets one at this start, and so do all where
-        ``resume_allow_changed`` is set.
+        ``resume_allow_changed`` names what may change how they score.
         """
-        for role, saved in {} if self._may_change else state.items():
-            if saved["tokens"] == self._tokens(role):
+        for role, saved in state.items():
+            if self._may_change or saved["tokens"] != self._tokens(role):
+                logger.warning("teacher %r is not compared with the run's first start; its probe starts over", role)
+            else:
                 self._reference[role] = saved["log_probs"]
 
     def _tokens(self, role: str) -> list[int]:
@@ -204,11 +214,5 @@ class TeacherProbe:
     def _batch(self, role: str) -> DataProto:
         """N equal rows of one prompt token and T - 1 response tokens, with the keys that scoring reads."""
         row = torch.tensor([self._tokens(role)]).expand(self._rows, -1).clone()
-        responses = row[:, 1:].clone()
-        tensors = {
-            "input_ids": row,
-            "responses": responses,
-            "attention_mask": torch.ones_like(row),
-            "distill_special_token_mask": (responses >= self._extend_start).long(),
-        }
+        tensors = {"input_ids": row, "responses": row[:, 1:].clone(), "attention_mask": torch.ones_like(row)}
         return DataProto.from_dict(tensors, meta_info={"temperature": self._temperature})

@@ -102,6 +102,9 @@ class RayPPOTrainer:
         self.worker_groups = WorkerGroups()
         identity = run_identity(config, vocab_fingerprint)
         self.resume_from = find_resumable(config, identity, self.total_steps)
+        self.driver_state = load_driver_state(self.resume_from) if self.resume_from else {}
+        if self.driver_state:
+            self.prompts.load_state_dict(self.driver_state, config.trainer.data_may_change)
         self.best = BestCheckpoint(config.trainer, self.resume_from)
         self.saver = CheckpointSaver(config, identity, self.best)
         self.skipped_updates, self.engine_gap = SkippedUpdates(config, self.saver), EngineGap(config)
@@ -369,9 +372,8 @@ class RayPPOTrainer:
         """Continue from the checkpoint that was found, if any; check teachers; drop what logs hold of later steps."""
         config, folder, step, logged = self.config.trainer, self.resume_from, None, None
         if folder is not None:
-            step, state = checkpoint_step(folder), load_driver_state(folder)
+            step, state = checkpoint_step(folder), self.driver_state
             self.global_steps = step
-            self.prompts.load_state_dict(state)
             self.kl_controller.value = state["kl_coef"]
             self.teacher_probe.load_state_dict(state["teacher_probe"])
             # A kill between a checkpoint and the log line of its step loses the line; another run's log is not ours.

@@ -35,8 +35,8 @@ from verl.workers.fsdp.token_stats_model import Head, TokenStatsModel
 
 LOSS_KEYS = ("responses", "response_mask", "input_ids", "attention_mask")
 """Batch keys of every update."""
-SCORED_KEYS = ("responses", "input_ids", "attention_mask", "distill_special_token_mask")
-"""Batch keys of scoring, the last where it is there; the rest need not travel."""
+SCORED_KEYS = ("responses", "input_ids", "attention_mask")
+"""Batch keys of scoring; the rest need not travel."""
 UPDATE_KEYS = (*LOSS_KEYS, *POLICY_TENSORS, *ROW_KEYS)
 """Batch keys of an update, where they are there."""
 COUNTS = ("actor/updates", "actor/skipped_updates")

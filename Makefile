@@ -11,7 +11,7 @@ env:
 	bash deploy_env.sh --dev
 
 test: env
-	$(PYTEST) -n $(WORKERS) --dist loadfile -m "not slow and not cluster and not gpu" $(ARGS)
+	$(PYTEST) -n $(WORKERS) --dist loadfile -m "not slow and not cluster" $(ARGS)
 
 test-slow: env
 	$(PYTEST) -m "slow or cluster" $(ARGS)

@@ -23,6 +23,7 @@
 #   DASHBOARD_HOST, DASHBOARD_PORT   where the dashboard listens (default: 127.0.0.1 and 8265; none: no dashboard)
 #   RAY_START_OPTIONS    further options of `ray start`, such as --min-worker-port=20000 --max-worker-port=20999
 #   WAIT_S, START_S  seconds to wait for all nodes (120), and for Ray to start on one host (90)
+# of --stop alone: STOP_S, seconds that the processes of a host have to end by themselves (15)
 # and SSH_PORT, SSH_OPTS (quoted as in a shell), CONNECT_S, LOG_DIR: ssh's port and options, seconds to wait for a
 # connection (10), folder of the hosts' logs (outputs/cluster).
 set -euo pipefail

@@ -15,7 +15,7 @@
 # Ray's own files under r/. Its name is short because Ray puts sockets below it, whose paths have at most 107 bytes.
 #
 # Environment: ENV_DIR, RAY_PORT, NODE_IP, NUM_CPUS, NUM_GPUS, CLUSTER_DIR, DASHBOARD_HOST, DASHBOARD_PORT,
-# RAY_START_OPTIONS, START_S, as init_ray_cluster.sh describes them.
+# RAY_START_OPTIONS, START_S, STOP_S, as init_ray_cluster.sh describes them.
 set -euo pipefail
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"

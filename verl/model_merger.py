@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m verl.model_merger", description="Export a checkpoint.")
     command = parser.add_subparsers(required=True).add_parser("merge", help="write a Hugging Face model")
-    command.add_argument("--local_dir", required=True, type=Path, metavar="CKPT", help="actor/ of a checkpoint")
+    command.add_argument("--local_dir", required=True, type=Path, metavar="CKPT", help="a checkpoint, or its actor/")
     command.add_argument("--target_dir", required=True, type=Path, metavar="OUT", help="folder of the model")
     command.add_argument("--backend", choices=("fsdp", "fsdp2"), default="fsdp", help="all checkpoints are FSDP2's")
     command.add_argument("--dtype", help="such as bfloat16; default: as the trainer stores the weights (float32)")

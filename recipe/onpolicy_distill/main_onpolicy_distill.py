@@ -5,7 +5,7 @@
     python -m recipe.onpolicy_distill.main_onpolicy_distill \\
         actor_rollout_ref.model.path=STUDENT actor_rollout_ref.ref.model.path=TEACHER data.train_files=TRAIN.parquet
 
-Everything a user can get wrong is looked at before Ray starts. Heavy imports wait until then, so ``--help`` is quick.
+Settings, files and vocabularies are checked before Ray starts. Heavy imports wait until then, so ``--help`` is quick.
 """
 
 import logging

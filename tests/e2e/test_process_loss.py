@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import ray
 from ray.cloudpickle import register_pickle_by_value
@@ -33,6 +34,13 @@ STEPS = 4
 
 def pid_of(actor: Any) -> int:
     return ray.get(actor.__ray_call__.remote(lambda _: os.getpid()))
+
+
+def ray_processes() -> set[int]:
+    """Ranks, engines and agent-loop workers on this machine, by their titles."""
+    return {
+        own.pid for own in psutil.process_iter(["cmdline"]) if "".join(own.info["cmdline"] or []).startswith("ray::")
+    }
 
 
 def rank(trainer: Any) -> Any:
@@ -106,7 +114,7 @@ def settings(pair: Any, train: Path, folder: Path) -> PPOConfig:
 def test_a_run_that_loses_processes_in_every_stage_is_the_run_that_never_did(
     tiny_pair: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train = write_onerec_parquet(tmp_path / "train.parquet", 10)
+    before, train = ray_processes(), write_onerec_parquet(tmp_path / "train.parquet", 10)
     module.run(build_trainer(settings(tiny_pair, train, tmp_path / "whole")))
 
     monkeypatch.setattr(actors, "SHUTDOWN_S", 2.0)  # what a stopped engine costs
@@ -132,5 +140,9 @@ def test_a_run_that_loses_processes_in_every_stage_is_the_run_that_never_did(
     expected, got = metrics_by_step(tmp_path / "whole", STEPS), metrics_by_step(tmp_path / "run", STEPS)
     for step in expected:
         assert got[step] == pytest.approx(expected[step], rel=1e-6, abs=1e-6), f"step {step}"
+    deadline = time.monotonic() + 15
+    while (left := ray_processes() - before) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not left, "no rank, engine or worker outlives its run"
     last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["data"]["training/restarts"] == len(LOSSES)

@@ -32,7 +32,7 @@ LAYERS = (
 LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names}
 
 RAY_MAY_BE_IMPORTED_IN = ("verl/single_controller/ray/", "verl/experimental/agent_loop/")
-VLLM_MAY_BE_IMPORTED_IN = ("verl/workers/rollout/", "verl/weight_sync/")
+VLLM_MAY_BE_IMPORTED_IN = ("verl/workers/rollout/",)
 
 
 def module_name(path: Path) -> str:

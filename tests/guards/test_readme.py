@@ -32,7 +32,8 @@ def test_the_tree_shows_every_package_and_nothing_else() -> None:
         for init in (REPO / top).rglob("__init__.py")
         if "quickstart" not in init.parts
     }
-    assert not [f for f in folders if not any(f.startswith(path) or path.startswith(f) for path in paths)]
+    shown = [path for path in paths if path not in ("verl/", "recipe/onpolicy_distill/")]
+    assert not [f for f in folders if not any(f.startswith(path) or path.startswith(f) for path in shown)]
 
 
 def test_scripts_make_targets_and_modules_that_it_names_exist() -> None:

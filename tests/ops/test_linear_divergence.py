@@ -1,13 +1,15 @@
 """Exact divergences in chunks, from whole distributions or likeliest ids alone, against definitions and autograd."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
-from support.peak_memory import LargestTensor
+from support.peak_memory import PeakBytes
 
-from verl.ops.linear_divergence import DIVERGENCES, DivergenceOptions, linear_divergence
-from verl.ops.teacher_log_probs import LinearTeacher, StitchedTeacher, TopLogProbs
+from verl.ops import linear_divergence as linear_divergence_module
+from verl.ops.linear_divergence import BUFFERS, DIVERGENCES, DivergenceOptions, DivergenceStats, linear_divergence
+from verl.ops.teacher_log_probs import LinearTeacher, StitchedTeacher, TopLogProbs, score_tokens
 from verl.vocabulary import Vocabulary
 
 N, D, V, K, E = 13, 6, 20, 17, 11  # positions, hidden, rows of the head, ids in the softmax, first extended id
@@ -173,13 +175,32 @@ def test_lower_precision_is_near(dtype) -> None:
         assert error < (1e-5 if dtype == torch.float32 else 0.05)
 
 
-def test_whole_logits_never_exist() -> None:
-    case = Case()
-    for teacher in (case.base(), named(case.base(), 3)[0].rows):
-        with LargestTensor() as largest:
-            loss, _ = case.loss(teacher, DivergenceOptions("jsd", **LEAK), rows=2)
-            loss.backward()
-        assert largest.elements == max(2 * K, V * D)
+@pytest.mark.parametrize("kind", DIVERGENCES)
+@pytest.mark.parametrize("support", ["shared", "full"])
+@pytest.mark.parametrize("topk", [False, True])
+def test_memory_is_that_of_a_chunk_however_many_positions(kind: str, support: str, topk: bool) -> None:
+    tokens, hidden_size, ids, start, rows = 256, 4, 2048, 1500, 8
+    hidden, base_hidden = torch.randn(tokens, hidden_size, requires_grad=True), torch.randn(tokens, hidden_size)
+    weight, base_weight = torch.randn(ids, hidden_size, requires_grad=True), torch.randn(ids, hidden_size)
+    teacher: Any = LinearTeacher(base_hidden, base_weight, start)
+    top = score_tokens(teacher, torch.zeros(tokens, dtype=torch.int64), -100.0, topk=5)[1]
+    labels, ones, chunk = torch.zeros(tokens, dtype=torch.int64), torch.ones(tokens), BUFFERS * rows * ids * 4
+    options = DivergenceOptions(kind, support=support, **LEAK)
+    with PeakBytes() as peak:
+        given = (hidden, weight, ones, top.rows if topk else teacher, options, labels, Vocabulary(ids, start))
+        linear_divergence(*given, chunk_bytes=chunk)[0].backward()
+    assert peak.bytes < chunk + 2 * (weight.nbytes + hidden.nbytes)
+
+
+def test_a_chunk_of_the_real_vocabulary_is_some_hundred_megabytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    made = [None] * (1 + len(DivergenceStats._fields))
+    monkeypatch.setattr(
+        linear_divergence_module._LinearDivergence, "apply", lambda *given: seen.append(given[-1]) or made
+    )
+    none = torch.empty(0, dtype=torch.int64)
+    linear_divergence(torch.empty(0, 1), torch.empty(176_384, 1), none, None, DivergenceOptions(), none)
+    assert 1 < seen[0].chunk_rows <= 384 * 2**20 / (BUFFERS * 176_384 * 4)
 
 
 def test_sizes_that_do_not_fit() -> None:

@@ -1,11 +1,13 @@
 """Token statistics from hidden states in chunks, against plain softmax and autograd."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
-from support.peak_memory import LargestTensor
+from support.peak_memory import PeakBytes
 
+from verl.ops import linear_log_prob
 from verl.ops.linear_log_prob import TokenStats, linear_token_stats
 from verl.vocabulary import Vocabulary
 
@@ -89,13 +91,21 @@ def test_errors_name_the_numbers() -> None:
             linear_token_stats(*draw(), vocabulary=Vocabulary(ids))
 
 
-def test_no_tensor_is_larger_than_a_chunk_or_the_head() -> None:
+@pytest.mark.parametrize("with_entropy", [False, True])
+def test_memory_is_that_of_two_chunks_however_many_positions(with_entropy: bool) -> None:
     tokens, hidden_size, vocabulary, rows = 512, 8, 4096, 16
     hidden = torch.randn(tokens, hidden_size, requires_grad=True)
     weight = torch.randn(vocabulary, hidden_size, requires_grad=True)
-    with LargestTensor() as seen:
-        more = {"with_entropy": True, "chunk_bytes": rows * vocabulary * 4}
-        labels = torch.zeros(tokens, dtype=torch.int64)
+    labels, chunk = torch.zeros(tokens, dtype=torch.int64), rows * vocabulary * 4
+    with PeakBytes() as peak:
+        more = {"with_entropy": with_entropy, "chunk_bytes": chunk}
         stats = linear_token_stats(hidden, weight, labels, vocabulary=Vocabulary(vocabulary, 4000), **more)
-        (stats.log_probs.sum() + stats.entropy.sum()).backward()
-    assert seen.elements <= rows * vocabulary
+        (stats.log_probs.sum() + (stats.entropy.sum() if with_entropy else 0.0)).backward()
+    assert peak.bytes < 2.5 * chunk + 2 * (weight.nbytes + hidden.nbytes)
+
+
+def test_a_chunk_of_the_real_vocabulary_is_some_hundred_megabytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(linear_log_prob._LinearTokenStats, "apply", lambda *given: seen.append(given[-1]) or [None] * 3)
+    linear_token_stats(torch.empty(0, 1), torch.empty(176_384, 1), torch.empty(0, dtype=torch.int64))
+    assert 1 < seen[0].chunk_rows <= 2**28 / (176_384 * 4)

@@ -18,6 +18,7 @@ from ray.cloudpickle import register_pickle_by_value
 from verl.protocol import DataProto
 from verl.single_controller.base import Worker, WorkerError
 from verl.single_controller.base.decorator import Dispatch, register
+from verl.single_controller.base.worker import LOOPBACK
 from verl.single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
 
 register_pickle_by_value(sys.modules[__name__])  # ranks do not import test modules
@@ -62,13 +63,18 @@ class Student(Worker):
         return self.rank
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def environment(self, names: list[str]) -> list[str | None]:
+        return [os.environ.get(name) for name in names]
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def process(self) -> tuple[int, bool]:
         return os.getpid(), dist.is_initialized()
 
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[RayResourcePool]:
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    runtime_env = {"env_vars": {"OMP_NUM_THREADS": "3"}}
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env=runtime_env)
     yield RayResourcePool([2], use_gpu=False)
     ray.shutdown()
 
@@ -90,6 +96,8 @@ def test_places(colocated, actor):
     place = {"node_id": node["NodeID"], "node_ip": node["NodeManagerAddress"], "cuda_visible_devices": None}
     assert colocated.get_placement() == [place | {"rank": rank, "local_rank": rank} for rank in (0, 1)]
     assert colocated.world_size == actor.world_size == 2
+    assert actor.environment(["RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR"])[1] == ["1", "2", "2", LOOPBACK]
+    assert actor.environment(["OMP_NUM_THREADS"]) == [["3"], ["3"]], "the user's choice, not a share of the CPUs"
 
 
 def test_rows_travel_and_come_back(actor):

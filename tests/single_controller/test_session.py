@@ -28,6 +28,10 @@ def test_each_run_has_a_token_of_its_own_and_what_the_user_set_stays(monkeypatch
         tokens.add(os.environ["RAY_AUTH_TOKEN"])
     assert [len(token) for token in tokens] == [64, 64]
     assert (os.environ["GLOO_SOCKET_IFNAME"], os.environ["NCCL_SOCKET_IFNAME"]) == ("lo", "ib0")
+    monkeypatch.delenv("RAY_AUTH_TOKEN")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", "/home/me/token")
+    keep_to_loopback()
+    assert "RAY_AUTH_TOKEN" not in os.environ
 
 
 def test_a_cluster_and_a_chosen_address_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:

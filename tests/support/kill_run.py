@@ -37,7 +37,7 @@ from recipe.onpolicy_distill.tiny_tokenizers import build_tiny_tokenizers
 from support.launch import Run, Running, processes_of, script_env, small_run, write_onerec_parquet
 from support.tiny_pairs import Pair, make_pair
 from verl.trainer.checkpoint import layout
-from verl.weight_sync.send import FOLDER_PREFIX, SHARED_MEMORY
+from verl.weight_sync import FOLDER_PREFIX, SHARED_MEMORY
 from verl.workers.fsdp.checkpoint import ShardReader
 
 FAULTS = ("mismatches", "unreadable_checkpoints", "orphans", "shared_memory_left", "other")

@@ -1,5 +1,6 @@
 """What an operation allocates at most."""
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -7,16 +8,20 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
-class LargestTensor(TorchDispatchMode):
-    """Elements of the largest tensor that any operation returned."""
+class PeakBytes(TorchDispatchMode):
+    """The most bytes that the tensors made within the block held at once."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.elements = 0
+        self.bytes = 0
+        self._made: list[weakref.ref[torch.Tensor]] = []
 
     def __torch_dispatch__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        for value in torch.utils._pytree.tree_leaves(result):
-            if isinstance(value, torch.Tensor):
-                self.elements = max(self.elements, value.numel())
+        leaves = torch.utils._pytree.tree_leaves(result)
+        made = [*self._made, *(weakref.ref(value) for value in leaves if isinstance(value, torch.Tensor))]
+        alive = [(reference, tensor) for reference in made if (tensor := reference()) is not None]
+        self._made = [reference for reference, _ in alive]
+        storages = [tensor.untyped_storage() for _, tensor in alive]
+        self.bytes = max(self.bytes, sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values()))
         return result

@@ -26,7 +26,7 @@ from verl.config import (
     RolloutConfig,
 )
 from verl.protocol import DataProto
-from verl.weight_sync.send import named_weights
+from verl.weight_sync import named_weights
 
 FAMILIES = {"qwen2": Qwen2Config, "qwen3": Qwen3Config, "llama": LlamaConfig}
 PROMPT, RESPONSE = 6, 8

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from verl import model_merger
 from verl.config import CheckpointConfig, OptimizerConfig
-from verl.weight_sync.send import named_weights
+from verl.weight_sync import named_weights
 from verl.workers.fsdp import checkpoint
 from verl.workers.fsdp.checkpoint import SaveOutcome, write_file, write_weights
 from verl.workers.student_worker import StudentWorker

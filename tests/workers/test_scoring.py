@@ -105,6 +105,15 @@ def test_scores_by_the_definition(packed: bool, models: Models) -> None:
         actor.update_policy(batch)
 
 
+def test_ids_between_the_teachers_tokenizer_and_the_extension_are_unknown_too(models: Models) -> None:
+    ids = len(AutoTokenizer.from_pretrained(models.teacher))
+    batch = rollouts([([5, 6], [7, ids + 1, ids + 5, 8])], ids + 4)
+    config = worker_config(models.student, models.teacher, extend_start=ids + 4)
+    scores = teacher(config).compute_ref_log_prob(batch).tensor("ref_log_prob")[0]
+    assert (scores == -100.0).tolist() == [False, True, True, False, *[False] * 4]
+    assert scores[3] < 0 and not scores[4:].any()
+
+
 def test_replacement_and_stand_in_are_settings(models: Models) -> None:
     e, scores = models.extend_start, {}
     batch = rollouts([([5, e, 6], [7, e + 1, 8])], e)

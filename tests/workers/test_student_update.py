@@ -56,6 +56,11 @@ def aggregate(losses: torch.Tensor, mask: torch.Tensor, mode: str) -> torch.Tens
     return (sums if mode == "seq-mean-token-sum" else sums / mask.sum(dim=1)[rows]).mean()
 
 
+def test_every_epoch_takes_every_mini_batch(models: Models) -> None:
+    _, metrics = update(models.config(rows_per_step=ROWS // 2, actor={"ppo_epochs": 3}), drawn_batch(models))
+    assert metrics["actor/updates"] == 6
+
+
 @pytest.mark.parametrize("mode", ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"])
 def test_gradient_is_that_of_the_loss_over_whole_logits(mode: str, models: Models) -> None:
     batch = drawn_batch(models, temperature=1.2)

@@ -30,7 +30,7 @@ from support.tiny_workers import (
 from verl import model_merger
 from verl.config import ActorRolloutRefConfig
 from verl.protocol import DataProto
-from verl.weight_sync.send import named_weights
+from verl.weight_sync import named_weights
 from verl.workers.student_worker import StudentWorker
 from verl.workers.teacher_worker import TeacherWorker
 

@@ -165,9 +165,9 @@ class RefConfig:
 
     model: RefModelConfig = field(default_factory=RefModelConfig)
     ref_log_prob_replace_val: float = -100.0
-    """The teacher's log-prob at a token it has no embedding for."""
+    """The teacher's log-prob at a token that it lacks."""
     ref_replace_token_id: int | None = None
-    """What the teacher reads in place of such a token; null: its tokenizer's pad id."""
+    """What the teacher reads in place of such a token; null: its tokenizer's pad id, else its end token."""
     log_prob_use_dynamic_bsz: bool = True
     """Cut micro-batches by tokens rather than by rows."""
     log_prob_max_token_len_per_gpu: int = 16384
@@ -243,7 +243,7 @@ class RolloutConfig:
     top_p: TopP = 1.0
     """Nucleus sampling; below 1 the sampler differs from the policy."""
     top_k: TopK = -1
-    """Top-k sampling; other than -1 the sampler differs from the policy."""
+    """Top-k sampling, -1 or 0: all; else the sampler differs from the policy."""
     ignore_eos: bool = False
     """Go on after the end token (benchmarks)."""
     seed: int = 0

@@ -19,7 +19,7 @@ class CustomClassConfig:
     """A class of the user's own, loaded by path."""
 
     path: str | None = None
-    """Python file; null: the built-in one."""
+    """Python file; null: the built-in data set class, or no reward function."""
     name: str | None = None
     """Name of the class or function in it."""
 
@@ -59,7 +59,7 @@ class SyntheticItemPromptsConfig:
         key = "data.synthetic_item_prompts"
         if self.min_history > self.max_history:
             raise ValueError(
-                f"{key}.min_history={self.min_history} must lie between 1 and {key}.max_history={self.max_history}"
+                f"{key}.min_history={self.min_history} is above {key}.max_history={self.max_history}; swap them"
             )
         if self.count and not self.templates:
             raise ValueError(

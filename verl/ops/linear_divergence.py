@@ -45,8 +45,8 @@ DIVERGENCES = (REVERSE_KL, FORWARD_KL, JSD)
 SHARED, FULL = "shared", "full"
 DEFAULT_CHUNK_BYTES = 384 * 2**20
 """Of all buffers of one chunk together."""
-BUFFERS = 6
-"""(C, K) buffers of the logits' precision that live at once."""
+BUFFERS = 9
+"""(C, K) buffers of the logits' precision that live at once, in ``jsd`` over all ids with a leak term."""
 
 
 @dataclass(frozen=True)

@@ -135,8 +135,8 @@ class _LinearTokenStats(torch.autograd.Function):
             # Both terms but 1[j = y] have the factor p_j, so the others' coefficients are summed first.
             grad, coefficient = log_softmax.exp(), -grad_log_probs[chunk, None]
             if grad_entropy is not None:
-                slope = log_softmax.add_(entropy[chunk, None]).mul_(-grad_entropy[chunk, None])
-                coefficient = slope.add_(coefficient)
+                log_softmax.add_(entropy[chunk, None]).mul_(-grad_entropy[chunk, None])
+                coefficient = log_softmax.add_(coefficient)
             of_labels = grad_log_probs[chunk, None].to(grad.dtype)
             grad = grad.mul_(coefficient).scatter_add_(1, labels[chunk, None], of_labels).div_(options.temperature)
             gradients.add(chunk, grad.to(weight.dtype))

@@ -10,6 +10,7 @@ import logging
 import math
 import numbers
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -66,6 +67,7 @@ class ConsoleBackend(Backend):
         """Write the main metrics, or all of them where none of the main ones is there."""
         names = [name for name in MAIN_METRICS if name in data] or list(data)
         tqdm.write(" | ".join([f"step {step}", *(f"{name} {data[name]:.4g}" for name in names)]))
+        sys.stdout.flush()  # in a file or a pipe it would wait for 8 KiB
 
 
 class FileBackend(Backend):

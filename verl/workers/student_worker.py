@@ -22,7 +22,7 @@ from verl.single_controller.base.decorator import Dispatch, Execute, register
 from verl.utils.device import max_memory_metrics, release_cached_memory, resolve_dtype
 from verl.utils.tokenizer import hf_tokenizer
 from verl.vocabulary import Vocabulary
-from verl.weight_sync.send import WeightExporter
+from verl.weight_sync import WeightExporter
 from verl.workers.actor.dp_actor import SCORED_KEYS, UPDATE_KEYS, DataParallelPPOActor
 from verl.workers.actor.row_layout import BatchSizes
 from verl.workers.actor.teachers import RemoteTeacher, Teacher, TopKTeacher

@@ -17,7 +17,7 @@ from recipe.onpolicy_distill.scoreboard.questions import Question
 from verl.config import AlgoConfig, HFModelConfig, RefConfig
 from verl.experimental.agent_loop.base import AgentLoopMetrics, AgentLoopOutput
 from verl.experimental.agent_loop.masks import extended_token_mask, trainable_mask
-from verl.experimental.agent_loop.rows import pad_outputs
+from verl.experimental.agent_loop.worker import pad_outputs
 from verl.protocol import DataProto
 from verl.trainer.ppo.advantage import compute_advantage
 from verl.trainer.ppo.core_algos import AdvantageEstimator

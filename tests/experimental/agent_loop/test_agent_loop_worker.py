@@ -9,8 +9,7 @@ from support.agent_loop_fakes import prompt_rows
 
 from verl.config import PPOConfig
 from verl.experimental.agent_loop.base import AgentLoopBase, AgentLoopOutput, register
-from verl.experimental.agent_loop.rows import SEED_KEY
-from verl.experimental.agent_loop.worker import AgentLoopWorker
+from verl.experimental.agent_loop.worker import SEED_KEY, AgentLoopWorker
 from verl.protocol import DataProto
 from verl.workers.rollout.replica import TokenOutput
 

@@ -4,7 +4,7 @@ from support.agent_loop_fakes import prompt_rows
 
 from verl.config import RolloutConfig, SamplingConfig
 from verl.experimental.agent_loop.base import AgentLoopMetrics, AgentLoopOutput
-from verl.experimental.agent_loop.rows import batch_metrics, pad_outputs, sample_seeds, sampling_params
+from verl.experimental.agent_loop.worker import batch_metrics, pad_outputs, sample_seeds, sampling_params
 from verl.protocol import BATCH_KEYS
 
 PAD = 9

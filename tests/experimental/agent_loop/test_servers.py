@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from verl.experimental.agent_loop import servers as module
+from verl.experimental.agent_loop import worker as module
 from verl.experimental.agent_loop.base import RolloutError
-from verl.experimental.agent_loop.servers import AsyncLLMServerManager
+from verl.experimental.agent_loop.worker import AsyncLLMServerManager
 from verl.single_controller.ray.calls import Remote
 from verl.workers.rollout.replica import TokenOutput
 

@@ -14,7 +14,7 @@ from support.launch import write_onerec_parquet
 from verl.config import PPOConfig
 from verl.protocol import DataProto
 from verl.trainer.ppo.guards import GuardError
-from verl.weight_sync.send import named_weights
+from verl.weight_sync import named_weights
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 

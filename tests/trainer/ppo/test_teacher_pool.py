@@ -96,6 +96,7 @@ def update(trainer: TrainerConfig, config: ActorRolloutRefConfig, distill: Disti
         assert largest <= batch.tensor("input_ids").nbytes, "what the driver holds does not grow with the hidden size"
         batch.reorder(torch.arange(len(batch)).flip(0))
         batch = batch.union(driver.update_actor(batch))
+        assert HIDDEN_STATE_HANDLES not in batch.non_tensor_batch, "hidden states are freed with their handles"
         return Update(driver.stage_metrics, batch.tensor("ref_log_prob"), driver.actor_wg.gradient()[0])
     finally:
         groups.shutdown()

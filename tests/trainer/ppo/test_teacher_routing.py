@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from recipe.onpolicy_distill.onpolicy_distill_trainer import RayOnPolicyDistillTrainer
-from verl.config import PPOConfig, TeacherConfig
+from verl.config import PPOConfig, TeacherConfig, TrainerConfig
 from verl.experimental.agent_loop.base import TEACHER_KNOWS_EXTENDED
 from verl.protocol import DataProto
+from verl.workers.actor.teachers import HIDDEN_STATE_HANDLES
 
 SOURCES = ["rec_next", "general", "code", "rec_caption", "general", "code"]
 
@@ -91,3 +92,36 @@ def test_the_base_teacher_needs_a_row_too_unless_a_stitched_one_speaks_with_its_
     trainer.config.algorithm.distill.support = "shared"
     with pytest.raises(ValueError, match=r"support=shared has no effect: .* all rows to \['reader'\], which know them"):
         trainer._check_teachers_have_rows()
+
+
+class TeacherApart(Teacher):
+    """One on other ranks, which exports something for each row before the update."""
+
+    def score_for_update(self, batch: DataProto) -> DataProto:
+        scores = self.compute_ref_log_prob(batch).tensor("ref_log_prob")
+        handles = np.array([f"{self.number:g} {row}" for row in self.seen[-1]], dtype=object)
+        return DataProto.from_dict({"ref_log_prob": scores}, {HIDDEN_STATE_HANDLES: handles})
+
+
+def test_what_teachers_export_is_there_for_the_update_alone() -> None:
+    """Joined by row; validation has scores only; after the update the driver holds no handle."""
+    trainer = trainer_of({"self": TeacherConfig(sources=["rec_*"])})
+    trainer.config.algorithm.distill.objective = "exact"
+    trainer.config.trainer = TrainerConfig(teacher_nnodes=1, teacher_n_gpus_per_node=1)
+    trainer.role_groups = {"ref": TeacherApart(1.0), "self": TeacherApart(10.0)}
+    rows = {"source": np.array(SOURCES, dtype=object), "index": np.arange(6)}
+    responses = DataProto.from_dict({"responses": torch.arange(6)[:, None].expand(6, 4).clone()})
+    batch = trainer.prepare(rows, n=1).union(responses)
+    batch = batch.union(trainer.ref_log_prob(batch))
+    assert batch.array(HIDDEN_STATE_HANDLES).tolist() == ["10 0", "1 1", "1 2", "10 3", "1 4", "1 5"]
+    seen: list[DataProto] = []
+
+    def update_actor(batch: DataProto) -> DataProto:
+        seen.append(batch.select())
+        return DataProto(meta_info={"metrics": {"actor/distill_loss": [1.0]}})
+
+    trainer.actor_wg = SimpleNamespace(update_actor=update_actor)
+    trainer.update_actor(batch)
+    assert HIDDEN_STATE_HANDLES in seen[0].non_tensor_batch and HIDDEN_STATE_HANDLES not in batch.non_tensor_batch
+    validation = trainer.prepare(rows, n=1, validate=True).union(responses)
+    assert HIDDEN_STATE_HANDLES not in trainer.ref_log_prob(validation).non_tensor_batch

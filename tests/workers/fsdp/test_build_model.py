@@ -106,6 +106,12 @@ def test_precision_of_stored_weights(
     assert causal_lm.get_output_embeddings().weight is causal_lm.get_input_embeddings().weight
 
 
+def test_training_in_fp16_is_refused(student_model: Path, mesh: DeviceMesh) -> None:
+    fp16 = FSDPConfig(mixed_precision=MixedPrecisionConfig(param_dtype="fp16"))
+    with pytest.raises(ValueError, match="fp16 cannot be trained"):
+        build_model(str(student_model), HFModelConfig(), fp16, mesh, trainable=True)
+
+
 def test_heads_that_are_more_than_a_matrix_are_refused(tiny_tokenizers: tuple[Path, Path], tmp_path: Path) -> None:
     model = load_plain(write_model(tmp_path, tiny_tokenizers[0], tied=False))
     model.config.final_logit_softcapping = 30.0

@@ -22,7 +22,7 @@ from support.tiny_workers import (
 
 from verl.config import ActorRolloutRefConfig, OptimizerConfig
 from verl.protocol import DataProto
-from verl.weight_sync.send import named_weights
+from verl.weight_sync import named_weights
 from verl.workers.student_worker import StudentWorker
 
 pytestmark = pytest.mark.usefixtures("one_rank")

@@ -22,14 +22,18 @@ from transformers import PreTrainedTokenizerBase
 from verl.config import PPOConfig
 from verl.experimental.agent_loop.actors import LocalActors, RayActors, plan_replicas
 from verl.experimental.agent_loop.base import AgentLoopBase, AgentLoopOutput, RolloutError, register
-from verl.experimental.agent_loop.rows import SEED_KEY, batch_metrics, sample_seeds
-from verl.experimental.agent_loop.servers import AsyncLLMServerManager
-from verl.experimental.agent_loop.worker import AgentLoopWorker
+from verl.experimental.agent_loop.worker import (
+    SEED_KEY,
+    AgentLoopWorker,
+    AsyncLLMServerManager,
+    batch_metrics,
+    sample_seeds,
+)
 from verl.protocol import DataProto
 from verl.single_controller.base import WorkerGroup
 from verl.single_controller.ray.calls import Remote, sending
 from verl.utils.row_buffer import RowBuffer
-from verl.weight_sync.send import send_weights
+from verl.weight_sync import send_weights
 from verl.workers.rollout.replica import get_replica_class
 
 __all__ = ["AgentLoopBase", "AgentLoopOutput", "AgentLoopWorker", "AsyncLLMServerManager", "register"]  # verl's names

@@ -1,32 +1,68 @@
-"""One process that holds many conversations at once.
+"""One process that holds many conversations at once, and its way to the engines.
 
-In: rows of prompts, with a seed each. Out: their rollout tensors (``rows.py``), in order, and what was measured of the
-conversations. A plain class: the manager decides where it runs, and ``AsyncLLMServerManager`` knows where
-the engines are.
+In: rows of prompts, with a seed each. Out: their rollout tensors (``verl/protocol.py``), in order, and what was
+measured of the conversations. Plain classes: the manager decides where they run.
+
+A seed comes from the run's seed, the step, the row's ``uid`` and its number among the answers to that prompt, so
+neither the number of agent-loop workers nor the order of the prompts changes a sample.
+Prompts are padded on the left and responses on the right to fixed lengths; padding is 0 in every mask and float tensor.
+
+A request goes to the replica with the fewest in flight. A replica that leaves it unanswered and finishes no other for
+``timeout_s`` counts as hanging: the request is cancelled there and sent to another replica, once. A long queue or one
+long answer among others does not count.
+
+::
+
+    send ──► answer
+     └─ nothing for timeout_s ──► cancel, send to another replica ──► answer, counted as retried
+                                   │ (there is none)                └─ nothing ──► RolloutError that names both
+                                   └──► RolloutError with the request's id
+
+B conversations, P prompt, R response, T = P + R.
 """
 
 import asyncio
-from collections.abc import Mapping
+import hashlib
+import itertools
+import logging
+import math
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 from uuid import uuid4
 
+import ray
+import torch
+from ray.exceptions import RayError
 from transformers import PreTrainedTokenizerBase
 
 import verl.experimental.agent_loop.tool_agent_loop  # noqa: F401 (registers the loops)
 from verl.config import PPOConfig, RolloutConfig
-from verl.experimental.agent_loop.base import AgentLoopContext, AgentLoopOutput, get_agent_loop_class
+from verl.experimental.agent_loop.base import (
+    AgentLoopContext,
+    AgentLoopOutput,
+    RolloutError,
+    get_agent_loop_class,
+)
 from verl.experimental.agent_loop.chat_template import ChatTemplate
-from verl.experimental.agent_loop.rows import SEED_KEY, pad_outputs, sampling_params
-from verl.experimental.agent_loop.servers import AsyncLLMServerManager
 from verl.protocol import DataProto
+from verl.single_controller.ray.calls import Remote, is_by_user
 from verl.tools.base_tool import BaseTool, initialize_tools_from_config
+from verl.workers.rollout.replica import TokenOutput
+
+logger = logging.getLogger(__name__)
+
+SEED_KEY = "sample_seed"
+"""Column that carries the seeds from the manager to the agent-loop workers."""
 
 
 class AgentLoopWorker:
     """Runs the agent loop that each row names, or the default one."""
 
-    def __init__(self, config: PPOConfig, tokenizer: PreTrainedTokenizerBase, servers: AsyncLLMServerManager) -> None:
+    def __init__(self, config: PPOConfig, tokenizer: PreTrainedTokenizerBase, servers: "AsyncLLMServerManager") -> None:
         """Build the tools and the chat template that all conversations share.
 
         Raises:
@@ -76,3 +112,174 @@ def load_tools(rollout: RolloutConfig) -> dict[str, BaseTool]:
     """The tools of ``multi_turn.tool_config_path`` by name; none where it is null."""
     path = rollout.multi_turn.tool_config_path
     return {tool.name: tool for tool in initialize_tools_from_config(path)} if path else {}
+
+
+# ------------------------------------------------------------------ rows to conversations and back
+
+
+def sampling_params(rollout: RolloutConfig, validate: bool) -> dict[str, Any]:
+    """Sampling parameters for training, or for validation (``rollout.val_kwargs``); ``seed`` comes with each row."""
+    settings = rollout.val_kwargs if validate else rollout
+    sampling = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k}
+    if validate and not rollout.val_kwargs.do_sample:
+        sampling = {"temperature": 0.0, "top_p": 1.0, "top_k": -1}
+    return {**sampling, "ignore_eos": rollout.ignore_eos, "logprobs": rollout.calculate_log_probs}
+
+
+def sample_seeds(seed: int, prompts: DataProto) -> list[int]:
+    """One seed per row, below 2^31."""
+    step, validate = prompts.meta_info["global_steps"], bool(prompts.meta_info["validate"])
+    answers: Counter[Any] = Counter()
+    seeds = []
+    for uid in prompts.array("uid"):
+        text = f"{seed}|{step}|{validate}|{uid}|{answers[uid]}"
+        answers[uid] += 1
+        seeds.append(int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 1)
+    return seeds
+
+
+def pad_outputs(
+    outputs: Sequence[AgentLoopOutput], prompt_length: int, response_length: int, pad_token_id: int
+) -> dict[str, torch.Tensor]:
+    """The tensors of ``outputs``, row by row.
+
+    Returns:
+        ``prompts`` (B, P), ``responses``, ``response_mask``, ``distill_special_token_mask`` (B, R), ``input_ids``,
+        ``attention_mask``, ``position_ids`` (B, T), all int64; ``rollout_log_probs`` (B, R) float32 where every output
+        has log-probs.
+    """
+    prompts = _pad([output.prompt_ids for output in outputs], prompt_length, pad_token_id, left=True)
+    responses = _pad([output.response_ids for output in outputs], response_length, pad_token_id)
+    prompt_lengths = torch.tensor([len(output.prompt_ids) for output in outputs])[:, None]
+    response_lengths = torch.tensor([len(output.response_ids) for output in outputs])[:, None]
+    in_prompt = torch.arange(prompt_length) >= prompt_length - prompt_lengths
+    attention_mask = torch.cat([in_prompt, torch.arange(response_length) < response_lengths], dim=1).long()
+    tensors = {
+        "prompts": prompts,
+        "responses": responses,
+        "response_mask": _pad([output.response_mask for output in outputs], response_length, 0),
+        "distill_special_token_mask": _pad([o.distill_special_token_mask for o in outputs], response_length, 0),
+        "input_ids": torch.cat([prompts, responses], dim=1),
+        "attention_mask": attention_mask,
+        "position_ids": (attention_mask.cumsum(dim=1) - 1).clamp(min=0),
+    }
+    log_probs = [output.response_logprobs for output in outputs if output.response_logprobs is not None]
+    if len(log_probs) == len(outputs):
+        tensors["rollout_log_probs"] = _pad(log_probs, response_length, 0.0)
+    return tensors
+
+
+def _pad(
+    rows: Sequence[Sequence[int]] | Sequence[Sequence[float]], length: int, pad: int | float, *, left: bool = False
+) -> torch.Tensor:
+    dtype = torch.float32 if isinstance(pad, float) else torch.int64
+    padded = torch.full((len(rows), length), pad, dtype=dtype)
+    for number, row in enumerate(rows):
+        start = length - len(row) if left else 0
+        padded[number, start : start + len(row)] = torch.tensor(row, dtype=dtype)
+    return padded
+
+
+def batch_metrics(measured: Mapping[str, Sequence[float]], with_tools: bool) -> dict[str, float]:
+    """Metrics of a batch; those of tools only where there are tools.
+
+    Args:
+        measured: per field of ``AgentLoopMetrics`` one value per conversation.
+    """
+    spreads = {"timing_s/agent_loop/generate_sequences": "generate_s"}
+    counts = ["retried_requests"]
+    if with_tools:
+        spreads |= {"timing_s/agent_loop/tool_calls": "tool_calls_s", "agent_loop/tool_reward": "tool_reward"}
+        counts += ["tool_calls", "tool_errors", "unknown_tools", "malformed_calls", "dropped_calls"]
+    metrics = {f"agent_loop/{name}": float(sum(measured[name])) for name in counts}
+    for name, field in spreads.items():
+        values = measured[field]
+        metrics |= {f"{name}/min": min(values), f"{name}/mean": sum(values) / len(values), f"{name}/max": max(values)}
+    return metrics
+
+
+# ------------------------------------------------------------------ the engines
+
+
+class AsyncLLMServerManager:
+    """The replicas as one async engine, for the conversations of one worker.
+
+    A conversation starts on the replica with the fewest requests in flight and stays there, where the cache holds its
+    earlier turns, unless that replica hangs.
+    """
+
+    def __init__(self, replicas: Sequence[Remote], first: int = 0, timeout_s: float | None = None) -> None:
+        """
+        Args:
+            first: the replica to begin with among equally busy ones; each worker begins with another.
+            timeout_s: see the module; None: no limit.
+        """
+        self._replicas = list(replicas)
+        self._order = [(first + offset) % len(self._replicas) for offset in range(len(self._replicas))]
+        self._in_flight = [0] * len(self._replicas)
+        self._answered_at = [0.0] * len(self._replicas)
+        self._avoid_until = [0.0] * len(self._replicas)
+        """After a hang: no new requests until then, unless the replica answers or all others hang."""
+        self._chosen: dict[str, int] = {}
+        # Makes a request's id unique: the engine may still be closing the conversation's last turn.
+        self._numbers = itertools.count(1)
+        self._timeout_s = math.inf if timeout_s is None else timeout_s
+
+    async def generate(self, prompt_ids: list[int], sampling_params: dict[str, Any], request_id: str) -> TokenOutput:
+        """One turn of the conversation ``request_id``.
+
+        Raises:
+            RolloutError: the replica failed, or two of them hang; names them, the request and the cause.
+        """
+        left, silences = list(self._order), []
+        for retries in range(min(2, len(left))):
+            chosen = self._chosen.get(request_id)
+            if chosen not in left or self._avoided(chosen):
+                chosen = min(left, key=lambda replica: (self._avoided(replica), self._in_flight[replica]))
+            self._chosen[request_id] = chosen
+            left.remove(chosen)
+            try:
+                return replace(await self._send(chosen, prompt_ids, sampling_params, request_id), retries=retries)
+            except TimeoutError as silence:
+                logger.warning("%s", silence)
+                silences.append(str(silence))
+        raise RolloutError("; ".join(silences))
+
+    def forget_conversations(self) -> None:
+        """Those so far are over."""
+        self._chosen.clear()
+
+    def _avoided(self, replica: int) -> bool:
+        return time.monotonic() < self._avoid_until[replica]
+
+    async def _send(
+        self, chosen: int, prompt_ids: list[int], sampling_params: dict[str, Any], request_id: str
+    ) -> TokenOutput:
+        """One request to one replica; a TimeoutError that names both where it hangs."""
+        replica = self._replicas[chosen]
+        self._in_flight[chosen] += 1
+        own_id = f"{request_id}-{next(self._numbers)}"
+        call, sent_at = replica.actor.generate.remote(prompt_ids, sampling_params, own_id), time.monotonic()
+        answer: asyncio.Future[TokenOutput] = asyncio.ensure_future(call)
+        try:
+            while not answer.done():
+                left = max(sent_at, self._answered_at[chosen]) + self._timeout_s - time.monotonic()
+                if left <= 0:
+                    ray.cancel(call)
+                    self._avoid_until[chosen] = time.monotonic() + self._timeout_s
+                    raise TimeoutError(
+                        f"request {own_id} was not answered by {replica.name}, which finished nothing for "
+                        f"actor_rollout_ref.rollout.timeout_s={self._timeout_s:g} s"
+                    )
+                await asyncio.wait({answer}, timeout=left)
+            output = answer.result()
+        except RayError as error:
+            account = replica.account_of(error, await replica.log_async())
+            message = f"{replica.name} failed to generate: {account}"
+            raise RolloutError(message, by_user=is_by_user(error)) from error
+        finally:
+            answer.cancel()
+            self._in_flight[chosen] -= 1
+        self._answered_at[chosen] = time.monotonic()
+        self._avoid_until[chosen] = 0.0
+        return output

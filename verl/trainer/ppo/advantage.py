@@ -183,3 +183,9 @@ def compute_rollout_is_weights(data: DataProto, config: "RolloutCorrectionConfig
     log_ratio = data.tensor("old_log_probs").float() - data.tensor("rollout_log_probs").float()
     weights = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp().clamp(max=config.rollout_is_threshold)
     return DataProto.from_dict({"rollout_is_weights": zero_outside_mask(weights, mask)})
+
+
+def new_keys(after: DataProto, before: DataProto) -> DataProto:
+    """What ``after`` holds and ``before`` lacks."""
+    # A TensorDict iterates over rows, so its keys have to be named.
+    return after.select(batch_keys=[key for key in after.batch.keys() if key not in before.batch])  # noqa: SIM118

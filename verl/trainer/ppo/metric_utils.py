@@ -11,11 +11,12 @@ teacher (``distill_special_token_mask`` 0); E is the extended vocabulary.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from verl.experimental.agent_loop.base import TEACHER_KNOWS_EXTENDED
 from verl.ops.policy_loss import zero_outside_mask
@@ -328,3 +329,44 @@ def _reported_means(batch: DataProto) -> Metrics:
             if isinstance(value, int | float):
                 numbers.setdefault(key, []).append(float(value))
     return {key: sum(values) / len(values) for key, values in numbers.items()}
+
+
+def answer_all(
+    loader: Iterable[dict[str, Any]], answer: Callable[[dict[str, Any]], tuple[DataProto, Metrics]]
+) -> tuple[DataProto, Metrics]:
+    """Answer every validation prompt.
+
+    Args:
+        loader: rows of the data set, batch by batch.
+        answer: from such rows to their answers and the metrics of the stages that made them.
+
+    Returns:
+        the answers in the order of the data, and the stages' metrics as ``val_<family>/<name>``, timings left out.
+        Below ``val/`` they could be taken for those of a data source, in patterns such as ``val/*/reward`` too.
+    """
+    parts = [answer(rows) for rows in tqdm(loader, desc="validate", unit="batch", leave=False, disable=None)]
+    joined = join_metrics([(len(batch), metrics) for batch, metrics in parts])
+    metrics = {f"val_{name}": value for name, value in joined.items() if not name.startswith("timing_s/")}
+    return DataProto.concat([batch for batch, _ in parts]), metrics
+
+
+def join_metrics(parts: Sequence[tuple[int, Metrics]]) -> Metrics:
+    """Metrics of batches as those of all their rows.
+
+    Names that end in ``max`` or ``min`` keep the extreme, ``agent_loop/*`` counts are added up, all others are means
+    weighted by rows. A batch that lacks a metric does not count for it.
+
+    Args:
+        parts: rows and metrics of each batch.
+    """
+    joined: Metrics = {}
+    for name in dict.fromkeys(name for _, metrics in parts for name in metrics):
+        rows, values = zip(*((count, metrics[name]) for count, metrics in parts if name in metrics), strict=True)
+        last = name.rsplit("/", 1)[-1]
+        if last in ("max", "min"):
+            joined[name] = max(values) if last == "max" else min(values)
+        elif name.startswith("agent_loop/") and last != "mean":
+            joined[name] = sum(values)
+        else:
+            joined[name] = sum(count * value for count, value in zip(rows, values, strict=True)) / sum(rows)
+    return joined

@@ -28,11 +28,12 @@ from verl.trainer.checkpoint.best import BestCheckpoint
 from verl.trainer.checkpoint.layout import checkpoint_step, is_of_run, newest_whole
 from verl.trainer.checkpoint.resume import find_resumable, load_driver_state, run_identity
 from verl.trainer.checkpoint.saver import CheckpointSaver
-from verl.trainer.data import PromptStream, build_val_loader
-from verl.trainer.ppo.advantage import apply_kl_penalty, compute_advantage, compute_rollout_is_weights
+from verl.trainer.data import PromptStream, build_val_loader, prompt_batch
+from verl.trainer.ppo.advantage import apply_kl_penalty, compute_advantage, compute_rollout_is_weights, new_keys
 from verl.trainer.ppo.core_algos import get_kl_controller
 from verl.trainer.ppo.guards import EngineGap, SkippedUpdates, TeacherProbe
 from verl.trainer.ppo.metric_utils import (
+    answer_all,
     compute_data_metrics,
     compute_throughout_metrics,
     compute_timing_metrics,
@@ -40,12 +41,12 @@ from verl.trainer.ppo.metric_utils import (
     reduce_metrics,
 )
 from verl.trainer.ppo.reward import RewardFn, compute_rewards
-from verl.trainer.ppo.stages import answer_all, balance_rows, new_keys, prompt_batch, run_stage
 from verl.trainer.ppo.stop_request import StopRequest
 from verl.trainer.ppo.worker_groups import WorkerGroups, check_nodes, plan_pools
 from verl.utils.dataset.rl_dataset import RLHFDataset
 from verl.utils.rollout_dump import dump_generations, show_answers
-from verl.utils.timing import marked_timer
+from verl.utils.seqlen_balancing import balance_rows
+from verl.utils.timing import marked_timer, run_stage
 from verl.utils.tracking import Tracking, as_numbers
 
 __all__ = ["RayPPOTrainer", "compute_advantage"]
@@ -372,12 +373,11 @@ class RayPPOTrainer:
         """Continue from the checkpoint that was found, if any; check teachers; drop what logs hold of later steps."""
         config, folder, step, logged = self.config.trainer, self.resume_from, None, None
         if folder is not None:
-            step, state = checkpoint_step(folder), self.driver_state
-            self.global_steps = step
-            self.kl_controller.value = state["kl_coef"]
-            self.teacher_probe.load_state_dict(state["teacher_probe"])
+            self.global_steps = step = checkpoint_step(folder)
+            self.kl_controller.value = self.driver_state["kl_coef"]
+            self.teacher_probe.load_state_dict(self.driver_state["teacher_probe"])
             # A kill between a checkpoint and the log line of its step loses the line; another run's log is not ours.
-            logged = (state["metrics"] or None) if is_of_run(folder, config.default_local_dir) else None
+            logged = (self.driver_state["metrics"] or None) if is_of_run(folder, config.default_local_dir) else None
         self.check_teachers()
         if not config.val_only:
             self.logger.truncate_after(step, logged)

@@ -47,7 +47,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from verl.config import CheckpointConfig
 from verl.utils.device import dtype_name, get_rng_states, set_rng_states
 from verl.utils.durable_files import flush, flush_tree, write_durably
-from verl.weight_sync.send import named_weights
+from verl.weight_sync import named_weights
 from verl.workers.fsdp.optimizer import LearningRateSchedule
 from verl.workers.fsdp.token_stats_model import TokenStatsModel
 

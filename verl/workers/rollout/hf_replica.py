@@ -23,7 +23,7 @@ import torch
 import transformers
 
 from verl.utils.device import resolve_dtype, synchronize
-from verl.weight_sync.receive import bucket_tensors
+from verl.weight_sync import bucket_tensors
 from verl.workers.rollout.replica import RolloutReplica, SamplingOptions, TokenOutput, load_hf_config
 
 GATHER_S = 0.005

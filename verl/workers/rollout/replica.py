@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from verl.config import HFModelConfig, RolloutConfig
 from verl.utils.import_utils import load_extern_type
 from verl.utils.tokenizer import hf_tokenizer
-from verl.weight_sync.receive import ReceivedWeights, WeightShapes, weight_shapes
+from verl.weight_sync import ReceivedWeights, WeightShapes, weight_shapes
 
 REPLICA_CLASSES = {"hf": "HFReplica", "vllm": "VLLMReplica"}
 MAX_TOP_LOGPROBS = 20
@@ -162,7 +162,7 @@ class RolloutReplica(ABC):
         await self._start_update()
 
     async def update_weights(self, update_info: Mapping[str, Any]) -> None:
-        """Take one bucket of weights; see ``verl.weight_sync.receive`` for its form.
+        """Take one bucket of weights; see ``verl.weight_sync`` for its form.
 
         A bucket with a tensor that the model does not have, or not in this shape, is not loaded;
         ``finish_weight_update`` reports it. Where loading fails the replica stays unusable.

@@ -22,7 +22,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 
-from verl.weight_sync.receive import bucket_tensors
+from verl.weight_sync import bucket_tensors
 
 
 class WorkerExtension:

@@ -8,7 +8,7 @@ from test_ray_trainer import Engines, Prompts, make_config, make_trainer
 
 from verl.config.best_rule import BestMetricError
 from verl.protocol import DataProto
-from verl.trainer.ppo.stages import join_metrics
+from verl.trainer.ppo.metric_utils import join_metrics
 
 
 def test_metrics_of_batches_are_joined_by_their_names() -> None:

@@ -1,27 +1,33 @@
-"""The sender: the driver's order of calls, and each training rank's share of a weight sync.
+"""New weights from the training ranks to the rollout engines, once a step.
 
-In:  the sharded student, the engines, and which ranks are beside each of them. Out: every engine has the new weights.
+::
 
-    all engines: start_weight_update
-    per bucket:  all ranks export ─► all engines load what the ranks beside them exported ─► all ranks release
-    all engines: finish_weight_update(version); each checks that the whole model came, and stamps its answers
+    send_weights (driver)        all engines: start_weight_update
+                                 per bucket:  all ranks export ─► all engines load it ─► all ranks release
+                                 all engines: finish_weight_update(version); each checks that the whole model came
+    WeightExporter (each rank)   gathers the shards of a bucket; shares it with the engines of its machine
+    bucket_tensors (engine)      the tensors of a bucket; ``workers.rollout`` puts them into the engine's own layout
+    ReceivedWeights (engine)     at the end lists what is missing, unknown, reshaped or sent twice
 
-A bucket is, on the CPU, a safetensors file in shared memory; on CUDA, handles through which an engine on the same GPU
-reads the tensors where they lie. Every rank exports every bucket, in order, because each tensor is gathered from all of
-them. Names are Hugging Face's; a tensor shared by embedding and head appears once, as the embedding.
+A bucket has ``names`` and ``shapes`` of its tensors and says where they are. On the CPU: ``path`` of a safetensors file
+in shared memory. On CUDA: ``dtype_names`` and ``ipc_handles``, through which an engine on the same GPU reads the
+tensors where they lie. Every rank exports every bucket, in order, because each tensor is gathered from all of them.
+Names are Hugging Face's; a tensor shared by embedding and head appears once, as the embedding. The driver passes
+references to buckets, never weights.
 
-Not here: what an engine does with a bucket (`receive`), and how calls are waited for (the caller).
+Not here: how calls are waited for (the caller).
 """
 
 import logging
 import shutil
 import tempfile
 from collections import ChainMap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -36,6 +42,10 @@ FOLDER_PREFIX = "kai-verl-weights-"
 
 Bucket = dict[str, Any]
 """Where to read one bucket; see `WeightExporter.export`."""
+WeightShapes = Mapping[str, tuple[int, ...]]
+"""Name (Hugging Face's) and shape of every tensor of a model; one that is shared, such as a tied head, once."""
+
+# ------------------------------------------------------------------ sending
 
 
 def send_weights(
@@ -172,3 +182,58 @@ def _fill_buckets(weights: dict[str, nn.Parameter], itemsize: int, bucket_bytes:
         buckets[-1].append(name)
         free_bytes -= size
     return buckets
+
+
+# ------------------------------------------------------------------ receiving
+
+
+def weight_shapes(model: torch.nn.Module) -> WeightShapes:
+    """What a sync has to bring for this model."""
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def bucket_tensors(update_info: Mapping[str, Any], device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a bucket, one at a time, views of memory that belongs to the training ranks.
+
+    A file is mapped, not read; it may be unlinked once all of them are used.
+    """
+    if "path" in update_info:
+        with safe_open(update_info["path"], framework="pt") as bucket:
+            yield from ((name, bucket.get_tensor(name)) for name in update_info["names"])
+        return
+    from torch.multiprocessing.reductions import rebuild_cuda_tensor
+
+    uuid = str(torch.cuda.get_device_properties(device).uuid)
+    for name, handles in zip(update_info["names"], update_info["ipc_handles"], strict=True):
+        arguments = list(handles[uuid])
+        # The sender's number of the GPU, which another process may count differently.
+        arguments[6] = device.index
+        yield name, rebuild_cuda_tensor(*arguments)
+
+
+class ReceivedWeights:
+    """What one sync has brought so far, compared with what the model needs."""
+
+    def __init__(self, expected: WeightShapes) -> None:
+        self._expected = expected
+        self._received: set[str] = set()
+        self._problems: list[str] = []
+
+    def add(self, update_info: Mapping[str, Any]) -> bool:
+        """Record a bucket; False if one of its tensors does not fit the model: the bucket must not be loaded."""
+        before = len(self._problems)
+        for name, shape in zip(update_info["names"], update_info["shapes"], strict=True):
+            expected = self._expected.get(name)
+            if expected is None:
+                self._problems.append(f"unknown: {name}")
+            elif expected != tuple(shape):
+                self._problems.append(f"reshaped: {name} {list(shape)} instead of {list(expected)}")
+            elif name in self._received:
+                self._problems.append(f"sent twice: {name}")
+            self._received.add(name)
+        return len(self._problems) == before
+
+    def problems(self) -> list[str]:
+        """Every mismatch, at the end of a sync; empty if the model is complete."""
+        missing = self._expected.keys() - self._received
+        return [*(f"missing: {name}" for name in sorted(missing)), *self._problems]

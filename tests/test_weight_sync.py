@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from support.process_group import group_of_one
 from support.tiny_workers import load_plain, worker_config, write_model
 
-from verl.weight_sync import send
-from verl.weight_sync.send import WeightExporter, bucket_for, send_weights
+from verl import weight_sync
+from verl.weight_sync import WeightExporter, bucket_for, send_weights
 from verl.workers.student_worker import StudentWorker
 
 
@@ -59,7 +59,7 @@ def test_buckets_hold_every_tensor_once_and_no_more_than_fits(
 def test_where_shared_memory_is_full_a_file_on_disk_is_used(
     student: StudentWorker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(send, "SHARED_MEMORY", tmp_path / "nowhere")
+    monkeypatch.setattr(weight_sync, "SHARED_MEMORY", tmp_path / "nowhere")
     info = student.export_weight_bucket(0)
     assert Path(info["path"]).is_file()
     assert "nowhere is too full for" in caplog.text

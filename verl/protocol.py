@@ -84,6 +84,7 @@ def _same_value(first: Any, second: Any) -> bool:
     """Deep equality that understands tensors and arrays; NaN equals NaN."""
     if isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):
         alike = first.shape == second.shape and first.dtype == second.dtype
+        # torch.equal calls two NaN different.
         return alike and bool(torch.isclose(first, second.to(first.device), rtol=0, atol=0, equal_nan=True).all())
     if isinstance(first, np.ndarray) and isinstance(second, np.ndarray):
         return first.shape == second.shape and all(map(_same_value, first.flat, second.flat))
@@ -261,7 +262,7 @@ class DataProto:
             if index.shape != (len(self),):
                 raise IndexError(f"a mask of shape {tuple(index.shape)} does not fit {len(self)} rows")
             index = index.nonzero().squeeze(-1)
-        return self._rows(index.long(), index.long().numpy())
+        return self._rows(index.long(), index.long().numpy())  # an empty list came as float32
 
     def select(
         self,
@@ -300,6 +301,7 @@ class DataProto:
         old_names, new_names = _as_list(old_keys), _as_list(new_keys)
         if len(old_names) != len(new_names):
             raise ValueError(f"rename needs as many new keys as old ones: {old_names} to {new_names}")
+        # All are taken out before the first is put back, so names may be swapped.
         for name, tensor in [(new, self.pop([old]).batch[old]) for old, new in zip(old_names, new_names, strict=True)]:
             self.batch[name] = tensor
         return self
@@ -311,7 +313,7 @@ class DataProto:
         meta_info = _join("meta_info", self.meta_info, other.meta_info)
         _check_lengths({**tensors, **arrays})
         if other.batch is not None:
-            self.batch = TensorDict(tensors, batch_size=other.batch.batch_size)
+            self.batch = TensorDict(tensors, batch_size=other.batch.batch_size)  # this side may have had no tensors
         self.non_tensor_batch, self.meta_info = arrays, meta_info
         return self
 
@@ -382,6 +384,7 @@ def pad_dataproto_to_divisor(data: DataProto, size_divisor: int) -> tuple[DataPr
     pad_size = -len(data) % size_divisor
     if pad_size == 0:
         return data, 0
+    # Goes around more than once where there are fewer rows than are added.
     return data.select_idxs(np.arange(len(data) + pad_size) % len(data)), pad_size
 
 

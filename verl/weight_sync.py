@@ -70,6 +70,7 @@ def send_weights(
                 [engine.update_weights.remote(bucket) for engine, bucket in zip(engines, buckets, strict=True)],
             )
         finally:
+            # After a failure too: a bucket is GPU memory, or a file in shared memory.
             student.release_weight_bucket(index)
     calls = [engine.finish_weight_update.remote(version) for engine in engines]
     wait(f"finish the weight sync of version {version}", calls)
@@ -84,6 +85,7 @@ def bucket_for(ranks: Sequence[int], exports: Sequence[Bucket | None]) -> Bucket
     first, *others = [export for export in (exports[rank] for rank in ranks) if export is not None]
     if "ipc_handles" not in first:
         return first
+    # Per tensor one mapping from a GPU's uuid to its handle, joined over the ranks.
     by_tensor = zip(first["ipc_handles"], *(export["ipc_handles"] for export in others), strict=True)
     return {**first, "ipc_handles": [dict(ChainMap(*of_tensor)) for of_tensor in by_tensor]}
 
@@ -117,6 +119,7 @@ class WeightExporter:
         self.num_buckets = len(self._buckets)
         self._release: dict[int, Callable[[], None]] = {}
         if writes_files:
+            # A killed run leaves its bucket in memory.
             remove_abandoned(SHARED_MEMORY, FOLDER_PREFIX)
 
     def export(self, index: int) -> Bucket | None:
@@ -133,7 +136,7 @@ class WeightExporter:
             tensor = weights[name].detach().to(device=self._device, dtype=self._dtype)
             whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
             if self._share:
-                tensors[name] = whole.contiguous()
+                tensors[name] = whole.contiguous()  # safetensors refuses other layouts
         if self._share is None:
             return None
         shapes = [list(tensor.shape) for tensor in tensors.values()]
@@ -159,11 +162,13 @@ class WeightExporter:
         from torch.multiprocessing.reductions import reduce_tensor
 
         gpu = get_device_uuid()
+        # [0] is the function that opens it, `rebuild_cuda_tensor`, and [1] its arguments.
         handles = [{gpu: reduce_tensor(tensor)[1]} for tensor in tensors.values()]
         synchronize("cuda")  # engines may read at once
 
         def release() -> None:
             tensors.clear()
+            # Torch keeps a shared block until its readers have let go; `ipc_collect` in here looks for such blocks.
             release_cached_memory("cuda")
 
         self._release[index] = release
@@ -180,7 +185,7 @@ def _fill_buckets(weights: dict[str, nn.Parameter], itemsize: int, bucket_bytes:
             buckets.append([])
             free_bytes = bucket_bytes
         buckets[-1].append(name)
-        free_bytes -= size
+        free_bytes -= size  # below 0 after a tensor larger than a bucket
     return buckets
 
 

@@ -123,6 +123,7 @@ def evaluate(config: EvaluationConfig) -> Evaluation:
         trie = None if config.catalogue is None else ItemTrie(read_catalogue(config.catalogue), tokenizer)
         groups = _read(config, tokenizer)
         answers = asyncio.run(_ask(config, groups, trie, tokenizer, device, timing))
+        # In the order in which _read names the groups.
         general, ranked, rec_text = (
             [Answered(q.source, text, q.wanted) for q, text in zip(questions, answers.texts[name], strict=True)]
             for name, questions in groups.items()
@@ -181,6 +182,7 @@ async def _ask(
         "gpu_memory_utilization": 0.8,
     }
     answerer = Answerer(config.model, RolloutConfig(**settings | dict(config.rollout or {})), device)
+    # Group by group: the answers are dealt out again below in the same order.
     every = [question for questions in groups.values() for question in questions]
     try:
         with marked_timer("engine_start", timing):

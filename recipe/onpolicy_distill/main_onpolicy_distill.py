@@ -48,6 +48,7 @@ def build_trainer(config: "PPOConfig") -> "RayPPOTrainer":
     check_ranks(config, device_name)
     prepare_folders(config.trainer)
     reward_fn = load_reward_fn(config.custom_reward_function)
+    # First of what reads the threshold: here auto becomes a number.
     contract = resolve_vocabulary(config)
     model, rollout = config.actor_rollout_ref.model, config.actor_rollout_ref.rollout
     distill = config.algorithm.distill
@@ -79,6 +80,7 @@ def hydra_main(cfg: DictConfig) -> None:
     try:
         config = to_typed(cfg)
         if stays_here(config.ray_kwargs.ray_init):
+            # Before Ray is imported, which reads some of these variables only then.
             keep_to_loopback()
         for notice in check_run(config):
             logger.warning(notice)

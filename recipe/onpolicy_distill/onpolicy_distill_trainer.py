@@ -53,12 +53,14 @@ class RayOnPolicyDistillTrainer(RayPPOTrainer):
                     f"{sorted(set(data.sources))}, and prompts with item tokens have "
                     f"{sorted(source for source, has_extended in kinds if has_extended)}"
                 )
+        # A stitched teacher needs the base teacher's model even where that has no rows of its own.
         if 0 not in used and not any(teacher.is_stitched for teacher in distill.teachers.values()):
             claims = {name: teacher.sources for name, teacher in distill.teachers.items()}
             raise ValueError(
                 f"actor_rollout_ref.ref.model.path has no training row: algorithm.distill.teachers claims all, by "
                 f"{claims}; give each the sources that are its own, such as [rec_*]"
             )
+        # Again, now with the rows that there are: the settings alone know only patterns.
         distill.check_base_settings(kinds)
 
     @property
@@ -99,6 +101,7 @@ class RayOnPolicyDistillTrainer(RayPPOTrainer):
         """Give the student's ranks the heads that belong to exported hidden states; they never change."""
         if self.exports_hidden_states:
             roles = self.config.algorithm.distill.roles
+            # Every rank takes part in gathering a head; rank 0 alone returns it.
             self.actor_wg.fetch_heads({role: self.role_groups[role].export_heads()[0] for role in roles})
 
     def prepare(self, rows: dict[str, Any], *, n: int, validate: bool = False) -> DataProto:
@@ -127,12 +130,14 @@ class RayOnPolicyDistillTrainer(RayPPOTrainer):
                 scores.append(self.score_with(role, batch.select_idxs(rows)))
                 order.append(rows)
         joined = DataProto.concat(scores)
+        # argsort of a permutation is its inverse: every row goes back to its place in the batch.
         joined.reorder(torch.cat(order).argsort())
         return joined
 
     def score_with(self, role: str, batch: DataProto) -> DataProto:
         """A teacher's ``ref_log_prob`` of its own rows, and what an update needs that cannot run the teacher."""
         scores_ahead = self.config.algorithm.distill.topk_or_none is not None or self.exports_hidden_states
+        # Validation has no update, so nothing is kept for one.
         if scores_ahead and not batch.meta_info["validate"]:
             return self.role_groups[role].score_for_update(batch)
         return self.role_groups[role].compute_ref_log_prob(batch)
@@ -179,6 +184,7 @@ class RayOnPolicyDistillTrainer(RayPPOTrainer):
         lacking = self.rows_of_lacking_teachers(batch)
         if len(lacking) < len(batch):
             overall = compute_on_policy_distill_data_metrics(lacking, self.config.algorithm) if len(lacking) else {}
+            # distill/NAME is overall; names per source and per teacher have a slash more.
             measured = {name: value for name, value in measured.items() if name.count("/") > 1}
             measured |= {name: value for name, value in overall.items() if name.count("/") == 1}
         if self.adds_advantages:

@@ -36,6 +36,7 @@ def build_tiny_tokenizers(out_dir: str | Path) -> tuple[Path, Path]:
     teacher_dir, student_dir = Path(out_dir) / "teacher", Path(out_dir) / "student"
     tokenizer = _train_teacher()
     tokenizer.save_pretrained(teacher_dir)
+    # The same object, changed once the teacher's is written: its ids stay the student's first ones.
     tokenizer.add_tokens(list(ITEM_TOKENS))
     tokenizer.save_pretrained(student_dir)
     return teacher_dir, student_dir
@@ -52,6 +53,7 @@ def _train_teacher() -> PreTrainedTokenizerFast:
     trainer = trainers.BpeTrainer(vocab_size=320, initial_alphabet=alphabet, show_progress=False)
     bpe.train_from_iterator(TEXT, trainer)
     bpe.add_special_tokens(list(SPECIAL_TOKENS))
+    # Not special, as in Qwen: decoding without special tokens keeps them.
     bpe.add_tokens(list(MARKER_TOKENS))
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>", model_max_length=40960

@@ -86,6 +86,7 @@ def test_a_task_reward_is_learned_from_validated_and_resumed(tiny_pair: Pair, tm
         "data.val_files": train,
         "data.val_max_samples": 8,
         "actor_rollout_ref.rollout.n": 2,
+        "actor_rollout_ref.rollout.calculate_log_probs": True,
         "trainer.test_freq": 2,
         "trainer.save_freq": 2,
         "trainer.max_actor_ckpt_to_keep": 1,

@@ -14,6 +14,7 @@ KLEstimator = Literal["kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 CheckpointParts = Annotated[list[Literal["model", "optimizer", "extra", "hf_model"]], IsListed]
 TopP = Annotated[float, Field(gt=0, le=1)]
+# 0 means all as well; with one spelling, top_k == -1 is the whole test.
 TopK = Annotated[int, Field(ge=-1), AfterValidator(lambda count: count or -1)]
 
 

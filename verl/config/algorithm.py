@@ -96,6 +96,7 @@ class DistillConfig:
                 f"algorithm.distill.teachers={list(self.teachers)}: list those with vocabulary=base last, for it "
                 "decides which prompts may hold item tokens"
             )
+        # No rows are known yet, so this finds only what patterns for all sources decide.
         self.check_base_settings([(ANY_SOURCE, True), (ANY_SOURCE, False)])
 
     def _check_unused(self) -> None:

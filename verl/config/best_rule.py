@@ -38,6 +38,7 @@ class BestMetricError(ValueError):
 
 def matching_values(metrics: Metrics, name: str) -> list[float]:
     """The metric of a name, or those that a pattern matches."""
+    # A metric of that very name comes first: names of sources may hold characters of a pattern.
     return [metrics[name]] if name in metrics else [v for known, v in metrics.items() if fnmatchcase(known, name)]
 
 

@@ -75,6 +75,7 @@ def type_at(root: Any, key: str) -> Any:
     hint = root
     for name in key.split("."):
         if dataclasses.is_dataclass(hint):
+            # get_type_hints leaves Annotated out, so hints are plain types.
             hint = get_type_hints(hint).get(name)
         elif get_origin(hint) is dict:
             hint = get_args(hint)[1]

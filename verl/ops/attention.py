@@ -52,6 +52,7 @@ def packed_sdpa_attention(
     if extras or attention_mask is not None:
         raise ValueError(f"packed attention knows no {', '.join(extras) or 'mask'}; set model.use_remove_padding=False")
 
+    # Backward of `split` is one `cat`; slices would make zeros of the whole batch for every row.
     parts = [tensor.split(row_lengths or tensor.shape[2], dim=2) for tensor in (query, key, value)]
     grouped = query.shape[1] != key.shape[1]
     rows = [

@@ -140,6 +140,7 @@ class _LinearDivergence(torch.autograd.Function):
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, token_weights: torch.Tensor, teacher: Any, job: _Job
     ) -> tuple[torch.Tensor, ...]:
         rows, dtype = hidden.shape[0], torch.promote_types(hidden.dtype, torch.float32)
+        # (fields, N): iterating a tensor gives its rows, so each field is a view (N,) of one buffer.
         stats = DivergenceStats(*torch.zeros(len(DivergenceStats._fields), rows, dtype=dtype, device=hidden.device))
         gradients, head = InputGradients(hidden, weight, ctx.needs_input_grad), weight[: job.ids]
         for chunk in row_chunks(rows, job.chunk_rows):
@@ -148,6 +149,7 @@ class _LinearDivergence(torch.autograd.Function):
             for values, into in zip(measured, stats, strict=True):
                 into[chunk] = values
             if any(ctx.needs_input_grad):
+                # The gradient is in s, the product over the temperature: hence one more division.
                 grad = grad.mul_(token_weights[chunk, None] / job.options.temperature).to(weight.dtype)
                 gradients.add(chunk, grad)
             del logits, grad  # before the next chunk makes its own
@@ -178,15 +180,17 @@ def _chunk(
         raise ValueError(f"the teacher scores {known} ids, not {start} or {job.ids}: check extend_vocab_start_token")
     base = logits[:, :start].logsumexp(dim=-1)
     extended = logits[:, start:].logsumexp(dim=-1)  # -inf where E is empty
+    # The sums over B and E add up to that over all ids: no third pass over (C, K).
     whole = torch.logaddexp(base, extended)
 
     grad = torch.zeros_like(logits)
     leak = torch.zeros_like(base)
     if start < job.ids:
-        leak = _leak(logits, base, extended, grad, job)
+        leak = _leak(logits, base, extended, grad, job)  # before `log_p`, which takes the logits' memory
     log_p = logits[:, :support].sub_((base if support == start else whole)[:, None])
     if isinstance(teacher, TopLogProbs):
         teacher = teacher.completed(log_p, options.missing_log_prob)
+    # The order matters: `_on_support` overwrites the teacher's log-probs, `_divergence` overwrites `log_q`.
     teacher_log_prob = _pick(teacher, labels, options.missing_log_prob)
     log_q = _on_support(teacher, support, options)
     sampled = _pick(log_p, labels, 0.0) - _pick(log_q, labels, 0.0)
@@ -199,6 +203,7 @@ def _chunk(
 def _pick(values: torch.Tensor, labels: torch.Tensor, missing: float) -> torch.Tensor:
     """(C,) values (C, T) at the labels (C, 1); ``missing`` for a label from T on."""
     known = labels < values.shape[1]
+    # An unknown label looks up id 0, because gather takes no id outside; `missing` replaces what it finds.
     return torch.where(known, values.gather(1, labels.where(known, 0)), missing).squeeze(1)
 
 
@@ -206,6 +211,7 @@ def _on_support(teacher: torch.Tensor, support: int, options: DivergenceOptions)
     """The teacher's log-probs over S (C, S)."""
     known = teacher.shape[1]
     if known < support:  # it knows nothing of E
+        # The reverse KL is infinite where q is 0, so it takes a finite log; the others stay finite there.
         missing = options.missing_log_prob if options.kind == REVERSE_KL else -torch.inf
         return torch.nn.functional.pad(teacher, (0, support - known), value=missing)
     if known > support:  # it knows E too, and B alone is compared
@@ -221,16 +227,17 @@ def _divergence(
     if options.kind == FORWARD_KL:
         q = log_q.exp()
         # Nothing is divided by p, which may underflow where q has not: the gradient is p - q.
-        value = torch.where(q > 0, q.mul(log_q.sub_(log_p)), 0.0).sum(dim=-1)
+        value = torch.where(q > 0, q.mul(log_q.sub_(log_p)), 0.0).sum(dim=-1)  # 0 times -inf is NaN
         return value, p.sub_(q)
     if options.kind == REVERSE_KL:
         slope = log_q.neg_().add_(log_p)
         value = torch.linalg.vecdot(p, slope)
         return value, p.mul_(slope.sub_(value[:, None]))
     beta, q = options.beta, log_q.exp()
-    log_m = torch.lerp(p, q, beta).log_()
+    log_m = torch.lerp(p, q, beta).log_()  # m = p + beta (q - p)
     # Where q is the smallest there is, the mixture may underflow though q has not.
     of_teacher = torch.where((q > 0) & log_m.isfinite(), q.mul_(log_q.sub_(log_m)), 0.0).sum(dim=-1)
+    # Where p and m underflow, log m is -inf, and p times the infinite slope would be NaN.
     slope = torch.where(p > 0, torch.sub(log_p, log_m, out=log_m), 0.0)
     of_student = torch.linalg.vecdot(p, slope)
     gradient = p.mul_(slope.sub_(of_student[:, None])).mul_(1 - beta)
@@ -243,7 +250,7 @@ def _leak(
     """The leak term (C,); adds its weighted gradient to ``grad``. ``base`` and ``extended`` normalise B and E (C,)."""
     options, start, whole = job.options, job.start, torch.logaddexp(base, extended)
     delta = options.leak_target
-    log_outside, log_inside = base - whole, extended - whole
+    log_outside, log_inside = base - whole, extended - whole  # log(1 - eps) and log(eps), (C,)
     value = delta * (math.log(delta) - log_inside) + (1 - delta) * (math.log1p(-delta) - log_outside)
     if options.leak_coef:
         # P_j - share p(j | part) = (1 - share / mass of the part) P_j, as exponentials so that no mass is divided by.

@@ -54,6 +54,7 @@ def row_chunks(num_rows: int, chunk_rows: int) -> Iterator[slice]:
 
 def scaled_logits(hidden: torch.Tensor, weight: torch.Tensor, temperature: float) -> torch.Tensor:
     """(C, K) logits over the temperature, at least float32; memory of its own, which callers overwrite."""
+    # A bf16 product is rounded before the cast: a logit near 30 has steps of 0.125.
     logits = F.linear(hidden, weight)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return logits if temperature == 1.0 else logits.div_(temperature)
@@ -71,9 +72,9 @@ class InputGradients:
 
     def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, needed: Sequence[bool]) -> None:
         self._hidden, self._weight = hidden, weight
-        self._of_hidden = torch.empty_like(hidden) if needed[0] else None
+        self._of_hidden = torch.empty_like(hidden) if needed[0] else None  # every row is written, by one chunk
         exact = torch.promote_types(weight.dtype, torch.float32)
-        self._of_weight = torch.zeros_like(weight, dtype=exact) if needed[1] else None
+        self._of_weight = torch.zeros_like(weight, dtype=exact) if needed[1] else None  # rows from K on stay 0
 
     def add(self, chunk: slice, grad: torch.Tensor) -> None:
         """``grad`` (C, K) is that of the chunk's logits, in the dtype of the head."""
@@ -83,6 +84,7 @@ class InputGradients:
         if self._of_weight is not None and self._of_weight.dtype == grad.dtype:
             self._of_weight[:ids].addmm_(grad.T, self._hidden[chunk])
         elif self._of_weight is not None:
+            # addmm_ takes one dtype: a product in half precision is a (K, D) tensor of its own first.
             self._of_weight[:ids].add_(grad.T @ self._hidden[chunk])
 
     def result(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -97,6 +99,7 @@ class _LinearTokenStats(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, options: _Options
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        # An output that the loss leaves out then has None as gradient, and backward skips its part.
         ctx.set_materialize_grads(False)
         rows = hidden.shape[0]
         dtype = torch.promote_types(hidden.dtype, torch.float32)
@@ -106,7 +109,7 @@ class _LinearTokenStats(torch.autograd.Function):
         head = weight[: options.ids]
         for chunk in row_chunks(rows, options.chunk_rows):
             log_softmax = scaled_logits(hidden[chunk], head, options.temperature)
-            normalizer[chunk] = log_softmax.logsumexp(dim=-1)
+            normalizer[chunk] = log_softmax.logsumexp(dim=-1)  # with it backward makes the softmax again
             log_softmax.sub_(normalizer[chunk, None])
             log_probs[chunk] = log_softmax.gather(1, labels[chunk, None]).squeeze(1)
             if mass is not None:
@@ -137,6 +140,7 @@ class _LinearTokenStats(torch.autograd.Function):
             if grad_entropy is not None:
                 log_softmax.add_(entropy[chunk, None]).mul_(-grad_entropy[chunk, None])
                 coefficient = log_softmax.add_(coefficient)
+            # The term 1[j = y]. The gradient is in s, the product over the temperature: hence one more division.
             of_labels = grad_log_probs[chunk, None].to(grad.dtype)
             grad = grad.mul_(coefficient).scatter_add_(1, labels[chunk, None], of_labels).div_(options.temperature)
             gradients.add(chunk, grad.to(weight.dtype))
@@ -174,6 +178,7 @@ def linear_token_stats(
     vocabulary = vocabulary or Vocabulary(weight.shape[0])
     vocabulary.check_head(weight.shape[0])
     ids = vocabulary.ids
+    # On CUDA such a label trips an assertion inside `gather`, after which the process cannot use its GPU.
     if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < ids:
         raise ValueError(f"labels go up to {int(labels.max())}; the softmax is over ids from 0 to below {ids}")
     # An extension that begins past the last id has an empty sum as its mass, and empty slices.

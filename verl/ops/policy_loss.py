@@ -74,7 +74,7 @@ def agg_loss(
     elif loss_agg_mode in ("seq-mean-token-sum", "seq-mean-token-mean"):
         per_sequence = losses.sum(dim=-1)
         if loss_agg_mode == "seq-mean-token-mean":
-            per_sequence = per_sequence / trained.sum(dim=-1).clamp(min=1)
+            per_sequence = per_sequence / trained.sum(dim=-1).clamp(min=1)  # a row may train nothing
         total, given, local, name = per_sequence.sum(), global_batch_size, local_sequences, "global_batch_size"
     else:
         raise ValueError(

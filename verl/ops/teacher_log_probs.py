@@ -43,8 +43,10 @@ class TopLogProbs(NamedTuple):
             log_p: (N, >= vocab_size) of a student.
             least: lower bound of the rest.
         """
+        # What the student gives the other ids; an id that stands twice is struck out twice and counts once.
         log_q = log_p[:, : self.vocab_size].scatter(1, self.ids, -torch.inf)
         rest = log_q.logsumexp(dim=-1)
+        # Elsewhere q = p x teacher's rest / student's rest, in logs; a student's rest of 0 has nothing to scale.
         ratio = torch.where(rest > -torch.inf, rest - self.rest.clamp(min=least), 0.0)
         torch.sub(log_p[:, : self.vocab_size], ratio[:, None], out=log_q)
         return log_q.scatter_(1, self.ids, self.log_probs.to(log_q.dtype))
@@ -94,7 +96,7 @@ class StitchedTeacher:
 
     def __call__(self, rows: slice) -> torch.Tensor:
         log_q = self._own(rows)
-        shared = log_q[:, : self._base.vocab_size]
+        shared = log_q[:, : self._base.vocab_size]  # a view, overwritten below
         outside = shared.logsumexp(dim=-1, keepdim=True)  # log(1 - d), exact where d is nearly 1
         shared.copy_(self._base(rows)).add_(outside)
         return log_q

@@ -28,6 +28,7 @@ class LocalWorkerGroup(WorkerGroup):
 def local_groups(workers: Mapping[str, Worker]) -> dict[str, LocalWorkerGroup]:
     """A group per role; the workers know each other as the roles of one process do."""
     for worker in workers.values():
+        # Each keeps its own store: handles are functions here, which any store of the process can call.
         worker.attach(workers, worker.object_store)
     return {role: LocalWorkerGroup(worker) for role, worker in workers.items()}
 
@@ -40,4 +41,5 @@ class LocalActor:
 
     def __getattr__(self, method: str) -> Any:
         function = getattr(self._target, method)
+        # A task runs as soon as the loop does, as a Ray call begins by itself; a bare coroutine waits for its await.
         return SimpleNamespace(remote=lambda *arguments: self._loop.create_task(function(*arguments)))

@@ -70,6 +70,7 @@ class PromptStream:
     """
 
     def __init__(self, dataset: RLHFDataset, config: DataConfig) -> None:
+        # The incomplete last batch of an epoch is left out: every step has the same number of rows.
         self.batches_per_epoch = len(dataset) // config.train_batch_size
         if self.batches_per_epoch == 0:
             raise ValueError(
@@ -87,10 +88,12 @@ class PromptStream:
         """Batches of rows from the current position on; never ends."""
         size = self._config.train_batch_size
         while True:
+            # Before the loader is made: its processes copy the data set when they start.
             self._dataset.set_epoch(self.epoch)
             order = self._order()
             starts = range(self._taken * size, self.batches_per_epoch * size, size)
             for rows in _loader(self._dataset, self._config, [order[start : start + size] for start in starts]):
+                # Counted when it is handed out, not when it is loaded: loader processes read ahead of the steps.
                 self._taken += 1
                 yield rows
             self.epoch, self._taken = self.epoch + 1, 0
@@ -174,4 +177,5 @@ def prompt_batch(rows: dict[str, Any], config: PPOConfig, *, n: int, step: int |
         "validate": step is None,
         "temperature": rollout.val_kwargs.temperature if step is None else rollout.temperature,
     }
+    # Copies lie side by side, so that a mini-batch of ppo_mini_batch_size * n rows holds whole prompts.
     return prompts.repeat(n, interleave=True)

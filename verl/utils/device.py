@@ -57,6 +57,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 def release_cached_memory(device_name: str) -> None:
     """Give memory that the allocator holds unused back to the GPU, where the rollout engine may want it."""
     if device_name == "cuda":
+        # First: memory that was shared by CUDA IPC is free only once it is collected.
         torch.cuda.ipc_collect()
         torch.cuda.empty_cache()
 

@@ -17,6 +17,7 @@ def write_durably(path: Path, content: bytes | str) -> None:
     beside = path.with_name(path.name + ".part")
     try:
         beside.write_bytes(content.encode() if isinstance(content, str) else content)
+        # Before the rename, or a power cut could leave the new name with nothing in it.
         flush(beside)
         beside.replace(path)
     except OSError:

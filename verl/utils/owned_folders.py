@@ -37,6 +37,7 @@ def make_owned_folder(parent: Path, prefix: str) -> OwnedFolder:
     new = Path(tempfile.mkdtemp(prefix=f"new-{prefix}", dir=parent))  # no name that `remove_abandoned` looks for
     lock = os.open(new, os.O_RDONLY | os.O_DIRECTORY)
     fcntl.flock(lock, fcntl.LOCK_EX)
+    # Renamed once it is locked: under its final name it is never there unlocked.
     return OwnedFolder(new.rename(new.with_name(new.name.removeprefix("new-"))), lock)
 
 
@@ -44,9 +45,11 @@ def remove_abandoned(parent: Path, prefix: str) -> None:
     """Remove this user's folders of that prefix whose processes have ended."""
     for path in parent.glob(f"{prefix}*"):
         with suppress(OSError):  # it is locked, or another user's
+            # Others may write to this folder too, so a link is not followed.
             lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # Asked of what was locked, whatever has the name by now.
                 if os.fstat(lock).st_uid == os.getuid():
                     logger.info("removing %s, which a killed run left", path)
                     shutil.rmtree(path, ignore_errors=True)

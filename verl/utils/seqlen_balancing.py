@@ -47,6 +47,7 @@ def get_seqlen_balanced_partitions(seqlen_list: Sequence[int], k_partitions: int
     for start in range(0, len(order), rows_each):
         division: list[Part] = [(int(seqlen_list[row]), [row]) for row in order[start : start + rows_each]]
         division += [(0, [])] * (k_partitions - len(division))
+        # The start breaks ties: the order is the same on every rank, and lists are never compared.
         heapq.heappush(heap, (division[-1][0] - division[0][0], start, division))
     while len(heap) > 1:
         _, ticket, first = heapq.heappop(heap)
@@ -127,6 +128,7 @@ def most_over_ranks(number: int, device: torch.device | str = "cpu", dp_group: d
     if not dist.is_initialized():
         return number
     value = torch.tensor(number, device=device)
+    # A collective: every rank has to get here, and equally often.
     dist.all_reduce(value, op=dist.ReduceOp.MAX, group=dp_group)
     return int(value.item())
 
@@ -166,5 +168,6 @@ def rearrange_micro_batches(
         at_least = wanted
         parts = _fewest_parts(seqlens, max_token_len, at_least)
         if same_micro_num_in_dp:
+            # The same number on every rank, so all of them leave the loop together.
             wanted = most_over_ranks(len(parts), batch["attention_mask"].device, dp_group)
     return [batch[torch.tensor(part, device=batch.device)] for part in parts], parts

@@ -28,6 +28,7 @@ def masked_mean(values: torch.Tensor, mask: torch.Tensor, axis: int | tuple[int,
 
 def masked_var(values: torch.Tensor, mask: torch.Tensor, unbiased: bool = True) -> torch.Tensor:
     """Variance over the mask (0-dim), divided by n - 1 where ``unbiased``, else by n; 0 for fewer than two values."""
+    # Before the square: a later where() stops NaN in the value, and not in the gradient.
     values = zero_outside_mask(values, mask)
     count = mask.bool().sum()
     squares = masked_sum((values - masked_mean(values, mask)).square(), mask)
@@ -60,6 +61,7 @@ def entropy_from_logits(logits: torch.Tensor) -> torch.Tensor:
     Logits of -inf (forbidden tokens) add nothing.
     """
     log_probs = torch.log_softmax(logits.float(), dim=-1)
+    # exp(-inf) * -inf is NaN.
     return -torch.where(log_probs.isinf(), 0.0, log_probs.exp() * log_probs).sum(dim=-1)
 
 

@@ -89,10 +89,12 @@ class FileBackend(Backend):
         lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
         kept = [line for line in lines if step is not None and _step_of(line) <= step]
         if kept != lines:
+            # Added there before they are cut here: a kill between the two doubles lines and loses none.
             with open(self._path.with_name("metrics_void.jsonl"), "a", encoding="utf-8") as stream:
                 moved = [line for line in lines if step is None or _step_of(line) > step]
                 stream.writelines(line if line.endswith("\n") else f"{line}\n" for line in moved)
             write_durably(self._path, "".join(kept))
+            # The stream still writes to the file that was replaced.
             self._stream.close()
             self._stream = self._open()
         if step is None or not metrics:

@@ -122,6 +122,7 @@ def read_vocabulary(
         eos = values.get("eos_token_id")
         ends += eos if isinstance(eos, list) else [eos]
     end_ids = tuple(dict.fromkeys(token_id for token_id in ends if token_id is not None))
+    # Models of several modalities keep the language model's settings in text_config.
     configured = config.get("vocab_size", config.get("text_config", {}).get("vocab_size"))
     found = _read_rows(folder)
     problems = [
@@ -148,6 +149,7 @@ def _read_rows(folder: Path) -> dict[str, int]:
         try:
             with safe_open(path, framework="np") as weights:
                 names = [name for name in weights.keys() if name.endswith(ROW_TENSORS)]  # noqa: SIM118
+                # get_slice reads the header alone, so it does not matter that numpy has no bf16.
                 rows |= {name: weights.get_slice(name).get_shape()[0] for name in names}
         except (OSError, SafetensorError) as error:
             raise ValueError(f"the weights {path} cannot be read ({error}); copy the model again") from error

@@ -225,6 +225,7 @@ def compare_texts(
     """
     parts, merged = _compare_definitions(student, teacher)
     added = [str(token) for token in teacher.added_tokens_decoder.values()]
+    # Between blanks and within a word: added tokens may take blanks beside them along, or match whole words only.
     texts = [*PROBES["texts"], *(f"a {token} b{token}c" for token in added[:MOST_PROBES_OF_A_KIND])]
     texts += [teacher.convert_tokens_to_string([token]) for token in merged[:MOST_PROBES_OF_A_KIND]]
     ids = [tokenizer(texts, add_special_tokens=False)["input_ids"] for tokenizer in (student, teacher)]
@@ -258,6 +259,7 @@ def _compare_definitions(
     if len(backends) < 2:
         return [], []
     states = {
+        # The parts themselves compare by identity, the bytes that pickle would write by content.
         name: [part.__getstate__() if (part := getattr(backend, name)) else b"" for backend in backends]
         for name in ("normalizer", "pre_tokenizer", "model")
     }

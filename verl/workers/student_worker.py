@@ -71,6 +71,7 @@ class StudentWorker(Worker):
             vocabulary=vocabulary,
             scoring_sizes=BatchSizes.of_scoring(rollout),
             lr_schedule=schedule,
+            # The setting counts prompts over all ranks; each has n answers.
             mini_batch_rows=actor.ppo_mini_batch_size * rollout.n // self.world_size,
             distill=self._distill,
             extended_rows=None if start is None else ExtendedRows(module, start, actor.freeze_extended_rows),
@@ -168,6 +169,7 @@ class StudentWorker(Worker):
         if distill.topk_or_none is not None:
             return TopKTeacher(knows_extended, self.actor.vocabulary, device), weight
         if role in self._teacher_heads:
+            # Between updates they are in host memory: the engine needs that of the GPU.
             heads = [head.to(device) for head in self._teacher_heads[role]]
             return RemoteTeacher(knows_extended, heads, self.object_store.get), weight
         worker = self.colocated_roles[role]

@@ -128,6 +128,7 @@ class TeacherWorker(Worker):
                 positions = ScoredPositions(data, layout, micro.rows, micro.columns)
                 log_probs = teacher.log_probs_at(positions, temperature)
                 drawn, top = score_tokens(log_probs, micro.inputs.labels.to(self._device), missing, topk=topk)
+                # `scores` has this order: `ref_log_prob`, then TOP_TENSORS. [:3] leaves out `vocab_size`.
                 for target, values in zip(scores.values(), [drawn, *(top or ())[:3]], strict=True):
                     target[micro.rows, micro.columns] = values.to(target.dtype).cpu()
                 if exports_hidden_states:
@@ -144,8 +145,10 @@ class TeacherWorker(Worker):
         with self.on_device() as teacher:
             for model in teacher.models:
                 if model.head_handles is None:
+                    # Empty on the other ranks, not None: the head is gathered by all of them, or by none.
                     head, model.head_handles = model.head(), []
                     if self.rank == 0:
+                        # A copy on the CPU too: `reshard` frees the gathered head's memory.
                         exported = DataProto.from_dict({"head": head.to("cpu", copy=True)})
                         model.head_handles = [self.object_store.put(exported)]
             return [handle for model in teacher.models for handle in model.head_handles or []]

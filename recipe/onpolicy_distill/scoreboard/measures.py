@@ -14,6 +14,7 @@ from verl.utils.dataset.items import Item
 KS = (1, 5, 10)
 """Lengths of recommendation lists that are measured."""
 
+# The opening tag may stand in the prompt, so the closing one alone decides.
 _THOUGHTS = re.compile(r"^.*?</think>", re.DOTALL)
 
 

@@ -53,6 +53,7 @@ class HeldOutDataset(OneRecDataset):
         except BadRowError as bad:
             if bad.reason != "no_assistant_turn":
                 raise
+            # An empty answer lets the base class read the rest of the row; the wanted one is in the metadata.
             messages = [*parse_messages(row.get("messages")), {"role": "assistant", "content": ""}]
             prompt = super().read_prompt(row | {"messages": messages})
             prompt.ground_truth = prompt.extra_info.get("answer")

@@ -96,7 +96,8 @@ async def most_likely_items(
             seen[len(path) + 1] += len(best)
             for token, share in best:
                 push(log_prob + share, _Node((*path, token)))
-            others = tuple(other for other in rest if other not in dict(best))
+            pushed = {token for token, _ in best}
+            others = tuple(other for other in rest if other not in pushed)
             if others:
                 push(log_prob + _log_of_the_rest(best), _Node(path, others))
     return Ranking(found, exact)

@@ -85,6 +85,7 @@ def score(batch: DataProto, config: ScoringConfig) -> DataProto:
     batch = batch.union(
         DataProto.from_dict(_load_actor(config.model, config, sizes, is_teacher=False).compute_token_stats(batch))
     )
+    # Nothing holds the student by now: the two models need not fit side by side.
     release_cached_memory(config.device)
     if config.teacher is None:
         return batch

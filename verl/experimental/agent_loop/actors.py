@@ -141,10 +141,12 @@ class LocalActors:
     def as_they_come(self, calls: Mapping[Any, Remote], doing: str, **options: Any) -> Iterator[tuple[int, Any]]:
         """Numbers and results of the calls; the first to fail ends the wait with its own error."""
         for number, call in enumerate(calls):
+            # The loop runs all calls meanwhile, whichever is waited for.
             yield number, self._loop.run_until_complete(call)
 
     def shutdown(self, replicas: Sequence[Remote], workers: Sequence[Remote]) -> None:
         """Stop what still runs, then the engines."""
+        # They end while the loop runs the shutdowns below.
         for task in asyncio.all_tasks(self._loop):
             task.cancel()
         for replica in replicas:

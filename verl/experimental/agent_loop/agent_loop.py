@@ -135,6 +135,7 @@ class AgentLoopManager:
         generated = buffer.take()
         measured = generated.meta_info["metrics"]
         versions = set(measured["weight_version"])
+        # Before the first sync the engines sample from the model that they loaded.
         if self.weight_version is not None and versions != {self.weight_version}:
             raise RolloutError(
                 f"the engines sampled from weights of versions {sorted(versions)} after the sync of version "

@@ -43,6 +43,7 @@ class ChatTemplate:
         self.end_of_turn_id: int | None = None
         if self.tool_schemas:
             ids = self._continuation([{"role": "tool", "name": "probe", "content": "result"}])
+            # Added tokens are cut out of a text before any merge, so no neighbour can change this one.
             if not ids or ids[0] not in tokenizer.added_tokens_decoder:
                 raise ValueError(
                     f"the chat template of {tokenizer.name_or_path} ends an assistant's turn with no special token, "
@@ -67,10 +68,12 @@ class ChatTemplate:
             [dict(message) for message in messages],
             tools=tool_schemas or None,
             add_generation_prompt=True,
+            # Text: a continuation is cut out of it, and for ids transformers 5 returns a BatchEncoding.
             tokenize=False,
             **self.template_kwargs,
         )
         return text
 
     def _encode(self, text: str) -> list[int]:
+        # The template has written the special tokens already.
         return self.tokenizer.encode(text, add_special_tokens=False)

@@ -146,6 +146,7 @@ class ToolSession:
         if len(text) <= limit:
             return text
         head = {"left": limit, "right": 0, "middle": (limit + 1) // 2}[side]
+        # Counted from the front: text[-0:] would be the whole text.
         parts = (text[:head], "[truncated]", text[len(text) - (limit - head) :])
         return " ".join(part for part in parts if part)
 
@@ -177,12 +178,14 @@ class ToolAgentLoop(AgentLoopBase):
             while True:
                 turn_ids = await self.write_turn(trajectory, sampling_params)
                 assistant_turns += 1
+                # Before the calls are read: no tool runs where no turn is left to read its answer.
                 if assistant_turns >= most_by_model or user_turns >= most_by_tools:
                     break
                 calls = self.read_calls(turn_ids)
                 if not calls:
                     break
                 tool_turn_ids = self.context.template.encode_tool_turn(await tools.answer(calls))
+                # Dropped whole: a tool turn that is cut is nothing that the template would write.
                 if len(tool_turn_ids) >= trajectory.remaining_tokens:
                     break
                 trajectory.add_other_turn(tool_turn_ids)
@@ -195,5 +198,6 @@ class ToolAgentLoop(AgentLoopBase):
         """The calls of a finished model turn; an unfinished turn, and a run without tools, have none."""
         if not self.context.tools or not turn_ids or turn_ids[-1] != self.context.template.end_of_turn_id:
             return []
+        # Some tokenizers have <tool_call> as a special token.
         text: Any = self.context.template.tokenizer.decode(turn_ids[:-1], skip_special_tokens=False)
         return parse_hermes_tool_calls(text)

@@ -94,6 +94,7 @@ class AgentLoopWorker:
         try:
             outputs = await asyncio.gather(*tasks)
         finally:
+            # gather leaves the others running when one fails.
             for task in tasks:
                 task.cancel()
         pad_token_id: Any = self.context.template.tokenizer.pad_token_id
@@ -161,6 +162,7 @@ def pad_outputs(
         "distill_special_token_mask": _pad([o.distill_special_token_mask for o in outputs], response_length, 0),
         "input_ids": torch.cat([prompts, responses], dim=1),
         "attention_mask": attention_mask,
+        # Counted from the first real token; padding before it, which no mask lets in, stays at 0.
         "position_ids": (attention_mask.cumsum(dim=1) - 1).clamp(min=0),
     }
     log_probs = [output.response_logprobs for output in outputs if output.response_logprobs is not None]
@@ -265,12 +267,14 @@ class AsyncLLMServerManager:
             while not answer.done():
                 left = max(sent_at, self._answered_at[chosen]) + self._timeout_s - time.monotonic()
                 if left <= 0:
+                    # Of an async actor Ray cancels this request's asyncio task; the process goes on.
                     ray.cancel(call)
                     self._avoid_until[chosen] = time.monotonic() + self._timeout_s
                     raise TimeoutError(
                         f"request {own_id} was not answered by {replica.name}, which finished nothing for "
                         f"actor_rollout_ref.rollout.timeout_s={self._timeout_s:g} s"
                     )
+                # Not wait_for, which cancels what it waits for when its time is over.
                 await asyncio.wait({answer}, timeout=left)
             output = answer.result()
         except RayError as error:
@@ -278,6 +282,7 @@ class AsyncLLMServerManager:
             message = f"{replica.name} failed to generate: {account}"
             raise RolloutError(message, by_user=is_by_user(error)) from error
         finally:
+            # Reached too where this conversation is cancelled because another one failed.
             answer.cancel()
             self._in_flight[chosen] -= 1
         self._answered_at[chosen] = time.monotonic()

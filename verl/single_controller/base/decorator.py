@@ -89,6 +89,7 @@ def registered_methods(worker_class: type) -> dict[str, Registration]:
     """The registered methods of a class by name; an override keeps the registration of what it overrides."""
     return {
         name: getattr(member, _ATTRIBUTE)
+        # From the base down: an override without a mark of its own leaves its parent's in place.
         for parent in reversed(worker_class.__mro__)
         for name, member in vars(parent).items()
         if hasattr(member, _ATTRIBUTE)
@@ -149,6 +150,7 @@ def _row_runs(data: Any, reads: Sequence[str] | None, world_size: int) -> list[A
     share = -(-rows // world_size)
     bounds = [(rank * share, (rank + 1) * share) for rank in range(world_size)]
     return [
+        # Modulo, for with fewer rows than ranks a row is repeated more than once.
         data.slice(start, end) if end <= rows else data.select_idxs(np.arange(start, end) % rows)
         for start, end in bounds
     ]

@@ -91,6 +91,7 @@ class Worker:
         if self.rank == 0 and address == LOOPBACK:
             # Ranks of one machine meet on its loopback, where torch by itself would listen on all interfaces.
             server = socket.create_server((address, port))
+            # Without detach Python would close the socket that the store listens on.
             port, listener = server.getsockname()[1], server.detach()
         store = dist.TCPStore(
             address, port, self.world_size, self.rank == 0, timeout, multi_tenant=True, master_listen_fd=listener

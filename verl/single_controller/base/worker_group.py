@@ -33,6 +33,7 @@ class WorkerGroup(ABC):
         """Number of ranks."""
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
+        # The underscore first: before __init__ has run, reading _registrations would come back here without end.
         if name.startswith("_") or name not in self._registrations:
             raise AttributeError(f"{type(self).__name__} has no registered method {name!r}")
         return partial(self._run, name)

@@ -32,6 +32,7 @@ class RayClassWithInitArgs:
     """A worker class (plain or wrapped by ``ray.remote``) and the arguments each rank builds it with."""
 
     def __init__(self, cls: Any, *args: Any, **kwargs: Any) -> None:
+        # What ray.remote returns is no class; the user's own lies below its metadata.
         metadata = getattr(cls, "__ray_metadata__", None)
         self.cls: type = metadata.modified_class.__ray_actor_class__ if metadata else cls
         self.args = args
@@ -132,6 +133,7 @@ class RayWorkerGroup(RoleWorkerGroup):
         places = resource_pool.reserve()
         share = {kind: amount / resource_pool.max_colocate_count for kind, amount in resource_pool.rank_share.items()}
         host_class: Any = ray.remote(num_cpus=share["CPU"], num_gpus=share.get("GPU", 0))(WorkerHost)
+        # Stored once; as a plain argument it would be pickled again for every rank.
         shared_roles = ray.put(self._roles)
         self._ranks: list[Remote] = []
         for place, environment in zip(places, _environments(places), strict=True):
@@ -141,6 +143,7 @@ class RayWorkerGroup(RoleWorkerGroup):
             rank = Remote(label, host_class.options(**options).remote(label), place.node_ip)
             rank.ask_for_log()
             self._ranks.append(rank)
+        # A reference, which Ray resolves before build runs: the driver does not wait for rank 0.
         port = self._ranks[0].actor.find_free_port.remote()
         self._building = [rank.actor.build.remote(shared_roles, port) for rank in self._ranks]
 
@@ -155,6 +158,7 @@ class RayWorkerGroup(RoleWorkerGroup):
             WorkerError: a rank failed, or neither memory nor disk has space for the arguments.
         """
         if self._building:
+            # rank_results is a generator: nothing is waited for, and nothing raised, before it is read.
             list(rank_results(self._ranks, self._building, f"{self._name}.__init__", self.watch))
             self._building = []
         first, payloads = calls[0], list[Any](calls)
@@ -174,6 +178,7 @@ class RayWorkerGroup(RoleWorkerGroup):
 
     def shutdown(self) -> None:
         """End the processes; their places stay the pool's. A second call does nothing."""
+        # ray.kill would start a Ray of its own where none is running (AUTO_INIT_APIS).
         if ray.is_initialized():
             for rank in self._ranks:
                 ray.kill(rank.actor)
@@ -189,6 +194,7 @@ def _environments(places: Sequence[RankPlace]) -> list[dict[str, str]]:
         on_node = ranks_on_node[place.node_id]
         threads = os.environ.get("OMP_NUM_THREADS", max(1, int(cpus[place.node_id] // on_node)))
         rank_env = {
+            # An actor's environment goes over the job's, which would hide what the user set there.
             "OMP_NUM_THREADS": job_env.get("OMP_NUM_THREADS", threads),
             "RANK": rank,
             "WORLD_SIZE": len(places),

@@ -61,6 +61,7 @@ class Remote:
         """
         try:
             ray.get(self._sign, timeout=0)
+        # First, for it is a RayError too.
         except GetTimeoutError:
             return None
         except RayError as error:
@@ -92,6 +93,7 @@ class Remote:
         """The file with its errors; None where it died before it could answer."""
         try:
             return ray.get(self._log, timeout=0)
+        # GetTimeoutError among them: a process that is still busy has not answered yet.
         except RayError:
             return None
 
@@ -175,6 +177,7 @@ def rank_results(
         return PEER_GRACE_S if _may_be_a_consequence(failures[0][1]) else GRACE_S
 
     for done in _in_batches(refs, wait_s):
+        # The others had their time; one that waits in a collective for a dead rank may never answer.
         if not done and failures:
             break
         if not done:

@@ -55,7 +55,7 @@ def check_nodes_hold(
 
 
 def _ask(needed: Mapping[str, Mapping[str, str]], packages: Sequence[str]) -> dict[str, Report | str]:
-    """By node id its report, or why there is none."""
+    """Every node's report by node id, or why it gave none."""
     import ray
     from ray.cloudpickle import register_pickle_by_value
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -70,6 +70,7 @@ def _ask(needed: Mapping[str, Mapping[str, str]], packages: Sequence[str]) -> di
     answers: dict[str, Report | str] = {}
     for node, call in calls.items():
         try:
+            # All have had their time above; what is not there now is a node that did not answer.
             answers[node] = ray.get(call, timeout=1)
         except ray.exceptions.RayError as error:
             answers[node] = f"it could not be asked ({' '.join(str(error).split())[:300]}); see that its Ray is well"

@@ -76,6 +76,7 @@ class RayResourcePool:
                 strategy="STRICT_SPREAD",
             )
             if not group.wait(WAIT_S):
+                # Else it goes on waiting in Ray, and takes the resources once they are free.
                 remove_placement_group(group)
                 free = _describe(ray.available_resources())
                 asks = f"{self.name_prefix!r} waited {WAIT_S} s for {self.describe()}; free in the cluster now: {free}"
@@ -83,6 +84,7 @@ class RayResourcePool:
             self._group = group
         addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
         nodes: dict[int, str] = placement_group_table(self._group)["bundles_to_node_id"]
+        # As numbers: as texts, 10.0.0.10 would come before 10.0.0.9.
         in_order = sorted(nodes, key=lambda bundle: ip_address(addresses[nodes[bundle]]))
         return [
             RankPlace(self._group, bundle, nodes[bundle], addresses[nodes[bundle]])
@@ -137,6 +139,7 @@ def check_capacity(pools: Sequence[RayResourcePool], nodes: Sequence[Mapping[str
             )
         for node, count in pairs:
             for kind, amount in pool.rank_share.items():
+                # The node is one of `left`, so the next pool sees what remains.
                 node[kind] -= amount * count
 
 

@@ -100,6 +100,7 @@ def end_session(timeline_folder: str | None) -> None:
         ray.timeline(filename=os.path.join(timeline_folder, "timeline.json"))
     # Some of Ray's helpers wait a minute for a Ray that has gone; one whose start was interrupted may leave more.
     started = []
+    # Listed before the shutdown, which makes orphans of some: then they are no children of this process.
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.NoSuchProcess):
             title = " ".join(process.cmdline())

@@ -46,6 +46,7 @@ class BestCheckpoint:
     def __init__(self, config: TrainerConfig, resume_from: Path | None) -> None:
         self._root, self._patience = Path(config.default_local_dir), config.stop_after_no_better
         self._is_on = bool(config.best_metric) and not config.val_only
+        # The name stands in where there is no rule; no validation is recorded then, so nothing reads it.
         self._rule = BestRule.parse(config.best_metric or "none")
         self._metrics: dict[int, dict[str, float]] = {}
         """Of every validation, by step."""
@@ -58,11 +59,15 @@ class BestCheckpoint:
         self._names_are_known = False
         if not self._is_on or resume_from is None:
             return
+        # The record of the run that wrote the checkpoint, which lies elsewhere with resume_mode=resume_path.
         last, record = layout.checkpoint_step(resume_from), _read_json(resume_from.absolute().parent / RECORD)
+        # Later validations are of steps that this run takes again.
         self._metrics = {int(step): metrics for step, metrics in record.items() if int(step) <= last}
+        # Another run's checkpoints are no candidates: they are not this run's to protect or to link.
         if layout.is_of_run(resume_from, self._root):
             self._exported = _read_json(self._root / BEST / REASON).get("step")
             whole = [folder for folder in layout.step_folders(self._root) if not layout.find_faults(folder)]
+            # The step of best/ stays one without its checkpoint too: hard links keep its model.
             self._candidates = {self._exported, *(step for step in map(layout.checkpoint_step, whole) if step <= last)}
         missing = [name for name in self._rule.names_of_start if math.isnan(metric_value(self._start, name))]
         if missing:
@@ -84,6 +89,7 @@ class BestCheckpoint:
                 logger.warning("%s is no longer the best of this run; it is %s now", self._root / BEST, VOID)
                 layout.remove_folder(layout.replace_folder(self._root / BEST, self._root / VOID))
                 self._exported = None
+            # A pending step has no files to link yet; it is exported once its checkpoint is in place.
             elif best is not None and best not in (self._exported, self._pending):
                 self._export_best(best)
         except OSError as error:
@@ -104,6 +110,7 @@ class BestCheckpoint:
         self._metrics[step] = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
         is_new = step > 0 and step not in self._candidates
         if is_new and self._best_of({*self._candidates, step}) == step:
+            # A candidate before it is saved, so that this step's metrics name it; a failed save takes it out again.
             self._pending = step
             self._candidates.add(step)
             logger.info("step %d is the best so far: %s", step, self._rule.describe(self._metrics[step], self._start))
@@ -119,6 +126,7 @@ class BestCheckpoint:
 
     def gives_up(self) -> bool:
         """Whether the last ``trainer.stop_after_no_better`` validations were no better; logs it."""
+        # Where no step has kept the bounds, every validation after step 0 counts as no better.
         best = self._best_of(self._candidates) or 0
         since = sum(step > best for step in self._metrics)
         if self._patience is None or since < self._patience:
@@ -176,6 +184,7 @@ class BestCheckpoint:
         write_durably(beside / REASON, json.dumps(reason, indent=1, ensure_ascii=False) + "\n")
         flush_tree(beside)
         deleted = layout.replace_folder(beside, self._root / BEST)
+        # Before the old folder is removed: that may fail, and best/ is the new one already.
         self._exported = step
         layout.remove_folder(deleted)
 

@@ -49,11 +49,13 @@ def step_folder(root: str | Path, step: int, suffix: str = "") -> Path:
 
 def checkpoint_step(folder: Path) -> int:
     """Step number in the name of a checkpoint folder."""
+    # The stem leaves out .unfinished and .deleted.
     return int(folder.stem.rpartition("_")[2])
 
 
 def step_folders(root: str | Path) -> list[Path]:
     """All checkpoints of a run folder, whole or not, the newest first."""
+    # The glob finds the folders with a suffix too.
     folders = [path for path in Path(root).glob("global_step_*") if _STEP_FOLDER.fullmatch(path.name)]
     return sorted(folders, key=checkpoint_step, reverse=True)
 
@@ -71,6 +73,7 @@ def seal(folder: Path, step: int, world_size: int, identity: dict[str, Any]) -> 
     Raises:
         OSError: the disk is full or cannot be written.
     """
+    # Content before the manifest: after a power cut it must not vouch for files that never reached the disk.
     flush_tree(folder)
     manifest = {"step": step, "world_size": world_size, "identity": identity, "files": file_sizes(folder)}
     write_durably(folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
@@ -84,6 +87,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def find_faults(folder: Path) -> list[str]:
     """Why a checkpoint is not whole, as short texts; empty if it is whole."""
     try:
+        # The identity is read to see that it is there: a resume compares it.
         sizes, _ = (read_manifest(folder)[key] for key in ("files", "identity"))
     except FileNotFoundError:
         return [f"it holds no {MANIFEST}, so its writing was never finished" if folder.exists() else "it is not there"]
@@ -118,6 +122,7 @@ def find_checkpoint(config: TrainerConfig) -> Path | None:
         if not text.isdecimal():
             raise ValueError(f"{latest} holds {text!r}, not a step; write the step of the newest checkpoint into it")
         step = int(text)
+        # Later folders are left from before a resume at an older step, or were never made the latest.
         older = [path for path in step_folders(latest.parent) if checkpoint_step(path) < step]
         candidates = [step_folder(latest.parent, step), *older]
     damage: list[str] = []
@@ -156,6 +161,7 @@ def publish(root: str | Path, step: int) -> None:
         OSError: the folder cannot be written.
     """
     deleted = replace_folder(step_folder(root, step, UNFINISHED), step_folder(root, step))
+    # A kill before this line: the run goes on from the checkpoint before, and replaces this folder later.
     write_durably(Path(root) / LATEST, f"{step}\n")
     try:  # last, for the checkpoint counts by then
         remove_folder(deleted)
@@ -169,6 +175,8 @@ def replace_folder(source: Path, folder: Path) -> Path:
     Raises:
         OSError: the folder cannot be written.
     """
+    # No rename replaces a folder that holds files. A kill between the two renames leaves a whole .unfinished,
+    # which clear_leftovers puts into place.
     deleted = _move_to_deleted(folder)
     source.rename(folder)
     flush(folder.parent)
@@ -204,6 +212,7 @@ def prune_checkpoints(root: Path, keep: int | None, current: int, protected: Col
     whole = [path for path in own if not find_faults(path)]
     if keep is None or len(whole) < keep:
         return
+    # Cut behind a whole one: broken folders take no place from those that can be resumed.
     for folder in own[own.index(whole[keep - 1]) + 1 :]:
         if checkpoint_step(folder) not in protected:
             remove_folder(_move_to_deleted(folder))

@@ -179,11 +179,13 @@ def rule_of(key: str, both_have_rule: bool = False) -> str:
     if matches(TABLE["validation"], key):
         return "refuse" if both_have_rule else "ignore"
     matching = [entry for entry in RULES if matches([entry], key)]
+    # The longest entry decides, so that one key can be let off in a section that is refused.
     return RULES[max(matching, key=len)] if matching else "warn"
 
 
 def matches(entries: Iterable[str], key: str) -> bool:
     """Whether one of the entries is the key itself or a section above it."""
+    # The dots keep clip_ratio from matching clip_ratio_low.
     return any(f"{key}.".startswith(f"{entry}.") for entry in entries)
 
 

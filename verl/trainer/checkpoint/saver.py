@@ -78,6 +78,7 @@ class CheckpointSaver:
         except OSError as error:
             self._record_failure(step, str(error))
         else:
+            # Ranks need not share the driver's working folder.
             ranks.begin_checkpoint(str((folder / "actor").absolute()), step)
             self._pending = step, ranks
         if last or not self._config.trainer.async_save:
@@ -114,6 +115,7 @@ class CheckpointSaver:
         config = self._config.trainer
         try:
             if errors:
+                # An OSError too, so that a rank's failure and the driver's own end alike.
                 raise OSError("; ".join(errors))
             unfinished = layout.step_folder(self._root, step, layout.UNFINISHED)
             layout.seal(unfinished, step, config.world_size, self._identity)
@@ -122,6 +124,7 @@ class CheckpointSaver:
             self._record_failure(step, str(error))
         else:
             self._last_failure, self.saved_any = "", True
+            # Before pruning: the new best is protected and linked before an older checkpoint goes.
             self._best.checkpoint_ended(step, in_place=True)
             try:
                 layout.prune_checkpoints(self._root, config.max_actor_ckpt_to_keep, step, self._best.protected)
@@ -138,4 +141,5 @@ class CheckpointSaver:
         self._last_failure = f"step {step} could not be written to trainer.default_local_dir={self._root}: {cause}"
         self._failed_saves += 1
         logger.error("%s; training goes on, the next one is due as usual", self._last_failure)
+        # This may fail for the same reason as the save; the next start clears what is left.
         shutil.rmtree(layout.step_folder(self._root, step, layout.UNFINISHED), ignore_errors=True)

@@ -144,6 +144,7 @@ def _size_errors(key: str, path: str | None, described: dict[str, Any], config: 
     """What of a run is too large for a model, by its config.json."""
     rollout, limit = config.actor_rollout_ref.rollout, described.get("max_position_embeddings")
     longest = rollout.prompt_length + rollout.response_length
+    # transformers 5 writes rope_parameters, older models have rope_scaling.
     ropes = (described.get(name) for name in ("rope_parameters", "rope_scaling"))
     is_stretched = any(isinstance(rope, dict) and rope.get("rope_type", "default") != "default" for rope in ropes)
     if limit is not None and longest > limit and not is_stretched:

@@ -45,12 +45,14 @@ def run(trainer: RayPPOTrainer) -> None:
     try:
         run_once(trainer, stop)
     except KeyboardInterrupt:
+        # A further signal must not break off the report.
         stop.leave()
         report(f"left at once at {stop.name}: {trainer.progress()}")
         raise SystemExit(stop.exit_code) from None
     finally:
         stop.leave()
         try:
+            # Whatever shutting the trainer down raises, Ray's processes have to end.
             trainer.shutdown()
         finally:
             end_session(settings.ray_timeline_dir)
@@ -70,10 +72,12 @@ def run_once(trainer: RayPPOTrainer, stop: StopRequest) -> None:
     except (WorkerError, CheckpointError, GuardError, BestMetricError) as error:
         # Reported before anything is shut down, and before Ray's own account of a death: the cause comes first.
         report(f"error: {error}\n{trainer.progress()}")
+        # A worker's ValueError would come again, so no restart; after a signal the signal's own code counts.
         if not isinstance(error, WorkerError) or (error.by_user and not stop.requested):
             raise SystemExit(1) from None
         lost = LOST_AFTER_SAVE if trainer.saver.saved_any else LOST
         raise SystemExit(stop.exit_code if stop.requested else lost) from None
+    # A signal during the last step has changed nothing.
     if stop.requested and trainer.global_steps < trainer.total_steps:
         report(f"stopped by {stop.name}: {trainer.progress()}")
         raise SystemExit(stop.exit_code)

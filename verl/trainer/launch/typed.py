@@ -161,6 +161,7 @@ def _env_var(key: str, value: str) -> str:
     """The value of an environment variable as a quoted text; a secret becomes a reference to this process's own."""
     name = key.removeprefix(ENV_VARS)
     is_quoted = len(value) >= 2 and value[0] == value[-1] and value[0] in "'\""
+    # A reference to the environment shows nothing.
     if looks_secret(name) and not value.startswith("${"):
         os.environ[name] = value[1:-1] if is_quoted else value
         logger.warning("%s is a secret, and command lines can be read by others; export %s instead", key, name)
@@ -177,6 +178,7 @@ def _readable(key: str, value: str) -> str:
     try:
         read = OverridesParser.create().parse_override(f"{key}={value}").value()
     except HydraException as error:
+        # Quotes around the value do not mend a key that the grammar cannot read, such as one with a *.
         if not value.startswith(("'", '"', "[", "{")) and re.fullmatch(r"[\w.:-]+", key):
             return _in_quotes(value)
         raise ValueError(

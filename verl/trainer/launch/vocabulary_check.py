@@ -47,6 +47,7 @@ def resolve_vocabulary(config: PPOConfig) -> VocabContract | None:
     for name, further in distill.teachers.items():
         if further.path is None:
             continue
+        # AUTO: where the ids that this teacher lacks begin, to be compared with the run's threshold.
         key, found = f"algorithm.distill.teachers.{name}", read(further.path, AUTO)
         lacks = found.extend_start
         if lacks not in (None, contract.extend_start):

@@ -142,6 +142,7 @@ def apply_kl_penalty(
     kl = zero_outside_mask(kl, mask)
     weight = kl_ctrl.value
     rewards = data.tensor("token_level_scores") - weight * kl
+    # Rows that train nothing are left out of the mean, where they would count as a KL of 0.
     current = masked_mean(masked_mean(kl, mask, axis=-1), mask.any(dim=-1)).item()
     kl_ctrl.update(current_kl=current, n_steps=len(data))
     metrics = {"actor/reward_kl_penalty": current, "actor/reward_kl_penalty_coeff": weight}

@@ -131,14 +131,17 @@ def compute_on_policy_distill_reverse_kl(
     if low is not None and high is not None and low > high:
         raise ValueError(f"distill_adv_min_clip={low} is above distill_adv_max_clip={high}; swap them")
     advantages = ref_log_prob.float() - old_log_probs.float()
+    # torch's clamp refuses two bounds that are None.
     if low is not None or high is not None:
         advantages = advantages.clamp(min=low, max=high)
     advantages = zero_outside_mask(advantages, response_mask)
+    # Two tensors, so that changing the advantages in place leaves the returns as they are.
     return advantages, advantages.clone()
 
 
 def _group_sizes(index: np.ndarray, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Group number of each row (B,), and the rows of each group (G,)."""
+    # np.unique sorts, which object arrays of mixed types do not allow; texts do.
     _, inverse, counts = np.unique(np.asarray(index).astype(str), return_inverse=True, return_counts=True)
     return torch.as_tensor(inverse, device=device), torch.as_tensor(counts, device=device)
 
@@ -184,6 +187,7 @@ def compute_grpo_outcome_advantage(
     centred = scores - mean[group]
     if norm_adv_by_std_in_grpo:
         variance = _group_sum(centred**2, group, len(counts)) / (counts - 1).clamp(min=1)
+        # A group of one has a variance of 0, and epsilon alone would blow its score up.
         std = torch.where(counts > 1, variance.sqrt(), 1.0)
         centred = centred / (std[group] + epsilon)
     return _spread(centred, response_mask)

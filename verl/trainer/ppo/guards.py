@@ -68,6 +68,7 @@ class SkippedUpdates:
             GuardError: too many updates were skipped.
         """
         taken, skipped = int(metrics.get("actor/updates", 0)), int(metrics.get("actor/skipped_updates", 0))
+        # In this order: updates of this step make up for earlier skips, not for those beside them.
         self._excess_skips = max(0, self._excess_skips - taken) + RECOVERY_RATIO * skipped
         if not skipped:
             return
@@ -114,8 +115,9 @@ class EngineGap:
         if self._bound is None:
             return {"distill/engine_gap": gap}
         exceeds = not gap <= self._bound  # true for NaN
-        if exceeds and not gap < 2 * self._warned_of:
-            self._warned_of = math.inf if math.isnan(gap) else gap
+        size = math.inf if math.isnan(gap) else gap
+        if exceeds and size >= 2 * self._warned_of and size != self._warned_of:
+            self._warned_of = size
             logger.warning(
                 "step %d: the engine's log-probs of its own tokens differ from the trainer's by %.4g nats on average, "
                 "above trainer.engine_gap_bound=%s: it samples from other weights or rounds otherwise (rollout.dtype)",
@@ -152,6 +154,7 @@ class TeacherProbe:
         # No longer than a training row, which limits of micro-batches and positions were chosen for.
         self._count = min(PROBE_TOKENS, rollout.prompt_length + rollout.response_length)
         self._temperature = rollout.temperature
+        # A row for every rank of any group, since rows are split over the ranks.
         self._rows = max(trainer.world_size, sum(trainer.teacher_ranks_on_nodes))
         self._reference: dict[str, list[float]] = {}
         """Log-probs by teacher."""

@@ -96,6 +96,7 @@ def _sampler_metrics(batch: DataProto, trained: torch.Tensor) -> Metrics:
     """
     if "rollout_log_probs" not in batch.batch or "old_log_probs" not in batch.batch or not trained.any():
         return {}
+    # In float64: the KL is a small mean of differences between nearly equal numbers.
     sampler = batch.tensor("rollout_log_probs")[trained].double()
     policy = batch.tensor("old_log_probs")[trained].double()
     probs, log_probs = (sampler.exp() - policy.exp()).abs(), (sampler - policy).abs()
@@ -213,6 +214,7 @@ def _extension_metrics(batch: DataProto) -> Metrics:
     extended = batch.tensor("distill_special_token_mask").bool()
     leaks = extended.any(dim=-1)
     metrics = _mean("extend_seq_ratio", leaks) | _mean("extend_token_ratio", extended[_response_tokens(batch)])
+    # As ints: torch has no argmax of bools. Of equal values it gives the first.
     metrics |= _mean("first_leak_position", extended[leaks].int().argmax(dim=-1))
     if "extend_mass" in batch.batch:
         metrics |= _mean("extend_mass", batch.tensor("extend_mass")[batch.tensor("response_mask").bool()])
@@ -284,6 +286,7 @@ def compute_advantage_part_metrics(batch: DataProto, config: "AlgoConfig") -> Me
 
     def measure(rows: DataProto) -> Metrics:
         trained, part = rows.tensor("response_mask").bool(), distillation_advantage(rows, config)
+        # The batch holds the sum alone, so the task's part is what distillation's leaves of it.
         task, distill = (rows.tensor("advantages") - part)[trained].abs(), part[trained].abs()
         metrics = _mean("task_abs", task) | _mean("distill_abs", distill)
         if total := (task.double().sum() + distill.double().sum()).item():

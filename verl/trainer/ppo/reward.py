@@ -93,6 +93,7 @@ def compute_rewards(batch: DataProto, tokenizer: "PreTrainedTokenizerBase", rewa
             extra_info["num_turns"] = int(columns["__num_turns__"])
         result = reward_fn(
             data_source=columns.get("data_source"),
+            # Item tokens stay where the tokenizer has them as added tokens, not as special ones.
             solution_str=tokenizer.decode(responses[row][written[row]].tolist(), skip_special_tokens=True),
             ground_truth=(columns.get("reward_model") or {}).get("ground_truth"),
             extra_info=extra_info,

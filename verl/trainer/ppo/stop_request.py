@@ -58,6 +58,7 @@ class StopRequest:
         """Take the signals over; once more where a library has taken them since."""
         for number in (signal.SIGTERM, signal.SIGINT):
             before = signal.signal(number, self._on_signal)
+            # A second call finds a library's handler, which is not the one to restore.
             self._before.setdefault(number, before)
 
     def leave(self) -> None:
@@ -86,6 +87,8 @@ class StopRequest:
     def _remind(self, number: int) -> None:
         wait_s = self._grace_s
         while not self._left.wait(wait_s):
+            # Else a reminder within ECHO_S of the first signal would count as its echo.
             self._echo_until = 0.0
+            # Python runs handlers in the main thread alone, so KeyboardInterrupt is raised there, not in this thread.
             os.kill(os.getpid(), number)
             wait_s = AGAIN_S

@@ -160,6 +160,7 @@ def check_nodes(config: PPOConfig, pools: ResourcePoolManager) -> None:
             # Ranks write or read checkpoints side by side in the run's folder: all have to see this file in it.
             folder = Path(trainer.default_local_dir).absolute()
             folder.mkdir(parents=True, exist_ok=True)
+            # It is deleted when it is closed, so it stays open until every node has answered.
             marker = stack.enter_context(tempfile.NamedTemporaryFile(dir=folder, prefix=".seen-by-all-nodes-"))
             student["trainer.default_local_dir (the driver's file in it)"] = marker.name
         for role in pools.mapping:

@@ -65,6 +65,7 @@ def read_catalogue(path: str | Path) -> list[Item]:
         raise ValueError(f"the catalogue {path} has the columns {sorted(columns)} and no {SID_COLUMN!r} (list of ints)")
     cells = (cell for file in files for cell in pq.ParquetFile(file).read([SID_COLUMN])[SID_COLUMN].to_pylist())
     try:
+        # index refuses floats and texts, which int would take.
         items = {tuple(map(operator.index, cell)) for cell in cells}
     except TypeError as error:
         raise ValueError(f"the catalogue {path}: {SID_COLUMN} must hold lists of ints ({error})") from error

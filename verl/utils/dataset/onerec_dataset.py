@@ -158,6 +158,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         tokenizer = hf_tokenizer(args.tokenizer)
         config = DataConfig(max_prompt_length=args.max_prompt_length, filter_overlong_prompts=True)
+        # The report is wanted most where nearly all rows are dropped.
         config.max_dropped_fraction = 1.0
         dataset = create_rl_dataset(args.files, tokenizer, config, **start)
     except ValueError as error:

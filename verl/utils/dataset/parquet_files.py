@@ -130,6 +130,7 @@ class ParquetRows:
         self.files, wanted = list(files), set(columns)
         self.columns: set[str] = set()
         """Those of the wanted columns that any file has."""
+        # By content: a file may change under the same size and time.
         self.digests = [file_digest(path) for path in self.files]
         """Of the content of each file."""
         self._copies: list[Path] = []
@@ -175,6 +176,7 @@ class ParquetRows:
     def _read(self, number: int, row: int, count: int) -> list[Row]:
         """Rows of a file's copy; a cell that Python cannot hold, such as broken UTF-8, costs no other."""
         if number not in self._tables:
+            # Of a memory map read_all copies nothing: pages are read when their rows are.
             self._tables[number] = pa.ipc.open_stream(pa.memory_map(str(self._copies[number]))).read_all()
         block = self._tables[number].slice(row, count)
         try:

@@ -112,6 +112,7 @@ def _turns_of(value: Any) -> list[Any]:
         value = _parse_text(value)
     if isinstance(value, Mapping) and value:
         roles, contents = value.get("role"), value.get("content")
+        # Some writers turn a list of messages into one mapping of two lists.
         if isinstance(roles, list) and isinstance(contents, list) and len(roles) == len(contents):
             return [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
         return [value]

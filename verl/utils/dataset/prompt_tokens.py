@@ -64,6 +64,7 @@ def append_switch(messages: list[Message], switch: str) -> list[Message]:
 def truncate(ids: list[int], limit: int, side: str) -> list[int]:
     """Cut ids beyond ``limit`` as verl does: ``left`` keeps the end, ``right`` the beginning, ``middle`` both ends."""
     head = {"left": 0, "right": limit, "middle": limit // 2}[side]
+    # Counted from the front: ids[-0:] would be all of them.
     return ids[:head] + ids[len(ids) - (limit - head) :]
 
 

@@ -302,6 +302,7 @@ class RLHFDataset(Dataset[dict[str, Any]]):
 
     def _row_id(self, row: Row, index: int) -> str:
         path, number = self._rows.location(index)
+        # By name and row, not by path: files that were moved keep the ids that think switches are drawn from.
         return text_of(row.get("uuid")) or str(uuid.uuid5(uuid.NAMESPACE_URL, f"{path.name}:{number}"))
 
 

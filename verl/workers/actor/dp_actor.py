@@ -100,6 +100,7 @@ class DataParallelPPOActor:
             if self.replace_token_id is None:
                 raise ValueError("mask_special_token=True needs the actor's replace_token_id")
             ids = self.vocabulary.shared_ids()
+            # The tokens to score are read from here too: an unknown one is scored as its replacement, masked below.
             input_ids = input_ids.masked_fill(input_ids >= ids, self.replace_token_id)
         stats = self._score(data, input_ids, Vocabulary(ids), calculate_entropy)
         if not mask_special_token:
@@ -134,7 +135,7 @@ class DataParallelPPOActor:
         for micro in rows.micro_batches(self.scoring_sizes, self.actor_module.packed):
             for values, target in zip(self._forward(micro, head), result, strict=True):
                 if values is not None and target is not None:
-                    target[micro.rows, micro.columns] = values.float().cpu()
+                    target[micro.rows, micro.columns] = values.float().cpu()  # (S,) into (B, R)
         reshard(self.actor_module)
         return result if with_entropy else result._replace(entropy=None)
 
@@ -179,6 +180,7 @@ class DataParallelPPOActor:
             raise ValueError("response_mask is 1 at padding, where attention_mask is 0; there is no token to train on")
         rows = self.mini_batch_rows or len(data)
         assert len(data) % rows == 0, f"{len(data)} rows are no whole number of mini-batches of {rows}"
+        # There is no dropout (`load_config`): this switches on gradient checkpointing and activation offload alone.
         self.actor_module.train()
         updates = [
             self._update_mini_batch(data.slice(start, start + rows), config, teachers)
@@ -187,6 +189,7 @@ class DataParallelPPOActor:
         ]
         reshard(self.actor_module)
         steps, scores = zip(*updates, strict=True)
+        # Named here, so that they are logged, as 0, where no mini-batch has a trained token.
         names = {"actor/distill_loss" if is_exact else "actor/pg_loss", "actor/loss", "actor/grad_norm"}.union(*steps)
         columns = {name: [step[name] for step in steps if name in step] for name in sorted(names)}
         metrics = {name: sum(values) / max(1, len(values)) for name, values in columns.items()}
@@ -204,6 +207,7 @@ class DataParallelPPOActor:
         teacher_log_probs = torch.zeros(mini.tensor("responses").shape)
         device = self.actor_module.device
         mini_loss = MiniBatchLoss(mini, config, self.vocabulary, device, self.distill, teachers)
+        # The counts are over all ranks, so all of them run these passes, which communicate, or none does.
         if not mini_loss.is_empty:
             of_loss, teacher_log_probs = self._accumulate_gradient(mini, mini_loss, config)
             module, loss = self.actor_module, of_loss["actor/loss"]
@@ -222,12 +226,15 @@ class DataParallelPPOActor:
         totals: dict[str, torch.Tensor] = {}
         for micro in rows.micro_batches(sizes, self.actor_module.packed):
             part = mini_loss(micro, partial(self._forward, micro))
+            # FSDP shards the gradient in every micro-batch: whole ones, added up, would take a model's memory.
             part.loss.backward()
             values = {**part.metrics, "actor/loss": part.loss.detach()}
             totals = {name: totals[name] + value if totals else value for name, value in values.items()}
             if part.teacher_log_probs is not None:
                 teacher_log_probs[micro.rows, micro.columns] = part.teacher_log_probs.float()
+        # By place: all ranks have the same metrics in the same order.
         shares = torch.stack(list(totals.values()))
         dist.all_reduce(shares)
+        # Each holds the number of ranks as a factor, for FSDP averages gradients (`agg_loss`).
         shares = shares / dist.get_world_size()
         return dict(zip(totals, shares.tolist(), strict=True)), teacher_log_probs.cpu()

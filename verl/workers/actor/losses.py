@@ -105,6 +105,7 @@ class MiniBatchLoss:
         results = run_student(lambda *states: [head(*states) for head in heads])
         losses = [part.of(micro, result) for (_, part), result in zip(self._parts, results, strict=True)]
         total = torch.stack([coef * loss.loss for (coef, _), loss in zip(self._parts, losses, strict=True)]).sum()
+        # The divergence, where there is one, is the last part.
         return MicroLoss(total, dict(ChainMap(*(loss.metrics for loss in losses))), losses[-1].teacher_log_probs)
 
 
@@ -135,6 +136,7 @@ class PolicyLoss:
     def of(self, micro: MicroBatch, stats: TokenStats) -> MicroLoss:
         """Loss of a micro-batch from the (S,) statistics of its positions."""
         config, device = self._config, stats.log_probs.device
+        # (C,), and (S,) places in it. A row is never split over micro-batches, so its mean can be taken here.
         rows, row_of = micro.rows.unique(return_inverse=True)
         position = (row_of.to(device), micro.columns.to(device))
 
@@ -204,11 +206,13 @@ class DivergenceLoss:
         dist.all_reduce(self.counts)
         """Trained tokens, rows with at least one, and trained tokens inside the support; over all ranks."""
         is_reverse_kl = options.kind == REVERSE_KL
+        # Times the number of ranks, as the losses: metrics are averaged over ranks at the end.
         self._gap_share = dist.get_world_size() / int(self.counts[2]) if is_reverse_kl and self.counts[2] else None
         # The factor of each token's loss is the gradient of `agg_loss`, which is linear in them.
         losses = torch.zeros(self._trained.shape, requires_grad=True)
         total = agg_loss(losses, self._trained, config.loss_agg_mode, dist.get_world_size(), *self.counts[:2].cpu())
         self._token_share = torch.autograd.grad(total, losses)[0]
+        # (M, R) times (M, 1), the weight of each row's teacher.
         self._token_weights = self._token_share * torch.tensor([w for _, w in teachers])[self._teacher_of][:, None]
 
     def head(self, micro: MicroBatch) -> Head:
@@ -223,6 +227,7 @@ class DivergenceLoss:
             groups.append((members.nonzero().flatten().to(self._device), log_probs, options))
         # A gradient of the whole head for a group without positions would be a large tensor of zeros.
         groups = [group for group in groups if len(group[0])] or groups[:1]
+        # Results come group by group; argsort of a permutation is its inverse.
         order = torch.cat([members for members, _, _ in groups]).argsort()
 
         def compare(
@@ -235,6 +240,7 @@ class DivergenceLoss:
                     hidden[members], weight, weights[members], log_probs, options, labels[members], self._vocabulary
                 )
                 losses.append(loss)
+                # A leak is measured whatever its weight; where it is not trained, it is no part of the metric.
                 measured.append(stats if options.leak_coef else stats._replace(leak=torch.zeros_like(stats.leak)))
             columns = zip(*measured, strict=True)
             return torch.stack(losses).sum(), DivergenceStats(*(torch.cat(values)[order] for values in columns))

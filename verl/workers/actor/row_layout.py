@@ -40,6 +40,7 @@ class ModelInputs(NamedTuple):
 
     def to(self, device: torch.device) -> "ModelInputs":
         """The same on another device."""
+        # In the order of the fields; `row_lengths` alone is no tensor.
         ids, positions, *rest = (value.to(device) for value in self if isinstance(value, torch.Tensor))
         return ModelInputs(ids, positions, self.row_lengths, *rest)
 
@@ -89,12 +90,14 @@ class ScoredRows:
         self.input_ids, self.select = input_ids, select
         self._prompt_length = input_ids.shape[1] - select.shape[1]
         scored = select.any(dim=1)
-        starts = attention_mask.int().argmax(dim=1)
+        starts = attention_mask.int().argmax(dim=1)  # of the maxima argmax takes the first
         without_prompt = (scored & (starts >= self._prompt_length)).nonzero().flatten().tolist()
         if without_prompt:
             raise ValueError(f"rows {without_prompt} have no prompt token, so nothing predicts their first token")
+        # The last True is the first one from the right.
         last_scored = select.shape[1] - 1 - select.int().flip(1).argmax(dim=1)
         self._starts = starts
+        # The last scored token is predicted and never read: hence no + 1.
         self.lengths = torch.where(scored, self._prompt_length + last_scored - starts, 0)
         """(B,) input tokens that each row needs; 0 where nothing is scored."""
 
@@ -109,6 +112,7 @@ class ScoredRows:
         if sizes.max_rows is not None:  # all ranks have as many rows, so as many micro-batches
             parts = [part.tolist() for part in torch.arange(len(self.lengths)).split(sizes.max_rows)]
         elif packed:
+            # (B, T) of as many ones in a row as it needs tokens, which is what the next call counts.
             needed = torch.arange(self.input_ids.shape[1]) < self.lengths[:, None]
             batch = TensorDict({"attention_mask": needed}, batch_size=[len(needed)])
             parts = rearrange_micro_batches(batch, sizes.max_tokens)[1]
@@ -126,17 +130,19 @@ class ScoredRows:
         starts = self._starts[used].tolist()
         width = max(lengths)
         pieces = [self.input_ids[row, start : start + n] for row, start, n in zip(used, starts, lengths, strict=True)]
+        # (S,) each: row by row in the order of `used`, then by column. All that is scored keeps this order.
         local_rows, columns = self.select[used].nonzero(as_tuple=True)
         if packed:
             input_ids = torch.cat(pieces).unsqueeze(0)
             position_ids = torch.cat([torch.arange(n) for n in lengths]).unsqueeze(0)
-            offsets = torch.tensor([0, *accumulate(lengths[:-1])])
+            offsets = torch.tensor([0, *accumulate(lengths[:-1])])  # where each row begins in the flattened input
         else:
             input_ids = torch.nn.utils.rnn.pad_sequence(pieces, batch_first=True)
             # Counting on through the padding: a count that starts anew would be taken for the start of a packed row.
             position_ids = torch.arange(width).expand(len(used), width)
             offsets = torch.arange(len(used)) * width
         chosen = torch.tensor(used)[local_rows]
+        # Within its row, without the left padding; the token before a scored one predicts it.
         predicting = self._prompt_length + columns - self._starts[chosen] - 1
         select_index, labels = offsets[local_rows] + predicting, self.input_ids[chosen, self._prompt_length + columns]
         row_lengths = tuple(lengths) if packed else None
@@ -154,6 +160,7 @@ def _rectangles(lengths: list[int], max_tokens: int) -> list[list[int]]:
     parts: list[list[int]] = []
     check_row_lengths(lengths, max_tokens)
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        # Lengths fall, so a part's first row is its longest.
         if parts and (len(parts[-1]) + 1) * lengths[parts[-1][0]] <= max_tokens:
             parts[-1].append(row)
         else:

@@ -84,6 +84,7 @@ class ModelTeacher:
 
     def head(self) -> torch.Tensor:
         """(ids, D) the gathered head, to be used before `reshard`; all ranks have to call it."""
+        # FSDP gathers a head in a forward pass; one over a single token does.
         return self._forward(no_positions(self.packed))[1][: self.ids].detach()
 
     @torch.no_grad()
@@ -160,7 +161,7 @@ class RemoteTeacher:
             """A column of all rows in the student's order; empty where there are no rows."""
             return torch.cat([like[:0].cpu(), *(row.tensor(key) for row in by_row)]).to(like.device)
 
-        lengths = torch.tensor([len(row) for row in by_row], dtype=torch.int64)
+        lengths = torch.tensor([len(row) for row in by_row], dtype=torch.int64)  # positions of each row
         rows = torch.tensor(distinct, dtype=torch.int64).repeat_interleave(lengths)
         positions.require_order(rows, joined("columns", positions.columns))
         same_tokens = torch.equal(joined("labels", positions.labels), positions.labels)

@@ -85,6 +85,7 @@ def load_config(path: str, model: HFModelConfig) -> PretrainedConfig:
     for name, value in model.override_config.items():
         if name == "attn_implementation":
             continue
+        # Setting a misspelt entry would succeed and change nothing.
         if not hasattr(config, name):
             raise ValueError(
                 f"actor_rollout_ref.model.override_config.{name}={value!r}: {type(config).__name__} has no such entry"
@@ -113,9 +114,10 @@ def _scatter_from_rank_zero(module: torch.nn.Module, weights: dict[str, torch.Te
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             assert isinstance(parameter, DTensor), f"{name} is not sharded"
+            # Popped, so that rank 0 frees each whole tensor behind it.
             whole = weights.pop(name, None)
             if whole is None:
-                whole = torch.empty(parameter.shape, dtype=parameter.dtype)
+                whole = torch.empty(parameter.shape, dtype=parameter.dtype)  # never read: rank 0's values are scattered
             shard = distribute_tensor(whole.to(mesh.device_type), mesh, parameter.placements)
             parameter.to_local().copy_(shard.to_local())
         for buffer in module.buffers():
@@ -159,6 +161,7 @@ def build_model(
     module.requires_grad_(trainable)
     if trainable and model.enable_gradient_checkpointing:
         causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs=CHECKPOINTING)
+    # Before `shard_model`, which leaves every rank its own slices alone.
     weights = {name: p.detach() for name, p in module.named_parameters()} if dist.get_rank() == 0 else {}
     reduce_dtype = resolve_dtype(fsdp.mixed_precision.reduce_dtype, device_name)
     # Casts where precisions differ, and none where they do not (fp32 on CPU).

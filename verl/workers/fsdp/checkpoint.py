@@ -88,10 +88,12 @@ def copy_shard(tensors: Tensors) -> Shard:
     for key, tensor in tensors.items():
         local, offset = tensor, [0] * tensor.dim()
         if isinstance(tensor, DTensor):
+            # What torch itself asks for a checkpoint: where this shard begins, uneven ones included.
             local, offset = tensor.to_local(), list(tensor.__create_chunk_list__()[0].offsets)
         elif dist.get_rank() > 0:
             continue
         if local.numel() > 0:  # a rank may have no row of a small tensor
+            # On the CPU, `to` alone would give memory that training goes on to change.
             copies[key] = local.to("cpu", copy=True, memory_format=torch.contiguous_format)
             places[key] = {"saved_offsets": offset}
     return copies, places
@@ -102,6 +104,7 @@ def write_shard(folder: Path, shard: Shard) -> None:
     copies, places = shard
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / _SHARD_NAME.format(dist.get_rank() + 1, dist.get_world_size())
+    # Without this entry the reader takes every slice to begin at 0.
     write_file(path, copies, {"DCP_SHARDING_INFO": json.dumps(places), "format": "pt"})
 
 
@@ -262,8 +265,8 @@ class CheckpointWriter:
         rank, shards, huggingface = dist.get_rank(), folder / SHARDS, folder / HUGGINGFACE
         if rank == 0:
             shutil.rmtree(shards, ignore_errors=True)  # of an earlier save, perhaps by more ranks
-        dist.barrier(self._group)
-        failed = torch.ones(1)
+        dist.barrier(self._group)  # nobody writes before the old files are gone
+        failed = torch.ones(1)  # stays so where anything below raises
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if extra:
@@ -274,12 +277,13 @@ class CheckpointWriter:
         finally:
             # Whatever happened: the other ranks wait here.
             dist.all_reduce(failed, group=self._group)
+        # Nothing is made of a set that is not whole; the rank that failed reports why.
         if rank == 0 and not failed and {"model", "hf_model"} & self._contents:
             _write_description(state.module.causal_lm, state.tokenizer, huggingface)
             if "hf_model" in self._contents:
                 write_weights(shards, huggingface)
             if not {"model", "optimizer"} & self._contents:
-                shutil.rmtree(shards)
+                shutil.rmtree(shards)  # they were for the export alone
             flush_tree(huggingface)
         return time.perf_counter() - began
 

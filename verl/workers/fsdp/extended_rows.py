@@ -40,6 +40,7 @@ class _Matrix(NamedTuple):
     @property
     def rows(self) -> torch.Tensor:
         """The share as it is now; the same memory."""
+        # Asked for each time: offload puts the share into other memory.
         return self.parameter.to_local().detach()
 
     def squares(self, begin: int, end: int) -> torch.Tensor:
@@ -94,9 +95,10 @@ class ExtendedRows:
 
     def drift(self) -> dict[str, float]:
         """``||rows - rows at the start|| / ||rows at the start||`` of extended and of shared rows, over all ranks."""
+        # (2, 2) of each matrix: of extended and of shared rows, the squares of their moves and of their start.
         parts = [torch.stack([m.squares(m.first, len(m.start)), m.squares(0, m.first)]) for m in self._matrices]
         sums = torch.stack(parts).sum(0)
-        dist.all_reduce(sums)
+        dist.all_reduce(sums)  # squares add up over ranks, norms do not
         ratios = [math.sqrt(moved / start) if start else 0.0 for moved, start in sums.tolist()]
         return {"actor/extended_row_drift": ratios[0], "actor/shared_row_drift": ratios[1]}
 
@@ -106,6 +108,7 @@ def _find_share(parameter: nn.Parameter, extend_start: int) -> _Matrix:
     rows = parameter.shape[0]
     if not 0 < extend_start < rows:
         raise ValueError(f"extend_vocab_start_token={extend_start} leaves no extended row: the model has {rows} rows")
+    # FSDP cuts rows as `torch.chunk` does: equal shares, of which the last ranks may have less or nothing.
     own, rows_each = parameter.to_local().detach(), -(-rows // parameter.device_mesh.size())
     first = min(max(extend_start - parameter.device_mesh.get_local_rank() * rows_each, 0), len(own))
     return _Matrix(parameter, first, own.to("cpu", copy=True))

@@ -86,9 +86,10 @@ def clipped_step(
     """
     if extended_rows is not None:
         extended_rows.drop_gradient()
+    # It clips at once: a norm that is not finite spoils the gradient, which is dropped below.
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
     if isinstance(norm, DTensor):
-        norm = norm.full_tensor()
+        norm = norm.full_tensor()  # adds up the shards: every rank takes part
     taken = bool(norm.isfinite()) and math.isfinite(loss)
     if taken:
         with nullcontext() if extended_rows is None else extended_rows.held():

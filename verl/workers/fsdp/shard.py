@@ -23,6 +23,7 @@ def shard_model(
     Raises:
         ValueError: the model class does not name its repeated blocks.
     """
+    # transformers keeps it for device maps: the classes of a model's repeated blocks.
     names = set(model.causal_lm._no_split_modules or ())
     blocks = [module for module in model.causal_lm.modules() if type(module).__name__ in names]
     if not blocks:
@@ -47,6 +48,7 @@ def reshard(model: nn.Module) -> None:
 def move_parameters(model: nn.Module, device: torch.device) -> None:
     """Move the shards of all parameters, their gradients and all buffers to ``device``."""
     reshard(model)
+    # The optimizer knows parameters as objects; torch swaps the content of a DTensor and keeps the object.
     model.to(device)
 
 
@@ -54,5 +56,6 @@ def move_optimizer_state(optimizer: torch.optim.Optimizer, device: torch.device)
     """Move the optimizer's moments to ``device``; step counts stay where they are."""
     for state in optimizer.state.values():
         for key, value in state.items():
+            # AdamW without `fused` or `capturable` keeps its steps on the CPU; they alone have no dimension.
             if isinstance(value, torch.Tensor) and value.dim() > 0:
                 state[key] = value.to(device)

@@ -85,7 +85,8 @@ class TokenStatsModel(nn.Module):
             output = self.causal_lm.get_decoder()(
                 input_ids=input_ids, position_ids=position_ids, use_cache=False, **self._row_boundaries(row_lengths)
             )
-        hidden = output.last_hidden_state.flatten(0, 1)[select_index]
+        # Outside the block: what a head saves, such as a gradient (V, D), stays on the device.
+        hidden = output.last_hidden_state.flatten(0, 1)[select_index]  # (S, D)
         return head(hidden, self.causal_lm.get_output_embeddings().weight, labels)
 
     def _row_boundaries(self, row_lengths: tuple[int, ...] | None) -> dict[str, object]:
@@ -94,6 +95,7 @@ class TokenStatsModel(nn.Module):
             return {}
         if not self.causal_lm.config._attn_implementation.startswith("flash_attention"):
             return {"row_lengths": row_lengths}
+        # Flash-attention takes int32 alone.
         ends = torch.tensor((0, *row_lengths)).cumsum(0).to(device=self.device, dtype=torch.int32)
         longest = max(row_lengths)
         return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}

@@ -85,6 +85,7 @@ class HFReplica(RolloutReplica):
             if not batch:
                 continue
             outcome: Any
+            # An error comes as a value: it is for these requests, and the loop goes on with the others.
             [outcome] = await asyncio.gather(self._on_thread(self._generate_batch, batch), return_exceptions=True)
             for index, request in enumerate(batch):
                 if request.answer.done():  # its caller was cancelled
@@ -123,6 +124,7 @@ class HFReplica(RolloutReplica):
     ) -> TokenOutput:
         """The answer of one row: a batch goes on until its last row has ended."""
         written = written[: options.max_tokens]
+        # No padding follows it: `generate` pads ended rows only where a criterion has `eos_token_id`.
         stop = next((step for step, token_id in enumerate(written, 1) if token_id in options.stop_token_ids), None)
         end = stop or len(written)
         return TokenOutput(
@@ -197,6 +199,7 @@ class _Sampler(transformers.LogitsProcessor):
         log_probs = self._warpers(input_ids, logits).log_softmax(-1)
         noise = torch.zeros(log_probs.shape)
         if self._warpers:
+            # A stream for each row, on the CPU: the noise depends neither on the other rows nor on the device.
             for row, generator in enumerate(self._generators):
                 noise[row, : self._vocab_size].exponential_(generator=generator).log_().neg_()
         drawn = (log_probs + noise.to(log_probs.device)).argmax(-1, keepdim=True)

@@ -140,6 +140,7 @@ class RolloutReplica(ABC):
             TypeError: there is no such parameter.
             RuntimeError: the engine is dead, asleep or in the middle of a weight sync; the message names the cause.
         """
+        # Nothing is awaited from here until the request counts, so no weight sync can begin in between.
         if self._unusable is not None:
             raise RuntimeError(f"{self._name} cannot generate: {self._unusable}")
         prompt = [int(token_id) for token_id in prompt_ids]
@@ -153,10 +154,11 @@ class RolloutReplica(ABC):
     async def start_weight_update(self) -> None:
         """Begin a weight sync; no request may be under way. Wakes what a sleeping engine needs for it.
 
-        Where the last sync failed, this one begins anew.
+        After a sync whose finish failed, this one begins anew; vLLM refuses it where the last one has no finish.
         """
         if self._requests:
             raise RuntimeError(f"{self._name}: a weight sync while {self._requests} requests are under way")
+        # Before the first await, so that no request slips in.
         self._unusable = "it is in the middle of a weight sync"
         self._received = ReceivedWeights(self.model_info.weights)
         await self._start_update()
@@ -181,6 +183,7 @@ class RolloutReplica(ABC):
         self._unusable = f"weight sync {version} did not finish"
         await self._finish_update()
         self._asleep = False
+        # Raised only now: vLLM refuses to start a sync while another one is open.
         if problems:
             self._unusable = f"weight sync {version} was incomplete"
             raise ValueError(f"{self._name}: weight sync {version} does not match the model: {'; '.join(problems)}")
@@ -261,12 +264,13 @@ def read_model_info(model_config: HFModelConfig) -> ModelInfo:
     except OSError:  # the model ships no generation_config.json
         generation_eos = None
     eos_ids: list[int | None] = []
+    # Each is one id, a list of them, or None.
     for value in (tokenizer.eos_token_id, generation_eos, config.eos_token_id):
         eos_ids += value if isinstance(value, list) else [value]
     with torch.device("meta"):  # without memory for the weights
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=model_config.trust_remote_code)
     return ModelInfo(
-        vocab_size=len(tokenizer),
+        vocab_size=len(tokenizer),  # `tokenizer.vocab_size` leaves out added tokens
         vocab_rows=config.vocab_size,
         eos_token_ids=tuple(token_id for token_id in dict.fromkeys(eos_ids) if token_id is not None),
         pad_token_id=tokenizer.pad_token_id,

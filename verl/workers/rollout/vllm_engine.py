@@ -33,6 +33,7 @@ LOGGED_EXCEPTION = re.compile(r".*\bERROR\b.*\] ((?:\w+\.)*\w*(?:Error|Exception
 @contextmanager
 def unblock_sigterm() -> Iterator[None]:
     """What is started within the block ends on SIGTERM, as vLLM expects; Ray's processes block that signal."""
+    # A process inherits the signal mask of the thread that starts it.
     before = signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     try:
         yield
@@ -89,7 +90,7 @@ class InProcessEngine:
                 self._stepping.add_done_callback(self._on_steps_ended)
             yield await answer
         except asyncio.CancelledError:
-            await self._call(self._engine.abort_request, [unique_id])
+            await self._call(self._engine.abort_request, [unique_id])  # it would write on for nobody
             raise
         finally:
             self._answers.pop(unique_id, None)
@@ -116,7 +117,7 @@ class InProcessEngine:
     async def _step_while_requests_last(self) -> None:
         while self._answers:
             for output in await self._call(self._engine.step):
-                answer = self._answers.pop(output.request_id, None)
+                answer = self._answers.pop(output.request_id, None)  # None: cancelled meanwhile
                 if answer is not None and not answer.done():
                     answer.set_result(output)
 

@@ -35,7 +35,9 @@ class VLLMReplica(RolloutReplica):
 
     async def _launch(self) -> None:
         environment = vllm_settings.engine_environment(self.config, self.device)
+        # Ray sets OMP_NUM_THREADS=1 of its own accord, and where the engine runs is decided by the settings alone.
         forced = ("VLLM_ENABLE_V1_MULTIPROCESSING", "OMP_NUM_THREADS")
+        # Before vLLM is imported, which sets up its logger then.
         os.environ.update({k: v for k, v in environment.items() if k in forced or k not in os.environ})
         if self.device == "cpu":
             # On import vLLM warns three times that Triton has no CPU backend.
@@ -95,6 +97,7 @@ class VLLMReplica(RolloutReplica):
 
     async def _start_update(self) -> None:
         if self._asleep:
+            # The cache sleeps on: during the sync the GPU holds the ranks' bucket beside the weights.
             await self._guard(self._engine.wake_up(["weights"]))
         await self._rpc("start_weight_update")
 
@@ -110,10 +113,12 @@ class VLLMReplica(RolloutReplica):
         await self._rpc("finish_weight_update")
         if self._asleep:
             await self._guard(self._engine.wake_up(["kv_cache"]))
+        # Cached prompts are found by their tokens, so those of the old weights would be taken for the new.
         if not await self._guard(self._engine.reset_prefix_cache()):
             raise RuntimeError(f"{self._name}: the prefix cache is in use after a weight sync")
 
     async def _sleep(self) -> None:
+        # Level 1 would copy the weights to host memory, and the next sync brings all of them anyway.
         await self._guard(self._engine.sleep(level=2))
 
     async def _shutdown(self) -> None:

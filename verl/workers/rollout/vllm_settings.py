@@ -50,6 +50,7 @@ def engine_environment(config: RolloutConfig, device: str) -> dict[str, str]:
         # Threads that spin while they wait make a busy machine ten times slower.
         "OMP_WAIT_POLICY": "PASSIVE",
         "OMP_NUM_THREADS": str(engine_threads(config)),
+        # vLLM would pin its threads to cores that the training ranks use too.
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     }
 

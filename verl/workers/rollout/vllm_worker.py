@@ -37,8 +37,8 @@ class WorkerExtension:
         process = os.pidfd_open(pid)
 
         def exit_after() -> None:
-            select.select([process], [], [])
-            os._exit(1)
+            select.select([process], [], [])  # readable once the process has ended
+            os._exit(1)  # sys.exit would end this thread alone
 
         threading.Thread(target=exit_after, name="exit-with-replica", daemon=True).start()
 
@@ -55,7 +55,7 @@ class VocabularyLimit(LogitsProcessor):
         self._vocab_size: int = vllm_config.additional_config["verl_vocab_size"]
 
     def is_argmax_invariant(self) -> bool:
-        return False
+        return False  # with True, vLLM leaves it out for greedy requests
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
         """The limit is the same for every request."""
@@ -117,4 +117,5 @@ def _repack_tied_heads(model: torch.nn.Module) -> None:
             head.quant_method.process_weights_after_loading(head)
 
 
+# At import: each worker resolves `worker_extension_cls`, in this module, before it makes its transfer engine.
 WeightTransferEngineFactory.register_engine("shm", __name__, "SharedMemoryEngine")

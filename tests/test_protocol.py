@@ -106,7 +106,7 @@ def test_a_missing_key_is_named_with_its_producer():
 
 
 def test_every_key_is_described_completely():
-    assert BATCH_KEYS["prompts"] == ("int64", "(B, P)", "rollout", "reward, dumps")
+    assert BATCH_KEYS["prompts"] == ("int64", "(B, P)", "rollout", "metrics (validation), dumps")
     for key, row in BATCH_KEYS.items():
         assert row.dtype in ("int64", "int32", "float32", "object"), key
         assert row.shape in ("(B, P)", "(B, R)", "(B, T)", "(B,)", "(B, R, K)"), key

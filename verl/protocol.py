@@ -1,12 +1,12 @@
 """The one carrier of data between the stages of a step.
 
 A ``DataProto`` holds the rows of a batch: tensors in ``batch``, Python objects in ``non_tensor_batch``, and facts
-about the whole batch in ``meta_info``. A stage takes one and returns one with its new keys; the trainer joins them.
+about the whole batch in ``meta_info``. A stage takes one and returns one with its new keys, which the trainer joins.
 Pickling a ``DataProto`` sends its own rows only (a slice does not drag the tensor it was cut from along), on the CPU.
 It knows nothing of Ray, models or padding of sequences. B sequences, P prompt, R response, T = P + R, K likeliest ids
 of a teacher. Masks are 1 where a position counts; float tensors are 0 at padding.
 
-``BATCH_KEYS`` lists every key that travels in a batch.
+``BATCH_KEYS`` lists every key that travels from stage to stage.
 """
 
 import pickle
@@ -31,10 +31,10 @@ class BatchKey(NamedTuple):
 
 
 BATCH_KEYS = {
-    "prompts": BatchKey("int64", "(B, P)", "rollout", "reward, dumps"),
+    "prompts": BatchKey("int64", "(B, P)", "rollout", "metrics (validation), dumps"),
     "responses": BatchKey("int64", "(B, R)", "rollout", "log-probs, update, reward, metrics"),
     "input_ids": BatchKey("int64", "(B, T)", "rollout", "log-probs, update"),
-    "attention_mask": BatchKey("int64", "(B, T)", "rollout", "log-probs, update, metrics"),
+    "attention_mask": BatchKey("int64", "(B, T)", "rollout", "log-probs, update, reward, metrics"),
     "position_ids": BatchKey("int64", "(B, T)", "rollout", "nothing here; verl has it"),
     "response_mask": BatchKey("int64", "(B, R)", "rollout", "advantage, update, metrics"),
     "distill_special_token_mask": BatchKey("int64", "(B, R)", "rollout", "advantage, metrics, dumps"),
@@ -47,27 +47,28 @@ BATCH_KEYS = {
     "teacher_top_log_probs": BatchKey("float32", "(B, R, K)", "teacher", "update (objective topk)"),
     "teacher_rest_log_prob": BatchKey("float32", "(B, R)", "teacher", "update (objective topk)"),
     "teacher_states": BatchKey("object", "(B,)", "teacher", "update (handles to hidden states)"),
-    "token_level_scores": BatchKey("float32", "(B, R)", "reward", "reward (KL penalty), metrics"),
+    "token_level_scores": BatchKey("float32", "(B, R)", "reward", "advantage (KL penalty), metrics"),
     "reward_extra": BatchKey("object", "(B,)", "reward", "metrics (what it reported beside a score)"),
-    "token_level_rewards": BatchKey("float32", "(B, R)", "reward", "advantage, metrics"),
+    "token_level_rewards": BatchKey("float32", "(B, R)", "advantage", "advantage, metrics"),
     "rollout_is_weights": BatchKey("float32", "(B, R)", "advantage", "update, metrics"),
     "advantages": BatchKey("float32", "(B, R)", "advantage", "update, metrics"),
     "returns": BatchKey("float32", "(B, R)", "advantage", "metrics"),
-    "teacher": BatchKey("int64", "(B,)", "trainer", "teacher scores, update"),
-    "teacher_knows_extended": BatchKey("object", "(B,)", "trainer", "rollout (masks), metrics"),
+    "teacher": BatchKey("int64", "(B,)", "trainer", "teacher scores, advantage, update, metrics"),
+    "teacher_knows_extended": BatchKey("object", "(B,)", "trainer", "rollout (masks), advantage, metrics"),
     "uid": BatchKey("object", "(B,)", "trainer", "rollout (seeds), advantage (groups)"),
     "raw_prompt": BatchKey("object", "(B,)", "dataset", "rollout"),
+    "prompt_ids": BatchKey("object", "(B,)", "dataset", "rollout (in place of raw_prompt, where it is there)"),
     "data_source": BatchKey("object", "(B,)", "dataset", "reward, metrics"),
-    "source": BatchKey("object", "(B,)", "dataset", "metrics"),
+    "source": BatchKey("object", "(B,)", "dataset", "trainer (teacher of a row), metrics"),
     "reward_model": BatchKey("object", "(B,)", "dataset", "reward"),
     "agent_name": BatchKey("object", "(B,)", "dataset", "rollout"),
     "extra_info": BatchKey("object", "(B,)", "dataset", "reward"),
     "tools_kwargs": BatchKey("object", "(B,)", "dataset", "rollout"),
-    "index": BatchKey("object", "(B,)", "dataset", "rollout, dumps"),
+    "index": BatchKey("object", "(B,)", "dataset", "trainer (uid), rollout, dumps"),
     "has_extended": BatchKey("object", "(B,)", "dataset", "trainer (teacher of a row)"),
-    "__num_turns__": BatchKey("object", "(B,)", "rollout", "metrics"),
+    "__num_turns__": BatchKey("object", "(B,)", "rollout", "reward, metrics"),
 }
-"""Every key that travels in a batch. Loops write rollout keys, the driver unions what stages return."""
+"""Every key that travels from stage to stage. Loops write rollout keys, the driver unions what stages return."""
 
 
 def _object_array(values: Any) -> np.ndarray:

@@ -6,7 +6,7 @@
                                  per bucket:  all ranks export ─► all engines load it ─► all ranks release
                                  all engines: finish_weight_update(version); each checks that the whole model came
     WeightExporter (each rank)   gathers the shards of a bucket; shares it with the engines of its machine
-    bucket_tensors (engine)      the tensors of a bucket; ``workers.rollout`` puts them into the engine's own layout
+    bucket_tensors (engine)      the tensors of a bucket, for ``workers.rollout`` to load; vLLM reads handles itself
     ReceivedWeights (engine)     at the end lists what is missing, unknown, reshaped or sent twice
 
 A bucket has ``names`` and ``shapes`` of its tensors and says where they are. On the CPU: ``path`` of a safetensors file

@@ -209,6 +209,8 @@ def test_sizes_that_do_not_fit() -> None:
     assert linear_divergence(*empty)[0].item() == 0
     with pytest.raises(ValueError, match="the teacher scores 14 ids, not 11 or 17"):
         case.loss(LinearTeacher(case.base_hidden, case.base_weight, 14), DivergenceOptions())
+    with pytest.raises(ValueError, match="no divergence 'total_variation'; use one of reverse_kl, forward_kl, jsd"):
+        case.loss(case.base(), DivergenceOptions("total_variation"))
     with pytest.raises(ValueError, match="has 15 ids"):
         LinearTeacher(case.base_hidden, case.base_weight, 15)
 

@@ -11,12 +11,12 @@ Letters: N positions, D hidden size, V rows of the head, K <= V ids of the stude
 
 With s the student's logits over the temperature, p = softmax of s over S, q the teacher's distribution over S:
 
-    reverse_kl   D = sum_S p a,  a = log p - log q                           d/ds_j = p_j (a_j - D)
-    forward_kl   D = sum_S q (log q - log p)                                 d/ds_j = p_j - q_j
-    jsd          D = beta KL(q | m) + (1 - beta) KL(p | m), m = beta q + (1 - beta) p, a = log p - log m
+    reverse_kl   div = sum_S p a,  a = log p - log q                         d/ds_j = p_j (a_j - div)
+    forward_kl   div = sum_S q (log q - log p)                               d/ds_j = p_j - q_j
+    jsd          div = beta KL(q | m) + (1 - beta) KL(p | m), m = beta q + (1 - beta) p, a = log p - log m
                                                                              d/ds_j = (1 - beta) p_j (a_j - KL(p | m))
 
-and with eps the student's mass on E and delta the mass it should have there at most (Bernoulli KL, forward form):
+and with eps the student's mass on E and delta the mass it should have there (Bernoulli KL, forward form):
 
     leak = delta log(delta / eps) + (1 - delta) log((1 - delta) / (1 - eps))
     d/ds_j = P_j - delta p(j | E)  for j in E,   P_j - (1 - delta) p(j | B)  for j in B,   P softmax of s over all K
@@ -74,13 +74,13 @@ class DivergenceStats(NamedTuple):
     """Statistics of N positions, without gradient; float32, or float64 for float64 inputs."""
 
     divergence: torch.Tensor
-    """(N,) D, nats."""
+    """(N,) div, nats."""
     leak: torch.Tensor
     """(N,) the leak term before its weight, nats; 0 without E."""
     extend_mass: torch.Tensor
     """(N,) eps; 0 without E."""
     sampled: torch.Tensor
-    """(N,) log p(y) - log q(y) of the drawn token y, over S: an estimate of D where tokens are drawn from p; 0 for a
+    """(N,) log p(y) - log q(y) of the drawn token y, over S: an estimate of div where tokens are drawn from p; 0 for a
     token outside S."""
     teacher_log_prob: torch.Tensor
     """(N,) log q(y) of the drawn token, over all ids that the teacher knows; ``missing_log_prob`` where it lacks y.
@@ -98,7 +98,7 @@ def linear_divergence(
     *,
     chunk_bytes: int = DEFAULT_CHUNK_BYTES,
 ) -> tuple[torch.Tensor, DivergenceStats]:
-    """``sum_n token_weights[n] (D_n + leak_coef leak_n)``, differentiable in ``hidden`` and ``weight``.
+    """``sum_n token_weights[n] (div_n + leak_coef leak_n)``, differentiable in ``hidden`` and ``weight``.
 
     Args:
         hidden: (N, D) of the student, at the positions that predict the tokens; N = 0 is fine.
@@ -223,7 +223,7 @@ def _on_support(teacher: torch.Tensor, support: int, options: DivergenceOptions)
 def _divergence(
     log_p: torch.Tensor, p: torch.Tensor, log_q: torch.Tensor, options: DivergenceOptions
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """D (C,), and its gradient in the logits of S (C, S). Overwrites ``p`` and ``log_q``."""
+    """div (C,), and its gradient in the logits of S (C, S). Overwrites ``p`` and ``log_q``."""
     if options.kind == FORWARD_KL:
         q = log_q.exp()
         # Nothing is divided by p, which may underflow where q has not: the gradient is p - q.
@@ -233,6 +233,8 @@ def _divergence(
         slope = log_q.neg_().add_(log_p)
         value = torch.linalg.vecdot(p, slope)
         return value, p.mul_(slope.sub_(value[:, None]))
+    if options.kind != JSD:
+        raise ValueError(f"there is no divergence {options.kind!r}; use one of {', '.join(DIVERGENCES)}")
     beta, q = options.beta, log_q.exp()
     log_m = torch.lerp(p, q, beta).log_()  # m = p + beta (q - p)
     # Where q is the smallest there is, the mixture may underflow though q has not.
@@ -247,7 +249,7 @@ def _divergence(
 def _leak(
     logits: torch.Tensor, base: torch.Tensor, extended: torch.Tensor, grad: torch.Tensor, job: _Job
 ) -> torch.Tensor:
-    """The leak term (C,); adds its weighted gradient to ``grad``. ``base`` and ``extended`` normalise B and E (C,)."""
+    """The leak term (C,); its weighted gradient goes to ``grad``. ``base`` and ``extended`` normalise B and E (C,)."""
     options, start, whole = job.options, job.start, torch.logaddexp(base, extended)
     delta = options.leak_target
     log_outside, log_inside = base - whole, extended - whole  # log(1 - eps) and log(eps), (C,)

@@ -62,7 +62,7 @@ BUFFERS = 3
 
 
 class LinearTeacher:
-    """Log-probs of a frozen head's first ``vocab_size`` ids: ``log_softmax(hidden @ weight[:vocab_size].T / T)``."""
+    """Log-probs of a frozen head's first ids: ``log_softmax(hidden @ weight[:vocab_size].T / temperature)``."""
 
     def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, vocab_size: int, temperature: float = 1.0) -> None:
         Vocabulary(vocab_size).check_head(weight.shape[0])

@@ -145,7 +145,9 @@ class AgentLoopManager:
         return generated
 
     def update_weights(self, worker_group: WorkerGroup, version: int) -> None:
-        """Send the training ranks' weights to every engine, which also wakes the engines; see ``verl.weight_sync``.
+        """One whole weight sync (``verl.weight_sync``) to every engine, which wakes them too.
+
+        An engine's own ``update_weights`` is one bucket of it.
 
         Raises:
             RolloutError: an engine failed or did not get every tensor; named, with the cause.

@@ -3,13 +3,14 @@
 Token ids and 0/1 lists in, 0/1 lists of the same length out, an empty response included. Nothing else computes these
 masks: the trainer takes them as they are.
 
-With E for an id at or above ``extend_start``, M for a token the model wrote, U for one that a tool or user wrote::
+`trainable_mask` is the batch's ``response_mask``, `extended_token_mask` its ``distill_special_token_mask``. With M for
+a token that the model wrote and U for one of a tool or user::
 
-    token              M  M  U  U  M  E  M  U  M
-    extended           0  0  0  0  0  1  0  0  0
-    trainable          1  1  0  0  1  1  0  0  0     the teacher's context is void after the first E
-    ... drop_whole     0  0  0  0  0  0  0  0  0
-    ... keep_rest      1  1  0  0  1  1  1  0  1
+    written by                   M  M  U  U  M  M  M  U  M
+    extended                     0  0  0  0  0  1  0  0  0
+    trainable                    1  1  0  0  1  1  0  0  0     what follows an item is void to the teacher
+    trainable with drop_whole    0  0  0  0  0  0  0  0  0
+    trainable with keep_rest     1  1  0  0  1  1  1  0  1
 """
 
 from collections.abc import Sequence

@@ -1,6 +1,6 @@
 """From a batch to its advantages: fetches the inputs of an estimator of ``core_algos`` and stores its result.
 
-In:  a `DataProto` with log-probs or rewards. Out: a new one with the keys added; the given one stays as it is.
+In:  a `DataProto` with log-probs or rewards, which stays as it is. Out: a new one with the result.
 Not here: the formulas (``core_algos``), and where log-probs and rewards come from.
 
 Letters: B sequences, R response tokens.

@@ -67,6 +67,8 @@ ADV_ESTIMATOR_REGISTRY: dict[str, AdvantageFn] = {}
 def register_adv_est(name_or_enum: str | AdvantageEstimator) -> Callable[[AdvantageFn], AdvantageFn]:
     """Decorator that makes an estimator available as ``algorithm.adv_estimator``.
 
+    All but ``on_policy_distill`` are taken to learn from a reward (``AlgoConfig.learns_from_reward``).
+
     Raises:
         ValueError: another function has that name.
     """

@@ -5,7 +5,7 @@
               the next step generates with the weights that were just sent  <-----------------------------
 
 A stage takes the batch and returns a ``DataProto`` of its new keys alone (``verl/protocol.py`` lists every key with
-its producer); ``train_step`` unions them. A recipe overrides stages, never ``fit`` or ``train_step``.
+its producer), which ``train_step`` adds; ``balance`` alone reorders rows. A recipe never overrides ``train_step``.
 
 Workers compute on models (``workers``), engines generate (``agent_loop``). B sequences, R response tokens.
 """
@@ -111,7 +111,7 @@ class RayPPOTrainer:
         self.skipped_updates, self.engine_gap = SkippedUpdates(config, self.saver), EngineGap(config)
         self.teacher_probe = TeacherProbe(config, len(tokenizer), self.saver)
 
-    # ------------------------------------------------------------------ what a recipe may override
+    # ------------------------------------------------------------------ choices; a recipe overrides these and stages
 
     @property
     def uses_reference(self) -> bool:
@@ -218,7 +218,7 @@ class RayPPOTrainer:
         self.resume()
         if self.agent_loop_manager.asleep:
             self.sync_weights()
-        starts = config.val_before_train and self.global_steps == 0  # a resumed run has validated then
+        starts = config.val_before_train and self.global_steps == 0  # a resumed run did at its first start
         if self.val_loader is not None and (starts or config.val_only):
             self.logger.log(self.validate(), self.global_steps)
         if config.val_only or (self.global_steps > 0 and self.best.gives_up()):
@@ -265,7 +265,7 @@ class RayPPOTrainer:
             batch = stage("gen", self.generate, batch)
             batch = stage("reward", self.reward, batch) if self.uses_reward else batch
             batch = self.balance(batch)
-            batch = stage("old_log_prob", self.old_log_prob, batch)
+            batch = stage("old_log_prob", self.old_log_prob, batch)  # an exact objective needs its metrics alone
             batch = stage("ref", self.ref_log_prob, batch) if self.uses_reference else batch
             batch = stage("adv", self.advantage, batch) if self.uses_advantage else batch
             batch = stage("update_actor", self.update_actor, batch)
@@ -365,7 +365,7 @@ class RayPPOTrainer:
         return checked | self.saver.save(self.actor_wg, self.global_steps, state, last=is_last)
 
     def check_teachers(self) -> Metrics:
-        """Compare every teacher's scores of its fixed tokens with those of the run's start; engines sleep after it."""
+        """Compare every teacher's scores of its fixed tokens with those of the run's start; engines sleep first."""
         self.agent_loop_manager.sleep()
         return self.teacher_probe.check({role: self.role_groups[role] for role in self.roles[1:]}, self.global_steps)
 

@@ -80,7 +80,7 @@ class DataParallelPPOActor:
     def compute_log_prob(
         self, data: DataProto, calculate_entropy: bool = False, mask_special_token: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Log-probs of the response tokens.
+        """Log-probs of the response tokens, by verl's method; training uses `compute_token_stats` and `TeacherWorker`.
 
         Args:
             data: rows with ``responses``, ``input_ids`` and ``attention_mask``, and ``meta_info["temperature"]``.
@@ -118,7 +118,7 @@ class DataParallelPPOActor:
             (B, R) tensors, float32, on the CPU, 0 at padding; the mass is 0 without an extension.
         """
         stats = self._score(data, data.tensor("input_ids"), self.vocabulary, True)
-        assert stats.entropy is not None and stats.extend_mass is not None, "computed whatever the vocabulary"
+        assert stats.entropy is not None and stats.extend_mass is not None, "`_score` begins with zeros"
         return {"old_log_probs": stats.log_probs, "entropys": stats.entropy, "extend_mass": stats.extend_mass}
 
     @torch.no_grad()

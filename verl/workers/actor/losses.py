@@ -89,6 +89,7 @@ class MiniBatchLoss:
             self._parts.append((1.0, PolicyLoss(mini, config, vocabulary, device)))
         if distill is not None and distill.is_exact:
             divergence = DivergenceLoss(mini, config, vocabulary, device, distill, teachers)
+            # Without a coef distillation stands alone; where a reward is learned from, `config.ppo` refuses 0.
             self._parts.append((distill.coef or 1.0, divergence))
         self.is_empty = int(self._parts[0][1].counts[0]) == 0
         """Whether no rank has a trained token in this mini-batch."""

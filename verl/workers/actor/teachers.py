@@ -1,4 +1,4 @@
-"""Teachers of an update: where their log-probs at the student's positions come from.
+"""Teachers on one rank: where their log-probs at the student's positions come from, before an update or in it.
 
 In:  positions of a batch, in the order of the student's micro-batch. Out: the teacher's log-probs at these positions,
 a chunk at a time (``ops.teacher_log_probs``).
@@ -68,7 +68,7 @@ class ModelTeacher:
         self.module, self.ids, self.packed = module, ids, module.packed
         self.knows_extended = replace_token_id is None
         self.models = [self]
-        """The base teacher's first, where there are two."""
+        """As for a stitched teacher, which has two: the base teacher's first."""
         self.head_handles: list[Any] | None = None
         """Handles to its head, once it was exported; the head never changes."""
         self._replace_token_id = replace_token_id

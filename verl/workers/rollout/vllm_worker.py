@@ -81,7 +81,7 @@ class SharedMemoryUpdateInfo(WeightTransferUpdateInfo):
 
 
 class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInitInfo, SharedMemoryUpdateInfo]):
-    """Reads each bucket from a safetensors file under /dev/shm, whose tensors are in checkpoint layout."""
+    """Reads each bucket from a safetensors file (`weight_sync`), whose tensors are in checkpoint layout."""
 
     init_info_cls = SharedMemoryInitInfo
     update_info_cls = SharedMemoryUpdateInfo

@@ -45,7 +45,7 @@ from verl.config import AlgoConfig, RolloutConfig
 from verl.utils.dataset.items import read_catalogue
 from verl.utils.device import get_device_name
 from verl.utils.timing import marked_timer
-from verl.utils.tokenizer import hf_tokenizer
+from verl.utils.tokenizer import answer_text, hf_tokenizer
 
 ITEM_TOKENS = 6
 """Tokens that an item may take after the longest prompt."""
@@ -195,10 +195,7 @@ async def _ask(
             rankings = [] if trie is None else await answerer.ranked(groups["ranked"], trie, max(measures.KS))
     finally:
         await answerer.shutdown()
-    texts = {
-        name: [tokenizer.decode(next(greedy), skip_special_tokens=True) for _ in questions]
-        for name, questions in groups.items()
-    }
+    texts = {name: [answer_text(tokenizer, next(greedy)) for _ in questions] for name, questions in groups.items()}
     return _Answers(texts, sampled, rankings, answerer.requests)
 
 

@@ -57,7 +57,7 @@ def build_trainer(config: "PPOConfig") -> "RayPPOTrainer":
         config.data,
         tokenizer,
         extend_vocab_start_token=rollout.extend_start,
-        extended_sources=distill.extended_sources,
+        extended_sources=distill.extended_sources if config.scores_without_extended else ["*"],
         tool_schemas=[tool.get_openai_tool_schema() for tool in load_tools(rollout).values()],
         dropped_rows_folder=config.trainer.default_local_dir,
     )

@@ -200,7 +200,7 @@ class RayOnPolicyDistillTrainer(RayPPOTrainer):
     def score_validation(self, batch: DataProto) -> DataProto:
         """Log-probs of student and teacher for the held-out reverse KL; rewards where there is a function."""
         scores = super().score_validation(batch)
-        if self.samples_validation:
+        if self.config.actor_rollout_ref.rollout.validates_policy:
             scores = scores.union(self.old_log_prob(batch)).union(self.ref_log_prob(batch))
         return scores
 
@@ -213,11 +213,6 @@ class RayOnPolicyDistillTrainer(RayPPOTrainer):
         metrics, readable = super().validation_metrics(batch), self.rows_of_lacking_teachers(batch)
         if (start := self.config.actor_rollout_ref.rollout.extend_start) is not None:
             readable = readable.select_idxs((readable.tensor("prompts") < start).all(dim=-1))
-        if self.samples_validation and len(readable):
+        if self.config.actor_rollout_ref.rollout.validates_policy and len(readable):
             metrics |= compute_validation_distill_metrics(readable)
         return metrics
-
-    @property
-    def samples_validation(self) -> bool:
-        """Whether validation answers are samples: the mean of greedy answers does not estimate the reverse KL."""
-        return not self.config.actor_rollout_ref.rollout.val_kwargs.greedy

@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import math
 import random
+import struct
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -74,6 +75,31 @@ def test_the_ranking_is_exact_and_lazy(scale, tells, most):
         assert found.exact and engine.calls < most
         assert [item for item, _ in found.items] == [*wanted]
         assert [log_prob for _, log_prob in found.items] == pytest.approx(log_probs, abs=1e-6)
+
+
+@pytest.mark.parametrize("first", [0.999996, 0.9999994, 0.99999992, 1 - 4e-9])
+def test_codes_that_a_confident_model_does_not_tell_come_after_those_it_tells(first):
+    """Log-probs in float32, in which the 20 codes of an answer hold everything."""
+    trie = ItemTrie([(code, 0, 0) for code in range(60)], Vocabulary(60))
+    probs = [first, *((1 - first) * 0.5 ** (code / 4) for code in range(1, 60))]
+    total = sum(probs)
+
+    async def best_tokens(context, allowed):
+        here = [probs[token - 100] for token in allowed]
+        shares = [math.log(prob / sum(here)) for prob in here]
+        told = sorted(zip(allowed, shares, strict=True), key=lambda entry: -entry[1])[:20]
+        return [(token, struct.unpack("f", struct.pack("f", share))[0]) for token, share in told]
+
+    found = asyncio.run(most_likely_items([0], trie, 10, best_tokens))
+    assert [item[0] for item, _ in found.items] == list(range(10)) and found.exact
+    assert [log_prob for _, log_prob in found.items[:9]] == pytest.approx(
+        [math.log(p / total) for p in probs[:9]], abs=1e-6
+    )
+    deeper = asyncio.run(most_likely_items([0], trie, 30, best_tokens))
+    assert [item[0] for item, _ in deeper.items[: 30 if deeper.exact else 20]] == list(
+        range(30 if deeper.exact else 20)
+    )
+    assert deeper.exact == (first < 0.9999999), "beyond that float32 does not say what the rest holds"
 
 
 def test_a_small_catalogue_is_ranked_whole():

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from recipe.onpolicy_distill.tiny_tokenizers import build_tiny_tokenizers
-from verl.utils.tokenizer import hf_tokenizer, local_model_folder
+from verl.utils.tokenizer import answer_text, hf_tokenizer, local_model_folder
 
 
 @pytest.fixture
@@ -26,6 +26,29 @@ def test_pad_and_end_tokens_that_are_missing(folder):
     drop_from_config(folder, "eos_token")
     with pytest.raises(ValueError, match="neither a pad token nor an end token"):
         hf_tokenizer(folder)
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_the_text_of_an_answer_has_its_item_tokens_and_none_that_end_or_pad(tmp_path, special):
+    tokenizer = hf_tokenizer(build_tiny_tokenizers(tmp_path)[1])
+    items = [token for token in tokenizer.get_added_vocab() if token.startswith(("<|sid_", "<s_"))]
+    if special:
+        tokenizer.add_special_tokens({"additional_special_tokens": items}, replace_extra_special_tokens=False)
+    item = "<|sid_begin|><s_a_1><s_b_2><s_c_3><|sid_end|>"
+    ids = tokenizer.encode(f"<|im_start|>buy {item}<|im_end|><|endoftext|>", add_special_tokens=False)
+    assert (item in tokenizer.decode(ids, skip_special_tokens=True)) == (not special)
+    assert answer_text(tokenizer, ids) == f"buy {item}"
+
+
+def test_an_end_that_the_generation_config_alone_names_is_left_out(folder):
+    tokenizer = hf_tokenizer(folder)
+    tokenizer.chat_template, tokenizer.eos_token = "{{ messages }}", "<|endoftext|>"
+    tokenizer.save_pretrained(folder)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    ids = [*tokenizer.encode("buy"), end]
+    assert answer_text(hf_tokenizer(folder), ids) == "buy<|im_end|>"
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [end]}))
+    assert answer_text(hf_tokenizer(folder), ids) == "buy"
 
 
 def test_folders_without_a_tokenizer(tmp_path):

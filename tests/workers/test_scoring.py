@@ -127,6 +127,16 @@ def test_replacement_and_stand_in_are_settings(models: Models) -> None:
     assert not torch.allclose(scores[9], scores[10])
 
 
+def test_the_students_own_start_reads_and_scores_every_id(models: Models) -> None:
+    """A reference without a path, whatever the threshold: the KL of a student to it is 0 before the first update."""
+    e = models.extend_start
+    rows = [*draw_rows(6, models.ids), ([5, e, 6], [20, e + 3, 21, 22]), ([e + 1], [e + 2, 30, e + 25])]
+    batch, config = rollouts(rows, e, temperature=1.1), models.config()
+    config.ref.model.path = None
+    old = workers(config).compute_log_prob(batch).tensor("old_log_probs")
+    torch.testing.assert_close(teacher(config).compute_ref_log_prob(batch).tensor("ref_log_prob"), old)
+
+
 def test_a_student_that_is_its_teacher_has_no_advantage(models: Models) -> None:
     """Equal weights and no extended ids in sight; at the first extended token it is the clipped one, whatever else."""
     for config, rows in (

@@ -317,6 +317,14 @@ class RolloutConfig:
             )
 
     @property
+    def validates_policy(self) -> bool:
+        """Whether validation answers are drawn from the distribution that is trained; else their mean log-prob ratio
+        does not estimate its reverse KL."""
+        sampling = self.val_kwargs
+        whole = sampling.top_p == 1 and sampling.top_k == -1
+        return not sampling.greedy and whole and sampling.temperature == self.temperature
+
+    @property
     def extend_start(self) -> int | None:
         """``extend_vocab_start_token`` as a number.
 

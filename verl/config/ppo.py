@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator
 
 from verl.config.actor_rollout_ref import ActorRolloutRefConfig
-from verl.config.algorithm import ANY, ON_POLICY_DISTILL, AlgoConfig
+from verl.config.algorithm import ANY, BASE_TEACHER, ON_POLICY_DISTILL, AlgoConfig
 from verl.config.data import CustomClassConfig, DataConfig
 from verl.config.schema import Options, section
 from verl.config.trainer import TrainerConfig
@@ -68,6 +68,17 @@ class PPOConfig:
         """
         self.actor_rollout_ref.rollout.extend_vocab_start_token = start
         _raise_all(self._vocabulary_errors())
+
+    def knows_extended(self, role: str) -> bool:
+        """Whether a frozen model knows the extended ids: the student's own starting weights do, whatever their role."""
+        is_start = role == BASE_TEACHER and self.actor_rollout_ref.ref.model.path is None
+        return is_start or self.algorithm.distill.knows_extended(role)
+
+    @property
+    def scores_without_extended(self) -> bool:
+        """Whether a model that lacks the extended ids scores rows, which makes void what follows one of them."""
+        has_kl_term = self.algorithm.use_kl_in_reward or self.actor_rollout_ref.actor.use_kl_loss
+        return self.algorithm.distils or (has_kl_term and not self.knows_extended(BASE_TEACHER))
 
     def _size_errors(self) -> Iterator[str]:
         data, trainer, rollout = self.data, self.trainer, self.actor_rollout_ref.rollout

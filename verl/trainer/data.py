@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from verl.config import DataConfig, PPOConfig
+from verl.experimental.agent_loop.base import TEACHER_KNOWS_EXTENDED
 from verl.protocol import DataProto
 from verl.utils.dataset.items import make_prompt_file
 from verl.utils.dataset.onerec_dataset import create_rl_dataset, get_dataset_class
@@ -103,7 +104,7 @@ class PromptStream:
         # The seeds of neighbouring epochs have nothing in common: both numbers go through SeedSequence.
         random = np.random.default_rng([self._config.seed, self.epoch])
         if self._groups is not None:
-            return mixed_order(self._groups, random, self._config.shuffle)
+            return mixed_order(self._groups, random, self._config.shuffle, self.epoch)
         size = len(self._dataset)
         return random.permutation(size).tolist() if self._config.shuffle else list(range(size))
 
@@ -165,6 +166,8 @@ def detach_loader(_: int) -> None:
 def prompt_batch(rows: dict[str, Any], config: PPOConfig, *, n: int, step: int | None) -> DataProto:
     """Rows of the data set as a batch of prompts, ``n`` copies each, with one ``uid`` per prompt.
 
+    Where no model that lacks the extended ids scores them, nothing behind such an id is masked.
+
     Args:
         step: of training; None: validation, which draws the same random numbers every time.
     """
@@ -172,6 +175,8 @@ def prompt_batch(rows: dict[str, Any], config: PPOConfig, *, n: int, step: int |
     # Sampling seeds follow from these, so training never draws the same ones twice.
     uids = [f"{'val' if step is None else step}-{index}" for index in prompts.non_tensor_batch["index"]]
     prompts.non_tensor_batch["uid"] = np.array(uids, dtype=object)
+    if not config.scores_without_extended:
+        prompts.non_tensor_batch[TEACHER_KNOWS_EXTENDED] = np.full(len(uids), True, dtype=object)
     prompts.meta_info = {
         "global_steps": step or 0,
         "validate": step is None,

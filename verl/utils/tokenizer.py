@@ -1,11 +1,13 @@
 """Where a model lies on this machine, and its tokenizer.
 
-In: a folder or a hub name. Out: a folder, its own or that of the hub's local cache; a tokenizer that can pad. Chat
-templates, prompts and masks are not dealt with here.
+In: a folder or a hub name. Out: a folder, its own or that of the hub's local cache; a tokenizer that can pad; the text
+of an answer. Chat templates, prompts and masks are not dealt with here.
 """
 
 import logging
 import os
+from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +15,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
+
+ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+"""Special tokens that a tokenizer names by what they do."""
 
 
 def local_model_folder(model: str | None) -> Path | None:
@@ -61,3 +66,28 @@ def hf_tokenizer(path: str | Path, trust_remote_code: bool = False) -> "PreTrain
         tokenizer.pad_token = tokenizer.eos_token
         logger.warning("the tokenizer in %s has no pad token; its end token %s is used", name, tokenizer.eos_token)
     return tokenizer
+
+
+def answer_text(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> str:
+    """What a model wrote, without the tokens that end, frame or pad a turn.
+
+    Item tokens stay, special ones too, as which many models have them.
+    """
+    hidden = framing_ids(tokenizer)
+    return tokenizer.decode([token for token in ids if token not in hidden], skip_special_tokens=False)
+
+
+@lru_cache(maxsize=4)
+def framing_ids(tokenizer: "PreTrainedTokenizerBase") -> frozenset[int]:
+    """Special ids with a role (end, padding, ...), in the chat template, or that generation_config.json ends with."""
+    from transformers import GenerationConfig
+
+    roles = (getattr(tokenizer, f"{role}_token_id", None) for role in ROLES)
+    template, added = str(tokenizer.chat_template), tokenizer.added_tokens_decoder
+    in_template = (token_id for token_id, token in added.items() if token.special and token.content in template)
+    try:
+        ends = GenerationConfig.from_pretrained(tokenizer.name_or_path).eos_token_id
+    except OSError:  # a tokenizer without its model
+        ends = None
+    found = [*roles, *in_template, *(ends if isinstance(ends, list) else [ends])]
+    return frozenset(token for token in found if token is not None)

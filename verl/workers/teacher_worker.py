@@ -4,8 +4,8 @@ In:  rollouts of a student whose vocabulary may extend the teacher's. Out: the t
 tokens; for an exact objective also its likeliest ids or its hidden states.
 
 Its softmax runs over the shared ids alone. Ids that it lacks are replaced in its input, and their log-prob is
-``ref_log_prob_replace_val``. A teacher with the student's vocabulary (the student itself, frozen) reads and scores
-every id; stitched to the base teacher of its process, it leaves the shared ids to that one.
+``ref_log_prob_replace_val``. A teacher with the student's vocabulary (the student's own starting weights) reads and
+scores every id; stitched to the base teacher of its process, it leaves the shared ids to that one.
 
 Letters: B rows of this rank, R response.
 """
@@ -68,7 +68,7 @@ class TeacherWorker(Worker):
         ref = config.ref.model if teacher is None else RefModelConfig(path=teacher.path)
         path = str(ref.path or config.model.path)
         tokenizer = ref.tokenizer_path or (path if ref.path else config.model.tokenizer_path or path)
-        self._files = path, tokenizer, teacher is not None and teacher.knows_extended
+        self._files = path, tokenizer, not ref.path if teacher is None else teacher.knows_extended
         """Model, tokenizer, and whether it knows the extended ids."""
 
     model: ModelTeacher

@@ -24,7 +24,7 @@ class Answered:
 
     source: str
     text: str
-    """The answer, without special tokens; item tokens are in it."""
+    """The answer as text; item tokens are in it."""
     wanted: str
 
 

@@ -5,15 +5,16 @@ most likely of some allowed tokens, with their log-probs AMONG THEM. Out: k item
 distribution is the model's, renormalised at each level over the codes that continue some item of the catalogue: nothing
 outside of it is ever generated.
 
-Best-first search over two kinds of nodes, each with the log-prob of all that lies below it:
+Best-first search over two kinds of nodes, each with a bound: no item below it is likelier.
 
-    path    codes chosen so far: its subtree has the path's probability
-    rest    the allowed codes after a path that were not looked at yet: what the path has left after those that were
+    path    codes chosen so far; bound: the path's probability
+    rest    the allowed codes after a path that were not looked at yet; bound: what the path has left after those that
+            were, and the least of those, for a code that was not told is no likelier than one that was
 
-The largest node is taken from the heap. A whole path is the next best item, a shorter one is exchanged for the rest
-of all its continuations, and a rest costs one request: its best codes (20 at most) leave it and become paths of their
-own. No node is larger than the one it came from, so items come out in order, and no request is made that the order
-does not need.
+The node of the largest bound is taken from the heap. A whole path is the next best item, a shorter one is exchanged for
+the rest of all its continuations, and a rest costs one request: its best codes (20 at most) leave it and become paths
+of their own. No bound is larger than that of the node it came from, so items come out in order, and no request is made
+that the order does not need.
 
 Requests per prompt for k = 10 and 8 codes a level: one for each path that is opened, measured 16. With 3 x 8,192
 codes and a model that spreads its bets it would be hundreds, so at most ``width`` paths of each length are looked at,
@@ -21,8 +22,8 @@ and a ranking that this cut short is marked as not exact. A code that is the onl
 prompt itself is in the engine's prefix cache, and a request carries its allowed ids (up to 8,192 at the first level,
 mostly few below it).
 
-Precision: what is left of a path is 1 - sum(p) in the engine's float32, so items with less than about 1e-7 of their
-path's probability are ranked below the others and arbitrarily among themselves.
+Precision: what is left of a path is 1 - sum(p) in the engine's float32. Where that is less than about 1e-7, what the
+rest holds is not known: a ranking that needs it is marked as not exact.
 """
 
 import heapq
@@ -49,7 +50,11 @@ class _Node(NamedTuple):
     """A path, and where ``rest`` is not None the continuations of it that are still to be looked at."""
 
     path: tuple[int, ...]
+    log_prob: float
+    """Of the path, or of all of the rest together."""
     rest: tuple[int, ...] | None = None
+    is_vague: bool = False
+    """Whether the rest holds less than float32 resolves."""
 
 
 class Ranking(NamedTuple):
@@ -74,35 +79,34 @@ async def most_likely_items(
         width: most paths of each length that are looked at, at least ``k``.
     """
     order = itertools.count()  # equal nodes come out in the order they went in, and are never compared
-    heap: list[tuple[float, int, _Node]] = [(0.0, next(order), _Node((), trie.allowed_after(())))]
+    heap: list[tuple[float, int, _Node]] = [(0.0, next(order), _Node((), 0.0, trie.allowed_after(())))]
     found: list[tuple[Item, float]] = []
     seen = [0] * (trie.depth + 1)
     exact = True
 
-    def push(log_prob: float, node: _Node) -> None:
-        heapq.heappush(heap, (-log_prob, next(order), node))
+    def push(bound: float, node: _Node) -> None:
+        heapq.heappush(heap, (-bound, next(order), node))
 
     while heap and len(found) < k:
-        negative, _, (path, rest) = heapq.heappop(heap)
-        log_prob = -negative
+        negative, _, (path, log_prob, rest, is_vague) = heapq.heappop(heap)
+        bound = -negative
         if rest is None and len(path) == trie.depth:
             found.append((trie.item_of(path), log_prob))
         elif rest is None:
-            push(log_prob, _Node(path, trie.allowed_after(path)))
+            push(bound, _Node(path, log_prob, trie.allowed_after(path)))
         elif seen[len(path) + 1] >= max(width, k):
             exact = False
         else:
             best = [(rest[0], 0.0)] if len(rest) == 1 else await best_tokens([*prompt, *path], rest)
             seen[len(path) + 1] += len(best)
+            exact = exact and not is_vague
             for token, share in best:
-                push(log_prob + share, _Node((*path, token)))
+                of_path = min(log_prob + share, bound)
+                push(of_path, _Node((*path, token), of_path))
             pushed = {token for token, _ in best}
             others = tuple(other for other in rest if other not in pushed)
             if others:
-                push(log_prob + _log_of_the_rest(best), _Node(path, others))
+                left = 1.0 - math.fsum(math.exp(share) for _, share in best)
+                of_rest = log_prob + math.log(max(left, RESOLUTION))
+                push(min(of_rest, log_prob + best[-1][1], bound), _Node(path, of_rest, others, left < RESOLUTION))
     return Ranking(found, exact)
-
-
-def _log_of_the_rest(best: list[tuple[int, float]]) -> float:
-    """log(1 - sum of the probabilities), not below what float32 resolves."""
-    return math.log(max(1.0 - math.fsum(math.exp(share) for _, share in best), RESOLUTION))

@@ -17,6 +17,7 @@ from verl.trainer.launch.typed import load_config
 STUDENT, TEACHER, ROLLOUT = "actor_rollout_ref.model", "actor_rollout_ref.ref.model", "actor_rollout_ref.rollout"
 GRPO = ["algorithm.adv_estimator=grpo", f"{ROLLOUT}.n=2"]
 BEST = ["trainer.test_freq=5", "data.val_files=train.parquet"]
+WEIGHTS = ["algorithm.rollout_correction.rollout_is=token", f"{ROLLOUT}.calculate_log_probs=True"]
 GREEDY = f"{ROLLOUT}.val_kwargs.do_sample=False"
 NO_REWARD = "custom_reward_function.path=null"
 
@@ -75,7 +76,10 @@ def test_a_run_in_order_passes_and_makes_nothing(run: list[str], tmp_path: Path)
         (["trainer.best_metric=val/kl", "trainer.test_freq=5"], "trainer.best_metric='val/kl' needs data.val_files"),
         (["trainer.val_only=True"], "trainer.val_only=True needs data.val_files"),
         ([*BEST, "trainer.best_metric=val/reward", NO_REWARD], "'val/reward' needs rewards; set custom_reward_func"),
-        ([*BEST, "trainer.best_metric=val/a/reverse_kl min", GREEDY], "_kl min' needs answers that are drawn, and val"),
+        (
+            [*BEST, "trainer.best_metric=val/a/reverse_kl min", GREEDY],
+            "min' needs answers of the policy that is traine",
+        ),
         (["algorithm.adv_estimator=rloo", NO_REWARD], "rloo learns from a task reward and none is given; set custom_r"),
         (["algorithm.adv_estimator=gae"], "algorithm.adv_estimator=gae is unknown; choose from"),
         *((["data.train_files=" + files], "data.train_files is not set; give a parquet") for files in ("null", "''")),
@@ -138,7 +142,13 @@ def test_agent_loops(run: list[str]) -> None:
     ("overrides", "expected"),
     [
         ([f"{ROLLOUT}.top_p=0.9"], f"biased: {ROLLOUT}.top_p=0.9 and top_k=-1"),
-        ([f"{ROLLOUT}.top_k=20"], f"biased: {ROLLOUT}.top_p=1.0 and top_k=20"),
+        ([f"{ROLLOUT}.top_k=20", *WEIGHTS], f"biased: {ROLLOUT}.top_p=1.0 and top_k=20"),
+        (["data.val_files=train.parquet", GREEDY], "validation has no reverse KL, which needs answers of the policy; "),
+        (["data.val_files=train.parquet", f"{ROLLOUT}.val_kwargs.top_p=0.95"], "top_p=0.95 and top_k=-1: set them to"),
+        (
+            ["data.val_files=train.parquet", f"{ROLLOUT}.temperature=0.7"],
+            "temperature=1.0, top_p=1.0 and top_k=-1: set",
+        ),
         (["algorithm.adv_estimator=rloo"], f"compares the answers to one prompt, and {ROLLOUT}.n=1 gives it one"),
         ([*GRPO, "algorithm.distill.coef=0.5"], "no teacher knows item tokens, so an answer is trained up to its"),
     ],
@@ -153,11 +163,8 @@ def test_notices(run: list[str], overrides: list[str], expected: str) -> None:
     [
         [*GRPO, "algorithm.distill.coef=0.5", "++algorithm.distill.teachers.self={sources:[rec_*]}"],
         [*GRPO, "algorithm.distill.coef=0.5", f"{ROLLOUT}.extend_vocab_start_token=null"],
-        [
-            f"{ROLLOUT}.top_p=0.9",
-            "algorithm.rollout_correction.rollout_is=token",
-            f"{ROLLOUT}.calculate_log_probs=True",
-        ],
+        ["data.val_files=train.parquet"],
+        ["data.val_files=train.parquet", *GRPO, GREEDY],
     ],
 )
 def test_no_notice(run: list[str], overrides: list[str]) -> None:

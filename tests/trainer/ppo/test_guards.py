@@ -148,6 +148,7 @@ def make_probe(folder: Path, further: dict[str, str] | None = None, length: int 
     rollout = config.actor_rollout_ref.rollout
     rollout.extend_vocab_start_token, rollout.temperature = 50, 0.7
     rollout.prompt_length = rollout.response_length = length
+    config.actor_rollout_ref.ref.model.path = "a teacher that lacks the item tokens"
     config.algorithm.distill.teachers = {name: TeacherConfig(vocabulary=v) for name, v in (further or {}).items()}
     return TeacherProbe(config, 60, make_saver(config))
 

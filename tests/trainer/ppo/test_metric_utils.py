@@ -203,7 +203,11 @@ def test_reduction_follows_the_name() -> None:
 
 def test_other_values_of_a_reward_function_are_averaged() -> None:
     batch = batch_of_three()
-    extra = [{"format_ok": True, "note": "a"}, {"format_ok": False, "rare": 0.5}, {"format_ok": True}]
+    extra = [
+        {"format_ok": True, "note": "a", "seen": [1.0, 2.0]},
+        {"format_ok": np.bool_(False), "rare": np.float32(0.5)},
+        {"format_ok": torch.tensor(True), "none": None},
+    ]
     batch.non_tensor_batch["reward_extra"] = np.array(extra, dtype=object)
     batch.batch["token_level_scores"] = SCORES
     for metrics, family in (
@@ -245,6 +249,15 @@ def test_metrics_per_teacher() -> None:
     alone = metric_utils.compute_on_policy_distill_data_metrics(batch_of_two_teachers()[[1]], config)
     for name in overall:
         assert alone[f"distill/{name}"] == metrics[f"distill_teacher/self/{name}"], name
+
+
+@pytest.mark.parametrize(("weight", "share"), [(1.0, 2 / 10.5), (2.0, 4 / 16.5), (0.0, 0.0)])
+def test_the_share_of_item_tokens_counts_rows_by_the_weight_of_their_teacher(weight: float, share: float) -> None:
+    # |A| of the first teacher's rows: 1, 0, 0.5, 3; of the second's: 2, 2 and, at the item token, 2.
+    further = {"self": TeacherConfig(sources=["item"], weight=weight)}
+    config = AlgoConfig(distill=DistillConfig(coef=0.5, teachers=further))
+    metrics = metric_utils.compute_on_policy_distill_data_metrics(batch_of_two_teachers(), config)
+    assert metrics["distill/extend_adv_share"] == pytest.approx(share)
 
 
 def test_parts_of_a_summed_advantage() -> None:

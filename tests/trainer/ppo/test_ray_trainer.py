@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 
 from recipe.onpolicy_distill.onpolicy_distill_trainer import RayOnPolicyDistillTrainer
 from verl.config import PPOConfig, TrainerConfig
+from verl.experimental.agent_loop.base import TEACHER_KNOWS_EXTENDED
 from verl.protocol import DataProto
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer
 from verl.utils.tracking import Tracking
@@ -46,6 +47,9 @@ class Prompts(Dataset[dict[str, Any]]):
 class Tokenizer:
     """Ten tokens, decoded as numbers."""
 
+    name_or_path, chat_template = "nowhere", None
+    added_tokens_decoder: ClassVar = {}
+
     def __len__(self) -> int:
         return 10
 
@@ -78,8 +82,8 @@ class Engines:
         turns = {"__num_turns__": [2] * len(prompts)}
         return DataProto.from_dict(tensors, turns, {"metrics": {"agent_loop/turns": 2.0}})
 
-    def update_weights(self, worker_group: Any, version: int) -> None:
-        self.log.append(f"sync {version}")
+    def update_weights(self, worker_group: Any) -> None:
+        self.log.append("sync")
         self.asleep = False
 
     def sleep(self) -> None:
@@ -159,8 +163,8 @@ def make_trainer(
 def test_one_step_runs_its_stages_in_order_and_logs_every_family_once(tmp_path: Path) -> None:
     trainer, log = make_trainer(make_config(tmp_path, total_training_steps=1))
     trainer.fit()
-    assert log[:3] == ["sleep", "ref_log_prob", "sync 0"], "the teachers are checked while the engine's memory is free"
-    assert log[3:] == ["generate", "sleep", "old_log_prob", "ref_log_prob", "update", "sync 1"]
+    assert log[:3] == ["sleep", "ref_log_prob", "sync"], "the teachers are checked while the engine's memory is free"
+    assert log[3:] == ["generate", "sleep", "old_log_prob", "ref_log_prob", "update", "sync"]
     # Shared token: -(-1 - -3) = -2. Extended token: -(-2 - -100) = -98, clipped to -30. Padding: 0.
     expected = torch.tensor([[-2.0, -30.0, 0.0]]).expand(4, R)
     torch.testing.assert_close(trainer.actor_wg.updated[0].batch["advantages"], expected)
@@ -190,23 +194,56 @@ def test_engines_that_slept_through_validation_are_synced_before_they_generate(t
     config = make_config(tmp_path, total_training_steps=1, test_freq=1)
     trainer, log = make_trainer(config, val_dataset=Prompts(2))
     trainer.fit()
-    validation = log[log.index("sync 1") + 1 :]
+    validation = log[log.index("sync", log.index("update")) + 1 :]
     assert validation == ["generate", "sleep", "old_log_prob", "ref_log_prob"]
     assert [meta["validate"] for meta in trainer.agent_loop_manager.meta] == [False, True]
     log.clear()
     trainer.generate(trainer.prepare(next(iter(trainer.val_loader)), n=1, validate=True))
-    assert log == ["sync 1", "generate", "sleep"]
+    assert log == ["sync", "generate", "sleep"]
 
 
-@pytest.mark.parametrize("do_sample", [True, False])
-def test_validation_measures_held_out_reverse_kl_per_source_where_it_samples(tmp_path: Path, do_sample: bool) -> None:
-    config = make_config(tmp_path)
-    config.actor_rollout_ref.rollout.val_kwargs.do_sample = do_sample
+@pytest.mark.parametrize(
+    ("name", "value"), [("n", 1), ("do_sample", False), ("top_p", 0.95), ("top_k", 20), ("temperature", 0.6)]
+)
+def test_validation_measures_held_out_reverse_kl_per_source_where_it_samples_the_policy(
+    tmp_path: Path, name: str, value: Any
+) -> None:
+    config, do_sample = make_config(tmp_path), name == "n"
+    setattr(config.actor_rollout_ref.rollout.val_kwargs, name, value)
     trainer, log = make_trainer(config, val_dataset=Prompts(2))
     metrics = trainer.validate()
     expected = {f"val/{source}reverse_kl": pytest.approx(2.0) for source in ("", "a/", "b/")} if do_sample else {}
     assert {name: value for name, value in metrics.items() if name.endswith("reverse_kl")} == expected
     assert ("ref_log_prob" in log) == do_sample
+
+
+@pytest.mark.parametrize(
+    ("estimator", "teacher", "kl_term", "lacks"),
+    [
+        ("grpo", None, None, False),
+        ("grpo", None, "loss", False),  # the reference is the student's own start
+        ("grpo", None, "reward", False),
+        ("grpo", "base", None, False),  # nobody asks the teacher
+        ("grpo", "base", "loss", True),
+        ("grpo", "base", "reward", True),
+        ("on_policy_distill", "base", None, True),
+    ],
+)
+def test_what_follows_an_item_is_masked_where_a_model_that_lacks_items_scores_it(
+    tmp_path: Path, estimator: str, teacher: str | None, kl_term: str | None, lacks: bool
+) -> None:
+    config = make_config(tmp_path)
+    config.algorithm.adv_estimator = estimator
+    config.actor_rollout_ref.ref.model.path = teacher
+    config.algorithm.use_kl_in_reward = kl_term == "reward"
+    config.actor_rollout_ref.actor.use_kl_loss = kl_term == "loss"
+    cls = RayOnPolicyDistillTrainer if config.algorithm.distils else RayPPOTrainer
+    trainer, _ = make_trainer(config, cls, reward_fn=lambda **_: 1.0)
+    prompts = trainer.prepare(next(trainer.prompts.batches()), n=2)
+    known = prompts.non_tensor_batch.get(TEACHER_KNOWS_EXTENDED)
+    assert (known is None) if lacks else known.tolist() == [True] * 8
+    assert config.scores_without_extended == lacks
+    assert config.knows_extended("ref") == (teacher is None)
 
 
 def test_a_run_resumes_where_it_was_saved(tmp_path: Path) -> None:
@@ -218,7 +255,7 @@ def test_a_run_resumes_where_it_was_saved(tmp_path: Path) -> None:
 
     second, log = make_trainer(make_config(tmp_path, total_training_steps=4))
     second.fit()
-    expected = ["sleep", "ref_log_prob", "load 3", "sync 3", "generate"]
+    expected = ["sleep", "ref_log_prob", "load 3", "sync", "generate"]
     assert log[:5] == expected, "loading needs the memory that an engine may hold"
     assert [step for step, _ in second.logger.lines] == [4]
     assert second.kl_controller.value == 0.25

@@ -1,6 +1,7 @@
 """Loading a reward function and applying it to responses."""
 
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -14,9 +15,12 @@ from verl.trainer.ppo.reward import compute_rewards, load_reward_fn
 class LetterTokenizer:
     """Id 0 is padding and special, 1 the end and special, the others letters from ``a`` = 2 on."""
 
+    name_or_path, chat_template, pad_token_id, eos_token_id = "nowhere", None, 0, 1
+    added_tokens_decoder: ClassVar = {}
+
     def decode(self, ids: list[int], skip_special_tokens: bool = False) -> str:
-        letters = ["<pad>", "<end>", *"abcdefgh"]
-        return "".join(letters[token] for token in ids if token > 1 or not skip_special_tokens)
+        assert not skip_special_tokens, "item tokens may be special"
+        return "".join(["<pad>", "<end>", *"abcdefgh"][token] for token in ids)
 
 
 def responses() -> DataProto:

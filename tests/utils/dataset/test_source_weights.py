@@ -10,8 +10,8 @@ from verl.utils.dataset.rl_dataset import group_by_weight, mixed_order
 SOURCES = ["general_a"] * 60 + ["general_b"] * 20 + ["rec_next"] * 9 + ["rec_caption"] * 11
 
 
-def order_of(weights, seed=0, shuffle=True):
-    return mixed_order(group_by_weight(SOURCES, weights), np.random.default_rng(seed), shuffle)
+def order_of(weights, seed=0, shuffle=True, epoch=0):
+    return mixed_order(group_by_weight(SOURCES, weights), np.random.default_rng(seed), shuffle, epoch)
 
 
 @pytest.mark.parametrize("weights", [{"rec_*": 0.25, "*": 0.75}, {"general_*": 3, "rec_*": 1}])
@@ -32,6 +32,15 @@ def test_a_small_group_comes_round_again_only_when_all_of_it_has_come() -> None:
     assert items[:20] != items[20:40]
     others = Counter(place for place in order if place < 80)
     assert max(others.values()) == 1
+
+
+def test_without_shuffling_an_epoch_goes_on_where_the_last_one_stopped() -> None:
+    """A group that is asked for less than it has would otherwise show the same rows for ever."""
+    epochs = [order_of({"rec_*": 0.6, "*": 0.4}, shuffle=False, epoch=epoch) for epoch in range(4)]
+    taken = [place for order in epochs for place in order if place < 80]
+    assert taken == [*range(80), *range(80)], "40 of 80 in each epoch"
+    items = [place for order in epochs for place in order if place >= 80]
+    assert items == list(range(80, 100)) * 12
 
 
 def test_one_weight_for_all_is_a_permutation_that_the_generator_decides() -> None:

@@ -1,15 +1,18 @@
 """How a model is loaded: attention, dropout, blocks, and models that cannot be used."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import transformers
 from support.tiny_workers import load_plain, write_model
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule
-from transformers import LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3Config
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
 from verl.config import FSDPConfig, HFModelConfig, MixedPrecisionConfig
 from verl.ops.attention import PACKED_SDPA, packed_sdpa_attention
@@ -110,6 +113,37 @@ def test_training_in_fp16_is_refused(student_model: Path, mesh: DeviceMesh) -> N
     fp16 = FSDPConfig(mixed_precision=MixedPrecisionConfig(param_dtype="fp16"))
     with pytest.raises(ValueError, match="fp16 cannot be trained"):
         build_model(str(student_model), HFModelConfig(), fp16, mesh, trainable=True)
+
+
+SIZES = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_ssm": 64, "mamba_d_state": 8}
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "packed", "padded"),
+    [
+        ("LlamaConfig", {"tie_word_embeddings": True}, True, True),
+        ("GPTNeoXConfig", {}, True, True),
+        ("StableLmConfig", {"num_key_value_heads": 4}, False, True),  # its decoder keeps row lengths to itself
+        ("NemotronConfig", {"num_key_value_heads": 4}, False, True),
+        ("FalconH1Config", {**MAMBA, "num_key_value_heads": 4, "lm_head_multiplier": 0.25}, False, False),
+        ("RecurrentGemmaConfig", {"num_key_value_heads": 1, "lru_width": 32, "logits_soft_cap": 0.5}, False, False),
+    ],
+)
+def test_a_model_is_refused_whose_scores_would_not_be_its_own(
+    kind: str, more: dict[str, Any], packed: bool, padded: bool, mesh: DeviceMesh, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(getattr(transformers, kind)(**SIZES, **more))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(tmp_path)
+    for removes_padding, is_right in ((True, packed), (False, padded)):
+        settings = HFModelConfig(use_remove_padding=removes_padding)
+        with (
+            nullcontext() if is_right else pytest.raises(ValueError, match=f"{kind[:-6]}.* is scored otherwise than by")
+        ):
+            build_model(str(tmp_path), settings, FSDPConfig(), mesh, trainable=True)
 
 
 def test_heads_that_are_more_than_a_matrix_are_refused(tiny_tokenizers: tuple[Path, Path], tmp_path: Path) -> None:

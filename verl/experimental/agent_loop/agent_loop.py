@@ -144,14 +144,18 @@ class AgentLoopManager:
         generated.meta_info = {"metrics": batch_metrics(measured, self.rollout.multi_turn.tool_config_path is not None)}
         return generated
 
-    def update_weights(self, worker_group: WorkerGroup, version: int) -> None:
+    def update_weights(self, worker_group: WorkerGroup, version: int | None = None) -> None:
         """One whole weight sync (``verl.weight_sync``) to every engine, which wakes them too.
 
         An engine's own ``update_weights`` is one bucket of it.
 
+        Args:
+            version: of these weights; None: the one after the last, so that no two syncs have the same.
+
         Raises:
             RolloutError: an engine failed or did not get every tensor; named, with the cause.
         """
+        version = (self.weight_version or 0) + 1 if version is None else version
         engines = [replica.actor for replica in self._replicas]
         send_weights(worker_group, engines, [place.ranks for place in self._places], self._wait, version)
         self.asleep = False

@@ -15,7 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
-from verl.config import AGENT_LOOPS, PPOConfig, TrainerConfig
+from verl.config import AGENT_LOOPS, PPOConfig, RolloutConfig, TrainerConfig
 from verl.config.best_rule import BestRule
 from verl.utils.tokenizer import local_model_folder
 
@@ -218,7 +218,7 @@ def _engine_errors(config: PPOConfig) -> Iterator[str]:
 
 def _output_errors(config: PPOConfig) -> Iterator[str]:
     """Loggers must be installed, and the rule for the best checkpoint read metrics that a validation can give."""
-    trainer, validation = config.trainer, config.actor_rollout_ref.rollout.val_kwargs
+    trainer = config.trainer
     for name in trainer.logger:
         if name in ("tensorboard", "wandb") and not is_installed(name):
             yield f"trainer.logger={trainer.logger} needs the package {name}; install it, or leave {name} out"
@@ -226,11 +226,18 @@ def _output_errors(config: PPOConfig) -> Iterator[str]:
     key = f"trainer.best_metric={trainer.best_metric!r}"
     if config.custom_reward_function.path is None and any(name.endswith("/reward") for name in names):
         yield f"{key} needs rewards; set custom_reward_function.path, or take another metric: 'val/reverse_kl min'"
-    if validation.greedy and any(name.endswith("/reverse_kl") for name in names):
-        yield (
-            f"{key} needs answers that are drawn, and validation is greedy; set "
-            "actor_rollout_ref.rollout.val_kwargs.do_sample=True and its temperature above 0"
-        )
+    rollout = config.actor_rollout_ref.rollout
+    if not rollout.validates_policy and any(name.endswith("/reverse_kl") for name in names):
+        yield f"{key} needs answers of the policy that is trained; {_validation_of_policy(rollout)}"
+
+
+def _validation_of_policy(rollout: RolloutConfig) -> str:
+    """How to validate with answers of the policy."""
+    key, now = "actor_rollout_ref.rollout.val_kwargs", rollout.val_kwargs
+    return (
+        f"{key} has do_sample={now.do_sample}, temperature={now.temperature}, top_p={now.top_p} and top_k={now.top_k}: "
+        f"set them to True, {rollout.temperature}, 1 and -1"
+    )
 
 
 def _notices(config: PPOConfig) -> Iterator[str]:
@@ -246,8 +253,10 @@ def _notices(config: PPOConfig) -> Iterator[str]:
     if algorithm.adv_estimator in ("grpo", "rloo") and rollout.n == 1:
         estimator = f"algorithm.adv_estimator={algorithm.adv_estimator}"
         yield f"{estimator} compares the answers to one prompt, and {key}.n=1 gives it one; set n to 4 or more"
-    if (rollout.top_p < 1 or rollout.top_k != -1) and algorithm.rollout_correction.rollout_is is None:
+    if rollout.top_p < 1 or rollout.top_k != -1:
         yield (
             f"biased: {key}.top_p={rollout.top_p} and top_k={rollout.top_k} cut the tail off the sampler, and the loss "
-            "takes its answers as the whole policy's; set top_p=1 and top_k=-1"
+            "takes its answers as the whole policy's, which importance weights do not mend; set top_p=1 and top_k=-1"
         )
+    if algorithm.distils and config.data.val_files and not rollout.validates_policy:
+        yield f"validation has no reverse KL, which needs answers of the policy; {_validation_of_policy(rollout)}"

@@ -148,13 +148,18 @@ def _group_sizes(index: np.ndarray, device: torch.device) -> tuple[torch.Tensor,
     return torch.as_tensor(inverse, device=device), torch.as_tensor(counts, device=device)
 
 
+def _sequence_rewards(token_level_rewards: torch.Tensor) -> torch.Tensor:
+    """(B,) float64, in which the mean of equal float32 rewards is that reward, so that ties have advantages of 0."""
+    return token_level_rewards.double().sum(dim=-1)
+
+
 def _group_sum(scores: torch.Tensor, group: torch.Tensor, num_groups: int) -> torch.Tensor:
     return torch.zeros(num_groups, dtype=scores.dtype, device=scores.device).index_add_(0, group, scores)
 
 
 def _spread(scores: torch.Tensor, response_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """One number a sequence (B,), as advantages and returns at its trained tokens (B, R)."""
-    advantages = zero_outside_mask(scores.unsqueeze(-1).expand(response_mask.shape), response_mask)
+    advantages = zero_outside_mask(scores.float().unsqueeze(-1).expand(response_mask.shape), response_mask)
     return advantages, advantages.clone()
 
 
@@ -182,7 +187,7 @@ def compute_grpo_outcome_advantage(
     Returns:
         advantages and returns (B, R): the same number at every trained token of a row.
     """
-    scores = token_level_rewards.float().sum(dim=-1)
+    scores = _sequence_rewards(token_level_rewards)
     group, counts = _group_sizes(index, scores.device)
     mean = _group_sum(scores, group, len(counts)) / counts
     mean = torch.where(counts > 1, mean, 0.0)
@@ -209,7 +214,7 @@ def compute_rloo_outcome_advantage(
     A group of one has no baseline: ``A = s``. Arguments and results as `compute_grpo_outcome_advantage`;
     ``epsilon`` is there for the common signature and divides nothing.
     """
-    scores = token_level_rewards.float().sum(dim=-1)
+    scores = _sequence_rewards(token_level_rewards)
     group, counts = _group_sizes(index, scores.device)
     others_sum = _group_sum(scores, group, len(counts))[group] - scores
     others = (counts[group] - 1).clamp(min=1)
@@ -249,7 +254,7 @@ def compute_reinforce_plus_plus_outcome_advantage(
         returns[:, t] = running
         running = torch.where(trained[:, t], gamma * running, running)
     returns = zero_outside_mask(returns, response_mask)
-    return masked_whiten(returns, response_mask), returns
+    return masked_whiten(returns.double(), response_mask).float(), returns  # in float64 equal returns whiten to 0
 
 
 class FixedKLController:

@@ -149,7 +149,7 @@ class TeacherProbe:
         trainer, rollout = config.trainer, config.actor_rollout_ref.rollout
         self._tolerance, self._saver = trainer.canary_tolerance, saver
         self._may_change = any(not matches(BLIND_TO, key) for key in trainer.resume_allow_changed)
-        self._distill, self._vocab_size = config.algorithm.distill, vocab_size
+        self._knows_extended, self._vocab_size = config.knows_extended, vocab_size
         self._extend_start = vocab_size if rollout.extend_start is None else min(vocab_size, rollout.extend_start)
         # No longer than a training row, which limits of micro-batches and positions were chosen for.
         self._count = min(PROBE_TOKENS, rollout.prompt_length + rollout.response_length)
@@ -211,7 +211,7 @@ class TeacherProbe:
 
     def _tokens(self, role: str) -> list[int]:
         """Ids spread over those that a teacher knows, in an order that jumps; always the same ones."""
-        known_ids = self._vocab_size if self._distill.knows_extended(role) else self._extend_start
+        known_ids = self._vocab_size if self._knows_extended(role) else self._extend_start
         return [int(place * GOLDEN % 1.0 * known_ids) for place in range(self._count)]
 
     def _batch(self, role: str) -> DataProto:

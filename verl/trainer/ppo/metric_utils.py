@@ -130,7 +130,7 @@ def compute_timing_metrics(batch: DataProto, timing_raw: Mapping[str, float]) ->
 
 
 def compute_throughout_metrics(batch: DataProto, timing_raw: Mapping[str, float], n_gpus: int) -> Metrics:
-    """Speed of a step: tokens (prompt and response), seconds, and tokens per second and training rank.
+    """Speed of a step: tokens (prompt and response), seconds, and tokens per second and rank of the student.
 
     ``perf/generated_tokens_per_s`` is response tokens over the time of the ``gen`` stage, over all engines.
     """
@@ -201,10 +201,12 @@ def _extended_reverse_kl(batch: DataProto) -> Metrics:
     return _mean("extend_reverse_kl", _gap(batch)[_trained_extended(batch) & known[:, None]])
 
 
-def _extended_share(batch: DataProto, low: float | None, high: float | None) -> Metrics:
-    """Share of distillation's |advantage| that lies on tokens of E."""
+def _extended_share(batch: DataProto, low: float | None, high: float | None, weights: Sequence[float]) -> Metrics:
+    """Share of distillation's |advantage| that lies on tokens of E; ``weights``: of each teacher's rows."""
     bounds = -math.inf if low is None else low, math.inf if high is None else high
     strength = zero_outside_mask(_gap(batch).neg().clamp(*bounds).abs(), batch.tensor("response_mask")).double()
+    if "teacher" in batch.batch and weights:
+        strength *= torch.tensor(weights)[batch.tensor("teacher")][:, None]
     total = strength.sum().item()
     return {"extend_adv_share": strength[_trained_extended(batch)].sum().item() / total} if total else {}
 
@@ -264,13 +266,15 @@ def compute_on_policy_distill_data_metrics(batch: DataProto, config: "AlgoConfig
     follows_advantage = config is None or not config.distill.is_exact
     low, high = (None, None) if config is None else (config.distill_adv_min_clip, config.distill_adv_max_clip)
 
+    roles = [] if config is None else config.distill.roles
+    weights = [config.distill.weight_of(role) for role in roles] if config is not None else []
+
     def measure(rows: DataProto) -> Metrics:
         metrics = _reverse_kl(rows) | _extended_reverse_kl(rows) | _extension_metrics(rows) | _coverage_metrics(rows)
         if follows_advantage:
-            metrics |= _extended_share(rows, low, high) | _clip_metrics(rows, low, high)
+            metrics |= _extended_share(rows, low, high, weights) | _clip_metrics(rows, low, high)
         return metrics
 
-    roles = [] if config is None else config.distill.roles
     by_teacher = _by_teacher("distill", batch, roles, measure) if roles else {}
     return _overall_and_per_source("distill", batch, measure) | by_teacher
 
@@ -329,9 +333,16 @@ def _reported_means(batch: DataProto) -> Metrics:
     numbers: dict[str, list[float]] = {}
     for reported in batch.array("reward_extra"):
         for key, value in reported.items():
-            if isinstance(value, int | float):
-                numbers.setdefault(key, []).append(float(value))
+            if (number := _as_number(value)) is not None:
+                numbers.setdefault(key, []).append(number)
     return {key: sum(values) / len(values) for key, values in numbers.items()}
+
+
+def _as_number(value: Any) -> float | None:
+    """A bool, a number or a scalar of NumPy or torch as a float; None for all else."""
+    if isinstance(value, np.generic | np.ndarray | torch.Tensor) and math.prod(value.shape) == 1:
+        value = value.item()
+    return float(value) if isinstance(value, int | float) else None
 
 
 def answer_all(

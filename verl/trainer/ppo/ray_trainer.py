@@ -208,7 +208,7 @@ class RayPPOTrainer:
 
     def sync_weights(self) -> None:
         """Send the student's weights to the engines, which then sample from them."""
-        self.agent_loop_manager.update_weights(self.actor_wg, version=self.global_steps)
+        self.agent_loop_manager.update_weights(self.actor_wg)
 
     # ------------------------------------------------------------------ the loop
 
@@ -275,7 +275,7 @@ class RayPPOTrainer:
         metrics = self.stage_metrics | self.step_metrics(batch)
         metrics |= self.engine_gap.check(metrics, self.global_steps)
         metrics |= compute_timing_metrics(batch, timing)
-        metrics |= compute_throughout_metrics(batch, timing, self.pools.get_n_gpus())
+        metrics |= compute_throughout_metrics(batch, timing, self.config.trainer.world_size)
         place = {"training/global_step": self.global_steps, "training/epoch": self.prompts.epoch}
         return metrics | place | {"training/restarts": int(os.environ.get("RESTART_COUNT", "0"))}
 

@@ -16,6 +16,7 @@ import torch
 
 from verl.protocol import DataProto
 from verl.utils.import_utils import load_extern_type
+from verl.utils.tokenizer import answer_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -67,8 +68,8 @@ def _score_and_extra(result: Any, row: int) -> tuple[float, dict[str, Any]]:
 def compute_rewards(batch: DataProto, tokenizer: "PreTrainedTokenizerBase", reward_fn: RewardFn) -> DataProto:
     """Score every answer.
 
-    The function sees the response as text without special tokens (item tokens stay), the row's ``data_source`` (None
-    where it has none), ``reward_model["ground_truth"]`` (likewise), and a copy of ``extra_info`` with ``num_turns``.
+    The function sees the response as text (`answer_text`), the row's ``data_source`` (None where it has none),
+    ``reward_model["ground_truth"]`` (likewise), and a copy of ``extra_info`` with ``num_turns``.
 
     Args:
         batch: with ``responses``, ``attention_mask``.
@@ -93,8 +94,7 @@ def compute_rewards(batch: DataProto, tokenizer: "PreTrainedTokenizerBase", rewa
             extra_info["num_turns"] = int(columns["__num_turns__"])
         result = reward_fn(
             data_source=columns.get("data_source"),
-            # Item tokens stay where the tokenizer has them as added tokens, not as special ones.
-            solution_str=tokenizer.decode(responses[row][written[row]].tolist(), skip_special_tokens=True),
+            solution_str=answer_text(tokenizer, responses[row][written[row]].tolist()),
             ground_truth=(columns.get("reward_model") or {}).get("ground_truth"),
             extra_info=extra_info,
         )

@@ -63,10 +63,6 @@ class ResourcePoolManager:
             self.resource_pool_dict[name] = RayResourcePool(ranks, self.use_gpu, name_prefix=name, settings=keys)
         reserve_all(list(self.resource_pool_dict.values()))
 
-    def get_n_gpus(self) -> int:
-        """Ranks of all pools: GPUs, or processes on CPU."""
-        return sum(sum(ranks) for ranks in self.resource_pool_spec.values())
-
     def places(self, role: str) -> list[RankPlace]:
         """Where each rank of a role will run, in rank order; reserved already."""
         return self.resource_pool_dict[self.mapping[role]].reserve()

@@ -327,11 +327,13 @@ def group_by_weight(sources: Sequence[str], weights: Mapping[str, float]) -> lis
     return [(weight / total, np.flatnonzero(chosen == pattern)) for pattern, weight in weights.items()]
 
 
-def mixed_order(groups: Sequence[tuple[float, np.ndarray]], random: np.random.Generator, shuffle: bool) -> list[int]:
+def mixed_order(
+    groups: Sequence[tuple[float, np.ndarray]], random: np.random.Generator, shuffle: bool, epoch: int = 0
+) -> list[int]:
     """Places of rows, as many as there are, such that among the first n each group has its share of n, to within a row.
 
     Rows of a group whose share is larger than it has rows come again, in another order, after all of them have come; of
-    a group whose share is smaller, an epoch holds a part.
+    a group whose share is smaller, an epoch holds a part: without ``shuffle`` the rows after those of the epoch before.
     """
     length = sum(len(places) for _, places in groups)
     shares, had = np.array([share for share, _ in groups]), np.zeros(len(groups))
@@ -344,7 +346,10 @@ def mixed_order(groups: Sequence[tuple[float, np.ndarray]], random: np.random.Ge
     for group, (_, places) in enumerate(groups):
         wanted = np.flatnonzero(turns == group)
         # A group starts again only after all of it has come, each pass in an order of its own.
-        passes = -(-len(wanted) // len(places))
-        drawn = [random.permutation(places) if shuffle else places for _ in range(passes)]
-        order[wanted] = np.concatenate(drawn)[: len(wanted)] if passes else []
+        if shuffle:
+            passes = -(-len(wanted) // len(places))
+            drawn = [random.permutation(places) for _ in range(passes)]
+            order[wanted] = np.concatenate(drawn)[: len(wanted)] if passes else []
+        else:
+            order[wanted] = places[(epoch * len(wanted) + np.arange(len(wanted))) % len(places)]
     return order.tolist()

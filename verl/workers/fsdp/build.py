@@ -27,13 +27,15 @@ from verl.config import FSDPConfig, HFModelConfig
 from verl.ops.attention import PACKED_SDPA
 from verl.single_controller.base import Worker
 from verl.utils.device import get_device_name, resolve_dtype, select_device
-from verl.workers.fsdp.shard import shard_model
+from verl.workers.fsdp.shard import reshard, shard_model
 from verl.workers.fsdp.token_stats_model import TokenStatsModel
 
 logger = logging.getLogger(__name__)
 
 CHECKPOINTING = {"use_reentrant": False, "preserve_rng_state": False}
 """Blocks draw no random numbers, so recomputing one needs no generator's state."""
+EXACT, ROUNDED = 1e-3, 0.1
+"""Mean distance in nats, in fp32 and in half precision, up to which log-probs are a model's own."""
 
 
 def join_ranks(worker: Worker, device_setting: str, seed: int) -> tuple[torch.device, DeviceMesh]:
@@ -140,7 +142,8 @@ def build_model(
         trainable: whether an optimizer will change it.
 
     Raises:
-        ValueError: fp16 training, which needs loss scaling, or a model whose head or blocks cannot be used here.
+        ValueError: fp16 training, which needs loss scaling, or a model whose head or blocks cannot be used here, or
+            whose scores would not be its own.
     """
     device_name = mesh.device_type
     compute_dtype = resolve_dtype(fsdp.mixed_precision.param_dtype, device_name)
@@ -171,4 +174,39 @@ def build_model(
     )
     shard_model(module, mesh, precision, fsdp.reshard_after_forward)
     _scatter_from_rank_zero(module, weights, mesh)
+    _require_own_scores(module, path, EXACT if compute_dtype == torch.float32 else ROUNDED)
     return module
+
+
+@torch.no_grad()
+def _require_own_scores(module: TokenStatsModel, path: str, tolerance: float) -> None:
+    """Score two rows as training does, and compare with the model's own logits of each row alone.
+
+    A decoder may not tell its attention where rows begin, and a model may do something to its logits that no head
+    shows. Every rank takes part.
+    """
+    rows = (torch.arange(10, device=module.device) * 7 % module.num_rows).split([6, 4])
+    lengths, positions = [len(row) for row in rows], [torch.arange(len(row), device=module.device) for row in rows]
+    if module.packed:
+        inputs, counts, select = torch.cat(rows)[None], torch.cat(positions)[None], torch.arange(10)
+    else:
+        inputs = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+        counts, select = positions[0].expand(2, -1), torch.arange(10)
+
+    def distance(hidden: torch.Tensor, weight: torch.Tensor, _: torch.Tensor) -> float:
+        scores = (hidden.float() @ weight.float().T).log_softmax(dim=-1)
+        # Within the forward pass of the root, while FSDP holds the parameters that belong to no block.
+        own = [module.causal_lm(input_ids=row[None], use_cache=False).logits[0].float() for row in rows]
+        return float((scores - torch.cat(own).log_softmax(dim=-1)).abs().mean())
+
+    was_training = module.training
+    row_lengths = tuple(lengths) if module.packed else None
+    found = module.eval()(inputs, counts, row_lengths, select.to(module.device), select, distance)
+    module.train(was_training)
+    reshard(module)
+    if not found <= tolerance:
+        fix = "set actor_rollout_ref.model.use_remove_padding=False" if module.packed else "take another model"
+        raise ValueError(
+            f"{type(module.causal_lm).__name__} in {path} is scored otherwise than by its own logits, by {found:.3g} "
+            f"nats on average: its decoder or head does more than is known here; {fix}"
+        )

@@ -60,7 +60,7 @@ def test_models_that_say_little(model: Path, read: Callable[..., ModelVocabulary
 
 def test_broken_files(model: Path, read: Callable[..., ModelVocabulary]) -> None:
     (model / "model.safetensors").write_bytes(b"cut off")
-    with pytest.raises(ValueError, match=r"the weights .*model\.safetensors cannot be read .*; copy the model again"):
+    with pytest.raises(ValueError, match=r"the weights .*model\.safetensors cannot be read: .*; copy the model again"):
         read()
     (model / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config.json is not JSON .*; copy the model again"):

@@ -1,21 +1,25 @@
 """Where a model lies on this machine, and its tokenizer.
 
 In: a folder or a hub name. Out: a folder, its own or that of the hub's local cache; a tokenizer that can pad; the text
-of an answer. Chat templates, prompts and masks are not dealt with here.
+of a conversation and of an answer. Prompts and masks are not dealt with here.
 """
 
+import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from datetime import date
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
+TEMPLATE_DATE = date(2024, 7, 26)
+"""The date that Llama's templates write where they know none."""
 ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 """Special tokens that a tokenizer names by what they do."""
 
@@ -73,21 +77,98 @@ def answer_text(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> str
 
     Item tokens stay, special ones too, as which many models have them.
     """
-    hidden = framing_ids(tokenizer)
+    hidden = _framing_ids(tokenizer, str(tokenizer.chat_template))
     return tokenizer.decode([token for token in ids if token not in hidden], skip_special_tokens=False)
 
 
 @lru_cache(maxsize=4)
-def framing_ids(tokenizer: "PreTrainedTokenizerBase") -> frozenset[int]:
+def _framing_ids(tokenizer: "PreTrainedTokenizerBase", template: str) -> frozenset[int]:
     """Special ids with a role (end, padding, ...), in the chat template, or that generation_config.json ends with."""
     from transformers import GenerationConfig
 
     roles = (getattr(tokenizer, f"{role}_token_id", None) for role in ROLES)
-    template, added = str(tokenizer.chat_template), tokenizer.added_tokens_decoder
-    in_template = (token_id for token_id, token in added.items() if token.special and token.content in template)
+    added = tokenizer.added_tokens_decoder.items()
+    in_template = (token_id for token_id, token in added if token.special and token.content in template)
     try:
         ends = GenerationConfig.from_pretrained(tokenizer.name_or_path).eos_token_id
     except OSError:  # a tokenizer without its model
         ends = None
     found = [*roles, *in_template, *(ends if isinstance(ends, list) else [ends])]
     return frozenset(token for token in found if token is not None)
+
+
+def render_chat(
+    tokenizer: "PreTrainedTokenizerBase",
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> str:
+    """A conversation as text, up to where the assistant begins to write.
+
+    A template that writes today's date gets `TEMPLATE_DATE`, so that prompts are the same on all days, after a resume
+    and for the teacher.
+
+    Args:
+        tools: OpenAI function schemas.
+        options: of the template, such as ``enable_thinking``.
+
+    Raises:
+        TemplateError, TypeError, ValueError: the template refuses the messages.
+    """
+    dated = {"strftime_now": TEMPLATE_DATE.strftime} if "strftime_now" in str(tokenizer.chat_template) else {}
+    text: Any = tokenizer.apply_chat_template(
+        [dict(message) for message in messages],
+        tools=[dict(tool) for tool in tools] if tools else None,
+        add_generation_prompt=True,
+        tokenize=False,
+        **dated,
+        **(options or {}),
+    )
+    return text
+
+
+def fit_tool_calls(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Messages whose tool calls have arguments as the chat template takes them, as objects or as JSON texts."""
+    if not any(message.get("tool_calls") for message in messages):
+        return list(messages)
+    texts = _takes_texts(tokenizer, str(tokenizer.chat_template))
+    return [_with_arguments(message, texts) for message in messages]
+
+
+def _with_arguments(message: Mapping[str, Any], texts: bool) -> dict[str, Any]:
+
+    def written(arguments: Any) -> Any:
+        if texts:
+            return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+        try:
+            parsed = json.loads(arguments) if isinstance(arguments, str) else arguments
+        except ValueError:  # a text that is no object is for the template to take or to refuse
+            return arguments
+        return parsed if isinstance(parsed, Mapping) else arguments
+
+    def call_of(call: Any) -> Any:
+        if not isinstance(call, Mapping):
+            return call
+        if isinstance(call.get("function"), Mapping):
+            return {**call, "function": call_of(call["function"])}
+        return {**call, "arguments": written(call["arguments"])} if "arguments" in call else dict(call)
+
+    calls = message.get("tool_calls")
+    return dict(message) | ({"tool_calls": [call_of(call) for call in calls]} if isinstance(calls, list) else {})
+
+
+@lru_cache(maxsize=4)
+def _takes_texts(tokenizer: "PreTrainedTokenizerBase", template: str) -> bool:
+    """Whether the chat template takes arguments of tool calls as JSON texts alone: an object fails, or shows as Python
+    would write it."""
+    function = {"name": "probe", "arguments": {"key": "value"}}
+    turns: list[dict[str, Any]] = [
+        {"role": "user", "content": "question"},
+        {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "id": "0", "function": function}]},
+        {"role": "tool", "tool_call_id": "0", "name": "probe", "content": "result"},
+    ]
+    try:
+        text: Any = tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False)
+    except Exception:
+        return True
+    return "{'key'" in text

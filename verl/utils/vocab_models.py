@@ -16,6 +16,7 @@ from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedTokenizerBase
 
+from verl.utils.lfs import describe_damage
 from verl.utils.tokenizer import hf_tokenizer
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
@@ -152,7 +153,8 @@ def _read_rows(folder: Path) -> dict[str, int]:
                 # get_slice reads the header alone, so it does not matter that numpy has no bf16.
                 rows |= {name: weights.get_slice(name).get_shape()[0] for name in names}
         except (OSError, SafetensorError) as error:
-            raise ValueError(f"the weights {path} cannot be read ({error}); copy the model again") from error
+            reason = describe_damage(path, error, "copy the model again")
+            raise ValueError(f"the weights {path} cannot be read: {reason}") from error
     # Helper modules, such as heads for several tokens, have longer names than the model's own tensor.
     own = [min((name for name in rows if name.endswith(end)), key=len, default="") for end in ROW_TENSORS]
     return {name: rows[name] for name in own if name}

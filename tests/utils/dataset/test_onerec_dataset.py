@@ -145,9 +145,12 @@ def test_a_run_that_loses_too_much_stops(load, tmp_path):
 def test_the_second_load_reads_the_checks_of_the_first(tiny_tokenizers, tmp_path, monkeypatch):
     tokenizer, prompts = hf_tokenizer(tiny_tokenizers[1]), []
     apply = tokenizer.apply_chat_template
-    monkeypatch.setattr(
-        tokenizer, "apply_chat_template", lambda chats, **kw: prompts.extend(chats) or apply(chats, **kw)
-    )
+
+    def counted(chats, **options):
+        prompts.extend(chat for chat in chats if not chat["content"].startswith("question"))  # a look at the template
+        return apply(chats, **options)
+
+    monkeypatch.setattr(tokenizer, "apply_chat_template", counted)
     rows = [chat("a"), chat(" "), chat("<s_a_0>"), chat("x" * 60), chat("b")]
     path, record = write_rows(tmp_path / "d.parquet", rows), tmp_path / "dropped_rows.jsonl"
     base = {"max_prompt_length": 40, "filter_overlong_prompts": True, "max_dropped_fraction": 0.8}

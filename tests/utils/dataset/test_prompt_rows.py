@@ -74,6 +74,29 @@ def test_whatever_a_cell_holds_is_a_chat_or_a_bad_row(value):
             assert json.dumps(messages, ensure_ascii=False).encode("utf-8")
 
 
+def calling(arguments):
+    call = {"type": "function", "function": {"name": "weather", "arguments": arguments}}
+    return {"role": "assistant", "content": None, "tool_calls": [call]}
+
+
+def test_struct_columns_lend_no_arguments_to_other_calls():
+    """Of a column whose type is the union of all arguments; a text has the nulls that somebody wrote."""
+    chats = [[calling({"city": "Rome"})], [calling({"a": 1, "b": [2, None]})], [calling({"deep": {"x": 1}})]]
+    table = pa.Table.from_pylist([{"messages": messages} for messages in chats]).to_pylist()
+    assert table[0]["messages"][0]["tool_calls"][0]["function"]["arguments"]["a"] is None, "what the column made of it"
+    for row, messages in zip(table, chats, strict=True):
+        (read,) = parse_messages(row["messages"])
+        assert read["tool_calls"] == messages[0]["tool_calls"]
+    (read,) = parse_messages(json.dumps([calling({"city": None})]))
+    assert read["tool_calls"][0]["function"]["arguments"] == {"city": None}
+
+
+def test_messages_as_maps_of_arrow():
+    kind = pa.list_(pa.map_(pa.string(), pa.string()))
+    (cell,) = pa.array([[[("role", "user"), ("content", "hi")]]], kind).to_pylist()
+    assert parse_messages(cell) == [{"role": "user", "content": "hi"}]
+
+
 def test_tool_calls_survive_and_need_no_content():
     calls = [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}]
     turn = {"role": "assistant", "content": None, "tool_calls": calls, "name": None}

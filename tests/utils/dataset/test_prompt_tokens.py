@@ -1,5 +1,6 @@
 """Think switches, truncation and exact prompt lengths."""
 
+import copy
 from collections import Counter
 
 import pytest
@@ -50,6 +51,40 @@ def test_tools_stand_in_the_prompt_as_the_agent_loop_puts_them(request, tiny_tok
         expected = [template.encode_prompt(chat, with_tools) for chat in chats]
         assert encoder.encode(chats, with_tools) == expected
     assert encoder.encode(chats) != PromptEncoder(tokenizer, DataConfig(), []).encode(chats) == expected
+
+
+SCHEMA = {"type": "function", "function": {"name": "look", "parameters": {}}}
+
+
+@pytest.mark.parametrize(
+    ("template", "settings", "schemas", "notice"),
+    [
+        ("{{ messages[0].content }}", {"apply_chat_template_kwargs": {"thinking": True}}, [], "thinking has no effect"),
+        ("{{ thinking }}", {"apply_chat_template_kwargs": {"thinking": True}}, [], None),
+        ("{{ strftime_now('%Y') }}", {}, [], "writes a date, which is 26 Jul 2024 in all prompts"),
+        ("{{ messages[0].content }}<think>", {"enable_think": True}, [], "opens a thought in any case"),
+        ("{{ messages[0].content }}<think>", {"enable_think": True, "think_mode": "force_think"}, [], None),
+        ("{{ messages[0].content }}<think>", {}, [], None),
+        ("{{ messages[0].content }}", {}, [SCHEMA], "shows no tools"),
+        ("{{ tools }}", {}, [SCHEMA], None),
+    ],
+)
+def test_what_a_template_does_otherwise_than_asked_is_said(tokenizer, caplog, template, settings, schemas, notice):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = template
+    PromptEncoder(tokenizer, DataConfig(**settings), schemas)
+    assert (notice in caplog.text) if notice else not caplog.records
+
+
+def test_a_template_that_writes_a_date_writes_the_same_on_all_days(tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = "{{ date_string or strftime_now('%d %b %Y') }}: {{ messages[0].content }}"
+    today = tokenizer.apply_chat_template(QUESTION, tokenize=False)
+    encoder = PromptEncoder(tokenizer, DataConfig())
+    assert encoder.render(QUESTION) == "26 Jul 2024: Why?" != today
+    assert tokenizer.decode(ChatTemplate(tokenizer).encode_prompt(QUESTION, False)) == "26 Jul 2024: Why?"
+    chosen = DataConfig(apply_chat_template_kwargs={"date_string": "1 May 2025"})
+    assert PromptEncoder(tokenizer, chosen).render(QUESTION) == "1 May 2025: Why?"
 
 
 def test_a_tokenizer_without_a_template_is_refused(tokenizer, tmp_path):

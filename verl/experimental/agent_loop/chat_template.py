@@ -13,6 +13,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from verl.utils.tokenizer import render_chat
+
 Message = Mapping[str, Any]
 
 # Stands for the assistant's words when a continuation is rendered; any plain text that no template contains.
@@ -64,15 +66,7 @@ class ChatTemplate:
         return self._encode(self._render([*opening, *messages], self.tool_schemas).partition(_ASSISTANT_WORDS)[2])
 
     def _render(self, messages: Sequence[Message], tool_schemas: list[Any]) -> str:
-        text: Any = self.tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
-            tools=tool_schemas or None,
-            add_generation_prompt=True,
-            # Text: a continuation is cut out of it, and for ids transformers 5 returns a BatchEncoding.
-            tokenize=False,
-            **self.template_kwargs,
-        )
-        return text
+        return render_chat(self.tokenizer, messages, tool_schemas, self.template_kwargs)
 
     def _encode(self, text: str) -> list[int]:
         # The template has written the special tokens already.

@@ -27,7 +27,7 @@ from verl.utils.dataset.parquet_files import Files, Row, column_names, expand_da
 from verl.utils.dataset.prompt_rows import BadRowError, PromptRow, parse_messages, split_answer, text_of
 from verl.utils.dataset.rl_dataset import RLHFDataset
 from verl.utils.import_utils import load_extern_type
-from verl.utils.tokenizer import hf_tokenizer
+from verl.utils.tokenizer import hf_tokenizer, render_chat
 
 PERCENTILES = (0, 10, 50, 90, 99, 100)
 EXAMPLE_CHARACTERS = 400
@@ -110,7 +110,7 @@ def describe(dataset: RLHFDataset, tokenizer: PreTrainedTokenizerBase) -> dict[s
     for entry in (dataset[place] for place in sorted({0, len(dataset) // 2, len(dataset) - 1})):
         path, row = dataset.location(entry["index"])
         example = {"file": str(path), "row": row, "source": entry["source"], "tokens": tokens[entry["index"]].as_py()}
-        prompt = tokenizer.apply_chat_template(entry["raw_prompt"], tokenize=False, add_generation_prompt=True)
+        prompt = render_chat(tokenizer, entry["raw_prompt"])
         examples.append(example | {"prompt": prompt, "ground_truth": entry["reward_model"]["ground_truth"]})
     return {
         "files": [str(path) for path in dataset.files],

@@ -23,6 +23,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from verl.utils.lfs import describe_damage
+
 Row = dict[str, Any]
 Files = str | Path | Sequence[str | Path]
 
@@ -220,5 +222,5 @@ def _open_parquet(path: Path) -> Iterator[pq.ParquetFile]:
         with pq.ParquetFile(path, buffer_size=READ_BUFFER_BYTES, pre_buffer=False) as file:
             yield file
     except (pa.ArrowException, OSError) as error:
-        reason = str(error).strip().split("\n")[0].removesuffix(".")
-        raise ValueError(f"{path} cannot be read as parquet: {reason}; convert it, or copy it again") from error
+        reason = describe_damage(path, error, "convert it, or copy it again")
+        raise ValueError(f"{path} cannot be read as parquet: {reason}") from error

@@ -61,7 +61,10 @@ def parse_messages(value: Any) -> list[Message]:
             ``non_text_content``, ``unencodable_text`` or ``blank_user_turn``.
     """
     try:
-        return [_parse_message(turn, number) for number, turn in enumerate(_turns_of(value), 1)]
+        turns = _turns_of(value)
+        if not isinstance(value, str | bytes):
+            turns = [_without_columns_nulls(turn) for turn in turns]
+        return [_parse_message(turn, number) for number, turn in enumerate(turns, 1)]
     except RecursionError as error:
         raise BadRowError("unreadable_messages", "nested too deeply") from error
 
@@ -121,6 +124,25 @@ def _turns_of(value: Any) -> list[Any]:
     if not value:
         raise BadRowError("no_messages", "the cell is empty")
     return list(value)
+
+
+def _without_columns_nulls(turn: Any) -> Any:
+    """A message of a struct column without the nulls of fields that it never had; an Arrow map as a mapping.
+
+    A column has one type, so a struct in it has the fields of all others, as nulls: the arguments of a tool call would
+    show those of every other tool.
+    """
+    if isinstance(turn, list) and turn and all(isinstance(pair, tuple) and len(pair) == 2 for pair in turn):
+        turn = dict(turn)
+    if isinstance(turn, Mapping) and turn.get("tool_calls") is not None:
+        return {**turn, "tool_calls": _without_nulls(turn["tool_calls"])}
+    return turn
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(entry) for key, entry in value.items() if entry is not None}
+    return [_without_nulls(entry) for entry in value] if isinstance(value, list) else value
 
 
 def _parse_text(text: str | bytes) -> Any:

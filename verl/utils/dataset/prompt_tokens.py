@@ -8,6 +8,7 @@ Python reads and renders the rows; the tokenizer counts a block of prompts at a 
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -23,6 +24,9 @@ from transformers import PreTrainedTokenizerBase
 from verl.config import DataConfig
 from verl.utils.dataset.parquet_files import Row, text_digest
 from verl.utils.dataset.prompt_rows import BadRowError, Message, PromptRow, lists_tools
+from verl.utils.tokenizer import TEMPLATE_DATE, fit_tool_calls, render_chat
+
+logger = logging.getLogger(__name__)
 
 SWITCHES = {"force_think": (" /think",), "force_nothink": (" /no_think",), "auto": ("", " /think", " /no_think")}
 LONGEST_SWITCH_TOKENS = 32
@@ -90,6 +94,30 @@ class PromptEncoder:
         self._tokenizer = tokenizer
         self._options = config.apply_chat_template_kwargs
         self._tool_schemas = tool_schemas or None
+        for notice in self._notices(config):
+            logger.warning("%s", notice)
+
+    def _notices(self, config: DataConfig) -> Iterator[str]:
+        """What the chat template does otherwise than the settings ask."""
+        template, key = str(self._tokenizer.chat_template), "data.apply_chat_template_kwargs"
+        for name in self._options:
+            if name not in template:
+                yield f"{key}.{name} has no effect: the chat template does not name it"
+        if "strftime_now" in template and "date_string" not in self._options:
+            date = f"{TEMPLATE_DATE:%d %b %Y}"
+            yield f"the chat template writes a date, which is {date} in all prompts; {key}.date_string may change it"
+        if not (config.enable_think or self._tool_schemas):
+            return
+        question: list[Message] = [{"role": "user", "content": "question"}]
+        try:
+            ending = self.render(append_switch(question, possible_switches(config)[-1])).rstrip()
+            if config.enable_think and config.think_mode != "force_think" and ending.endswith("<think>"):
+                mode = f"data.think_mode={config.think_mode}"
+                yield f"{mode} has no effect: the chat template opens a thought in any case"
+            if self._tool_schemas and self.render(question) == self.render(question, with_tools=False):
+                yield "the chat template shows no tools: the model is not told of multi_turn.tool_config_path"
+        except BadRowError:  # a template for other conversations, which rows are checked with
+            return
 
     def digest(self) -> str | None:
         """Digest of all that the ids of a prompt depend on; None for a tokenizer that cannot be written as a text."""
@@ -110,11 +138,13 @@ class PromptEncoder:
         """
         tools = self._tool_schemas if with_tools else None
         try:
-            return self._tokenizer.apply_chat_template(
-                messages, tools=tools, add_generation_prompt=True, tokenize=False, **self._options
-            )
+            return render_chat(self._tokenizer, self.fitted(messages), tools, self._options)
         except (TemplateError, TypeError, ValueError, RecursionError) as error:
             raise BadRowError("template", f"the chat template refuses the prompt: {error}") from error
+
+    def fitted(self, messages: list[Message]) -> list[Message]:
+        """Messages in the form that the chat template takes."""
+        return fit_tool_calls(self._tokenizer, messages)
 
     def tokenize(self, texts: list[str]) -> list[list[int]]:
         """Ids of rendered prompts; tokenizes the whole list on all cores."""

@@ -163,6 +163,8 @@ class RLHFDataset(Dataset[dict[str, Any]]):
         self.files = parquet_files.expand_data_files(data_files)
         self._rows = ParquetRows(self.files, self.columns(), config.cache_dir)
         self._check_columns()
+        if "tools" in parquet_files.column_names(self.files):
+            logger.warning("the column tools is not read: tools are those of multi_turn.tool_config_path")
         checker = PromptChecker(
             self._encoder, config, extend_vocab_start_token, extended_sources, self.read_prompt, self._source_of
         )
@@ -192,7 +194,8 @@ class RLHFDataset(Dataset[dict[str, Any]]):
         index = int(self._kept[item])  # a numpy integer would not survive JSON
         row = self._rows[index]
         prompt, row_id = self.read_prompt(row), self._row_id(row, index)
-        messages = append_switch(prompt.messages, think_switch(self.config, row_id, self.epoch))
+        switch = think_switch(self.config, row_id, self.epoch)
+        messages = self._encoder.fitted(append_switch(prompt.messages, switch))
         entry = {
             "raw_prompt": messages,
             "data_source": self._source_of(row, self.config.reward_fn_key),
@@ -296,8 +299,8 @@ class RLHFDataset(Dataset[dict[str, Any]]):
     def _source_of(self, row: Row, key: str | None = None) -> str:
         """The row's value of the column ``key``, by default that of ``data.data_source_key``."""
         for column in (key or self.config.data_source_key, *SOURCE_COLUMNS):
-            if row.get(column):
-                return text_of(row[column])
+            if source := text_of(row.get(column)):
+                return source
         return UNKNOWN_SOURCE
 
     def _row_id(self, row: Row, index: int) -> str:

@@ -1,0 +1,14 @@
+"""Files that cannot be read because they are Git LFS pointers: lines of text that a clone without git-lfs leaves."""
+
+from pathlib import Path
+
+POINTER = b"version https://git-lfs"
+
+
+def describe_damage(path: Path, error: Exception, fix: str) -> str:
+    """Why a file cannot be read, in one line, and the fix; of a pointer, that it is one and how to get the file."""
+    if path.is_file():
+        with path.open("rb") as file:
+            if file.read(len(POINTER)) == POINTER:
+                return "it is a Git LFS pointer in place of the file; run git lfs pull where it was cloned"
+    return f"{str(error).strip().splitlines()[0].removesuffix('.')}; {fix}"

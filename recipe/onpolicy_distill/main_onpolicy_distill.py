@@ -34,6 +34,7 @@ def build_trainer(config: "PPOConfig") -> "RayPPOTrainer":
     An ``extend_vocab_start_token`` that is ``auto`` becomes the id it stands for.
     """
     from recipe.onpolicy_distill.onpolicy_distill_trainer import RayOnPolicyDistillTrainer
+    from recipe.onpolicy_distill.synthetic_item_prompts import make_prompt_file
     from verl.experimental.agent_loop.worker import load_tools
     from verl.trainer.data import build_datasets
     from verl.trainer.launch.vocabulary_check import resolve_vocabulary
@@ -56,6 +57,7 @@ def build_trainer(config: "PPOConfig") -> "RayPPOTrainer":
     train_dataset, val_dataset = build_datasets(
         config.data,
         tokenizer,
+        made=make_prompt_file(config.data, tokenizer) if config.data.synthetic_item_prompts.count else None,
         extend_vocab_start_token=rollout.extend_start,
         extended_sources=distill.extended_sources if config.scores_without_extended else ["*"],
         tool_schemas=[tool.get_openai_tool_schema() for tool in load_tools(rollout).values()],

@@ -203,6 +203,40 @@ def test_a_chunk_of_the_real_vocabulary_is_some_hundred_megabytes(monkeypatch: p
     assert 1 < seen[0].chunk_rows <= 384 * 2**20 / (BUFFERS * 176_384 * 4)
 
 
+@pytest.mark.parametrize("kind", DIVERGENCES)
+def test_a_position_that_does_not_count_may_hold_anything_and_an_id_that_is_ruled_out_is_no_nan(kind: str) -> None:
+    """Three positions over three ids: the teacher rules an id out at the first two, of which the first has weight 0."""
+    hidden = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    log_q = torch.tensor([[-math.inf, -0.7, -0.7], [-math.inf, -0.2, -1.7], [-1.0, -1.0, -1.2]], dtype=torch.float64)
+    log_q = log_q.log_softmax(-1)
+    labels, options = torch.zeros(3, dtype=torch.int64), DivergenceOptions(kind)
+
+    def gradients(weights: list[float], given: torch.Tensor) -> list[torch.Tensor]:
+        token_weights = torch.tensor(weights, dtype=torch.float64)
+        loss, _ = linear_divergence(hidden, weight, token_weights, lambda rows: given[rows].clone(), options, labels)
+        return [loss, *torch.autograd.grad(loss, (hidden, weight))]
+
+    spoilt = log_q.clone()
+    spoilt[0] = math.nan
+    for given in (log_q, spoilt):
+        found = gradients([0.0, 1.0, 1.0], given)
+        assert all(value.isfinite().all() for value in found) and not found[1][0].any()
+    p = (hidden @ weight.T).softmax(-1)
+    q = log_q.nan_to_num(neginf=-100.0) if kind == "reverse_kl" else log_q
+    right = {
+        "reverse_kl": lambda: (p * (p.log() - q)).sum(-1),
+        "forward_kl": lambda: torch.where(q.exp() > 0, q.exp() * (q.clamp(min=-1e3) - p.log()), 0.0).sum(-1),
+        "jsd": lambda: (
+            0.5 * torch.where(q.exp() > 0, q.exp() * (q.clamp(min=-1e3) - ((q.exp() + p) / 2).log()), 0.0).sum(-1)
+            + 0.5 * (p * (p.log() - ((q.exp() + p) / 2).log())).sum(-1)
+        ),
+    }[kind]()[1:].sum()
+    torch.testing.assert_close(found[0], right)
+    for value, wanted in zip(found[1:], torch.autograd.grad(right, (hidden, weight)), strict=True):
+        torch.testing.assert_close(value, wanted)
+
+
 def test_sizes_that_do_not_fit() -> None:
     case = Case()
     empty = case.hidden[:0], case.weight, case.token_weights[:0], case.frozen(), DivergenceOptions(), DRAWN[:0]

@@ -10,10 +10,9 @@ from support.chat_files import chat, write_rows
 from support.tiny_pairs import Pair
 
 from recipe.onpolicy_distill.main_onpolicy_distill import build_trainer
-from recipe.onpolicy_distill.synthetic_item_prompts import main
+from recipe.onpolicy_distill.synthetic_item_prompts import main, make_prompt_file
 from verl.trainer.launch.checks import check_run
 from verl.trainer.launch.typed import load_config
-from verl.utils.dataset.items import make_prompt_file
 from verl.utils.tokenizer import hf_tokenizer
 
 KEY = "data.synthetic_item_prompts"
@@ -85,7 +84,7 @@ def test_the_command_writes_what_a_run_would_make(
     arguments = ["--tokenizer", str(tiny_pair.student), "--count", "8", "--out", str(out)]
     main([*arguments, "--templates", json.dumps(TEMPLATES)])
     assert capsys.readouterr().out == f"8 prompts in {out}: 4 synthetic_rec_next, 4 synthetic_rec_caption\n"
-    made = make_prompt_file(config_of(*run, TEACHER).data, hf_tokenizer(tiny_pair.student), None)
+    made = make_prompt_file(config_of(*run, TEACHER).data, hf_tokenizer(tiny_pair.student))
     assert out.read_bytes() == made.read_bytes()
     for change, message in {
         ("--count", "0"): "--count 0 must be at least 1",

@@ -62,8 +62,8 @@ class DivergenceOptions:
     temperature: float = 1.0
     """Of the student's softmax."""
     missing_log_prob: float = -100.0
-    """Log-prob of an id of E under a teacher that lacks E, in ``reverse_kl`` over the full support; the other
-    divergences take the probability 0. Also the smallest log of the mass outside a teacher's likeliest ids."""
+    """Log-prob in ``reverse_kl`` of an id that the teacher gives no probability, such as one of E that it lacks; the
+    other divergences take the probability 0. Also the smallest log of the mass outside a teacher's likeliest ids."""
     leak_coef: float = 0.0
     """Weight of the leak term."""
     leak_target: float = 1e-4
@@ -151,9 +151,11 @@ class _LinearDivergence(torch.autograd.Function):
             if any(ctx.needs_input_grad):
                 # The gradient is in s, the product over the temperature: hence one more division.
                 grad = grad.mul_(token_weights[chunk, None] / job.options.temperature).to(weight.dtype)
+                grad.masked_fill_(token_weights[chunk, None] == 0, 0.0)  # 0 times an infinite slope is NaN
                 gradients.add(chunk, grad)
             del logits, grad  # before the next chunk makes its own
-        loss = (token_weights * (stats.divergence + job.options.leak_coef * stats.leak)).sum()
+        losses = token_weights * (stats.divergence + job.options.leak_coef * stats.leak)
+        loss = torch.where(token_weights == 0, 0.0, losses).sum()  # where a weight is 0, NaN and infinity included
         ctx.save_for_backward(*gradients.result())
         ctx.mark_non_differentiable(*stats)
         return loss, *stats
@@ -193,6 +195,8 @@ def _chunk(
     # The order matters: `_on_support` overwrites the teacher's log-probs, `_divergence` overwrites `log_q`.
     teacher_log_prob = _pick(teacher, labels, options.missing_log_prob)
     log_q = _on_support(teacher, support, options)
+    if options.kind == REVERSE_KL:  # an id that the teacher rules out costs as much as one that it lacks
+        log_q.nan_to_num_(nan=math.nan, posinf=math.inf, neginf=options.missing_log_prob)
     sampled = _pick(log_p, labels, 0.0) - _pick(log_q, labels, 0.0)
     divergence, of_divergence = _divergence(log_p, log_p.exp(), log_q, options)
     grad[:, :support].add_(of_divergence)

@@ -20,24 +20,28 @@ from transformers import PreTrainedTokenizerBase
 from verl.config import DataConfig, PPOConfig
 from verl.experimental.agent_loop.base import TEACHER_KNOWS_EXTENDED
 from verl.protocol import DataProto
-from verl.utils.dataset.items import make_prompt_file
-from verl.utils.dataset.onerec_dataset import create_rl_dataset, get_dataset_class
-from verl.utils.dataset.parquet_files import expand_data_files
+from verl.utils.dataset.onerec_dataset import create_rl_dataset
+from verl.utils.dataset.parquet_files import expand_data_files, read_header
 from verl.utils.dataset.rl_dataset import RLHFDataset, collate_fn, group_by_weight, mixed_order
 
 logger = logging.getLogger(__name__)
 
 
 def build_datasets(
-    config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, dropped_rows_folder: str | Path, **options: Any
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    dropped_rows_folder: str | Path,
+    made: Path | None = None,
+    **options: Any,
 ) -> tuple[RLHFDataset, RLHFDataset | None]:
     """Read the training prompts and, where ``data.val_files`` is set, the validation prompts.
-
-    Prompts of ``data.synthetic_item_prompts`` are made and join the training prompts.
 
     Args:
         dropped_rows_folder: receives ``dropped_rows.jsonl`` (training) and ``dropped_rows_val.jsonl``, a line per row
             left out.
+        made: a file of training prompts that was made for this run; it comes first and whole, whatever
+            ``data.train_max_samples`` is.
         options: of both data sets, as in ``RLHFDataset``: ``extend_vocab_start_token``, ``tool_schemas`` (OpenAI
             function schemas of the run's tools, which count towards a prompt's length) and ``extended_sources``
             (patterns of the sources whose prompts may hold extended tokens, whatever the settings say).
@@ -47,12 +51,9 @@ def build_datasets(
     """
     build: Any = partial(create_rl_dataset, tokenizer=tokenizer, config=config, **options)
     files: Any = config.train_files
-    samples, synthetic, folder = config.train_max_samples, config.synthetic_item_prompts, Path(dropped_rows_folder)
-    if synthetic.count:
-        prompt_column = config.prompt_key if get_dataset_class(files, config) is RLHFDataset else None
-        made = make_prompt_file(config, tokenizer, prompt_column)
-        # The made file comes first and whole; data.train_max_samples limits the user's own files.
-        files, samples = [made, *expand_data_files(files)], samples if samples < 0 else synthetic.count + samples
+    samples, folder = config.train_max_samples, Path(dropped_rows_folder)
+    if made is not None:
+        files, samples = [made, *expand_data_files(files)], samples if samples < 0 else read_header(made)[1] + samples
     train = build(files, max_samples=samples, dropped_rows_path=folder / "dropped_rows.jsonl")
     if not config.val_files:
         return train, None

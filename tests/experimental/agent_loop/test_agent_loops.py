@@ -23,8 +23,6 @@ from verl.experimental.agent_loop.base import AgentLoopOutput, RolloutError, get
 from verl.experimental.agent_loop.tool_agent_loop import (
     SingleTurnAgentLoop,
     ToolAgentLoop,
-    ToolCall,
-    parse_hermes_tool_calls,
 )
 from verl.workers.rollout.replica import TokenOutput
 
@@ -280,33 +278,3 @@ async def test_tools_are_released_when_the_engine_fails(tokenizer) -> None:
     with pytest.raises(IndexError):  # the script has no second turn
         await converse(tokenizer, [COUNT + END], (tool,))
     assert tool.released == list(tool.counts) != []
-
-
-# ---------------------------------------------------------------------------------------------------- reading calls
-
-
-def test_calls_come_in_order_with_text_around_them() -> None:
-    text = "First. " + call("a", '{"item": "<s_a_3>"}') + " and " + call("b")
-    assert parse_hermes_tool_calls(text) == [ToolCall(name="a", arguments={"item": "<s_a_3>"}), ToolCall(name="b")]
-    assert parse_hermes_tool_calls('<tool_call>{"name": "b"}</tool_call>') == [ToolCall(name="b")]
-    assert parse_hermes_tool_calls("The answer is 7.") == []
-
-
-@pytest.mark.parametrize("thought", ["<think>\nI could {}\n</think>\n\n", "started in the prompt {}</think>"])
-def test_a_thought_calls_nothing(thought: str) -> None:
-    assert parse_hermes_tool_calls(thought.format(call("a")) + call("b")) == [ToolCall(name="b")]
-    assert parse_hermes_tool_calls("<think>\n" + call("a")) == [], "a thought without an end"
-
-
-@pytest.mark.parametrize(
-    ("text", "error"),
-    [
-        ("<tool_call>{name: a}</tool_call>", "this: Invalid JSON"),
-        ('<tool_call>{"arguments": {}}</tool_call>', "name: Field required"),
-        (call("a", '"{}"'), "arguments: Input should be an object"),
-        ('<tool_call>{"name": "a"}', "not closed"),
-    ],
-)
-def test_a_call_that_cannot_be_read_says_why(text: str, error: str) -> None:
-    [found] = parse_hermes_tool_calls(text)
-    assert isinstance(found, str) and error in found

@@ -13,8 +13,8 @@ from recipe.onpolicy_distill.quickstart import __main__ as quickstart
 from recipe.onpolicy_distill.quickstart import models, world
 from recipe.onpolicy_distill.quickstart.distillation import STEPS, Distillation
 from recipe.onpolicy_distill.quickstart.scoreboard import popularity_line, popularity_metrics
+from recipe.onpolicy_distill.synthetic_item_prompts import make_prompt_file
 from verl.trainer.launch.typed import load_config
-from verl.utils.dataset.items import make_prompt_file
 from verl.utils.tokenizer import hf_tokenizer
 
 
@@ -73,7 +73,7 @@ def test_rehearsal_without_data_asks_as_the_world_does(small_world, rehearsal, t
     assert sum(data.source_weights.values()) == pytest.approx(1)
     assert set(data.source_weights) == {"rec_next", "rec_caption", "general_*"}
     data.synthetic_item_prompts.count = 200
-    made = make_prompt_file(data, hf_tokenizer(small_world.student_tokenizer), None)
+    made = make_prompt_file(data, hf_tokenizer(small_world.student_tokenizer))
     rows, real = (pq.read_table(path).to_pylist() for path in (made, small_world.rec_train))
     catalogue = {row["text"] for row in pq.read_table(small_world.catalogue).to_pylist()}
     item, drawn = re.compile(r"<\|sid_begin\|>.*?<\|sid_end\|>"), set()

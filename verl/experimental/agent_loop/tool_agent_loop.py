@@ -11,8 +11,7 @@ It ends with the first turn that calls nothing, at ``max_assistant_turns``, at `
 of response tokens (model and tool tokens of all turns together) leaves no token to the model. A turn cut off before its
 end-of-turn token calls nothing. Extended tokens do not end it: the masks deal with them.
 
-Calls come in the Hermes syntax that Qwen uses, ``<tool_call>{JSON}</tool_call>``; calls inside a thought
-(``<think>...</think>``) are ignored. A tool gets one instance per conversation, made at its first call and released at
+How calls are written: `tool_parser`. A tool gets one instance per conversation, made at its first call and released at
 the end, so it may keep state over turns. Nothing that a tool or a call does wrong ends the conversation: the model
 reads an error text instead, and the metrics count it. A tool that hangs is treated alike
 (``multi_turn.tool_timeout_s``).
@@ -21,48 +20,19 @@ reads an error text instead, and the metrics count it. A tool that hangs is trea
 import asyncio
 import logging
 import math
-import re
 import time
 from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
-
 from verl.config import MultiTurnConfig
 from verl.experimental.agent_loop.base import AgentLoopBase, AgentLoopMetrics, AgentLoopOutput, register
+from verl.experimental.agent_loop.tool_parser import ToolCall, parse_hermes_tool_calls
 from verl.tools.base_tool import BaseTool
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-_CALL = re.compile(r"<tool_call>(.*?)(</tool_call>|\Z)", re.DOTALL)
-
-
-class ToolCall(BaseModel):
-    """One call that can be read."""
-
-    name: str
-    arguments: dict[str, Any] = {}
-
-
-def parse_hermes_tool_calls(text: str) -> list[ToolCall | str]:
-    """The calls of one assistant turn, in the order they were written; why, for one that cannot be read."""
-    # The opening tag of a thought may stand in the prompt, where the template puts it: the last closing tag counts.
-    outside_thought = text.rpartition("</think>")[2].partition("<think>")[0]
-    return [_read_call(*match.groups()) for match in _CALL.finditer(outside_thought)]
-
-
-def _read_call(body: str, closing_tag: str) -> ToolCall | str:
-    if not closing_tag:
-        return "<tool_call> is not closed by </tool_call>"
-    try:
-        return ToolCall.model_validate_json(body)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        where = ".".join(map(str, problem["loc"]))
-        return f'a tool call is {{"name": ..., "arguments": {{...}}}}; {where or "this"}: {problem["msg"]}'
 
 
 @dataclass

@@ -3,16 +3,23 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 from support.chat_files import EXTEND_START, chat, write_rows
 from transformers import AutoTokenizer
 
+from recipe.onpolicy_distill.synthetic_item_prompts import (
+    draw_chats,
+    item_sampler,
+    make_prompt_file,
+    write_item_prompts,
+)
 from verl.config import DataConfig, PromptTemplateConfig, SyntheticItemPromptsConfig
 from verl.trainer.data import build_datasets
-from verl.utils.dataset.items import draw_chats, item_sampler, write_item_prompts
 from verl.utils.dataset.rl_dataset import RLHFDataset
+from verl.utils.tokenizer import hf_tokenizer
 
 TEMPLATES = {
     "next": PromptTemplateConfig("history: {history}", system="You recommend."),
@@ -22,6 +29,17 @@ TEMPLATES = {
 SOURCES = [f"synthetic_rec_{name}" for name in TEMPLATES]
 ITEM = re.compile(r"<\|sid_begin\|><s_a_(\d+)><s_b_(\d+)><s_c_(\d+)><\|sid_end\|>")
 CODES = 8
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A home folder that is empty, for the default of ``data.cache_dir``."""
+    monkeypatch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_tokenizers: tuple[Path, Path]) -> Any:
+    return hf_tokenizer(tiny_tokenizers[1])
 
 
 def config_of(count: int = 300, **changes) -> SyntheticItemPromptsConfig:
@@ -85,7 +103,8 @@ def load(tmp_path: Path, tokenizer, synthetic: SyntheticItemPromptsConfig, **set
     settings = {"train_files": str(general), "train_batch_size": 4, **settings}
     config = DataConfig(max_prompt_length=128, synthetic_item_prompts=synthetic, **settings)
     options = {"extend_vocab_start_token": EXTEND_START, "extended_sources": ["synthetic_rec_*"]}
-    return build_datasets(config, tokenizer, **options, dropped_rows_folder=tmp_path)[0]
+    made = make_prompt_file(config, tokenizer)
+    return build_datasets(config, tokenizer, **options, made=made, dropped_rows_folder=tmp_path)[0]
 
 
 def test_they_join_the_training_data_and_are_kept(tokenizer, tmp_path, caplog) -> None:

@@ -4,18 +4,8 @@ import os
 import subprocess
 
 import pytest
-from support.script_runner import (
-    CLUSTER,
-    DEPLOY,
-    LAUNCH,
-    LAUNCH_SMALL,
-    MODELS,
-    RAY_NODE,
-    REPO,
-    executable,
-    run,
-    stand_in,
-)
+from support.script_runner import CLUSTER, DEPLOY, LAUNCH, LAUNCH_SMALL, MODELS, RAY_NODE, executable, run, stand_in
+from support.tiny_pairs import REPO
 
 
 def launch(*arguments, script=LAUNCH, **env):

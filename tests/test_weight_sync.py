@@ -112,9 +112,7 @@ def test_on_cpu_an_engine_reads_the_export_of_its_own_node() -> None:
 
 @pytest.mark.parametrize("ranks", [(2,), (2, 3)])
 def test_on_cuda_an_engine_gets_the_handles_of_its_own_gpus_alone(ranks: tuple[int, ...]) -> None:
-    exports = [
-        {"names": ["a", "b"], "ipc_handles": [{f"gpu{rank}": f"{name} of {rank}"} for name in "ab"]}
-        for rank in range(4)
-    ]
+    made = [[{f"gpu{rank}": f"{name} of {rank}"} for name in "ab"] for rank in range(4)]
+    exports = [{"names": ["a", "b"], "ipc_handles": handles} for handles in made]
     handles = [{f"gpu{rank}": f"{name} of {rank}" for rank in ranks} for name in "ab"]
     assert bucket_for(ranks, exports) == {"names": ["a", "b"], "ipc_handles": handles}

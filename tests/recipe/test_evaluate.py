@@ -25,10 +25,8 @@ def text(item):
 
 
 def row(source, number, question, *reply, **metadata):
-    chat = [
-        {"role": role, "content": content}
-        for role, content in zip(("user", "assistant"), (question, *reply), strict=False)
-    ]
+    turns = zip(("user", "assistant"), (question, *reply), strict=False)
+    chat = [{"role": role, "content": content} for role, content in turns]
     texts = {"metadata": json.dumps(metadata), "messages": json.dumps(chat)}
     return {"uuid": f"{source}-{number}", "source": source, **texts}
 
@@ -64,7 +62,7 @@ def test_the_metrics_are_all_there(student):
     metrics = student.metrics
     assert metrics["rows"] == {"general": 12, "ranked": 5, "rec_text": 1}
     tasks = {
-        "general_accuracy": set(KINDS),
+        "general_accuracy": {*KINDS},
         "rec_recall": {"rec_next", "rec_bench"},
         "rec_text_accuracy": {"rec_caption"},
     }

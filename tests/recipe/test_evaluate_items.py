@@ -92,13 +92,11 @@ def test_codes_that_a_confident_model_does_not_tell_come_after_those_it_tells(fi
 
     found = asyncio.run(most_likely_items([0], trie, 10, best_tokens))
     assert [item[0] for item, _ in found.items] == list(range(10)) and found.exact
-    assert [log_prob for _, log_prob in found.items[:9]] == pytest.approx(
-        [math.log(p / total) for p in probs[:9]], abs=1e-6
-    )
+    wanted = [math.log(p / total) for p in probs[:9]]
+    assert [log_prob for _, log_prob in found.items[:9]] == pytest.approx(wanted, abs=1e-6)
     deeper = asyncio.run(most_likely_items([0], trie, 30, best_tokens))
-    assert [item[0] for item, _ in deeper.items[: 30 if deeper.exact else 20]] == list(
-        range(30 if deeper.exact else 20)
-    )
+    told = 30 if deeper.exact else 20
+    assert [item[0] for item, _ in deeper.items[:told]] == list(range(told))
     assert deeper.exact == (first < 0.9999999), "beyond that float32 does not say what the rest holds"
 
 
@@ -145,10 +143,9 @@ def test_a_catalogue_file(tmp_path):
 def test_metrics_by_hand():
     thinking = Answered("copy", "<think>\nwell\n</think>\n\nab", "ab")
     answers = [Answered("copy", " a b\n", "a b"), thinking, Answered("sum", "7", "8")]
-    assert accuracy_metrics("general_", answers) == {
-        "general_accuracy": 2 / 3,
-        "general_accuracy_by_task": {"copy": 1.0, "sum": 0.0},
-    }
+    by_task = {"copy": 1.0, "sum": 0.0}
+    accuracy = {"general_accuracy": 2 / 3, "general_accuracy_by_task": by_task}
+    assert accuracy_metrics("general_", answers) == accuracy
     assert accuracy_metrics("general_", []) == {}
     ranking = [(n, 0, 0) for n in range(10)]
     targets = [frozenset({(0, 0, 0)}), frozenset({(4, 0, 0), (9, 0, 0), (11, 0, 0), (12, 0, 0)})]

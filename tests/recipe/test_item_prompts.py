@@ -10,12 +10,7 @@ import pytest
 from support.chat_files import EXTEND_START, chat, write_rows
 from transformers import AutoTokenizer
 
-from recipe.onpolicy_distill.synthetic_item_prompts import (
-    draw_chats,
-    item_sampler,
-    make_prompt_file,
-    write_item_prompts,
-)
+from recipe.onpolicy_distill import synthetic_item_prompts as item_prompts
 from verl.config import DataConfig, PromptTemplateConfig, SyntheticItemPromptsConfig
 from verl.trainer.data import build_datasets
 from verl.utils.dataset.rl_dataset import RLHFDataset
@@ -43,9 +38,8 @@ def tokenizer(tiny_tokenizers: tuple[Path, Path]) -> Any:
 
 
 def config_of(count: int = 300, **changes) -> SyntheticItemPromptsConfig:
-    return SyntheticItemPromptsConfig(
-        **{"count": count, "templates": TEMPLATES, "min_history": 2, "max_history": 4, **changes}
-    )
+    history = {"min_history": 2, "max_history": 4}
+    return SyntheticItemPromptsConfig(**{"count": count, "templates": TEMPLATES, **history, **changes})
 
 
 def write_catalogue(path: Path, *sids: list[int]) -> str:
@@ -59,7 +53,7 @@ def items_of(text: str) -> list[tuple[int, ...]]:
 
 
 def test_templates_come_in_turn_with_as_many_items_as_they_ask_for(tokenizer) -> None:
-    chats = list(draw_chats(config_of(), item_sampler(tokenizer, None)))
+    chats = list(item_prompts.draw_chats(config_of(), item_prompts.item_sampler(tokenizer, None)))
     assert [source for source, _ in chats[:4]] == [*SOURCES, SOURCES[0]]
     drawn = [[items_of(messages[-1]["content"]) for _, messages in chats[place::3]] for place in range(3)]
     assert [{len(items) for items in of_template} for of_template in drawn] == [{2, 3, 4}, {1}, {2}]
@@ -75,26 +69,26 @@ def test_templates_come_in_turn_with_as_many_items_as_they_ask_for(tokenizer) ->
 
 def test_items_of_a_catalogue_are_all_drawn_and_no_others(tokenizer, tmp_path) -> None:
     path = write_catalogue(tmp_path / "items.parquet", [0, 1, 2], [7, 7, 7], [3, 1, 0], [0, 1, 2])
-    chats = draw_chats(config_of(), item_sampler(tokenizer, path))
+    chats = item_prompts.draw_chats(config_of(), item_prompts.item_sampler(tokenizer, path))
     assert {item for _, chat in chats for item in items_of(chat[-1]["content"])} == {(0, 1, 2), (7, 7, 7), (3, 1, 0)}
 
 
 def test_the_same_prompts_each_time(tokenizer, tmp_path) -> None:
-    draw_item = item_sampler(tokenizer, None)
-    first, again, fewer = (list(draw_chats(config_of(count), draw_item)) for count in (30, 30, 20))
+    draw_item = item_prompts.item_sampler(tokenizer, None)
+    first, again, fewer = (list(item_prompts.draw_chats(config_of(count), draw_item)) for count in (30, 30, 20))
     assert first == again and first[:20] == fewer
-    assert first != list(draw_chats(config_of(30, seed=1), draw_item))
+    assert first != list(item_prompts.draw_chats(config_of(30, seed=1), draw_item))
     for name in ("a", "b"):
-        write_item_prompts(tmp_path / name, config_of(30), tokenizer)
+        item_prompts.write_item_prompts(tmp_path / name, config_of(30), tokenizer)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
 def test_items_that_the_tokenizer_lacks(tokenizer, tiny_tokenizers, tmp_path) -> None:
     path = write_catalogue(tmp_path / "items.parquet", [0, 1, 8])
     with pytest.raises(ValueError, match=r"needs 1 tokens that the student's tokenizer lacks, such as <s_c_8>"):
-        item_sampler(tokenizer, path)
+        item_prompts.item_sampler(tokenizer, path)
     with pytest.raises(ValueError, match=r"no whole set of item tokens.*levels found: none"):
-        item_sampler(AutoTokenizer.from_pretrained(tiny_tokenizers[0]), None)
+        item_prompts.item_sampler(AutoTokenizer.from_pretrained(tiny_tokenizers[0]), None)
 
 
 def load(tmp_path: Path, tokenizer, synthetic: SyntheticItemPromptsConfig, **settings):
@@ -103,7 +97,7 @@ def load(tmp_path: Path, tokenizer, synthetic: SyntheticItemPromptsConfig, **set
     settings = {"train_files": str(general), "train_batch_size": 4, **settings}
     config = DataConfig(max_prompt_length=128, synthetic_item_prompts=synthetic, **settings)
     options = {"extend_vocab_start_token": EXTEND_START, "extended_sources": ["synthetic_rec_*"]}
-    made = make_prompt_file(config, tokenizer)
+    made = item_prompts.make_prompt_file(config, tokenizer)
     return build_datasets(config, tokenizer, **options, made=made, dropped_rows_folder=tmp_path)[0]
 
 
@@ -116,7 +110,7 @@ def test_they_join_the_training_data_and_are_kept(tokenizer, tmp_path, caplog) -
     assert "6 prompts of random codes join the training data" in caplog.text
     assert (data[0]["reward_model"]["ground_truth"], data[0]["uuid"]) == ("", "synthetic_rec-0-0")
     assert [data[place]["raw_prompt"] for place in range(6)] == [
-        chat for _, chat in draw_chats(config_of(6), item_sampler(tokenizer, None))
+        chat for _, chat in item_prompts.draw_chats(config_of(6), item_prompts.item_sampler(tokenizer, None))
     ]
 
 

@@ -40,11 +40,8 @@ def test_only_the_extended_rows_change(tmp_path, tied, shard, capsys):
 
 
 def test_user_errors(tmp_path):
-    tied, untied, larger = (
-        write(tmp_path / "t", 0, True),
-        write(tmp_path / "u", 0, False),
-        write(tmp_path / "l", 0, True, 40),
-    )
+    tied, untied = write(tmp_path / "t", 0, True), write(tmp_path / "u", 0, False)
+    larger = write(tmp_path / "l", 0, True, 40)
     (tmp_path / "empty").mkdir()
     for before, after, out, start, message in (
         (tied, tmp_path / "empty", "o1", 20, "holds no"),

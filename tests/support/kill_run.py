@@ -34,7 +34,7 @@ import torch
 from safetensors.torch import load_file
 
 from recipe.onpolicy_distill.tiny_tokenizers import build_tiny_tokenizers
-from support.launch import Run, Running, processes_of, script_env, small_run, write_onerec_parquet
+from support.launch import ROUNDING, Run, Running, processes_of, script_env, small_run, write_onerec_parquet
 from support.tiny_pairs import Pair, make_pair
 from verl.trainer.checkpoint import layout
 from verl.weight_sync import FOLDER_PREFIX, SHARED_MEMORY
@@ -51,8 +51,7 @@ WHOLE, KILLED = "whole", "killed"
 CLOCK = ("timing", "perf/")
 """Beginnings of the names of metrics that are measured by the clock."""
 TOLERANCE = 1e-6
-ROUNDING, ROUNDING_BOUND = ("training/rollout_log_probs_diff", "distill/engine_gap"), 1e-4
-"""Metrics of rounding itself: engines batch requests as they come, and a batch of another size rounds otherwise."""
+ROUNDING_BOUND = 1e-4
 PATIENCE_S = 300
 """How long a run may take to get to the moment of its kill, or to its end."""
 WORKERS_GONE_S, AGENTS_GONE_S = 30, 90

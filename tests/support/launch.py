@@ -126,11 +126,15 @@ def processes_of(session: int) -> dict[int, str]:
     return found
 
 
+ROUNDING = ("training/rollout_log_probs_diff", "distill/engine_gap")
+"""Metrics of rounding itself: engines batch requests as they come, and a batch of another size rounds otherwise."""
+
+
 def metrics_by_step(folder: Path, steps: int) -> dict[int, dict[str, float]]:
-    """A run's metrics, every step once, without timings, restarts and what only a step that saves has."""
+    """A run's metrics, every step once, without timings, restarts, rounding and what only a step that saves has."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, steps + 1))
-    own = ("timing", "perf/", "training/restarts", "distill/teacher_canary")
+    own = ("timing", "perf/", "training/restarts", "distill/teacher_canary", *ROUNDING)
     return {line["step"]: {k: v for k, v in line["data"].items() if not k.startswith(own)} for line in lines}
 
 

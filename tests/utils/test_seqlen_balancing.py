@@ -9,11 +9,7 @@ from support.tiny_workers import run_ranks
 from tensordict import TensorDict
 
 from verl.single_controller.base import Worker
-from verl.utils.seqlen_balancing import (
-    balanced_order,
-    get_seqlen_balanced_partitions,
-    rearrange_micro_batches,
-)
+from verl.utils.seqlen_balancing import balanced_order, get_seqlen_balanced_partitions, rearrange_micro_batches
 
 
 def sums(seqlens: list[int], parts: list[list[int]]) -> list[int]:

@@ -12,16 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from support import tiny_workers as tiny
 from support.exact_cases import LEAK, TEMPERATURE, Models, over_support, scored, workers, workers_apart
-from support.tiny_workers import (
-    assert_same_gradient,
-    first_gradient,
-    of_tokens,
-    plain_gradient,
-    plain_log_probs,
-    run_ranks,
-    weights_of,
-)
 
 from verl.config import ActorRolloutRefConfig, DistillConfig, TeacherConfig
 from verl.protocol import DataProto
@@ -50,7 +42,7 @@ def test_gradient_is_that_of_the_whole_distributions(
     metrics = student.update_actor(batch).meta_info["metrics"]
     plain = models.plain(folder)
     loss = models.expected_loss(plain, batch, distill)
-    assert_same_gradient(first_gradient(student), plain_gradient(plain.student, loss))
+    tiny.assert_same_gradient(tiny.first_gradient(student), tiny.plain_gradient(plain.student, loss))
     assert metrics["actor/distill_loss"] == pytest.approx(loss.item(), rel=1e-4)
 
 
@@ -58,14 +50,14 @@ def test_beside_a_task_reward_the_losses_add_up(models: Models) -> None:
     """At the first step the policy loss has the gradient of -A x log-prob, whatever the clip."""
     distill, limits = models.distill(teachers=2, support="shared", coef=0.7, **LEAK), {"ppo_max_token_len_per_gpu": 16}
     batch, plain = models.batch(2), models.plain()
-    drawn = of_tokens(plain_log_probs(plain.student, batch, models.ids, TEMPERATURE), batch)
+    drawn = tiny.of_tokens(tiny.plain_log_probs(plain.student, batch, models.ids, TEMPERATURE), batch)
     batch.batch["old_log_probs"] = drawn.detach()
     mask = batch.tensor("response_mask")
     task = -(batch.tensor("advantages") * (drawn - drawn.detach()).exp() * mask).sum() / mask.sum()
     divergence = models.expected_loss(plain, batch, distill)
     student = workers(models.config(actor=limits), distill)
     metrics = student.update_actor(batch).meta_info["metrics"]
-    assert_same_gradient(first_gradient(student), plain_gradient(plain.student, task + 0.7 * divergence))
+    tiny.assert_same_gradient(tiny.first_gradient(student), tiny.plain_gradient(plain.student, task + 0.7 * divergence))
     assert metrics["actor/pg_loss"] == pytest.approx(task.item(), rel=1e-4)
     assert metrics["actor/distill_loss"] == pytest.approx(divergence.item(), rel=1e-4)
     assert 0 < metrics["actor/extend_divergence"] < metrics["actor/distill_divergence"]
@@ -80,7 +72,7 @@ def test_the_gap_is_the_drawn_tokens_estimate_less_the_exact_divergence(
     metrics = workers(config, distill).update_actor(batch).meta_info["metrics"]
     drawn, gaps = batch.tensor("responses"), []
     with torch.no_grad():
-        log_p = plain_log_probs(plain.student, batch, models.ids, TEMPERATURE)
+        log_p = tiny.plain_log_probs(plain.student, batch, models.ids, TEMPERATURE)
     for number, log_q in enumerate(list(models.teacher_log_probs(plain, batch).values())[:teachers]):
         size = models.extend_start if number == 0 and support == "shared" else models.ids
         of_student, of_teacher = over_support(log_p, log_q, size)
@@ -102,7 +94,7 @@ def test_scores_of_teachers_that_know_all_ids(vocabulary: str, packed: bool, row
     distill, batch = DistillConfig(teachers={"own": TeacherConfig(str(models.frozen), vocabulary)}), models.batch()
     teacher = workers(models.config(packed=packed, ref=ref), distill).colocated_roles["own"]
     scores = teacher.compute_ref_log_prob(batch).tensor("ref_log_prob")
-    right = of_tokens(models.teacher_log_probs(models.plain(), batch)[vocabulary], batch)
+    right = tiny.of_tokens(models.teacher_log_probs(models.plain(), batch)[vocabulary], batch)
     torch.testing.assert_close(scores, right, rtol=0, atol=1e-5)
     assert batch.tensor("distill_special_token_mask").any() and not (scores == -40.0).any()
 
@@ -111,16 +103,16 @@ def save_gradient(config: ActorRolloutRefConfig, distill: DistillConfig, batch: 
     """On each rank: train on its share of the rows, and write the gradient and the teachers' scores."""
     student = workers(config, distill)
     scores = student.update_actor(batch.chunk(student.world_size)[student.rank]).tensor("ref_log_prob")
-    torch.save((first_gradient(student), scores), folder / f"seen_{student.rank}.pt")
+    torch.save((tiny.first_gradient(student), scores), folder / f"seen_{student.rank}.pt")
 
 
 def test_two_ranks_give_the_gradient_of_one(models: Models, tmp_path: Path) -> None:
     """Rank 0 has rows of the base teacher alone, and rank 1 of the other: both run every teacher all the same."""
     distill, batch, plain = models.distill(teachers=2, support="shared", **LEAK), models.batch(2), models.plain()
     batch = batch.select_idxs(batch.tensor("teacher").argsort(stable=True))
-    run_ranks(2, save_gradient, models.config(), distill, batch, tmp_path)
+    tiny.run_ranks(2, save_gradient, models.config(), distill, batch, tmp_path)
     (gradient, first), (_, second) = (torch.load(tmp_path / f"seen_{rank}.pt") for rank in range(2))
-    assert_same_gradient(gradient, plain_gradient(plain.student, models.expected_loss(plain, batch, distill)))
+    tiny.assert_same_gradient(gradient, tiny.plain_gradient(plain.student, models.expected_loss(plain, batch, distill)))
     before = scored(workers(models.config(), distill).colocated_roles, distill, batch).tensor("ref_log_prob")
     expected = before * batch.tensor("response_mask")
     torch.testing.assert_close(torch.cat([first, second]), expected, rtol=0, atol=1e-5)
@@ -154,8 +146,8 @@ def test_scores_and_update_are_those_of_a_stage_before(
     expected = before.tensor("ref_log_prob") * batch.tensor("response_mask")
     torch.testing.assert_close(updated.tensor("ref_log_prob"), expected, rtol=0, atol=1e-5)
     assert updated.meta_info == right.meta_info
-    trained = weights_of(other)
-    assert all(torch.equal(value, trained[name]) for name, value in weights_of(student).items())
+    trained = tiny.weights_of(other)
+    assert all(torch.equal(value, trained[name]) for name, value in tiny.weights_of(student).items())
 
 
 @pytest.mark.parametrize(("packed", "tied"), [(True, True), (False, False)])
@@ -185,7 +177,7 @@ def test_gradient_is_that_of_the_buckets(
     student.update_actor(batch)
     plain = models.plain(folder)
     loss = models.expected_loss(plain, batch, distill, coarse)
-    assert_same_gradient(first_gradient(student), plain_gradient(plain.student, loss))
+    tiny.assert_same_gradient(tiny.first_gradient(student), tiny.plain_gradient(plain.student, loss))
 
 
 @pytest.mark.parametrize(
@@ -212,7 +204,7 @@ def test_an_update_is_that_of_teachers_beside_the_student(
     metrics = student.update_actor(batch).meta_info["metrics"]
     for name in ("actor/distill_loss", "actor/distill_divergence", "actor/leak_loss", "actor/grad_norm"):
         assert metrics[name] == pytest.approx(right[name], rel=1e-5, abs=1e-7), name
-    assert_same_gradient(first_gradient(student), first_gradient(beside))
+    tiny.assert_same_gradient(tiny.first_gradient(student), tiny.first_gradient(beside))
 
 
 def test_only_trained_positions_are_exported_and_nothing_stays(models: Models) -> None:

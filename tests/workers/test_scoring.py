@@ -4,17 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import tiny_workers as tiny
 from support.exact_cases import MISSING, TEMPERATURE, Models, workers
-from support.tiny_workers import (
-    PROMPT,
-    draw_rows,
-    load_plain,
-    of_tokens,
-    plain_log_probs,
-    rollouts,
-    worker_config,
-    write_model,
-)
 from transformers import AutoTokenizer
 
 from verl.config import ActorRolloutRefConfig
@@ -45,16 +36,16 @@ MODES = {
 def test_scores_are_those_of_whole_logits(
     family: str, tied: bool, mode: str, tiny_tokenizers: tuple[Path, Path], models: Models, tmp_path: Path
 ) -> None:
-    folder = write_model(tmp_path, tiny_tokenizers[1], family=family, tied=tied)
+    folder = tiny.write_model(tmp_path, tiny_tokenizers[1], family=family, tied=tied)
     config = models.config(folder, model=MODES[mode], rollout={"log_prob_max_token_len_per_gpu": 16})
-    batch = rollouts(draw_rows(7, models.ids), models.extend_start, temperature=1.3)
+    batch = tiny.rollouts(tiny.draw_rows(7, models.ids), models.extend_start, temperature=1.3)
     keys, meta = set(batch.batch.keys()), dict(batch.meta_info)
     scores = workers(config).compute_log_prob(batch)
     with torch.no_grad():
-        log_probs = plain_log_probs(load_plain(folder), batch, models.ids, temperature=1.3)
-    real = batch.tensor("attention_mask")[:, PROMPT:]
+        log_probs = tiny.plain_log_probs(tiny.load_plain(folder), batch, models.ids, temperature=1.3)
+    real = batch.tensor("attention_mask")[:, tiny.PROMPT :]
     right = {
-        "old_log_probs": of_tokens(log_probs, batch),
+        "old_log_probs": tiny.of_tokens(log_probs, batch),
         "entropys": -(log_probs.exp() * log_probs).sum(-1) * real,
         "extend_mass": log_probs.exp()[..., models.extend_start :].sum(-1) * real,
     }
@@ -66,7 +57,7 @@ def test_scores_are_those_of_whole_logits(
 
 
 def test_models_that_cannot_be_scored(tiny_tokenizers: tuple[Path, Path], models: Models, tmp_path: Path) -> None:
-    folder = write_model(tmp_path, tiny_tokenizers[1], rows=models.ids - 1)
+    folder = tiny.write_model(tmp_path, tiny_tokenizers[1], rows=models.ids - 1)
     with pytest.raises(ValueError, match=f"has {models.ids} ids, .* only {models.ids - 1} rows"):
         workers(models.config(folder))
 
@@ -82,13 +73,13 @@ def test_scores_by_the_definition(packed: bool, models: Models) -> None:
     """Extended ids replaced by the pad token, softmax over B alone, the stand-in at extended tokens, 0 at padding."""
     e = models.extend_start
     with_extended = [([5, e, 6], [20, e + 3, 21, 22]), ([e + 1], [e + 2, 30, e + 25])]
-    batch = rollouts(draw_rows(7, models.ids) + with_extended, e, TEMPERATURE)
+    batch = tiny.rollouts(tiny.draw_rows(7, models.ids) + with_extended, e, TEMPERATURE)
     config, plain = models.config(packed=packed, ref={"log_prob_max_token_len_per_gpu": 16}), models.plain()
     result = teacher(config).compute_ref_log_prob(batch)
     assert set(result.batch.keys()) == {"ref_log_prob"}
     assert plain.base.config.vocab_size > e  # rows past B, which collide with the first extended ids
     unknown = batch.tensor("distill_special_token_mask").bool()
-    right = of_tokens(models.teacher_log_probs(plain, batch)["base"], batch).masked_fill(unknown, MISSING)
+    right = tiny.of_tokens(models.teacher_log_probs(plain, batch)["base"], batch).masked_fill(unknown, MISSING)
     torch.testing.assert_close(result.tensor("ref_log_prob"), right, rtol=0, atol=1e-5)
     # The same as verl's actor scores it.
     module, vocabulary = teacher(config).model.module, Vocabulary(models.ids, e)
@@ -107,8 +98,8 @@ def test_scores_by_the_definition(packed: bool, models: Models) -> None:
 
 def test_ids_between_the_teachers_tokenizer_and_the_extension_are_unknown_too(models: Models) -> None:
     ids = len(AutoTokenizer.from_pretrained(models.teacher))
-    batch = rollouts([([5, 6], [7, ids + 1, ids + 5, 8])], ids + 4)
-    config = worker_config(models.student, models.teacher, extend_start=ids + 4)
+    batch = tiny.rollouts([([5, 6], [7, ids + 1, ids + 5, 8])], ids + 4)
+    config = tiny.worker_config(models.student, models.teacher, extend_start=ids + 4)
     scores = teacher(config).compute_ref_log_prob(batch).tensor("ref_log_prob")[0]
     assert (scores == -100.0).tolist() == [False, True, True, False, *[False] * 4]
     assert scores[3] < 0 and not scores[4:].any()
@@ -116,12 +107,12 @@ def test_ids_between_the_teachers_tokenizer_and_the_extension_are_unknown_too(mo
 
 def test_replacement_and_stand_in_are_settings(models: Models) -> None:
     e, scores = models.extend_start, {}
-    batch = rollouts([([5, e, 6], [7, e + 1, 8])], e)
+    batch = tiny.rollouts([([5, e, 6], [7, e + 1, 8])], e)
     for token in (9, 10):
         worker = teacher(models.config(ref={"ref_replace_token_id": token, "ref_log_prob_replace_val": -7.5}))
         scores[token] = worker.compute_ref_log_prob(batch).tensor("ref_log_prob")
         assert scores[token][0, 1] == -7.5
-        spelled_out = rollouts([([5, token, 6], [7, token, 8])], e)
+        spelled_out = tiny.rollouts([([5, token, 6], [7, token, 8])], e)
         same = worker.compute_ref_log_prob(spelled_out).tensor("ref_log_prob")
         torch.testing.assert_close(scores[token][0, [0, 2]], same[0, [0, 2]])
     assert not torch.allclose(scores[9], scores[10])
@@ -130,8 +121,8 @@ def test_replacement_and_stand_in_are_settings(models: Models) -> None:
 def test_the_students_own_start_reads_and_scores_every_id(models: Models) -> None:
     """A reference without a path, whatever the threshold: the KL of a student to it is 0 before the first update."""
     e = models.extend_start
-    rows = [*draw_rows(6, models.ids), ([5, e, 6], [20, e + 3, 21, 22]), ([e + 1], [e + 2, 30, e + 25])]
-    batch, config = rollouts(rows, e, temperature=1.1), models.config()
+    rows = [*tiny.draw_rows(6, models.ids), ([5, e, 6], [20, e + 3, 21, 22]), ([e + 1], [e + 2, 30, e + 25])]
+    batch, config = tiny.rollouts(rows, e, temperature=1.1), models.config()
     config.ref.model.path = None
     old = workers(config).compute_log_prob(batch).tensor("old_log_probs")
     torch.testing.assert_close(teacher(config).compute_ref_log_prob(batch).tensor("ref_log_prob"), old)
@@ -140,10 +131,10 @@ def test_the_students_own_start_reads_and_scores_every_id(models: Models) -> Non
 def test_a_student_that_is_its_teacher_has_no_advantage(models: Models) -> None:
     """Equal weights and no extended ids in sight; at the first extended token it is the clipped one, whatever else."""
     for config, rows in (
-        (worker_config(models.student), draw_rows(8, models.extend_start)),
+        (tiny.worker_config(models.student), tiny.draw_rows(8, models.extend_start)),
         (models.config(), [([5, 6], [20, 21, models.extend_start + 2, 30])]),
     ):
-        batch = rollouts(rows, models.extend_start, temperature=1.1)
+        batch = tiny.rollouts(rows, models.extend_start, temperature=1.1)
         old = workers(config).compute_log_prob(batch).tensor("old_log_probs")
         ref = teacher(config).compute_ref_log_prob(batch).tensor("ref_log_prob")
         mask, bounds = batch.tensor("response_mask"), {"distill_adv_max_clip": 5.0, "distill_adv_min_clip": -30.0}

@@ -7,19 +7,8 @@ import copy
 
 import pytest
 import torch
+from support import tiny_workers as tiny
 from support.exact_cases import MISSING, Models, workers
-from support.tiny_workers import (
-    assert_same_gradient,
-    draw_rows,
-    first_gradient,
-    load_plain,
-    of_tokens,
-    plain_gradient,
-    plain_log_probs,
-    rollouts,
-    weights_of,
-    with_loss_inputs,
-)
 
 from verl.config import ActorRolloutRefConfig, FSDPConfig, MixedPrecisionConfig
 from verl.protocol import DataProto
@@ -37,7 +26,7 @@ def update(config: ActorRolloutRefConfig, batch: DataProto) -> tuple[StudentWork
 
 
 def drawn_batch(models: Models, temperature: float = 1.0) -> DataProto:
-    return with_loss_inputs(rollouts(draw_rows(ROWS, models.ids), models.extend_start, temperature))
+    return tiny.with_loss_inputs(tiny.rollouts(tiny.draw_rows(ROWS, models.ids), models.extend_start, temperature))
 
 
 def token_losses(log_probs: torch.Tensor, batch: DataProto) -> torch.Tensor:
@@ -67,12 +56,12 @@ def test_gradient_is_that_of_the_loss_over_whole_logits(mode: str, models: Model
     batch = batch.union(DataProto.from_dict({"rollout_is_weights": torch.rand_like(batch.tensor("advantages"))}))
     config = models.config(actor={"loss_agg_mode": mode})
     worker, metrics = update(config, batch)
-    plain = load_plain(models.student)
-    log_probs = of_tokens(plain_log_probs(plain, batch, models.ids, temperature=1.2), batch)
+    plain = tiny.load_plain(models.student)
+    log_probs = tiny.of_tokens(tiny.plain_log_probs(plain, batch, models.ids, temperature=1.2), batch)
     losses = token_losses(log_probs, batch) * batch.tensor("rollout_is_weights")
     loss = aggregate(losses, batch.tensor("response_mask"), mode)
-    right = plain_gradient(plain, loss)
-    assert_same_gradient(first_gradient(worker), right)
+    right = tiny.plain_gradient(plain, loss)
+    tiny.assert_same_gradient(tiny.first_gradient(worker), right)
     assert metrics["actor/pg_loss"] == pytest.approx(float(loss.detach()), abs=1e-5)
     norm = torch.stack([value.norm() for value in right.values()]).norm()
     assert metrics["actor/grad_norm"] == pytest.approx(float(norm), rel=1e-4)
@@ -86,15 +75,15 @@ def test_entropy_and_kl_terms(models: Models) -> None:
     batch = batch.union(DataProto.from_dict({"ref_log_prob": ref}))
     terms = {"entropy_coeff": 0.3, "use_kl_loss": True, "kl_loss_coef": 0.7, "kl_loss_type": "k2"}
     worker, metrics = update(models.config(actor=terms), batch)
-    plain = load_plain(models.student)
-    distribution = plain_log_probs(plain, batch, models.ids)
-    log_probs, trained = of_tokens(distribution, batch), batch.tensor("response_mask")
+    plain = tiny.load_plain(models.student)
+    distribution = tiny.plain_log_probs(plain, batch, models.ids)
+    log_probs, trained = tiny.of_tokens(distribution, batch), batch.tensor("response_mask")
     known = trained * ~unknown  # the stand-in is no log-prob
     assert 0 < known.sum() < trained.sum()
     entropy = aggregate(-(distribution.exp() * distribution).sum(-1), trained, "token-mean")
     kl = aggregate(0.5 * (log_probs - ref).square(), known, "token-mean")
     loss = aggregate(token_losses(log_probs, batch), trained, "token-mean") - 0.3 * entropy + 0.7 * kl
-    assert_same_gradient(first_gradient(worker), plain_gradient(plain, loss))
+    tiny.assert_same_gradient(tiny.first_gradient(worker), tiny.plain_gradient(plain, loss))
     for name, value in (("loss", loss), ("entropy_loss", entropy), ("kl_loss", kl)):
         assert metrics[f"actor/{name}"] == pytest.approx(float(value.detach()), abs=1e-4)
 
@@ -114,10 +103,10 @@ def test_gradient_does_not_depend_on_how_a_batch_is_cut(models: Models) -> None:
     for name, (actor, model) in CUTS.items():
         config = models.config(actor={**actor, "loss_agg_mode": "seq-mean-token-mean"}, model=model)
         worker, metrics = update(config, drawn_batch(models))
-        results[name] = first_gradient(worker), metrics
+        results[name] = tiny.first_gradient(worker), metrics
     gradient, metrics = results.pop("one micro-batch")
     for other_gradient, other_metrics in results.values():
-        assert_same_gradient(other_gradient, gradient)
+        tiny.assert_same_gradient(other_gradient, gradient)
         assert other_metrics == pytest.approx(metrics, abs=1e-5)
 
 
@@ -130,7 +119,7 @@ def extended_batch(extend_start: int) -> DataProto:
         ([10, 11, 12], [50, 51, 52, 53]),  # no extended token
         ([13, e + 3], [60, e + 4]),  # extended ids in the prompt, t* last
     ]
-    return with_loss_inputs(rollouts(rows, extend_start))
+    return tiny.with_loss_inputs(tiny.rollouts(rows, extend_start))
 
 
 def test_nothing_after_the_first_extended_token_has_a_gradient(models: Models) -> None:
@@ -138,7 +127,7 @@ def test_nothing_after_the_first_extended_token_has_a_gradient(models: Models) -
     batch, config = extended_batch(models.extend_start), models.config(rows_per_step=4)
     trained = batch.tensor("response_mask").bool()
     assert trained.tolist()[:2] == [[True] * 3 + [False] * 5, [True] + [False] * 7]
-    gradient = first_gradient(update(config, batch)[0])
+    gradient = tiny.first_gradient(update(config, batch)[0])
     other = copy.deepcopy(batch)
     after = ~trained & other.tensor("attention_mask")[:, -trained.shape[1] :].bool()
     assert after.sum() == 4
@@ -146,24 +135,24 @@ def test_nothing_after_the_first_extended_token_has_a_gradient(models: Models) -
     other.tensor("old_log_probs")[~trained] = float("-inf")
     other.tensor("responses")[after] = 77
     other.tensor("input_ids")[:, -trained.shape[1] :][after] = 77
-    assert_same_gradient(first_gradient(update(config, other)[0]), gradient)
+    tiny.assert_same_gradient(tiny.first_gradient(update(config, other)[0]), gradient)
 
 
 def test_a_mini_batch_without_trained_tokens_changes_nothing(models: Models) -> None:
     batch = extended_batch(models.extend_start)
     batch.tensor("response_mask").zero_()
     worker, metrics = update(models.config(rows_per_step=4), batch)
-    assert not any(value.any() for value in first_gradient(worker).values())
+    assert not any(value.any() for value in tiny.first_gradient(worker).values())
     assert (metrics["actor/updates"], metrics["actor/skipped_updates"]) == (0, 0), "nothing to learn is no fault"
     assert all(value == value for value in metrics.values())  # no NaN
-    plain = dict(load_plain(models.student).named_parameters())
-    assert all(torch.equal(value, plain[name]) for name, value in weights_of(worker).items())
+    plain = dict(tiny.load_plain(models.student).named_parameters())
+    assert all(torch.equal(value, plain[name]) for name, value in tiny.weights_of(worker).items())
 
 
 def test_half_precision(models: Models) -> None:
     """bf16 as on GPUs, on the CPU: fp32 parameters, bf16 passes, a gradient near the fp32 one."""
     bf16 = FSDPConfig(mixed_precision=MixedPrecisionConfig(param_dtype="bf16"))
     low, high = (update(models.config(actor=a), drawn_batch(models))[0] for a in ({"fsdp_config": bf16}, {}))
-    of_low = first_gradient(low)
-    for name, value in first_gradient(high).items():
+    of_low = tiny.first_gradient(low)
+    for name, value in tiny.first_gradient(high).items():
         assert (of_low[name] - value).norm() / value.norm() < 0.05, name

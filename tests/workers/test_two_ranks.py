@@ -12,20 +12,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from support import tiny_workers as tiny
 from support.exact_cases import Models, workers
 from support.file_faults import full_disk
-from support.tiny_workers import (
-    assert_same_gradient,
-    draw_rows,
-    first_gradient,
-    load_plain,
-    rollouts,
-    run_ranks,
-    whole,
-    with_loss_inputs,
-    worker_config,
-    write_model,
-)
 
 from verl import model_merger
 from verl.config import ActorRolloutRefConfig
@@ -56,12 +45,10 @@ def run_student(config: ActorRolloutRefConfig, share: DataProto, other: DataProt
     worker = workers(config)
     teacher = TeacherWorker(config=config, device="cpu")
     teacher.init_model()  # a second role in the process joins the group that is there
-    seen: dict[str, Any] = {
-        "scores": dict(worker.compute_log_prob(share).batch),
-        "ref": dict(teacher.compute_ref_log_prob(share).batch),
-    }
+    seen: dict[str, Any] = {"scores": dict(worker.compute_log_prob(share).batch)}
+    seen["ref"] = dict(teacher.compute_ref_log_prob(share).batch)
     seen["metrics"] = worker.update_actor(share).meta_info["metrics"]
-    seen["gradient"] = first_gradient(worker)
+    seen["gradient"] = tiny.first_gradient(worker)
     worker.save_checkpoint(str(folder / "checkpoint"), 1)
     seen["saved_scores"] = worker.compute_log_prob(share).tensor("old_log_probs")
     seen["paths"], seen["weights"] = export_weights(worker)
@@ -74,7 +61,7 @@ def run_student(config: ActorRolloutRefConfig, share: DataProto, other: DataProt
 
 def next_step(worker: StudentWorker, share: DataProto) -> dict[str, Any]:
     """The second step of a run: its metrics, and the moments after it."""
-    return {"metrics": worker.update_actor(share).meta_info["metrics"], "moments": first_gradient(worker)}
+    return {"metrics": worker.update_actor(share).meta_info["metrics"], "moments": tiny.first_gradient(worker)}
 
 
 def resumed_step(config: ActorRolloutRefConfig, share: DataProto, checkpoint: Path) -> dict[str, Any]:
@@ -96,15 +83,14 @@ def rank_program(cases: list[tuple[ActorRolloutRefConfig, DataProto, DataProto, 
 
 def make_batches(student_ids: int, extend_start: int) -> tuple[DataProto, DataProto]:
     """A batch of which the second rank trains little, and one of which it trains nothing."""
-    batch = with_loss_inputs(rollouts(draw_rows(ROWS, student_ids), extend_start))
-    other = with_loss_inputs(rollouts(draw_rows(ROWS, student_ids, seed=5), extend_start), seed=5)
+    batch = tiny.with_loss_inputs(tiny.rollouts(tiny.draw_rows(ROWS, student_ids), extend_start))
+    other = tiny.with_loss_inputs(tiny.rollouts(tiny.draw_rows(ROWS, student_ids, seed=5), extend_start), seed=5)
     batch.tensor("response_mask")[5:] = 0
     other.tensor("response_mask")[ROWS // 2 :] = 0
     for data in (batch, other):
         unknown = data.tensor("distill_special_token_mask").bool()
-        data.union(
-            DataProto.from_dict({"ref_log_prob": (data.tensor("old_log_probs") + 0.2).masked_fill(unknown, -100)})
-        )
+        scores = (data.tensor("old_log_probs") + 0.2).masked_fill(unknown, -100)
+        data.union(DataProto.from_dict({"ref_log_prob": scores}))
     return batch, other
 
 
@@ -115,16 +101,12 @@ def test_two_ranks_do_what_one_does(
     cases = []
     for tied, mode, padded in ((True, "token-mean", False), (False, "seq-mean-token-mean", True)):
         folder = tmp_path / mode
-        model = write_model(folder / "model", tiny_tokenizers[1], tied=tied, rows=student_ids + 6)  # an odd number
-        config = worker_config(
-            model,
-            extend_start=extend_start,
-            actor={**terms, "loss_agg_mode": mode},
-            model={"use_remove_padding": padded},
-        )
+        model = tiny.write_model(folder / "model", tiny_tokenizers[1], tied=tied, rows=student_ids + 6)  # an odd number
+        settings = {"actor": {**terms, "loss_agg_mode": mode}, "model": {"use_remove_padding": padded}}
+        config = tiny.worker_config(model, extend_start=extend_start, **settings)
         cases.append((config, *make_batches(student_ids, extend_start), folder))
     alone = [run_student(config, batch, other, folder / "alone") for config, batch, other, folder in cases]
-    run_ranks(2, rank_program, cases)
+    tiny.run_ranks(2, rank_program, cases)
     for (config, _, other, folder), one in zip(cases, alone, strict=True):
         two = [torch.load(folder / f"seen_{rank}.pt", weights_only=False) for rank in range(2)]
         check_scores(one, two)
@@ -146,14 +128,14 @@ def check_scores(one: dict[str, Any], two: list[dict[str, Any]]) -> None:
 def check_gradient(one: dict[str, Any], two: list[dict[str, Any]]) -> None:
     assert two[0]["metrics"] == two[1]["metrics"] == pytest.approx(one["metrics"], rel=1e-4, abs=1e-5)
     for seen in two:
-        assert_same_gradient(seen["gradient"], one["gradient"])
+        tiny.assert_same_gradient(seen["gradient"], one["gradient"])
 
 
 def check_weights(folder: Path, two: list[dict[str, Any]]) -> None:
     """One rank of the machine writes, its files are gone, and what they held is what the checkpoint holds."""
     assert two[0]["paths"] and not two[1]["paths"] and not two[1]["weights"]
     assert not any(Path(path).exists() for path in two[0]["paths"])
-    plain = dict(load_plain(folder / "checkpoint" / "huggingface").named_parameters())
+    plain = dict(tiny.load_plain(folder / "checkpoint" / "huggingface").named_parameters())
     assert two[0]["weights"].keys() == plain.keys()
     assert all(torch.equal(two[0]["weights"][name], value) for name, value in plain.items())
 
@@ -166,7 +148,7 @@ def check_export(student_ids: int, folder: Path, two: list[dict[str, Any]]) -> N
     command = ["merge", "--backend", "fsdp", "--local_dir", str(actor), "--target_dir", str(target)]
     assert model_merger.main(command) == 0
     assert model_merger.main(command) == 1, "a model is not written over"
-    plain = load_plain(target)
+    plain = tiny.load_plain(target)
     assert all(torch.equal(two[0]["weights"][name], value) for name, value in plain.named_parameters())
     assert plain.get_input_embeddings().weight.shape[0] == student_ids + 6
     assert (plain.lm_head.weight is plain.model.embed_tokens.weight) == plain.config.tie_word_embeddings
@@ -182,7 +164,7 @@ def check_failed_save(folder: Path, two: list[dict[str, Any]]) -> None:
 def check_resumed(right: dict[str, Any], got: dict[str, Any]) -> None:
     """A run that goes on with another number of ranks takes the step that it would have taken."""
     assert got["metrics"] == pytest.approx(right["metrics"], rel=1e-5, abs=1e-5)
-    assert_same_gradient(got["moments"], right["moments"], atol=1e-5)
+    tiny.assert_same_gradient(got["moments"], right["moments"], atol=1e-5)
 
 
 STEP_ROWS = 4
@@ -199,7 +181,7 @@ def mini_batches(student_ids: int, key: str, poison: float) -> list[DataProto]:
     """Three of them; the last row of the second is poisoned at one trained token."""
     parts = []
     for seed in range(3):
-        part = with_loss_inputs(rollouts([*draw_rows(STEP_ROWS - 1, student_ids, seed), ANSWER]), seed)
+        part = tiny.with_loss_inputs(tiny.rollouts([*tiny.draw_rows(STEP_ROWS - 1, student_ids, seed), ANSWER]), seed)
         parts.append(part.union(DataProto.from_dict({"ref_log_prob": part.tensor("old_log_probs") + 0.2})))
     parts[1].tensor(key)[-1, 2] = poison
     return parts
@@ -209,7 +191,7 @@ def state_of(worker: StudentWorker) -> dict[str, torch.Tensor]:
     """Weights, Adam's moments and its count of steps."""
     optimizer = worker._state.optimizer.state
     return {
-        f"{name} {what}": whole(value)
+        f"{name} {what}": tiny.whole(value)
         for name, weight in named_weights(worker._state.module).items()
         for what, value in {"weight": weight.detach(), **optimizer[weight]}.items()
     }
@@ -221,14 +203,14 @@ def skip_program(model: Path, student_ids: int, folder: Path) -> None:
     for case, (actor, key, poison) in CASES.items():
         parts = mini_batches(student_ids, key, poison)
         for name, used in ((case, parts), (f"{case} left out", parts[::2])):
-            worker = workers(worker_config(model, rows_per_step=STEP_ROWS, actor=actor))
+            worker = workers(tiny.worker_config(model, rows_per_step=STEP_ROWS, actor=actor))
             share = DataProto.concat([part.chunk(2)[rank] for part in used])
             seen[name] = worker.update_actor(share).meta_info["metrics"], state_of(worker)
     torch.save(seen, folder / f"seen_{rank}.pt")
 
 
 def test_two_ranks_skip_what_one_of_them_cannot_take(models: Models, tmp_path: Path) -> None:
-    run_ranks(2, skip_program, models.student, models.ids, tmp_path)
+    tiny.run_ranks(2, skip_program, models.student, models.ids, tmp_path)
     ranks = [torch.load(tmp_path / f"seen_{rank}.pt", weights_only=False) for rank in range(2)]
     for case in CASES:
         for seen in ranks:

@@ -69,10 +69,8 @@ async def test_every_row_gets_its_loop_and_seed_in_order(worker: AgentLoopWorker
     assert result.batch["response_mask"].sum(1).tolist() == [2, 4, 2]
     assert result.array("__num_turns__").tolist() == [2, 3, 2]
     assert sorted(worker.servers.conversations.values()) == [1, 1, 2], "a conversation keeps its id over turns"
-    assert (result.meta_info["metrics"]["weight_version"], result.meta_info["metrics"]["tool_calls"]) == (
-        [0] * 3,
-        [0] * 3,
-    )
+    metrics = result.meta_info["metrics"]
+    assert metrics["weight_version"] == metrics["tool_calls"] == [0] * 3
 
 
 async def test_the_first_failure_ends_the_other_conversations(worker: AgentLoopWorker) -> None:

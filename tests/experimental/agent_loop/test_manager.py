@@ -222,9 +222,8 @@ def test_a_request_that_hangs_is_cancelled_and_answered_elsewhere(world: World) 
 def test_an_engine_that_hangs_in_a_weight_sync_is_named(world: World) -> None:
     hang = world.log.with_name("hang")
     hang.touch()
-    with pytest.raises(
-        RolloutError, match=r"^rollout replica 0 \(hf, node 10.0.0.1\) did not begin a weight sync with"
-    ):
+    named = r"^rollout replica 0 \(hf, node 10.0.0.1\) did not begin a weight sync with"
+    with pytest.raises(RolloutError, match=named):
         world.manager.update_weights(world.ranks, version=6)
     hang.unlink()
     world.manager.update_weights(world.ranks, version=7)  # begins anew

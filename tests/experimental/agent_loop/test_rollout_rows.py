@@ -36,10 +36,7 @@ def output(prompt: list[int], response: list[int], mask: list[int], special: lis
 
 
 def test_every_tensor_of_two_rows_by_hand() -> None:
-    rows = [
-        output([1, 2], [3, 4, 5], [1, 1, 0], [0, 1, 0], [-0.5, -1.0, -2.0]),
-        output([1, 2, 3], [], [], [], []),
-    ]
+    rows = [output([1, 2], [3, 4, 5], [1, 1, 0], [0, 1, 0], [-0.5, -1.0, -2.0]), output([1, 2, 3], [], [], [], [])]
     tensors = pad_outputs(rows, prompt_length=3, response_length=4, pad_token_id=PAD)
     expected = {
         "prompts": [[PAD, 1, 2], [1, 2, 3]],
@@ -63,12 +60,8 @@ def test_log_probs_may_be_absent() -> None:
 def test_metrics_of_a_batch() -> None:
     counts = {"tool_calls": 3, "tool_errors": 1, "unknown_tools": 0, "malformed_calls": 0, "dropped_calls": 2}
     measured = {name: [count, 0.0] for name, count in counts.items()}
-    measured |= {
-        "generate_s": [1.0, 3.0],
-        "tool_calls_s": [0.5, 0.0],
-        "tool_reward": [1.0, 0.0],
-        "retried_requests": [0, 2],
-    }
+    measured |= {"generate_s": [1.0, 3.0], "tool_calls_s": [0.5, 0.0], "tool_reward": [1.0, 0.0]}
+    measured["retried_requests"] = [0, 2]
     seconds = {f"timing_s/agent_loop/generate_sequences/{k}": v for k, v in (("min", 1), ("mean", 2), ("max", 3))}
     without_tools = {**seconds, "agent_loop/retried_requests": 2}
     assert batch_metrics(measured, with_tools=False) == without_tools

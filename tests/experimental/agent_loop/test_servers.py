@@ -97,15 +97,12 @@ async def test_a_request_that_hangs_and_new_ones_go_to_another_replica(cancelled
     assert (await later).retries == 0
 
 
-HANGS = "was not answered by replica {}, which finished nothing for actor_rollout_ref.rollout.timeout_s=0.2 s"
+HANG = "was not answered by replica {}, which finished nothing for actor_rollout_ref.rollout.timeout_s=0.2 s"
 
 
 @pytest.mark.parametrize(
     ("count", "message"),
-    [
-        (3, f"request talk-1 {HANGS.format(0)}; request talk-2 {HANGS.format(1)}"),
-        (1, f"request talk-1 {HANGS.format(0)}"),
-    ],
+    [(3, f"request talk-1 {HANG.format(0)}; request talk-2 {HANG.format(1)}"), (1, f"request talk-1 {HANG.format(0)}")],
 )
 async def test_a_request_that_nobody_answers_ends_the_run_with_its_id(
     cancelled: list[Any], count: int, message: str

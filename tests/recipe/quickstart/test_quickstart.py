@@ -47,11 +47,8 @@ def test_bad_arguments(capsys):
 def test_the_modes_differ_in_the_mask_and_in_what_the_teacher_reads(small_world):
     masked, fork = (settings_of(small_world, objective="sampled", mode=mode) for mode in ("masked", "public-fork"))
     end = hf_tokenizer(small_world.teacher_tokenizer).eos_token_id
-    assert fork == [
-        *masked,
-        "actor_rollout_ref.rollout.mask_after_extend_token=False",
-        f"actor_rollout_ref.ref.ref_replace_token_id={end}",
-    ]
+    further = ["rollout.mask_after_extend_token=False", f"ref.ref_replace_token_id={end}"]
+    assert fork == [*masked, *(f"actor_rollout_ref.{setting}" for setting in further)]
 
 
 @pytest.mark.parametrize(

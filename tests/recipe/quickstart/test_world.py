@@ -19,10 +19,8 @@ from verl.utils.tokenizer import hf_tokenizer
 
 
 def rows_of(path):
-    return [
-        {**row, "messages": json.loads(row["messages"]), "metadata": json.loads(row["metadata"])}
-        for row in pq.read_table(path).to_pylist()
-    ]
+    rows = pq.read_table(path).to_pylist()
+    return [{**row, "messages": json.loads(row["messages"]), "metadata": json.loads(row["metadata"])} for row in rows]
 
 
 def question_of(row):

@@ -16,7 +16,8 @@ from verl.trainer.launch.typed import load_config
 
 STUDENT, TEACHER, ROLLOUT = "actor_rollout_ref.model", "actor_rollout_ref.ref.model", "actor_rollout_ref.rollout"
 GRPO = ["algorithm.adv_estimator=grpo", f"{ROLLOUT}.n=2"]
-BEST = ["trainer.test_freq=5", "data.val_files=train.parquet"]
+VAL = "data.val_files=train.parquet"
+BEST = ["trainer.test_freq=5", VAL]
 WEIGHTS = ["algorithm.rollout_correction.rollout_is=token", f"{ROLLOUT}.calculate_log_probs=True"]
 GREEDY = f"{ROLLOUT}.val_kwargs.do_sample=False"
 NO_REWARD = "custom_reward_function.path=null"
@@ -143,12 +144,9 @@ def test_agent_loops(run: list[str]) -> None:
     [
         ([f"{ROLLOUT}.top_p=0.9"], f"biased: {ROLLOUT}.top_p=0.9 and top_k=-1"),
         ([f"{ROLLOUT}.top_k=20", *WEIGHTS], f"biased: {ROLLOUT}.top_p=1.0 and top_k=20"),
-        (["data.val_files=train.parquet", GREEDY], "validation has no reverse KL, which needs answers of the policy; "),
-        (["data.val_files=train.parquet", f"{ROLLOUT}.val_kwargs.top_p=0.95"], "top_p=0.95 and top_k=-1: set them to"),
-        (
-            ["data.val_files=train.parquet", f"{ROLLOUT}.temperature=0.7"],
-            "temperature=1.0, top_p=1.0 and top_k=-1: set",
-        ),
+        ([VAL, GREEDY], "validation has no reverse KL, which needs answers of the policy; "),
+        ([VAL, f"{ROLLOUT}.val_kwargs.top_p=0.95"], "top_p=0.95 and top_k=-1: set them to"),
+        ([VAL, f"{ROLLOUT}.temperature=0.7"], "temperature=1.0, top_p=1.0 and top_k=-1: set"),
         (["algorithm.adv_estimator=rloo"], f"compares the answers to one prompt, and {ROLLOUT}.n=1 gives it one"),
         ([*GRPO, "algorithm.distill.coef=0.5"], "no teacher knows item tokens, so an answer is trained up to its"),
     ],
@@ -163,8 +161,8 @@ def test_notices(run: list[str], overrides: list[str], expected: str) -> None:
     [
         [*GRPO, "algorithm.distill.coef=0.5", "++algorithm.distill.teachers.self={sources:[rec_*]}"],
         [*GRPO, "algorithm.distill.coef=0.5", f"{ROLLOUT}.extend_vocab_start_token=null"],
-        ["data.val_files=train.parquet"],
-        ["data.val_files=train.parquet", *GRPO, GREEDY],
+        [VAL],
+        [VAL, *GRPO, GREEDY],
     ],
 )
 def test_no_notice(run: list[str], overrides: list[str]) -> None:

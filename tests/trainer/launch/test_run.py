@@ -110,7 +110,5 @@ def test_a_signal_is_the_exit_code(end_of: Callable[..., Any], number: signal.Si
 
 @pytest.mark.parametrize("handler", [signal.raise_signal, sys.exit], ids=["ours", "Ray's, while it starts"])
 def test_a_signal_during_the_start_leaves_at_once(end_of: Callable[..., Any], handler: Callable[[int], None]) -> None:
-    assert end_of(start=lambda ray_init: handler(int(signal.SIGTERM))) == (
-        143,
-        ["left at once at SIGTERM: step 0 of 9"],
-    )
+    ended = end_of(start=lambda ray_init: handler(int(signal.SIGTERM)))
+    assert ended == (143, ["left at once at SIGTERM: step 0 of 9"])

@@ -69,17 +69,13 @@ def with_teacher(pair: "Pair", path: Path, vocabulary: str, *overrides: str) -> 
 
 
 @pytest.mark.parametrize(
-    ("model", "vocabulary", "right", "verb"),
-    [
-        ("teacher", "full", "base", "lacks"),
-        ("teacher", "stitched", "base", "lacks"),
-        ("student", "base", "full", "knows"),
-    ],
+    ("model", "vocabulary", "right"),
+    [("teacher", "full", "base"), ("teacher", "stitched", "base"), ("student", "base", "full")],
 )
 def test_the_vocabulary_of_a_further_teacher(
-    tiny_pair: "Pair", caplog: pytest.LogCaptureFixture, model: str, vocabulary: str, right: str, verb: str
+    tiny_pair: "Pair", caplog: pytest.LogCaptureFixture, model: str, vocabulary: str, right: str
 ) -> None:
-    path = getattr(tiny_pair, model)
+    path, verb = getattr(tiny_pair, model), "lacks" if right == "base" else "knows"
     advice = f"- set {HELPER}.vocabulary={right}, not {vocabulary}: {path} {verb} the item tokens"
     with pytest.raises(ValueError, match=re.escape(advice) + "$"):
         resolve_vocabulary(with_teacher(tiny_pair, path, vocabulary))

@@ -77,12 +77,9 @@ def test_an_estimator_of_ones_own_gets_what_it_names(monkeypatch: pytest.MonkeyP
 def test_missing_inputs_and_a_missing_kl_penalty_are_refused() -> None:
     batch = distill_batch()
     batch.pop(batch_keys=["ref_log_prob"])
-    for estimator, missing in (
-        ("on_policy_distill", r"'ref_log_prob' \(made by: teacher"),
-        ("grpo", "'token_level_sc"),
-    ):
+    for name, missing in (("on_policy_distill", r"'ref_log_prob' \(made by: teacher"), ("grpo", "'token_level_sc")):
         with pytest.raises(KeyError, match=missing):
-            compute_advantage(batch, estimator)
+            compute_advantage(batch, name)
     batch.batch["token_level_scores"] = torch.zeros(2, 3)
     with pytest.raises(ValueError, match="call apply_kl_penalty first"):
         compute_advantage(batch, "grpo", config=AlgoConfig(use_kl_in_reward=True))

@@ -105,9 +105,8 @@ def test_a_gap_above_the_bound_is_counted_and_warned_of(tmp_path: Path, caplog: 
 
 
 def test_a_gap_is_warned_of_again_where_it_has_doubled(tmp_path: Path, caplog: Any) -> None:
-    metrics = gaps(
-        EngineGap(make_config(tmp_path, engine_gap_bound=0.1)), 0.2, 0.3, 0.4, 0.2, 0.7, 0.8, math.nan, math.nan, 3.0
-    )
+    guard = EngineGap(make_config(tmp_path, engine_gap_bound=0.1))
+    metrics = gaps(guard, 0.2, 0.3, 0.4, 0.2, 0.7, 0.8, math.nan, math.nan, 3.0)
     assert all(step["distill/engine_gap_exceeded"] for step in metrics)
     assert [record.getMessage().split(":")[0] for record in caplog.records] == ["step 1", "step 3", "step 6", "step 7"]
 

@@ -88,9 +88,8 @@ def test_distillation_metrics_by_hand() -> None:
 @pytest.mark.parametrize("objective", ["exact", "forward_kl", "topk"])
 def test_objectives_without_an_advantage_have_no_metrics_of_it(objective: str) -> None:
     config = AlgoConfig(distill_adv_min_clip=-30.0, distill=DistillConfig(objective))
-    metrics, every = (
-        metric_utils.compute_on_policy_distill_data_metrics(batch_of_three(), given) for given in (config, CLIPS)
-    )
+    measure = metric_utils.compute_on_policy_distill_data_metrics
+    metrics, every = measure(batch_of_three(), config), measure(batch_of_three(), CLIPS)
     of_advantage = ("extend_adv_share", "adv_clipfrac_low", "adv_clipfrac_high")
     assert metrics == {name: value for name, value in every.items() if not name.endswith(of_advantage)}
     assert len(metrics) == len(every) - 9, "overall and of two sources"
@@ -111,10 +110,8 @@ def test_a_bound_of_zero_is_counted() -> None:
 def test_metrics_over_nothing_are_left_out() -> None:
     batch = batch_of_three()
     batch.batch["response_mask"] = torch.zeros_like(batch.batch["response_mask"])
-    distill, data = (
-        metric_utils.compute_on_policy_distill_data_metrics(batch, CLIPS),
-        metric_utils.compute_data_metrics(batch),
-    )
+    distill = metric_utils.compute_on_policy_distill_data_metrics(batch, CLIPS)
+    data = metric_utils.compute_data_metrics(batch)
     assert not {f"distill/{key}" for key in ("reverse_kl", "extend_mass", "adv_clipfrac_low", "entropy")} & set(distill)
     assert distill["distill/trained_tokens"] == 0.0 and distill["distill/masked_seq_ratio"] == 1.0
     assert "critic/advantages/mean" not in data
@@ -193,12 +190,8 @@ def test_validation_metrics() -> None:
 
 def test_reduction_follows_the_name() -> None:
     metrics = {"actor/pg_loss": [1.0, 3.0], "perf/max_memory": [1, 5], "perf/min_free": [1, 5], "maximum/mean": [1, 3]}
-    assert metric_utils.reduce_metrics(metrics) == {
-        "actor/pg_loss": 2.0,
-        "perf/max_memory": 5.0,
-        "perf/min_free": 1.0,
-        "maximum/mean": 2.0,
-    }
+    reduced = {"actor/pg_loss": 2.0, "perf/max_memory": 5.0, "perf/min_free": 1.0, "maximum/mean": 2.0}
+    assert metric_utils.reduce_metrics(metrics) == reduced
 
 
 def test_other_values_of_a_reward_function_are_averaged() -> None:

@@ -58,12 +58,8 @@ def test_a_mapping_reports_more_than_the_score() -> None:
 
 
 def test_results_without_a_score_are_refused() -> None:
-    wrong = [
-        ({"acc": 1}, "row 0; it must hold 'score'"),
-        ("high", "'high' for row 0"),
-        (float("inf"), "must be finite"),
-    ]
-    for result, message in wrong:
+    bad = [({"acc": 1}, "row 0; it must hold 'score'"), ("high", "'high' for row 0"), (float("inf"), "must be finite")]
+    for result, message in bad:
         with pytest.raises(ValueError, match=message):
             compute_rewards(responses(), LetterTokenizer(), lambda result=result, **_: result)
 

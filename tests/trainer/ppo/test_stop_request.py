@@ -13,15 +13,7 @@ from test_ray_trainer import Prompts, make_config, make_trainer
 from verl.trainer.ppo.stop_request import StopRequest
 
 STEPS = 4
-STAGES = (
-    "generate",
-    "old_log_prob",
-    "advantage",
-    "update_actor",
-    "sync_weights",
-    "score_validation",
-    "save_checkpoint",
-)
+STAGES = "generate", "old_log_prob", "advantage", "update_actor", "sync_weights", "score_validation", "save_checkpoint"
 
 
 @pytest.fixture

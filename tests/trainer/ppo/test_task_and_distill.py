@@ -22,16 +22,9 @@ def batch_of(scores: list[float]) -> DataProto:
     """Two prompts with two answers each; the rows of prompt b belong to the second teacher, which knows items."""
     rewards = torch.zeros(4, 3)
     rewards[:, 2] = torch.tensor(scores)
-    return DataProto.from_dict(
-        {
-            "old_log_probs": STUDENT,
-            "ref_log_prob": TEACHER,
-            "response_mask": MASK,
-            "token_level_scores": rewards,
-            "teacher": torch.tensor([0, 0, 1, 1]),
-        },
-        {"uid": np.array(["a", "a", "b", "b"], dtype=object)},
-    )
+    tensors = {"old_log_probs": STUDENT, "ref_log_prob": TEACHER, "response_mask": MASK, "token_level_scores": rewards}
+    tensors["teacher"] = torch.tensor([0, 0, 1, 1])
+    return DataProto.from_dict(tensors, {"uid": np.array(["a", "a", "b", "b"], dtype=object)})
 
 
 def algorithm(estimator: str = "grpo", coef: float | None = 0.5, weight: float = 2.0, **more: Any) -> AlgoConfig:

@@ -66,9 +66,8 @@ def test_the_best_of_a_run_is_found_again_after_a_kill(tiny_pair: Any, tmp_path:
         assert data["advantage/rec_next/task_abs"] > 0 and data["advantage_teacher/ref/distill_abs"] > 0
         assert data["actor/grad_norm"] > 0 and data["actor/skipped_updates"] == 0
     assert steps[0]["distill_teacher/self/reverse_kl"] == pytest.approx(0, abs=1e-4), "it is the student itself"
-    assert (
-        abs(steps[-1]["distill_teacher/self/reverse_kl"]) > 1e-4 and steps[0]["distill_teacher/ref/reverse_kl"] > 0.01
-    )
+    assert abs(steps[-1]["distill_teacher/self/reverse_kl"]) > 1e-4
+    assert steps[0]["distill_teacher/ref/reverse_kl"] > 0.01
     kept = load_file(folder / "best" / "huggingface" / "model.safetensors")
     of_step = load_file(folder / f"global_step_{expected}" / "actor" / "huggingface" / "model.safetensors")
     assert all(torch.equal(value, of_step[name]) for name, value in kept.items())

@@ -10,15 +10,8 @@ import pytest
 import ray
 import torch
 from ray.cloudpickle import register_pickle_by_value
+from support import tiny_workers as tiny
 from support.tiny_pairs import Pair
-from support.tiny_workers import (
-    assert_same_gradient,
-    draw_rows,
-    first_gradient,
-    rollouts,
-    with_loss_inputs,
-    worker_config,
-)
 
 from recipe.onpolicy_distill.onpolicy_distill_trainer import RayOnPolicyDistillTrainer
 from verl.config import ActorRolloutRefConfig, DistillConfig, PPOConfig, TeacherConfig, TrainerConfig
@@ -65,7 +58,7 @@ class Student(StudentWorker):
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def gradient(self) -> dict[str, torch.Tensor]:
-        return first_gradient(self)
+        return tiny.first_gradient(self)
 
 
 class Update(NamedTuple):
@@ -108,16 +101,15 @@ def test_a_student_learns_from_a_teacher_of_its_own_ranks_what_it_learns_from_on
     start = tiny_pair.extend_vocab_start_token
     further = {"self": TeacherConfig(sources=["rec"]), "mixed": TeacherConfig(vocabulary="stitched", sources=["mixed"])}
     distill = DistillConfig("exact", support="shared", leak_coef=0.5, leak_target=0.2, teachers=further)
-    config = worker_config(tiny_pair.student, tiny_pair.teacher, extend_start=start, rows_per_step=8)
-    batch = with_loss_inputs(rollouts(draw_rows(8, start + 20), start, temperature=0.9))
+    config = tiny.worker_config(tiny_pair.student, tiny_pair.teacher, extend_start=start, rows_per_step=8)
+    batch = tiny.with_loss_inputs(tiny.rollouts(tiny.draw_rows(8, start + 20), start, temperature=0.9))
     batch = batch.union(DataProto.from_dict({"teacher": torch.arange(8) % 3}))
     beside = update(TrainerConfig(n_gpus_per_node=2), config, distill, batch.select())
-    apart = update(
-        TrainerConfig(n_gpus_per_node=2, teacher_nnodes=1, teacher_n_gpus_per_node=2), config, distill, batch.select()
-    )
+    ranks = TrainerConfig(n_gpus_per_node=2, teacher_nnodes=1, teacher_n_gpus_per_node=2)
+    apart = update(ranks, config, distill, batch.select())
     for name in ("actor/distill_loss", "actor/distill_divergence", "actor/leak_loss", "actor/grad_norm"):
         assert apart.metrics[name] == pytest.approx(beside.metrics[name], rel=1e-5), name
-    assert_same_gradient(apart.gradient, beside.gradient)
+    tiny.assert_same_gradient(apart.gradient, beside.gradient)
     torch.testing.assert_close(apart.scores, beside.scores, rtol=0, atol=1e-5)
     assert (beside.scores != 0).equal(batch.tensor("response_mask").flip(0).bool())
 

@@ -58,11 +58,8 @@ def test_rows_of_three_teachers_get_the_numbers_that_each_gives_alone() -> None:
 
 
 def test_the_prompt_decides_where_a_teacher_asks_for_it() -> None:
-    further = {
-        "reader": TeacherConfig(sources=["rec_*"], prompts="with_items"),
-        "writer": TeacherConfig(sources=["*"], prompts="without_items"),
-    }
-    trainer = trainer_of(further)
+    reader = TeacherConfig(sources=["rec_*"], prompts="with_items")
+    trainer = trainer_of({"reader": reader, "writer": TeacherConfig(sources=["*"], prompts="without_items")})
     rows = {"source": np.array(SOURCES, dtype=object), "index": np.arange(6)}
     rows["has_extended"] = np.array([True, True, False, False, False, False], dtype=object)
     batch = trainer.prepare(rows, n=1)

@@ -63,9 +63,7 @@ def test_metrics_and_weights_are_those_of_a_run_that_scores_before(tiny_pair: An
     for step, expected in zip(updated, before, strict=True):
         missing = {"timing_s/ref", "timing_s/adv"}
         assert {name for name in expected.keys() - step.keys() if name.startswith("timing_s/")} == missing
-        metrics = {
-            name: value for name, value in expected.items() if not name.startswith((*MEASURED, *OF_NO_ADVANTAGE))
-        }
+        metrics = {k: value for k, value in expected.items() if not k.startswith((*MEASURED, *OF_NO_ADVANTAGE))}
         got = {name: value for name, value in step.items() if not name.startswith(MEASURED)}
         assert got == pytest.approx(metrics, rel=1e-4, abs=1e-5)
     for name in ("distill/reverse_kl", "distill/mixed/reverse_kl", "distill_teacher/both/reverse_kl"):

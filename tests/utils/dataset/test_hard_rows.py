@@ -137,9 +137,8 @@ def test_text_cells_whatever_the_type_of_their_column(tokenizer, tmp_path, kind)
         column = pa.array([cell and cell.encode() for cell in cells] if kind == "binary" else cells, kind)
     pq.write_table(pa.table({"messages": column}), tmp_path / "rows.parquet")
     found = outcomes(tmp_path, tokenizer)
-    assert {name: found["rows.parquet", row][0] for row, (name, _, _) in enumerate(TEXT_CELLS)} == {
-        name: outcome for name, _, outcome in TEXT_CELLS
-    }
+    expected = {name: outcome for name, _, outcome in TEXT_CELLS}
+    assert {name: found["rows.parquet", row][0] for row, name in enumerate(expected)} == expected
     assert len(found) == len(TEXT_CELLS)
 
 

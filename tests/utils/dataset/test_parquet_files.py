@@ -64,17 +64,15 @@ def test_rows_over_files_with_different_columns(tmp_path):
 def test_a_file_that_is_no_parquet_gives_one_clear_line(tmp_path, spoil, message):
     path = write(tmp_path / "d.parquet", x=[f"row {number} {number * 7919 % 1000}" for number in range(5000)])
     path.write_bytes(spoil(path.read_bytes()))
-    with pytest.raises(
-        ValueError, match=r"d\.parquet cannot be read as parquet: .*; convert it, or copy it again$"
-    ) as caught:
+    expected = r"d\.parquet cannot be read as parquet: .*; convert it, or copy it again$"
+    with pytest.raises(ValueError, match=expected) as caught:
         ParquetRows([path], ["x"])
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_cell_that_python_cannot_hold_costs_no_other(tmp_path):
-    text = pa.Array.from_buffers(
-        pa.string(), 2, [None, pa.py_buffer(b"\0\0\0\0\2\0\0\0\3\0\0\0"), pa.py_buffer(b"\xff\xfea")]
-    )
+    buffers = [None, pa.py_buffer(b"\0\0\0\0\2\0\0\0\3\0\0\0"), pa.py_buffer(b"\xff\xfea")]
+    text = pa.Array.from_buffers(pa.string(), 2, buffers)
     date = pa.array([0, 2**50], pa.timestamp("ms"))
     rows = ParquetRows([write(tmp_path / "d.parquet", x=text, y=date)], ["x", "y"])
     assert [row["x"] for row in rows] == [b"\xff\xfe", "a"]

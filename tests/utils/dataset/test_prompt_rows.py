@@ -26,9 +26,7 @@ dumps = st.sampled_from([json.dumps, lambda turns: json.dumps(turns, ensure_asci
 oddities = st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=5)
 keys = st.sampled_from(["role", "content", "type", "text", "name", "tool_calls"])
 anything = st.recursive(
-    oddities,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(keys, inner, max_size=4),
-    max_leaves=8,
+    oddities, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(keys, inner, max_size=4), max_leaves=8
 )
 
 

@@ -62,9 +62,7 @@ def test_arguments_of_tool_calls_come_as_the_template_takes_them(tokenizer, tmp_
         "texts": "{{ '<' + call.arguments + '>' }}",
         "both": "{{ call.arguments if call.arguments is string else call.arguments | tojson }}",
     }[takes]
-    calls = (
-        "{% for tool_call in message.tool_calls or [] %}{% set call = tool_call.function %}" + shown + "{% endfor %}"
-    )
+    calls = "{% for tool in message.tool_calls or [] %}{% set call = tool.function %}" + shown + "{% endfor %}"
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template = "{% for message in messages %}[{{ message.content }}]" + calls + "{% endfor %}"
 

@@ -5,20 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import tiny_workers as tiny
 from support.exact_cases import Models, workers
-from support.tiny_workers import (
-    ADAM_BETA1,
-    draw_rows,
-    first_gradient,
-    load_plain,
-    rollouts,
-    run_ranks,
-    weights_of,
-    whole,
-    with_loss_inputs,
-    worker_config,
-    write_model,
-)
 
 from verl.config import ActorRolloutRefConfig, OptimizerConfig
 from verl.protocol import DataProto
@@ -28,14 +16,14 @@ from verl.workers.student_worker import StudentWorker
 pytestmark = pytest.mark.usefixtures("one_rank")
 
 ROWS, STEPS = 8, 3
-DECAYING = {"optim": OptimizerConfig(lr=1e-2, weight_decay=0.5, betas=(ADAM_BETA1, 0.999))}
+DECAYING = {"optim": OptimizerConfig(lr=1e-2, weight_decay=0.5, betas=(tiny.ADAM_BETA1, 0.999))}
 FROZEN = {"freeze_extended_rows": True, "grad_clip": 0.5, **DECAYING}
 DRIFT = ("actor/extended_row_drift", "actor/shared_row_drift")
 MATRICES = ("model.embed_tokens.weight", "lm_head.weight")
 
 
 def batch_of(vocabulary: int, start: int, seed: int = 0) -> DataProto:
-    return with_loss_inputs(rollouts(draw_rows(ROWS, vocabulary, seed), start))
+    return tiny.with_loss_inputs(tiny.rollouts(tiny.draw_rows(ROWS, vocabulary, seed), start))
 
 
 def train(student: StudentWorker, batch: DataProto, steps: int = STEPS) -> dict[str, float]:
@@ -45,14 +33,14 @@ def train(student: StudentWorker, batch: DataProto, steps: int = STEPS) -> dict[
 
 def assert_extended_rows_untouched(student: StudentWorker, model: Path, start: int) -> None:
     """They are those of the files, their moments are zero, and the rest has moved."""
-    files, weights = dict(load_plain(model).named_parameters()), weights_of(student)
+    files, weights = dict(tiny.load_plain(model).named_parameters()), tiny.weights_of(student)
     matrices = {name: p for name, p in named_weights(student._state.module).items() if name in MATRICES}
     assert len(matrices) == (2 if "lm_head.weight" in files else 1)
     for name, parameter in matrices.items():
         assert torch.equal(weights[name][start:], files[name][start:])
         assert not torch.equal(weights[name][:start], files[name][:start])
         for moment in ("exp_avg", "exp_avg_sq"):
-            values = whole(student._state.optimizer.state[parameter][moment])
+            values = tiny.whole(student._state.optimizer.state[parameter][moment])
             assert not values[start:].any() and values[:start].any()
 
 
@@ -70,7 +58,7 @@ def test_frozen_rows_do_not_move(tied: bool, models: Models) -> None:
 def test_their_gradient_is_in_neither_the_norm_nor_the_step(tied: bool, models: Models) -> None:
     folder, batch = models.student if tied else models.untied, batch_of(models.ids, models.extend_start)
     free = workers(models.config(folder, actor=DECAYING))
-    free_metrics, gradient = train(free, batch, 1), first_gradient(free)
+    free_metrics, gradient = train(free, batch, 1), tiny.first_gradient(free)
     for name in MATRICES:
         if name in gradient:
             assert gradient[name][models.extend_start :].any()
@@ -79,13 +67,13 @@ def test_their_gradient_is_in_neither_the_norm_nor_the_step(tied: bool, models: 
     assert norm < 0.998 * free_metrics["actor/grad_norm"], "else this test proves nothing"
     frozen = workers(models.config(folder, actor={**FROZEN, "grad_clip": 0.5 * norm}))
     assert train(frozen, batch, 1)["actor/grad_norm"] == pytest.approx(norm, rel=1e-5)
-    for name, value in first_gradient(frozen).items():
+    for name, value in tiny.first_gradient(frozen).items():
         torch.testing.assert_close(value, 0.5 * gradient[name], rtol=1e-4, atol=1e-7)
 
 
 def expected_drift(student: StudentWorker, model: Path, start: int) -> dict[str, float]:
     """By hand, from whole matrices."""
-    files, weights = dict(load_plain(model).named_parameters()), weights_of(student)
+    files, weights = dict(tiny.load_plain(model).named_parameters()), tiny.weights_of(student)
     sums = torch.zeros(2, 2, dtype=torch.float64)
     for name in MATRICES:
         if name in weights:
@@ -117,22 +105,22 @@ def rank_program(cases: list[tuple[ActorRolloutRefConfig, Path, DataProto, Path]
         if config.actor.freeze_extended_rows:
             assert_extended_rows_untouched(student, model, start)
         assert {name: metrics[name] for name in DRIFT} == pytest.approx(expected_drift(student, model, start))
-        torch.save((metrics, weights_of(student)), folder / f"seen_{rank}.pt")
+        torch.save((metrics, tiny.weights_of(student)), folder / f"seen_{rank}.pt")
 
 
 def test_two_ranks_do_what_one_does(tiny_tokenizers, models: Models, tmp_path: Path) -> None:
     """An odd number of rows; extended ones on the second rank alone, and on both."""
     cases = []
     for tied, start, frozen in [(True, models.extend_start, True), (False, 100, True), (False, 101, False)]:
-        model = write_model(tmp_path / str(start), tiny_tokenizers[1], tied=tied, rows=models.ids + 6)
-        config = worker_config(model, extend_start=start, actor={**FROZEN, "freeze_extended_rows": frozen})
+        model = tiny.write_model(tmp_path / str(start), tiny_tokenizers[1], tied=tied, rows=models.ids + 6)
+        config = tiny.worker_config(model, extend_start=start, actor={**FROZEN, "freeze_extended_rows": frozen})
         cases.append((config, model, batch_of(models.ids, start), model))
-    run_ranks(2, rank_program, cases)
+    tiny.run_ranks(2, rank_program, cases)
     for config, _, batch, folder in cases:
         (first, _), (second, weights) = (torch.load(folder / f"seen_{rank}.pt") for rank in range(2))
         one = workers(config)
         assert first == second == pytest.approx(train(one, batch), rel=1e-3, abs=1e-5)
-        for name, value in weights_of(one).items():
+        for name, value in tiny.weights_of(one).items():
             torch.testing.assert_close(weights[name], value, rtol=0, atol=2e-4)
     with pytest.raises(ValueError, match=f"extend_vocab_start_token={models.ids + 5} leaves no extended row"):
-        workers(worker_config(models.student, extend_start=models.ids + 5))
+        workers(tiny.worker_config(models.student, extend_start=models.ids + 5))

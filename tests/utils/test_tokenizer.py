@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from recipe.onpolicy_distill.tiny_tokenizers import build_tiny_tokenizers
-from verl.utils.tokenizer import answer_text, hf_tokenizer, local_model_folder
+from verl.utils.tokenizer import answer_text, fit_tool_calls, hf_tokenizer, local_model_folder
 
 
 @pytest.fixture
@@ -49,6 +49,20 @@ def test_an_end_that_the_generation_config_alone_names_is_left_out(folder):
     assert answer_text(hf_tokenizer(folder), ids) == "buy<|im_end|>"
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [end]}))
     assert answer_text(hf_tokenizer(folder), ids) == "buy"
+
+
+@pytest.mark.parametrize(("takes", "shown"), [("texts", "'<' + call.arguments"), ("objects", "call.arguments.items()")])
+def test_a_template_that_is_strict_about_tool_calls_is_asked_in_its_own_form(folder, takes, shown):
+    tokenizer = hf_tokenizer(folder)
+    strict = "{% if tool.id | length != 9 %}{{ raise_exception('an id has nine letters') }}{% endif %}"
+    calls = "{% for tool in message.tool_calls or [] %}{% set call = tool.function %}" + strict
+    tokenizer.chat_template = (
+        "{% for message in messages %}" + calls + "{{ " + shown + " }}{% endfor %}{{ message.content }}{% endfor %}"
+    )
+    call = {"id": "123456789", "function": {"name": "look", "arguments": {"x": 1}}}
+    (fitted,) = fit_tool_calls(tokenizer, [{"role": "assistant", "content": "", "tool_calls": [call]}])
+    arguments = fitted["tool_calls"][0]["function"]["arguments"]
+    assert arguments == ('{"x": 1}' if takes == "texts" else {"x": 1})
 
 
 def test_folders_without_a_tokenizer(tmp_path):

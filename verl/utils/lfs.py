@@ -11,4 +11,5 @@ def describe_damage(path: Path, error: Exception, fix: str) -> str:
         with path.open("rb") as file:
             if file.read(len(POINTER)) == POINTER:
                 return "it is a Git LFS pointer in place of the file; run git lfs pull where it was cloned"
-    return f"{str(error).strip().splitlines()[0].removesuffix('.')}; {fix}"
+    reason = str(error).strip().partition("\n")[0].removesuffix(".")
+    return f"{reason}; {fix}"

@@ -89,10 +89,9 @@ def _framing_ids(tokenizer: "PreTrainedTokenizerBase", template: str) -> frozens
     roles = (getattr(tokenizer, f"{role}_token_id", None) for role in ROLES)
     added = tokenizer.added_tokens_decoder.items()
     in_template = (token_id for token_id, token in added if token.special and token.content in template)
-    try:
-        ends = GenerationConfig.from_pretrained(tokenizer.name_or_path).eos_token_id
-    except OSError:  # a tokenizer without its model
-        ends = None
+    folder, ends = local_model_folder(tokenizer.name_or_path), None
+    if folder is not None and (folder / "generation_config.json").is_file():
+        ends = GenerationConfig.from_pretrained(folder).eos_token_id
     found = [*roles, *in_template, *(ends if isinstance(ends, list) else [ends])]
     return frozenset(token for token in found if token is not None)
 
@@ -136,6 +135,7 @@ def fit_tool_calls(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[dict
 
 
 def _with_arguments(message: Mapping[str, Any], texts: bool) -> dict[str, Any]:
+    """A message whose tool calls have their arguments as JSON texts, or as objects."""
 
     def written(arguments: Any) -> Any:
         if texts:
@@ -159,16 +159,25 @@ def _with_arguments(message: Mapping[str, Any], texts: bool) -> dict[str, Any]:
 
 @lru_cache(maxsize=4)
 def _takes_texts(tokenizer: "PreTrainedTokenizerBase", template: str) -> bool:
-    """Whether the chat template takes arguments of tool calls as JSON texts alone: an object fails, or shows as Python
-    would write it."""
-    function = {"name": "probe", "arguments": {"key": "value"}}
+    """Whether the chat template takes arguments of tool calls as JSON texts alone: an object fails where a text does
+    not, or shows as Python would write it."""
+    of_object, of_text = (_render_call(tokenizer, template, given) for given in ({"key": "value"}, '{"key": "value"}'))
+    return of_text is not None and (of_object is None or "{'key'" in of_object)
+
+
+def _render_call(tokenizer: "PreTrainedTokenizerBase", template: str, arguments: Any) -> str | None:
+    """A conversation with one tool call; None where the template refuses it."""
+    from jinja2 import TemplateError
+
+    # Mistral's templates want an id of nine letters.
+    call = {"type": "function", "id": "callprobe", "function": {"name": "probe", "arguments": arguments}}
     turns: list[dict[str, Any]] = [
         {"role": "user", "content": "question"},
-        {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "id": "0", "function": function}]},
-        {"role": "tool", "tool_call_id": "0", "name": "probe", "content": "result"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "callprobe", "name": "probe", "content": "result"},
     ]
     try:
         text: Any = tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False)
-    except Exception:
-        return True
-    return "{'key'" in text
+    except (TemplateError, TypeError, ValueError, AttributeError, LookupError):
+        return None
+    return text

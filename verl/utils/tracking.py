@@ -11,6 +11,7 @@ import math
 import numbers
 import os
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -41,10 +42,10 @@ MAIN_METRICS = (
 Metrics = Mapping[str, float]
 
 
-class Backend:
+class Backend(ABC):
     """A place that metrics go to."""
 
-    def truncate_after(self, step: int | None, metrics: Metrics | None) -> None:
+    def truncate_after(self, step: int | None, metrics: Metrics | None) -> None:  # noqa: B027 (nothing to do by default)
         """Drop records after ``step``, since a resumed run repeats those steps.
 
         Args:
@@ -52,11 +53,11 @@ class Backend:
             metrics: of that step, which a killed run may not have recorded; None: unknown.
         """
 
+    @abstractmethod
     def log(self, data: Metrics, step: int) -> None:
         """Record the metrics of a step."""
-        raise NotImplementedError
 
-    def finish(self) -> None:
+    def finish(self) -> None:  # noqa: B027 (nothing to do by default)
         """Write out what is pending."""
 
 

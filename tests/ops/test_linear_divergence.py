@@ -9,7 +9,7 @@ from support.peak_memory import PeakBytes
 
 from verl.ops import linear_divergence as linear_divergence_module
 from verl.ops.linear_divergence import BUFFERS, DIVERGENCES, DivergenceOptions, DivergenceStats, linear_divergence
-from verl.ops.teacher_log_probs import LinearTeacher, StitchedTeacher, TopLogProbs, score_tokens
+from verl.ops.linear_log_prob import LinearTeacher, StitchedTeacher, TopLogProbs, score_tokens
 from verl.vocabulary import Vocabulary
 
 N, D, V, K, E = 13, 6, 20, 17, 11  # positions, hidden, rows of the head, ids in the softmax, first extended id

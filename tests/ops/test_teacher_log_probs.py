@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from verl.ops.teacher_log_probs import LinearTeacher, StitchedTeacher, score_tokens
+from verl.ops.linear_log_prob import LinearTeacher, StitchedTeacher, score_tokens
 
 N, D, K, E = 7, 5, 17, 11  # positions, hidden, ids of the student, first extended id
 ALL = slice(None)

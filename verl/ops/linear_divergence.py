@@ -36,8 +36,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
-from verl.ops.linear_log_prob import InputGradients, row_chunks, scaled_logits
-from verl.ops.teacher_log_probs import TeacherLogProbs, TopLogProbs
+from verl.ops.linear_log_prob import InputGradients, TeacherLogProbs, TopLogProbs, row_chunks, scaled_logits
 from verl.vocabulary import Vocabulary
 
 REVERSE_KL, FORWARD_KL, JSD = "reverse_kl", "forward_kl", "jsd"

@@ -19,7 +19,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from verl.config import BASE_TEACHER, ActorRolloutRefConfig, RefModelConfig, TeacherConfig
-from verl.ops.teacher_log_probs import score_tokens
+from verl.ops.linear_log_prob import score_tokens
 from verl.protocol import DataProto
 from verl.single_controller.base import Worker
 from verl.single_controller.base.decorator import Dispatch, register

@@ -1,7 +1,7 @@
 """Teachers on one rank: where their log-probs at the student's positions come from, before an update or in it.
 
 In:  positions of a batch, in the order of the student's micro-batch. Out: the teacher's log-probs at these positions,
-a chunk at a time (``ops.teacher_log_probs``).
+a chunk at a time (``ops.linear_log_prob``).
 
     ModelTeacher          a frozen model of this process; one forward pass over the rows of the positions
     StitchedModelTeacher  two of them: one for the shared ids, one for the extended ids
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from verl.ops.teacher_log_probs import FullLogProbs, LinearTeacher, StitchedTeacher, TeacherLogProbs, TopLogProbs
+from verl.ops.linear_log_prob import FullLogProbs, LinearTeacher, StitchedTeacher, TeacherLogProbs, TopLogProbs
 from verl.protocol import DataProto
 from verl.vocabulary import Vocabulary
 from verl.workers.actor.row_layout import MicroBatch, ScoredRows, no_positions

@@ -23,13 +23,12 @@ from verl.utils.device import max_memory_metrics, release_cached_memory, resolve
 from verl.utils.tokenizer import hf_tokenizer
 from verl.vocabulary import Vocabulary
 from verl.weight_sync import WeightExporter
-from verl.workers.actor.dp_actor import SCORED_KEYS, UPDATE_KEYS, DataParallelPPOActor
+from verl.workers.actor.dp_actor import SCORED_KEYS, UPDATE_KEYS, DataParallelPPOActor, build_optimizer
 from verl.workers.actor.row_layout import BatchSizes
 from verl.workers.actor.teachers import RemoteTeacher, Teacher, TopKTeacher
 from verl.workers.fsdp.build import build_model, join_ranks
 from verl.workers.fsdp.checkpoint import CheckpointWriter, SaveOutcome, TrainingState, load_checkpoint
 from verl.workers.fsdp.extended_rows import ExtendedRows
-from verl.workers.fsdp.optimizer import LearningRateSchedule, build_optimizer
 from verl.workers.fsdp.shard import move_optimizer_state, move_parameters
 from verl.workers.teacher_worker import TeacherWorker
 
@@ -61,8 +60,7 @@ class StudentWorker(Worker):
         vocabulary = Vocabulary(len(tokenizer), start)
         vocabulary.check_head(module.num_rows, path)
         optimizer = build_optimizer(module, actor.optim)
-        schedule = LearningRateSchedule(optimizer, actor.optim)
-        self._state = TrainingState(module, optimizer, schedule, tokenizer)
+        self._state = TrainingState(module, optimizer, tokenizer)
         self._checkpoint_writer = CheckpointWriter(actor.checkpoint)
         self.actor = DataParallelPPOActor(
             actor,
@@ -70,7 +68,6 @@ class StudentWorker(Worker):
             optimizer,
             vocabulary=vocabulary,
             scoring_sizes=BatchSizes.of_scoring(rollout),
-            lr_schedule=schedule,
             # The setting counts prompts over all ranks; each has n answers.
             mini_batch_rows=actor.ppo_mini_batch_size * rollout.n // self.world_size,
             distill=self._distill,
@@ -137,7 +134,7 @@ class StudentWorker(Worker):
         Returns once the state is copied: training may go on while the copy is written.
         """
         with self._on_device(optimizer=True):
-            self._checkpoint_writer.begin(self._state, Path(local_path), global_step)
+            self._checkpoint_writer.begin(self._state, Path(local_path), global_step, self.actor.lr_schedule.steps)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def checkpoint_outcome(self, wait: bool) -> SaveOutcome:
@@ -160,7 +157,9 @@ class StudentWorker(Worker):
     def load_checkpoint(self, local_path: str) -> None:
         """Go on from a checkpoint that `save_checkpoint` wrote, on any number of ranks."""
         with self._on_device(optimizer=True):
-            load_checkpoint(self._state, self.config.actor.checkpoint, Path(local_path))
+            steps = load_checkpoint(self._state, self.config.actor.checkpoint, Path(local_path))
+        if steps is not None:
+            self.actor.lr_schedule.set_steps(steps)
 
     def _teacher(self, distill: DistillConfig, role: str, stack: ExitStack) -> tuple[Teacher, float]:
         """A teacher of the update, ready until ``stack`` closes, and the weight of its rows."""

@@ -7,29 +7,32 @@ entropies and extended-vocabulary mass (B, R), or an updated model and its metri
 
 Losses (``losses``) are divided by the counts of the whole mini-batch over all ranks, so the gradient does not depend on
 how rows fall on ranks and micro-batches. All ranks make the same number of passes, because sharded models communicate
-in each.
+in each. A step clips the gradient over all ranks; weight decay touches matrices only.
 
 Not here: advantages, teachers (``teachers``), moving models between host and GPU, which process is which rank.
 
 Letters: B rows of this rank, M rows of a mini-batch, R response, S scored positions of a micro-batch.
 """
 
+import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
 
-from verl.config import DistillConfig, FSDPActorConfig, RefConfig
+from verl.config import DistillConfig, FSDPActorConfig, OptimizerConfig, RefConfig
 from verl.ops.linear_log_prob import TokenStats, linear_token_stats
 from verl.protocol import DataProto
 from verl.vocabulary import Vocabulary
 from verl.workers.actor.losses import POLICY_TENSORS, ROW_KEYS, MiniBatchLoss, WeightedTeacher
 from verl.workers.actor.row_layout import BatchSizes, MicroBatch, ScoredRows, real_response_tokens
 from verl.workers.fsdp.extended_rows import ExtendedRows
-from verl.workers.fsdp.optimizer import LearningRateSchedule, clipped_step
 from verl.workers.fsdp.shard import reshard
 from verl.workers.fsdp.token_stats_model import Head, TokenStatsModel
 
@@ -46,6 +49,93 @@ Update = tuple[dict[str, float], torch.Tensor]
 """Metrics, and the teachers' log-probs (B, R) of the drawn tokens."""
 
 
+# ------------------------------------------------------------------ optimizer
+
+
+def learning_rate(config: OptimizerConfig, step: int) -> float:
+    """Learning rate of optimizer step ``step`` (from 0).
+
+    Warm-up rises linearly and reaches the peak in its last step; none of its steps is lost at 0. After it the rate is
+    constant, or falls to ``min_lr_ratio`` by the end of the run: linearly, or along half a cosine.
+    """
+    total, warmup, schedule = config.total_training_steps, config.lr_warmup_steps, config.lr_scheduler_type
+    if warmup < 0:
+        warmup = int(config.lr_warmup_steps_ratio * max(total, 0))
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    if schedule == "constant":
+        return config.lr
+    done = min(1.0, (step - warmup) / max(1, total - warmup))
+    left = 1.0 - done if schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+    return config.lr * (config.min_lr_ratio + (1.0 - config.min_lr_ratio) * left)
+
+
+class LearningRateSchedule:
+    """Keeps an optimizer's learning rate on its schedule.
+
+    Its only state is the number of steps, so a resumed run follows the settings it is resumed with.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, config: OptimizerConfig) -> None:
+        self._optimizer, self._config = optimizer, config
+        self.set_steps(0)
+
+    def set_steps(self, steps: int) -> None:
+        """Continue as after ``steps`` steps; ``rate`` is the learning rate of the next one."""
+        self.steps, self.rate = steps, learning_rate(self._config, steps)
+        for group in self._optimizer.param_groups:
+            group["lr"] = self.rate
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters, with its state in place from the start (zeros), as checkpoints need it."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), eps=config.eps)
+    for parameter in parameters:
+        moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[parameter] = {"step": torch.tensor(0.0), **moments}
+    return optimizer
+
+
+def clipped_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    max_norm: float,
+    loss: float,
+    extended_rows: ExtendedRows | None = None,
+) -> tuple[float, bool]:
+    """Clip the gradient to ``max_norm``, take the step, drop the gradient. Every rank returns the same.
+
+    Args:
+        loss: of all ranks together, so that all decide alike. Looked at too, for its gradient may be finite where it is
+            not: that of ``x - inf`` is 1.
+        extended_rows: of the model, which the step leaves alone where they are frozen.
+
+    Returns:
+        the norm of the gradient over all parameters and ranks, before clipping, and whether the step was taken. Not
+        where the loss or the norm was not finite: weights and optimizer are as they were, to the bit.
+    """
+    if extended_rows is not None:
+        extended_rows.drop_gradient()
+    # It clips at once: a norm that is not finite spoils the gradient, which is dropped below.
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()  # adds up the shards: every rank takes part
+    taken = bool(norm.isfinite()) and math.isfinite(loss)
+    if taken:
+        with nullcontext() if extended_rows is None else extended_rows.held():
+            optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return float(norm), taken
+
+
+# ------------------------------------------------------------------ the policy
+
+
 @dataclass
 class DataParallelPPOActor:
     """A policy on one rank; with an optimizer it can be trained.
@@ -53,11 +143,10 @@ class DataParallelPPOActor:
     Args:
         config: the actor's settings, or the reference's for a frozen model.
         actor_module: the sharded model.
-        actor_optimizer: None for a frozen model.
+        actor_optimizer: None for a frozen model; its learning rate follows ``config.optim``.
         vocabulary: of the policy.
         scoring_sizes: of micro-batches where nothing is trained.
         replace_token_id: input of a teacher in place of the ids that it lacks.
-        lr_schedule: drives the optimizer's learning rate; given with it.
         mini_batch_rows: rows of this rank in one optimizer step; None: the whole batch.
         distill: the objective; None: the policy loss alone.
         extended_rows: measures and, where they are frozen, holds the rows of the extended ids.
@@ -70,10 +159,15 @@ class DataParallelPPOActor:
     vocabulary: Vocabulary
     scoring_sizes: BatchSizes = field(default_factory=lambda: BatchSizes(max_tokens=0, max_rows=1))
     replace_token_id: int | None = None
-    lr_schedule: LearningRateSchedule | None = None
     mini_batch_rows: int | None = None
     distill: DistillConfig | None = None
     extended_rows: ExtendedRows | None = None
+    lr_schedule: LearningRateSchedule = field(init=False)
+    """Of the optimizer, where there is one."""
+
+    def __post_init__(self) -> None:
+        if self.actor_optimizer is not None and isinstance(self.config, FSDPActorConfig):
+            self.lr_schedule = LearningRateSchedule(self.actor_optimizer, self.config.optim)
 
     # ------------------------------------------------------------------ scoring
 
@@ -171,8 +265,8 @@ class DataParallelPPOActor:
             ValueError: a frozen model, or trained padding.
         """
         config = self.config
-        if not isinstance(config, FSDPActorConfig) or self.actor_optimizer is None or self.lr_schedule is None:
-            raise ValueError("update_policy needs an actor with an optimizer and a schedule; this model is frozen")
+        if not isinstance(config, FSDPActorConfig) or self.actor_optimizer is None:
+            raise ValueError("update_policy needs an actor with an optimizer; this model is frozen")
         is_exact = self.distill is not None and self.distill.is_exact
         has_policy_loss = self.distill is None or self.distill.has_policy_loss
         data.require(*LOSS_KEYS, *(("old_log_probs", "advantages") if has_policy_loss else ()))
@@ -202,7 +296,7 @@ class DataParallelPPOActor:
         self, mini: DataProto, config: FSDPActorConfig, teachers: Sequence[WeightedTeacher]
     ) -> Update:
         """One optimizer step over this rank's M rows of a mini-batch."""
-        assert self.actor_optimizer is not None and self.lr_schedule is not None, "checked by update"
+        assert self.actor_optimizer is not None, "checked by update"
         metrics = {"actor/lr": self.lr_schedule.rate} | dict.fromkeys(COUNTS, 0.0)
         teacher_log_probs = torch.zeros(mini.tensor("responses").shape)
         device = self.actor_module.device

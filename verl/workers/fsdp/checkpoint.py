@@ -1,6 +1,6 @@
 """Checkpoints of a trained, sharded model.
 
-In:  model, optimizer, schedule and a folder. Out, below that folder, in safetensors, which unpickle nothing::
+In:  model, optimizer, its steps and a folder. Out, below that folder, in safetensors, which unpickle nothing::
 
     shards/00001-of-00002.safetensors    the shard of rank 0: its slice of every parameter and of AdamW's state, and
     shards/00002-of-00002.safetensors    where the slice begins; the shard of rank 1
@@ -48,7 +48,6 @@ from verl.config import CheckpointConfig
 from verl.utils.device import dtype_name, get_rng_states, set_rng_states
 from verl.utils.durable_files import flush, flush_tree, write_durably
 from verl.weight_sync import named_weights
-from verl.workers.fsdp.optimizer import LearningRateSchedule
 from verl.workers.fsdp.token_stats_model import TokenStatsModel
 
 logger = logging.getLogger(__name__)
@@ -198,7 +197,6 @@ class TrainingState(NamedTuple):
 
     module: TokenStatsModel
     optimizer: torch.optim.Optimizer
-    schedule: LearningRateSchedule
     tokenizer: PreTrainedTokenizerBase
 
 
@@ -231,7 +229,7 @@ class CheckpointWriter:
         self._group = dist.new_group(backend="gloo", timeout=WRITE_TIMEOUT)
         self._writing: Future[float] | None = None
 
-    def begin(self, state: TrainingState, folder: Path, global_step: int) -> None:
+    def begin(self, state: TrainingState, folder: Path, global_step: int, optimizer_steps: int) -> None:
         """Copy the state and start to write it; waits for a checkpoint that is still being written."""
         self.outcome(wait=True)
         began = time.perf_counter()
@@ -240,7 +238,7 @@ class CheckpointWriter:
         shard = copy_shard(_named_tensors(state, contents))
         extra: Tensors = {}
         if "extra" in contents:
-            extra = {"global_step": torch.tensor(global_step), "optimizer_steps": torch.tensor(state.schedule.steps)}
+            extra = {"global_step": torch.tensor(global_step), "optimizer_steps": torch.tensor(optimizer_steps)}
             extra |= {f"rng.{device}": generator for device, generator in get_rng_states().items()}
         self._writing = self._thread.submit(self._write, state, shard, extra, folder, began)
 
@@ -303,8 +301,11 @@ def _write_description(causal_lm: PreTrainedModel, tokenizer: PreTrainedTokenize
 # ------------------------------------------------------------------ reading
 
 
-def load_checkpoint(state: TrainingState, config: CheckpointConfig, folder: Path) -> None:
+def load_checkpoint(state: TrainingState, config: CheckpointConfig, folder: Path) -> int | None:
     """Read the parts that ``config.load_contents`` names, on as many ranks as there are now.
+
+    Returns:
+        Optimizer steps that were done; None where ``extra`` is not among the parts.
 
     Raises:
         ValueError: a part is missing, cannot be read, or belongs to another model.
@@ -313,14 +314,14 @@ def load_checkpoint(state: TrainingState, config: CheckpointConfig, folder: Path
     if tensors:
         ShardReader(folder / SHARDS).read(tensors)
     if "extra" not in config.load_contents:
-        return
+        return None
     own = folder / EXTRA.format(dist.get_rank())
     path = own if own.is_file() else folder / EXTRA.format(0)
     if not path.is_file():
         raise ValueError(f"{folder} holds no {path.name}; leave 'extra' out of actor.checkpoint.load_contents")
     extra = load_file(path)
-    state.schedule.set_steps(int(extra["optimizer_steps"]))
     if path == own:
         set_rng_states({key.removeprefix("rng."): value for key, value in extra.items() if key.startswith("rng.")})
     else:
         logger.warning("%s has no random state of rank %d; it goes on with its own", folder, dist.get_rank())
+    return int(extra["optimizer_steps"])

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from verl.config import OptimizerConfig
-from verl.workers.fsdp.optimizer import LearningRateSchedule, build_optimizer, clipped_step, learning_rate
+from verl.workers.actor.dp_actor import LearningRateSchedule, build_optimizer, clipped_step, learning_rate
 
 LINEAR = {"lr_scheduler_type": "linear", "total_training_steps": 5}
 COSINE = {"lr_scheduler_type": "cosine", "min_lr_ratio": 0.5}

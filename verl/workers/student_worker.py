@@ -24,12 +24,11 @@ from verl.utils.tokenizer import hf_tokenizer
 from verl.vocabulary import Vocabulary
 from verl.weight_sync import WeightExporter
 from verl.workers.actor.dp_actor import SCORED_KEYS, UPDATE_KEYS, DataParallelPPOActor, build_optimizer
-from verl.workers.actor.row_layout import BatchSizes
 from verl.workers.actor.teachers import RemoteTeacher, Teacher, TopKTeacher
 from verl.workers.fsdp.build import build_model, join_ranks
 from verl.workers.fsdp.checkpoint import CheckpointWriter, SaveOutcome, TrainingState, load_checkpoint
 from verl.workers.fsdp.extended_rows import ExtendedRows
-from verl.workers.fsdp.shard import move_optimizer_state, move_parameters
+from verl.workers.fsdp.token_stats_model import BatchSizes, move_optimizer_state, move_parameters
 from verl.workers.teacher_worker import TeacherWorker
 
 

@@ -27,7 +27,6 @@ from verl.utils.device import release_cached_memory
 from verl.utils.tokenizer import hf_tokenizer
 from verl.vocabulary import Vocabulary
 from verl.workers.actor.dp_actor import SCORED_KEYS
-from verl.workers.actor.row_layout import BatchSizes, ScoredRows, real_response_tokens
 from verl.workers.actor.teachers import (
     HIDDEN_STATE_HANDLES,
     TOP_TENSORS,
@@ -38,7 +37,13 @@ from verl.workers.actor.teachers import (
     hidden_states_by_row,
 )
 from verl.workers.fsdp.build import build_model, join_ranks
-from verl.workers.fsdp.shard import move_parameters, reshard
+from verl.workers.fsdp.token_stats_model import (
+    BatchSizes,
+    ScoredRows,
+    move_parameters,
+    real_response_tokens,
+    reshard,
+)
 
 
 class TeacherWorker(Worker):

@@ -26,9 +26,8 @@ from verl.utils.device import release_cached_memory, resolve_dtype, select_devic
 from verl.utils.tokenizer import hf_tokenizer
 from verl.vocabulary import Vocabulary
 from verl.workers.actor.dp_actor import DataParallelPPOActor
-from verl.workers.actor.row_layout import BatchSizes
 from verl.workers.fsdp.build import choose_attention, load_config
-from verl.workers.fsdp.token_stats_model import TokenStatsModel
+from verl.workers.fsdp.token_stats_model import BatchSizes, TokenStatsModel
 from verl.workers.teacher_worker import choose_replacement
 
 MICRO_BATCH_TOKENS = 16384

@@ -19,7 +19,6 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,10 +30,8 @@ from verl.ops.linear_log_prob import TokenStats, linear_token_stats
 from verl.protocol import DataProto
 from verl.vocabulary import Vocabulary
 from verl.workers.actor.losses import POLICY_TENSORS, ROW_KEYS, MiniBatchLoss, WeightedTeacher
-from verl.workers.actor.row_layout import BatchSizes, MicroBatch, ScoredRows, real_response_tokens
 from verl.workers.fsdp.extended_rows import ExtendedRows
-from verl.workers.fsdp.shard import reshard
-from verl.workers.fsdp.token_stats_model import Head, TokenStatsModel
+from verl.workers.fsdp.token_stats_model import BatchSizes, ScoredRows, TokenStatsModel, real_response_tokens, reshard
 
 LOSS_KEYS = ("responses", "response_mask", "input_ids", "attention_mask")
 """Batch keys of every update."""
@@ -227,14 +224,11 @@ class DataParallelPPOActor:
         rows = ScoredRows(input_ids, data.tensor("attention_mask"), real)
         self.actor_module.eval()
         for micro in rows.micro_batches(self.scoring_sizes, self.actor_module.packed):
-            for values, target in zip(self._forward(micro, head), result, strict=True):
+            for values, target in zip(self.actor_module.run(micro, head), result, strict=True):
                 if values is not None and target is not None:
                     target[micro.rows, micro.columns] = values.float().cpu()  # (S,) into (B, R)
         reshard(self.actor_module)
         return result if with_entropy else result._replace(entropy=None)
-
-    def _forward(self, micro: MicroBatch, head: Head) -> Any:
-        return self.actor_module(*micro.inputs.to(self.actor_module.device), head)
 
     # ------------------------------------------------------------------ training
 
@@ -319,7 +313,7 @@ class DataParallelPPOActor:
         teacher_log_probs = torch.zeros(mini_loss.trained.shape, device=self.actor_module.device)
         totals: dict[str, torch.Tensor] = {}
         for micro in rows.micro_batches(sizes, self.actor_module.packed):
-            part = mini_loss(micro, partial(self._forward, micro))
+            part = mini_loss(micro, partial(self.actor_module.run, micro))
             # FSDP shards the gradient in every micro-batch: whole ones, added up, would take a model's memory.
             part.loss.backward()
             values = {**part.metrics, "actor/loss": part.loss.detach()}

@@ -33,9 +33,8 @@ from verl.ops.linear_log_prob import TokenStats, linear_token_stats
 from verl.ops.policy_loss import agg_loss, compute_policy_loss_vanilla, count_trained, kl_penalty
 from verl.protocol import DataProto
 from verl.vocabulary import Vocabulary
-from verl.workers.actor.row_layout import MicroBatch, ScoredRows
 from verl.workers.actor.teachers import HIDDEN_STATE_HANDLES, TOP_TENSORS, ScoredPositions, Teacher
-from verl.workers.fsdp.token_stats_model import Head
+from verl.workers.fsdp.token_stats_model import Head, MicroBatch, ScoredRows
 
 POLICY_TENSORS = ("old_log_probs", "advantages", "ref_log_prob", "rollout_is_weights")
 """Batch keys (B, R) of the policy loss; the last two where their terms are on."""

@@ -19,8 +19,7 @@ import torch
 from verl.ops.linear_log_prob import FullLogProbs, LinearTeacher, StitchedTeacher, TeacherLogProbs, TopLogProbs
 from verl.protocol import DataProto
 from verl.vocabulary import Vocabulary
-from verl.workers.actor.row_layout import MicroBatch, ScoredRows, no_positions
-from verl.workers.fsdp.token_stats_model import TokenStatsModel
+from verl.workers.fsdp.token_stats_model import MicroBatch, ScoredRows, TokenStatsModel, no_positions
 
 TOP_TENSORS = ("teacher_top_ids", "teacher_top_log_probs", "teacher_rest_log_prob")
 """Batch keys of the teachers' likeliest ids."""

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
@@ -27,8 +27,7 @@ from verl.config import FSDPConfig, HFModelConfig
 from verl.ops.attention import PACKED_SDPA
 from verl.single_controller.base import Worker
 from verl.utils.device import get_device_name, resolve_dtype, select_device
-from verl.workers.fsdp.shard import reshard, shard_model
-from verl.workers.fsdp.token_stats_model import TokenStatsModel
+from verl.workers.fsdp.token_stats_model import ScoredRows, TokenStatsModel, reshard
 
 logger = logging.getLogger(__name__)
 
@@ -126,6 +125,25 @@ def _scatter_from_rank_zero(module: torch.nn.Module, weights: dict[str, torch.Te
             dist.broadcast(buffer, src=0)
 
 
+def _shard_model(
+    model: TokenStatsModel, mesh: DeviceMesh, precision: MixedPrecisionPolicy, reshard_after_forward: bool
+) -> None:
+    """Shard in place: every block, then the rest.
+
+    Raises:
+        ValueError: the model class does not name its repeated blocks.
+    """
+    # transformers keeps it for device maps: the classes of a model's repeated blocks.
+    names = set(model.causal_lm._no_split_modules or ())
+    blocks = [module for module in model.causal_lm.modules() if type(module).__name__ in names]
+    if not blocks:
+        raise ValueError(f"{type(model.causal_lm).__name__} cannot be sharded: its _no_split_modules names no blocks")
+    for block in blocks:
+        fully_shard(block, mesh=mesh, mp_policy=precision, reshard_after_forward=reshard_after_forward)
+    # The root is needed first in backward, so it stays gathered after forward; `reshard` ends that.
+    fully_shard(model, mesh=mesh, mp_policy=precision, reshard_after_forward=False)
+
+
 def build_model(
     path: str, model: HFModelConfig, fsdp: FSDPConfig, mesh: DeviceMesh, *, trainable: bool
 ) -> TokenStatsModel:
@@ -164,7 +182,7 @@ def build_model(
     module.requires_grad_(trainable)
     if trainable and model.enable_gradient_checkpointing:
         causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs=CHECKPOINTING)
-    # Before `shard_model`, which leaves every rank its own slices alone.
+    # Before `_shard_model`, which leaves every rank its own slices alone.
     weights = {name: p.detach() for name, p in module.named_parameters()} if dist.get_rank() == 0 else {}
     reduce_dtype = resolve_dtype(fsdp.mixed_precision.reduce_dtype, device_name)
     # Casts where precisions differ, and none where they do not (fp32 on CPU).
@@ -172,7 +190,7 @@ def build_model(
         param_dtype=compute_dtype if compute_dtype != storage_dtype else None,
         reduce_dtype=reduce_dtype if reduce_dtype != compute_dtype else None,
     )
-    shard_model(module, mesh, precision, fsdp.reshard_after_forward)
+    _shard_model(module, mesh, precision, fsdp.reshard_after_forward)
     _scatter_from_rank_zero(module, weights, mesh)
     _require_own_scores(module, path, EXACT if compute_dtype == torch.float32 else ROUNDED)
     return module
@@ -185,23 +203,19 @@ def _require_own_scores(module: TokenStatsModel, path: str, tolerance: float) ->
     A decoder may not tell its attention where rows begin, and a model may do something to its logits that no head
     shows. Every rank takes part.
     """
-    rows = (torch.arange(10, device=module.device) * 7 % module.num_rows).split([6, 4])
-    lengths, positions = [len(row) for row in rows], [torch.arange(len(row), device=module.device) for row in rows]
-    if module.packed:
-        inputs, counts, select = torch.cat(rows)[None], torch.cat(positions)[None], torch.arange(10)
-    else:
-        inputs = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
-        counts, select = positions[0].expand(2, -1), torch.arange(10)
+    ids, lengths = (torch.arange(12) * 7 % module.num_rows).view(2, 6), (6, 4)
+    real = torch.arange(6) < torch.tensor(lengths)[:, None]
+    micro = ScoredRows(ids, real, real[:, 1:]).build([0, 1], module.packed)
 
     def distance(hidden: torch.Tensor, weight: torch.Tensor, _: torch.Tensor) -> float:
         scores = (hidden.float() @ weight.float().T).log_softmax(dim=-1)
         # Within the forward pass of the root, while FSDP holds the parameters that belong to no block.
-        own = [module.causal_lm(input_ids=row[None], use_cache=False).logits[0].float() for row in rows]
+        rows = [row[None, :length].to(module.device) for row, length in zip(ids, lengths, strict=True)]
+        own = [module.causal_lm(input_ids=row, use_cache=False).logits[0, :-1].float() for row in rows]
         return float((scores - torch.cat(own).log_softmax(dim=-1)).abs().mean())
 
     was_training = module.training
-    row_lengths = tuple(lengths) if module.packed else None
-    found = module.eval()(inputs, counts, row_lengths, select.to(module.device), select, distance)
+    found = module.eval().run(micro, distance)
     module.train(was_training)
     reshard(module)
     if not found <= tolerance:

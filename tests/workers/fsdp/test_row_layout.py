@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from verl.workers.actor.row_layout import BatchSizes, ScoredRows
+from verl.workers.fsdp.token_stats_model import BatchSizes, ScoredRows
 
 # P = 3, R = 4; . is padding, the scored response positions are marked below.
 INPUT_IDS = torch.tensor(

@@ -8,8 +8,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from verl.config import MultiTurnConfig, RolloutConfig
-from verl.experimental.agent_loop.base import AgentLoopBase, AgentLoopContext, AgentLoopOutput
-from verl.experimental.agent_loop.chat_template import ChatTemplate
+from verl.experimental.agent_loop.base import AgentLoopBase, AgentLoopContext, AgentLoopOutput, ChatTemplate
 from verl.experimental.agent_loop.tool_agent_loop import ToolAgentLoop
 from verl.protocol import DataProto
 from verl.tools.base_tool import BaseTool, ToolResponse

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
-from verl.single_controller.base import Worker, WorkerGroup
-from verl.single_controller.base.decorator import Call, Results
+from verl.single_controller.base import Worker
+from verl.single_controller.base.decorator import Call, Results, WorkerGroup
 
 
 class LocalWorkerGroup(WorkerGroup):

@@ -5,7 +5,7 @@ from support.agent_loop_fakes import END, AddTool, TextTool, call, converse, sch
 from transformers import AutoTokenizer
 
 from verl.config import MultiTurnConfig
-from verl.experimental.agent_loop.chat_template import ChatTemplate
+from verl.experimental.agent_loop.base import ChatTemplate
 
 ADD = call("add", '{"first": 2, "second": 3}')
 LOOK = call("look")

@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 from verl.config import DataConfig
-from verl.experimental.agent_loop.chat_template import ChatTemplate
+from verl.experimental.agent_loop.base import ChatTemplate
 from verl.utils.dataset.prompt_tokens import PromptEncoder, append_switch, possible_switches, think_switch
 from verl.utils.tokenizer import hf_tokenizer
 

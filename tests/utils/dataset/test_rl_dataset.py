@@ -8,7 +8,7 @@ import torch
 from support.chat_files import write_rows
 
 from verl.config import CustomClassConfig, DataConfig
-from verl.experimental.agent_loop.chat_template import ChatTemplate
+from verl.experimental.agent_loop.base import ChatTemplate
 from verl.trainer.data import build_datasets
 from verl.utils.dataset.onerec_dataset import OneRecDataset, create_rl_dataset, get_dataset_class
 from verl.utils.dataset.rl_dataset import RLHFDataset, collate_fn

@@ -15,7 +15,7 @@ import pytest
 from support.engines import PLAIN, TRUNCATED, Engine
 
 from verl.workers.rollout.replica import RolloutReplica
-from verl.workers.rollout.vllm_engine import unblock_sigterm
+from verl.workers.rollout.vllm_replica import unblock_sigterm
 
 
 def ends_on_sigterm() -> bool:

@@ -6,7 +6,7 @@ import pytest
 
 from verl.config import HFModelConfig, RolloutConfig
 from verl.workers.rollout.replica import ModelInfo
-from verl.workers.rollout.vllm_engine import LOGGED_EXCEPTION
+from verl.workers.rollout.vllm_replica import LOGGED_EXCEPTION
 from verl.workers.rollout.vllm_settings import engine_arguments, engine_threads
 
 MODEL = HFModelConfig(path="model", override_config={"attn_implementation": "eager", "rope_theta": 5.0})

@@ -1,4 +1,4 @@
-"""What every agent loop takes and returns, and the registry of loops by name.
+"""What every agent loop takes and returns, its way from messages to token ids, and the registry of loops by name.
 
 In: one row of the batch (its messages or prompt ids) and an async ``generate(token_ids, sampling_params)``.
 Out: an ``AgentLoopOutput``: prompt and response ids with masks and log-probs, unpadded.
@@ -13,14 +13,20 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from transformers import PreTrainedTokenizerBase
+
 from verl.config import RolloutConfig
-from verl.experimental.agent_loop.chat_template import ChatTemplate
 from verl.experimental.agent_loop.masks import extended_token_mask, trainable_mask
 from verl.single_controller.base import RolloutError
 from verl.tools.base_tool import BaseTool
+from verl.utils.tokenizer import render_chat
 from verl.workers.rollout.replica import TokenOutput
 
+Message = Mapping[str, Any]
 Generate = Callable[[list[int], dict[str, Any]], Awaitable[TokenOutput]]
+
+# Stands for the assistant's words when a continuation is rendered; any plain text that no template contains.
+_ASSISTANT_WORDS = "words-of-the-assistant"
 
 
 @dataclass
@@ -100,6 +106,67 @@ class Trajectory:
         self.remaining_tokens -= len(token_ids)
         if self.log_probs is not None:
             self.log_probs += log_probs
+
+
+class ChatTemplate:
+    """Messages to token ids, with the tools and options of this run: a prompt, and the tool turn that continues it.
+
+    The model's own tokens are never decoded and encoded again: its text may have several tokenisations, and only the
+    one it sampled has the log-probs that training needs. So a tool turn is encoded alone, as the text that the chat
+    template puts after an assistant's words. That text begins with the token that ends the assistant's turn, a token of
+    its own that no tokenisation merges with its neighbours; the model has written it already, and the rest is appended
+    to its tokens. Prompt, model tokens and appended tokens together are what the template yields for the same
+    conversation, wherever the model's text has only the tokenisation that it sampled and the template shows it
+    unchanged.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        tool_schemas: Sequence[Mapping[str, Any]] = (),
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Hold the parts; with tools, find the token that ends an assistant's turn.
+
+        Args:
+            tool_schemas: OpenAI function schemas shown to the model.
+            template_kwargs: options of the template, such as ``enable_thinking``.
+
+        Raises:
+            ValueError: there are tools, and the template does not fit them.
+        """
+        self.tokenizer = tokenizer
+        self.tool_schemas: list[Any] = [dict(schema) for schema in tool_schemas]
+        self.template_kwargs = dict(template_kwargs or {})
+        self.end_of_turn_id: int | None = None
+        if self.tool_schemas:
+            ids = self._continuation([{"role": "tool", "name": "probe", "content": "result"}])
+            # Added tokens are cut out of a text before any merge, so no neighbour can change this one.
+            if not ids or ids[0] not in tokenizer.added_tokens_decoder:
+                raise ValueError(
+                    f"the chat template of {tokenizer.name_or_path} ends an assistant's turn with no special token, "
+                    "which tools need; unset actor_rollout_ref.rollout.multi_turn.tool_config_path"
+                )
+            self.end_of_turn_id = ids[0]
+
+    def encode_prompt(self, messages: Sequence[Message], with_tools: bool) -> list[int]:
+        """Ids of the conversation up to where the assistant begins to write."""
+        return self._encode(self._render(messages, self.tool_schemas if with_tools else []))
+
+    def encode_tool_turn(self, messages: Sequence[Message]) -> list[int]:
+        """Ids between the assistant's end-of-turn token and the start of its next turn: ``messages`` of tools."""
+        return self._continuation(messages)[1:]
+
+    def _continuation(self, messages: Sequence[Message]) -> list[int]:
+        opening = [{"role": "user", "content": "question"}, {"role": "assistant", "content": _ASSISTANT_WORDS}]
+        return self._encode(self._render([*opening, *messages], self.tool_schemas).partition(_ASSISTANT_WORDS)[2])
+
+    def _render(self, messages: Sequence[Message], tool_schemas: list[Any]) -> str:
+        return render_chat(self.tokenizer, messages, tool_schemas, self.template_kwargs)
+
+    def _encode(self, text: str) -> list[int]:
+        # The template has written the special tokens already.
+        return self.tokenizer.encode(text, add_special_tokens=False)
 
 
 @dataclass(frozen=True)

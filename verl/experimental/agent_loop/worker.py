@@ -44,10 +44,10 @@ from verl.config import PPOConfig, RolloutConfig
 from verl.experimental.agent_loop.base import (
     AgentLoopContext,
     AgentLoopOutput,
+    ChatTemplate,
     RolloutError,
     get_agent_loop_class,
 )
-from verl.experimental.agent_loop.chat_template import ChatTemplate
 from verl.protocol import DataProto
 from verl.single_controller.ray.calls import Remote, is_by_user
 from verl.tools.base_tool import BaseTool, initialize_tools_from_config

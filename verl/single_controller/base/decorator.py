@@ -1,14 +1,17 @@
 """How one call on a worker group becomes one call per rank, and the ranks' results become one result.
 
-``register`` marks a worker's method with how its arguments and results travel; ``plan_calls`` carries that out. How a
-call reaches a rank is the group's part.
+``register`` marks a worker's method with how its arguments and results travel. A ``WorkerGroup``, the driver's handle
+on all ranks of a role, has the marked methods, and ``plan_calls`` carries the mark out. How a call reaches a rank is a
+subclass's part.
 
     group.method(batch) ── plan_calls ──► rank 0: method(rows 0..k)  ──┐
                                           rank 1: method(rows k..2k) ──┴─ collect ──► one DataProto
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -19,6 +22,19 @@ from verl.utils.row_buffer import RowBuffer
 F = TypeVar("F", bound=Callable[..., Any])
 
 _ATTRIBUTE = "_verl_registration"
+
+
+class WorkerError(RuntimeError):
+    """A worker raised or died. The first line has role, method, rank, node and cause, the second where its log is."""
+
+    def __init__(self, message: str, *, by_user: bool = False) -> None:
+        """``by_user``: it raised a ValueError, so the same again would end the same."""
+        super().__init__(message)
+        self.by_user = by_user
+
+
+class RolloutError(WorkerError):
+    """An engine or an agent-loop worker failed; the message names it, the cause and its log."""
 
 
 class Dispatch(Enum):
@@ -94,6 +110,29 @@ def registered_methods(worker_class: type) -> dict[str, Registration]:
         for name, member in vars(parent).items()
         if hasattr(member, _ATTRIBUTE)
     }
+
+
+class WorkerGroup(ABC):
+    """Runs a worker class's registered methods on all its ranks."""
+
+    def __init__(self, worker_class: type, world_size: int) -> None:
+        self._registrations = registered_methods(worker_class)
+        self.world_size = world_size
+        """Number of ranks."""
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        # The underscore first: before __init__ has run, reading _registrations would come back here without end.
+        if name.startswith("_") or name not in self._registrations:
+            raise AttributeError(f"{type(self).__name__} has no registered method {name!r}")
+        return partial(self._run, name)
+
+    def _run(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        calls, collect = plan_calls(method, self._registrations[method], self.world_size, args, kwargs)
+        return collect(self._results(method, calls))
+
+    @abstractmethod
+    def _results(self, method: str, calls: Sequence[Call]) -> Results:
+        """Run call i on rank i: ranks and results as they come, none kept here; raises ``WorkerError``."""
 
 
 def plan_calls(

@@ -21,9 +21,8 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from verl.single_controller.base.decorator import Call, Results
+from verl.single_controller.base.decorator import Call, Results, WorkerGroup
 from verl.single_controller.base.worker import LOOPBACK, Worker
-from verl.single_controller.base.worker_group import WorkerGroup
 from verl.single_controller.ray.calls import Remote, failure_of_ranks, rank_results, sending
 from verl.single_controller.ray.resource_pool import RankPlace, RayResourcePool
 

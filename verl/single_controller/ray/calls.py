@@ -28,7 +28,7 @@ from ray.exceptions import (
     RayTaskError,
 )
 
-from verl.single_controller.base.worker_group import RolloutError, WorkerError
+from verl.single_controller.base.decorator import RolloutError, WorkerError
 
 POLL_S = 0.5
 """Seconds without a result after which progress is reported and ``watch`` is called."""

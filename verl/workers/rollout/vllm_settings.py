@@ -3,7 +3,7 @@
 In:  RolloutConfig, HFModelConfig, ModelInfo, the device. Out: environment variables of the replica's process, keyword
 arguments of vLLM's ``AsyncEngineArgs``, the ``SamplingParams`` of a request. Nothing is started.
 
-On CPU the engine runs eagerly, in the replica's own process (``vllm_engine``), with threads that sleep while they
+On CPU the engine runs eagerly, in the replica's own process (``InProcessEngine``), with threads that sleep while they
 wait: they share the cores with the training ranks. What the user set in the environment stays.
 """
 

@@ -1,4 +1,4 @@
-"""From parquet files to batches of rows, and from these to batches of prompts.
+"""From parquet files to batches of rows.
 
 In: ``DataConfig`` and a tokenizer. Out: data sets, and loaders whose position can be saved and restored.
 Tokenises nothing itself: chat templates are applied by the data set (to count) and by the agent loops (to generate).
@@ -17,9 +17,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from verl.config import DataConfig, PPOConfig
-from verl.experimental.agent_loop.base import TEACHER_KNOWS_EXTENDED
-from verl.protocol import DataProto
+from verl.config import DataConfig
 from verl.utils.dataset.onerec_dataset import create_rl_dataset
 from verl.utils.dataset.parquet_files import expand_data_files, read_header
 from verl.utils.dataset.rl_dataset import RLHFDataset, collate_fn, group_by_weight, mixed_order
@@ -162,26 +160,3 @@ def detach_loader(_: int) -> None:
     os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def prompt_batch(rows: dict[str, Any], config: PPOConfig, *, n: int, step: int | None) -> DataProto:
-    """Rows of the data set as a batch of prompts, ``n`` copies each, with one ``uid`` per prompt.
-
-    Where no model that lacks the extended ids scores them, nothing behind such an id is masked.
-
-    Args:
-        step: of training; None: validation, which draws the same random numbers every time.
-    """
-    prompts, rollout = DataProto.from_single_dict(rows), config.actor_rollout_ref.rollout
-    # Sampling seeds follow from these, so training never draws the same ones twice.
-    uids = [f"{'val' if step is None else step}-{index}" for index in prompts.non_tensor_batch["index"]]
-    prompts.non_tensor_batch["uid"] = np.array(uids, dtype=object)
-    if not config.scores_without_extended:
-        prompts.non_tensor_batch[TEACHER_KNOWS_EXTENDED] = np.full(len(uids), True, dtype=object)
-    prompts.meta_info = {
-        "global_steps": step or 0,
-        "validate": step is None,
-        "temperature": rollout.val_kwargs.temperature if step is None else rollout.temperature,
-    }
-    # Copies lie side by side, so that a mini-batch of ppo_mini_batch_size * n rows holds whole prompts.
-    return prompts.repeat(n, interleave=True)

@@ -1,7 +1,7 @@
 """Sharing sequences out so that every part holds about as many tokens.
 
 In:  sequence lengths, or a batch with an ``attention_mask``. Out: index lists, or the batch cut into micro-batches.
-`balance_rows` lays the rows of a step out over ranks (driver); `rearrange_micro_batches` cuts one rank's rows into
+`balanced_order` lays the rows of a step out over ranks (driver); `rearrange_micro_batches` cuts one rank's rows into
 micro-batches (worker). Not here: padding, packing, and which rows form a mini-batch.
 
 Letters: B sequences, T tokens of a padded row.
@@ -14,9 +14,6 @@ from itertools import chain
 import torch
 import torch.distributed as dist
 from tensordict import TensorDict
-
-from verl.config import PPOConfig
-from verl.protocol import DataProto
 
 Part = tuple[int, list[int]]
 """Tokens of a part, and its rows."""
@@ -89,19 +86,6 @@ def balanced_order(seqlens: Sequence[int], mini_batch_rows: int, dp_size: int) -
             shares[rank] += [start + row for row in part]
             tokens[rank] += sum(lengths[row] for row in part)
     return list(chain.from_iterable(shares))
-
-
-def balance_rows(batch: DataProto, config: PPOConfig) -> DataProto:
-    """Put the rows, in place, in the order that gives every rank its equal, token-balanced share of a mini-batch."""
-    lengths = batch.tensor("attention_mask").sum(-1).tolist()
-    models = config.actor_rollout_ref
-    order = balanced_order(
-        lengths if config.trainer.balance_batch else [1] * len(lengths),
-        mini_batch_rows=models.actor.ppo_mini_batch_size * models.rollout.n,
-        dp_size=config.trainer.world_size,
-    )
-    batch.reorder(order)
-    return batch
 
 
 def _fewest_parts(seqlens: list[int], max_token_len: int, at_least: int) -> list[list[int]]:

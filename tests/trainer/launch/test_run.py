@@ -39,9 +39,6 @@ class Trainer:
         if self.error is not None:
             raise self.error
 
-    def progress(self) -> str:
-        return f"step {self.global_steps} of 9"
-
     def shutdown(self) -> None:
         print("shut down", file=sys.stderr)
 
@@ -56,6 +53,7 @@ def end_of(
         sent: int | None = None, error: Exception | None = None, saved_any: bool = False, start: Any = print
     ) -> tuple[int, list[str]]:
         monkeypatch.setattr(module, "start_session", start)
+        monkeypatch.setattr(module, "progress", lambda trainer: f"step {trainer.global_steps} of 9")
         monkeypatch.setattr(module, "end_session", lambda folder: print("Ray ended", file=sys.stderr))
         config = PPOConfig(trainer=TrainerConfig(default_local_dir=str(tmp_path)))
         trainer: Any = Trainer(config, sent, error, saved_any)

@@ -19,7 +19,7 @@ from verl.experimental.agent_loop.actors import plan_replicas
 from verl.protocol import DataProto
 from verl.single_controller.base import Worker
 from verl.single_controller.base.decorator import Dispatch, register
-from verl.trainer.ppo.worker_groups import WorkerGroups, plan_pools
+from verl.trainer.ppo.worker_groups import WorkerGroups
 from verl.workers.actor.teachers import HIDDEN_STATE_HANDLES
 from verl.workers.student_worker import StudentWorker
 from verl.workers.teacher_worker import TeacherWorker
@@ -73,11 +73,10 @@ def update(trainer: TrainerConfig, config: ActorRolloutRefConfig, distill: Disti
     driver.config, driver.device_name = PPOConfig(), "cpu"
     driver.config.actor_rollout_ref, driver.config.trainer, driver.config.algorithm.distill = config, trainer, distill
     batch.meta_info["validate"], driver.stage_metrics = False, {}
-    pools, groups = plan_pools(trainer, driver.roles, use_gpu=False), WorkerGroups()
+    groups = WorkerGroups(driver.config, driver.roles, "cpu")
     try:
-        pools.create_resource_pool()
         classes = {"actor": Student, **dict.fromkeys(distill.roles, TeacherWorker)}
-        driver.role_groups = groups.start(pools, classes, driver.worker_arguments)
+        driver.role_groups = groups.start(classes, driver.worker_arguments)
         driver.actor_wg = driver.role_groups["actor"]
         for role in driver.roles:
             driver.role_groups[role].init_model()
@@ -93,7 +92,6 @@ def update(trainer: TrainerConfig, config: ActorRolloutRefConfig, distill: Disti
         return Update(driver.stage_metrics, batch.tensor("ref_log_prob"), driver.actor_wg.gradient()[0])
     finally:
         groups.shutdown()
-        pools.shutdown()
 
 
 def test_a_student_learns_from_a_teacher_of_its_own_ranks_what_it_learns_from_one_beside_it(tiny_pair: Pair) -> None:
@@ -116,10 +114,9 @@ def test_a_student_learns_from_a_teacher_of_its_own_ranks_what_it_learns_from_on
 
 def test_each_pool_has_gpus_of_its_own_and_replicas_those_of_the_student() -> None:
     trainer = TrainerConfig(n_gpus_per_node=2, teacher_nnodes=1, teacher_n_gpus_per_node=2)
-    pools, groups = plan_pools(trainer, ["actor", "ref"], use_gpu=True), WorkerGroups()
-    pools.create_resource_pool()
+    groups = WorkerGroups(PPOConfig(trainer=trainer), ["actor", "ref"], "cuda")
     config = ActorRolloutRefConfig()
-    views = groups.start(pools, {"actor": Bystander, "ref": Bystander}, lambda _: {"config": config, "device": "cuda"})
+    views = groups.start({"actor": Bystander, "ref": Bystander}, lambda _: {"config": config, "device": "cuda"})
     try:
         student, teacher = views["actor"].get_placement(), views["ref"].get_placement()
         students, teachers = ({rank["cuda_visible_devices"] for rank in ranks} for ranks in (student, teacher))
@@ -130,12 +127,11 @@ def test_each_pool_has_gpus_of_its_own_and_replicas_those_of_the_student() -> No
         assert ray.available_resources().get("GPU", 0) == 0
     finally:
         groups.shutdown()
-        pools.shutdown()
 
 
 def test_pools_that_do_not_fit_reserve_nothing() -> None:
-    trainer = TrainerConfig(n_gpus_per_node=3, teacher_nnodes=1, teacher_n_gpus_per_node=2)
-    pools = plan_pools(trainer, ["actor", "ref"], use_gpu=True)
-    with pytest.raises(ValueError, match="beside 'train': 3 rank"):
-        pools.create_resource_pool()
-    assert all(pool._group is None for pool in pools.resource_pool_dict.values())
+    trainer = TrainerConfig(n_gpus_per_node=4, teacher_nnodes=1, teacher_n_gpus_per_node=2)
+    groups = WorkerGroups(PPOConfig(trainer=trainer), ["actor", "ref"], "cuda")
+    with pytest.raises(ValueError, match="beside 'train': 4 rank"):
+        groups.start({}, dict)
+    assert all(pool._group is None for pool in groups.pools.values())

@@ -8,24 +8,27 @@ import pytest
 from verl.config import PPOConfig, TeacherConfig, TrainerConfig
 from verl.single_controller.ray.resource_pool import RankPlace
 from verl.trainer.ppo import worker_groups
-from verl.trainer.ppo.worker_groups import ResourcePoolManager, check_nodes, plan_pools, teacher_paths
+from verl.trainer.ppo.worker_groups import WorkerGroups, check_nodes, teacher_paths
 
 ROLES = ["actor", "ref"]
 
 
 def test_a_teacher_shares_the_students_ranks_unless_it_has_its_own() -> None:
     student = {"nnodes": 2, "n_gpus_per_node": 4}
-    shared = plan_pools(TrainerConfig(**student), ROLES, use_gpu=True)
-    assert (shared.resource_pool_spec, shared.mapping) == ({"train": [4, 4]}, {"actor": "train", "ref": "train"})
-    apart = plan_pools(TrainerConfig(**student, teacher_nnodes=1, teacher_n_gpus_per_node=8), ROLES, use_gpu=True)
-    assert apart.resource_pool_spec == {"train": [4, 4], "teacher": [8]}
-    assert apart.mapping == {"actor": "train", "ref": "teacher"}
+    assert planned(**student) == ({"train": [4, 4]}, {"actor": "train", "ref": "train"})
+    apart = planned(**student, teacher_nnodes=1, teacher_n_gpus_per_node=8)
+    assert apart == ({"train": [4, 4], "teacher": [8]}, {"actor": "train", "ref": "teacher"})
+
+
+def planned(**trainer: Any) -> tuple[dict[str, list[int]], dict[str, str]]:
+    groups = WorkerGroups(PPOConfig(trainer=TrainerConfig(**trainer)), ROLES, "cuda")
+    return {name: pool.process_on_nodes for name, pool in groups.pools.items()}, groups.pool_of
 
 
 def test_gpus_for_a_teacher_that_nobody_asks_are_refused() -> None:
-    config = TrainerConfig(teacher_nnodes=1, teacher_n_gpus_per_node=8)
+    config = PPOConfig(trainer=TrainerConfig(teacher_nnodes=1, teacher_n_gpus_per_node=8))
     with pytest.raises(ValueError, match="teacher_nnodes=1, teacher_n_gpus_per_node=8: this run uses no teacher"):
-        plan_pools(config, ["actor"], use_gpu=True)
+        WorkerGroups(config, ["actor"], "cuda")
 
 
 # ------------------------------------------------------------------------------ what each node has to hold
@@ -62,9 +65,9 @@ def test_every_node_is_asked_for_what_its_ranks_read(
     """Ranks that save have to see the driver's file in the run's folder, which is gone afterwards."""
     config = make_config(tmp_path, save_freq=save_freq)
     config.actor_rollout_ref.rollout.name = engine
-    pools: Any = ResourcePoolManager({"train": [1], "teacher": [1]}, {"actor": "train", "ref": "teacher"})
+    groups = WorkerGroups(config, ROLES, "cpu")
     group: Any = None
-    monkeypatch.setattr(pools, "places", lambda role: [RankPlace(group, 0, f"node of {role}", f"{role}.net")])
+    monkeypatch.setattr(groups, "places", lambda role: [RankPlace(group, 0, f"node of {role}", f"{role}.net")])
 
     def check(needed: dict[str, dict[str, str]], node_ips: dict[str, str], packages: list[str]) -> None:
         assert node_ips == {"node of actor": "actor.net", "node of ref": "ref.net"}
@@ -76,5 +79,5 @@ def test_every_node_is_asked_for_what_its_ranks_read(
         assert ("vllm" in packages) == (engine == "vllm"), "counts only where it is used"
 
     monkeypatch.setattr(worker_groups, "check_nodes_hold", check)
-    check_nodes(config, pools)
+    check_nodes(config, groups)
     assert not list(tmp_path.glob("run/*"))

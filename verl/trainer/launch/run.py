@@ -19,6 +19,7 @@ import sys
 from verl.config.best_rule import BestMetricError
 from verl.single_controller.base import WorkerError
 from verl.single_controller.ray.session import end_session, start_session
+from verl.trainer.checkpoint.layout import newest_whole
 from verl.trainer.checkpoint.saver import CheckpointError
 from verl.trainer.ppo.guards import GuardError
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer
@@ -47,7 +48,7 @@ def run(trainer: RayPPOTrainer) -> None:
     except KeyboardInterrupt:
         # A further signal must not break off the report.
         stop.leave()
-        report(f"left at once at {stop.name}: {trainer.progress()}")
+        report(f"left at once at {stop.name}: {progress(trainer)}")
         raise SystemExit(stop.exit_code) from None
     finally:
         stop.leave()
@@ -71,7 +72,7 @@ def run_once(trainer: RayPPOTrainer, stop: StopRequest) -> None:
         trainer.fit(stop)
     except (WorkerError, CheckpointError, GuardError, BestMetricError) as error:
         # Reported before anything is shut down, and before Ray's own account of a death: the cause comes first.
-        report(f"error: {error}\n{trainer.progress()}")
+        report(f"error: {error}\n{progress(trainer)}")
         # A worker's ValueError would come again, so no restart; after a signal the signal's own code counts.
         if not isinstance(error, WorkerError) or (error.by_user and not stop.requested):
             raise SystemExit(1) from None
@@ -79,9 +80,9 @@ def run_once(trainer: RayPPOTrainer, stop: StopRequest) -> None:
         raise SystemExit(stop.exit_code if stop.requested else lost) from None
     # A signal during the last step has changed nothing.
     if stop.requested and trainer.global_steps < trainer.total_steps:
-        report(f"stopped by {stop.name}: {trainer.progress()}")
+        report(f"stopped by {stop.name}: {progress(trainer)}")
         raise SystemExit(stop.exit_code)
-    logger.info("done: %s", trainer.progress())
+    logger.info("done: %s", progress(trainer))
 
 
 def start(trainer: RayPPOTrainer, stop: StopRequest) -> None:
@@ -102,6 +103,13 @@ def start(trainer: RayPPOTrainer, stop: StopRequest) -> None:
     except SystemExit:  # of Ray's handler
         stop.number = signal.SIGTERM
         raise KeyboardInterrupt from None
+
+
+def progress(trainer: RayPPOTrainer) -> str:
+    """Where the run stands and what it left."""
+    root = trainer.config.trainer.default_local_dir
+    saved = f"newest checkpoint {newest}" if (newest := newest_whole(root)) else "no checkpoint"
+    return f"step {trainer.global_steps} of {trainer.total_steps}, {saved}, run folder {root}{trainer.best.describe()}"
 
 
 def report(message: str) -> None:

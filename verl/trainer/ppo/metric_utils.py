@@ -11,12 +11,11 @@ teacher (``distill_special_token_mask`` 0); E is the extended vocabulary.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from verl.experimental.agent_loop.base import TEACHER_KNOWS_EXTENDED
 from verl.ops.policy_loss import zero_outside_mask
@@ -343,25 +342,6 @@ def _as_number(value: Any) -> float | None:
     if isinstance(value, np.generic | np.ndarray | torch.Tensor) and math.prod(value.shape) == 1:
         value = value.item()
     return float(value) if isinstance(value, int | float) else None
-
-
-def answer_all(
-    loader: Iterable[dict[str, Any]], answer: Callable[[dict[str, Any]], tuple[DataProto, Metrics]]
-) -> tuple[DataProto, Metrics]:
-    """Answer every validation prompt.
-
-    Args:
-        loader: rows of the data set, batch by batch.
-        answer: from such rows to their answers and the metrics of the stages that made them.
-
-    Returns:
-        the answers in the order of the data, and the stages' metrics as ``val_<family>/<name>``, timings left out.
-        Below ``val/`` they could be taken for those of a data source, in patterns such as ``val/*/reward`` too.
-    """
-    parts = [answer(rows) for rows in tqdm(loader, desc="validate", unit="batch", leave=False, disable=None)]
-    joined = join_metrics([(len(batch), metrics) for batch, metrics in parts])
-    metrics = {f"val_{name}": value for name, value in joined.items() if not name.startswith("timing_s/")}
-    return DataProto.concat([batch for batch, _ in parts]), metrics
 
 
 def join_metrics(parts: Sequence[tuple[int, Metrics]]) -> Metrics:

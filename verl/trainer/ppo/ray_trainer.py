@@ -12,41 +12,41 @@ Workers compute on models (``workers``), engines generate (``agent_loop``). B se
 
 import logging
 import os
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from verl.config import PPOConfig
 from verl.experimental.agent_loop.agent_loop import AgentLoopManager
+from verl.experimental.agent_loop.base import TEACHER_KNOWS_EXTENDED
 from verl.protocol import DataProto
 from verl.single_controller.base import WorkerGroup
-from verl.single_controller.local import local_groups
 from verl.trainer.checkpoint.best import BestCheckpoint
-from verl.trainer.checkpoint.layout import checkpoint_step, is_of_run, newest_whole
+from verl.trainer.checkpoint.layout import checkpoint_step, is_of_run
 from verl.trainer.checkpoint.resume import find_resumable, load_driver_state, run_identity
 from verl.trainer.checkpoint.saver import CheckpointSaver
-from verl.trainer.data import PromptStream, build_val_loader, prompt_batch
+from verl.trainer.data import PromptStream, build_val_loader
 from verl.trainer.ppo.advantage import apply_kl_penalty, compute_advantage, compute_rollout_is_weights, new_keys
 from verl.trainer.ppo.core_algos import get_kl_controller
 from verl.trainer.ppo.guards import EngineGap, SkippedUpdates, TeacherProbe
 from verl.trainer.ppo.metric_utils import (
-    answer_all,
     compute_data_metrics,
     compute_throughout_metrics,
     compute_timing_metrics,
     compute_validation_reward_metrics,
+    join_metrics,
     reduce_metrics,
 )
 from verl.trainer.ppo.reward import RewardFn, compute_rewards
 from verl.trainer.ppo.stop_request import StopRequest
-from verl.trainer.ppo.worker_groups import WorkerGroups, check_nodes, plan_pools
+from verl.trainer.ppo.worker_groups import WorkerGroups
 from verl.utils.dataset.rl_dataset import RLHFDataset
 from verl.utils.rollout_dump import dump_generations, show_answers
-from verl.utils.seqlen_balancing import balance_rows
-from verl.utils.timing import marked_timer, run_stage
+from verl.utils.seqlen_balancing import balanced_order
+from verl.utils.timing import marked_timer
 from verl.utils.tracking import Tracking, as_numbers
 
 __all__ = ["RayPPOTrainer", "compute_advantage"]
@@ -99,8 +99,7 @@ class RayPPOTrainer:
         config.resolve_schedule(self.total_steps)
         if self.uses_reward and reward_fn is None:
             raise ValueError(config.algorithm.missing_reward)
-        self.pools = plan_pools(config.trainer, self.roles, use_gpu=device_name == "cuda")
-        self.worker_groups = WorkerGroups()
+        self.worker_groups = WorkerGroups(config, self.roles, device_name)
         identity = run_identity(config, vocab_fingerprint)
         self.resume_from = find_resumable(config, identity, self.total_steps)
         self.driver_state = load_driver_state(self.resume_from) if self.resume_from else {}
@@ -177,7 +176,19 @@ class RayPPOTrainer:
 
     def prepare(self, rows: dict[str, Any], *, n: int, validate: bool = False) -> DataProto:
         """Rows of the data set as a batch of prompts, ``n`` copies each, with one ``uid`` per prompt."""
-        return prompt_batch(rows, self.config, n=n, step=None if validate else self.global_steps)
+        prompts, rollout = DataProto.from_single_dict(rows), self.config.actor_rollout_ref.rollout
+        # Sampling seeds follow from these: training never draws the same ones twice, validation always does.
+        uids = [f"{'val' if validate else self.global_steps}-{index}" for index in prompts.non_tensor_batch["index"]]
+        prompts.non_tensor_batch["uid"] = np.array(uids, dtype=object)
+        if not self.config.scores_without_extended:  # then nothing behind an extended id is masked
+            prompts.non_tensor_batch[TEACHER_KNOWS_EXTENDED] = np.full(len(uids), True, dtype=object)
+        prompts.meta_info = {
+            "global_steps": 0 if validate else self.global_steps,
+            "validate": validate,
+            "temperature": rollout.val_kwargs.temperature if validate else rollout.temperature,
+        }
+        # Copies lie side by side, so that a mini-batch of ppo_mini_batch_size * n rows holds whole prompts.
+        return prompts.repeat(n, interleave=True)
 
     def generate(self, batch: DataProto) -> DataProto:
         """Answers, their masks and the sampler's log-probs; the engines sleep afterwards where they free memory."""
@@ -190,7 +201,14 @@ class RayPPOTrainer:
 
     def balance(self, batch: DataProto) -> DataProto:
         """The rows, in place, in the order that gives every rank its equal, token-balanced share of a mini-batch."""
-        return balance_rows(batch, self.config)
+        models, lengths = self.config.actor_rollout_ref, batch.tensor("attention_mask").sum(-1).tolist()
+        order = balanced_order(
+            lengths if self.config.trainer.balance_batch else [1] * len(lengths),
+            mini_batch_rows=models.actor.ppo_mini_batch_size * models.rollout.n,
+            dp_size=self.config.trainer.world_size,
+        )
+        batch.reorder(order)
+        return batch
 
     def old_log_prob(self, batch: DataProto) -> DataProto:
         """``old_log_probs``, ``entropys`` and ``extend_mass`` (B, R) of the student."""
@@ -231,7 +249,7 @@ class RayPPOTrainer:
                 try:
                     if self.val_loader is not None and self.is_due(config.test_freq):
                         metrics |= self.validate()
-                    is_last = stop.requested or self.is_last_step()
+                    is_last = stop.requested or self.global_steps >= self.total_steps or self.best.gives_up()
                     saves = self.is_saved(is_last)
                     metrics |= self.save_checkpoint(metrics, is_last) if saves else self.saver.poll()
                 finally:  # a run that ends here with an error keeps the metrics of its last step
@@ -246,10 +264,6 @@ class RayPPOTrainer:
         """Whether something is due after this step: every so many steps and after the last; never if ``every`` < 1."""
         return every > 0 and (self.global_steps % every == 0 or self.global_steps >= self.total_steps)
 
-    def is_last_step(self) -> bool:
-        """Whether the run ends here: all steps are taken, or validation has not improved for long."""
-        return self.global_steps >= self.total_steps or self.best.gives_up()
-
     def is_saved(self, is_last: bool) -> bool:
         """Whether this step leaves a checkpoint: due, the last of a run that saves, or the best so far."""
         every = self.config.trainer.save_freq
@@ -259,7 +273,11 @@ class RayPPOTrainer:
         """One step, one line per stage."""
         timing: dict[str, float] = {}
         self.stage_metrics = {}
-        stage = partial(run_stage, timing)
+
+        def stage(name: str, run: Callable[[DataProto], DataProto], batch: DataProto) -> DataProto:
+            with marked_timer(name, timing):
+                return batch.union(run(batch))
+
         with marked_timer("step", timing):
             batch = self.prepare(rows, n=self.config.actor_rollout_ref.rollout.n)
             batch = stage("gen", self.generate, batch)
@@ -271,7 +289,8 @@ class RayPPOTrainer:
             batch = stage("update_actor", self.update_actor, batch)
             with marked_timer("update_weights", timing):
                 self.sync_weights()
-        self.dump(self.config.trainer.rollout_data_dir, batch)
+        if (folder := self.config.trainer.rollout_data_dir) is not None:
+            dump_generations(folder, self.global_steps, batch, self.tokenizer)
         metrics = self.stage_metrics | self.step_metrics(batch)
         metrics |= self.engine_gap.check(metrics, self.global_steps)
         metrics |= compute_timing_metrics(batch, timing)
@@ -280,21 +299,27 @@ class RayPPOTrainer:
         return metrics | place | {"training/restarts": int(os.environ.get("RESTART_COUNT", "0"))}
 
     def validate(self) -> Metrics:
-        """Answer every validation prompt, of which there have to be some, and measure the answers."""
+        """Answer every validation prompt, of which there have to be some, and measure the answers.
+
+        Metrics of the stages are ``val_<family>/<name>``; below ``val/`` they could be taken for those of a source.
+        """
         assert self.val_loader is not None
         timing: dict[str, float] = {}
+        answers, stages = [], []
         with marked_timer("testing", timing):
-            batch, metrics = answer_all(self.val_loader, self.answer_validation)
-        self.dump(self.config.trainer.validation_data_dir, batch, show=self.config.trainer.log_val_generations)
+            for rows in tqdm(self.val_loader, desc="validate", unit="batch", leave=False, disable=None):
+                self.stage_metrics = {}
+                batch = self.prepare(rows, n=self.config.actor_rollout_ref.rollout.val_kwargs.n, validate=True)
+                batch = batch.union(self.generate(batch))
+                answers.append(batch.union(self.score_validation(batch)))
+                stages.append((len(batch), self.stage_metrics))
+        batch, joined = DataProto.concat(answers), join_metrics(stages)
+        if (folder := self.config.trainer.validation_data_dir) is not None:
+            dump_generations(folder, self.global_steps, batch, self.tokenizer)
+        show_answers(batch, self.tokenizer, self.config.trainer.log_val_generations)
+        metrics = {f"val_{name}": value for name, value in joined.items() if not name.startswith("timing_s/")}
         metrics |= self.validation_metrics(batch)
         return metrics | self.best.note(self.global_steps, metrics) | {"timing_s/testing": timing["testing"]}
-
-    def answer_validation(self, rows: dict[str, Any]) -> tuple[DataProto, Metrics]:
-        """Answers to a batch of validation prompts, scored, and the metrics of the stages."""
-        self.stage_metrics = {}
-        batch = self.prepare(rows, n=self.config.actor_rollout_ref.rollout.val_kwargs.n, validate=True)
-        batch = batch.union(self.generate(batch))
-        return batch.union(self.score_validation(batch)), self.stage_metrics
 
     # ------------------------------------------------------------------ set-up, data, checkpoints
 
@@ -309,21 +334,8 @@ class RayPPOTrainer:
         Raises:
             ValueError: a model or setting cannot be used, or ``in_process`` with a GPU or several ranks.
         """
-        if in_process:
-            run = self.config.trainer
-            if self.device_name != "cpu" or run.world_size != 1 or run.teacher_ranks_on_nodes:
-                raise ValueError(
-                    f"a run in one process has one rank on the CPU: set trainer.device={self.device_name} to cpu, "
-                    f"trainer.nnodes={run.nnodes} and trainer.n_gpus_per_node={run.n_gpus_per_node} to 1, "
-                    f"trainer.teacher_n_gpus_per_node={run.teacher_n_gpus_per_node} to null"
-                )
-            workers = {role: self.role_worker_mapping[role](**self.worker_arguments(role)) for role in self.roles}
-            self.role_groups: Mapping[str, WorkerGroup] = local_groups(workers)
-        else:
-            self.pools.create_resource_pool()
-            if "address" in self.config.ray_kwargs.ray_init:
-                check_nodes(self.config, self.pools)
-            self.role_groups = self.worker_groups.start(self.pools, self.role_worker_mapping, self.worker_arguments)
+        start = self.worker_groups.start_in_process if in_process else self.worker_groups.start
+        self.role_groups: Mapping[str, WorkerGroup] = start(self.role_worker_mapping, self.worker_arguments)
         self.actor_wg = self.role_groups["actor"]
         self.agent_loop_manager = AgentLoopManager(
             self.config,
@@ -349,7 +361,6 @@ class RayPPOTrainer:
         if hasattr(self, "agent_loop_manager"):
             self.agent_loop_manager.shutdown()
         self.worker_groups.shutdown()
-        self.pools.shutdown()
         if hasattr(self, "logger"):
             self.logger.finish()
 
@@ -386,15 +397,3 @@ class RayPPOTrainer:
             self.actor_wg.load_checkpoint(str((folder / "actor").absolute()))
             logger.warning("resumed from %s at step %d (trainer.resume_mode=disable starts afresh)", folder, step)
             self.sync_weights()
-
-    def dump(self, folder: str | None, batch: DataProto, show: int = 0) -> None:
-        """Write the answers of a batch as JSONL where ``folder`` is set, and show the first few."""
-        if folder is not None:
-            dump_generations(folder, self.global_steps, batch, self.tokenizer)
-        show_answers(batch, self.tokenizer, show)
-
-    def progress(self) -> str:
-        """Where the run stands and what it left."""
-        root = self.config.trainer.default_local_dir
-        saved = f"newest checkpoint {newest}" if (newest := newest_whole(root)) else "no checkpoint"
-        return f"step {self.global_steps} of {self.total_steps}, {saved}, run folder {root}{self.best.describe()}"

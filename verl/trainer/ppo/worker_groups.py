@@ -6,7 +6,7 @@
     teacher apart     pool "train"     rank r: actor                (a process group of its own)
                       pool "teacher"   rank s: ref                  (a process group of its own)
 
-In: the trainer's settings and the worker class of each role. Out: a view per role, whose methods the trainer calls.
+In: the settings and the worker class of each role. Out: a group per role, whose methods the trainer calls.
 Rollout engines are placed beside the student's ranks (``agent_loop``); a teacher in its own pool has its GPUs alone.
 
 Before the first worker starts on a cluster, ``check_nodes`` asks every node for what is read there:
@@ -23,11 +23,11 @@ import logging
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from verl.config import PPOConfig, TrainerConfig
+from verl.config import PPOConfig
+from verl.single_controller.local import LocalWorkerGroup, local_groups
 from verl.single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
 from verl.single_controller.ray.base import RoleWorkerGroup
 from verl.single_controller.ray.node_check import DISTRIBUTIONS, check_nodes_hold
@@ -39,86 +39,78 @@ logger = logging.getLogger(__name__)
 TRAIN, TEACHER = "train", "teacher"
 
 
-@dataclass
-class ResourcePoolManager:
-    """The pools of a run, and the pool of each role."""
-
-    resource_pool_spec: Mapping[str, Sequence[int]]
-    """Ranks per node, by pool."""
-    mapping: Mapping[str, str]
-    """The pool of each role."""
-    use_gpu: bool = True
-    """One GPU per rank."""
-    resource_pool_dict: dict[str, RayResourcePool] = field(default_factory=dict)
-    """The pools, once created."""
-
-    def create_resource_pool(self) -> None:
-        """Reserve the places of all pools.
-
-        Raises:
-            ValueError: the cluster cannot hold them, or something else keeps what they need.
-        """
-        for name, ranks in self.resource_pool_spec.items():
-            keys = "trainer.{0}n_gpus_per_node or trainer.{0}nnodes".format("teacher_" if name == TEACHER else "")
-            self.resource_pool_dict[name] = RayResourcePool(ranks, self.use_gpu, name_prefix=name, settings=keys)
-        reserve_all(list(self.resource_pool_dict.values()))
-
-    def places(self, role: str) -> list[RankPlace]:
-        """Where each rank of a role will run, in rank order; reserved already."""
-        return self.resource_pool_dict[self.mapping[role]].reserve()
-
-    def shutdown(self) -> None:
-        """Give everything back, used or not; a second call does nothing."""
-        for pool in self.resource_pool_dict.values():
-            pool.remove()
-
-
-def plan_pools(config: TrainerConfig, roles: Sequence[str], use_gpu: bool) -> ResourcePoolManager:
-    """The pools that the settings ask for; nothing is reserved yet.
+class WorkerGroups:
+    """The pools of a run, and one worker group per pool; roles that share a pool share its processes.
 
     Args:
         roles: ``actor``, then those of its frozen models.
+        device_name: ``cuda``: one GPU per rank; or ``cpu``.
 
     Raises:
         ValueError: a pool for a teacher that the run does not use.
     """
-    train, teacher = config.ranks_on_nodes, config.teacher_ranks_on_nodes
-    if not teacher:
-        return ResourcePoolManager({TRAIN: train}, dict.fromkeys(roles, TRAIN), use_gpu)
-    if len(roles) == 1:
-        given = f"teacher_nnodes={config.teacher_nnodes}, teacher_n_gpus_per_node={config.teacher_n_gpus_per_node}"
-        raise ValueError(f"trainer.{given}: this run uses no teacher; set both to null")
-    mapping = {role: TRAIN if role == roles[0] else TEACHER for role in roles}
-    return ResourcePoolManager({TRAIN: train, TEACHER: teacher}, mapping, use_gpu)
 
-
-class WorkerGroups:
-    """One worker group per pool; roles that share a pool share its processes."""
-
-    def __init__(self) -> None:
+    def __init__(self, config: PPOConfig, roles: Sequence[str], device_name: str) -> None:
+        self._config, self._device_name, use_gpu = config, device_name, device_name == "cuda"
+        run, teacher = config.trainer, config.trainer.teacher_ranks_on_nodes
+        if teacher and len(roles) == 1:
+            given = f"teacher_nnodes={run.teacher_nnodes}, teacher_n_gpus_per_node={run.teacher_n_gpus_per_node}"
+            raise ValueError(f"trainer.{given}: this run uses no teacher; set both to null")
+        self.pools = {TRAIN: RayResourcePool(run.ranks_on_nodes, use_gpu, name_prefix=TRAIN)}
+        """By name; their places are reserved at the start."""
+        if teacher:
+            keys = "trainer.teacher_n_gpus_per_node or trainer.teacher_nnodes"
+            self.pools[TEACHER] = RayResourcePool(teacher, use_gpu, name_prefix=TEACHER, settings=keys)
+        self.pool_of = {role: TEACHER if teacher and role != roles[0] else TRAIN for role in roles}
+        """The pool of each role."""
         self._groups: list[RayWorkerGroup] = []
 
     def start(
-        self,
-        pools: ResourcePoolManager,
-        worker_classes: Mapping[str, type],
-        arguments_of: Callable[[str], Mapping[str, Any]],
+        self, worker_classes: Mapping[str, type], arguments_of: Callable[[str], Mapping[str, Any]]
     ) -> dict[str, RoleWorkerGroup]:
         """Start every rank of every role; returns while the processes still start.
 
         Args:
             worker_classes: by role; those without a pool are left out.
             arguments_of: what each role's workers are built with.
+
+        Raises:
+            ValueError: the cluster cannot hold them, something else keeps what they need, or a node lacks what they
+                will read.
         """
+        reserve_all(list(self.pools.values()))
+        if "address" in self._config.ray_kwargs.ray_init:
+            check_nodes(self._config, self)
         views: dict[str, RoleWorkerGroup] = {}
-        for name, pool in pools.resource_pool_dict.items():
-            roles = [role for role, pool_of_role in pools.mapping.items() if pool_of_role == name]
+        for name, pool in self.pools.items():
+            roles = [role for role, pool_of_role in self.pool_of.items() if pool_of_role == name]
             logger.info("pool %s: %s, for %s", name, pool.describe(), " and ".join(roles))
             classes = {role: RayClassWithInitArgs(worker_classes[role], **arguments_of(role)) for role in roles}
             group = RayWorkerGroup(pool, classes, name_prefix=name)
             self._groups.append(group)
             views |= group.spawn(set(roles))
         return views
+
+    def start_in_process(
+        self, worker_classes: Mapping[str, type], arguments_of: Callable[[str], Mapping[str, Any]]
+    ) -> dict[str, LocalWorkerGroup]:
+        """One rank of every role in this process, without Ray; arguments as in `start`.
+
+        Raises:
+            ValueError: the run has a GPU or several ranks.
+        """
+        run = self._config.trainer
+        if self._device_name != "cpu" or run.world_size != 1 or run.teacher_ranks_on_nodes:
+            raise ValueError(
+                f"a run in one process has one rank on the CPU: set trainer.device={self._device_name} to cpu, "
+                f"trainer.nnodes={run.nnodes} and trainer.n_gpus_per_node={run.n_gpus_per_node} to 1, "
+                f"trainer.teacher_n_gpus_per_node={run.teacher_n_gpus_per_node} to null"
+            )
+        return local_groups({role: worker_classes[role](**arguments_of(role)) for role in self.pool_of})
+
+    def places(self, role: str) -> list[RankPlace]:
+        """Where each rank of a role will run, in rank order; reserved already."""
+        return self.pools[self.pool_of[role]].reserve()
 
     def check_alive(self) -> None:
         """Raise ``WorkerError`` where a process of any group has died; returns at once."""
@@ -136,13 +128,15 @@ class WorkerGroups:
             group.watch = check
 
     def shutdown(self) -> None:
-        """End the processes; a second call does nothing."""
+        """End the processes and give their places back, used or not; a second call does nothing."""
         for group in self._groups:
             group.shutdown()
+        for pool in self.pools.values():
+            pool.remove()
 
 
-def check_nodes(config: PPOConfig, pools: ResourcePoolManager) -> None:
-    """Check that every node of the pools has what its processes will read, and the driver's code and packages.
+def check_nodes(config: PPOConfig, groups: WorkerGroups) -> None:
+    """Check that every node of the run has what its processes will read, and the driver's code and packages.
 
     Raises:
         ValueError: what is missing or differs, and where.
@@ -159,9 +153,9 @@ def check_nodes(config: PPOConfig, pools: ResourcePoolManager) -> None:
             # It is deleted when it is closed, so it stays open until every node has answered.
             marker = stack.enter_context(tempfile.NamedTemporaryFile(dir=folder, prefix=".seen-by-all-nodes-"))
             student["trainer.default_local_dir (the driver's file in it)"] = marker.name
-        for role in pools.mapping:
+        for role in groups.pool_of:
             paths = student if role == "actor" else teacher_paths(config)
-            for place in pools.places(role):
+            for place in groups.places(role):
                 node_ips[place.node_id] = place.node_ip
                 needed.setdefault(place.node_id, {}).update({key: path for key, path in paths.items() if path})
         check_nodes_hold(needed, node_ips, packages)

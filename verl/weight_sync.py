@@ -161,7 +161,7 @@ class WeightExporter:
     def _share_handles(self, index: int, tensors: dict[str, torch.Tensor]) -> Bucket:
         from torch.multiprocessing.reductions import reduce_tensor
 
-        gpu = get_device_uuid()
+        gpu = get_device_uuid(self._device)
         # [0] is the function that opens it, `rebuild_cuda_tensor`, and [1] its arguments.
         handles = [{gpu: reduce_tensor(tensor)[1]} for tensor in tensors.values()]
         synchronize("cuda")  # engines may read at once
@@ -208,7 +208,7 @@ def bucket_tensors(update_info: Mapping[str, Any], device: torch.device) -> Iter
         return
     from torch.multiprocessing.reductions import rebuild_cuda_tensor
 
-    uuid = str(torch.cuda.get_device_properties(device).uuid)
+    uuid = get_device_uuid(device)
     for name, handles in zip(update_info["names"], update_info["ipc_handles"], strict=True):
         arguments = list(handles[uuid])
         # The sender's number of the GPU, which another process may count differently.

@@ -201,9 +201,9 @@ class KLControlConfig:
     """``fixed`` or ``adaptive``."""
     kl_coef: float = 0.001
     """Weight, or the weight to start from."""
-    horizon: int = 10000
+    horizon: Count = 10000
     """Steps over which the adaptive weight moves."""
-    target_kl: float = 0.1
+    target_kl: PositiveFloat = 0.1
     """KL that the adaptive weight steers to."""
 
 

@@ -104,11 +104,7 @@ class TrainerConfig:
     def __post_init__(self) -> None:
         if not self.default_local_dir:
             self.default_local_dir = f"checkpoints/{self.project_name}/{self.experiment_name}"
-        nodes, ranks, best = (
-            self.teacher_nnodes,
-            self.teacher_n_gpus_per_node,
-            f"trainer.best_metric={self.best_metric!r}",
-        )
+        nodes, ranks = self.teacher_nnodes, self.teacher_n_gpus_per_node
         if self.resume_mode == "resume_path" and not self.resume_from_path:
             raise ValueError(
                 "trainer.resume_mode=resume_path needs trainer.resume_from_path; name a checkpoint's folder"
@@ -125,7 +121,7 @@ class TrainerConfig:
             )
         if not self.best_metric:
             return
-        rule = BestRule.parse(self.best_metric)
+        rule, best = BestRule.parse(self.best_metric), f"trainer.best_metric={self.best_metric!r}"
         if self.test_freq < 1 and not self.val_only:
             raise ValueError(
                 f"{best} compares validations; set trainer.test_freq={self.test_freq} to the steps between"

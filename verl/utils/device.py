@@ -68,9 +68,9 @@ def synchronize(device_name: str) -> None:
         torch.cuda.synchronize()
 
 
-def get_device_uuid() -> str:
-    """Identity of the current physical GPU, the same in every process that shares it."""
-    return str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
+def get_device_uuid(device: torch.device) -> str:
+    """Identity of the physical GPU, the same in every process that shares it."""
+    return str(torch.cuda.get_device_properties(device).uuid)
 
 
 def max_memory_metrics(device_name: str) -> dict[str, float]:

@@ -115,5 +115,3 @@ def test_importance_weights_are_ratios_cut_at_the_threshold() -> None:
     weights = compute_rollout_is_weights(batch, RolloutCorrectionConfig(rollout_is="token", rollout_is_threshold=2.0))
     assert list(weights.batch.keys()) == ["rollout_is_weights"]
     close(weights.batch["rollout_is_weights"], [[math.exp(-1), 2.0, 1.0], [math.exp(0.5), 1.0, 0.0]])
-    with pytest.raises(ValueError, match=r"rollout.calculate_log_probs=True"):
-        compute_rollout_is_weights(distill_batch(), RolloutCorrectionConfig(rollout_is="token"))

@@ -67,13 +67,6 @@ def _gpu_of(rank: Mapping[str, Any]) -> str:
     return devices[0] if len(devices) == 1 else devices[rank["local_rank"]]
 
 
-class CheckedActor(Remote):
-    """An actor with a ``check_alive`` of its own: a replica looks at the processes of its engine too."""
-
-    def _ask_for_sign(self) -> Any:
-        return self.actor.check_alive.remote()
-
-
 class RayActors:
     """Every object in a process of its own; an error names the process, the cause and its log."""
 
@@ -94,7 +87,7 @@ class RayActors:
             options["runtime_env"] = {"env_vars": visible}
         on_node = NodeAffinitySchedulingStrategy(place.node_id, soft=False)
         actor_class = ray.remote(made_class).options(scheduling_strategy=on_node, **options)
-        actor = CheckedActor(name, actor_class.remote(*arguments), place.node_ip)
+        actor = Remote(name, actor_class.remote(*arguments), place.node_ip)
         actor.ask_for_log()
         return actor
 
@@ -115,13 +108,6 @@ class RayActors:
             ray.kill(remote.actor)
 
 
-class LocalHandle(Remote):
-    """An object of this process, which lives as long as its caller."""
-
-    def check_alive(self) -> None:
-        """Never raises."""
-
-
 class LocalActors:
     """Every object in this process, on one event loop that runs while calls are waited for; an error is the object's
     own. On CPU alone: on a GPU, engine and training would have to take turns with its memory.
@@ -136,7 +122,7 @@ class LocalActors:
         self, name: str, place: ReplicaPlace, made_class: type, *arguments: Any, gpus: str | None = None
     ) -> Remote:
         """An object of this process; there are no ``gpus``."""
-        return LocalHandle(name, LocalActor(made_class(*arguments), self._loop), place.node_ip)
+        return Remote(name, LocalActor(made_class(*arguments), self._loop), place.node_ip)
 
     def as_they_come(self, calls: Mapping[Any, Remote], doing: str, **options: Any) -> Iterator[tuple[int, Any]]:
         """Numbers and results of the calls; the first to fail ends the wait with its own error."""

@@ -174,12 +174,8 @@ def pad_outputs(
 def _pad(
     rows: Sequence[Sequence[int]] | Sequence[Sequence[float]], length: int, pad: int | float, *, left: bool = False
 ) -> torch.Tensor:
-    dtype = torch.float32 if isinstance(pad, float) else torch.int64
-    padded = torch.full((len(rows), length), pad, dtype=dtype)
-    for number, row in enumerate(rows):
-        start = length - len(row) if left else 0
-        padded[number, start : start + len(row)] = torch.tensor(row, dtype=dtype)
-    return padded
+    fills = [[pad] * (length - len(row)) for row in rows]
+    return torch.tensor([[*fill, *row] if left else [*row, *fill] for fill, row in zip(fills, rows, strict=True)])
 
 
 def batch_metrics(measured: Mapping[str, Sequence[float]], with_tools: bool) -> dict[str, float]:

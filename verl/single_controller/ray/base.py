@@ -43,18 +43,6 @@ def create_colocated_worker_cls(class_dict: Mapping[str, RayClassWithInitArgs]) 
     return dict(class_dict)
 
 
-class RayObjectStore:
-    """Ray's own: handles are object references, which Ray counts, and a value stays on its node until it is fetched."""
-
-    def put(self, value: Any) -> ray.ObjectRef:
-        """See ``base.worker.ObjectStore``."""
-        return ray.put(value)
-
-    def get(self, handles: Sequence[ray.ObjectRef]) -> list[Any]:
-        """See ``base.worker.ObjectStore``."""
-        return ray.get(list(handles))
-
-
 class WorkerHost:
     """The actor: builds the roles of one rank and runs their methods, one at a time."""
 
@@ -85,7 +73,11 @@ class WorkerHost:
         for role, worker in roles.items():
             self._workers[role] = worker.cls(*worker.args, **worker.kwargs)
         for built in self._workers.values():
-            built.attach(self._workers, RayObjectStore())
+            # Ray's own store: it counts references, and a value stays on its node until it is fetched.
+            built.attach(self._workers, ray)
+
+    def check_alive(self) -> None:
+        """Answers once the calls before it are done."""
 
     def call(self, role: str, method: str, call: Call) -> Any:
         return getattr(self._workers[role], method)(*call.args, **call.kwargs)

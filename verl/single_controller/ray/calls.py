@@ -42,7 +42,7 @@ after some failed health checks, and that machine is the one to name."""
 
 
 class Remote:
-    """A Ray actor, and its name in errors."""
+    """An actor, and its name in errors. It has a method ``check_alive``, which answers as soon as it can."""
 
     def __init__(self, name: str, actor: Any, node_ip: str = "") -> None:
         self.name, self.actor, self.node_ip = name, actor, node_ip
@@ -59,6 +59,8 @@ class Remote:
 
         One question at a time is under way, which a busy process answers when it is done.
         """
+        if self._sign is None:  # an object of this process, which lives as long as its caller
+            return None
         try:
             ray.get(self._sign, timeout=0)
         # First, for it is a RayError too.
@@ -66,17 +68,13 @@ class Remote:
             return None
         except RayError as error:
             return error
-        self._sign = self._ask_for_sign()
+        self._sign = self.actor.check_alive.remote()
         return None
 
     def check_alive(self) -> None:
         """Raise ``RolloutError`` where the process has died; returns at once."""
         if (error := self.find_death()) is not None:
             raise RolloutError(f"{self.name} failed: {self.account_of(error, self.log())}") from error
-
-    def _ask_for_sign(self) -> Any:
-        """A call that comes back as soon as the process can answer."""
-        return self.actor.__ray_call__.remote(lambda _: None)
 
     def account_of(self, error: RayError, log: str | None) -> str:
         """What went wrong in it, without the trace through Ray, and the line that says where its log is."""

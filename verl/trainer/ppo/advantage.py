@@ -7,18 +7,16 @@ Letters: B sequences, R response tokens.
 """
 
 import inspect
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from verl.config.algorithm import AlgoConfig, RolloutCorrectionConfig
 from verl.ops.policy_loss import LOG_RATIO_LIMIT, zero_outside_mask
 from verl.protocol import DataProto
 from verl.trainer.ppo import core_algos
 from verl.trainer.ppo.core_algos import AdvantageEstimator, KLController, get_adv_estimator_fn
 from verl.utils.torch_functional import masked_mean
-
-if TYPE_CHECKING:
-    from verl.config.algorithm import AlgoConfig, RolloutCorrectionConfig
 
 
 def _with_tensors(data: DataProto, tensors: dict[str, torch.Tensor]) -> DataProto:
@@ -26,7 +24,7 @@ def _with_tensors(data: DataProto, tensors: dict[str, torch.Tensor]) -> DataProt
     return DataProto.from_dict({**dict(data.batch.items()), **tensors}, data.non_tensor_batch, dict(data.meta_info))
 
 
-def _token_level_rewards(data: DataProto, config: "AlgoConfig | None") -> torch.Tensor:
+def _token_level_rewards(data: DataProto, config: AlgoConfig | None) -> torch.Tensor:
     """The rewards (B, R): as they are, or the task's scores where no KL penalty has to come off."""
     if "token_level_rewards" in data.batch:
         return data.tensor("token_level_rewards")
@@ -44,7 +42,7 @@ def compute_advantage(
     lam: float = 1.0,
     num_repeat: int = 1,
     norm_adv_by_std_in_grpo: bool = True,
-    config: "AlgoConfig | None" = None,
+    config: AlgoConfig | None = None,
 ) -> DataProto:
     """Give every trained token its advantage.
 
@@ -93,7 +91,7 @@ def compute_advantage(
     return _with_tensors(data, {**used, "advantages": advantages, "returns": returns})
 
 
-def distillation_advantage(data: DataProto, config: "AlgoConfig") -> torch.Tensor:
+def distillation_advantage(data: DataProto, config: AlgoConfig) -> torch.Tensor:
     """What distillation adds to the advantage of a task reward.
 
     ``coef x weight of the row's teacher x clip(log p_teacher - log p_student)`` at trained tokens, 0 elsewhere; see
@@ -157,7 +155,7 @@ def known_token_mask(data: DataProto) -> torch.Tensor:
     return mask
 
 
-def compute_rollout_is_weights(data: DataProto, config: "RolloutCorrectionConfig") -> DataProto:
+def compute_rollout_is_weights(data: DataProto, config: RolloutCorrectionConfig) -> DataProto:
     """Importance weights from the distribution that was sampled to the policy whose gradient is taken.
 
     Top-p, top-k or an engine's rounding make the sampler another distribution than the policy. Truncated importance
@@ -165,21 +163,11 @@ def compute_rollout_is_weights(data: DataProto, config: "RolloutCorrectionConfig
 
     Args:
         data: with ``old_log_probs`` (policy), ``rollout_log_probs`` (sampler), ``response_mask``, all (B, R).
-        config: ``rollout_is="token"`` and the threshold.
+        config: gives the threshold.
 
     Returns:
         a batch of the new key alone, ``rollout_is_weights`` (B, R) float32.
-
-    Raises:
-        ValueError: there are no ``rollout_log_probs``, or ``rollout_is`` is not ``token``.
     """
-    if config.rollout_is != "token":
-        raise ValueError(f"algorithm.rollout_correction.rollout_is={config.rollout_is!r} gives no weights; use token")
-    if "rollout_log_probs" not in data.batch:
-        raise ValueError(
-            "algorithm.rollout_correction.rollout_is=token needs the sampler's log-probs; "
-            "set actor_rollout_ref.rollout.calculate_log_probs=True"
-        )
     mask = data.tensor("response_mask")
     log_ratio = data.tensor("old_log_probs").float() - data.tensor("rollout_log_probs").float()
     weights = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp().clamp(max=config.rollout_is_threshold)

@@ -12,18 +12,17 @@ teacher (``distill_special_token_mask`` 0); E is the extended vocabulary.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
+from verl.config.algorithm import AlgoConfig
 from verl.experimental.agent_loop.base import TEACHER_KNOWS_EXTENDED
 from verl.ops.policy_loss import zero_outside_mask
 from verl.protocol import DataProto
 from verl.trainer.ppo.advantage import distillation_advantage, known_token_mask
-
-if TYPE_CHECKING:
-    from verl.config.algorithm import AlgoConfig
+from verl.workers.fsdp.token_stats_model import real_response_tokens
 
 Metrics = dict[str, float]
 
@@ -48,11 +47,6 @@ def _mean(name: str, values: torch.Tensor) -> Metrics:
     return {name: values.float().mean().item()} if values.numel() else {}
 
 
-def _response_tokens(batch: DataProto) -> torch.Tensor:
-    """(B, R) bool: every token of the response, those of tools included."""
-    return batch.tensor("attention_mask")[:, -batch.tensor("responses").shape[1] :].bool()
-
-
 def compute_data_metrics(batch: DataProto) -> Metrics:
     """Rewards, advantages, lengths and turns under verl's names, and how far the sampler is from the policy.
 
@@ -64,7 +58,7 @@ def compute_data_metrics(batch: DataProto) -> Metrics:
     - ``training/rollout_probs_diff_*`` and ``rollout_corr/*``: see `_sampler_metrics`.
     """
     trained = batch.tensor("response_mask").bool()
-    responses = _response_tokens(batch)
+    responses = real_response_tokens(batch)
     prompts = batch.tensor("attention_mask")[:, : -responses.shape[1]].bool()
     metrics: Metrics = {}
     for name, key in (("score", "token_level_scores"), ("rewards", "token_level_rewards")):
@@ -118,7 +112,7 @@ def _sampler_metrics(batch: DataProto, trained: torch.Tensor) -> Metrics:
 
 def compute_timing_metrics(batch: DataProto, timing_raw: Mapping[str, float]) -> Metrics:
     """``timing_s/<stage>`` in seconds, and ``timing_per_token_ms/<stage>`` in milliseconds per token it worked on."""
-    response_tokens = int(_response_tokens(batch).sum())
+    response_tokens = int(real_response_tokens(batch).sum())
     all_tokens = int(batch.tensor("attention_mask").sum())
     metrics = {f"timing_s/{stage}": seconds for stage, seconds in timing_raw.items()}
     for stage, seconds in timing_raw.items():
@@ -140,7 +134,7 @@ def compute_throughout_metrics(batch: DataProto, timing_raw: Mapping[str, float]
         "perf/throughput": tokens / (seconds * n_gpus),
     }
     if timing_raw.get("gen"):
-        metrics["perf/generated_tokens_per_s"] = int(_response_tokens(batch).sum()) / timing_raw["gen"]
+        metrics["perf/generated_tokens_per_s"] = int(real_response_tokens(batch).sum()) / timing_raw["gen"]
     return metrics
 
 
@@ -200,11 +194,10 @@ def _extended_reverse_kl(batch: DataProto) -> Metrics:
     return _mean("extend_reverse_kl", _gap(batch)[_trained_extended(batch) & known[:, None]])
 
 
-def _extended_share(batch: DataProto, low: float | None, high: float | None, weights: Sequence[float]) -> Metrics:
+def _extended_share(batch: DataProto, bounds: tuple[float, float], weights: Sequence[float]) -> Metrics:
     """Share of distillation's |advantage| that lies on tokens of E; ``weights``: of each teacher's rows."""
-    bounds = -math.inf if low is None else low, math.inf if high is None else high
     strength = zero_outside_mask(_gap(batch).neg().clamp(*bounds).abs(), batch.tensor("response_mask")).double()
-    if "teacher" in batch.batch and weights:
+    if "teacher" in batch.batch:
         strength *= torch.tensor(weights)[batch.tensor("teacher")][:, None]
     total = strength.sum().item()
     return {"extend_adv_share": strength[_trained_extended(batch)].sum().item() / total} if total else {}
@@ -214,7 +207,7 @@ def _extension_metrics(batch: DataProto) -> Metrics:
     """How often, how much and how early the student leaves the shared vocabulary."""
     extended = batch.tensor("distill_special_token_mask").bool()
     leaks = extended.any(dim=-1)
-    metrics = _mean("extend_seq_ratio", leaks) | _mean("extend_token_ratio", extended[_response_tokens(batch)])
+    metrics = _mean("extend_seq_ratio", leaks) | _mean("extend_token_ratio", extended[real_response_tokens(batch)])
     # As ints: torch has no argmax of bools. Of equal values it gives the first.
     metrics |= _mean("first_leak_position", extended[leaks].int().argmax(dim=-1))
     if "extend_mass" in batch.batch:
@@ -222,17 +215,15 @@ def _extension_metrics(batch: DataProto) -> Metrics:
     return metrics
 
 
-def _clip_metrics(batch: DataProto, low: float | None, high: float | None) -> Metrics:
-    """Shares of trained tokens whose advantage lies beyond a bound; 0 for a bound that is not set."""
+def _clip_metrics(batch: DataProto, bounds: tuple[float, float]) -> Metrics:
+    """Shares of trained tokens whose advantage lies beyond a bound; 0 for a bound that is infinite."""
     advantages = -_gap(batch)[batch.tensor("response_mask").bool()]
-    below = advantages < (-math.inf if low is None else low)
-    above = advantages > (math.inf if high is None else high)
-    return _mean("adv_clipfrac_low", below) | _mean("adv_clipfrac_high", above)
+    return _mean("adv_clipfrac_low", advantages < bounds[0]) | _mean("adv_clipfrac_high", advantages > bounds[1])
 
 
 def _coverage_metrics(batch: DataProto) -> Metrics:
     """How much of the batch is trained on."""
-    trained, responses = batch.tensor("response_mask").bool(), _response_tokens(batch)
+    trained, responses = batch.tensor("response_mask").bool(), real_response_tokens(batch)
     metrics = {"num_sequences": float(len(batch)), "trained_tokens": float(trained.sum())}
     metrics |= _mean("trained_token_ratio", trained[responses])
     metrics |= _mean("masked_seq_ratio", ~trained.any(dim=-1))
@@ -241,7 +232,7 @@ def _coverage_metrics(batch: DataProto) -> Metrics:
     return metrics
 
 
-def compute_on_policy_distill_data_metrics(batch: DataProto, config: "AlgoConfig | None" = None) -> Metrics:
+def compute_on_policy_distill_data_metrics(batch: DataProto, config: AlgoConfig | None = None) -> Metrics:
     """The ``distill/*`` family, over all rows, as ``distill/<source>/*`` per data source, and where there are several
     teachers as ``distill_teacher/<role>/*`` over the rows of each.
 
@@ -262,23 +253,22 @@ def compute_on_policy_distill_data_metrics(batch: DataProto, config: "AlgoConfig
             ``attention_mask``, ``responses``; ``extend_mass`` and ``entropys`` where they were computed.
         config: gives the objective, the bounds of the advantage and the teachers; None: drawn tokens, no bounds.
     """
-    follows_advantage = config is None or not config.distill.is_exact
-    low, high = (None, None) if config is None else (config.distill_adv_min_clip, config.distill_adv_max_clip)
-
-    roles = [] if config is None else config.distill.roles
-    weights = [config.distill.weight_of(role) for role in roles] if config is not None else []
+    config = config or AlgoConfig()
+    distill, low, high = config.distill, config.distill_adv_min_clip, config.distill_adv_max_clip
+    bounds = -math.inf if low is None else low, math.inf if high is None else high
+    weights = [distill.weight_of(role) for role in distill.roles]
 
     def measure(rows: DataProto) -> Metrics:
         metrics = _reverse_kl(rows) | _extended_reverse_kl(rows) | _extension_metrics(rows) | _coverage_metrics(rows)
-        if follows_advantage:
-            metrics |= _extended_share(rows, low, high, weights) | _clip_metrics(rows, low, high)
+        if not distill.is_exact:
+            metrics |= _extended_share(rows, bounds, weights) | _clip_metrics(rows, bounds)
         return metrics
 
-    by_teacher = _by_teacher("distill", batch, roles, measure) if roles else {}
+    by_teacher = _by_teacher("distill", batch, distill.roles, measure)
     return _overall_and_per_source("distill", batch, measure) | by_teacher
 
 
-def compute_advantage_part_metrics(batch: DataProto, config: "AlgoConfig") -> Metrics:
+def compute_advantage_part_metrics(batch: DataProto, config: AlgoConfig) -> Metrics:
     """What reward and distillation each put into the advantage, where it is the sum of both.
 
     ``advantage/*`` over all rows, ``advantage/<source>/*``, ``advantage_teacher/<role>/*``; means over trained tokens:
@@ -309,7 +299,7 @@ def compute_validation_distill_metrics(batch: DataProto) -> Metrics:
 
     def measure(rows: DataProto) -> Metrics:
         leaks = rows.tensor("distill_special_token_mask").bool().any(dim=-1)
-        length = _mean("response_length", _response_tokens(rows).sum(dim=-1))
+        length = _mean("response_length", real_response_tokens(rows).sum(dim=-1))
         return _reverse_kl(rows) | _mean("extend_seq_ratio", leaks) | length
 
     return _overall_and_per_source("val", batch, measure)

@@ -75,10 +75,7 @@ def _object_array(values: Any) -> np.ndarray:
     """``values`` as an array of Python objects whose first dimension is B; lists of one length stay lists."""
     if isinstance(values, np.ndarray):
         return values.astype(object, copy=False)
-    array = np.empty(len(values), dtype=object)
-    for row, value in enumerate(values):
-        array[row] = value
-    return array
+    return np.fromiter(values, dtype=object, count=len(values))
 
 
 def _same_value(first: Any, second: Any) -> bool:

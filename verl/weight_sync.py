@@ -33,7 +33,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from verl.utils.device import dtype_name, get_device_uuid, release_cached_memory, synchronize
-from verl.utils.owned_folders import make_owned_folder, remove_abandoned
+from verl.utils.durable_files import make_owned_folder, remove_abandoned
 
 logger = logging.getLogger(__name__)
 

@@ -6,12 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-from verl.utils.owned_folders import make_owned_folder, remove_abandoned
+from verl.utils.durable_files import make_owned_folder, remove_abandoned
 
 OWNER = """
 import sys, time
 from pathlib import Path
-from verl.utils.owned_folders import make_owned_folder
+from verl.utils.durable_files import make_owned_folder
 print(make_owned_folder(Path(sys.argv[1]), "weights-").path, flush=True)
 time.sleep(60)
 """

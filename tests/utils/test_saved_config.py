@@ -7,7 +7,7 @@ from omegaconf import OmegaConf
 
 from verl.config import PPOConfig
 from verl.trainer.launch.typed import load_config, to_typed
-from verl.utils.saved_config import public_dict, save_config
+from verl.utils.redaction import public_dict, save_config
 
 ENV = "ray_kwargs.ray_init.runtime_env.env_vars"
 

@@ -193,11 +193,6 @@ class SamplingConfig:
     do_sample: bool = True
     """False: take the most likely token, at any ``temperature``."""
 
-    @property
-    def greedy(self) -> bool:
-        """Whether the most likely token is taken rather than a drawn one."""
-        return not self.do_sample or self.temperature == 0
-
 
 @section("actor_rollout_ref.rollout.multi_turn")
 class MultiTurnConfig:
@@ -322,7 +317,7 @@ class RolloutConfig:
         does not estimate its reverse KL."""
         sampling = self.val_kwargs
         whole = sampling.top_p == 1 and sampling.top_k == -1
-        return not sampling.greedy and whole and sampling.temperature == self.temperature
+        return sampling.do_sample and whole and sampling.temperature == self.temperature
 
     @property
     def extend_start(self) -> int | None:

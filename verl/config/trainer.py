@@ -147,11 +147,6 @@ class TrainerConfig:
         return self.nnodes * self.n_gpus_per_node
 
     @property
-    def ranks_on_nodes(self) -> list[int]:
-        """The student's ranks, machine by machine."""
-        return [self.n_gpus_per_node] * self.nnodes
-
-    @property
     def teacher_ranks_on_nodes(self) -> list[int]:
         """Ranks of a teacher with GPUs of its own, machine by machine; empty where it shares the student's."""
         return [self.teacher_n_gpus_per_node or 0] * (self.teacher_nnodes or 0)

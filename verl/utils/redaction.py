@@ -1,11 +1,18 @@
-"""Keeps secrets out of what is printed and saved.
+"""Keeps secrets out of what is printed and saved, the configuration of a run among it.
 
 A secret is a text below a key with a word such as ``TOKEN``. Only open maps are searched (the arguments of
 ``ray.init``, engine options): the keys of this project itself hold none.
 """
 
+import dataclasses
+import itertools
 import re
+from pathlib import Path
 from typing import Any
+
+from omegaconf import OmegaConf
+
+from verl.config import PPOConfig
 
 # Whole words; the second line's as the last of several: ``PWD`` alone is a folder, and ``SSH_AUTH_SOCK`` a path.
 _SECRET = re.compile(
@@ -30,3 +37,27 @@ def redacted(value: Any, name: str = "") -> Any:
     if isinstance(value, list):
         return [redacted(item, name) for item in value]
     return REDACTED if isinstance(value, str) and looks_secret(name) else value
+
+
+def public_dict(config: PPOConfig) -> dict[str, Any]:
+    """The configuration as nested plain values without secrets, for loggers and saved files."""
+    values = dataclasses.asdict(config)
+    values["ray_kwargs"] = redacted(values["ray_kwargs"])
+    rollout = values["actor_rollout_ref"]["rollout"]
+    rollout["engine_kwargs"] = redacted(rollout["engine_kwargs"])
+    return values
+
+
+def save_config(config: PPOConfig, path: str | Path) -> None:
+    """Write the configuration as YAML without secrets; makes the folder where it is missing.
+
+    Another configuration at that path, of an earlier run in the same folder, is kept beside it, numbered:
+    ``config.1.yaml`` is the oldest.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = OmegaConf.to_yaml(OmegaConf.create(public_dict(config)))
+    if path.is_file() and path.read_text(encoding="utf-8") != text:
+        numbered = (path.with_name(f"{path.stem}.{number}{path.suffix}") for number in itertools.count(1))
+        path.rename(next(place for place in numbered if not place.exists()))
+    path.write_text(text, encoding="utf-8")

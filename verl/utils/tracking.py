@@ -21,8 +21,7 @@ from tqdm import tqdm
 
 from verl.config.ppo import PPOConfig
 from verl.utils.durable_files import write_durably
-from verl.utils.redaction import redacted
-from verl.utils.saved_config import public_dict
+from verl.utils.redaction import public_dict, redacted
 
 logger = logging.getLogger(__name__)
 
@@ -237,12 +236,6 @@ class Tracking:
         }
         names = [default_backend] if isinstance(default_backend, str) else default_backend
         self._backends = [openers[name]() for name in dict.fromkeys(names)]
-
-    @classmethod
-    def of_run(cls, config: PPOConfig) -> "Tracking":
-        """The places that a run's settings name, opened."""
-        run = config.trainer
-        return cls(run.project_name, run.experiment_name, run.logger, config=config, local_dir=run.default_local_dir)
 
     def truncate_after(self, step: int | None, metrics: Metrics | None = None) -> None:
         """See `Backend.truncate_after`, in every place."""

@@ -45,7 +45,7 @@ class StudentWorker(Worker):
         self, config: ActorRolloutRefConfig, device: str = "auto", distill: DistillConfig | None = None
     ) -> None:
         super().__init__()
-        self.config, self._distill, self._device_setting = config, distill, device
+        self.config, self._distill, self._device_setting = config, distill or DistillConfig(), device
         self._teacher_heads: dict[str, list[torch.Tensor]] = {}
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
@@ -94,13 +94,11 @@ class StudentWorker(Worker):
         An exact objective runs its teachers here. Unless their ``ref_log_prob`` (B, R) is in the batch already, it is
         returned: at trained positions, 0 elsewhere.
         """
-        distill = self._distill if self._distill is not None and self._distill.is_exact else None
+        roles = self._distill.roles if self._distill.is_exact else []
         with self._on_device(optimizer=True), ExitStack() as stack:
-            metrics, teacher_log_probs = self.actor.update(
-                data, [self._teacher(distill, role, stack) for role in distill.roles] if distill else []
-            )
+            metrics, teacher_log_probs = self.actor.update(data, [self._teacher(role, stack) for role in roles])
         metrics |= max_memory_metrics(self._device.type)
-        scores = {"ref_log_prob": teacher_log_probs} if distill and "ref_log_prob" not in data.batch else {}
+        scores = {"ref_log_prob": teacher_log_probs} if roles and "ref_log_prob" not in data.batch else {}
         return DataProto.from_dict(scores, None, {"metrics": metrics})
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
@@ -160,9 +158,9 @@ class StudentWorker(Worker):
         if steps is not None:
             self.actor.lr_schedule.set_steps(steps)
 
-    def _teacher(self, distill: DistillConfig, role: str, stack: ExitStack) -> tuple[Teacher, float]:
+    def _teacher(self, role: str, stack: ExitStack) -> tuple[Teacher, float]:
         """A teacher of the update, ready until ``stack`` closes, and the weight of its rows."""
-        device = self._device
+        device, distill = self._device, self._distill
         knows_extended, weight = distill.knows_extended(role), distill.weight_of(role)
         if distill.topk_or_none is not None:
             return TopKTeacher(knows_extended, self.actor.vocabulary, device), weight

@@ -14,7 +14,7 @@ import pytest
 from verl.config import PPOConfig, PromptTemplateConfig, SyntheticItemPromptsConfig, TeacherConfig, TrainerConfig
 from verl.trainer.checkpoint.layout import seal
 from verl.trainer.checkpoint.resume import RULES, find_resumable, require_same_run, rule_of, run_identity
-from verl.utils.saved_config import public_dict, save_config
+from verl.utils.redaction import public_dict, save_config
 
 WEIGHTS = b"w" * 300_000
 

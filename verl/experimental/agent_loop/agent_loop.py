@@ -10,17 +10,25 @@
 In: prompts as a ``DataProto`` (``uid``, and ``raw_prompt`` or ``prompt_ids``). Out: the rollout's keys alone
 (``verl/protocol.py``), rows in the order of the prompts; ``meta_info["metrics"]`` has the batch's metrics.
 
-Workers and replicas are Ray actors, or objects of the calling process (``actors``); the manager calls both alike. The
-public names here are verl's.
+Workers and replicas are Ray actors, or objects of the calling process. Both are called alike:
+``handle.actor.method.remote(...)`` begins a call, and ``as_they_come`` yields the results of calls. Replicas share the
+devices and nodes of the student's ranks, so they ask Ray for nothing: a node and, on CUDA, device ids. Ranks of other
+pools, such as a teacher's, do not come in: their GPUs are their own. The public names here are verl's.
 """
 
-from collections.abc import Callable, Sequence
+import asyncio
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
+import ray
+from ray.exceptions import RayActorError, RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from transformers import PreTrainedTokenizerBase
 
 from verl.config import PPOConfig
-from verl.experimental.agent_loop.actors import LocalActors, RayActors, plan_replicas
 from verl.experimental.agent_loop.base import AgentLoopBase, AgentLoopOutput, RolloutError, register
 from verl.experimental.agent_loop.worker import (
     SEED_KEY,
@@ -31,12 +39,17 @@ from verl.experimental.agent_loop.worker import (
 )
 from verl.protocol import DataProto
 from verl.single_controller.base import WorkerGroup
-from verl.single_controller.ray.calls import Remote, sending
-from verl.utils.row_buffer import RowBuffer
+from verl.single_controller.base.decorator import RowBuffer
+from verl.single_controller.ray.calls import Remote, as_they_come, sending
 from verl.weight_sync import send_weights
 from verl.workers.rollout.replica import get_replica_class
 
 __all__ = ["AgentLoopBase", "AgentLoopOutput", "AgentLoopWorker", "AsyncLLMServerManager", "register"]  # verl's names
+
+logger = logging.getLogger(__name__)
+
+SHUTDOWN_S = 10.0
+"""Seconds that all replicas have together to end by themselves."""
 
 
 class AgentLoopManager:
@@ -189,3 +202,131 @@ class AgentLoopManager:
         """Wait for one call per replica."""
         waiting = dict(zip(calls, self._replicas, strict=True))
         list(self._actors.as_they_come(waiting, task, watch=self._check_run, timeout_s=self.rollout.timeout_s))
+
+
+# ------------------------------------------------------------------ where replicas and workers run
+
+
+@dataclass(frozen=True)
+class ReplicaPlace:
+    """One replica's node and GPUs."""
+
+    index: int
+    node_id: str
+    node_ip: str
+    cuda_visible_devices: str | None
+    """Comma-separated device ids; None on CPU."""
+    ranks: tuple[int, ...]
+    """The student's ranks beside it: on CUDA those whose GPUs it uses, on CPU all of the node."""
+
+
+def plan_replicas(placements: Sequence[Mapping[str, Any]], device: str, gpus_per_replica: int) -> list[ReplicaPlace]:
+    """On CPU one replica per node; on CUDA one per ``gpus_per_replica`` consecutive ranks of a node.
+
+    Args:
+        placements: per rank ``rank``, ``local_rank``, ``node_id``, ``node_ip``, ``cuda_visible_devices``.
+        device: ``cpu`` or ``cuda``.
+    """
+    nodes: dict[str, list[Mapping[str, Any]]] = {}
+    for placement in sorted(placements, key=lambda placement: placement["rank"]):
+        nodes.setdefault(placement["node_id"], []).append(placement)
+    places: list[ReplicaPlace] = []
+    for node_id, ranks in nodes.items():
+        size = len(ranks) if device == "cpu" else gpus_per_replica
+        for first in range(0, len(ranks), size):
+            beside = ranks[first : first + size]
+            numbers = tuple(rank["rank"] for rank in beside)
+            gpus = None if device == "cpu" else ",".join(map(_gpu_of, beside))
+            places.append(ReplicaPlace(len(places), node_id, beside[0]["node_ip"], gpus, numbers))
+    return places
+
+
+def _gpu_of(rank: Mapping[str, Any]) -> str:
+    # Several ids: the rank sees all GPUs of its node and uses the one of its local rank.
+    devices: list[str] = rank["cuda_visible_devices"].split(",")
+    return devices[0] if len(devices) == 1 else devices[rank["local_rank"]]
+
+
+class RayActors:
+    """Every object in a process of its own; an error names the process, the cause and its log."""
+
+    as_they_come = staticmethod(as_they_come)
+
+    def __init__(self) -> None:
+        self.max_workers = int(ray.cluster_resources().get("CPU", 1))
+        """As many as the cluster has CPUs."""
+
+    def create(
+        self, name: str, place: ReplicaPlace, made_class: type, *arguments: Any, gpus: str | None = None
+    ) -> Remote:
+        """An actor on the node of ``place`` that sees ``gpus`` (device ids)."""
+        options: dict[str, Any] = {"num_cpus": 0, "num_gpus": 0}
+        if gpus is not None:
+            # The GPUs belong to the training ranks; without the second entry Ray could hide them from the actor.
+            visible = {"CUDA_VISIBLE_DEVICES": gpus, "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
+            options["runtime_env"] = {"env_vars": visible}
+        on_node = NodeAffinitySchedulingStrategy(place.node_id, soft=False)
+        actor_class = ray.remote(made_class).options(scheduling_strategy=on_node, **options)
+        actor = Remote(name, actor_class.remote(*arguments), place.node_ip)
+        actor.ask_for_log()
+        return actor
+
+    def shutdown(self, replicas: Sequence[Remote], workers: Sequence[Remote]) -> None:
+        """Let the replicas end by themselves, then kill everything."""
+        calls = {replica.actor.shutdown.remote(): replica for replica in replicas}
+        done, late = ray.wait(list(calls), num_returns=len(calls), timeout=SHUTDOWN_S) if calls else ([], [])
+        for call in done:
+            try:
+                ray.get(call)
+            except RayError as error:
+                # A run often ends because one is dead, which was reported.
+                level = logging.DEBUG if isinstance(error, RayActorError) else logging.WARNING
+                logger.log(level, "%s failed to shut down: %s", calls[call].name, error)
+        for call in late:
+            logger.warning("%s did not shut down within %.0f s and is killed", calls[call].name, SHUTDOWN_S)
+        for remote in (*workers, *replicas):
+            ray.kill(remote.actor)
+
+
+class LocalActor:
+    """An object called as a Ray actor is: ``actor.method.remote(...)`` begins an async method on the event loop."""
+
+    def __init__(self, target: Any, loop: asyncio.AbstractEventLoop) -> None:
+        self._target, self._loop = target, loop
+
+    def __getattr__(self, method: str) -> Any:
+        function = getattr(self._target, method)
+        # A task runs as soon as the loop does, as a Ray call begins by itself; a bare coroutine waits for its await.
+        return SimpleNamespace(remote=lambda *arguments: self._loop.create_task(function(*arguments)))
+
+
+class LocalActors:
+    """Every object in this process, on one event loop that runs while calls are waited for; an error is the object's
+    own. On CPU alone: on a GPU, engine and training would have to take turns with its memory.
+    """
+
+    max_workers = 1
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+
+    def create(
+        self, name: str, place: ReplicaPlace, made_class: type, *arguments: Any, gpus: str | None = None
+    ) -> Remote:
+        """An object of this process; there are no ``gpus``."""
+        return Remote(name, LocalActor(made_class(*arguments), self._loop), place.node_ip)
+
+    def as_they_come(self, calls: Mapping[Any, Remote], doing: str, **options: Any) -> Iterator[tuple[int, Any]]:
+        """Numbers and results of the calls; the first to fail ends the wait with its own error."""
+        for number, call in enumerate(calls):
+            # The loop runs all calls meanwhile, whichever is waited for.
+            yield number, self._loop.run_until_complete(call)
+
+    def shutdown(self, replicas: Sequence[Remote], workers: Sequence[Remote]) -> None:
+        """Stop what still runs, then the engines."""
+        # They end while the loop runs the shutdowns below.
+        for task in asyncio.all_tasks(self._loop):
+            task.cancel()
+        for replica in replicas:
+            self._loop.run_until_complete(replica.actor.shutdown.remote())
+        self._loop.close()

@@ -212,8 +212,7 @@ class AsyncLLMServerManager:
             first: the replica to begin with among equally busy ones; each worker begins with another.
             timeout_s: see the module; None: no limit.
         """
-        self._replicas = list(replicas)
-        self._order = [(first + offset) % len(self._replicas) for offset in range(len(self._replicas))]
+        self._replicas = [*replicas[first:], *replicas[:first]]
         self._in_flight = [0] * len(self._replicas)
         self._answered_at = [0.0] * len(self._replicas)
         self._avoid_until = [0.0] * len(self._replicas)
@@ -229,7 +228,7 @@ class AsyncLLMServerManager:
         Raises:
             RolloutError: the replica failed, or two of them hang; names them, the request and the cause.
         """
-        left, silences = list(self._order), []
+        left, silences = list(range(len(self._replicas))), []
         for retries in range(min(2, len(left))):
             chosen = self._chosen.get(request_id)
             if chosen not in left or self._avoided(chosen):

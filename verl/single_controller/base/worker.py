@@ -13,7 +13,7 @@ import os
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any
 
 import torch.distributed as dist
 
@@ -22,25 +22,15 @@ from verl.single_controller.base.decorator import Dispatch, register
 LOOPBACK = "127.0.0.1"
 
 
-class ObjectStore(Protocol):
-    """Where workers put values that are too large for the driver."""
-
-    def put(self, value: Any) -> Any:
-        """A small handle to a value, which nobody may change from now on."""
-
-    def get(self, handles: Sequence[Any]) -> list[Any]:
-        """The values of handles, wherever these were made; waits for them."""
-
-
 class InProcessObjectStore:
-    """The `ObjectStore` of workers that share a process."""
+    """Where workers of one process put values that are too large for the driver; on a cluster Ray's store is used."""
 
     def put(self, value: Any) -> Callable[[], Any]:
-        """See `ObjectStore`."""
+        """A small handle to a value, which nobody may change from now on."""
         return lambda: value  # a handle has to be hashable, and to keep the value as long as it lives
 
     def get(self, handles: Sequence[Callable[[], Any]]) -> list[Any]:
-        """See `ObjectStore`."""
+        """The values of handles, wherever these were made; waits for them."""
         return [handle() for handle in handles]
 
 
@@ -66,11 +56,11 @@ class Worker:
         """Address of this node."""
         self.attach({}, InProcessObjectStore())
 
-    def attach(self, colocated_roles: Mapping[str, "Worker"], object_store: ObjectStore) -> None:
+    def attach(self, colocated_roles: Mapping[str, "Worker"], object_store: Any) -> None:
         """Get to know the workers of this process by role, this one among them, once all of them are built.
 
         Args:
-            object_store: the store that all ranks of the run share.
+            object_store: the store that all ranks of the run share, with `put` and `get`.
         """
         self.colocated_roles, self.object_store = colocated_roles, object_store
 

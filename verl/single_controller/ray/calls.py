@@ -40,6 +40,11 @@ PEER_GRACE_S = 40.0
 """The same where all failures so far may come from another rank's death: Ray notices a machine that is cut off only
 after some failed health checks, and that machine is the one to name."""
 
+DISK_FULL = (
+    "no space: Ray's object store is full, and so is the disk under /tmp/ray that it spills to; free some there, "
+    "name another with ray_kwargs.ray_init._temp_dir, or raise ray_kwargs.ray_init.object_store_memory"
+)
+
 
 class Remote:
     """An actor, and its name in errors. It has a method ``check_alive``, which answers as soon as it can."""
@@ -221,7 +226,7 @@ def _cause_of(error: RayError) -> str:
     """What went wrong, without the trace through Ray."""
     cause = getattr(error, "cause", None)
     if isinstance(error, OutOfDiskError) or isinstance(cause, OutOfDiskError):
-        return _disk_full_text()
+        return DISK_FULL
     if isinstance(cause, BaseException):
         return f"{type(cause).__name__}: {str(cause).strip()}"
     one_line = " ".join(str(error).split())
@@ -244,12 +249,4 @@ def sending(call_name: str) -> Iterator[None]:
     try:
         yield
     except (OutOfDiskError, ObjectStoreFullError) as error:
-        raise WorkerError(f"{call_name} could not be given its data: {_disk_full_text()}") from error
-
-
-def _disk_full_text() -> str:
-    """Ray's object store and the disk that it spills to are full, on this node."""
-    return (
-        "no space: Ray's object store is full, and so is the disk under /tmp/ray that it spills to; free some there, "
-        "name another with ray_kwargs.ray_init._temp_dir, or raise ray_kwargs.ray_init.object_store_memory"
-    )
+        raise WorkerError(f"{call_name} could not be given its data: {DISK_FULL}") from error

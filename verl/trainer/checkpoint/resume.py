@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from verl.config import PPOConfig
 from verl.trainer.checkpoint import layout
 from verl.utils.dataset.parquet_files import expand_data_files, file_digest
-from verl.utils.saved_config import public_dict
+from verl.utils.redaction import public_dict
 from verl.utils.tokenizer import local_model_folder
 
 logger = logging.getLogger(__name__)

@@ -26,7 +26,7 @@ import torch
 from verl.config import PPOConfig
 from verl.trainer.checkpoint import layout
 from verl.trainer.checkpoint.best import BestCheckpoint
-from verl.utils.saved_config import save_config
+from verl.utils.redaction import save_config
 
 logger = logging.getLogger(__name__)
 

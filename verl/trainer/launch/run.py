@@ -24,7 +24,7 @@ from verl.trainer.checkpoint.saver import CheckpointError
 from verl.trainer.ppo.guards import GuardError
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer
 from verl.trainer.ppo.stop_request import StopRequest
-from verl.utils.saved_config import save_config
+from verl.utils.redaction import save_config
 
 logger = logging.getLogger(__name__)
 

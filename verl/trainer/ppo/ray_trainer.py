@@ -354,7 +354,8 @@ class RayPPOTrainer:
             self.agent_loop_manager.start()
         logger.info("models are ready, waiting for the engines")
         self.agent_loop_manager.wait_ready()
-        self.logger = Tracking.of_run(self.config)
+        run = self.config.trainer
+        self.logger = Tracking(run.project_name, run.experiment_name, run.logger, self.config, run.default_local_dir)
 
     def shutdown(self) -> None:
         """End engines, workers and loggers; safe to call after a failure anywhere."""

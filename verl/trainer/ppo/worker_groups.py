@@ -27,7 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from verl.config import PPOConfig
-from verl.single_controller.local import LocalWorkerGroup, local_groups
+from verl.single_controller.base import Worker
+from verl.single_controller.base.decorator import Call, Results, WorkerGroup
 from verl.single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
 from verl.single_controller.ray.base import RoleWorkerGroup
 from verl.single_controller.ray.node_check import DISTRIBUTIONS, check_nodes_hold
@@ -37,6 +38,17 @@ from verl.trainer.checkpoint import layout as checkpoint
 logger = logging.getLogger(__name__)
 
 TRAIN, TEACHER = "train", "teacher"
+
+
+class LocalWorkerGroup(WorkerGroup):
+    """One worker, rank 0 of 1, in this process. A call runs at once, and an error is the worker's own."""
+
+    def __init__(self, worker: Worker) -> None:
+        super().__init__(type(worker), world_size=1)
+        self._worker = worker
+
+    def _results(self, method: str, calls: Sequence[Call]) -> Results:
+        return [(rank, getattr(self._worker, method)(*call.args, **call.kwargs)) for rank, call in enumerate(calls)]
 
 
 class WorkerGroups:
@@ -56,7 +68,7 @@ class WorkerGroups:
         if teacher and len(roles) == 1:
             given = f"teacher_nnodes={run.teacher_nnodes}, teacher_n_gpus_per_node={run.teacher_n_gpus_per_node}"
             raise ValueError(f"trainer.{given}: this run uses no teacher; set both to null")
-        self.pools = {TRAIN: RayResourcePool(run.ranks_on_nodes, use_gpu, name_prefix=TRAIN)}
+        self.pools = {TRAIN: RayResourcePool([run.n_gpus_per_node] * run.nnodes, use_gpu, name_prefix=TRAIN)}
         """By name; their places are reserved at the start."""
         if teacher:
             keys = "trainer.teacher_n_gpus_per_node or trainer.teacher_nnodes"
@@ -106,7 +118,11 @@ class WorkerGroups:
                 f"trainer.nnodes={run.nnodes} and trainer.n_gpus_per_node={run.n_gpus_per_node} to 1, "
                 f"trainer.teacher_n_gpus_per_node={run.teacher_n_gpus_per_node} to null"
             )
-        return local_groups({role: worker_classes[role](**arguments_of(role)) for role in self.pool_of})
+        workers: dict[str, Worker] = {role: worker_classes[role](**arguments_of(role)) for role in self.pool_of}
+        for worker in workers.values():
+            # Each keeps its own store: handles are functions here, which any store of the process can call.
+            worker.attach(workers, worker.object_store)
+        return {role: LocalWorkerGroup(worker) for role, worker in workers.items()}
 
     def places(self, role: str) -> list[RankPlace]:
         """Where each rank of a role will run, in rank order; reserved already."""

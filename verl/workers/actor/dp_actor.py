@@ -145,7 +145,7 @@ class DataParallelPPOActor:
         scoring_sizes: of micro-batches where nothing is trained.
         replace_token_id: input of a teacher in place of the ids that it lacks.
         mini_batch_rows: rows of this rank in one optimizer step; None: the whole batch.
-        distill: the objective; None: the policy loss alone.
+        distill: the objective; by default the policy loss alone.
         extended_rows: measures and, where they are frozen, holds the rows of the extended ids.
     """
 
@@ -157,7 +157,7 @@ class DataParallelPPOActor:
     scoring_sizes: BatchSizes = field(default_factory=lambda: BatchSizes(max_tokens=0, max_rows=1))
     replace_token_id: int | None = None
     mini_batch_rows: int | None = None
-    distill: DistillConfig | None = None
+    distill: DistillConfig = field(default_factory=DistillConfig)
     extended_rows: ExtendedRows | None = None
     lr_schedule: LearningRateSchedule = field(init=False)
     """Of the optimizer, where there is one."""
@@ -261,9 +261,7 @@ class DataParallelPPOActor:
         config = self.config
         if not isinstance(config, FSDPActorConfig) or self.actor_optimizer is None:
             raise ValueError("update_policy needs an actor with an optimizer; this model is frozen")
-        is_exact = self.distill is not None and self.distill.is_exact
-        has_policy_loss = self.distill is None or self.distill.has_policy_loss
-        data.require(*LOSS_KEYS, *(("old_log_probs", "advantages") if has_policy_loss else ()))
+        data.require(*LOSS_KEYS, *(("old_log_probs", "advantages") if self.distill.has_policy_loss else ()))
         if (data.tensor("response_mask").bool() & ~real_response_tokens(data)).any():
             raise ValueError("response_mask is 1 at padding, where attention_mask is 0; there is no token to train on")
         rows = self.mini_batch_rows or len(data)
@@ -278,7 +276,8 @@ class DataParallelPPOActor:
         reshard(self.actor_module)
         steps, scores = zip(*updates, strict=True)
         # Named here, so that they are logged, as 0, where no mini-batch has a trained token.
-        names = {"actor/distill_loss" if is_exact else "actor/pg_loss", "actor/loss", "actor/grad_norm"}.union(*steps)
+        own = "actor/distill_loss" if self.distill.is_exact else "actor/pg_loss"
+        names = {own, "actor/loss", "actor/grad_norm"}.union(*steps)
         columns = {name: [step[name] for step in steps if name in step] for name in sorted(names)}
         metrics = {name: sum(values) / max(1, len(values)) for name, values in columns.items()}
         metrics |= {name: sum(columns[name]) for name in COUNTS}
@@ -306,9 +305,8 @@ class DataParallelPPOActor:
 
     def _accumulate_gradient(self, mini: DataProto, mini_loss: MiniBatchLoss, config: FSDPActorConfig) -> Update:
         """Forward and backward over all micro-batches; the metrics are those of the whole mini-batch over all ranks."""
-        sizes = BatchSizes.choose(
-            config.use_dynamic_bsz, config.ppo_max_token_len_per_gpu, config.ppo_micro_batch_size_per_gpu
-        )
+        max_rows = None if config.use_dynamic_bsz else config.ppo_micro_batch_size_per_gpu
+        sizes = BatchSizes(config.ppo_max_token_len_per_gpu, max_rows)
         rows = ScoredRows(mini.tensor("input_ids"), mini.tensor("attention_mask"), mini_loss.trained)
         teacher_log_probs = torch.zeros(mini_loss.trained.shape, device=self.actor_module.device)
         totals: dict[str, torch.Tensor] = {}

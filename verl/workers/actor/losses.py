@@ -68,7 +68,7 @@ class MiniBatchLoss:
         config: the actor's settings.
         vocabulary: the student's.
         device: where the models compute.
-        distill: the objective; None: a policy loss alone.
+        distill: the objective.
         teachers: of an exact objective.
     """
 
@@ -78,15 +78,15 @@ class MiniBatchLoss:
         config: FSDPActorConfig,
         vocabulary: Vocabulary,
         device: torch.device,
-        distill: DistillConfig | None = None,
-        teachers: Sequence[WeightedTeacher] = (),
+        distill: DistillConfig,
+        teachers: Sequence[WeightedTeacher],
     ) -> None:
         self.trained = mini.tensor("response_mask").bool()
         """(M, R) positions that are scored and trained, on the CPU."""
         self._parts: list[tuple[float, PolicyLoss | DivergenceLoss]] = []
-        if distill is None or distill.has_policy_loss:
+        if distill.has_policy_loss:
             self._parts.append((1.0, PolicyLoss(mini, config, vocabulary, device)))
-        if distill is not None and distill.is_exact:
+        if distill.is_exact:
             divergence = DivergenceLoss(mini, config, vocabulary, device, distill, teachers)
             # Without a coef distillation stands alone; where a reward is learned from, `config.ppo` refuses 0.
             self._parts.append((distill.coef or 1.0, divergence))

@@ -75,15 +75,10 @@ class BatchSizes(NamedTuple):
     """Counts instead of the tokens, where it is given."""
 
     @classmethod
-    def choose(cls, by_tokens: bool, max_tokens: int, max_rows: int | None) -> "BatchSizes":
-        """The limit that applies: of tokens where ``by_tokens``, else of rows."""
-        return cls(max_tokens, None if by_tokens else max_rows)
-
-    @classmethod
     def of_scoring(cls, config: RolloutConfig | RefConfig) -> "BatchSizes":
         """Those of passes without training."""
-        by_tokens, max_tokens = config.log_prob_use_dynamic_bsz, config.log_prob_max_token_len_per_gpu
-        return cls.choose(by_tokens, max_tokens, config.log_prob_micro_batch_size_per_gpu)
+        max_rows = None if config.log_prob_use_dynamic_bsz else config.log_prob_micro_batch_size_per_gpu
+        return cls(config.log_prob_max_token_len_per_gpu, max_rows)
 
 
 class ScoredRows:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from verl.protocol import DataProto
-from verl.utils.row_buffer import RowBuffer
+from verl.single_controller.base.decorator import RowBuffer
 
 
 def run(first: int, count: int, **meta_info: object) -> DataProto:

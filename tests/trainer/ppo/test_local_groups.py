@@ -3,10 +3,11 @@
 import pytest
 import torch
 
+from verl.config import PPOConfig
 from verl.protocol import DataProto
 from verl.single_controller.base import Worker
 from verl.single_controller.base.decorator import Dispatch, Execute, register
-from verl.single_controller.local import LocalWorkerGroup, local_groups
+from verl.trainer.ppo.worker_groups import LocalWorkerGroup, WorkerGroups
 
 
 class Doubler(Worker):
@@ -30,7 +31,9 @@ class Doubler(Worker):
 
 @pytest.fixture
 def group() -> LocalWorkerGroup:
-    return local_groups({"a": Doubler(), "b": Doubler()})["a"]
+    return WorkerGroups(PPOConfig(), ["a", "b"], "cpu").start_in_process(dict.fromkeys("ab", Doubler), lambda _: {})[
+        "a"
+    ]
 
 
 def test_calls_are_those_of_a_group_of_one_rank(group: LocalWorkerGroup) -> None:

@@ -256,11 +256,9 @@ class DataProto:
     def select_idxs(self, idxs: Sequence[int] | Sequence[bool] | np.ndarray | torch.Tensor) -> "DataProto":
         """Copies of the rows a list, an array or a tensor of indices names, or of those a (B,) mask of bools marks."""
         index = torch.as_tensor(idxs).cpu()
-        if index.dtype == torch.bool:
-            if index.shape != (len(self),):
-                raise IndexError(f"a mask of shape {tuple(index.shape)} does not fit {len(self)} rows")
-            index = index.nonzero().squeeze(-1)
-        return self._rows(index.long(), index.long().numpy())  # an empty list came as float32
+        index = index if index.dtype == torch.bool else index.long()  # an empty list came as float32
+        places = torch.arange(len(self))[index]  # raises IndexError for a mask of another length
+        return self._rows(places, places.numpy())
 
     def select(
         self,

@@ -5,7 +5,7 @@
 - `TeacherProbe` ends a run whose teacher no longer scores as it did.
 
 In: the metrics of a step, or the teachers' worker groups. Out: metrics, a warning, or a `GuardError`.
-Not here: the skipping itself (``workers.fsdp.optimizer``), and timeouts.
+Not here: the skipping itself (``workers.actor.dp_actor``), and timeouts.
 
 Letters: N rows, T tokens of a row.
 """

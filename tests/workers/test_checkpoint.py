@@ -81,7 +81,7 @@ def test_only_the_chosen_parts_are_written_and_read(
     second = student(student_model, contents)
     second.load_checkpoint(str(tmp_path))
     assert same_weights(second, first) == ("model" in contents)
-    assert second.actor.lr_schedule.steps == ("extra" in contents)
+    assert second.actor.optimizer_steps == ("extra" in contents)
     assert not any(state["exp_avg"].full_tensor().any() for state in second._state.optimizer.state.values())
 
 
@@ -113,6 +113,7 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_a_resumed_run_takes_
     assert same_weights(again, at_save)
     assert torch.equal(torch.rand(3), drawn)
     assert again.update_actor(BATCH).meta_info["metrics"]["actor/lr"] == pytest.approx(0.9e-2)
+    assert [group["lr"] for group in again._state.optimizer.param_groups] == pytest.approx([0.9e-2, 0.9e-2])
     assert same_weights(again, worker)
 
 

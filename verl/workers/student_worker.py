@@ -131,7 +131,7 @@ class StudentWorker(Worker):
         Returns once the state is copied: training may go on while the copy is written.
         """
         with self._on_device(optimizer=True):
-            self._checkpoint_writer.begin(self._state, Path(local_path), global_step, self.actor.lr_schedule.steps)
+            self._checkpoint_writer.begin(self._state, Path(local_path), global_step, self.actor.optimizer_steps)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def checkpoint_outcome(self, wait: bool) -> SaveOutcome:
@@ -156,7 +156,7 @@ class StudentWorker(Worker):
         with self._on_device(optimizer=True):
             steps = load_checkpoint(self._state, self.config.actor.checkpoint, Path(local_path))
         if steps is not None:
-            self.actor.lr_schedule.set_steps(steps)
+            self.actor.optimizer_steps = steps
 
     def _teacher(self, role: str, stack: ExitStack) -> tuple[Teacher, float]:
         """A teacher of the update, ready until ``stack`` closes, and the weight of its rows."""

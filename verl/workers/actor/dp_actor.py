@@ -67,23 +67,6 @@ def learning_rate(config: OptimizerConfig, step: int) -> float:
     return config.lr * (config.min_lr_ratio + (1.0 - config.min_lr_ratio) * left)
 
 
-class LearningRateSchedule:
-    """Keeps an optimizer's learning rate on its schedule.
-
-    Its only state is the number of steps, so a resumed run follows the settings it is resumed with.
-    """
-
-    def __init__(self, optimizer: torch.optim.Optimizer, config: OptimizerConfig) -> None:
-        self._optimizer, self._config = optimizer, config
-        self.set_steps(0)
-
-    def set_steps(self, steps: int) -> None:
-        """Continue as after ``steps`` steps; ``rate`` is the learning rate of the next one."""
-        self.steps, self.rate = steps, learning_rate(self._config, steps)
-        for group in self._optimizer.param_groups:
-            group["lr"] = self.rate
-
-
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
     """AdamW over the trainable parameters, with its state in place from the start (zeros), as checkpoints need it."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -140,7 +123,7 @@ class DataParallelPPOActor:
     Args:
         config: the actor's settings, or the reference's for a frozen model.
         actor_module: the sharded model.
-        actor_optimizer: None for a frozen model; its learning rate follows ``config.optim``.
+        actor_optimizer: None for a frozen model.
         vocabulary: of the policy.
         scoring_sizes: of micro-batches where nothing is trained.
         replace_token_id: input of a teacher in place of the ids that it lacks.
@@ -159,12 +142,8 @@ class DataParallelPPOActor:
     mini_batch_rows: int | None = None
     distill: DistillConfig = field(default_factory=DistillConfig)
     extended_rows: ExtendedRows | None = None
-    lr_schedule: LearningRateSchedule = field(init=False)
-    """Of the optimizer, where there is one."""
-
-    def __post_init__(self) -> None:
-        if self.actor_optimizer is not None and isinstance(self.config, FSDPActorConfig):
-            self.lr_schedule = LearningRateSchedule(self.actor_optimizer, self.config.optim)
+    optimizer_steps: int = 0
+    """Taken so far, skipped ones among them: the only state of the learning rate, which follows ``config.optim``."""
 
     # ------------------------------------------------------------------ scoring
 
@@ -290,7 +269,10 @@ class DataParallelPPOActor:
     ) -> Update:
         """One optimizer step over this rank's M rows of a mini-batch."""
         assert self.actor_optimizer is not None, "checked by update"
-        metrics = {"actor/lr": self.lr_schedule.rate} | dict.fromkeys(COUNTS, 0.0)
+        rate = learning_rate(config.optim, self.optimizer_steps)
+        for group in self.actor_optimizer.param_groups:
+            group["lr"] = rate
+        metrics = {"actor/lr": rate} | dict.fromkeys(COUNTS, 0.0)
         teacher_log_probs = torch.zeros(mini.tensor("responses").shape)
         device = self.actor_module.device
         mini_loss = MiniBatchLoss(mini, config, self.vocabulary, device, self.distill, teachers)
@@ -300,7 +282,7 @@ class DataParallelPPOActor:
             module, loss = self.actor_module, of_loss["actor/loss"]
             norm, taken = clipped_step(module, self.actor_optimizer, config.grad_clip, loss, self.extended_rows)
             metrics |= {"actor/grad_norm": norm, COUNTS[0 if taken else 1]: 1.0, **of_loss}
-        self.lr_schedule.set_steps(self.lr_schedule.steps + 1)
+        self.optimizer_steps += 1
         return metrics, teacher_log_probs
 
     def _accumulate_gradient(self, mini: DataProto, mini_loss: MiniBatchLoss, config: FSDPActorConfig) -> Update:

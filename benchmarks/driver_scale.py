@@ -36,8 +36,7 @@ sys.path.insert(0, str(REPO))  # a checkout serves as well as an installation
 from verl.protocol import DataProto  # noqa: E402
 from verl.single_controller.base import WorkerGroup  # noqa: E402
 from verl.single_controller.base.decorator import Call, Dispatch, Results, register  # noqa: E402
-from verl.workers.student_worker import StudentWorker  # noqa: E402
-from verl.workers.teacher_worker import TeacherWorker  # noqa: E402
+from verl.workers.model_workers import StudentWorker, TeacherWorker  # noqa: E402
 
 INT_KEYS = {
     "prompts": "P",

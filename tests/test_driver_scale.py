@@ -9,7 +9,7 @@ import torch
 from support.tiny_pairs import REPO
 
 from verl.single_controller.base.decorator import plan_calls, registered_methods
-from verl.workers.student_worker import StudentWorker
+from verl.workers.model_workers import StudentWorker
 
 HEADER_BYTES = 2048
 """Most bytes that a call takes besides its rows: names, dtypes, shapes, meta_info."""

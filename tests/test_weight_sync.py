@@ -13,7 +13,7 @@ from support.tiny_workers import load_plain, worker_config, write_model
 
 from verl import weight_sync
 from verl.weight_sync import WeightExporter, bucket_for, send_weights
-from verl.workers.student_worker import StudentWorker
+from verl.workers.model_workers import StudentWorker
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])

@@ -42,8 +42,7 @@ def build_trainer(config: "PPOConfig") -> "RayPPOTrainer":
     from verl.trainer.ppo.reward import load_reward_fn
     from verl.utils.device import get_device_name
     from verl.utils.tokenizer import hf_tokenizer
-    from verl.workers.student_worker import StudentWorker
-    from verl.workers.teacher_worker import TeacherWorker
+    from verl.workers.model_workers import StudentWorker, TeacherWorker
 
     device_name = get_device_name(config.trainer.device)
     check_ranks(config, device_name)

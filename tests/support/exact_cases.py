@@ -11,8 +11,7 @@ from recipe.onpolicy_distill.onpolicy_distill_trainer import RayOnPolicyDistillT
 from support.tiny_workers import draw_rows, load_plain, plain_log_probs, rollouts, with_loss_inputs, worker_config
 from verl.config import ActorRolloutRefConfig, DistillConfig, PPOConfig, TeacherConfig
 from verl.protocol import DataProto
-from verl.workers.student_worker import StudentWorker
-from verl.workers.teacher_worker import TeacherWorker
+from verl.workers.model_workers import StudentWorker, TeacherWorker
 
 ROWS, TEMPERATURE, MISSING = 8, 1.3, -40.0
 LEAK = {"leak_coef": 0.5, "leak_target": 0.2}

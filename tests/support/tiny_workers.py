@@ -196,7 +196,7 @@ def _start_ranks(world_size: int) -> list[Connection]:
         port = probe.getsockname()[1]
     # A server that has imported torch and the workers forks the ranks: importing takes longer than most programs.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["verl.workers.student_worker", "verl.workers.teacher_worker"])
+    context.set_forkserver_preload(["verl.workers.model_workers"])
     connections = []
     for rank in range(world_size):
         ours, theirs = context.Pipe()

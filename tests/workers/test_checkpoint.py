@@ -19,7 +19,7 @@ from verl.config import CheckpointConfig, OptimizerConfig
 from verl.weight_sync import named_weights
 from verl.workers.fsdp import checkpoint
 from verl.workers.fsdp.checkpoint import SaveOutcome, write_file, write_weights
-from verl.workers.student_worker import StudentWorker
+from verl.workers.model_workers import StudentWorker
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 

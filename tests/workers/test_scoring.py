@@ -12,7 +12,7 @@ from verl.config import ActorRolloutRefConfig
 from verl.trainer.ppo.core_algos import compute_on_policy_distill_reverse_kl
 from verl.vocabulary import Vocabulary
 from verl.workers.actor.dp_actor import DataParallelPPOActor
-from verl.workers.teacher_worker import TeacherWorker, choose_replacement
+from verl.workers.model_workers import TeacherWorker, choose_replacement
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 

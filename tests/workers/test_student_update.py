@@ -12,7 +12,7 @@ from support.exact_cases import MISSING, Models, workers
 
 from verl.config import ActorRolloutRefConfig, FSDPConfig, MixedPrecisionConfig
 from verl.protocol import DataProto
-from verl.workers.student_worker import StudentWorker
+from verl.workers.model_workers import StudentWorker
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 

@@ -20,8 +20,7 @@ from verl import model_merger
 from verl.config import ActorRolloutRefConfig
 from verl.protocol import DataProto
 from verl.weight_sync import named_weights
-from verl.workers.student_worker import StudentWorker
-from verl.workers.teacher_worker import TeacherWorker
+from verl.workers.model_workers import StudentWorker, TeacherWorker
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 

@@ -28,7 +28,7 @@ from verl.vocabulary import Vocabulary
 from verl.workers.actor.dp_actor import DataParallelPPOActor
 from verl.workers.fsdp.build import choose_attention, load_config
 from verl.workers.fsdp.token_stats_model import BatchSizes, TokenStatsModel
-from verl.workers.teacher_worker import choose_replacement
+from verl.workers.model_workers import choose_replacement
 
 MICRO_BATCH_TOKENS = 16384
 

@@ -21,8 +21,7 @@ from verl.single_controller.base import Worker
 from verl.single_controller.base.decorator import Dispatch, register
 from verl.trainer.ppo.worker_groups import WorkerGroups
 from verl.workers.actor.teachers import HIDDEN_STATE_HANDLES
-from verl.workers.student_worker import StudentWorker
-from verl.workers.teacher_worker import TeacherWorker
+from verl.workers.model_workers import StudentWorker, TeacherWorker
 
 register_pickle_by_value(sys.modules[__name__])  # ranks do not import test modules
 

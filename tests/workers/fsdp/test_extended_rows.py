@@ -11,7 +11,7 @@ from support.exact_cases import Models, workers
 from verl.config import ActorRolloutRefConfig, OptimizerConfig
 from verl.protocol import DataProto
 from verl.weight_sync import named_weights
-from verl.workers.student_worker import StudentWorker
+from verl.workers.model_workers import StudentWorker
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 

@@ -1,0 +1,367 @@
+"""One rank of a model: of the student, which is trained, or of a frozen teacher.
+
+In:  batches from the controller, split over the ranks. Out: the student's log-probs, an updated student, its weights
+for the rollout engines, checkpoints; the teachers' log-probs of the student's tokens, for an exact objective also their
+likeliest ids or hidden states. Models live here between calls; with offload they wait in host memory.
+
+Not here: losses (``workers.actor``), sharding and files (``workers.fsdp``).
+
+Letters: B rows of this rank, R response.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+
+from verl.config import BASE_TEACHER, ActorRolloutRefConfig, DistillConfig, RefModelConfig, TeacherConfig
+from verl.ops.linear_log_prob import score_tokens
+from verl.protocol import DataProto
+from verl.single_controller.base import Worker
+from verl.single_controller.base.decorator import Dispatch, Execute, register
+from verl.utils.device import max_memory_metrics, release_cached_memory, resolve_dtype
+from verl.utils.tokenizer import hf_tokenizer
+from verl.vocabulary import Vocabulary
+from verl.weight_sync import WeightExporter
+from verl.workers.actor.dp_actor import SCORED_KEYS, UPDATE_KEYS, DataParallelPPOActor, build_optimizer
+from verl.workers.actor.teachers import (
+    HIDDEN_STATE_HANDLES,
+    TOP_TENSORS,
+    FullTeacher,
+    ModelTeacher,
+    RemoteTeacher,
+    ScoredPositions,
+    StitchedModelTeacher,
+    Teacher,
+    TopKTeacher,
+    hidden_states_by_row,
+)
+from verl.workers.fsdp.build import build_model, join_ranks
+from verl.workers.fsdp.checkpoint import CheckpointWriter, SaveOutcome, TrainingState, load_checkpoint
+from verl.workers.fsdp.extended_rows import ExtendedRows
+from verl.workers.fsdp.token_stats_model import (
+    BatchSizes,
+    ScoredRows,
+    move_optimizer_state,
+    move_parameters,
+    real_response_tokens,
+    reshard,
+)
+
+
+class StudentWorker(Worker):
+    """Scores and trains the student.
+
+    Args:
+        config: ``actor_rollout_ref``.
+        device: ``trainer.device``.
+        distill: ``algorithm.distill``; None: policy-gradient losses alone.
+    """
+
+    def __init__(
+        self, config: ActorRolloutRefConfig, device: str = "auto", distill: DistillConfig | None = None
+    ) -> None:
+        super().__init__()
+        self.config, self._distill, self._device_setting = config, distill or DistillConfig(), device
+        self._teacher_heads: dict[str, list[torch.Tensor]] = {}
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def init_model(self) -> None:
+        """Join the other ranks, load and shard the model, build the optimizer."""
+        model, actor, rollout = self.config.model, self.config.actor, self.config.rollout
+        self._device, mesh = join_ranks(self, self._device_setting, seed=rollout.seed)
+        path, start = str(model.path), rollout.extend_start
+        tokenizer = hf_tokenizer(model.tokenizer_path or path, trust_remote_code=model.trust_remote_code)
+        module = build_model(path, model, actor.fsdp_config, mesh, trainable=True)
+        vocabulary = Vocabulary(len(tokenizer), start)
+        vocabulary.check_head(module.num_rows, path)
+        optimizer = build_optimizer(module, actor.optim)
+        self._state = TrainingState(module, optimizer, tokenizer)
+        self._checkpoint_writer = CheckpointWriter(actor.checkpoint)
+        self.actor = DataParallelPPOActor(
+            actor,
+            module,
+            optimizer,
+            vocabulary=vocabulary,
+            scoring_sizes=BatchSizes.of_scoring(rollout),
+            # The setting counts prompts over all ranks; each has n answers.
+            mini_batch_rows=actor.ppo_mini_batch_size * rollout.n // self.world_size,
+            distill=self._distill,
+            extended_rows=None if start is None else ExtendedRows(module, start, actor.freeze_extended_rows),
+        )
+        self._exporter = WeightExporter(
+            module,
+            device=self._device,
+            writes_files=self.local_rank == 0,
+            dtype=resolve_dtype(rollout.dtype, self._device.type),
+            bucket_bytes=rollout.weight_sync_bucket_mb * 2**20,
+        )
+        self._move(torch.device("cpu"), optimizer=True)
+
+    @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO, reads=SCORED_KEYS)
+    def compute_log_prob(self, data: DataProto) -> DataProto:
+        """``old_log_probs``, ``entropys`` and ``extend_mass`` (B, R) of the current student."""
+        with self._on_device():
+            return DataProto.from_dict(self.actor.compute_token_stats(data))
+
+    @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO, padding=False, reads=UPDATE_KEYS)
+    def update_actor(self, data: DataProto) -> DataProto:
+        """Train on a batch; the metrics are in ``meta_info["metrics"]``, the same on every rank.
+
+        An exact objective runs its teachers here. Unless their ``ref_log_prob`` (B, R) is in the batch already, it is
+        returned: at trained positions, 0 elsewhere.
+        """
+        roles = self._distill.roles if self._distill.is_exact else []
+        with self._on_device(optimizer=True), ExitStack() as stack:
+            metrics, teacher_log_probs = self.actor.update(data, [self._teacher(role, stack) for role in roles])
+        metrics |= max_memory_metrics(self._device.type)
+        scores = {"ref_log_prob": teacher_log_probs} if roles and "ref_log_prob" not in data.batch else {}
+        return DataProto.from_dict(scores, None, {"metrics": metrics})
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def fetch_heads(self, handles: Mapping[str, Sequence[Any]]) -> None:
+        """Fetch the heads of teachers on other ranks, by role; a head that two of them share once."""
+        distinct = list(dict.fromkeys(handle for of_role in handles.values() for handle in of_role))
+        values = self.object_store.get(distinct)
+        heads = {handle: value.tensor("head") for handle, value in zip(distinct, values, strict=True)}
+        self._teacher_heads = {role: [heads[handle] for handle in of_role] for role, of_role in handles.items()}
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL, execute_mode=Execute.RANK_ZERO)
+    def num_weight_buckets(self) -> int:
+        """Buckets of one weight sync."""
+        return self._exporter.num_buckets
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def export_weight_bucket(self, index: int) -> dict[str, Any] | None:
+        """Share a bucket of whole weights with the engines; see `WeightExporter.export`."""
+        return self._exporter.export(index)
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def release_weight_bucket(self, index: int) -> None:
+        """Free a bucket, once every engine has loaded it."""
+        self._exporter.release(index)
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def begin_checkpoint(self, local_path: str, global_step: int) -> None:
+        """Start to write a checkpoint below ``local_path``, a folder that all ranks see.
+
+        Returns once the state is copied: training may go on while the copy is written.
+        """
+        with self._on_device(optimizer=True):
+            self._checkpoint_writer.begin(self._state, Path(local_path), global_step, self.actor.optimizer_steps)
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def checkpoint_outcome(self, wait: bool) -> SaveOutcome:
+        """How the checkpoint that was begun last is doing; ``wait`` until it is written."""
+        return self._checkpoint_writer.outcome(wait)
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def save_checkpoint(self, local_path: str, global_step: int) -> None:
+        """Write a checkpoint and wait for it.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        self.begin_checkpoint(local_path, global_step)
+        outcome = self.checkpoint_outcome(wait=True)
+        if outcome.error:
+            raise OSError(f"the checkpoint in {local_path} is not whole: {outcome.error}")
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def load_checkpoint(self, local_path: str) -> None:
+        """Go on from a checkpoint that `save_checkpoint` wrote, on any number of ranks."""
+        with self._on_device(optimizer=True):
+            steps = load_checkpoint(self._state, self.config.actor.checkpoint, Path(local_path))
+        if steps is not None:
+            self.actor.optimizer_steps = steps
+
+    def _teacher(self, role: str, stack: ExitStack) -> tuple[Teacher, float]:
+        """A teacher of the update, ready until ``stack`` closes, and the weight of its rows."""
+        device, distill = self._device, self._distill
+        knows_extended, weight = distill.knows_extended(role), distill.weight_of(role)
+        if distill.topk_or_none is not None:
+            return TopKTeacher(knows_extended, self.actor.vocabulary, device), weight
+        if role in self._teacher_heads:
+            # Between updates they are in host memory: the engine needs that of the GPU.
+            heads = [head.to(device) for head in self._teacher_heads[role]]
+            return RemoteTeacher(knows_extended, heads, self.object_store.get), weight
+        worker = self.colocated_roles[role]
+        assert isinstance(worker, TeacherWorker), f"{role} is no teacher"
+        return stack.enter_context(worker.on_device()), weight
+
+    @contextmanager
+    def _on_device(self, optimizer: bool = False) -> Iterator[None]:
+        """Have the parameters, and with ``optimizer`` its state, on the device for the time of the block."""
+        self._move(self._device, optimizer)
+        yield
+        self._move(torch.device("cpu"), optimizer)
+
+    def _move(self, device: torch.device, optimizer: bool) -> None:
+        """Move the parameters, and the optimizer's state, as far as they are offloaded at all.
+
+        What the allocator caches is released in any case: the engine needs it.
+        """
+        fsdp = self.config.actor.fsdp_config
+        if self._device.type == "cuda" and fsdp.param_offload:
+            move_parameters(self._state.module, device)
+        if self._device.type == "cuda" and optimizer and fsdp.optimizer_offload:
+            move_optimizer_state(self._state.optimizer, device)
+        release_cached_memory(self._device.type)
+
+
+class TeacherWorker(Worker):
+    """Scores the student's tokens, as a frozen model.
+
+    Its softmax runs over the shared ids alone. Ids that it lacks are replaced in its input, and their log-prob is
+    ``ref_log_prob_replace_val``. A teacher with the student's vocabulary (the student's own starting weights) reads and
+    scores every id; stitched to the base teacher of its process, it leaves the shared ids to that one.
+
+    Args:
+        config: ``actor_rollout_ref``; without ``ref.model.path`` the student's own starting weights are the teacher.
+        device: ``trainer.device``.
+        teacher: a further teacher; None: the one of ``actor_rollout_ref.ref``.
+        topk: number of likeliest ids at each trained position that `score_for_update` gives; None: none.
+        exports_hidden_states: `score_for_update` puts hidden states into the object store, for a student on other
+            ranks.
+    """
+
+    def __init__(
+        self,
+        config: ActorRolloutRefConfig,
+        device: str = "auto",
+        teacher: TeacherConfig | None = None,
+        topk: int | None = None,
+        exports_hidden_states: bool = False,
+    ) -> None:
+        super().__init__()
+        self.config, self._device_setting = config, device
+        self._topk, self._exports_hidden_states = topk, exports_hidden_states
+        self._is_stitched = teacher is not None and teacher.is_stitched
+        ref = config.ref.model if teacher is None else RefModelConfig(path=teacher.path)
+        path = str(ref.path or config.model.path)
+        tokenizer = ref.tokenizer_path or (path if ref.path else config.model.tokenizer_path or path)
+        self._files = path, tokenizer, not ref.path if teacher is None else teacher.knows_extended
+        """Model, tokenizer, and whether it knows the extended ids."""
+
+    model: ModelTeacher
+    """The frozen model; teachers of one process with the same files and vocabulary share it."""
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def init_model(self) -> None:
+        """Join the other ranks, load and shard the model."""
+        self._device, mesh = join_ranks(self, self._device_setting, seed=self.config.rollout.seed)
+        others = [worker for worker in self.colocated_roles.values() if isinstance(worker, TeacherWorker)]
+        same = [worker.model for worker in others if hasattr(worker, "model") and worker._files == self._files]
+        self.model = same[0] if same else self._load_model(mesh)
+        self._move(torch.device("cpu"))
+
+    def _load_model(self, mesh: DeviceMesh) -> ModelTeacher:
+        config, ref = self.config, self.config.ref
+        path, tokenizer_path, knows_extended = self._files
+        tokenizer = hf_tokenizer(tokenizer_path, trust_remote_code=config.model.trust_remote_code)
+        module = build_model(path, config.model, ref.fsdp_config, mesh, trainable=False)
+        ids, replacement = len(tokenizer), None
+        if not knows_extended:
+            ids = Vocabulary(ids, config.rollout.extend_start).shared_ids()
+            likely = [tokenizer.pad_token_id, tokenizer.eos_token_id]
+            replacement = choose_replacement(ref.ref_replace_token_id, likely, ids)
+        Vocabulary(ids).check_head(module.num_rows, path)
+        return ModelTeacher(module, ids, replacement)
+
+    @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO, reads=SCORED_KEYS)
+    def compute_ref_log_prob(self, data: DataProto) -> DataProto:
+        """``ref_log_prob`` (B, R): the teacher's log-probs of the responses."""
+        return self._score(data, real_response_tokens(data))
+
+    @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO, reads=(*SCORED_KEYS, "response_mask"))
+    def score_for_update(self, data: DataProto) -> DataProto:
+        """What a later update compares the student with: the likeliest ids, or handles to hidden states.
+
+        With them ``ref_log_prob`` (B, R), from the same pass. All of it at trained positions alone; 0 elsewhere.
+        """
+        trained = data.tensor("response_mask").bool()
+        return self._score(data, trained, self._topk, self._exports_hidden_states)
+
+    @torch.no_grad()
+    def _score(
+        self, data: DataProto, select: torch.Tensor, topk: int | None = None, exports_hidden_states: bool = False
+    ) -> DataProto:
+        """``ref_log_prob`` at the selected tokens; with ``topk`` the likeliest ids; handles to hidden states by row."""
+        missing, temperature = self.config.ref.ref_log_prob_replace_val, data.meta_info["temperature"]
+        layout = ScoredRows(data.tensor("input_ids"), data.tensor("attention_mask"), select)
+        scores = {"ref_log_prob": torch.zeros(select.shape)}
+        if topk is not None:
+            shape = (*select.shape, topk)
+            empty = torch.zeros(shape, dtype=torch.int32), torch.zeros(shape), torch.zeros(select.shape)
+            scores |= dict(zip(TOP_TENSORS, empty, strict=True))
+        handles = np.full(len(data), None)
+        with self.on_device() as teacher:
+            for micro in layout.micro_batches(BatchSizes.of_scoring(self.config.ref), teacher.packed):
+                positions = ScoredPositions(data, layout, micro.rows, micro.columns)
+                log_probs = teacher.log_probs_at(positions, temperature)
+                drawn, top = score_tokens(log_probs, micro.inputs.labels.to(self._device), missing, topk=topk)
+                # `scores` has this order: `ref_log_prob`, then TOP_TENSORS. [:3] leaves out `vocab_size`.
+                for target, values in zip(scores.values(), [drawn, *(top or ())[:3]], strict=True):
+                    target[micro.rows, micro.columns] = values.to(target.dtype).cpu()
+                if exports_hidden_states:
+                    for row, states in hidden_states_by_row(positions, log_probs):
+                        handles[row] = self.object_store.put(states)
+        return DataProto.from_dict(scores, {HIDDEN_STATE_HANDLES: handles} if exports_hidden_states else None)
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def export_heads(self) -> list[Any]:
+        """On rank 0, handles to the (V, D) heads that its hidden states go with, the base teacher's first; else none.
+
+        A head is gathered from all ranks and put into the object store once, whichever teachers share its model.
+        """
+        with self.on_device() as teacher:
+            for model in teacher.models:
+                if model.head_handles is None:
+                    # Empty on the other ranks, not None: the head is gathered by all of them, or by none.
+                    head, model.head_handles = model.head(), []
+                    if self.rank == 0:
+                        # A copy on the CPU too: `reshard` frees the gathered head's memory.
+                        exported = DataProto.from_dict({"head": head.to("cpu", copy=True)})
+                        model.head_handles = [self.object_store.put(exported)]
+            return [handle for model in teacher.models for handle in model.head_handles or []]
+
+    @contextmanager
+    def on_device(self) -> Iterator[FullTeacher]:
+        """The teacher, on its device for the time of the block; gathered parameters are freed at its end."""
+        self._move(self._device)
+        if self._is_stitched:
+            base = self.colocated_roles[BASE_TEACHER]
+            assert isinstance(base, TeacherWorker), "a stitched teacher has the base teacher beside it"
+            with base.on_device():
+                yield StitchedModelTeacher(base.model, self.model)
+        else:
+            yield self.model
+        reshard(self.model.module)
+        self._move(torch.device("cpu"))
+
+    def _move(self, device: torch.device) -> None:
+        """With ``param_offload`` on CUDA, keep the model in host memory except while it is used.
+
+        What the allocator caches is released in any case: the engine needs it.
+        """
+        if self.config.ref.fsdp_config.param_offload and self._device.type == "cuda":
+            move_parameters(self.model.module, device)
+        release_cached_memory(self._device.type)
+
+
+def choose_replacement(setting: int | None, candidates: list[int | None], shared_ids: int) -> int:
+    """Replacement of ids that the teacher lacks in its input: the setting, or else the first candidate that it knows.
+
+    Raises:
+        ValueError: it does not know that id, or none of the candidates.
+    """
+    for token in candidates if setting is None else [setting]:
+        if token is not None and 0 <= token < shared_ids:
+            return token
+    raise ValueError(
+        f"ref.ref_replace_token_id={setting} (pad, eos: {candidates}) is none of {shared_ids} ids; set one"
+    )

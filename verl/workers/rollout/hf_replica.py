@@ -14,8 +14,7 @@ B sequences of the batch, P padded prompt, V vocabulary rows of the model.
 
 import asyncio
 import random
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,7 +50,6 @@ class HFReplica(RolloutReplica):
 
     async def _launch(self) -> None:
         self._torch_device = torch.device(self.device, 0)
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hf-replica")
         self._waiting: list[_Request] = []
         self._batching: asyncio.Task[None] | None = None
         self._seeds = random.Random(f"{self.config.seed}, {self.replica_rank}")
@@ -86,7 +84,7 @@ class HFReplica(RolloutReplica):
                 continue
             outcome: Any
             # An error comes as a value: it is for these requests, and the loop goes on with the others.
-            [outcome] = await asyncio.gather(self._on_thread(self._generate_batch, batch), return_exceptions=True)
+            [outcome] = await asyncio.gather(asyncio.to_thread(self._generate_batch, batch), return_exceptions=True)
             for index, request in enumerate(batch):
                 if request.answer.done():  # its caller was cancelled
                     continue
@@ -137,7 +135,7 @@ class HFReplica(RolloutReplica):
 
     async def _start_update(self) -> None:
         if self._asleep:
-            await self._on_thread(self.model.to, self._torch_device)
+            await asyncio.to_thread(self.model.to, self._torch_device)
 
     async def _load_bucket(self, update_info: Mapping[str, Any]) -> None:
         @torch.no_grad()
@@ -148,19 +146,14 @@ class HFReplica(RolloutReplica):
             # The sender frees its tensors when this returns.
             synchronize(self.device)
 
-        await self._on_thread(copy)
+        await asyncio.to_thread(copy)
 
     async def _sleep(self) -> None:
-        await self._on_thread(self.model.to, "cpu")
+        await asyncio.to_thread(self.model.to, "cpu")
         torch.cuda.empty_cache()
 
     async def _shutdown(self) -> None:
-        if self.model is not None:
-            self._thread.shutdown(wait=False, cancel_futures=True)
-            self.model = None
-
-    async def _on_thread(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
+        self.model = None
 
 
 class _Sampler(transformers.LogitsProcessor):

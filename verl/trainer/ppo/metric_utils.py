@@ -138,21 +138,15 @@ def compute_throughout_metrics(batch: DataProto, timing_raw: Mapping[str, float]
     return metrics
 
 
-def _sources(batch: DataProto) -> dict[str, np.ndarray]:
-    """Row numbers by data source, in the order of their names; empty where rows name none."""
-    # data.data_source_key fills the first; the reward function gets the second.
-    for key in ("source", "data_source"):
-        if key in batch.non_tensor_batch:
-            names = batch.array(key).astype(str)
-            return {str(name): np.flatnonzero(names == name) for name in np.unique(names)}
-    return {}
-
-
 def _overall_and_per_source(prefix: str, batch: DataProto, measure: Callable[[DataProto], Metrics]) -> Metrics:
-    """``<prefix>/<name>`` over all rows and ``<prefix>/<source>/<name>`` over those of each source."""
+    """``<prefix>/<name>`` over all rows; where they name sources, ``<prefix>/<source>/<name>`` over those of each."""
     metrics = {f"{prefix}/{name}": value for name, value in measure(batch).items()}
-    for source, rows in _sources(batch).items():
-        metrics |= {f"{prefix}/{source}/{name}": value for name, value in measure(batch[rows]).items()}
+    # data.data_source_key fills the first; the reward function gets the second.
+    columns = (batch.array(key) for key in ("source", "data_source") if key in batch.non_tensor_batch)
+    names = next(columns, np.array([])).astype(str)
+    for source in np.unique(names):
+        of_source = measure(batch[names == source])
+        metrics |= {f"{prefix}/{source}/{name}": value for name, value in of_source.items()}
     return metrics
 
 

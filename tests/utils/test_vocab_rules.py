@@ -17,7 +17,6 @@ from support.vocab_pairs import (
     copy_pair,
     edit_json,
     edit_template,
-    renumber,
     swap_tokens,
     write_configs,
     write_json,
@@ -118,10 +117,6 @@ BROKEN: dict[str, tuple[Callable[[Folders], Any], list[str]]] = {
         lambda pair: write_configs(pair, 355, 324, END),
         ["the teacher has 324 embedding rows", "329 ids: 324-328 (first 324 "],
     ),
-    "a gap within the extended ids": (
-        lambda pair: renumber(pair.student, lambda token_id: token_id + 5 if token_id > 340 else token_id),
-        ["names 355 ids with a gap (341-345 name nothing)"],
-    ),
     "a missing merge": (
         edit_student(lambda tokenizer: tokenizer["model"]["merges"].pop()),
         ["equal ids, but ", "(different merges)"],
@@ -162,17 +157,6 @@ def test_student_equal_to_teacher(pair: Folders) -> None:
         assert (contract.problems, contract.extend_start, contract.extended, contract.collisions) == ([], None, [], [])
     assert "extend_vocab_start_token=329 marks nothing" in contract_of(pair, 329).notes[-1]
     assert only_problem(pair, 320).endswith(f"set {START}=null, or auto")
-
-
-def test_extended_ids_that_are_not_one_tail(pair: Folders) -> None:
-    # The teacher lacks 327 and 328 and has 329: the student's 327 and 328 are extended, its 329 is not.
-    renumber(pair.teacher, lambda token_id: 329 if token_id == 328 else None if token_id == 327 else token_id)
-    swapped = {328: 329, 329: 328}
-    renumber(pair.student, lambda token_id: swapped.get(token_id, token_id))
-    contract = contract_of(pair)
-    assert contract.extended == [327, 328, *range(330, 355)]
-    [tail] = [problem for problem in contract.problems if "not one tail" in problem]
-    assert "id 329 '</think>', behind 327 '<think>', is the teacher's too" in tail
 
 
 NOTED: dict[str, Callable[[Folders], Any]] = {

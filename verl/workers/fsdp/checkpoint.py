@@ -47,6 +47,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from verl.config import CheckpointConfig
 from verl.utils.device import dtype_name, get_rng_states, set_rng_states
 from verl.utils.durable_files import flush, flush_tree, write_durably
+from verl.utils.tokenizer import save_tokenizer
 from verl.weight_sync import named_weights
 from verl.workers.fsdp.optimizer import LearningRateSchedule
 from verl.workers.fsdp.token_stats_model import TokenStatsModel
@@ -296,8 +297,9 @@ def _write_description(causal_lm: PreTrainedModel, tokenizer: PreTrainedTokenize
     config.dtype = dtype_name(next(causal_lm.parameters()).dtype)
     config.save_pretrained(folder)
     if causal_lm.generation_config is not None:
-        causal_lm.generation_config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+        # save_pretrained refuses what many models have, such as a temperature beside do_sample=false.
+        causal_lm.generation_config.to_json_file(folder / "generation_config.json", keys_to_pop=["compile_config"])
+    save_tokenizer(tokenizer, folder)
 
 
 # ------------------------------------------------------------------ reading

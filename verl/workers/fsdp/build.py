@@ -101,9 +101,17 @@ def load_config(path: str, model: HFModelConfig) -> PretrainedConfig:
 
 
 def _load_on_rank_zero(path: str, config: PretrainedConfig, trust: bool, **options: Any) -> PreTrainedModel:
-    """The model with its weights on rank 0; on the others, with uninitialised ones, which take no memory yet."""
+    """The model with its weights on rank 0; on the others, with uninitialised ones, which take no memory yet.
+
+    Raises:
+        ValueError: the files lack weights of the model.
+    """
     if dist.get_rank() == 0:
-        return AutoModelForCausalLM.from_pretrained(path, config=config, trust_remote_code=trust, **options)
+        options |= {"config": config, "trust_remote_code": trust, "output_loading_info": True}
+        model, found = AutoModelForCausalLM.from_pretrained(path, **options)
+        if lost := sorted(found["missing_keys"]):  # transformers draws them at random
+            raise ValueError(f"{path} lacks {len(lost)} weights of its model ({', '.join(lost[:3])}); copy it again")
+        return model
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust, **options)
     skeleton.to_empty(device="cpu")

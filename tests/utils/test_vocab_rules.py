@@ -117,6 +117,10 @@ BROKEN: dict[str, tuple[Callable[[Folders], Any], list[str]]] = {
         lambda pair: write_configs(pair, 355, 324, END),
         ["the teacher has 324 embedding rows", "329 ids: 324-328 (first 324 "],
     ),
+    "an item that is found as a word alone": (
+        lambda pair: add_token(pair.student, content="item1", single_word=True),
+        ["1 extended tokens (first 355 'item1') become other ids in a text; set single_word"],
+    ),
     "a missing merge": (
         edit_student(lambda tokenizer: tokenizer["model"]["merges"].pop()),
         ["equal ids, but ", "(different merges)"],
@@ -159,15 +163,21 @@ def test_student_equal_to_teacher(pair: Folders) -> None:
     assert only_problem(pair, 320).endswith(f"set {START}=null, or auto")
 
 
+def add_token(folder: Path, **entries: Any) -> None:
+    def change(tokenizer: dict[str, Any]) -> None:
+        tokenizer["added_tokens"].append({**tokenizer["added_tokens"][-1], "id": 355, **entries})
+
+    edit_json(folder / "tokenizer.json", change)
+
+
 NOTED: dict[str, Callable[[Folders], Any]] = {
     "the teacher's tokenizer has no chat template": lambda pair: (pair.teacher / "chat_template.jinja").unlink(),
     "the think tokens 327 '<think>', 328 '</think>' are extended": lambda pair: edit_json(
         pair.teacher / "tokenizer.json", lambda tokenizer: tokenizer["added_tokens"].__delitem__(slice(-2, None))
     ),
-    'plain text becomes extended ids: "The answer: 3 + 4': edit_student(
-        lambda tokenizer: tokenizer["added_tokens"].append(
-            {**tokenizer["added_tokens"][-1], "id": 355, "content": "answer"}
-        )
+    'plain text becomes extended ids: "The answer: 3 + 4': lambda pair: add_token(pair.student, content="answer"),
+    "1 extended tokens change a text (lstrip, rstrip?): 'a <x><x> b' comes back as 'a<x><x> b'": (
+        lambda pair: add_token(pair.student, content="<x>", lstrip=True)
     ),
 }
 

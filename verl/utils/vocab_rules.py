@@ -84,7 +84,8 @@ class VocabContract:
                 f"{teacher_key}.path the model that the student extends, or correct tokenizer_path",
             )
             return
-        for rule in (self._threshold_problems, self._end_problems, self._chat_problems, self._text_problems):
+        rules = (self._threshold_problems, self._end_problems, self._chat_problems, self._text_problems)
+        for rule in (*rules, self._item_problems):
             self.problems += rule()
         if extended := [token_id for token_id in self.student.think_ids if token_id in self.extended]:
             names = ", ".join(map(self.student.name, extended))
@@ -140,6 +141,25 @@ class VocabContract:
                 )
         if first is None and start is not None and not lost:
             self.notes.append(f"{START_KEY}={start} marks nothing: the student has no id that the teacher lacks")
+
+    def _item_problems(self) -> Iterator[str]:
+        """Text that holds an extended token becomes its id, and the id becomes that text again."""
+        tokenizer, lost, changed = self.student.tokenizer, [], []
+        added = tokenizer.added_tokens_decoder
+        for token_id in [token_id for token_id in self.extended if token_id in added][:MOST_PROBES_OF_A_KIND]:
+            text = f"a {added[token_id]}{added[token_id]} b"
+            ids = tokenizer.encode(text, add_special_tokens=False)
+            if ids.count(token_id) != 2:
+                lost.append(token_id)
+            elif (back := tokenizer.decode(ids)) != text:
+                changed.append(f"{text!r} comes back as {back!r}")
+        if lost:
+            yield (
+                f"{len(lost)} extended tokens (first {self.student.name(lost[0])}) become other ids in a text; set "
+                f"single_word and normalized of them to false in {self.student.tokenizer_path}/tokenizer.json"
+            )
+        if changed:
+            self.notes.append(f"{len(changed)} extended tokens change a text (lstrip, rstrip?): {changed[0]}")
 
     def _end_problems(self) -> Iterator[str]:
         """The student's engine stops where the teacher ends an answer.

@@ -94,11 +94,13 @@ def hf_tokenizer(path: str | Path, trust_remote_code: bool = False) -> "PreTrain
 def _written_ids(folder: Path | None) -> list[tuple[str, str, int]]:
     """File, token and id of every added token in the files; raises ValueError where one cannot be read."""
     found: list[tuple[str, str, int]] = []
-    for path in (folder / name for name in ("tokenizer.json", CONFIG) if folder):
+    for path in (folder / name for name in ("tokenizer.json", CONFIG, "added_tokens.json") if folder):
         try:
             values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         except ValueError as error:
             raise ValueError(f"{path} cannot be read: {describe_damage(path, error, 'copy it again')}") from error
+        if path.name == "added_tokens.json":
+            values = {"added_tokens": [{"content": token, "id": token_id} for token, token_id in values.items()]}
         added = [(token["id"], token) for token in values.get("added_tokens", [])]
         added += values.get("added_tokens_decoder", {}).items()
         found += [(path.name, token["content"], int(token_id)) for token_id, token in added]

@@ -157,6 +157,15 @@ def test_a_model_whose_files_lack_weights_is_refused(student_model: Path, mesh: 
         build_model(str(folder), HFModelConfig(), FSDPConfig(), mesh, trainable=False)
 
 
+def test_ranks_have_to_read_one_config(student_model: Path, mesh: DeviceMesh, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gather(found: list[str], own: str) -> None:
+        found[:] = [own, own.replace('"qwen3"', '"qwen2"')]
+
+    monkeypatch.setattr(build_module.dist, "all_gather_object", gather)
+    with pytest.raises(ValueError, match=f"the ranks read different configs of {student_model}; give a folder"):
+        build_model(str(student_model), HFModelConfig(), FSDPConfig(), mesh, trainable=False)
+
+
 def test_heads_that_are_more_than_a_matrix_are_refused(tiny_tokenizers: tuple[Path, Path], tmp_path: Path) -> None:
     model = load_plain(write_model(tmp_path, tiny_tokenizers[0], tied=False))
     model.config.final_logit_softcapping = 30.0

@@ -110,7 +110,11 @@ INDEX = "model.safetensors.index.json"
 @pytest.mark.parametrize(
     ("entries", "files", "expected"),
     [
-        ({}, {"adapter_config.json": "{}"}, "adapter_config.json makes it an adapter (LoRA); merge it"),
+        (
+            {},
+            {"adapter_config.json": '{"base_model_name_or_path": "a/b"}'},
+            "makes it an adapter (LoRA) of a/b; merge it",
+        ),
         ({"quantization_config": {"quant_method": "awq"}}, {}, "quantization_config.quant_method=awq) are not taken"),
         ({}, {"hf_quant_config.json": "{}"}, "quant_method=modelopt) are not taken; give the bf16 model"),
         ({"architectures": ["AForCausalLM"], "text_config": {}}, {}, "['AForCausalLM'] in config.json: only models of"),

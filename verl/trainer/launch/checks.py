@@ -152,12 +152,14 @@ def _folder_faults(folder: Path, trusts_code: bool, is_whole: bool) -> Iterator[
     """
     files = {path.name for name in ("model*.safetensors", "pytorch_model*.bin") for path in folder.glob(name)}
     shards = [place / name for place in (folder, folder.parent, folder / "actor") for name in ("shards", VERL_SHARDS)]
-    if (folder / "adapter_config.json").is_file():
-        yield "adapter_config.json makes it an adapter (LoRA); merge it into its base model and give the result"
-    if not files and any(any(path.parent.glob(path.name)) for path in shards):
-        yield UNMERGED
-    path = folder / "config.json"
+    path = folder / "adapter_config.json"
     try:
+        if path.is_file():
+            base = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
+            yield f"adapter_config.json makes it an adapter (LoRA) of {base}; merge it into that, and give the result"
+        if not files and any(any(path.parent.glob(path.name)) for path in shards):
+            yield UNMERGED
+        path = folder / "config.json"
         described, path = json.loads(path.read_text(encoding="utf-8")), folder / "model.safetensors.index.json"
         if path.is_file() and "model.safetensors" not in files:
             files = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())

@@ -18,9 +18,7 @@ from pathlib import Path
 
 from verl.utils.device import dtype_name, resolve_dtype
 from verl.utils.durable_files import write_durably
-from verl.workers.fsdp.checkpoint import HUGGINGFACE, SHARDS, write_weights
-
-CONFIG = "config.json"
+from verl.workers.fsdp.checkpoint import CONFIG, HUGGINGFACE, SHARDS, write_weights
 
 
 def merge(local_dir: Path, target_dir: Path, dtype: str | None = None) -> int:

@@ -33,7 +33,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, Qwen3Config,
 from transformers.utils.logging import disable_progress_bar
 
 from recipe.onpolicy_distill.options import add_options, option
-from verl.utils.tokenizer import hf_tokenizer
+from verl.utils.tokenizer import hf_tokenizer, save_tokenizer
 
 HEAD_DIM = 32
 """The smallest size of an attention head that vLLM's CPU kernels take."""
@@ -93,7 +93,7 @@ def build_tiny_models(
     folders = Path(out_dir) / "teacher", Path(out_dir) / "student"
     for folder, model, tokenizer in zip(folders, (teacher, student), (teacher_tok, student_tok), strict=True):
         model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        save_tokenizer(tokenizer, folder)
     return folders
 
 

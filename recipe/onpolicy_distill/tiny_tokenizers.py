@@ -10,6 +10,8 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from verl.utils.tokenizer import save_tokenizer
+
 TEXT = (
     "You are a careful assistant. Work the problem out, then state the answer.",
     "Tom has 12 apples and gives 5 to Ann. How many apples are left? Tom has 12 - 5 = 7 apples left.",
@@ -35,10 +37,10 @@ def build_tiny_tokenizers(out_dir: str | Path) -> tuple[Path, Path]:
     """Write ``out_dir/teacher`` (about 330 ids) and ``out_dir/student`` (26 ids more); return both folders."""
     teacher_dir, student_dir = Path(out_dir) / "teacher", Path(out_dir) / "student"
     tokenizer = _train_teacher()
-    tokenizer.save_pretrained(teacher_dir)
+    save_tokenizer(tokenizer, teacher_dir)
     # The same object, changed once the teacher's is written: its ids stay the student's first ones.
     tokenizer.add_tokens(list(ITEM_TOKENS))
-    tokenizer.save_pretrained(student_dir)
+    save_tokenizer(tokenizer, student_dir)
     return teacher_dir, student_dir
 
 

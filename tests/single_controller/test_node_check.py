@@ -48,9 +48,12 @@ def test_what_differs_is_named_with_its_fix(part: str, there: dict[str, str], pr
 def test_nodes_with_the_same_problem_share_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And a path that the driver has not is a name on a hub."""
     (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setattr(node_check, "DIGESTED_BYTES", 2)
+    (tmp_path / "weights").write_text("{ }")
     paths = {KEY: str(tmp_path), "actor_rollout_ref.ref.model.path": "owner/name"}
     report = read_node(paths, ["torch"])
-    assert report[f"{KEY}={tmp_path}"] == {"config.json": "2 bytes"}
+    here = report[f"{KEY}={tmp_path}"]
+    assert here == {"config.json": "2 bytes, digest 44136fa355b3678a", "weights": "3 bytes"}, "SHA-256 of {}"
     assert report["versions"]["python"] == platform.python_version() and report["versions"]["torch"].startswith("2.")
     assert {"verl/protocol.py", "verl/trainer/config/ppo_trainer.yaml"} <= report["source"].keys()
     bare = {**report, "source": {}}

@@ -1,12 +1,14 @@
 """Loading tokenizers, and where a model lies on this machine."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
+from support.vocab_pairs import renumber, write_json
 
 from recipe.onpolicy_distill.tiny_tokenizers import build_tiny_tokenizers
-from verl.utils.tokenizer import answer_text, fit_tool_calls, hf_tokenizer, local_model_folder
+from verl.utils.tokenizer import answer_text, fit_tool_calls, hf_tokenizer, local_model_folder, save_tokenizer
 
 
 @pytest.fixture
@@ -63,6 +65,54 @@ def test_a_template_that_is_strict_about_tool_calls_is_asked_in_its_own_form(fol
     (fitted,) = fit_tool_calls(tokenizer, [{"role": "assistant", "content": "", "tool_calls": [call]}])
     arguments = fitted["tool_calls"][0]["function"]["arguments"]
     assert arguments == ('{"x": 1}' if takes == "texts" else {"x": 1})
+
+
+OLD_IDS = {"added_tokens_decoder": {"355": {"content": "!"}}}
+SPOILT = {
+    "'<s_a_1>' has the id 330 as it loads and 9 in added_tokens.json, one of 1 such": ("added_tokens", {"<s_a_1>": 9}),
+    "'!' has the id 0 as it loads and 355 in tokenizer_config.json, one of 1 such": ("tokenizer_config", OLD_IDS),
+    "'<new>' has the id 355 as it loads and 400 in tokenizer.json, one of 1 such tokens; take all": ("tokenizer", 400),
+}
+
+
+@pytest.mark.parametrize("expected", SPOILT)
+def test_a_tokenizer_that_loads_with_other_ids_than_its_files_have_is_refused(tmp_path, expected):
+    folder = build_tiny_tokenizers(tmp_path)[1]
+    assert len(hf_tokenizer(folder)) == 355
+    name, entries = SPOILT[expected]
+    path = folder / f"{name}.json"
+    values = json.loads(path.read_text()) if path.exists() else {}
+    if name == "tokenizer":
+        values["added_tokens"].append({**values["added_tokens"][-1], "content": "<new>", "id": entries})
+    write_json(path, values if name == "tokenizer" else values | entries)
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        hf_tokenizer(folder)
+
+
+def test_gaps_and_pointers_are_refused(tmp_path):
+    folder = build_tiny_tokenizers(tmp_path)[1]
+    renumber(folder, lambda token_id: token_id + 5 if token_id > 340 else token_id)
+    with pytest.raises(
+        ValueError, match=r"sid_end\|>' has the id 359 as it loads and 354 in a vocabulary without gaps"
+    ):
+        hf_tokenizer(folder)
+    (folder / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(ValueError, match=r"tokenizer\.json cannot be read: it is a Git LFS pointer"):
+        hf_tokenizer(folder)
+
+
+def test_a_saved_tokenizer_has_nothing_of_this_machine_and_the_names_of_transformers_4(tmp_path):
+    tokenizer = hf_tokenizer(build_tiny_tokenizers(tmp_path)[1])
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<s_a_1>"]})
+    save_tokenizer(tokenizer, tmp_path / "saved")
+    text = (tmp_path / "saved" / "tokenizer_config.json").read_text()
+    values = json.loads(text)
+    assert str(tmp_path) not in text and not {"is_local", "local_files_only", "extra_special_tokens"} & values.keys()
+    assert values["additional_special_tokens"] == ["<s_a_1>"]
+    assert values["tokenizer_class"] == "PreTrainedTokenizerFast"
+    again = hf_tokenizer(tmp_path / "saved")
+    assert (again.get_vocab(), again.all_special_ids) == (tokenizer.get_vocab(), tokenizer.all_special_ids)
+    assert (again.pad_token, again.chat_template) == (tokenizer.pad_token, tokenizer.chat_template)
 
 
 def test_folders_without_a_tokenizer(tmp_path):

@@ -63,7 +63,10 @@ def test_broken_files(model: Path, read: Callable[..., ModelVocabulary]) -> None
     with pytest.raises(ValueError, match=r"the weights .*model\.safetensors cannot be read: .*; copy the model again"):
         read()
     (model / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config.json is not JSON .*; copy the model again"):
+    with pytest.raises(ValueError, match=r"config.json is not JSON: .*; copy the model again"):
+        read()
+    (model / "config.json").write_text("version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(ValueError, match=r"config.json is not JSON: it is a Git LFS pointer"):
         read()
 
 

@@ -17,7 +17,6 @@ from support.vocab_pairs import (
     copy_pair,
     edit_json,
     edit_template,
-    renumber,
     swap_tokens,
     write_configs,
     write_json,
@@ -118,9 +117,9 @@ BROKEN: dict[str, tuple[Callable[[Folders], Any], list[str]]] = {
         lambda pair: write_configs(pair, 355, 324, END),
         ["the teacher has 324 embedding rows", "329 ids: 324-328 (first 324 "],
     ),
-    "a gap within the extended ids": (
-        lambda pair: renumber(pair.student, lambda token_id: token_id + 5 if token_id > 340 else token_id),
-        ["names 355 ids with a gap (341-345 name nothing)"],
+    "an item that is found as a word alone": (
+        lambda pair: add_token(pair.student, content="item1", single_word=True),
+        ["1 extended tokens (first 355 'item1') become other ids in a text; set single_word"],
     ),
     "a missing merge": (
         edit_student(lambda tokenizer: tokenizer["model"]["merges"].pop()),
@@ -164,15 +163,11 @@ def test_student_equal_to_teacher(pair: Folders) -> None:
     assert only_problem(pair, 320).endswith(f"set {START}=null, or auto")
 
 
-def test_extended_ids_that_are_not_one_tail(pair: Folders) -> None:
-    # The teacher lacks 327 and 328 and has 329: the student's 327 and 328 are extended, its 329 is not.
-    renumber(pair.teacher, lambda token_id: 329 if token_id == 328 else None if token_id == 327 else token_id)
-    swapped = {328: 329, 329: 328}
-    renumber(pair.student, lambda token_id: swapped.get(token_id, token_id))
-    contract = contract_of(pair)
-    assert contract.extended == [327, 328, *range(330, 355)]
-    [tail] = [problem for problem in contract.problems if "not one tail" in problem]
-    assert "id 329 '</think>', behind 327 '<think>', is the teacher's too" in tail
+def add_token(folder: Path, **entries: Any) -> None:
+    def change(tokenizer: dict[str, Any]) -> None:
+        tokenizer["added_tokens"].append({**tokenizer["added_tokens"][-1], "id": 355, **entries})
+
+    edit_json(folder / "tokenizer.json", change)
 
 
 NOTED: dict[str, Callable[[Folders], Any]] = {
@@ -180,10 +175,9 @@ NOTED: dict[str, Callable[[Folders], Any]] = {
     "the think tokens 327 '<think>', 328 '</think>' are extended": lambda pair: edit_json(
         pair.teacher / "tokenizer.json", lambda tokenizer: tokenizer["added_tokens"].__delitem__(slice(-2, None))
     ),
-    'plain text becomes extended ids: "The answer: 3 + 4': edit_student(
-        lambda tokenizer: tokenizer["added_tokens"].append(
-            {**tokenizer["added_tokens"][-1], "id": 355, "content": "answer"}
-        )
+    'plain text becomes extended ids: "The answer: 3 + 4': lambda pair: add_token(pair.student, content="answer"),
+    "1 extended tokens change a text (lstrip, rstrip?): 'a <x><x> b' comes back as 'a<x><x> b'": (
+        lambda pair: add_token(pair.student, content="<x>", lstrip=True)
     ),
 }
 

@@ -3,6 +3,7 @@
 Checkpoints of several ranks: ``test_two_ranks``.
 """
 
+import json
 import shutil
 import threading
 from pathlib import Path
@@ -125,6 +126,27 @@ def test_a_full_disk_costs_only_the_checkpoint(student_model: Path, tmp_path: Pa
     worker.save_checkpoint(str(tmp_path / "whole"), 1)
     worker.load_checkpoint(str(tmp_path / "whole"))
     assert same_weights(worker, student_model)
+
+
+def test_an_export_says_to_transformers_4_where_positions_are_and_keeps_what_cannot_be_validated(
+    student_model: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(student_model, tmp_path / "student")
+    yarn = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 256}
+    for name, entries in (
+        ("config.json", {"rope_parameters": {**yarn, "rope_theta": 5e5}}),
+        ("generation_config.json", {"do_sample": False, "temperature": 0.6, "eos_token_id": [322, 320]}),
+    ):
+        values = json.loads((folder / name).read_text()) if (folder / name).exists() else {}
+        (folder / name).write_text(json.dumps(values | entries))
+    student(folder, ["hf_model"]).save_checkpoint(str(tmp_path), 1)
+    config, generation = (
+        json.loads((tmp_path / "huggingface" / name).read_text()) for name in ("config.json", "generation_config.json")
+    )
+    assert (config["rope_theta"], config["rope_scaling"]) == (5e5, yarn)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "huggingface")
+    assert again.config.rope_parameters == {**yarn, "rope_theta": 5e5}
+    assert (generation["temperature"], generation["eos_token_id"]) == (0.6, [322, 320])
 
 
 # ------------------------------------------------------------------ refused

@@ -1,7 +1,7 @@
 """Where a model lies on this machine, and its tokenizer.
 
-In: a folder or a hub name. Out: a folder, its own or that of the hub's local cache; a tokenizer that can pad; the text
-of a conversation and of an answer. Prompts and masks are not dealt with here.
+In: a folder or a hub name. Out: a folder, its own or that of the hub's local cache; a tokenizer that can pad and has
+the ids of its files, and its export; the text of a conversation and of an answer. Not here: prompts, masks.
 """
 
 import json
@@ -13,6 +13,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from verl.utils.lfs import describe_damage
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -22,10 +24,15 @@ TEMPLATE_DATE = date(2024, 7, 26)
 """The date that Llama's templates write where they know none."""
 ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 """Special tokens that a tokenizer names by what they do."""
+CONFIG = "tokenizer_config.json"
 
 
-def local_model_folder(model: str | None) -> Path | None:
-    """The folder of a model; None without a model, or where it is not on this machine. Fetches nothing."""
+def local_model_folder(model: str | None, file: str = "config.json") -> Path | None:
+    """The folder of a model; None without a model, or where it is not on this machine. Fetches nothing.
+
+    Args:
+        file: what the hub's cache must hold of a model that has no folder of its own.
+    """
     if not model:
         return None
     folder = Path(model).expanduser()
@@ -36,7 +43,7 @@ def local_model_folder(model: str | None) -> Path | None:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        cached = try_to_load_from_cache(model, "config.json")
+        cached = try_to_load_from_cache(model, file)
     except HFValidationError:  # not a name that the hub could have
         return None
     return Path(cached).parent if isinstance(cached, str) else None
@@ -45,7 +52,8 @@ def local_model_folder(model: str | None) -> Path | None:
 def hf_tokenizer(path: str | Path, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
     """Load a tokenizer and give it a pad token (its end token) where it has none.
 
-    Raises ValueError where ``path`` holds no tokenizer, or one that has neither a pad nor an end token.
+    Raises ValueError where ``path`` holds no tokenizer, or one that has neither a pad nor an end token, other ids than
+    its files, or ids with a gap.
     """
     from transformers import AutoTokenizer
 
@@ -53,7 +61,8 @@ def hf_tokenizer(path: str | Path, trust_remote_code: bool = False) -> "PreTrain
     # Without this check a mistyped folder is taken for a hub name, and the message is about repository ids.
     if name.startswith(("/", ".")) and not os.path.isdir(name):
         raise ValueError(f"the tokenizer folder {name!r} does not exist")
-    files = "tokenizer.json and tokenizer_config.json"
+    files = f"tokenizer.json and {CONFIG}"
+    written = _written_ids(local_model_folder(name, CONFIG))
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError) as error:
@@ -64,12 +73,52 @@ def hf_tokenizer(path: str | Path, trust_remote_code: bool = False) -> "PreTrain
     if not tokenizer.encode("a", add_special_tokens=False):
         # transformers makes an empty tokenizer of a folder that holds only a model's config.
         raise ValueError(f"{name!r} holds no tokenizer that can encode text; copy {files} there")
+    # transformers numbers added tokens afresh, and some of its classes take them from one of the files alone.
+    loaded = tokenizer.get_vocab()
+    written.append(("a vocabulary without gaps", max(loaded, key=loaded.__getitem__), len(set(loaded.values())) - 1))
+    others = [entry for entry in written if loaded.get(entry[1]) != entry[2]]
+    if others:
+        where, token, token_id = others[0]
+        raise ValueError(
+            f"the tokenizer in {name}: {token!r} has the id {loaded.get(token, 'none')} as it loads and {token_id} in "
+            f"{where}, one of {len(others):,} such tokens; take all its files from one export, with ids without a gap"
+        )
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
-            raise ValueError(f"{name!r}: neither a pad token nor an end token; set pad_token in tokenizer_config.json")
+            raise ValueError(f"{name!r}: neither a pad token nor an end token; set pad_token in {CONFIG}")
         tokenizer.pad_token = tokenizer.eos_token
         logger.warning("the tokenizer in %s has no pad token; its end token %s is used", name, tokenizer.eos_token)
     return tokenizer
+
+
+def _written_ids(folder: Path | None) -> list[tuple[str, str, int]]:
+    """File, token and id of every added token in the files; raises ValueError where one cannot be read."""
+    found: list[tuple[str, str, int]] = []
+    for path in (folder / name for name in ("tokenizer.json", CONFIG, "added_tokens.json") if folder):
+        try:
+            values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        except ValueError as error:
+            raise ValueError(f"{path} cannot be read: {describe_damage(path, error, 'copy it again')}") from error
+        if path.name == "added_tokens.json":
+            values = {"added_tokens": [{"content": token, "id": token_id} for token, token_id in values.items()]}
+        added = [(token["id"], token) for token in values.get("added_tokens", [])]
+        added += values.get("added_tokens_decoder", {}).items()
+        found += [(path.name, token["content"], int(token_id)) for token_id, token in added]
+    return found
+
+
+def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: str | Path) -> None:
+    """Write a tokenizer as transformers 4 and other programs can load it too, with nothing of this machine."""
+    tokenizer.save_pretrained(folder)
+    path = Path(folder) / CONFIG
+    values = json.loads(path.read_text(encoding="utf-8"))
+    values = {key: value for key, value in values.items() if key not in ("is_local", "local_files_only")}
+    # The names of transformers 4, which 5 still takes; 4 fails at the new ones.
+    if isinstance(values.get("extra_special_tokens"), list):
+        values["additional_special_tokens"] = values.pop("extra_special_tokens")
+    if values["tokenizer_class"] == "TokenizersBackend":
+        values["tokenizer_class"] = "PreTrainedTokenizerFast"
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def answer_text(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> str:

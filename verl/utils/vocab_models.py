@@ -140,7 +140,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); copy the model again") from error
+        raise ValueError(f"{path} is not JSON: {describe_damage(path, error, 'copy the model again')}") from error
 
 
 def _read_rows(folder: Path) -> dict[str, int]:

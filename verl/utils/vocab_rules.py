@@ -84,7 +84,8 @@ class VocabContract:
                 f"{teacher_key}.path the model that the student extends, or correct tokenizer_path",
             )
             return
-        for rule in (self._threshold_problems, self._end_problems, self._chat_problems, self._text_problems):
+        rules = (self._threshold_problems, self._end_problems, self._chat_problems, self._text_problems)
+        for rule in (*rules, self._item_problems):
             self.problems += rule()
         if extended := [token_id for token_id in self.student.think_ids if token_id in self.extended]:
             names = ", ".join(map(self.student.name, extended))
@@ -114,13 +115,8 @@ class VocabContract:
         return digest.hexdigest()[:16]
 
     def _row_problems(self) -> Iterator[str]:
-        """Ids run from 0 without gaps, for softmaxes count them, and every id has an embedding row."""
+        """Every id has an embedding row."""
         for side in (self.student, self.teacher):
-            if gaps := set(range(max(side.tokens) + 1)) - side.tokens.keys():
-                yield (
-                    f"the {side.role}'s tokenizer names {side.ids:,} ids with a gap ({show_ids(gaps)} name nothing), "
-                    f"so ids from {side.ids} on would never be sampled or scored; number the tokens without gaps"
-                )
             if side.rows is not None and side.rows < side.ids:
                 yield (
                     f"the {side.role} has {side.rows:,} embedding rows and its tokenizer names {side.ids:,} ids: "
@@ -129,15 +125,9 @@ class VocabContract:
                 )
 
     def _threshold_problems(self) -> Iterator[str]:
-        """E is the tail of all ids, for masks compare with the threshold, and the threshold is its first id."""
-        start, first, last_shared = self.extend_start, self.derived_start, max(self.shared, default=-1)
-        if first is not None and last_shared > first:
-            yield (
-                f"the extended ids {show_ids(self.extended)} are not one tail: id {self.student.name(last_shared)}, "
-                f"behind {self.student.name(first)}, is the teacher's too, and masks go by id >= {START_KEY}; append "
-                "the student's own tokens after all of the teacher's"
-            )
-        lost = [i for i in self.shared if start is not None and i >= start and (first is None or i < first)]
+        """The threshold is the first id of E, which is the tail of all ids: no tokenizer has a gap."""
+        start, first = self.extend_start, self.derived_start
+        lost = [token_id for token_id in self.shared if start is not None and token_id >= start]
         unmarked = [token_id for token_id in self.extended if start is None or token_id < start]
         for ids, what in (
             (lost, "lie inside the shared vocabulary and would never be scored"),
@@ -151,6 +141,25 @@ class VocabContract:
                 )
         if first is None and start is not None and not lost:
             self.notes.append(f"{START_KEY}={start} marks nothing: the student has no id that the teacher lacks")
+
+    def _item_problems(self) -> Iterator[str]:
+        """Text that holds an extended token becomes its id, and the id becomes that text again."""
+        tokenizer, lost, changed = self.student.tokenizer, [], []
+        added = tokenizer.added_tokens_decoder
+        for token_id in [token_id for token_id in self.extended if token_id in added][:MOST_PROBES_OF_A_KIND]:
+            text = f"a {added[token_id]}{added[token_id]} b"
+            ids = tokenizer.encode(text, add_special_tokens=False)
+            if ids.count(token_id) != 2:
+                lost.append(token_id)
+            elif (back := tokenizer.decode(ids)) != text:
+                changed.append(f"{text!r} comes back as {back!r}")
+        if lost:
+            yield (
+                f"{len(lost)} extended tokens (first {self.student.name(lost[0])}) become other ids in a text; set "
+                f"single_word and normalized of them to false in {self.student.tokenizer_path}/tokenizer.json"
+            )
+        if changed:
+            self.notes.append(f"{len(changed)} extended tokens change a text (lstrip, rstrip?): {changed[0]}")
 
     def _end_problems(self) -> Iterator[str]:
         """The student's engine stops where the teacher ends an answer.

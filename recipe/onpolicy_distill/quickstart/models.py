@@ -37,7 +37,7 @@ from recipe.onpolicy_distill.quickstart.tokenizers import MAX_TOKENS
 from recipe.onpolicy_distill.quickstart.world import World
 from recipe.onpolicy_distill.tiny_models import new_model, round_up
 from verl.utils.dataset.prompt_rows import parse_messages, split_answer
-from verl.utils.tokenizer import hf_tokenizer
+from verl.utils.tokenizer import hf_tokenizer, save_tokenizer
 
 MIN_TEACHER_PADDING = 8
 """Rows that the teacher has beyond its tokenizer, at least."""
@@ -263,4 +263,4 @@ def _few_threads() -> Iterator[None]:
 def _save(folder: Path, model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
     disable_progress_bar()
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)

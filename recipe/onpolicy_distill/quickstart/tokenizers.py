@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from recipe.onpolicy_distill.quickstart.catalogue import all_item_tokens
 from recipe.onpolicy_distill.tiny_tokenizers import CHAT_TEMPLATE, SPECIAL_TOKENS
+from verl.utils.tokenizer import save_tokenizer
 
 CHARACTERS = ("\n", *map(chr, range(32, 127)))
 UNKNOWN = "<unk>"
@@ -37,9 +38,9 @@ def build_tokenizers(folder: Path, question_words: list[str], codes_per_level: i
     )
     tokenizer.chat_template = CHAT_TEMPLATE
     teacher, student = folder / "teacher", folder / "student"
-    tokenizer.save_pretrained(teacher)
+    save_tokenizer(tokenizer, teacher)
     tokenizer.add_tokens(all_item_tokens(codes_per_level))
-    tokenizer.save_pretrained(student)
+    save_tokenizer(tokenizer, student)
     return teacher, student
 
 

@@ -95,6 +95,10 @@ def test_the_newest_whole_checkpoints_stay(tmp_path: Path) -> None:
 # ------------------------------------------------------------------ damage
 
 
+def of_verl(folder: Path) -> None:
+    (folder / "manifest.json").rename(folder / "actor" / "model_world_size_2_rank_0.pt")
+
+
 def of_another_version(folder: Path) -> None:
     manifest = folder / "manifest.json"
     manifest.write_text(manifest.read_text().replace("identity", "facts"))
@@ -106,11 +110,12 @@ def of_another_version(folder: Path) -> None:
         (lambda folder: (folder / "actor" / "shard_1").write_bytes(b"x" * 9), "actor/shard_1 has 9 of 10 bytes"),
         (lambda folder: (folder / "actor" / "shard_0").unlink(), "actor/shard_0 is missing"),
         (lambda folder: (folder / "manifest.json").unlink(), r"no manifest\.json, so its writing was never finished"),
+        (of_verl, r"verl wrote it, its weights are in the shards .*; give what .* as actor_rollout_ref\.model\.path"),
         (lambda folder: (folder / "manifest.json").write_text('{"step": 4'), r"manifest\.json is damaged"),
         (of_another_version, r"manifest\.json is damaged or of another version"),
         (shutil.rmtree, "it is not there"),
     ],
-    ids=["truncated", "missing", "no manifest", "damaged manifest", "other version", "gone"],
+    ids=["truncated", "missing", "no manifest", "of verl", "damaged manifest", "other version", "gone"],
 )
 def test_a_whole_checkpoint_replaces_a_damaged_one(tmp_path: Path, caplog: Any, damage: Any, words: str) -> None:
     save_steps(tmp_path, 2, 4)

@@ -27,6 +27,7 @@ def write_model(folder: Path, **entries: Any) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     values = {"vocab_size": 100, "max_position_embeddings": 2048, **entries}
     (folder / "config.json").write_text(json.dumps(values))
+    (folder / "model.safetensors").touch()
     return folder
 
 
@@ -100,6 +101,80 @@ def test_user_errors(run: list[str], tmp_path: Path, overrides: list[str], expec
     assert len(str(caught.value).splitlines()) == 1
 
 
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00"
+TWO_SHARDS = json.dumps({"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}})
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.mark.parametrize("key", [STUDENT, TEACHER])
+@pytest.mark.parametrize(
+    ("entries", "files", "expected"),
+    [
+        (
+            {},
+            {"adapter_config.json": '{"base_model_name_or_path": "a/b"}'},
+            "makes it an adapter (LoRA) of a/b; merge it",
+        ),
+        ({"quantization_config": {"quant_method": "awq"}}, {}, "quantization_config.quant_method=awq) are not taken"),
+        ({}, {"hf_quant_config.json": "{}"}, "quant_method=modelopt) are not taken; give the bf16 model"),
+        ({"architectures": ["AForCausalLM"], "text_config": {}}, {}, "['AForCausalLM'] in config.json: only models of"),
+        ({"architectures": ["AForConditionalGeneration"]}, {}, "['AForConditionalGeneration'] in config.json: only"),
+        ({}, {"config.json": POINTER}, "no config.json can be read: it is a Git LFS pointer"),
+        ({}, {"model.safetensors": POINTER}, ": model.safetensors missing, or a Git LFS pointer; copy the model"),
+        ({}, {"model.safetensors": None}, ": model*.safetensors missing"),
+        ({}, {"model.safetensors": None, INDEX: TWO_SHARDS, "model-1.safetensors": ""}, ": model-2.safetensors miss"),
+        ({}, {"model.safetensors": None, INDEX: "{}"}, f"no {INDEX} can be read: 'weight_map'"),
+        *(
+            ({}, {"model.safetensors": None, file: ""}, "its weights are in the shards of a checkpoint; give what")
+            for shard in ("shards/1.safetensors", "model_world_size_2_rank_0.pt")
+            for file in (shard, f"../{shard}", f"actor/{shard}")
+        ),
+    ],
+)
+def test_folders_that_are_no_model_of_text_with_its_weights(
+    run: list[str], tmp_path: Path, key: str, entries: dict[str, Any], files: dict[str, str | None], expected: str
+) -> None:
+    folder = write_model(tmp_path / "global_step_1" / "model", **entries)
+    for name, text in files.items():
+        (folder / name).parent.mkdir(exist_ok=True, parents=True)
+        (folder / name).unlink(missing_ok=True)
+        if text is not None:
+            (folder / name).write_text(text)
+    with pytest.raises(ValueError, match=re.escape(f"{key}.path={folder}")) as caught:
+        check(*run, f"{key}.path={folder}")
+    assert expected in str(caught.value) and len(str(caught.value).splitlines()) == 1
+
+
+def test_what_a_model_may_bring(run: list[str], tmp_path: Path) -> None:
+    write_model(tmp_path / "teacher", architectures=["GPT2LMHeadModel"])
+    (tmp_path / "teacher" / INDEX).write_text(TWO_SHARDS)  # left from before its shards became one file
+    write_model(tmp_path / "student", vocab_size=120, architectures=["OwnModel"])
+    (tmp_path / "student" / "model.safetensors").rename(tmp_path / "student" / "pytorch_model.bin")
+    (tmp_path / "student" / "training_args.bin").write_text(POINTER)
+    assert check(*run, f"{STUDENT}.trust_remote_code=True") == []
+
+
+@pytest.mark.parametrize(
+    ("rope", "longest"),
+    [
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}}, 4096),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, 4096),
+        ({"rope_parameters": {"full_attention": {"rope_type": "dynamic", "factor": 2.0}}}, 4096),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, 2048),
+        ({"rope_scaling": None, "rope_parameters": {"rope_type": "default"}}, 2048),
+    ],
+)
+def test_positions_that_a_model_stretches_its_own_to(
+    run: list[str], tmp_path: Path, rope: dict[str, Any], longest: int
+) -> None:
+    write_model(tmp_path / "student", vocab_size=120, **rope)
+    write_model(tmp_path / "teacher", max_position_embeddings=10_000)
+    lengths = [*run, "data.max_response_length=48"]
+    assert check(*lengths, f"data.max_prompt_length={longest - 48}") == []
+    with pytest.raises(ValueError, match=f"= {longest + 1} is above max_position_embeddings={longest} of {STUDENT}"):
+        check(*lengths, f"data.max_prompt_length={longest - 47}")
+
+
 def test_vllm_has_to_be_installed_where_it_is_used(run: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks, "is_installed", lambda name: name != "vllm")
     with pytest.raises(ValueError, match=r"rollout\.name=vllm needs vLLM, which is not installed; run deploy_env\.sh"):
@@ -123,9 +198,7 @@ def test_all_errors_come_at_once(run: list[str]) -> None:
 @pytest.mark.parametrize("files", [".", "*.parquet", "[train.parquet,more.parquet]", "**/*.parquet"])
 def test_what_passes(run: list[str], tmp_path: Path, files: str) -> None:
     (tmp_path / "more.parquet").touch()
-    write_model(tmp_path / "student", vocab_size=120, rope_scaling={"rope_type": "yarn", "factor": 4.0})
-    write_model(tmp_path / "teacher", rope_parameters={"rope_type": "yarn", "factor": 4.0})
-    assert check(*run, f"data.train_files={files}", "data.max_prompt_length=2000") == []
+    assert check(*run, f"data.train_files={files}") == []
     sampled = [f"{ROLLOUT}.val_kwargs.do_sample=True", f"{ROLLOUT}.val_kwargs.temperature=1"]
     assert check(*run, *BEST, "trainer.best_metric=val/reverse_kl min", *sampled) == []
     assert check(*run, *BEST, "trainer.best_metric=val/reward") == []

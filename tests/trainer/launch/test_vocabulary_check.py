@@ -37,6 +37,25 @@ def test_auto_becomes_the_id_it_stands_for(tiny_pair: "Pair", caplog: pytest.Log
     assert "ids that the teacher lacks" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("overrides", "warns"),
+    [
+        (["data.prompt_extend_tokens=replace"], True),
+        (["actor_rollout_ref.rollout.mask_after_extend_token=False"], True),
+        (["data.prompt_extend_tokens=replace", "actor_rollout_ref.ref.ref_replace_token_id=3"], False),
+        ([], False),
+    ],
+)
+def test_an_end_token_that_stands_for_items_is_named(
+    tiny_pair: "Pair", caplog: pytest.LogCaptureFixture, overrides: list[str], warns: bool
+) -> None:
+    resolve_vocabulary(config_of(tiny_pair.student, tiny_pair.teacher, f"{KEY}=auto", *overrides))
+    found = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(found) == warns
+    text = "reads 320 '<|endoftext|>', which ends a text; set actor_rollout_ref.ref.ref_replace_token_id to one that"
+    assert not warns or text in found[0]
+
+
 @pytest.mark.parametrize("has_teacher", [True, False])
 def test_auto_without_an_extension_is_none(tiny_pair: "Pair", has_teacher: bool) -> None:
     config = config_of(tiny_pair.student, tiny_pair.student if has_teacher else None, f"{KEY}=auto")

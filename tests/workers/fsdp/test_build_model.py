@@ -1,6 +1,7 @@
 """How a model is loaded: attention, dropout, blocks, and models that cannot be used."""
 
 import json
+import shutil
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from support.tiny_workers import load_plain, write_model
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -144,6 +146,24 @@ def test_a_model_is_refused_whose_scores_would_not_be_its_own(
             nullcontext() if is_right else pytest.raises(ValueError, match=f"{kind[:-6]}.* is scored otherwise than by")
         ):
             build_model(str(tmp_path), settings, FSDPConfig(), mesh, trainable=True)
+
+
+def test_a_model_whose_files_lack_weights_is_refused(student_model: Path, mesh: DeviceMesh, tmp_path: Path) -> None:
+    folder = shutil.copytree(student_model, tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    lost = weights.popitem()[0]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=rf"{folder} lacks 1 weights of its model \({lost}\); copy it again"):
+        build_model(str(folder), HFModelConfig(), FSDPConfig(), mesh, trainable=False)
+
+
+def test_ranks_have_to_read_one_config(student_model: Path, mesh: DeviceMesh, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gather(found: list[str], own: str) -> None:
+        found[:] = [own, own.replace('"qwen3"', '"qwen2"')]
+
+    monkeypatch.setattr(build_module.dist, "all_gather_object", gather)
+    with pytest.raises(ValueError, match=f"the ranks read different configs of {student_model}; give a folder"):
+        build_model(str(student_model), HFModelConfig(), FSDPConfig(), mesh, trainable=False)
 
 
 def test_heads_that_are_more_than_a_matrix_are_refused(tiny_tokenizers: tuple[Path, Path], tmp_path: Path) -> None:

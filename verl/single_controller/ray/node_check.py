@@ -24,6 +24,8 @@ DEPLOY = "deploy one environment and source on all nodes (deploy_env.sh --all-no
 COPY = "copy it there, or give the absolute path of a place that all nodes see"
 LISTED = 3
 """Most files or packages that one problem names."""
+DIGESTED_BYTES = 64 * 2**20
+"""Largest file whose content is compared, not its size alone."""
 ANSWER_S = 120.0
 """Seconds a node has to start a process and answer."""
 
@@ -91,8 +93,19 @@ def read_node(paths: Mapping[str, str], packages: Sequence[str]) -> Report:
     for key, path in paths.items():
         found = Path(path).expanduser()
         files = [entry for entry in (found.iterdir() if found.is_dir() else [found]) if entry.is_file()]
-        report[f"{key}={path}"] = {file.name: f"{file.stat().st_size} bytes" for file in files}
+        report[f"{key}={path}"] = {file.name: describe_file(file) for file in files}
     return report
+
+
+def describe_file(path: Path) -> str:
+    """Size of a file, and a digest unless it is large: two configs may have the same size."""
+    size = path.stat().st_size
+    return f"{size} bytes" if size > DIGESTED_BYTES else f"{size} bytes, digest {digest_file(path)}"
+
+
+def digest_file(path: Path) -> str:
+    """Digest of a file's content."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def installed_version(package: str) -> str:
@@ -110,7 +123,7 @@ def source_digests(package: str) -> dict[str, str]:
     spec = find_spec(package)
     folders = list(spec.submodule_search_locations or []) if spec else []
     return {
-        f"{package}/{path.relative_to(folder)}": hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+        f"{package}/{path.relative_to(folder)}": digest_file(path)
         for folder in folders
         for path in Path(folder).rglob("*")
         if path.suffix in (".py", ".yaml")

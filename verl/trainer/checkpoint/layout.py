@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 LATEST, MANIFEST, DRIVER_STATE = "latest_checkpointed_iteration.txt", "manifest.json", "data.pt"
 EXPORT = "actor/huggingface/"
 UNFINISHED, DELETED = ".unfinished", ".deleted"
+VERL_SHARDS = "model_world_size_*_rank_*.pt"
+UNMERGED = "its weights are in the shards of a checkpoint; give what the model_merger of its program makes of them"
 _STEP_FOLDER = re.compile(r"global_step_\d+")
 
 
@@ -90,6 +92,8 @@ def find_faults(folder: Path) -> list[str]:
         # The identity is read to see that it is there: a resume compares it.
         sizes, _ = (read_manifest(folder)[key] for key in ("files", "identity"))
     except FileNotFoundError:
+        if any(folder.glob(f"actor/{VERL_SHARDS}")):
+            return [f"verl wrote it, {UNMERGED} as actor_rollout_ref.model.path"]
         return [f"it holds no {MANIFEST}, so its writing was never finished" if folder.exists() else "it is not there"]
     except (ValueError, KeyError) as error:
         return [f"its {MANIFEST} is damaged or of another version of this program ({error})"]

@@ -17,6 +17,8 @@ from typing import Any
 
 from verl.config import AGENT_LOOPS, PPOConfig, RolloutConfig, TrainerConfig
 from verl.config.best_rule import BestRule
+from verl.trainer.checkpoint.layout import UNMERGED, VERL_SHARDS
+from verl.utils.lfs import describe_damage, is_pointer
 from verl.utils.tokenizer import local_model_folder
 
 HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+")
@@ -130,27 +132,69 @@ def _model_errors(config: PPOConfig) -> Iterator[str]:
             )
         if folder is None or key.endswith("tokenizer_path"):
             continue
-        try:
-            described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            yield f"{key}={path}: no config.json can be read ({error}); give a model folder in Hugging Face format"
+        # Of a hub name the rest may not be fetched yet.
+        is_whole = constants.HF_HUB_OFFLINE or Path(str(path)).expanduser().is_dir()
+        if fault := next(_folder_faults(folder, student.trust_remote_code, is_whole), None):
+            yield f"{key}={path}: {fault}"
             continue
+        described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if key == "actor_rollout_ref.model.path":
             described |= student.override_config
         yield from _size_errors(key, path, described, config)
+
+
+def _folder_faults(folder: Path, trusts_code: bool, is_whole: bool) -> Iterator[str]:
+    """Why a folder is no language model that can be trained or scored here, the plainest reason first.
+
+    Args:
+        trusts_code: code in it may name its architecture as it likes.
+        is_whole: its weights have to be there.
+    """
+    files = {path.name for name in ("model*.safetensors", "pytorch_model*.bin") for path in folder.glob(name)}
+    shards = [place / name for place in (folder, folder.parent, folder / "actor") for name in ("shards", VERL_SHARDS)]
+    path = folder / "adapter_config.json"
+    try:
+        if path.is_file():
+            base = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
+            yield f"adapter_config.json makes it an adapter (LoRA) of {base}; merge it into that, and give the result"
+        if not files and any(any(path.parent.glob(path.name)) for path in shards):
+            yield UNMERGED
+        path = folder / "config.json"
+        described, path = json.loads(path.read_text(encoding="utf-8")), folder / "model.safetensors.index.json"
+        if path.is_file() and "model.safetensors" not in files:
+            files = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError) as error:
+        reason = describe_damage(path, error, "give a model folder in Hugging Face format")
+        yield f"no {path.name} can be read: {reason}"
+        return
+    kinds, packed = described.get("architectures") or [], described.get("quantization_config") or {}
+    is_text = trusts_code or all(kind.endswith(("ForCausalLM", "LMHeadModel")) for kind in kinds)
+    if "text_config" in described or not is_text:
+        yield f"architectures={kinds} in config.json: only models of text alone are taken; give a ...ForCausalLM"
+    if packed or (folder / "hf_quant_config.json").is_file():
+        method = packed.get("quant_method", "modelopt")
+        yield f"quantised weights (quantization_config.quant_method={method}) are not taken; give the bf16 model"
+    lost = [name for name in sorted(files) if not (folder / name).is_file() or is_pointer(folder / name)]
+    if is_whole and (lost or not files):
+        what = ", ".join(lost[:3]) or "model*.safetensors"
+        yield f"{what} missing, or a Git LFS pointer; copy the model again, or run git lfs pull where it was cloned"
 
 
 def _size_errors(key: str, path: str | None, described: dict[str, Any], config: PPOConfig) -> Iterator[str]:
     """What of a run is too large for a model, by its config.json."""
     rollout, limit = config.actor_rollout_ref.rollout, described.get("max_position_embeddings")
     longest = rollout.prompt_length + rollout.response_length
-    # transformers 5 writes rope_parameters, older models have rope_scaling.
-    ropes = (described.get(name) for name in ("rope_parameters", "rope_scaling"))
-    is_stretched = any(isinstance(rope, dict) and rope.get("rope_type", "default") != "default" for rope in ropes)
-    if limit is not None and longest > limit and not is_stretched:
+    # transformers 5 writes rope_parameters, of some models by kind of layer; older models have rope_scaling.
+    ropes = [rope for name in ("rope_parameters", "rope_scaling") if isinstance(rope := described.get(name), dict)]
+    ropes += [inner for rope in ropes for inner in rope.values() if isinstance(inner, dict)]
+    for rope in ropes:
+        # Of other types, max_position_embeddings is the stretched length already.
+        if limit is not None and rope.get("rope_type", rope.get("type")) in ("yarn", "linear", "dynamic"):
+            limit = max(limit, rope.get("factor", 1) * (rope.get("original_max_position_embeddings") or limit))
+    if limit is not None and longest > limit:
         yield (
             f"data.max_prompt_length={rollout.prompt_length} + data.max_response_length={rollout.response_length} = "
-            f"{longest} is above max_position_embeddings={limit} of {key}={path}; shorten one of them"
+            f"{longest} is above max_position_embeddings={int(limit)} of {key}={path}; shorten one of them"
         )
     replacement, rows = config.actor_rollout_ref.ref.ref_replace_token_id, described.get("vocab_size")
     if key != "actor_rollout_ref.ref.model.path" or replacement is None or rows is None:

@@ -4,11 +4,14 @@ In: the configuration. Out: what student and teacher share, and the id in the pl
 ``extend_vocab_start_token=auto``. How two vocabularies are compared is in ``verl.utils.vocab_contract``.
 """
 
+import logging
 from functools import partial
 
 from verl.config import PPOConfig
 from verl.utils.vocab_contract import AUTO, enforce, read_contract
 from verl.utils.vocab_rules import VocabContract
+
+logger = logging.getLogger(__name__)
 
 
 def resolve_vocabulary(config: PPOConfig) -> VocabContract | None:
@@ -39,6 +42,7 @@ def resolve_vocabulary(config: PPOConfig) -> VocabContract | None:
     contract = read(teacher.path, start, teacher_tokenizer=teacher.tokenizer_path)
     enforce(contract, mode)
     config.resolve_extend_start(contract.extend_start)
+    _warn_of_stand_in(config, contract)
     if (distill.topk_or_none or 0) > len(contract.shared):
         raise ValueError(
             f"algorithm.distill.topk={distill.topk} is more than the {len(contract.shared)} ids that student and "
@@ -57,4 +61,19 @@ def resolve_vocabulary(config: PPOConfig) -> VocabContract | None:
             advice = f"set {key}.vocabulary={right}, not {further.vocabulary}: {further.path} {verb} the item tokens"
             found.problems.insert(0, advice)
         enforce(found, mode, f"student and {key}")
+        if not further.knows_extended:
+            _warn_of_stand_in(config, found)
     return contract
+
+
+def _warn_of_stand_in(config: PPOConfig, contract: VocabContract) -> None:
+    """Warn where the teacher reads on behind ids that it lacks, and an end token, its pad token, stands for them."""
+    teacher, models = contract.teacher, config.actor_rollout_ref
+    reads_on = config.data.prompt_extend_tokens == "replace" or not models.rollout.mask_after_extend_token
+    pad = teacher.tokenizer.pad_token_id
+    if contract.extended and reads_on and models.ref.ref_replace_token_id is None and pad in teacher.end_ids:
+        plain = teacher.name(teacher.tokenizer.encode("...", add_special_tokens=False)[0])
+        logger.warning(
+            f"in place of ids that it lacks {teacher.model} reads {teacher.name(pad)}, which ends a text; set "
+            f"actor_rollout_ref.ref.ref_replace_token_id to one that does not, such as {plain}"
+        )

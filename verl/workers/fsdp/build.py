@@ -100,9 +100,17 @@ def load_config(path: str, model: HFModelConfig) -> PretrainedConfig:
 
 
 def _load_on_rank_zero(path: str, config: PretrainedConfig, trust: bool, **options: Any) -> PreTrainedModel:
-    """The model with its weights on rank 0; on the others, with uninitialised ones, which take no memory yet."""
+    """The model with its weights on rank 0; on the others, with uninitialised ones, which take no memory yet.
+
+    Raises:
+        ValueError: the files lack weights of the model.
+    """
     if dist.get_rank() == 0:
-        return AutoModelForCausalLM.from_pretrained(path, config=config, trust_remote_code=trust, **options)
+        options |= {"config": config, "trust_remote_code": trust, "output_loading_info": True}
+        model, found = AutoModelForCausalLM.from_pretrained(path, **options)
+        if lost := sorted(found["missing_keys"]):  # transformers draws them at random
+            raise ValueError(f"{path} lacks {len(lost)} weights of its model ({', '.join(lost[:3])}); copy it again")
+        return model
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust, **options)
     skeleton.to_empty(device="cpu")
@@ -160,8 +168,8 @@ def build_model(
         trainable: whether an optimizer will change it.
 
     Raises:
-        ValueError: fp16 training, which needs loss scaling, or a model whose head or blocks cannot be used here, or
-            whose scores would not be its own.
+        ValueError: fp16 training, which needs loss scaling, or a model whose head or blocks cannot be used here, whose
+            scores would not be its own, or whose config is another one on another rank.
     """
     device_name = mesh.device_type
     compute_dtype = resolve_dtype(fsdp.mixed_precision.param_dtype, device_name)
@@ -174,6 +182,10 @@ def build_model(
     if offload and not model.enable_gradient_checkpointing:
         raise ValueError("model.enable_activation_offload=True needs model.enable_gradient_checkpointing=True")
     config = load_config(path, model)
+    of_ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(of_ranks, config.to_json_string())
+    if len(set(of_ranks)) > 1:  # a hub's name, of which nodes have other revisions in their caches
+        raise ValueError(f"the ranks read different configs of {path}; give a folder that is the same on all nodes")
     attention, packed = choose_attention(config, model, device_name, compute_dtype)
     disable_progress_bar()  # a worker writes to a log file
     options = {"dtype": storage_dtype, "attn_implementation": attention}

@@ -47,6 +47,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from verl.config import CheckpointConfig
 from verl.utils.device import dtype_name, get_rng_states, set_rng_states
 from verl.utils.durable_files import flush, flush_tree, write_durably
+from verl.utils.tokenizer import save_tokenizer
 from verl.weight_sync import named_weights
 from verl.workers.fsdp.token_stats_model import TokenStatsModel
 
@@ -56,7 +57,7 @@ Tensors = dict[str, torch.Tensor]
 Shard = tuple[Tensors, dict[str, Any]]
 """A rank's slices of tensors, in host memory, and where each begins, as torch's reader expects it."""
 
-SHARDS, HUGGINGFACE, EXTRA = "shards", "huggingface", "extra_rank_{}.safetensors"
+SHARDS, HUGGINGFACE, EXTRA, CONFIG = "shards", "huggingface", "extra_rank_{}.safetensors", "config.json"
 OPTIMIZER = "optimizer."
 """Begins the key of every tensor in the shards that is no parameter; parameters have their Hugging Face names."""
 MAX_FILE_BYTES = 2 * 10**9
@@ -293,9 +294,18 @@ def _write_description(causal_lm: PreTrainedModel, tokenizer: PreTrainedTokenize
     config.architectures = [type(causal_lm).__name__]
     config.dtype = dtype_name(next(causal_lm.parameters()).dtype)
     config.save_pretrained(folder)
+    values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    rope = values.get("rope_parameters") or {}
+    if "rope_type" in rope:
+        # Where transformers 4 looks, which else takes another base without a word.
+        values |= {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
+        if rope["rope_type"] != "default":
+            values["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
+        write_durably(folder / CONFIG, json.dumps(values, indent=2) + "\n")
     if causal_lm.generation_config is not None:
-        causal_lm.generation_config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+        # save_pretrained refuses what many models have, such as a temperature beside do_sample=false.
+        causal_lm.generation_config.to_json_file(folder / "generation_config.json", keys_to_pop=["compile_config"])
+    save_tokenizer(tokenizer, folder)
 
 
 # ------------------------------------------------------------------ reading

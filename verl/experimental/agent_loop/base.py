@@ -109,6 +109,8 @@ class AgentLoopContext:
     rollout: RolloutConfig
     template: ChatTemplate
     tools: Mapping[str, BaseTool] = field(default_factory=dict)
+    failed_tools: set[str] = field(default_factory=set)
+    """Tools whose first failure was logged."""
 
 
 TEACHER_KNOWS_EXTENDED = "teacher_knows_extended"

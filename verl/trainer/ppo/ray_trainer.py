@@ -33,15 +33,14 @@ from verl.trainer.ppo.advantage import apply_kl_penalty, compute_advantage, comp
 from verl.trainer.ppo.core_algos import get_kl_controller
 from verl.trainer.ppo.guards import EngineGap, SkippedUpdates, TeacherProbe
 from verl.trainer.ppo.metric_utils import (
-    answer_all,
     compute_data_metrics,
     compute_throughout_metrics,
     compute_timing_metrics,
-    compute_validation_reward_metrics,
     reduce_metrics,
 )
 from verl.trainer.ppo.reward import RewardFn, compute_rewards
 from verl.trainer.ppo.stop_request import StopRequest
+from verl.trainer.ppo.validation_metrics import answer_all, compute_validation_reward_metrics
 from verl.trainer.ppo.worker_groups import WorkerGroups, check_nodes, plan_pools
 from verl.utils.dataset.rl_dataset import RLHFDataset
 from verl.utils.rollout_dump import dump_generations, show_answers

@@ -19,13 +19,14 @@ from support.agent_loop_fakes import (
 )
 
 from verl.config import MultiTurnConfig
-from verl.experimental.agent_loop.base import AgentLoopOutput, RolloutError, get_agent_loop_class
+from verl.experimental.agent_loop.base import AgentLoopBase, AgentLoopOutput, RolloutError, get_agent_loop_class
 from verl.experimental.agent_loop.tool_agent_loop import (
     SingleTurnAgentLoop,
     ToolAgentLoop,
 )
 from verl.tools.base_tool import BaseTool
 from verl.tools.schemas import OpenAIFunctionToolSchema
+from verl.utils.rollout_trace import rollout_trace_op
 from verl.workers.rollout.replica import TokenOutput
 
 ADD = call("add", '{"first": 2, "second": 3}')
@@ -204,6 +205,19 @@ async def test_an_unfinished_turn_and_a_turn_without_tools_call_nothing(tokenize
         assert (output.num_turns, output.metrics.tool_calls) == (2, 0)
 
 
+async def test_a_loop_for_verl_is_told_what_to_write(tokenizer) -> None:
+    class Loop(AgentLoopBase):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.known = self.context.rollout.response_length
+
+        async def run(self, sampling_params, **row):
+            return await self.server_manager.generate(prompt_ids=row["raw_prompt"], sampling_params=sampling_params)
+
+    with pytest.raises(AttributeError, match=r"loop Loop has no 'server_manager'; .* await self\.write_turn\("):
+        await converse(tokenizer, [], loop=Loop)
+
+
 # ---------------------------------------------------------------------------------------------------- tool failures
 
 
@@ -253,6 +267,7 @@ async def test_the_first_failure_of_each_tool_is_a_warning(tokenizer, caplog) ->
 class OlderTool(BaseTool):
     """As older tools for verl are: ``create`` gives the id alone, and the answer is a text."""
 
+    @rollout_trace_op
     async def execute(self, instance_id, parameters, **kwargs):
         return f"{instance_id} {await self.calc_reward(instance_id)}", 0.5, {}
 

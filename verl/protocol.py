@@ -48,7 +48,7 @@ BATCH_KEYS = {
     "teacher_rest_log_prob": BatchKey("float32", "(B, R)", "teacher", "update (objective topk)"),
     "teacher_states": BatchKey("object", "(B,)", "teacher", "update (handles to hidden states)"),
     "token_level_scores": BatchKey("float32", "(B, R)", "reward", "advantage (KL penalty), metrics"),
-    "reward_extra": BatchKey("object", "(B,)", "reward", "metrics (what it reported beside a score)"),
+    "reward_extra": BatchKey("object", "(B,)", "reward", "metrics, dumps (what it reported beside a score)"),
     "token_level_rewards": BatchKey("float32", "(B, R)", "advantage", "advantage, metrics"),
     "rollout_is_weights": BatchKey("float32", "(B, R)", "advantage", "update, metrics"),
     "advantages": BatchKey("float32", "(B, R)", "advantage", "update, metrics"),

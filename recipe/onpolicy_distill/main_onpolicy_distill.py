@@ -36,6 +36,7 @@ def build_trainer(config: "PPOConfig") -> "RayPPOTrainer":
     from recipe.onpolicy_distill.onpolicy_distill_trainer import RayOnPolicyDistillTrainer
     from recipe.onpolicy_distill.synthetic_item_prompts import make_prompt_file
     from verl.experimental.agent_loop.worker import load_tools
+    from verl.tools.schemas import schema_dict
     from verl.trainer.data import build_datasets
     from verl.trainer.launch.vocabulary_check import resolve_vocabulary
     from verl.trainer.ppo.ray_trainer import RayPPOTrainer
@@ -59,7 +60,7 @@ def build_trainer(config: "PPOConfig") -> "RayPPOTrainer":
         made=make_prompt_file(config.data, tokenizer) if config.data.synthetic_item_prompts.count else None,
         extend_vocab_start_token=rollout.extend_start,
         extended_sources=distill.extended_sources if config.scores_without_extended else ["*"],
-        tool_schemas=[tool.get_openai_tool_schema() for tool in load_tools(rollout).values()],
+        tool_schemas=[schema_dict(tool.get_openai_tool_schema()) for tool in load_tools(rollout).values()],
         dropped_rows_folder=config.trainer.default_local_dir,
     )
     trainer_class = RayOnPolicyDistillTrainer if config.algorithm.distils else RayPPOTrainer

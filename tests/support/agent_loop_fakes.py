@@ -12,6 +12,7 @@ from verl.experimental.agent_loop.base import AgentLoopBase, AgentLoopContext, A
 from verl.experimental.agent_loop.tool_agent_loop import ToolAgentLoop
 from verl.protocol import DataProto
 from verl.tools.base_tool import BaseTool, ToolResponse
+from verl.tools.schemas import schema_dict
 from verl.workers.rollout.replica import TokenOutput
 
 MESSAGES = [{"role": "user", "content": "How many apples?"}]
@@ -109,7 +110,7 @@ def make_context(
 ) -> AgentLoopContext:
     settings = {"prompt_length": 400, "response_length": 300, "calculate_log_probs": True} | rollout
     config = RolloutConfig(multi_turn=multi_turn or MultiTurnConfig(), **settings)
-    template = ChatTemplate(tokenizer, [tool.get_openai_tool_schema() for tool in tools])
+    template = ChatTemplate(tokenizer, [schema_dict(tool.get_openai_tool_schema()) for tool in tools])
     return AgentLoopContext(config, template, {tool.name: tool for tool in tools})
 
 

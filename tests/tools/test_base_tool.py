@@ -20,7 +20,7 @@ async def test_tools_are_built_with_config_and_schema_and_instances_have_ids_of_
     path = write(tmp_path, f"tools: [{LOOK}, {{class_name: support.agent_loop_fakes.AddTool}}]")
     look, add = initialize_tools_from_config(path)
     assert (look.name, add.name) == ("look", "add")
-    assert look.get_openai_tool_schema()["function"]["name"] == "look"
+    assert look.get_openai_tool_schema().function.name == "look"
     instance_id, _ = await look.create()
     response, reward, _ = await look.execute(instance_id, {})
     await look.release(instance_id)

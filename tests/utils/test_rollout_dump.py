@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from verl.protocol import DataProto
@@ -27,6 +28,8 @@ def test_rows_are_written_without_padding(tmp_path: Path) -> None:
     }
     arrays = {"uid": ["u0", "u1"], "data_source": ["math", "item"], "__num_turns__": [2, 4]}
     arrays["reward_model"] = [{"ground_truth": "d"}, None]
+    reported = {"acc": np.bool_(True), "far": np.float32(0.5), "seen": np.arange(2), "input": "a key that is taken"}
+    arrays["reward_extra"] = [reported, {}]
     batch = DataProto.from_dict({key: torch.tensor(rows) for key, rows in tensors.items()}, arrays)
     path = dump_generations(tmp_path / "dump", 7, batch, LetterTokenizer())
     assert path == tmp_path / "dump" / "7.jsonl"
@@ -35,7 +38,7 @@ def test_rows_are_written_without_padding(tmp_path: Path) -> None:
     first, second = map(json.loads, text.splitlines())
     texts = {"step": 7, "uid": "u0", "data_source": "math", "input": "a", "output": "dé", "gts": "d"}
     counts = {"response_tokens": 2, "trained_tokens": 1, "extend_tokens": 1, "num_turns": 2, "score": 1.5}
-    assert first == texts | counts
+    assert first == texts | counts | {"acc": True, "far": 0.5, "seen": [0, 1]}
     assert (second["input"], second["output"], second["gts"]) == ("bc", "e", None)
     dump_generations(tmp_path / "dump", 7, batch[[0]], LetterTokenizer())
     assert len(path.read_text().splitlines()) == 1, "a step that is run again replaces its file"

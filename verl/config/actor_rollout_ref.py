@@ -131,9 +131,12 @@ class FSDPActorConfig:
     """Upper PPO clip bound: the ratio is held below ``1 + clip_ratio_high``."""
     clip_ratio_c: Annotated[float, Field(gt=1)] = 3.0
     """Dual clip: bound of the ratio for negative advantages, above 1."""
-    loss_agg_mode: Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"] = "token-mean"
+    loss_agg_mode: Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"] = (
+        "token-mean"
+    )
     """How token losses become one number, over the whole mini-batch and all ranks:
-    ``token-mean``, ``seq-mean-token-sum`` or ``seq-mean-token-mean``."""
+    ``token-mean``, ``seq-mean-token-sum``, ``seq-mean-token-mean`` or ``seq-mean-token-sum-norm``, which divides the
+    second by ``data.max_response_length``."""
     entropy_coeff: float = 0.0
     """Weight of the entropy bonus."""
     use_kl_loss: bool = False

@@ -223,7 +223,7 @@ class AlgoConfig:
 
     adv_estimator: str = "grpo"
     """A name in ``core_algos.ADV_ESTIMATOR_REGISTRY``: ``on_policy_distill``, ``grpo``, ``rloo``,
-    ``reinforce_plus_plus`` or one registered there, which learns from a reward."""
+    ``reinforce_plus_plus``, ``reinforce_plus_plus_baseline`` or one registered there, which learns from a reward."""
     gamma: float = 1.0
     """Discount per token."""
     lam: float = 1.0

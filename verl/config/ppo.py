@@ -32,6 +32,14 @@ class RayKwargsConfig:
     """Arguments of ``ray.init``, such as ``num_cpus``, ``address`` or ``runtime_env``."""
 
 
+@section("custom_reward_function")
+class RewardFunctionConfig(CustomClassConfig):
+    """A reward function of the user's own; ``name`` is ``compute_score`` by default."""
+
+    reward_kwargs: Options = field(default_factory=dict)
+    """Arguments that every call of the function gets beside the row's."""
+
+
 @section()
 class PPOConfig:
     """Everything a trainer is built from."""
@@ -40,7 +48,7 @@ class PPOConfig:
     algorithm: AlgoConfig = field(default_factory=AlgoConfig)
     data: DataConfig = field(default_factory=DataConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    custom_reward_function: CustomClassConfig = field(default_factory=CustomClassConfig)
+    custom_reward_function: RewardFunctionConfig = field(default_factory=RewardFunctionConfig)
     ray_kwargs: RayKwargsConfig = field(default_factory=RayKwargsConfig)
 
     def __post_init__(self) -> None:

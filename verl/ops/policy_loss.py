@@ -48,6 +48,7 @@ def agg_loss(
     - ``token-mean``: sum over trained tokens / number of trained tokens.
     - ``seq-mean-token-sum``: the sum of each sequence, mean over sequences with a trained token.
     - ``seq-mean-token-mean``: the mean of each sequence, mean over sequences with a trained token.
+    - ``seq-mean-token-sum-norm``: the second, over R (Dr. GRPO, arXiv:2503.20783).
 
     With the counts of the whole mini-batch (`count_trained`) the results of all micro-batches and ranks, added up and
     divided by ``dp_size`` (data-parallel training averages gradients over ranks), are the value of the whole
@@ -56,7 +57,7 @@ def agg_loss(
     Args:
         loss_mat: (B, R) loss of each token.
         loss_mask: (B, R) 1 at trained tokens; anything may stand in ``loss_mat`` elsewhere.
-        loss_agg_mode: one of the three above.
+        loss_agg_mode: one of the four above.
         dp_size: ranks whose gradients are averaged.
         batch_num_tokens: trained tokens of the whole mini-batch over all ranks.
         global_batch_size: sequences with a trained token, likewise.
@@ -71,14 +72,17 @@ def agg_loss(
     local_tokens, local_sequences = count_trained(loss_mask)
     if loss_agg_mode == "token-mean":
         total, given, local, name = losses.sum(), batch_num_tokens, local_tokens, "batch_num_tokens"
-    elif loss_agg_mode in ("seq-mean-token-sum", "seq-mean-token-mean"):
+    elif loss_agg_mode in ("seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"):
         per_sequence = losses.sum(dim=-1)
         if loss_agg_mode == "seq-mean-token-mean":
             per_sequence = per_sequence / trained.sum(dim=-1).clamp(min=1)  # a row may train nothing
+        elif loss_agg_mode == "seq-mean-token-sum-norm":
+            per_sequence = per_sequence / losses.shape[-1]
         total, given, local, name = per_sequence.sum(), global_batch_size, local_sequences, "global_batch_size"
     else:
         raise ValueError(
-            f"loss_agg_mode={loss_agg_mode!r} is not one of token-mean, seq-mean-token-sum, seq-mean-token-mean"
+            f"loss_agg_mode={loss_agg_mode!r} is not one of token-mean, seq-mean-token-sum, seq-mean-token-mean, "
+            "seq-mean-token-sum-norm"
         )
     if given is None and dp_size > 1:
         raise ValueError(f"loss_agg_mode={loss_agg_mode!r} with dp_size={dp_size} needs {name} over all ranks")

@@ -14,7 +14,6 @@ it to each ``execute``, and gives it back with ``release``; state of a conversat
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -22,25 +21,19 @@ from uuid import uuid4
 from omegaconf import OmegaConf
 from pydantic import BaseModel
 
+from verl.tools.schemas import OpenAIFunctionToolSchema, ToolResponse, schema_dict
 from verl.utils.import_utils import load_extern_type
-
-
-@dataclass(frozen=True)
-class ToolResponse:
-    """What the model reads after a call."""
-
-    text: str | None = None
 
 
 class BaseTool(ABC):
     """A tool by subclass: override ``execute``; ``create`` and ``release`` where there is state to keep."""
 
-    def __init__(self, config: dict[str, Any], tool_schema: dict[str, Any] | None) -> None:
+    def __init__(self, config: dict[str, Any], tool_schema: OpenAIFunctionToolSchema | dict[str, Any] | None) -> None:
         """
         Args:
             config: the tool's own options, ``config`` in the YAML.
-            tool_schema: OpenAI function schema, ``{"type": "function", "function": {"name": ..., ...}}``; None: the
-                class gives it itself by overriding ``get_openai_tool_schema``.
+            tool_schema: OpenAI function schema, an object or ``{"type": "function", "function": {"name": ..., ...}}``;
+                None: the class gives it itself by overriding ``get_openai_tool_schema``.
 
         Raises:
             ValueError: the schema names no function.
@@ -50,17 +43,21 @@ class BaseTool(ABC):
         if tool_schema is None:
             self.tool_schema = self.get_openai_tool_schema()
         try:
-            self.name: str = self.tool_schema["function"]["name"]
+            self.name: str = schema_dict(self.tool_schema)["function"]["name"]
         except (KeyError, TypeError) as error:
             form = '{"type": "function", "function": {"name": ..., "description": ..., "parameters": {...}}}'
             raise ValueError(f"{type(self).__name__}: tool_schema={self.tool_schema} must look like {form}") from error
 
-    def get_openai_tool_schema(self) -> dict[str, Any]:
-        """The schema as the model sees it."""
+    def get_openai_tool_schema(self) -> OpenAIFunctionToolSchema | dict[str, Any]:
+        """The schema that the model reads."""
         return self.tool_schema
 
     async def create(self, instance_id: str | None = None, **kwargs: Any) -> tuple[str, ToolResponse]:
-        """Open an instance for one conversation; ``kwargs`` are the row's ``tools_kwargs[name]["create_kwargs"]``."""
+        """Open an instance for one conversation.
+
+        The row's ``tools_kwargs[name]["create_kwargs"]`` come as keywords where they are named or ``**kwargs`` takes
+        them, and as one mapping ``create_kwargs`` where that is named or ``**kwargs`` takes it.
+        """
         return instance_id or uuid4().hex, ToolResponse()
 
     @abstractmethod
@@ -75,6 +72,10 @@ class BaseTool(ABC):
             What the model reads, a reward for the call (measured only; None: none), and metrics of the tool's own.
         """
 
+    async def calc_reward(self, instance_id: str, **kwargs: Any) -> float:
+        """The reward of an instance so far, for tools that call it from ``execute``; nothing else does."""
+        return 0.0
+
     async def release(self, instance_id: str, **kwargs: Any) -> None:
         """Close an instance at the end of its conversation."""
         return
@@ -83,7 +84,7 @@ class BaseTool(ABC):
 class _Entry(BaseModel, extra="forbid"):
     class_name: str
     config: dict[str, Any] | None = None
-    tool_schema: dict[str, Any] | None = None
+    tool_schema: OpenAIFunctionToolSchema | None = None
 
 
 class _ToolsFile(BaseModel):

@@ -8,6 +8,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import torch
 from tqdm import tqdm
 
 from verl.protocol import DataProto
@@ -24,7 +26,8 @@ def generation_rows(batch: DataProto, tokenizer: "PreTrainedTokenizerBase") -> l
 
     ``input`` and ``output`` (text with its special and item tokens, padding left out), ``gts`` (the ground truth or
     None), ``response_tokens``, ``trained_tokens``, ``extend_tokens``; ``num_turns``, ``score`` and the columns of
-    `COPIED_COLUMNS` where the batch has them.
+    `COPIED_COLUMNS` where the batch has them; and what the reward function returned beside the score, by its keys, but
+    for those that are taken.
     """
     responses, attention = batch.tensor("responses"), batch.tensor("attention_mask").bool()
     width = responses.shape[1]
@@ -44,7 +47,7 @@ def generation_rows(batch: DataProto, tokenizer: "PreTrainedTokenizerBase") -> l
             described["num_turns"] = int(columns["__num_turns__"])
         if "token_level_scores" in batch.batch:
             described["score"] = float(batch.batch["token_level_scores"][row].sum())
-        rows.append(described)
+        rows.append({**columns.get("reward_extra", {}), **described})
     return rows
 
 
@@ -54,12 +57,18 @@ def show_answers(batch: DataProto, tokenizer: "PreTrainedTokenizerBase", count: 
         tqdm.write(f"[{row['uid']}] {row['output']}")
 
 
+def _plain(value: Any) -> Any:
+    """Numbers of NumPy and torch as Python's, all else that JSON does not know as text."""
+    return value.tolist() if isinstance(value, np.generic | np.ndarray | torch.Tensor) else str(value)
+
+
 def dump_generations(folder: str | Path, step: int, batch: DataProto, tokenizer: "PreTrainedTokenizerBase") -> Path:
     """Write the rows of a batch to ``<folder>/<step>.jsonl`` and return its path; a file of that step is replaced."""
     path = Path(folder) / f"{step}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [
-        json.dumps({"step": step, **row}, ensure_ascii=False, default=str) for row in generation_rows(batch, tokenizer)
+        json.dumps({"step": step, **row}, ensure_ascii=False, default=_plain)
+        for row in generation_rows(batch, tokenizer)
     ]
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     return path

@@ -19,11 +19,14 @@ from support.agent_loop_fakes import (
 )
 
 from verl.config import MultiTurnConfig
-from verl.experimental.agent_loop.base import AgentLoopOutput, RolloutError, get_agent_loop_class
+from verl.experimental.agent_loop.base import AgentLoopBase, AgentLoopOutput, RolloutError, get_agent_loop_class
 from verl.experimental.agent_loop.tool_agent_loop import (
     SingleTurnAgentLoop,
     ToolAgentLoop,
 )
+from verl.tools.base_tool import BaseTool
+from verl.tools.schemas import OpenAIFunctionToolSchema
+from verl.utils.rollout_trace import rollout_trace_op
 from verl.workers.rollout.replica import TokenOutput
 
 ADD = call("add", '{"first": 2, "second": 3}')
@@ -202,6 +205,19 @@ async def test_an_unfinished_turn_and_a_turn_without_tools_call_nothing(tokenize
         assert (output.num_turns, output.metrics.tool_calls) == (2, 0)
 
 
+async def test_a_loop_for_verl_is_told_what_to_write(tokenizer) -> None:
+    class Loop(AgentLoopBase):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.known = self.context.rollout.response_length
+
+        async def run(self, sampling_params, **row):
+            return await self.server_manager.generate(prompt_ids=row["raw_prompt"], sampling_params=sampling_params)
+
+    with pytest.raises(AttributeError, match=r"loop Loop has no 'server_manager'; .* await self\.write_turn\("):
+        await converse(tokenizer, [], loop=Loop)
+
+
 # ---------------------------------------------------------------------------------------------------- tool failures
 
 
@@ -237,6 +253,46 @@ async def test_the_model_reads_what_failed_and_it_is_counted(tokenizer, turn, an
     counted = {name: getattr(metrics, name) for name in ("tool_errors", "unknown_tools", "malformed_calls")}
     assert counted == dict.fromkeys(counted, 0) | {counter: 1}
     assert metrics.tool_calls == 1
+
+
+async def test_the_first_failure_of_each_tool_is_a_warning(tokenizer, caplog) -> None:
+    tools = (TextTool({}, schema("look")), *ADD_TOOL)  # one lacks its text, the other will lack its arguments
+    turns = [call(name) + END for name in ("look", "look", "add", "add")]
+    output, _ = await converse(tokenizer, [*turns, "done" + END], tools)
+    warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert [text.split(" (")[0] for text in warned] == ["tool look failed", "tool add failed"]
+    assert output.metrics.tool_errors == 4 and "KeyError: 'text'" in caplog.text
+
+
+class OlderTool(BaseTool):
+    """As older tools for verl are: ``create`` gives the id alone, and the answer is a text."""
+
+    @rollout_trace_op
+    async def execute(self, instance_id, parameters, **kwargs):
+        return f"{instance_id} {await self.calc_reward(instance_id)}", 0.5, {}
+
+
+async def note(tool, options):
+    tool.seen = options
+    return "mine"
+
+
+@pytest.mark.parametrize(
+    ("create", "seen"),
+    [
+        (lambda self, instance_id=None, **kwargs: note(self, kwargs), {"start": 3, "create_kwargs": {"start": 3}}),
+        (lambda self, instance_id=None, create_kwargs=None: note(self, create_kwargs), {"start": 3}),
+        (lambda self, instance_id=None, start=None: note(self, start), 3),
+    ],
+)
+async def test_options_of_a_row_reach_a_tool_in_the_form_it_takes(tokenizer, create, seen) -> None:
+    kind: Any = type("Tool", (OlderTool,), {"create": create})
+    tool = kind({}, OpenAIFunctionToolSchema.model_validate(schema("look")))
+    kwargs = {"look": {"create_kwargs": {"start": 3}, "release_kwargs": None}, "add": None}
+    turns = [call("look") + END, call("add") + END, "done" + END]
+    output, _ = await converse(tokenizer, turns, (tool, *ADD_TOOL), row={"tools_kwargs": kwargs})
+    assert tool.seen == seen and "mine 0.0" in tokenizer.decode(output.response_ids)
+    assert output.metrics.tool_reward == 0.5, "the call of add lacks its arguments"
 
 
 @pytest.mark.parametrize(

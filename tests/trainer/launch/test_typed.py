@@ -202,8 +202,11 @@ def test_settings_for_extended_ids_are_refused_without_them(setting: str) -> Non
 def test_keys_of_a_file_that_have_no_effect(caplog: pytest.LogCaptureFixture) -> None:
     assert typed("critic.optim.lr=1", "data.return_raw_chat=True") == PPOConfig()
     assert "critic is accepted and has no effect here" in caplog.text
-    with pytest.raises(ValueError, match=r"data.return_raw_chat=False is not built here \(agent loops read the mess"):
-        typed("data.return_raw_chat=False")
+    assert typed("reward_model.reward_manager=naive", "trainer.default_hdfs_dir=null") == PPOConfig()
+    manager, penalty = "reward_model.reward_manager=dapo", "reward_model.overlong_buffer.enable=True"
+    for setting in ("data.return_raw_chat=False", manager, penalty, "trainer.default_hdfs_dir=hdfs://a/b"):
+        with pytest.raises(ValueError, match=rf"{setting} is not built here \(.*\); leave it out or set it to "):
+            typed(setting)
 
 
 def test_environment_variables_of_a_file_become_texts() -> None:

@@ -15,6 +15,7 @@ from verl.trainer.ppo.core_algos import (
     compute_grpo_outcome_advantage,
     compute_on_policy_distill_reverse_kl,
     compute_policy_loss_vanilla,
+    compute_reinforce_plus_plus_baseline_outcome_advantage,
     compute_reinforce_plus_plus_outcome_advantage,
     compute_rloo_outcome_advantage,
     count_trained,
@@ -24,7 +25,7 @@ from verl.trainer.ppo.core_algos import (
 )
 
 NAN = float("nan")
-MODES = ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"]
+MODES = ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
 
 
 def close(actual: torch.Tensor, expected: list, atol: float = 1e-6) -> None:
@@ -134,6 +135,16 @@ def test_reinforce_plus_plus_includes_a_reward_after_the_last_trained_token() ->
     close(advantages, [[0, 0, 0]], atol=0)
 
 
+def test_reinforce_plus_plus_with_a_baseline_whitens_what_is_left_of_the_groups_mean() -> None:
+    # Group a: 1, 3, 8 less 4: -3 (2 tokens), -1 (3 tokens), 4 (1 token); b is alone: 5 (1 token). Mean 0 over the 7
+    # tokens, squares 2 x 9 + 3 + 16 + 25 = 62, / 6, std 3.2145503.
+    rewards, std = rewards_of(1, 5, 3, 7, 8), math.sqrt(62 / 6)
+    advantages, returns = compute_reinforce_plus_plus_baseline_outcome_advantage(rewards, MASK, GROUPS)
+    expected = [[-3, -3, 0], [5, 0, 0], [-1, -1, -1], [0, 0, 0], [0, 4, 0]]
+    close(advantages * std, expected, atol=1e-5)
+    close(returns * std, expected, atol=1e-5)
+
+
 # ---------------------------------------------------------------- registry
 
 
@@ -160,6 +171,7 @@ LOSS_MASK = torch.tensor([[1, 1, 0], [1, 0, 0], [0, 0, 0]])
     [
         ("token-mean", 7 / 3),  # (1 + 2 + 4) / 3 tokens
         ("seq-mean-token-sum", 3.5),  # (3 + 4) / 2 sequences; the third has nothing to train
+        ("seq-mean-token-sum-norm", 3.5 / 3),  # over R = 3
         ("seq-mean-token-mean", 2.75),  # (1.5 + 4) / 2
     ],
 )

@@ -9,6 +9,7 @@ import torch
 from verl.config import AlgoConfig, DistillConfig, TeacherConfig
 from verl.protocol import DataProto
 from verl.trainer.ppo import metric_utils
+from verl.trainer.ppo.validation_metrics import compute_validation_reward_metrics
 
 NAN = float("nan")
 
@@ -185,7 +186,10 @@ def test_validation_metrics() -> None:
     assert {key: metrics[f"val/{key}"] for key in by_hand} == pytest.approx(by_hand)
     batch.batch["token_level_scores"] = SCORES
     rewards = {"val/reward": 2.0, "val/item/reward": 2.5, "val/math/reward": 1.0}
-    assert metric_utils.compute_validation_reward_metrics(batch) == rewards
+    batch.non_tensor_batch |= {"uid": np.array(["a", "b", "b"]), "reward_extra": np.array([{}, {}, {}])}
+    best = {"val-core/item/reward/best@2/mean": pytest.approx(2.75, abs=0.05)}  # of 3 and 2: 3, but for two draws of 2
+    means = {"val-core/math/reward/mean@1": 1.0, "val-core/item/reward/mean@2": 2.5}
+    assert compute_validation_reward_metrics(batch) == rewards | means | best
 
 
 def test_reduction_follows_the_name() -> None:
@@ -201,13 +205,14 @@ def test_other_values_of_a_reward_function_are_averaged() -> None:
         {"format_ok": np.bool_(False), "rare": np.float32(0.5)},
         {"format_ok": torch.tensor(True), "none": None},
     ]
-    batch.non_tensor_batch["reward_extra"] = np.array(extra, dtype=object)
+    batch.non_tensor_batch |= {"reward_extra": np.array(extra, dtype=object), "uid": np.array(["a", "b", "c"])}
     batch.batch["token_level_scores"] = SCORES
     for metrics, family in (
         (metric_utils.compute_data_metrics(batch), "reward_extra/"),
-        (metric_utils.compute_validation_reward_metrics(batch), "val_reward_extra/"),
+        (compute_validation_reward_metrics(batch), "val_reward_extra/"),
     ):
         expected = {f"{family}format_ok": pytest.approx(2 / 3), f"{family}rare": 0.5}
+        expected |= {f"{family}math/format_ok": 1.0, f"{family}item/format_ok": 0.5, f"{family}item/rare": 0.5}
         assert {name: metrics[name] for name in metrics if name.startswith(family)} == expected
 
 

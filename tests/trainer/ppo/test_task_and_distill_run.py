@@ -16,8 +16,11 @@ pytestmark = pytest.mark.usefixtures("one_rank")
 
 STEPS = 4
 REWARD = """
-def compute_score(data_source, solution_str, ground_truth, extra_info):
-    return len(set(solution_str)) / 8
+import numpy as np
+
+async def compute_score(data_source, solution_str, ground_truth, extra_info=None, at_most=1):
+    assert 0 < extra_info["response_length"] <= 8
+    return {"score": len(set(solution_str)) / at_most, "acc": np.bool_("a" in solution_str), "pred": solution_str[:1]}
 """
 
 
@@ -33,7 +36,10 @@ def mixed(pair: Any, folder: Path) -> PPOConfig:
         "algorithm.distill_adv_min_clip": -30,
         "algorithm.distill_adv_max_clip": 5,
         "++algorithm.distill.teachers.self": "{vocabulary:full,sources:[rec_*],weight:0.5}",
+        "actor_rollout_ref.rollout.val_kwargs.n": 2,
         "custom_reward_function.path": folder / "reward.py",
+        "custom_reward_function.reward_kwargs.at_most": 8,
+        "trainer.validation_data_dir": folder / "answers",
         "data.val_files": train,
         "data.enable_think": False,
         "trainer.best_metric": "val/general/reward subject to val/*/reward >= 0.01 of step 0",
@@ -65,6 +71,11 @@ def test_the_best_of_a_run_is_found_again_after_a_kill(tiny_pair: Any, tmp_path:
         assert data["critic/rewards/max"] > 0 and 0 < data["advantage/distill_share"] < 1
         assert data["advantage/rec_next/task_abs"] > 0 and data["advantage_teacher/ref/distill_abs"] > 0
         assert data["actor/grad_norm"] > 0 and data["actor/skipped_updates"] == 0
+    answers = [json.loads(line) for line in (folder.parent / "answers" / f"{STEPS}.jsonl").read_text().splitlines()]
+    for source in ("general", "rec_next"):
+        right = [answer["acc"] for answer in answers if answer["source"] == source]
+        assert len(right) == 8 and steps[-1][f"val-core/{source}/acc/mean@2"] == sum(right) / 8
+        assert f"val-core/{source}/acc/maj@2/mean" in steps[-1] and f"reward_extra/{source}/acc" in steps[-1]
     assert steps[0]["distill_teacher/self/reverse_kl"] == pytest.approx(0, abs=1e-4), "it is the student itself"
     assert abs(steps[-1]["distill_teacher/self/reverse_kl"]) > 1e-4
     assert steps[0]["distill_teacher/ref/reverse_kl"] > 0.01

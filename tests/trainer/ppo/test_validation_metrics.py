@@ -1,14 +1,18 @@
-"""Validations of several batches: the metrics of their stages as if there had been one batch."""
+"""Validations of several batches: the metrics of their stages as if there had been one batch; several answers each."""
 
+from collections import Counter
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from test_ray_trainer import Engines, Prompts, make_config, make_trainer
 
 from verl.config.best_rule import BestMetricError
 from verl.protocol import DataProto
-from verl.trainer.ppo.metric_utils import join_metrics
+from verl.trainer.ppo.validation_metrics import answers_metrics, compute_validation_reward_metrics, join_metrics
 
 
 def test_metrics_of_batches_are_joined_by_their_names() -> None:
@@ -23,6 +27,33 @@ def test_metrics_of_batches_are_joined_by_their_names() -> None:
     late = {"rollout/late": 7.0}
     assert join_metrics([(6, first), (2, second | late)]) == joined | late
     assert join_metrics([]) == {}
+
+
+@pytest.mark.parametrize("pred", ["AAB", "ABCC"])
+def test_answers_to_one_prompt_are_drawn_again_and_vote(pred: str) -> None:
+    values = [float(place) for place in range(len(pred))]
+    best, voted = [], []
+    for draw in product(range(len(pred)), repeat=len(pred)):  # all there are; the metrics come from 1,000 of them
+        [(winner, _)] = Counter(pred[place] for place in draw).most_common(1)  # of equals the first, as verl has it
+        best.append(max(draw))
+        voted.append(next(place for place in draw if pred[place] == winner))
+    n, metrics = len(pred), answers_metrics(np.array(values), np.array(list(pred)))
+    assert metrics == pytest.approx(
+        {f"mean@{n}": np.mean(values), f"best@{n}/mean": np.mean(best), f"maj@{n}/mean": np.mean(voted)}, abs=0.1
+    )
+
+
+def test_metrics_of_answers_are_means_over_the_prompts_of_a_source() -> None:
+    acc = [True, 1, np.bool_(True), 0.0, True, None]  # one answer of source b has none: its rewards stand in
+    arrays: dict[str, Any] = {"source": list("aaaabb"), "uid": list("010122")}
+    arrays["reward_extra"] = [{"pred": pred, "acc": value} for pred, value in zip("xxxyzz", acc, strict=True)]
+    batch = DataProto.from_dict({"token_level_scores": torch.tensor([[5.0]] * 4 + [[2.0]] * 2)}, arrays)
+    # Of prompt 1 one answer of two is right: three draws of four hold it, and its vote wins where it comes first.
+    core = {"a/acc/mean@2": 0.75, "a/acc/best@2/mean": 0.875, "a/acc/maj@2/mean": 0.75}
+    core |= dict.fromkeys(("b/reward/mean@2", "b/reward/best@2/mean", "b/reward/maj@2/mean"), 2.0)
+    metrics = compute_validation_reward_metrics(batch)
+    found = {name: value for name, value in metrics.items() if name.startswith("val-core/")}
+    assert found == pytest.approx({f"val-core/{name}": value for name, value in core.items()}, abs=0.02)
 
 
 class CountingEngines(Engines):

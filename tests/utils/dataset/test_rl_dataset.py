@@ -106,6 +106,14 @@ class New(RLHFDataset):
         return 1
 
 other = 3
+
+class OfVerl(RLHFDataset):  # all that verl's has
+    def __init__(self, data_files, tokenizer, config, processor=None, max_samples=-1):
+        super().__init__(data_files, tokenizer, config, processor, max_samples)
+
+class Reads(RLHFDataset):
+    def _read_files_and_tokenize(self):
+        pass
 """
 
 
@@ -118,6 +126,14 @@ def test_a_custom_class(tokenizer, tmp_path):
         return len(create_rl_dataset(data, tokenizer, config, **options))
 
     assert load("New", extended_sources=["rec_*"], max_samples=2) == 1
+    assert load("OfVerl", max_samples=1) == 1
+    reads, takes = (
+        r" overrides _read_.* override columns\(\) and read_prompt",
+        r".*'tool_schemas'; write def __init__\(",
+    )
+    for name, message in {"Reads": reads, "OfVerl": takes}.items():
+        with pytest.raises(ValueError, match=rf"data\.custom_cls\.name='{name}' in .*mine\.py{message}"):
+            load(name, tool_schemas=[])
     with pytest.raises(ValueError, match=r"'other'.*is not a class that extends"):
         load("other")
     with pytest.raises(ValueError, match=r"needs data\.custom_cls\.name"):
@@ -131,6 +147,22 @@ def test_columns_of_json_text(tokenizer, tmp_path):
     entry = RLHFDataset(write_rows(tmp_path / "d.parquet", [row]), tokenizer, DataConfig())[0]
     assert entry["reward_model"] == {"style": "rule", "ground_truth": "4"}
     assert (entry["extra_info"], entry["tools_kwargs"]) == (extra_info, kwargs)
+
+
+def test_options_of_tools_lose_the_nulls_of_their_column(tokenizer, tmp_path):
+    given = [
+        {"add": {"create_kwargs": {"start": 1}}, "note": {"release_kwargs": {"keep": True}}},
+        {"look": {"create_kwargs": {"at": "x", "sizes": [1, None]}}},
+        None,
+        {"add": {"create_kwargs": {}, "execute_kwargs": {"by": 2}}},
+    ]
+    rows = [verl_row(str(row), extra_info={"tools_kwargs": kwargs, "hint": None}) for row, kwargs in enumerate(given)]
+    dataset = RLHFDataset(write_rows(tmp_path / "d.parquet", rows), tokenizer, DataConfig())
+    assert [dataset[row]["tools_kwargs"] for row in range(4)] == [*given[:2], {}, given[3]]
+    assert dataset[0]["extra_info"]["hint"] is None, "what a reward function reads stays as it is"
+    text = verl_row("as text", extra_info='{"tools_kwargs": {"add": {"create_kwargs": {"start": null}}}}')
+    kwargs = RLHFDataset(write_rows(tmp_path / "t.parquet", [text]), tokenizer, DataConfig())[0]["tools_kwargs"]
+    assert kwargs == {"add": {"create_kwargs": {"start": None}}}, "JSON has the nulls that somebody wrote"
 
 
 def test_columns_that_cannot_be_read_are_bad_rows(tokenizer, tmp_path):

@@ -176,10 +176,23 @@ class AgentLoopContext:
     rollout: RolloutConfig
     template: ChatTemplate
     tools: Mapping[str, BaseTool] = field(default_factory=dict)
+    failed_tools: set[str] = field(default_factory=set)
+    """Tools whose first failure was logged."""
 
 
 TEACHER_KNOWS_EXTENDED = "teacher_knows_extended"
 """Key of a row, true where its teacher knows item tokens."""
+
+
+IN_PLACE_OF = {
+    "server_manager": "trajectory = self.start(row, with_tools), for each turn of the model await self.write_turn("
+    "trajectory, sampling_params), for others trajectory.add_other_turn(token_ids), and return self.finish(trajectory, "
+    "num_turns)",
+    "tokenizer": "self.context.template.tokenizer",
+    "config": "self.context.rollout, which is actor_rollout_ref.rollout",
+    "loop": "asyncio.get_running_loop()",
+}
+"""What a loop writes here, by the attributes that loops for verl have."""
 
 
 @dataclass
@@ -191,6 +204,11 @@ class AgentLoopBase(ABC):
     metrics: AgentLoopMetrics = field(default_factory=AgentLoopMetrics)
     teacher_knows_extended: bool = False
     """Whether this row's teacher knows item tokens; the masks then keep what follows them."""
+
+    def __getattr__(self, name: str) -> Any:
+        """Called for what is not there alone: says what is."""
+        instead = f"; in its place write {IN_PLACE_OF[name]}" if name in IN_PLACE_OF else ""
+        raise AttributeError(f"the agent loop {type(self).__name__} has no {name!r}{instead}", name=name, obj=self)
 
     @abstractmethod
     async def run(self, sampling_params: dict[str, Any], **row: Any) -> AgentLoopOutput:

@@ -18,6 +18,7 @@ reads an error text instead, and the metrics count it. A tool that hangs is trea
 """
 
 import asyncio
+import inspect
 import logging
 import math
 import time
@@ -45,6 +46,8 @@ class ToolSession:
     """The conversation's; calls are counted there."""
     tools_kwargs: Mapping[str, Mapping[str, Any]]
     """Per tool, ``create_kwargs``, ``execute_kwargs`` and ``release_kwargs`` of this row."""
+    failed: set[str]
+    """Tools whose first failure was logged; shared by the conversations of a worker."""
     _instances: dict[str, str] = field(default_factory=dict)
     _creating: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -62,7 +65,10 @@ class ToolSession:
             name = call.name if isinstance(call, ToolCall) else ""
             if isinstance(result, BaseException):
                 self.metrics.tool_errors += 1
-                logger.info("tool %s failed", name, exc_info=result)
+                # Once a tool: the model's mistakes end here too, and there may be many.
+                level = logging.INFO if name in self.failed else logging.WARNING
+                self.failed.add(name)
+                logger.log(level, "tool %s failed (agent_loop/tool_errors counts such calls)", name, exc_info=result)
                 result = self._shortened(f"Error: {type(result).__name__}: {result}")
             messages.append({"role": "tool", "name": name, "content": result})
         return messages
@@ -89,12 +95,13 @@ class ToolSession:
         tool = self.tools[call.name]
         async with self._creating:  # calls of one turn share an instance
             if call.name not in self._instances:
-                created = tool.create(**self._options(call.name, "create"))
-                self._instances[call.name], _ = await self._in_time(created)
+                created: Any = await self._in_time(tool.create(**self._create_options(call.name)))
+                # Some tools for verl return no answer beside the id, and a text in place of an object.
+                self._instances[call.name] = created if isinstance(created, str) else created[0]
         executed = tool.execute(self._instances[call.name], call.arguments, **self._options(call.name, "execute"))
         response, reward, _ = await self._in_time(executed)
         self.metrics.tool_reward += reward or 0.0
-        return self._shortened(response.text or "")
+        return self._shortened((response if isinstance(response, str) else response.text) or "")
 
     async def _in_time(self, task: Coroutine[Any, Any, T]) -> T:
         """What a tool's coroutine returns; a TimeoutError with a text where it takes too long."""
@@ -107,8 +114,16 @@ class ToolSession:
                 raise
             raise TimeoutError(f"no answer within multi_turn.tool_timeout_s={limit:g} s") from error
 
+    def _create_options(self, name: str) -> dict[str, Any]:
+        """The row's options by name, as one mapping ``create_kwargs``, or both, whatever ``create`` takes."""
+        options, named = self._options(name, "create"), inspect.signature(self.tools[name].create).parameters
+        takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in named.values())
+        if "create_kwargs" in named or (takes_any and options):
+            return {"create_kwargs": options} | (options if takes_any else {})
+        return options
+
     def _options(self, name: str, step: str) -> dict[str, Any]:
-        return dict(self.tools_kwargs.get(name, {}).get(f"{step}_kwargs", {}))
+        return dict((self.tools_kwargs.get(name) or {}).get(f"{step}_kwargs") or {})
 
     def _shortened(self, text: str) -> str:
         """``text`` within the limit on characters; ``tool_response_truncate_side`` names the end that stays."""
@@ -140,7 +155,7 @@ class ToolAgentLoop(AgentLoopBase):
         """Hold the conversation; tools keep their state over its turns and are released at its end."""
         trajectory = self.start(row, with_tools=True)
         limits, tools_kwargs = self.context.rollout.multi_turn, row.get("tools_kwargs") or {}
-        tools = ToolSession(self.context.tools, limits, self.metrics, tools_kwargs)
+        tools = ToolSession(self.context.tools, limits, self.metrics, tools_kwargs, self.context.failed_tools)
         most_by_model = math.inf if limits.max_assistant_turns is None else limits.max_assistant_turns
         most_by_tools = math.inf if limits.max_user_turns is None else limits.max_user_turns
         assistant_turns = user_turns = 0

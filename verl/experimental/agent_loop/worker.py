@@ -51,6 +51,7 @@ from verl.experimental.agent_loop.base import (
 from verl.protocol import DataProto
 from verl.single_controller.ray.calls import Remote, is_by_user
 from verl.tools.base_tool import BaseTool, initialize_tools_from_config
+from verl.tools.schemas import schema_dict
 from verl.workers.rollout.replica import TokenOutput
 
 logger = logging.getLogger(__name__)
@@ -70,7 +71,7 @@ class AgentLoopWorker:
         """
         rollout = config.actor_rollout_ref.rollout
         tools = load_tools(rollout)
-        schemas = [tool.get_openai_tool_schema() for tool in tools.values()]
+        schemas = [schema_dict(tool.get_openai_tool_schema()) for tool in tools.values()]
         template = ChatTemplate(tokenizer, schemas, config.data.apply_chat_template_kwargs)
         self.context = AgentLoopContext(rollout, template, tools)
         self.servers = servers

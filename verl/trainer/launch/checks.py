@@ -294,7 +294,7 @@ def _notices(config: PPOConfig) -> Iterator[str]:
             "first; let the frozen student score such rows: "
             "++algorithm.distill.teachers.self='{vocabulary: full, sources: [rec_*]}'"
         )
-    if algorithm.adv_estimator in ("grpo", "rloo") and rollout.n == 1:
+    if algorithm.adv_estimator in ("grpo", "rloo", "reinforce_plus_plus_baseline") and rollout.n == 1:
         estimator = f"algorithm.adv_estimator={algorithm.adv_estimator}"
         yield f"{estimator} compares the answers to one prompt, and {key}.n=1 gives it one; set n to 4 or more"
     if rollout.top_p < 1 or rollout.top_k != -1:

@@ -109,14 +109,14 @@ def _with_effect(values: Any, prefix: str = "") -> Any:
         return values
     kept = {}
     for name, value in values.items():
-        if notice := _no_effect_notice(f"{prefix}{name}", str(value)):
+        if notice := _no_effect_notice(f"{prefix}{name}", value):
             logger.warning(notice)
         else:
             kept[name] = _with_effect(value, f"{prefix}{name}.")
     return kept
 
 
-def _no_effect_notice(key: str, value: str) -> str | None:
+def _no_effect_notice(key: str, value: Any) -> str | None:
     """The line that says a key does nothing; None for a key that is not in the table.
 
     Raises:
@@ -127,7 +127,9 @@ def _no_effect_notice(key: str, value: str) -> str | None:
     entry = next((NO_EFFECT[name] for name in (key, *groups) if name in NO_EFFECT), None)
     if entry is None:
         return None
-    plain, only = value.strip(" '\"").lower(), entry.get("only")
+    for name, below in value.items() if isinstance(value, dict) else ():
+        _no_effect_notice(f"{key}.{name}", below)  # for its error: one line stands for the whole section
+    plain, only = str(value).strip(" '\"").lower(), entry.get("only")
     if only and {"": "null", "none": "null"}.get(plain, plain) not in only:
         raise ValueError(
             f"{key}={value} is not built here ({entry['why']}); leave it out or set it to {' or '.join(only)}"

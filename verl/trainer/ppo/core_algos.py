@@ -39,6 +39,7 @@ class AdvantageEstimator(StrEnum):
     GRPO = "grpo"
     RLOO = "rloo"
     REINFORCE_PLUS_PLUS = "reinforce_plus_plus"
+    REINFORCE_PLUS_PLUS_BASELINE = "reinforce_plus_plus_baseline"
 
 
 ADV_ESTIMATOR_REGISTRY: dict[str, AdvantageFn] = {}
@@ -235,6 +236,26 @@ def compute_reinforce_plus_plus_outcome_advantage(
         running = torch.where(trained[:, t], gamma * running, running)
     returns = zero_outside_mask(returns, response_mask)
     return masked_whiten(returns.double(), response_mask).float(), returns  # in float64 equal returns whiten to 0
+
+
+@register_adv_est(AdvantageEstimator.REINFORCE_PLUS_PLUS_BASELINE)
+def compute_reinforce_plus_plus_baseline_outcome_advantage(
+    token_level_rewards: torch.Tensor,
+    response_mask: torch.Tensor,
+    index: np.ndarray,
+    epsilon: float = 1e-6,
+    config: "AlgoConfig | None" = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """REINFORCE++ with a baseline (arXiv:2501.03262): GRPO's reward less the group's mean, whitened over the batch.
+
+    Arguments and results as `compute_grpo_outcome_advantage`, without a division by the group's deviation.
+    """
+    centred, _ = compute_grpo_outcome_advantage(
+        token_level_rewards, response_mask, index, norm_adv_by_std_in_grpo=False
+    )
+    advantages = masked_whiten(centred.double(), response_mask).float()
+    return advantages, advantages.clone()
 
 
 class FixedKLController:

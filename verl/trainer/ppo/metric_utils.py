@@ -2,7 +2,7 @@
 
 In:  a `DataProto` after the update, or stage timings. Out: flat dicts of floats.
 Not here: ``actor/*``, which the workers measure, ``distill/engine_gap*`` and ``distill/teacher_canary``
-(``guards``), and where metrics are logged (``utils.tracking``).
+(``guards``), rewards of validation (``validation_metrics``), and where metrics are logged (``utils.tracking``).
 
 A mean over nothing, such as that of a source without a trained token, is left out.
 
@@ -51,7 +51,7 @@ def compute_data_metrics(batch: DataProto) -> Metrics:
     """Rewards, advantages, lengths and turns under verl's names, and how far the sampler is from the policy.
 
     - ``critic/score``, ``critic/rewards``: sums over a row of ``token_level_scores``, ``token_level_rewards``.
-    - ``reward_extra/<key>``: see `_reported_means`.
+    - ``reward_extra/<key>`` and ``reward_extra/<source>/<key>``: see `reported_means`.
     - ``critic/advantages``, ``critic/returns``: trained tokens. ``actor/entropy``: mean over them, nats.
     - ``response_length``, ``prompt_length``: tokens; ``clip_ratio``: share of rows of the greatest length.
     - ``num_turns``: turns of the conversation.
@@ -74,7 +74,7 @@ def compute_data_metrics(batch: DataProto) -> Metrics:
         metrics |= _summary(name, lengths) | _mean(f"{name}/clip_ratio", lengths == tokens.shape[1])
     if "__num_turns__" in batch.non_tensor_batch:
         metrics |= _summary("num_turns", torch.tensor(batch.array("__num_turns__").astype(np.int64)))
-    metrics |= {f"reward_extra/{key}": value for key, value in _reported_means(batch).items()}
+    metrics |= overall_and_per_source("reward_extra", batch, reported_means)
     return metrics | _sampler_metrics(batch, trained)
 
 
@@ -138,15 +138,21 @@ def compute_throughout_metrics(batch: DataProto, timing_raw: Mapping[str, float]
     return metrics
 
 
-def _overall_and_per_source(prefix: str, batch: DataProto, measure: Callable[[DataProto], Metrics]) -> Metrics:
-    """``<prefix>/<name>`` over all rows; where they name sources, ``<prefix>/<source>/<name>`` over those of each."""
-    metrics = {f"{prefix}/{name}": value for name, value in measure(batch).items()}
+def rows_by_source(batch: DataProto) -> dict[str, np.ndarray]:
+    """Row numbers by data source, in the order of their names; empty where rows name none."""
     # data.data_source_key fills the first; the reward function gets the second.
-    columns = (batch.array(key) for key in ("source", "data_source") if key in batch.non_tensor_batch)
-    names = next(columns, np.array([])).astype(str)
-    for source in np.unique(names):
-        of_source = measure(batch[names == source])
-        metrics |= {f"{prefix}/{source}/{name}": value for name, value in of_source.items()}
+    for key in ("source", "data_source"):
+        if key in batch.non_tensor_batch:
+            names = batch.array(key).astype(str)
+            return {str(name): np.flatnonzero(names == name) for name in np.unique(names)}
+    return {}
+
+
+def overall_and_per_source(prefix: str, batch: DataProto, measure: Callable[[DataProto], Metrics]) -> Metrics:
+    """``<prefix>/<name>`` over all rows and ``<prefix>/<source>/<name>`` over those of each source."""
+    metrics = {f"{prefix}/{name}": value for name, value in measure(batch).items()}
+    for source, rows in rows_by_source(batch).items():
+        metrics |= {f"{prefix}/{source}/{name}": value for name, value in measure(batch[rows]).items()}
     return metrics
 
 
@@ -259,7 +265,7 @@ def compute_on_policy_distill_data_metrics(batch: DataProto, config: AlgoConfig 
         return metrics
 
     by_teacher = _by_teacher("distill", batch, distill.roles, measure)
-    return _overall_and_per_source("distill", batch, measure) | by_teacher
+    return overall_and_per_source("distill", batch, measure) | by_teacher
 
 
 def compute_advantage_part_metrics(batch: DataProto, config: AlgoConfig) -> Metrics:
@@ -281,7 +287,7 @@ def compute_advantage_part_metrics(batch: DataProto, config: AlgoConfig) -> Metr
         return metrics
 
     by_teacher = _by_teacher("advantage", batch, config.distill.roles, measure)
-    return _overall_and_per_source("advantage", batch, measure) | by_teacher
+    return overall_and_per_source("advantage", batch, measure) | by_teacher
 
 
 def compute_validation_distill_metrics(batch: DataProto) -> Metrics:
@@ -296,55 +302,23 @@ def compute_validation_distill_metrics(batch: DataProto) -> Metrics:
         length = _mean("response_length", real_response_tokens(rows).sum(dim=-1))
         return _reverse_kl(rows) | _mean("extend_seq_ratio", leaks) | length
 
-    return _overall_and_per_source("val", batch, measure)
+    return overall_and_per_source("val", batch, measure)
 
 
-def compute_validation_reward_metrics(batch: DataProto) -> Metrics:
-    """``val/reward``, the mean over all answers of their summed ``token_level_scores``, ``val/<source>/reward``, and
-    ``val_reward_extra/<key>``.
-    """
-    rewards = _overall_and_per_source(
-        "val", batch, lambda rows: _mean("reward", rows.tensor("token_level_scores").sum(dim=-1))
-    )
-    return rewards | {f"val_reward_extra/{key}": value for key, value in _reported_means(batch).items()}
-
-
-def _reported_means(batch: DataProto) -> Metrics:
+def reported_means(batch: DataProto) -> Metrics:
     """Mean of each number that the reward function returned beside the score, by key, over the rows that have it."""
     if "reward_extra" not in batch.non_tensor_batch:
         return {}
     numbers: dict[str, list[float]] = {}
     for reported in batch.array("reward_extra"):
         for key, value in reported.items():
-            if (number := _as_number(value)) is not None:
+            if (number := as_number(value)) is not None:
                 numbers.setdefault(key, []).append(number)
     return {key: sum(values) / len(values) for key, values in numbers.items()}
 
 
-def _as_number(value: Any) -> float | None:
+def as_number(value: Any) -> float | None:
     """A bool, a number or a scalar of NumPy or torch as a float; None for all else."""
     if isinstance(value, np.generic | np.ndarray | torch.Tensor) and math.prod(value.shape) == 1:
         value = value.item()
     return float(value) if isinstance(value, int | float) else None
-
-
-def join_metrics(parts: Sequence[tuple[int, Metrics]]) -> Metrics:
-    """Metrics of batches as those of all their rows.
-
-    Names that end in ``max`` or ``min`` keep the extreme, ``agent_loop/*`` counts are added up, all others are means
-    weighted by rows. A batch that lacks a metric does not count for it.
-
-    Args:
-        parts: rows and metrics of each batch.
-    """
-    joined: Metrics = {}
-    for name in dict.fromkeys(name for _, metrics in parts for name in metrics):
-        rows, values = zip(*((count, metrics[name]) for count, metrics in parts if name in metrics), strict=True)
-        last = name.rsplit("/", 1)[-1]
-        if last in ("max", "min"):
-            joined[name] = max(values) if last == "max" else min(values)
-        elif name.startswith("agent_loop/") and last != "mean":
-            joined[name] = sum(values)
-        else:
-            joined[name] = sum(count * value for count, value in zip(rows, values, strict=True)) / sum(rows)
-    return joined

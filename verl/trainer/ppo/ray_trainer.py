@@ -36,12 +36,11 @@ from verl.trainer.ppo.metric_utils import (
     compute_data_metrics,
     compute_throughout_metrics,
     compute_timing_metrics,
-    compute_validation_reward_metrics,
-    join_metrics,
     reduce_metrics,
 )
 from verl.trainer.ppo.reward import RewardFn, compute_rewards
 from verl.trainer.ppo.stop_request import StopRequest
+from verl.trainer.ppo.validation_metrics import compute_validation_reward_metrics, join_metrics
 from verl.trainer.ppo.worker_groups import WorkerGroups
 from verl.utils.dataset.rl_dataset import RLHFDataset
 from verl.utils.rollout_dump import dump_generations, show_answers

@@ -7,8 +7,11 @@ Not here: rewards as advantages, KL penalties.
 Letters: B sequences, R response tokens.
 """
 
+import asyncio
+import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,20 +24,25 @@ from verl.utils.tokenizer import answer_text
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from verl.config.data import CustomClassConfig
+    from verl.config.ppo import RewardFunctionConfig
 
 RewardFn = Callable[..., Any]
 """Called with the keywords ``data_source``, ``solution_str``, ``ground_truth`` and ``extra_info``; returns a number, or
-a mapping with the number as ``score`` and anything else to report."""
+a mapping with the number as ``score`` and anything else to report. May be ``async``."""
 
+KEYWORDS = ("data_source", "solution_str", "ground_truth", "extra_info")
 DEFAULT_NAME = "compute_score"
+MOST_AT_ONCE = 256
+"""Calls of an ``async`` function that wait at the same time, below what a server or open files usually allow."""
 
 
-def load_reward_fn(config: "CustomClassConfig") -> RewardFn | None:
+def load_reward_fn(config: "RewardFunctionConfig") -> RewardFn | None:
     """The function that ``custom_reward_function.path`` and ``.name`` (default ``compute_score``) give, or None.
 
+    It gets ``custom_reward_function.reward_kwargs`` in every call.
+
     Raises:
-        ValueError: no such file or name, or what it names cannot be called.
+        ValueError: no such file or name, or what it names cannot be called in this way.
     """
     if config.path is None:
         return None
@@ -43,11 +51,24 @@ def load_reward_fn(config: "CustomClassConfig") -> RewardFn | None:
         function = load_extern_type(config.path, name)
     except ValueError as error:
         raise ValueError(f"custom_reward_function.path={config.path}: {error}") from error
-    if not callable(function):
+    try:
+        inspect.signature(function).bind(**dict.fromkeys(KEYWORDS), **config.reward_kwargs)
+    except TypeError as error:
         raise ValueError(
-            f"custom_reward_function.name={name!r} in {config.path} is a {type(function).__name__}; name a function"
-        )
-    return function
+            f"custom_reward_function.name={name!r} in {config.path}: {error}; it is called with the keywords "
+            f"{', '.join(KEYWORDS)} and those of custom_reward_function.reward_kwargs={config.reward_kwargs}"
+        ) from error
+    return partial(function, **config.reward_kwargs)
+
+
+async def _await_all(results: Sequence[Any]) -> list[Any]:
+    limit = asyncio.Semaphore(MOST_AT_ONCE)
+
+    async def wait(result: Any) -> Any:
+        async with limit:
+            return await result if inspect.isawaitable(result) else result
+
+    return await asyncio.gather(*map(wait, results))
 
 
 def _score_and_extra(result: Any, row: int) -> tuple[float, dict[str, Any]]:
@@ -69,7 +90,9 @@ def compute_rewards(batch: DataProto, tokenizer: "PreTrainedTokenizerBase", rewa
     """Score every answer.
 
     The function sees the response as text (`answer_text`), the row's ``data_source`` (None where it has none),
-    ``reward_model["ground_truth"]`` (likewise), and a copy of ``extra_info`` with ``num_turns``.
+    ``reward_model["ground_truth"]`` (likewise), and a copy of ``extra_info`` with ``num_turns`` and
+    ``response_length``, the response's tokens, those of tools included. Calls of an ``async`` function wait side by
+    side; others run one after the other, in the main thread, for some set signals.
 
     Args:
         batch: with ``responses``, ``attention_mask``.
@@ -86,18 +109,23 @@ def compute_rewards(batch: DataProto, tokenizer: "PreTrainedTokenizerBase", rewa
     responses = batch.tensor("responses")
     written = batch.tensor("attention_mask")[:, -responses.shape[1] :].bool()
     scores = torch.zeros(responses.shape, dtype=torch.float32)
-    reported = np.empty(len(batch), dtype=object)
+    lengths = written.sum(dim=-1).tolist()
+    results, reported = [], np.empty(len(batch), dtype=object)
     for row in range(len(batch)):
         columns = {key: values[row] for key, values in batch.non_tensor_batch.items()}
-        extra_info = dict(columns.get("extra_info") or {})
+        extra_info = dict(columns.get("extra_info") or {}, response_length=lengths[row])
         if "__num_turns__" in columns:
             extra_info["num_turns"] = int(columns["__num_turns__"])
-        result = reward_fn(
-            data_source=columns.get("data_source"),
-            solution_str=answer_text(tokenizer, responses[row][written[row]].tolist()),
-            ground_truth=(columns.get("reward_model") or {}).get("ground_truth"),
-            extra_info=extra_info,
+        given = (
+            columns.get("data_source"),
+            answer_text(tokenizer, responses[row][written[row]].tolist()),
+            (columns.get("reward_model") or {}).get("ground_truth"),
+            extra_info,
         )
+        results.append(reward_fn(**dict(zip(KEYWORDS, given, strict=True))))
+    if any(map(inspect.isawaitable, results)):
+        results = asyncio.run(_await_all(results))
+    for row, result in enumerate(results):
         score, reported[row] = _score_and_extra(result, row)
-        scores[row, max(int(written[row].sum()) - 1, 0)] = score
+        scores[row, max(lengths[row] - 1, 0)] = score
     return DataProto.from_dict({"token_level_scores": scores}, {"reward_extra": reported})

@@ -12,6 +12,7 @@ As a command it prints what the data holds and which rows a run would drop, from
 """
 
 import argparse
+import inspect
 import json
 import sys
 from collections.abc import Sequence
@@ -30,6 +31,12 @@ from verl.utils.import_utils import load_extern_type
 from verl.utils.tokenizer import hf_tokenizer, render_chat
 
 PERCENTILES = (0, 10, 50, 90, 99, 100)
+NEVER_CALLED = {
+    "_read_files_and_tokenize": "columns() and read_prompt(row)",
+    "_build_messages": "read_prompt(row)",
+    "maybe_filter_out_long_prompts": "read_prompt(row), which may raise BadRowError",
+}
+"""Methods of verl's data set, and what a subclass overrides here in their place."""
 EXAMPLE_CHARACTERS = 400
 """Of an example's prompt in the text, half of them from its end."""
 
@@ -70,28 +77,41 @@ class OneRecDataset(RLHFDataset):
 def get_dataset_class(data_files: Files, config: DataConfig) -> type[RLHFDataset]:
     """``data.custom_cls`` where it is set; ``RLHFDataset`` for files with the prompt column; else ``OneRecDataset``.
 
-    Raises ValueError where the custom class cannot be loaded or does not extend ``RLHFDataset``, whose arguments and
-    ``set_epoch`` the trainer relies on.
+    Raises ValueError where the custom class cannot be loaded, overrides what is never called, or does not extend
+    ``RLHFDataset``, whose arguments and ``set_epoch`` the trainer relies on.
     """
     custom = config.custom_cls
     if custom.path is None:
         return RLHFDataset if config.prompt_key in column_names(expand_data_files(data_files)) else OneRecDataset
     if custom.name is None:
         raise ValueError(f"data.custom_cls.path={custom.path!r} needs data.custom_cls.name, the class in it")
-    chosen = load_extern_type(custom.path, custom.name)
+    chosen, place = load_extern_type(custom.path, custom.name), f"data.custom_cls.name={custom.name!r} in {custom.path}"
     if not (isinstance(chosen, type) and issubclass(chosen, RLHFDataset)):
-        base = "verl.utils.dataset.rl_dataset.RLHFDataset"
-        raise ValueError(f"data.custom_cls.name={custom.name!r} in {custom.path} is not a class that extends {base}")
+        raise ValueError(f"{place} is not a class that extends verl.utils.dataset.rl_dataset.RLHFDataset")
+    if unused := [name for name in NEVER_CALLED if hasattr(chosen, name)]:
+        fix = f"override {NEVER_CALLED[unused[0]]} (verl.utils.dataset.rl_dataset)"
+        raise ValueError(f"{place} overrides {unused[0]}, which nothing calls here: rows stay on disk; {fix}")
     return chosen
 
 
 def create_rl_dataset(
     data_files: Files, tokenizer: PreTrainedTokenizerBase, config: DataConfig, **options: Any
 ) -> RLHFDataset:
-    """Build the data set of ``get_dataset_class``; arguments and errors as in ``RLHFDataset``."""
+    """Build the data set of ``get_dataset_class``; arguments and errors as in ``RLHFDataset``.
+
+    Raises ValueError too where a class of the user's own does not take them.
+    """
     if not options.get("extended_sources"):  # classes of users' own may be older than this argument
         options.pop("extended_sources", None)
-    return get_dataset_class(data_files, config)(data_files, tokenizer, config, **options)
+    chosen = get_dataset_class(data_files, config)
+    try:
+        inspect.signature(chosen).bind(data_files, tokenizer, config, **options)
+    except TypeError as error:
+        raise ValueError(
+            f"data.custom_cls.name={config.custom_cls.name!r} in {config.custom_cls.path}: {error}; write "
+            "def __init__(self, data_files, tokenizer, config, **options), and call super().__init__ with all of them"
+        ) from error
+    return chosen(data_files, tokenizer, config, **options)
 
 
 def describe(dataset: RLHFDataset, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

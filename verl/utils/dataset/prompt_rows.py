@@ -84,16 +84,21 @@ def split_answer(messages: list[Message]) -> tuple[list[Message], str]:
 def mapping_of(value: Any, column: str) -> dict[str, Any]:
     """A cell that should hold a mapping: a struct, JSON text of an object, or nothing.
 
+    The options of tools in a struct lose the nulls of their column, as the arguments of calls do in `parse_messages`.
+
     Raises:
         BadRowError: with reason ``unreadable_<column>``.
     """
+    is_text = isinstance(value, str | bytes)
     try:
-        if isinstance(value, str | bytes):
+        if is_text:
             value = json.loads(value) if value.strip() else None
     except (ValueError, RecursionError) as error:
         raise BadRowError(f"unreadable_{column}", f"{column} is a text that is not JSON: {error}") from error
     if not isinstance(value, Mapping | None):
         raise BadRowError(f"unreadable_{column}", f"{column} is a {type(value).__name__}, not a mapping")
+    if not is_text and value and "tools_kwargs" in value:
+        value = {**value, "tools_kwargs": _without_nulls(value["tools_kwargs"])}
     return dict(value or {})
 
 

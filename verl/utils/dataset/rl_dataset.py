@@ -130,11 +130,12 @@ class RLHFDataset(Dataset[dict[str, Any]]):
         data_files: parquet file, folder, glob, or a list of these.
         tokenizer: the student's; counts prompt tokens and finds extended ids.
         config: the ``data`` settings.
+        processor: None; it is there because verl's data set has it.
+        max_samples: read only the first rows; -1: all.
         extend_vocab_start_token: first extended id; None: no extension.
         extended_sources: patterns of the sources whose prompts may hold extended tokens, whatever
             ``data.prompt_extend_tokens`` is.
         dropped_rows_path: JSONL that receives a line per dropped row; None: counts alone.
-        max_samples: read only the first rows; -1: all.
         tool_schemas: OpenAI function schemas of the tools that the agent loops list in the prompts. They count towards
             a prompt's length, but for rows whose ``agent_name`` is a loop without tools.
 
@@ -149,14 +150,15 @@ class RLHFDataset(Dataset[dict[str, Any]]):
         data_files: Files,
         tokenizer: PreTrainedTokenizerBase,
         config: DataConfig,
+        processor: None = None,
+        max_samples: int = -1,
         *,
         extend_vocab_start_token: int | None = None,
         extended_sources: Sequence[str] = (),
         dropped_rows_path: str | Path | None = None,
-        max_samples: int = -1,
         tool_schemas: list[dict[str, Any]] | None = None,
     ) -> None:
-        self.config = config
+        self.config, self.tokenizer = config, tokenizer
         self.epoch = 0
         """The epoch that was set last."""
         self._encoder = PromptEncoder(tokenizer, config, tool_schemas)

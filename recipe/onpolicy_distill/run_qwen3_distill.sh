@@ -9,7 +9,8 @@
 # What follows goes to Hydra and wins over the settings below.
 #
 # Environment:
-#   BASE_MODEL, TEACHER_MODEL, DATASET_PARQUET   student, teacher, training prompts (required)
+#   BASE_MODEL, TEACHER_MODEL, DATASET_PARQUET   student, teacher, training prompts (required); several files with
+#                                                commas between them
 #   VAL_PARQUET                                  validation prompts (default: none)
 #   EXTEND_VOCAB_START_TOKEN                     first id that the teacher lacks (default: none)
 #   MASK_RESPONSE_IF_HAVE_EXTEND_TOKEN           train on nothing of a response that holds one (default: False)

@@ -21,9 +21,12 @@
 #                    wait for a connection (10), folder of the hosts' logs (outputs/cluster)
 #
 # Safe to run twice: an environment that is up to date is only checked.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # started with sh
 set -euo pipefail
 
-ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+SELF="${BASH_SOURCE[0]}"
+[[ ! -L "$SELF" ]] || SELF="$(readlink -f "$SELF")"
+ROOT="$(cd "$(dirname "$SELF")" && pwd)"
 SCRIPT=deploy_env
 PASSED=(ENV_DIR PYTHON CONDA_ENV_NAME CONDA_EXE TORCH_INDEX_URL PIP_INDEX_URL PIP_EXTRA_INDEX_URL)
 ENV_DIR="$(realpath --canonicalize-missing "${ENV_DIR:-$ROOT/.venv}")"

@@ -26,9 +26,12 @@
 # of --stop alone: STOP_S, seconds that the processes of a host have to end by themselves (15)
 # and SSH_PORT, SSH_OPTS (quoted as in a shell), CONNECT_S, LOG_DIR: ssh's port and options, seconds to wait for a
 # connection (10), folder of the hosts' logs (outputs/cluster).
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # started with sh
 set -euo pipefail
 
-ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+SELF="${BASH_SOURCE[0]}"
+[[ ! -L "$SELF" ]] || SELF="$(readlink -f "$SELF")"
+ROOT="$(cd "$(dirname "$SELF")" && pwd)"
 SCRIPT=ray_cluster
 NODE="$ROOT/scripts/ray_node.sh"
 ENV_DIR="$(realpath --canonicalize-missing "${ENV_DIR:-$ROOT/.venv}")"

@@ -5,7 +5,9 @@
 # PASSED (the variables that go along to the hosts).
 # A hostfile has one host a line, with comments and blank lines:
 #
-#   [USER@]HOST[:PORT] [slots=N]      HOST a name or an address, IPv6 in brackets; PORT that of its sshd
+#   [USER@]HOST[:PORT] [slots=N [max_slots=M]]   HOST a name or an address, IPv6 in brackets; PORT that of its sshd
+#
+# or, as batch systems write it, each host once for each of its ranks.
 #
 # Settings read here: HOSTFILE, SSH_PORT, SSH_OPTS (options of ssh, quoted as in a shell), CONNECT_S, LOG_DIR.
 # Work goes to a host over ssh's standard input, so that nothing shows on a command line or depends on a login shell.
@@ -13,6 +15,7 @@
 DEFAULT_HOSTFILE=/etc/mpi/hostfile
 LOG_DIR="${LOG_DIR:-$ROOT/outputs/cluster}"
 DRY_RUN="${DRY_RUN:-}"
+case "${DRY_RUN,,}" in 0 | no | false | off) DRY_RUN="" ;; esac
 
 HOSTS=()        # what each host is called: its name or address, with :PORT where the hostfile has one
 HOST_TARGETS=() # USER@HOST for ssh; empty: this machine, without ssh
@@ -27,7 +30,7 @@ complain() { printf '[%s] error: %s\n' "$SCRIPT" "$*" >&2; }
 die() { complain "$*"; exit "${DIE_STATUS:-1}"; }
 
 # The comment at the top of a script is its help.
-usage() { sed -n '2,/^set -/p' "${BASH_SOURCE[-1]}" | sed '$d; s/^# \{0,1\}//'; }
+usage() { sed -n '2,/^[^#]/p' "${BASH_SOURCE[-1]}" | sed '$d; s/^# \{0,1\}//'; }
 
 # The hostfile to use: the one given, else HOSTFILE, else the default where it exists, else none.
 find_hostfile() {
@@ -42,7 +45,7 @@ find_hostfile() {
 
 # Fill HOSTS and its companions from a hostfile; with none, from this machine alone.
 read_hosts() {
-    local file="$1" line words number=0 again=""
+    local file="$1" line words number=0 again="" times=() counts
     HOSTS=() HOST_TARGETS=() HOST_ADDRESSES=() HOST_PORTS=() HOST_SLOTS=()
     if [[ -z "$file" ]]; then
         add_host localhost localhost "" ""
@@ -50,12 +53,20 @@ read_hosts() {
     fi
     while IFS= read -r line || [[ -n "$line" ]]; do
         number=$((number + 1))
+        ((number > 1)) || line="${line#$'\xef\xbb\xbf'}" # a byte order mark
         line="${line%%#*}"
         read -ra words <<<"${line%$'\r'}"
         ((${#words[@]} == 0)) || add_line "$file, line $number" "${words[@]}"
     done <"$file"
     ((${#HOSTS[@]})) || die "hostfile $file names no host"
-    [[ -z "$again" ]] || say "named more than once in $file and counted once:$again" >&2
+    [[ -n "$again" ]] || return 0
+    counts="$(printf '%s\n' "${times[@]}" | sort -u)"
+    if [[ "$counts" == *$'\n'* || "${HOST_SLOTS[*]}" == *[0-9]* ]]; then
+        say "named more than once in $file and counted once:$again (N_GPUS_PER_NODE or slots=N give the ranks per host)" >&2
+    else
+        say "$file names each host $counts times: $counts ranks per host" >&2
+        HOST_SLOTS=("${HOSTS[@]/*/$counts}")
+    fi
 }
 
 # One line of a hostfile, as words.
@@ -65,19 +76,23 @@ add_line() {
     [[ "$target" =~ $pattern ]] || die "$where: \"$target\" is no host; write [USER@]HOST[:PORT] [slots=N], IPv6 in brackets"
     local user="${BASH_REMATCH[1]}" address="${BASH_REMATCH[3]:-${BASH_REMATCH[2]}}"
     name="${BASH_REMATCH[2]}${BASH_REMATCH[4]}" port="${BASH_REMATCH[5]}"
-    [[ -z "$port" ]] || ((10#$port >= 1 && 10#$port <= 65535)) || die "$where: port $port is none; it is that of the host's sshd"
+    [[ -z "$port" ]] || ((10#$port >= 22 && 10#$port <= 65535)) ||
+        die "$where: port $port is none; after the colon comes that of the host's sshd, and its ranks are slots=N"
     local word
     for word in "${@:3}"; do
+        [[ ! "$word" =~ ^max[_-]slots=[0-9]+$ ]] || continue # a limit for MPI alone
         [[ "$word" =~ ^slots=([1-9][0-9]*)$ ]] || die "$where: \"$word\" is not understood; after the host comes slots=N or nothing"
         slots="${BASH_REMATCH[1]}"
     done
-    local known
-    for known in ${HOSTS[@]+"${HOSTS[@]}"}; do
-        if [[ "${known,,}" == "${name,,}" ]]; then
+    local index
+    for index in "${!HOSTS[@]}"; do
+        if [[ "${HOSTS[index],,}" == "${name,,}" ]]; then
+            times[index]=$((times[index] + 1))
             [[ " $again " == *" $name "* ]] || again+=" $name"
             return
         fi
     done
+    times+=(1)
     add_host "$name" "$user$address" "$port" "$slots"
 }
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from support.script_runner import CLUSTER, DEPLOY, LAUNCH, MODELS, RAY_NODE, REPO, executable, run, stand_in
 
+from verl.trainer.launch.typed import load_config
 from verl.utils.redaction import looks_secret
 
 
@@ -28,14 +29,25 @@ def test_every_way_to_write_a_host(hostfile):
         "198.51.100.7:22": "198.51.100.7:22|198.51.100.7|22|",
         "[2001:db8::9]": "[2001:db8::9]|2001:db8::9||",
         "root@[2001:db8::a]:2200 slots=2": "[2001:db8::a]:2200|root@2001:db8::a|2200|2",
+        "node-d slots=4 max_slots=8": "node-d|node-d||4",
+        "node-e max-slots=8": "node-e|node-e||",
     }
     assert parse(hostfile(*lines))[:2] == ([host for host in lines.values() if host], "")
+    assert parse(hostfile("\ufeffnode-a slots=2\r", "node-b\r"))[:2] == (["node-a|node-a||2", "node-b|node-b||"], "")
 
 
 def test_duplicates_count_once_and_are_named_once(hostfile):
     hosts, messages, _ = parse(hostfile("a", "b slots=2", "A", "me@a", "b", " a # again", "b:22"))
     assert [host.split("|")[0] for host in hosts] == ["a", "b", "b:22"], "another sshd may be another host"
-    assert messages.count("\n") == 1 and messages.strip().endswith("counted once: A a b")
+    assert messages.count("\n") == 1 and "counted once: A a b (N_GPUS_PER_NODE or slots=N give" in messages
+
+
+@pytest.mark.parametrize(("hosts", "ranks"), [("aaabbb", 3), ("abab", 2), ("aa", 2), ("aab", 0)])
+def test_hosts_named_equally_often_have_a_rank_for_each_time(hostfile, hosts, ranks):
+    found, messages, _ = parse(hostfile(*hosts))
+    assert [host.split("|")[3] for host in found] == [str(ranks or "")] * len({*hosts})
+    assert (f"names each host {ranks} times: {ranks} ranks per host" in messages) == bool(ranks)
+    assert parse(hostfile("a slots=4", "a", "b slots=4", "b"))[0] == ["a|a||4", "b|b||4"]
 
 
 @pytest.mark.parametrize(
@@ -43,6 +55,8 @@ def test_duplicates_count_once_and_are_named_once(hostfile):
     [
         ("node-a node-b", '"node-b" is not understood'),
         ("node-a:99999", "port 99999 is none"),
+        ("node-a:8", "port 8 is none; after the colon comes that of the host's sshd, and its ranks are slots=N"),
+        ("node-a slots=0", '"slots=0" is not understood'),
         ("2001:db8::9", "IPv6 in brackets"),
         ("-oProxyCommand=x", "is no host"),
         ("node-a;reboot", "is no host"),
@@ -157,15 +171,20 @@ SECRETS = ("HF_TOKEN", "WANDB_API_KEY", "VLLM_PASSWD", "NCCL_SECRET_FILE", "HF_t
 PLAIN = ("NCCL_DEBUG", "HF_HOME", "VLLM_KEYBOARD", "TORCH_TOKENIZERS", "HF_AUTH_SOCK", "HF_COMPASS", "HF_TOKEN1")
 
 
-def test_variables_are_passed_to_workers_without_secrets(hostfile, tmp_path):
+VALUES = ("mlx5_0:1,mlx5_1:1", "%h #x = y", "a\"b'c", "", "two\nlines", "\\", "end\\", "${data.seed}", "007", "'名'")
+
+
+def test_variables_are_passed_to_workers_as_they_are_and_without_secrets(hostfile, tmp_path, monkeypatch):
     names = (*SECRETS, *PLAIN)
-    env = {**MODELS, **dict.fromkeys(names, "^lo,docker0"), "DRY_RUN": 1, "CLUSTER_DIR": tmp_path}
+    exported = dict.fromkeys(names, "1") | {f"UCX_{i}": value for i, value in enumerate(VALUES)}
+    env = {**MODELS, **exported, "DRY_RUN": 1, "CLUSTER_DIR": tmp_path}
     lines = run(LAUNCH, hostfile("node-a slots=4", "node-b slots=4"), **env).stdout.splitlines()
     assert {"trainer.n_gpus_per_node=4", "trainer.nnodes=2"} <= {*lines}
-    key = "++ray_kwargs.ray_init.runtime_env.env_vars."
-    passed = dict(line.removeprefix(key).split("=", 1) for line in lines if line.startswith(key))
-    assert passed["NCCL_DEBUG"] == "^lo,docker0"
-    assert [name for name in names if name not in passed] == [*SECRETS]
+    for name, value in exported.items():
+        monkeypatch.setenv(name, value)
+    config = load_config([line for line in lines if "runtime_env" in line])
+    passed = config.ray_kwargs.ray_init["runtime_env"]["env_vars"]
+    assert passed == {name: value for name, value in exported.items() if name not in SECRETS}
     assert [name for name in names if looks_secret(name)] == [*SECRETS], "the run uses the same rule"
 
 
@@ -174,3 +193,12 @@ def test_hosts_with_different_slots_need_a_decision(hostfile):
     done = run(LAUNCH, path, DRY_RUN=1, **MODELS)
     assert done.returncode == 2 and "hosts differ in slots (4, 8)" in done.stderr
     assert "trainer.n_gpus_per_node=2" in run(LAUNCH, path, DRY_RUN=1, N_GPUS_PER_NODE=2, **MODELS).stdout
+
+
+def test_fewer_slots_than_gpus_are_named(hostfile, tmp_path):
+    executable(tmp_path / "nvidia-smi", "#!/usr/bin/env bash\nprintf 'GPU %s: x\\n' 0 1 2 3\n")
+    env = {"DRY_RUN": 1, "PATH": f"{tmp_path}:{os.environ['PATH']}", **MODELS}
+    for slots, notices in ((1, 1), (4, 0), (8, 0)):
+        done = run(LAUNCH, hostfile(f"node-a slots={slots}", f"node-b slots={slots}"), **env)
+        assert f"trainer.n_gpus_per_node={slots}\n" in done.stdout
+        assert done.stderr.count("and this one has 4 GPUs; N_GPUS_PER_NODE=4 uses them all") == notices

@@ -84,6 +84,22 @@ def test_unusable_hostfiles(hostfile, tmp_path):
             assert done.returncode in (1, 2) and message in done.stderr
 
 
+def test_a_dry_run_can_be_switched_off(tmp_path):
+    python = executable(tmp_path / "bin" / "python", "#!/usr/bin/env bash\necho started\n")
+    for word, is_dry in (("1", True), ("yes", True), ("0", False), ("", False), ("False", False), ("no", False)):
+        done = run(LAUNCH, DRY_RUN=word, ENV_DIR=python.parents[1], **MODELS)
+        assert (done.stdout == "started\n") != is_dry
+
+
+@pytest.mark.parametrize("script", [LAUNCH, LAUNCH_SMALL, CLUSTER, DEPLOY])
+def test_scripts_run_through_links_and_under_sh(script, tmp_path):
+    (tmp_path / "link.sh").symlink_to(script)
+    env = {**os.environ, "DRY_RUN": "1", **MODELS}
+    for command in ("bash link.sh", "sh link.sh", f"sh {script} --help"):
+        done = subprocess.run(command.split(), cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0 and "set -euo" not in done.stdout, done.stderr
+
+
 def test_it_starts_the_environments_python_from_any_folder(tmp_path):
     text = '#!/usr/bin/env bash\npwd\necho "$PYTHONPATH"\necho "$2"\n'
     fake = executable(tmp_path / "my env" / "bin" / "python", text)

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from verl.utils.console import escape_unknown_characters
 from verl.utils.device import dtype_name, resolve_dtype
 from verl.utils.durable_files import write_durably
 from verl.workers.fsdp.checkpoint import CONFIG, HUGGINGFACE, SHARDS, write_weights
@@ -54,6 +55,7 @@ def merge(local_dir: Path, target_dir: Path, dtype: str | None = None) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
+    escape_unknown_characters()
     parser = argparse.ArgumentParser(prog="python -m verl.model_merger", description="Export a checkpoint.")
     command = parser.add_subparsers(required=True).add_parser("merge", help="write a Hugging Face model")
     command.add_argument("--local_dir", required=True, type=Path, metavar="CKPT", help="a checkpoint, or its actor/")

@@ -42,6 +42,7 @@ from recipe.onpolicy_distill.scoreboard.measures import Answered
 from recipe.onpolicy_distill.scoreboard.questions import Question, read_questions
 from recipe.onpolicy_distill.scoreboard.ranking import Ranking
 from verl.config import AlgoConfig, RolloutConfig
+from verl.utils.console import escape_unknown_characters
 from verl.utils.dataset.items import read_catalogue
 from verl.utils.device import get_device_name
 from verl.utils.timing import marked_timer
@@ -261,6 +262,7 @@ def _shown(value: float) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
+    escape_unknown_characters()
     parser = argparse.ArgumentParser(
         prog="python -m recipe.onpolicy_distill.evaluate",
         description="Measure a model's general and recommendation abilities on held-out rows in OneRec's layout.",

@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 
 from verl.trainer.launch.checks import check_ranks, check_run, prepare_folders
 from verl.trainer.launch.typed import normalized_argv, to_typed
+from verl.utils.console import escape_unknown_characters
 from verl.utils.loopback import keep_to_loopback, stays_here
 
 if TYPE_CHECKING:
@@ -96,6 +97,7 @@ def hydra_main(cfg: DictConfig) -> None:
 
 def main() -> None:
     """Accept the command line as users of verl write it, then hand it to Hydra."""
+    escape_unknown_characters()
     try:
         sys.argv[1:] = normalized_argv(sys.argv[1:])
     except ValueError as error:

@@ -5,14 +5,17 @@
 #   BASE_MODEL=... TEACHER_MODEL=... DATASET_PARQUET=... bash run_qwen3_1.7b_distill.sh [HOSTFILE] [HYDRA_OVERRIDES...]
 #
 # Arguments and environment as there.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # started with sh
 set -euo pipefail
 
-HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+SELF="${BASH_SOURCE[0]}"
+[[ ! -L "$SELF" ]] || SELF="$(readlink -f "$SELF")"
+HERE="$(cd "$(dirname "$SELF")" && pwd)"
 
 main() {
     local hostfile=()
     case "${1:-}" in
-        -h | --help) sed -n '2,/^set -/p' "${BASH_SOURCE[0]}" | sed '$d; s/^# \{0,1\}//'; exit 0 ;;
+        -h | --help) sed -n '2,/^[^#]/p' "${BASH_SOURCE[0]}" | sed '$d; s/^# \{0,1\}//'; exit 0 ;;
         "" | *=* | [+~-]*) ;;
         *) hostfile=("$1"); shift ;;
     esac

@@ -9,7 +9,8 @@
 # What follows goes to Hydra and wins over the settings below.
 #
 # Environment:
-#   BASE_MODEL, TEACHER_MODEL, DATASET_PARQUET   student, teacher, training prompts (required)
+#   BASE_MODEL, TEACHER_MODEL, DATASET_PARQUET   student, teacher, training prompts (required); several files with
+#                                                commas between them
 #   VAL_PARQUET                                  validation prompts (default: none)
 #   EXTEND_VOCAB_START_TOKEN                     first id that the teacher lacks (default: none)
 #   MASK_RESPONSE_IF_HAVE_EXTEND_TOKEN           train on nothing of a response that holds one (default: False)
@@ -26,9 +27,12 @@
 # Variables that begin with NCCL_, GLOO_, UCX_, VLLM_, TORCH_, HF_ or TRANSFORMERS_ go along to all hosts, through Ray's
 # runtime_env; those that look like secrets do not (workers read a hub's token from its own file on their host). Each
 # host finds the interface of its own for NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME, where you do not name one.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # started with sh
 set -euo pipefail
 
-REPO="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
+SELF="${BASH_SOURCE[0]}"
+[[ ! -L "$SELF" ]] || SELF="$(readlink -f "$SELF")"
+REPO="$(cd "$(dirname "$SELF")/../.." && pwd)"
 
 SCRIPT=run_qwen3_distill
 ROOT="$REPO"
@@ -50,14 +54,17 @@ gpus_here() {
 
 # Ranks per host: N_GPUS_PER_NODE, else the slots of the hostfile, else what this machine has.
 ranks_per_host() {
-    local slots
+    local slots gpus
     slots="$(printf '%s\n' "${HOST_SLOTS[@]}" | sed '/^$/d' | sort -nu)"
+    gpus="$(gpus_here)"
     if [[ -n "${N_GPUS_PER_NODE:-}" ]]; then
         echo "$N_GPUS_PER_NODE"
     elif [[ "$slots" == *$'\n'* ]]; then
         die "hosts differ in slots (${slots//$'\n'/, }); every host has the same number of ranks: set N_GPUS_PER_NODE"
     else
-        echo "${slots:-$(gpus_here)}"
+        ((${slots:-$gpus} >= gpus)) ||
+            say "ranks per host: $slots by the hostfile, and this one has $gpus GPUs; N_GPUS_PER_NODE=$gpus uses them all" >&2
+        echo "${slots:-$gpus}"
     fi
 }
 
@@ -69,12 +76,14 @@ looks_secret() {
         "$name" =~ [A-Z0-9]_+(PASS|PWD|AUTH)_+$ ]]
 }
 
-# Overrides that give the workers those of this shell's variables that they need.
+# Overrides that give the workers those of this shell's variables that they need: the names alone, and the run reads the
+# values from its own environment, whatever characters they hold.
 worker_variables() {
     local name
     while IFS= read -r name; do
         if looks_secret "$name"; then continue; fi
-        printf '++ray_kwargs.ray_init.runtime_env.env_vars.%s=%s\n' "$name" "${!name}"
+        # shellcheck disable=SC2016 # for Hydra to replace
+        printf '++ray_kwargs.ray_init.runtime_env.env_vars.%s=${oc.env:%s}\n' "$name" "$name"
     done < <(compgen -e | grep -E '^(NCCL|GLOO|UCX|VLLM|TORCH|HF|TRANSFORMERS)_' || true)
 }
 

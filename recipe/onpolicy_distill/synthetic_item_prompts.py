@@ -28,6 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from verl.config import DataConfig, PromptTemplateConfig, SyntheticItemPromptsConfig
+from verl.utils.console import escape_unknown_characters
 from verl.utils.dataset.items import ITEM_BEGIN, ITEM_END, LEVELS, Item, item_tokens, read_catalogue
 from verl.utils.dataset.onerec_dataset import get_dataset_class
 from verl.utils.dataset.parquet_files import cached_file, code_digest, expand_data_files, file_digest
@@ -169,6 +170,7 @@ def write_file(arguments: argparse.Namespace) -> Counter[str]:
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
+    escape_unknown_characters()
     defaults = SyntheticItemPromptsConfig()
     parser = argparse.ArgumentParser(
         prog="python -m recipe.onpolicy_distill.synthetic_item_prompts", description=str(__doc__).splitlines()[0]

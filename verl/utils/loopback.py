@@ -13,7 +13,7 @@ from typing import Any
 
 def stays_here(ray_init: Mapping[str, Any]) -> bool:
     """Whether a run with these arguments of ``ray.init`` starts a Ray of its own, at an address that nobody chose."""
-    return not {"address", "_node_ip_address"} & ray_init.keys() and "RAY_ADDRESS" not in os.environ
+    return not {"address", "_node_ip_address"} & ray_init.keys() and not os.environ.get("RAY_ADDRESS")
 
 
 def keep_to_loopback() -> None:

@@ -213,7 +213,7 @@ class Tracking:
         self,
         project_name: str,
         experiment_name: str,
-        default_backend: str | Sequence[str] = ("console",),
+        default_backend: Sequence[str] = ("console",),
         config: PPOConfig | Mapping[str, Any] | None = None,
         local_dir: str | Path = ".",
     ) -> None:
@@ -234,8 +234,7 @@ class Tracking:
             "tensorboard": lambda: TensorboardBackend(folder),
             "wandb": lambda: WandbBackend(project_name, experiment_name, settings, folder),
         }
-        names = [default_backend] if isinstance(default_backend, str) else default_backend
-        self._backends = [openers[name]() for name in dict.fromkeys(names)]
+        self._backends = [openers[name]() for name in dict.fromkeys(default_backend)]
 
     def truncate_after(self, step: int | None, metrics: Metrics | None = None) -> None:
         """See `Backend.truncate_after`, in every place."""

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from verl.utils.console import escape_unknown_characters
 from verl.utils.vocab_models import read_vocabulary, show_ids, to_ranges
 from verl.utils.vocab_rules import VocabContract
 
@@ -116,6 +117,7 @@ def threshold(text: str) -> int | str | None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
+    escape_unknown_characters()
     parser = argparse.ArgumentParser(
         prog="python -m verl.utils.vocab_contract",
         description="Compare the vocabularies of a student and its teacher.",
@@ -135,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(json.dumps(as_dict(contract), indent=2, ensure_ascii=False) if as_json else render(contract))
+    print(json.dumps(as_dict(contract), indent=2) if as_json else render(contract))
     return int(bool(contract.problems))
 
 

@@ -189,6 +189,15 @@ def test_loggers_have_to_be_installed(run: list[str], monkeypatch: pytest.Monkey
     check(*run, "trainer.logger=[console,file,wandb]")
 
 
+def test_names_that_weights_and_biases_refuses(run: list[str]) -> None:
+    wandb, long = "trainer.logger=[console,wandb]", "a" * 129
+    for name in ("project_name=team/opd", "project_name=opd:v2", f"project_name={long}", f"experiment_name={long}"):
+        with pytest.raises(ValueError, match=f"^trainer.{name} is refused by Weights & Biases; use at most 128"):
+            check(*run, wandb, f"trainer.{name}")
+        check(*run, f"trainer.{name}")
+    check(*run, wandb, f"trainer.project_name={long[:128]}", "trainer.experiment_name=a/b:c")
+
+
 def test_all_errors_come_at_once(run: list[str]) -> None:
     with pytest.raises(ValueError, match="train_files") as caught:
         check(*run, "data.train_files=gone", f"{STUDENT}.path=gone", f"{TEACHER}.path=gone")
@@ -256,10 +265,12 @@ def ranks(ray_init: dict[str, Any], **trainer: Any) -> None:
     check_ranks(config, "cpu")
 
 
-def test_ranks_that_fit_or_that_ray_checks() -> None:
+def test_ranks_that_fit_or_that_ray_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     ranks({"num_cpus": 2}, n_gpus_per_node=8)
     ranks({"num_cpus": 2}, n_gpus_per_node=4, teacher_nnodes=1, teacher_n_gpus_per_node=4)
     ranks({"address": "auto"}, nnodes=32, n_gpus_per_node=8, teacher_nnodes=8, teacher_n_gpus_per_node=8)
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    ranks({}, nnodes=32, n_gpus_per_node=8)
 
 
 @pytest.mark.parametrize(

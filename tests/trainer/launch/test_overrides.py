@@ -2,6 +2,7 @@
 
 import os
 import re
+from pathlib import Path
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -32,6 +33,25 @@ def test_what_hydra_accepts_stays(given: str) -> None:
 @pytest.mark.parametrize("path", ["/d/day=1/a.parquet", "/d/a (1).parquet", "/d/it's.parquet", "/d/a{1}.parquet"])
 def test_paths_that_hydra_cannot_read_arrive_as_they_are(path: str) -> None:
     assert load_config([f"data.train_files={path}"]).data.train_files == [path]
+
+
+def test_commas_make_a_list_unless_the_path_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c,d").mkdir()
+    (tmp_path / "c,d" / "e,f.parquet").touch()
+    for given, files in (
+        ("a.parquet,b=1/x y.parquet", ["a.parquet", "b=1/x y.parquet"]),
+        ("a, b(1),", ["a", "b(1)"]),
+        *((path, [path]) for path in ("c,d", "c,d/e,f.parquet", "c,d/*.parquet")),
+        ("c,d/e,none.parquet", ["c", "d/e", "none.parquet"]),
+        ("'a,b'", ["a,b"]),
+    ):
+        assert load_config([f"data.train_files={given}"]).data.train_files == files
+    overrides = ["trainer.logger=console,file", "trainer.default_local_dir=c,d", "data.val_files=${oc.env:NO,y}"]
+    config = load_config(overrides)
+    assert (config.trainer.logger, config.trainer.default_local_dir) == (["console", "file"], "c,d")
+    assert config.data.val_files == ["y"]
+    assert normalized_argv([f"++{TEACHERS}.a.sources=rec_*,x"]) == [f"++{TEACHERS}.a.sources=['rec_*','x']"]
 
 
 @pytest.mark.parametrize("sign", ["", "+", "++"])
@@ -123,6 +143,7 @@ def test_only_values_that_mean_what_happens_anyway_are_left_out(key: str, same: 
         ("data.train_files=[a", "data.train_files=[a cannot be read"),
         ("data.source_weights.rec_*=0.25", "data.source_weights.rec_*=0.25 cannot be read"),
         *((text, f"{text!r} is no override; write key=value") for text in ("data.train_files", "=", "=x", "a.parquet")),
+        ("data.train_files=a\r", "'data.train_files=a\\r' holds a carriage return"),
     ],
 )
 def test_mistakes_are_named_with_key_and_fix(override: str, expected: str) -> None:
@@ -134,12 +155,15 @@ def test_all_mistakes_come_at_once() -> None:
     with pytest.raises(ValueError, match="is no known key") as caught:
         normalized_argv(["data.nonsense=1", "trainer.devic=cpu", "data.train_files"])
     assert len(str(caught.value).splitlines()) == 3
+    with pytest.raises(ValueError, match=r"^--multirun and --cfg exclude each other"):
+        normalized_argv(["--cfg", "job", "data.seed=1,2", "-m"])
 
 
 @pytest.mark.parametrize(
     ("given", "flags"),
     [
-        ("--cfg job data.seed=1 -cn mine --config-dir=/x=1 --multirun data.shuffle=true,false", [0, 1, 3, 4, 5, 6]),
+        ("--cfg job data.seed=1 -cn mine --config-dir=/x=1 data.shuffle=true,false", [0, 1, 3, 4, 5]),
+        ("--multirun data.shuffle=true,false", [0]),
         ("--info config", [0, 1]),
         ("-i data.seed=1 ~trainer.logger", [0]),
     ],

@@ -1,7 +1,9 @@
 """The data report: what it counts, its page, and the line that a user's mistake gives."""
 
+import io
 import json
 import re
+import sys
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -51,6 +53,18 @@ def test_the_page(report):
     assert r"  | '<|im_start|>user\na<|im_end" in text
     unlimited = report()
     assert unlimited.startswith("kept 8 of 10 rows") and "extended tokens: not counted" in unlimited
+
+
+@pytest.mark.parametrize(("encoding", "shown"), [("ascii", r"\u63a8\U0001f3ac"), ("gbk", r"推\U0001f3ac")])
+def test_characters_that_the_terminal_lacks_are_escaped(tmp_path, tiny_tokenizers, monkeypatch, encoding, shown):
+    data = write_rows(tmp_path / "d.parquet", [chat("推🎬", "é")])
+    outputs = []
+    for option in ([], ["--json"]):
+        monkeypatch.setattr(sys, "stdout", terminal := io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+        main(["--files", str(data), "--tokenizer", str(tiny_tokenizers[1]), *option])
+        terminal.flush()
+        outputs.append(terminal.buffer.getvalue().decode(encoding))
+    assert shown in outputs[0] and "推🎬" in json.loads(outputs[1])["examples"][0]["prompt"]
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ ignore Ray's own SIGTERM too, and are killed a second later, four seconds in all
 import logging
 import os
 import signal
+import socket
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -18,6 +19,7 @@ from typing import Any
 
 import psutil
 import ray
+from ray._private.services import canonicalize_bootstrap_address
 
 from verl.utils.loopback import stays_here
 from verl.utils.redaction import looks_secret
@@ -41,11 +43,39 @@ def start_session(ray_init: Mapping[str, Any]) -> None:
     Raises:
         ValueError: no Ray answers, or an argument cannot be used.
     """
+    arguments = session_arguments(ray_init)
     try:
+        _check_place(arguments)
         with own_process_group():
-            ray.init(**session_arguments(ray_init))
-    except (ConnectionError, ValueError) as error:
+            ray.init(**arguments)
+    except (OSError, ValueError) as error:
         raise ValueError(f"ray_kwargs.ray_init: {error} (init_ray_cluster.sh starts a cluster)") from error
+
+
+def _check_place(arguments: Mapping[str, Any]) -> None:
+    """Find what Ray would wait for in vain, or say without the setting that it comes from.
+
+    Raises:
+        ValueError: nothing answers where the cluster's head should be, or Ray's sockets here would have too long names.
+    """
+    given = arguments.get("address")
+    if head := canonicalize_bootstrap_address(given):
+        variable = os.environ.get("RAY_ADDRESS") if given in (None, "auto") else None
+        host, _, port = head.rpartition(":")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+        except OSError as error:
+            source = f"RAY_ADDRESS={variable}" if variable else f"address={given}"
+            raise ValueError(f"{source}: nothing answers at {head} ({error}); correct or unset it") from error
+        return
+    name = "_temp_dir" if "_temp_dir" in arguments else "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR"
+    folder = arguments.get("_temp_dir") or f"{os.environ.get(name, '/tmp')}/ray"
+    longest = len(os.fsencode(f"{folder}/session_2026-01-01_00-00-00_000000_{os.getpid()}/sockets/plasma_store"))
+    if longest > 107:
+        raise ValueError(
+            f"{folder} (of {name}) is {longest - 107} bytes too long for Ray's sockets, whose paths have at "
+            f"most 107; set {name} to a shorter folder"
+        )
 
 
 @contextmanager
@@ -85,7 +115,9 @@ def session_arguments(ray_init: Mapping[str, Any]) -> dict[str, Any]:
         os.environ.update({name: env_vars.pop(name) for name in secrets})
     elif secrets:
         logger.warning("Ray writes its runtime_env into its logs on every node, and %s with it", ", ".join(secrets))
-    defaults: dict[str, Any] = {} if "address" in given else {"include_dashboard": False}
+    # Told nothing, Ray would join whatever cluster was started here before.
+    is_own = "address" not in given and not os.environ.get("RAY_ADDRESS")
+    defaults = {"address": "local", "include_dashboard": False} if is_own else {}
     return {**defaults, **given, "runtime_env": {**runtime_env, "env_vars": env_vars}}
 
 

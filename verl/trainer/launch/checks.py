@@ -57,7 +57,7 @@ def check_ranks(config: PPOConfig, device_name: str) -> None:
     from verl.single_controller.ray.resource_pool import CPUS_PER_PROCESS
 
     ray_init, trainer = config.ray_kwargs.ray_init, config.trainer
-    if "address" in ray_init:
+    if "address" in ray_init or os.environ.get("RAY_ADDRESS"):
         return
     for key, nodes in (("nnodes", trainer.nnodes), ("teacher_nnodes", trainer.teacher_nnodes or 1)):
         if nodes > 1:
@@ -263,6 +263,10 @@ def _engine_errors(config: PPOConfig) -> Iterator[str]:
 def _output_errors(config: PPOConfig) -> Iterator[str]:
     """Loggers must be installed, and the rule for the best checkpoint read metrics that a validation can give."""
     trainer = config.trainer
+    for key, refused in (("project_name", r"[/\\#?%:]|.{129}"), ("experiment_name", ".{129}")):
+        if "wandb" in trainer.logger and re.search(refused, name := getattr(trainer, key)):
+            limits = "at most 128 characters, in project_name none of / \\ # ? % :"
+            yield f"trainer.{key}={name} is refused by Weights & Biases; use {limits}"
     for name in trainer.logger:
         if name in ("tensorboard", "wandb") and not is_installed(name):
             yield f"trainer.logger={trainer.logger} needs the package {name}; install it, or leave {name} out"

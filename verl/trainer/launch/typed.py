@@ -11,18 +11,20 @@
 - values of ``runtime_env.env_vars`` become texts, and secrets among them move to this process's environment;
 - keys that have no effect here (``config/no_effect.yaml``) are left out, with a notice each;
 - values that Hydra's grammar cannot read, such as paths with ``=`` or brackets, are put in quotes;
+- words with commas between them become a list where one is expected, unless they are a path that exists;
 - flags (``--cfg job``, ``-cn name``) go behind the overrides, unchanged.
 
 Not here: checks that look at files, models or packages (``checks``).
 """
 
+import glob
 import logging
 import os
 import re
 from collections.abc import Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any, get_origin
+from typing import Any, get_args, get_origin
 
 import yaml
 from hydra import compose, initialize_config_module
@@ -58,6 +60,8 @@ def normalized_argv(argv: Sequence[str]) -> list[str]:
             something this project does not have; all of them in one message, a line each.
     """
     overrides, flags, errors = [], [], []
+    if {"-m", "--multirun"} & {*argv} and {"-c", "--cfg"} & {*argv}:
+        errors.append("--multirun and --cfg exclude each other; leave one of them out")
     for before, text in zip(("", *argv), argv, strict=False):
         # What follows a flag is its value, unless it is an override; write --config-dir=PATH where PATH holds a "=".
         if text.startswith("-") or (before.startswith("-") and "=" not in text and not text.startswith("~")):
@@ -139,6 +143,8 @@ def _no_effect_notice(key: str, value: Any) -> str | None:
 
 def _for_hydra(text: str) -> list[str]:
     """An override as Hydra takes it; nothing where it has no effect here."""
+    if "\r" in text:
+        raise ValueError(f"{text!r} holds a carriage return; cut them off the script's lines: sed -i 's/\\r$//'")
     match = OVERRIDE.fullmatch(text)
     if match is None or (match["value"] is None and match["sign"] != "~"):
         raise ValueError(f"{text!r} is no override; write key=value, without blanks around the equals sign")
@@ -174,9 +180,17 @@ def _env_var(key: str, value: str) -> str:
 def _readable(key: str, value: str) -> str:
     """``value``, in quotes where Hydra cannot read it as it is and it is no list, mapping or quoted text.
 
+    Words with commas between them become the list that ``key`` takes, unless they are a path that exists.
+
     Raises:
         ValueError: it is one of these and cannot be read, or is a list in the place of a section.
     """
+    hint, path = type_at(PPOConfig, key), os.path.expanduser(value)
+    if "," in value and "${" not in value and not re.match(r"[\[{'\"]|\w+\(", value):
+        if os.path.exists(path) or glob.glob(path):
+            return _in_quotes(value)
+        if list in (get_origin(hint), *map(get_origin, get_args(hint))):
+            return f"[{','.join(_in_quotes(item.strip()) for item in value.split(',') if item.strip())}]"
     try:
         read = OverridesParser.create().parse_override(f"{key}={value}").value()
     except HydraException as error:
@@ -187,7 +201,6 @@ def _readable(key: str, value: str) -> str:
             f"{key}={value} cannot be read ({str(error).splitlines()[0]}); close brackets and quotes, put texts with "
             "=, ( or ) in quotes, and give names with other characters as a mapping: KEY='{rec_*: 0.25}'"
         ) from error
-    hint = type_at(PPOConfig, key)
     if isinstance(read, list) and (is_dataclass(hint) or get_origin(hint) is dict):
         raise ValueError(f"{key}={value} must be a mapping, such as {{name: value}}")
     return value

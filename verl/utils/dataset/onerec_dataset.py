@@ -24,6 +24,7 @@ import pyarrow.compute as pc
 from transformers import PreTrainedTokenizerBase
 
 from verl.config import DataConfig
+from verl.utils.console import escape_unknown_characters
 from verl.utils.dataset.parquet_files import Files, Row, column_names, expand_data_files
 from verl.utils.dataset.prompt_rows import BadRowError, PromptRow, parse_messages, split_answer, text_of
 from verl.utils.dataset.rl_dataset import RLHFDataset
@@ -164,6 +165,7 @@ def render(dataset: RLHFDataset, report: dict[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command; a mistake goes to stderr as one line."""
+    escape_unknown_characters()
     parser = argparse.ArgumentParser(
         prog="python -m verl.utils.dataset.onerec_dataset",
         description="What a data set holds and which of its rows a run would drop.",
@@ -184,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except ValueError as error:
         sys.exit(f"error: {error}")
     report = describe(dataset, tokenizer)
-    print(json.dumps(report, ensure_ascii=False, default=str) if args.json else render(dataset, report))
+    print(json.dumps(report, default=str) if args.json else render(dataset, report))
 
 
 if __name__ == "__main__":

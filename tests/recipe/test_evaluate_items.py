@@ -156,4 +156,6 @@ def test_metrics_by_hand():
     free = [text(0, 0, 0), f"{text(5, 0, 0)}{text(4, 0, 0)}"]
     assert free_metrics(free, targets, frozenset(ranking)) == {"free_rate": 0.5, "free_valid_rate": 1.0}
     assert free_metrics(["I recommend " + text(0, 0, 0)], targets[:1], ranking)["free_rate"] == 0.0
+    texts = {"<think>\nab": "", "ab <think> so": "ab", "x</think>ab<think>c": "ab", "<think>x</think> ab ": "ab"}
+    assert {text: measures.final_answer(text) for text in texts} == texts, "a thought that never ends is no answer"
     assert measures.one_of_each_in_turn(["b", "b", "a", "b", "a"]) == [2, 0, 4, 1, 3]

@@ -160,13 +160,12 @@ def test_other_columns_of_files_beside_each_other(tokenizer, tmp_path):
 
 
 def test_a_row_that_the_template_refuses_costs_no_other(tokenizer, tmp_path):
-    calls = [{**CHAT[0], "tool_calls": "none"}, {**CHAT[1], "tool_calls": None}]
-    rows = [TEXT, json.dumps([*calls, CHAT[0], CHAT[1]]), TEXT]
+    rows = [TEXT, json.dumps([{**CHAT[0], "name": "none"}, *CHAT]), TEXT]
     pq.write_table(pa.table({"messages": rows}), tmp_path / "rows.parquet")
     tokenizer_of_its_own = hf_tokenizer(tokenizer.name_or_path)
     tokenizer_of_its_own.chat_template = (
         "{% for message in messages %}{{ message.content }}"
-        "{% if message.tool_calls is string %}{{ raise_exception('calls') }}{% endif %}{% endfor %}"
+        "{% if message.name %}{{ raise_exception('names') }}{% endif %}{% endfor %}"
     )
     found = outcomes(tmp_path, tokenizer_of_its_own)
     assert [found["rows.parquet", row][0] for row in range(3)] == [HI, "template", HI]

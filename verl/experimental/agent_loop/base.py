@@ -43,6 +43,10 @@ class AgentLoopMetrics:
     """Calls that could not be read."""
     dropped_calls: int = 0
     """Calls of a turn beyond ``multi_turn.max_parallel_calls``: not run."""
+    rewritten_turns: int = 0
+    """Turns with calls that the chat template would show otherwise than they were sampled; the sampled tokens stay."""
+    typed_special_tokens: int = 0
+    """Tool results that hold special tokens as text, which become real ones."""
     tool_reward: float = 0.0
     """Sum of what the tools returned as reward; measured, not trained on."""
 

@@ -29,6 +29,7 @@ from verl.config import MultiTurnConfig
 from verl.experimental.agent_loop.base import AgentLoopBase, AgentLoopMetrics, AgentLoopOutput, register
 from verl.experimental.agent_loop.tool_parser import ToolCall, parse_hermes_tool_calls
 from verl.tools.base_tool import BaseTool
+from verl.utils.tokenizer import types_special_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -154,7 +155,10 @@ class ToolAgentLoop(AgentLoopBase):
                 calls = self.read_calls(turn_ids)
                 if not calls:
                     break
-                tool_turn_ids = self.context.template.encode_tool_turn(await tools.answer(calls))
+                results = await tools.answer(calls)
+                tokenizer = self.context.template.tokenizer
+                self.metrics.typed_special_tokens += sum(types_special_tokens(tokenizer, r["content"]) for r in results)
+                tool_turn_ids = self.context.template.encode_tool_turn(results)
                 # Dropped whole: a tool turn that is cut is nothing that the template would write.
                 if len(tool_turn_ids) >= trajectory.remaining_tokens:
                     break
@@ -170,4 +174,6 @@ class ToolAgentLoop(AgentLoopBase):
             return []
         # Some tokenizers have <tool_call> as a special token.
         text: Any = self.context.template.tokenizer.decode(turn_ids[:-1], skip_special_tokens=False)
-        return parse_hermes_tool_calls(text)
+        calls = parse_hermes_tool_calls(text)
+        self.metrics.rewritten_turns += bool(calls) and not self.context.template.shows_unchanged(text)
+        return calls

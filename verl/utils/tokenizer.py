@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 TEMPLATE_DATE = date(2024, 7, 26)
 """The date that Llama's templates write where they know none."""
+TOOLS_KEY = "actor_rollout_ref.rollout.multi_turn.tool_config_path"
 ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 """Special tokens that a tokenizer names by what they do."""
 

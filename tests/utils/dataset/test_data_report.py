@@ -51,7 +51,7 @@ def test_json(report):
 def test_the_page(report, caplog):
     text = report(*LIMITS)
     assert text.startswith("kept 5 of 10 rows, dropped 2 overlong, 1 extended_tokens, ")
-    assert "extended tokens: in 1 of 8 prompts" in text and "become real ones: in 1 of 8 prompts" in text
+    assert "extended tokens: in 1 of 8 prompts" in text and "special tokens typed as text: in 1 of 8 prompts" in text
     assert "are typed in 1 prompts" in caplog.text and "letters, row 0 of d.parquet" in text
     assert r"  | '<|im_start|>user\na<|im_end" in text
     unlimited = report()

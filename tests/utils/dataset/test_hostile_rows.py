@@ -142,7 +142,8 @@ GEMMA = (
 LLAMA = (
     "Today: {{ strftime_now('%d %b %Y') }}\n\n" + LOOP + "{% if m.tool_calls and m.tool_calls | length > 1 %}"
     "{{ raise_exception('one call at a time') }}{% endif %}[{{ m.role }}]{{ m.content }}"
-    + CALLS + "{{ f.name ~ f.arguments | tojson }}{% endfor %}{% endfor %}[assistant]"
+    + CALLS + "{{ f.name }}{% for key, value in f.arguments.items() %}<{{ key }}={{ value | tojson }}>{% endfor %}"
+    "{% endfor %}{% endfor %}[assistant]"
 )  # fmt: skip
 DEEPSEEK = (
     LOOP + "<{{ m.role }}>{{ m.content }}" + CALLS
@@ -170,11 +171,13 @@ def gemma(turns):
 
 
 def llama(turns):
-    if any(len(calls) > 1 for _, _, calls, _ in turns):
-        raise Defect("template")
     text = "Today: 26 Jul 2024\n\n"
     for role, words, calls, _ in turns:
-        text += f"[{role}]{words}" + "".join(name + dumped(as_object(written)) for name, written in calls)
+        if len(calls) > 1 or not all(isinstance(as_object(written), dict) for _, written in calls):
+            raise Defect("template")
+        text += f"[{role}]{words}"
+        for name, written in calls:
+            text += name + "".join(f"<{key}={dumped(value)}>" for key, value in as_object(written).items())
     return text + "[assistant]"
 
 

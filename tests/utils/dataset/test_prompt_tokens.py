@@ -69,7 +69,7 @@ SCHEMA = {"type": "function", "function": {"name": "look", "parameters": {}}}
             "{{ messages[0].content }}{{ 'tools' if tools }}",
             {},
             [SCHEMA],
-            "not show the tools ['look'] of actor_ro",
+            "not show ['look'], tools of actor_rollou",
         ),
         ("{{ tools }}", {}, [SCHEMA], None),
     ],

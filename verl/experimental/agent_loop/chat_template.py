@@ -17,7 +17,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from verl.utils.tokenizer import render_chat
+from verl.utils.tokenizer import TOOLS_KEY, render_chat
 
 Message = Mapping[str, Any]
 
@@ -56,10 +56,7 @@ class ChatTemplate:
                 ids, problem = [], f"takes no message of a tool ({error})"
             # Added tokens are cut out of a text before any merge, so no neighbour can change this one.
             if not ids or ids[0] not in tokenizer.added_tokens_decoder:
-                raise ValueError(
-                    f"the chat template of {tokenizer.name_or_path} {problem}, so it goes with no tools; unset "
-                    "actor_rollout_ref.rollout.multi_turn.tool_config_path"
-                )
+                raise ValueError(f"the chat template of {tokenizer.name_or_path} {problem}; unset {TOOLS_KEY}")
             self.end_of_turn_id = ids[0]
 
     def encode_prompt(self, messages: Sequence[Message], with_tools: bool) -> list[int]:

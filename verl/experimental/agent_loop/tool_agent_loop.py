@@ -140,8 +140,8 @@ class ToolAgentLoop(AgentLoopBase):
     async def run(self, sampling_params: dict[str, Any], **row: Any) -> AgentLoopOutput:
         """Hold the conversation; tools keep their state over its turns and are released at its end."""
         trajectory = self.start(row, with_tools=True)
-        limits, tools_kwargs = self.context.rollout.multi_turn, row.get("tools_kwargs") or {}
-        tools = ToolSession(self.context.tools, limits, self.metrics, tools_kwargs)
+        template, limits, kwargs = self.context.template, self.context.rollout.multi_turn, row.get("tools_kwargs") or {}
+        tools = ToolSession(self.context.tools, limits, self.metrics, kwargs)
         most_by_model = math.inf if limits.max_assistant_turns is None else limits.max_assistant_turns
         most_by_tools = math.inf if limits.max_user_turns is None else limits.max_user_turns
         assistant_turns = user_turns = 0
@@ -156,9 +156,9 @@ class ToolAgentLoop(AgentLoopBase):
                 if not calls:
                     break
                 results = await tools.answer(calls)
-                tokenizer = self.context.template.tokenizer
-                self.metrics.typed_special_tokens += sum(types_special_tokens(tokenizer, r["content"]) for r in results)
-                tool_turn_ids = self.context.template.encode_tool_turn(results)
+                typed = (types_special_tokens(template.tokenizer, result["content"]) for result in results)
+                self.metrics.typed_special_tokens += sum(typed)
+                tool_turn_ids = template.encode_tool_turn(results)
                 # Dropped whole: a tool turn that is cut is nothing that the template would write.
                 if len(tool_turn_ids) >= trajectory.remaining_tokens:
                     break

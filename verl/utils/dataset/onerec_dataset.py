@@ -133,8 +133,7 @@ def render(dataset: RLHFDataset, report: dict[str, Any]) -> str:
     extended, counted = report["with_extended_tokens"], report["counted_prompts"]
     share = f"in {extended:,} of {counted:,} prompts" if extended is not None else "not counted without a threshold"
     lines.append(f"extended tokens: {share}")
-    typed = f"in {report['with_typed_special_tokens']:,} of {counted:,} prompts"
-    lines.append(f"special tokens of turns typed as text, which become real ones: {typed}")
+    lines.append(f"special tokens typed as text: in {report['with_typed_special_tokens']:,} of {counted:,} prompts")
     for example in report["examples"]:
         prompt, half = example["prompt"], EXAMPLE_CHARACTERS // 2
         if len(prompt) > EXAMPLE_CHARACTERS:

@@ -116,8 +116,7 @@ def file_digest(path: Path) -> str:
 
 def code_digest() -> str:
     """Digest of the source that reads and renders rows: results of other code are not read from the cache."""
-    here = Path(__file__).parent
-    sources = [here.with_name("tokenizer.py"), *sorted(here.glob("*.py"))]
+    sources = [Path(__file__).parent.with_name("tokenizer.py"), *sorted(Path(__file__).parent.glob("*.py"))]
     return text_digest("".join(map(file_digest, sources)))
 
 

@@ -161,8 +161,7 @@ def _parse_message(turn: Any, number: int, in_columns: bool) -> Message:
     if role not in ROLES:
         raise BadRowError("unknown_role", f"message {number} has the role {turn.get('role')!r}")
     extras = {key: value for key, value in turn.items() if key not in ("role", "content") and value is not None}
-    given = extras.pop("tool_calls", None)
-    if calls := _tool_calls(_without_nulls(given) if in_columns else given, number):
+    if calls := _tool_calls(extras.pop("tool_calls", None), number, in_columns):
         extras["tool_calls"] = calls
     # A turn that only calls tools needs no content.
     text = _content_text("" if turn.get("content") is None and calls else turn.get("content"), number)
@@ -176,9 +175,9 @@ def _parse_message(turn: Any, number: int, in_columns: bool) -> Message:
     return {"role": role, "content": text, **extras}
 
 
-def _tool_calls(cell: Any, number: int) -> list[Any]:
+def _tool_calls(cell: Any, number: int, in_columns: bool) -> list[Any]:
     """The calls of a message; a template would write what are none without a word."""
-    value = _parse_text(cell) if isinstance(cell, str | bytes) else cell
+    value = _parse_text(cell) if isinstance(cell, str | bytes) else _without_nulls(cell) if in_columns else cell
     calls = value if isinstance(value, list) else [value] if value else []
     for call in calls:
         function = (call.get("function") or call) if isinstance(call, Mapping) else None

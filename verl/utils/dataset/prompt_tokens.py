@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from verl.config import DataConfig
 from verl.utils.dataset.parquet_files import Row, text_digest
 from verl.utils.dataset.prompt_rows import BadRowError, Message, PromptRow, lists_tools
-from verl.utils.tokenizer import TEMPLATE_DATE, fit_tool_calls, render_chat, types_special_tokens
+from verl.utils.tokenizer import TEMPLATE_DATE, TOOLS_KEY, fit_tool_calls, render_chat, types_special_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -89,9 +89,7 @@ class PromptEncoder:
         self, tokenizer: PreTrainedTokenizerBase, config: DataConfig, tool_schemas: list[dict[str, Any]] | None = None
     ) -> None:
         if not tokenizer.chat_template:
-            raise ValueError(
-                f"the tokenizer in {tokenizer.name_or_path!r} has no chat template; add chat_template.jinja"
-            )
+            raise ValueError(f"the tokenizer {tokenizer.name_or_path!r} has no chat template; add chat_template.jinja")
         self.tokenizer = tokenizer
         self._options = config.apply_chat_template_kwargs
         self._tool_schemas = tool_schemas or None
@@ -117,8 +115,7 @@ class PromptEncoder:
                 yield f"{mode} has no effect: the chat template opens a thought in any case"
             prompt, names = self.render(question), [tool["function"]["name"] for tool in self._tool_schemas or []]
             if hidden := [name for name in names if name not in prompt]:
-                tools = f"the tools {hidden} of actor_rollout_ref.rollout.multi_turn.tool_config_path"
-                yield f"the chat template of {self.tokenizer.name_or_path} does not show {tools}: no prompt names them"
+                yield f"the chat template of {self.tokenizer.name_or_path} does not show {hidden}, tools of {TOOLS_KEY}"
         except BadRowError:  # a template for other conversations, which rows are checked with
             return
 

@@ -2,8 +2,11 @@
 
 import pytest
 from support.agent_loop_fakes import END, AddTool, TextTool, call, converse, schema
+from support.chat_files import chat, write_rows
+from support.in_process_run import settings
 from transformers import AutoTokenizer
 
+from recipe.onpolicy_distill.main_onpolicy_distill import build_trainer
 from verl.config import MultiTurnConfig
 from verl.experimental.agent_loop.chat_template import ChatTemplate
 
@@ -87,6 +90,16 @@ def test_a_template_that_does_not_fit_tools_is_refused_with_the_key(tokenizer, m
     ChatTemplate(tokenizer)
     with pytest.raises(ValueError, match=problem + r".*unset actor_rollout_ref\.rollout\.multi_turn\.tool_config_path"):
         ChatTemplate(tokenizer, [schema("add")])
+
+
+def test_it_is_refused_before_anything_starts(tiny_pair, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("verl.experimental.agent_loop.worker.load_tools", lambda _: {"add": AddTool({}, None)})
+    monkeypatch.setattr(ChatTemplate, "_continuation", lambda *_: [])
+    train = write_rows(tmp_path / "train.parquet", [chat("a")] * 4)
+    with pytest.raises(
+        ValueError, match=r"no special token; unset actor_rollout_ref\.rollout\.multi_turn\.tool_config"
+    ):
+        build_trainer(settings(tiny_pair, train, tmp_path / "run"))
 
 
 OPENS_THOUGHTS = (

@@ -182,9 +182,11 @@ class ParquetRows:
             # Of a memory map read_all copies nothing: pages are read when their rows are.
             self._tables[number] = pa.ipc.open_stream(pa.memory_map(str(self._copies[number]))).read_all()
         block = self._tables[number].slice(row, count)
+        # Arrow takes four times as long where it looks for maps.
+        maps = "lossy" if "map<" in str(block.schema) else None
         try:
             # Of a table without columns Arrow forgets how many rows there are.
-            return block.to_pylist(maps_as_pydicts="lossy") or [{}] * count
+            return block.to_pylist(maps_as_pydicts=maps) or [{}] * count
         except (ValueError, OverflowError):
             columns = [[_cell(scalar) for scalar in column] for column in block.columns]
             return [dict(zip(block.schema.names, cells, strict=True)) for cells in zip(*columns, strict=True)]

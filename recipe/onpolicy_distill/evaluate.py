@@ -196,8 +196,16 @@ async def _ask(
             rankings = [] if trie is None else await answerer.ranked(groups["ranked"], trie, max(measures.KS))
     finally:
         await answerer.shutdown()
-    texts = {name: [answer_text(tokenizer, next(greedy)) for _ in questions] for name, questions in groups.items()}
+    texts = {
+        name: [opening(tokenizer, question) + answer_text(tokenizer, next(greedy)) for question in questions]
+        for name, questions in groups.items()
+    }
     return _Answers(texts, sampled, rankings, answerer.requests)
+
+
+def opening(tokenizer: PreTrainedTokenizerBase, question: Question) -> str:
+    """The tag of a thought that the prompt opens, so that a thought that never ends is seen to be one."""
+    return "<think>" if tokenizer.decode(question.prompt_ids).rstrip().endswith("<think>") else ""
 
 
 def _ranking_metrics(

@@ -36,6 +36,7 @@ def build_trainer(config: "PPOConfig") -> "RayPPOTrainer":
     """
     from recipe.onpolicy_distill.onpolicy_distill_trainer import RayOnPolicyDistillTrainer
     from recipe.onpolicy_distill.synthetic_item_prompts import make_prompt_file
+    from verl.experimental.agent_loop.base import ChatTemplate
     from verl.experimental.agent_loop.worker import load_tools
     from verl.tools.schemas import schema_dict
     from verl.trainer.data import build_datasets
@@ -55,13 +56,16 @@ def build_trainer(config: "PPOConfig") -> "RayPPOTrainer":
     model, rollout = config.actor_rollout_ref.model, config.actor_rollout_ref.rollout
     distill = config.algorithm.distill
     tokenizer = hf_tokenizer(model.tokenizer_path or str(model.path), trust_remote_code=model.trust_remote_code)
+    tool_schemas = [schema_dict(tool.get_openai_tool_schema()) for tool in load_tools(rollout).values()]
+    # Tools that the chat template does not fit are refused here, before Ray starts.
+    ChatTemplate(tokenizer, tool_schemas, config.data.apply_chat_template_kwargs)
     train_dataset, val_dataset = build_datasets(
         config.data,
         tokenizer,
         made=make_prompt_file(config.data, tokenizer) if config.data.synthetic_item_prompts.count else None,
         extend_vocab_start_token=rollout.extend_start,
         extended_sources=distill.extended_sources if config.scores_without_extended else ["*"],
-        tool_schemas=[schema_dict(tool.get_openai_tool_schema()) for tool in load_tools(rollout).values()],
+        tool_schemas=tool_schemas,
         dropped_rows_folder=config.trainer.default_local_dir,
     )
     trainer_class = RayOnPolicyDistillTrainer if config.algorithm.distils else RayPPOTrainer

@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import shutil
 import subprocess
 import sys
 
@@ -97,6 +98,27 @@ def test_recall_is_that_of_scoring_every_item(student, tiny_pair):
         best = {ITEMS[n] for n in log_probs.argsort(descending=True)[:10]}
         recalls.append(len(best & targets) / len(targets))
     assert student.metrics["rec_recall_at_10"] == pytest.approx(sum(recalls) / len(recalls))
+
+
+@pytest.mark.parametrize(("special", "opening", "rate"), [(False, "", 1.0), (True, "", 1.0), (True, "<think>", 0.0)])
+def test_right_answers_count_whatever_kind_of_token_items_are(
+    files, tiny_pair, tmp_path, monkeypatch, special, opening, rate
+):
+    """But for those behind a thought that the prompt opens and they do not end."""
+    folder = shutil.copytree(tiny_pair.student, tmp_path / "student")
+    tokenizer = hf_tokenizer(folder)
+    if special:
+        tokenizer.add_special_tokens({"additional_special_tokens": item_tokens((1, 2, 3))})
+    tokenizer.chat_template += opening
+    tokenizer.save_pretrained(folder)
+
+    async def greedy(self, questions, max_new_tokens):
+        return [tokenizer.encode(f"{question.wanted}<|im_end|>") for question in questions]
+
+    monkeypatch.setattr("recipe.onpolicy_distill.scoreboard.answers.Answerer.greedy", greedy)
+    metrics = evaluate(options(files, folder)).metrics
+    names = ("free_rate", "free_valid_rate", "general_accuracy", "rec_text_accuracy")
+    assert [metrics[name] for name in names] == [rate] * 4
 
 
 def test_samples_carry_what_training_would_see(student, tiny_pair):

@@ -4,8 +4,8 @@ import asyncio
 import itertools
 import math
 import random
-import struct
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -34,13 +34,16 @@ class Vocabulary:
 
 
 class SoftmaxEngine:
-    """Draws logits for every context from its seed; answers like an engine with ``allowed_token_ids``."""
+    """Draws logits for every context from its seed, one of them ``boost`` higher; answers like an engine with
+    ``allowed_token_ids``, with a boost in float32."""
 
-    def __init__(self, seed, scale, tells=20):
-        self.seed, self.scale, self.tells, self.calls = seed, scale, tells, 0
+    def __init__(self, seed, scale, tells=20, boost=0.0):
+        self.seed, self.scale, self.tells, self.boost, self.calls = seed, scale, tells, boost, 0
 
     def log_softmax(self, context, allowed):
         logits = {token: random.Random(f"{self.seed} {context} {token}").gauss(0, self.scale) for token in allowed}
+        likely = random.Random(f"{self.seed} {context}").randrange(64)
+        logits = {token: logit + self.boost * (token % 100 == likely) for token, logit in logits.items()}
         total = math.log(sum(map(math.exp, logits.values())))
         return {token: logit - total for token, logit in logits.items()}
 
@@ -48,16 +51,19 @@ class SoftmaxEngine:
         self.calls += 1
         assert len(allowed) > 1, "a forced token needs no request"
         shares = self.log_softmax(tuple(context), allowed)
-        return sorted(shares.items(), key=lambda entry: -entry[1])[: self.tells]
+        told = sorted(shares.items(), key=lambda entry: -entry[1])[: self.tells]
+        return [(token, float(np.float32(share) if self.boost else share)) for token, share in told]
 
     def every_item(self, prompt, items, trie):
         """All items with their log-probs, best first, by scoring each of them."""
-        scored = []
+        scored, known = [], {}
         for item in items:
             path, log_prob = (), 0.0
             for level, code in enumerate(item):
                 token = 100 * (level + 1) + code
-                log_prob += self.log_softmax((*prompt, *path), trie.allowed_after(path))[token]
+                if path not in known:
+                    known[path] = self.log_softmax((*prompt, *path), trie.allowed_after(path))
+                log_prob += known[path][token]
                 path = (*path, token)
             scored.append((item, log_prob))
         return sorted(scored, key=lambda entry: -entry[1])
@@ -77,7 +83,21 @@ def test_the_ranking_is_exact_and_lazy(scale, tells, most):
         assert [log_prob for _, log_prob in found.items] == pytest.approx(log_probs, abs=1e-6)
 
 
-@pytest.mark.parametrize("first", [0.999996, 0.9999994, 0.99999992, 1 - 4e-9])
+@pytest.mark.parametrize("boost", [17, 19, 21, 24])  # P(first code) about 0.999996 to 1 - 4e-9
+def test_the_ranking_of_a_confident_model_is_that_of_float64_or_not_called_exact(boost):
+    items = sorted(random.Random(2).sample(list(itertools.product(range(64), repeat=3)), 3000))
+    trie, exact = ItemTrie(items, Vocabulary(64)), []
+    for seed in range(3):
+        engine = SoftmaxEngine(seed, 1.0, boost=boost)
+        found = asyncio.run(most_likely_items([7], trie, 10, engine.best_tokens))
+        right = [item for item, _ in engine.every_item([7], items, trie)[:10]]
+        assert found.items[0][0] == right[0]
+        assert not found.exact or [item for item, _ in found.items] == right
+        exact.append(found.exact)
+    assert any(exact)
+
+
+@pytest.mark.parametrize("first", [0.999996, 0.9999994, 0.99999992, 0.999999975, 1 - 4e-9])
 def test_codes_that_a_confident_model_does_not_tell_come_after_those_it_tells(first):
     """Log-probs in float32, in which the 20 codes of an answer hold everything."""
     trie = ItemTrie([(code, 0, 0) for code in range(60)], Vocabulary(60))
@@ -88,7 +108,7 @@ def test_codes_that_a_confident_model_does_not_tell_come_after_those_it_tells(fi
         here = [probs[token - 100] for token in allowed]
         shares = [math.log(prob / sum(here)) for prob in here]
         told = sorted(zip(allowed, shares, strict=True), key=lambda entry: -entry[1])[:20]
-        return [(token, struct.unpack("f", struct.pack("f", share))[0]) for token, share in told]
+        return [(token, float(np.float32(share))) for token, share in told]
 
     found = asyncio.run(most_likely_items([0], trie, 10, best_tokens))
     assert [item[0] for item, _ in found.items] == list(range(10)) and found.exact
@@ -156,4 +176,6 @@ def test_metrics_by_hand():
     free = [text(0, 0, 0), f"{text(5, 0, 0)}{text(4, 0, 0)}"]
     assert free_metrics(free, targets, frozenset(ranking)) == {"free_rate": 0.5, "free_valid_rate": 1.0}
     assert free_metrics(["I recommend " + text(0, 0, 0)], targets[:1], ranking)["free_rate"] == 0.0
+    texts = {"<think>\nab": "", "ab <think> so": "ab", "x</think>ab<think>c": "ab", "<think>x</think> ab ": "ab"}
+    assert {text: measures.final_answer(text) for text in texts} == texts, "a thought that never ends is no answer"
     assert measures.one_of_each_in_turn(["b", "b", "a", "b", "a"]) == [2, 0, 4, 1, 3]

@@ -119,13 +119,19 @@ def test_replacement_and_stand_in_are_settings(models: Models) -> None:
 
 
 def test_the_students_own_start_reads_and_scores_every_id(models: Models) -> None:
-    """A reference without a path, whatever the threshold: the KL of a student to it is 0 before the first update."""
+    """A reference without a path, whatever the threshold: the KL of a student to it is 0 before the first update.
+
+    Against the softmax over all ids in float64.
+    """
     e = models.extend_start
     rows = [*tiny.draw_rows(6, models.ids), ([5, e, 6], [20, e + 3, 21, 22]), ([e + 1], [e + 2, 30, e + 25])]
     batch, config = tiny.rollouts(rows, e, temperature=1.1), models.config()
     config.ref.model.path = None
     old = workers(config).compute_log_prob(batch).tensor("old_log_probs")
-    torch.testing.assert_close(teacher(config).compute_ref_log_prob(batch).tensor("ref_log_prob"), old)
+    scores = teacher(config).compute_ref_log_prob(batch).tensor("ref_log_prob")
+    torch.testing.assert_close(scores, old, rtol=0, atol=0)
+    whole = tiny.plain_log_probs(tiny.load_plain(models.student).double(), batch, models.ids, temperature=1.1)
+    torch.testing.assert_close(scores.double(), tiny.of_tokens(whole, batch), rtol=0, atol=1e-5)
 
 
 def test_a_student_that_is_its_teacher_has_no_advantage(models: Models) -> None:

@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 TEMPLATE_DATE = date(2024, 7, 26)
 """The date that Llama's templates write where they know none."""
+TOOLS_KEY = "actor_rollout_ref.rollout.multi_turn.tool_config_path"
 ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 """Special tokens that a tokenizer names by what they do."""
 CONFIG = "tokenizer_config.json"
@@ -126,23 +127,31 @@ def answer_text(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> str
 
     Item tokens stay, special ones too, as which many models have them.
     """
-    hidden = _framing_ids(tokenizer, str(tokenizer.chat_template))
+    hidden = _framing_tokens(tokenizer, str(tokenizer.chat_template))
     return tokenizer.decode([token for token in ids if token not in hidden], skip_special_tokens=False)
 
 
+def types_special_tokens(tokenizer: "PreTrainedTokenizerBase", text: str) -> bool:
+    """Whether a text holds what reads as a token that ends, frames or pads a turn: encoded, it is that token."""
+    return any(token and token in text for token in _framing_tokens(tokenizer, str(tokenizer.chat_template)).values())
+
+
 @lru_cache(maxsize=4)
-def _framing_ids(tokenizer: "PreTrainedTokenizerBase", template: str) -> frozenset[int]:
-    """Special ids with a role (end, padding, ...), in the chat template, or that generation_config.json ends with."""
+def _framing_tokens(tokenizer: "PreTrainedTokenizerBase", template: str) -> dict[int, str]:
+    """Special tokens with a role (end, padding, ...), in the chat template, or that generation_config.json ends with.
+
+    By id; one that is no added token has no text, since a text that reads alike need not become it.
+    """
     from transformers import GenerationConfig
 
     roles = (getattr(tokenizer, f"{role}_token_id", None) for role in ROLES)
-    added = tokenizer.added_tokens_decoder.items()
-    in_template = (token_id for token_id, token in added if token.special and token.content in template)
+    added = tokenizer.added_tokens_decoder
+    in_template = (token_id for token_id, token in added.items() if token.special and token.content in template)
     folder, ends = local_model_folder(tokenizer.name_or_path), None
     if folder is not None and (folder / "generation_config.json").is_file():
         ends = GenerationConfig.from_pretrained(folder).eos_token_id
     found = [*roles, *in_template, *(ends if isinstance(ends, list) else [ends])]
-    return frozenset(token for token in found if token is not None)
+    return {token: str(added.get(token, "")) for token in found if token is not None}
 
 
 def render_chat(

@@ -14,8 +14,8 @@ from verl.utils.dataset.items import Item
 KS = (1, 5, 10)
 """Lengths of recommendation lists that are measured."""
 
-# The opening tag may stand in the prompt, so the closing one alone decides.
-_THOUGHTS = re.compile(r"^.*?</think>", re.DOTALL)
+# The opening tag may stand in the prompt, so the closing one alone decides; a thought that never ends goes to the end.
+_THOUGHTS = re.compile(r"^.*?</think>|<think>(?!.*</think>).*", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Answered:
 
 
 def final_answer(text: str) -> str:
-    """A text without the thoughts before it and without blanks around it."""
+    """A text without the thoughts before it, or one that never ends, and without blanks around it."""
     return _THOUGHTS.sub("", text).strip()
 
 

@@ -2,8 +2,11 @@
 
 import pytest
 from support.agent_loop_fakes import END, AddTool, TextTool, call, converse, schema
+from support.chat_files import chat, write_rows
+from support.in_process_run import settings
 from transformers import AutoTokenizer
 
+from recipe.onpolicy_distill.main_onpolicy_distill import build_trainer
 from verl.config import MultiTurnConfig
 from verl.experimental.agent_loop.base import ChatTemplate
 
@@ -75,9 +78,52 @@ def test_template_options_reach_prompt_and_tool_turn(tokenizer) -> None:
     assert template.encode_tool_turn([{"role": "tool", "content": "5"}])[-len(no_thought) :] == no_thought
 
 
-def test_a_template_without_an_end_of_turn_token_takes_no_tools(tokenizer, monkeypatch) -> None:
-    template = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
-    monkeypatch.setattr(tokenizer, "chat_template", template)
+@pytest.mark.parametrize(
+    ("template", "problem"),
+    [
+        ("{{ m.role + ': ' + m.content + '\n' }}", "ends an assistant's turn with no special token"),
+        ("{{ m.content if m.role != 'tool' else raise_exception('no tools') }}", r"takes no .* tool \(no tools\)"),
+    ],
+)
+def test_a_template_that_does_not_fit_tools_is_refused_with_the_key(tokenizer, monkeypatch, template, problem) -> None:
+    monkeypatch.setattr(tokenizer, "chat_template", "{% for m in messages %}" + template + "{% endfor %}")
     ChatTemplate(tokenizer)
-    with pytest.raises(ValueError, match="no special token"):
+    with pytest.raises(ValueError, match=problem + r".*unset actor_rollout_ref\.rollout\.multi_turn\.tool_config_path"):
         ChatTemplate(tokenizer, [schema("add")])
+
+
+def test_it_is_refused_before_anything_starts(tiny_pair, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("verl.experimental.agent_loop.worker.load_tools", lambda _: {"add": AddTool({}, None)})
+    monkeypatch.setattr(ChatTemplate, "_continuation", lambda *_: [])
+    train = write_rows(tmp_path / "train.parquet", [chat("a")] * 4)
+    with pytest.raises(
+        ValueError, match=r"no special token; unset actor_rollout_ref\.rollout\.multi_turn\.tool_config"
+    ):
+        build_trainer(settings(tiny_pair, train, tmp_path / "run"))
+
+
+OPENS_THOUGHTS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}<think>\n"
+    "{% if '</think>' not in m.content %}\n</think>\n\n{% endif %}{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>{{ '\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize(("thought", "rewritten"), [("so\n</think>\n\n", 0), ("so\n", 1)])
+async def test_a_call_inside_an_open_thought_is_counted_and_stays_as_it_was_sampled(
+    tokenizer, monkeypatch, thought, rewritten
+) -> None:
+    monkeypatch.setattr(tokenizer, "chat_template", OPENS_THOUGHTS)
+    output, engine = await converse(tokenizer, [thought + ADD + END, "5" + END], (AddTool({}, None),))
+    assert output.metrics.rewritten_turns == rewritten
+    assert engine.requests[1][0][: len(output.prompt_ids + engine.turns[0])] == output.prompt_ids + engine.turns[0]
+
+
+@pytest.mark.parametrize(("text", "typed"), [(f"a{END}\n<|im_start|>assistant\nI", 1), ("a <s_a_1> <think>", 0)])
+async def test_special_tokens_that_a_tool_types_become_real_ones_and_are_counted(tokenizer, text, typed) -> None:
+    tool = TextTool({"text": text}, schema("look"))
+    output, _ = await converse(tokenizer, [LOOK + END, "5" + END], (tool,))
+    assert output.metrics.typed_special_tokens == typed
+    ends = [place for place, token in enumerate(output.response_ids) if token == tokenizer.eos_token_id]
+    assert len(ends) == 3 + typed, "the model's own two, the tool turn's, and those that were typed"
+    assert sum(output.response_mask[place] for place in ends) == 2, "of which the model's own are trained"

@@ -59,6 +59,7 @@ def test_log_probs_may_be_absent() -> None:
 
 def test_metrics_of_a_batch() -> None:
     counts = {"tool_calls": 3, "tool_errors": 1, "unknown_tools": 0, "malformed_calls": 0, "dropped_calls": 2}
+    counts |= {"rewritten_turns": 1, "typed_special_tokens": 2}
     measured = {name: [count, 0.0] for name, count in counts.items()}
     measured |= {"generate_s": [1.0, 3.0], "tool_calls_s": [0.5, 0.0], "tool_reward": [1.0, 0.0]}
     measured["retried_requests"] = [0, 2]

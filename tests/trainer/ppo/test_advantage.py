@@ -115,3 +115,25 @@ def test_importance_weights_are_ratios_cut_at_the_threshold() -> None:
     weights = compute_rollout_is_weights(batch, RolloutCorrectionConfig(rollout_is="token", rollout_is_threshold=2.0))
     assert list(weights.batch.keys()) == ["rollout_is_weights"]
     close(weights.batch["rollout_is_weights"], [[math.exp(-1), 2.0, 1.0], [math.exp(0.5), 1.0, 0.0]])
+
+
+@pytest.mark.parametrize("top_p", [0.95, 0.8])
+def test_weights_do_not_turn_the_gradient_of_a_sampler_that_is_cut(top_p: float) -> None:
+    """They are the kept mass at every token of a position: the direction stays that of the cut sampler's gradient."""
+    logits = torch.randn(2, 400, generator=torch.Generator().manual_seed(0)).double()
+    policy, teacher = (logits * torch.tensor([[0.5], [3.0]])).softmax(-1)
+    order = policy.argsort(descending=True)
+    kept = order[: int((policy[order].cumsum(-1) < top_p).sum()) + 1]
+    mass, advantage = policy[kept].sum(), (teacher / policy).log()
+    sampler = policy[kept] / mass
+    rows = {"old_log_probs": policy[kept].log(), "rollout_log_probs": sampler.log(), "response_mask": sampler > 0}
+    batch = DataProto.from_dict({name: row[None].float() for name, row in rows.items()})
+    config = RolloutCorrectionConfig(rollout_is="token", rollout_is_threshold=2.0)
+    weights = compute_rollout_is_weights(batch, config).batch["rollout_is_weights"][0].double()
+    torch.testing.assert_close(weights, mass.expand(len(kept)), atol=1e-6, rtol=0)
+    slopes = torch.eye(400).double() - policy  # of log p over the logits
+    right = (policy * advantage) @ slopes
+    cut, weighted = ((sampler * weight * advantage[kept]) @ slopes[kept] for weight in (torch.ones(1), weights))
+    cosine = torch.nn.functional.cosine_similarity
+    torch.testing.assert_close(cosine(right, weighted, 0), cosine(right, cut, 0), atol=1e-6, rtol=0)
+    assert cosine(right, cut, 0) < 0.99

@@ -100,13 +100,19 @@ def test_grpo_compares_with_the_group_mean_in_units_of_its_deviation() -> None:
     close(agreeing, [[0, 0, 0], [0, 0, 0]], atol=0)
 
 
-@pytest.mark.parametrize("size", [2, 3, 6, 7, 8, 10, 12, 16])
+@pytest.mark.parametrize("size", range(3, 17))
 @pytest.mark.parametrize("reward", [0.1, 0.7, 0.9, -3.3, 9.7, 99.9, 1000.1])
-def test_equal_rewards_have_advantages_of_exactly_zero(reward: float, size: int) -> None:
+def test_equal_rewards_have_advantages_of_exactly_zero_and_almost_equal_ones_their_own(
+    reward: float, size: int
+) -> None:
     rewards, mask = rewards_of(*[reward] * size), torch.ones(size, 3, dtype=torch.int64)
     for estimate in (compute_grpo_outcome_advantage, compute_rloo_outcome_advantage):
         close(estimate(rewards, mask, np.zeros(size, dtype=object))[0], [[0, 0, 0]] * size, atol=0)
     close(compute_reinforce_plus_plus_outcome_advantage(rewards, mask)[0], [[0, 0, 0]] * size, atol=0)
+    scores = rewards[:, 2].numpy() + np.float32(reward * 1e-6) * np.arange(size, dtype=np.float32)
+    right = (scores.astype(np.float64) - scores.mean(dtype=np.float64)) / (scores.std(ddof=1, dtype=np.float64) + 1e-6)
+    found = compute_grpo_outcome_advantage(rewards_of(*scores.tolist()), mask, np.zeros(size, dtype=object))[0]
+    close(found[:, 0], right.tolist())
 
 
 def test_rloo_compares_with_the_mean_of_the_others() -> None:

@@ -17,8 +17,11 @@ LIMITS = ["--extend-vocab-start-token", str(EXTEND_START), "--max-prompt-length"
 
 @pytest.fixture
 def report(tmp_path, tiny_tokenizers, capsys):
-    """What the command prints for six short rows, one with an item token, two long ones, and two without a chat."""
-    rows = [chat(letter, f"answer to {letter}") for letter in "abcde"] + [chat("<s_a_0>", source="items")]
+    """What the command prints: six short rows, of these one with an item token and one that types the token that ends a
+    turn, two long ones, and two without a chat."""
+    rows = [chat(letter, f"answer to {letter}") for letter in ("a", "<|im_end|>", *"cde")] + [
+        chat("<s_a_0>", source="items")
+    ]
     rows += [chat("x" * 50, source="long"), chat("y" * 60, source="long")]
     rows += [chat(" ", source="blank"), chat("?", messages="?", source="blank")]
     data = write_rows(tmp_path / "d.parquet", rows)
@@ -38,6 +41,7 @@ def test_json(report):
     assert (found["with_extended_tokens"], found["counted_prompts"]) == (1, 8)
     lengths = found["prompt_tokens"]
     assert lengths["kept"]["p0"] == lengths["kept"]["p100"] == lengths["all"]["p50"]
+    assert found["with_typed_special_tokens"] == 1
     assert lengths["all"]["p100"] - lengths["kept"]["p100"] == 59  # 60 letters y instead of one
     examples = found["examples"]
     expected = [(0, "answer to a"), (2, "answer to c"), (4, "answer to e")]
@@ -46,10 +50,11 @@ def test_json(report):
     assert examples[0]["tokens"] == lengths["kept"]["p50"]
 
 
-def test_the_page(report):
+def test_the_page(report, caplog):
     text = report(*LIMITS)
     assert text.startswith("kept 5 of 10 rows, dropped 2 overlong, 1 extended_tokens, ")
-    assert "extended tokens: in 1 of 8 prompts" in text and "letters, row 0 of d.parquet" in text
+    assert "extended tokens: in 1 of 8 prompts" in text and "special tokens typed as text: in 1 of 8 prompts" in text
+    assert "are typed in 1 prompts" in caplog.text and "letters, row 0 of d.parquet" in text
     assert r"  | '<|im_start|>user\na<|im_end" in text
     unlimited = report()
     assert unlimited.startswith("kept 8 of 10 rows") and "extended tokens: not counted" in unlimited
@@ -67,13 +72,22 @@ def test_characters_that_the_terminal_lacks_are_escaped(tmp_path, tiny_tokenizer
     assert shown in outputs[0] and "推🎬" in json.loads(outputs[1])["examples"][0]["prompt"]
 
 
+def test_another_column_of_prompts(report, tmp_path):
+    path = write_rows(tmp_path / "own.parquet", [{"chat": chat("q")["messages"]}])
+    found = json.loads(report("--files", str(path), "--prompt-key", "chat", "--json"))
+    assert (found["kept"], found["examples"][0]["prompt"].count("<|im_start|>")) == ({"unknown": 1}, 3)
+
+
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
         (None, "data file '{path}': no such file, folder with *.parquet or match"),
         ({"messages": pa.array([], pa.string())}, "{path}: there is not a single row"),
         ({"text": ["a"], "id": [1]}, "no column 'messages' in ['{path}'], which have id, text;"),
-        ({"messages": ["?"]}, "no usable row in {path}: dropped are 1 unreadable_messages"),
+        (
+            {"messages": ["?"]},
+            "no usable row in {path}: dropped are 1 unreadable_messages; unreadable_messages, first: neither JSON nor",
+        ),
     ],
 )
 def test_a_mistake_gives_one_line(report, tmp_path, columns, message):

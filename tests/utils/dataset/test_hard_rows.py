@@ -13,7 +13,6 @@ from support.chat_files import read_jsonl
 
 from verl.config import DataConfig
 from verl.utils.dataset.onerec_dataset import OneRecDataset
-from verl.utils.tokenizer import hf_tokenizer
 
 HI = "user: Hi | => Hello"
 ANSWER = '{"role": "assistant", "content": "Hello"}'
@@ -157,16 +156,3 @@ def test_other_columns_of_files_beside_each_other(tokenizer, tmp_path):
     found = outcomes(tmp_path, tokenizer)
     expected = {(f"{name}.parquet", 0): (outcome, source) for name, _, outcome, source in OTHER_COLUMNS}
     assert found == expected
-
-
-def test_a_row_that_the_template_refuses_costs_no_other(tokenizer, tmp_path):
-    calls = [{**CHAT[0], "tool_calls": "none"}, {**CHAT[1], "tool_calls": None}]
-    rows = [TEXT, json.dumps([*calls, CHAT[0], CHAT[1]]), TEXT]
-    pq.write_table(pa.table({"messages": rows}), tmp_path / "rows.parquet")
-    tokenizer_of_its_own = hf_tokenizer(tokenizer.name_or_path)
-    tokenizer_of_its_own.chat_template = (
-        "{% for message in messages %}{{ message.content }}"
-        "{% if message.tool_calls is string %}{{ raise_exception('calls') }}{% endif %}{% endfor %}"
-    )
-    found = outcomes(tmp_path, tokenizer_of_its_own)
-    assert [found["rows.parquet", row][0] for row in range(3)] == [HI, "template", HI]

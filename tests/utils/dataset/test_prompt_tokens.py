@@ -65,7 +65,12 @@ SCHEMA = {"type": "function", "function": {"name": "look", "parameters": {}}}
         ("{{ messages[0].content }}<think>", {"enable_think": True}, [], "opens a thought in any case"),
         ("{{ messages[0].content }}<think>", {"enable_think": True, "think_mode": "force_think"}, [], None),
         ("{{ messages[0].content }}<think>", {}, [], None),
-        ("{{ messages[0].content }}", {}, [SCHEMA], "shows no tools"),
+        (
+            "{{ messages[0].content }}{{ 'tools' if tools }}",
+            {},
+            [SCHEMA],
+            "not show ['look'], tools of actor_rollou",
+        ),
         ("{{ tools }}", {}, [SCHEMA], None),
     ],
 )

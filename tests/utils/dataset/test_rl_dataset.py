@@ -1,6 +1,5 @@
 """RLHFDataset on verl's layout, collation, and the choice of a data set class."""
 
-import copy
 import json
 
 import pytest
@@ -53,31 +52,6 @@ def test_tools_of_rows_are_said_not_to_be_read(tokenizer, tmp_path, caplog):
     path = write_rows(tmp_path / "train.parquet", [verl_row("weather?", tools=[{"name": "weather"}])])
     RLHFDataset(str(path), tokenizer, DataConfig())
     assert "the column tools is not read" in caplog.text
-
-
-@pytest.mark.parametrize("takes", ["objects", "texts", "both"])
-def test_arguments_of_tool_calls_come_as_the_template_takes_them(tokenizer, tmp_path, takes):
-    shown = {
-        "objects": "{% for key, value in call.arguments.items() %}{{ key }}={{ value | tojson }}{% endfor %}",
-        "texts": "{{ '<' + call.arguments + '>' }}",
-        "both": "{{ call.arguments if call.arguments is string else call.arguments | tojson }}",
-    }[takes]
-    calls = "{% for tool in message.tool_calls or [] %}{% set call = tool.function %}" + shown + "{% endfor %}"
-    tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.chat_template = "{% for message in messages %}[{{ message.content }}]" + calls + "{% endfor %}"
-
-    def turns(arguments):
-        function = {"name": "weather", "arguments": arguments}
-        called = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
-        return [*verl_row("Rome?")["prompt"], called, {"role": "tool", "content": "20"}]
-
-    given = {"city": "Rome", "days": 2}
-    rows = [verl_row("", prompt=json.dumps(turns(arguments))) for arguments in (given, json.dumps(given))]
-    dataset = RLHFDataset(str(write_rows(tmp_path / "train.parquet", rows)), tokenizer, DataConfig())
-    template = ChatTemplate(tokenizer)
-    prompts = [tokenizer.decode(template.encode_prompt(dataset[place]["raw_prompt"], False)) for place in (0, 1)]
-    city = {"objects": 'city="Rome"days=2', "texts": f"<{json.dumps(given)}>", "both": json.dumps(given)}[takes]
-    assert prompts == [f"[Rome?][]{city}[20]"] * 2
 
 
 def test_collate_stacks_tensors_and_keeps_objects():

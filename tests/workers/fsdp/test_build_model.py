@@ -122,30 +122,46 @@ MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_ssm": 64, "mamba_d_sta
 
 
 @pytest.mark.parametrize(
-    ("kind", "more", "packed", "padded"),
+    ("kind", "more", "head"),
     [
-        ("LlamaConfig", {"tie_word_embeddings": True}, True, True),
-        ("GPTNeoXConfig", {}, True, True),
-        ("StableLmConfig", {"num_key_value_heads": 4}, False, True),  # its decoder keeps row lengths to itself
-        ("NemotronConfig", {"num_key_value_heads": 4}, False, True),
-        ("FalconH1Config", {**MAMBA, "num_key_value_heads": 4, "lm_head_multiplier": 0.25}, False, False),
-        ("RecurrentGemmaConfig", {"num_key_value_heads": 1, "lru_width": 32, "logits_soft_cap": 0.5}, False, False),
+        ("LlamaConfig", {"tie_word_embeddings": True}, None),
+        ("GPTNeoXConfig", {}, None),
+        ("StableLmConfig", {"num_key_value_heads": 4}, "pack"),  # its decoder keeps row lengths to itself
+        ("NemotronConfig", {"num_key_value_heads": 4}, "pack"),
+        ("FalconH1Config", {**MAMBA, "num_key_value_heads": 4, "lm_head_multiplier": 0.25}, lambda x: x / 0.25),
+        (
+            "RecurrentGemmaConfig",
+            {"num_key_value_heads": 1, "lru_width": 32, "logits_soft_cap": 9.0},
+            lambda x: 9 * (x / 9).atanh(),
+        ),
     ],
 )
 def test_a_model_is_refused_whose_scores_would_not_be_its_own(
-    kind: str, more: dict[str, Any], packed: bool, padded: bool, mesh: DeviceMesh, tmp_path: Path
+    kind: str, more: dict[str, Any], head: Any, mesh: DeviceMesh, tmp_path: Path
 ) -> None:
+    """By as much as float64 gives: where the pack counts as one row, or its logits as they leave the head's matrix."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(getattr(transformers, kind)(**SIZES, **more))
+    model = AutoModelForCausalLM.from_config(getattr(transformers, kind)(**SIZES, **more)).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     model.save_pretrained(tmp_path)
-    for removes_padding, is_right in ((True, packed), (False, padded)):
-        settings = HFModelConfig(use_remove_padding=removes_padding)
-        with (
-            nullcontext() if is_right else pytest.raises(ValueError, match=f"{kind[:-6]}.* is scored otherwise than by")
-        ):
+    rows, places = (torch.arange(10) * 7 % 96).split([6, 4]), torch.cat([torch.arange(6), torch.arange(4)])
+    with torch.no_grad():
+        own = torch.cat([model.double()(input_ids=row[None], use_cache=False).logits[0] for row in rows])
+        if head == "pack":
+            mask = torch.full((1, 1, 10, 10), -torch.inf).double().triu(1)
+            inputs = {"input_ids": torch.cat(rows)[None], "position_ids": places[None], "attention_mask": mask}
+            taken = model(**inputs, use_cache=False).logits[0]
+        else:
+            taken = head(own) if head else own
+    distance = (taken.log_softmax(-1) - own.log_softmax(-1)).abs().mean().item()
+    for packed in (True, False):
+        settings, is_right = HFModelConfig(use_remove_padding=packed), not head or (head == "pack" and not packed)
+        with nullcontext() if is_right else pytest.raises(ValueError, match=f"{kind[:-6]}.* is scored other") as caught:
             build_model(str(tmp_path), settings, FSDPConfig(), mesh, trainable=True)
+        if caught is not None:
+            found = str(caught.value).partition(", by ")[2].partition(" nats")[0]
+            assert float(found) == pytest.approx(distance, rel=1e-2)
 
 
 def test_a_model_whose_files_lack_weights_is_refused(student_model: Path, mesh: DeviceMesh, tmp_path: Path) -> None:

@@ -13,13 +13,14 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from verl.config import RolloutConfig
 from verl.experimental.agent_loop.masks import extended_token_mask, trainable_mask
 from verl.single_controller.base import RolloutError
 from verl.tools.base_tool import BaseTool
-from verl.utils.tokenizer import render_chat
+from verl.utils.tokenizer import TOOLS_KEY, render_chat
 from verl.workers.rollout.replica import TokenOutput
 
 Message = Mapping[str, Any]
@@ -27,6 +28,8 @@ Generate = Callable[[list[int], dict[str, Any]], Awaitable[TokenOutput]]
 
 # Stands for the assistant's words when a continuation is rendered; any plain text that no template contains.
 _ASSISTANT_WORDS = "words-of-the-assistant"
+_QUESTION = {"role": "user", "content": "question"}
+_RESULT = {"role": "tool", "name": "probe", "content": "result"}
 
 
 @dataclass
@@ -49,6 +52,10 @@ class AgentLoopMetrics:
     """Calls that could not be read."""
     dropped_calls: int = 0
     """Calls of a turn beyond ``multi_turn.max_parallel_calls``: not run."""
+    rewritten_turns: int = 0
+    """Turns with calls that the chat template would show otherwise than they were sampled; the sampled tokens stay."""
+    typed_special_tokens: int = 0
+    """Tool results that hold special tokens as text, which become real ones."""
     tool_reward: float = 0.0
     """Sum of what the tools returned as reward; measured, not trained on."""
 
@@ -117,7 +124,10 @@ class ChatTemplate:
     its own that no tokenisation merges with its neighbours; the model has written it already, and the rest is appended
     to its tokens. Prompt, model tokens and appended tokens together are what the template yields for the same
     conversation, wherever the model's text has only the tokenisation that it sampled and the template shows it
-    unchanged.
+    unchanged. Where it shows it otherwise (a call inside an open thought, say, gets an empty thought before it), the
+    sampled tokens stay.
+
+    Special tokens that a tool's result holds as text become real ones, as those that a prompt holds do.
     """
 
     def __init__(
@@ -140,13 +150,13 @@ class ChatTemplate:
         self.template_kwargs = dict(template_kwargs or {})
         self.end_of_turn_id: int | None = None
         if self.tool_schemas:
-            ids = self._continuation([{"role": "tool", "name": "probe", "content": "result"}])
+            try:
+                ids, problem = self._continuation([_RESULT]), "ends an assistant's turn with no special token"
+            except (TemplateError, TypeError, ValueError) as error:
+                ids, problem = [], f"takes no message of a tool ({error})"
             # Added tokens are cut out of a text before any merge, so no neighbour can change this one.
             if not ids or ids[0] not in tokenizer.added_tokens_decoder:
-                raise ValueError(
-                    f"the chat template of {tokenizer.name_or_path} ends an assistant's turn with no special token, "
-                    "which tools need; unset actor_rollout_ref.rollout.multi_turn.tool_config_path"
-                )
+                raise ValueError(f"the chat template of {tokenizer.name_or_path} {problem}; unset {TOOLS_KEY}")
             self.end_of_turn_id = ids[0]
 
     def encode_prompt(self, messages: Sequence[Message], with_tools: bool) -> list[int]:
@@ -157,8 +167,13 @@ class ChatTemplate:
         """Ids between the assistant's end-of-turn token and the start of its next turn: ``messages`` of tools."""
         return self._continuation(messages)[1:]
 
+    def shows_unchanged(self, words: str) -> bool:
+        """Whether the template shows an assistant's turn before a tool's as the model wrote it behind the opening."""
+        turns = [_QUESTION, {"role": "assistant", "content": words}, _RESULT]
+        return self._render(turns, self.tool_schemas).startswith(self._render([_QUESTION], self.tool_schemas) + words)
+
     def _continuation(self, messages: Sequence[Message]) -> list[int]:
-        opening = [{"role": "user", "content": "question"}, {"role": "assistant", "content": _ASSISTANT_WORDS}]
+        opening = [_QUESTION, {"role": "assistant", "content": _ASSISTANT_WORDS}]
         return self._encode(self._render([*opening, *messages], self.tool_schemas).partition(_ASSISTANT_WORDS)[2])
 
     def _render(self, messages: Sequence[Message], tool_schemas: list[Any]) -> str:

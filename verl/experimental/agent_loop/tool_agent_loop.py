@@ -30,6 +30,7 @@ from verl.config import MultiTurnConfig
 from verl.experimental.agent_loop.base import AgentLoopBase, AgentLoopMetrics, AgentLoopOutput, register
 from verl.experimental.agent_loop.tool_parser import ToolCall, parse_hermes_tool_calls
 from verl.tools.base_tool import BaseTool
+from verl.utils.tokenizer import types_special_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -154,8 +155,8 @@ class ToolAgentLoop(AgentLoopBase):
     async def run(self, sampling_params: dict[str, Any], **row: Any) -> AgentLoopOutput:
         """Hold the conversation; tools keep their state over its turns and are released at its end."""
         trajectory = self.start(row, with_tools=True)
-        limits, tools_kwargs = self.context.rollout.multi_turn, row.get("tools_kwargs") or {}
-        tools = ToolSession(self.context.tools, limits, self.metrics, tools_kwargs, self.context.failed_tools)
+        template, limits, kwargs = self.context.template, self.context.rollout.multi_turn, row.get("tools_kwargs") or {}
+        tools = ToolSession(self.context.tools, limits, self.metrics, kwargs, self.context.failed_tools)
         most_by_model = math.inf if limits.max_assistant_turns is None else limits.max_assistant_turns
         most_by_tools = math.inf if limits.max_user_turns is None else limits.max_user_turns
         assistant_turns = user_turns = 0
@@ -169,7 +170,10 @@ class ToolAgentLoop(AgentLoopBase):
                 calls = self.read_calls(turn_ids)
                 if not calls:
                     break
-                tool_turn_ids = self.context.template.encode_tool_turn(await tools.answer(calls))
+                results = await tools.answer(calls)
+                typed = (types_special_tokens(template.tokenizer, result["content"]) for result in results)
+                self.metrics.typed_special_tokens += sum(typed)
+                tool_turn_ids = template.encode_tool_turn(results)
                 # Dropped whole: a tool turn that is cut is nothing that the template would write.
                 if len(tool_turn_ids) >= trajectory.remaining_tokens:
                     break
@@ -185,4 +189,6 @@ class ToolAgentLoop(AgentLoopBase):
             return []
         # Some tokenizers have <tool_call> as a special token.
         text: Any = self.context.template.tokenizer.decode(turn_ids[:-1], skip_special_tokens=False)
-        return parse_hermes_tool_calls(text)
+        calls = parse_hermes_tool_calls(text)
+        self.metrics.rewritten_turns += bool(calls) and not self.context.template.shows_unchanged(text)
+        return calls

@@ -190,6 +190,7 @@ def batch_metrics(measured: Mapping[str, Sequence[float]], with_tools: bool) -> 
     if with_tools:
         spreads |= {"timing_s/agent_loop/tool_calls": "tool_calls_s", "agent_loop/tool_reward": "tool_reward"}
         counts += ["tool_calls", "tool_errors", "unknown_tools", "malformed_calls", "dropped_calls"]
+        counts += ["rewritten_turns", "typed_special_tokens"]
     metrics = {f"agent_loop/{name}": float(sum(measured[name])) for name in counts}
     for name, field in spreads.items():
         values = measured[field]

@@ -8,7 +8,7 @@ dropped.
 As a command it prints what the data holds and which rows a run would drop, from a data set as a run would build it::
 
     python -m verl.utils.dataset.onerec_dataset --files F... --tokenizer T [--extend-vocab-start-token N]
-        [--max-prompt-length N] [--json]
+        [--max-prompt-length N] [--prompt-key COLUMN] [--json]
 """
 
 import argparse
@@ -140,6 +140,7 @@ def describe(dataset: RLHFDataset, tokenizer: PreTrainedTokenizerBase) -> dict[s
         "dropped": dropped,
         "prompt_tokens": percentiles,
         "counted_prompts": len(counted),
+        "with_typed_special_tokens": pc.sum(counted["types_special"]).as_py(),
         "with_extended_tokens": pc.sum(pc.greater(counted["extended"], 0)).as_py(),
         "examples": examples,
     }
@@ -153,6 +154,7 @@ def render(dataset: RLHFDataset, report: dict[str, Any]) -> str:
     extended, counted = report["with_extended_tokens"], report["counted_prompts"]
     share = f"in {extended:,} of {counted:,} prompts" if extended is not None else "not counted without a threshold"
     lines.append(f"extended tokens: {share}")
+    lines.append(f"special tokens typed as text: in {report['with_typed_special_tokens']:,} of {counted:,} prompts")
     for example in report["examples"]:
         prompt, half = example["prompt"], EXAMPLE_CHARACTERS // 2
         if len(prompt) > EXAMPLE_CHARACTERS:
@@ -174,14 +176,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--tokenizer", required=True, help="the student's tokenizer: folder or hub name")
     parser.add_argument("--extend-vocab-start-token", type=int, help="first extended id; prompts with any are dropped")
     parser.add_argument("--max-prompt-length", type=int, default=2**31 - 1, help="longer are dropped; default: none")
+    parser.add_argument("--prompt-key", default=DataConfig().prompt_key, help="column of the messages, unless OneRec's")
     parser.add_argument("--json", action="store_true", help="one JSON document instead of text")
     args = parser.parse_args(argv)
     start = {"extend_vocab_start_token": args.extend_vocab_start_token}
     try:
         tokenizer = hf_tokenizer(args.tokenizer)
-        config = DataConfig(max_prompt_length=args.max_prompt_length, filter_overlong_prompts=True)
         # The report is wanted most where nearly all rows are dropped.
-        config.max_dropped_fraction = 1.0
+        limits: dict[str, Any] = {"filter_overlong_prompts": True, "max_dropped_fraction": 1.0}
+        config = DataConfig(prompt_key=args.prompt_key, max_prompt_length=args.max_prompt_length, **limits)
         dataset = create_rl_dataset(args.files, tokenizer, config, **start)
     except ValueError as error:
         sys.exit(f"error: {error}")

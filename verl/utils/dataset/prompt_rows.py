@@ -15,12 +15,11 @@ from typing import Any
 from verl.utils.dataset.parquet_files import Row
 
 ROLES = ("system", "user", "assistant", "tool")
-TEMPLATE_KEYS = ("name", "tool_calls", "tool_call_id", "reasoning_content")
-"""What chat templates read of a message beside its role and content."""
 LOOPS_WITHOUT_TOOLS = ("single_turn_agent",)
 """Values of ``agent_name`` whose prompts list no tools, whatever tools there are."""
 
 Message = dict[str, Any]
+"""``role``, ``content`` and what else the row's message has: chat templates read names, tool calls, thoughts."""
 
 
 class BadRowError(ValueError):
@@ -58,13 +57,11 @@ def parse_messages(value: Any) -> list[Message]:
 
     Raises:
         BadRowError: with reason ``no_messages``, ``unreadable_messages``, ``unknown_role``, ``null_content``,
-            ``non_text_content``, ``unencodable_text`` or ``blank_user_turn``.
+            ``non_text_content``, ``unencodable_text``, ``unreadable_tool_calls`` or ``blank_user_turn``.
     """
     try:
-        turns = _turns_of(value)
-        if not isinstance(value, str | bytes):
-            turns = [_without_columns_nulls(turn) for turn in turns]
-        return [_parse_message(turn, number) for number, turn in enumerate(turns, 1)]
+        in_columns = not isinstance(value, str | bytes)
+        return [_parse_message(turn, number, in_columns) for number, turn in enumerate(_turns_of(value), 1)]
     except RecursionError as error:
         raise BadRowError("unreadable_messages", "nested too deeply") from error
 
@@ -131,20 +128,12 @@ def _turns_of(value: Any) -> list[Any]:
     return list(value)
 
 
-def _without_columns_nulls(turn: Any) -> Any:
-    """A message of a struct column without the nulls of fields that it never had; an Arrow map as a mapping.
+def _without_nulls(value: Any) -> Any:
+    """A value of a struct column without the nulls of fields that it never had.
 
     A column has one type, so a struct in it has the fields of all others, as nulls: the arguments of a tool call would
     show those of every other tool.
     """
-    if isinstance(turn, list) and turn and all(isinstance(pair, tuple) and len(pair) == 2 for pair in turn):
-        turn = dict(turn)
-    if isinstance(turn, Mapping) and turn.get("tool_calls") is not None:
-        return {**turn, "tool_calls": _without_nulls(turn["tool_calls"])}
-    return turn
-
-
-def _without_nulls(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _without_nulls(entry) for key, entry in value.items() if entry is not None}
     return [_without_nulls(entry) for entry in value] if isinstance(value, list) else value
@@ -169,26 +158,38 @@ def _parse_text(text: str | bytes) -> Any:
             raise BadRowError("unreadable_messages", f"neither JSON nor a Python literal: {json_error}") from json_error
 
 
-def _parse_message(turn: Any, number: int) -> Message:
+def _parse_message(turn: Any, number: int, in_columns: bool) -> Message:
     if not isinstance(turn, Mapping):
         raise BadRowError("unreadable_messages", f"message {number} is a {type(turn).__name__}, not a mapping")
     role = turn.get("role")
     role = role.lower() if isinstance(role, str) else role
     if role not in ROLES:
         raise BadRowError("unknown_role", f"message {number} has the role {turn.get('role')!r}")
-    extras = {key: turn[key] for key in TEMPLATE_KEYS if turn.get(key) is not None}
+    extras = {key: value for key, value in turn.items() if key not in ("role", "content") and value is not None}
+    if calls := _tool_calls(extras.pop("tool_calls", None), number, in_columns):
+        extras["tool_calls"] = calls
     # A turn that only calls tools needs no content.
-    text = _content_text(
-        "" if turn.get("content") is None and extras.get("tool_calls") else turn.get("content"), number
-    )
+    text = _content_text("" if turn.get("content") is None and calls else turn.get("content"), number)
     try:
-        # Chat templates write the extras as JSON; a lone surrogate is in no tokenizer's alphabet.
-        (text + json.dumps(extras, ensure_ascii=False)).encode("utf-8")
+        # Chat templates may write the extras as JSON; a lone surrogate is in no tokenizer's alphabet.
+        (text + json.dumps(extras, ensure_ascii=False, default=str)).encode("utf-8")
     except (TypeError, ValueError) as error:
         raise BadRowError("unencodable_text", f"message {number}: {error}") from error
     if role == "user" and not text.strip():
         raise BadRowError("blank_user_turn", f"message {number} is blank")
     return {"role": role, "content": text, **extras}
+
+
+def _tool_calls(cell: Any, number: int, in_columns: bool) -> list[Any]:
+    """The calls of a message; a template would write what are none without a word."""
+    value = _parse_text(cell) if isinstance(cell, str | bytes) else _without_nulls(cell) if in_columns else cell
+    calls = value if isinstance(value, list) else [value] if value else []
+    for call in calls:
+        function = (call.get("function") or call) if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            form = "{'function': {'name', 'arguments'}}"
+            raise BadRowError("unreadable_tool_calls", f"message {number} has a call that is not {form}")
+    return calls
 
 
 def _content_text(content: Any, number: int) -> str:

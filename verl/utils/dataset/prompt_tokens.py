@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from verl.config import DataConfig
 from verl.utils.dataset.parquet_files import Row, text_digest
 from verl.utils.dataset.prompt_rows import BadRowError, Message, PromptRow, lists_tools
-from verl.utils.tokenizer import TEMPLATE_DATE, fit_tool_calls, render_chat
+from verl.utils.tokenizer import TEMPLATE_DATE, TOOLS_KEY, fit_tool_calls, render_chat, types_special_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +38,7 @@ CHECKS_PER_BATCH = 4096
 LABEL = pa.dictionary(pa.int32(), pa.string())
 CHECK_SCHEMA = pa.schema(
     {"source": LABEL, "reason": LABEL, "detail": pa.string(), "tokens": pa.int32(), "extended": pa.int32()}
+    | {"types_special": pa.bool_()}
 )
 
 
@@ -88,10 +89,8 @@ class PromptEncoder:
         self, tokenizer: PreTrainedTokenizerBase, config: DataConfig, tool_schemas: list[dict[str, Any]] | None = None
     ) -> None:
         if not tokenizer.chat_template:
-            raise ValueError(
-                f"the tokenizer in {tokenizer.name_or_path!r} has no chat template; add chat_template.jinja"
-            )
-        self._tokenizer = tokenizer
+            raise ValueError(f"the tokenizer {tokenizer.name_or_path!r} has no chat template; add chat_template.jinja")
+        self.tokenizer = tokenizer
         self._options = config.apply_chat_template_kwargs
         self._tool_schemas = tool_schemas or None
         for notice in self._notices(config):
@@ -99,7 +98,7 @@ class PromptEncoder:
 
     def _notices(self, config: DataConfig) -> Iterator[str]:
         """What the chat template does otherwise than the settings ask."""
-        template, key = str(self._tokenizer.chat_template), "data.apply_chat_template_kwargs"
+        template, key = str(self.tokenizer.chat_template), "data.apply_chat_template_kwargs"
         for name in self._options:
             if name not in template:
                 yield f"{key}.{name} has no effect: the chat template does not name it"
@@ -114,14 +113,15 @@ class PromptEncoder:
             if config.enable_think and config.think_mode != "force_think" and ending.endswith("<think>"):
                 mode = f"data.think_mode={config.think_mode}"
                 yield f"{mode} has no effect: the chat template opens a thought in any case"
-            if self._tool_schemas and self.render(question) == self.render(question, with_tools=False):
-                yield "the chat template shows no tools: the model is not told of multi_turn.tool_config_path"
+            prompt, names = self.render(question), [tool["function"]["name"] for tool in self._tool_schemas or []]
+            if hidden := [name for name in names if name not in prompt]:
+                yield f"the chat template of {self.tokenizer.name_or_path} does not show {hidden}, tools of {TOOLS_KEY}"
         except BadRowError:  # a template for other conversations, which rows are checked with
             return
 
     def digest(self) -> str | None:
         """Digest of all that the ids of a prompt depend on; None for a tokenizer that cannot be written as a text."""
-        tokenizer = self._tokenizer
+        tokenizer = self.tokenizer
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if not isinstance(backend, tokenizers.Tokenizer):
             return None
@@ -138,17 +138,17 @@ class PromptEncoder:
         """
         tools = self._tool_schemas if with_tools else None
         try:
-            return render_chat(self._tokenizer, self.fitted(messages), tools, self._options)
+            return render_chat(self.tokenizer, self.fitted(messages), tools, self._options)
         except (TemplateError, TypeError, ValueError, RecursionError) as error:
             raise BadRowError("template", f"the chat template refuses the prompt: {error}") from error
 
     def fitted(self, messages: list[Message]) -> list[Message]:
         """Messages in the form that the chat template takes."""
-        return fit_tool_calls(self._tokenizer, messages)
+        return fit_tool_calls(self.tokenizer, messages)
 
     def tokenize(self, texts: list[str]) -> list[list[int]]:
         """Ids of rendered prompts; tokenizes the whole list on all cores."""
-        return self._tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+        return self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
 
     def encode(self, prompts: Sequence[list[Message]], with_tools: bool = True) -> list[list[int]]:
         """Ids of each prompt; errors as in ``render``."""
@@ -167,6 +167,8 @@ class RowCheck(NamedTuple):
     """Length of its prompt, with the longest think switch where that may matter; None without a prompt."""
     extended: int | None = None
     """How many of them are extended ids; None also without a threshold."""
+    types_special: bool = False
+    """Whether its messages hold special tokens typed as text, which become real ones."""
 
 
 def check_table(checks: Iterable[RowCheck]) -> pa.Table:
@@ -217,7 +219,8 @@ class PromptChecker:
             ids = iter(self.encoder.tokenize([text for _, text in prompts if isinstance(text, str)]))
             for row, (messages, text) in zip(block, prompts, strict=True):
                 if isinstance(text, str):
-                    yield self._check(row, messages, next(ids))
+                    types_special = types_special_tokens(self.encoder.tokenizer, str(messages))
+                    yield self._check(row, messages, next(ids))._replace(types_special=types_special)
                 else:
                     yield RowCheck(self.source_of(row), text.reason, text.detail)
 

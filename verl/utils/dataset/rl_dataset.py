@@ -57,7 +57,7 @@ UNKNOWN_SOURCE = "unknown"
 SOURCES_SHOWN = 12
 """Sources in a summary, the most frequent first."""
 TEXT_CHARACTERS = 200
-"""How much of a dropped row is written down."""
+"""How much of a dropped row, and of a reason in a summary, is written down."""
 
 
 def collate_fn(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -93,6 +93,8 @@ class DropReport:
         """Rows dropped, by reason and source."""
         self.dropped: Counter[str] = Counter()
         """Rows dropped, by reason."""
+        self.first_details: dict[str, str] = {}
+        """What was wrong with the first row dropped, by reason, in one line."""
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
         # A lone surrogate cannot be written as UTF-8, and may be the very reason why the row was dropped.
@@ -100,6 +102,7 @@ class DropReport:
             for line in dropped:
                 self.dropped_by_source[line["reason"], line["source"]] += 1
                 self.dropped[line["reason"]] += 1
+                self.first_details.setdefault(line["reason"], " ".join(line["detail"].split())[:TEXT_CHARACTERS])
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
         self.rows = kept.total() + self.dropped.total()
         """Rows kept and dropped."""
@@ -107,16 +110,17 @@ class DropReport:
         """Share of the rows that was dropped; 0 without rows."""
 
     def reasons(self) -> str:
-        """Counts by reason in one line, and where each row is recorded."""
+        """Counts by reason in one line, the first row's detail of each, and where each row is recorded."""
         counts = ", ".join(f"{rows:,} {reason}" for reason, rows in self.dropped.most_common())
+        counts += "".join(f"; {reason}, first: {detail}" for reason, detail in self.first_details.items())
         where = f"; each dropped row is in {self.path}" if counts and self.path else ""
         return f"{counts or 'none'}{where}"
 
     def summary(self) -> str:
         """Rows kept and dropped, by reason and source, on one screen."""
         lines = [f"kept {self.kept.total():,} of {self.rows:,} rows, dropped {self.reasons()}"]
-        for (reason, source), rows in self.dropped_by_source.most_common(SOURCES_SHOWN):
-            lines.append(f"  dropped {rows:,} of source {source}: {reason}")
+        dropped = self.dropped_by_source.most_common(SOURCES_SHOWN)
+        lines += [f"  dropped {rows:,} of source {source}: {reason}" for (reason, source), rows in dropped]
         lines += [f"  source {source}: {rows:,}" for source, rows in self.kept.most_common(SOURCES_SHOWN)]
         return "\n".join(lines)
 
@@ -180,6 +184,8 @@ class RLHFDataset(Dataset[dict[str, Any]]):
         self.drop_report = report = DropReport(dropped_rows_path, kept, self._dropped_rows())
         files = ", ".join(map(str, self.files))
         logger.info("%s: %s", files, report.summary())
+        if typed := pc.sum(self.checks["types_special"].filter(is_kept)).as_py():
+            logger.warning("special tokens that end or frame turns are typed in %d prompts and become real ones", typed)
         if not len(self):
             raise ValueError(f"no usable row in {files}: dropped are {report.reasons()}")
         if report.dropped_fraction > (most := config.max_dropped_fraction):

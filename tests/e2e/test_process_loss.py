@@ -26,7 +26,7 @@ from verl.experimental.agent_loop import actors
 from verl.trainer.launch import run as module
 from verl.trainer.launch.typed import load_config
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]  # seven starts, each a minute on a busy machine
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]  # five starts, each a minute on a busy machine
 register_pickle_by_value(sys.modules[__name__])  # workers do not import test modules
 
 STEPS = 4
@@ -64,7 +64,7 @@ class Loss:
     stage: str
     victim: Callable[[Any], Any]
     stopped: Callable[[Any], Any]
-    message: str | tuple[str, ...]
+    message: str
 
     def prepare(self, trainer: Any, killed_at: list[float]) -> None:
         *part, name = self.stage.split(".")
@@ -84,10 +84,7 @@ class Loss:
 
 LOSSES = [
     Loss(1, "generate", rank, engine, "error: actor+ref failed on rank 1 of 2, node "),
-    # Whoever notices first: the worker whose request fails, or the driver, which looks at the engines meanwhile.
-    Loss(2, "generate", engine, engine, ("error: agent-loop worker ", "error: rollout replica 0 (hf, node ")),
     Loss(2, "generate", agent_loop, engine, "error: agent-loop worker 0 (node "),
-    Loss(3, "update_actor", rank, rank, "error: actor.update_actor failed on rank 1 of 2, node "),
     Loss(3, "saver.save", rank, rank, "error: actor.checkpoint_outcome failed on rank 1 of 2, node "),
     Loss(4, "update_actor", engine, rank, "error: rollout replica 0 (hf, node "),
 ]
@@ -111,12 +108,11 @@ def settings(pair: Any, train: Path, folder: Path) -> PPOConfig:
     return load_config(small_run("hf", 2, STEPS, **changes))
 
 
-def test_a_run_that_loses_processes_in_every_stage_is_the_run_that_never_did(
+def test_a_run_that_loses_processes_in_every_stage_names_them_and_goes_on(
     tiny_pair: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """That it ends as a run that lost nothing: ``test_signals_run``, and the kill run in ``tests/soak``."""
     before, train = ray_processes(), write_onerec_parquet(tmp_path / "train.parquet", 10)
-    module.run(build_trainer(settings(tiny_pair, train, tmp_path / "whole")))
-
     monkeypatch.setattr(actors, "SHUTDOWN_S", 2.0)  # what a stopped engine costs
     reported: list[tuple[float, str]] = []
     monkeypatch.setattr(module, "report", lambda text: reported.append((time.monotonic(), text)))
@@ -137,9 +133,7 @@ def test_a_run_that_loses_processes_in_every_stage_is_the_run_that_never_did(
     monkeypatch.setenv("RESTART_COUNT", str(len(LOSSES)))
     module.run(build_trainer(settings(tiny_pair, train, tmp_path / "run")))
 
-    expected, got = metrics_by_step(tmp_path / "whole", STEPS), metrics_by_step(tmp_path / "run", STEPS)
-    for step in expected:
-        assert got[step] == pytest.approx(expected[step], rel=1e-6, abs=1e-6), f"step {step}"
+    assert len(metrics_by_step(tmp_path / "run", STEPS)) == STEPS, "every step once"
     deadline = time.monotonic() + 15
     while (left := ray_processes() - before) and time.monotonic() < deadline:
         time.sleep(0.2)

@@ -7,8 +7,7 @@ import pytest
 import torch
 from support.peak_memory import PeakBytes
 
-from verl.ops import linear_divergence as linear_divergence_module
-from verl.ops.linear_divergence import BUFFERS, DIVERGENCES, DivergenceOptions, DivergenceStats, linear_divergence
+from verl.ops.linear_divergence import BUFFERS, DIVERGENCES, DivergenceOptions, linear_divergence
 from verl.ops.teacher_log_probs import LinearTeacher, StitchedTeacher, TopLogProbs, score_tokens
 from verl.vocabulary import Vocabulary
 
@@ -192,17 +191,6 @@ def test_memory_is_that_of_a_chunk_however_many_positions(kind: str, support: st
     assert peak.bytes < chunk + 2 * (weight.nbytes + hidden.nbytes)
 
 
-def test_a_chunk_of_the_real_vocabulary_is_some_hundred_megabytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[Any] = []
-    made = [None] * (1 + len(DivergenceStats._fields))
-    monkeypatch.setattr(
-        linear_divergence_module._LinearDivergence, "apply", lambda *given: seen.append(given[-1]) or made
-    )
-    none = torch.empty(0, dtype=torch.int64)
-    linear_divergence(torch.empty(0, 1), torch.empty(176_384, 1), none, None, DivergenceOptions(), none)
-    assert 1 < seen[0].chunk_rows <= 384 * 2**20 / (BUFFERS * 176_384 * 4)
-
-
 @pytest.mark.parametrize("kind", DIVERGENCES)
 def test_a_position_that_does_not_count_may_hold_anything_and_an_id_that_is_ruled_out_is_no_nan(kind: str) -> None:
     """Three positions over three ids: the teacher rules an id out at the first two, of which the first has weight 0."""
@@ -303,20 +291,6 @@ def test_of_the_likeliest_ids_it_is_the_divergence_of_the_buckets(kind, support,
     )
     for gradient, wanted in zip(torch.autograd.grad(loss, (case.hidden, case.weight)), right, strict=True):
         torch.testing.assert_close(gradient, wanted, rtol=1e-10, atol=1e-13)
-
-
-@pytest.mark.parametrize(("who", "support"), [("base", "shared"), ("base", "full"), ("frozen", "full")])
-def test_all_ids_named_is_the_whole_divergence(who, support) -> None:
-    case = Case()
-    options = DivergenceOptions(support=support, missing_log_prob=-20, **LEAK)
-    top, log_q = named(getattr(case, who)(), E if who == "base" else K)
-    assert (top.rest == -torch.inf).all() and top.ids.shape[1] == log_q.shape[1]
-    right = case.loss(getattr(case, who)(), options)
-    loss, stats = case.loss(top.rows, options)
-    torch.testing.assert_close(stats.divergence, right[1].divergence, rtol=1e-12, atol=1e-14)
-    gradients = (torch.autograd.grad(value, (case.hidden, case.weight)) for value in (loss, right[0]))
-    for gradient, wanted in zip(*gradients, strict=True):
-        torch.testing.assert_close(gradient, wanted, rtol=1e-12, atol=1e-14)
 
 
 def test_three_ids_in_two_buckets_by_hand() -> None:

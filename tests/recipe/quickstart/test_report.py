@@ -83,10 +83,6 @@ def test_tokens_show_how_training_sees_them(tmp_path, metrics):
     ]
 
 
-def test_an_empty_run_still_makes_a_page(tmp_path):
-    assert "Scoreboard" in texts_of(write_report(tmp_path / "r.html", {}, tmp_path / "absent.jsonl", []).read_text())
-
-
 def test_curves_of_a_file(metrics):
     curves = read_curves(metrics)
     assert curves["distill/reverse_kl"] == [(1, 2.0), (2, 1.0)]

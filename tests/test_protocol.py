@@ -33,12 +33,6 @@ def test_columns_of_different_lengths_or_types_are_refused():
             build(wrong)
 
 
-def test_from_single_dict_sorts_by_type():
-    data = DataProto.from_single_dict({"obs": torch.zeros(2, 1), "label": np.array([7, 8])}, meta_info={"step": 3})
-    assert list(data.batch.keys()) == ["obs"] and data.meta_info == {"step": 3}
-    assert data.non_tensor_batch["label"].tolist() == [7, 8]
-
-
 def test_an_int_gives_one_row():
     item = make_batch()[-1]
     assert item.batch["obs"].tolist() == [6, 7]

@@ -18,13 +18,12 @@ import psutil
 import pytest
 import ray
 from ray.cloudpickle import register_pickle_by_value
-from support.launch import metrics_by_step, small_run, write_onerec_parquet
+from support.in_process_run import settings
+from support.launch import metrics_by_step, write_onerec_parquet
 
 from recipe.onpolicy_distill.main_onpolicy_distill import build_trainer
-from verl.config import PPOConfig
 from verl.experimental.agent_loop import actors
 from verl.trainer.launch import run as module
-from verl.trainer.launch.typed import load_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]  # five starts, each a minute on a busy machine
 register_pickle_by_value(sys.modules[__name__])  # workers do not import test modules
@@ -90,35 +89,24 @@ LOSSES = [
 ]
 
 
-def settings(pair: Any, train: Path, folder: Path) -> PPOConfig:
-    changes = {
-        "actor_rollout_ref.model.path": pair.student,
-        "actor_rollout_ref.ref.model.path": pair.teacher,
-        "actor_rollout_ref.rollout.extend_vocab_start_token": pair.extend_vocab_start_token,
-        "actor_rollout_ref.actor.ppo_mini_batch_size": 4,
-        "algorithm.adv_estimator": "on_policy_distill",
-        "data.train_files": train,
-        "data.train_batch_size": 4,
-        "data.enable_think": False,
-        "ray_kwargs.ray_init.num_cpus": 2,
-        "trainer.default_local_dir": folder,
-        "trainer.save_freq": 1,
-        "trainer.logger": "[file]",
-    }
-    return load_config(small_run("hf", 2, STEPS, **changes))
-
-
 def test_a_run_that_loses_processes_in_every_stage_names_them_and_goes_on(
     tiny_pair: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """That it ends as a run that lost nothing: ``test_signals_run``, and the kill run in ``tests/soak``."""
     before, train = ray_processes(), write_onerec_parquet(tmp_path / "train.parquet", 10)
+    changes = {
+        "actor_rollout_ref.rollout.agent.num_workers": 1,
+        "ray_kwargs.ray_init.num_cpus": 2,
+        "trainer.n_gpus_per_node": 2,
+        "trainer.total_training_steps": STEPS,
+    }
+    config = settings(tiny_pair, train, tmp_path / "run", **changes)
     monkeypatch.setattr(actors, "SHUTDOWN_S", 2.0)  # what a stopped engine costs
     reported: list[tuple[float, str]] = []
     monkeypatch.setattr(module, "report", lambda text: reported.append((time.monotonic(), text)))
     for restarts, loss in enumerate(LOSSES):
         monkeypatch.setenv("RESTART_COUNT", str(restarts))
-        trainer, killed_at = build_trainer(settings(tiny_pair, train, tmp_path / "run")), []
+        trainer, killed_at = build_trainer(config), []
         loss.prepare(trainer, killed_at)
         with pytest.raises(SystemExit) as ended:
             module.run(trainer)
@@ -131,7 +119,7 @@ def test_a_run_that_loses_processes_in_every_stage_names_them_and_goes_on(
         assert log.startswith("log: /") and ".err on node " in log
         assert at - killed_at[0] < 15, loss
     monkeypatch.setenv("RESTART_COUNT", str(len(LOSSES)))
-    module.run(build_trainer(settings(tiny_pair, train, tmp_path / "run")))
+    module.run(build_trainer(config))
 
     assert len(metrics_by_step(tmp_path / "run", STEPS)) == STEPS, "every step once"
     deadline = time.monotonic() + 15

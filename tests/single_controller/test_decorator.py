@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from verl.protocol import DataProto, pad_dataproto_to_divisor
-from verl.single_controller.base import Worker, WorkerGroup
+from verl.single_controller.base import WorkerGroup
 from verl.single_controller.base.decorator import Call, Dispatch, Execute, Results, register, registered_methods
 
 
@@ -134,12 +134,3 @@ def test_an_override_keeps_its_registration():
 
     assert registered_methods(Other)["add_rank"].dispatch_mode is Dispatch.ONE_TO_ALL
     assert LocalGroup([Other(0), Other(1)]).add_rank(5) == [-5, -5]
-
-
-def test_a_lone_worker_joins_a_process_group():
-    Worker().init_process_group("gloo")
-    try:
-        Worker().init_process_group("gloo")  # does nothing
-        assert torch.distributed.get_world_size() == 1
-    finally:
-        torch.distributed.destroy_process_group()

@@ -37,6 +37,15 @@ def write_onerec_parquet(path: Path, rows: int, sources: tuple[str, ...] = ("let
     return path
 
 
+def reference_launch(replaced: dict[str, str] | None = None) -> list[str]:
+    """The arguments of tests/data/reference_launch.txt, with other values for some keys."""
+    lines = (REPO / "tests/data/reference_launch.txt").read_text().splitlines()
+    pairs = [line.split("=", 1) for line in lines if line and not line.startswith("#")]
+    keys = {key for key, _ in pairs}
+    assert keys.issuperset(replaced or ()), f"not in the reference launch: {sorted((replaced or {}).keys() - keys)}"
+    return [f"{key}={(replaced or {}).get(key, value)}" for key, value in pairs]
+
+
 def read_metrics(folder: Path) -> dict[int, dict[str, float]]:
     """What a run logged to ``metrics.jsonl``, by step."""
     merged: dict[int, dict[str, float]] = {}

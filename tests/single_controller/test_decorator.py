@@ -47,7 +47,9 @@ class Arithmetic:
     def double(self, data: DataProto, other: DataProto | None = None, *, scale: int = 2) -> DataProto:
         assert other is None or len(other) == len(data)
         rows = {"doubled": scale * data.batch["x"]}
-        return DataProto.from_dict(rows, {"rank": [self.rank] * len(data)}, {"metrics": {"rows": len(data)}})
+        return DataProto.from_dict(
+            rows, {"rank": [self.rank] * len(data)}, {"metrics": {"rows": len(data), "of": self.rank}}
+        )
 
     @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO, padding=False)
     def update(self, data: DataProto) -> DataProto:
@@ -88,7 +90,7 @@ def test_rows_are_split_as_if_padded_and_come_back_in_order_without_padding(rank
     assert result.batch["doubled"].tolist() == [2 * row for row in range(count)]
     share = -(-count // ranks)
     assert result.non_tensor_batch["rank"].tolist() == [row // share for row in range(count)]
-    assert result.meta_info["metrics"]["rows"] == [share] * ranks
+    assert result.meta_info["metrics"] == {"rows": [share] * ranks, "of": [*range(ranks)]}
     chunks = pad_dataproto_to_divisor(rows(count), ranks)[0].chunk(ranks)
     assert [call.args[0].batch["x"].tolist() for call in group.calls] == [c.batch["x"].tolist() for c in chunks]
     assert [list(call.args[0].array("uid")) for call in group.calls] == [list(c.array("uid")) for c in chunks]

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.saving_ranks import DRIVER_STATE, FakeRanks
 
 from verl.config import PPOConfig, TeacherConfig, TrainerConfig
 from verl.protocol import DataProto
@@ -66,6 +67,14 @@ def test_ten_updates_make_up_for_one_that_is_skipped(tmp_path: Path) -> None:
             run.take(9, 0)
     # Tenths missing at the k-th: 10 + (k - 1); more than 20 end the run.
     assert skips == 12
+
+
+def test_a_checkpoint_that_fails_meanwhile_does_not_hide_the_cause(tmp_path: Path) -> None:
+    run, ranks = Updates(tmp_path, 0), FakeRanks()
+    ranks.slow, ranks.error = True, "no space"
+    run.saver.save(ranks, 1, DRIVER_STATE, last=False)
+    with pytest.raises(GuardError, match=r"^1 of the 1 updates"):
+        run.take(0, 1)
 
 
 def test_without_a_limit_or_without_counts_the_run_goes_on(tmp_path: Path, caplog: Any) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from verl.config import OptimizerConfig
-from verl.workers.fsdp.optimizer import build_optimizer, clipped_step, learning_rate
+from verl.workers.fsdp.optimizer import LearningRateSchedule, build_optimizer, clipped_step, learning_rate
 
 LINEAR = {"lr_scheduler_type": "linear", "total_training_steps": 5}
 COSINE = {"lr_scheduler_type": "cosine", "min_lr_ratio": 0.5}
@@ -27,6 +27,15 @@ COSINE = {"lr_scheduler_type": "cosine", "min_lr_ratio": 0.5}
 def test_schedules_in_numbers(settings: dict[str, Any], rates: list[float]) -> None:
     config = OptimizerConfig(lr=1.0, **settings)
     assert [learning_rate(config, step) for step in range(len(rates))] == pytest.approx(rates)
+
+
+def test_the_schedule_drives_the_optimizer() -> None:
+    config = OptimizerConfig(lr=1.0, lr_warmup_steps=2)
+    optimizer = build_optimizer(nn.Linear(2, 2), config)
+    schedule = LearningRateSchedule(optimizer, config)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.5]
+    schedule.set_steps(1)
+    assert [group["lr"] for group in optimizer.param_groups] == [1.0, 1.0] and schedule.rate == 1.0
 
 
 def test_only_matrices_decay_and_frozen_parameters_stay_out() -> None:

@@ -1,6 +1,5 @@
 """A run on a Ray cluster of two nodes (two raylets of this machine) that somebody else started."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,21 +10,14 @@ from support.tiny_pairs import REPO, Pair
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def address() -> Iterator[str]:
-    """Where the cluster's head answers."""
+def test_student_on_both_nodes_and_a_teacher_of_its_own(tiny_pair: Pair, tmp_path: Path) -> None:
+    """With an exact objective, for which hidden states and heads go from the teacher's node to the student's."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(REPO))
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
         cluster.add_node(num_cpus=1)
-    yield cluster.address
-    cluster.shutdown()
-
-
-def test_student_on_both_nodes_and_a_teacher_of_its_own(tiny_pair: Pair, address: str, tmp_path: Path) -> None:
-    """With an exact objective, for which hidden states and heads go from the teacher's node to the student's."""
     changes = {
-        "ray_kwargs.ray_init.address": address,
+        "ray_kwargs.ray_init.address": cluster.address,
         "trainer.nnodes": 2,
         "trainer.teacher_nnodes": 1,
         "trainer.teacher_n_gpus_per_node": 1,
@@ -33,7 +25,10 @@ def test_student_on_both_nodes_and_a_teacher_of_its_own(tiny_pair: Pair, address
         "++algorithm.distill.teachers": "{self:{sources:[sums]}}",
     }
     env = script_env(tiny_pair, write_onerec_parquet(tmp_path / "train.parquet", 16))
-    finished = launch(tmp_path / "run", small_run("hf", 1, 2, **changes), env)
+    try:
+        finished = launch(tmp_path / "run", small_run("hf", 1, 2, **changes), env)
+    finally:
+        cluster.shutdown()
     assert finished.returncode == 0, finished.output[-6000:]
     assert "pool train: 2 rank(s) on 2 node(s), each rank with CPU 0.25, GPU 0, for actor" in finished.output
     assert "pool teacher: 1 rank(s) on 1 node(s), each rank with CPU 0.25, GPU 0, for ref" in finished.output

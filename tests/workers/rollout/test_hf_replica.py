@@ -10,7 +10,7 @@ import torch
 from support.engines import PLAIN, TRUNCATED, generate, save_tiny_model
 
 from verl.config import HFModelConfig, RolloutConfig
-from verl.workers.rollout.hf_replica import HFReplica, _Request, _Sampler
+from verl.workers.rollout.hf_replica import HFReplica, _Request, _RowStops, _Sampler
 from verl.workers.rollout.replica import SamplingOptions
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14], [15, 16]]
@@ -64,3 +64,12 @@ async def test_truncation_by_hand(top_k: int, top_p: float, kept: set[int]) -> N
     drawn = sampler(torch.zeros(500, 1, dtype=torch.long), probs.log().repeat(500, 1)).argmax(-1)
     assert set(drawn.tolist()) == kept
     torch.testing.assert_close(sampler.log_probs[0].exp(), probs[drawn] / probs[list(kept)].sum())
+
+
+async def test_a_row_stops_at_its_own_token_or_limit_or_where_its_caller_has_gone() -> None:
+    batch = [make_request(stop_token_ids={6}), make_request(max_tokens=1), make_request(), make_request()]
+    stops = _RowStops(batch, prompt_width=1)
+    written, scores = torch.tensor([[5, 6]] * 4), torch.zeros(4, 1)
+    assert stops(written, scores).tolist() == [True, True, False, False]
+    batch[3].answer.cancel()
+    assert stops(written, scores).tolist() == [True, True, False, True]

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from verl.trainer.launch.typed import load_config
+
 REPO = Path(__file__).resolve().parents[2]
 SOURCES = sorted(path for top in ("verl", "recipe", "scripts", "benchmarks") for path in (REPO / top).rglob("*.py"))
 UNPICKLERS = {
@@ -79,3 +81,17 @@ def test_no_code_that_a_file_contains_is_run() -> None:
 )
 def test_the_guard_finds(line: str) -> None:
     assert len(faults(line)) == 1
+
+
+def test_loaders_of_models_pass_the_setting_on() -> None:
+    """Without it, or ``**options``, they would fail on a model whose code the user does trust."""
+    without = {
+        str(path.relative_to(REPO))
+        for path in SOURCES
+        for name, call in calls(path.read_text(encoding="utf-8"))
+        if name.startswith("Auto") and name.endswith(("from_pretrained", "from_config"))
+        if "trust_remote_code" not in keywords(call) and all(keyword.arg for keyword in call.keywords)
+    }
+    # Models that the scoreboard and the benchmarks load have classes of transformers' own.
+    assert without == {"recipe/onpolicy_distill/scoreboard/scoring.py", "benchmarks/step_time.py"}
+    assert load_config([]).actor_rollout_ref.model.trust_remote_code is False

@@ -103,6 +103,7 @@ def test_only_what_a_method_reads_travels():
     for sent in (call.args[0] for call in group.calls):
         assert set(sent.batch.keys()) == {"x"} and not sent.non_tensor_batch and sent.meta_info == {"step": 7}
     assert set(data.batch.keys()) == {"x", "y"}, "the driver's batch keeps everything"
+    assert group.calls[0].args[0].batch["x"].data_ptr() == data.batch["x"].data_ptr(), "rows are views"
 
 
 def test_several_batches_are_split_alike_and_other_arguments_pass():

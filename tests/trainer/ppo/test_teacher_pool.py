@@ -131,3 +131,11 @@ def test_each_pool_has_gpus_of_its_own_and_replicas_those_of_the_student() -> No
     finally:
         groups.shutdown()
         pools.shutdown()
+
+
+def test_pools_that_do_not_fit_reserve_nothing() -> None:
+    trainer = TrainerConfig(n_gpus_per_node=3, teacher_nnodes=1, teacher_n_gpus_per_node=2)
+    pools = plan_pools(trainer, ["actor", "ref"], use_gpu=True)
+    with pytest.raises(ValueError, match="beside 'train': 3 rank"):
+        pools.create_resource_pool()
+    assert all(pool._group is None for pool in pools.resource_pool_dict.values())

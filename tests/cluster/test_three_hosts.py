@@ -56,9 +56,6 @@ class Cluster:
     def ray(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         return self.run("init_ray_cluster.sh", *arguments, self.hostfile)
 
-    def deploy(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        return self.run("deploy_env.sh", "--all-nodes", *arguments, "--device", "cpu", self.hostfile)
-
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
@@ -83,13 +80,15 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 def test_deployment_checks_every_host(cluster: Cluster) -> None:
-    done = cluster.deploy()
+    done = cluster.run("deploy_env.sh", "--all-nodes", "--device", "cpu", cluster.hostfile)
     assert done.returncode == 0, done.stdout
     table = [line.split()[:2] for line in done.stdout[done.stdout.index("host    ") :].splitlines()[1:4]]
     assert table == [[cluster.hosts[0].address, "ok"], ["kvhost2:22", "ok"], ["kvhost3", "ok"]]
 
 
 def test_copying_brings_the_tree_and_leaves_what_is_only_there(cluster: Cluster) -> None:
+    deploy, alone = ("deploy_env.sh", "--all-nodes", "--device", "cpu"), cluster.network.folder / "second host"
+    alone.write_text("root@kvhost2:22\n")
     # On the second host the checkout is an empty folder of its own, with a user's file in it.
     own = cluster.network.folder / "own checkout"
     (own / "verl").mkdir(parents=True)
@@ -101,9 +100,9 @@ def test_copying_brings_the_tree_and_leaves_what_is_only_there(cluster: Cluster)
         subprocess.run([*second, "mount", "--bind", environment, own / environment.relative_to(REPO)], check=True)
     subprocess.run([*second, "mount", "--rbind", own, REPO], check=True)
     try:
-        done = cluster.deploy()
+        done = cluster.run(*deploy, alone)
         assert "kvhost2:22: failed" in done.stdout, "the folder is there and the script is not"
-        done = cluster.deploy("--copy")
+        done = cluster.run(*deploy, "--copy", alone)
     finally:
         subprocess.run([*second, "umount", "--recursive", REPO], check=True)
     assert done.returncode == 0, done.stdout

@@ -1,7 +1,8 @@
 # Every target sets up what it needs; a fresh machine needs Python 3.11 or newer and nothing else.
 ENV_DIR ?= .venv
 PYTEST = $(ENV_DIR)/bin/python -m pytest
-# Test files are spread over this many processes; a file stays whole, for its tests share what they start.
+# Test files are spread over this many processes; a file stays whole, for its tests share what they start. They come by
+# name: by number of tests, the whole runs of tests/e2e would begin last, and one process would wait for the other.
 WORKERS ?= 2
 export ENV_DIR
 
@@ -11,7 +12,7 @@ env:
 	bash deploy_env.sh --dev
 
 test: env
-	$(PYTEST) -n $(WORKERS) --dist loadfile -m "not slow and not cluster" $(ARGS)
+	$(PYTEST) -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow and not cluster" $(ARGS)
 
 test-slow: env
 	$(PYTEST) -m "slow or cluster" $(ARGS)

@@ -19,6 +19,8 @@ from support.tiny_pairs import REPO, Pair, make_pair
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Workers that Ray starts ahead have another environment than ours and are never used: two interpreters less a start.
+os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
 # Ray's workers and started programs import the same checkout, and helpers from tests/support.
 os.environ["PYTHONPATH"] = f"{REPO}{os.pathsep}{REPO / 'tests'}"
 

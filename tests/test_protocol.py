@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from verl.protocol import BATCH_KEYS, DataProto, pad_dataproto_to_divisor, unpad_dataproto
+from verl.protocol import DataProto, pad_dataproto_to_divisor, unpad_dataproto
 
 
 def make_batch(rows: int = 4) -> DataProto:
@@ -24,12 +24,6 @@ def first_column(data: DataProto) -> list[int]:
     return data.batch["obs"][:, 0].tolist()
 
 
-def test_lists_of_one_length_stay_lists():
-    data = DataProto.from_dict(non_tensors={"raw_prompt": [[{"role": "user"}], [{"role": "user"}]]})
-    assert len(data) == 2 and data.non_tensor_batch["raw_prompt"].shape == (2,)
-    assert data[1].non_tensor_batch["raw_prompt"] == [{"role": "user"}]
-
-
 def test_columns_of_different_lengths_or_types_are_refused():
     with pytest.raises(ValueError, match=r"'uid' has 3 rows, but 'obs' has 2"):
         DataProto.from_dict({"obs": torch.zeros(2, 1)}, {"uid": ["a", "b", "c"]})
@@ -37,12 +31,6 @@ def test_columns_of_different_lengths_or_types_are_refused():
     for build in (DataProto.from_dict, DataProto.from_single_dict, lambda x: DataProto(non_tensor_batch=x)):
         with pytest.raises(ValueError, match="'x'"):
             build(wrong)
-
-
-def test_from_single_dict_sorts_by_type():
-    data = DataProto.from_single_dict({"obs": torch.zeros(2, 1), "label": np.array([7, 8])}, meta_info={"step": 3})
-    assert list(data.batch.keys()) == ["obs"] and data.meta_info == {"step": 3}
-    assert data.non_tensor_batch["label"].tolist() == [7, 8]
 
 
 def test_an_int_gives_one_row():
@@ -103,15 +91,6 @@ def test_a_missing_key_is_named_with_its_producer():
         data.tensor("name")
     with pytest.raises(KeyError, match=r"'uid' \(made by: trainer\)"):
         data.array("uid")
-
-
-def test_every_key_is_described_completely():
-    assert BATCH_KEYS["prompts"] == ("int64", "(B, P)", "rollout", "metrics (validation), dumps")
-    for key, row in BATCH_KEYS.items():
-        assert row.dtype in ("int64", "int32", "float32", "object"), key
-        assert row.shape in ("(B, P)", "(B, R)", "(B, T)", "(B,)", "(B, R, K)"), key
-        assert row.producer in ("dataset", "trainer", "rollout", "student", "teacher", "reward", "advantage"), key
-        assert row.consumer, key
 
 
 def test_rename_may_exchange_two_tensors():

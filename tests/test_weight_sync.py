@@ -1,9 +1,7 @@
-"""Buckets of whole weights, the order of a sync's calls, and which export of a bucket each engine reads."""
+"""Buckets of whole weights, and which export of a bucket each engine reads; the order of a sync: ``test_manager``."""
 
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -12,7 +10,7 @@ from support.process_group import group_of_one
 from support.tiny_workers import load_plain, worker_config, write_model
 
 from verl import weight_sync
-from verl.weight_sync import WeightExporter, bucket_for, send_weights
+from verl.weight_sync import WeightExporter, bucket_for
 from verl.workers.model_workers import StudentWorker
 
 
@@ -65,44 +63,6 @@ def test_where_shared_memory_is_full_a_file_on_disk_is_used(
     assert "nowhere is too full for" in caplog.text
     student.release_weight_bucket(0)
     assert not Path(info["path"]).exists()
-
-
-class Ranks:
-    """Two training ranks with two buckets; each rank exports for the engine beside it."""
-
-    def __init__(self, events: list[str]) -> None:
-        self.events = events
-
-    def num_weight_buckets(self) -> int:
-        return 2
-
-    def export_weight_bucket(self, index: int) -> list[dict[str, Any] | None]:
-        self.events.append(f"export {index}")
-        return [{"path": f"bucket {index} of rank {rank}"} for rank in range(2)]
-
-    def release_weight_bucket(self, index: int) -> None:
-        self.events.append(f"release {index}")
-
-
-def make_engine(events: list[str]) -> SimpleNamespace:
-    calls = {
-        "start_weight_update": lambda: events.append("start"),
-        "update_weights": lambda bucket: events.append(f"load {bucket['path']}"),
-        "finish_weight_update": lambda version: events.append(f"finish {version}"),
-    }
-    return SimpleNamespace(**{name: SimpleNamespace(remote=call) for name, call in calls.items()})
-
-
-def test_a_bucket_is_released_once_every_engine_has_loaded_it() -> None:
-    events: list[str] = []
-    engines = [make_engine(events) for _ in range(2)]
-    send_weights(Ranks(events), engines, [(0,), (1,)], lambda task, calls: events.append(f"wait to {task}"), version=7)
-    expected = ["start", "start", "wait to begin a weight sync"]
-    for index in range(2):
-        loads = [f"load bucket {index} of rank {rank}" for rank in range(2)]
-        waits = f"wait to load weight bucket {index} of version 7"
-        expected += [f"export {index}", *loads, waits, f"release {index}"]
-    assert events == [*expected, "finish 7", "finish 7", "wait to finish the weight sync of version 7"]
 
 
 def test_on_cpu_an_engine_reads_the_export_of_its_own_node() -> None:

@@ -18,15 +18,14 @@ import psutil
 import pytest
 import ray
 from ray.cloudpickle import register_pickle_by_value
-from support.launch import metrics_by_step, small_run, write_onerec_parquet
+from support.in_process_run import settings
+from support.launch import metrics_by_step, write_onerec_parquet
 
 from recipe.onpolicy_distill.main_onpolicy_distill import build_trainer
-from verl.config import PPOConfig
 from verl.experimental.agent_loop import actors
 from verl.trainer.launch import run as module
-from verl.trainer.launch.typed import load_config
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]  # seven starts, each a minute on a busy machine
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]  # five starts, each a minute on a busy machine
 register_pickle_by_value(sys.modules[__name__])  # workers do not import test modules
 
 STEPS = 4
@@ -64,7 +63,7 @@ class Loss:
     stage: str
     victim: Callable[[Any], Any]
     stopped: Callable[[Any], Any]
-    message: str | tuple[str, ...]
+    message: str
 
     def prepare(self, trainer: Any, killed_at: list[float]) -> None:
         *part, name = self.stage.split(".")
@@ -84,45 +83,30 @@ class Loss:
 
 LOSSES = [
     Loss(1, "generate", rank, engine, "error: actor+ref failed on rank 1 of 2, node "),
-    # Whoever notices first: the worker whose request fails, or the driver, which looks at the engines meanwhile.
-    Loss(2, "generate", engine, engine, ("error: agent-loop worker ", "error: rollout replica 0 (hf, node ")),
     Loss(2, "generate", agent_loop, engine, "error: agent-loop worker 0 (node "),
-    Loss(3, "update_actor", rank, rank, "error: actor.update_actor failed on rank 1 of 2, node "),
     Loss(3, "saver.save", rank, rank, "error: actor.checkpoint_outcome failed on rank 1 of 2, node "),
     Loss(4, "update_actor", engine, rank, "error: rollout replica 0 (hf, node "),
 ]
 
 
-def settings(pair: Any, train: Path, folder: Path) -> PPOConfig:
-    changes = {
-        "actor_rollout_ref.model.path": pair.student,
-        "actor_rollout_ref.ref.model.path": pair.teacher,
-        "actor_rollout_ref.rollout.extend_vocab_start_token": pair.extend_vocab_start_token,
-        "actor_rollout_ref.actor.ppo_mini_batch_size": 4,
-        "algorithm.adv_estimator": "on_policy_distill",
-        "data.train_files": train,
-        "data.train_batch_size": 4,
-        "data.enable_think": False,
-        "ray_kwargs.ray_init.num_cpus": 2,
-        "trainer.default_local_dir": folder,
-        "trainer.save_freq": 1,
-        "trainer.logger": "[file]",
-    }
-    return load_config(small_run("hf", 2, STEPS, **changes))
-
-
-def test_a_run_that_loses_processes_in_every_stage_is_the_run_that_never_did(
+def test_a_run_that_loses_processes_in_every_stage_names_them_and_goes_on(
     tiny_pair: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """That it ends as a run that lost nothing: ``test_signals_run``, and the kill run in ``tests/soak``."""
     before, train = ray_processes(), write_onerec_parquet(tmp_path / "train.parquet", 10)
-    module.run(build_trainer(settings(tiny_pair, train, tmp_path / "whole")))
-
+    changes = {
+        "actor_rollout_ref.rollout.agent.num_workers": 1,
+        "ray_kwargs.ray_init.num_cpus": 2,
+        "trainer.n_gpus_per_node": 2,
+        "trainer.total_training_steps": STEPS,
+    }
+    config = settings(tiny_pair, train, tmp_path / "run", **changes)
     monkeypatch.setattr(actors, "SHUTDOWN_S", 2.0)  # what a stopped engine costs
     reported: list[tuple[float, str]] = []
     monkeypatch.setattr(module, "report", lambda text: reported.append((time.monotonic(), text)))
     for restarts, loss in enumerate(LOSSES):
         monkeypatch.setenv("RESTART_COUNT", str(restarts))
-        trainer, killed_at = build_trainer(settings(tiny_pair, train, tmp_path / "run")), []
+        trainer, killed_at = build_trainer(config), []
         loss.prepare(trainer, killed_at)
         with pytest.raises(SystemExit) as ended:
             module.run(trainer)
@@ -135,11 +119,9 @@ def test_a_run_that_loses_processes_in_every_stage_is_the_run_that_never_did(
         assert log.startswith("log: /") and ".err on node " in log
         assert at - killed_at[0] < 15, loss
     monkeypatch.setenv("RESTART_COUNT", str(len(LOSSES)))
-    module.run(build_trainer(settings(tiny_pair, train, tmp_path / "run")))
+    module.run(build_trainer(config))
 
-    expected, got = metrics_by_step(tmp_path / "whole", STEPS), metrics_by_step(tmp_path / "run", STEPS)
-    for step in expected:
-        assert got[step] == pytest.approx(expected[step], rel=1e-6, abs=1e-6), f"step {step}"
+    assert len(metrics_by_step(tmp_path / "run", STEPS)) == STEPS, "every step once"
     deadline = time.monotonic() + 15
     while (left := ray_processes() - before) and time.monotonic() < deadline:
         time.sleep(0.2)

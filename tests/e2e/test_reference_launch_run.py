@@ -5,22 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from support.launch import read_metrics, write_onerec_parquet
+from support.launch import read_metrics, reference_launch, write_onerec_parquet
 from support.tiny_pairs import REPO, Pair
-
-
-def reference_launch(replaced: dict[str, str], paths: dict[str, Path]) -> list[str]:
-    """The arguments of tests/data/reference_launch.txt with other values for some keys and for the paths."""
-    arguments = []
-    for line in (REPO / "tests/data/reference_launch.txt").read_text().splitlines():
-        if not line or line.startswith("#"):
-            continue
-        key, value = line.split("=", 1)
-        for name, path in paths.items():
-            value = value.replace(name, str(path))
-        arguments.append(f"{key}={replaced.pop(key, value)}")
-    assert not replaced, f"not in the reference launch: {sorted(replaced)}"
-    return arguments
 
 
 def test_every_reference_key_on_one_command_line(tiny_pair: Pair, tmp_path: Path) -> None:
@@ -43,9 +29,11 @@ def test_every_reference_key_on_one_command_line(tiny_pair: Pair, tmp_path: Path
         "trainer.save_freq": "1",
         "trainer.default_local_dir": str(tmp_path / "run"),
     }
-    command = [sys.executable, "-m", "recipe.onpolicy_distill.main_onpolicy_distill"]
+    arguments = [*reference_launch(replaced), "trainer.total_training_steps=1"]
+    for name, path in paths.items():
+        arguments = [argument.replace(f"={name}", f"={path}") for argument in arguments]
     done = subprocess.run(
-        [*command, *reference_launch(replaced, paths), "trainer.total_training_steps=1"],
+        [sys.executable, "-m", "recipe.onpolicy_distill.main_onpolicy_distill", *arguments],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(REPO)},
         stdout=subprocess.PIPE,

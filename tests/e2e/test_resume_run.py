@@ -1,32 +1,26 @@
 """Whole runs that stop and go on, through the launch script, and what is exported from them."""
 
 import asyncio
-import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from support.engines import ReplicaProcess, largest_difference
-from support.launch import Run, launch, script_env, small_run, write_onerec_parquet
+from support.launch import Run, launch, metrics_by_step, script_env, small_run, write_onerec_parquet
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from verl import model_merger
 from verl.config import HFModelConfig, RolloutConfig
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 STEPS = 4
-CLOCK = ("timing", "perf/")
 
 
-def settings(engine: str, ranks: int, **changes: Any) -> list[str]:
-    return small_run(engine, ranks, STEPS, **changes)
-
-
-@pytest.fixture(scope="module")
-def env(tiny_pair: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return script_env(tiny_pair, write_onerec_parquet(tmp_path_factory.mktemp("data") / "train.parquet", 18))
+def settings(ranks: int, **changes: Any) -> list[str]:
+    return small_run("vllm", ranks, STEPS, **changes)
 
 
 def run(folder: Path, overrides: list[str], env: dict[str, str]) -> Run:
@@ -35,38 +29,23 @@ def run(folder: Path, overrides: list[str], env: dict[str, str]) -> Run:
     return done
 
 
-def logged(of: Run) -> dict[int, dict[str, float]]:
-    """Metrics by step but for what the clock says, and every step once."""
-    steps = [json.loads(line)["step"] for line in (of.folder / "metrics.jsonl").read_text().splitlines()]
-    assert steps == list(range(1, STEPS + 1))
-    return {step: {k: v for k, v in data.items() if not k.startswith(CLOCK)} for step, data in of.metrics.items()}
-
-
-@pytest.mark.parametrize("engine", ["hf", "vllm"])
-def test_a_resumed_run_equals_a_whole_one(engine: str, env: dict[str, str], tmp_path: Path) -> None:
-    whole = run(tmp_path / "whole", settings(engine, 2), env)
-    first_half = settings(engine, 2, **{"trainer.total_training_steps": 2})
-    run(tmp_path / "halves", first_half, env)
-    halves = run(tmp_path / "halves", settings(engine, 2), env)
+def test_a_resumed_run_equals_a_whole_one_on_as_many_ranks_or_fewer_and_is_exported(
+    tiny_pair: Any, tmp_path: Path
+) -> None:
+    env = script_env(tiny_pair, write_onerec_parquet(tmp_path / "train.parquet", 18))
+    whole = run(tmp_path / "whole", settings(2), env)
+    run(tmp_path / "halves", settings(2, **{"trainer.total_training_steps": 2}), env)
+    shutil.copytree(tmp_path / "halves", tmp_path / "fewer")
+    halves, fewer = run(tmp_path / "halves", settings(2), env), run(tmp_path / "fewer", settings(1), env)
     assert "resumed from" in halves.output
-    expected, got = logged(whole), logged(halves)
+    assert "trainer.n_gpus_per_node: 2 in the checkpoint, 1 now" in fewer.output
+    expected, same, near = (metrics_by_step(each.folder, STEPS) for each in (whole, halves, fewer))
     for step in expected:
-        assert got[step] == pytest.approx(expected[step], rel=1e-6, abs=1e-6), f"step {step}"
+        assert same[step] == pytest.approx(expected[step], rel=1e-6, abs=1e-6), f"step {step}"
+        for key in ("distill/reverse_kl", "actor/pg_loss", "actor/grad_norm", "actor/lr", "response_length/mean"):
+            assert near[step][key] == pytest.approx(expected[step][key], rel=1e-5, abs=1e-6), f"step {step}: {key}"
     assert halves.series("distill/teacher_canary") == pytest.approx([0, 0], abs=1e-5), "of both ranks, at both halves"
     assert (halves.folder / "config.1.yaml").is_file(), "the first half's settings"
-
-
-def test_a_run_goes_on_on_another_number_of_ranks_and_its_model_is_exported(
-    env: dict[str, str], tmp_path: Path
-) -> None:
-    whole = run(tmp_path / "whole", settings("hf", 2), env)
-    run(tmp_path / "halves", settings("hf", 2, **{"trainer.total_training_steps": 2}), env)
-    halves = run(tmp_path / "halves", settings("hf", 1), env)
-    assert "trainer.n_gpus_per_node: 2 in the checkpoint, 1 now" in halves.output
-    expected, got = logged(whole), logged(halves)
-    for step in expected:
-        for key in ("distill/reverse_kl", "actor/pg_loss", "actor/grad_norm", "actor/lr", "response_length/mean"):
-            assert got[step][key] == pytest.approx(expected[step][key], rel=1e-5, abs=1e-6), f"step {step}: {key}"
     check_export(whole.folder / f"global_step_{STEPS}", tmp_path / "model")
 
 

@@ -12,7 +12,7 @@ from experiments.retention.online_retail import OnlineRetailConfig, build
 from experiments.retention.results import DONE, FAILED, Run
 from experiments.retention.runner import execute, trainer_settings
 from experiments.retention.synthetic import PromptShape, synthetic_prompts
-from experiments.retention.variants import CODES, HISTORIES, ITEMS, VARIANTS
+from experiments.retention.variants import HISTORIES, VARIANTS
 from experiments.retention.worker import answer
 from experiments.retention.worlds import Prepared
 from recipe.onpolicy_distill.quickstart.world import World
@@ -47,17 +47,6 @@ def test_every_variant_is_a_valid_configuration(prepared: Prepared, tmp_path: Pa
         assert bool(distill.teachers) == bool(config.data.source_weights) == ("self" in name or name == "stitched")
         assert config.actor_rollout_ref.actor.optim.lr == (2e-4 if "low-lr" in name else 5e-4)
         assert (config.actor_rollout_ref.rollout.seed, config.data.seed) == (1, 1)
-
-
-@pytest.mark.parametrize("name", [ITEMS, CODES])
-def test_made_up_prompts_are_like_the_recommenders(prepared: Prepared, name: str) -> None:
-    catalogue = set(pq.read_table(prepared.world.catalogue)["text"].to_pylist())
-    rows = pq.read_table(prepared.rehearsal[name]).to_pylist()
-    assert {row["source"] for row in rows} == {"rec_next", "rec_caption"}
-    asked = [json.loads(row["messages"])[0]["content"][0]["text"] for row in rows]
-    items = {f"<|sid_begin|>{part}" for text in asked for part in text.split("<|sid_begin|>")[1:]}
-    assert (items <= catalogue) == (name == ITEMS)
-    assert {text.count("<|sid_begin|>") for text in asked if text.startswith("history: ")} == {4}
 
 
 @pytest.mark.usefixtures("small")

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -82,18 +81,6 @@ def test_results_of_other_settings_lengths_or_models_are_not_taken_for_these(mon
     assert runs_to_do([run], [other, longer]) == [run] and runs_to_do([run], [same]) == []
     monkeypatch.setattr("experiments.retention.results.makers_digest", lambda: "of another source text")
     assert runs_to_do([run], [same]) == [run]
-
-
-def test_runs_go_side_by_side(tmp_path: Path) -> None:
-    meeting = threading.Barrier(2, timeout=30)
-
-    class Meets(Fake):
-        def __call__(self, run: Run) -> Record:
-            if not run.is_measurement:
-                meeting.wait()  # passes only where two runs are under way at once
-            return super().__call__(run)
-
-    assert len(run_study(STAGES, tmp_path / "results.jsonl", 2, lambda number: Meets([]))) == len(ALL)
 
 
 def test_a_process_that_dies_is_a_failed_run_and_the_next_run_gets_another(

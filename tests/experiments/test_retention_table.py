@@ -1,11 +1,9 @@
 """Means, spreads and shares of results made by hand."""
 
 from typing import Any
-from xml.etree import ElementTree
 
 import pytest
 
-from experiments.retention.plot import plot
 from experiments.retention.results import DONE, FAILED, Record, Run, record_of
 from experiments.retention.table import Spread, summarise, table_text
 
@@ -68,9 +66,3 @@ def test_only_results_of_these_settings_that_ran_on_all_students_are_compared(re
     assert [(summary.variant, summary.runs) for summary in overall.summaries] == [("exact", 3), ("stitched", 0)]
     assert [summary.variant for summary in first.summaries] == ["exact", "exact-leak", "stitched"]
     assert [summary.variant for summary in second.summaries] == ["exact"]
-
-
-def test_the_plot_shows_each_metric_once_per_variant_that_ran(records: list[Record]) -> None:
-    svg = ElementTree.fromstring(plot(summarise(records)))
-    titles = [title.text for title in svg.iter("{http://www.w3.org/2000/svg}title")]
-    assert titles == ["general accuracy: 86.7% ± 9.5%", "R@1 kept: 93.3% ± 11.5%", "unconstrained items kept: 100.0%"]

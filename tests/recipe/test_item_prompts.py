@@ -26,12 +26,6 @@ ITEM = re.compile(r"<\|sid_begin\|><s_a_(\d+)><s_b_(\d+)><s_c_(\d+)><\|sid_end\|
 CODES = 8
 
 
-@pytest.fixture(autouse=True)
-def home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A home folder that is empty, for the default of ``data.cache_dir``."""
-    monkeypatch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
-
-
 @pytest.fixture(scope="module")
 def tokenizer(tiny_tokenizers: tuple[Path, Path]) -> Any:
     return hf_tokenizer(tiny_tokenizers[1])
@@ -94,7 +88,7 @@ def test_items_that_the_tokenizer_lacks(tokenizer, tiny_tokenizers, tmp_path) ->
 def load(tmp_path: Path, tokenizer, synthetic: SyntheticItemPromptsConfig, **settings):
     """The training data of a run whose teacher of the rehearsal prompts knows item tokens."""
     general = write_rows(tmp_path / "general.parquet", [chat("Why?", source="general")] * 4)
-    settings = {"train_files": str(general), "train_batch_size": 4, **settings}
+    settings = {"train_files": str(general), "train_batch_size": 4, "cache_dir": str(tmp_path / "cache"), **settings}
     config = DataConfig(max_prompt_length=128, synthetic_item_prompts=synthetic, **settings)
     options = {"extend_vocab_start_token": EXTEND_START, "extended_sources": ["synthetic_rec_*"]}
     made = item_prompts.make_prompt_file(config, tokenizer)

@@ -9,7 +9,6 @@ import pytest
 from support.chat_files import chat, write_rows
 from support.tiny_pairs import Pair
 
-from recipe.onpolicy_distill.main_onpolicy_distill import build_trainer
 from recipe.onpolicy_distill.synthetic_item_prompts import main, make_prompt_file
 from verl.trainer.launch.checks import check_run
 from verl.trainer.launch.typed import load_config
@@ -42,17 +41,6 @@ def run(tiny_pair: Pair, tmp_path: Path) -> list[str]:
         f"++{KEY}.templates": HYDRA_TEMPLATES,
     }
     return [f"{key}={value}" for key, value in settings.items()]
-
-
-def test_a_run_rehearses_on_them_with_the_frozen_student(run: list[str]) -> None:
-    """The batch is larger than the files alone: the prompts count before anything starts, too."""
-    config = config_of(*run, TEACHER)
-    check_run(config)
-    trainer = build_trainer(config)
-    batch = trainer.prepare(next(iter(trainer.prompts.batches())), n=1)
-    is_rec = [source.startswith("synthetic_rec_") for source in batch.array("source")]
-    assert sum(is_rec) == 8 and batch.tensor("teacher").tolist() == [int(rec) for rec in is_rec]
-    assert batch.array("has_extended").tolist() == is_rec
 
 
 def test_they_need_a_teacher_that_reads_them(run: list[str]) -> None:

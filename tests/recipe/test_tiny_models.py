@@ -1,61 +1,9 @@
-"""The tiny pair: shapes, shared weights, how far apart the two are, and bad arguments."""
-
-import json
+"""The command line of the tiny pair: rows and ids of its table, and bad arguments."""
 
 import pytest
-import torch
 from transformers import AutoModelForCausalLM
 
-from recipe.onpolicy_distill.tiny_models import TinyPairConfig, build_tiny_models, main
-from verl.utils.tokenizer import hf_tokenizer
-
-KNOWN, EXTENDED = 329, 26  # ids of the teacher's tokenizer, and those that the student adds
-
-
-def build(tiny_tokenizers, out, **settings):
-    folders = build_tiny_models(*tiny_tokenizers, out, TinyPairConfig(**settings))
-    return [AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for folder in folders]
-
-
-def test_rows_tokenizers_and_generation_config(tiny_tokenizers, tmp_path):
-    teacher, student = build(tiny_tokenizers, tmp_path, hidden=64, layers=1)
-    assert teacher.config.vocab_size % 128 == 0 and teacher.config.vocab_size >= KNOWN + 64
-    assert student.config.vocab_size % 256 == 0 and student.config.vocab_size >= KNOWN + EXTENDED
-    for folder, ids in (("teacher", KNOWN), ("student", KNOWN + EXTENDED)):
-        tokenizer = hf_tokenizer(tmp_path / folder)
-        generation = json.loads((tmp_path / folder / "generation_config.json").read_text())
-        assert len(tokenizer) == ids
-        assert generation["eos_token_id"] == [tokenizer.eos_token_id, tokenizer.pad_token_id]
-        assert generation["pad_token_id"] == tokenizer.pad_token_id
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_the_pair_differs_enough_to_distil(tiny_tokenizers, tmp_path, tied):
-    teacher, student = build(tiny_tokenizers, tmp_path, tied=tied)
-    assert teacher.config.tie_word_embeddings is student.config.tie_word_embeddings is tied
-    ids = torch.arange(KNOWN).unsqueeze(0)
-    with torch.no_grad():
-        log_p, log_q = (model(ids).logits[..., :KNOWN].log_softmax(-1) for model in (student, teacher))
-    reverse_kl, entropy = ((log_p.exp() * gap).sum(-1).mean().item() for gap in (log_p - log_q, -log_p))
-    assert 0.1 < reverse_kl < 1.5 and 1.5 < entropy < 4.5  # log(329) = 5.8 would be a model that knows nothing
-
-
-def test_without_noise_the_student_is_the_teacher_on_shared_ids(tiny_tokenizers, tmp_path):
-    teacher, student = build(tiny_tokenizers, tmp_path, student_noise=0.0)
-    ids = torch.arange(KNOWN).unsqueeze(0)
-    with torch.no_grad():
-        torch.testing.assert_close(student(ids).logits[..., :KNOWN], teacher(ids).logits[..., :KNOWN])
-    rows = [model.get_input_embeddings().weight for model in (teacher, student)]
-    collision = slice(KNOWN, KNOWN + EXTENDED)  # ids that fall among the teacher's padded rows
-    assert not torch.allclose(rows[0][collision], rows[1][collision])
-
-
-def test_the_seed_decides_the_weights(tiny_tokenizers, tmp_path):
-    first, again, other = (
-        build(tiny_tokenizers, tmp_path / str(number), seed=seed, hidden=64, layers=1)[1].lm_head.weight
-        for number, seed in enumerate((0, 0, 1))
-    )
-    assert torch.equal(first, again) and not torch.equal(first, other)
+from recipe.onpolicy_distill.tiny_models import main
 
 
 def run_main(tiny_tokenizers, out, *options):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from verl.protocol import DataProto, pad_dataproto_to_divisor
-from verl.single_controller.base import Worker, WorkerGroup
+from verl.single_controller.base import WorkerGroup
 from verl.single_controller.base.decorator import Call, Dispatch, Execute, Results, register, registered_methods
 
 
@@ -47,7 +47,9 @@ class Arithmetic:
     def double(self, data: DataProto, other: DataProto | None = None, *, scale: int = 2) -> DataProto:
         assert other is None or len(other) == len(data)
         rows = {"doubled": scale * data.batch["x"]}
-        return DataProto.from_dict(rows, {"rank": [self.rank] * len(data)}, {"metrics": {"rows": len(data)}})
+        return DataProto.from_dict(
+            rows, {"rank": [self.rank] * len(data)}, {"metrics": {"rows": len(data), "of": self.rank}}
+        )
 
     @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO, padding=False)
     def update(self, data: DataProto) -> DataProto:
@@ -88,7 +90,7 @@ def test_rows_are_split_as_if_padded_and_come_back_in_order_without_padding(rank
     assert result.batch["doubled"].tolist() == [2 * row for row in range(count)]
     share = -(-count // ranks)
     assert result.non_tensor_batch["rank"].tolist() == [row // share for row in range(count)]
-    assert result.meta_info["metrics"]["rows"] == [share] * ranks
+    assert result.meta_info["metrics"] == {"rows": [share] * ranks, "of": [*range(ranks)]}
     chunks = pad_dataproto_to_divisor(rows(count), ranks)[0].chunk(ranks)
     assert [call.args[0].batch["x"].tolist() for call in group.calls] == [c.batch["x"].tolist() for c in chunks]
     assert [list(call.args[0].array("uid")) for call in group.calls] == [list(c.array("uid")) for c in chunks]
@@ -101,6 +103,7 @@ def test_only_what_a_method_reads_travels():
     for sent in (call.args[0] for call in group.calls):
         assert set(sent.batch.keys()) == {"x"} and not sent.non_tensor_batch and sent.meta_info == {"step": 7}
     assert set(data.batch.keys()) == {"x", "y"}, "the driver's batch keeps everything"
+    assert group.calls[0].args[0].batch["x"].data_ptr() == data.batch["x"].data_ptr(), "rows are views"
 
 
 def test_several_batches_are_split_alike_and_other_arguments_pass():
@@ -134,12 +137,3 @@ def test_an_override_keeps_its_registration():
 
     assert registered_methods(Other)["add_rank"].dispatch_mode is Dispatch.ONE_TO_ALL
     assert LocalGroup([Other(0), Other(1)]).add_rank(5) == [-5, -5]
-
-
-def test_a_lone_worker_joins_a_process_group():
-    Worker().init_process_group("gloo")
-    try:
-        Worker().init_process_group("gloo")  # does nothing
-        assert torch.distributed.get_world_size() == 1
-    finally:
-        torch.distributed.destroy_process_group()

@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoTokenizer, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoTokenizer, PreTrainedModel
 
+from support.tiny_workers import load_plain, write_model
 from verl.config import HFModelConfig, RolloutConfig
 from verl.workers.rollout.replica import RolloutReplica, TokenOutput, get_replica_class
 
@@ -33,28 +34,14 @@ GREEDY = {"temperature": 0.0, "top_p": 1.0, "top_k": -1}
 def save_tiny_model(folder: Path, tokenizer_dir: Path, tied: bool, architecture: str = "qwen3") -> PreTrainedModel:
     """A random model with more embedding rows than its tokenizer has ids, and those rows the likeliest of all."""
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
-    sizes: dict[str, Any] = {
-        "vocab_size": len(tokenizer) + PADDED_ROWS,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 512,
-        "tie_word_embeddings": tied,
-        "eos_token_id": tokenizer.eos_token_id,
-        "initializer_range": 0.2,
-    }
-    torch.manual_seed(1)
-    if architecture == "qwen2":
-        model: PreTrainedModel = Qwen2ForCausalLM(Qwen2Config(**sizes | {"num_attention_heads": 2}))
-    else:
-        model = Qwen3ForCausalLM(Qwen3Config(**sizes, head_dim=32))
+    sizes = {"tied": tied, "rows": len(tokenizer) + PADDED_ROWS, "head_dim": 32}  # vLLM has no smaller heads
+    model = load_plain(write_model(folder / "plain", tokenizer_dir, family=architecture, seed=1, **sizes))
+    model.config.eos_token_id = tokenizer.eos_token_id
     with torch.no_grad():
         model.lm_head.weight[len(tokenizer) :] *= 20
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return model.eval()
+    return model
 
 
 class LocalReplica:

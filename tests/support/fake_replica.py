@@ -58,6 +58,9 @@ class FakeReplica(RolloutReplica):
         self.log("start")
 
     async def _load_bucket(self, update_info: Mapping[str, Any]) -> None:
+        await asyncio.sleep(0.05)
+        if "path" in update_info:
+            Path(update_info["path"]).stat()  # a bucket stays until every engine has loaded it
         self.log(f"load {' '.join(update_info['names'])}")
 
     async def _finish_update(self) -> None:

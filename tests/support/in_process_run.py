@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from recipe.onpolicy_distill.main_onpolicy_distill import build_trainer
+from support.file_faults import Killed
 from verl.config import PPOConfig
 from verl.protocol import DataProto
 from verl.trainer.launch.typed import load_config
@@ -13,10 +14,6 @@ STEPS = 5
 """Of a run by default."""
 MEASURED = ("timing", "perf/")
 """Prefixes of metrics that the clock measures."""
-
-
-class Killed(BaseException):
-    """The process ends here."""
 
 
 def settings(pair: Any, train: Path, folder: Path, **changes: Any) -> PPOConfig:

@@ -31,10 +31,11 @@ from subprocess import TimeoutExpired
 from typing import NamedTuple
 
 import torch
+from pytest import approx
 from safetensors.torch import load_file
 
 from recipe.onpolicy_distill.tiny_tokenizers import build_tiny_tokenizers
-from support.launch import ROUNDING, Run, Running, processes_of, script_env, small_run, write_onerec_parquet
+from support.launch import Run, Running, metrics_by_step, processes_of, script_env, small_run, write_onerec_parquet
 from support.tiny_pairs import Pair, make_pair
 from verl.trainer.checkpoint import layout
 from verl.weight_sync import FOLDER_PREFIX, SHARED_MEMORY
@@ -48,10 +49,7 @@ RAY_AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 """They hold no model and no port of the run, and wait a minute for Ray's head before they end after it."""
 WHOLE, KILLED = "whole", "killed"
 """Folders of the run that is left alone, and of the one that is killed."""
-CLOCK = ("timing", "perf/")
-"""Beginnings of the names of metrics that are measured by the clock."""
 TOLERANCE = 1e-6
-ROUNDING_BOUND = 1e-4
 PATIENCE_S = 300
 """How long a run may take to get to the moment of its kill, or to its end."""
 WORKERS_GONE_S, AGENTS_GONE_S = 30, 90
@@ -87,21 +85,17 @@ def read_whole(folder: Path) -> list[str]:
     return [f"{key} is not finite" for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
 
 
-def mismatches(expected: Run, got: Run, steps: int) -> list[str]:
+def mismatches(expected: Path, got: Path, steps: int) -> list[str]:
     """Metrics of every step and last weights in which the resumed run differs from the one that was never touched."""
-    lines = (got.folder / "metrics.jsonl").read_text().splitlines()
-    every_step_once = [json.loads(line)["step"] for line in lines] == list(range(1, steps + 1))
-    wrong = [] if every_step_once else ["metrics.jsonl has not every step once"]
-    ours, theirs = expected.metrics, got.metrics
-    for step in sorted(ours.keys() | theirs.keys()):
-        one, other = ours.get(step, {}), theirs.get(step, {})
-        for key in sorted(key for key in one.keys() | other.keys() if not key.startswith(CLOCK)):
-            tolerance = ROUNDING_BOUND if key.startswith(ROUNDING) else TOLERANCE
-            a, b = one.get(key, float("nan")), other.get(key, float("nan"))
-            if not abs(a - b) <= max(tolerance, tolerance * abs(a)):
-                wrong.append(f"step {step}, {key}: {one.get(key)} and {other.get(key)}")
+    ours, theirs = metrics_by_step(expected, steps), metrics_by_step(got, steps)
+    wrong = [
+        f"step {step}, {key}"
+        for step in ours
+        for key in sorted(ours[step].keys() | theirs[step].keys())
+        if theirs[step].get(key) != approx(ours[step].get(key), rel=TOLERANCE, abs=TOLERANCE)
+    ]
     last = f"global_step_{steps}/actor/huggingface/model.safetensors"
-    weights, resumed = load_file(expected.folder / last), load_file(got.folder / last)
+    weights, resumed = load_file(expected / last), load_file(got / last)
     wrong += [] if weights.keys() == resumed.keys() else ["other tensors"]
     off = [name for name in weights.keys() & resumed.keys() if (weights[name] - resumed[name]).abs().max() > TOLERANCE]
     return wrong + [f"weights of {name}" for name in sorted(off)]
@@ -279,12 +273,12 @@ def main() -> int:
     whole = soak.leave_alone(WHOLE)
     for kill in plan_kills(args.kills, args.steps, rng):
         soak.kill(kill)
-    killed = Run(folder / KILLED, "", 0)
-    if layout.newest_whole(killed.folder) != layout.step_folder(killed.folder, args.steps):
+    killed = folder / KILLED
+    if layout.newest_whole(killed) != layout.step_folder(killed, args.steps):
         soak.leave_alone(KILLED)  # else the last kill came after the last checkpoint, and there is nothing to train
     kills = soak.kills_of.total()
-    soak.add_faults("unreadable_checkpoints", unreadable(killed.folder))
-    soak.add_faults("mismatches", mismatches(whole, killed, args.steps))
+    soak.add_faults("unreadable_checkpoints", unreadable(killed))
+    soak.add_faults("mismatches", mismatches(whole.folder, killed, args.steps))
     soak.add_faults(
         "shared_memory_left", [str(path) for path in SHARED_MEMORY.glob(f"{FOLDER_PREFIX}*") if path not in memory]
     )

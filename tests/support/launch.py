@@ -37,6 +37,15 @@ def write_onerec_parquet(path: Path, rows: int, sources: tuple[str, ...] = ("let
     return path
 
 
+def reference_launch(replaced: dict[str, str] | None = None) -> list[str]:
+    """The arguments of tests/data/reference_launch.txt, with other values for some keys."""
+    lines = (REPO / "tests/data/reference_launch.txt").read_text().splitlines()
+    pairs = [line.split("=", 1) for line in lines if line and not line.startswith("#")]
+    keys = {key for key, _ in pairs}
+    assert keys.issuperset(replaced or ()), f"not in the reference launch: {sorted((replaced or {}).keys() - keys)}"
+    return [f"{key}={(replaced or {}).get(key, value)}" for key, value in pairs]
+
+
 def read_metrics(folder: Path) -> dict[int, dict[str, float]]:
     """What a run logged to ``metrics.jsonl``, by step."""
     merged: dict[int, dict[str, float]] = {}
@@ -99,16 +108,6 @@ def small_run(engine: str, ranks: int, steps: int, **changes: Any) -> list[str]:
     return [f"{key}={value}" for key, value in values.items()]
 
 
-def launch_command(folder: Path, overrides: list[str]) -> list[str]:
-    """The launch script with the folder of the run; it becomes the driver."""
-    return ["bash", str(REPO / SCRIPT), *overrides, f"trainer.default_local_dir={folder}"]
-
-
-def launch_environment(env: dict[str, str]) -> dict[str, str]:
-    """This process's environment, with which tests start a run, and ``env``."""
-    return {**os.environ, "ENV_DIR": sys.prefix, "WANDB_MODE": "offline", **env}
-
-
 def processes_of(session: int) -> dict[int, str]:
     """Titles of the processes of a session of this machine, by process id; no zombies.
 
@@ -139,16 +138,19 @@ def metrics_by_step(folder: Path, steps: int) -> dict[int, dict[str, float]]:
 
 
 class Running:
-    """A run in a session of its own, whose output goes to ``run.log`` in its folder; use it as a context."""
+    """A run in a session of its own, whose output goes to ``run.log`` in its folder; use it as a context.
+
+    The launch script becomes the driver, unless it is to start the run again (``MAX_RESTARTS``).
+    """
 
     def __init__(self, folder: Path, overrides: list[str], env: dict[str, str]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self._log = folder, folder / "run.log"
         with self._log.open("w") as stream:
             self.process = subprocess.Popen(
-                launch_command(folder, overrides),
+                ["bash", str(REPO / SCRIPT), *overrides, f"trainer.default_local_dir={folder}"],
                 cwd=folder,
-                env=launch_environment(env),
+                env={**os.environ, "ENV_DIR": sys.prefix, "WANDB_MODE": "offline", **env},
                 stdout=stream,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,

@@ -37,11 +37,19 @@ Row = tuple[list[int], list[int]]
 
 
 def write_model(
-    folder: Path, tokenizer: Path, *, family: str = "qwen3", tied: bool = True, rows: int = 0, seed: int = 0
+    folder: Path,
+    tokenizer: Path,
+    *,
+    family: str = "qwen3",
+    tied: bool = True,
+    rows: int = 0,
+    seed: int = 0,
+    head_dim: int = 16,
 ) -> Path:
     """Save a random model of two blocks with that tokenizer; ``rows`` of embedding, by default 5 past its ids."""
     ids = AutoTokenizer.from_pretrained(tokenizer)
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, **({} if family == "qwen2" else {"head_dim": 16})}
+    heads = {"num_attention_heads": 64 // head_dim} if family == "qwen2" else {"head_dim": head_dim}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2} | heads
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "max_position_embeddings": 512} | heads
     torch.manual_seed(seed)
     config = FAMILIES[family](vocab_size=rows or len(ids) + 5, tie_word_embeddings=tied, **sizes)

@@ -43,8 +43,3 @@ async def test_tools_are_built_with_config_and_schema_and_instances_have_ids_of_
 def test_a_wrong_file_says_what_is_wrong_with_it(tmp_path: Path, text: str, error: str) -> None:
     with pytest.raises(ValueError, match=rf"multi_turn\.tool_config_path=.*tools\.yaml: (?s:.*){error}"):
         initialize_tools_from_config(write(tmp_path, text))
-
-
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"multi_turn\.tool_config_path=.*nothing\.yaml: .*No such file"):
-        initialize_tools_from_config(tmp_path / "nothing.yaml")

@@ -96,16 +96,6 @@ def test_a_resumed_run_takes_the_same_batches(
     assert taken == whole_run
 
 
-def test_the_position_of_other_data_is_not_taken_over(stream: Any, whole_run: Any, caplog: Any) -> None:
-    first, second = stream(train_max_samples=20), stream()
-    take(first, 7)
-    with pytest.raises(ValueError, match=r"saved after 20 prompts .* now 22 prompts .*resume_allow_changed=\[data\]"):
-        second.load_state_dict(first.state_dict())
-    second.load_state_dict(first.state_dict(), may_start_over=True)
-    assert "start over: saved after 20 prompts in batches of 4, now 22 prompts" in caplog.text
-    assert take(second, STEPS) == whole_run
-
-
 def test_batches_hold_sources_in_their_shares(tmp_path: Path, stream: Any) -> None:
     sources = ["general"] * 40 + ["rec_next"] * 5
     chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]

@@ -19,7 +19,7 @@ from support.agent_loop_fakes import (
 )
 
 from verl.config import MultiTurnConfig
-from verl.experimental.agent_loop.base import AgentLoopBase, AgentLoopOutput, RolloutError, get_agent_loop_class
+from verl.experimental.agent_loop.base import AgentLoopBase, AgentLoopOutput, RolloutError
 from verl.experimental.agent_loop.tool_agent_loop import (
     SingleTurnAgentLoop,
     ToolAgentLoop,
@@ -82,11 +82,6 @@ async def test_a_prompt_of_ids_is_taken_as_it_is_and_log_probs_may_be_left_out(t
     assert output.response_logprobs is None
 
 
-async def test_an_overlong_prompt_names_row_lengths_and_fix(tokenizer) -> None:
-    with pytest.raises(ValueError, match=r"row 7 has 5 tokens.*max_prompt_length=4.*filter_overlong_prompts"):
-        await converse(tokenizer, [], row={"prompt_ids": [1, 2, 3, 4, 5]}, prompt_length=4)
-
-
 @pytest.mark.parametrize(("ids", "log_probs"), [([1, 2], None), ([1, 2], [-1.0]), ([1, 2, 3], [-1.0, -1.0, -1.0])])
 async def test_an_engine_that_answers_wrongly_is_named(tokenizer, ids, log_probs) -> None:
     async def broken(token_ids: list[int], sampling_params: dict[str, Any]) -> TokenOutput:
@@ -94,11 +89,6 @@ async def test_an_engine_that_answers_wrongly_is_named(tokenizer, ids, log_probs
 
     with pytest.raises(RolloutError, match="the engine"):
         await ToolAgentLoop(make_context(tokenizer, response_length=2), broken).run(SAMPLING, raw_prompt=MESSAGES)
-
-
-def test_an_unknown_loop_lists_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"'tool_agnet' is unknown.*single_turn_agent, tool_agent"):
-        get_agent_loop_class("tool_agnet")
 
 
 # ---------------------------------------------------------------------------------------------------- tools, turns

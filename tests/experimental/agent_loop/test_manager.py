@@ -107,23 +107,6 @@ LOADS = ["load embed.weight", "load norm.weight"]
 # -------------------------------------------------------------------------------------------- in this process
 
 
-def test_in_one_process_all_of_it_works_without_ray(tmp_path: Path, tokenizer: Any) -> None:
-    world = build(tmp_path, tokenizer, Ranks(tmp_path, "", 1), "cpu", in_process=True)
-    world.manager.wait_ready()
-    world.manager.check_alive()
-    world.manager.update_weights(world.ranks, version=7)
-    assert world.generate([1], [2], [3]).batch["responses"][:, 0].tolist() == [1, 2, 3]
-    assert world.seeds([1], [2], [3], uids="abc") == [world.seeds([1], uids=uid)[0] for uid in "abc"]
-    with pytest.raises(RuntimeError, match="the kernel failed"):
-        world.generate([RAISE], [STALL])
-    world.manager.sleep()
-    assert not world.manager.asleep, "on CPU there is nothing to give up"
-    world.manager.shutdown()
-    world.manager.shutdown()
-    assert world.ranks.events == ["export 0", "release 0", "export 1", "release 1"]
-    assert world.events(0) == ["launch None", "start", *LOADS, "finish", "cancelled", "shutdown"]
-
-
 def test_a_launch_that_fails_is_told_at_once(tmp_path: Path, tokenizer: Any) -> None:
     broken = build(tmp_path, tokenizer, Ranks(tmp_path, "", 1), "cpu", fail_launch=True, in_process=True)
     with pytest.raises(RuntimeError, match="no memory"):

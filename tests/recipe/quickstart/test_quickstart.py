@@ -10,7 +10,7 @@ import pytest
 from support.small_world import SHORT_STUDENT, SHORT_TEACHER, SMALL
 
 from recipe.onpolicy_distill.quickstart import __main__ as quickstart
-from recipe.onpolicy_distill.quickstart import models, world
+from recipe.onpolicy_distill.quickstart import models, scoreboard, world
 from recipe.onpolicy_distill.quickstart.distillation import STEPS, Distillation
 from recipe.onpolicy_distill.quickstart.scoreboard import popularity_line, popularity_metrics
 from recipe.onpolicy_distill.synthetic_item_prompts import make_prompt_file
@@ -119,7 +119,10 @@ def test_the_whole_experiment_and_what_a_second_one_makes_anew(tmp_path, monkeyp
     made = sorted(folder.name for folder in (tmp_path / "cache").iterdir())
     assert [name.split("-")[0] for name in made] == ["student", "teacher", "world"]
 
-    quickstart.main([*arguments, "--seed", "1", "--mode", "public-fork"])
+    # Rankings do not depend on the engine (test_evaluate), and this one starts at once.
+    monkeypatch.setattr(scoreboard, "score", partial(scoreboard.score, engine="hf"))
+    again = ["--steps", "1", "actor_rollout_ref.rollout.name=hf", "--mode", "public-fork"]
+    quickstart.main([*arguments, "--seed", "1", *again])
     assert sorted(folder.name for folder in (tmp_path / "cache").iterdir()) == made
     fork = json.loads((tmp_path / "public-fork" / "summary.json").read_text())
     assert fork["mode"] == "public-fork" and fork["before"]["rec_recall"] == summary["before"]["rec_recall"]

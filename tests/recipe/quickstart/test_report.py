@@ -6,8 +6,7 @@ import re
 
 import pytest
 
-from recipe.onpolicy_distill.quickstart.charts import Series, line_chart
-from recipe.onpolicy_distill.quickstart.report import pair_samples, read_curves, write_report
+from recipe.onpolicy_distill.quickstart.report import pair_samples, write_report
 from recipe.onpolicy_distill.quickstart.scoreboard import comparison, comparison_table, verdict
 
 BEFORE = {"general_accuracy": 0.1, "general_accuracy_by_task": {"copy": 0.1}, "rec_recall": 0.8, "leak_rate": 0.4}
@@ -83,18 +82,6 @@ def test_tokens_show_how_training_sees_them(tmp_path, metrics):
     ]
 
 
-def test_an_empty_run_still_makes_a_page(tmp_path):
-    assert "Scoreboard" in texts_of(write_report(tmp_path / "r.html", {}, tmp_path / "absent.jsonl", []).read_text())
-
-
-def test_curves_of_a_file(metrics):
-    curves = read_curves(metrics)
-    assert curves["distill/reverse_kl"] == [(1, 2.0), (2, 1.0)]
-    assert curves["distill/entropy"] == [(1, 1.0)]
-    metrics.write_text('{"step": 2, "data": {"a": 1}}\n{"step": 1, "data": {"a": 2}}\n{"step": 2, "data": {"a": 3}}\n')
-    assert read_curves(metrics) == {"a": [(1, 2), (2, 3)]}
-
-
 def test_the_table():
     assert comparison(SUMMARY) == [
         ["General tasks, exact answers", "90.0%", "10.0%", "82.0%", "90% regained"],
@@ -107,9 +94,3 @@ def test_the_table():
     assert len({len(line) for line in lines}) == 1
     for kind, *stages in (("kept", None, 0.0, 0.5), ("regained", 0.2, 0.3, 0.5), ("kept", 1.0, None, 1.0)):
         assert verdict(kind, *stages) == ""
-
-
-def test_charts_of_odd_data():
-    for points in ([(5, 0.0)], [(1, -2.0), (2, 3.0)], [(0, 1e-9), (1, 2e-9)]):
-        assert "nan" not in line_chart([Series("a", points)])
-    assert "&lt;a&gt;, step 1" in line_chart([Series("<a>", [(1, 2.0)])])

@@ -9,12 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 from support.small_world import build_small_world
 
-from recipe.onpolicy_distill.quickstart.catalogue import FIRST_SHARE, SECOND_SHARE, Catalogue
 from recipe.onpolicy_distill.quickstart.general_tasks import LETTERS, TASKS, draw_problem
 from recipe.onpolicy_distill.quickstart.tokenizers import ROLE_LINES
 from recipe.onpolicy_distill.quickstart.world import FILES, QUESTION_WORDS
-from verl.config import DataConfig
-from verl.utils.dataset.onerec_dataset import OneRecDataset
 from verl.utils.tokenizer import hf_tokenizer
 
 
@@ -40,19 +37,6 @@ def test_answers_are_right(task):
         question, answer = draw_problem(task, Random(seed))
         word, given = question.split(": ")
         assert (word, answer) == (task, solve(given))
-
-
-def test_what_follows_an_item_is_likely_but_not_certain():
-    catalogue, random = Catalogue(items=32, tastes=4, codes_per_level=4, random=Random(0)), Random(1)
-    following = {item: Counter() for item in range(32)}
-    for _ in range(4000):
-        last, after = catalogue.draw_history(2, random)
-        following[last][after] += 1
-    often = [after for after in following.values() if after.total() > 99]
-    shares = [[n / after.total() for _, n in after.most_common(2)] for after in often]
-    first, second = (sum(column) / len(shares) for column in zip(*shares, strict=True))
-    assert FIRST_SHARE < first < FIRST_SHARE + 0.12  # more than its share: also drawn as a liked item
-    assert SECOND_SHARE < second < SECOND_SHARE + 0.12
 
 
 def test_files_hold_chats_with_the_answer_last_and_items_of_the_catalogue(small_world):
@@ -86,14 +70,6 @@ def test_no_test_question_is_trained_on(small_world):
         asked = [question_of(row) for row in test if row["source"] != "rec_caption"]
         assert len(set(asked)) == len(asked)
         assert {question_of(row) for row in train}.isdisjoint(asked)
-
-
-def test_the_data_set_reads_every_row(small_world):
-    tokenizer = hf_tokenizer(small_world.student_tokenizer)
-    for path, start in ((small_world.general_test, small_world.extend_vocab_start_token), (small_world.rec_test, None)):
-        dataset, rows = OneRecDataset(path, tokenizer, DataConfig(), extend_vocab_start_token=start), rows_of(path)
-        assert [row["extra_info"] for row in dataset] == [row["metadata"] for row in rows]
-        assert dataset[0]["reward_model"]["ground_truth"] == rows[0]["metadata"]["answer"]
 
 
 def test_tokenizers_share_ids_and_lose_nothing(small_world):

@@ -6,15 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file
-from support.file_faults import small_disk
 from support.in_process_run import MEASURED, STEPS, run_in_process, settings
 from support.launch import write_onerec_parquet
-
-from verl.config import TrainerConfig
-from verl.trainer.checkpoint.layout import find_checkpoint
-from verl.trainer.checkpoint.saver import CheckpointError
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
@@ -79,21 +73,6 @@ def test_a_run_that_rehearses_on_random_codes_and_holds_their_rows(tiny_pair: An
     before = load_file(tiny_pair.student / "model.safetensors")[name]
     after = load_file(stopped / f"global_step_{STEPS}/actor/huggingface/model.safetensors")[name]
     assert torch.equal(after[start:], before[start:]) and not torch.equal(after[:start], before[:start])
-
-
-def test_a_full_disk_costs_checkpoints_alone(tiny_pair: Any, train: Path, tmp_path: Path) -> None:
-    """Space for one checkpoint and a half: the first is whole and stays so, the run trains to its end and fails."""
-    run_in_process(settings(tiny_pair, train, tmp_path / "measured", **{"trainer.total_training_steps": 1}))
-    dist.destroy_process_group()
-    files = [path.stat().st_size for path in (tmp_path / "measured" / "global_step_1").rglob("*")]
-    one = sum(4096 + -(-size // 4096) * 4096 for size in files)  # on a tmpfs: whole pages, an entry each
-    with small_disk(tmp_path / "disk", 1.5 * one / 2**20) as disk:
-        with pytest.raises(CheckpointError, match=rf"step {STEPS} could not be written .*No space left on device"):
-            run_in_process(settings(tiny_pair, train, disk))
-        steps = logged(disk)
-        assert find_checkpoint(TrainerConfig(default_local_dir=str(disk))) == disk / "global_step_1"
-        assert [path.name for path in disk.glob("global_step_*")] == ["global_step_1"], "what failed takes no space"
-    assert steps[-1]["training/failed_saves"] >= STEPS - 2
 
 
 def test_a_run_in_one_process_has_one_rank(tiny_pair: Any, train: Path, tmp_path: Path) -> None:

@@ -213,13 +213,6 @@ def test_every_entry_of_the_table_names_a_setting_and_the_longest_decides() -> N
     assert rule_of("actor_rollout_ref.ref.model.path") == rule_of("trainer.save_freq") == "ignore"
 
 
-def test_a_run_that_has_nothing_left_to_train_is_refused(folder: Path, run: PPOConfig) -> None:
-    identity = run_identity(run, "contract-1")
-    assert find_resumable(run, identity, total_steps=4) == folder
-    with pytest.raises(ValueError, match=r"nothing to train: .*global_step_3 is there; .*resume_mode=disable"):
-        find_resumable(run, identity, total_steps=3)
-
-
 def test_validating_a_run_that_is_going_touches_nothing_of_it(folder: Path, run: PPOConfig) -> None:
     unfinished = folder.with_name("global_step_4.unfinished")
     unfinished.mkdir()

@@ -175,18 +175,20 @@ def test_positions_that_a_model_stretches_its_own_to(
         check(*lengths, f"data.max_prompt_length={longest - 47}")
 
 
-def test_vllm_has_to_be_installed_where_it_is_used(run: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "is_installed", lambda name: name != "vllm")
-    with pytest.raises(ValueError, match=r"rollout\.name=vllm needs vLLM, which is not installed; run deploy_env\.sh"):
-        check(*run)
-    check(*run, f"{ROLLOUT}.name=hf")
-
-
-def test_loggers_have_to_be_installed(run: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "is_installed", lambda name: name != "tensorboard")
-    with pytest.raises(ValueError, match=r"trainer\.logger=.*needs the package tensorboard; install it, or leave"):
-        check(*run, "trainer.logger=[console,tensorboard,wandb]")
-    check(*run, "trainer.logger=[console,file,wandb]")
+@pytest.mark.parametrize(
+    ("missing", "wanted", "other", "message"),
+    [
+        ("vllm", f"{ROLLOUT}.name=vllm", f"{ROLLOUT}.name=hf", r"=vllm needs vLLM, .*; run deploy_env\.sh"),
+        ("tensorboard", "trainer.logger=[tensorboard,wandb]", "trainer.logger=[wandb]", "tensorboard; install it, or"),
+    ],
+)
+def test_packages_have_to_be_installed_where_they_are_used(
+    run: list[str], monkeypatch: pytest.MonkeyPatch, missing: str, wanted: str, other: str, message: str
+) -> None:
+    monkeypatch.setattr(checks, "is_installed", lambda name: name != missing)
+    with pytest.raises(ValueError, match=re.escape(wanted.partition("=")[0]) + f".*{message}"):
+        check(*run, wanted)
+    check(*run, other)
 
 
 def test_names_that_weights_and_biases_refuses(run: list[str]) -> None:

@@ -2,19 +2,13 @@
 
 import csv
 import re
-from pathlib import Path
 
 import pytest
+from support.launch import reference_launch
+from support.tiny_pairs import REPO
 
 from verl.config import PPOConfig
-from verl.trainer.launch.typed import load_config, normalized_argv
-
-REPO = Path(__file__).resolve().parents[3]
-
-
-def reference_launch() -> list[str]:
-    lines = (REPO / "tests/data/reference_launch.txt").read_text().splitlines()
-    return [line for line in lines if line and not line.startswith("#")]
+from verl.trainer.launch.typed import load_config
 
 
 @pytest.fixture(scope="module")
@@ -38,12 +32,6 @@ def test_values_arrive(config: PPOConfig) -> None:
         "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True,max_split_size_mb:512",
         "LD_LIBRARY_PATH": "/usr/lib:/opt/a+b/lib",
     }
-
-
-def test_keys_without_effect_have_one_notice_each(caplog: pytest.LogCaptureFixture) -> None:
-    normalized_argv(reference_launch())
-    keys = ["data.image_key", "data.video_key", "data.return_raw_chat", "actor_rollout_ref.rollout.mode"]
-    assert [notice.split()[0] for notice in caplog.messages] == [*keys, "trainer.default_hdfs_dir"]
 
 
 @pytest.mark.parametrize("sign", ["+", "++"])

@@ -1,7 +1,6 @@
 """OneRecDataset on files written here, row by row, and on real files where they are at hand."""
 
 import logging
-from collections import Counter
 
 import pytest
 from support.chat_files import EXTEND_START, chat, read_jsonl, write_rows
@@ -107,17 +106,6 @@ def test_prompts_with_item_tokens(load):
         assert load(rows, extend_start=start).has_extended == [False] * 3
     sources = [chat("<s_a_0>", source=source) for source in ("rec_next", "recipes", "letters")]
     assert load(sources, extended_sources=["rec_*", "l?tters"]).sources == ["rec_next", "letters"]
-
-
-def test_think_draws_change_with_the_epoch_and_come_back(load):
-    dataset = load([chat(f"q{n}" if n % 7 else " ") for n in range(700)], enable_think=True)  # many blocks
-    first = prompts_of(dataset)
-    assert [prompt.partition(" ")[0] for prompt in first] == [f"q{n}" for n in range(700) if n % 7]
-    dataset.set_epoch(1)
-    assert prompts_of(dataset) != first
-    dataset.set_epoch(0)
-    assert prompts_of(dataset) == first
-    assert Counter(prompt.partition(" ")[2] for prompt in first).keys() == {"", "/think", "/no_think"}
 
 
 def test_settings_that_stop_at_a_row_do_so_on_cached_rows_too(load):

@@ -45,16 +45,6 @@ def assert_extended_rows_untouched(student: StudentWorker, model: Path, start: i
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_frozen_rows_do_not_move(tied: bool, models: Models) -> None:
-    folder, batch = models.student if tied else models.untied, batch_of(models.ids, models.extend_start, seed=2)
-    student = workers(models.config(folder, actor=FROZEN), models.distill(support="shared", leak_coef=1.0))
-    metrics = train(student, batch)
-    assert metrics["actor/grad_norm"] > 0 and metrics["actor/skipped_updates"] == 0
-    assert metrics["actor/extended_row_drift"] == 0.0 and metrics["actor/shared_row_drift"] > 0
-    assert_extended_rows_untouched(student, folder, models.extend_start)
-
-
-@pytest.mark.parametrize("tied", [True, False])
 def test_their_gradient_is_in_neither_the_norm_nor_the_step(tied: bool, models: Models) -> None:
     folder, batch = models.student if tied else models.untied, batch_of(models.ids, models.extend_start)
     free = workers(models.config(folder, actor=DECAYING))

@@ -145,11 +145,12 @@ def test_a_model_is_refused_whose_scores_would_not_be_its_own(
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     model.save_pretrained(tmp_path)
-    rows, places = (torch.arange(10) * 7 % 96).split([6, 4]), torch.cat([torch.arange(6), torch.arange(4)])
+    ids = torch.arange(12) * 7 % 96  # rows of 6 and 4 tokens, of which the last predicts nothing
+    rows, places = (ids[:5], ids[6:9]), torch.cat([torch.arange(5), torch.arange(3)])
     with torch.no_grad():
         own = torch.cat([model.double()(input_ids=row[None], use_cache=False).logits[0] for row in rows])
         if head == "pack":
-            mask = torch.full((1, 1, 10, 10), -torch.inf).double().triu(1)
+            mask = torch.full((1, 1, 8, 8), -torch.inf).double().triu(1)
             inputs = {"input_ids": torch.cat(rows)[None], "position_ids": places[None], "attention_mask": mask}
             taken = model(**inputs, use_cache=False).logits[0]
         else:

@@ -73,9 +73,9 @@ def update(trainer: TrainerConfig, config: ActorRolloutRefConfig, distill: Disti
     driver.config, driver.device_name = PPOConfig(), "cpu"
     driver.config.actor_rollout_ref, driver.config.trainer, driver.config.algorithm.distill = config, trainer, distill
     batch.meta_info["validate"], driver.stage_metrics = False, {}
-    pools, groups = plan_pools(trainer, driver.roles, use_gpu=False), WorkerGroups()
+    pools, groups = plan_pools(trainer, driver.roles), WorkerGroups()
     try:
-        pools.create_resource_pool()
+        pools.create_resource_pool(use_gpu=False)
         classes = {"actor": Student, **dict.fromkeys(distill.roles, TeacherWorker)}
         driver.role_groups = groups.start(pools, classes, driver.worker_arguments)
         driver.actor_wg = driver.role_groups["actor"]
@@ -116,8 +116,8 @@ def test_a_student_learns_from_a_teacher_of_its_own_ranks_what_it_learns_from_on
 
 def test_each_pool_has_gpus_of_its_own_and_replicas_those_of_the_student() -> None:
     trainer = TrainerConfig(n_gpus_per_node=2, teacher_nnodes=1, teacher_n_gpus_per_node=2)
-    pools, groups = plan_pools(trainer, ["actor", "ref"], use_gpu=True), WorkerGroups()
-    pools.create_resource_pool()
+    pools, groups = plan_pools(trainer, ["actor", "ref"]), WorkerGroups()
+    pools.create_resource_pool(use_gpu=True)
     config = ActorRolloutRefConfig()
     views = groups.start(pools, {"actor": Bystander, "ref": Bystander}, lambda _: {"config": config, "device": "cuda"})
     try:
@@ -135,7 +135,7 @@ def test_each_pool_has_gpus_of_its_own_and_replicas_those_of_the_student() -> No
 
 def test_pools_that_do_not_fit_reserve_nothing() -> None:
     trainer = TrainerConfig(n_gpus_per_node=3, teacher_nnodes=1, teacher_n_gpus_per_node=2)
-    pools = plan_pools(trainer, ["actor", "ref"], use_gpu=True)
+    pools = plan_pools(trainer, ["actor", "ref"])
     with pytest.raises(ValueError, match="beside 'train': 3 rank"):
-        pools.create_resource_pool()
+        pools.create_resource_pool(use_gpu=True)
     assert all(pool._group is None for pool in pools.resource_pool_dict.values())

@@ -15,9 +15,9 @@ ROLES = ["actor", "ref"]
 
 def test_a_teacher_shares_the_students_ranks_unless_it_has_its_own() -> None:
     student = {"nnodes": 2, "n_gpus_per_node": 4}
-    shared = plan_pools(TrainerConfig(**student), ROLES, use_gpu=True)
+    shared = plan_pools(TrainerConfig(**student), ROLES)
     assert (shared.resource_pool_spec, shared.mapping) == ({"train": [4, 4]}, {"actor": "train", "ref": "train"})
-    apart = plan_pools(TrainerConfig(**student, teacher_nnodes=1, teacher_n_gpus_per_node=8), ROLES, use_gpu=True)
+    apart = plan_pools(TrainerConfig(**student, teacher_nnodes=1, teacher_n_gpus_per_node=8), ROLES)
     assert apart.resource_pool_spec == {"train": [4, 4], "teacher": [8]}
     assert apart.mapping == {"actor": "train", "ref": "teacher"}
 
@@ -25,7 +25,7 @@ def test_a_teacher_shares_the_students_ranks_unless_it_has_its_own() -> None:
 def test_gpus_for_a_teacher_that_nobody_asks_are_refused() -> None:
     config = TrainerConfig(teacher_nnodes=1, teacher_n_gpus_per_node=8)
     with pytest.raises(ValueError, match="teacher_nnodes=1, teacher_n_gpus_per_node=8: this run uses no teacher"):
-        plan_pools(config, ["actor"], use_gpu=True)
+        plan_pools(config, ["actor"])
 
 
 # ------------------------------------------------------------------------------ what each node has to hold

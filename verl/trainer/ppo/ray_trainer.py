@@ -44,6 +44,7 @@ from verl.trainer.ppo.reward import RewardFn, compute_rewards
 from verl.trainer.ppo.stop_request import StopRequest
 from verl.trainer.ppo.worker_groups import WorkerGroups, check_nodes, plan_pools
 from verl.utils.dataset.rl_dataset import RLHFDataset
+from verl.utils.loopback import joins_cluster
 from verl.utils.rollout_dump import dump_generations, show_answers
 from verl.utils.seqlen_balancing import balance_rows
 from verl.utils.timing import marked_timer, run_stage
@@ -84,8 +85,7 @@ class RayPPOTrainer:
                 checkpoint that this run cannot go on from.
         """
         self.config, self.tokenizer = config, tokenizer
-        self.role_worker_mapping = role_worker_mapping
-        self.reward_fn = reward_fn
+        self.role_worker_mapping, self.reward_fn = role_worker_mapping, reward_fn
         self.device_name = device_name
         self.train_dataset = train_dataset
         self.prompts = PromptStream(train_dataset, config.data)
@@ -99,7 +99,7 @@ class RayPPOTrainer:
         config.resolve_schedule(self.total_steps)
         if self.uses_reward and reward_fn is None:
             raise ValueError(config.algorithm.missing_reward)
-        self.pools = plan_pools(config.trainer, self.roles, use_gpu=device_name == "cuda")
+        self.pools = plan_pools(config.trainer, self.roles)
         self.worker_groups = WorkerGroups()
         identity = run_identity(config, vocab_fingerprint)
         self.resume_from = find_resumable(config, identity, self.total_steps)
@@ -320,8 +320,8 @@ class RayPPOTrainer:
             workers = {role: self.role_worker_mapping[role](**self.worker_arguments(role)) for role in self.roles}
             self.role_groups: Mapping[str, WorkerGroup] = local_groups(workers)
         else:
-            self.pools.create_resource_pool()
-            if "address" in self.config.ray_kwargs.ray_init:
+            self.pools.create_resource_pool(use_gpu=self.device_name == "cuda")
+            if joins_cluster(self.config.ray_kwargs.ray_init):
                 check_nodes(self.config, self.pools)
             self.role_groups = self.worker_groups.start(self.pools, self.role_worker_mapping, self.worker_arguments)
         self.actor_wg = self.role_groups["actor"]

@@ -47,20 +47,18 @@ class ResourcePoolManager:
     """Ranks per node, by pool."""
     mapping: Mapping[str, str]
     """The pool of each role."""
-    use_gpu: bool = True
-    """One GPU per rank."""
     resource_pool_dict: dict[str, RayResourcePool] = field(default_factory=dict)
     """The pools, once created."""
 
-    def create_resource_pool(self) -> None:
-        """Reserve the places of all pools.
+    def create_resource_pool(self, use_gpu: bool) -> None:
+        """Reserve the places of all pools; ``use_gpu``: one GPU per rank.
 
         Raises:
             ValueError: the cluster cannot hold them, or something else keeps what they need.
         """
         for name, ranks in self.resource_pool_spec.items():
             keys = "trainer.{0}n_gpus_per_node or trainer.{0}nnodes".format("teacher_" if name == TEACHER else "")
-            self.resource_pool_dict[name] = RayResourcePool(ranks, self.use_gpu, name_prefix=name, settings=keys)
+            self.resource_pool_dict[name] = RayResourcePool(ranks, use_gpu, name_prefix=name, settings=keys)
         reserve_all(list(self.resource_pool_dict.values()))
 
     def places(self, role: str) -> list[RankPlace]:
@@ -73,7 +71,7 @@ class ResourcePoolManager:
             pool.remove()
 
 
-def plan_pools(config: TrainerConfig, roles: Sequence[str], use_gpu: bool) -> ResourcePoolManager:
+def plan_pools(config: TrainerConfig, roles: Sequence[str]) -> ResourcePoolManager:
     """The pools that the settings ask for; nothing is reserved yet.
 
     Args:
@@ -84,12 +82,12 @@ def plan_pools(config: TrainerConfig, roles: Sequence[str], use_gpu: bool) -> Re
     """
     train, teacher = config.ranks_on_nodes, config.teacher_ranks_on_nodes
     if not teacher:
-        return ResourcePoolManager({TRAIN: train}, dict.fromkeys(roles, TRAIN), use_gpu)
+        return ResourcePoolManager({TRAIN: train}, dict.fromkeys(roles, TRAIN))
     if len(roles) == 1:
         given = f"teacher_nnodes={config.teacher_nnodes}, teacher_n_gpus_per_node={config.teacher_n_gpus_per_node}"
         raise ValueError(f"trainer.{given}: this run uses no teacher; set both to null")
     mapping = {role: TRAIN if role == roles[0] else TEACHER for role in roles}
-    return ResourcePoolManager({TRAIN: train, TEACHER: teacher}, mapping, use_gpu)
+    return ResourcePoolManager({TRAIN: train, TEACHER: teacher}, mapping)
 
 
 class WorkerGroups:

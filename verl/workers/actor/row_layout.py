@@ -63,8 +63,8 @@ class BatchSizes(NamedTuple):
     """Counts instead of the tokens, where it is given."""
 
     @classmethod
-    def choose(cls, by_tokens: bool, max_tokens: int, max_rows: int | None) -> "BatchSizes":
-        """The limit that applies: of tokens where ``by_tokens``, else of rows."""
+    def choose(cls, by_tokens: bool | None, max_tokens: int, max_rows: int | None) -> "BatchSizes":
+        """The limit that applies: of rows where it is given and not ``by_tokens``, else of tokens."""
         return cls(max_tokens, None if by_tokens else max_rows)
 
     @classmethod

@@ -94,7 +94,7 @@ async def test_an_engine_that_answers_wrongly_is_named(tokenizer, ids, log_probs
 
 
 def test_an_unknown_loop_lists_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"'tool_agnet' is unknown.*single_turn_agent, tool_agent"):
+    with pytest.raises(ValueError, match=r"'tool_agnet' .* is unknown.*single_turn_agent, tool_agent"):
         get_agent_loop_class("tool_agnet")
 
 

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from verl.config import RolloutConfig
+from verl.config import AGENT_LOOPS, RolloutConfig
 from verl.experimental.agent_loop.chat_template import ChatTemplate
 from verl.experimental.agent_loop.masks import extended_token_mask, trainable_mask
 from verl.single_controller.base import RolloutError
@@ -183,7 +183,7 @@ class AgentLoopBase(ABC):
         )
 
 
-_AGENT_LOOPS: dict[str, type[AgentLoopBase]] = {}
+_AGENT_LOOPS: dict[str, Callable[..., AgentLoopBase]] = {}
 _Loop = TypeVar("_Loop", bound=type[AgentLoopBase])
 
 
@@ -197,13 +197,16 @@ def register(agent_name: str) -> Callable[[_Loop], _Loop]:
     return add
 
 
-def get_agent_loop_class(agent_name: str) -> type[AgentLoopBase]:
-    """The loop registered as ``agent_name``.
+def get_agent_loop_class(agent_name: str) -> Callable[..., AgentLoopBase]:
+    """The loop registered as ``agent_name``, or what makes one.
 
     Raises:
         ValueError: there is none; the message lists those there are.
     """
     if agent_name not in _AGENT_LOOPS:
-        known = ", ".join(sorted(_AGENT_LOOPS))
-        raise ValueError(f"agent loop {agent_name!r} is unknown (rollout.agent.default_agent_loop); use one of {known}")
+        known = ", ".join(sorted({*_AGENT_LOOPS, *AGENT_LOOPS}))
+        raise ValueError(
+            f"agent loop {agent_name!r} (a row's agent_name, or actor_rollout_ref.rollout.agent.default_agent_loop) is "
+            f"unknown; use one of {known}, or have actor_rollout_ref.model.external_lib import what registers it"
+        )
     return _AGENT_LOOPS[agent_name]

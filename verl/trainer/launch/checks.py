@@ -17,6 +17,7 @@ from typing import Any
 
 from verl.config import AGENT_LOOPS, PPOConfig, RolloutConfig, TrainerConfig
 from verl.config.best_rule import BestRule
+from verl.utils.loopback import joins_cluster
 from verl.utils.tokenizer import local_model_folder
 
 HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+")
@@ -55,7 +56,7 @@ def check_ranks(config: PPOConfig, device_name: str) -> None:
     from verl.single_controller.ray.resource_pool import CPUS_PER_PROCESS
 
     ray_init, trainer = config.ray_kwargs.ray_init, config.trainer
-    if "address" in ray_init:
+    if joins_cluster(ray_init):
         return
     for key, nodes in (("nnodes", trainer.nnodes), ("teacher_nnodes", trainer.teacher_nnodes or 1)):
         if nodes > 1:
@@ -67,7 +68,7 @@ def check_ranks(config: PPOConfig, device_name: str) -> None:
         limit = torch.cuda.device_count()
         available = f"has {limit} GPUs"
     else:
-        cores = ray_init["num_cpus"] if "num_cpus" in ray_init else len(os.sched_getaffinity(0))
+        cores = ray_init.get("num_cpus") or len(os.sched_getaffinity(0))
         limit = int(cores / CPUS_PER_PROCESS)
         available = f"can hold {limit} ranks on its {cores} cores"
     wanted, teacher = f"trainer.n_gpus_per_node={trainer.n_gpus_per_node}", sum(trainer.teacher_ranks_on_nodes)
@@ -135,6 +136,9 @@ def _model_errors(config: PPOConfig) -> Iterator[str]:
         except (OSError, ValueError) as error:
             yield f"{key}={path}: no config.json can be read ({error}); give a model folder in Hugging Face format"
             continue
+        is_whole = folder == Path(str(path)).expanduser() or constants.HF_HUB_OFFLINE  # else the rest is fetched
+        if is_whole and not any(file.suffix in (".safetensors", ".bin") for file in folder.iterdir()):
+            yield f"{key}={path}: there are no weights (*.safetensors) beside config.json; give a whole model folder"
         if key == "actor_rollout_ref.model.path":
             described |= student.override_config
         yield from _size_errors(key, path, described, config)
@@ -202,18 +206,15 @@ def _engine_errors(config: PPOConfig) -> Iterator[str]:
     rollout, key = config.actor_rollout_ref.rollout, "actor_rollout_ref.rollout"
     if rollout.name == "vllm" and not is_installed("vllm"):
         yield f"{key}.name=vllm needs vLLM, which is not installed; run deploy_env.sh, or set it to hf"
-    if (loop := rollout.agent.default_agent_loop) in AGENT_LOOPS:
+    if rollout.agent.default_agent_loop in AGENT_LOOPS:
         return
     # transformers comes with it, which only a loop of the user's own is worth.
     from verl.experimental.agent_loop.base import get_agent_loop_class
 
     try:
-        get_agent_loop_class(loop)
-    except ValueError:
-        yield (
-            f"{key}.agent.default_agent_loop={loop!r} is unknown; use {' or '.join(AGENT_LOOPS)}, or register your "
-            "own (verl.experimental.agent_loop.base.register), in the workers by a worker_process_setup_hook of Ray"
-        )
+        get_agent_loop_class(rollout.agent.default_agent_loop)
+    except ValueError as error:
+        yield str(error)
 
 
 def _output_errors(config: PPOConfig) -> Iterator[str]:
@@ -243,7 +244,10 @@ def _validation_of_policy(rollout: RolloutConfig) -> str:
 def _notices(config: PPOConfig) -> Iterator[str]:
     """Settings that are allowed and seldom meant."""
     algorithm, rollout, key = config.algorithm, config.actor_rollout_ref.rollout, "actor_rollout_ref.rollout"
-    distill = algorithm.distill
+    distill, actor = algorithm.distill, config.actor_rollout_ref.actor
+    if actor.use_dynamic_bsz and (rows := actor.ppo_micro_batch_size_per_gpu):
+        name = "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu"
+        yield f"{name}={rows} has no effect with use_dynamic_bsz=True; set that to False to have these rows per pass"
     if distill.coef and rollout.extend_vocab_start_token is not None and not distill.extended_sources:
         yield (
             f"algorithm.distill.coef={distill.coef}: no teacher knows item tokens, so an answer is trained up to its "

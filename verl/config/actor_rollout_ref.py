@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from verl.config.schema import Count, Fraction, IsListed, NonNegativeFloat, Options, PositiveFloat, Texts, section
+from verl.config.schema import Count, Fraction, IsListed, NonNegativeFloat, NullIsEmpty, Options, PositiveFloat, section
 
 AGENT_LOOPS = ("tool_agent", "single_turn_agent")
 """The agent loops that are built in."""
@@ -37,7 +37,7 @@ class HFModelConfig:
     """Keep the activations that backward needs in host memory (CUDA only)."""
     override_config: Options = field(default_factory=dict)
     """Entries laid over the model's own config, such as ``attn_implementation``."""
-    external_lib: Texts | None = None
+    external_lib: Annotated[list[str], IsListed] | None = None
     """Modules or Python files of the user's own, imported by the driver before it checks the settings and by every
     process of the run: what they register (estimators, agent loops, models of transformers) can then be named."""
 
@@ -167,7 +167,7 @@ class FSDPActorConfig:
 class RefConfig:
     """The frozen reference: in on-policy distillation, the teacher."""
 
-    model: RefModelConfig = field(default_factory=RefModelConfig)
+    model: Annotated[RefModelConfig, NullIsEmpty] = field(default_factory=RefModelConfig)
     ref_log_prob_replace_val: float = -100.0
     """The teacher's log-prob at a token that it lacks."""
     ref_replace_token_id: int | None = None

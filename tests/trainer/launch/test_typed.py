@@ -201,7 +201,8 @@ def test_settings_for_extended_ids_are_refused_without_them(setting: str) -> Non
 
 
 def test_keys_of_a_file_that_have_no_effect(caplog: pytest.LogCaptureFixture) -> None:
-    assert typed("critic.optim.lr=1", "data.return_raw_chat=True", "distillation.nnodes=0") == PPOConfig()
+    nulls = ["data.seed=null", f"{REF}.model=null", "distillation.nnodes=0"]
+    assert typed("critic.optim.lr=1", "data.return_raw_chat=True", *nulls) == PPOConfig()
     assert "critic is accepted and has no effect here" in caplog.text
     with pytest.raises(ValueError, match=r"shuffle=True is not built here \(mini-batches.*\n.*enable=True is not b"):
         typed("actor_rollout_ref.actor.shuffle=True", "actor_rollout_ref.actor.profiler.enable=True")

@@ -231,6 +231,9 @@ class AgentConfig:
     """Most agent-loop processes; never more than the cluster has CPUs."""
     default_agent_loop: str = "tool_agent"
     """Loop of rows without an ``agent_name``: ``tool_agent``, ``single_turn_agent`` or one of the user's own."""
+    agent_loop_config_path: str | None = None
+    """YAML with a list of loops of the user's own, each ``{name, _target_: module.Class}`` and what the class is called
+    with beside the conversation; null: none. Those that ``model.external_lib`` registers need no file."""
 
 
 @section("actor_rollout_ref.rollout")

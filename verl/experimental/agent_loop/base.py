@@ -11,13 +11,17 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
+
+from omegaconf import OmegaConf
 
 from verl.config import AGENT_LOOPS, RolloutConfig
 from verl.experimental.agent_loop.chat_template import ChatTemplate
 from verl.experimental.agent_loop.masks import extended_token_mask, trainable_mask
 from verl.single_controller.base import RolloutError
 from verl.tools.base_tool import BaseTool
+from verl.utils.import_utils import load_extern_type
 from verl.workers.rollout.replica import TokenOutput
 
 Generate = Callable[[list[int], dict[str, Any]], Awaitable[TokenOutput]]
@@ -195,6 +199,22 @@ def register(agent_name: str) -> Callable[[_Loop], _Loop]:
         return loop_class
 
     return add
+
+
+def load_agent_loops(path: str | None) -> None:
+    """Register the loops that ``rollout.agent.agent_loop_config_path`` lists; further entries of one are arguments.
+
+    Raises:
+        ValueError: the file, an entry or a class cannot be read.
+    """
+    try:
+        entries: Any = OmegaConf.load(path) if path else []
+        for options in map(dict, entries):
+            name, loop_class = options.pop("name"), load_extern_type(*options.pop("_target_").rsplit(".", 1))
+            _AGENT_LOOPS[name] = partial(loop_class, **options)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        key = f"actor_rollout_ref.rollout.agent.agent_loop_config_path={path}"
+        raise ValueError(f"{key}: {error}; list entries such as {{name: mine, _target_: my_module.MyLoop}}") from error
 
 
 def get_agent_loop_class(agent_name: str) -> Callable[..., AgentLoopBase]:

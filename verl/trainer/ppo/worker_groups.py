@@ -13,7 +13,7 @@ Before the first worker starts on a cluster, ``check_nodes`` asks every node for
 
 ==================================  ===================================================================
 student's ranks, engines beside     student's model and tokenizer, the checkpoint to resume from
-agent-loop workers (same nodes)     the tools' configuration
+agent-loop workers (same nodes)     the configuration of tools and agent loops
 teachers' ranks                     the teachers' models and tokenizer
 driver alone                        data files, reward function: checked before Ray starts
 ==================================  ===================================================================
@@ -172,6 +172,7 @@ def student_paths(config: PPOConfig) -> dict[str, str | None]:
         "actor_rollout_ref.model.path": models.model.path,
         "actor_rollout_ref.model.tokenizer_path": models.model.tokenizer_path,
         "actor_rollout_ref.rollout.multi_turn.tool_config_path": models.rollout.multi_turn.tool_config_path,
+        "actor_rollout_ref.rollout.agent.agent_loop_config_path": models.rollout.agent.agent_loop_config_path,
         "trainer.resume_from_path": trainer.resume_from_path if trainer.resume_mode == "resume_path" else None,
     }
 

@@ -1,6 +1,9 @@
 """kai-verl: on-policy distillation for models whose vocabulary extends their teacher's."""
 
+import os
 from typing import TYPE_CHECKING, Any
+
+from verl.utils.import_utils import EXTERNAL_MODULES, import_external_modules
 
 __version__ = "0.1.0"
 
@@ -17,3 +20,7 @@ def __getattr__(name: str) -> Any:
 
         return DataProto
     raise AttributeError(f"module 'verl' has no attribute {name!r}")
+
+
+if os.environ.get(EXTERNAL_MODULES):
+    import_external_modules()

@@ -38,6 +38,8 @@ def merge(local_dir: Path, target_dir: Path, dtype: str | None = None) -> int:
     """
     actor = local_dir / "actor" if (local_dir / "actor").is_dir() else local_dir
     described = actor / HUGGINGFACE
+    if any(actor.glob("model_world_size_*")):
+        raise ValueError(f"--local_dir {local_dir} holds shards of verl, which only the merger of that verl reads")
     if not (described / CONFIG).is_file():
         raise ValueError(f"--local_dir {local_dir} holds no {HUGGINGFACE}/{CONFIG}; name the actor/ of a checkpoint")
     if any(target_dir.glob("*.safetensors")):

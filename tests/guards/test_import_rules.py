@@ -93,7 +93,8 @@ def test_nothing_imports_upward() -> None:
 def test_no_two_modules_or_folders_import_each_other() -> None:
     def folder(module: str) -> str:
         place = MODULES[module].parent.relative_to(REPO)
-        return module if place == Path("verl") else str(place)  # a module directly in verl/ has its own layer
+        # A module directly in verl/ has its own layer, and an entry point stands above all that it puts together.
+        return module if place == Path("verl") or ".main_" in module else str(place)
 
     assert not find_circle(EDGES)
     # A package's __init__ that re-exports names from folders below it is that package's table of contents.

@@ -6,8 +6,10 @@ from functools import partial
 
 import pytest
 
-from verl.single_controller.ray.session import session_arguments, start_session
-from verl.utils.loopback import keep_to_loopback, stays_here
+from verl.single_controller.ray import session
+from verl.single_controller.ray.session import cluster_device, session_arguments, start_session
+from verl.utils.import_utils import EXTERNAL_MODULES
+from verl.utils.loopback import joins_cluster, keep_to_loopback, stays_here
 
 SET = ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS"]
 SET += ["VLLM_HOST_IP", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "A_TOKEN", "RAY_TMPDIR", "TMPDIR"]
@@ -39,10 +41,11 @@ def test_each_run_has_a_token_of_its_own_and_what_the_user_set_stays(monkeypatch
 def test_a_cluster_and_a_chosen_address_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     assert stays_here({"num_cpus": 2})
     assert not stays_here({"address": "auto"})
-    assert not stays_here({"_node_ip_address": "10.0.0.1"})
+    assert not stays_here({"_node_ip_address": "10.0.0.1"}) and not joins_cluster({"_node_ip_address": "10.0.0.1"})
+    assert session_arguments({})["address"] == "local", "never a Ray that is up here by chance, whose token is another"
+    assert stays_here({"address": None}) and stays_here({"address": "local"})
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
-    assert not stays_here({})
-    assert "address" not in session_arguments({}), "Ray reads the variable"
+    assert joins_cluster({}) and not stays_here({}) and "address" not in session_arguments({})
     monkeypatch.setenv("RAY_ADDRESS", "")
     assert stays_here({})
     assert session_arguments({})["address"] == "local", "or it would join any cluster that was started here"
@@ -71,6 +74,25 @@ def test_a_folder_too_long_for_sockets_is_refused(name: str, longest: int, monke
             start()
     with pytest.raises(ValueError, match=rf"\(of {name}\) is 1 bytes too long for Ray's sockets, .*at most 107"):
         start()
+
+
+@pytest.mark.parametrize(
+    ("setting", "gpus", "device"), [("auto", 4, "cuda"), ("auto", 0, "cpu"), ("cpu", 4, "cpu"), ("cuda", 4, "cuda")]
+)
+def test_the_cluster_decides_what_models_run_on(
+    monkeypatch: pytest.MonkeyPatch, setting: str, gpus: int, device: str
+) -> None:
+    """Whatever the driver's machine has, which may be a head without GPUs."""
+    monkeypatch.setattr(session.ray, "cluster_resources", lambda: {"CPU": 8.0, "GPU": float(gpus)} if gpus else {})
+    assert cluster_device(setting) == device
+    monkeypatch.setattr(session.ray, "cluster_resources", dict)
+    with pytest.raises(ValueError, match=r"trainer\.device='cuda', and no node of the cluster has a GPU"):
+        cluster_device("cuda")
+
+
+def test_workers_of_a_cluster_import_what_the_driver_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(EXTERNAL_MODULES, "mine")
+    assert session_arguments({"address": "auto"})["runtime_env"]["env_vars"][EXTERNAL_MODULES] == "mine"
 
 
 def test_secrets_stay_out_of_what_ray_logs(caplog: pytest.LogCaptureFixture) -> None:

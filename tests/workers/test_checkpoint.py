@@ -214,3 +214,9 @@ def test_user_errors_of_a_merge_are_one_line(saved: Path, tmp_path: Path, capsys
     assert model_merger.main(command) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ") and "unknown" in error and error.count("\n") == 1
+
+
+def test_shards_of_verl_are_named_as_such(tmp_path: Path) -> None:
+    (tmp_path / "model_world_size_1_rank_0.pt").touch()
+    with pytest.raises(ValueError, match="holds shards of verl, which only the merger of that verl reads"):
+        model_merger.merge(tmp_path, tmp_path / "out")

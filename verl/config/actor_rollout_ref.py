@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from verl.config.schema import Count, Fraction, IsListed, NonNegativeFloat, Options, PositiveFloat, section
+from verl.config.schema import Count, Fraction, IsListed, NonNegativeFloat, NullIsEmpty, Options, PositiveFloat, section
 
 AGENT_LOOPS = ("tool_agent", "single_turn_agent")
 """The agent loops that are built in."""
@@ -37,6 +37,9 @@ class HFModelConfig:
     """Keep the activations that backward needs in host memory (CUDA only)."""
     override_config: Options = field(default_factory=dict)
     """Entries laid over the model's own config, such as ``attn_implementation``."""
+    external_lib: Annotated[list[str], IsListed] | None = None
+    """Modules or Python files of the user's own, imported by the driver before it checks the settings and by every
+    process of the run: what they register (estimators, agent loops, models of transformers) can then be named."""
 
 
 @section("actor_rollout_ref.ref.model")
@@ -117,8 +120,8 @@ class FSDPActorConfig:
     """Prompts per optimizer step, over all ranks; every prompt counts ``rollout.n`` rows."""
     ppo_micro_batch_size_per_gpu: Count | None = None
     """Rows per forward and backward pass on one rank, where ``use_dynamic_bsz`` is off."""
-    use_dynamic_bsz: bool = True
-    """Cut micro-batches by tokens (``ppo_max_token_len_per_gpu``) rather than by rows."""
+    use_dynamic_bsz: bool | None = None
+    """Cut micro-batches by tokens (``ppo_max_token_len_per_gpu``) rather than by rows; null: unless rows are given."""
     ppo_max_token_len_per_gpu: Count = 16384
     """Most tokens of one micro-batch on one rank."""
     ppo_epochs: Count = 1
@@ -167,13 +170,13 @@ class FSDPActorConfig:
 class RefConfig:
     """The frozen reference: in on-policy distillation, the teacher."""
 
-    model: RefModelConfig = field(default_factory=RefModelConfig)
+    model: Annotated[RefModelConfig, NullIsEmpty] = field(default_factory=RefModelConfig)
     ref_log_prob_replace_val: float = -100.0
     """The teacher's log-prob at a token that it lacks."""
     ref_replace_token_id: int | None = None
     """What the teacher reads in place of such a token; null: its tokenizer's pad id, else its end token."""
-    log_prob_use_dynamic_bsz: bool = True
-    """Cut micro-batches by tokens rather than by rows."""
+    log_prob_use_dynamic_bsz: bool | None = None
+    """Cut micro-batches by tokens rather than by rows; null: unless rows are given."""
     log_prob_max_token_len_per_gpu: int = 16384
     """Most tokens of one micro-batch on one rank."""
     log_prob_micro_batch_size_per_gpu: Count | None = None
@@ -225,7 +228,10 @@ class AgentConfig:
     num_workers: int = 8
     """Most agent-loop processes; never more than the cluster has CPUs."""
     default_agent_loop: str = "tool_agent"
-    """Loop of rows without an ``agent_name``: ``tool_agent`` or ``single_turn_agent``."""
+    """Loop of rows without an ``agent_name``: ``tool_agent``, ``single_turn_agent`` or one of the user's own."""
+    agent_loop_config_path: str | None = None
+    """YAML with a list of loops of the user's own, each ``{name, _target_: module.Class}`` and what the class is called
+    with beside the conversation; null: none. Those that ``model.external_lib`` registers need no file."""
 
 
 @section("actor_rollout_ref.rollout")
@@ -291,8 +297,8 @@ class RolloutConfig:
     silent for the length of one answer, far below the default; null: no limit."""
     weight_sync_bucket_mb: Count = 1024
     """Most weights in flight at once during a weight sync, in MiB."""
-    log_prob_use_dynamic_bsz: bool = True
-    """Cut the student's log-prob micro-batches by tokens rather than by rows."""
+    log_prob_use_dynamic_bsz: bool | None = None
+    """Cut the student's log-prob micro-batches by tokens rather than by rows; null: unless rows are given."""
     log_prob_max_token_len_per_gpu: int = 16384
     """Most tokens of one such micro-batch on one rank."""
     log_prob_micro_batch_size_per_gpu: Count | None = None

@@ -3,7 +3,7 @@
 from dataclasses import field
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from verl.config.schema import Count, Fraction, NullIsEmpty, Options, Texts, section
 
@@ -105,7 +105,7 @@ class DataConfig:
     """Prompts per validation batch; null: all at once."""
     shuffle: bool = True
     """New order every epoch."""
-    seed: Annotated[int, Field(ge=0)] = 1
+    seed: Annotated[int, Field(ge=0), BeforeValidator(lambda seed: 1 if seed is None else seed)] = 1
     """Seed of the order and of the think draws."""
     filter_overlong_prompts: bool = False
     """Leave out prompts above ``max_prompt_length`` (counted and recorded)."""

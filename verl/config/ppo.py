@@ -117,10 +117,10 @@ class PPOConfig:
         ):
             switch, tokens_key = f"{infix}use_dynamic_bsz", f"{prefix}_max_token_len_per_gpu"
             rows_key, tokens = f"{prefix}_micro_batch_size_per_gpu", getattr(settings, tokens_key)
-            by_tokens = getattr(settings, switch)
-            if not by_tokens and getattr(settings, rows_key) is None:
+            by_tokens, rows = getattr(settings, switch), getattr(settings, rows_key)
+            if by_tokens is False and rows is None:
                 yield f"{key}.{switch}=False needs {key}.{rows_key}; set it, or {switch}=True"
-            if by_tokens and tokens < longest:
+            elif (by_tokens or rows is None) and tokens < longest:
                 row = f"{_ROLLOUT}.prompt_length + response_length = {longest}"
                 yield f"{key}.{tokens_key}={tokens} is below {row}; raise it to that at least"
 

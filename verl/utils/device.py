@@ -9,15 +9,15 @@ import torch
 _SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
-def get_device_name(setting: str = "auto") -> str:
-    """``cuda`` or ``cpu``: what ``trainer.device`` means on this machine.
+def get_device_name(setting: str = "auto", elsewhere: bool = False) -> str:
+    """``cuda`` or ``cpu``: what ``trainer.device`` means on this machine; ``elsewhere``: it need not have a GPU.
 
     Raises:
         ValueError: ``cuda`` where there is none.
     """
     if setting == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if setting == "cuda" and not torch.cuda.is_available():
+    if setting == "cuda" and not elsewhere and not torch.cuda.is_available():
         raise ValueError("trainer.device='cuda', and no CUDA device is visible here; use trainer.device=cpu or auto")
     return setting
 

@@ -1,4 +1,4 @@
-"""Loading a user's class or function by name.
+"""Loading a user's module, and a class or function of it by name.
 
 In:  a Python file or a dotted module, and a name in it. Out: the object. Runs the code it loads.
 """
@@ -6,37 +6,65 @@ In:  a Python file or a dotted module, and a name in it. Out: the object. Runs t
 import hashlib
 import importlib
 import importlib.util
+import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+EXTERNAL_MODULES = "VERL_USE_EXTERNAL_MODULES"
+"""Environment variable with modules or Python files, commas between them, that every process imports with ``verl``."""
+
+
+def import_external_modules(names: Iterable[str] = ()) -> None:
+    """Import these and those of the environment here; every process of the run does when it imports ``verl``.
+
+    Raises:
+        ValueError: one of them cannot be imported.
+    """
+    known = os.environ.get(EXTERNAL_MODULES, "").split(",")
+    # Another process may have another current folder.
+    modules = [os.path.abspath(name) if name.endswith(".py") else name for name in [*known, *names] if name]
+    for name in modules:
+        load_module(name)
+    os.environ[EXTERNAL_MODULES] = ",".join(dict.fromkeys(modules))
 
 
 def load_extern_type(file_path: str | Path, type_name: str) -> Any:
     """The object ``type_name`` of a Python file or of a dotted module.
 
     Args:
-        file_path: ``path/to/file.py``, ``package.module`` or, the same, ``pkg://package.module``.
+        file_path: see ``load_module``.
         type_name: name of a class, function or other attribute.
 
     Raises:
         ValueError: no such file, module or name; the message gives what the module does define.
     """
-    text = str(file_path).removeprefix("pkg://")
-    if text.endswith(".py") or "/" in text:
-        module = _load_file(Path(text))
-    else:
-        try:
-            module = importlib.import_module(text)
-        except ModuleNotFoundError as error:
-            # Only the module itself: a missing import inside it is the user's to see as it is.
-            if error.name is None or not f"{text}.".startswith(f"{error.name}."):
-                raise
-            raise ValueError(f"no module {text!r} can be imported; give a Python file or a dotted module") from error
+    module = load_module(file_path)
     if not hasattr(module, type_name):
         defined = ", ".join(sorted(name for name in vars(module) if not name.startswith("_")))
         raise ValueError(f"{file_path} defines no {type_name!r}; it defines {defined or 'nothing'}")
     return getattr(module, type_name)
+
+
+def load_module(path: str | Path) -> ModuleType:
+    """The module of a Python file (``path/to/file.py``, ``file://path/to/file.py``) or of a dotted name.
+
+    A dotted name may be written as verl does: ``pkg://package.module``, ``pkg://package/module``.
+
+    Raises:
+        ValueError: there is no such file or module, or it cannot be imported.
+    """
+    text = str(path).removeprefix("file://")
+    if text.startswith("pkg://"):
+        text = text.removeprefix("pkg://").removesuffix(".py").replace("/", ".")
+    try:
+        return _load_file(Path(text)) if text.endswith(".py") or "/" in text else importlib.import_module(text)
+    except (ImportError, SyntaxError) as error:
+        if isinstance(error, ModuleNotFoundError) and error.name and f"{text}.".startswith(f"{error.name}."):
+            raise ValueError(f"no module {text!r} can be imported; give a Python file or a dotted module") from error
+        raise ValueError(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
 
 
 def _load_file(path: Path) -> ModuleType:

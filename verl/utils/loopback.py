@@ -11,9 +11,15 @@ from collections.abc import Mapping
 from typing import Any
 
 
+def joins_cluster(ray_init: Mapping[str, Any]) -> bool:
+    """Whether a run with these arguments of ``ray.init`` joins a cluster that is there: one is named, or the run was
+    submitted to one (``ray job submit`` sets ``RAY_ADDRESS``)."""
+    return (ray_init.get("address") or os.environ.get("RAY_ADDRESS") or "local") != "local"
+
+
 def stays_here(ray_init: Mapping[str, Any]) -> bool:
     """Whether a run with these arguments of ``ray.init`` starts a Ray of its own, at an address that nobody chose."""
-    return not {"address", "_node_ip_address"} & ray_init.keys() and not os.environ.get("RAY_ADDRESS")
+    return not joins_cluster(ray_init) and "_node_ip_address" not in ray_init
 
 
 def keep_to_loopback() -> None:

@@ -21,6 +21,7 @@ BEST = ["trainer.test_freq=5", VAL]
 WEIGHTS = ["algorithm.rollout_correction.rollout_is=token", f"{ROLLOUT}.calculate_log_probs=True"]
 GREEDY = f"{ROLLOUT}.val_kwargs.do_sample=False"
 NO_REWARD = "custom_reward_function.path=null"
+BY_TOKENS = [f"actor_rollout_ref.actor.{key}" for key in ("use_dynamic_bsz=True", "ppo_micro_batch_size_per_gpu=2")]
 
 
 def write_model(folder: Path, **entries: Any) -> Path:
@@ -88,13 +89,15 @@ def test_a_run_in_order_passes_and_makes_nothing(run: list[str], tmp_path: Path)
         (["data.train_files=['']"], "data.train_files= matches no parquet file"),
         (["data.train_files=deep"], "data.train_files=deep matches no parquet file; correct the path"),
         (["data.val_files=[train.parquet,gone.parquet]"], "data.val_files=gone.parquet matches no parquet file"),
-        ([f"{ROLLOUT}.agent.default_agent_loop=browser"], "default_agent_loop='browser' is unknown; use tool_agent or"),
+        ([f"{ROLLOUT}.agent.default_agent_loop=browser"], "agent loop 'browser' (a row's agent_name, or actor_rollout"),
+        ([f"{TEACHER}.path=no_weights"], f"{TEACHER}.path=no_weights: there are no weights (*.safetensors) beside"),
     ],
 )
 def test_user_errors(run: list[str], tmp_path: Path, overrides: list[str], expected: str) -> None:
     (tmp_path / "empty").mkdir()
     write_model(tmp_path / "long", max_position_embeddings=8192)
     write_model(tmp_path / "broken").joinpath("config.json").write_text("{")
+    write_model(tmp_path / "no_weights").joinpath("model.safetensors").unlink()
     (tmp_path / "deep").mkdir()
     with pytest.raises(ValueError, match=re.escape(expected)) as caught:
         check(*run, *overrides)
@@ -232,6 +235,7 @@ def test_agent_loops(run: list[str]) -> None:
         ([VAL, f"{ROLLOUT}.val_kwargs.top_p=0.95"], "top_p=0.95 and top_k=-1: set them to"),
         ([VAL, f"{ROLLOUT}.temperature=0.7"], "temperature=1.0, top_p=1.0 and top_k=-1: set"),
         (["algorithm.adv_estimator=rloo"], f"compares the answers to one prompt, and {ROLLOUT}.n=1 gives it one"),
+        (BY_TOKENS, "ppo_micro_batch_size_per_gpu=2 has no effect with use_dynamic_bsz=True; set"),
         ([*GRPO, "algorithm.distill.coef=0.5"], "no teacher knows item tokens, so an answer is trained up to its"),
     ],
 )
@@ -270,8 +274,9 @@ def ranks(ray_init: dict[str, Any], **trainer: Any) -> None:
 def test_ranks_that_fit_or_that_ray_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     ranks({"num_cpus": 2}, n_gpus_per_node=8)
     ranks({"num_cpus": 2}, n_gpus_per_node=4, teacher_nnodes=1, teacher_n_gpus_per_node=4)
+    ranks({"num_cpus": None}, n_gpus_per_node=1)
     ranks({"address": "auto"}, nnodes=32, n_gpus_per_node=8, teacher_nnodes=8, teacher_n_gpus_per_node=8)
-    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")  # as in a job that was submitted
     ranks({}, nnodes=32, n_gpus_per_node=8)
 
 

@@ -9,9 +9,9 @@ REPO = Path(__file__).resolve().parents[3]
 MODULE = "recipe.onpolicy_distill.main_onpolicy_distill"
 
 
-def launch(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def launch(folder: Path, *arguments: str, module: str = MODULE) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(REPO)}
-    command = [sys.executable, "-m", MODULE, *arguments]
+    command = [sys.executable, "-m", module, *arguments]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
 
 
@@ -48,3 +48,21 @@ def test_user_errors_end_the_run_in_the_first_line(tmp_path: Path) -> None:
     result = launch(tmp_path, "data.max_promt_length=5")
     assert (result.returncode, result.stderr.count("\n")) == (1, 1)
     assert result.stderr.startswith("error: data.max_promt_length is no known key"), result.stderr
+
+
+def test_the_entry_point_for_task_rewards(tmp_path: Path) -> None:
+    flags = ["--config-path=config", "--config-name=ppo_trainer"]
+    result = launch(tmp_path, *flags, "trainer.device=cpu", module="verl.trainer.main_ppo")
+    assert result.returncode == 1
+    first, second, _ = result.stderr.splitlines()
+    assert first.startswith("error: actor_rollout_ref.model.path is not set") and "grpo learns from a task" in second
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_module_of_the_users_own_is_imported_before_the_settings_are_checked(tmp_path: Path) -> None:
+    text = "from verl.trainer.ppo.core_algos import register_adv_est\n"
+    (tmp_path / "mine.py").write_text(f"{text}\n@register_adv_est('halved')\ndef halved(**given): ...\n")
+    (tmp_path / "reward.py").write_text("import no_such_package\n")
+    settings = ["actor_rollout_ref.model.external_lib=mine.py", "algorithm.adv_estimator=halved"]
+    result = launch(tmp_path, *settings, "custom_reward_function.path=reward.py", module="verl.trainer.main_ppo")
+    assert result.stderr.count("is not set") == result.stderr.count("\n") == 2, result.stderr

@@ -112,9 +112,9 @@ def test_a_key_without_effect_is_left_out_with_a_notice(caplog: pytest.LogCaptur
 @pytest.mark.parametrize(
     ("key", "same", "other"),
     [
-        ("actor_rollout_ref.model.external_lib", ["null", "None", "''"], "x"),
+        ("actor_rollout_ref.rollout.router_config_path", ["null", "None", "''"], "x"),
         ("actor_rollout_ref.model.lora_rank", ["0", "'0'"], "64"),
-        ("actor_rollout_ref.rollout.mode", ["async"], "sync"),
+        ("trainer.v1.trainer_mode", ["sync"], "separate_async"),
         ("actor_rollout_ref.actor.strategy", ["fsdp", "fsdp2"], "megatron"),
         ("actor_rollout_ref.hybrid_engine", ["True"], "False"),
         ("reward_model.enable", ["False", "null"], "True"),
@@ -125,6 +125,35 @@ def test_only_values_that_mean_what_happens_anyway_are_left_out(key: str, same: 
     expected = rf"^{re.escape(key)}={other} is not built here \(.*\); leave it out or set it to"
     with pytest.raises(ValueError, match=expected):
         normalized_argv([f"{key}={other}"])
+
+
+@pytest.mark.parametrize(
+    ("given", "ours"),
+    [
+        ("distillation.nnodes=2", "trainer.teacher_nnodes=2"),
+        ("distillation.n_gpus_per_node=4", "trainer.teacher_n_gpus_per_node=4"),
+        ("distillation.teacher_models.math.model_path=/m/t", "actor_rollout_ref.ref.model.path=/m/t (a further"),
+        ("distillation.teacher_models.math.key=gsm", "++algorithm.distill.teachers.math.sources=[gsm]"),
+        ("distillation.distillation_loss.loss_max_clamp=9", "algorithm.distill_adv_max_clip=9 algorithm.distill_"),
+        ("actor_rollout_ref.ref.megatron.param_offload=True", "actor_rollout_ref.ref.fsdp_config.param_offload=True"),
+        ("ray_init.num_cpus=8", "ray_kwargs.ray_init.num_cpus=8"),
+    ],
+)
+def test_settings_of_verl_are_answered_with_those_that_do_the_same(given: str, ours: str) -> None:
+    expected = re.escape(f"{given} is a setting of verl; write {ours}")
+    with pytest.raises(ValueError, match=expected) as caught:
+        normalized_argv([f"+{given}", "distillation.enabled=True", "distillation.teacher_models.math.inference.n=1"])
+    assert len(str(caught.value).splitlines()) == 2, "all at once"
+
+
+def test_defaults_of_verl_are_accepted(caplog: pytest.LogCaptureFixture) -> None:
+    actor, rollout = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
+    given = [f"{actor}.profiler.enable=False", f"{actor}.profiler.tool_config.npu.level=level0", "trainer.use_v1=True"]
+    given += [f"{actor}.optim.clip_grad=1.0", f"{actor}.fsdp_config.qat.group_size=16", f"{rollout}.skip_rollout=False"]
+    given += ["algorithm.filter_groups.enable=False", "transfer_queue.enable=False", "distillation.enabled=False"]
+    given += ["reward.reward_manager.name=naive", f"{rollout}.mode=sync", "global_profiler.tool=null", "critic.lr=1"]
+    assert normalized_argv(given) == []
+    assert [notice.split()[0] for notice in caplog.messages] == [setting.partition("=")[0] for setting in given]
 
 
 @pytest.mark.parametrize(

@@ -110,3 +110,12 @@ def test_a_signal_is_the_exit_code(end_of: Callable[..., Any], number: signal.Si
 def test_a_signal_during_the_start_leaves_at_once(end_of: Callable[..., Any], handler: Callable[[int], None]) -> None:
     ended = end_of(start=lambda ray_init: handler(int(signal.SIGTERM)))
     assert ended == (143, ["left at once at SIGTERM: step 0 of 9"])
+
+
+def test_a_cluster_decides_what_the_trainer_runs_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer: Any = Trainer(PPOConfig(trainer=TrainerConfig(device="cuda")), None, None, False)
+    trainer.config.ray_kwargs.ray_init = {"address": "10.0.0.1:6379"}
+    monkeypatch.setattr(module, "start_session", print)
+    monkeypatch.setattr(module, "cluster_device", lambda setting: f"{setting} of the cluster")
+    module.start(trainer, StopRequest())
+    assert trainer.device_name == "cuda of the cluster"

@@ -8,6 +8,7 @@ from omegaconf import OmegaConf
 
 from verl.config import DataConfig, FSDPActorConfig, OptimizerConfig, PPOConfig
 from verl.trainer.launch.typed import load_config, to_typed
+from verl.workers.actor.row_layout import BatchSizes
 
 ROLLOUT, ACTOR, REF = (f"actor_rollout_ref.{section}" for section in ("rollout", "actor", "ref"))
 VAL, DISTILL, TEACHERS = f"{ROLLOUT}.val_kwargs", "algorithm.distill", "algorithm.distill.teachers"
@@ -191,13 +192,29 @@ def test_settings_for_extended_ids_are_refused_without_them(setting: str) -> Non
 
 
 def test_keys_of_a_file_that_have_no_effect(caplog: pytest.LogCaptureFixture) -> None:
-    assert typed("critic.optim.lr=1", "data.return_raw_chat=True") == PPOConfig()
+    nulls = ["data.seed=null", f"{REF}.model=null", "distillation.nnodes=0"]
+    assert typed("critic.optim.lr=1", "data.return_raw_chat=True", *nulls) == PPOConfig()
     assert "critic is accepted and has no effect here" in caplog.text
     assert typed("reward_model.reward_manager=naive", "trainer.default_hdfs_dir=null") == PPOConfig()
     manager, penalty = "reward_model.reward_manager=dapo", "reward_model.overlong_buffer.enable=True"
     for setting in ("data.return_raw_chat=False", manager, penalty, "trainer.default_hdfs_dir=hdfs://a/b"):
         with pytest.raises(ValueError, match=rf"{setting} is not built here \(.*\); leave it out or set it to "):
             typed(setting)
+
+    with pytest.raises(ValueError, match=r"shuffle=True is not built here \(mini-batches.*\n.*enable=True is not b"):
+        typed("actor_rollout_ref.actor.shuffle=True", "actor_rollout_ref.actor.profiler.enable=True")
+
+
+def test_open_maps_keep_what_looks_like_a_setting_of_verl() -> None:
+    kept = typed(f"{ROLLOUT}.engine_kwargs.vllm.profiler.enable=True").actor_rollout_ref.rollout.engine_kwargs
+    assert kept == {"vllm": {"profiler": {"enable": True}}}
+
+
+def test_rows_of_a_micro_batch_count_unless_tokens_are_asked_for() -> None:
+    rows, by_tokens = f"{ROLLOUT}.log_prob_micro_batch_size_per_gpu=4", f"{ROLLOUT}.log_prob_use_dynamic_bsz=True"
+    given: list[list[str]] = [[], [rows], [rows, by_tokens]]
+    sizes = [BatchSizes.of_scoring(typed(*settings).actor_rollout_ref.rollout) for settings in given]
+    assert [size.max_rows for size in sizes] == [None, 4, None]
 
 
 def test_environment_variables_of_a_file_become_texts() -> None:

@@ -72,7 +72,7 @@ def update(trainer: TrainerConfig, config: ActorRolloutRefConfig, distill: Disti
     driver.config, driver.device_name = PPOConfig(), "cpu"
     driver.config.actor_rollout_ref, driver.config.trainer, driver.config.algorithm.distill = config, trainer, distill
     batch.meta_info["validate"], driver.stage_metrics = False, {}
-    groups = WorkerGroups(driver.config, driver.roles, "cpu")
+    groups = WorkerGroups(driver.config, driver.roles)
     try:
         classes = {"actor": Student, **dict.fromkeys(distill.roles, TeacherWorker)}
         driver.role_groups = groups.start(classes, driver.worker_arguments)
@@ -113,7 +113,7 @@ def test_a_student_learns_from_a_teacher_of_its_own_ranks_what_it_learns_from_on
 
 def test_each_pool_has_gpus_of_its_own_and_replicas_those_of_the_student() -> None:
     trainer = TrainerConfig(n_gpus_per_node=2, teacher_nnodes=1, teacher_n_gpus_per_node=2)
-    groups = WorkerGroups(PPOConfig(trainer=trainer), ["actor", "ref"], "cuda")
+    groups = WorkerGroups(PPOConfig(trainer=trainer), ["actor", "ref"])
     config = ActorRolloutRefConfig()
     views = groups.start({"actor": Bystander, "ref": Bystander}, lambda _: {"config": config, "device": "cuda"})
     try:
@@ -129,8 +129,8 @@ def test_each_pool_has_gpus_of_its_own_and_replicas_those_of_the_student() -> No
 
 
 def test_pools_that_do_not_fit_reserve_nothing() -> None:
-    trainer = TrainerConfig(n_gpus_per_node=4, teacher_nnodes=1, teacher_n_gpus_per_node=2)
-    groups = WorkerGroups(PPOConfig(trainer=trainer), ["actor", "ref"], "cuda")
-    with pytest.raises(ValueError, match="beside 'train': 4 rank"):
-        groups.start({}, dict)
+    trainer = TrainerConfig(n_gpus_per_node=3, teacher_nnodes=1, teacher_n_gpus_per_node=2)
+    groups = WorkerGroups(PPOConfig(trainer=trainer), ["actor", "ref"])
+    with pytest.raises(ValueError, match="beside 'train': 3 rank"):
+        groups.start({}, dict, "cuda")
     assert all(pool._group is None for pool in groups.pools.values())

@@ -21,14 +21,14 @@ def test_a_teacher_shares_the_students_ranks_unless_it_has_its_own() -> None:
 
 
 def planned(**trainer: Any) -> tuple[dict[str, list[int]], dict[str, str]]:
-    groups = WorkerGroups(PPOConfig(trainer=TrainerConfig(**trainer)), ROLES, "cuda")
+    groups = WorkerGroups(PPOConfig(trainer=TrainerConfig(**trainer)), ROLES)
     return {name: pool.process_on_nodes for name, pool in groups.pools.items()}, groups.pool_of
 
 
 def test_gpus_for_a_teacher_that_nobody_asks_are_refused() -> None:
     config = PPOConfig(trainer=TrainerConfig(teacher_nnodes=1, teacher_n_gpus_per_node=8))
     with pytest.raises(ValueError, match="teacher_nnodes=1, teacher_n_gpus_per_node=8: this run uses no teacher"):
-        WorkerGroups(config, ["actor"], "cuda")
+        WorkerGroups(config, ["actor"])
 
 
 # ------------------------------------------------------------------------------ what each node has to hold

@@ -11,15 +11,18 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 from jinja2 import TemplateError
+from omegaconf import OmegaConf
 from transformers import PreTrainedTokenizerBase
 
-from verl.config import RolloutConfig
+from verl.config import AGENT_LOOPS, RolloutConfig
 from verl.experimental.agent_loop.masks import extended_token_mask, trainable_mask
 from verl.single_controller.base import RolloutError
 from verl.tools.base_tool import BaseTool
+from verl.utils.import_utils import load_extern_type
 from verl.utils.tokenizer import TOOLS_KEY, render_chat
 from verl.workers.rollout.replica import TokenOutput
 
@@ -283,7 +286,7 @@ class AgentLoopBase(ABC):
         )
 
 
-_AGENT_LOOPS: dict[str, type[AgentLoopBase]] = {}
+_AGENT_LOOPS: dict[str, Callable[..., AgentLoopBase]] = {}
 _Loop = TypeVar("_Loop", bound=type[AgentLoopBase])
 
 
@@ -297,13 +300,32 @@ def register(agent_name: str) -> Callable[[_Loop], _Loop]:
     return add
 
 
-def get_agent_loop_class(agent_name: str) -> type[AgentLoopBase]:
-    """The loop registered as ``agent_name``.
+def load_agent_loops(path: str | None) -> None:
+    """Register the loops that ``rollout.agent.agent_loop_config_path`` lists; further entries of one are arguments.
+
+    Raises:
+        ValueError: the file, an entry or a class cannot be read.
+    """
+    try:
+        entries: Any = OmegaConf.load(path) if path else []
+        for options in map(dict, entries):
+            name, loop_class = options.pop("name"), load_extern_type(*options.pop("_target_").rsplit(".", 1))
+            _AGENT_LOOPS[name] = partial(loop_class, **options)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        key = f"actor_rollout_ref.rollout.agent.agent_loop_config_path={path}"
+        raise ValueError(f"{key}: {error}; list entries such as {{name: mine, _target_: my_module.MyLoop}}") from error
+
+
+def get_agent_loop_class(agent_name: str) -> Callable[..., AgentLoopBase]:
+    """The loop registered as ``agent_name``, or what makes one.
 
     Raises:
         ValueError: there is none; the message lists those there are.
     """
     if agent_name not in _AGENT_LOOPS:
-        known = ", ".join(sorted(_AGENT_LOOPS))
-        raise ValueError(f"agent loop {agent_name!r} is unknown (rollout.agent.default_agent_loop); use one of {known}")
+        known = ", ".join(sorted({*_AGENT_LOOPS, *AGENT_LOOPS}))
+        raise ValueError(
+            f"agent loop {agent_name!r} (a row's agent_name, or actor_rollout_ref.rollout.agent.default_agent_loop) is "
+            f"unknown; use one of {known}, or have actor_rollout_ref.model.external_lib import what registers it"
+        )
     return _AGENT_LOOPS[agent_name]

@@ -47,6 +47,7 @@ from verl.experimental.agent_loop.base import (
     ChatTemplate,
     RolloutError,
     get_agent_loop_class,
+    load_agent_loops,
 )
 from verl.protocol import DataProto
 from verl.single_controller.ray.calls import Remote, is_by_user
@@ -67,10 +68,11 @@ class AgentLoopWorker:
         """Build the tools and the chat template that all conversations share.
 
         Raises:
-            ValueError: a tool cannot be loaded, or the template does not fit tools.
+            ValueError: a tool or a loop cannot be loaded, or the template does not fit tools.
         """
         rollout = config.actor_rollout_ref.rollout
         tools = load_tools(rollout)
+        load_agent_loops(rollout.agent.agent_loop_config_path)
         schemas = [schema_dict(tool.get_openai_tool_schema()) for tool in tools.values()]
         template = ChatTemplate(tokenizer, schemas, config.data.apply_chat_template_kwargs)
         self.context = AgentLoopContext(rollout, template, tools)

@@ -54,14 +54,19 @@ class RayResourcePool:
         self.name_prefix = name_prefix
         self.max_colocate_count = max_colocate_count
         self.settings = settings
-        self.rank_share: dict[str, float] = {"CPU": 1.0, "GPU": 1.0} if use_gpu else {"CPU": CPUS_PER_PROCESS}
-        """What one rank asks for."""
+        self.use_gpu = use_gpu
+        """May change until the pool is reserved."""
         self._group: PlacementGroup | None = None
 
     @property
     def world_size(self) -> int:
         """Number of ranks."""
         return sum(self.process_on_nodes)
+
+    @property
+    def rank_share(self) -> dict[str, float]:
+        """What one rank asks for."""
+        return {"CPU": 1.0, "GPU": 1.0} if self.use_gpu else {"CPU": CPUS_PER_PROCESS}
 
     def reserve(self) -> list[RankPlace]:
         """The ranks' places in rank order, kept until ``remove``; the same ones at every call.

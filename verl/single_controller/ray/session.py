@@ -21,7 +21,8 @@ import psutil
 import ray
 from ray._private.services import canonicalize_bootstrap_address
 
-from verl.utils.loopback import stays_here
+from verl.utils.import_utils import EXTERNAL_MODULES
+from verl.utils.loopback import joins_cluster, stays_here
 from verl.utils.redaction import looks_secret
 
 logger = logging.getLogger(__name__)
@@ -109,16 +110,30 @@ def session_arguments(ray_init: Mapping[str, Any]) -> dict[str, Any]:
     given = dict(ray_init)
     runtime_env = dict(given.pop("runtime_env", {}))
     quiet = {name: os.environ.get(name, value) for name, value in QUIET_PROCESSES.items()}
-    env_vars = {**quiet, **runtime_env.pop("env_vars", {})}
+    modules = {name: os.environ[name] for name in [EXTERNAL_MODULES] if name in os.environ}
+    env_vars = {**quiet, **modules, **runtime_env.pop("env_vars", {})}
     secrets = [name for name in env_vars if looks_secret(name)]
     if stays_here(ray_init):
         os.environ.update({name: env_vars.pop(name) for name in secrets})
     elif secrets:
         logger.warning("Ray writes its runtime_env into its logs on every node, and %s with it", ", ".join(secrets))
     # Told nothing, Ray would join whatever cluster was started here before.
-    is_own = "address" not in given and not os.environ.get("RAY_ADDRESS")
-    defaults = {"address": "local", "include_dashboard": False} if is_own else {}
+    defaults: dict[str, Any] = {} if joins_cluster(ray_init) else {"address": "local", "include_dashboard": False}
     return {**defaults, **given, "runtime_env": {**runtime_env, "env_vars": env_vars}}
+
+
+def cluster_device(setting: str) -> str:
+    """``cuda`` or ``cpu``: what ``trainer.device`` means on the cluster, whatever the driver's machine has.
+
+    Raises:
+        ValueError: ``cuda`` where no node has a GPU.
+    """
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    if setting == "cuda" and not gpus:
+        raise ValueError("trainer.device='cuda', and no node of the cluster has a GPU; use trainer.device=cpu or auto")
+    device = "cuda" if gpus and setting != "cpu" else "cpu"
+    logger.info("the cluster has %d GPUs: models run on %s (trainer.device=%s)", gpus, device, setting)
+    return device
 
 
 def end_session(timeline_folder: str | None) -> None:

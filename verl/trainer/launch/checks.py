@@ -19,6 +19,7 @@ from verl.config import AGENT_LOOPS, PPOConfig, RolloutConfig, TrainerConfig
 from verl.config.best_rule import BestRule
 from verl.trainer.checkpoint.layout import UNMERGED, VERL_SHARDS
 from verl.utils.lfs import describe_damage, is_pointer
+from verl.utils.loopback import joins_cluster
 from verl.utils.tokenizer import local_model_folder
 
 HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+")
@@ -57,7 +58,7 @@ def check_ranks(config: PPOConfig, device_name: str) -> None:
     from verl.single_controller.ray.resource_pool import CPUS_PER_PROCESS
 
     ray_init, trainer = config.ray_kwargs.ray_init, config.trainer
-    if "address" in ray_init or os.environ.get("RAY_ADDRESS"):
+    if joins_cluster(ray_init):
         return
     for key, nodes in (("nnodes", trainer.nnodes), ("teacher_nnodes", trainer.teacher_nnodes or 1)):
         if nodes > 1:
@@ -69,7 +70,7 @@ def check_ranks(config: PPOConfig, device_name: str) -> None:
         limit = torch.cuda.device_count()
         available = f"has {limit} GPUs"
     else:
-        cores = ray_init["num_cpus"] if "num_cpus" in ray_init else len(os.sched_getaffinity(0))
+        cores = ray_init.get("num_cpus") or len(os.sched_getaffinity(0))
         limit = int(cores / CPUS_PER_PROCESS)
         available = f"can hold {limit} ranks on its {cores} cores"
     wanted, teacher = f"trainer.n_gpus_per_node={trainer.n_gpus_per_node}", sum(trainer.teacher_ranks_on_nodes)
@@ -246,18 +247,17 @@ def _engine_errors(config: PPOConfig) -> Iterator[str]:
     rollout, key = config.actor_rollout_ref.rollout, "actor_rollout_ref.rollout"
     if rollout.name == "vllm" and not is_installed("vllm"):
         yield f"{key}.name=vllm needs vLLM, which is not installed; run deploy_env.sh, or set it to hf"
-    if (loop := rollout.agent.default_agent_loop) in AGENT_LOOPS:
+    if (agent := rollout.agent).default_agent_loop in AGENT_LOOPS and agent.agent_loop_config_path is None:
         return
     # transformers comes with it, which only a loop of the user's own is worth.
-    from verl.experimental.agent_loop.base import get_agent_loop_class
+    from verl.experimental.agent_loop.base import get_agent_loop_class, load_agent_loops
 
     try:
-        get_agent_loop_class(loop)
-    except ValueError:
-        yield (
-            f"{key}.agent.default_agent_loop={loop!r} is unknown; use {' or '.join(AGENT_LOOPS)}, or register your "
-            "own (verl.experimental.agent_loop.base.register), in the workers by a worker_process_setup_hook of Ray"
-        )
+        load_agent_loops(agent.agent_loop_config_path)
+        if agent.default_agent_loop not in AGENT_LOOPS:
+            get_agent_loop_class(agent.default_agent_loop)
+    except ValueError as error:
+        yield str(error)
 
 
 def _output_errors(config: PPOConfig) -> Iterator[str]:
@@ -291,7 +291,10 @@ def _validation_of_policy(rollout: RolloutConfig) -> str:
 def _notices(config: PPOConfig) -> Iterator[str]:
     """Settings that are allowed and seldom meant."""
     algorithm, rollout, key = config.algorithm, config.actor_rollout_ref.rollout, "actor_rollout_ref.rollout"
-    distill = algorithm.distill
+    distill, actor = algorithm.distill, config.actor_rollout_ref.actor
+    if actor.use_dynamic_bsz and (rows := actor.ppo_micro_batch_size_per_gpu):
+        name = "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu"
+        yield f"{name}={rows} has no effect with use_dynamic_bsz=True; set that to False to have these rows per pass"
     if distill.coef and rollout.extend_vocab_start_token is not None and not distill.extended_sources:
         yield (
             f"algorithm.distill.coef={distill.coef}: no teacher knows item tokens, so an answer is trained up to its "

@@ -18,12 +18,13 @@ import sys
 
 from verl.config.best_rule import BestMetricError
 from verl.single_controller.base import WorkerError
-from verl.single_controller.ray.session import end_session, start_session
+from verl.single_controller.ray.session import cluster_device, end_session, start_session
 from verl.trainer.checkpoint.layout import newest_whole
 from verl.trainer.checkpoint.saver import CheckpointError
 from verl.trainer.ppo.guards import GuardError
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer
 from verl.trainer.ppo.stop_request import StopRequest
+from verl.utils.loopback import joins_cluster
 from verl.utils.redaction import save_config
 
 logger = logging.getLogger(__name__)
@@ -92,9 +93,12 @@ def start(trainer: RayPPOTrainer, stop: StopRequest) -> None:
         SystemExit: the cluster or a setting does not allow it.
         KeyboardInterrupt: a signal came while Ray started.
     """
+    ray_init = trainer.config.ray_kwargs.ray_init
     try:
-        start_session(trainer.config.ray_kwargs.ray_init)
+        start_session(ray_init)
         stop.listen()  # Ray has replaced our handler of SIGTERM
+        if joins_cluster(ray_init):
+            trainer.device_name = cluster_device(trainer.config.trainer.device)
         trainer.init_workers()
     except ValueError as error:
         logger.debug("where it came from", exc_info=True)

@@ -9,7 +9,8 @@
 - ``+key`` of a key that exists becomes ``++key`` (Hydra refuses to append what is there), likewise keys of open maps
   (``ray_kwargs.ray_init.*``, ``rollout.engine_kwargs.*``, ...);
 - values of ``runtime_env.env_vars`` become texts, and secrets among them move to this process's environment;
-- keys that have no effect here (``config/no_effect.yaml``) are left out, with a notice each;
+- keys of verl that have no effect here (``config/no_effect.yaml``) are left out, with a notice each, and those that
+  another key of this project stands for are answered with it;
 - values that Hydra's grammar cannot read, such as paths with ``=`` or brackets, are put in quotes;
 - words with commas between them become a list where one is expected, unless they are a path that exists;
 - flags (``--cfg job``, ``-cn name``) go behind the overrides, unchanged.
@@ -23,6 +24,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import is_dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -47,7 +49,7 @@ NO_EFFECT_FILE = Path(__file__).parents[1] / "config" / "no_effect.yaml"
 NO_EFFECT: dict[str, dict[str, Any]] = {
     key: entry for entry in yaml.safe_load(NO_EFFECT_FILE.read_text(encoding="utf-8")) for key in entry["keys"]
 }
-"""The entry of each key that has no effect here."""
+"""The entry of each key, or pattern of keys, that has no effect here; the first that fits counts."""
 
 
 def normalized_argv(argv: Sequence[str]) -> list[str]:
@@ -87,8 +89,12 @@ def to_typed(cfg: DictConfig) -> PPOConfig:
         values = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise ValueError(f"{error.full_key or 'configuration'} cannot be resolved: {error.msg or error}") from error
+    errors: list[str] = []
+    values = _with_effect(values, errors)
+    if errors:
+        raise ValueError("\n".join(errors))
     try:
-        return TypeAdapter(PPOConfig).validate_python(_with_effect(values))
+        return TypeAdapter(PPOConfig).validate_python(values)
     except ValidationError as error:
         raise ValueError("\n".join(error_messages(PPOConfig, error))) from error
 
@@ -107,34 +113,40 @@ def load_config(
         return to_typed(compose(config_name=config_name, overrides=normalized_argv(overrides)))
 
 
-def _with_effect(values: Any, prefix: str = "") -> Any:
-    """The values of a section without the keys that are accepted and have no effect."""
+def _with_effect(values: Any, errors: list[str], prefix: str = "") -> Any:
+    """The values of a section without the keys that are accepted and have no effect; ``errors`` gets those refused."""
     if not isinstance(values, dict):
         return values
     kept = {}
     for name, value in values.items():
-        if notice := _no_effect_notice(f"{prefix}{name}", value):
+        try:
+            notice = _no_effect_notice(f"{prefix}{name}", value)
+        except ValueError as error:
+            errors.append(str(error))
+            continue
+        if notice:
             logger.warning(notice)
-        else:
-            kept[name] = _with_effect(value, f"{prefix}{name}.")
+        elif (below := _with_effect(value, errors, f"{prefix}{name}.")) or not value:  # a section may be emptied
+            kept[name] = below
     return kept
 
 
 def _no_effect_notice(key: str, value: Any) -> str | None:
-    """The line that says a key does nothing; None for a key that is not in the table.
+    """The line that says a key does nothing; None for a key of ours, or that is not in the table.
 
     Raises:
-        ValueError: ``value`` asks for something that is not built here.
+        ValueError: ``value`` asks for something that is not built here, or that another key asks for.
     """
-    parts = key.split(".")
-    groups = (".".join(parts[:end]) + ".*" for end in range(len(parts), 0, -1))
-    entry = next((NO_EFFECT[name] for name in (key, *groups) if name in NO_EFFECT), None)
-    if entry is None:
+    entry = next((e for name, e in NO_EFFECT.items() if fnmatchcase(key, name) or fnmatchcase(f"{key}.", name)), None)
+    if entry is None or type_at(PPOConfig, key) is not None:
         return None
     for name, below in value.items() if isinstance(value, dict) else ():
         _no_effect_notice(f"{key}.{name}", below)  # for its error: one line stands for the whole section
-    plain, only = str(value).strip(" '\"").lower(), entry.get("only")
-    if only and {"": "null", "none": "null"}.get(plain, plain) not in only:
+    plain, only, write = str(value).strip(" '\"").lower(), entry.get("only", []), entry.get("write")
+    if (only or write) and {"": "null", "none": "null"}.get(plain, plain) not in only:
+        if write:
+            answer = write.format(value=value, name=key.split(".")[-2:][0])
+            raise ValueError(f"{key}={value} is a setting of verl; write {answer}")
         raise ValueError(
             f"{key}={value} is not built here ({entry['why']}); leave it out or set it to {' or '.join(only)}"
         )

@@ -83,8 +83,7 @@ class RayPPOTrainer:
                 checkpoint that this run cannot go on from.
         """
         self.config, self.tokenizer = config, tokenizer
-        self.role_worker_mapping = role_worker_mapping
-        self.reward_fn = reward_fn
+        self.role_worker_mapping, self.reward_fn = role_worker_mapping, reward_fn
         self.device_name = device_name
         self.train_dataset = train_dataset
         self.prompts = PromptStream(train_dataset, config.data)
@@ -98,7 +97,7 @@ class RayPPOTrainer:
         config.resolve_schedule(self.total_steps)
         if self.uses_reward and reward_fn is None:
             raise ValueError(config.algorithm.missing_reward)
-        self.worker_groups = WorkerGroups(config, self.roles, device_name)
+        self.worker_groups = WorkerGroups(config, self.roles)
         identity = run_identity(config, vocab_fingerprint)
         self.resume_from = find_resumable(config, identity, self.total_steps)
         self.driver_state = load_driver_state(self.resume_from) if self.resume_from else {}
@@ -334,7 +333,8 @@ class RayPPOTrainer:
             ValueError: a model or setting cannot be used, or ``in_process`` with a GPU or several ranks.
         """
         start = self.worker_groups.start_in_process if in_process else self.worker_groups.start
-        self.role_groups: Mapping[str, WorkerGroup] = start(self.role_worker_mapping, self.worker_arguments)
+        groups = start(self.role_worker_mapping, self.worker_arguments, self.device_name)
+        self.role_groups: Mapping[str, WorkerGroup] = groups
         self.actor_wg = self.role_groups["actor"]
         self.agent_loop_manager = AgentLoopManager(
             self.config,

@@ -13,7 +13,7 @@ Before the first worker starts on a cluster, ``check_nodes`` asks every node for
 
 ==================================  ===================================================================
 student's ranks, engines beside     student's model and tokenizer, the checkpoint to resume from
-agent-loop workers (same nodes)     the tools' configuration
+agent-loop workers (same nodes)     the configuration of tools and agent loops
 teachers' ranks                     the teachers' models and tokenizer
 driver alone                        data files, reward function: checked before Ray starts
 ==================================  ===================================================================
@@ -34,6 +34,7 @@ from verl.single_controller.ray.base import RoleWorkerGroup
 from verl.single_controller.ray.node_check import DISTRIBUTIONS, check_nodes_hold
 from verl.single_controller.ray.resource_pool import RankPlace, reserve_all
 from verl.trainer.checkpoint import layout as checkpoint
+from verl.utils.loopback import joins_cluster
 
 logger = logging.getLogger(__name__)
 
@@ -56,42 +57,44 @@ class WorkerGroups:
 
     Args:
         roles: ``actor``, then those of its frozen models.
-        device_name: ``cuda``: one GPU per rank; or ``cpu``.
 
     Raises:
         ValueError: a pool for a teacher that the run does not use.
     """
 
-    def __init__(self, config: PPOConfig, roles: Sequence[str], device_name: str) -> None:
-        self._config, self._device_name, use_gpu = config, device_name, device_name == "cuda"
+    def __init__(self, config: PPOConfig, roles: Sequence[str]) -> None:
+        self._config = config
         run, teacher = config.trainer, config.trainer.teacher_ranks_on_nodes
         if teacher and len(roles) == 1:
             given = f"teacher_nnodes={run.teacher_nnodes}, teacher_n_gpus_per_node={run.teacher_n_gpus_per_node}"
             raise ValueError(f"trainer.{given}: this run uses no teacher; set both to null")
-        self.pools = {TRAIN: RayResourcePool([run.n_gpus_per_node] * run.nnodes, use_gpu, name_prefix=TRAIN)}
+        self.pools = {TRAIN: RayResourcePool([run.n_gpus_per_node] * run.nnodes, name_prefix=TRAIN)}
         """By name; their places are reserved at the start."""
         if teacher:
             keys = "trainer.teacher_n_gpus_per_node or trainer.teacher_nnodes"
-            self.pools[TEACHER] = RayResourcePool(teacher, use_gpu, name_prefix=TEACHER, settings=keys)
+            self.pools[TEACHER] = RayResourcePool(teacher, name_prefix=TEACHER, settings=keys)
         self.pool_of = {role: TEACHER if teacher and role != roles[0] else TRAIN for role in roles}
         """The pool of each role."""
         self._groups: list[RayWorkerGroup] = []
 
     def start(
-        self, worker_classes: Mapping[str, type], arguments_of: Callable[[str], Mapping[str, Any]]
+        self, worker_classes: Mapping[str, type], arguments_of: Callable[[str], Mapping[str, Any]], device_name: str
     ) -> dict[str, RoleWorkerGroup]:
         """Start every rank of every role; returns while the processes still start.
 
         Args:
             worker_classes: by role; those without a pool are left out.
             arguments_of: what each role's workers are built with.
+            device_name: ``cuda``: one GPU per rank; or ``cpu``.
 
         Raises:
             ValueError: the cluster cannot hold them, something else keeps what they need, or a node lacks what they
                 will read.
         """
+        for pool in self.pools.values():
+            pool.use_gpu = device_name == "cuda"
         reserve_all(list(self.pools.values()))
-        if "address" in self._config.ray_kwargs.ray_init:
+        if joins_cluster(self._config.ray_kwargs.ray_init):
             check_nodes(self._config, self)
         views: dict[str, RoleWorkerGroup] = {}
         for name, pool in self.pools.items():
@@ -104,7 +107,7 @@ class WorkerGroups:
         return views
 
     def start_in_process(
-        self, worker_classes: Mapping[str, type], arguments_of: Callable[[str], Mapping[str, Any]]
+        self, worker_classes: Mapping[str, type], arguments_of: Callable[[str], Mapping[str, Any]], device_name: str
     ) -> dict[str, LocalWorkerGroup]:
         """One rank of every role in this process, without Ray; arguments as in `start`.
 
@@ -112,9 +115,9 @@ class WorkerGroups:
             ValueError: the run has a GPU or several ranks.
         """
         run = self._config.trainer
-        if self._device_name != "cpu" or run.world_size != 1 or run.teacher_ranks_on_nodes:
+        if device_name != "cpu" or run.world_size != 1 or run.teacher_ranks_on_nodes:
             raise ValueError(
-                f"a run in one process has one rank on the CPU: set trainer.device={self._device_name} to cpu, "
+                f"a run in one process has one rank on the CPU: set trainer.device={device_name} to cpu, "
                 f"trainer.nnodes={run.nnodes} and trainer.n_gpus_per_node={run.n_gpus_per_node} to 1, "
                 f"trainer.teacher_n_gpus_per_node={run.teacher_n_gpus_per_node} to null"
             )
@@ -184,6 +187,7 @@ def student_paths(config: PPOConfig) -> dict[str, str | None]:
         "actor_rollout_ref.model.path": models.model.path,
         "actor_rollout_ref.model.tokenizer_path": models.model.tokenizer_path,
         "actor_rollout_ref.rollout.multi_turn.tool_config_path": models.rollout.multi_turn.tool_config_path,
+        "actor_rollout_ref.rollout.agent.agent_loop_config_path": models.rollout.agent.agent_loop_config_path,
         "trainer.resume_from_path": trainer.resume_from_path if trainer.resume_mode == "resume_path" else None,
     }
 

@@ -176,12 +176,20 @@ class ParquetRows:
         number = bisect_right(self._starts, index) - 1  # the last file that starts here: files before it may be empty
         return number, index - self._starts[number]
 
-    def _read(self, number: int, row: int, count: int) -> list[Row]:
-        """Rows of a file's copy; a cell that Python cannot hold, such as broken UTF-8, costs no other."""
+    def distinct(self, column: str) -> set[Any]:
+        """Every value of a column but None."""
+        columns = (table[column] for table in map(self._table, range(len(self.files))) if column in table.column_names)
+        return {value for found in columns for value in found.unique().to_pylist()} - {None}
+
+    def _table(self, number: int) -> pa.Table:
         if number not in self._tables:
             # Of a memory map read_all copies nothing: pages are read when their rows are.
             self._tables[number] = pa.ipc.open_stream(pa.memory_map(str(self._copies[number]))).read_all()
-        block = self._tables[number].slice(row, count)
+        return self._tables[number]
+
+    def _read(self, number: int, row: int, count: int) -> list[Row]:
+        """Rows of a file's copy; a cell that Python cannot hold, such as broken UTF-8, costs no other."""
+        block = self._table(number).slice(row, count)
         # Arrow takes four times as long where it looks for maps.
         maps = "lossy" if "map<" in str(block.schema) else None
         try:

@@ -232,6 +232,11 @@ class RLHFDataset(Dataset[dict[str, Any]]):
         return self.checks["source"].take(pa.array(self._kept)).to_pylist()
 
     @property
+    def agent_names(self) -> set[str]:
+        """The agent loops that rows name."""
+        return self._rows.distinct("agent_name")
+
+    @property
     def has_extended(self) -> list[bool]:
         """Of each item, whether its prompt holds extended tokens."""
         return self._has_extended[self._kept].tolist()

@@ -1,0 +1,58 @@
+"""What a run puts together before it starts, with code of the user's own."""
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from support.in_process_run import run_in_process, settings
+from support.launch import write_onerec_parquet
+from support.tiny_pairs import Pair
+
+from verl.config import PPOConfig
+from verl.trainer.main_ppo import build_trainer
+
+MINE = """
+from dataclasses import dataclass
+from verl.experimental.agent_loop.tool_agent_loop import SingleTurnAgentLoop
+
+@dataclass
+class Noting(SingleTurnAgentLoop):
+    file: str = ""
+    async def run(self, sampling_params, **row):
+        with open(self.file, "a") as notes:
+            notes.write("x")
+        return await super().run(sampling_params, **row)
+"""
+
+
+def reward_run(pair: Pair, folder: Path, **changes: Any) -> PPOConfig:
+    """A step of two prompts with two answers each."""
+    (folder / "reward.py").write_text("def compute_score(solution_str, **_):\n    return len(solution_str) % 3\n")
+    small = {"data.train_batch_size": 2, "trainer.total_training_steps": 1, "actor_rollout_ref.rollout.n": 2}
+    reward = {"algorithm.adv_estimator": "grpo", "custom_reward_function.path": folder / "reward.py"}
+    return settings(pair, folder / "train.parquet", folder / "run", **small, **{**reward, **changes})
+
+
+def test_an_agent_loop_that_a_file_names(tiny_pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own_loops.py").write_text(MINE)
+    write_onerec_parquet(tmp_path / "train.parquet", 8)
+    notes, agent = tmp_path / "notes", "actor_rollout_ref.rollout.agent"
+    (tmp_path / "loops.yaml").write_text(f"- {{name: noting, _target_: own_loops.Noting, file: {notes}}}\n")
+    named = {f"{agent}.agent_loop_config_path": tmp_path / "loops.yaml", f"{agent}.default_agent_loop": "noting"}
+    run_in_process(reward_run(tiny_pair, tmp_path, **named))
+    assert notes.read_text() == "xxxx"
+
+
+def test_what_is_found_before_anything_starts(tiny_pair: Pair, tmp_path: Path) -> None:
+    table = pq.read_table(write_onerec_parquet(tmp_path / "train.parquet", 8))
+    pq.write_table(table.append_column("agent_name", [[None] * 7 + ["browser"]]), tmp_path / "train.parquet")
+    (tmp_path / "broken.py").write_text("import no_such_package\n")
+    for key, value, expected in (
+        ("algorithm.adv_estimator", "on_policy_distill", "is for distillation; run python -m recipe.onpolicy_distill"),
+        ("custom_reward_function.path", tmp_path / "broken.py", "broken.py cannot be imported: ModuleNotFoundError"),
+        ("data.seed", 2, r"agent loop 'browser' \(a row's agent_name, .* use one of .*tool_agent"),
+    ):
+        with pytest.raises(ValueError, match=expected):
+            build_trainer(reward_run(tiny_pair, tmp_path, **{key: value}))

@@ -15,7 +15,14 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoTokenizer, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 from verl.config import HFModelConfig, RolloutConfig
 from verl.workers.rollout.replica import RolloutReplica, TokenOutput, get_replica_class
@@ -46,10 +53,13 @@ def save_tiny_model(folder: Path, tokenizer_dir: Path, tied: bool, architecture:
         "initializer_range": 0.2,
     }
     torch.manual_seed(1)
-    if architecture == "qwen2":
-        model: PreTrainedModel = Qwen2ForCausalLM(Qwen2Config(**sizes | {"num_attention_heads": 2}))
-    else:
-        model = Qwen3ForCausalLM(Qwen3Config(**sizes, head_dim=32))
+    experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True}
+    config = {
+        "qwen2": lambda: Qwen2Config(**sizes | {"num_attention_heads": 2}),
+        "qwen3": lambda: Qwen3Config(**sizes, head_dim=32),
+        "qwen3_moe": lambda: Qwen3MoeConfig(**sizes, **experts, head_dim=32),
+    }[architecture]()
+    model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         model.lm_head.weight[len(tokenizer) :] *= 20
     model.save_pretrained(folder)

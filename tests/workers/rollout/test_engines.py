@@ -41,6 +41,16 @@ def test_log_probs_follow_the_weights_over_syncs(engine: Engine) -> None:
         assert {output.weight_version for output in engine.generate(PLAIN)} == {engine.version}
 
 
+@pytest.mark.slow
+def test_experts_follow_the_weights_over_syncs(tiny_tokenizers: tuple[Path, Path], tmp_path: Path) -> None:
+    engine = Engine("vllm", tmp_path, tiny_tokenizers[1], False, "qwen3_moe")
+    for seed in range(3):
+        engine.train_a_little(seed)
+        engine.sync()
+        assert engine.difference(PLAIN) < 1e-5
+    engine.replica.close()
+
+
 def test_a_sync_that_does_not_match_the_model_lists_every_tensor(engine: Engine) -> None:
     engine.train_a_little(99)
     wrong = dict(engine.model.named_parameters())

@@ -6,7 +6,7 @@ logits processors, and ``SharedMemoryEngine`` receives weights on CPU; on CUDA v
     start_weight_update ─► layers go back to checkpoint layout, on the meta device
     update_weights      ─► tensors are kept until their layer is complete, then converted into place: vLLM's own
                            layout is fused, sharded over tensor-parallel ranks and packed for the CPU kernels
-    finish_weight_update ► what came in part is converted, attention layers follow, tied heads are packed again
+    finish_weight_update ► what came in part is converted, attention follows, tied heads and experts are packed again
 """
 
 import os
@@ -98,6 +98,7 @@ class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInitInfo, SharedMemory
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
         _repack_tied_heads(self.model)
+        _repack_experts(self.model)
 
     def shutdown(self) -> None:
         """Nothing stays open between buckets."""
@@ -115,6 +116,14 @@ def _repack_tied_heads(model: torch.nn.Module) -> None:
     for head in heads:
         if id(head.weight) in tied:
             head.quant_method.process_weights_after_loading(head)
+
+
+def _repack_experts(model: torch.nn.Module) -> None:
+    """Pack the experts of every mixture from their new weights, which vLLM does after the first load alone."""
+    for layer in model.modules():
+        kernel = getattr(getattr(layer, "quant_method", None), "moe_kernel", None)
+        if kernel is not None:
+            kernel.fused_experts.process_weights_after_loading(layer)
 
 
 # At import: each worker resolves `worker_extension_cls`, in this module, before it makes its transfer engine.

@@ -143,7 +143,7 @@ class RayOnPolicyDistillTrainer(RayPPOTrainer):
         return self.role_groups[role].compute_ref_log_prob(batch)
 
     def update_actor(self, batch: DataProto) -> DataProto:
-        """As the base class; with it ``ref_log_prob`` (B, R) at trained positions, where the update runs the teachers.
+        """As the base class; with it, at trained positions, what an exact objective did not need to score before.
 
         Handles to hidden states are dropped from ``batch`` afterwards, which frees these.
         """
@@ -155,6 +155,15 @@ class RayOnPolicyDistillTrainer(RayPPOTrainer):
     def uses_reward(self) -> bool:
         """Whether there is a task reward beside distillation; else a reward function serves validation alone."""
         return self.config.algorithm.learns_from_reward
+
+    @property
+    def scores_before_update(self) -> bool:
+        """Whether something needs the student's scores before the update, or the update's passes would give others.
+
+        An exact objective takes no ratio, and with one optimizer step a batch its pass is over the weights that wrote.
+        """
+        actor, batch_size = self.config.actor_rollout_ref.actor, self.config.data.train_batch_size
+        return self.uses_advantage or actor.ppo_epochs > 1 or actor.ppo_mini_batch_size < batch_size
 
     @property
     def uses_advantage(self) -> bool:

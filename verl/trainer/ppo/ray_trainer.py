@@ -132,6 +132,11 @@ class RayPPOTrainer:
         return True
 
     @property
+    def scores_before_update(self) -> bool:
+        """Whether the student scores the batch before the update."""
+        return True
+
+    @property
     def uses_advantage(self) -> bool:
         """Whether the update follows an advantage."""
         return True
@@ -219,7 +224,7 @@ class RayPPOTrainer:
         return self.role_groups["ref"].compute_ref_log_prob(batch) if self.uses_reference else DataProto()
 
     def update_actor(self, batch: DataProto) -> DataProto:
-        """One pass of optimizer steps over the batch; new keys are the teachers' scores, where the update runs them."""
+        """One pass of optimizer steps over the batch; new keys are the scores that its own pass gives."""
         updated = self.actor_wg.update_actor(batch)
         self.stage_metrics |= reduce_metrics(updated.meta_info.pop("metrics"))
         return updated
@@ -283,7 +288,7 @@ class RayPPOTrainer:
             batch = stage("gen", self.generate, batch)
             batch = stage("reward", self.reward, batch) if self.uses_reward else batch
             batch = self.balance(batch)
-            batch = stage("old_log_prob", self.old_log_prob, batch)  # an exact objective needs its metrics alone
+            batch = stage("old_log_prob", self.old_log_prob, batch) if self.scores_before_update else batch
             batch = stage("ref", self.ref_log_prob, batch) if self.uses_reference else batch
             batch = stage("adv", self.advantage, batch) if self.uses_advantage else batch
             batch = stage("update_actor", self.update_actor, batch)

@@ -95,6 +95,17 @@ def test_answers_stop_where_they_should(engine: Engine) -> None:
     assert {(len(output.token_ids), output.log_probs) for output in short} == {(3, None)}
 
 
+def test_answers_end_at_their_first_token_from_an_id_on(engine: Engine) -> None:
+    start = engine.vocab_size - 60
+    whole, cut = engine.generate(PLAIN), engine.generate(PLAIN, stop_from_id=start)
+    assert any(max(output.token_ids[:-1]) >= start for output in whole), "or this tests nothing"
+    for full, output in zip(whole, cut, strict=True):
+        end = next((n for n, token in enumerate(full.token_ids, 1) if token >= start), len(full.token_ids))
+        assert output.token_ids == full.token_ids[:end]
+        assert output.log_probs == pytest.approx((full.log_probs or [])[:end], abs=1e-5)
+        assert output.stop_reason == ("stop" if end < len(full.token_ids) else full.stop_reason)
+
+
 def test_the_likeliest_tokens_come_with_the_drawn_one(engine: Engine) -> None:
     for output in engine.generate(PLAIN, top_logprobs=3, max_tokens=4):
         for token_id, log_prob, likeliest in zip(

@@ -20,9 +20,12 @@ from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.sampling_params import SamplingParams
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
+from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
 from verl.weight_sync import bucket_tensors
+from verl.workers.rollout.vllm_settings import END, FIRST_STOP
 
 
 class WorkerExtension:
@@ -63,6 +66,36 @@ class VocabularyLimit(LogitsProcessor):
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits (N, V), the same tensor back."""
         logits[:, self._vocab_size :] = -torch.inf
+        return logits
+
+
+class EndAfterExtended(LogitsProcessor):
+    """Allows nothing but an end token behind a token that ends the answer (``SamplingOptions.stop_from_id``)."""
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
+        self._rows: dict[int, tuple[list[int], int, int]] = {}
+        """Place in the batch: the tokens so far, the first id that ends the answer, an end token."""
+
+    def is_argmax_invariant(self) -> bool:
+        return False  # with True, vLLM leaves it out for greedy requests
+
+    def update_state(self, batch_update: BatchUpdate | None) -> None:
+        """Follow the requests that came, went or changed places."""
+
+        def limits(
+            params: SamplingParams, _: list[int] | None, written: list[int]
+        ) -> tuple[list[int], int, int] | None:
+            given = params.extra_args or {}
+            return (written, given[FIRST_STOP], given[END]) if FIRST_STOP in given else None
+
+        process_dict_updates(self._rows, batch_update, limits)
+
+    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits (N, V), the same tensor back."""
+        for place, (written, first, end) in self._rows.items():
+            if written and written[-1] >= first:
+                logits[place] = -torch.inf
+                logits[place, end] = 0.0
         return logits
 
 

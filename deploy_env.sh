@@ -106,6 +106,20 @@ PY
     "$ENV_DIR/bin/python" "$ROOT/scripts/versions.py"
 }
 
+# Triton compiles C at start, against the headers of this Python; CUDA 13 needs a driver that knows it.
+check_cuda() {
+    local include driver
+    command -v "${CC:-gcc}" >/dev/null || { [[ -z "${CC:-}" ]] && command -v clang >/dev/null; } ||
+        die "no C compiler ${CC:-gcc} here, and Triton needs one at start: install gcc, or set CC"
+    include="$("$ENV_DIR/bin/python" -c 'import sysconfig; print(sysconfig.get_paths()["include"])')"
+    [[ -f "$include/Python.h" ]] ||
+        die "no $include/Python.h, and Triton needs it at start: install the headers of this Python (python3-dev)"
+    driver="$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1 || true)"
+    "$ENV_DIR/bin/python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
+        die "torch sees no GPU with driver ${driver:-unknown}: CUDA 13 needs driver 580 or newer (nvidia-smi shows it)"
+    say "driver ${driver:-unknown}, and torch sees the GPU"
+}
+
 deploy_here() {
     local device="$1" dev="$2" wanted
     if [[ -x "$ENV_DIR/bin/python" && ! -f "$STAMP" ]]; then
@@ -127,6 +141,7 @@ deploy_here() {
         install_packages "$device" "$dev"
     fi
     check_environment
+    [[ "$device" != cuda ]] || check_cuda
     echo "$wanted" >"$STAMP"
 }
 

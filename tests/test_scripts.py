@@ -151,9 +151,15 @@ def test_a_second_deployment_only_checks_and_a_change_installs_again(deploy, tmp
 def test_deployment_on_cuda_leaves_torch_to_vllm(deploy, tmp_path):
     done, calls = deploy("--dry-run", device="cuda")
     assert "would make or check" in done.stdout and calls == [] and not (tmp_path / "my env").exists()
-    done, calls = deploy(device="cuda")
+    compiler = {"CC": executable(tmp_path / "cc", "#!/bin/sh\n"), "FAKE_INCLUDE": tmp_path}
+    (tmp_path / "Python.h").touch()
+    done, calls = deploy(device="cuda", **compiler)
     assert done.returncode == 0, done.stderr
     assert "requirements/cuda.txt" in calls[0] and not any("uninstall" in call for call in calls)
+    wrong = ({"CC": "/no/gcc"}, "no C compiler /no/gcc"), ({"FAKE_INCLUDE": "/no"}, "no /no/Python.h")
+    for change, message in (*wrong, ({"FAKE_OLD_DRIVER": 1}, "driver 580 or newer")):
+        done, calls = deploy(device="cuda", **compiler | change)
+        assert done.returncode == 1 and message in done.stderr, "what runs would fail on is said here"
 
 
 def test_deployment_refuses_unknown_arguments_and_an_old_python(deploy, tmp_path):

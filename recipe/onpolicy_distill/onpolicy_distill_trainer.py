@@ -118,6 +118,21 @@ class RayOnPolicyDistillTrainer(RayPPOTrainer):
         places = torch.tensor([distill.teacher_of(*kind) for kind in kinds])
         return batch.union(DataProto.from_dict({"teacher": places}))
 
+    @property
+    def student_scores_in_update(self) -> bool:
+        """Whether the update's own pass gives the student's scores, so that no stage has to before it.
+
+        An exact objective takes no ratio, and with one optimizer step a batch its pass is over the weights that wrote.
+        """
+        actor, batch_size = self.config.actor_rollout_ref.actor, self.config.data.train_batch_size
+        return not self.uses_advantage and actor.ppo_epochs == 1 and actor.ppo_mini_batch_size == batch_size
+
+    def old_log_prob(self, batch: DataProto) -> DataProto:
+        """As in the base class; nothing where the update gives it."""
+        if self.student_scores_in_update and not batch.meta_info["validate"]:
+            return DataProto()
+        return super().old_log_prob(batch)
+
     def ref_log_prob(self, batch: DataProto) -> DataProto:
         """``ref_log_prob`` (B, R) and what else an exact objective needs, each row's by its own teacher."""
         distill = self.config.algorithm.distill
@@ -143,7 +158,7 @@ class RayOnPolicyDistillTrainer(RayPPOTrainer):
         return self.role_groups[role].compute_ref_log_prob(batch)
 
     def update_actor(self, batch: DataProto) -> DataProto:
-        """As the base class; with it ``ref_log_prob`` (B, R) at trained positions, where the update runs the teachers.
+        """As the base class; with it, at trained positions, what an exact objective did not need to score before.
 
         Handles to hidden states are dropped from ``batch`` afterwards, which frees these.
         """

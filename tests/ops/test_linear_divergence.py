@@ -108,8 +108,10 @@ def test_values_and_gradients_are_those_of_the_definition(kind, support, who, te
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
     torch.testing.assert_close(stats.divergence, divergence, rtol=1e-10, atol=1e-14)
     torch.testing.assert_close(stats.leak, leak, rtol=1e-10, atol=1e-14)
-    mass = (case.hidden @ case.weight[:K].T / temperature).softmax(-1)[:, E:].sum(-1)
-    torch.testing.assert_close(stats.extend_mass, mass)
+    log_p = (case.hidden @ case.weight[:K].T / temperature).log_softmax(-1)
+    torch.testing.assert_close(stats.extend_mass, log_p.exp()[:, E:].sum(-1))
+    torch.testing.assert_close(stats.log_prob, log_p.gather(1, labels[:, None])[:, 0], rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(stats.entropy, -(log_p.exp() * log_p).sum(-1), rtol=1e-12, atol=1e-14)
     assert_gradients(case, loss, expected, factor=3)
 
 

@@ -9,12 +9,21 @@ import os
 import socket
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 from verl.config import (
     ActorRolloutRefConfig,
@@ -28,7 +37,12 @@ from verl.config import (
 from verl.protocol import DataProto
 from verl.weight_sync import named_weights
 
-FAMILIES = {"qwen2": Qwen2Config, "qwen3": Qwen3Config, "llama": LlamaConfig}
+FAMILIES: dict[str, Callable[..., Any]] = {
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
+    "qwen3_moe": partial(Qwen3MoeConfig, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=64),
+    "llama": LlamaConfig,
+}
 PROMPT, RESPONSE = 6, 8
 ADAM_BETA1 = 0.9
 

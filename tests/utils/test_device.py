@@ -1,5 +1,7 @@
 """Device settings on a machine without CUDA, or one that is made to look so."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -22,6 +24,15 @@ def test_auto_takes_cuda_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_device_that_is_not_there_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"trainer\.device='cuda'"):
         device.get_device_name("cuda")
+
+
+def test_auto_beside_a_gpu_that_torch_cannot_use_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(device, "GPU_FILE", tmp_path)
+    with pytest.raises(ValueError, match=r"trainer\.device='auto' would train on the CPU beside a GPU .*driver"):
+        device.get_device_name("auto")
+    assert device.get_device_name("cpu") == "cpu"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert device.get_device_name("auto") == "cpu"
 
 
 def test_auto_dtype_follows_the_device() -> None:

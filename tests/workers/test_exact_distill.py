@@ -17,6 +17,7 @@ from support.exact_cases import LEAK, TEMPERATURE, Models, over_support, scored,
 
 from verl.config import ActorRolloutRefConfig, DistillConfig, TeacherConfig
 from verl.protocol import DataProto
+from verl.workers.actor.losses import UPDATE_SCORES
 from verl.workers.actor.teachers import HIDDEN_STATE_HANDLES
 
 pytestmark = pytest.mark.usefixtures("one_rank")
@@ -140,11 +141,13 @@ def test_scores_and_update_are_those_of_a_stage_before(
     keys = [key for key in batch.batch.keys() if key not in ("advantages", "old_log_probs")]  # noqa: SIM118
     updated = student.update_actor(batch if distill.has_policy_loss else batch.select(keys))
     before = scored(other.colocated_roles, distill, batch.select())
+    scores = {"ref_log_prob": before.tensor("ref_log_prob"), **other.compute_log_prob(batch).batch.items()}
     right = other.update_actor(before)
     assert len(right) == 0, "scores that are there already are not returned again"
-    assert [*updated.batch.keys()] == ["ref_log_prob"]
-    expected = before.tensor("ref_log_prob") * batch.tensor("response_mask")
-    torch.testing.assert_close(updated.tensor("ref_log_prob"), expected, rtol=0, atol=1e-5)
+    assert [*updated.batch.keys()] == (["ref_log_prob"] if distill.has_policy_loss else list(UPDATE_SCORES))
+    for key in updated.batch.keys() if "ppo_epochs" not in limits else ["ref_log_prob"]:  # of the student as it was
+        expected = scores[key] * batch.tensor("response_mask")
+        torch.testing.assert_close(updated.tensor(key), expected, rtol=0, atol=1e-5)
     assert updated.meta_info == right.meta_info
     trained = tiny.weights_of(other)
     assert all(torch.equal(value, trained[name]) for name, value in tiny.weights_of(student).items())

@@ -265,6 +265,9 @@ class RolloutConfig:
     mask_after_extend_token: bool = True
     """Train on nothing behind the first extended token of a response, where the teacher's context is void. False is
     what the public fork of verl does."""
+    stop_at_extended_token: bool = True
+    """End an answer at its first extended token where nothing behind it would be trained; see
+    ``PPOConfig.stops_at_extended``."""
     calculate_log_probs: bool = False
     """Keep the engine's log-probs of the sampled tokens (``rollout_log_probs``)."""
     dtype: str = "auto"

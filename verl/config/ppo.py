@@ -88,6 +88,14 @@ class PPOConfig:
         has_kl_term = self.algorithm.use_kl_in_reward or self.actor_rollout_ref.actor.use_kl_loss
         return self.algorithm.distils or (has_kl_term and not self.knows_extended(BASE_TEACHER))
 
+    @property
+    def stops_at_extended(self) -> bool:
+        """Whether an answer to train on ends at its first extended token where its teacher lacks these: nothing behind
+        it is trained, and no task reward reads it."""
+        rollout = self.actor_rollout_ref.rollout
+        trains_nothing = rollout.mask_after_extend_token or rollout.mask_response_if_have_extend_token
+        return rollout.stop_at_extended_token and trains_nothing and not self.algorithm.learns_from_reward
+
     def _size_errors(self) -> Iterator[str]:
         data, trainer, rollout = self.data, self.trainer, self.actor_rollout_ref.rollout
         batch, rows = data.train_batch_size, self.actor_rollout_ref.actor.ppo_mini_batch_size

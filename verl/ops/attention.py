@@ -1,22 +1,25 @@
 """Causal attention over packed rows, for models that get it through transformers' attention interface.
 
-In:  queries, keys and values of rows laid end to end in one sequence, and the rows' lengths. Out: attention in which
-no row sees another and no padding is computed. Each row is one call of torch's scaled dot-product attention, so it
-runs wherever torch does; with flash-attention installed the model uses that instead (see ``build``).
+In:  queries, keys and values of rows laid end to end in one sequence, and where the rows end. Out: attention in which
+no row sees another and no padding is computed. `packed_sdpa` calls torch's scaled dot-product attention for each row,
+so it runs wherever torch does; `packed_varlen` calls torch's flash kernel once for all of them, on CUDA in half
+precision. With flash-attention installed the model uses that instead (see ``build``).
 
 Not here: sliding windows, soft caps and attention sinks. They are refused, never ignored.
 
 Letters: H query heads, G key heads, N tokens of all rows, d size of a head.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
-PACKED_SDPA = "packed_sdpa"
-"""Name under which models ask for `packed_sdpa_attention`."""
+PACKED_SDPA, PACKED_VARLEN = "packed_sdpa", "packed_varlen"
+"""Names under which models ask for `packed_sdpa_attention` and `packed_varlen_attention`."""
 
 _CHANGES_ATTENTION = ("sliding_window", "softcap", "s_aux", "position_bias")
 
@@ -48,10 +51,7 @@ def packed_sdpa_attention(
     Raises:
         ValueError: the model wants more than causal attention.
     """
-    extras = [name for name in _CHANGES_ATTENTION if kwargs.get(name) is not None]
-    if extras or attention_mask is not None:
-        raise ValueError(f"packed attention knows no {', '.join(extras) or 'mask'}; set model.use_remove_padding=False")
-
+    _require_causal(attention_mask, kwargs)
     # Backward of `split` is one `cat`; slices would make zeros of the whole batch for every row.
     parts = [tensor.split(row_lengths or tensor.shape[2], dim=2) for tensor in (query, key, value)]
     grouped = query.shape[1] != key.shape[1]
@@ -62,5 +62,41 @@ def packed_sdpa_attention(
     return torch.cat(rows, dim=2).transpose(1, 2).contiguous(), None
 
 
-# Models with it get no mask, which is what the function expects.
+def packed_varlen_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    max_length_q: int = 0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """The same in one call; B is 1, and there is no dropout (see ``build.load_config``).
+
+    Args:
+        cu_seq_lens_q: int32, 0 and then the end of each row.
+        max_length_q: tokens of the longest row.
+    """
+    _require_causal(attention_mask, kwargs)
+    assert cu_seq_lens_q is not None, "rows of unknown length"
+    q, k, v = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))  # (N, H, d) each
+    ends, longest = (cu_seq_lens_q, cu_seq_lens_q), (max_length_q, max_length_q)
+    grouped = query.shape[1] != key.shape[1]
+    output: Any = varlen_attn(
+        q, k, v, *ends, *longest, scale=scaling, window_size=(-1, 0), enable_gqa=grouped
+    )  # causal
+    return output[None], None
+
+
+def _require_causal(attention_mask: torch.Tensor | None, options: Mapping[str, Any]) -> None:
+    extras = [name for name in _CHANGES_ATTENTION if options.get(name) is not None]
+    if extras or attention_mask is not None:
+        raise ValueError(f"packed attention knows no {', '.join(extras) or 'mask'}; set model.use_remove_padding=False")
+
+
+# Models with them get no mask, which is what the functions expect.
 AttentionInterface.register(PACKED_SDPA, packed_sdpa_attention)
+AttentionInterface.register(PACKED_VARLEN, packed_varlen_attention)

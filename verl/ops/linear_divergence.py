@@ -76,6 +76,10 @@ class DivergenceStats(NamedTuple):
     """(N,) div, nats."""
     leak: torch.Tensor
     """(N,) the leak term before its weight, nats; 0 without E."""
+    log_prob: torch.Tensor
+    """(N,) the student's log-prob of the drawn token, over all K, nats."""
+    entropy: torch.Tensor
+    """(N,) of the student over all K, nats."""
     extend_mass: torch.Tensor
     """(N,) eps; 0 without E."""
     sampled: torch.Tensor
@@ -183,6 +187,8 @@ def _chunk(
     extended = logits[:, start:].logsumexp(dim=-1)  # -inf where E is empty
     # The sums over B and E add up to that over all ids: no third pass over (C, K).
     whole = torch.logaddexp(base, extended)
+    log_prob = _pick(logits, labels, 0.0) - whole
+    of_extended = _entropy(logits[:, start:] - extended[:, None]) if support < job.ids else None
 
     grad = torch.zeros_like(logits)
     leak = torch.zeros_like(base)
@@ -197,10 +203,20 @@ def _chunk(
     if options.kind == REVERSE_KL:  # an id that the teacher rules out costs as much as one that it lacks
         log_q.nan_to_num_(nan=math.nan, posinf=math.inf, neginf=options.missing_log_prob)
     sampled = _pick(log_p, labels, 0.0) - _pick(log_q, labels, 0.0)
-    divergence, of_divergence = _divergence(log_p, log_p.exp(), log_q, options)
+    p, mass = log_p.exp(), (extended - whole).exp()
+    entropy = _entropy(log_p, p)
+    if of_extended is not None:  # entropy of which part it is, and the mean of those within the parts
+        outside = base - whole
+        within = torch.where(mass > 0, mass * (of_extended - (extended - whole)), 0.0)
+        entropy = outside.exp() * (entropy - outside) + within
+    divergence, of_divergence = _divergence(log_p, p, log_q, options)
     grad[:, :support].add_(of_divergence)
-    mass = (extended - whole).exp()
-    return DivergenceStats(divergence, leak, mass, sampled, teacher_log_prob), grad
+    return DivergenceStats(divergence, leak, log_prob, entropy, mass, sampled, teacher_log_prob), grad
+
+
+def _entropy(log_p: torch.Tensor, p: torch.Tensor | None = None) -> torch.Tensor:
+    """(C,) of the distributions with these log-probs (C, S), nats."""
+    return -torch.linalg.vecdot(log_p.exp() if p is None else p, log_p)
 
 
 def _pick(values: torch.Tensor, labels: torch.Tensor, missing: float) -> torch.Tensor:

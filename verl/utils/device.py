@@ -4,8 +4,13 @@ In:  the setting ``trainer.device`` (``auto``, ``cuda``, ``cpu``). Out: names, d
 differ between the two.
 """
 
+import os
+from pathlib import Path
+
 import torch
 
+GPU_FILE = Path("/dev/nvidia0")
+"""There where the system has an NVIDIA GPU, whatever torch makes of it."""
 _SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -13,11 +18,19 @@ def get_device_name(setting: str = "auto", elsewhere: bool = False) -> str:
     """``cuda`` or ``cpu``: what ``trainer.device`` means on this machine; ``elsewhere``: it need not have a GPU.
 
     Raises:
-        ValueError: ``cuda`` where there is none.
+        ValueError: ``cuda`` where there is none, or ``auto`` beside a GPU that torch cannot use.
     """
+    has_cuda = torch.cuda.is_available()
+    # Hidden on purpose with an empty CUDA_VISIBLE_DEVICES.
+    if setting == "auto" and not has_cuda and GPU_FILE.exists() and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
+        raise ValueError(
+            f"trainer.device='auto' would train on the CPU beside a GPU that torch {torch.__version__} cannot use: run "
+            "deploy_env.sh --device cuda, update the driver (CUDA 13 needs 580 or newer; nvidia-smi shows it), or set "
+            "trainer.device=cpu"
+        )
     if setting == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if setting == "cuda" and not elsewhere and not torch.cuda.is_available():
+        return "cuda" if has_cuda else "cpu"
+    if setting == "cuda" and not elsewhere and not has_cuda:
         raise ValueError("trainer.device='cuda', and no CUDA device is visible here; use trainer.device=cpu or auto")
     return setting
 
@@ -32,6 +45,8 @@ def select_device(device_name: str, local_rank: int) -> torch.device:
         return torch.device("cpu")
     device = torch.device("cuda", local_rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
+    # cuDNN makes a plan for every row length and batch, at some 30 ms each; flash attention needs none.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     return device
 
 

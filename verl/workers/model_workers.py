@@ -28,6 +28,7 @@ from verl.utils.tokenizer import hf_tokenizer
 from verl.vocabulary import Vocabulary
 from verl.weight_sync import WeightExporter
 from verl.workers.actor.dp_actor import SCORED_KEYS, UPDATE_KEYS, DataParallelPPOActor, build_optimizer
+from verl.workers.actor.losses import UPDATE_SCORES
 from verl.workers.actor.teachers import (
     HIDDEN_STATE_HANDLES,
     TOP_TENSORS,
@@ -112,15 +113,18 @@ class StudentWorker(Worker):
     def update_actor(self, data: DataProto) -> DataProto:
         """Train on a batch; the metrics are in ``meta_info["metrics"]``, the same on every rank.
 
-        An exact objective runs its teachers here. Unless their ``ref_log_prob`` (B, R) is in the batch already, it is
-        returned: at trained positions, 0 elsewhere.
+        The pass of an exact objective gives what scoring would before it: those keys of ``UPDATE_SCORES`` (B, R) that
+        the batch lacks are returned, at trained positions, 0 elsewhere.
         """
         roles = self._distill.roles if self._distill.is_exact else []
         with self._on_device(optimizer=True), ExitStack() as stack:
-            metrics, teacher_log_probs = self.actor.update(data, [self._teacher(role, stack) for role in roles])
+            metrics, scores = self.actor.update(data, [self._teacher(role, stack) for role in roles])
         metrics |= max_memory_metrics(self._device.type)
-        scores = {"ref_log_prob": teacher_log_probs} if roles and "ref_log_prob" not in data.batch else {}
-        return DataProto.from_dict(scores, None, {"metrics": metrics})
+        found = dict(zip(UPDATE_SCORES, scores, strict=True)) if roles else {}
+        # Entropy and mass are scored with the log-probs, and are not sent here.
+        scored = {key: "ref_log_prob" if key == "ref_log_prob" else "old_log_probs" for key in found}
+        new = {key: value for key, value in found.items() if scored[key] not in data.batch}
+        return DataProto.from_dict(new, None, {"metrics": metrics})
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def fetch_heads(self, handles: Mapping[str, Sequence[Any]]) -> None:

@@ -62,9 +62,9 @@ def test_metrics_of_a_batch() -> None:
     counts |= {"rewritten_turns": 1, "typed_special_tokens": 2}
     measured = {name: [count, 0.0] for name, count in counts.items()}
     measured |= {"generate_s": [1.0, 3.0], "tool_calls_s": [0.5, 0.0], "tool_reward": [1.0, 0.0]}
-    measured["retried_requests"] = [0, 2]
+    measured |= {"retried_requests": [0, 2], "unwritten_tokens": [7, 5]}
     seconds = {f"timing_s/agent_loop/generate_sequences/{k}": v for k, v in (("min", 1), ("mean", 2), ("max", 3))}
-    without_tools = {**seconds, "agent_loop/retried_requests": 2}
+    without_tools = {**seconds, "agent_loop/retried_requests": 2, "agent_loop/unwritten_tokens": 12}
     assert batch_metrics(measured, with_tools=False) == without_tools
     assert batch_metrics(measured, with_tools=True) == without_tools | {
         **{f"agent_loop/{name}": value for name, value in counts.items()},

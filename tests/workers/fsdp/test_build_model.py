@@ -3,11 +3,13 @@
 import json
 import shutil
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file, save_file
 from support.tiny_workers import load_plain, write_model
@@ -17,7 +19,8 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
 from verl.config import FSDPConfig, HFModelConfig, MixedPrecisionConfig
-from verl.ops.attention import PACKED_SDPA, packed_sdpa_attention
+from verl.ops import attention
+from verl.ops.attention import PACKED_SDPA, PACKED_VARLEN, packed_sdpa_attention, packed_varlen_attention
 from verl.single_controller.base import Worker
 from verl.workers.fsdp import build as build_module
 from verl.workers.fsdp.build import build_model, choose_attention, load_config
@@ -53,22 +56,39 @@ def test_rows_are_packed_where_attention_is_only_causal(config: PretrainedConfig
 
 
 def test_flash_attention_is_taken_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build_module.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    assert choose_attention(Qwen3Config(), HFModelConfig(), "cuda", torch.bfloat16) == (PACKED_VARLEN, True)
+    assert choose_attention(MistralConfig(sliding_window=9), HFModelConfig(), "cuda", torch.bfloat16)[0] == "sdpa"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    assert choose_attention(Qwen3Config(), HFModelConfig(), "cuda", torch.bfloat16) == (PACKED_SDPA, True)
+    monkeypatch.setattr(build_module, "is_flash_attn_2_available", lambda: True)
     assert choose_attention(Qwen3Config(), HFModelConfig(), "cuda", torch.bfloat16) == ("flash_attention_2", True)
     assert choose_attention(Qwen3Config(), HFModelConfig(), "cuda", torch.float32) == (PACKED_SDPA, True)
     assert choose_attention(Qwen3Config(), HFModelConfig(), "cpu", torch.bfloat16) == (PACKED_SDPA, True)
 
 
-def test_packed_attention_is_attention_row_by_row() -> None:
+def varlen_on_cpu(q, k, v, ends, ends_k, longest, longest_k, *, scale, window_size, enable_gqa):
+    """What torch's kernel computes with these arguments, for causal rows: (N, H, d) in and out."""
+    assert window_size == (-1, 0) and ends.dtype == torch.int32 and ends is ends_k and longest == longest_k == 4
+    rows = [tensor.transpose(0, 1).tensor_split(ends[1:-1].long(), dim=1) for tensor in (q, k, v)]
+    attend = partial(F.scaled_dot_product_attention, is_causal=True, scale=scale, enable_gqa=enable_gqa)
+    return torch.cat([attend(*row) for row in zip(*rows, strict=True)], dim=1).transpose(0, 1)
+
+
+@pytest.mark.parametrize("in_one_call", [False, True])
+def test_packed_attention_is_attention_row_by_row(in_one_call: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     query, key, value = torch.randn(1, 4, 7, 8), torch.randn(1, 2, 7, 8), torch.randn(1, 2, 7, 8)
-    packed, _ = packed_sdpa_attention(nn.Module(), query, key, value, None, row_lengths=(3, 4))
+    monkeypatch.setattr(attention, "varlen_attn", varlen_on_cpu)
+    ends = {"cu_seq_lens_q": torch.tensor([0, 3, 7], dtype=torch.int32), "max_length_q": 4}
+    function = packed_varlen_attention if in_one_call else packed_sdpa_attention
+    packed, _ = function(nn.Module(), query, key, value, None, **ends if in_one_call else {"row_lengths": (3, 4)})
     scores = (query @ key.repeat_interleave(2, dim=1).transpose(-1, -2)) / 8**0.5
     row = torch.tensor([0, 0, 0, 1, 1, 1, 1])
     visible = (row[:, None] == row[None, :]) & torch.ones(7, 7).tril().bool()
     right = scores.masked_fill(~visible, float("-inf")).softmax(-1) @ value.repeat_interleave(2, dim=1)
     torch.testing.assert_close(packed, right.transpose(1, 2))
     with pytest.raises(ValueError, match="packed attention knows no softcap"):
-        packed_sdpa_attention(nn.Module(), query, key, value, None, softcap=30.0)
+        function(nn.Module(), query, key, value, None, softcap=30.0)
 
 
 def test_a_config_is_overridden_and_has_no_dropout(student_model: Path, tmp_path: Path, caplog) -> None:
@@ -81,9 +101,11 @@ def test_a_config_is_overridden_and_has_no_dropout(student_model: Path, tmp_path
         load_config(str(tmp_path), HFModelConfig(override_config={"rms_norm": 0.5}))
 
 
-def test_flash_attention_gets_the_row_boundaries_in_its_form(student_model: Path) -> None:
+@pytest.mark.parametrize("name", ["flash_attention_2", PACKED_VARLEN])
+def test_flash_kernels_get_the_row_boundaries_in_their_form(name: str, student_model: Path) -> None:
     model = TokenStatsModel(load_plain(student_model))
-    model.causal_lm.config._attn_implementation = "flash_attention_2"
+    assert model._row_boundaries(None) == {}
+    model.causal_lm.config._attn_implementation = name
     arguments = model._row_boundaries((3, 1, 4))
     assert arguments["cu_seq_lens_q"].tolist() == arguments["cu_seq_lens_k"].tolist() == [0, 3, 4, 8]
     assert arguments["cu_seq_lens_q"].dtype == torch.int32

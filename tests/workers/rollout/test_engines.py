@@ -41,6 +41,16 @@ def test_log_probs_follow_the_weights_over_syncs(engine: Engine) -> None:
         assert {output.weight_version for output in engine.generate(PLAIN)} == {engine.version}
 
 
+@pytest.mark.slow
+def test_experts_follow_the_weights_over_syncs(tiny_tokenizers: tuple[Path, Path], tmp_path: Path) -> None:
+    engine = Engine("vllm", tmp_path, tiny_tokenizers[1], False, "qwen3_moe")
+    for seed in range(3):
+        engine.train_a_little(seed)
+        engine.sync()
+        assert engine.difference(PLAIN) < 1e-5
+    engine.replica.close()
+
+
 def test_a_sync_that_does_not_match_the_model_lists_every_tensor(engine: Engine) -> None:
     engine.train_a_little(99)
     wrong = dict(engine.model.named_parameters())
@@ -83,6 +93,17 @@ def test_answers_stop_where_they_should(engine: Engine) -> None:
     assert [(output.token_ids, output.log_probs) for output in own] == [([7], [0.0])] * 6
     short = engine.generate(PLAIN, max_tokens=3, ignore_eos=True, logprobs=False)
     assert {(len(output.token_ids), output.log_probs) for output in short} == {(3, None)}
+
+
+def test_answers_end_at_their_first_token_from_an_id_on(engine: Engine) -> None:
+    start = engine.vocab_size - 60
+    whole, cut = engine.generate(PLAIN), engine.generate(PLAIN, stop_from_id=start)
+    assert any(max(output.token_ids[:-1]) >= start for output in whole), "or this tests nothing"
+    for full, output in zip(whole, cut, strict=True):
+        end = next((n for n, token in enumerate(full.token_ids, 1) if token >= start), len(full.token_ids))
+        assert output.token_ids == full.token_ids[:end]
+        assert output.log_probs == pytest.approx((full.log_probs or [])[:end], abs=1e-5)
+        assert output.stop_reason == ("stop" if end < len(full.token_ids) else full.stop_reason)
 
 
 def test_the_likeliest_tokens_come_with_the_drawn_one(engine: Engine) -> None:

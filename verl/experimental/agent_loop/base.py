@@ -43,6 +43,8 @@ class AgentLoopMetrics:
     """Time waiting for the engine, all turns."""
     retried_requests: int = 0
     """Turns that were sent to a second replica, because the first hung."""
+    unwritten_tokens: int = 0
+    """What was left of the token budget where an answer ended at an extended token (``stop_at_extended_token``)."""
     tool_calls_s: float = 0.0
     """Time waiting for tools, all turns."""
     tool_calls: int = 0
@@ -258,11 +260,15 @@ class AgentLoopBase(ABC):
         """
         params = dict(sampling_params, max_tokens=trajectory.remaining_tokens)
         params["seed"] += len(trajectory.weight_versions)
+        if self.teacher_knows_extended:  # what follows an item is trained too
+            params["stop_from_id"] = None
         started = time.perf_counter()
         turn = await self.generate(trajectory.prompt_ids + trajectory.response_ids, params)
         self.metrics.generate_s += time.perf_counter() - started
         self.metrics.retried_requests += turn.retries
         trajectory.add_model_turn(turn)
+        if turn.token_ids and (first := params.get("stop_from_id")) is not None and turn.token_ids[-1] >= first:
+            self.metrics.unwritten_tokens += trajectory.remaining_tokens
         return turn.token_ids
 
     def finish(self, trajectory: Trajectory, num_turns: int) -> AgentLoopOutput:

@@ -77,6 +77,7 @@ class AgentLoopWorker:
         template = ChatTemplate(tokenizer, schemas, config.data.apply_chat_template_kwargs)
         self.context = AgentLoopContext(rollout, template, tools)
         self.servers = servers
+        self._stop_from_id = rollout.extend_start if config.stops_at_extended else None
 
     async def check_alive(self) -> None:
         """Answers once the worker is built."""
@@ -88,7 +89,9 @@ class AgentLoopWorker:
             The rollout's keys; ``meta_info["metrics"]`` lists what was measured, and the weight version, row by row.
         """
         rollout, columns = self.context.rollout, prompts.non_tensor_batch
-        sampling = sampling_params(rollout, bool(prompts.meta_info["validate"]))
+        validate = bool(prompts.meta_info["validate"])
+        # What is measured is written to its end.
+        sampling = sampling_params(rollout, validate) | {"stop_from_id": None if validate else self._stop_from_id}
         self.servers.forget_conversations()
         tasks = [
             asyncio.create_task(self._converse(sampling, {key: values[row] for key, values in columns.items()}))
@@ -188,7 +191,7 @@ def batch_metrics(measured: Mapping[str, Sequence[float]], with_tools: bool) -> 
         measured: per field of ``AgentLoopMetrics`` one value per conversation.
     """
     spreads = {"timing_s/agent_loop/generate_sequences": "generate_s"}
-    counts = ["retried_requests"]
+    counts = ["retried_requests", "unwritten_tokens"]
     if with_tools:
         spreads |= {"timing_s/agent_loop/tool_calls": "tool_calls_s", "agent_loop/tool_reward": "tool_reward"}
         counts += ["tool_calls", "tool_errors", "unknown_tools", "malformed_calls", "dropped_calls"]

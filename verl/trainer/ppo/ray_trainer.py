@@ -33,6 +33,7 @@ from verl.trainer.ppo.advantage import apply_kl_penalty, compute_advantage, comp
 from verl.trainer.ppo.core_algos import get_kl_controller
 from verl.trainer.ppo.guards import EngineGap, SkippedUpdates, TeacherProbe
 from verl.trainer.ppo.metric_utils import (
+    Metrics,
     compute_data_metrics,
     compute_throughout_metrics,
     compute_timing_metrics,
@@ -51,8 +52,6 @@ from verl.utils.tracking import Tracking, as_numbers
 __all__ = ["RayPPOTrainer", "compute_advantage"]
 
 logger = logging.getLogger(__name__)
-
-Metrics = dict[str, float]
 
 
 class RayPPOTrainer:
@@ -217,7 +216,7 @@ class RayPPOTrainer:
         return self.role_groups["ref"].compute_ref_log_prob(batch) if self.uses_reference else DataProto()
 
     def update_actor(self, batch: DataProto) -> DataProto:
-        """One pass of optimizer steps over the batch; new keys are the teachers' scores, where the update runs them."""
+        """One pass of optimizer steps over the batch; new keys are the scores that its own pass gives."""
         updated = self.actor_wg.update_actor(batch)
         self.stage_metrics |= reduce_metrics(updated.meta_info.pop("metrics"))
         return updated
@@ -281,7 +280,7 @@ class RayPPOTrainer:
             batch = stage("gen", self.generate, batch)
             batch = stage("reward", self.reward, batch) if self.uses_reward else batch
             batch = self.balance(batch)
-            batch = stage("old_log_prob", self.old_log_prob, batch)  # an exact objective needs its metrics alone
+            batch = stage("old_log_prob", self.old_log_prob, batch)
             batch = stage("ref", self.ref_log_prob, batch) if self.uses_reference else batch
             batch = stage("adv", self.advantage, batch) if self.uses_advantage else batch
             batch = stage("update_actor", self.update_actor, batch)

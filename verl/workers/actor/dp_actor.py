@@ -29,7 +29,7 @@ from verl.config import DistillConfig, FSDPActorConfig, OptimizerConfig, RefConf
 from verl.ops.linear_log_prob import TokenStats, linear_token_stats
 from verl.protocol import DataProto
 from verl.vocabulary import Vocabulary
-from verl.workers.actor.losses import POLICY_TENSORS, ROW_KEYS, MiniBatchLoss, WeightedTeacher
+from verl.workers.actor.losses import POLICY_TENSORS, ROW_KEYS, UPDATE_SCORES, MiniBatchLoss, WeightedTeacher
 from verl.workers.fsdp.extended_rows import ExtendedRows
 from verl.workers.fsdp.token_stats_model import BatchSizes, ScoredRows, TokenStatsModel, real_response_tokens, reshard
 
@@ -43,7 +43,7 @@ COUNTS = ("actor/updates", "actor/skipped_updates")
 """Optimizer steps that were taken, and those that were not because loss or gradient was not finite."""
 
 Update = tuple[dict[str, float], torch.Tensor]
-"""Metrics, and the teachers' log-probs (B, R) of the drawn tokens."""
+"""Metrics, and what ``UPDATE_SCORES`` names (4, B, R)."""
 
 
 # ------------------------------------------------------------------ optimizer
@@ -68,16 +68,20 @@ def learning_rate(config: OptimizerConfig, step: int) -> float:
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters, with its state in place from the start (zeros), as checkpoints need it."""
+    """AdamW over the trainable parameters, with its state in place from the start (zeros), as checkpoints need it.
+
+    Fused: one kernel for each tensor in place of a dozen operations on shards, without temporary copies.
+    """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), eps=config.eps)
+    betas = config.betas[0], config.betas[1]
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
     for parameter in parameters:
         moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-        optimizer.state[parameter] = {"step": torch.tensor(0.0), **moments}
+        optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}
     return optimizer
 
 
@@ -231,8 +235,8 @@ class DataParallelPPOActor:
         Returns:
             metrics, the same on every rank: means over the optimizer steps, each over the whole mini-batch of all
             ranks. ``actor/loss`` is the whole loss, with all its terms; those of ``COUNTS`` are counts; drifts are
-            measured after the last step. And (B, R) the teachers' log-probs of the drawn tokens in the last epoch, at
-            the trained positions of an exact objective; 0 elsewhere.
+            measured after the last step. And (4, B, R) the log-probs and the like that ``UPDATE_SCORES`` names, as they
+            were in the last epoch's passes, at the trained positions of an exact objective; 0 elsewhere.
 
         Raises:
             ValueError: a frozen model, or trained padding.
@@ -262,7 +266,7 @@ class DataParallelPPOActor:
         metrics |= {name: sum(columns[name]) for name in COUNTS}
         if self.extended_rows is not None:
             metrics |= self.extended_rows.drift()
-        return metrics, torch.cat(scores[-(len(data) // rows) :])
+        return metrics, torch.cat(scores[-(len(data) // rows) :], dim=1)
 
     def _update_mini_batch(
         self, mini: DataProto, config: FSDPActorConfig, teachers: Sequence[WeightedTeacher]
@@ -273,24 +277,24 @@ class DataParallelPPOActor:
         for group in self.actor_optimizer.param_groups:
             group["lr"] = rate
         metrics = {"actor/lr": rate} | dict.fromkeys(COUNTS, 0.0)
-        teacher_log_probs = torch.zeros(mini.tensor("responses").shape)
+        scores = torch.zeros(len(UPDATE_SCORES), *mini.tensor("responses").shape)
         device = self.actor_module.device
         mini_loss = MiniBatchLoss(mini, config, self.vocabulary, device, self.distill, teachers)
         # The counts are over all ranks, so all of them run these passes, which communicate, or none does.
         if not mini_loss.is_empty:
-            of_loss, teacher_log_probs = self._accumulate_gradient(mini, mini_loss, config)
+            of_loss, scores = self._accumulate_gradient(mini, mini_loss, config)
             module, loss = self.actor_module, of_loss["actor/loss"]
             norm, taken = clipped_step(module, self.actor_optimizer, config.grad_clip, loss, self.extended_rows)
             metrics |= {"actor/grad_norm": norm, COUNTS[0 if taken else 1]: 1.0, **of_loss}
         self.optimizer_steps += 1
-        return metrics, teacher_log_probs
+        return metrics, scores
 
     def _accumulate_gradient(self, mini: DataProto, mini_loss: MiniBatchLoss, config: FSDPActorConfig) -> Update:
         """Forward and backward over all micro-batches; the metrics are those of the whole mini-batch over all ranks."""
         max_rows = None if config.use_dynamic_bsz else config.ppo_micro_batch_size_per_gpu
         sizes = BatchSizes(config.ppo_max_token_len_per_gpu, max_rows)
         rows = ScoredRows(mini.tensor("input_ids"), mini.tensor("attention_mask"), mini_loss.trained)
-        teacher_log_probs = torch.zeros(mini_loss.trained.shape, device=self.actor_module.device)
+        scores = torch.zeros(len(UPDATE_SCORES), *mini_loss.trained.shape, device=self.actor_module.device)
         totals: dict[str, torch.Tensor] = {}
         for micro in rows.micro_batches(sizes, self.actor_module.packed):
             part = mini_loss(micro, partial(self.actor_module.run, micro))
@@ -298,11 +302,11 @@ class DataParallelPPOActor:
             part.loss.backward()
             values = {**part.metrics, "actor/loss": part.loss.detach()}
             totals = {name: totals[name] + value if totals else value for name, value in values.items()}
-            if part.teacher_log_probs is not None:
-                teacher_log_probs[micro.rows, micro.columns] = part.teacher_log_probs.float()
+            if part.scores is not None:
+                scores[:, micro.rows, micro.columns] = part.scores.float()
         # By place: all ranks have the same metrics in the same order.
         shares = torch.stack(list(totals.values()))
         dist.all_reduce(shares)
         # Each holds the number of ranks as a factor, for FSDP averages gradients (`agg_loss`).
         shares = shares / dist.get_world_size()
-        return dict(zip(totals, shares.tolist(), strict=True)), teacher_log_probs.cpu()
+        return dict(zip(totals, shares.tolist(), strict=True)), scores.cpu()

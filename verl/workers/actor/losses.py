@@ -43,6 +43,9 @@ ROW_KEYS = ("teacher", *TOP_TENSORS, HIDDEN_STATE_HANDLES)
 DIVERGENCE_OF = {"exact": "reverse_kl", "forward_kl": "forward_kl", "jsd": "jsd", "topk": "reverse_kl"}
 """The divergence that each exact objective minimises."""
 
+UPDATE_SCORES = ("old_log_probs", "entropys", "extend_mass", "ref_log_prob")
+"""Batch keys (B, R) that the pass of a divergence gives at trained positions, as scoring would before the update."""
+
 WeightedTeacher = tuple[Teacher, float]
 """A teacher, and the weight of its rows in the loss."""
 
@@ -54,8 +57,8 @@ class MicroLoss(NamedTuple):
     """0-dim, with gradient."""
     metrics: dict[str, torch.Tensor]
     """0-dim each, shares as the loss."""
-    teacher_log_probs: torch.Tensor | None = None
-    """(S,) of the drawn tokens, each over all ids that its teacher knows; None without a divergence."""
+    scores: torch.Tensor | None = None
+    """(4, S) of the drawn tokens, in the order of ``UPDATE_SCORES``; None without a divergence."""
 
 
 class MiniBatchLoss:
@@ -106,7 +109,7 @@ class MiniBatchLoss:
         losses = [part.of(micro, result) for (_, part), result in zip(self._parts, results, strict=True)]
         total = torch.stack([coef * loss.loss for (coef, _), loss in zip(self._parts, losses, strict=True)]).sum()
         # The divergence, where there is one, is the last part.
-        return MicroLoss(total, dict(ChainMap(*(loss.metrics for loss in losses))), losses[-1].teacher_log_probs)
+        return MicroLoss(total, dict(ChainMap(*(loss.metrics for loss in losses))), losses[-1].scores)
 
 
 class PolicyLoss:
@@ -267,4 +270,5 @@ class DivergenceLoss:
         if self._gap_share is not None:
             inside = self._in_support[micro.rows, micro.columns].to(share.device)
             metrics["distill/sampled_gap"] = (inside * (stats.sampled - stats.divergence)).sum() * self._gap_share
-        return MicroLoss(loss, metrics, stats.teacher_log_prob)
+        scores = stats.log_prob, stats.entropy, stats.extend_mass, stats.teacher_log_prob
+        return MicroLoss(loss, metrics, torch.stack(scores))

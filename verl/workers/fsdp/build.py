@@ -10,7 +10,6 @@ weights; the others get their shards from it, one parameter at a time.
 Not here: optimizer, roles, tokenizers.
 """
 
-import importlib.util
 import logging
 import os
 from typing import Any
@@ -21,10 +20,11 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.utils import is_flash_attn_2_available
 from transformers.utils.logging import disable_progress_bar
 
 from verl.config import FSDPConfig, HFModelConfig
-from verl.ops.attention import PACKED_SDPA
+from verl.ops.attention import PACKED_SDPA, PACKED_VARLEN
 from verl.single_controller.base import Worker
 from verl.utils.device import get_device_name, resolve_dtype, select_device
 from verl.workers.fsdp.token_stats_model import ScoredRows, TokenStatsModel, reshard
@@ -59,19 +59,22 @@ def choose_attention(
 ) -> tuple[str, bool]:
     """Name of the attention in transformers' interface, and whether rows are packed, laid end to end.
 
-    Flash-attention where it is installed, else torch's own; packed where rows can be kept apart.
+    Flash-attention where it is installed, else torch's own kernels; packed where rows can be kept apart.
     ``model.override_config.attn_implementation`` decides where it is set.
     """
     wanted, packed = model.override_config.get("attn_implementation"), model.use_remove_padding
     if wanted is not None:
-        return wanted, packed and (wanted.startswith("flash") or wanted == PACKED_SDPA)
-    has_flash = importlib.util.find_spec("flash_attn") is not None
-    if device_name == "cuda" and has_flash and compute_dtype in (torch.bfloat16, torch.float16):
+        return wanted, packed and (wanted.startswith("flash") or wanted in (PACKED_SDPA, PACKED_VARLEN))
+    has_kernels = device_name == "cuda" and compute_dtype in (torch.bfloat16, torch.float16)
+    if has_kernels and is_flash_attn_2_available():  # a package flash_attn alone may be flash-attn-4
         return "flash_attention_2", packed
     # Where every layer attends to all earlier tokens of its row, a mask would only keep rows apart.
     layers = set(getattr(config, "layer_types", None) or ())
     only_causal = layers == {"full_attention"} if layers else getattr(config, "sliding_window", None) is None
-    return (PACKED_SDPA, True) if packed and only_causal else ("sdpa", False)
+    if packed and only_causal:
+        # The kernel's architecture begins with that of the A100.
+        return (PACKED_VARLEN if has_kernels and torch.cuda.get_device_capability() >= (8, 0) else PACKED_SDPA), True
+    return "sdpa", False
 
 
 def load_config(path: str, model: HFModelConfig) -> PretrainedConfig:

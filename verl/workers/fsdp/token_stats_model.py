@@ -30,6 +30,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from verl.config import RefConfig, RolloutConfig
+from verl.ops.attention import PACKED_SDPA
 from verl.protocol import DataProto
 from verl.utils.seqlen_balancing import check_row_lengths, most_over_ranks, rearrange_micro_batches
 
@@ -257,12 +258,12 @@ class TokenStatsModel(nn.Module):
         return head(hidden, self.causal_lm.get_output_embeddings().weight, labels)
 
     def _row_boundaries(self, row_lengths: tuple[int, ...] | None) -> dict[str, object]:
-        """Arguments that tell the attention function where rows begin; flash-attention has its own form."""
+        """Arguments that tell the attention function where rows begin; flash kernels have their own form."""
         if row_lengths is None:
             return {}
-        if not self.causal_lm.config._attn_implementation.startswith("flash_attention"):
+        if self.causal_lm.config._attn_implementation == PACKED_SDPA:
             return {"row_lengths": row_lengths}
-        # Flash-attention takes int32 alone.
+        # Flash kernels take int32 alone.
         ends = torch.tensor((0, *row_lengths)).cumsum(0).to(device=self.device, dtype=torch.int32)
         longest = max(row_lengths)
         return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
@@ -293,6 +294,6 @@ def move_optimizer_state(optimizer: torch.optim.Optimizer, device: torch.device)
     """Move the optimizer's moments to ``device``; step counts stay where they are."""
     for state in optimizer.state.values():
         for key, value in state.items():
-            # AdamW without `fused` or `capturable` keeps its steps on the CPU; they alone have no dimension.
+            # Step counts alone have no dimension.
             if isinstance(value, torch.Tensor) and value.dim() > 0:
                 state[key] = value.to(device)

@@ -13,6 +13,7 @@ B sequences of the batch, P padded prompt, V vocabulary rows of the model.
 """
 
 import asyncio
+import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -112,26 +113,18 @@ class HFReplica(RolloutReplica):
         )
         log_probs = torch.stack(sampler.log_probs, dim=1).tolist()  # B x steps
         written = sequences[:, longest:].tolist()
+        # A batch goes on until its last row has ended, without padding in the others: `generate` pads ended rows only
+        # where a criterion has `eos_token_id`.
         return [
-            self._cut(request.options, written[row], log_probs[row], [step[row] for step in sampler.top])
+            TokenOutput(
+                token_ids=written[row][: (end := request.options.max_tokens)],
+                log_probs=log_probs[row][:end] if request.options.logprobs else None,
+                stop_reason="length",
+                weight_version=self.weight_version,
+                top_log_probs=[step[row] for step in sampler.top[:end]] if request.options.top_logprobs else None,
+            )
             for row, request in enumerate(batch)
         ]
-
-    def _cut(
-        self, options: SamplingOptions, written: list[int], log_probs: list[float], top: list[dict[int, float]]
-    ) -> TokenOutput:
-        """The answer of one row: a batch goes on until its last row has ended."""
-        written = written[: options.max_tokens]
-        # No padding follows it: `generate` pads ended rows only where a criterion has `eos_token_id`.
-        stop = next((step for step, token_id in enumerate(written, 1) if token_id in options.stop_token_ids), None)
-        end = stop or len(written)
-        return TokenOutput(
-            token_ids=written[:end],
-            log_probs=log_probs[:end] if options.logprobs else None,
-            stop_reason="stop" if stop else "length",
-            weight_version=self.weight_version,
-            top_log_probs=top[:end] if options.top_logprobs else None,
-        )
 
     async def _start_update(self) -> None:
         if self._asleep:
@@ -213,13 +206,13 @@ class _RowStops(transformers.StoppingCriteria):
     def __init__(self, batch: Sequence[_Request], prompt_width: int) -> None:
         self._answers = [request.answer for request in batch]
         self._prompt_width = prompt_width
-        self._stop_ids = [request.options.stop_token_ids for request in batch]
+        self._stops = [(r.options.stop_token_ids, r.options.stop_from_id or math.inf) for r in batch]
         self._max_tokens = torch.tensor([request.options.max_tokens for request in batch])
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """Sequences so far (B, P + steps); returns which rows are done, (B,) bool."""
-        last = zip(input_ids[:, -1].tolist(), self._stop_ids, strict=True)
-        stopped = torch.tensor([token_id in stop_ids for token_id, stop_ids in last])
+        last = zip(input_ids[:, -1].tolist(), self._stops, strict=True)
+        stopped = torch.tensor([token_id in ids or token_id >= start for token_id, (ids, start) in last])
         full = input_ids.shape[1] - self._prompt_width >= self._max_tokens
         gone = torch.tensor([answer.done() for answer in self._answers])
         return (stopped | full | gone).to(input_ids.device)

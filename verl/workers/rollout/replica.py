@@ -14,6 +14,7 @@ class; the caller may run it in another process.
 
 import asyncio
 import dataclasses
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
@@ -67,10 +68,26 @@ class SamplingOptions:
     logprobs: bool = False
     stop_token_ids: Sequence[int] | Set[int] = ()
     """Tokens that end the answer; ``generate`` adds the model's end tokens unless ``ignore_eos``."""
+    stop_from_id: int | None = None
+    """The first token with this id or a larger one ends the answer, unless ``ignore_eos``; None: none does."""
     allowed_token_ids: Sequence[int] | None = None
     """The only tokens that may be written; None: all that the tokenizer names."""
     top_logprobs: int = 0
     """How many of the likeliest tokens are returned with each new token, at most MAX_TOP_LOGPROBS."""
+
+    def cut(self, output: TokenOutput) -> TokenOutput:
+        """``output`` up to the token that ends the answer, where there is one: engines may write on behind it."""
+        last = math.inf if self.stop_from_id is None else self.stop_from_id
+        ends = (n for n, token in enumerate(output.token_ids, 1) if token in self.stop_token_ids or token >= last)
+        if (end := next(ends, None)) is None:
+            return output
+        return dataclasses.replace(
+            output,
+            token_ids=output.token_ids[:end],
+            log_probs=None if output.log_probs is None else output.log_probs[:end],
+            top_log_probs=None if output.top_log_probs is None else output.top_log_probs[:end],
+            stop_reason="stop",
+        )
 
 
 @dataclass(frozen=True)
@@ -147,7 +164,7 @@ class RolloutReplica(ABC):
         options = self._complete(sampling_params, prompt)
         self._requests += 1
         try:
-            return await self._generate(prompt, options, request_id)
+            return options.cut(await self._generate(prompt, options, request_id))
         finally:
             self._requests -= 1
 
@@ -226,6 +243,7 @@ class RolloutReplica(ABC):
             options,
             max_tokens=min(options.max_tokens, remaining),
             stop_token_ids=frozenset([*options.stop_token_ids, *end_ids]),
+            stop_from_id=None if options.ignore_eos else options.stop_from_id,
         )
 
     @abstractmethod
@@ -234,7 +252,7 @@ class RolloutReplica(ABC):
 
     @abstractmethod
     async def _generate(self, prompt: list[int], options: SamplingOptions, request_id: str) -> TokenOutput:
-        """Answer one checked request."""
+        """Answer one checked request; what follows the token that ends the answer is cut off."""
 
     @abstractmethod
     async def _load_bucket(self, update_info: Mapping[str, Any]) -> None:

@@ -6,7 +6,7 @@ Weights arrive through vLLM's weight-transfer interface: ``start_weight_update``
 ``finish_weight_update``, with vLLM's ``ipc`` engine on CUDA and ours (``vllm_worker``) on CPU.
 
 On CUDA, and with tensor parallelism, vLLM is ``AsyncLLM`` with processes of its own; on CPU it runs in this process
-(``InProcessEngine``). Works with vLLM 0.24 to 0.32. ``vllm_settings`` has the options.
+(``InProcessEngine``). Works with vLLM 0.27.1 to 0.32. ``vllm_settings`` has the options.
 """
 
 import asyncio
@@ -114,7 +114,7 @@ class VLLMReplica(RolloutReplica):
     async def _load_bucket(self, update_info: Mapping[str, Any]) -> None:
         bucket = dict(update_info)
         if "ipc_handles" in bucket:
-            # Both vLLM 0.24 and 0.32 unpickle this form in the worker; their message format alters bare tuples.
+            # vLLM 0.27.1 to 0.32 unpickle this form in the worker; their message format alters bare tuples.
             pickled = pickle.dumps(bucket.pop("ipc_handles"))
             bucket["ipc_handles_pickled"] = base64.b64encode(pickled).decode("ascii")
         await self._rpc("update_weights", update_info=bucket)

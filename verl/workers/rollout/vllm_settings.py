@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 ROLLOUT_KEY = "actor_rollout_ref.rollout"
 TRAINING_ONLY_OVERRIDES = ("attn_implementation",)
 """Entries of ``model.override_config`` that mean nothing to vLLM."""
+FIRST_STOP, END = "verl_stop_from_id", "verl_end_id"
+"""Entries of a request's ``extra_args``: `SamplingOptions.stop_from_id`, and a token that ends the answer."""
 RETIRED_OPTIONS = frozenset({"swap_space", "disable_mm_preprocessor_cache"})
 """Engine options that launch lines for verl name, and that no vLLM from 0.24 on has."""
 
@@ -92,8 +94,11 @@ def engine_arguments(
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
     }
-    if info.vocab_size < info.vocab_rows:
-        arguments["logits_processors"] = ["verl.workers.rollout.vllm_worker:VocabularyLimit"]
+    processors = ["VocabularyLimit"] if info.vocab_size < info.vocab_rows else []
+    if config.stop_at_extended_token and config.extend_start is not None:
+        processors.append("EndAfterExtended")
+    if processors:
+        arguments["logits_processors"] = [f"verl.workers.rollout.vllm_worker:{name}" for name in processors]
         arguments["additional_config"] = {"verl_vocab_size": info.vocab_size}
     if device == "cuda":
         arguments["gpu_memory_utilization"] = config.gpu_memory_utilization
@@ -113,6 +118,9 @@ def vllm_sampling_params(options: SamplingOptions) -> Any:
     """A request's sampling parameters as vLLM's ``SamplingParams``."""
     from vllm.sampling_params import RequestOutputKind, SamplingParams
 
+    # For `EndAfterExtended`: in a list of thousands of stop tokens vLLM would look at each for every token.
+    first = options.stop_from_id
+    extra = None if first is None else {FIRST_STOP: first, END: min(options.stop_token_ids)}
     return SamplingParams(
         temperature=options.temperature,
         top_p=options.top_p,
@@ -126,5 +134,6 @@ def vllm_sampling_params(options: SamplingOptions) -> Any:
         stop_token_ids=sorted(options.stop_token_ids),
         allowed_token_ids=None if options.allowed_token_ids is None else list(options.allowed_token_ids),
         detokenize=False,
+        extra_args=extra,
         output_kind=RequestOutputKind.FINAL_ONLY,
     )

@@ -6,7 +6,7 @@ logits processors, and ``SharedMemoryEngine`` receives weights on CPU; on CUDA v
     start_weight_update ─► layers go back to checkpoint layout, on the meta device
     update_weights      ─► tensors are kept until their layer is complete, then converted into place: vLLM's own
                            layout is fused, sharded over tensor-parallel ranks and packed for the CPU kernels
-    finish_weight_update ► what came in part is converted, attention layers follow, tied heads are packed again
+    finish_weight_update ► what came in part is converted, attention follows, tied heads and experts are packed again
 """
 
 import os
@@ -20,9 +20,12 @@ from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.sampling_params import SamplingParams
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
+from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
 from verl.weight_sync import bucket_tensors
+from verl.workers.rollout.vllm_settings import END, FIRST_STOP
 
 
 class WorkerExtension:
@@ -66,6 +69,36 @@ class VocabularyLimit(LogitsProcessor):
         return logits
 
 
+class EndAfterExtended(LogitsProcessor):
+    """Allows nothing but an end token behind a token that ends the answer (``SamplingOptions.stop_from_id``)."""
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
+        self._rows: dict[int, tuple[list[int], int, int]] = {}
+        """Place in the batch: the tokens so far, the first id that ends the answer, an end token."""
+
+    def is_argmax_invariant(self) -> bool:
+        return False  # with True, vLLM leaves it out for greedy requests
+
+    def update_state(self, batch_update: BatchUpdate | None) -> None:
+        """Follow the requests that came, went or changed places."""
+
+        def limits(
+            params: SamplingParams, _: list[int] | None, written: list[int]
+        ) -> tuple[list[int], int, int] | None:
+            given = params.extra_args or {}
+            return (written, given[FIRST_STOP], given[END]) if FIRST_STOP in given else None
+
+        process_dict_updates(self._rows, batch_update, limits)
+
+    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits (N, V), the same tensor back."""
+        for place, (written, first, end) in self._rows.items():
+            if written and written[-1] >= first:
+                logits[place] = -torch.inf
+                logits[place, end] = 0.0
+        return logits
+
+
 @dataclass
 class SharedMemoryInitInfo(WeightTransferInitInfo):
     """Empty: each bucket names its file."""
@@ -98,6 +131,7 @@ class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInitInfo, SharedMemory
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
         _repack_tied_heads(self.model)
+        _repack_experts(self.model)
 
     def shutdown(self) -> None:
         """Nothing stays open between buckets."""
@@ -115,6 +149,14 @@ def _repack_tied_heads(model: torch.nn.Module) -> None:
     for head in heads:
         if id(head.weight) in tied:
             head.quant_method.process_weights_after_loading(head)
+
+
+def _repack_experts(model: torch.nn.Module) -> None:
+    """Pack the experts of every mixture from their new weights, which vLLM does after the first load alone."""
+    for layer in model.modules():
+        kernel = getattr(getattr(layer, "quant_method", None), "moe_kernel", None)
+        if kernel is not None:
+            kernel.fused_experts.process_weights_after_loading(layer)
 
 
 # At import: each worker resolves `worker_extension_cls`, in this module, before it makes its transfer engine.

@@ -141,7 +141,7 @@ def test_scores_and_update_are_those_of_a_stage_before(
     keys = [key for key in batch.batch.keys() if key not in ("advantages", "old_log_probs")]  # noqa: SIM118
     updated = student.update_actor(batch if distill.has_policy_loss else batch.select(keys))
     before = scored(other.colocated_roles, distill, batch.select())
-    scores = {"ref_log_prob": before.tensor("ref_log_prob"), **other.compute_log_prob(batch).batch.items()}
+    scores = {"ref_log_prob": before.tensor("ref_log_prob"), **dict(other.compute_log_prob(batch).batch.items())}
     right = other.update_actor(before)
     assert len(right) == 0, "scores that are there already are not returned again"
     assert [*updated.batch.keys()] == (["ref_log_prob"] if distill.has_policy_loss else list(UPDATE_SCORES))

@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 
 from verl.config import DataConfig, FSDPActorConfig, OptimizerConfig, PPOConfig
 from verl.trainer.launch.typed import load_config, to_typed
-from verl.workers.actor.row_layout import BatchSizes
+from verl.workers.fsdp.token_stats_model import BatchSizes
 
 ROLLOUT, ACTOR, REF = (f"actor_rollout_ref.{section}" for section in ("rollout", "actor", "ref"))
 VAL, DISTILL, TEACHERS = f"{ROLLOUT}.val_kwargs", "algorithm.distill", "algorithm.distill.teachers"

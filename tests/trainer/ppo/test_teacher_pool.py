@@ -75,7 +75,7 @@ def update(trainer: TrainerConfig, config: ActorRolloutRefConfig, distill: Disti
     groups = WorkerGroups(driver.config, driver.roles)
     try:
         classes = {"actor": Student, **dict.fromkeys(distill.roles, TeacherWorker)}
-        driver.role_groups = groups.start(classes, driver.worker_arguments)
+        driver.role_groups = groups.start(classes, driver.worker_arguments, "cpu")
         driver.actor_wg = driver.role_groups["actor"]
         for role in driver.roles:
             driver.role_groups[role].init_model()
@@ -115,7 +115,7 @@ def test_each_pool_has_gpus_of_its_own_and_replicas_those_of_the_student() -> No
     trainer = TrainerConfig(n_gpus_per_node=2, teacher_nnodes=1, teacher_n_gpus_per_node=2)
     groups = WorkerGroups(PPOConfig(trainer=trainer), ["actor", "ref"])
     config = ActorRolloutRefConfig()
-    views = groups.start({"actor": Bystander, "ref": Bystander}, lambda _: {"config": config, "device": "cuda"})
+    views = groups.start({"actor": Bystander, "ref": Bystander}, lambda _: {"config": config, "device": "cuda"}, "cuda")
     try:
         student, teacher = views["actor"].get_placement(), views["ref"].get_placement()
         students, teachers = ({rank["cuda_visible_devices"] for rank in ranks} for ranks in (student, teacher))
@@ -129,8 +129,8 @@ def test_each_pool_has_gpus_of_its_own_and_replicas_those_of_the_student() -> No
 
 
 def test_pools_that_do_not_fit_reserve_nothing() -> None:
-    trainer = TrainerConfig(n_gpus_per_node=3, teacher_nnodes=1, teacher_n_gpus_per_node=2)
+    trainer = TrainerConfig(n_gpus_per_node=4, teacher_nnodes=1, teacher_n_gpus_per_node=2)
     groups = WorkerGroups(PPOConfig(trainer=trainer), ["actor", "ref"])
-    with pytest.raises(ValueError, match="beside 'train': 3 rank"):
+    with pytest.raises(ValueError, match="beside 'train': 4 rank"):
         groups.start({}, dict, "cuda")
     assert all(pool._group is None for pool in groups.pools.values())

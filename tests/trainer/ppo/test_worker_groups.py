@@ -65,7 +65,7 @@ def test_every_node_is_asked_for_what_its_ranks_read(
     """Ranks that save have to see the driver's file in the run's folder, which is gone afterwards."""
     config = make_config(tmp_path, save_freq=save_freq)
     config.actor_rollout_ref.rollout.name = engine
-    groups = WorkerGroups(config, ROLES, "cpu")
+    groups = WorkerGroups(config, ROLES)
     group: Any = None
     monkeypatch.setattr(groups, "places", lambda role: [RankPlace(group, 0, f"node of {role}", f"{role}.net")])
 

@@ -197,7 +197,7 @@ def test_keys_of_a_file_that_have_no_effect(caplog: pytest.LogCaptureFixture) ->
     assert "critic is accepted and has no effect here" in caplog.text
     assert typed("reward_model.reward_manager=naive", "trainer.default_hdfs_dir=null") == PPOConfig()
     manager, penalty = "reward_model.reward_manager=dapo", "reward_model.overlong_buffer.enable=True"
-    for setting in ("data.return_raw_chat=False", manager, penalty, "trainer.default_hdfs_dir=hdfs://a/b"):
+    for setting in (manager, penalty, "trainer.default_hdfs_dir=hdfs://a/b"):
         with pytest.raises(ValueError, match=rf"{setting} is not built here \(.*\); leave it out or set it to "):
             typed(setting)
 

@@ -36,14 +36,19 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
-from verl.ops.linear_log_prob import InputGradients, TeacherLogProbs, TopLogProbs, row_chunks, scaled_logits
+from verl.ops.linear_log_prob import (
+    InputGradients,
+    TeacherLogProbs,
+    TopLogProbs,
+    row_chunks,
+    rows_per_chunk,
+    scaled_logits,
+)
 from verl.vocabulary import Vocabulary
 
 REVERSE_KL, FORWARD_KL, JSD = "reverse_kl", "forward_kl", "jsd"
 DIVERGENCES = (REVERSE_KL, FORWARD_KL, JSD)
 SHARED, FULL = "shared", "full"
-DEFAULT_CHUNK_BYTES = 384 * 2**20
-"""Of all buffers of one chunk together."""
 BUFFERS = 9
 """(C, K) buffers of the logits' precision that live at once, in ``jsd`` over all ids with a leak term."""
 
@@ -99,7 +104,7 @@ def linear_divergence(
     labels: torch.Tensor,
     vocabulary: Vocabulary | None = None,
     *,
-    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+    chunk_bytes: int | None = None,
 ) -> tuple[torch.Tensor, DivergenceStats]:
     """``sum_n token_weights[n] (div_n + leak_coef leak_n)``, differentiable in ``hidden`` and ``weight``.
 
@@ -119,7 +124,7 @@ def linear_divergence(
     vocabulary = vocabulary or Vocabulary(weight.shape[0])
     vocabulary.check_head(weight.shape[0])
     bytes_per_row = vocabulary.ids * torch.promote_types(weight.dtype, torch.float32).itemsize
-    chunk_rows = max(1, chunk_bytes // (BUFFERS * bytes_per_row))
+    chunk_rows = rows_per_chunk(chunk_bytes, BUFFERS, bytes_per_row, hidden.device)
     job = _Job(options, vocabulary.ids, vocabulary.shared_ids(), labels, chunk_rows)
     loss, *stats = _LinearDivergence.apply(hidden, weight, token_weights, teacher, job)
     return loss, DivergenceStats(*stats)

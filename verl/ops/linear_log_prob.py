@@ -26,17 +26,30 @@ from torch.autograd.function import once_differentiable
 
 from verl.vocabulary import Vocabulary
 
-DEFAULT_CHUNK_BYTES = 256 * 2**20
-"""Size of one fp32 (C, K) buffer. Two of them live at once, and a third of the weights' dtype if that is another."""
-TEACHER_CHUNK_BYTES = 384 * 2**20
-"""Of all buffers of one chunk together, where a teacher scores tokens."""
-TEACHER_BUFFERS = 3
-"""(C, T) buffers of the logits' precision that live at once there."""
+CHUNK_BYTES, MOST_CUDA_CHUNK_BYTES = 384 * 2**20, 4 * 2**30
+"""Of all buffers of one chunk together: the least on CUDA and the most on CPU; the most on CUDA."""
+CACHED_BYTES, LEAST_ROWS = 2 * 2**20, 64
+"""Of one buffer of a chunk on CPU, where passes over it wait for memory; the rows at least, for each chunk reads and
+writes the head's gradient once more."""
+BUFFERS = 3
+"""(C, K) buffers that live at once here: two in fp32, and one of the weights' dtype if that is another. As many of
+(C, T), a teacher's, where it scores tokens."""
 
 
 def row_chunks(num_rows: int, chunk_rows: int) -> Iterator[slice]:
     """The rows of each chunk in turn."""
     return (slice(start, min(start + chunk_rows, num_rows)) for start in range(0, num_rows, chunk_rows))
+
+
+def rows_per_chunk(chunk_bytes: int | None, buffers: int, bytes_per_row: int, device: torch.device) -> int:
+    """Rows whose buffers together take ``chunk_bytes``; None: as many as are fast on the device."""
+    if chunk_bytes is None and device.type == "cpu":
+        rows = max(LEAST_ROWS, CACHED_BYTES // bytes_per_row)
+        return max(1, min(rows, CHUNK_BYTES // (buffers * bytes_per_row)))
+    if chunk_bytes is None:
+        free, _ = torch.cuda.mem_get_info(device)
+        chunk_bytes = max(CHUNK_BYTES, min(MOST_CUDA_CHUNK_BYTES, free // 16))
+    return max(1, chunk_bytes // (buffers * bytes_per_row))
 
 
 def scaled_logits(hidden: torch.Tensor, weight: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -165,7 +178,7 @@ def linear_token_stats(
     temperature: float = 1.0,
     vocabulary: Vocabulary | None = None,
     with_entropy: bool = False,
-    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+    chunk_bytes: int | None = None,
 ) -> TokenStats:
     """Score tokens under ``softmax(hidden @ weight[:K].T / temperature)``.
 
@@ -176,7 +189,7 @@ def linear_token_stats(
         temperature: divides the logits.
         vocabulary: its ``ids`` are K, its extended ids count for ``extend_mass``; None: K = V, no ``extend_mass``.
         with_entropy: compute the entropy too.
-        chunk_bytes: size of one buffer of logits; it changes memory and speed, not the result.
+        chunk_bytes: memory for the buffers of a chunk; changes memory and speed, not the result.
 
     Returns:
         `TokenStats`, every tensor (N,).
@@ -193,7 +206,8 @@ def linear_token_stats(
     # An extension that begins past the last id has an empty sum as its mass, and empty slices.
     start = None if vocabulary.extend_start is None else vocabulary.shared_ids()
     bytes_per_row = ids * torch.promote_types(weight.dtype, torch.float32).itemsize
-    options = _Options(temperature, ids, start, with_entropy, max(1, chunk_bytes // bytes_per_row))
+    rows = rows_per_chunk(chunk_bytes, BUFFERS, bytes_per_row, hidden.device)
+    options = _Options(temperature, ids, start, with_entropy, rows)
     return TokenStats(*_LinearTokenStats.apply(hidden, weight, labels, options))
 
 
@@ -290,7 +304,7 @@ def score_tokens(
     missing: float,
     *,
     topk: int | None = None,
-    chunk_bytes: int = TEACHER_CHUNK_BYTES,
+    chunk_bytes: int | None = None,
 ) -> tuple[torch.Tensor, TopLogProbs | None]:
     """Score the tokens that were drawn, and find the likeliest ids.
 
@@ -312,7 +326,8 @@ def score_tokens(
     if topk is not None:
         of_ids, of_rest = torch.zeros(len(labels), topk, device=labels.device), torch.zeros_like(drawn)
         top = TopLogProbs(torch.zeros_like(of_ids, dtype=torch.int64), of_ids, of_rest, size)
-    for rows in row_chunks(len(labels), max(1, chunk_bytes // (TEACHER_BUFFERS * size * torch.float32.itemsize))):
+    chunk_rows = rows_per_chunk(chunk_bytes, BUFFERS, size * torch.float32.itemsize, labels.device)
+    for rows in row_chunks(len(labels), chunk_rows):
         log_q = teacher(rows)
         values = log_q.gather(1, chosen[rows]).squeeze(1)
         drawn[rows] = values.where(known[rows], missing).to(drawn.dtype)

@@ -43,10 +43,11 @@ def restore_extended_rows(before: Path, after: Path, out: Path, start: int) -> l
         raise ValueError(f"--after {after} holds none of {', '.join(ROW_TENSORS)}; it is no decoder in that format")
     for name, tensor in repaired.items():
         if name not in originals:
-            raise ValueError(f"--before {before} holds no {name}, which --after has: one is tied and the other is not")
+            fix = "one is tied and the other is not; give the student that the run started from"
+            raise ValueError(f"--before {before} holds no {name}, which --after has: {fix}")
         if originals[name].shape != tensor.shape:
             shapes = f"{list(originals[name].shape)} before and {list(tensor.shape)} after"
-            raise ValueError(f"{name} has the shape {shapes}")
+            raise ValueError(f"{name} has the shape {shapes}; give the student that the run started from")
         if not 0 < start < len(tensor):
             raise ValueError(f"--extend-vocab-start-token {start} must lie between 1 and {len(tensor) - 1} for {name}")
         tensor[start:] = originals[name][start:].to(tensor.dtype)

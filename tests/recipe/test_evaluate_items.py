@@ -153,7 +153,7 @@ def test_a_catalogue_file(tmp_path):
     path = tmp_path / "catalogue.parquet"
     pq.write_table(pa.table({"pid": [5, 6, 7], "sid": [[1, 0, 2], [0, 0, 1], [1, 0, 2]]}), path)
     assert read_catalogue(path) == [(0, 0, 1), (1, 0, 2)]
-    wrong = (({"pid": [5], "code": [[1]]}, "and no 'sid'"), ({"sid": [[1, 2], [1, 2, 3]]}, r"have \[2, 3\] codes"))
+    wrong = (({"pid": [5], "code": [[1]]}, "and no 'sid'"), ({"sid": [[1, 2], [1, 2, 3]]}, r"of \[2, 3\] codes"))
     for columns, message in wrong:
         pq.write_table(pa.table(columns), path)
         with pytest.raises(ValueError, match=message):

@@ -263,7 +263,7 @@ class RolloutConfig:
     mask_response_if_have_extend_token: bool = False
     """Train on nothing of a response that holds an extended token."""
     mask_after_extend_token: bool = True
-    """Train on nothing behind the first extended token of a response, where the teacher's context is void. False is
+    """Train on nothing behind the first extended token of a response, where the teacher reads replaced tokens. False is
     what the public fork of verl does."""
     stop_at_extended_token: bool = True
     """End an answer at its first extended token where nothing behind it would be trained; see
@@ -315,7 +315,7 @@ class RolloutConfig:
         if self.mask_response_if_have_extend_token and not self.mask_after_extend_token:
             raise ValueError(
                 f"{key}.mask_response_if_have_extend_token=True trains on nothing of a response with extended tokens, "
-                "and mask_after_extend_token=False on all of it; set one of them"
+                "and mask_after_extend_token=False on all of it; leave one at its default"
             )
         if self.max_model_len is not None and self.max_model_len < longest:
             raise ValueError(

@@ -185,7 +185,7 @@ class DistillConfig:
         return 1.0 if role == BASE_TEACHER else self.teachers[role].weight
 
     def knows_extended(self, role: str) -> bool:
-        """Whether a teacher knows item tokens."""
+        """Whether a teacher knows item tokens by its settings; see ``PPOConfig.knows_extended`` for ``ref``."""
         return role != BASE_TEACHER and self.teachers[role].knows_extended
 
     def teacher_knows_extended(self, source: str, has_extended: bool = False) -> bool:

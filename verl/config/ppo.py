@@ -84,7 +84,7 @@ class PPOConfig:
 
     @property
     def scores_without_extended(self) -> bool:
-        """Whether a model that lacks the extended ids scores rows, which makes void what follows one of them."""
+        """Whether a model that lacks the extended ids scores rows, so that scores behind one of them mean nothing."""
         has_kl_term = self.algorithm.use_kl_in_reward or self.actor_rollout_ref.actor.use_kl_loss
         return self.algorithm.distils or (has_kl_term and not self.knows_extended(BASE_TEACHER))
 

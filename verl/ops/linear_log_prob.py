@@ -110,7 +110,7 @@ class InputGradients:
             self._of_weight[:ids].add_(grad.T @ self._hidden[chunk])
 
     def result(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """That of the hidden states, and that of the head."""
+        """Gradients of hidden states and head; None where not needed."""
         return self._of_hidden, None if self._of_weight is None else self._of_weight.to(self._weight.dtype)
 
 

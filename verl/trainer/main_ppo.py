@@ -62,8 +62,11 @@ def build_trainer(
 
     algorithm, makes_prompts = config.algorithm, config.data.synthetic_item_prompts.count > 0
     if (algorithm.distils and trainer_class is None) or (makes_prompts and make_prompts is None):
-        key = "algorithm" if algorithm.distils else "data.synthetic_item_prompts"
-        raise ValueError(f"{key} is for distillation; run python -m recipe.onpolicy_distill.main_onpolicy_distill")
+        what = (
+            "algorithm.distill.coef" if algorithm.distill.coef else f"algorithm.adv_estimator={algorithm.adv_estimator}"
+        )
+        what = what if algorithm.distils else "data.synthetic_item_prompts.count"
+        raise ValueError(f"{what} is for distillation; run python -m recipe.onpolicy_distill.main_onpolicy_distill")
     device_name = get_device_name(config.trainer.device, elsewhere=joins_cluster(config.ray_kwargs.ray_init))
     check_ranks(config, device_name)
     prepare_folders(config.trainer)

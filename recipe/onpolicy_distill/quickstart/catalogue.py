@@ -4,7 +4,7 @@ In: sizes and a random generator. Out: items (codes, text, caption), and histori
 with certainty. Chats, tokens and files come later.
 
 An item belongs to one of the tastes; its first code is the taste's, so that near items have near ids. A user has two
-tastes, which no file tells. After each item comes, with FIRST_SHARE, the item that mostly follows it, with
+tastes, which no file holds. After each item comes, with FIRST_SHARE, the item that mostly follows it, with
 SECOND_SHARE one that sometimes follows it, and else any item of the user's tastes, a few being far more liked.
 """
 

@@ -132,7 +132,7 @@ def _random(config: WorldConfig, purpose: str) -> Random:
 
 
 def draw_test_chats(count: int, draw: Callable[[str], Chat]) -> list[Chat]:
-    """Equally many chats of each general task, no question twice."""
+    """``count`` different chats, equally many of each general task; ``draw(task)`` makes one."""
     chats: dict[str, Chat] = {}
     for number, task in enumerate(TASKS, 1):
         while len(chats) < number * count // len(TASKS):

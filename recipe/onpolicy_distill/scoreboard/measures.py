@@ -78,7 +78,7 @@ def ranking_metrics(rankings: Sequence[Sequence[Item]], targets: Sequence[Set[It
 def recall_by_task(
     rankings: Sequence[Sequence[Item]], targets: Sequence[Set[Item]], sources: Sequence[str]
 ) -> dict[str, float]:
-    """Recall@5 of each source's prompts."""
+    """Mean Recall@5 over the prompts of each source, by source."""
     recalls: dict[str, list[float]] = {}
     for ranking, wanted, source in zip(rankings, targets, sources, strict=True):
         recalls.setdefault(source, []).append(recall_at(ranking, wanted, 5))

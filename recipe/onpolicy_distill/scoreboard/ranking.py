@@ -9,7 +9,7 @@ Best-first search over two kinds of nodes, each with a bound: no item below it i
 
     path    codes chosen so far; bound: the path's probability
     rest    the allowed codes after a path that were not looked at yet; bound: what the path has left after those that
-            were, and the least of those, for a code that was not told is no likelier than one that was
+            were, and the least of those, for a code whose probability was not asked is no likelier than one whose was
 
 The node of the largest bound is taken from the heap. A whole path is the next best item, a shorter one is exchanged for
 the rest of all its continuations, and a rest costs one request: its best codes (20 at most) leave it and become paths

@@ -66,7 +66,7 @@ def check(folder: Path, config: PPOConfig, vocabulary: str | None = "contract-1"
 
 def refused(folder: Path, config: PPOConfig, vocabulary: str | None = "contract-1") -> list[str]:
     """The lines of the error, one for each difference."""
-    with pytest.raises(ValueError, match="trained otherwise") as refusal:
+    with pytest.raises(ValueError, match="trained with other settings") as refusal:
         check(folder, config, vocabulary)
     *lines, advice = str(refusal.value).splitlines()
     assert "trainer.resume_allow_changed=[" in advice

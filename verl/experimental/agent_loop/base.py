@@ -226,7 +226,7 @@ class AgentLoopBase(ABC):
     """Whether this row's teacher knows item tokens; the masks then keep what follows them."""
 
     def __getattr__(self, name: str) -> Any:
-        """Called for what is not there alone: says what is."""
+        """Called for an attribute that does not exist: the error names what to write in its place."""
         instead = f"; in its place write {IN_PLACE_OF[name]}" if name in IN_PLACE_OF else ""
         raise AttributeError(f"the agent loop {type(self).__name__} has no {name!r}{instead}", name=name, obj=self)
 

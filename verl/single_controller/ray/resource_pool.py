@@ -115,7 +115,7 @@ class RayResourcePool:
 
 
 def reserve_all(pools: Sequence[RayResourcePool]) -> None:
-    """Reserve the places of all pools, or of none where the cluster cannot hold them all; see ``reserve``."""
+    """Check that the cluster can hold all pools at once, then reserve each; raises as ``reserve``."""
     check_capacity(pools, ray.nodes())
     for pool in _largest_first(pools):
         pool.reserve()

@@ -117,7 +117,7 @@ def session_arguments(ray_init: Mapping[str, Any]) -> dict[str, Any]:
         os.environ.update({name: env_vars.pop(name) for name in secrets})
     elif secrets:
         logger.warning("Ray writes its runtime_env into its logs on every node, and %s with it", ", ".join(secrets))
-    # Told nothing, Ray would join whatever cluster was started here before.
+    # Without an address Ray would join whatever cluster was started here before.
     defaults: dict[str, Any] = {} if joins_cluster(ray_init) else {"address": "local", "include_dashboard": False}
     return {**defaults, **given, "runtime_env": {**runtime_env, "env_vars": env_vars}}
 

@@ -164,7 +164,7 @@ def require_same_run(folder: Path, config: PPOConfig, identity: dict[str, Any]) 
             logger.warning("resuming with another setting: %s", text)
     if refused:
         raise ValueError(
-            f"{folder} was trained otherwise than this run would go on:\n- " + "\n- ".join(refused.values()) + "\n"
+            f"{folder} was trained with other settings than this run has:\n- " + "\n- ".join(refused.values()) + "\n"
             f"set them as they were, or trainer.resume_allow_changed=[{','.join(refused)}] to change them, or "
             "trainer.resume_mode=disable to start afresh"
         )

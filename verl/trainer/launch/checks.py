@@ -307,7 +307,7 @@ def _notices(config: PPOConfig) -> Iterator[str]:
     if rollout.top_p < 1 or rollout.top_k != -1:
         yield (
             f"biased: {key}.top_p={rollout.top_p} and top_k={rollout.top_k} cut the tail off the sampler, and the loss "
-            "takes its answers as the whole policy's, which importance weights do not mend; set top_p=1 and top_k=-1"
+            "takes its answers as the whole policy's, which importance weights do not correct; set top_p=1 and top_k=-1"
         )
     if algorithm.distils and config.data.val_files and not rollout.validates_policy:
         yield f"validation has no reverse KL, which needs answers of the policy; {_validation_of_policy(rollout)}"

@@ -30,9 +30,9 @@ Metrics = dict[str, float]
 RECOVERY_RATIO = 10
 """Updates that make up for a skipped one."""
 PROBE_TOKENS = 128
-BLIND_TO = ("data", "actor_rollout_ref.rollout.val_kwargs")
+NO_EFFECT_ON_SCORES = ("data", "actor_rollout_ref.rollout.val_kwargs")
 """Settings that decide nothing about how a teacher scores."""
-GOLDEN = 0.6180339887498949
+GOLDEN_RATIO = 0.6180339887498949
 """Multiples of it, modulo 1, fill the unit interval evenly however many there are."""
 
 
@@ -148,7 +148,7 @@ class TeacherProbe:
     def __init__(self, config: PPOConfig, vocab_size: int, saver: CheckpointSaver) -> None:
         trainer, rollout = config.trainer, config.actor_rollout_ref.rollout
         self._tolerance, self._saver = trainer.canary_tolerance, saver
-        self._may_change = any(not matches(BLIND_TO, key) for key in trainer.resume_allow_changed)
+        self._may_change = any(not matches(NO_EFFECT_ON_SCORES, key) for key in trainer.resume_allow_changed)
         self._knows_extended, self._vocab_size = config.knows_extended, vocab_size
         self._extend_start = vocab_size if rollout.extend_start is None else min(vocab_size, rollout.extend_start)
         # No longer than a training row, which limits of micro-batches and positions were chosen for.
@@ -212,7 +212,7 @@ class TeacherProbe:
     def _tokens(self, role: str) -> list[int]:
         """Ids spread over those that a teacher knows, in an order that jumps; always the same ones."""
         known_ids = self._vocab_size if self._knows_extended(role) else self._extend_start
-        return [int(place * GOLDEN % 1.0 * known_ids) for place in range(self._count)]
+        return [int(place * GOLDEN_RATIO % 1.0 * known_ids) for place in range(self._count)]
 
     def _batch(self, role: str) -> DataProto:
         """N equal rows of one prompt token and T - 1 response tokens, with the keys that scoring reads."""

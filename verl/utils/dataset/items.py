@@ -47,5 +47,5 @@ def read_catalogue(path: str | Path) -> list[Item]:
         raise ValueError(f"the catalogue {path}: {SID_COLUMN} must hold lists of ints ({error})") from error
     depths = sorted({len(item) for item in items})
     if len(depths) != 1 or not 0 < depths[0] <= len(LEVELS):
-        raise ValueError(f"the items of {path} have {depths} codes; all must have as many, 1 to {len(LEVELS)}")
+        raise ValueError(f"the catalogue {path} has items of {depths} codes; give all as many, 1 to {len(LEVELS)}")
     return sorted(items)

@@ -125,7 +125,7 @@ class VLLMReplica(RolloutReplica):
             await self._guard(self._engine.wake_up(["kv_cache"]))
         # Cached prompts are found by their tokens, so those of the old weights would be taken for the new.
         if not await self._guard(self._engine.reset_prefix_cache()):
-            raise RuntimeError(f"{self._name}: the prefix cache is in use after a weight sync")
+            raise RuntimeError(f"{self._name}: vLLM did not empty its prefix cache after a weight sync")
 
     async def _sleep(self) -> None:
         # Level 1 would copy the weights to host memory, and the next sync brings all of them anyway.

@@ -64,7 +64,7 @@ class VocabularyLimit(LogitsProcessor):
         """The limit is the same for every request."""
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
-        """Logits (N, V), the same tensor back."""
+        """Set the logits (N, V) of ids without a token to minus infinity, in place, and return them."""
         logits[:, self._vocab_size :] = -torch.inf
         return logits
 
@@ -91,7 +91,7 @@ class EndAfterExtended(LogitsProcessor):
         process_dict_updates(self._rows, batch_update, limits)
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
-        """Logits (N, V), the same tensor back."""
+        """Leave the logits (N, V) of an end token alone where an answer has ended, in place, and return them."""
         for place, (written, first, end) in self._rows.items():
             if written and written[-1] >= first:
                 logits[place] = -torch.inf

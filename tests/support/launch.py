@@ -9,9 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
+from support.chat_files import chat, write_rows
 from support.tiny_pairs import REPO, Pair
 
 SCRIPT = "recipe/onpolicy_distill/run_qwen3_distill.sh"
@@ -20,21 +18,9 @@ WORDS = ["copy", "reverse", "upper", "sort", "add", "count", "name", "list", "dr
 
 def write_onerec_parquet(path: Path, rows: int, sources: tuple[str, ...] = ("letters", "sums")) -> Path:
     """Chat rows in OneRec's layout, whose prompts differ, spread over the sources in turn."""
-    messages = [
-        [
-            {"role": "user", "content": [{"type": "text", "text": f"{WORDS[row % 10]} {row} and {row * 7 % 50}"}]},
-            {"role": "assistant", "content": [{"type": "text", "text": str(row)}]},
-        ]
-        for row in range(rows)
-    ]
-    columns = {
-        "source": [sources[row % len(sources)] for row in range(rows)],
-        "uuid": [f"row-{row}" for row in range(rows)],
-        "messages": [json.dumps(chat, ensure_ascii=False) for chat in messages],
-        "metadata": ["{}"] * rows,
-    }
-    pq.write_table(pa.table(columns), path)
-    return path
+    questions = [f"{WORDS[row % 10]} {row} and {row * 7 % 50}" for row in range(rows)]
+    named = [{"source": sources[row % len(sources)], "uuid": f"row-{row}"} for row in range(rows)]
+    return write_rows(path, [chat(questions[row], str(row), **named[row]) for row in range(rows)])
 
 
 def reference_launch(replaced: dict[str, str] | None = None) -> list[str]:

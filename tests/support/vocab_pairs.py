@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-TEACHER_IDS, STUDENT_IDS = 329, 355
+TEACHER_IDS = 329
 TEACHER_ROWS, STUDENT_ROWS = 340, 384
 END, PAD = 322, 320
 

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from support.vocab_pairs import renumber, write_json
+from support.vocab_pairs import edit_json, renumber, write_json
 
 from recipe.onpolicy_distill.tiny_tokenizers import build_tiny_tokenizers
 from verl.utils.tokenizer import answer_text, fit_tool_calls, hf_tokenizer, local_model_folder, save_tokenizer
@@ -16,16 +16,11 @@ def folder(tmp_path):
     return build_tiny_tokenizers(tmp_path)[0]
 
 
-def drop_from_config(folder, *keys):
-    path = folder / "tokenizer_config.json"
-    config = json.loads(path.read_text())
-    path.write_text(json.dumps({key: value for key, value in config.items() if key not in keys}))
-
-
 def test_pad_and_end_tokens_that_are_missing(folder):
-    drop_from_config(folder, "pad_token")
+    path = folder / "tokenizer_config.json"
+    edit_json(path, lambda values: values.pop("pad_token"))
     assert hf_tokenizer(folder).pad_token == "<|im_end|>"
-    drop_from_config(folder, "eos_token")
+    edit_json(path, lambda values: values.pop("eos_token"))
     with pytest.raises(ValueError, match="neither a pad token nor an end token"):
         hf_tokenizer(folder)
 

@@ -81,64 +81,45 @@ def edit_student(change: Callable[[dict[str, Any]], Any]) -> Callable[[Folders],
     return lambda pair: edit_json(pair.student / "tokenizer.json", change)
 
 
-BROKEN: dict[str, tuple[Callable[[Folders], Any], list[str]]] = {
-    "swapped tokens": (
-        lambda pair: swap_tokens(pair.student, "A", "B"),
-        [
-            "id 32 is 'B' to the student and 'A' to the teacher, and 2 of the 329 ids",
-            "actor_rollout_ref.ref.model.path",
-        ],
+BROKEN: dict[str, Callable[[Folders], Any]] = {
+    "id 32 is 'B' to the student and 'A' to the teacher, and 2 of the 329 ids ... actor_rollout_ref.ref.model.path": (
+        lambda pair: swap_tokens(pair.student, "A", "B")
     ),
-    "another end token": (
-        lambda pair: edit_json(pair.student / "tokenizer_config.json", lambda values: values.update(eos_token="!")),
-        ["the student's end token is 0 '!' and the teacher's 322 '<|im_end|>'; set"],
+    "the student's end token is 0 '!' and the teacher's 322 '<|im_end|>'; set": (
+        lambda pair: edit_json(pair.student / "tokenizer_config.json", lambda values: values.update(eos_token="!"))
     ),
-    "an end of the teacher's that does not stop the student": (
-        lambda pair: write_json(pair.teacher / "generation_config.json", {"eos_token_id": [END, PAD]}),
-        ["the teacher also ends an answer at 320 '<|endoftext|>'", "student/generation_config.json"],
+    "the teacher also ends an answer at 320 '<|endoftext|>' ... student/generation_config.json": (
+        lambda pair: write_json(pair.teacher / "generation_config.json", {"eos_token_id": [END, PAD]})
     ),
-    "a template that changes ids": (
-        lambda pair: edit_template(pair.student, "<think>\\n\\n</think>\\n\\n", "<think></think>"),
-        ["different ids for the chats think off: 328 '</think>' for the student", "chat_template.jinja"],
+    "different ids for the chats think off: 328 '</think>' for the student ... chat_template.jinja": (
+        lambda pair: edit_template(pair.student, "<think>\\n\\n</think>\\n\\n", "<think></think>")
     ),
-    "a template that refuses tools": (
-        lambda pair: edit_template(pair.teacher, "{%- if tools -%}", "{%- if tools -%}{{- raise_exception('no') -}}"),
-        ["the chats tools, tool result: ", "for the student and none for the teacher"],
+    "the chats tools, tool result:  ... for the student and none for the teacher": (
+        lambda pair: edit_template(pair.teacher, "{%- if tools -%}", "{%- if tools -%}{{- raise_exception('no') -}}")
     ),
-    "no template": (
-        lambda pair: (pair.student / "chat_template.jinja").unlink(),
-        ["the student's tokenizer has no chat template"],
+    "the student's tokenizer has no chat template": lambda pair: (pair.student / "chat_template.jinja").unlink(),
+    "the student has 350 embedding rows ... 355 ids: 350-354 (first 350 ": (
+        lambda pair: write_configs(pair, 350, 329, END)
     ),
-    "too few rows of the student": (
-        lambda pair: write_configs(pair, 350, 329, END),
-        ["the student has 350 embedding rows", "355 ids: 350-354 (first 350 "],
+    "the teacher has 324 embedding rows ... 329 ids: 324-328 (first 324 ": (
+        lambda pair: write_configs(pair, 355, 324, END)
     ),
-    "too few rows of the teacher": (
-        lambda pair: write_configs(pair, 355, 324, END),
-        ["the teacher has 324 embedding rows", "329 ids: 324-328 (first 324 "],
+    "1 extended tokens (first 355 'item1') become other ids in a text; set single_word": (
+        lambda pair: add_token(pair.student, content="item1", single_word=True)
     ),
-    "an item that is found as a word alone": (
-        lambda pair: add_token(pair.student, content="item1", single_word=True),
-        ["1 extended tokens (first 355 'item1') become other ids in a text; set single_word"],
-    ),
-    "a missing merge": (
-        edit_student(lambda tokenizer: tokenizer["model"]["merges"].pop()),
-        ["equal ids, but ", "(different merges)"],
-    ),
-    "a normalizer": (
-        edit_student(lambda tokenizer: tokenizer.update(normalizer={"type": "Lowercase"})),
-        ["equal ids, but ", "(different normalizer)"],
+    "equal ids, but  ... (different merges)": edit_student(lambda tokenizer: tokenizer["model"]["merges"].pop()),
+    "equal ids, but  ... (different normalizer)": (
+        edit_student(lambda tokenizer: tokenizer.update(normalizer={"type": "Lowercase"}))
     ),
 }
+"""What spoils a pair, by the parts of what is said of it."""
 
 
-@pytest.mark.parametrize("name", BROKEN)
-def test_an_unsound_pair(pair: Folders, name: str) -> None:
-    spoil, parts = BROKEN[name]
-    spoil(pair)
+@pytest.mark.parametrize("expected", BROKEN)
+def test_an_unsound_pair(pair: Folders, expected: str) -> None:
+    BROKEN[expected](pair)
     problem = only_problem(pair)
-    for part in parts:
-        assert part in problem
+    assert all(part in problem for part in expected.split(" ... ")), problem
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from support.agent_loop_fakes import (
 )
 
 from verl.config import MultiTurnConfig
-from verl.experimental.agent_loop.base import AgentLoopBase, AgentLoopOutput, RolloutError, get_agent_loop_class
+from verl.experimental.agent_loop.base import AgentLoopBase, AgentLoopOutput, RolloutError
 from verl.experimental.agent_loop.tool_agent_loop import (
     SingleTurnAgentLoop,
     ToolAgentLoop,
@@ -89,11 +89,6 @@ async def test_an_engine_that_answers_wrongly_is_named(tokenizer, ids, log_probs
 
     with pytest.raises(RolloutError, match="the engine"):
         await ToolAgentLoop(make_context(tokenizer, response_length=2), broken).run(SAMPLING, raw_prompt=MESSAGES)
-
-
-def test_an_unknown_loop_lists_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"'tool_agnet' .* is unknown.*single_turn_agent, tool_agent"):
-        get_agent_loop_class("tool_agnet")
 
 
 # ---------------------------------------------------------------------------------------------------- tools, turns

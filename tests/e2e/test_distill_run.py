@@ -46,8 +46,6 @@ def test_engine_samples_from_the_policy_that_is_trained(vllm_run: Run) -> None:
     # The sampler's log-probs and the trainer's belong to the same tokens and weights at every step.
     gaps = vllm_run.series("training/rollout_log_probs_diff_max")
     assert len(gaps) == STEPS and max(gaps) < 1e-4
-    assert vllm_run.series("distill/engine_gap") == vllm_run.series("training/rollout_log_probs_diff_mean")
-    assert sum(vllm_run.series("distill/engine_gap_exceeded")) == 0
 
 
 def test_rollouts_are_dumped(vllm_run: Run) -> None:

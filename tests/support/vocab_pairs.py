@@ -48,6 +48,15 @@ def swap_tokens(folder: Path, first: str, second: str) -> None:
     edit_json(folder / "tokenizer.json", swap)
 
 
+def add_token(folder: Path, **entries: Any) -> None:
+    """One more token, like the last one but for ``entries``."""
+
+    def change(tokenizer: dict[str, Any]) -> None:
+        tokenizer["added_tokens"].append({**tokenizer["added_tokens"][-1], "id": 355, **entries})
+
+    edit_json(folder / "tokenizer.json", change)
+
+
 def renumber(folder: Path, new_id: Callable[[int], int | None]) -> None:
     """Give added tokens other ids; None takes one out."""
 

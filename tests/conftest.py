@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from recipe.onpolicy_distill.quickstart.world import World
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -31,13 +33,16 @@ def repo() -> Path:
     return REPO
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def one_rank() -> Iterator[None]:
-    """Workers in this process form a group of one for a test."""
-    from support.process_group import group_of_one
+    """Workers in this process form a group of one, which ends with the module, and use half the machine's cores."""
+    import torch.distributed as dist
 
-    with group_of_one():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOCAL_WORLD_SIZE", "2")
         yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 @pytest.fixture(scope="session")
@@ -56,6 +61,14 @@ def tiny_tokenizers(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Pat
 
     teacher, student = build_tiny_tokenizers(tmp_path_factory.mktemp("tokenizers"))
     return Path(teacher), Path(student)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_tokenizers: tuple[Path, Path]) -> "PreTrainedTokenizerBase":
+    """The tiny student's, which has item tokens."""
+    from verl.utils.tokenizer import hf_tokenizer
+
+    return hf_tokenizer(tiny_tokenizers[1])
 
 
 @pytest.fixture(scope="session")

@@ -11,9 +11,3 @@ from verl.vocabulary import Vocabulary
 def test_the_shared_ids_end_at_the_smaller_of_the_two_limits(extend_start: int | None, shared: int) -> None:
     assert Vocabulary(176247, extend_start).shared_ids(151669) == shared
     assert Vocabulary(151669, extend_start).shared_ids() == shared
-
-
-def test_a_head_has_a_row_for_every_id() -> None:
-    Vocabulary(7).check_head(7)
-    with pytest.raises(ValueError, match=r"has 7 ids, the lm head of tiny only 6 rows"):
-        Vocabulary(7).check_head(6, "tiny")

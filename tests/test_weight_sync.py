@@ -1,12 +1,10 @@
 """Buckets of whole weights, and which export of a bucket each engine reads; the order of a sync: ``test_manager``."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.process_group import group_of_one
 from support.tiny_workers import load_plain, worker_config, write_model
 
 from verl import weight_sync
@@ -23,11 +21,10 @@ def folder(
 
 
 @pytest.fixture(scope="module")
-def student(folder: Path) -> Iterator[StudentWorker]:
-    with group_of_one():
-        worker = StudentWorker(config=worker_config(folder), device="cpu")
-        worker.init_model()
-        yield worker
+def student(folder: Path, one_rank: None) -> StudentWorker:
+    worker = StudentWorker(config=worker_config(folder), device="cpu")
+    worker.init_model()
+    return worker
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,13 +1,12 @@
 """Whole runs that stop and go on, through the launch script, and what is exported from them."""
 
-import asyncio
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support.engines import ReplicaProcess, largest_difference
+from support.engines import PLAIN, ReplicaProcess, generate, largest_difference
 from support.launch import Run, launch, metrics_by_step, script_env, small_run, write_onerec_parquet
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -58,13 +57,8 @@ def check_export(checkpoint: Path, target: Path) -> None:
     config = RolloutConfig(prompt_length=64, response_length=16, cpu_kvcache_space_gb=0.1)
     engine = ReplicaProcess(config, HFModelConfig(path=str(target)))
     prompts = [tokenizer.encode("copy 1 and 7"), tokenizer.encode("sort 3 and 21")]
-    sampling = {"temperature": 1.0, "top_p": 1.0, "top_k": -1}
     try:
-        outputs = engine.run(generate, prompts, {**sampling, "max_tokens": 16, "logprobs": True, "seed": 1})
+        outputs = engine.run(generate, prompts, {**PLAIN, "max_tokens": 16, "seed": 1})
     finally:
         engine.close()
-    assert largest_difference(model, len(tokenizer), prompts, sampling, outputs) < 1e-4
-
-
-async def generate(replica: Any, prompts: list[list[int]], params: dict[str, Any]) -> list[Any]:
-    return list(await asyncio.gather(*(replica.generate(ids, params, str(ids)) for ids in prompts)))
+    assert largest_difference(model, len(tokenizer), prompts, PLAIN, outputs) < 1e-4

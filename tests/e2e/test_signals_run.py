@@ -3,8 +3,6 @@
 import os
 import re
 import signal
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +33,10 @@ def test_a_run_that_loses_a_rank_and_is_stopped_by_signals_goes_on_as_if_nothing
         assert whole.finish(300).returncode == 0
 
     with Running(tmp_path / "run", overrides, env | {"MAX_RESTARTS": "1"}) as running:
-        running.wait_for_steps(1)
+        assert running.wait_until(lambda: "\nstep 1 |" in running.output), running.output
         rank = max(running.processes("ray::WorkerHost"))
         os.kill(rank, signal.SIGKILL)
-        wait_for(running, lambda: "\nstep 2 |" in restarted(running.output), 150)
+        assert running.wait_until(lambda: "\nstep 2 |" in restarted(running.output), 150), running.output
         for pid, title in processes_of(running.process.pid).items():
             if pid == running.process.pid or "ray::" in title or "/ray/" in title:
                 os.kill(pid, signal.SIGTERM)
@@ -46,7 +44,7 @@ def test_a_run_that_loses_a_rank_and_is_stopped_by_signals_goes_on_as_if_nothing
     check_named(ended.output.partition("error: ")[2].splitlines(), rank)
     stopped_at = check_stopped(ended, signal.SIGTERM, 2)
     with Running(tmp_path / "run", overrides, env) as running:
-        running.wait_for_steps(stopped_at + 2)
+        assert running.wait_until(lambda: f"\nstep {stopped_at + 2} |" in running.output), running.output
         os.killpg(running.process.pid, signal.SIGINT)
         check_stopped(running.finish(60), signal.SIGINT, stopped_at + 2)
 
@@ -83,16 +81,9 @@ def check_stopped(ended: Run, number: signal.Signals, least: int) -> int:
     return step
 
 
-def wait_for(running: Running, reached: Callable[[], object], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not reached():
-        assert time.monotonic() < deadline, running.output
-        time.sleep(0.05)
-
-
 def test_sigterm_during_the_start_leaves_at_once(env: dict[str, str], tmp_path: Path) -> None:
     with Running(tmp_path, OVERRIDES, env) as running:
-        wait_for(running, lambda: running.processes("ray::"), 120)
+        assert running.wait_until(lambda: bool(running.processes("ray::")), 120), running.output
         os.kill(running.process.pid, signal.SIGTERM)
         ended = running.finish(30)
     assert ended.returncode == 143

@@ -86,34 +86,23 @@ def test_results_of_other_settings_lengths_or_models_are_not_taken_for_these(mon
 def test_a_process_that_dies_is_a_failed_run_and_the_next_run_gets_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    program = 'import sys, os; line = sys.stdin.readline(); os._exit(7) if "sampled" in line else print(line)'
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    program = "from experiments.retention import worker; import os; worker.answer = lambda run, out: "
+    program += "os._exit(7) if run.variant == 'sampled' else print('what libraries print') or [run.name, str(out)]; "
+    command = [sys.executable, "-c", program + "worker.main()", str(tmp_path)]
 
     def start(worker: Worker) -> "subprocess.Popen[str]":
-        return subprocess.Popen([sys.executable, "-c", program], **pipes)
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     monkeypatch.setattr(Worker, "_start", start)
     process = Worker(0, tmp_path, 1)
     record = process(Run("quickstart", 0, "sampled", steps=5))
     assert record["status"] == FAILED and "ended with code 7" in record["message"]
-    assert process(Run("quickstart", 0, "exact", steps=5))["variant"] == "exact"
+    for seed in (3, 4):
+        answered = process(Run("w", seed, "before"))
+        assert answered == [f"w-student{seed}-before", str(tmp_path)], "and nothing else comes in between"
     process.stop()
     with pytest.raises(RuntimeError, match="stopped"):
         process(Run("nowhere", 3, "before"))
-
-
-def test_the_process_answers_each_line_with_a_record_and_nothing_else(tmp_path: Path) -> None:
-    program = (
-        "from experiments.retention import worker\n"
-        "worker.answer = lambda run, out: print('what libraries print') or [run.name, str(out)]\n"
-        "worker.main()"
-    )
-    lines = "".join(f'{{"world": "w", "student_seed": {seed}, "variant": "before"}}\n' for seed in (3, 4))
-    command = [sys.executable, "-c", program, str(tmp_path)]
-    done = subprocess.run(command, input=lines, capture_output=True, text=True, check=True, timeout=120)
-    answers = [json.loads(line) for line in done.stdout.splitlines()]
-    assert answers == [[f"w-student{seed}-before", str(tmp_path)] for seed in (3, 4)]
-    assert "what libraries print" in done.stderr
 
 
 def test_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,7 @@
 """How registered methods are split over ranks and joined again, on a group that runs its ranks in this process."""
 
+import gc
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,7 +10,15 @@ import torch
 
 from verl.protocol import DataProto, pad_dataproto_to_divisor
 from verl.single_controller.base import WorkerGroup
-from verl.single_controller.base.decorator import Call, Dispatch, Execute, Results, register, registered_methods
+from verl.single_controller.base.decorator import (
+    Call,
+    Dispatch,
+    Execute,
+    Results,
+    RowBuffer,
+    register,
+    registered_methods,
+)
 
 
 class LocalGroup(WorkerGroup):
@@ -137,3 +147,16 @@ def test_an_override_keeps_its_registration():
 
     assert registered_methods(Other)["add_rank"].dispatch_mode is Dispatch.ONE_TO_ALL
     assert LocalGroup([Other(0), Other(1)]).add_rank(5) == [-5, -5]
+
+
+def test_parts_are_let_go_of_as_they_are_joined_and_missing_rows_and_columns_are_named():
+    buffer, part = RowBuffer(4), rows(2)
+    held = weakref.ref(part.batch["x"])
+    buffer.put(0, part)
+    del part
+    gc.collect()
+    assert held() is None
+    with pytest.raises(ValueError, match="2 of 4 rows have come"):
+        buffer.take()
+    with pytest.raises(ValueError, match="not in all: uid"):
+        buffer.put(2, DataProto.from_dict({"x": torch.arange(2)}))

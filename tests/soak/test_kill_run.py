@@ -51,7 +51,6 @@ def test_three_kills_cost_steps_and_nothing_else(tmp_path: Path) -> None:
     assert report["in_save"] >= 1
     assert report["resumes"] >= 1
     assert {report[kind] for kind in kill_run.FAULTS} == {0}
-    assert report["slowest_end_s"] < 30
     find_damage(tmp_path / "killed")
 
 

@@ -3,7 +3,6 @@
 import os
 import resource
 import shutil
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,22 +48,3 @@ def full_disk(limit_bytes: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-@contextmanager
-def small_disk(folder: Path, megabytes: float) -> Iterator[Path]:
-    """A file system of its own in ``folder``; the test is skipped where this user may mount none."""
-    folder.mkdir(parents=True, exist_ok=True)
-    size = f"size={int(megabytes * 1024)}k"
-    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", str(folder)], capture_output=True, text=True)
-    if mount.returncode:
-        pytest.skip(f"needs the right to mount a small tmpfs: {mount.stderr.strip()}")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
-
-
-def remount(folder: Path, mode: str) -> None:
-    """Make a `small_disk` ``ro`` (read-only) or ``rw`` again."""
-    subprocess.run(["mount", "-o", f"remount,{mode}", str(folder)], check=True)

@@ -6,6 +6,7 @@ from typing import Any
 
 from recipe.onpolicy_distill.main_onpolicy_distill import build_trainer
 from support.file_faults import Killed
+from support.launch import small_run
 from verl.config import PPOConfig
 from verl.protocol import DataProto
 from verl.trainer.launch.typed import load_config
@@ -22,26 +23,21 @@ def settings(pair: Any, train: Path, folder: Path, **changes: Any) -> PPOConfig:
         "actor_rollout_ref.model.path": pair.student,
         "actor_rollout_ref.ref.model.path": pair.teacher,
         "actor_rollout_ref.rollout.extend_vocab_start_token": pair.extend_vocab_start_token,
-        "actor_rollout_ref.rollout.name": "hf",
         "actor_rollout_ref.actor.optim.lr": 1e-3,
-        "actor_rollout_ref.actor.optim.lr_scheduler_type": "cosine",
+        "actor_rollout_ref.actor.optim.total_training_steps": -1,
         "actor_rollout_ref.actor.ppo_mini_batch_size": 2,
         "algorithm.adv_estimator": "on_policy_distill",
         "data.train_files": train,
         "data.cache_dir": train.parent / "cache",
         "data.train_batch_size": 4,
-        "data.max_prompt_length": 64,
         "data.max_response_length": 8,
-        "data.enable_think": True,
         "trainer.default_local_dir": folder,
-        "trainer.total_training_steps": STEPS,
         "trainer.save_freq": 1,
-        "trainer.val_before_train": False,
         "trainer.device": "cpu",
         "trainer.logger": "[file]",
         **changes,
     }
-    return load_config([f"{key}={value}" for key, value in values.items()])
+    return load_config(small_run("hf", 1, STEPS, **values))
 
 
 def run_in_process(

@@ -23,7 +23,6 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from statistics import median
@@ -35,7 +34,7 @@ from pytest import approx
 from safetensors.torch import load_file
 
 from recipe.onpolicy_distill.tiny_tokenizers import build_tiny_tokenizers
-from support.launch import Run, Running, metrics_by_step, processes_of, script_env, small_run, write_onerec_parquet
+from support.launch import Run, Running, metrics_by_step, script_env, small_run, write_onerec_parquet
 from support.tiny_pairs import Pair, make_pair
 from verl.trainer.checkpoint import layout
 from verl.weight_sync import FOLDER_PREFIX, SHARED_MEMORY
@@ -107,10 +106,6 @@ def mismatches(expected: Path, got: Path, steps: int) -> list[str]:
 class Driver(Running):
     """A run from its start, resumed or not."""
 
-    @property
-    def pid(self) -> int:
-        return self.process.pid
-
     def end(self) -> int | None:
         """Wait for its end: its exit code, or None where it does not end."""
         with suppress(TimeoutExpired):
@@ -132,25 +127,7 @@ class Driver(Running):
 
     def of_kind(self, kind: str) -> list[int]:
         """Ids of its processes of one kind of ``VICTIMS``."""
-        return [self.pid] if kind == "driver" else sorted(set().union(*map(self.processes, TITLES[kind])))
-
-    def wait_until(self, condition: Callable[[], bool]) -> bool:
-        """Poll until a condition holds; False where the driver ended before, or neither comes."""
-        deadline = time.monotonic() + PATIENCE_S
-        while self.process.poll() is None and time.monotonic() < deadline:
-            if condition():
-                return True
-            time.sleep(0.005)
-        return False
-
-    def outliving(self, timeout_s: float, spared: tuple[str, ...] = ()) -> list[str]:
-        """Titles of the processes that still run ``timeout_s`` after the driver's end."""
-        deadline = time.monotonic() + timeout_s
-        while left := [title for title in processes_of(self.pid).values() if not title.startswith(spared)]:
-            if time.monotonic() > deadline:
-                break
-            time.sleep(0.1)
-        return left
+        return [self.process.pid] if kind == "driver" else sorted(set().union(*map(self.processes, TITLES[kind])))
 
 
 class Kill(NamedTuple):
@@ -177,8 +154,6 @@ class Soak:
         self._folder, self._overrides, self._env, self._rng = folder, overrides, {**QUIET, **env}, rng
         self.kills_of: Counter[str] = Counter()
         self.counts = Counter(in_save=0, resumes=0)
-        self.slowest_end_s = 0.0
-        """From the kill of a rank or an engine to the end of the driver."""
         self.faults: dict[str, list[str]] = {kind: [] for kind in FAULTS}
         self._waits = {"start": 0.0, "step": 0.0, "save": 0.0}
 
@@ -223,7 +198,6 @@ class Soak:
             self.add_faults("orphans", driver.outliving(WORKERS_GONE_S, RAY_AGENTS))
         self.kills_of[kill.victim] += 1
         self.counts.update(in_save=in_save, resumes=driver.resumed_at() > 0)
-        self.slowest_end_s = max(self.slowest_end_s, took_s)
         self.add_faults("unreadable_checkpoints", unreadable(driver.folder))
 
     def _wait_for(self, kill: Kill, wait_s: float, driver: Driver) -> int | None:
@@ -286,7 +260,7 @@ def main() -> int:
     is_well = not any(soak.faults.values())
     if is_well and args.folder is None:
         shutil.rmtree(folder)
-    report = {"kills": kills, "kills_of": soak.kills_of, **soak.counts, "slowest_end_s": round(soak.slowest_end_s, 1)}
+    report = {"kills": kills, "kills_of": soak.kills_of, **soak.counts}
     report |= {kind: len(lines) for kind, lines in soak.faults.items()}
     report |= {
         "engine": args.engine,

@@ -5,13 +5,12 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
+from support.chat_files import chat, write_rows
 from support.tiny_pairs import REPO, Pair
 
 SCRIPT = "recipe/onpolicy_distill/run_qwen3_distill.sh"
@@ -20,21 +19,9 @@ WORDS = ["copy", "reverse", "upper", "sort", "add", "count", "name", "list", "dr
 
 def write_onerec_parquet(path: Path, rows: int, sources: tuple[str, ...] = ("letters", "sums")) -> Path:
     """Chat rows in OneRec's layout, whose prompts differ, spread over the sources in turn."""
-    messages = [
-        [
-            {"role": "user", "content": [{"type": "text", "text": f"{WORDS[row % 10]} {row} and {row * 7 % 50}"}]},
-            {"role": "assistant", "content": [{"type": "text", "text": str(row)}]},
-        ]
-        for row in range(rows)
-    ]
-    columns = {
-        "source": [sources[row % len(sources)] for row in range(rows)],
-        "uuid": [f"row-{row}" for row in range(rows)],
-        "messages": [json.dumps(chat, ensure_ascii=False) for chat in messages],
-        "metadata": ["{}"] * rows,
-    }
-    pq.write_table(pa.table(columns), path)
-    return path
+    questions = [f"{WORDS[row % 10]} {row} and {row * 7 % 50}" for row in range(rows)]
+    named = [{"source": sources[row % len(sources)], "uuid": f"row-{row}"} for row in range(rows)]
+    return write_rows(path, [chat(questions[row], str(row), **named[row]) for row in range(rows)])
 
 
 def reference_launch(replaced: dict[str, str] | None = None) -> list[str]:
@@ -181,21 +168,28 @@ class Running:
         """Those of its processes whose title begins so, as Ray's workers' do with their class."""
         return {pid for pid, own in processes_of(self.process.pid).items() if own.startswith(title)}
 
-    def wait_for_steps(self, steps: int, timeout_s: float = 300) -> None:
-        """Until so many steps are logged."""
-        metrics, deadline = self.folder / "metrics.jsonl", time.monotonic() + timeout_s
-        while not metrics.exists() or len(metrics.read_text().splitlines()) < steps:
-            assert self.process.poll() is None, self.output[-4000:]
-            assert time.monotonic() < deadline, self.output[-4000:]
-            time.sleep(0.02)
+    def wait_until(self, condition: Callable[[], bool], timeout_s: float = 300) -> bool:
+        """Poll until a condition holds; False where the driver ended before, or neither comes in time."""
+        deadline = time.monotonic() + timeout_s
+        while self.process.poll() is None and time.monotonic() < deadline:
+            if condition():
+                return True
+            time.sleep(0.01)
+        return False
+
+    def outliving(self, timeout_s: float, spared: tuple[str, ...] = ()) -> list[str]:
+        """Titles of the processes that still run ``timeout_s`` after the driver's end."""
+        deadline = time.monotonic() + timeout_s
+        while left := [title for title in processes_of(self.process.pid).values() if not title.startswith(spared)]:
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.1)
+        return left
 
     def finish(self, timeout_s: float) -> Run:
         """Wait for the end of the driver, and then of all its processes."""
         returncode = self.process.wait(timeout_s)
-        deadline = time.monotonic() + 15
-        while self.left() and time.monotonic() < deadline:
-            time.sleep(0.1)
-        left = processes_of(self.process.pid)
+        left = self.outliving(15)
         assert not left, f"{left} outlive the run:\n{self.output[-4000:]}"
         return Run(self.folder, self.output, returncode)
 

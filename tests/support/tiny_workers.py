@@ -9,21 +9,12 @@ import os
 import socket
 import traceback
 from collections.abc import Callable, Sequence
-from functools import partial
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    LlamaConfig,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen3Config,
-    Qwen3MoeConfig,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from verl.config import (
     ActorRolloutRefConfig,
@@ -37,12 +28,7 @@ from verl.config import (
 from verl.protocol import DataProto
 from verl.weight_sync import named_weights
 
-FAMILIES: dict[str, Callable[..., Any]] = {
-    "qwen2": Qwen2Config,
-    "qwen3": Qwen3Config,
-    "qwen3_moe": partial(Qwen3MoeConfig, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=64),
-    "llama": LlamaConfig,
-}
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 PROMPT, RESPONSE = 6, 8
 ADAM_BETA1 = 0.9
 
@@ -66,7 +52,8 @@ def write_model(
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2} | heads
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "max_position_embeddings": 512} | heads
     torch.manual_seed(seed)
-    config = FAMILIES[family](vocab_size=rows or len(ids) + 5, tie_word_embeddings=tied, **sizes)
+    sizes |= EXPERTS if family.endswith("moe") else {}
+    config = AutoConfig.for_model(family, vocab_size=rows or len(ids) + 5, tie_word_embeddings=tied, **sizes)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-TEACHER_IDS, STUDENT_IDS = 329, 355
+TEACHER_IDS = 329
 TEACHER_ROWS, STUDENT_ROWS = 340, 384
 END, PAD = 322, 320
 
@@ -46,6 +46,15 @@ def swap_tokens(folder: Path, first: str, second: str) -> None:
         vocab[first], vocab[second] = vocab[second], vocab[first]
 
     edit_json(folder / "tokenizer.json", swap)
+
+
+def add_token(folder: Path, **entries: Any) -> None:
+    """One more token, like the last one but for ``entries``."""
+
+    def change(tokenizer: dict[str, Any]) -> None:
+        tokenizer["added_tokens"].append({**tokenizer["added_tokens"][-1], "id": 355, **entries})
+
+    edit_json(folder / "tokenizer.json", change)
 
 
 def renumber(folder: Path, new_id: Callable[[int], int | None]) -> None:

@@ -10,9 +10,8 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
+from support.chat_files import chat, write_rows
 
 from verl.config import DataConfig
 from verl.trainer.data import PromptStream, build_datasets, build_val_loader
@@ -27,9 +26,8 @@ STEPS = PER_EPOCH * EPOCHS
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with chats in ``train.parquet``, the last without an answer."""
     folder = tmp_path_factory.mktemp("data")
-    chats = [[{"role": "user", "content": f"q{row}"}, {"role": "assistant", "content": "a"}] for row in range(ROWS)]
-    chats.append(chats[0][:1])
-    pq.write_table(pa.table({"messages": [json.dumps(chat) for chat in chats]}), folder / "train.parquet")
+    unanswered = {"messages": json.dumps([{"role": "user", "content": "q0"}])}
+    write_rows(folder / "train.parquet", [*(chat(f"q{row}") for row in range(ROWS)), unanswered])
     return folder
 
 
@@ -98,9 +96,7 @@ def test_a_resumed_run_takes_the_same_batches(
 
 def test_batches_hold_sources_in_their_shares(tmp_path: Path, stream: Any) -> None:
     sources = ["general"] * 40 + ["rec_next"] * 5
-    chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
-    table = pa.table({"messages": [json.dumps(chat)] * len(sources), "source": sources})
-    pq.write_table(table, tmp_path / "train.parquet")
+    write_rows(tmp_path / "train.parquet", [chat("q", source=source) for source in sources])
     weighted = stream(tmp_path, source_weights={"rec_*": 0.25, "*": 0.75})
     assert weighted.batches_per_epoch == 11
     assert all(list(batch["source"]).count("rec_next") == 1 for batch in islice(weighted.batches(), 11))

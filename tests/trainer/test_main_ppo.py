@@ -6,7 +6,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 from support.in_process_run import run_in_process, settings
-from support.launch import write_onerec_parquet
+from support.launch import read_metrics, write_onerec_parquet
 from support.tiny_pairs import Pair
 
 from verl.config import PPOConfig
@@ -43,6 +43,8 @@ def test_an_agent_loop_that_a_file_names(tiny_pair: Pair, tmp_path: Path, monkey
     named = {f"{agent}.agent_loop_config_path": tmp_path / "loops.yaml", f"{agent}.default_agent_loop": "noting"}
     run_in_process(reward_run(tiny_pair, tmp_path, **named))
     assert notes.read_text() == "xxxx"
+    metrics = read_metrics(tmp_path / "run")[1]
+    assert 0 <= metrics["critic/score/mean"] <= 2 and not [name for name in metrics if name.startswith("distill/")]
 
 
 def test_what_is_found_before_anything_starts(tiny_pair: Pair, tmp_path: Path) -> None:

@@ -23,12 +23,9 @@ def test_a_file_is_loaded_once(tmp_path: Path) -> None:
     assert isinstance(pickle.loads(pickle.dumps(thing())), thing)
 
 
-@pytest.mark.parametrize("module", ["collections", "pkg://collections"])
-def test_a_dotted_module(module: str) -> None:
-    assert load_extern_type(module, "OrderedDict") is OrderedDict
-
-
-def test_paths_as_verl_writes_them(tmp_path: Path) -> None:
+def test_dotted_modules_and_paths_as_verl_writes_them(tmp_path: Path) -> None:
+    for module in ("collections", "pkg://collections"):
+        assert load_extern_type(module, "OrderedDict") is OrderedDict
     assert load_extern_type("pkg://email/mime/text.py", "MIMEText") is MIMEText
     (tmp_path / "mine.py").write_text("answer = 42\n")
     assert load_extern_type(f"file://{tmp_path}/mine.py", "answer") == 42

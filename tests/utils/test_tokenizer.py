@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from support.vocab_pairs import renumber, write_json
+from support.vocab_pairs import add_token, edit_json, renumber, write_json
 
 from recipe.onpolicy_distill.tiny_tokenizers import build_tiny_tokenizers
 from verl.utils.tokenizer import answer_text, fit_tool_calls, hf_tokenizer, local_model_folder, save_tokenizer
@@ -16,16 +16,11 @@ def folder(tmp_path):
     return build_tiny_tokenizers(tmp_path)[0]
 
 
-def drop_from_config(folder, *keys):
-    path = folder / "tokenizer_config.json"
-    config = json.loads(path.read_text())
-    path.write_text(json.dumps({key: value for key, value in config.items() if key not in keys}))
-
-
 def test_pad_and_end_tokens_that_are_missing(folder):
-    drop_from_config(folder, "pad_token")
+    path = folder / "tokenizer_config.json"
+    edit_json(path, lambda values: values.pop("pad_token"))
     assert hf_tokenizer(folder).pad_token == "<|im_end|>"
-    drop_from_config(folder, "eos_token")
+    edit_json(path, lambda values: values.pop("eos_token"))
     with pytest.raises(ValueError, match="neither a pad token nor an end token"):
         hf_tokenizer(folder)
 
@@ -69,9 +64,15 @@ def test_a_template_that_is_strict_about_tool_calls_is_asked_in_its_own_form(fol
 
 OLD_IDS = {"added_tokens_decoder": {"355": {"content": "!"}}}
 SPOILT = {
-    "'<s_a_1>' has the id 330 as it loads and 9 in added_tokens.json, one of 1 such": ("added_tokens", {"<s_a_1>": 9}),
-    "'!' has the id 0 as it loads and 355 in tokenizer_config.json, one of 1 such": ("tokenizer_config", OLD_IDS),
-    "'<new>' has the id 355 as it loads and 400 in tokenizer.json, one of 1 such tokens; take all": ("tokenizer", 400),
+    "'<s_a_1>' has the id 330 as it loads and 9 in added_tokens.json, one of 1 such": (
+        lambda folder: write_json(folder / "added_tokens.json", {"<s_a_1>": 9})
+    ),
+    "'!' has the id 0 as it loads and 355 in tokenizer_config.json, one of 1 such": (
+        lambda folder: edit_json(folder / "tokenizer_config.json", lambda values: values.update(OLD_IDS))
+    ),
+    "'<new>' has the id 355 as it loads and 400 in tokenizer.json, one of 1 such tokens; take all": (
+        lambda folder: add_token(folder, content="<new>", id=400)
+    ),
 }
 
 
@@ -79,12 +80,7 @@ SPOILT = {
 def test_a_tokenizer_that_loads_with_other_ids_than_its_files_have_is_refused(tmp_path, expected):
     folder = build_tiny_tokenizers(tmp_path)[1]
     assert len(hf_tokenizer(folder)) == 355
-    name, entries = SPOILT[expected]
-    path = folder / f"{name}.json"
-    values = json.loads(path.read_text()) if path.exists() else {}
-    if name == "tokenizer":
-        values["added_tokens"].append({**values["added_tokens"][-1], "content": "<new>", "id": entries})
-    write_json(path, values if name == "tokenizer" else values | entries)
+    SPOILT[expected](folder)
     with pytest.raises(ValueError, match=re.escape(expected)):
         hf_tokenizer(folder)
 

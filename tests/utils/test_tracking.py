@@ -124,16 +124,13 @@ def test_tensorboard_skips_steps_that_are_taken_again(
     second.finish()
 
 
-@pytest.fixture
-def offline_wandb(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_continues_the_run_of_its_folder_and_records_metrics_and_no_secret(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name, value in {"MODE": "offline", "SILENT": "true", "DISABLE_GIT": "true", "DISABLE_CODE": "true"}.items():
         monkeypatch.setenv(f"WANDB_{name}", value)
     monkeypatch.setenv("WANDB_API_KEY", "a" * 8 + "f0e1d2c3" * 4)
     monkeypatch.delenv("WANDB_DIR", raising=False)
-
-
-@pytest.mark.usefixtures("offline_wandb")
-def test_wandb_continues_the_run_of_its_folder_and_records_metrics_and_no_secret(tmp_path: Path) -> None:
     config = PPOConfig()
     config.ray_kwargs.ray_init = {"runtime_env": {"env_vars": {"WANDB_API_KEY": "b" * 8 + "f0e1d2c3" * 4}}}
     recordings: list[Path] = []

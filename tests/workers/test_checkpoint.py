@@ -11,13 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from support.file_faults import full_disk
-from support.tiny_workers import draw_rows, load_plain, rollouts, with_loss_inputs, worker_config, write_model
+from support import tiny_workers as tiny
 from transformers import AutoModelForCausalLM
 
 from verl import model_merger
 from verl.config import CheckpointConfig, OptimizerConfig
-from verl.weight_sync import named_weights
 from verl.workers.fsdp import checkpoint
 from verl.workers.fsdp.checkpoint import SaveOutcome, write_file, write_weights
 from verl.workers.model_workers import StudentWorker
@@ -25,7 +23,7 @@ from verl.workers.model_workers import StudentWorker
 pytestmark = pytest.mark.usefixtures("one_rank")
 
 SHARD, EXTRA = "shards/00001-of-00001.safetensors", "extra_rank_0.safetensors"
-BATCH = with_loss_inputs(rollouts(draw_rows(8, 200)))
+BATCH = tiny.with_loss_inputs(tiny.rollouts(tiny.draw_rows(8, 200)))
 
 
 def student(folder: Path, contents: list[str] | None = None) -> StudentWorker:
@@ -33,7 +31,7 @@ def student(folder: Path, contents: list[str] | None = None) -> StudentWorker:
     actor = {"optim": OptimizerConfig(lr=1e-2, lr_scheduler_type="linear", total_training_steps=10)}
     if contents is not None:
         actor["checkpoint"] = CheckpointConfig(save_contents=contents, load_contents=contents)
-    worker = StudentWorker(config=worker_config(folder, actor=actor), device="cpu")
+    worker = StudentWorker(config=tiny.worker_config(folder, actor=actor), device="cpu")
     worker.init_model()
     return worker
 
@@ -46,8 +44,8 @@ def same_weights(*models: StudentWorker | Path | dict[str, torch.Tensor]) -> boo
 
 def weights(model: StudentWorker | Path) -> dict[str, torch.Tensor]:
     if isinstance(model, Path):
-        return dict(load_plain(model).named_parameters())
-    return {name: value.full_tensor().clone() for name, value in named_weights(model._state.module).items()}
+        return dict(tiny.load_plain(model).named_parameters())
+    return tiny.weights_of(model)
 
 
 @pytest.fixture(scope="module")
@@ -118,16 +116,6 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_a_resumed_run_takes_
     assert same_weights(again, worker)
 
 
-@pytest.mark.parametrize("limit", [200, 60_000], ids=["extra", "shards"])
-def test_a_full_disk_costs_only_the_checkpoint(student_model: Path, tmp_path: Path, limit: int) -> None:
-    worker = student(student_model)
-    with full_disk(limit), pytest.raises(OSError, match=r"is not whole: .*File too large"):
-        worker.save_checkpoint(str(tmp_path / "full"), 1)
-    worker.save_checkpoint(str(tmp_path / "whole"), 1)
-    worker.load_checkpoint(str(tmp_path / "whole"))
-    assert same_weights(worker, student_model)
-
-
 def test_an_export_says_to_transformers_4_where_positions_are_and_keeps_what_cannot_be_validated(
     student_model: Path, tmp_path: Path
 ) -> None:
@@ -165,7 +153,7 @@ def test_a_missing_part_is_an_error(student_model: Path, tmp_path: Path) -> None
 def test_a_checkpoint_of_another_model_is_refused_with_what_differs(
     saved: Path, tiny_tokenizers: tuple[Path, Path], tmp_path: Path, tied: bool, rows: int, words: str
 ) -> None:
-    other = student(write_model(tmp_path, tiny_tokenizers[1], tied=tied, rows=rows))
+    other = student(tiny.write_model(tmp_path, tiny_tokenizers[1], tied=tied, rows=rows))
     with pytest.raises(ValueError, match=f"cannot be loaded .*{words}.*; take a whole one of this model"):
         other.load_checkpoint(str(saved / "actor"))
 

@@ -17,9 +17,10 @@ from support.agent_loop_fakes import (
     make_context,
     schema,
 )
+from support.chat_files import EXTEND_START
 
 from verl.config import MultiTurnConfig
-from verl.experimental.agent_loop.base import AgentLoopBase, AgentLoopOutput, RolloutError, get_agent_loop_class
+from verl.experimental.agent_loop.base import AgentLoopBase, AgentLoopOutput, RolloutError
 from verl.experimental.agent_loop.tool_agent_loop import (
     SingleTurnAgentLoop,
     ToolAgentLoop,
@@ -67,9 +68,9 @@ async def test_a_plain_answer(tokenizer, loop) -> None:
     ],
 )
 @pytest.mark.parametrize("loop", [SingleTurnAgentLoop, ToolAgentLoop])
-async def test_masks_of_one_turn(tokenizer, item_start, loop, drawing, settings, row, trainable) -> None:
-    turn = [item_start + place if letter == "M" else 40 + place for place, letter in enumerate(drawing)]
-    output, _ = await converse(tokenizer, [turn], loop=loop, row=row, extend_vocab_start_token=item_start, **settings)
+async def test_masks_of_one_turn(tokenizer, loop, drawing, settings, row, trainable) -> None:
+    turn = [EXTEND_START + place if letter == "M" else 40 + place for place, letter in enumerate(drawing)]
+    output, _ = await converse(tokenizer, [turn], loop=loop, row=row, extend_vocab_start_token=EXTEND_START, **settings)
     assert output.response_ids == turn, "an extended token ends nothing"
     assert output.response_mask == [int(digit) for digit in trainable]
     assert output.distill_special_token_mask == [int(letter == "M") for letter in drawing]
@@ -91,11 +92,6 @@ async def test_an_engine_that_answers_wrongly_is_named(tokenizer, ids, log_probs
         await ToolAgentLoop(make_context(tokenizer, response_length=2), broken).run(SAMPLING, raw_prompt=MESSAGES)
 
 
-def test_an_unknown_loop_lists_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"'tool_agnet' .* is unknown.*single_turn_agent, tool_agent"):
-        get_agent_loop_class("tool_agnet")
-
-
 # ---------------------------------------------------------------------------------------------------- tools, turns
 
 
@@ -110,10 +106,10 @@ def spans(output: AgentLoopOutput, engine: ScriptedEngine) -> list[tuple[str, in
     return found
 
 
-async def test_tool_turns_are_read_and_not_trained_on(tokenizer, item_start) -> None:
+async def test_tool_turns_are_read_and_not_trained_on(tokenizer) -> None:
     """model (call) | tool | model (call) | tool | model: no extended token, every model token is trained on."""
     turns = [ADD + END, "So 5. " + ADD + END, "The answer is 5." + END]
-    output, engine = await converse(tokenizer, turns, ADD_TOOL, extend_vocab_start_token=item_start)
+    output, engine = await converse(tokenizer, turns, ADD_TOOL, extend_vocab_start_token=EXTEND_START)
     parts = spans(output, engine)
     assert [writer for writer, _ in parts] == ["model", "tool", "model", "tool", "model"]
     assert output.response_mask == [int(writer == "model") for writer, size in parts for _ in range(size)]
@@ -137,17 +133,17 @@ async def test_tool_turns_are_read_and_not_trained_on(tokenizer, item_start) -> 
         ("", "the item <s_a_0><s_b_0>", "<s_c_3>"),
     ],
 )
-async def test_masks_over_turns(tokenizer, item_start, first, tool_text, last, drop_whole) -> None:
+async def test_masks_over_turns(tokenizer, first, tool_text, last, drop_whole) -> None:
     """Extended tokens in the call's turn, in the tool's text, in the last turn: trained up to the first of all."""
     output, engine = await converse(
         tokenizer,
         [first + call("look") + END, f"Buy {last}now" + END],
         (TextTool({"text": tool_text}, schema("look")),),
-        extend_vocab_start_token=item_start,
+        extend_vocab_start_token=EXTEND_START,
         mask_response_if_have_extend_token=drop_whole,
     )
     by_model = [writer == "model" for writer, size in spans(output, engine) for _ in range(size)]
-    items = [place for place, token_id in enumerate(output.response_ids) if token_id >= item_start]
+    items = [place for place, token_id in enumerate(output.response_ids) if token_id >= EXTEND_START]
     assert len(items) == sum(text.count("<s_") + text.count("<|sid") for text in (first, tool_text, last))
     assert output.distill_special_token_mask == [int(place in items) for place in range(len(by_model))]
     cut = items[0] if items else len(by_model)

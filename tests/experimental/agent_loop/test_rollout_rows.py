@@ -53,10 +53,6 @@ def test_every_tensor_of_two_rows_by_hand() -> None:
     assert dtypes == {key: f"torch.{BATCH_KEYS[key].dtype}" for key in tensors}
 
 
-def test_log_probs_may_be_absent() -> None:
-    assert "rollout_log_probs" not in pad_outputs([output([1], [2], [1], [0])], 2, 3, pad_token_id=PAD)
-
-
 def test_metrics_of_a_batch() -> None:
     counts = {"tool_calls": 3, "tool_errors": 1, "unknown_tools": 0, "malformed_calls": 0, "dropped_calls": 2}
     counts |= {"rewritten_turns": 1, "typed_special_tokens": 2}

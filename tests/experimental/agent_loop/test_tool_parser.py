@@ -3,12 +3,9 @@
 import json
 
 import pytest
+from support.agent_loop_fakes import call
 
 from verl.experimental.agent_loop.tool_parser import ToolCall, parse_hermes_tool_calls
-
-
-def call(name: str, arguments: str = "{}") -> str:
-    return f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>'
 
 
 def test_calls_come_in_order_with_text_around_them() -> None:

@@ -119,7 +119,7 @@ def test_the_whole_experiment_and_what_a_second_one_makes_anew(tmp_path, monkeyp
     made = sorted(folder.name for folder in (tmp_path / "cache").iterdir())
     assert [name.split("-")[0] for name in made] == ["student", "teacher", "world"]
 
-    # Rankings do not depend on the engine (test_evaluate), and this one starts at once.
+    # Rankings do not depend on the engine, as is seen below, and this one starts at once.
     monkeypatch.setattr(scoreboard, "score", partial(scoreboard.score, engine="hf"))
     again = ["--steps", "1", "actor_rollout_ref.rollout.name=hf", "--mode", "public-fork"]
     quickstart.main([*arguments, "--seed", "1", *again])

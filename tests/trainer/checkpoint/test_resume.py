@@ -174,27 +174,21 @@ def test_other_synthetic_prompts_are_refused(folder: Path, run: PPOConfig, tmp_p
 # ------------------------------------------------------------------ what validations measure
 
 
-@pytest.fixture
-def with_rule(folder: Path, run: PPOConfig, tmp_path: Path) -> PPOConfig:
-    """That run with validations and a rule for the best of them, and the checkpoint of it."""
+def test_what_validations_measure_stays_if_both_have_a_rule(folder: Path, run: PPOConfig, tmp_path: Path) -> None:
     run.data.val_files, run.trainer.best_metric = write_rows(tmp_path / "val.parquet"), "val/reward"
     reseal(folder, run)
-    return run
-
-
-def test_what_validations_measure_stays_if_both_have_a_rule(folder: Path, with_rule: PPOConfig, tmp_path: Path) -> None:
-    with_rule.data.val_files = [shutil.copy(tmp_path / "val.parquet", tmp_path / "run")]
-    with_rule.trainer.best_metric = "val/reverse_kl min"
-    check(folder, with_rule)  # files may move, and another rule can choose among what was recorded
-    with_rule.data.val_files, with_rule.data.val_max_samples = write_rows(tmp_path / "other.parquet", 3), 2
-    with_rule.actor_rollout_ref.rollout.val_kwargs.n = 4
+    run.data.val_files = [shutil.copy(tmp_path / "val.parquet", tmp_path / "run")]
+    run.trainer.best_metric = "val/reverse_kl min"
+    check(folder, run)  # files may move, and another rule can choose among what was recorded
+    run.data.val_files, run.data.val_max_samples = write_rows(tmp_path / "other.parquet", 3), 2
+    run.actor_rollout_ref.rollout.val_kwargs.n = 4
     changed = ["actor_rollout_ref.rollout.val_kwargs.n", "data.val_files", "data.val_max_samples"]
-    assert refused_keys(folder, with_rule) == changed
+    assert refused_keys(folder, run) == changed
     for name, value in (("resume_allow_changed", changed), ("val_only", True), ("best_metric", None)):
-        before = getattr(with_rule.trainer, name)
-        setattr(with_rule.trainer, name, value)
-        check(folder, with_rule)
-        setattr(with_rule.trainer, name, before)
+        before = getattr(run.trainer, name)
+        setattr(run.trainer, name, value)
+        check(folder, run)
+        setattr(run.trainer, name, before)
 
 
 # ------------------------------------------------------------------ the table, and what surrounds it

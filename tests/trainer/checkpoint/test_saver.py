@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.file_faults import killed_at_change, remount, small_disk
+from support.file_faults import full_disk, killed_at_change
 from support.saving_ranks import DRIVER_STATE, FakeRanks
 
 from verl.config import PPOConfig, TrainerConfig
@@ -187,19 +187,18 @@ def test_leftovers_are_removed_and_nothing_else(tmp_path: Path) -> None:
 
 
 def test_a_broken_disk_costs_one_checkpoint(tmp_path: Path, caplog: Any) -> None:
-    with small_disk(tmp_path / "disk", megabytes=1) as root:
-        saver = make_saver(root)
-        save(saver, 1, FakeRanks(100_000))
+    saver = make_saver(tmp_path)
+    save(saver, 1, FakeRanks(100_000))
+    with full_disk(300_000):
         assert save(saver, 2, FakeRanks(600_000))["training/failed_saves"] == 1
-        assert f"could not be written to trainer.default_local_dir={root}" in caplog.text
-        assert "No space left on device" in caplog.text
-        assert names(root) == ["global_step_1", LATEST], "what was written takes no space"
-        with pytest.raises(CheckpointError, match="step 2 could not be written"):
-            saver.finish()
-        remount(root, "ro")
-        assert save(saver, 2)["training/failed_saves"] == 2
-        assert "Read-only file system" in caplog.text
-        remount(root, "rw")
-        assert save(saver, 3)["training/failed_saves"] == 2
-        assert auto(root) == step_folder(root, 3)
+    assert f"could not be written to trainer.default_local_dir={tmp_path}: rank 1: OSError: " in caplog.text
+    assert names(tmp_path) == ["global_step_1", LATEST], "what was written takes no space"
+    with pytest.raises(CheckpointError, match="step 2 could not be written"):
         saver.finish()
+    caplog.clear()
+    with full_disk(0):  # not even the driver's own part
+        assert save(saver, 2)["training/failed_saves"] == 2
+    assert f"={tmp_path}: [Errno 27] File too large" in caplog.text
+    assert save(saver, 3)["training/failed_saves"] == 2
+    assert auto(tmp_path) == step_folder(tmp_path, 3)
+    saver.finish()

@@ -41,10 +41,6 @@ def test_a_config_of_ones_own(tmp_path: Path) -> None:
 
 
 def test_user_errors_end_the_run_in_the_first_line(tmp_path: Path) -> None:
-    result = launch(tmp_path, "trainer.device=cpu")
-    assert result.returncode == 1
-    assert result.stderr.startswith("error: actor_rollout_ref.model.path is not set"), result.stderr
-    assert os.listdir(tmp_path) == []
     result = launch(tmp_path, "data.max_promt_length=5")
     assert (result.returncode, result.stderr.count("\n")) == (1, 1)
     assert result.stderr.startswith("error: data.max_promt_length is no known key"), result.stderr

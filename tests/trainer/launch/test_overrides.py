@@ -5,7 +5,6 @@ import re
 from pathlib import Path
 
 import pytest
-from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from verl.trainer.launch.typed import load_config, normalized_argv
 from verl.utils.redaction import looks_secret, redacted
@@ -84,15 +83,10 @@ def test_a_secret_leaves_the_command_line(monkeypatch: pytest.MonkeyPatch, caplo
     assert config.ray_kwargs.ray_init["runtime_env"]["env_vars"] == {"WANDB_API_KEY": "hunter2"}
 
 
-@pytest.mark.parametrize(
-    ("names", "secret"),
-    [
-        (["WANDB_API_KEY", "HF_TOKEN", "AWS_ACCESS_KEY_ID", "_redis_password", "mysql_pwd", "APPCREDENTIAL"], True),
-        (["TOKENIZERS_PARALLELISM", "NCCL_DEBUG", "KEYBOARD", "PWD", "SSH_AUTH_SOCK", "PASS_THROUGH"], False),
-    ],
-)
-def test_secret_names(names: list[str], secret: bool) -> None:
-    assert [looks_secret(name) for name in names] == [secret] * len(names)
+def test_secret_names() -> None:
+    secret = ["WANDB_API_KEY", "HF_TOKEN", "AWS_ACCESS_KEY_ID", "_redis_password", "mysql_pwd", "APPCREDENTIAL"]
+    plain = ["TOKENIZERS_PARALLELISM", "NCCL_DEBUG", "KEYBOARD", "PWD", "SSH_AUTH_SOCK", "PASS_THROUGH"]
+    assert [name for name in secret + plain if looks_secret(name)] == secret
 
 
 def test_redaction_keeps_numbers_and_structure() -> None:
@@ -201,8 +195,3 @@ def test_flags_and_their_values_go_behind(given: str, flags: list[int]) -> None:
     words = given.split()
     overrides = [word for number, word in enumerate(words) if number not in flags]
     assert normalized_argv(words) == overrides + [words[number] for number in flags]
-
-
-def test_everything_that_comes_out_is_hydra_grammar() -> None:
-    given = [f"{ENV}.A=x'y,\\", "+data.seed=1", "ray_kwargs.ray_init.resources={a:1}", "trainer.logger='[console]'"]
-    assert len(OverridesParser.create().parse_overrides(normalized_argv(given))) == 4

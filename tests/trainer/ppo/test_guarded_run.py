@@ -37,37 +37,28 @@ def series(folder: Path, name: str) -> list[float]:
     return Run(folder / "run", "", 0).series(name)
 
 
-def before_step(step: int, act: Callable[[Any], None]) -> Callable[[Any], None]:
-    """Do something to the trainer as a step begins to generate."""
+def spoil_advantages(trainer: Any) -> None:
+    """One advantage in every mini-batch that is no number, from step 2 on."""
+    advantage = trainer.advantage
 
-    def tamper(trainer: Any) -> None:
-        generate = trainer.generate
+    def spoilt(batch: DataProto) -> DataProto:
+        result = advantage(batch)
+        if trainer.global_steps > 1:
+            result.tensor("advantages")[:, 0] = float("nan")
+        return result
 
-        def acting(batch: DataProto) -> DataProto:
-            if trainer.global_steps == step:
-                act(trainer)
-            return generate(batch)
-
-        trainer.generate = acting
-
-    return tamper
+    trainer.advantage = spoilt
 
 
-def with_bad_advantages(bad: Callable[[int], bool]) -> Callable[[Any], None]:
-    """One advantage in every mini-batch that is no number, in the steps that are bad."""
+def nudge_teacher_in_step_3(trainer: Any) -> None:
+    generate = trainer.generate
 
-    def tamper(trainer: Any) -> None:
-        advantage = trainer.advantage
+    def nudging(batch: DataProto) -> DataProto:
+        if trainer.global_steps == 3:
+            nudge_teacher(trainer)
+        return generate(batch)
 
-        def poisoned(batch: DataProto) -> DataProto:
-            result = advantage(batch)
-            if bad(trainer.global_steps):
-                result.tensor("advantages")[:, 0] = float("nan")
-            return result
-
-        trainer.advantage = poisoned
-
-    return tamper
+    trainer.generate = nudging
 
 
 @torch.no_grad()
@@ -90,7 +81,7 @@ def test_an_untouched_run_passes_every_guard(config: Any, tmp_path: Path, caplog
 
 def test_a_run_that_only_skips_ends(config: Any, tmp_path: Path) -> None:
     with pytest.raises(GuardError, match=r"updates of step 3 .*; 4 of this run so far, .*max_skipped_updates=3"):
-        run_in_process(config(max_skipped_updates=3), tamper=with_bad_advantages(lambda step: step > 1))
+        run_in_process(config(max_skipped_updates=3), tamper=spoil_advantages)
     assert (tmp_path / "run/global_step_3/manifest.json").exists(), "the one that was being written"
     assert series(tmp_path, "actor/skipped_updates") == [0, 2, 2], "the step that ended the run is logged too"
     run_in_process(config(max_skipped_updates=3))
@@ -99,7 +90,7 @@ def test_a_run_that_only_skips_ends(config: Any, tmp_path: Path) -> None:
 
 def test_a_teacher_that_changes_between_checkpoints_ends_the_run(config: Any, tmp_path: Path) -> None:
     with pytest.raises(GuardError, match=r"^teacher 'ref' at step 3 scores otherwise"):
-        run_in_process(config(canary_tolerance=1e-3), tamper=before_step(3, nudge_teacher))
+        run_in_process(config(canary_tolerance=1e-3), tamper=nudge_teacher_in_step_3)
     assert series(tmp_path, "actor/updates") == [2, 2, 2]
     assert [path.name for path in (tmp_path / "run").glob("global_step_[23]*")] == ["global_step_2"]
     with pytest.raises(GuardError, match=r"^teacher 'ref' at step 2 scores otherwise"):
@@ -107,12 +98,3 @@ def test_a_teacher_that_changes_between_checkpoints_ends_the_run(config: Any, tm
         run_in_process(config(canary_tolerance=1e-3), tamper=nudge_teacher)
     run_in_process(config(canary_tolerance=1e-3))
     assert series(tmp_path, "training/global_step") == [1, 2, 3, 4]
-
-
-def test_an_engine_left_behind_is_warned_of(config: Any, tmp_path: Path, caplog: Any) -> None:
-    def stop_syncing(trainer: Any) -> None:
-        trainer.sync_weights = lambda: None
-
-    run_in_process(config(engine_gap_bound=1e-4, save_freq=-1), tamper=stop_syncing)
-    assert series(tmp_path, "distill/engine_gap_exceeded") == [0, 1, 1, 1], "stale from the first update on"
-    assert "step 2: the engine's log-probs of its own tokens differ" in caplog.text

@@ -126,11 +126,3 @@ def test_each_pool_has_gpus_of_its_own_and_replicas_those_of_the_student() -> No
         assert ray.available_resources().get("GPU", 0) == 0
     finally:
         groups.shutdown()
-
-
-def test_pools_that_do_not_fit_reserve_nothing() -> None:
-    trainer = TrainerConfig(n_gpus_per_node=4, teacher_nnodes=1, teacher_n_gpus_per_node=2)
-    groups = WorkerGroups(PPOConfig(trainer=trainer), ["actor", "ref"])
-    with pytest.raises(ValueError, match="beside 'train': 4 rank"):
-        groups.start({}, dict, "cuda")
-    assert all(pool._group is None for pool in groups.pools.values())

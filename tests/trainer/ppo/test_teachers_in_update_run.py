@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file
 from support.in_process_run import MEASURED, run_in_process, settings
 from support.launch import write_onerec_parquet
@@ -49,7 +48,6 @@ def train(scores_before: bool, mini_batch: int, epochs: int, pair: Any, prompts:
         trainer.actor_wg.compute_log_prob = lambda batch: (called.append("actor"), score_student(batch))[1]
 
     run_in_process(settings(pair, prompts, folder, **values), tamper=record)
-    dist.destroy_process_group()
     lines = [json.loads(line)["data"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return lines, load_file(folder / f"global_step_{STEPS}/actor/huggingface/model.safetensors"), called
 

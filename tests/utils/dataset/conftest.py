@@ -2,8 +2,6 @@
 
 import pytest
 
-from verl.utils.tokenizer import hf_tokenizer
-
 
 @pytest.fixture(autouse=True)
 def home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch):
@@ -11,9 +9,3 @@ def home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPat
     folder = tmp_path_factory.mktemp("home")
     monkeypatch.setenv("HOME", str(folder))
     return folder
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny_tokenizers):
-    """The tiny student's, which has item tokens."""
-    return hf_tokenizer(tiny_tokenizers[1])

@@ -1,7 +1,7 @@
 """Rows as they are found in the wild, one by one, each with what becomes of it.
 
 An outcome is the reason for which a row is dropped, or what is kept of it: the prompt, one "role: content" per message,
-and the answer behind "=>", joined by " | ".
+and the answer behind "=>", joined by " | ". Cells that hold anything at all come last.
 """
 
 import json
@@ -9,10 +9,13 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from support.chat_files import read_jsonl
 
 from verl.config import DataConfig
 from verl.utils.dataset.onerec_dataset import OneRecDataset
+from verl.utils.dataset.prompt_rows import BadRowError, parse_messages
 
 HI = "user: Hi | => Hello"
 ANSWER = '{"role": "assistant", "content": "Hello"}'
@@ -156,3 +159,30 @@ def test_other_columns_of_files_beside_each_other(tokenizer, tmp_path):
     found = outcomes(tmp_path, tokenizer)
     expected = {(f"{name}.parquet", 0): (outcome, source) for name, _, outcome, source in OTHER_COLUMNS}
     assert found == expected
+
+
+oddities = st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=5)
+keys = st.sampled_from(["role", "content", "type", "text", "name", "tool_calls"])
+anything = st.recursive(
+    oddities, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(keys, inner, max_size=4), max_leaves=8
+)
+
+
+@settings(max_examples=40, derandomize=True, deadline=None, database=None)
+@given(anything)
+def test_whatever_a_cell_holds_is_a_chat_or_a_bad_row(value):
+    for cell in (value, json.dumps(value), repr(value), repr(value).encode("utf-8", errors="surrogatepass")):
+        try:
+            messages = parse_messages(cell)
+        except BadRowError as bad:
+            assert bad.reason and bad.detail
+        else:
+            assert all(isinstance(message["content"], str) for message in messages)
+            assert json.dumps(messages, ensure_ascii=False).encode("utf-8")
+
+
+def test_a_text_keeps_the_nulls_that_somebody_wrote():
+    """Other than a struct, which has a null for every argument of other calls."""
+    function = {"name": "weather", "arguments": {"city": None}}
+    turn = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
+    assert parse_messages(json.dumps([turn])) == [turn]

@@ -101,18 +101,6 @@ async def test_syncs_and_requests_do_not_overlap(tmp_path: Path) -> None:
     assert (await replica.write()).weight_version == 2
 
 
-async def test_on_a_gpu_a_sync_wakes_a_sleeping_engine(tmp_path: Path) -> None:
-    replica = await launch(tmp_path, "cuda")
-    await replica.sleep()
-    await replica.sleep()
-    with pytest.raises(RuntimeError, match="sleeps without weights"):
-        await replica.write()
-    await replica.load(EMBED | NORM)
-    await replica.finish_weight_update(1)
-    await replica.write()
-    assert replica.events == ["sleep", "wake weights", "start", "load embed.weight norm.weight", "finish"]
-
-
 async def test_nothing_is_generated_after_shutdown(tmp_path: Path) -> None:
     replica = await launch(tmp_path)
     await replica.shutdown()

@@ -58,7 +58,6 @@ def test_threads(monkeypatch: pytest.MonkeyPatch, omp: str, cores: int, ranks: i
 
 
 LOG = """\
-(Worker_TP0 pid=12) ERROR 11-22 10:00:00 [multiproc_executor.py:750] WorkerProc hit an exception.
 (Worker_TP0 pid=12) ERROR 11-22 10:00:00 [multiproc_executor.py:750] Traceback (most recent call last):
 (Worker_TP0 pid=12) ERROR 11-22 10:00:00 [multiproc_executor.py:750]   raise torch.OutOfMemoryError("CUDA")
 (Worker_TP0 pid=12) ERROR 11-22 10:00:00 [multiproc_executor.py:750] torch.OutOfMemoryError: CUDA out of memory

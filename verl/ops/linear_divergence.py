@@ -36,7 +36,14 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
-from verl.ops.linear_log_prob import InputGradients, TeacherLogProbs, TopLogProbs, row_chunks, scaled_logits
+from verl.ops.linear_log_prob import (
+    InputGradients,
+    TeacherLogProbs,
+    TopLogProbs,
+    check_labels,
+    row_chunks,
+    scaled_logits,
+)
 from verl.vocabulary import Vocabulary
 
 REVERSE_KL, FORWARD_KL, JSD = "reverse_kl", "forward_kl", "jsd"
@@ -114,10 +121,11 @@ def linear_divergence(
         chunk_bytes: memory for the buffers of a chunk; changes memory and speed, not the result.
 
     Raises:
-        ValueError: sizes that do not fit each other.
+        ValueError: sizes that do not fit each other, or a label outside K.
     """
     vocabulary = vocabulary or Vocabulary(weight.shape[0])
     vocabulary.check_head(weight.shape[0])
+    check_labels(labels, vocabulary.ids)
     bytes_per_row = vocabulary.ids * torch.promote_types(weight.dtype, torch.float32).itemsize
     chunk_rows = max(1, chunk_bytes // (BUFFERS * bytes_per_row))
     job = _Job(options, vocabulary.ids, vocabulary.shared_ids(), labels, chunk_rows)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from verl.config import PPOConfig
@@ -125,10 +126,10 @@ def run_command_line(module: str, config_name: str, build: "Callable[[PPOConfig]
         config_name: YAML there, unless ``--config-name`` gives another.
         build: makes the trainer.
     """
-    composed: list[DictConfig] = []
+    composed: list[tuple[DictConfig, Any]] = []
 
     def hydra_main(cfg: DictConfig) -> None:
-        composed.append(cfg)
+        composed.append((cfg, HydraConfig.instance().cfg))
 
     hydra_main.__module__ = module
     escape_unknown_characters()
@@ -138,7 +139,8 @@ def run_command_line(module: str, config_name: str, build: "Callable[[PPOConfig]
         sys.exit(f"error: {error}")
     hydra.main(version_base=None, config_path="config", config_name=config_name)(hydra_main)()
     # Outside of Hydra, which would report what a run raises behind all overrides and without most of its traceback.
-    for cfg in composed:
+    for cfg, of_hydra in composed:
+        HydraConfig.instance().cfg = of_hydra  # what ${hydra:...} in it stands for
         start(cfg, build)
 
 

@@ -239,6 +239,8 @@ def test_sizes_that_do_not_fit() -> None:
         case.loss(case.base(), DivergenceOptions("total_variation"))
     with pytest.raises(ValueError, match="has 15 ids"):
         LinearTeacher(case.base_hidden, case.base_weight, 15)
+    with pytest.raises(ValueError, match="below"):
+        linear_divergence(*empty[:5], torch.tensor([len(case.weight)]))
 
 
 def test_the_smallest_probabilities_of_a_teacher_leave_jsd_finite() -> None:

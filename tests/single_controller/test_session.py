@@ -48,7 +48,9 @@ def test_a_cluster_and_a_chosen_address_are_left_alone(monkeypatch: pytest.Monke
     assert joins_cluster({}) and not stays_here({}) and "address" not in session_arguments({})
     monkeypatch.setenv("RAY_ADDRESS", "")
     assert stays_here({})
-    assert session_arguments({})["address"] == "local", "or it would join any cluster that was started here"
+    for given in ({}, {"address": None}):
+        arguments = session_arguments(given)
+        assert arguments["address"] == "local", "or it would join any cluster that was started here"
 
 
 def test_a_head_that_is_gone_is_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

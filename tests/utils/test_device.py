@@ -30,7 +30,7 @@ def test_auto_beside_a_gpu_that_torch_cannot_use_is_an_error(monkeypatch: pytest
     monkeypatch.setattr(device, "GPU_FILE", tmp_path)
     with pytest.raises(ValueError, match=r"trainer\.device='auto' would train on the CPU beside a GPU .*driver"):
         device.get_device_name("auto")
-    assert device.get_device_name("cpu") == "cpu"
+    assert device.get_device_name("cpu") == device.get_device_name("auto", elsewhere=True) == "cpu"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert device.get_device_name("auto") == "cpu"
 

@@ -27,7 +27,7 @@ def test_it_reads_back_equal(tmp_path: Path) -> None:
 def test_it_holds_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "")
     secrets = [f"{ENV}.HF_TOKEN", "ray_kwargs.ray_init._redis_password"]
-    secrets += ["actor_rollout_ref.rollout.engine_kwargs.vllm.hf_token"]
+    secrets += ["actor_rollout_ref.rollout.engine_kwargs.vllm.hf_token", "custom_reward_function.reward_kwargs.api_key"]
     config = load_config([f"{ENV}.NCCL_DEBUG=INFO", *(f"{key}=hunter2" for key in secrets)])
     save_config(config, tmp_path / "config.yaml")
     text = (tmp_path / "config.yaml").read_text()

@@ -40,6 +40,7 @@ from verl.ops.linear_log_prob import (
     InputGradients,
     TeacherLogProbs,
     TopLogProbs,
+    check_labels,
     row_chunks,
     rows_per_chunk,
     scaled_logits,
@@ -119,10 +120,11 @@ def linear_divergence(
         chunk_bytes: memory for the buffers of a chunk; changes memory and speed, not the result.
 
     Raises:
-        ValueError: sizes that do not fit each other.
+        ValueError: sizes that do not fit each other, or a label outside K.
     """
     vocabulary = vocabulary or Vocabulary(weight.shape[0])
     vocabulary.check_head(weight.shape[0])
+    check_labels(labels, vocabulary.ids)
     bytes_per_row = vocabulary.ids * torch.promote_types(weight.dtype, torch.float32).itemsize
     chunk_rows = rows_per_chunk(chunk_bytes, BUFFERS, bytes_per_row, hidden.device)
     job = _Job(options, vocabulary.ids, vocabulary.shared_ids(), labels, chunk_rows)

@@ -60,6 +60,13 @@ def scaled_logits(hidden: torch.Tensor, weight: torch.Tensor, temperature: float
     return logits if temperature == 1.0 else logits.div_(temperature)
 
 
+def check_labels(labels: torch.Tensor, ids: int) -> None:
+    """Raise ValueError for a label (N,) outside the softmax over ``ids``, which would have another's score, or none."""
+    # On CUDA such a label trips an assertion inside `gather`, after which the process cannot use its GPU.
+    if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < ids:
+        raise ValueError(f"labels go up to {int(labels.max())}; the softmax is over ids from 0 to below {ids}")
+
+
 # ------------------------------------------------------------------ the student
 
 
@@ -200,9 +207,7 @@ def linear_token_stats(
     vocabulary = vocabulary or Vocabulary(weight.shape[0])
     vocabulary.check_head(weight.shape[0])
     ids = vocabulary.ids
-    # On CUDA such a label trips an assertion inside `gather`, after which the process cannot use its GPU.
-    if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < ids:
-        raise ValueError(f"labels go up to {int(labels.max())}; the softmax is over ids from 0 to below {ids}")
+    check_labels(labels, ids)
     # An extension that begins past the last id has an empty sum as its mass, and empty slices.
     start = None if vocabulary.extend_start is None else vocabulary.shared_ids()
     bytes_per_row = ids * torch.promote_types(weight.dtype, torch.float32).itemsize

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from verl.config import PPOConfig
@@ -62,10 +63,7 @@ def build_trainer(
 
     algorithm, makes_prompts = config.algorithm, config.data.synthetic_item_prompts.count > 0
     if (algorithm.distils and trainer_class is None) or (makes_prompts and make_prompts is None):
-        what = (
-            "algorithm.distill.coef" if algorithm.distill.coef else f"algorithm.adv_estimator={algorithm.adv_estimator}"
-        )
-        what = what if algorithm.distils else "data.synthetic_item_prompts.count"
+        what = f"algorithm.adv_estimator={algorithm.adv_estimator}" if algorithm.distils else "synthetic_item_prompts"
         raise ValueError(f"{what} is for distillation; run python -m recipe.onpolicy_distill.main_onpolicy_distill")
     device_name = get_device_name(config.trainer.device, elsewhere=joins_cluster(config.ray_kwargs.ray_init))
     check_ranks(config, device_name)
@@ -128,10 +126,10 @@ def run_command_line(module: str, config_name: str, build: "Callable[[PPOConfig]
         config_name: YAML there, unless ``--config-name`` gives another.
         build: makes the trainer.
     """
-    composed: list[DictConfig] = []
+    composed: list[tuple[DictConfig, Any]] = []
 
     def hydra_main(cfg: DictConfig) -> None:
-        composed.append(cfg)
+        composed.append((cfg, HydraConfig.instance().cfg))
 
     hydra_main.__module__ = module
     escape_unknown_characters()
@@ -141,7 +139,8 @@ def run_command_line(module: str, config_name: str, build: "Callable[[PPOConfig]
         sys.exit(f"error: {error}")
     hydra.main(version_base=None, config_path="config", config_name=config_name)(hydra_main)()
     # Outside of Hydra, which would report what a run raises behind all overrides and without most of its traceback.
-    for cfg in composed:
+    for cfg, of_hydra in composed:
+        HydraConfig.instance().cfg = of_hydra  # what ${hydra:...} in it stands for
         start(cfg, build)
 
 

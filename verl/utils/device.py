@@ -21,8 +21,9 @@ def get_device_name(setting: str = "auto", elsewhere: bool = False) -> str:
         ValueError: ``cuda`` where there is none, or ``auto`` beside a GPU that torch cannot use.
     """
     has_cuda = torch.cuda.is_available()
-    # Hidden on purpose with an empty CUDA_VISIBLE_DEVICES.
-    if setting == "auto" and not has_cuda and GPU_FILE.exists() and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
+    # Hidden on purpose with an empty CUDA_VISIBLE_DEVICES, or of no account.
+    is_hidden = elsewhere or os.environ.get("CUDA_VISIBLE_DEVICES") == ""
+    if setting == "auto" and not has_cuda and GPU_FILE.exists() and not is_hidden:
         raise ValueError(
             f"trainer.device='auto' would train on the CPU beside a GPU that torch {torch.__version__} cannot use: run "
             "deploy_env.sh --device cuda, update the driver (CUDA 13 needs 580 or newer; nvidia-smi shows it), or set "

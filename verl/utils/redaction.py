@@ -1,7 +1,7 @@
 """Keeps secrets out of what is printed and saved, the configuration of a run among it.
 
 A secret is a text below a key with a word such as ``TOKEN``. Only open maps are searched (the arguments of
-``ray.init``, engine options): the keys of this project itself hold none.
+``ray.init`` and of the reward function, engine options): the keys of this project itself hold none.
 """
 
 import dataclasses
@@ -42,10 +42,9 @@ def redacted(value: Any, name: str = "") -> Any:
 def public_dict(config: PPOConfig) -> dict[str, Any]:
     """The configuration as nested plain values without secrets, for loggers and saved files."""
     values = dataclasses.asdict(config)
-    values["ray_kwargs"] = redacted(values["ray_kwargs"])
     rollout = values["actor_rollout_ref"]["rollout"]
     rollout["engine_kwargs"] = redacted(rollout["engine_kwargs"])
-    return values
+    return values | {key: redacted(values[key]) for key in ("ray_kwargs", "custom_reward_function")}
 
 
 def save_config(config: PPOConfig, path: str | Path) -> None:

@@ -46,6 +46,11 @@ def test_user_errors_end_the_run_in_the_first_line(tmp_path: Path) -> None:
     assert result.stderr.startswith("error: data.max_promt_length is no known key"), result.stderr
 
 
+def test_settings_may_name_those_of_hydra(tmp_path: Path) -> None:
+    result = launch(tmp_path, "--multirun", "actor_rollout_ref.model.path=no_${hydra:job.num}", "data.seed=1,2")
+    assert result.stderr.startswith("error: actor_rollout_ref.model.path=no_0: there is no such folder"), result.stderr
+
+
 def test_the_entry_point_for_task_rewards(tmp_path: Path) -> None:
     flags = ["--config-path=config", "--config-name=ppo_trainer"]
     result = launch(tmp_path, *flags, "trainer.device=cpu", module="verl.trainer.main_ppo")

@@ -83,6 +83,13 @@ def test_a_secret_leaves_the_command_line(monkeypatch: pytest.MonkeyPatch, caplo
     assert config.ray_kwargs.ray_init["runtime_env"]["env_vars"] == {"WANDB_API_KEY": "hunter2"}
 
 
+@pytest.mark.parametrize("override", [f"+{ENV}.WANDB_API_KEY=hunter2\r", f"{ENV}={{WANDB_API_KEY:hunter2(}}"])
+def test_a_mistake_shows_no_secret(override: str) -> None:
+    with pytest.raises(ValueError, match=r"WANDB_API_KEY' holds a|cannot be read") as caught:
+        normalized_argv([override])
+    assert "hunter2" not in str(caught.value)
+
+
 def test_secret_names() -> None:
     secret = ["WANDB_API_KEY", "HF_TOKEN", "AWS_ACCESS_KEY_ID", "_redis_password", "mysql_pwd", "APPCREDENTIAL"]
     plain = ["TOKENIZERS_PARALLELISM", "NCCL_DEBUG", "KEYBOARD", "PWD", "SSH_AUTH_SOCK", "PASS_THROUGH"]
@@ -166,7 +173,7 @@ def test_defaults_of_verl_are_accepted(caplog: pytest.LogCaptureFixture) -> None
         ("data.train_files=[a", "data.train_files=[a cannot be read"),
         ("data.source_weights.rec_*=0.25", "data.source_weights.rec_*=0.25 cannot be read"),
         *((text, f"{text!r} is no override; write key=value") for text in ("data.train_files", "=", "=x", "a.parquet")),
-        ("data.train_files=a\r", "'data.train_files=a\\r' holds a carriage return"),
+        ("data.train_files=a\r", "'data.train_files' holds a carriage return"),
     ],
 )
 def test_mistakes_are_named_with_key_and_fix(override: str, expected: str) -> None:

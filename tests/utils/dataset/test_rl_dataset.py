@@ -153,6 +153,11 @@ def test_columns_that_cannot_be_read_are_bad_rows(tokenizer, tmp_path):
         RLHFDataset(path, tokenizer, DataConfig(on_bad_row="error"))
 
 
+def test_a_row_without_the_name_of_a_loop_names_none(tokenizer, tmp_path):
+    rows = [verl_row("2 + 2", agent_name=name) for name in ("tool_agent", None, "")]
+    assert RLHFDataset(write_rows(tmp_path / "d.parquet", rows), tokenizer, DataConfig()).agent_names == {"tool_agent"}
+
+
 def test_prompts_are_as_long_as_the_agent_loop_makes_them(tokenizer, tmp_path):
     schemas = [{"type": "function", "function": {"name": "add", "description": "Für dich", "parameters": {}}}]
     template, message = ChatTemplate(tokenizer, schemas), [{"role": "user", "content": "2 + 2"}]

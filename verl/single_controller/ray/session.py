@@ -107,7 +107,7 @@ def session_arguments(ray_init: Mapping[str, Any]) -> dict[str, Any]:
     Ray writes a ``runtime_env`` into its logs. On this machine secrets avoid it, through the environment that all
     processes inherit; on a cluster there is no other way to the workers, and a warning names them.
     """
-    given = dict(ray_init)
+    given = {name: value for name, value in ray_init.items() if value is not None}
     runtime_env = dict(given.pop("runtime_env", {}))
     quiet = {name: os.environ.get(name, value) for name, value in QUIET_PROCESSES.items()}
     modules = {name: os.environ[name] for name in [EXTERNAL_MODULES] if name in os.environ}

@@ -39,7 +39,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from verl.config.ppo import PPOConfig
 from verl.config.schema import error_messages, in_open_map, type_at, unknown_key_message
-from verl.utils.redaction import looks_secret
+from verl.utils.redaction import REDACTED, looks_secret
 
 logger = logging.getLogger(__name__)
 
@@ -156,7 +156,8 @@ def _no_effect_notice(key: str, value: Any) -> str | None:
 def _for_hydra(text: str) -> list[str]:
     """An override as Hydra takes it; nothing where it has no effect here."""
     if "\r" in text:
-        raise ValueError(f"{text!r} holds a carriage return; cut them off the script's lines: sed -i 's/\\r$//'")
+        key = text.partition("=")[0]
+        raise ValueError(f"{key!r} holds a carriage return; cut them off the script's lines: sed -i 's/\\r$//'")
     match = OVERRIDE.fullmatch(text)
     if match is None or (match["value"] is None and match["sign"] != "~"):
         raise ValueError(f"{text!r} is no override; write key=value, without blanks around the equals sign")
@@ -209,8 +210,11 @@ def _readable(key: str, value: str) -> str:
         # Quotes around the value do not mend a key that the grammar cannot read, such as one with a *.
         if not value.startswith(("'", '"', "[", "{")) and re.fullmatch(r"[\w.:-]+", key):
             return _in_quotes(value)
+        reason = str(error).splitlines()[0]
+        if looks_secret(f"{key if in_open_map(PPOConfig, key) else ''}={value}"):
+            value, reason = REDACTED, "a secret is not shown"
         raise ValueError(
-            f"{key}={value} cannot be read ({str(error).splitlines()[0]}); close brackets and quotes, put texts with "
+            f"{key}={value} cannot be read ({reason}); close brackets and quotes, put texts with "
             "=, ( or ) in quotes, and give names with other characters as a mapping: KEY='{rec_*: 0.25}'"
         ) from error
     if isinstance(read, list) and (is_dataclass(hint) or get_origin(hint) is dict):

@@ -19,6 +19,7 @@ import torch
 
 from verl.protocol import DataProto
 from verl.utils.import_utils import load_extern_type
+from verl.utils.redaction import redacted
 from verl.utils.tokenizer import answer_text
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def load_reward_fn(config: "RewardFunctionConfig") -> RewardFn | None:
     except TypeError as error:
         raise ValueError(
             f"custom_reward_function.name={name!r} in {config.path}: {error}; it is called with the keywords "
-            f"{', '.join(KEYWORDS)} and those of custom_reward_function.reward_kwargs={config.reward_kwargs}"
+            f"{', '.join(KEYWORDS)} and those of custom_reward_function.reward_kwargs={redacted(config.reward_kwargs)}"
         ) from error
     return partial(function, **config.reward_kwargs)
 

@@ -234,7 +234,7 @@ class RLHFDataset(Dataset[dict[str, Any]]):
     @property
     def agent_names(self) -> set[str]:
         """The agent loops that rows name."""
-        return self._rows.distinct("agent_name")
+        return self._rows.distinct("agent_name") - {""}
 
     @property
     def has_extended(self) -> list[bool]:

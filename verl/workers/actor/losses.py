@@ -2,7 +2,7 @@
 
 In:  the rows of one optimizer step that lie on this rank, the teachers of an exact objective; then the micro-batches,
 with a function that runs the student. Out: losses that, summed over micro-batches and averaged over ranks as FSDP does,
-are the loss of the whole mini-batch over all ranks; their metrics; the teachers' log-probs of the drawn tokens.
+are the loss of the whole mini-batch over all ranks; their metrics; the scores of the drawn tokens (``UPDATE_SCORES``).
 
     policy      clipped policy loss - entropy_coeff * entropy + kl_loss_coef * KL(policy || reference)
     divergence  mean over trained tokens of  weight of the row's teacher * (D(student, teacher) + leak_coef * leak)

@@ -9,7 +9,7 @@
 
 It ends with the first turn that calls nothing, at ``max_assistant_turns``, at ``max_user_turns``, or where the budget
 of response tokens (model and tool tokens of all turns together) leaves no token to the model. A turn cut off before its
-end-of-turn token calls nothing. Extended tokens do not end it: the masks deal with them.
+end-of-turn token calls nothing; such is one that ends at an extended token (``PPOConfig.stops_at_extended``).
 
 How calls are written: `tool_parser`. A tool gets one instance per conversation, made at its first call and released at
 the end, so it may keep state over turns. Nothing that a tool or a call does wrong ends the conversation: the model

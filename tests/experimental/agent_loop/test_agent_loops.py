@@ -20,7 +20,7 @@ from support.agent_loop_fakes import (
 from support.chat_files import EXTEND_START
 
 from verl.config import MultiTurnConfig
-from verl.experimental.agent_loop.base import AgentLoopBase, AgentLoopOutput, RolloutError
+from verl.experimental.agent_loop.base import TEACHER_KNOWS_EXTENDED, AgentLoopBase, AgentLoopOutput, RolloutError
 from verl.experimental.agent_loop.tool_agent_loop import (
     SingleTurnAgentLoop,
     ToolAgentLoop,
@@ -150,6 +150,16 @@ async def test_masks_over_turns(tokenizer, first, tool_text, last, drop_whole) -
     trained = [int(model and place <= cut) for place, model in enumerate(by_model)]
     assert output.response_mask == ([0] * len(by_model) if items and drop_whole else trained)
     assert len(output.response_mask) == len(output.response_ids) == len(output.response_logprobs)
+
+
+@pytest.mark.parametrize("knows", [False, True])
+async def test_a_tools_item_ends_what_is_not_trained_behind_it(tokenizer, knows) -> None:
+    engine = ScriptedEngine(tokenizer, [call("look") + END, "fine" + END])
+    context = make_context(tokenizer, (TextTool({"text": "<s_b_2>"}, schema("look")),))
+    row = {"raw_prompt": MESSAGES, TEACHER_KNOWS_EXTENDED: knows}
+    output = await ToolAgentLoop(context, engine).run(SAMPLING | {"stop_from_id": EXTEND_START}, **row)
+    assert [given["stop_from_id"] for _, given in engine.requests] == ([None, None] if knows else [EXTEND_START])
+    assert output.num_turns == (4 if knows else 3)
 
 
 async def test_every_turn_draws_its_own_random_stream_within_what_is_left(tokenizer) -> None:

@@ -17,6 +17,7 @@ pools, such as a teacher's, do not come in: their GPUs are their own. The public
 """
 
 import asyncio
+import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -94,9 +95,10 @@ class AgentLoopManager:
     def start(self) -> None:
         """Begin to start engines and workers, all at once; returns at once."""
         replica_class = get_replica_class(self.rollout.name)
+        rollout = dataclasses.replace(self.rollout, stop_at_extended_token=self.config.stops_at_extended)
         for place in self._places:
             name = f"rollout replica {place.index} ({self.rollout.name}, node {place.node_ip})"
-            arguments = (self.rollout, self.config.actor_rollout_ref.model, place.index, self.device)
+            arguments = (rollout, self.config.actor_rollout_ref.model, place.index, self.device)
             gpus = place.cuda_visible_devices
             self._replicas.append(self._actors.create(name, place, replica_class, *arguments, gpus=gpus))
         self._starting = {replica.actor.launch.remote(): replica for replica in self._replicas}

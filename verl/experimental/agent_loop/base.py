@@ -267,9 +267,14 @@ class AgentLoopBase(ABC):
         self.metrics.generate_s += time.perf_counter() - started
         self.metrics.retried_requests += turn.retries
         trajectory.add_model_turn(turn)
-        if turn.token_ids and (first := params.get("stop_from_id")) is not None and turn.token_ids[-1] >= first:
+        if self.is_over(turn.token_ids, sampling_params):
             self.metrics.unwritten_tokens += trajectory.remaining_tokens
         return turn.token_ids
+
+    def is_over(self, token_ids: Sequence[int], sampling_params: Mapping[str, Any]) -> bool:
+        """Whether nothing behind these tokens, of the model or of a tool, would be trained."""
+        first = sampling_params.get("stop_from_id")
+        return first is not None and not self.teacher_knows_extended and max(token_ids, default=-1) >= first
 
     def finish(self, trajectory: Trajectory, num_turns: int) -> AgentLoopOutput:
         """Close the conversation: its masks over all turns."""

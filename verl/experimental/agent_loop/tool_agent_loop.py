@@ -179,6 +179,8 @@ class ToolAgentLoop(AgentLoopBase):
                     break
                 trajectory.add_other_turn(tool_turn_ids)
                 user_turns += 1
+                if self.is_over(tool_turn_ids, sampling_params):
+                    break
         finally:
             await tools.release()
         return self.finish(trajectory, num_turns=1 + assistant_turns + user_turns)

@@ -206,7 +206,8 @@ class _RowStops(transformers.StoppingCriteria):
     def __init__(self, batch: Sequence[_Request], prompt_width: int) -> None:
         self._answers = [request.answer for request in batch]
         self._prompt_width = prompt_width
-        self._stops = [(r.options.stop_token_ids, r.options.stop_from_id or math.inf) for r in batch]
+        firsts = (math.inf if r.options.stop_from_id is None else r.options.stop_from_id for r in batch)
+        self._stops = [(r.options.stop_token_ids, first) for r, first in zip(batch, firsts, strict=True)]
         self._max_tokens = torch.tensor([request.options.max_tokens for request in batch])
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:

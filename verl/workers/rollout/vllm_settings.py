@@ -119,8 +119,8 @@ def vllm_sampling_params(options: SamplingOptions) -> Any:
     from vllm.sampling_params import RequestOutputKind, SamplingParams
 
     # For `EndAfterExtended`: in a list of thousands of stop tokens vLLM would look at each for every token.
-    first = options.stop_from_id
-    extra = None if first is None else {FIRST_STOP: first, END: min(options.stop_token_ids)}
+    first, ends = options.stop_from_id, options.stop_token_ids
+    extra = {FIRST_STOP: first, END: min(ends)} if first is not None and ends else None
     return SamplingParams(
         temperature=options.temperature,
         top_p=options.top_p,

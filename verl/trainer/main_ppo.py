@@ -49,7 +49,7 @@ def build_trainer(
     Raises:
         ValueError: settings, files, models or a user's own code that this run cannot work with.
     """
-    from verl.experimental.agent_loop.base import ChatTemplate, get_agent_loop_class
+    from verl.experimental.agent_loop.base import ChatTemplate, get_agent_loop_class, load_agent_loops
     from verl.experimental.agent_loop.worker import load_tools
     from verl.tools.schemas import schema_dict
     from verl.trainer.data import build_datasets
@@ -61,6 +61,7 @@ def build_trainer(
     from verl.workers.model_workers import StudentWorker, TeacherWorker
 
     algorithm, makes_prompts = config.algorithm, config.data.synthetic_item_prompts.count > 0
+    model, rollout = config.actor_rollout_ref.model, config.actor_rollout_ref.rollout
     if (algorithm.distils and trainer_class is None) or (makes_prompts and make_prompts is None):
         key = "algorithm" if algorithm.distils else "data.synthetic_item_prompts"
         raise ValueError(f"{key} is for distillation; run python -m recipe.onpolicy_distill.main_onpolicy_distill")
@@ -68,9 +69,10 @@ def build_trainer(
     check_ranks(config, device_name)
     prepare_folders(config.trainer)
     reward_fn = load_reward_fn(config.custom_reward_function)
+    load_agent_loops(rollout.agent.agent_loop_config_path)
+    get_agent_loop_class(rollout.agent.default_agent_loop)
     # First of what reads the threshold: here auto becomes a number.
     contract = resolve_vocabulary(config)
-    model, rollout = config.actor_rollout_ref.model, config.actor_rollout_ref.rollout
     tokenizer = hf_tokenizer(model.tokenizer_path or str(model.path), trust_remote_code=model.trust_remote_code)
     tool_schemas = [schema_dict(tool.get_openai_tool_schema()) for tool in load_tools(rollout).values()]
     # Tools that the chat template does not fit are refused here, before Ray starts.

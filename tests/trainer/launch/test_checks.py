@@ -1,6 +1,5 @@
 """User errors that a look at files, packages and this machine finds, before Ray starts."""
 
-import importlib
 import json
 import re
 from pathlib import Path
@@ -8,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from verl.config import AGENT_LOOPS, PPOConfig, TrainerConfig
-from verl.experimental.agent_loop.base import AgentLoopBase, get_agent_loop_class, register
+from verl.config import PPOConfig, TrainerConfig
 from verl.trainer.launch import checks
 from verl.trainer.launch.checks import check_ranks, check_run, prepare_folders
 from verl.trainer.launch.typed import load_config
@@ -89,7 +87,6 @@ def test_a_run_in_order_passes_and_makes_nothing(run: list[str], tmp_path: Path)
         (["data.train_files=['']"], "data.train_files= matches no parquet file"),
         (["data.train_files=deep"], "data.train_files=deep matches no parquet file; correct the path"),
         (["data.val_files=[train.parquet,gone.parquet]"], "data.val_files=gone.parquet matches no parquet file"),
-        ([f"{ROLLOUT}.agent.default_agent_loop=browser"], "agent loop 'browser' (a row's agent_name, or actor_rollout"),
     ],
 )
 def test_user_errors(run: list[str], tmp_path: Path, overrides: list[str], expected: str) -> None:
@@ -215,13 +212,6 @@ def test_what_passes(run: list[str], tmp_path: Path, files: str) -> None:
     assert check(*run, *BEST, "trainer.best_metric=val/reverse_kl min", *sampled) == []
     assert check(*run, *BEST, "trainer.best_metric=val/reward") == []
     assert check(*run, *GRPO, f"{TEACHER}.path=null") == []  # task rewards need no teacher
-
-
-def test_agent_loops(run: list[str]) -> None:
-    importlib.import_module("verl.experimental.agent_loop.tool_agent_loop")
-    assert [get_agent_loop_class(name).__name__ for name in AGENT_LOOPS] == ["ToolAgentLoop", "SingleTurnAgentLoop"]
-    register("own_agent_of_the_test")(AgentLoopBase)
-    assert check(*run, f"{ROLLOUT}.agent.default_agent_loop=own_agent_of_the_test") == []
 
 
 @pytest.mark.parametrize(

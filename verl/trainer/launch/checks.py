@@ -15,7 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
-from verl.config import AGENT_LOOPS, PPOConfig, RolloutConfig, TrainerConfig
+from verl.config import PPOConfig, RolloutConfig, TrainerConfig
 from verl.config.best_rule import BestRule
 from verl.trainer.checkpoint.layout import UNMERGED, VERL_SHARDS
 from verl.utils.lfs import describe_damage, is_pointer
@@ -247,17 +247,6 @@ def _engine_errors(config: PPOConfig) -> Iterator[str]:
     rollout, key = config.actor_rollout_ref.rollout, "actor_rollout_ref.rollout"
     if rollout.name == "vllm" and not is_installed("vllm"):
         yield f"{key}.name=vllm needs vLLM, which is not installed; run deploy_env.sh, or set it to hf"
-    if (agent := rollout.agent).default_agent_loop in AGENT_LOOPS and agent.agent_loop_config_path is None:
-        return
-    # transformers comes with it, which only a loop of the user's own is worth.
-    from verl.experimental.agent_loop.base import get_agent_loop_class, load_agent_loops
-
-    try:
-        load_agent_loops(agent.agent_loop_config_path)
-        if agent.default_agent_loop not in AGENT_LOOPS:
-            get_agent_loop_class(agent.default_agent_loop)
-    except ValueError as error:
-        yield str(error)
 
 
 def _output_errors(config: PPOConfig) -> Iterator[str]:

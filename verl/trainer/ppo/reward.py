@@ -72,17 +72,14 @@ async def _await_all(results: Sequence[Any]) -> list[Any]:
 
 
 def _score_and_extra(result: Any, row: int) -> tuple[float, dict[str, Any]]:
-    score, extra = result, {}
-    if isinstance(result, Mapping):
-        if "score" not in result:
-            raise ValueError(f"the reward function returned {sorted(result)} for row {row}; it must hold 'score'")
-        score, extra = result["score"], {key: value for key, value in result.items() if key != "score"}
+    extra = dict(result) if isinstance(result, Mapping) else {"score": result}
     try:
-        number = float(score)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"the reward function returned {score!r} for row {row}; a number is needed") from error
+        number = float(extra.pop("score"))
+    except (KeyError, TypeError, ValueError):
+        number = math.nan
     if not math.isfinite(number):
-        raise ValueError(f"the reward function returned {score!r} for row {row}; the score must be finite")
+        form = "it must be a finite number, or a mapping that holds one as 'score'"
+        raise ValueError(f"the reward function returned {result!r} for row {row}; {form}")
     return number, extra
 
 

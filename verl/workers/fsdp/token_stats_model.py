@@ -199,10 +199,6 @@ class TokenStatsModel(nn.Module):
         ValueError: the head does more to the hidden states than one matrix product.
     """
 
-    causal_lm: PreTrainedModel
-    packed: bool
-    offload_activations: bool
-
     def __init__(self, causal_lm: PreTrainedModel, packed: bool = True, offload_activations: bool = False) -> None:
         super().__init__()
         head = causal_lm.get_output_embeddings()
@@ -211,8 +207,9 @@ class TokenStatsModel(nn.Module):
         if not isinstance(head, nn.Linear) or head.bias is not None or reasons:
             reason = ", ".join(reasons) or "a bias, or no matrix"
             raise ValueError(f"{type(causal_lm).__name__} cannot be trained here: its head has more ({reason})")
-        self.causal_lm = causal_lm
-        self.packed, self.offload_activations = packed, offload_activations
+        self.causal_lm: PreTrainedModel = causal_lm
+        self.packed: bool = packed
+        self.offload_activations: bool = offload_activations
 
     @property
     def device(self) -> torch.device:

@@ -32,7 +32,7 @@ from transformers import PreTrainedModel
 from verl.config import RefConfig, RolloutConfig
 from verl.ops.attention import PACKED_SDPA
 from verl.protocol import DataProto
-from verl.utils.seqlen_balancing import check_row_lengths, most_over_ranks, rearrange_micro_batches
+from verl.utils.seqlen_balancing import most_over_ranks, rearrange_micro_batches
 
 # ------------------------------------------------------------------ rows as model inputs
 
@@ -112,10 +112,8 @@ class ScoredRows:
     def micro_batches(self, sizes: BatchSizes, packed: bool) -> list[MicroBatch]:
         """Cut the rows into micro-batches: as many on every rank, because sharded models communicate in each.
 
-        A micro-batch with nothing to score, as a rank with few rows may have, holds one arbitrary token.
-
-        Raises:
-            ValueError: a row is longer than a micro-batch may be.
+        A micro-batch with nothing to score, as a rank with few rows may have, holds one arbitrary token. A row longer
+        than one may be, which `PPOConfig` sees to that there is none, raises ValueError or is one of its own.
         """
         if sizes.max_rows is not None:  # all ranks have as many rows, so as many micro-batches
             parts = [part.tolist() for part in torch.arange(len(self.lengths)).split(sizes.max_rows)]
@@ -166,7 +164,6 @@ def no_positions(packed: bool) -> MicroBatch:
 def _rectangles(lengths: list[int], max_tokens: int) -> list[list[int]]:
     """Rows of similar length together, so that rows x longest row stays within ``max_tokens``; longest first."""
     parts: list[list[int]] = []
-    check_row_lengths(lengths, max_tokens)
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
         # Lengths fall, so a part's first row is its longest.
         if parts and (len(parts[-1]) + 1) * lengths[parts[-1][0]] <= max_tokens:

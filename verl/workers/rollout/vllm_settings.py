@@ -46,11 +46,8 @@ def engine_environment(config: RolloutConfig, device: str) -> dict[str, str]:
         # IPC handles of weights travel pickled, from the training ranks to this replica's own workers.
         return environment | {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
     return environment | {
-        "TORCH_CPP_LOG_LEVEL": "ERROR",
         # One small function of the sampler would otherwise cost a C++ compilation of 20 s at the first token.
         "TORCH_COMPILE_DISABLE": "1",
-        # Threads that spin while they wait make a busy machine ten times slower.
-        "OMP_WAIT_POLICY": "PASSIVE",
         "OMP_NUM_THREADS": str(engine_threads(config)),
         # vLLM would pin its threads to cores that the training ranks use too.
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",

@@ -220,36 +220,22 @@ class TokenStatsModel(nn.Module):
 
     def run(self, micro: MicroBatch, head: Head) -> Any:
         """The head's result for a micro-batch."""
-        return self(*micro.inputs.to(self.device), head)
+        return self(micro.inputs.to(self.device), head)
 
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        position_ids: torch.Tensor,
-        row_lengths: tuple[int, ...] | None,
-        select_index: torch.Tensor,
-        labels: torch.Tensor,
-        head: Head,
-    ) -> Any:
-        """Score tokens.
-
-        Args:
-            input_ids: (1, N) packed rows, or (B, L) rows padded on the right.
-            position_ids: of the same shape; counts from 0 in each row.
-            row_lengths: tokens of each packed row; None for padded rows.
-            select_index: (S,) positions in the flattened ``input_ids`` whose next token is scored.
-            labels: (S,) that token.
-            head: what to compute at the scored positions; its result is returned.
-        """
+    def forward(self, inputs: ModelInputs, head: Head) -> Any:
+        """The head's result for inputs on the device of the parameters."""
         offloads = self.offload_activations and self.training and torch.is_grad_enabled()
         with save_on_cpu(pin_memory=True) if offloads else nullcontext():
             # No attention mask: rows are causal, and what pads them stands on their right, where nothing looks.
             output = self.causal_lm.get_decoder()(
-                input_ids=input_ids, position_ids=position_ids, use_cache=False, **self._row_boundaries(row_lengths)
+                input_ids=inputs.input_ids,
+                position_ids=inputs.position_ids,
+                use_cache=False,
+                **self._row_boundaries(inputs.row_lengths),
             )
         # Outside the block: what a head saves, such as a gradient (V, D), stays on the device.
-        hidden = output.last_hidden_state.flatten(0, 1)[select_index]  # (S, D)
-        return head(hidden, self.causal_lm.get_output_embeddings().weight, labels)
+        hidden = output.last_hidden_state.flatten(0, 1)[inputs.select_index]  # (S, D)
+        return head(hidden, self.causal_lm.get_output_embeddings().weight, inputs.labels)
 
     def _row_boundaries(self, row_lengths: tuple[int, ...] | None) -> dict[str, object]:
         """Arguments that tell the attention function where rows begin; flash kernels have their own form."""

@@ -136,9 +136,9 @@ def run_command_line(module: str, config_name: str, build: "Callable[[PPOConfig]
     escape_unknown_characters()
     try:
         sys.argv[1:] = normalized_argv(sys.argv[1:])
-    except ValueError as error:
+        hydra.main(version_base=None, config_path="config", config_name=config_name)(hydra_main)()
+    except ValueError as error:  # of ours, or of Hydra about flags that exclude each other
         sys.exit(f"error: {error}")
-    hydra.main(version_base=None, config_path="config", config_name=config_name)(hydra_main)()
     # Outside of Hydra, which would report what a run raises behind all overrides and without most of its traceback.
     for cfg in composed:
         start(cfg, build)

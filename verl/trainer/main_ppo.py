@@ -29,14 +29,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MakePrompts = Callable[..., Path]
-"""Makes the file of ``data.synthetic_item_prompts``; called with the ``data`` settings and the tokenizer."""
-
 
 def build_trainer(
     config: PPOConfig,
     trainer_class: "type[RayPPOTrainer] | None" = None,
-    make_prompts: Callable[..., Any] | None = None,
+    make_prompts: Callable[..., Path] | None = None,
 ) -> "RayPPOTrainer":
     """Tokenizer, data, reward function and worker classes, put together; starts nothing.
 
@@ -44,7 +41,8 @@ def build_trainer(
 
     Args:
         trainer_class: the trainer of a recipe; None: ``RayPPOTrainer``, which learns from a task reward alone.
-        make_prompts: see ``MakePrompts``; None: there are no such prompts.
+        make_prompts: makes the file of ``data.synthetic_item_prompts``, called with the ``data`` settings and the
+            tokenizer; None: there are no such prompts.
 
     Raises:
         ValueError: settings, files, models or a user's own code that this run cannot work with.

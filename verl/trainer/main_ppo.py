@@ -41,8 +41,7 @@ def build_trainer(
 
     Args:
         trainer_class: the trainer of a recipe; None: ``RayPPOTrainer``, which learns from a task reward alone.
-        make_prompts: makes the file of ``data.synthetic_item_prompts``, called with the ``data`` settings and the
-            tokenizer; None: there are no such prompts.
+        make_prompts: makes the file of ``data.synthetic_item_prompts`` of ``data`` and the tokenizer; None: none.
 
     Raises:
         ValueError: settings, files, models or a user's own code that this run cannot work with.
@@ -87,10 +86,8 @@ def build_trainer(
     for name in {name for dataset in datasets if dataset is not None for name in dataset.agent_names}:
         get_agent_loop_class(name)
     workers = {"actor": StudentWorker, **dict.fromkeys(algorithm.distill.roles, TeacherWorker)}
-    options: dict[str, Any] = {
-        "device_name": device_name,
-        "vocab_fingerprint": contract.fingerprint if contract else None,
-    }
+    fingerprint = contract.fingerprint if contract else None
+    options: dict[str, Any] = {"device_name": device_name, "vocab_fingerprint": fingerprint}
     return (trainer_class or RayPPOTrainer)(config, tokenizer, workers, *datasets, reward_fn, **options)
 
 

@@ -163,6 +163,13 @@ def weights_of(worker: Any) -> dict[str, torch.Tensor]:
     return {name: whole(weight.detach()) for name, weight in named_weights(worker._state.module).items()}
 
 
+def save_checkpoint(worker: Any, folder: Path, step: int = 1) -> None:
+    """Write a checkpoint of a student and wait for it; raises OSError where it could not be written."""
+    worker.begin_checkpoint(str(folder), step)
+    if error := worker.checkpoint_outcome(wait=True).error:
+        raise OSError(error)
+
+
 def first_gradient(worker: Any) -> dict[str, torch.Tensor]:
     """The gradient of a student's first optimizer step, read off Adam's first moment: m = (1 - beta1) g."""
     state = worker._state

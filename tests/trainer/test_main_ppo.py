@@ -53,6 +53,16 @@ def test_what_is_found_before_anything_starts(tiny_pair: Pair, tmp_path: Path) -
     (tmp_path / "broken.py").write_text("import no_such_package\n")
     for key, value, expected in (
         ("algorithm.adv_estimator", "on_policy_distill", "is for distillation; run python -m recipe.onpolicy_distill"),
+        (
+            "actor_rollout_ref.rollout.agent.default_agent_loop",
+            "own",
+            r"agent loop 'own' \(a row's agent_name, or actor_r",
+        ),
+        (
+            "actor_rollout_ref.rollout.agent.agent_loop_config_path",
+            "no.yaml",
+            "agent_loop_config_path=no.yaml: .*No such",
+        ),
         ("custom_reward_function.path", tmp_path / "broken.py", "broken.py cannot be imported: ModuleNotFoundError"),
         ("data.seed", 2, r"agent loop 'browser' \(a row's agent_name, .* use one of .*tool_agent"),
     ):

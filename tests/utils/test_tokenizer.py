@@ -93,7 +93,7 @@ def test_gaps_and_pointers_are_refused(tmp_path):
     ):
         hf_tokenizer(folder)
     (folder / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1")
-    with pytest.raises(ValueError, match=r"tokenizer\.json cannot be read: it is a Git LFS pointer"):
+    with pytest.raises(ValueError, match=r"tokenizer\.json is not JSON: it is a Git LFS pointer"):
         hf_tokenizer(folder)
 
 

@@ -52,7 +52,7 @@ def weights(model: StudentWorker | Path) -> dict[str, torch.Tensor]:
 def saved(one_rank: None, student_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a step, with the student as it was loaded."""
     folder = tmp_path_factory.mktemp("run") / "global_step_1"
-    student(student_model).save_checkpoint(str(folder / "actor"), 1)
+    tiny.save_checkpoint(student(student_model), folder / "actor")
     return folder
 
 
@@ -68,7 +68,7 @@ def test_only_the_chosen_parts_are_written_and_read(
 ) -> None:
     first = student(student_model, contents)
     first.update_actor(BATCH)
-    first.save_checkpoint(str(tmp_path), 1)
+    tiny.save_checkpoint(first, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == entries
     files = list(tmp_path.rglob("*.*"))
     assert {path.suffix for path in files} <= {".safetensors", ".json", ".jinja"}, "no file is a pickle"
@@ -88,7 +88,7 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_a_resumed_run_takes_
     student_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     worker = student(student_model)
-    worker.save_checkpoint(str(tmp_path), 0)
+    tiny.save_checkpoint(worker, tmp_path, 0)
     (tmp_path / SHARD).rename(tmp_path / "shards/00002-of-00002.safetensors")  # as if by more ranks; overwritten below
     worker.update_actor(BATCH)
     worker.compute_log_prob(BATCH)  # a pass without backward must leave no gathered parameters behind
@@ -127,7 +127,7 @@ def test_an_export_says_to_transformers_4_where_positions_are_and_keeps_what_can
     ):
         values = json.loads((folder / name).read_text()) if (folder / name).exists() else {}
         (folder / name).write_text(json.dumps(values | entries))
-    student(folder, ["hf_model"]).save_checkpoint(str(tmp_path), 1)
+    tiny.save_checkpoint(student(folder, ["hf_model"]), tmp_path)
     config, generation = (
         json.loads((tmp_path / "huggingface" / name).read_text()) for name in ("config.json", "generation_config.json")
     )

@@ -49,7 +49,7 @@ def run_student(config: ActorRolloutRefConfig, share: DataProto, other: DataProt
     seen["ref"] = dict(teacher.compute_ref_log_prob(share).batch)
     seen["metrics"] = worker.update_actor(share).meta_info["metrics"]
     seen["gradient"] = tiny.first_gradient(worker)
-    worker.save_checkpoint(str(folder / "checkpoint"), 1)
+    tiny.save_checkpoint(worker, folder / "checkpoint")
     seen["saved_scores"] = worker.compute_log_prob(share).tensor("old_log_probs")
     seen["paths"], seen["weights"] = export_weights(worker)
     with full_disk(2_000) if worker.rank == 1 else nullcontext():

@@ -7,9 +7,6 @@ from pydantic import AfterValidator, Field
 
 from verl.config.schema import Count, Fraction, IsListed, NonNegativeFloat, NullIsEmpty, Options, PositiveFloat, section
 
-AGENT_LOOPS = ("tool_agent", "single_turn_agent")
-"""The agent loops that are built in."""
-
 KLEstimator = Literal["kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 CheckpointParts = Annotated[list[Literal["model", "optimizer", "extra", "hf_model"]], IsListed]

@@ -15,14 +15,6 @@ from pydantic.dataclasses import dataclass
 
 Section = TypeVar("Section")
 
-LIMITS = {
-    "greater_than_equal": "must be at least {ge:g}",
-    "greater_than": "must be above {gt:g}",
-    "less_than_equal": "must be at most {le:g}",
-    "less_than": "must be below {lt:g}",
-}
-"""Shorter messages for some of pydantic's types of error."""
-
 
 def _listed(value: Any) -> Any:
     """The list that a text stands for: its only item, or one that kept the quotes of its shell line ('[a,b]')."""
@@ -120,14 +112,14 @@ def error_messages(root: Any, error: ValidationError, prefix: str = "") -> list[
 
 
 def _message(root: Any, error: Any, prefix: str) -> str:
-    kind, parts, context = error["type"], [str(part) for part in error["loc"]], error.get("ctx", {})
+    kind, parts = error["type"], [str(part) for part in error["loc"]]
     if kind == "value_error":  # a check of a whole section, whose text names its keys
-        return str(context["error"])
+        return str(error["ctx"]["error"])
     if kind == "unexpected_keyword_argument":
         return prefix + unknown_key_message(root, ".".join(parts))
     while parts and type_at(root, ".".join(parts)) is None:  # an item of a list, or an alternative of several types
         parts.pop()
     key = ".".join(parts)
-    text = LIMITS[kind].format(**context) if kind in LIMITS else error["msg"].replace("Input should", "must")
+    text = error["msg"].replace("Input should", "must")
     null = ", or null" if type(None) in get_args(type_at(root, key)) else ""
     return f"{prefix}{key}={error['input']!r} {text}{null}"

@@ -30,14 +30,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MakePrompts = Callable[..., Path]
-"""Makes the file of ``data.synthetic_item_prompts``; called with the ``data`` settings and the tokenizer."""
-
 
 def build_trainer(
     config: PPOConfig,
     trainer_class: "type[RayPPOTrainer] | None" = None,
-    make_prompts: Callable[..., Any] | None = None,
+    make_prompts: Callable[..., Path] | None = None,
 ) -> "RayPPOTrainer":
     """Tokenizer, data, reward function and worker classes, put together; starts nothing.
 
@@ -45,12 +42,12 @@ def build_trainer(
 
     Args:
         trainer_class: the trainer of a recipe; None: ``RayPPOTrainer``, which learns from a task reward alone.
-        make_prompts: see ``MakePrompts``; None: there are no such prompts.
+        make_prompts: makes the file of ``data.synthetic_item_prompts`` of ``data`` and the tokenizer; None: none.
 
     Raises:
         ValueError: settings, files, models or a user's own code that this run cannot work with.
     """
-    from verl.experimental.agent_loop.base import ChatTemplate, get_agent_loop_class
+    from verl.experimental.agent_loop.base import ChatTemplate, get_agent_loop_class, load_agent_loops
     from verl.experimental.agent_loop.worker import load_tools
     from verl.tools.schemas import schema_dict
     from verl.trainer.data import build_datasets
@@ -62,6 +59,7 @@ def build_trainer(
     from verl.workers.model_workers import StudentWorker, TeacherWorker
 
     algorithm, makes_prompts = config.algorithm, config.data.synthetic_item_prompts.count > 0
+    model, rollout = config.actor_rollout_ref.model, config.actor_rollout_ref.rollout
     if (algorithm.distils and trainer_class is None) or (makes_prompts and make_prompts is None):
         what = f"algorithm.adv_estimator={algorithm.adv_estimator}" if algorithm.distils else "synthetic_item_prompts"
         raise ValueError(f"{what} is for distillation; run python -m recipe.onpolicy_distill.main_onpolicy_distill")
@@ -69,9 +67,10 @@ def build_trainer(
     check_ranks(config, device_name)
     prepare_folders(config.trainer)
     reward_fn = load_reward_fn(config.custom_reward_function)
+    load_agent_loops(rollout.agent.agent_loop_config_path)
+    get_agent_loop_class(rollout.agent.default_agent_loop)
     # First of what reads the threshold: here auto becomes a number.
     contract = resolve_vocabulary(config)
-    model, rollout = config.actor_rollout_ref.model, config.actor_rollout_ref.rollout
     tokenizer = hf_tokenizer(model.tokenizer_path or str(model.path), trust_remote_code=model.trust_remote_code)
     tool_schemas = [schema_dict(tool.get_openai_tool_schema()) for tool in load_tools(rollout).values()]
     # Tools that the chat template does not fit are refused here, before Ray starts.
@@ -88,10 +87,8 @@ def build_trainer(
     for name in {name for dataset in datasets if dataset is not None for name in dataset.agent_names}:
         get_agent_loop_class(name)
     workers = {"actor": StudentWorker, **dict.fromkeys(algorithm.distill.roles, TeacherWorker)}
-    options: dict[str, Any] = {
-        "device_name": device_name,
-        "vocab_fingerprint": contract.fingerprint if contract else None,
-    }
+    fingerprint = contract.fingerprint if contract else None
+    options: dict[str, Any] = {"device_name": device_name, "vocab_fingerprint": fingerprint}
     return (trainer_class or RayPPOTrainer)(config, tokenizer, workers, *datasets, reward_fn, **options)
 
 
@@ -135,9 +132,9 @@ def run_command_line(module: str, config_name: str, build: "Callable[[PPOConfig]
     escape_unknown_characters()
     try:
         sys.argv[1:] = normalized_argv(sys.argv[1:])
-    except ValueError as error:
+        hydra.main(version_base=None, config_path="config", config_name=config_name)(hydra_main)()
+    except ValueError as error:  # of ours, or of Hydra about flags that exclude each other
         sys.exit(f"error: {error}")
-    hydra.main(version_base=None, config_path="config", config_name=config_name)(hydra_main)()
     # Outside of Hydra, which would report what a run raises behind all overrides and without most of its traceback.
     for cfg, of_hydra in composed:
         HydraConfig.instance().cfg = of_hydra  # what ${hydra:...} in it stands for

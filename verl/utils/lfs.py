@@ -1,6 +1,8 @@
-"""Files that cannot be read because they are Git LFS pointers: lines of text that a clone without git-lfs leaves."""
+"""Files that cannot be read: no JSON, or a Git LFS pointer, lines of text that a clone without git-lfs leaves."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 POINTER = b"version https://git-lfs"
 
@@ -19,3 +21,15 @@ def describe_damage(path: Path, error: Exception, fix: str) -> str:
         return "it is a Git LFS pointer in place of the file; run git lfs pull where it was cloned"
     reason = str(error).strip().partition("\n")[0].removesuffix(".")
     return f"{reason}; {fix}"
+
+
+def read_json(path: Path, fix: str) -> dict[str, Any]:
+    """What a JSON file holds; an empty object without it.
+
+    Raises:
+        ValueError: it is not JSON; the message ends in ``fix``.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {describe_damage(path, error, fix)}") from error

@@ -6,22 +6,20 @@ lines on the console, around a progress bar rather than through it.
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from verl.protocol import DataProto
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 COPIED_COLUMNS = ("uid", "index", "source", "data_source")
 """Object columns that are copied as they are, where the batch has them."""
 
 
-def generation_rows(batch: DataProto, tokenizer: "PreTrainedTokenizerBase") -> list[dict[str, Any]]:
+def generation_rows(batch: DataProto, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
     """One dict a row.
 
     ``input`` and ``output`` (text with its special and item tokens, padding left out), ``gts`` (the ground truth or
@@ -51,7 +49,7 @@ def generation_rows(batch: DataProto, tokenizer: "PreTrainedTokenizerBase") -> l
     return rows
 
 
-def show_answers(batch: DataProto, tokenizer: "PreTrainedTokenizerBase", count: int) -> None:
+def show_answers(batch: DataProto, tokenizer: PreTrainedTokenizerBase, count: int) -> None:
     """Write the first answers of a batch to the console, a line each behind its ``uid``."""
     for row in generation_rows(batch.slice(0, min(count, len(batch))), tokenizer) if count > 0 else []:
         tqdm.write(f"[{row['uid']}] {row['output']}")
@@ -62,7 +60,7 @@ def _plain(value: Any) -> Any:
     return value.tolist() if isinstance(value, np.generic | np.ndarray | torch.Tensor) else str(value)
 
 
-def dump_generations(folder: str | Path, step: int, batch: DataProto, tokenizer: "PreTrainedTokenizerBase") -> Path:
+def dump_generations(folder: str | Path, step: int, batch: DataProto, tokenizer: PreTrainedTokenizerBase) -> Path:
     """Write the rows of a batch to ``<folder>/<step>.jsonl`` and return its path; a file of that step is replaced."""
     path = Path(folder) / f"{step}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)

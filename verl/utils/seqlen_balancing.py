@@ -98,15 +98,6 @@ def _fewest_parts(seqlens: list[int], max_token_len: int, at_least: int) -> list
     return [[row] for row in sorted(range(len(seqlens)), key=lambda row: -seqlens[row])]
 
 
-def check_row_lengths(seqlens: Sequence[int], max_token_len: int) -> None:
-    """Raise ValueError where a row is longer than a micro-batch of ``max_token_len`` tokens."""
-    longest = max(seqlens)
-    if longest > max_token_len:
-        raise ValueError(
-            f"a row has {longest} tokens, a micro-batch holds {max_token_len}; raise *_max_token_len_per_gpu"
-        )
-
-
 def most_over_ranks(number: int, device: torch.device | str = "cpu", dp_group: dist.ProcessGroup | None = None) -> int:
     """The largest of the ranks' numbers."""
     if not dist.is_initialized():
@@ -144,7 +135,10 @@ def rearrange_micro_batches(
         ValueError: a row is longer than ``max_token_len``, or more micro-batches are needed than there are rows.
     """
     seqlens = [int(length) for length in batch["attention_mask"].sum(dim=1).tolist()]
-    check_row_lengths(seqlens, max_token_len)
+    if (longest := max(seqlens)) > max_token_len:
+        raise ValueError(
+            f"a row has {longest} tokens, a micro-batch holds {max_token_len}; raise *_max_token_len_per_gpu"
+        )
     wanted, at_least = min_num_micro_batch or 1, 0
     while wanted != at_least:  # a rank that gets more parts than it needs may then need more still
         if wanted > len(seqlens):

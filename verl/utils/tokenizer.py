@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from verl.utils.lfs import describe_damage
+from verl.utils.lfs import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -96,10 +96,7 @@ def _written_ids(folder: Path | None) -> list[tuple[str, str, int]]:
     """File, token and id of every added token in the files; raises ValueError where one cannot be read."""
     found: list[tuple[str, str, int]] = []
     for path in (folder / name for name in ("tokenizer.json", CONFIG, "added_tokens.json") if folder):
-        try:
-            values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        except ValueError as error:
-            raise ValueError(f"{path} cannot be read: {describe_damage(path, error, 'copy it again')}") from error
+        values = read_json(path, "copy it again")
         if path.name == "added_tokens.json":
             values = {"added_tokens": [{"content": token, "id": token_id} for token, token_id in values.items()]}
         added = [(token["id"], token) for token in values.get("added_tokens", [])]
@@ -120,6 +117,12 @@ def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: str | Path) -> 
     if values["tokenizer_class"] == "TokenizersBackend":
         values["tokenizer_class"] = "PreTrainedTokenizerFast"
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def listed_ids(*entries: int | list[int] | None) -> tuple[int, ...]:
+    """Ids out of entries such as ``eos_token_id``, each of them one id, a list or None; every id once."""
+    lists = [entry if isinstance(entry, list) else [entry] for entry in entries]
+    return tuple(dict.fromkeys(token_id for ids in lists for token_id in ids if token_id is not None))
 
 
 def answer_text(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> str:
@@ -150,8 +153,7 @@ def _framing_tokens(tokenizer: "PreTrainedTokenizerBase", template: str) -> dict
     folder, ends = local_model_folder(tokenizer.name_or_path), None
     if folder is not None and (folder / "generation_config.json").is_file():
         ends = GenerationConfig.from_pretrained(folder).eos_token_id
-    found = [*roles, *in_template, *(ends if isinstance(ends, list) else [ends])]
-    return {token: str(added.get(token, "")) for token in found if token is not None}
+    return {token: str(added.get(token, "")) for token in listed_ids(*roles, *in_template, ends)}
 
 
 def render_chat(

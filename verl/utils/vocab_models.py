@@ -4,7 +4,6 @@ In: a model and a tokenizer, folders or hub names. Out: ``ModelVocabulary``. Of 
 name that is not in the cache costs its two JSON files.
 """
 
-import json
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,8 +15,8 @@ from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedTokenizerBase
 
-from verl.utils.lfs import describe_damage
-from verl.utils.tokenizer import hf_tokenizer
+from verl.utils.lfs import describe_damage, read_json
+from verl.utils.tokenizer import hf_tokenizer, listed_ids
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 ROW_TENSORS = ("embed_tokens.weight", "lm_head.weight")
@@ -117,12 +116,9 @@ def read_vocabulary(
     if not folder.is_dir():
         with suppress(OSError, HFValidationError):  # no such model, or no network
             folder = Path(snapshot_download(model, allow_patterns=[CONFIG, GENERATION_CONFIG]))
-    config = _read_json(folder / CONFIG) | dict(overrides or {})
-    ends = [tokenizer.eos_token_id]
-    for values in (config, _read_json(folder / GENERATION_CONFIG)):
-        eos = values.get("eos_token_id")
-        ends += eos if isinstance(eos, list) else [eos]
-    end_ids = tuple(dict.fromkeys(token_id for token_id in ends if token_id is not None))
+    config, generation = (read_json(folder / name, "copy the model again") for name in (CONFIG, GENERATION_CONFIG))
+    config |= overrides or {}
+    end_ids = listed_ids(tokenizer.eos_token_id, config.get("eos_token_id"), generation.get("eos_token_id"))
     # Models of several modalities keep the language model's settings in text_config.
     configured = config.get("vocab_size", config.get("text_config", {}).get("vocab_size"))
     found = _read_rows(folder)
@@ -134,13 +130,6 @@ def read_vocabulary(
     notes = [] if found else [f"{model} holds no weights in safetensors format: vocab_size of {CONFIG} is taken"]
     rows = min(found.values(), default=configured)
     return ModelVocabulary(role, model, path, tokenizer, tokens, rows, end_ids, problems, notes)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {describe_damage(path, error, 'copy the model again')}") from error
 
 
 def _read_rows(folder: Path) -> dict[str, int]:

@@ -164,20 +164,8 @@ class StudentWorker(Worker):
         return self._checkpoint_writer.outcome(wait)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
-    def save_checkpoint(self, local_path: str, global_step: int) -> None:
-        """Write a checkpoint and wait for it.
-
-        Raises:
-            OSError: it could not be written.
-        """
-        self.begin_checkpoint(local_path, global_step)
-        outcome = self.checkpoint_outcome(wait=True)
-        if outcome.error:
-            raise OSError(f"the checkpoint in {local_path} is not whole: {outcome.error}")
-
-    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def load_checkpoint(self, local_path: str) -> None:
-        """Go on from a checkpoint that `save_checkpoint` wrote, on any number of ranks."""
+        """Go on from a checkpoint, on any number of ranks."""
         with self._on_device(optimizer=True):
             steps = load_checkpoint(self._state, self.config.actor.checkpoint, Path(local_path))
         if steps is not None:

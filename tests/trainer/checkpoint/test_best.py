@@ -158,7 +158,7 @@ def test_step_0_has_to_be_known(tmp_path: Path) -> None:
         Run(tmp_path)
     Run(tmp_path, best_metric="general subject to rec >= 0.4")
     (tmp_path / "validations.json").write_text('{"0": ')
-    with pytest.raises(ValueError, match=r"validations\.json is damaged"):
+    with pytest.raises(ValueError, match=r"validations\.json is not JSON: .*; removing it forgets"):
         Run(tmp_path)
 
 

@@ -44,6 +44,9 @@ def test_user_errors_end_the_run_in_the_first_line(tmp_path: Path) -> None:
     result = launch(tmp_path, "data.max_promt_length=5")
     assert (result.returncode, result.stderr.count("\n")) == (1, 1)
     assert result.stderr.startswith("error: data.max_promt_length is no known key"), result.stderr
+    result = launch(tmp_path, "--cfg", "job", "data.seed=1,2", "-m")
+    assert (result.returncode, result.stderr.count("\n")) == (1, 1)
+    assert result.stderr.startswith("error: Only one of --run, --multirun, --cfg"), result.stderr
 
 
 def test_settings_may_name_those_of_hydra(tmp_path: Path) -> None:

@@ -185,8 +185,6 @@ def test_all_mistakes_come_at_once() -> None:
     with pytest.raises(ValueError, match="is no known key") as caught:
         normalized_argv(["data.nonsense=1", "trainer.devic=cpu", "data.train_files"])
     assert len(str(caught.value).splitlines()) == 3
-    with pytest.raises(ValueError, match=r"^--multirun and --cfg exclude each other"):
-        normalized_argv(["--cfg", "job", "data.seed=1,2", "-m"])
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,9 @@ def test_sections_are_dataclasses() -> None:
     """Built in code by position or name, and checked there too."""
     optim = OptimizerConfig(1e-5, lr_scheduler_type="cosine")
     assert FSDPActorConfig(ppo_mini_batch_size=8, optim=optim).optim is optim
-    with pytest.raises(ValueError, match=r"^actor_rollout_ref\.actor\.ppo_epochs=0 must be at least 1$"):
+    with pytest.raises(
+        ValueError, match=r"^actor_rollout_ref\.actor\.ppo_epochs=0 must be greater than or equal to 1$"
+    ):
         FSDPActorConfig(ppo_epochs=0)
     with pytest.raises(ValueError, match=r"^data\.train_batchsize is no known key; did you mean train_batch_size"):
         DataConfig(train_batchsize=4)  # type: ignore[call-arg]
@@ -86,14 +88,14 @@ def test_values_become_their_declared_type(monkeypatch: pytest.MonkeyPatch, over
         ("data.sead=1", " is no known key; did you mean data.seed"),
         ("trainer.device=tpu", "='tpu' must be 'auto', 'cuda' or 'cpu'"),
         ("algorithm.rollout_correction.rollout_is=sequence", "='sequence' must be 'token', or null"),
-        (f"{ACTOR}.clip_ratio_c=1", "=1 must be above 1"),
-        (f"{DISTILL}.leak_target=1", "=1 must be below 1"),
-        ("trainer.max_actor_ckpt_to_keep=0", "=0 must be at least 1, or null"),
-        (f"{VAL}.top_k=-2", "=-2 must be at least -1"),
-        (f"{START}=0", "=0 must be at least 1, or null"),
+        (f"{ACTOR}.clip_ratio_c=1", "=1 must be greater than 1"),
+        (f"{DISTILL}.leak_target=1", "=1 must be less than 1"),
+        ("trainer.max_actor_ckpt_to_keep=0", "=0 must be greater than or equal to 1, or null"),
+        (f"{VAL}.top_k=-2", "=-2 must be greater than or equal to -1"),
+        (f"{START}=0", "=0 must be greater than or equal to 1, or null"),
         (f"{START}=soon", "='soon' must be a valid integer"),
         ("trainer.logger=[console,mlflow]", "='mlflow' must be 'console', 'wandb', 'tensorboard' or 'file'"),
-        ("data.source_weights.b=0", "=0 must be above 0"),
+        ("data.source_weights.b=0", "=0 must be greater than 0"),
         (f"{TEACHERS}.a.sources=[]", "=[] Value should have at least 1 item"),
         (f"{TEACHERS}.a.vocabulary=most", "='most' must be 'base', 'full' or 'stitched'"),
         (f"{TEACHERS}.a.color=red", " is no known key"),

@@ -81,7 +81,7 @@ def test_missing_inputs_and_a_missing_kl_penalty_are_refused() -> None:
         with pytest.raises(KeyError, match=missing):
             compute_advantage(batch, name)
     batch.batch["token_level_scores"] = torch.zeros(2, 3)
-    with pytest.raises(ValueError, match="call apply_kl_penalty first"):
+    with pytest.raises(KeyError, match=r"lacks .token_level_rewards. \(made by: advantage\)"):
         compute_advantage(batch, "grpo", config=AlgoConfig(use_kl_in_reward=True))
 
 

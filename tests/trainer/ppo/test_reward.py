@@ -59,9 +59,10 @@ def test_a_mapping_reports_more_than_the_score() -> None:
 
 
 def test_results_without_a_score_are_refused() -> None:
-    bad = [({"acc": 1}, "row 0; it must hold 'score'"), ("high", "'high' for row 0"), (float("inf"), "must be finite")]
-    for result, message in bad:
-        with pytest.raises(ValueError, match=message):
+    for result in ({"acc": 1}, {"score": None}, "high", float("inf")):
+        with pytest.raises(
+            ValueError, match=f"{result!r} for row 0; it must be a finite number, or a mapping that holds"
+        ):
             compute_rewards(responses(), LetterTokenizer(), lambda result=result, **_: result)
 
 

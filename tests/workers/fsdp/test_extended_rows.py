@@ -77,7 +77,7 @@ def test_drift_of_a_resumed_run_is_since_its_first_start(models: Models, tmp_pat
     batch, config = batch_of(models.ids, models.extend_start), models.config(models.untied, actor=DECAYING)
     student = workers(config)
     first = train(student, batch, 1)
-    student.save_checkpoint(str(tmp_path), 1)
+    tiny.save_checkpoint(student, tmp_path)
     second = train(student, batch, 1)
     resumed = workers(config)
     resumed.load_checkpoint(str(tmp_path))

@@ -18,7 +18,7 @@ from jinja2 import TemplateError
 from omegaconf import OmegaConf
 from transformers import PreTrainedTokenizerBase
 
-from verl.config import AGENT_LOOPS, RolloutConfig
+from verl.config import RolloutConfig
 from verl.experimental.agent_loop.masks import extended_token_mask, trainable_mask
 from verl.single_controller.base import RolloutError
 from verl.tools.base_tool import BaseTool
@@ -334,7 +334,7 @@ def get_agent_loop_class(agent_name: str) -> Callable[..., AgentLoopBase]:
         ValueError: there is none; the message lists those there are.
     """
     if agent_name not in _AGENT_LOOPS:
-        known = ", ".join(sorted({*_AGENT_LOOPS, *AGENT_LOOPS}))
+        known = ", ".join(sorted(_AGENT_LOOPS))
         raise ValueError(
             f"agent loop {agent_name!r} (a row's agent_name, or actor_rollout_ref.rollout.agent.default_agent_loop) is "
             f"unknown; use one of {known}, or have actor_rollout_ref.model.external_lib import what registers it"

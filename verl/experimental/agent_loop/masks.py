@@ -34,11 +34,7 @@ def trainable_mask(
         drop_whole: train on nothing of a response that holds an extended token.
         keep_rest: train on what follows the first extended token too, void as the teacher's context is there.
     """
-    if 1 not in extended_mask:
+    if 1 not in extended_mask or (keep_rest and not drop_whole):
         return list(model_mask)
-    if drop_whole:
-        return [0] * len(model_mask)
-    if keep_rest:
-        return list(model_mask)
-    kept = list(extended_mask).index(1) + 1
+    kept = 0 if drop_whole else list(extended_mask).index(1) + 1
     return [*model_mask[:kept], *[0] * (len(model_mask) - kept)]

@@ -140,7 +140,8 @@ def check_capacity(pools: Sequence[RayResourcePool], nodes: Sequence[Mapping[str
             have = "; ".join(f"node {node['NodeManagerAddress']}: {_describe(node['Resources'])}" for node in nodes)
             raise ValueError(
                 f"{pool.name_prefix!r} asks for {pool.describe()}{beside}; the cluster has {have or 'no node'}. "
-                f"Lower {pool.settings}, or add machines"
+                f"Lower {pool.settings}, or add machines (init_ray_cluster.sh HOSTFILE starts a cluster, which "
+                "ray_kwargs.ray_init.address=auto joins)"
             )
         for node, count in pairs:
             for kind, amount in pool.rank_share.items():

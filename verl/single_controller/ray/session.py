@@ -46,20 +46,17 @@ def start_session(ray_init: Mapping[str, Any]) -> None:
     """
     arguments = session_arguments(ray_init)
     try:
-        _check_place(arguments)
+        _check_head(arguments.get("address"))
         with own_process_group():
             ray.init(**arguments)
     except (OSError, ValueError) as error:
-        raise ValueError(f"ray_kwargs.ray_init: {error} (init_ray_cluster.sh starts a cluster)") from error
+        # Among them Ray's own about names of sockets that are too long.
+        fix = "init_ray_cluster.sh starts a cluster; Ray's files are below _temp_dir, RAY_TMPDIR or TMPDIR"
+        raise ValueError(f"ray_kwargs.ray_init: {error} ({fix})") from error
 
 
-def _check_place(arguments: Mapping[str, Any]) -> None:
-    """Find what Ray would wait for in vain, or say without the setting that it comes from.
-
-    Raises:
-        ValueError: nothing answers where the cluster's head should be, or Ray's sockets here would have too long names.
-    """
-    given = arguments.get("address")
+def _check_head(given: str | None) -> None:
+    """Raise ValueError where nothing answers at the address of a cluster's head: Ray would wait for it in vain."""
     if head := canonicalize_bootstrap_address(given):
         variable = os.environ.get("RAY_ADDRESS") if given in (None, "auto") else None
         host, _, port = head.rpartition(":")
@@ -68,15 +65,6 @@ def _check_place(arguments: Mapping[str, Any]) -> None:
         except OSError as error:
             source = f"RAY_ADDRESS={variable}" if variable else f"address={given}"
             raise ValueError(f"{source}: nothing answers at {head} ({error}); correct or unset it") from error
-        return
-    name = "_temp_dir" if "_temp_dir" in arguments else "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR"
-    folder = arguments.get("_temp_dir") or f"{os.environ.get(name, '/tmp')}/ray"
-    longest = len(os.fsencode(f"{folder}/session_2026-01-01_00-00-00_000000_{os.getpid()}/sockets/plasma_store"))
-    if longest > 107:
-        raise ValueError(
-            f"{folder} (of {name}) is {longest - 107} bytes too long for Ray's sockets, whose paths have at "
-            f"most 107; set {name} to a shorter folder"
-        )
 
 
 @contextmanager

@@ -21,16 +21,17 @@ import math
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 from verl.config import TrainerConfig
 from verl.config.best_rule import KEY, BestRule, Metrics, metric_value
 from verl.trainer.checkpoint import layout
 from verl.utils.durable_files import flush_tree, write_durably
+from verl.utils.lfs import read_json
 
 logger = logging.getLogger(__name__)
 
 RECORD, BEST, VOID, REASON = "validations.json", "best", "best_void", "best.json"
+FORGET = "removing it forgets the best of the run so far"
 
 
 class BestCheckpoint:
@@ -60,12 +61,12 @@ class BestCheckpoint:
         if not self._is_on or resume_from is None:
             return
         # The record of the run that wrote the checkpoint, which lies elsewhere with resume_mode=resume_path.
-        last, record = layout.checkpoint_step(resume_from), _read_json(resume_from.absolute().parent / RECORD)
+        last, record = layout.checkpoint_step(resume_from), read_json(resume_from.absolute().parent / RECORD, FORGET)
         # Later validations are of steps that this run takes again.
         self._metrics = {int(step): metrics for step, metrics in record.items() if int(step) <= last}
         # Another run's checkpoints are no candidates: they are not this run's to protect or to link.
         if layout.is_of_run(resume_from, self._root):
-            self._exported = _read_json(self._root / BEST / REASON).get("step")
+            self._exported = read_json(self._root / BEST / REASON, FORGET).get("step")
             whole = [folder for folder in layout.step_folders(self._root) if not layout.find_faults(folder)]
             # The step of best/ stays one without its checkpoint too: hard links keep its model.
             self._candidates = {self._exported, *(step for step in map(layout.checkpoint_step, whole) if step <= last)}
@@ -187,18 +188,6 @@ class BestCheckpoint:
         # Before the old folder is removed: that may fail, and best/ is the new one already.
         self._exported = step
         layout.remove_folder(deleted)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """What a file holds; an empty object without it.
-
-    Raises:
-        ValueError: it is not JSON.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); removing it forgets the best of the run so far") from error
 
 
 def _link_or_copy(source: str, target: str) -> None:

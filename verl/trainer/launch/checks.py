@@ -15,7 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
-from verl.config import AGENT_LOOPS, PPOConfig, RolloutConfig, TrainerConfig
+from verl.config import PPOConfig, RolloutConfig, TrainerConfig
 from verl.config.best_rule import BestRule
 from verl.trainer.checkpoint.layout import UNMERGED, VERL_SHARDS
 from verl.utils.lfs import describe_damage, is_pointer
@@ -55,29 +55,18 @@ def check_ranks(config: PPOConfig, device_name: str) -> None:
     # torch and Ray come with them, which --help has to do without.
     import torch
 
-    from verl.single_controller.ray.resource_pool import CPUS_PER_PROCESS
+    from verl.single_controller.ray.resource_pool import check_capacity
+    from verl.trainer.ppo.worker_groups import WorkerGroups
 
-    ray_init, trainer = config.ray_kwargs.ray_init, config.trainer
+    ray_init = config.ray_kwargs.ray_init
     if joins_cluster(ray_init):
         return
-    for key, nodes in (("nnodes", trainer.nnodes), ("teacher_nnodes", trainer.teacher_nnodes or 1)):
-        if nodes > 1:
-            raise ValueError(
-                f"trainer.{key}={nodes} and no cluster is named; start Ray on the machines "
-                "(init_ray_cluster.sh HOSTFILE) and set ray_kwargs.ray_init.address=auto"
-            )
-    if device_name == "cuda":
-        limit = torch.cuda.device_count()
-        available = f"has {limit} GPUs"
-    else:
-        cores = ray_init.get("num_cpus") or len(os.sched_getaffinity(0))
-        limit = int(cores / CPUS_PER_PROCESS)
-        available = f"can hold {limit} ranks on its {cores} cores"
-    wanted, teacher = f"trainer.n_gpus_per_node={trainer.n_gpus_per_node}", sum(trainer.teacher_ranks_on_nodes)
-    if teacher:
-        wanted += f" and trainer.teacher_n_gpus_per_node={teacher}"
-    if trainer.n_gpus_per_node + teacher > limit:
-        raise ValueError(f"{wanted}, but this machine {available}; use fewer")
+    pools = list(WorkerGroups(config, ["actor", *config.algorithm.distill.roles]).pools.values())
+    for pool in pools:
+        pool.use_gpu = device_name == "cuda"
+    cores = ray_init.get("num_cpus") or len(os.sched_getaffinity(0))
+    resources = {"CPU": cores, "GPU": torch.cuda.device_count()}
+    check_capacity(pools, [{"Alive": True, "NodeManagerAddress": "127.0.0.1, this machine", "Resources": resources}])
 
 
 def prepare_folders(trainer: TrainerConfig) -> None:
@@ -247,17 +236,6 @@ def _engine_errors(config: PPOConfig) -> Iterator[str]:
     rollout, key = config.actor_rollout_ref.rollout, "actor_rollout_ref.rollout"
     if rollout.name == "vllm" and not is_installed("vllm"):
         yield f"{key}.name=vllm needs vLLM, which is not installed; run deploy_env.sh, or set it to hf"
-    if (agent := rollout.agent).default_agent_loop in AGENT_LOOPS and agent.agent_loop_config_path is None:
-        return
-    # transformers comes with it, which only a loop of the user's own is worth.
-    from verl.experimental.agent_loop.base import get_agent_loop_class, load_agent_loops
-
-    try:
-        load_agent_loops(agent.agent_loop_config_path)
-        if agent.default_agent_loop not in AGENT_LOOPS:
-            get_agent_loop_class(agent.default_agent_loop)
-    except ValueError as error:
-        yield str(error)
 
 
 def _output_errors(config: PPOConfig) -> Iterator[str]:

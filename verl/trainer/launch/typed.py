@@ -62,8 +62,6 @@ def normalized_argv(argv: Sequence[str]) -> list[str]:
             something this project does not have; all of them in one message, a line each.
     """
     overrides, flags, errors = [], [], []
-    if {"-m", "--multirun"} & {*argv} and {"-c", "--cfg"} & {*argv}:
-        errors.append("--multirun and --cfg exclude each other; leave one of them out")
     for before, text in zip(("", *argv), argv, strict=False):
         # What follows a flag is its value, unless it is an override; write --config-dir=PATH where PATH holds a "=".
         if text.startswith("-") or (before.startswith("-") and "=" not in text and not text.startswith("~")):

@@ -24,17 +24,6 @@ def _with_tensors(data: DataProto, tensors: dict[str, torch.Tensor]) -> DataProt
     return DataProto.from_dict({**dict(data.batch.items()), **tensors}, data.non_tensor_batch, dict(data.meta_info))
 
 
-def _token_level_rewards(data: DataProto, config: AlgoConfig | None) -> torch.Tensor:
-    """The rewards (B, R): as they are, or the task's scores where no KL penalty has to come off."""
-    if "token_level_rewards" in data.batch:
-        return data.tensor("token_level_rewards")
-    if config is not None and config.use_kl_in_reward:
-        raise ValueError(
-            "algorithm.use_kl_in_reward=True and the batch has no token_level_rewards; call apply_kl_penalty first"
-        )
-    return data.tensor("token_level_scores")
-
-
 def compute_advantage(
     data: DataProto,
     adv_estimator: str | AdvantageEstimator,
@@ -50,7 +39,8 @@ def compute_advantage(
     ``old_log_probs``, ``token_level_rewards``, ...), ``index`` (the rows' ``uid``), and the settings below.
 
     Args:
-        data: the batch; ``token_level_scores`` stand in for ``token_level_rewards`` where these are absent.
+        data: the batch; ``token_level_scores`` stand in for ``token_level_rewards`` where these are absent and
+            ``config.use_kl_in_reward`` is not set.
         adv_estimator: a name in ``ADV_ESTIMATOR_REGISTRY``.
         gamma: discount per token; the built-in estimators take ``config.gamma`` where there is a config.
         lam: for estimators with a value function.
@@ -81,7 +71,9 @@ def compute_advantage(
         if name in settings:
             inputs[name] = settings[name]
         elif name == "token_level_rewards":
-            inputs[name] = _token_level_rewards(data, config)
+            # The task's scores stand in where no KL penalty has to come off them (`apply_kl_penalty`).
+            needs_penalty = config is not None and config.use_kl_in_reward
+            inputs[name] = data.tensor(name if needs_penalty or name in data.batch else "token_level_scores")
         elif name == "index":
             inputs[name] = data.array("uid")
         elif name in data.batch or not optional:

@@ -148,27 +148,21 @@ def rows_by_source(batch: DataProto) -> dict[str, np.ndarray]:
     return {}
 
 
-def overall_and_per_source(prefix: str, batch: DataProto, measure: Callable[[DataProto], Metrics]) -> Metrics:
-    """``<prefix>/<name>`` over all rows and ``<prefix>/<source>/<name>`` over those of each source."""
-    metrics = {f"{prefix}/{name}": value for name, value in measure(batch).items()}
-    for source, rows in rows_by_source(batch).items():
-        metrics |= {f"{prefix}/{source}/{name}": value for name, value in measure(batch[rows]).items()}
-    return metrics
-
-
-def _by_teacher(
-    prefix: str, batch: DataProto, roles: Sequence[str], measure: Callable[[DataProto], Metrics]
+def overall_and_per_source(
+    prefix: str, batch: DataProto, measure: Callable[[DataProto], Metrics], roles: Sequence[str] = ()
 ) -> Metrics:
-    """``<prefix>_teacher/<role>/<name>`` over the rows of each teacher; nothing where there is one teacher.
+    """``<prefix>/<name>`` over all rows and ``<prefix>/<source>/<name>`` over those of each source.
 
-    A family of its own: data sources may have any name, and none of them can collide with it.
+    Args:
+        roles: of the teachers; where there are several, ``<prefix>_teacher/<role>/<name>`` is over the rows of each: a
+            family of its own, for data sources may have any name.
     """
-    metrics: Metrics = {}
-    if "teacher" in batch.batch:
-        for place in batch.tensor("teacher").unique().tolist():
-            of_teacher = measure(batch[batch.tensor("teacher") == place])
-            metrics |= {f"{prefix}_teacher/{roles[place]}/{name}": value for name, value in of_teacher.items()}
-    return metrics
+    places: dict[str, Any] = {prefix: slice(None)}
+    places |= {f"{prefix}/{source}": rows for source, rows in rows_by_source(batch).items()}
+    if roles and "teacher" in batch.batch:
+        teacher = batch.tensor("teacher")
+        places |= {f"{prefix}_teacher/{roles[place]}": teacher == place for place in teacher.unique().tolist()}
+    return {f"{family}/{name}": v for family, rows in places.items() for name, v in measure(batch[rows]).items()}
 
 
 def _gap(batch: DataProto) -> torch.Tensor:
@@ -264,8 +258,7 @@ def compute_on_policy_distill_data_metrics(batch: DataProto, config: AlgoConfig 
             metrics |= _extended_share(rows, bounds, weights) | _clip_metrics(rows, bounds)
         return metrics
 
-    by_teacher = _by_teacher("distill", batch, distill.roles, measure)
-    return overall_and_per_source("distill", batch, measure) | by_teacher
+    return overall_and_per_source("distill", batch, measure, distill.roles)
 
 
 def compute_advantage_part_metrics(batch: DataProto, config: AlgoConfig) -> Metrics:
@@ -286,8 +279,7 @@ def compute_advantage_part_metrics(batch: DataProto, config: AlgoConfig) -> Metr
             metrics["distill_share"] = distill.double().sum().item() / total
         return metrics
 
-    by_teacher = _by_teacher("advantage", batch, config.distill.roles, measure)
-    return overall_and_per_source("advantage", batch, measure) | by_teacher
+    return overall_and_per_source("advantage", batch, measure, config.distill.roles)
 
 
 def compute_validation_distill_metrics(batch: DataProto) -> Metrics:

@@ -12,32 +12,28 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedTokenizerBase
 
+from verl.config.ppo import RewardFunctionConfig
 from verl.protocol import DataProto
 from verl.utils.import_utils import load_extern_type
 from verl.utils.redaction import redacted
 from verl.utils.tokenizer import answer_text
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from verl.config.ppo import RewardFunctionConfig
 
 RewardFn = Callable[..., Any]
 """Called with the keywords ``data_source``, ``solution_str``, ``ground_truth`` and ``extra_info``; returns a number, or
 a mapping with the number as ``score`` and anything else to report. May be ``async``."""
 
 KEYWORDS = ("data_source", "solution_str", "ground_truth", "extra_info")
-DEFAULT_NAME = "compute_score"
 MOST_AT_ONCE = 256
 """Calls of an ``async`` function that wait at the same time, below what a server or open files usually allow."""
 
 
-def load_reward_fn(config: "RewardFunctionConfig") -> RewardFn | None:
+def load_reward_fn(config: RewardFunctionConfig) -> RewardFn | None:
     """The function that ``custom_reward_function.path`` and ``.name`` (default ``compute_score``) give, or None.
 
     It gets ``custom_reward_function.reward_kwargs`` in every call.
@@ -47,7 +43,7 @@ def load_reward_fn(config: "RewardFunctionConfig") -> RewardFn | None:
     """
     if config.path is None:
         return None
-    name = config.name or DEFAULT_NAME
+    name = config.name or "compute_score"
     try:
         function = load_extern_type(config.path, name)
     except ValueError as error:
@@ -73,21 +69,18 @@ async def _await_all(results: Sequence[Any]) -> list[Any]:
 
 
 def _score_and_extra(result: Any, row: int) -> tuple[float, dict[str, Any]]:
-    score, extra = result, {}
-    if isinstance(result, Mapping):
-        if "score" not in result:
-            raise ValueError(f"the reward function returned {sorted(result)} for row {row}; it must hold 'score'")
-        score, extra = result["score"], {key: value for key, value in result.items() if key != "score"}
+    extra = dict(result) if isinstance(result, Mapping) else {"score": result}
     try:
-        number = float(score)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"the reward function returned {score!r} for row {row}; a number is needed") from error
+        number = float(extra.pop("score"))
+    except (KeyError, TypeError, ValueError):
+        number = math.nan
     if not math.isfinite(number):
-        raise ValueError(f"the reward function returned {score!r} for row {row}; the score must be finite")
+        form = "it must be a finite number, or a mapping that holds one as 'score'"
+        raise ValueError(f"the reward function returned {result!r} for row {row}; {form}")
     return number, extra
 
 
-def compute_rewards(batch: DataProto, tokenizer: "PreTrainedTokenizerBase", reward_fn: RewardFn) -> DataProto:
+def compute_rewards(batch: DataProto, tokenizer: PreTrainedTokenizerBase, reward_fn: RewardFn) -> DataProto:
     """Score every answer.
 
     The function sees the response as text (`answer_text`), the row's ``data_source`` (None where it has none),

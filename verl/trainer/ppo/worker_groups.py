@@ -198,9 +198,5 @@ def teacher_paths(config: PPOConfig) -> dict[str, str | None]:
     paths = {f"algorithm.distill.teachers.{role}.path": teacher.path for role, teacher in teachers.items()}
     paths |= {"actor_rollout_ref.ref.model.path": model.path}
     if not all(paths.values()):
-        student = config.actor_rollout_ref.model
-        paths |= {
-            "actor_rollout_ref.model.path": student.path,
-            "actor_rollout_ref.model.tokenizer_path": student.tokenizer_path,
-        }
+        paths |= {key: path for key, path in student_paths(config).items() if ".model." in key}
     return paths | {"actor_rollout_ref.ref.model.tokenizer_path": model.tokenizer_path}

@@ -102,8 +102,6 @@ def create_rl_dataset(
 
     Raises ValueError too where a class of the user's own does not take them.
     """
-    if not options.get("extended_sources"):  # classes of users' own may be older than this argument
-        options.pop("extended_sources", None)
     chosen = get_dataset_class(data_files, config)
     try:
         inspect.signature(chosen).bind(data_files, tokenizer, config, **options)

@@ -15,8 +15,6 @@ from typing import Any
 from verl.utils.dataset.parquet_files import Row
 
 ROLES = ("system", "user", "assistant", "tool")
-LOOPS_WITHOUT_TOOLS = ("single_turn_agent",)
-"""Values of ``agent_name`` whose prompts list no tools, whatever tools there are."""
 
 Message = dict[str, Any]
 """``role``, ``content`` and what else the row's message has: chat templates read names, tool calls, thoughts."""
@@ -100,8 +98,8 @@ def mapping_of(value: Any, column: str) -> dict[str, Any]:
 
 
 def lists_tools(row: Row) -> bool:
-    """Whether the row's agent loop lists the tools in the prompt; rows that name no loop count as if it did."""
-    return row.get("agent_name") not in LOOPS_WITHOUT_TOOLS
+    """Whether the row's agent loop lists the tools in the prompt: but for one, all that it may name are taken to."""
+    return row.get("agent_name") != "single_turn_agent"
 
 
 def text_of(cell: Any) -> str:

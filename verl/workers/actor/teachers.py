@@ -95,7 +95,7 @@ class ModelTeacher:
             inputs = inputs._replace(input_ids=readable)
         self.module.eval()
         # A head that computes nothing.
-        return self.module(*inputs.to(self.module.device), lambda hidden, weight, labels: (hidden, weight))
+        return self.module(inputs.to(self.module.device), lambda hidden, weight, labels: (hidden, weight))
 
 
 class StitchedModelTeacher:

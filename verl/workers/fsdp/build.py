@@ -199,12 +199,8 @@ def build_model(
         causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs=CHECKPOINTING)
     # Before `_shard_model`, which leaves every rank its own slices alone.
     weights = {name: p.detach() for name, p in module.named_parameters()} if dist.get_rank() == 0 else {}
-    reduce_dtype = resolve_dtype(fsdp.mixed_precision.reduce_dtype, device_name)
     # Casts where precisions differ, and none where they do not (fp32 on CPU).
-    precision = MixedPrecisionPolicy(
-        param_dtype=compute_dtype if compute_dtype != storage_dtype else None,
-        reduce_dtype=reduce_dtype if reduce_dtype != compute_dtype else None,
-    )
+    precision = MixedPrecisionPolicy(compute_dtype, resolve_dtype(fsdp.mixed_precision.reduce_dtype, device_name))
     _shard_model(module, mesh, precision, fsdp.reshard_after_forward)
     _scatter_from_rank_zero(module, weights, mesh)
     _require_own_scores(module, path, EXACT if compute_dtype == torch.float32 else ROUNDED)

@@ -32,7 +32,7 @@ from transformers import PreTrainedModel
 from verl.config import RefConfig, RolloutConfig
 from verl.ops.attention import PACKED_SDPA
 from verl.protocol import DataProto
-from verl.utils.seqlen_balancing import check_row_lengths, most_over_ranks, rearrange_micro_batches
+from verl.utils.seqlen_balancing import most_over_ranks, rearrange_micro_batches
 
 # ------------------------------------------------------------------ rows as model inputs
 
@@ -112,10 +112,8 @@ class ScoredRows:
     def micro_batches(self, sizes: BatchSizes, packed: bool) -> list[MicroBatch]:
         """Cut the rows into micro-batches: as many on every rank, because sharded models communicate in each.
 
-        A micro-batch with nothing to score, as a rank with few rows may have, holds one arbitrary token.
-
-        Raises:
-            ValueError: a row is longer than a micro-batch may be.
+        A micro-batch with nothing to score, as a rank with few rows may have, holds one arbitrary token. A row longer
+        than one may be, which `PPOConfig` sees to that there is none, raises ValueError or is one of its own.
         """
         if sizes.max_rows is not None:  # all ranks have as many rows, so as many micro-batches
             parts = [part.tolist() for part in torch.arange(len(self.lengths)).split(sizes.max_rows)]
@@ -166,7 +164,6 @@ def no_positions(packed: bool) -> MicroBatch:
 def _rectangles(lengths: list[int], max_tokens: int) -> list[list[int]]:
     """Rows of similar length together, so that rows x longest row stays within ``max_tokens``; longest first."""
     parts: list[list[int]] = []
-    check_row_lengths(lengths, max_tokens)
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
         # Lengths fall, so a part's first row is its longest.
         if parts and (len(parts[-1]) + 1) * lengths[parts[-1][0]] <= max_tokens:
@@ -199,10 +196,6 @@ class TokenStatsModel(nn.Module):
         ValueError: the head does more to the hidden states than one matrix product.
     """
 
-    causal_lm: PreTrainedModel
-    packed: bool
-    offload_activations: bool
-
     def __init__(self, causal_lm: PreTrainedModel, packed: bool = True, offload_activations: bool = False) -> None:
         super().__init__()
         head = causal_lm.get_output_embeddings()
@@ -211,8 +204,9 @@ class TokenStatsModel(nn.Module):
         if not isinstance(head, nn.Linear) or head.bias is not None or reasons:
             reason = ", ".join(reasons) or "a bias, or no matrix"
             raise ValueError(f"{type(causal_lm).__name__} cannot be trained here: its head has more ({reason})")
-        self.causal_lm = causal_lm
-        self.packed, self.offload_activations = packed, offload_activations
+        self.causal_lm: PreTrainedModel = causal_lm
+        self.packed: bool = packed
+        self.offload_activations: bool = offload_activations
 
     @property
     def device(self) -> torch.device:
@@ -226,36 +220,22 @@ class TokenStatsModel(nn.Module):
 
     def run(self, micro: MicroBatch, head: Head) -> Any:
         """The head's result for a micro-batch."""
-        return self(*micro.inputs.to(self.device), head)
+        return self(micro.inputs.to(self.device), head)
 
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        position_ids: torch.Tensor,
-        row_lengths: tuple[int, ...] | None,
-        select_index: torch.Tensor,
-        labels: torch.Tensor,
-        head: Head,
-    ) -> Any:
-        """Score tokens.
-
-        Args:
-            input_ids: (1, N) packed rows, or (B, L) rows padded on the right.
-            position_ids: of the same shape; counts from 0 in each row.
-            row_lengths: tokens of each packed row; None for padded rows.
-            select_index: (S,) positions in the flattened ``input_ids`` whose next token is scored.
-            labels: (S,) that token.
-            head: what to compute at the scored positions; its result is returned.
-        """
+    def forward(self, inputs: ModelInputs, head: Head) -> Any:
+        """The head's result for inputs on the device of the parameters."""
         offloads = self.offload_activations and self.training and torch.is_grad_enabled()
         with save_on_cpu(pin_memory=True) if offloads else nullcontext():
             # No attention mask: rows are causal, and what pads them stands on their right, where nothing looks.
             output = self.causal_lm.get_decoder()(
-                input_ids=input_ids, position_ids=position_ids, use_cache=False, **self._row_boundaries(row_lengths)
+                input_ids=inputs.input_ids,
+                position_ids=inputs.position_ids,
+                use_cache=False,
+                **self._row_boundaries(inputs.row_lengths),
             )
         # Outside the block: what a head saves, such as a gradient (V, D), stays on the device.
-        hidden = output.last_hidden_state.flatten(0, 1)[select_index]  # (S, D)
-        return head(hidden, self.causal_lm.get_output_embeddings().weight, labels)
+        hidden = output.last_hidden_state.flatten(0, 1)[inputs.select_index]  # (S, D)
+        return head(hidden, self.causal_lm.get_output_embeddings().weight, inputs.labels)
 
     def _row_boundaries(self, row_lengths: tuple[int, ...] | None) -> dict[str, object]:
         """Arguments that tell the attention function where rows begin; flash kernels have their own form."""

@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from verl.config import HFModelConfig, RolloutConfig
 from verl.utils.import_utils import load_extern_type
-from verl.utils.tokenizer import hf_tokenizer
+from verl.utils.tokenizer import hf_tokenizer, listed_ids
 from verl.weight_sync import ReceivedWeights, WeightShapes, weight_shapes
 
 REPLICA_CLASSES = {"hf": "HFReplica", "vllm": "VLLMReplica"}
@@ -281,16 +281,12 @@ def read_model_info(model_config: HFModelConfig) -> ModelInfo:
         generation_eos = GenerationConfig.from_pretrained(path).eos_token_id
     except OSError:  # the model ships no generation_config.json
         generation_eos = None
-    eos_ids: list[int | None] = []
-    # Each is one id, a list of them, or None.
-    for value in (tokenizer.eos_token_id, generation_eos, config.eos_token_id):
-        eos_ids += value if isinstance(value, list) else [value]
     with torch.device("meta"):  # without memory for the weights
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=model_config.trust_remote_code)
     return ModelInfo(
         vocab_size=len(tokenizer),  # `tokenizer.vocab_size` leaves out added tokens
         vocab_rows=config.vocab_size,
-        eos_token_ids=tuple(token_id for token_id in dict.fromkeys(eos_ids) if token_id is not None),
+        eos_token_ids=listed_ids(tokenizer.eos_token_id, generation_eos, config.eos_token_id),
         pad_token_id=tokenizer.pad_token_id,
         weights=weight_shapes(model),
     )

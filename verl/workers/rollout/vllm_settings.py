@@ -18,8 +18,6 @@ from verl.workers.rollout.replica import ModelInfo, SamplingOptions
 logger = logging.getLogger(__name__)
 
 ROLLOUT_KEY = "actor_rollout_ref.rollout"
-TRAINING_ONLY_OVERRIDES = ("attn_implementation",)
-"""Entries of ``model.override_config`` that mean nothing to vLLM."""
 FIRST_STOP, END = "verl_stop_from_id", "verl_end_id"
 """Entries of a request's ``extra_args``: `SamplingOptions.stop_from_id`, and a token that ends the answer."""
 RETIRED_OPTIONS = frozenset({"swap_space", "disable_mm_preprocessor_cache"})
@@ -46,11 +44,8 @@ def engine_environment(config: RolloutConfig, device: str) -> dict[str, str]:
         # IPC handles of weights travel pickled, from the training ranks to this replica's own workers.
         return environment | {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
     return environment | {
-        "TORCH_CPP_LOG_LEVEL": "ERROR",
         # One small function of the sampler would otherwise cost a C++ compilation of 20 s at the first token.
         "TORCH_COMPILE_DISABLE": "1",
-        # Threads that spin while they wait make a busy machine ten times slower.
-        "OMP_WAIT_POLICY": "PASSIVE",
         "OMP_NUM_THREADS": str(engine_threads(config)),
         # vLLM would pin its threads to cores that the training ranks use too.
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -74,7 +69,8 @@ def engine_arguments(
     arguments: dict[str, Any] = {
         "model": model_config.path,
         "trust_remote_code": model_config.trust_remote_code,
-        "hf_overrides": {k: v for k, v in model_config.override_config.items() if k not in TRAINING_ONLY_OVERRIDES},
+        # The attention of training means nothing to vLLM.
+        "hf_overrides": {k: v for k, v in model_config.override_config.items() if k != "attn_implementation"},
         # The engine sees no text, and every request names its end tokens.
         "skip_tokenizer_init": True,
         "generation_config": "vllm",

@@ -1,11 +1,20 @@
-"""Masked statistics against numbers worked out by hand."""
+"""Masked statistics, log-probs and padding against numbers worked out by hand."""
 
 import math
 
 import pytest
 import torch
 
-from verl.utils.torch_functional import masked_mean, masked_sum, masked_var, masked_whiten
+from verl.utils.torch_functional import (
+    entropy_from_logits,
+    logprobs_from_logits,
+    masked_mean,
+    masked_sum,
+    masked_var,
+    masked_whiten,
+    pad_2d_list_to_length,
+    pad_sequence_to_length,
+)
 
 NAN, INF = float("nan"), float("inf")
 VALUES = torch.tensor([[1.0, 2.0, NAN], [6.0, INF, -INF], [NAN, NAN, NAN]])
@@ -43,3 +52,22 @@ def test_no_gradient_leaks_through_the_mask(statistic, mask: torch.Tensor) -> No
     assert values.grad is not None
     assert torch.isfinite(values.grad).all()
     assert values.grad[mask == 0].abs().sum() == 0
+
+
+def test_log_probs_and_entropy_of_logits() -> None:
+    # Probabilities 1/2, 1/4, 1/4 and 1, 0, 0.
+    logits = torch.tensor([[2.0, 1.0, 1.0], [1.0, 0.0, 0.0]]).log() + 3.0
+    log_probs = logprobs_from_logits(logits, torch.tensor([1, 0]))
+    torch.testing.assert_close(log_probs, torch.tensor([math.log(0.25), 0.0]))
+    assert logprobs_from_logits(logits.bfloat16(), torch.tensor([1, 0])).dtype == torch.float32
+    # 1/2 ln 2 + 2 * 1/4 ln 4 = 1.5 ln 2
+    torch.testing.assert_close(entropy_from_logits(logits), torch.tensor([1.5 * math.log(2), 0.0]))
+
+
+def test_padding() -> None:
+    ids = torch.tensor([[1, 2]])
+    assert pad_sequence_to_length(ids, 4, 9).tolist() == [[1, 2, 9, 9]]
+    assert pad_sequence_to_length(ids, 4, 9, left_pad=True).tolist() == [[9, 9, 1, 2]]
+    assert pad_sequence_to_length(ids, 1, 9) is ids, "nothing is ever cut"
+    assert pad_2d_list_to_length([[1], [2, 3], []], 0).tolist() == [[1, 0], [2, 3], [0, 0]]
+    assert pad_2d_list_to_length([[1]], 7, max_length=3).tolist() == [[1, 7, 7]]

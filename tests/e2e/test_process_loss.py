@@ -95,7 +95,6 @@ def test_a_run_that_loses_processes_in_every_stage_names_them_and_goes_on(
     """That it ends as a run that lost nothing: ``test_signals_run``, and the kill run in ``tests/soak``."""
     before, train = ray_processes(), write_onerec_parquet(tmp_path / "train.parquet", 10)
     changes = {
-        "actor_rollout_ref.rollout.agent.num_workers": 1,
         "ray_kwargs.ray_init.num_cpus": 2,
         "trainer.n_gpus_per_node": 2,
         "trainer.total_training_steps": STEPS,

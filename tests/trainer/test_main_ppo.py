@@ -12,6 +12,8 @@ from support.tiny_pairs import Pair
 from verl.config import PPOConfig
 from verl.trainer.main_ppo import build_trainer
 
+pytestmark = pytest.mark.usefixtures("one_rank")
+
 MINE = """
 from dataclasses import dataclass
 from verl.experimental.agent_loop.tool_agent_loop import SingleTurnAgentLoop

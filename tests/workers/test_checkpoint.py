@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from support import tiny_workers as tiny
+from support.file_faults import full_disk
 from transformers import AutoModelForCausalLM
 
 from verl import model_merger
@@ -114,6 +115,16 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_a_resumed_run_takes_
     assert again.update_actor(BATCH).meta_info["metrics"]["actor/lr"] == pytest.approx(0.9e-2)
     assert [group["lr"] for group in again._state.optimizer.param_groups] == pytest.approx([0.9e-2, 0.9e-2])
     assert same_weights(again, worker)
+
+
+@pytest.mark.parametrize("limit", [200, 60_000], ids=["extra", "shards"])
+def test_a_full_disk_costs_only_the_checkpoint(student_model: Path, tmp_path: Path, limit: int) -> None:
+    worker = student(student_model)
+    with full_disk(limit), pytest.raises(OSError, match=r"is not whole: .*File too large"):
+        worker.save_checkpoint(str(tmp_path / "full"), 1)
+    worker.save_checkpoint(str(tmp_path / "whole"), 1)
+    worker.load_checkpoint(str(tmp_path / "whole"))
+    assert same_weights(worker, student_model)
 
 
 def test_an_export_says_to_transformers_4_where_positions_are_and_keeps_what_cannot_be_validated(

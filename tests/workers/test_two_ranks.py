@@ -5,7 +5,6 @@ mini-batches, of which the second is poisoned in a row of the last rank, against
 """
 
 import os
-import re
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -157,7 +156,7 @@ def check_export(student_ids: int, folder: Path, two: list[dict[str, Any]]) -> N
 def check_failed_save(folder: Path, two: list[dict[str, Any]]) -> None:
     """The rank that could not write names the cause; the other one neither waits for it nor exports half a model."""
     well, failed = (seen["failed_save"] for seen in two)
-    assert well.done and not well.error and re.search(r"is not whole: .*File too large", failed.error)
+    assert well.done and not well.error and "File too large" in failed.error
     assert not (folder / "full" / "huggingface").exists()
 
 

@@ -53,17 +53,12 @@ def metrics(tmp_path):
     return path
 
 
-def texts_of(page):
-    """What a page shows, piece by piece."""
-    return {html.unescape(text.strip()) for text in re.findall(r">([^<>]+)<", page)}
-
-
 def test_the_page_is_whole_and_needs_no_network(tmp_path, metrics):
     page = write_report(tmp_path / "out" / "report.html", SUMMARY, metrics, PAIRS).read_text(encoding="utf-8")
     assert re.findall(r'(?:src|href)="([^"]*)"', page) == ["data:,"]
     assert not re.search(r"<script|https?:|@import|url\(", page)
     titles = {"General accuracy", "Recommendation", "Reverse KL to the teacher", "Entropy", "Step time by stage"}
-    shown = texts_of(page)
+    shown = {html.unescape(text.strip()) for text in re.findall(r">([^<>]+)<", page)}
     assert titles | {"2 steps · seed 3 · 61 s", "<s_a_1>", "<script>", '<b>"a" & b</b>'} <= shown
     assert "Leak" not in shown, "no such metric was logged"
     assert page.count("<svg") == 5

@@ -68,13 +68,12 @@ def packed_varlen_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    dropout: float = 0.0,
     scaling: float | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
     max_length_q: int = 0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """The same in one call; B is 1, and there is no dropout (see ``build.load_config``).
+    """As `packed_sdpa_attention`, in one kernel call for all rows; B is 1, without dropout (see ``build.load_config``).
 
     Args:
         cu_seq_lens_q: int32, 0 and then the end of each row.
@@ -85,9 +84,8 @@ def packed_varlen_attention(
     q, k, v = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))  # (N, H, d) each
     ends, longest = (cu_seq_lens_q, cu_seq_lens_q), (max_length_q, max_length_q)
     grouped = query.shape[1] != key.shape[1]
-    output: Any = varlen_attn(
-        q, k, v, *ends, *longest, scale=scaling, window_size=(-1, 0), enable_gqa=grouped
-    )  # causal
+    causal = (-1, 0)  # all that came before, nothing behind
+    output: Any = varlen_attn(q, k, v, *ends, *longest, scale=scaling, window_size=causal, enable_gqa=grouped)
     return output[None], None
 
 

@@ -128,7 +128,7 @@ def run_command_line(module: str, config_name: str, build: "Callable[[PPOConfig]
     def hydra_main(cfg: DictConfig) -> None:
         composed.append((cfg, HydraConfig.instance().cfg))
 
-    hydra_main.__module__ = module
+    hydra_main.__module__ = module  # beside which Hydra looks for config_path
     escape_unknown_characters()
     try:
         sys.argv[1:] = normalized_argv(sys.argv[1:])

@@ -182,6 +182,7 @@ class RayPPOTrainer:
         prompts.meta_info = {
             "global_steps": 0 if validate else self.global_steps,
             "validate": validate,
+            "horizon": None if validate else rollout.horizon.at(self.global_steps),
             "temperature": rollout.val_kwargs.temperature if validate else rollout.temperature,
         }
         # Copies lie side by side, so that a mini-batch of ppo_mini_batch_size * n rows holds whole prompts.

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from experiments.retention.results import DONE, Record, Run, record_of
-from experiments.retention.variants import BEFORE, END_TOKEN, NONE, REHEARSAL_SHARE, TEACHER, VARIANTS
+from experiments.retention.variants import BEFORE, END_TOKEN, NONE, REHEARSAL_SHARE, TEACHER, VARIANTS, share_of
 from experiments.retention.worlds import Prepared, prepare
 from recipe.onpolicy_distill.main_onpolicy_distill import build_trainer
 from recipe.onpolicy_distill.quickstart.distillation import EXACT_MATCH
 from recipe.onpolicy_distill.quickstart.scoreboard import score
+from verl.config.best_rule import metric_value
 from verl.trainer.launch.checks import check_run
 from verl.trainer.launch.typed import load_config
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer
@@ -103,7 +104,9 @@ def trainer_settings(run: Run, prepared: Prepared, folder: Path, data_cache: Pat
         settings["data.train_files"] = world.general_train
     else:
         settings["data.train_files"] = f"[{world.general_train},{prepared.rehearsal[str(rehearsal)]}]"
-        settings["data.source_weights"] = f"{{rec_*:{REHEARSAL_SHARE},general_*:{1 - REHEARSAL_SHARE}}}"
+        settings |= share_of(REHEARSAL_SHARE)
+    if "trainer.keep" in variant:  # what is kept has to be validated
+        settings["data.val_files"] = f"[{world.general_test},{world.rec_test}]"
     end_token = hf_tokenizer(world.teacher_tokenizer).eos_token_id
     return settings | {key: end_token if value == END_TOKEN else value for key, value in variant.items()}
 
@@ -127,7 +130,11 @@ def read_curve(path: Path) -> tuple[int, float, list[tuple[int, float]]]:
     """Steps, seconds of training, and general accuracy by step, from a run's ``metrics.jsonl``."""
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     seconds = sum(line["data"].get("timing_s/step", 0.0) for line in lines)
-    curve = [(line["step"], line["data"]["val/reward"]) for line in lines if "val/reward" in line["data"]]
+    validated = [line for line in lines if "val/reward" in line["data"]]
+    # Other prompts are validated too where a share is steered.
+    is_steered = any(name.startswith("keep/") for line in validated for name in line["data"])
+    name = "val/general_*/reward" if is_steered else "val/reward"
+    curve = [(line["step"], metric_value(line["data"], name)) for line in validated]
     return lines[-1]["step"], seconds, curve
 
 

@@ -34,10 +34,18 @@ SELF: Settings = {"++algorithm.distill.teachers.self": "{vocabulary:full,sources
 STITCHED: Settings = {"++algorithm.distill.teachers.stitched": "{vocabulary:stitched,sources:[rec_*]}"}
 LOW_RATE: Settings = {"actor_rollout_ref.actor.optim.lr": 2e-4}
 FROZEN_ROWS: Settings = {"actor_rollout_ref.actor.freeze_extended_rows": True}
+BAD_SHARES = (0.02, 0.1, 0.6)
+"""Of rehearsal, from which a steered share has to find its way."""
+KEEP: Settings = {"trainer.keep": "val/rec_*/reward >= 0.98 of step 0"}
 PUBLIC_FORK: Settings = {
     "actor_rollout_ref.rollout.mask_after_extend_token": False,
     "actor_rollout_ref.ref.ref_replace_token_id": END_TOKEN,
 }
+
+
+def share_of(rehearsal: float) -> Settings:
+    """The mixture with a share of rehearsal."""
+    return {"data.source_weights": f"{{rec_*:{rehearsal},general_*:{1 - rehearsal}}}"}
 
 
 @dataclass(frozen=True)
@@ -74,5 +82,12 @@ VARIANTS: dict[str, Variant] = {
     "exact-self-low-lr": Variant("exact + self, histories, lr 2e-4", {**EXACT, **SELF, **LOW_RATE}, HISTORIES),
     "exact-self-frozen": Variant("exact + self, frozen item rows", {**EXACT, **SELF, **FROZEN_ROWS}, HISTORIES),
     "stitched": Variant("exact + stitched, histories", {**EXACT, **STITCHED}, HISTORIES),
+    **{
+        f"exact-self-{name}-{share:.0%}".rstrip("%"): Variant(
+            f"exact + self, {label} {share}", {**EXACT, **SELF, **settings, **share_of(share)}, HISTORIES
+        )
+        for name, label, settings in (("share", "share", {}), ("keep", "steered from share", KEEP))
+        for share in BAD_SHARES
+    },
 }
 """In the order of the table."""

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from verl.config.best_rule import BestRule, Bound, metric_value
+from verl.config.best_rule import BestRule, Bound, metric_value, require_known
 
 START = {"val/general/reward": 0.1, "val/rec_a/reward": 0.5, "val/rec_b/reward": 0.3}
 LONG = "a subject  to val/x_*/r <= -2 and c >= 1 of  step 0 and d <= .5"
@@ -78,5 +78,5 @@ def test_of_equals_none_is_better() -> None:
 def test_unknown_names_are_listed_with_the_known_ones() -> None:
     rule = BestRule.parse("val/general/reward subject to val/rec*/recall >= 1")
     with pytest.raises(ValueError, match=r"names val/rec\*/recall, which .* it gives val/general/reward, val/rec_a/"):
-        rule.require_known(START)
-    BestRule.parse("val/general/reward subject to val/rec*/reward >= 1").require_known(START)
+        require_known("trainer.keep", rule.names, START)
+    require_known("trainer.keep", ["val/general/reward", "val/rec*/reward"], START)

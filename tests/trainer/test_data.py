@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import signal
 from contextlib import suppress
-from itertools import chain, islice
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +35,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def stream(data: Path, tiny_tokenizers: Any) -> Any:
     """Builds the prompt stream of a run; the settings differ from those of a run with 0 loader processes."""
 
-    def build(folder: Path = data, **settings: Any) -> PromptStream:
+    def build(folder: Path = data, steered: bool = False, **settings: Any) -> PromptStream:
         config = config_of(folder, **settings)
         dataset, _ = build_datasets(config, hf_tokenizer(tiny_tokenizers[1]), dropped_rows_folder=folder / "run")
-        return PromptStream(dataset, config)
+        return PromptStream(dataset, config, steered)
 
     return build
 
@@ -100,6 +100,31 @@ def test_batches_hold_sources_in_their_shares(tmp_path: Path, stream: Any) -> No
     weighted = stream(tmp_path, source_weights={"rec_*": 0.25, "*": 0.75})
     assert weighted.batches_per_epoch == 11
     assert all(list(batch["source"]).count("rec_next") == 1 for batch in islice(weighted.batches(), 11))
+
+
+@pytest.mark.parametrize("stops", [(), (3,), (1, 11, 12)], ids=str)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_shares_change_behind_a_batch_whatever_was_read_ahead(
+    tmp_path: Path, stream: Any, workers: int, stops: tuple[int, ...]
+) -> None:
+    rows, changes = ["a"] * 40 + ["b"] * 5, {3: (0.5, 0.5), 9: (1.0, 0.0)}
+    write_rows(tmp_path / "train.parquet", [chat(f"q{number}", source=name) for number, name in enumerate(rows)])
+    settings = {"steered": True, "source_weights": {"a": 0.75, "b": 0.25}, "dataloader_num_workers": workers}
+    taken, expected, state, reference = [], [], None, stream(tmp_path, **settings).mixture
+    for first, end in pairwise((0, *stops, 20)):
+        part = stream(tmp_path, **settings)
+        part.load_state_dict(state or part.state_dict())
+        for step, batch in zip(range(first + 1, end + 1), part.batches(), strict=False):
+            taken += [int(prompt.partition(" ")[0][1:]) for prompt in prompts(batch)]
+            expected += reference.take(BATCH)
+            for mixture in (part.mixture, reference) if step in changes else ():
+                mixture.state["a"]["share"], mixture.state["b"]["share"] = changes[step]
+            state = part.state_dict()
+    of_b = [number >= 40 for number in taken]
+    assert [sum(of_b[start : start + BATCH]) for start in range(0, 80, BATCH)] == [1] * 3 + [2] * 6 + [0] * 11
+    assert taken == expected and len({number for number in taken if number < 40}) == 40
+    passes = [[number for number in taken if number >= 40][start : start + 5] for start in (0, 5, 10)]
+    assert all(sorted(one) == [*range(40, 45)] for one in passes) and passes[0] != passes[1] != passes[2]
 
 
 def test_too_few_prompts_for_a_batch(stream: Any) -> None:

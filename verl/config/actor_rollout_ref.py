@@ -1,9 +1,9 @@
 """The models and what is done with them (``actor_rollout_ref``): weights, update, teacher, generation."""
 
 from dataclasses import field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from verl.config.schema import Count, Fraction, IsListed, NonNegativeFloat, NullIsEmpty, Options, PositiveFloat, section
 
@@ -231,6 +231,35 @@ class AgentConfig:
     with beside the conversation; null: none. Those that ``model.external_lib`` registers need no file."""
 
 
+@section("actor_rollout_ref.rollout.horizon")
+class HorizonConfig:
+    """Where training answers are cut (``rollout.horizon=256`` sets ``start`` alone); validation never is."""
+
+    start: Count | None = None
+    """Most tokens of a training answer over all turns, at step 1; null: ``data.max_response_length``."""
+    end: Count | None = None
+    """Most tokens once ``steps`` steps are taken, linear before that and level after it; null: ``start`` throughout."""
+    steps: Count | None = None
+    """Steps from ``start`` to ``end``."""
+
+    def __post_init__(self) -> None:
+        if None in (self.start, self.end, self.steps) and (self.end is not None or self.steps is not None):
+            raise ValueError(
+                f"actor_rollout_ref.rollout.horizon has start={self.start}, end={self.end} and steps={self.steps}; set "
+                "all three, or start alone for one length throughout"
+            )
+
+    def at(self, step: int) -> int | None:
+        """Most tokens of an answer in a training step, counted from 1; None: no other limit than R."""
+        if self.start is None or self.end is None or self.steps is None:
+            return self.start
+        return self.start + (self.end - self.start) * min(step - 1, self.steps) // self.steps
+
+
+def _start_alone(value: Any) -> Any:
+    return value if isinstance(value, dict | HorizonConfig) else {"start": value}
+
+
 @section("actor_rollout_ref.rollout")
 class RolloutConfig:
     """Generation engine, sampling, masks and log-prob batch sizes."""
@@ -254,6 +283,7 @@ class RolloutConfig:
     """Tokens of the longest prompt; follows ``data.max_prompt_length``."""
     response_length: Count = 512
     """Tokens of the longest response over all turns; follows ``data.max_response_length``."""
+    horizon: Annotated[HorizonConfig, BeforeValidator(_start_alone)] = field(default_factory=HorizonConfig)
     extend_vocab_start_token: Count | Literal["auto"] | None = None
     """First id of the extended vocabulary E, which the teacher lacks; null: no extension; ``auto``: found by comparing
     the tokenizers. Read it as ``extend_start``."""
@@ -319,6 +349,13 @@ class RolloutConfig:
                 f"{key}.max_model_len={self.max_model_len} is below {key}.prompt_length={self.prompt_length} + "
                 f"{key}.response_length={self.response_length}; set it to null"
             )
+
+        for name, most in (("start", self.horizon.start), ("end", self.horizon.end)):
+            if most is not None and most > self.response_length:
+                raise ValueError(
+                    f"{key}.horizon.{name}={most} is above data.max_response_length={self.response_length}, where "
+                    "every answer is cut anyway; lower the first or raise the second"
+                )
 
     @property
     def validates_policy(self) -> bool:

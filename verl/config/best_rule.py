@@ -1,4 +1,4 @@
-"""The rule of ``trainer.best_metric``: which validation is the best one.
+"""The rule of ``trainer.best_metric``: which validation is the best one; and bounds alone, of ``trainer.keep``.
 
 ::
 
@@ -17,12 +17,13 @@ In: the text, and the metrics of validations by name. Out: values, comparisons, 
 import math
 import operator
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 KEY = "trainer.best_metric"
 FORM = "NAME [max|min] [subject to NAME >= X [of step 0] [and ...]]"
+KEEP_FORM = "NAME >= X [of step 0] [by GROUP]"
 _OBJECTIVE = re.compile(r"(?P<name>[^\s<>=]+)(?:\s+(?P<direction>max|min))?")
 _NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 _BOUND = re.compile(rf"(?P<name>[^\s<>=]+)\s*(?P<sign>>=|<=)\s*(?P<factor>{_NUMBER})(?P<start>\s+of\s+step\s+0)?")
@@ -33,7 +34,7 @@ Metrics = Mapping[str, float]
 
 
 class BestMetricError(ValueError):
-    """The rule names a metric that validation does not give."""
+    """A rule or a bound names a metric that validation does not give."""
 
 
 def matching_values(metrics: Metrics, name: str) -> list[float]:
@@ -46,6 +47,15 @@ def metric_value(metrics: Metrics, name: str) -> float:
     """A metric, or the mean of those that a pattern matches; NaN where there is none."""
     values = matching_values(metrics, name)
     return sum(values) / len(values) if values else math.nan
+
+
+def require_known(setting: str, names: Iterable[str], metrics: Metrics) -> None:
+    """Raise BestMetricError where a name stands for no metric of a validation."""
+    if unknown := [name for name in names if not matching_values(metrics, name)]:
+        raise BestMetricError(
+            f"{setting} names {', '.join(unknown)}, which validation does not give; it gives "
+            f"{', '.join(sorted(metrics)) or 'nothing'}"
+        )
 
 
 @dataclass(frozen=True)
@@ -67,10 +77,35 @@ class Bound:
         """Whether a step keeps the bound."""
         return COMPARISONS[self.sign](metric_value(metrics, self.name), self.value(start))
 
+    def violation(self, metrics: Metrics, start: Metrics) -> float:
+        """By how much a step misses the bound, as a share of it; negative where it keeps it, NaN without the metric."""
+        bound = self.value(start)
+        missing = bound - metric_value(metrics, self.name)
+        return (missing if self.sign == ">=" else -missing) / (abs(bound) or 1.0)
+
     def describe(self, metrics: Metrics, start: Metrics) -> str:
         """The metric and its bound as text."""
         origin = f" = {self.factor:g} of step 0" if self.of_start else ""
         return f"{self.name} {metric_value(metrics, self.name):.4g}, bound {self.sign} {self.value(start):.4g}{origin}"
+
+
+def _bound_of(match: re.Match[str]) -> Bound:
+    return Bound(match["name"], match["sign"], float(match["factor"]), match["start"] is not None)
+
+
+def parse_kept(text: str) -> tuple[str, Bound, str]:
+    """A bound of ``trainer.keep``: the text, the bound, and the group of ``data.source_weights`` whose share keeps it.
+
+    Without ``by`` the group is what stands between ``val/`` and the metric's own name.
+
+    Raises:
+        ValueError: it is not understood.
+    """
+    words, _, group = text.partition(" by ")
+    match = _BOUND.fullmatch(words.strip())
+    if match is None:
+        raise ValueError(f"trainer.keep={text!r} is not understood; the form is {KEEP_FORM}")
+    return text, _bound_of(match), group.strip() or match["name"].partition("/")[2].rpartition("/")[0]
 
 
 @dataclass(frozen=True)
@@ -96,8 +131,8 @@ class BestRule:
             if match is None:
                 raise ValueError(f"{KEY}={text!r}: {part!r} is not understood; the form is {FORM}")
         first, *others = (match for match in matches if match)
-        bounds = (Bound(m["name"], m["sign"], float(m["factor"]), m["start"] is not None) for m in others)
-        return cls(text.strip(), first["name"], first["direction"] != "min", tuple(bounds))
+        bounds = tuple(map(_bound_of, others))
+        return cls(text.strip(), first["name"], first["direction"] != "min", bounds)
 
     @property
     def names(self) -> list[str]:
@@ -108,15 +143,6 @@ class BestRule:
     def names_of_start(self) -> list[str]:
         """Those of them whose value at step 0 the rule needs."""
         return [bound.name for bound in self.bounds if bound.of_start]
-
-    def require_known(self, metrics: Metrics) -> None:
-        """Raise BestMetricError where a name stands for no metric of a validation."""
-        unknown = [name for name in self.names if not matching_values(metrics, name)]
-        if unknown:
-            raise BestMetricError(
-                f"{KEY}={self.text!r} names {', '.join(unknown)}, which validation does not give; it gives "
-                f"{', '.join(sorted(metrics)) or 'nothing'}"
-            )
 
     def value(self, metrics: Metrics) -> float:
         """The metric that decides."""

@@ -57,6 +57,7 @@ class PPOConfig:
             self._micro_batch_errors(),
             self._algorithm_errors(),
             self._divergence_errors(),
+            self._keep_errors(),
             self._prompt_errors(),
             self._vocabulary_errors(),
         )
@@ -169,6 +170,13 @@ class PPOConfig:
             }.items():
                 if value:
                     yield f"{key}={value} has no effect with {objective}, a loss without advantages; leave it out"
+
+    def _keep_errors(self) -> Iterator[str]:
+        steered, weights = {group for _, _, group in self.trainer.kept}, self.data.source_weights
+        if steered and not steered < weights.keys():
+            what = f"trainer.keep={self.trainer.keep} steers the shares of {sorted(steered)}"
+            fix = "add what is missing, or end a bound with `by` and one of the groups"
+            yield f"{what} and needs one group more for the rest of a batch in data.source_weights={weights}; {fix}"
 
     def _prompt_errors(self) -> Iterator[str]:
         data, rollout, distill = self.data, self.actor_rollout_ref.rollout, self.algorithm.distill

@@ -5,8 +5,8 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from verl.config.best_rule import BestRule
-from verl.config.schema import Count, IsListed, NonNegativeFloat, Texts, section
+from verl.config.best_rule import BestRule, Bound, parse_kept
+from verl.config.schema import Count, IsListed, NonNegativeFloat, PositiveFloat, Texts, section
 
 VocabCheck = Annotated[
     Literal["strict", "warn", "off"],
@@ -63,6 +63,14 @@ class TrainerConfig:
     ``best/huggingface``. null: no rule."""
     stop_after_no_better: Count | None = None
     """End the run after so many validations in a row that are no better by ``best_metric``; null: never."""
+    keep: Texts = field(default_factory=list)
+    """Bounds on metrics of validation, ``NAME >= X [of step 0] [by GROUP]``, that training keeps by the mixture of its
+    batches: ``val/rec_*/reward >= 0.98 of step 0`` raises the share of ``rec_*``, a group of ``data.source_weights``,
+    while the metric is below its bound, and lowers it while it is above; see ``trainer.ppo.keep``. ``by`` is for groups
+    with other names than the metric's sources. Empty: shares stay as they are."""
+    keep_rate: PositiveFloat = 10.0
+    """How fast shares move: log-odds for each validation that misses its bound, times the part of it that is missing.
+    Noisy validations want less, few validations more."""
     async_save: bool = True
     """Write checkpoints while training goes on, at most one at a time; until it is written, a copy of parameters and
     optimizer state takes host memory. False: training waits. A save that fails (disk full, no permission) is logged
@@ -119,17 +127,29 @@ class TrainerConfig:
                 f"trainer.stop_after_no_better={self.stop_after_no_better} counts validations that are no better by "
                 "trainer.best_metric; set both, or neither"
             )
-        if not self.best_metric:
-            return
-        rule, best = BestRule.parse(self.best_metric), f"trainer.best_metric={self.best_metric!r}"
-        if self.test_freq < 1 and not self.val_only:
-            raise ValueError(
-                f"{best} compares validations; set trainer.test_freq={self.test_freq} to the steps between"
-            )
-        if rule.names_of_start and not (self.val_before_train or self.val_only):
-            raise ValueError(
-                f"{best} compares with step 0, and trainer.val_before_train=False leaves it out; set it to True"
-            )
+        for rule, (_, of_start) in self.rules.items():
+            if self.test_freq < 1 and not self.val_only:
+                raise ValueError(
+                    f"{rule} compares validations; set trainer.test_freq={self.test_freq} to the steps between"
+                )
+            if of_start and not (self.val_before_train or self.val_only):
+                raise ValueError(
+                    f"{rule} compares with step 0, and trainer.val_before_train=False leaves it out; set it to True"
+                )
+
+    @property
+    def rules(self) -> dict[str, tuple[list[str], bool]]:
+        """Of each rule about validations, as key and value, what it reads, and whether it compares with step 0."""
+        rules = {f"trainer.keep={text!r}": ([bound.name], bound.of_start) for text, bound, _ in self.kept}
+        if self.best_metric:
+            best = BestRule.parse(self.best_metric)
+            rules[f"trainer.best_metric={self.best_metric!r}"] = best.names, bool(best.names_of_start)
+        return rules
+
+    @property
+    def kept(self) -> list[tuple[str, Bound, str]]:
+        """Text, bound and group of each entry of ``keep``."""
+        return [parse_kept(text) for text in self.keep]
 
     @property
     def saves_checkpoints(self) -> bool:

@@ -4,10 +4,11 @@ In: ``DataConfig`` and a tokenizer. Out: data sets, and loaders whose position c
 Tokenises nothing itself: chat templates are applied by the data set (to count) and by the agent loops (to generate).
 """
 
+import copy
 import logging
 import os
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -63,13 +64,17 @@ class PromptStream:
     """Endless batches of ``data.train_batch_size`` training prompts, and the position in them.
 
     The order is drawn from ``data.seed`` and the epoch, and nothing else; with ``data.source_weights`` every stretch of
-    it holds each group of sources in its share. So a position is an epoch and a number of batches.
+    it holds each group of sources in its share. So a position is an epoch and a number of batches, and where shares
+    change on the way that of a `Mixture`.
+
+    Args:
+        steered: whether the shares of ``data.source_weights`` may change, by ``mixture``.
 
     Raises:
         ValueError: fewer usable prompts than one batch.
     """
 
-    def __init__(self, dataset: RLHFDataset, config: DataConfig) -> None:
+    def __init__(self, dataset: RLHFDataset, config: DataConfig, steered: bool = False) -> None:
         # The incomplete last batch of an epoch is left out: every step has the same number of rows.
         self.batches_per_epoch = len(dataset) // config.train_batch_size
         if self.batches_per_epoch == 0:
@@ -79,6 +84,8 @@ class PromptStream:
             )
         self._dataset, self._config = dataset, config
         self._groups = group_by_weight(dataset.sources, config.source_weights) if config.source_weights else None
+        self.mixture = Mixture(config, self._groups) if steered and self._groups else None
+        """What may change the shares; None where they stay."""
         self.epoch = 0
         """Complete passes over the data."""
         self._taken = 0
@@ -86,17 +93,30 @@ class PromptStream:
 
     def batches(self) -> Iterator[dict[str, Any]]:
         """Batches of rows from the current position on; never ends."""
-        size = self._config.train_batch_size
+        mixture = self.mixture
         while True:
             # Before the loader is made: its processes copy the data set when they start.
             self._dataset.set_epoch(self.epoch)
-            order = self._order()
-            starts = range(self._taken * size, self.batches_per_epoch * size, size)
-            for rows in _loader(self._dataset, self._config, [order[start : start + size] for start in starts]):
+            shares = mixture and mixture.shares
+            for rows in _loader(self._dataset, self._config, self._rest_of_epoch()):
                 # Counted when it is handed out, not when it is loaded: loader processes read ahead of the steps.
                 self._taken += 1
+                if mixture is not None:
+                    mixture.take(self._config.train_batch_size)
                 yield rows
-            self.epoch, self._taken = self.epoch + 1, 0
+                if mixture is not None and mixture.shares != shares:  # what was read ahead has the old ones
+                    break
+            else:
+                self.epoch, self._taken = self.epoch + 1, 0
+
+    def _rest_of_epoch(self) -> Iterable[list[int]]:
+        """Places of the rows of each batch that this epoch has left."""
+        size, batches = self._config.train_batch_size, range(self._taken, self.batches_per_epoch)
+        if self.mixture is not None:
+            ahead = copy.deepcopy(self.mixture)
+            return (ahead.take(size) for _ in batches)
+        order = self._order()
+        return [order[batch * size : (batch + 1) * size] for batch in batches]
 
     def _order(self) -> list[int]:
         """The places of the data set in the order of this epoch."""
@@ -109,7 +129,8 @@ class PromptStream:
 
     def state_dict(self) -> dict[str, Any]:
         """The position after the batch that was taken last, and what it is a position in."""
-        return {"epoch": self.epoch, "batches": self._taken, "data": self._describe_data()}
+        mixture = {"mixture": copy.deepcopy(self.mixture.state)} if self.mixture is not None else {}
+        return {"epoch": self.epoch, "batches": self._taken, "data": self._describe_data(), **mixture}
 
     def load_state_dict(self, state: Mapping[str, Any], may_start_over: bool = False) -> None:
         """Continue from a saved position.
@@ -123,6 +144,8 @@ class PromptStream:
         difference = f"saved after {state['data']}, now {self._describe_data()}"
         if state["data"] == self._describe_data():
             self.epoch, self._taken = state["epoch"], state["batches"]
+            if self.mixture is not None and list(state.get("mixture", ())) == list(self.mixture.state):
+                self.mixture.state = copy.deepcopy(state["mixture"])
         elif may_start_over:
             logger.warning("the data start over: %s", difference)
         else:
@@ -135,13 +158,53 @@ class PromptStream:
         return f"{len(self._dataset)} prompts in batches of {self._config.train_batch_size}"
 
 
+class Mixture:
+    """Places of rows without end, of groups in shares that may change between two batches.
+
+    The next row is one of the group that is furthest behind its share. A group has an order of its own for each pass
+    over it, drawn from ``data.seed``, the group's number and the pass's; so its position is how many rows it has given.
+
+    Args:
+        groups: share and places of each group of ``data.source_weights``.
+    """
+
+    def __init__(self, config: DataConfig, groups: list[tuple[float, np.ndarray]]) -> None:
+        self._config, self._places = config, [places for _, places in groups]
+        names = zip(config.source_weights, groups, strict=True)
+        self.state = {name: {"share": share, "behind": 0.0, "given": 0} for name, (share, _) in names}
+        """Of each group its share, by how many rows it is behind it, and how many it has given."""
+        self._orders: dict[int, np.ndarray] = {}
+        """Of each group, by number, in its present pass."""
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Share of each group in the batches to come."""
+        return {name: of["share"] for name, of in self.state.items()}
+
+    def take(self, count: int) -> list[int]:
+        """The next places."""
+        return [self._next() for _ in range(count)]
+
+    def _next(self) -> int:
+        for of in self.state.values():
+            of["behind"] += of["share"]
+        group, chosen = max(enumerate(self.state.values()), key=lambda numbered: numbered[1]["behind"])
+        places = self._places[group]
+        number, place = divmod(int(chosen["given"]), len(places))
+        chosen["behind"], chosen["given"] = chosen["behind"] - 1, chosen["given"] + 1
+        if place == 0 or group not in self._orders:
+            random = np.random.default_rng([self._config.seed, group, number])
+            self._orders[group] = random.permutation(places) if self._config.shuffle else places
+        return int(self._orders[group][place])
+
+
 def build_val_loader(dataset: RLHFDataset, config: DataConfig) -> DataLoader:
     """All validation prompts in file order, the last batch as short as it comes."""
     places, size = list(range(len(dataset))), config.val_batch_size or len(dataset)
     return _loader(dataset, config, [places[start : start + size] for start in range(0, len(dataset), size)])
 
 
-def _loader(dataset: RLHFDataset, config: DataConfig, batches: list[list[int]]) -> DataLoader:
+def _loader(dataset: RLHFDataset, config: DataConfig, batches: Iterable[list[int]]) -> DataLoader:
     return DataLoader(
         dataset,
         batch_sampler=batches,

@@ -73,6 +73,13 @@ async def test_every_row_gets_its_loop_and_seed_in_order(worker: AgentLoopWorker
     assert metrics["weight_version"] == metrics["tool_calls"] == [0] * 3
 
 
+async def test_a_horizon_is_the_budget_of_all_turns_together(worker: AgentLoopWorker) -> None:
+    prompts = rows([1], agent_name=["two_turns_for_test"])
+    prompts.meta_info["horizon"] = 3
+    with pytest.raises(RuntimeError, match=r"wrote 2 tokens .* where max_tokens was 1"):
+        await worker.generate_sequences(prompts)
+
+
 async def test_the_first_failure_ends_the_other_conversations(worker: AgentLoopWorker) -> None:
     with pytest.raises(RuntimeError, match="no more"):
         await asyncio.wait_for(worker.generate_sequences(rows([9], [0], [9])), timeout=20)

@@ -13,10 +13,10 @@ from support.launch import write_onerec_parquet
 pytestmark = pytest.mark.usefixtures("one_rank")
 
 
-def logged(folder: Path) -> list[dict[str, Any]]:
+def logged(folder: Path, first: int = 1) -> list[dict[str, Any]]:
     """What was logged of each step, in order, without what the clock says; every step once."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert [line["step"] for line in lines] == list(range(first, STEPS + 1))
     return [{k: v for k, v in line["data"].items() if not k.startswith(MEASURED)} for line in lines]
 
 
@@ -78,3 +78,17 @@ def test_a_run_that_rehearses_on_random_codes_and_holds_their_rows(tiny_pair: An
 def test_a_run_in_one_process_has_one_rank(tiny_pair: Any, train: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"trainer\.n_gpus_per_node=2"):
         run_in_process(settings(tiny_pair, train, tmp_path / "run", **{"trainer.n_gpus_per_node": 2}))
+
+
+def test_a_run_that_steers_its_mixture(tiny_pair: Any, train: Path, tmp_path: Path) -> None:
+    """It goes on from shares that validations have moved, and is killed again in the next validation."""
+    changes = {"data.val_files": train, "++data.source_weights": "{letters: 0.25, sums: 0.75}"}
+    changes |= {"trainer.keep": "val/letters/reverse_kl <= 0.5 of step 0", "trainer.val_before_train": True}
+    changes["trainer.test_freq"] = 2
+    whole, stopped = (settings(tiny_pair, train, tmp_path / name, **changes) for name in ("a", "b"))
+    run_in_process(whole)
+    for batch in (6, 3, None):  # validations are batches too
+        run_in_process(stopped, dies_in_batch=batch)
+    expected = logged(tmp_path / "a", first=0)
+    assert logged(tmp_path / "b", first=0) == expected
+    assert [step["distill/letters/num_sequences"] for step in expected[1:]] == [1, 1, 3, 3, 3]

@@ -189,6 +189,10 @@ def test_what_validations_measure_stays_if_both_have_a_rule(folder: Path, run: P
         setattr(run.trainer, name, value)
         check(folder, run)
         setattr(run.trainer, name, before)
+    run.trainer.best_metric, run.trainer.keep = None, ["val/reward >= 1"]
+    reseal(folder, run)
+    run.trainer.keep, run.data.val_max_samples = ["val/reward >= 2"], 3
+    assert refused_keys(folder, run) == ["data.val_max_samples", "trainer.keep"]
 
 
 # ------------------------------------------------------------------ the table, and what surrounds it

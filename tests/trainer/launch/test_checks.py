@@ -16,6 +16,7 @@ STUDENT, TEACHER, ROLLOUT = "actor_rollout_ref.model", "actor_rollout_ref.ref.mo
 GRPO = ["algorithm.adv_estimator=grpo", f"{ROLLOUT}.n=2"]
 VAL = "data.val_files=train.parquet"
 BEST = ["trainer.test_freq=5", VAL]
+KEEP = ["trainer.keep=val/a/reward >= 1", "data.source_weights={a: 1, b: 1}"]
 WEIGHTS = ["algorithm.rollout_correction.rollout_is=token", f"{ROLLOUT}.calculate_log_probs=True"]
 GREEDY = f"{ROLLOUT}.val_kwargs.do_sample=False"
 NO_REWARD = "custom_reward_function.path=null"
@@ -76,6 +77,7 @@ def test_a_run_in_order_passes_and_makes_nothing(run: list[str], tmp_path: Path)
         ([f"{STUDENT}.override_config.max_position_embeddings=64"], "is above max_position_embeddings=64 of"),
         (["trainer.best_metric=val/kl", "trainer.test_freq=5"], "trainer.best_metric='val/kl' needs data.val_files"),
         (["trainer.val_only=True"], "trainer.val_only=True needs data.val_files"),
+        ([*BEST, *KEEP, NO_REWARD], "trainer.keep='val/a/reward >= 1' needs rewards; set custom_reward_function.path"),
         ([*BEST, "trainer.best_metric=val/reward", NO_REWARD], "'val/reward' needs rewards; set custom_reward_func"),
         (
             [*BEST, "trainer.best_metric=val/a/reverse_kl min", GREEDY],

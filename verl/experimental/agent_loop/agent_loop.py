@@ -123,8 +123,8 @@ class AgentLoopManager:
         """Answer every prompt.
 
         Args:
-            prompts: ``uid`` and ``raw_prompt`` or ``prompt_ids`` per row; ``meta_info`` with ``global_steps`` and
-                ``validate``.
+            prompts: ``uid`` and ``raw_prompt`` or ``prompt_ids`` per row; ``meta_info`` with ``global_steps``,
+                ``validate`` and, where answers are cut before R tokens, ``horizon``.
 
         Returns:
             The rollout's new keys, in the order of ``prompts``.
@@ -134,7 +134,7 @@ class AgentLoopManager:
                 no space for the prompts, or samples come from other weights than the last sync's.
         """
         seeds = sample_seeds(self.rollout.seed, prompts)
-        meta_info = {"validate": prompts.meta_info["validate"]}
+        meta_info = {key: prompts.meta_info.get(key) for key in ("validate", "horizon")}
         rows = DataProto.from_dict(None, {**prompts.non_tensor_batch, SEED_KEY: seeds}, meta_info)
         busy = min(len(self._workers), len(rows))
         starts = [len(rows) * index // busy for index in range(busy + 1)]

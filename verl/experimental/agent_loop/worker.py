@@ -40,7 +40,7 @@ from ray.exceptions import RayError
 from transformers import PreTrainedTokenizerBase
 
 import verl.experimental.agent_loop.tool_agent_loop  # noqa: F401 (registers the loops)
-from verl.config import PPOConfig, RolloutConfig
+from verl.config import HorizonConfig, PPOConfig, RolloutConfig
 from verl.experimental.agent_loop.base import (
     AgentLoopContext,
     AgentLoopOutput,
@@ -92,9 +92,14 @@ class AgentLoopWorker:
         validate = bool(prompts.meta_info["validate"])
         # What is measured is written to its end.
         sampling = sampling_params(rollout, validate) | {"stop_from_id": None if validate else self._stop_from_id}
+        context = self.context
+        if horizon := prompts.meta_info.get("horizon"):
+            # Loops take their budget from there; rows are padded to the run's own length all the same.
+            limited = replace(rollout, response_length=horizon, horizon=HorizonConfig())
+            context = replace(context, rollout=limited)
         self.servers.forget_conversations()
         tasks = [
-            asyncio.create_task(self._converse(sampling, {key: values[row] for key, values in columns.items()}))
+            asyncio.create_task(self._converse(context, sampling, {key: of[row] for key, of in columns.items()}))
             for row in range(len(prompts))
         ]
         try:
@@ -109,9 +114,11 @@ class AgentLoopWorker:
         metrics = {name: [of_row[name] for of_row in measured] for name in measured[0]}
         return DataProto.from_dict(tensors, {"__num_turns__": [o.num_turns for o in outputs]}, {"metrics": metrics})
 
-    async def _converse(self, sampling: Mapping[str, Any], row: dict[str, Any]) -> AgentLoopOutput:
-        name = row.pop("agent_name", None) or self.context.rollout.agent.default_agent_loop
-        loop = get_agent_loop_class(name)(self.context, partial(self.servers.generate, request_id=uuid4().hex))
+    async def _converse(
+        self, context: AgentLoopContext, sampling: Mapping[str, Any], row: dict[str, Any]
+    ) -> AgentLoopOutput:
+        name = row.pop("agent_name", None) or context.rollout.agent.default_agent_loop
+        loop = get_agent_loop_class(name)(context, partial(self.servers.generate, request_id=uuid4().hex))
         return await loop.run(dict(sampling, seed=row.pop(SEED_KEY)), **row)
 
 

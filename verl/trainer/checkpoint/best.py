@@ -23,7 +23,7 @@ import shutil
 from pathlib import Path
 
 from verl.config import TrainerConfig
-from verl.config.best_rule import KEY, BestRule, Metrics, metric_value
+from verl.config.best_rule import KEY, BestRule, Metrics, metric_value, require_known
 from verl.trainer.checkpoint import layout
 from verl.utils.durable_files import flush_tree, write_durably
 from verl.utils.lfs import read_json
@@ -105,7 +105,7 @@ class BestCheckpoint:
         if not self._is_on:
             return {}
         if not self._names_are_known:
-            self._rule.require_known(metrics)
+            require_known(f"{KEY}={self._rule.text!r}", self._rule.names, metrics)
             self._names_are_known = True
         # JSON has no NaN; a missing metric keeps no bound either.
         self._metrics[step] = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}

@@ -141,7 +141,8 @@ def require_same_run(folder: Path, config: PPOConfig, identity: dict[str, Any]) 
     """
     described, trainer = layout.read_manifest(folder)["identity"], config.trainer
     saved = _flatten(OmegaConf.to_container(OmegaConf.load(folder / "config.yaml")))
-    both_have_rule = bool(saved.get("trainer.best_metric") and trainer.best_metric and not trainer.val_only)
+    rules = [saved.get(f"trainer.{name}") and getattr(trainer, name) for name in ("best_metric", "keep")]
+    both_have_rule = any(rules) and not trainer.val_only
     in_both = described.keys() & identity.keys()
     paths = {f"{TEACHERS}.{name.split('.')[1]}.path" for name in in_both if name.startswith("teachers.")}
     covered = {"data.train_files", CATALOGUE, *paths}
@@ -174,7 +175,7 @@ def rule_of(key: str, both_have_rule: bool = False) -> str:
     """``refuse``, ``warn`` or ``ignore``: what becomes of another value of a setting or an entry of the identity.
 
     Args:
-        both_have_rule: both runs have a ``trainer.best_metric``.
+        both_have_rule: both runs have a ``trainer.best_metric``, or both a ``trainer.keep``.
     """
     if matches(TABLE["validation"], key):
         return "refuse" if both_have_rule else "ignore"

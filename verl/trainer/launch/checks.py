@@ -16,7 +16,6 @@ from tempfile import TemporaryFile
 from typing import Any
 
 from verl.config import PPOConfig, RolloutConfig, TrainerConfig
-from verl.config.best_rule import BestRule
 from verl.trainer.checkpoint.layout import UNMERGED, VERL_SHARDS
 from verl.utils.lfs import describe_damage, is_pointer
 from verl.utils.loopback import joins_cluster
@@ -218,8 +217,8 @@ def _data_errors(config: PPOConfig) -> Iterator[str]:
     data, trainer = config.data, config.trainer
     if not data.train_files:
         yield "data.train_files is not set; give a parquet file, a folder, a glob or a list of these"
-    if not data.val_files and (trainer.val_only or trainer.best_metric):
-        what = "trainer.val_only=True" if trainer.val_only else f"trainer.best_metric={trainer.best_metric!r}"
+    if not data.val_files and (trainer.val_only or trainer.rules):
+        what = "trainer.val_only=True" if trainer.val_only else next(iter(trainer.rules))
         yield f"{what} needs data.val_files; set it"
     files = {} if data.custom_cls.path else {"data.train_files": data.train_files, "data.val_files": data.val_files}
     if data.synthetic_item_prompts.count and data.synthetic_item_prompts.catalogue:
@@ -239,7 +238,7 @@ def _engine_errors(config: PPOConfig) -> Iterator[str]:
 
 
 def _output_errors(config: PPOConfig) -> Iterator[str]:
-    """Loggers must be installed, and the rule for the best checkpoint read metrics that a validation can give."""
+    """Loggers must be installed, and rules read metrics that a validation can give."""
     trainer = config.trainer
     for key, refused in (("project_name", r"[/\\#?%:]|.{129}"), ("experiment_name", ".{129}")):
         if "wandb" in trainer.logger and re.search(refused, name := getattr(trainer, key)):
@@ -248,13 +247,12 @@ def _output_errors(config: PPOConfig) -> Iterator[str]:
     for name in trainer.logger:
         if name in ("tensorboard", "wandb") and not is_installed(name):
             yield f"trainer.logger={trainer.logger} needs the package {name}; install it, or leave {name} out"
-    names = BestRule.parse(trainer.best_metric).names if trainer.best_metric else []
-    key = f"trainer.best_metric={trainer.best_metric!r}"
-    if config.custom_reward_function.path is None and any(name.endswith("/reward") for name in names):
-        yield f"{key} needs rewards; set custom_reward_function.path, or take another metric: 'val/reverse_kl min'"
     rollout = config.actor_rollout_ref.rollout
-    if not rollout.validates_policy and any(name.endswith("/reverse_kl") for name in names):
-        yield f"{key} needs answers of the policy that is trained; {_validation_of_policy(rollout)}"
+    for key, (names, _) in trainer.rules.items():
+        if config.custom_reward_function.path is None and any(name.endswith("/reward") for name in names):
+            yield f"{key} needs rewards; set custom_reward_function.path, or take another metric: 'val/reverse_kl min'"
+        if not rollout.validates_policy and any(name.endswith("/reverse_kl") for name in names):
+            yield f"{key} needs answers of the policy that is trained; {_validation_of_policy(rollout)}"
 
 
 def _validation_of_policy(rollout: RolloutConfig) -> str:

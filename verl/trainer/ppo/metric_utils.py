@@ -53,7 +53,8 @@ def compute_data_metrics(batch: DataProto) -> Metrics:
     - ``critic/score``, ``critic/rewards``: sums over a row of ``token_level_scores``, ``token_level_rewards``.
     - ``reward_extra/<key>`` and ``reward_extra/<source>/<key>``: see `reported_means`.
     - ``critic/advantages``, ``critic/returns``: trained tokens. ``actor/entropy``: mean over them, nats.
-    - ``response_length``, ``prompt_length``: tokens; ``clip_ratio``: share of rows of the greatest length.
+    - ``response_length``, ``prompt_length``: tokens; ``clip_ratio``: share of rows of the greatest length, which for
+      responses is ``rollout/horizon`` where training answers are cut there (``meta_info["horizon"]``).
     - ``num_turns``: turns of the conversation.
     - ``training/rollout_probs_diff_*`` and ``rollout_corr/*``: see `_sampler_metrics`.
     """
@@ -69,9 +70,11 @@ def compute_data_metrics(batch: DataProto) -> Metrics:
             metrics |= _summary(f"critic/{name}", batch.tensor(name)[trained])
     if "entropys" in batch.batch:
         metrics |= _mean("actor/entropy", batch.tensor("entropys")[trained])
-    for name, tokens in (("response_length", responses), ("prompt_length", prompts)):
+    horizon = batch.meta_info.get("horizon")
+    metrics |= {} if horizon is None else {"rollout/horizon": float(horizon)}
+    for name, tokens, limit in (("response_length", responses, horizon), ("prompt_length", prompts, None)):
         lengths = tokens.sum(dim=-1)
-        metrics |= _summary(name, lengths) | _mean(f"{name}/clip_ratio", lengths == tokens.shape[1])
+        metrics |= _summary(name, lengths) | _mean(f"{name}/clip_ratio", lengths == (limit or tokens.shape[1]))
     if "__num_turns__" in batch.non_tensor_batch:
         metrics |= _summary("num_turns", torch.tensor(batch.array("__num_turns__").astype(np.int64)))
     metrics |= overall_and_per_source("reward_extra", batch, reported_means)

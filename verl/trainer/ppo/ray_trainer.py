@@ -32,6 +32,7 @@ from verl.trainer.data import PromptStream, build_val_loader
 from verl.trainer.ppo.advantage import apply_kl_penalty, compute_advantage, compute_rollout_is_weights, new_keys
 from verl.trainer.ppo.core_algos import get_kl_controller
 from verl.trainer.ppo.guards import EngineGap, SkippedUpdates, TeacherProbe
+from verl.trainer.ppo.keep import MixtureControl
 from verl.trainer.ppo.metric_utils import (
     Metrics,
     compute_data_metrics,
@@ -83,9 +84,8 @@ class RayPPOTrainer:
         """
         self.config, self.tokenizer = config, tokenizer
         self.role_worker_mapping, self.reward_fn = role_worker_mapping, reward_fn
-        self.device_name = device_name
-        self.train_dataset = train_dataset
-        self.prompts = PromptStream(train_dataset, config.data)
+        self.device_name, self.train_dataset = device_name, train_dataset
+        self.prompts = PromptStream(train_dataset, config.data, steered=bool(config.trainer.keep))
         self.val_loader = build_val_loader(val_dataset, config.data) if val_dataset is not None else None
         self.kl_controller = get_kl_controller(config.algorithm.kl_ctrl)
         self.stage_metrics: Metrics = {}
@@ -96,12 +96,12 @@ class RayPPOTrainer:
         config.resolve_schedule(self.total_steps)
         if self.uses_reward and reward_fn is None:
             raise ValueError(config.algorithm.missing_reward)
-        self.worker_groups = WorkerGroups(config, self.roles)
-        identity = run_identity(config, vocab_fingerprint)
+        self.worker_groups, identity = WorkerGroups(config, self.roles), run_identity(config, vocab_fingerprint)
         self.resume_from = find_resumable(config, identity, self.total_steps)
         self.driver_state = load_driver_state(self.resume_from) if self.resume_from else {}
         if self.driver_state:
             self.prompts.load_state_dict(self.driver_state, config.trainer.data_may_change)
+        self.keep = MixtureControl(config, self.prompts.mixture, val_dataset, self.driver_state)
         self.best = BestCheckpoint(config.trainer, self.resume_from)
         self.saver = CheckpointSaver(config, identity, self.best)
         self.skipped_updates, self.engine_gap = SkippedUpdates(config, self.saver), EngineGap(config)
@@ -182,6 +182,7 @@ class RayPPOTrainer:
         prompts.meta_info = {
             "global_steps": 0 if validate else self.global_steps,
             "validate": validate,
+            "horizon": None if validate else rollout.horizon.at(self.global_steps),
             "temperature": rollout.val_kwargs.temperature if validate else rollout.temperature,
         }
         # Copies lie side by side, so that a mini-batch of ppo_mini_batch_size * n rows holds whole prompts.
@@ -268,8 +269,7 @@ class RayPPOTrainer:
 
     def train_step(self, rows: dict[str, Any]) -> Metrics:
         """One step, one line per stage."""
-        timing: dict[str, float] = {}
-        self.stage_metrics = {}
+        timing, self.stage_metrics = dict[str, float](), {}
 
         def stage(name: str, run: Callable[[DataProto], DataProto], batch: DataProto) -> DataProto:
             with marked_timer(name, timing):
@@ -316,7 +316,8 @@ class RayPPOTrainer:
         show_answers(batch, self.tokenizer, self.config.trainer.log_val_generations)
         metrics = {f"val_{name}": value for name, value in joined.items() if not name.startswith("timing_s/")}
         metrics |= self.validation_metrics(batch)
-        return metrics | self.best.note(self.global_steps, metrics) | {"timing_s/testing": timing["testing"]}
+        noted = self.best.note(self.global_steps, metrics) | self.keep.note(self.global_steps, metrics)
+        return metrics | noted | {"timing_s/testing": timing["testing"]}
 
     # ------------------------------------------------------------------ set-up, data, checkpoints
 
@@ -369,6 +370,7 @@ class RayPPOTrainer:
         state = {
             **self.prompts.state_dict(),
             "kl_coef": self.kl_controller.value,
+            "keep": self.keep.state_dict(),
             "teacher_probe": self.teacher_probe.state_dict(),
             "metrics": as_numbers(metrics | checked),
         }

@@ -25,7 +25,8 @@ STEPS = 150
 WORLDS = ("quickstart", "online_retail")
 
 
-def _listed(of: Callable[[str], Any], text: str) -> list[Any]:
+def listed(of: Callable[[str], Any], text: str) -> list[Any]:
+    """A comma-separated option."""
     return [of(part) for part in text.split(",") if part]
 
 
@@ -38,9 +39,9 @@ def _variant(name: str) -> str:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m experiments.retention", description=str(__doc__).splitlines()[0])
-    numbers = partial(_listed, int)
+    numbers = partial(listed, int)
     parser.add_argument("--world", choices=WORLDS, default=WORLDS[0], help="default: %(default)s")
-    parser.add_argument("--variants", type=partial(_listed, _variant), default=list(VARIANTS), help="default: all")
+    parser.add_argument("--variants", type=partial(listed, _variant), default=list(VARIANTS), help="default: all")
     parser.add_argument("--seeds", type=numbers, default=[0, 1, 2], help="of the distillation; default: 0,1,2")
     parser.add_argument("--student-seeds", type=numbers, default=[0], help="of world and models; default: 0")
     parser.add_argument("--steps", type=int, help=f"of each run; default, without --seconds: {STEPS}")

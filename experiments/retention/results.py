@@ -81,10 +81,15 @@ def record_of(run: Run, status: str, **values: Any) -> Record:
     return {"run": asdict(run), "settings": run.settings, "status": status, **values}
 
 
-def read_results(path: Path) -> list[Record]:
-    """All whole lines of a file, the latest of each run alone; none where there is no file."""
+def read_lines(path: Path) -> list[Record]:
+    """All whole lines of a file; none where there is no file."""
     text = path.read_bytes() if path.is_file() else b""
-    records = [json.loads(line) for line in text[: text.rfind(b"\n") + 1].splitlines()]
+    return [json.loads(line) for line in text[: text.rfind(b"\n") + 1].splitlines()]
+
+
+def read_results(path: Path) -> list[Record]:
+    """All whole lines of a file, the latest of each run alone."""
+    records = read_lines(path)
     latest = {json.dumps([record["run"], record["settings"]], sort_keys=True): record for record in records}
     return list(latest.values())
 

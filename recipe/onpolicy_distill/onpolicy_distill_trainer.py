@@ -1,8 +1,9 @@
 """On-policy distillation as a trainer: the student learns from one teacher or several.
 
 It overrides stages of ``RayPPOTrainer``: which teacher scores which row, advantages, metrics. The clipped reverse KL is
-an advantage estimator in ``core_algos``, exact objectives are computed by the update. With ``algorithm.distill.coef``
-there is a task reward too, and the update follows both::
+an advantage estimator in ``core_algos``, which the update calls where its own pass scores the student; exact
+objectives are computed by the update. With ``algorithm.distill.coef`` there is a task reward too, and the update
+follows both::
 
     sampled:  advantage = task's estimator + coef x weight of the row's teacher x clipped reverse-KL term
     exact:    loss = policy loss of the task's advantage + coef x divergence

@@ -139,7 +139,7 @@ class RayPPOTrainer:
     def student_scores_in_update(self) -> bool:
         """Whether the update's own pass gives the student's scores, so that no stage has to before it.
 
-        A trainer with an ``advantage`` of its own has the stage. Overridden with False, every trainer has.
+        A trainer that overrides ``advantage`` keeps the stage, and so does one that overrides this with False.
         """
         own = type(self).advantage is not RayPPOTrainer.advantage
         return self.config.takes_one_step and not (own or reads_student_scores(self.config.algorithm))

@@ -68,7 +68,12 @@ BATCH_KEYS = {
     "has_extended": BatchKey("object", "(B,)", "dataset", "trainer (teacher of a row)"),
     "__num_turns__": BatchKey("object", "(B,)", "rollout", "reward, metrics"),
 }
-"""Every key that travels from stage to stage. Loops write rollout keys, the driver unions what stages return."""
+"""Every key that travels from stage to stage. Loops write rollout keys, the driver unions what stages return.
+
+What the student scores (``old_log_probs``, ``entropys``, ``extend_mass``), the teachers' ``ref_log_prob`` of an exact
+objective, and distillation's part of ``advantages`` and ``returns`` come from the update where its own pass makes them:
+at trained positions, 0 elsewhere.
+"""
 
 
 def _object_array(values: Any) -> np.ndarray:

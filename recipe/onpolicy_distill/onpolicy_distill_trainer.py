@@ -1,14 +1,16 @@
 """On-policy distillation as a trainer: the student learns from one teacher or several.
 
 It overrides stages of ``RayPPOTrainer``: which teacher scores which row, advantages, metrics. The clipped reverse KL is
-an advantage estimator in ``core_algos``, exact objectives are computed by the update. With ``algorithm.distill.coef``
-there is a task reward too, and the update follows both::
+an advantage estimator in ``core_algos``, which the update calls where its own pass scores the student; exact
+objectives are computed by the update. With ``algorithm.distill.coef`` there is a task reward too, and the update
+follows both::
 
     sampled:  advantage = task's estimator + coef x weight of the row's teacher x clipped reverse-KL term
     exact:    loss = policy loss of the task's advantage + coef x divergence
 """
 
 import logging
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from verl.config import BASE_TEACHER, PPOConfig
 from verl.experimental.agent_loop.base import TEACHER_KNOWS_EXTENDED
 from verl.protocol import DataProto
 from verl.trainer.ppo.advantage import distillation_advantage
+from verl.trainer.ppo.core_algos import reads_student_scores
 from verl.trainer.ppo.metric_utils import (
     compute_advantage_part_metrics,
     compute_on_policy_distill_data_metrics,
@@ -82,7 +85,8 @@ class RayOnPolicyDistillTrainer(RayPPOTrainer):
         """The student gets its objective, a teacher its settings and what the objective needs of it."""
         distill, base = self.config.algorithm.distill, super().worker_arguments(role)
         if role == "actor":
-            return base | {"distill": distill}
+            part = None if distill.is_exact else partial(distillation_advantage, config=self.config.algorithm)
+            return base | {"distill": distill, "advantage_part": part}
         needed = {"topk": distill.topk_or_none, "exports_hidden_states": self.exports_hidden_states}
         return base | needed | {"teacher": distill.teachers.get(role)}
 
@@ -120,18 +124,12 @@ class RayOnPolicyDistillTrainer(RayPPOTrainer):
 
     @property
     def student_scores_in_update(self) -> bool:
-        """Whether the update's own pass gives the student's scores, so that no stage has to before it.
-
-        An exact objective takes no ratio, and with one optimizer step a batch its pass is over the weights that wrote.
-        """
-        actor, batch_size = self.config.actor_rollout_ref.actor, self.config.data.train_batch_size
-        return not self.uses_advantage and actor.ppo_epochs == 1 and actor.ppo_mini_batch_size == batch_size
-
-    def old_log_prob(self, batch: DataProto) -> DataProto:
-        """As in the base class; nothing where the update gives it."""
-        if self.student_scores_in_update and not batch.meta_info["validate"]:
-            return DataProto()
-        return super().old_log_prob(batch)
+        """As in the base class; distillation's part of an advantage is no reason for a stage: the update can add it."""
+        algorithm = self.config.algorithm
+        own = type(self).advantage is not RayOnPolicyDistillTrainer.advantage
+        task_reads = self.uses_reward and reads_student_scores(algorithm)
+        reads = own or task_reads or algorithm.rollout_correction.rollout_is is not None
+        return self.config.takes_one_step and not (self.uses_advantage and reads)
 
     def ref_log_prob(self, batch: DataProto) -> DataProto:
         """``ref_log_prob`` (B, R) and what else an exact objective needs, each row's by its own teacher."""
@@ -158,12 +156,14 @@ class RayOnPolicyDistillTrainer(RayPPOTrainer):
         return self.role_groups[role].compute_ref_log_prob(batch)
 
     def update_actor(self, batch: DataProto) -> DataProto:
-        """As the base class; with it, at trained positions, what an exact objective did not need to score before.
+        """As the base class; new keys are also the advantages that it made, in place of the task's alone.
 
         Handles to hidden states are dropped from ``batch`` afterwards, which frees these.
         """
         updated = super().update_actor(batch)
         batch.non_tensor_batch.pop("teacher_states", None)
+        if "old_log_probs" not in batch.batch and not self.config.algorithm.distill.is_exact:
+            updated.union(self.add_distillation(batch, batch.select().union(updated)))
         return updated
 
     @property
@@ -177,13 +177,20 @@ class RayOnPolicyDistillTrainer(RayPPOTrainer):
         return self.config.algorithm.distill.has_policy_loss
 
     def advantage(self, batch: DataProto) -> DataProto:
-        """As in the base class; beside a task reward the sum of both parts, unless distillation is in the loss."""
-        weighted = super().advantage(batch)
-        if self.adds_advantages:
-            part = distillation_advantage(batch, self.config.algorithm)
-            for key in ("advantages", "returns"):
-                weighted.batch[key] = weighted.tensor(key) + part
+        """As in the base class; beside a task reward the sum of both parts, unless distillation is in the loss.
+
+        Distillation's part is not there yet where the update gives the student's scores.
+        """
+        scored = "old_log_probs" in batch.batch
+        weighted = super().advantage(batch) if self.uses_reward or scored else DataProto()
+        if self.adds_advantages and scored:
+            weighted.union(self.add_distillation(weighted, batch))
         return weighted
+
+    def add_distillation(self, task: DataProto, batch: DataProto) -> DataProto:
+        """``advantages`` and ``returns`` of both parts; those of the task, if any, are taken out of ``task``."""
+        part = distillation_advantage(batch, self.config.algorithm)
+        return DataProto.from_dict({key: task.batch.pop(key, 0.0) + part for key in ("advantages", "returns")})
 
     @property
     def adds_advantages(self) -> bool:

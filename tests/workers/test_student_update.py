@@ -4,14 +4,17 @@ The gradient is read off Adam's first moment after one step, so everything up to
 """
 
 import copy
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from support import tiny_workers as tiny
 from support.exact_cases import MISSING, Models, workers
 
-from verl.config import ActorRolloutRefConfig, FSDPConfig, MixedPrecisionConfig
+from verl.config import ActorRolloutRefConfig, AlgoConfig, FSDPConfig, MixedPrecisionConfig
 from verl.protocol import DataProto
+from verl.trainer.ppo.advantage import distillation_advantage
 from verl.workers.model_workers import StudentWorker
 
 pytestmark = pytest.mark.usefixtures("one_rank")
@@ -108,6 +111,38 @@ def test_gradient_does_not_depend_on_how_a_batch_is_cut(models: Models) -> None:
     for other_gradient, other_metrics in results.values():
         tiny.assert_same_gradient(other_gradient, gradient)
         assert other_metrics == pytest.approx(metrics, abs=1e-5)
+
+
+def save_update(config: ActorRolloutRefConfig, algorithm: AlgoConfig, batch: DataProto, folder: Path) -> None:
+    """On each rank: train on its share of the rows, and write the gradient and what the pass scored."""
+    student = workers(config)
+    student.actor.advantage_part = partial(distillation_advantage, config=algorithm)
+    scores = student.update_actor(batch.chunk(student.world_size)[student.rank])
+    torch.save((tiny.first_gradient(student), scores), folder / f"seen_{student.rank}.pt")
+
+
+def test_two_ranks_that_score_in_the_update_do_what_one_does_that_scores_before(models: Models, tmp_path: Path) -> None:
+    """A reward and three teachers of other weights; the second rank has nothing to train."""
+    algorithm = AlgoConfig(distill=models.distill("sampled", 3, coef=0.7), distill_adv_max_clip=0.2)
+    config, batch = models.config(actor={"ppo_max_token_len_per_gpu": 24, "entropy_coeff": 0.1}), models.batch(3)
+    batch.tensor("response_mask")[ROWS // 2 :] = 0
+    batch.rename("old_log_probs", "ref_log_prob")
+    tiny.run_ranks(2, save_update, config, algorithm, batch, tmp_path)
+    ranks = [torch.load(tmp_path / f"seen_{rank}.pt", weights_only=False) for rank in range(2)]
+    student = workers(config)
+    before = batch.select().union(student.compute_log_prob(batch))
+    before.batch["advantages"] = batch.tensor("advantages") + distillation_advantage(before, algorithm)
+    assert len(student.update_actor(before)) == 0, "scores that are there already are not returned again"
+    tiny.assert_same_gradient(ranks[1][0], tiny.first_gradient(student))
+    for key, scores in DataProto.concat([scores for _, scores in ranks]).batch.items():
+        torch.testing.assert_close(scores, before.tensor(key) * batch.tensor("response_mask"), rtol=0, atol=1e-5)
+
+
+def test_later_steps_need_the_scores_of_the_policy_that_wrote(models: Models) -> None:
+    batch = drawn_batch(models).select(["responses", "input_ids", "attention_mask", "response_mask", "advantages"])
+    for epochs, rows in ((2, ROWS), (1, ROWS // 2)):
+        with pytest.raises(KeyError, match=r"old_log_probs.*made by: student"):
+            update(models.config(rows_per_step=rows, actor={"ppo_epochs": epochs}), batch)
 
 
 # One row per case of DESIGN section 4: p prompt, a b c d ordinary tokens, E an extended one.

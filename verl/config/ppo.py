@@ -69,6 +69,12 @@ class PPOConfig:
             updates = self.data.train_batch_size // actor.ppo_mini_batch_size * actor.ppo_epochs
             actor.optim.total_training_steps = total_steps * updates
 
+    @property
+    def takes_one_step(self) -> bool:
+        """Whether a batch is one optimizer step, whose pass is then over the weights that wrote the answers."""
+        actor = self.actor_rollout_ref.actor
+        return actor.ppo_epochs == 1 and actor.ppo_mini_batch_size == self.data.train_batch_size
+
     def resolve_extend_start(self, start: int | None) -> None:
         """Put the first extended id in the place of ``extend_vocab_start_token=auto``; None: there is no extension.
 

@@ -28,7 +28,7 @@ from verl.utils.tokenizer import hf_tokenizer
 from verl.vocabulary import Vocabulary
 from verl.weight_sync import WeightExporter
 from verl.workers.actor.dp_actor import SCORED_KEYS, UPDATE_KEYS, DataParallelPPOActor, build_optimizer
-from verl.workers.actor.losses import UPDATE_SCORES
+from verl.workers.actor.losses import STUDENT_SCORES, UPDATE_SCORES, Advantage
 from verl.workers.actor.teachers import (
     HIDDEN_STATE_HANDLES,
     TOP_TENSORS,
@@ -61,12 +61,18 @@ class StudentWorker(Worker):
         config: ``actor_rollout_ref``.
         device: ``trainer.device``.
         distill: ``algorithm.distill``; None: policy-gradient losses alone.
+        advantage_part: distillation's part of an advantage, for batches whose ``old_log_probs`` the update gives.
     """
 
     def __init__(
-        self, config: ActorRolloutRefConfig, device: str = "auto", distill: DistillConfig | None = None
+        self,
+        config: ActorRolloutRefConfig,
+        device: str = "auto",
+        distill: DistillConfig | None = None,
+        advantage_part: Advantage | None = None,
     ) -> None:
         super().__init__()
+        self._advantage_part = advantage_part
         self.config, self._distill, self._device_setting = config, distill or DistillConfig(), device
         self._teacher_heads: dict[str, list[torch.Tensor]] = {}
 
@@ -92,6 +98,7 @@ class StudentWorker(Worker):
             # The setting counts prompts over all ranks; each has n answers.
             mini_batch_rows=actor.ppo_mini_batch_size * rollout.n // self.world_size,
             distill=self._distill,
+            advantage_part=self._advantage_part,
             extended_rows=None if start is None else ExtendedRows(module, start, actor.freeze_extended_rows),
         )
         self._exporter = WeightExporter(
@@ -113,14 +120,14 @@ class StudentWorker(Worker):
     def update_actor(self, data: DataProto) -> DataProto:
         """Train on a batch; the metrics are in ``meta_info["metrics"]``, the same on every rank.
 
-        The pass of an exact objective gives what scoring would before it: those keys of ``UPDATE_SCORES`` (B, R) that
-        the batch lacks are returned, at trained positions, 0 elsewhere.
+        Its pass gives what scoring would before it: those keys of ``UPDATE_SCORES`` (B, R) that the batch lacks are
+        returned, at trained positions, 0 elsewhere; ``ref_log_prob`` by an exact objective alone.
         """
         roles = self._distill.roles if self._distill.is_exact else []
         with self._on_device(optimizer=True), ExitStack() as stack:
             metrics, scores = self.actor.update(data, [self._teacher(role, stack) for role in roles])
         metrics |= max_memory_metrics(self._device.type)
-        found = dict(zip(UPDATE_SCORES, scores, strict=True)) if roles else {}
+        found = dict(zip(UPDATE_SCORES if roles else STUDENT_SCORES, scores, strict=False))
         # Entropy and mass are scored with the log-probs, and are not sent here.
         scored = {key: "ref_log_prob" if key == "ref_log_prob" else "old_log_probs" for key in found}
         new = {key: value for key, value in found.items() if scored[key] not in data.batch}

@@ -100,6 +100,9 @@ class Ranks:
 
     def compute_log_prob(self, batch: DataProto) -> DataProto:
         self.log.append("old_log_prob")
+        return self.scores(batch)
+
+    def scores(self, batch: DataProto) -> DataProto:
         values = torch.tensor([[-1.0, -2.0, 0.0]]).expand(len(batch), R).clone()
         return DataProto.from_dict({"old_log_probs": values, "entropys": -values, "extend_mass": 0.1 * -values})
 
@@ -110,7 +113,8 @@ class Ranks:
     def update_actor(self, batch: DataProto) -> DataProto:
         self.log.append("update")
         self.updated.append(batch)
-        return DataProto(meta_info={"metrics": {"actor/pg_loss": [1.0, 1.0]}})
+        scores = DataProto() if "old_log_probs" in batch.batch else self.scores(batch)
+        return scores.union(DataProto(meta_info={"metrics": {"actor/pg_loss": [1.0, 1.0]}}))
 
     def begin_checkpoint(self, path: str, step: int) -> None:
         self.log.append(f"save {step}")
@@ -164,7 +168,7 @@ def test_one_step_runs_its_stages_in_order_and_logs_every_family_once(tmp_path: 
     trainer, log = make_trainer(make_config(tmp_path, total_training_steps=1))
     trainer.fit()
     assert log[:3] == ["sleep", "ref_log_prob", "sync"], "the teachers are checked while the engine's memory is free"
-    assert log[3:] == ["generate", "sleep", "old_log_prob", "ref_log_prob", "update", "sync"]
+    assert log[3:] == ["generate", "sleep", "ref_log_prob", "update", "sync"]
     # Shared token: -(-1 - -3) = -2. Extended token: -(-2 - -100) = -98, clipped to -30. Padding: 0.
     expected = torch.tensor([[-2.0, -30.0, 0.0]]).expand(4, R)
     torch.testing.assert_close(trainer.actor_wg.updated[0].batch["advantages"], expected)

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from recipe.onpolicy_distill.onpolicy_distill_trainer import RayOnPolicyDistillTrainer
-from verl.config import AlgoConfig, DistillConfig, PPOConfig, TeacherConfig, TrainerConfig
+from verl.config import AlgoConfig, DistillConfig, PPOConfig, RolloutCorrectionConfig, TeacherConfig, TrainerConfig
 from verl.protocol import DataProto
+from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer
 
 NAN = float("nan")
@@ -76,3 +77,27 @@ def test_which_stages_a_step_has(settings: dict[str, Any], scores: bool, weighs:
     assert (trainer.uses_reference, trainer.uses_advantage) == (scores, weighs)
     trainer.config.trainer = TrainerConfig(teacher_nnodes=1, teacher_n_gpus_per_node=1)
     assert (trainer.uses_reference, trainer.uses_advantage) == (True, weighs)
+
+
+@pytest.mark.parametrize(
+    ("changes", "distils", "rewards"),
+    [
+        ({}, True, True),
+        ({"adv_estimator": "on_policy_distill"}, True, False),
+        ({"adv_estimator": "of_entropy"}, False, False),
+        ({"use_kl_in_reward": True}, False, False),
+        ({"adv_estimator": "on_policy_distill", "rollout_correction": RolloutCorrectionConfig("token")}, False, False),
+    ],
+)
+def test_what_needs_the_students_scores_before_the_update_has_them(
+    changes: dict[str, Any], distils: bool, rewards: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(ADV_ESTIMATOR_REGISTRY, "of_entropy", lambda token_level_rewards, entropys=None: ...)
+    for cls, expected in ((RayOnPolicyDistillTrainer, distils), (RayPPOTrainer, rewards)):
+        own = type("Own", (cls,), {"advantage": lambda self, batch: DataProto()})
+        for changed, epochs, steps in ((cls, 1, 1), (cls, 2, 1), (cls, 1, 2), (own, 1, 1)):
+            trainer = trainer_of(algorithm(), changed)
+            vars(trainer.config.algorithm).update(changes)
+            actor = trainer.config.actor_rollout_ref.actor
+            actor.ppo_epochs, trainer.config.data.train_batch_size = epochs, steps * actor.ppo_mini_batch_size
+            assert trainer.student_scores_in_update == (expected and (changed, epochs, steps) == (cls, 1, 1))

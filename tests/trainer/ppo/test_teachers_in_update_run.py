@@ -1,69 +1,93 @@
 """What the update's own pass scores gives the metrics and weights of a run that scores in stages before it."""
 
+import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.in_process_run import run_in_process, settings
-from support.launch import metrics_by_step, write_onerec_parquet
-
-from recipe.onpolicy_distill.onpolicy_distill_trainer import RayOnPolicyDistillTrainer
+from support.in_process_run import MEASURED, run_in_process, settings
+from support.launch import read_metrics, write_onerec_parquet
+from support.tiny_pairs import make_pair
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
-STEPS = 2
-OF_NO_ADVANTAGE = ("critic/advantages/", "critic/returns/")
+STEPS = 3
+DISTILL, ACTOR = "algorithm.distill", "actor_rollout_ref.actor"
+TEACHERS = {
+    f"++{DISTILL}.teachers.self": "{vocabulary:full,sources:[rec_*],weight:0.5}",
+    f"++{DISTILL}.teachers.both": "{vocabulary:stitched,sources:[mixed]}",
+}
+EXACT = {f"{DISTILL}.objective": "exact", f"{DISTILL}.support": "shared", **TEACHERS}
+REWARD = {"algorithm.adv_estimator": "grpo", "actor_rollout_ref.rollout.n": 2}
+BESIDE = {**REWARD, f"{DISTILL}.coef": 0.7}
+# Tokens lie beyond both bounds.
+SAMPLED = {"algorithm.distill_adv_min_clip": -0.5, "algorithm.distill_adv_max_clip": 0.05}
+TERMS = {f"{ACTOR}.entropy_coeff": 0.1, f"{ACTOR}.use_kl_loss": True, f"{ACTOR}.loss_agg_mode": "seq-mean-token-mean"}
+SEVERAL = {f"{ACTOR}.ppo_mini_batch_size": 3, f"{ACTOR}.ppo_epochs": 2}
+NOT_FINITE = {f"actor_rollout_ref.{name}.ref_log_prob_replace_val": "-inf" for name in ("actor", "ref")}
+NOT_FINITE |= {"algorithm.distill_adv_max_clip": 0.05}
 
 
-class ScoresBefore(RayOnPolicyDistillTrainer):
-    """As it is where the update's own pass cannot score."""
-
-    uses_reference = uses_advantage = True  # type: ignore[assignment]
-
-
-def train(scores_before: bool, mini_batch: int, epochs: int, pair: Any, prompts: Path, folder: Path) -> Any:
-    """Train with three teachers, scoring in stages before the update or in it; returns metrics, weights, calls."""
-    values = {
-        "actor_rollout_ref.actor.ppo_mini_batch_size": mini_batch,
-        "actor_rollout_ref.actor.ppo_epochs": epochs,
-        "algorithm.distill.objective": "exact",
-        "algorithm.distill.support": "shared",
-        "++algorithm.distill.teachers.self": "{vocabulary:full,sources:[rec_*],weight:0.5}",
-        "++algorithm.distill.teachers.both": "{vocabulary:stitched,sources:[mixed]}",
-        "data.train_batch_size": 6,
-        "trainer.total_training_steps": STEPS,
-        "trainer.save_freq": STEPS,
-        "trainer.canary_tolerance": "null",
-    }
+def train(values: dict[str, Any], scores_before: bool, pair: Any, prompts: Path, folder: Path) -> Any:
+    """Train, scoring in stages before the update or in it; returns metrics, weights, who scored training rows."""
+    reward = folder.parent / "reward.py"
+    reward.write_text("def compute_score(solution_str, **_):\n    return len(set(solution_str)) / 8\n")
+    # Micro-batches are others than those of a stage.
+    common = dict.fromkeys(("trainer.test_freq", "trainer.total_training_steps", "trainer.save_freq"), STEPS)
+    common |= dict.fromkeys((f"{ACTOR}.ppo_mini_batch_size", "data.train_batch_size"), 6)
+    common |= {f"{ACTOR}.ppo_max_token_len_per_gpu": 96, "actor_rollout_ref.rollout.calculate_log_probs": True}
+    common |= dict.fromkeys(("trainer.max_skipped_updates", "trainer.canary_tolerance"), "null")
+    common |= {"custom_reward_function.path": reward, "data.val_files": prompts, f"{ACTOR}.optim.lr": 1e-4}
     called: list[str] = []
+
+    def score(role: str, run: Any, batch: Any) -> Any:
+        called.extend([] if batch.meta_info["validate"] else [role])
+        return run(batch)
 
     def record(trainer: Any) -> None:
         if scores_before:
-            trainer.__class__ = ScoresBefore
-        score_with, score_student = trainer.score_with, trainer.actor_wg.compute_log_prob
-        trainer.score_with = lambda role, batch: (called.append(role), score_with(role, batch))[1]
-        trainer.actor_wg.compute_log_prob = lambda batch: (called.append("actor"), score_student(batch))[1]
+            forced = {"student_scores_in_update": False, "uses_reference": "ref" in trainer.role_groups}
+            trainer.__class__ = type("ScoresBefore", (type(trainer),), forced)
+        for role, group in trainer.role_groups.items():
+            name = "compute_log_prob" if role == "actor" else "compute_ref_log_prob"
+            setattr(group, name, partial(score, role, getattr(group, name)))
 
-    run_in_process(settings(pair, prompts, folder, **values), tamper=record)
-    model = folder / f"global_step_{STEPS}/actor/huggingface/model.safetensors"
-    return metrics_by_step(folder, STEPS), load_file(model), called
+    run_in_process(settings(pair, prompts, folder, **common | values), tamper=record)
+    metrics = {
+        step: {n: math.nan if v is None else v for n, v in logged.items() if not n.startswith(MEASURED)}
+        for step, logged in read_metrics(folder).items()
+    }
+    return metrics, load_file(folder / f"global_step_{STEPS}/actor/huggingface/model.safetensors"), called
 
 
-@pytest.mark.parametrize(("mini_batch", "epochs"), [(6, 1), (3, 2)])
+@pytest.mark.parametrize(
+    ("values", "scoring", "tolerance"),
+    [
+        (EXACT, [], 0),
+        (EXACT | SEVERAL, ["actor"], 0),
+        (EXACT | BESIDE, [], 1e-6),
+        (SAMPLED, ["ref"], 1e-6),
+        (SAMPLED | SEVERAL, ["actor", "ref"], 0),
+        (SAMPLED | TERMS | TEACHERS | BESIDE, ["ref", "self", "both"], 1e-6),
+        (NOT_FINITE, ["ref"], 0),
+        (REWARD, [], 1e-6),
+    ],
+)
 def test_metrics_and_weights_are_those_of_a_run_that_scores_before(
-    mini_batch: int, epochs: int, tiny_pair: Any, tmp_path: Path
+    values: dict[str, Any], scoring: list[str], tolerance: float, tiny_tokenizers: Any, tmp_path: Path
 ) -> None:
+    pair = make_pair(*tiny_tokenizers, tmp_path / "pair", extended_scale=1.0)  # draws item tokens
     prompts = write_onerec_parquet(tmp_path / "train.parquet", 12, sources=("general", "rec_next", "mixed"))
-    given = mini_batch, epochs, tiny_pair, prompts
-    updated, weights, called = train(False, *given, tmp_path / "updated")
-    before, right, called_before = train(True, *given, tmp_path / "before")
-    # Of later optimizer steps the update's pass would be over other weights than those that wrote.
-    assert (called, len(called_before)) == (["actor"] * (0 if epochs == 1 else STEPS), 4 * STEPS)
-    assert all(torch.equal(value, right[name]) for name, value in weights.items())
-    for step, found in before.items():
-        expected = {name: value for name, value in found.items() if not name.startswith(OF_NO_ADVANTAGE)}
-        assert updated[step] == pytest.approx(expected, rel=1e-6, abs=1e-6)
-    for name in ("distill/reverse_kl", "distill/mixed/reverse_kl", "distill_teacher/both/reverse_kl"):
-        assert abs(updated[STEPS][name]) > 1e-3
+    updated, weights, called = train(values, False, pair, prompts, tmp_path / "updated")
+    before, right, called_before = train(values, True, pair, prompts, tmp_path / "before")
+    assert (called, called_before[0]) == (scoring * STEPS, "actor")
+    torch.testing.assert_close(weights, right, rtol=0, atol=tolerance)
+    for step, expected in before.items():
+        assert updated[step] == pytest.approx(expected, rel=1e-6, abs=1e-6, nan_ok=True)
+    last = updated[STEPS]
+    assert last["actor/skipped_updates"] == (values is NOT_FINITE) and last["training/rollout_probs_diff_mean"] > 0
+    assert last["actor/entropy"] > 1 and abs(last.get("distill/general/reverse_kl", 1)) > 1e-3
+    assert min(last.get(f"distill/{n}", 1) for n in ("extend_mass", "extend_seq_ratio", "adv_clipfrac_high")) > 0

@@ -84,14 +84,15 @@ def compute_advantage(
 
 
 def distillation_advantage(data: DataProto, config: AlgoConfig) -> torch.Tensor:
-    """What distillation adds to the advantage of a task reward.
+    """What distillation adds to the advantage of a task reward, or the advantage where there is none.
 
     ``coef x weight of the row's teacher x clip(log p_teacher - log p_student)`` at trained tokens, 0 elsewhere; see
     ``core_algos.compute_on_policy_distill_reverse_kl``.
 
     Args:
-        data: with ``old_log_probs``, ``ref_log_prob``, ``response_mask``, and ``teacher`` where there are several.
-        config: the bounds, ``distill.coef`` and the teachers.
+        data: with ``old_log_probs``, ``ref_log_prob``, ``response_mask``, and ``teacher`` where there are several; on
+            any device.
+        config: the bounds, ``distill.coef`` (alone distillation weighs 1) and the teachers.
 
     Returns:
         (B, R) float32.
@@ -101,9 +102,9 @@ def distillation_advantage(data: DataProto, config: AlgoConfig) -> torch.Tensor:
         data.tensor("old_log_probs"), data.tensor("ref_log_prob"), data.tensor("response_mask"), config
     )
     if "teacher" in data.batch:
-        of_teacher = torch.tensor([distill.weight_of(role) for role in distill.roles])
+        of_teacher = torch.tensor([distill.weight_of(role) for role in distill.roles], device=advantages.device)
         advantages = advantages * of_teacher[data.tensor("teacher")][:, None]
-    return (distill.coef or 0.0) * advantages
+    return (distill.coef or 0.0) * advantages if config.learns_from_reward else advantages
 
 
 def apply_kl_penalty(

@@ -11,6 +11,7 @@ A mask is 1 at trained tokens and 0 elsewhere. Values at masked positions never 
 included: they are replaced, not multiplied by zero.
 """
 
+import inspect
 from collections.abc import Callable
 from enum import StrEnum
 from typing import Any
@@ -26,6 +27,7 @@ from verl.ops.policy_loss import (  # noqa: F401 (verl has them here)
     kl_penalty,
     zero_outside_mask,
 )
+from verl.protocol import BATCH_KEYS
 from verl.utils.torch_functional import masked_whiten
 
 AdvantageFn = Callable[..., tuple[torch.Tensor, torch.Tensor]]
@@ -75,6 +77,13 @@ def get_adv_estimator_fn(name_or_enum: str | AdvantageEstimator) -> AdvantageFn:
         known = ", ".join(sorted(ADV_ESTIMATOR_REGISTRY))
         raise ValueError(f"algorithm.adv_estimator={name!r} is unknown; choose from {known}")
     return ADV_ESTIMATOR_REGISTRY[name]
+
+
+def reads_student_scores(config: AlgoConfig) -> bool:
+    """Whether the estimator, the KL penalty of the reward or importance weights need what the student scored."""
+    inputs = inspect.signature(get_adv_estimator_fn(config.adv_estimator)).parameters
+    by_estimator = any(key.producer == "student" for name, key in BATCH_KEYS.items() if name in inputs)
+    return by_estimator or config.use_kl_in_reward or config.rollout_correction.rollout_is is not None
 
 
 @register_adv_est(AdvantageEstimator.ON_POLICY_DISTILL)

@@ -6,6 +6,8 @@
 
 A stage takes the batch and returns a ``DataProto`` of its new keys alone (``verl/protocol.py`` lists every key with
 its producer), which ``train_step`` adds; ``balance`` alone reorders rows. A recipe never overrides ``train_step``.
+Where a batch is one optimizer step, whose own pass scores the student, ``old_log_prob`` usually has nothing to do
+(``student_scores_in_update``).
 
 Workers compute on models (``workers``), engines generate (``agent_loop``). B sequences, R response tokens.
 """
@@ -30,7 +32,7 @@ from verl.trainer.checkpoint.resume import find_resumable, load_driver_state, ru
 from verl.trainer.checkpoint.saver import CheckpointSaver
 from verl.trainer.data import PromptStream, build_val_loader
 from verl.trainer.ppo.advantage import apply_kl_penalty, compute_advantage, compute_rollout_is_weights, new_keys
-from verl.trainer.ppo.core_algos import get_kl_controller
+from verl.trainer.ppo.core_algos import get_kl_controller, reads_student_scores
 from verl.trainer.ppo.guards import EngineGap, SkippedUpdates, TeacherProbe
 from verl.trainer.ppo.keep import MixtureControl
 from verl.trainer.ppo.metric_utils import (
@@ -133,6 +135,15 @@ class RayPPOTrainer:
         """Whether the update follows an advantage."""
         return True
 
+    @property
+    def student_scores_in_update(self) -> bool:
+        """Whether the update's own pass gives the student's scores, so that no stage has to before it.
+
+        A trainer that overrides ``advantage`` keeps the stage, and so does one that overrides this with False.
+        """
+        own = type(self).advantage is not RayPPOTrainer.advantage
+        return self.config.takes_one_step and not (own or reads_student_scores(self.config.algorithm))
+
     def reward(self, batch: DataProto) -> DataProto:
         """``token_level_scores`` (B, R): the task reward at each answer's last token; ``reward_extra`` (B,)."""
         assert self.reward_fn is not None, "checked at construction"
@@ -144,15 +155,9 @@ class RayPPOTrainer:
         if self.uses_reward and algorithm.use_kl_in_reward:
             rewarded, metrics = apply_kl_penalty(batch, self.kl_controller, algorithm.kl_penalty)
             self.stage_metrics |= metrics
-        weighted = compute_advantage(
-            rewarded,
-            adv_estimator=algorithm.adv_estimator,
-            gamma=algorithm.gamma,
-            lam=algorithm.lam,
-            num_repeat=self.config.actor_rollout_ref.rollout.n,
-            norm_adv_by_std_in_grpo=algorithm.norm_adv_by_std_in_grpo,
-            config=algorithm,
-        )
+        names, n = ("adv_estimator", "gamma", "lam", "norm_adv_by_std_in_grpo"), self.config.actor_rollout_ref.rollout.n
+        settings = {name: getattr(algorithm, name) for name in names}
+        weighted = compute_advantage(rewarded, **settings, num_repeat=n, config=algorithm)
         if algorithm.rollout_correction.rollout_is is None:
             return new_keys(weighted, batch)
         return new_keys(weighted, batch).union(compute_rollout_is_weights(batch, algorithm.rollout_correction))
@@ -209,7 +214,9 @@ class RayPPOTrainer:
         return batch
 
     def old_log_prob(self, batch: DataProto) -> DataProto:
-        """``old_log_probs``, ``entropys`` and ``extend_mass`` (B, R) of the student."""
+        """``old_log_probs``, ``entropys``, ``extend_mass`` (B, R) of the student; nothing where the update scores."""
+        if self.student_scores_in_update and not batch.meta_info["validate"]:
+            return DataProto()
         return self.actor_wg.compute_log_prob(batch)
 
     def ref_log_prob(self, batch: DataProto) -> DataProto:
@@ -336,14 +343,8 @@ class RayPPOTrainer:
         groups = start(self.role_worker_mapping, self.worker_arguments, self.device_name)
         self.role_groups: Mapping[str, WorkerGroup] = groups
         self.actor_wg = self.role_groups["actor"]
-        self.agent_loop_manager = AgentLoopManager(
-            self.config,
-            self.actor_wg,
-            self.tokenizer,
-            device=self.device_name,
-            watch=self.worker_groups.check_alive,
-            in_process=in_process,
-        )
+        parts, watch = (self.config, self.actor_wg, self.tokenizer), self.worker_groups.check_alive
+        self.agent_loop_manager = AgentLoopManager(*parts, device=self.device_name, watch=watch, in_process=in_process)
         self.worker_groups.watch(self.agent_loop_manager.check_alive)
         if self.device_name == "cpu":
             self.agent_loop_manager.start()

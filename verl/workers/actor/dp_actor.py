@@ -29,7 +29,7 @@ from verl.config import DistillConfig, FSDPActorConfig, OptimizerConfig, RefConf
 from verl.ops.linear_log_prob import TokenStats, linear_token_stats
 from verl.protocol import DataProto
 from verl.vocabulary import Vocabulary
-from verl.workers.actor.losses import POLICY_TENSORS, ROW_KEYS, UPDATE_SCORES, MiniBatchLoss, WeightedTeacher
+from verl.workers.actor.losses import POLICY_TENSORS, ROW_KEYS, UPDATE_SCORES, Advantage, MiniBatchLoss, WeightedTeacher
 from verl.workers.fsdp.extended_rows import ExtendedRows
 from verl.workers.fsdp.token_stats_model import BatchSizes, ScoredRows, TokenStatsModel, real_response_tokens, reshard
 
@@ -133,6 +133,7 @@ class DataParallelPPOActor:
         replace_token_id: input of a teacher in place of the ids that it lacks.
         mini_batch_rows: rows of this rank in one optimizer step; None: the whole batch.
         distill: the objective; by default the policy loss alone.
+        advantage_part: distillation's part of an advantage, for batches whose ``old_log_probs`` an update gives.
         extended_rows: measures and, where they are frozen, holds the rows of the extended ids.
     """
 
@@ -145,6 +146,7 @@ class DataParallelPPOActor:
     replace_token_id: int | None = None
     mini_batch_rows: int | None = None
     distill: DistillConfig = field(default_factory=DistillConfig)
+    advantage_part: Advantage | None = None
     extended_rows: ExtendedRows | None = None
     optimizer_steps: int = 0
     """Taken so far, skipped ones among them: the only state of the learning rate, which follows ``config.optim``."""
@@ -227,16 +229,17 @@ class DataParallelPPOActor:
 
         Args:
             data: rows with the keys of ``LOSS_KEYS``; ``old_log_probs`` and ``advantages`` unless the loss is a
-                divergence alone; ``ref_log_prob`` where the KL term is on; ``rollout_is_weights`` (B, R) where token
-                losses are weighted; ``teacher`` (B,), a place in ``teachers``, where there are several;
-                ``meta_info["temperature"]``.
+                divergence alone. The former may lack where all rows are one step: they are those of its own pass, and
+                ``advantage_part`` is added to the latter. ``ref_log_prob`` for that and for the KL term;
+                ``rollout_is_weights`` (B, R) where token losses are weighted; ``teacher`` (B,), a place among the
+                teachers, where there are several; ``meta_info["temperature"]``.
             teachers: of an exact objective, with the weight of each one's rows.
 
         Returns:
             metrics, the same on every rank: means over the optimizer steps, each over the whole mini-batch of all
             ranks. ``actor/loss`` is the whole loss, with all its terms; those of ``COUNTS`` are counts; drifts are
             measured after the last step. And (4, B, R) the log-probs and the like that ``UPDATE_SCORES`` names, as they
-            were in the last epoch's passes, at the trained positions of an exact objective; 0 elsewhere.
+            were in the last epoch's passes, at trained positions; 0 elsewhere, and where the batch held them.
 
         Raises:
             ValueError: a frozen model, or trained padding.
@@ -244,11 +247,13 @@ class DataParallelPPOActor:
         config = self.config
         if not isinstance(config, FSDPActorConfig) or self.actor_optimizer is None:
             raise ValueError("update_policy needs an actor with an optimizer; this model is frozen")
-        data.require(*LOSS_KEYS, *(("old_log_probs", "advantages") if self.distill.has_policy_loss else ()))
+        data.require(*LOSS_KEYS)
         if (data.tensor("response_mask").bool() & ~real_response_tokens(data)).any():
             raise ValueError("response_mask is 1 at padding, where attention_mask is 0; there is no token to train on")
         rows = self.mini_batch_rows or len(data)
         assert len(data) % rows == 0, f"{len(data)} rows are no whole number of mini-batches of {rows}"
+        if self.distill.has_policy_loss and config.ppo_epochs * len(data) != rows:
+            data.require("old_log_probs")
         # There is no dropout (`load_config`): this switches on gradient checkpointing and activation offload alone.
         self.actor_module.train()
         updates = [
@@ -279,7 +284,7 @@ class DataParallelPPOActor:
         metrics = {"actor/lr": rate} | dict.fromkeys(COUNTS, 0.0)
         scores = torch.zeros(len(UPDATE_SCORES), *mini.tensor("responses").shape)
         device = self.actor_module.device
-        mini_loss = MiniBatchLoss(mini, config, self.vocabulary, device, self.distill, teachers)
+        mini_loss = MiniBatchLoss(mini, config, self.vocabulary, device, self.distill, teachers, self.advantage_part)
         # The counts are over all ranks, so all of them run these passes, which communicate, or none does.
         if not mini_loss.is_empty:
             of_loss, scores = self._accumulate_gradient(mini, mini_loss, config)
@@ -303,7 +308,7 @@ class DataParallelPPOActor:
             values = {**part.metrics, "actor/loss": part.loss.detach()}
             totals = {name: totals[name] + value if totals else value for name, value in values.items()}
             if part.scores is not None:
-                scores[:, micro.rows, micro.columns] = part.scores.float()
+                scores[: len(part.scores), micro.rows, micro.columns] = part.scores.float()
         # By place: all ranks have the same metrics in the same order.
         shares = torch.stack(list(totals.values()))
         dist.all_reduce(shares)

@@ -8,10 +8,11 @@ are the loss of the whole mini-batch over all ranks; their metrics; the scores o
     divergence  mean over trained tokens of  weight of the row's teacher * (D(student, teacher) + leak_coef * leak)
     loss        policy, or divergence, or policy + coef * divergence
 
-The policy and entropy terms run over trained tokens, the KL term over those of them that the reference knows. A
-divergence needs whole distributions: teachers of this process run in the same micro-batch as the student, so that
-neither their logits nor their hidden states are kept. A teacher that knows all ids is compared over all of them,
-without leak term.
+The policy and entropy terms run over trained tokens, the KL term over those of them that the reference knows. A batch
+that is one optimizer step may come without ``old_log_probs``: they are those of this pass, and distillation's part of
+the advantage is made from them. A divergence needs whole distributions: teachers of this process run in the same
+micro-batch as the student, so that neither their logits nor their hidden states are kept. A teacher that knows all ids
+is compared over all of them, without leak term.
 
 Not here: the formulas (``ops.policy_loss``, ``ops.linear_divergence``), backward passes.
 
@@ -37,7 +38,7 @@ from verl.workers.actor.teachers import HIDDEN_STATE_HANDLES, TOP_TENSORS, Score
 from verl.workers.fsdp.token_stats_model import Head, MicroBatch, ScoredRows
 
 POLICY_TENSORS = ("old_log_probs", "advantages", "ref_log_prob", "rollout_is_weights")
-"""Batch keys (B, R) of the policy loss; the last two where their terms are on."""
+"""Batch keys (B, R) of the policy loss; the first two unless they are made here, the last two where used."""
 ROW_KEYS = ("teacher", *TOP_TENSORS, HIDDEN_STATE_HANDLES)
 """Batch keys of the divergence; each only where its teachers need it."""
 DIVERGENCE_OF = {"exact": "reverse_kl", "forward_kl": "forward_kl", "jsd": "jsd", "topk": "reverse_kl"}
@@ -45,7 +46,12 @@ DIVERGENCE_OF = {"exact": "reverse_kl", "forward_kl": "forward_kl", "jsd": "jsd"
 
 UPDATE_SCORES = ("old_log_probs", "entropys", "extend_mass", "ref_log_prob")
 """Batch keys (B, R) that the pass of a divergence gives at trained positions, as scoring would before the update."""
+STUDENT_SCORES = UPDATE_SCORES[:3]
+"""Those that the pass of a policy loss alone gives, where the batch lacks them."""
 
+Advantage = Callable[[DataProto], torch.Tensor]
+"""Rows with ``old_log_probs``, ``ref_log_prob``, ``response_mask``, and ``teacher`` where there are several, to what
+distillation adds to their advantages (rows, R)."""
 WeightedTeacher = tuple[Teacher, float]
 """A teacher, and the weight of its rows in the loss."""
 
@@ -58,7 +64,8 @@ class MicroLoss(NamedTuple):
     metrics: dict[str, torch.Tensor]
     """0-dim each, shares as the loss."""
     scores: torch.Tensor | None = None
-    """(4, S) of the drawn tokens, in the order of ``UPDATE_SCORES``; None without a divergence."""
+    """(4, S) of the drawn tokens, in the order of ``UPDATE_SCORES``; (3, S) of a policy loss alone; None where the
+    batch holds them."""
 
 
 class MiniBatchLoss:
@@ -66,13 +73,14 @@ class MiniBatchLoss:
 
     Args:
         mini: M rows with ``input_ids``, ``attention_mask``, ``response_mask``; the keys of ``POLICY_TENSORS`` for a
-            policy loss; ``teacher`` (M,), a place in ``teachers``, where there are several; and
-            ``meta_info["temperature"]``.
+            policy loss, without ``old_log_probs`` where the policy is still the one that wrote; ``teacher`` (M,), a
+            place among the teachers, where there are several; and ``meta_info["temperature"]``.
         config: the actor's settings.
         vocabulary: the student's.
         device: where the models compute.
         distill: the objective.
         teachers: of an exact objective.
+        advantage_part: is added to ``advantages``, if any, where ``old_log_probs`` are not there.
     """
 
     def __init__(
@@ -83,12 +91,13 @@ class MiniBatchLoss:
         device: torch.device,
         distill: DistillConfig,
         teachers: Sequence[WeightedTeacher],
+        advantage_part: Advantage | None = None,
     ) -> None:
         self.trained = mini.tensor("response_mask").bool()
         """(M, R) positions that are scored and trained, on the CPU."""
         self._parts: list[tuple[float, PolicyLoss | DivergenceLoss]] = []
         if distill.has_policy_loss:
-            self._parts.append((1.0, PolicyLoss(mini, config, vocabulary, device)))
+            self._parts.append((1.0, PolicyLoss(mini, config, vocabulary, device, distill, advantage_part)))
         if distill.is_exact:
             divergence = DivergenceLoss(mini, config, vocabulary, device, distill, teachers)
             # Without a coef distillation stands alone; where a reward is learned from, `config.ppo` refuses 0.
@@ -115,11 +124,24 @@ class MiniBatchLoss:
 class PolicyLoss:
     """Clipped policy loss, with entropy and KL terms where they are on; arguments as in `MiniBatchLoss`."""
 
-    def __init__(self, mini: DataProto, config: FSDPActorConfig, vocabulary: Vocabulary, device: torch.device) -> None:
+    def __init__(
+        self,
+        mini: DataProto,
+        config: FSDPActorConfig,
+        vocabulary: Vocabulary,
+        device: torch.device,
+        distill: DistillConfig,
+        advantage_part: Advantage | None,
+    ) -> None:
         self._config, self._temperature = config, mini.meta_info["temperature"]
-        # Without its extension: the mass on item tokens is no part of this loss.
-        self._vocabulary = Vocabulary(vocabulary.ids)
-        self._tensors = {key: mini.tensor(key).to(device) for key in POLICY_TENSORS if key in mini.batch}
+        scored = "old_log_probs" in mini.batch
+        self._gives_scores = not scored and not distill.is_exact  # beside a divergence, that gives them
+        self._advantage_part = None if scored else advantage_part
+        mini.require("advantages" if self._advantage_part is None else "ref_log_prob")
+        # Without its extension, unless the mass on item tokens is to be measured: it is no part of this loss.
+        self._vocabulary = vocabulary if self._gives_scores else Vocabulary(vocabulary.ids)
+        keys = [key for key in (*POLICY_TENSORS, "teacher") if key in mini.batch]
+        self._tensors = {key: mini.tensor(key).to(device) for key in keys}
         self._trained = self._known = mini.tensor("response_mask").bool()
         if config.use_kl_loss:
             self._known = self._trained & (mini.tensor("ref_log_prob") != config.ref_log_prob_replace_val)
@@ -133,7 +155,7 @@ class PolicyLoss:
             linear_token_stats,
             temperature=self._temperature,
             vocabulary=self._vocabulary,
-            with_entropy=self._config.entropy_coeff != 0,
+            with_entropy=self._gives_scores or self._config.entropy_coeff != 0,
         )
 
     def of(self, micro: MicroBatch, stats: TokenStats) -> MicroLoss:
@@ -152,6 +174,10 @@ class PolicyLoss:
 
         mask, log_prob = self._trained[rows].to(device), spread(stats.log_probs)
         given = {key: values[rows.to(device)] for key, values in self._tensors.items()}
+        given.setdefault("old_log_probs", log_prob.detach())
+        if self._advantage_part is not None:
+            data = DataProto.from_dict({**given, "response_mask": mask})
+            given["advantages"] = given.get("advantages", 0.0) + self._advantage_part(data)
         loss, metrics = compute_policy_loss_vanilla(
             given["old_log_probs"],
             log_prob,
@@ -174,7 +200,11 @@ class PolicyLoss:
             kl_loss = mean(divergence, self._known[rows].to(device), self.counts[2:])
             metrics["actor/kl_loss"] = kl_loss.detach()
             loss = loss + config.kl_loss_coef * kl_loss
-        return MicroLoss(loss, metrics)
+        if not self._gives_scores:
+            return MicroLoss(loss, metrics)
+        mass = torch.zeros_like(stats.log_probs) if stats.extend_mass is None else stats.extend_mass
+        assert stats.entropy is not None, "`head` asks for it"
+        return MicroLoss(loss, metrics, torch.stack([stats.log_probs, stats.entropy, mass]).detach())
 
 
 class DivergenceLoss:

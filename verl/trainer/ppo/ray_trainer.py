@@ -6,8 +6,7 @@
 
 A stage takes the batch and returns a ``DataProto`` of its new keys alone (``verl/protocol.py`` lists every key with
 its producer), which ``train_step`` adds; ``balance`` alone reorders rows. A recipe never overrides ``train_step``.
-Where a batch is one optimizer step, whose own pass scores the student, ``old_log_prob`` usually has nothing to do
-(``student_scores_in_update``).
+``old_log_prob`` has nothing to do where the update's own pass scores the student (``student_scores_in_update``).
 
 Workers compute on models (``workers``), engines generate (``agent_loop``). B sequences, R response tokens.
 """

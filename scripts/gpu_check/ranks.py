@@ -45,7 +45,7 @@ def make_model(bench: Bench, role: str, ids: int, rows: int) -> str:
 def build_workers(bench: Bench, rows: int) -> tuple[StudentWorker, TeacherWorker]:
     """Student, with a step for ``rows`` of all ranks by the exact objective, and teacher; offloaded while idle."""
     (start, ids, student_rows, teacher_rows), tokens = bench.sizes, {"log_prob_max_token_len_per_gpu": 24000}
-    offload, optim = config.FSDPConfig(param_offload=True, optimizer_offload=True), config.OptimizerConfig(lr=1e-4)
+    offload, optim = config.FSDPConfig(param_offload=True, optimizer_offload=True), config.OptimizerConfig(lr=3e-5)
     has_gqa = "enable_gqa" in inspect.signature(varlen_attn).parameters  # from torch 2.13 on
     model = config.HFModelConfig(make_model(bench, "student", ids, student_rows))
     model.override_config |= {} if has_gqa else {"attn_implementation": PACKED_SDPA}

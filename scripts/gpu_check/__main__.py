@@ -6,7 +6,7 @@ Parts, all by default: env, attention, head, ipc, ipc-expandable, ranks, engine,
 a time limit, and one that fails or crashes does not end the rest. The table grows as parts end. The last line is the
 report as JSON, which FOLDER/gpu_check.json holds too; FOLDER/gpu_check/PART.log has what a part wrote.
 
-Exit code: 0 all passed; 1 a check failed; 3 none did, but a part was skipped or not reached.
+Exit code: 0 all passed; 1 a check failed; 3 none did, but a part was skipped, interrupted or not reached.
 """
 
 import argparse
@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PARTS = ["env", "attention", "head", "ipc", "ipc-expandable", "ranks", "engine", "run"]
 SECONDS = dict(zip(PARTS, (60, 90, 90, 80, 60, 150, 240, 240), strict=True))
 """Limits of the parts."""
-ALL_SECONDS, GRACE_S = 570, 15
+ALL_SECONDS, GRACE_S, POLL_S = 560, 15, 0.1
 ROW = "{:<14} {:<50} {:<12} {:<24} {:<6} {}"
 
 
@@ -60,8 +60,8 @@ def end_session(session: int) -> None:
         psutil.wait_procs(left, timeout=GRACE_S)
 
 
-def start_part(name: str, seconds: float, args: argparse.Namespace, work: str) -> dict[str, Any]:
-    """Run a part to its end or its limit; its state, seconds and checks."""
+def start_part(name: str, seconds: float, args: argparse.Namespace, work: str, stop: list[int]) -> dict[str, Any]:
+    """Run a part to its end, its limit or until ``stop`` is no longer empty; its state, seconds and checks."""
     results, log = (args.out / "gpu_check" / f"{name}.{kind}" for kind in ("jsonl", "log"))
     results.write_text("")
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
@@ -71,15 +71,14 @@ def start_part(name: str, seconds: float, args: argparse.Namespace, work: str) -
     command, began = command + ["--smoke"] * args.smoke, time.monotonic()
     place = {"cwd": ROOT, "env": environment, "start_new_session": True}
     with log.open("w") as output, subprocess.Popen(command, stdout=output, stderr=output, **place) as process:
-        try:
-            code = process.wait(seconds)
-            state = f"{FAILED}: exit code {code}" if code else OK
-        except subprocess.TimeoutExpired:
-            state = f"{FAILED}: not done in {seconds:.0f} s"
-        except KeyboardInterrupt:
-            state = "interrupted"
+        while (code := process.poll()) is None and not stop and time.monotonic() - began < seconds:
+            time.sleep(POLL_S)
         took = time.monotonic() - began
         end_session(process.pid)
+    state = f"{FAILED}: exit code {code}" if code else OK
+    if code is None:
+        is_cut = stop or seconds < SECONDS[name]  # by a signal, or by the end of all parts' time
+        state = "interrupted" if is_cut else f"{FAILED}: not done in {seconds:.0f} s"
     lines = results.read_text().splitlines()
     checks = [json.loads(line, parse_float=lambda text: float(f"{float(text):.4g}")) for line in lines]
     if state == OK and any(check["result"] == FAILED for check in checks):
@@ -115,17 +114,20 @@ def main() -> int:
         run_part(args.parts[0], Bench(args.smoke, args.work, args.of_part))
         return 0
     (args.out / "gpu_check").mkdir(parents=True, exist_ok=True)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    stop: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: stop.append(number))
     slower = 4 if args.smoke else 1  # the CPUs may be shared
-    deadline, parts = time.monotonic() + slower * ALL_SECONDS, {}
+    deadline = time.monotonic() + slower * ALL_SECONDS
+    parts = {name: {"state": "not reached", "seconds": 0.0, "checks": []} for name in args.parts or PARTS}
     print(ROW.format("part", "check", "expected", "seen", "", "where the bound comes from"))
-    with suppress(KeyboardInterrupt), tempfile.TemporaryDirectory(prefix="gpu_check_") as work:
-        for name in args.parts or PARTS:
+    with tempfile.TemporaryDirectory(prefix="gpu_check_") as work:
+        for name, part in parts.items():
             seconds = min(slower * SECONDS[name], deadline - time.monotonic())
-            parts[name] = {"state": "not reached", "seconds": 0.0, "checks": []}
-            if seconds > 0 and all(part["state"] != "interrupted" for part in parts.values()):
-                parts[name] = start_part(name, seconds, args, work)
-            show(name, parts[name], args.out / "gpu_check" / f"{name}.log")
+            if seconds > 0 and not stop:
+                part |= start_part(name, seconds, args, work, stop)
+                show(name, part, args.out / "gpu_check" / f"{name}.log")
+    print(*(f"{name}: {part['state']}" for name, part in parts.items()), sep="\n")
     for part in parts.values():
         part["outside"] = {c["check"]: c["result"] for c in part["checks"] if c["result"] in (FAILED, OFF)}
         part["checks"] = {check["check"]: check["seen"] for check in part["checks"]}

@@ -6,7 +6,7 @@ PYTEST = $(ENV_DIR)/bin/python -m pytest
 WORKERS ?= 2
 export ENV_DIR
 
-.PHONY: env test test-slow test-all soak quickstart lint format clean
+.PHONY: env test test-slow test-all soak quickstart gpu-check lint format clean
 
 env:
 	bash deploy_env.sh --dev
@@ -25,6 +25,10 @@ soak: env
 
 quickstart: env
 	$(ENV_DIR)/bin/python -m recipe.onpolicy_distill.quickstart $(ARGS)
+
+# What of the CUDA path works here, in at most ten minutes; docs/gpu.md. ARGS="attention head" runs these parts alone.
+gpu-check: env
+	$(ENV_DIR)/bin/python -m scripts.gpu_check $(ARGS)
 
 lint: env
 	$(ENV_DIR)/bin/ruff check .

@@ -42,3 +42,14 @@ def test_auto_dtype_follows_the_device() -> None:
     assert device.dtype_name(torch.bfloat16) == "bfloat16"
     with pytest.raises(ValueError, match="'int8'"):
         device.resolve_dtype("int8", "cpu")
+
+
+def test_ranks_share_weights_from_memory_that_engines_may_open(monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+    settings: list[str] = []
+    for name, stand_in in {"device_count": lambda: 2, "set_device": lambda _: None}.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", settings.append)
+    assert device.select_device("cuda", 3) == torch.device("cuda", 1) and settings == []
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64,expandable_segments:True")
+    device.select_device("cuda", 0)
+    assert settings == ["expandable_segments:False"] and "expandable segments are off" in caplog.text

@@ -76,11 +76,12 @@ def packed_varlen_attention(
     """As `packed_sdpa_attention`, in one kernel call for all rows; B is 1, without dropout (see ``build.load_config``).
 
     Args:
-        cu_seq_lens_q: int32, 0 and then the end of each row.
+        cu_seq_lens_q: int32, 0 and then the end of each row; None: every batch entry is one row.
         max_length_q: tokens of the longest row.
     """
+    if cu_seq_lens_q is None:
+        return packed_sdpa_attention(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     _require_causal(attention_mask, kwargs)
-    assert cu_seq_lens_q is not None, "rows of unknown length"
     q, k, v = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))  # (N, H, d) each
     ends, longest = (cu_seq_lens_q, cu_seq_lens_q), (max_length_q, max_length_q)
     grouped = query.shape[1] != key.shape[1]

@@ -4,10 +4,13 @@ In:  the setting ``trainer.device`` (``auto``, ``cuda``, ``cpu``). Out: names, d
 differ between the two.
 """
 
+import logging
 import os
 from pathlib import Path
 
 import torch
+
+logger = logging.getLogger(__name__)
 
 GPU_FILE = Path("/dev/nvidia0")
 """There where the system has an NVIDIA GPU, whatever torch makes of it."""
@@ -48,6 +51,11 @@ def select_device(device_name: str, local_rank: int) -> torch.device:
     torch.cuda.set_device(device)
     # cuDNN makes a plan for every row length and batch, at some 30 ms each; flash attention needs none.
     torch.backends.cuda.enable_cudnn_sdp(False)
+    asked = os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "") + os.environ.get("PYTORCH_ALLOC_CONF", "")
+    if "expandable_segments:True" in asked:
+        # A container may refuse the engine what it needs to open such memory, in which it would find the weights.
+        torch._C._accelerator_setAllocatorSettings("expandable_segments:False")
+        logger.warning("PYTORCH_CUDA_ALLOC_CONF=%s: expandable segments are off in training ranks", asked)
     return device
 
 

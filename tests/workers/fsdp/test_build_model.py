@@ -69,7 +69,8 @@ def test_flash_attention_is_taken_where_it_is_installed(monkeypatch: pytest.Monk
 
 def varlen_on_cpu(q, k, v, ends, ends_k, longest, longest_k, *, scale, window_size, enable_gqa):
     """What torch's kernel computes with these arguments, for causal rows: (N, H, d) in and out."""
-    assert window_size == (-1, 0) and ends.dtype == torch.int32 and ends is ends_k and longest == longest_k == 4
+    assert window_size == (-1, 0) and ends.dtype == torch.int32 and ends is ends_k
+    assert longest == longest_k == int(ends.diff().max())
     rows = [tensor.transpose(0, 1).tensor_split(ends[1:-1].long(), dim=1) for tensor in (q, k, v)]
     attend = partial(F.scaled_dot_product_attention, is_causal=True, scale=scale, enable_gqa=enable_gqa)
     return torch.cat([attend(*row) for row in zip(*rows, strict=True)], dim=1).transpose(0, 1)
@@ -89,6 +90,15 @@ def test_packed_attention_is_attention_row_by_row(in_one_call: bool, monkeypatch
     torch.testing.assert_close(packed, right.transpose(1, 2))
     with pytest.raises(ValueError, match="packed attention knows no softcap"):
         function(nn.Module(), query, key, value, None, softcap=30.0)
+
+
+def test_a_model_whose_rows_are_one_kernel_call_loads_and_is_its_own(
+    student_model: Path, mesh: DeviceMesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Its own logits are those of rows alone, which the model gives its attention without boundaries.
+    monkeypatch.setattr(attention, "varlen_attn", varlen_on_cpu)
+    model = HFModelConfig(override_config={"attn_implementation": PACKED_VARLEN})
+    assert build_model(str(student_model), model, FSDPConfig(), mesh, trainable=True).packed
 
 
 def test_a_config_is_overridden_and_has_no_dropout(student_model: Path, tmp_path: Path, caplog) -> None:

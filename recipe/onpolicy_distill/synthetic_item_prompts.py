@@ -19,7 +19,7 @@ import logging
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING
@@ -33,12 +33,14 @@ from verl.utils.dataset.items import ITEM_BEGIN, ITEM_END, LEVELS, Item, item_to
 from verl.utils.dataset.onerec_dataset import get_dataset_class
 from verl.utils.dataset.parquet_files import cached_file, code_digest, expand_data_files, file_digest
 from verl.utils.dataset.rl_dataset import RLHFDataset
+from verl.utils.durable_files import write_durably
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
+Chat = list[dict[str, str]]
 DrawItem = Callable[[Random], Item]
 
 KEY = "data.synthetic_item_prompts"
@@ -80,7 +82,7 @@ def _codes_by_level(vocabulary: dict[str, int]) -> dict[str, list[int]]:
     return {level: sorted(codes) for level, codes in sorted(found.items())}
 
 
-def draw_chats(config: SyntheticItemPromptsConfig, draw_item: DrawItem) -> Iterator[tuple[str, list[dict[str, str]]]]:
+def draw_chats(config: SyntheticItemPromptsConfig, draw_item: DrawItem) -> Iterator[tuple[str, Chat]]:
     """Source and messages of each prompt; one depends on the seed and its own number, not on how many there are."""
     names = list(config.templates)
     for number in range(config.count):
@@ -104,23 +106,28 @@ def write_item_prompts(
     tokenizer: "PreTrainedTokenizerBase",
     prompt_column: str | None = None,
 ) -> None:
-    """Write the prompts as rows of ``source``, ``uuid`` and messages as JSON text.
+    """Write the prompts with ``write_chats``; errors as ``item_sampler``."""
+    chats = draw_chats(config, item_sampler(tokenizer, config.catalogue))
+    rows = ((source, f"{config.source}-{config.seed}-{n}", messages) for n, (source, messages) in enumerate(chats))
+    write_chats(path, rows, prompt_column)
+
+
+def write_chats(path: Path, prompts: Iterable[tuple[str, str, Chat]], prompt_column: str | None = None) -> None:
+    """Write prompts, each its source, uuid and messages, with the messages as JSON text: the whole file or none.
 
     Args:
         prompt_column: where prompts stand in verl's layout; None: OneRec's, whose chats end with an answer, which is
             empty here: nobody knows it.
 
     Raises:
-        ValueError: as ``item_sampler``.
+        OSError: the file cannot be written.
     """
     answer = [{"role": "assistant", "content": ""}] if prompt_column is None else []
-    sources, chats = zip(*draw_chats(config, item_sampler(tokenizer, config.catalogue)), strict=True)
-    columns = {
-        "source": sources,
-        "uuid": [f"{config.source}-{config.seed}-{number}" for number in range(config.count)],
-        prompt_column or "messages": [json.dumps([*chat, *answer], ensure_ascii=False) for chat in chats],
-    }
-    pq.write_table(pa.table(columns), path)
+    sources, uuids, chats = zip(*prompts, strict=True)
+    texts = [json.dumps([*chat, *answer], ensure_ascii=False) for chat in chats]
+    content = pa.BufferOutputStream()
+    pq.write_table(pa.table({"source": sources, "uuid": uuids, prompt_column or "messages": texts}), content)
+    write_durably(path, content.getvalue().to_pybytes())
 
 
 def make_prompt_file(config: DataConfig, tokenizer: "PreTrainedTokenizerBase") -> Path:

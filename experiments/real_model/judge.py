@@ -77,12 +77,10 @@ def judge(model: Path, teacher: Path, files: Sequence[Path], shared: Path, folde
         shared: holds IFEval's prompts, or not; then it is left out.
 
     Raises:
-        RuntimeError: no verifier, or the engine failed.
+        RuntimeError: IFEval's verifier is not installed, or the engine failed.
     """
     data, prompts = files
     documents = ifeval.read_prompts(shared, config.ifeval_prompts)
-    if documents:
-        ifeval.verifier()  # before anything heavy
     key = {
         "code": file_digest(__file__, str(ifeval.__file__)),
         "model": file_digest(model / "model.safetensors"),

@@ -29,6 +29,7 @@ class Sizes:
 PARTS = ("prompts", "data", "student", "judge", "distil")
 SIZES: dict[str | None, dict[str, dict[str, Any]]] = {
     None: {
+        "data": {"history": 12},
         "student": {"steps": 300, "batch_size": 16, "learning_rate": 3e-4},
         "distil": {"steps": 120},
     },

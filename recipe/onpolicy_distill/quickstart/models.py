@@ -194,7 +194,8 @@ def train(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _learning_rate_share(config.steps))
     batches = _batches(chats, config, on_questions)
     model.train()
-    with _at_most_threads(config.max_threads), tqdm(total=config.steps, desc=f"training the {name}", unit="step") as progress:
+    bar = tqdm(total=config.steps, desc=f"training the {name}", unit="step")
+    with _at_most_threads(config.max_threads), bar as progress:
         for _ in range(config.steps):
             ids, labels = (tensor.to(model.device) for tensor in next(batches))
             with torch.autocast(model.device.type, torch.bfloat16, enabled=config.bf16):

@@ -7,8 +7,8 @@ In: a model, the teacher, data and prompts. Out: a folder with
     answers.jsonl   greedy answers beside what was asked and how they were judged, to read
 
     ifeval_{prompt,instruction}_{strict,loose}   greedy answers; all of a prompt's instructions, or each
-    reverse_kl, reverse_kl_ifeval   log p_model - log p_teacher of the model's own tokens up to its first item token, on
-                                    held-out general prompts and on IFEval's
+    reverse_kl, reverse_kl_ifeval   log p_model - log p_teacher, both over the ids that both know, of the model's own
+                                    tokens up to its first item token; on held-out general prompts, and on IFEval's
     leak, leak_ifeval               of the same answers, those with an item token
     recall_{1,5,10,20}              items ranked under the catalogue's trie; popular_* is the most purchased ones
     free_hit, free_item             unconstrained answers that are the item wanted, any item of the catalogue
@@ -199,7 +199,10 @@ def _distances(
     gap = known * 0.0
     if model != teacher:
         scored = scoring.score(batch, settings)
-        gap = (scored.tensor("old_log_probs") - scored.tensor("ref_log_prob")).where(known, 0.0)
+        # Of tokens that are no items: what the model gives to items must not make it look near.
+        shared_mass = (1 - scored.tensor("extend_mass")).clamp(min=1e-7)
+        gap = scored.tensor("old_log_probs") - shared_mass.log() - scored.tensor("ref_log_prob")
+        gap = gap.where(known, 0.0)
     nats = list(zip(gap.sum(-1).tolist(), known.sum(-1).float().tolist(), strict=True))
     leaks = [(float(any(token >= extend_start for token in answer)), 1.0) for answer in sampled]
     cut = len(asked["chat"])

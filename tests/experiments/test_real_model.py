@@ -10,14 +10,17 @@ import pyarrow.parquet as pq
 import pytest
 from support.tiny_pairs import REPO
 
-from experiments.real_model import data, ifeval
+from experiments.real_model import data, ifeval, models
 from experiments.real_model.__main__ import main, parse_args
 from experiments.real_model.data import DataConfig, build
 from experiments.real_model.distil import DistilConfig, settings
+from experiments.real_model.judge import judge
 from experiments.real_model.models import make_teacher
+from experiments.real_model.prompts import make_prompts
 from experiments.real_model.sizes import SIZES, sizes_of
 from experiments.real_model.student import make_student
 from experiments.real_model.table import Estimate, compare, markdown
+from recipe.onpolicy_distill.quickstart.catalogue import all_item_tokens
 from verl.trainer.launch.typed import load_config
 from verl.utils.tokenizer import hf_tokenizer
 
@@ -112,6 +115,17 @@ def test_the_student_is_the_teacher_with_item_tokens(tmp_path):
     assert known.items() <= extended.items() and len(extended) == len(known) + 2 + 3 * 64
     prompt = hf_tokenizer(student).apply_chat_template([{"role": "user", "content": "?"}], tokenize=False)
     assert prompt.startswith("<|im_start|>system\nYou are a helpful AI assistant<|im_end|>\n<|im_start|>user\n?")
+
+
+def test_a_student_that_only_has_more_ids_is_at_no_distance(tmp_path):
+    """The teacher gives its tokens more, having nothing else to give to; over the ids of both they are equal."""
+    size, teacher = sizes_of("tiny", 0, False), make_teacher(tmp_path, tiny=True)
+    files = build(tmp_path, size.data, tmp_path), make_prompts(teacher, tmp_path, size.prompts)
+    models.save(tmp_path / "student", *models.extend(teacher, all_item_tokens(64), seed=0))
+    folder = judge(tmp_path / "student", teacher, files, tmp_path, tmp_path, size.judge)
+    outcomes = json.loads((folder / "outcomes.json").read_text())
+    assert sum(tokens for _, tokens in outcomes["reverse_kl"]) > 0 < sum(leaks for leaks, _ in outcomes["leak"])
+    assert all(abs(nats) < 1e-3 for nats, _ in outcomes["reverse_kl"])
 
 
 def test_arguments(capsys):

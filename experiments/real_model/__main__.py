@@ -23,27 +23,24 @@ from verl.utils.timing import marked_timer
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 STEPS = ("teacher", "prompts", "data", "student", f"judge_{TEACHER}", f"judge_{BEFORE}", "distil", f"judge_{AFTER}")
-SECONDS = "seconds.json"
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line; Hydra overrides may stand anywhere in it."""
     parser = argparse.ArgumentParser(prog="python -m experiments.real_model", description=str(__doc__).splitlines()[0])
     sizes = parser.add_mutually_exclusive_group()
-    sizes.add_argument("--small", action="store_const", const="small", dest="size", help="in some minutes on a CPU")
-    sizes.add_argument(
-        "--tiny", action="store_const", const="tiny", dest="size", help="a random model in place of the real one"
-    )
+    for name, what in {"small": "of some minutes on a CPU", "tiny": "a random model in place of the real one"}.items():
+        sizes.add_argument(f"--{name}", action="store_const", const=name, dest="size", help=what)
     parser.add_argument("--seed", type=int, default=0, help="of data, models and sampling; default: %(default)s")
-    parser.add_argument("--out", type=Path, help="default: outputs/real_model, with the size's name behind it")
+    parser.add_argument("--out", type=Path, help="default: outputs/real_model-SIZE")
     parser.add_argument("--data", type=Path, default=DATA, help="purchases and IFEval's prompts; default: %(default)s")
     parser.add_argument("--until", choices=STEPS, default=STEPS[-1], help="last step to make; default: all")
-    parser.add_argument(
-        "--bf16", action=argparse.BooleanOptionalAction, help="on the CPU; default: where it multiplies in it (AMX)"
-    )
+    bf16 = "compute in bf16; default: where the machine multiplies in it (a GPU, AMX)"
+    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, help=bf16)
     parser.add_argument("overrides", nargs="*", help="Hydra overrides for the distillation")
     args = parser.parse_intermixed_args(argv)
-    args.out = args.out or Path("outputs") / "-".join(filter(None, ("real_model", args.size)))
+    args.size = args.size or "full"
+    args.out = args.out or Path("outputs") / f"real_model-{args.size}"
     return args
 
 
@@ -51,7 +48,7 @@ class Steps:
     """Makes the steps in order up to one of them, and keeps what each took, over all calls of the command."""
 
     def __init__(self, out: Path, last: str) -> None:
-        self._path, self._last = out / SECONDS, last
+        self._path, self._last = out / "seconds.json", last
         self.seconds: dict[str, float] = json.loads(self._path.read_text()) if self._path.is_file() else {}
 
     def __call__(self, name: str, make: Callable[[], Path]) -> Path:
@@ -62,7 +59,7 @@ class Steps:
                 folder = make()
         finally:
             self._path.write_text(json.dumps(self.seconds, indent=1) + "\n", encoding="utf-8")
-        if name == self._last and name != STEPS[-1]:
+        if name == self._last != STEPS[-1]:
             print(f"made up to {name}; the same command without --until goes on")
             raise SystemExit(0)
         return folder
@@ -70,25 +67,26 @@ class Steps:
 
 def experiment(args: argparse.Namespace, out: Path) -> str:
     """Every step, then ``result.md`` and ``result.json``; returns the table. Errors as those of the steps."""
-    from experiments.real_model import data, distil, ifeval, judge, models, prompts, student
+    from experiments.real_model import data, distil, ifeval, judge, models, student
     from experiments.real_model.sizes import sizes_of
 
-    size, step, shared = sizes_of(args.size, args.seed, args.bf16), Steps(out, args.until), args.data
-    if ifeval.read_prompts(shared):
+    size, step = sizes_of(args.size, args.seed, args.bf16), Steps(out, args.until)
+    if ifeval.read_prompts(args.data):
         ifeval.verifier()  # whether it is installed, before anything is made
     else:
-        logging.getLogger("experiments").info("no IFEval prompts in %s: it is left out", shared)
+        logging.getLogger("experiments").info("no IFEval prompts in %s: it is left out", args.data)
     teacher = step("teacher", lambda: models.make_teacher(out, tiny=args.size == "tiny"))
-    general = step("prompts", lambda: prompts.make_prompts(teacher, out, size.prompts))
-    files = step("data", lambda: data.build(out, size.data, shared)), general
+    prompts = step("prompts", lambda: data.make_prompts(teacher, out, size.prompts))
+    files = step("data", lambda: data.make_data(out, size.data, args.data)), prompts
     before = step("student", lambda: student.make_student(teacher, files[0], out, size.student))
 
     def judged(name: str, model: Path) -> Any:
-        folder = step(f"judge_{name}", lambda: judge.judge(model, teacher, files, shared, out, size.judge))
+        folder = step(f"judge_{name}", lambda: judge.judge(model, teacher, files, args.data, out, size.judge))
         return json.loads((folder / "outcomes.json").read_text(encoding="utf-8"))
 
     outcomes = {TEACHER: judged(TEACHER, teacher), BEFORE: judged(BEFORE, before)}
-    after = step("distil", lambda: distil.distil(teacher, before, files, out, size.distil, args.overrides))
+    of_run = {"teacher": teacher, "student": before, "data": files[0], "prompts": prompts}
+    after = step("distil", lambda: distil.distil(out, size.distil, args.overrides, **of_run))
     outcomes[AFTER] = judged(AFTER, after)
     return write_result(out, args, outcomes, step.seconds)
 
@@ -97,8 +95,8 @@ def write_result(out: Path, args: argparse.Namespace, outcomes: dict[str, Any], 
     """Write the table as Markdown and JSON; returns it."""
     rows = compare(outcomes)
     popular = {key: sum(x for x, _ in pairs) / len(pairs) for key, pairs in outcomes[AFTER].items() if "popular" in key}
-    asked = {"size": args.size or "full", "seed": args.seed, "overrides": args.overrides}
-    result = {**asked, "rows": rows, "popular": popular, "seconds": seconds}
+    result = {key: getattr(args, key) for key in ("size", "seed", "overrides")}
+    result |= {"rows": rows, "popular": popular, "seconds": seconds}
     (out / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     of_popular = ", ".join(f"Recall@{key.rpartition('_')[2]} {value:.3f}" for key, value in popular.items())
     took = ", ".join(f"{name} {value:.0f}" for name, value in seconds.items())

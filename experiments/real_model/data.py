@@ -1,7 +1,9 @@
-"""Real purchases as chats, which training, distillation and judging read.
+"""General prompts, and real purchases as chats, which training, distillation and judging read.
 
-In: ``../shared/data`` (UCI Online Retail: purchases with their times, items with semantic ids and titles), or without
-it a catalogue of the quickstart's kind. Out: a folder with
+In: the teacher, which writes the general prompts; ``../shared/data`` (UCI Online Retail: purchases with their times,
+items with semantic ids and titles), or without it a catalogue of the quickstart's kind. Out: two folders with
+
+    general_train.parquet, general_test.parquet   prompts to distil on, and to measure the distance on
 
     rec_train.parquet   next items of users, titles of items, items of titles: what the student learns and rehearses
     rec_test.parquet    the next item of users who are in no training row; titles and items that training has too
@@ -10,18 +12,26 @@ it a catalogue of the quickstart's kind. Out: a folder with
 in OneRec's layout. Questions and answers are English; the chat template adds its own system prompt.
 """
 
+import json
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 
+import pyarrow.parquet as pq
+
 from experiments.retention import online_retail
 from experiments.retention.online_retail import catalogue_items, item_text, purchase_windows, write_catalogue
 from recipe.onpolicy_distill.quickstart.cache import cached_folder, file_digest
 from recipe.onpolicy_distill.quickstart.catalogue import Catalogue
+from recipe.onpolicy_distill.quickstart.general_tasks import TASKS, draw_problem
 from recipe.onpolicy_distill.quickstart.world import Chat, write_chats
 
+WRITER = "recipe.onpolicy_distill.prompts_from_teacher"
+GENERAL = "general_chat"
 NEXT, TITLE, ITEM = "rec_next", "rec_title", "rec_item"
 QUESTIONS = {
     NEXT: "A customer bought {}. What will this customer buy next?",
@@ -34,13 +44,27 @@ TEST_USERS = 1 / 8
 
 
 @dataclass(frozen=True)
+class PromptsConfig:
+    """How many general prompts, and where from."""
+
+    seed: int = 0
+    bf16: bool = False
+    """Written in bf16."""
+    train: int = 1500
+    test: int = 64
+    """The first ones; none of them is trained on."""
+    from_teacher: bool = True
+    """Written by the teacher; False: the quickstart's tasks, which need no model."""
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Sizes of the data."""
 
     seed: int = 0
     items: int = 256
     """Items in the catalogue: the most purchased ones."""
-    history: int = 8
+    history: int = 12
     """Purchases before the one to predict."""
     rec_train: int = 20_000
     about_share: float = 0.25
@@ -60,23 +84,45 @@ class Purchases(NamedTuple):
     """One run of each held-out user."""
 
 
-def build(folder: Path, config: DataConfig, data: Path) -> Path:
-    """The folder with the files, made or found below ``folder``."""
-    real = (data / "rec" / "online_retail" / "interactions.parquet").is_file()
-    sources = (__file__, online_retail.__file__)
-    key = {"code": file_digest(*map(str, sources)), "real": real, **asdict(config)}
+def make_prompts(teacher: Path, folder: Path, config: PromptsConfig) -> Path:
+    """The folder of general prompts, made or found below ``folder``; raises RuntimeError where the teacher fails."""
+
+    def make(target: Path) -> None:
+        random, count = Random(config.seed), config.train + config.test
+        tasks = (draw_problem(random.choice(TASKS), random)[0] for _ in range(count))
+        texts = _written_by(teacher, target / "written.parquet", count, config) if config.from_teacher else tasks
+        chats = [Chat(GENERAL, text, "-", {}) for text in texts]
+        write_chats(target, general_test=chats[: config.test], general_train=chats[config.test :])
+
+    return cached_folder(folder, "prompts", {"teacher": teacher.name} | asdict(config), make)
+
+
+def _written_by(teacher: Path, path: Path, count: int, config: PromptsConfig) -> list[str]:
+    settings = {"model": teacher, "count": count, "out": path, "seed": config.seed, "source": GENERAL}
+    settings |= {"max-new-tokens": 128, "max-prompt-length": 256, "languages": "latin"}
+    settings["rollout"] = json.dumps({"dtype": "bfloat16" if config.bf16 else "float32"})
+    arguments = [f"--{name}={value}" for name, value in settings.items()]
+    if code := subprocess.run([sys.executable, "-m", WRITER, *arguments], check=False).returncode:
+        raise RuntimeError(f"{WRITER} ended with code {code}; its own error is above")
+    cells = pq.read_table(path, columns=["messages"])["messages"].to_pylist()
+    return [json.loads(cell)[0]["content"] for cell in cells]
+
+
+def make_data(folder: Path, config: DataConfig, shared: Path) -> Path:
+    """The folder of purchases, made or found below ``folder``."""
+    real = (shared / "rec" / "online_retail" / "interactions.parquet").is_file()
+    key = {"code": file_digest(__file__, str(online_retail.__file__)), "real": real, **asdict(config)}
 
     def make(target: Path) -> None:
         random = Random(f"{config.seed} real model")
-        purchases = _online_retail(config, data, random) if real else _made_up(config, random)
-        _write(target, config, purchases, random)
+        _write(target, config, (_online_retail if real else _made_up)(config, shared, random), random)
 
     return cached_folder(folder, "data", key, make)
 
 
-def _online_retail(config: DataConfig, data: Path, random: Random) -> Purchases:
-    items = catalogue_items(data, config.items)
-    windows = purchase_windows(data, items, config.history + 1)
+def _online_retail(config: DataConfig, shared: Path, random: Random) -> Purchases:
+    items = catalogue_items(shared, config.items)
+    windows = purchase_windows(shared, items, config.history + 1)
     users = sorted(user for user, runs in windows.items() if runs)
     random.shuffle(users)
     held_out = round(len(users) * TEST_USERS)
@@ -87,7 +133,7 @@ def _online_retail(config: DataConfig, data: Path, random: Random) -> Purchases:
     )
 
 
-def _made_up(config: DataConfig, random: Random) -> Purchases:
+def _made_up(config: DataConfig, shared: Path, random: Random) -> Purchases:
     made = Catalogue(config.items, 8, CODES_PER_LEVEL, random)
     items = {number: {"sid": list(item.codes), "title": item.caption} for number, item in enumerate(made.items)}
     runs = [made.draw_history(config.history + 1, random) for _ in range(config.rec_train + config.test_users)]

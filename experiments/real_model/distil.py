@@ -3,8 +3,6 @@
 In: teacher, student, data, prompts. Out: the folder of the trained model. Settings are in ``distillation.yaml``.
 """
 
-import hashlib
-import json
 import logging
 import subprocess
 import sys
@@ -15,6 +13,8 @@ from typing import Any
 
 import torch
 import yaml
+
+from recipe.onpolicy_distill.quickstart.cache import key_digest
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +44,7 @@ def distil(folder: Path, config: DistilConfig, overrides: Sequence[str], **files
         files: as for ``settings``.
     """
     values = settings(config, **files)
-    text = json.dumps([values, *overrides], default=lambda path: path.name, indent=1)
-    run = folder / f"run-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    run = folder / f"run-{key_digest([{key: str(value) for key, value in values.items()}, *overrides])}"
     if (run / "done").is_file():
         logger.info("reused: %s", run)
     else:

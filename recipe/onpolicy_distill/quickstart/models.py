@@ -18,6 +18,7 @@ import copy
 import dataclasses
 import math
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,6 +46,7 @@ ROW_MULTIPLE = 16
 """Embedding rows are rounded up to a multiple of this."""
 WARM_UP_STEPS = 20
 FINAL_LEARNING_RATE_SHARE = 0.1
+SAVE_S = 120.0
 IGNORED = -100
 
 
@@ -183,10 +185,21 @@ def tokenized_chats(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[Toke
 
 
 def train(
-    model: PreTrainedModel, chats: list[TokenizedChat], config: TrainingConfig, name: str, *, on_questions: bool
+    model: PreTrainedModel,
+    chats: list[TokenizedChat],
+    config: TrainingConfig,
+    name: str,
+    *,
+    on_questions: bool,
+    unfinished: Path | None = None,
 ) -> None:
     """Next-token training where the model is: on every token of the chats with ``on_questions``, else on those of the
-    answers. The model is any of transformers' causal ones with a ``model`` and a ``lm_head``.
+    answers.
+
+    Args:
+        model: any of transformers' causal ones with a ``model`` and a ``lm_head``.
+        unfinished: file that keeps the training's state every SAVE_S seconds; where it is there, training goes on from
+            it. None: a training that was killed begins anew.
     """
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True
@@ -194,9 +207,17 @@ def train(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _learning_rate_share(config.steps))
     batches = _batches(chats, config, on_questions)
     model.train()
-    bar = tqdm(total=config.steps, desc=f"training the {name}", unit="step")
+    parts, done, saved = {"model": model, "optimizer": optimizer, "schedule": schedule}, 0, time.monotonic()
+    if unfinished is not None and unfinished.is_file():
+        state = torch.load(unfinished, map_location=model.device, weights_only=True)
+        done = state["steps"]
+        for key, part in parts.items():
+            part.load_state_dict(state[key])
+        for _ in range(done):
+            next(batches)
+    bar = tqdm(total=config.steps, initial=done, desc=f"training the {name}", unit="step")
     with _at_most_threads(config.max_threads), bar as progress:
-        for _ in range(config.steps):
+        for step in range(done, config.steps):
             ids, labels = (tensor.to(model.device) for tensor in next(batches))
             with torch.autocast(model.device.type, torch.bfloat16, enabled=config.bf16):
                 loss = _loss(model, ids, labels)
@@ -207,6 +228,12 @@ def train(
             schedule.step()
             progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
             progress.update()
+            if unfinished is not None and time.monotonic() - saved >= SAVE_S:
+                state = {key: part.state_dict() for key, part in parts.items()} | {"steps": step + 1}
+                beside = unfinished.with_suffix(".part")
+                torch.save(state, beside)
+                beside.replace(unfinished)
+                saved = time.monotonic()
 
 
 def _learning_rate_share(steps: int) -> Callable[[int], float]:

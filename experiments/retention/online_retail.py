@@ -73,8 +73,8 @@ def _write(folder: Path, config: OnlineRetailConfig, data: Path) -> None:
         chat = _general_chat(random.choice(TASKS), random)
         train += [chat] if chat.question not in asked else []
 
-    catalogue = _catalogue(data, config.items)
-    histories = _histories(data, catalogue, config.history + 1)
+    catalogue = catalogue_items(data, config.items)
+    histories = purchase_windows(data, catalogue, config.history + 1)
     users = sorted(histories)
     random.shuffle(users)
     held_out = round(len(users) * config.test_users)
@@ -88,7 +88,7 @@ def _write(folder: Path, config: OnlineRetailConfig, data: Path) -> None:
     rec_test += random.sample(captions, config.test_captions)
     write_chats(folder, general_train=train, general_test=test, rec_train=rec_train, rec_test=rec_test)
     popularity = Counter(item for window in trained for item in window)
-    _write_catalogue(folder / "catalogue.parquet", catalogue, popularity)
+    write_catalogue(folder / "catalogue.parquet", catalogue, popularity)
 
 
 # ---------------------------------------------------------------------- general tasks
@@ -105,7 +105,7 @@ def _general_chat(task: str, random: Random) -> Chat:
 # ---------------------------------------------------------------------- items
 
 
-def _catalogue(data: Path, items: int) -> dict[int, dict[str, Any]]:
+def catalogue_items(data: Path, items: int) -> dict[int, dict[str, Any]]:
     """The most purchased items by number; of those that share an id, the first."""
     rows = pq.read_table(data / "rec" / "online_retail" / "items.parquet").to_pylist()
     chosen: dict[tuple[int, ...], dict[str, Any]] = {}
@@ -116,12 +116,12 @@ def _catalogue(data: Path, items: int) -> dict[int, dict[str, Any]]:
     return {row["pid"]: row for row in chosen.values()}
 
 
-def _text(item: dict[str, Any]) -> str:
+def item_text(item: dict[str, Any]) -> str:
     codes = "".join(code_token(level, code) for level, code in enumerate(item["sid"]))
     return ITEM_BEGIN + codes + ITEM_END
 
 
-def _histories(data: Path, catalogue: dict[int, dict[str, Any]], length: int) -> dict[str, list[list[int]]]:
+def purchase_windows(data: Path, catalogue: dict[int, dict[str, Any]], length: int) -> dict[str, list[list[int]]]:
     """Every run of ``length`` purchases of each user, in order of time."""
     table = pq.read_table(data / "rec" / "online_retail" / "interactions.parquet", columns=["uid", "ts", "pid"])
     purchases: dict[str, list[tuple[int, int]]] = defaultdict(list)
@@ -136,7 +136,7 @@ def _histories(data: Path, catalogue: dict[int, dict[str, Any]], length: int) ->
 
 
 def _next_chat(window: list[int], catalogue: dict[int, dict[str, Any]]) -> Chat:
-    *history, target = (_text(catalogue[pid]) for pid in window)
+    *history, target = (item_text(catalogue[pid]) for pid in window)
     metadata = {"answer": target, "target_item": window[-1], "history": window[:-1]}
     return Chat(f"{SOURCE}_next", "history: " + "".join(history), target, metadata)
 
@@ -145,17 +145,17 @@ def _captions(data: Path, catalogue: dict[int, dict[str, Any]], title_tokens: in
     tokenizer = hf_tokenizer(data / "tokenizer" / "mini8k")
     titles = {pid: item["title"].strip() for pid, item in catalogue.items()}
     return [
-        Chat(f"{SOURCE}_caption", f"caption: {_text(catalogue[pid])}", title, {"answer": title, "target_item": pid})
+        Chat(f"{SOURCE}_caption", f"caption: {item_text(catalogue[pid])}", title, {"answer": title, "target_item": pid})
         for pid, title in titles.items()
         if len(tokenizer(title)["input_ids"]) <= title_tokens
     ]
 
 
-def _write_catalogue(path: Path, catalogue: dict[int, dict[str, Any]], popularity: Counter[int]) -> None:
+def write_catalogue(path: Path, catalogue: dict[int, dict[str, Any]], popularity: Counter[int]) -> None:
     columns: dict[str, list[Any]] = {
         "item": list(catalogue),
         "sid": [list(item["sid"]) for item in catalogue.values()],
-        "text": [_text(item) for item in catalogue.values()],
+        "text": [item_text(item) for item in catalogue.values()],
         "caption": [item["title"].strip() for item in catalogue.values()],
         "popularity": [popularity[pid] for pid in catalogue],
     }

@@ -12,6 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from recipe.onpolicy_distill.evaluate import EvaluationConfig, evaluate, main
+from recipe.onpolicy_distill.scoreboard import answers
+from verl.config import RolloutConfig
 from verl.utils.dataset.items import item_tokens
 from verl.utils.tokenizer import hf_tokenizer
 
@@ -139,6 +141,14 @@ def test_a_teacher_has_no_items_to_recommend(files, tiny_pair):
     assert not {"rec_recall", "free_rate", "leak_rate", "extend_mass", "reverse_kl"} & set(metrics)
     with pytest.raises(ValueError, match=r"does not name <\|sid_begin\|>"):
         evaluate(options(files, tiny_pair.teacher))
+
+
+def test_on_the_cpu_the_engine_keeps_short_beginnings(monkeypatch):
+    made = []
+    monkeypatch.setattr(answers, "get_replica_class", lambda name: lambda rollout, model, device: made.append(rollout))
+    for device, own in (("cpu", {}), ("cpu", {"block_size": 64}), ("cuda", {})):
+        answers.Answerer("model", RolloutConfig(engine_kwargs={"vllm": own}), device)
+    assert [rollout.engine_kwargs["vllm"].get("block_size") for rollout in made] == [32, 64, None]
 
 
 def test_command_line(files, tiny_pair, tmp_path, capsys):

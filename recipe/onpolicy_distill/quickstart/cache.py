@@ -27,8 +27,7 @@ def cached_folder(folder: Path, name: str, key: dict[str, Any], make: Callable[[
         key: everything that decides the contents, as JSON values.
         make: called with an empty folder to write into.
     """
-    text = json.dumps(key, sort_keys=True, indent=2)
-    target = folder / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    target = folder / f"{name}-{key_digest(key)}"
     if (target / KEY_FILE).is_file():
         logger.info("reused: %s", target)
         return target
@@ -37,12 +36,21 @@ def cached_folder(folder: Path, name: str, key: dict[str, Any], make: Callable[[
     unfinished.mkdir(parents=True)
     try:
         make(unfinished)
-        (unfinished / KEY_FILE).write_text(text + "\n", encoding="utf-8")
+        (unfinished / KEY_FILE).write_text(_text_of(key) + "\n", encoding="utf-8")
         shutil.rmtree(target, ignore_errors=True)
         unfinished.rename(target)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return target
+
+
+def key_digest(key: Any) -> str:
+    """What a folder's name has of its key, JSON values."""
+    return hashlib.sha256(_text_of(key).encode()).hexdigest()[:12]
+
+
+def _text_of(key: Any) -> str:
+    return json.dumps(key, sort_keys=True, indent=2)
 
 
 def file_digest(*paths: str | Path) -> str:

@@ -18,6 +18,7 @@ import copy
 import dataclasses
 import math
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase, Qwen3ForCausalLM
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Qwen3ForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from recipe.onpolicy_distill.quickstart.cache import cached_folder, file_digest
@@ -43,10 +44,9 @@ MIN_TEACHER_PADDING = 8
 """Rows that the teacher has beyond its tokenizer, at least."""
 ROW_MULTIPLE = 16
 """Embedding rows are rounded up to a multiple of this."""
-MAX_THREADS = 4
-"""More threads than this only wait for each other on models of this size."""
 WARM_UP_STEPS = 20
 FINAL_LEARNING_RATE_SHARE = 0.1
+SAVE_S = 120.0
 IGNORED = -100
 
 
@@ -62,6 +62,10 @@ class TrainingConfig:
     """Chats per step."""
     learning_rate: float = 3e-3
     """The highest; reached after the warm-up, then a cosine down to a tenth."""
+    bf16: bool = False
+    """Multiply in bf16; weights stay fp32."""
+    max_threads: int = 4
+    """More than these only wait for each other on models of the quickstart's size."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,7 @@ def make_teacher(world: World, folder: Path, config: TeacherConfig) -> Path:
     def make(target: Path) -> None:
         tokenizer = hf_tokenizer(world.teacher_tokenizer)
         model = _new_model(config, tokenizer)
-        _train(model, tokenized_chats(world.general_train, tokenizer), config, "teacher", on_questions=False)
+        train(model, tokenized_chats(world.general_train, tokenizer), config, "teacher", on_questions=False)
         _save(target, model, tokenizer)
 
     key = {"world": world.folder.name, "code": file_digest(__file__), **dataclasses.asdict(config)}
@@ -120,8 +124,8 @@ def make_student(world: World, teacher: Path, folder: Path, config: StudentConfi
         if config.mixed_steps:
             both = chats + tokenized_chats(world.general_train, tokenizer)
             mixed = dataclasses.replace(config, steps=config.mixed_steps)
-            _train(model, both, mixed, "student on both", on_questions=True)
-        _train(model, chats, config, "student", on_questions=True)
+            train(model, both, mixed, "student on both", on_questions=True)
+        train(model, chats, config, "student", on_questions=True)
         _save(target, model, tokenizer)
 
     key = {
@@ -180,19 +184,43 @@ def tokenized_chats(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[Toke
     return [TokenizedChat(prompt + answer, len(prompt)) for prompt, answer in zip(prompt_ids, answer_ids, strict=True)]
 
 
-def _train(
-    model: Qwen3ForCausalLM, chats: list[TokenizedChat], config: TrainingConfig, name: str, *, on_questions: bool
+def train(
+    model: PreTrainedModel,
+    chats: list[TokenizedChat],
+    config: TrainingConfig,
+    name: str,
+    *,
+    on_questions: bool,
+    unfinished: Path | None = None,
 ) -> None:
-    """Next-token training: on every token of the chats with ``on_questions``, else on those of the answers."""
+    """Next-token training where the model is: on every token of the chats with ``on_questions``, else on those of the
+    answers.
+
+    Args:
+        model: any of transformers' causal ones with a ``model`` and a ``lm_head``.
+        unfinished: file that keeps the training's state every SAVE_S seconds; where it is there, training goes on from
+            it. None: a training that was killed begins anew.
+    """
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _learning_rate_share(config.steps))
     batches = _batches(chats, config, on_questions)
     model.train()
-    with _few_threads(), tqdm(total=config.steps, desc=f"training the {name}", unit="step") as progress:
-        for _ in range(config.steps):
-            loss = _loss(model, *next(batches))
+    parts, done, saved = {"model": model, "optimizer": optimizer, "schedule": schedule}, 0, time.monotonic()
+    if unfinished is not None and unfinished.is_file():
+        state = torch.load(unfinished, map_location=model.device, weights_only=True)
+        done = state["steps"]
+        for key, part in parts.items():
+            part.load_state_dict(state[key])
+        for _ in range(done):
+            next(batches)
+    bar = tqdm(total=config.steps, initial=done, desc=f"training the {name}", unit="step")
+    with _at_most_threads(config.max_threads), bar as progress:
+        for step in range(done, config.steps):
+            ids, labels = (tensor.to(model.device) for tensor in next(batches))
+            with torch.autocast(model.device.type, torch.bfloat16, enabled=config.bf16):
+                loss = _loss(model, ids, labels)
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -200,6 +228,12 @@ def _train(
             schedule.step()
             progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
             progress.update()
+            if unfinished is not None and time.monotonic() - saved >= SAVE_S:
+                state = {key: part.state_dict() for key, part in parts.items()} | {"steps": step + 1}
+                beside = unfinished.with_suffix(".part")
+                torch.save(state, beside)
+                beside.replace(unfinished)
+                saved = time.monotonic()
 
 
 def _learning_rate_share(steps: int) -> Callable[[int], float]:
@@ -239,7 +273,7 @@ def token_ids_and_labels(batch: list[TokenizedChat], on_questions: bool) -> tupl
     return ids, labels
 
 
-def _loss(model: Qwen3ForCausalLM, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def _loss(model: PreTrainedModel, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Mean cross-entropy of the labels that are not IGNORED; ids and labels (B, T).
 
     Padding stands on the right, where no earlier token attends to it, so no attention mask is needed.
@@ -251,9 +285,9 @@ def _loss(model: Qwen3ForCausalLM, ids: torch.Tensor, labels: torch.Tensor) -> t
 
 
 @contextmanager
-def _few_threads() -> Iterator[None]:
+def _at_most_threads(number: int) -> Iterator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(min(MAX_THREADS, len(os.sched_getaffinity(0))))
+    torch.set_num_threads(min(number, len(os.sched_getaffinity(0))))
     try:
         yield
     finally:

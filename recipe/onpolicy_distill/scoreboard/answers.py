@@ -6,6 +6,7 @@ sees single requests; which of them it computes together is its own business.
 
 import asyncio
 from collections.abc import Awaitable, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -26,7 +27,15 @@ GREEDY = {"temperature": 0.0, "top_p": 1.0, "top_k": -1}
 class Answerer:
     """One engine, between ``launch`` and ``shutdown``."""
 
+    block_tokens = 32
+    """Of the prefix cache on the CPU; vLLM's kernels there take multiples of it."""
+
     def __init__(self, model: str, rollout: RolloutConfig, device: str) -> None:
+        if device == "cpu":
+            # vLLM's own blocks there, of 128 tokens, are longer than most prompts, and only whole ones are kept: each
+            # request of a ranking would compute its prompt anew.
+            options = {"block_size": self.block_tokens, **rollout.engine_kwargs.get("vllm", {})}
+            rollout = replace(rollout, engine_kwargs={**rollout.engine_kwargs, "vllm": options})
         self._replica = get_replica_class(rollout.name)(rollout, HFModelConfig(path=model), device=device)
         self.requests = 0
         """Requests made so far."""

@@ -7,8 +7,15 @@ import torch
 from support.small_world import build_small_world, make_small_models
 from transformers import AutoModelForCausalLM
 
+from recipe.onpolicy_distill.quickstart import models
 from recipe.onpolicy_distill.quickstart.cache import cached_folder
-from recipe.onpolicy_distill.quickstart.models import IGNORED, TokenizedChat, token_ids_and_labels, tokenized_chats
+from recipe.onpolicy_distill.quickstart.models import (
+    IGNORED,
+    TokenizedChat,
+    TrainingConfig,
+    token_ids_and_labels,
+    tokenized_chats,
+)
 from verl.utils.tokenizer import hf_tokenizer
 
 
@@ -71,3 +78,26 @@ def test_an_interrupted_folder_is_made_again(tmp_path):
     made = cached_folder(tmp_path, "thing", {"seed": 0}, lambda target: (target / "whole").write_text("whole"))
     assert sorted(path.name for path in made.iterdir()) == ["key.json", "whole"]
     assert cached_folder(tmp_path, "thing", {"seed": 0}, fail) == made
+
+
+def test_a_training_that_was_killed_goes_on_as_if_it_had_not(small_world, small_models, tmp_path, monkeypatch):
+    chats = tokenized_chats(small_world.rec_train, hf_tokenizer(small_world.student_tokenizer))
+    config, unfinished = TrainingConfig(steps=4, batch_size=4), tmp_path / "unfinished.pt"
+    whole, killed, resumed = (load(small_models[1]) for _ in range(3))
+    models.train(whole, chats, config, "student", on_questions=True)
+    loss, calls = models._loss, []
+
+    def kill(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return loss(*arguments)
+
+    monkeypatch.setattr(models, "SAVE_S", 0)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(models, "_loss", kill)
+        models.train(killed, chats, config, "student", on_questions=True, unfinished=unfinished)
+    models.train(resumed, chats, config, "student", on_questions=True, unfinished=unfinished)
+    for name, weight in resumed.state_dict().items():
+        assert torch.equal(weight, whole.state_dict()[name]), name
+    assert torch.load(unfinished, weights_only=True)["steps"] == 4

@@ -1,0 +1,124 @@
+"""A real chat model learns to recommend from real purchases, forgets how to chat, and is distilled back.
+
+::
+
+    python -m experiments.real_model [--small | --tiny] [--seed 0] [--out DIR] [--until STEP] [OVERRIDES...]
+
+    teacher ─► prompts, data ─► student, which forgot ─► judged ─► distilled ─► judged ─► result.md, result.json
+
+What is done is found in OUT and not done again; Hydra overrides go to the distillation.
+"""
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from experiments.real_model.table import AFTER, BEFORE, TEACHER, compare, markdown
+from verl.utils.timing import marked_timer
+
+DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
+STEPS = ("teacher", "prompts", "data", "student", f"judge_{TEACHER}", f"judge_{BEFORE}", "distil", f"judge_{AFTER}")
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line; Hydra overrides may stand anywhere in it."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.real_model", description=str(__doc__).splitlines()[0])
+    sizes = parser.add_mutually_exclusive_group()
+    for name, what in {"small": "of some minutes on a CPU", "tiny": "a random model in place of the real one"}.items():
+        sizes.add_argument(f"--{name}", action="store_const", const=name, dest="size", help=what)
+    parser.add_argument("--seed", type=int, default=0, help="of data, models and sampling; default: %(default)s")
+    parser.add_argument("--out", type=Path, help="default: outputs/real_model-SIZE")
+    parser.add_argument("--data", type=Path, default=DATA, help="purchases and IFEval's prompts; default: %(default)s")
+    parser.add_argument("--until", choices=STEPS, default=STEPS[-1], help="last step to make; default: all")
+    bf16 = "compute in bf16; default: where the machine multiplies in it (a GPU, AMX)"
+    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, help=bf16)
+    parser.add_argument("overrides", nargs="*", help="Hydra overrides for the distillation")
+    args = parser.parse_intermixed_args(argv)
+    args.size = args.size or "full"
+    args.out = args.out or Path("outputs") / f"real_model-{args.size}"
+    return args
+
+
+class Steps:
+    """Makes the steps in order up to one of them, and keeps what each took, over all calls of the command."""
+
+    def __init__(self, out: Path, last: str) -> None:
+        self._path, self._last = out / "seconds.json", last
+        self.seconds: dict[str, float] = json.loads(self._path.read_text()) if self._path.is_file() else {}
+
+    def __call__(self, name: str, make: Callable[[], Path]) -> Path:
+        """The folder that ``make`` leaves; ends the program behind the last step that is wanted."""
+        print(f"[{STEPS.index(name) + 1}/{len(STEPS)}] {name}", flush=True)
+        try:
+            with marked_timer(name, self.seconds):
+                folder = make()
+        finally:
+            self._path.write_text(json.dumps(self.seconds, indent=1) + "\n", encoding="utf-8")
+        if name == self._last != STEPS[-1]:
+            print(f"made up to {name}; the same command without --until goes on")
+            raise SystemExit(0)
+        return folder
+
+
+def experiment(args: argparse.Namespace, out: Path) -> str:
+    """Every step, then ``result.md`` and ``result.json``; returns the table. Errors as those of the steps."""
+    from experiments.real_model import data, distil, ifeval, judge, models, student
+    from experiments.real_model.sizes import sizes_of
+
+    size, step = sizes_of(args.size, args.seed, args.bf16), Steps(out, args.until)
+    if ifeval.read_prompts(args.data):
+        ifeval.verifier()  # whether it is installed, before anything is made
+    else:
+        logging.getLogger("experiments").info("no IFEval prompts in %s: it is left out", args.data)
+    teacher = step("teacher", lambda: models.make_teacher(out, tiny=args.size == "tiny"))
+    prompts = step("prompts", lambda: data.make_prompts(teacher, out, size.prompts))
+    files = step("data", lambda: data.make_data(out, size.data, args.data)), prompts
+    before = step("student", lambda: student.make_student(teacher, files[0], out, size.student))
+
+    def judged(name: str, model: Path) -> Any:
+        folder = step(f"judge_{name}", lambda: judge.judge(model, teacher, files, args.data, out, size.judge))
+        return json.loads((folder / "outcomes.json").read_text(encoding="utf-8"))
+
+    outcomes = {TEACHER: judged(TEACHER, teacher), BEFORE: judged(BEFORE, before)}
+    of_run = {"teacher": teacher, "student": before, "data": files[0], "prompts": prompts}
+    after = step("distil", lambda: distil.distil(out, size.distil, args.overrides, **of_run))
+    outcomes[AFTER] = judged(AFTER, after)
+    return write_result(out, args, outcomes, step.seconds)
+
+
+def write_result(out: Path, args: argparse.Namespace, outcomes: dict[str, Any], seconds: dict[str, float]) -> str:
+    """Write the table as Markdown and JSON; returns it."""
+    rows = compare(outcomes)
+    popular = {key: sum(x for x, _ in pairs) / len(pairs) for key, pairs in outcomes[AFTER].items() if "popular" in key}
+    result = {key: getattr(args, key) for key in ("size", "seed", "overrides")}
+    result |= {"rows": rows, "popular": popular, "seconds": seconds}
+    (out / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    of_popular = ", ".join(f"Recall@{key.rpartition('_')[2]} {value:.3f}" for key, value in popular.items())
+    took = ", ".join(f"{name} {value:.0f}" for name, value in seconds.items())
+    text = f"{markdown(rows)}\n\nThe most purchased items for everyone: {of_popular}.\nSeconds: {took}.\n"
+    (out / "result.md").write_text(text, encoding="utf-8")
+    return text
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the experiment and show the table."""
+    args = parse_args(argv)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    for name in ("recipe", "experiments"):
+        logging.getLogger(name).setLevel(logging.INFO)
+    out = args.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        print(experiment(args, out))
+    except (RuntimeError, ValueError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""The distillation: the normal entry point, in a process of its own, going on from its last checkpoint.
+
+In: teacher, student, data, prompts. Out: the folder of the trained model. Settings are in ``distillation.yaml``.
+"""
+
+import logging
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from recipe.onpolicy_distill.quickstart.cache import key_digest
+
+logger = logging.getLogger(__name__)
+
+MAIN = "recipe.onpolicy_distill.main_onpolicy_distill"
+SETTINGS = Path(__file__).with_name("distillation.yaml")
+
+
+@dataclass(frozen=True)
+class DistilConfig:
+    """How long, and how fast."""
+
+    seed: int = 0
+    bf16: bool = False
+    """Train in bf16."""
+    steps: int = 120
+    prompts: int = 16
+    """In a batch."""
+    answer_tokens: int = 64
+    learning_rate: float = 2e-4
+
+
+def distil(folder: Path, config: DistilConfig, overrides: Sequence[str], **files: Path) -> Path:
+    """Train below ``folder``, go on there, or find that it is done; raises RuntimeError where the run fails.
+
+    Args:
+        overrides: of Hydra, the user's.
+        files: as for ``settings``.
+    """
+    values = settings(config, **files)
+    run = folder / f"run-{key_digest([{key: str(value) for key, value in values.items()}, *overrides])}"
+    if (run / "done").is_file():
+        logger.info("reused: %s", run)
+    else:
+        values |= {"trainer.default_local_dir": run, "data.cache_dir": folder / "data-cache"}
+        command = [sys.executable, "-m", MAIN, *(f"{key}={value}" for key, value in values.items()), *overrides]
+        if code := subprocess.run(command, check=False).returncode:
+            raise RuntimeError(f"the distillation ended with code {code}; its own first error is above")
+        (run / "done").touch()
+    return max(run.glob("global_step_*/actor/huggingface"), key=lambda path: int(path.parents[1].name.split("_")[-1]))
+
+
+def settings(config: DistilConfig, *, teacher: Path, student: Path, data: Path, prompts: Path) -> dict[str, Any]:
+    """The Hydra overrides, but for folders of the run; ``data`` and ``prompts`` are the folders of their files."""
+    values: dict[str, Any] = yaml.safe_load(SETTINGS.read_text(encoding="utf-8"))
+    if config.bf16:
+        values["actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype"] = "bf16"
+    return values | {
+        "actor_rollout_ref.model.path": student,
+        "actor_rollout_ref.ref.model.path": teacher,
+        "actor_rollout_ref.actor.optim.lr": config.learning_rate,
+        "actor_rollout_ref.rollout.seed": config.seed,
+        "data.train_files": f"[{prompts / 'general_train.parquet'},{data / 'rec_train.parquet'}]",
+        "data.max_response_length": config.answer_tokens,
+        "data.train_batch_size": config.prompts,
+        "data.seed": config.seed,
+        "trainer.n_gpus_per_node": max(1, torch.cuda.device_count()),
+        "trainer.total_training_steps": config.steps,
+        "trainer.save_freq": max(1, config.steps // 4),
+    }

@@ -193,12 +193,12 @@ class RolloutReplica(ABC):
         """End a weight sync: the engine now writes with weights ``version``, and remembers nothing of older ones.
 
         Raises:
-            ValueError: tensors were missing, unknown, of another shape or sent twice; the message lists them. The
-                replica refuses to generate until a sync succeeds.
+            ValueError: tensors were missing, unknown, of another shape or sent twice, or the engine has layers that no
+                tensor is for; the message lists them. The replica refuses to generate until a sync succeeds.
         """
-        problems = self._received.problems()
         self._unusable = f"weight sync {version} did not finish"
-        await self._finish_update()
+        unloaded = await self._finish_update()
+        problems = self._received.problems() or [f"got no weights: {layer}" for layer in unloaded]
         self._asleep = False
         # Raised only now: vLLM refuses to start a sync while another one is open.
         if problems:
@@ -265,8 +265,13 @@ class RolloutReplica(ABC):
     async def _start_update(self) -> None:  # noqa: B027 (nothing to do by default)
         """Get ready for new weights; of an engine that is ``_asleep``, allocate memory for them again (CUDA)."""
 
-    async def _finish_update(self) -> None:  # noqa: B027 (nothing to do by default)
-        """Put the new weights to use, drop what was computed with the old ones, wake what still sleeps."""
+    async def _finish_update(self) -> list[str]:
+        """Put the new weights to use, drop what was computed with the old ones, wake what still sleeps.
+
+        Returns:
+            the engine's layers that got no weights.
+        """
+        return []
 
     async def _sleep(self) -> None:  # noqa: B027 (nothing to do by default)
         """Free weights and cache (CUDA)."""

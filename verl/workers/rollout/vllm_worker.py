@@ -6,13 +6,16 @@ logits processors, and ``SharedMemoryEngine`` receives weights on CPU; on CUDA v
     start_weight_update ─► layers go back to checkpoint layout, on the meta device
     update_weights      ─► tensors are kept until their layer is complete, then converted into place: vLLM's own
                            layout is fused, sharded over tensor-parallel ranks and packed for the CPU kernels
-    finish_weight_update ► what came in part is converted, attention follows, tied heads and experts are packed again
+    finish_weight_update ► what came in part is converted, attention follows, tied heads and experts are packed again;
+                           layers that nothing came for are found
 """
 
 import os
 import select
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from vllm.config import VllmConfig
@@ -20,6 +23,7 @@ from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.sampling_params import SamplingParams
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
@@ -44,6 +48,29 @@ class WorkerExtension:
             os._exit(1)  # sys.exit would end this thread alone
 
         threading.Thread(target=exit_after, name="exit-with-replica", daemon=True).start()
+
+    def finish_and_find_unloaded(self) -> list[str]:
+        """End a weight sync; the names of layers that got no weights."""
+        worker = cast(Any, self)
+        return finish_reload(worker.model_runner.get_model(), worker.finish_weight_update)
+
+
+def finish_reload(model: torch.nn.Module, finish: Callable[[], None]) -> list[str]:
+    """Call ``finish``, which ends a reload of ``model``, and name the layers that got no weights.
+
+    They keep the old ones, or what memory held before, and vLLM logs a warning of their class alone. Layers whose
+    parameters are all another's, such as a tied head, need none.
+    """
+    layers = dict(model.named_modules())
+    infos = {name: get_layerwise_info(layer) for name, layer in layers.items()}
+    # Afterwards the counts are gone, and before it the parameters stand on the meta device, each by itself.
+    empty = [name for name, info in infos.items() if info.can_load() and info.load_numel == 0]
+    finish()
+    held = {name: {id(parameter) for parameter in layer.parameters(recurse=False)} for name, layer in layers.items()}
+    loaded = set().union(*(held[name] for name in layers.keys() - set(empty)))
+    return [name for name in empty if held[name] - loaded]
+
+
 
 
 class VocabularyLimit(LogitsProcessor):

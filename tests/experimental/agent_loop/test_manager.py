@@ -129,6 +129,12 @@ def test_replicas_get_the_devices_of_their_ranks(world: World) -> None:
     assert (world.events(0), world.events(1)) == (["launch 4"], ["launch 5"])
 
 
+def test_engines_that_sleep_start_without_weights_and_a_sync_is_due(world: World) -> None:
+    options = world.manager._replicas[1].actor.__ray_call__.remote(lambda engine: engine.config.engine_kwargs["vllm"])
+    assert ray.get(options) == {"load_format": "dummy"}
+    assert world.manager.asleep, "the trainer syncs before it generates"
+
+
 def test_rows_come_back_in_order_with_the_rollouts_keys_alone(world: World) -> None:
     ids = [[10 + row] * (1 + row % 4) for row in range(7)]
     batch = world.generate(*ids)

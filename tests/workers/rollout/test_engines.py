@@ -42,8 +42,11 @@ def test_log_probs_follow_the_weights_over_syncs(engine: Engine) -> None:
 
 
 @pytest.mark.slow
-def test_experts_follow_the_weights_over_syncs(tiny_tokenizers: tuple[Path, Path], tmp_path: Path) -> None:
-    engine = Engine("vllm", tmp_path, tiny_tokenizers[1], False, "qwen3_moe")
+def test_experts_follow_the_weights_over_syncs_from_none_on(tiny_tokenizers: tuple[Path, Path], tmp_path: Path) -> None:
+    options = {"engine_kwargs": {"vllm": {"load_format": "dummy"}}}
+    engine = Engine("vllm", tmp_path, tiny_tokenizers[1], False, "qwen3_moe", **options)
+    with pytest.raises(RuntimeError, match="cannot generate: it was started without weights"):
+        engine.generate(PLAIN)
     for seed in range(3):
         engine.train_a_little(seed)
         engine.sync()

@@ -52,8 +52,11 @@ class VLLMReplica(RolloutReplica):
         if self.device == "cpu":
             # On import vLLM warns three times that Triton has no CPU backend.
             logging.getLogger("vllm.triton_utils").setLevel(logging.CRITICAL)
+        arguments = self._engine_arguments()
+        if arguments.load_format == "dummy":
+            self._unusable = "it was started without weights (load_format=dummy); sync them first"
         try:
-            await self._start_engine(self._engine_arguments())
+            await self._start_engine(arguments)
         except RuntimeError as error:
             raise RuntimeError(f"{self._name} did not start: {cause_of_death(()) or error}") from error
         # Neither backend has anything to agree on beforehand, but the protocol begins with this call.

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.engines import GREEDY, PLAIN, TRUNCATED, WARM, Engine, sync, write_buckets
+from support.engines import GREEDY, PLAIN, TRUNCATED, WARM, Engine, generate, sync, write_buckets
 
 from verl.workers.rollout.replica import RolloutReplica
 
@@ -107,6 +107,8 @@ def test_equal_seeds_give_equal_answers(engine: Engine) -> None:
     first, second, other = (engine.generate(PLAIN, seed=seed) for seed in (0, 0, 1000))
     assert [output.token_ids for output in first] == [output.token_ids for output in second]
     assert [output.token_ids for output in first] != [output.token_ids for output in other]
+    [alone] = engine.replica.run(generate, engine.prompts[3:4], {**PLAIN, "seed": 3})
+    assert alone.token_ids == first[3].token_ids
 
 
 def test_answers_stop_where_they_should(engine: Engine) -> None:

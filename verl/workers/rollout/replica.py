@@ -15,6 +15,7 @@ class; the caller may run it in another process.
 import asyncio
 import dataclasses
 import math
+import random
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
@@ -128,6 +129,8 @@ class RolloutReplica(ABC):
         self.device = device
         self.max_model_len = config.max_model_len or config.prompt_length + config.response_length
         self.weight_version = 0
+        self._seeds = random.Random(f"{config.seed}, {replica_rank}")
+        """Of requests that bring none."""
         self._name = f"{config.name} replica {replica_rank}"
         self._requests = 0
         self._unusable: str | None = None
@@ -247,6 +250,7 @@ class RolloutReplica(ABC):
             max_tokens=min(options.max_tokens, remaining),
             stop_token_ids=frozenset([*options.stop_token_ids, *end_ids]),
             stop_from_id=None if options.ignore_eos else options.stop_from_id,
+            seed=self._seeds.getrandbits(63) if options.seed is None else options.seed,
         )
 
     @abstractmethod

@@ -59,6 +59,7 @@ class VLLMReplica(RolloutReplica):
             await self._start_engine(arguments)
         except RuntimeError as error:
             raise RuntimeError(f"{self._name} did not start: {cause_of_death(()) or error}") from error
+        await self._rpc("draw_by_seed")
         # Neither backend has anything to agree on beforehand, but the protocol begins with this call.
         await self._rpc("init_weight_transfer_engine", init_info={})
 

@@ -1,6 +1,11 @@
 """Buckets of whole weights, and which export of a bucket each engine reads; the order of a sync: ``test_manager``."""
 
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +13,7 @@ from safetensors.torch import load_file
 from support.tiny_workers import load_plain, worker_config, write_model
 
 from verl import weight_sync
-from verl.weight_sync import WeightExporter, bucket_for
+from verl.weight_sync import WeightExporter, bucket_for, send_weights
 from verl.workers.model_workers import StudentWorker
 
 
@@ -29,12 +34,15 @@ def student(folder: Path, one_rank: None) -> StudentWorker:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_buckets_hold_every_tensor_once_and_no_more_than_fits(
-    student: StudentWorker, folder: Path, dtype: torch.dtype
+    student: StudentWorker, folder: Path, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module, device, limit = student._state.module, torch.device("cpu"), 50_000
     exporter = WeightExporter(module, device=device, writes_files=True, dtype=dtype, bucket_bytes=limit)
     assert exporter.num_buckets > 3
     found: dict[str, torch.Tensor] = {}
+    folders: list[Path] = []
+    given_back: list[str] = []
+    monkeypatch.setattr(weight_sync, "release_cached_memory", given_back.append)
     for index in range(exporter.num_buckets):
         info = exporter.export(index)
         tensors = load_file(info["path"])
@@ -42,9 +50,13 @@ def test_buckets_hold_every_tensor_once_and_no_more_than_fits(
         assert not tensors.keys() & found.keys()
         assert len(tensors) == 1 or sum(tensor.nbytes for tensor in tensors.values()) <= limit
         found |= tensors
-        exporter.release(index)
-        exporter.release(index)  # once more does nothing
-        assert not Path(info["path"]).parent.exists()
+        folders.append(Path(info["path"]).parent)
+        assert [folder for folder in folders if folder.exists()] == folders[-2:], "engines read the one, and then this"
+    assert not given_back, "the next bucket takes that memory"
+    exporter.release()
+    assert given_back == ["cpu"]
+    exporter.release()  # once more does nothing
+    assert not any(folder.exists() for folder in folders)
     assert found.keys() == load_file(folder / "model.safetensors").keys()
     plain = dict(load_plain(folder).named_parameters())
     for name, value in found.items():
@@ -58,8 +70,46 @@ def test_where_shared_memory_is_full_a_file_on_disk_is_used(
     info = student.export_weight_bucket(0)
     assert Path(info["path"]).is_file()
     assert "nowhere is too full for" in caplog.text
-    student.release_weight_bucket(0)
+    student.release_weight_buckets()
     assert not Path(info["path"]).exists()
+
+
+def test_a_failed_export_names_its_bucket(student: StudentWorker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weight_sync, "save_file", lambda *arguments: Path("/no/such/file").stat())
+    with pytest.raises(RuntimeError, match="weight bucket 0: FileNotFoundError: "):
+        student.export_weight_bucket(0)
+    student.release_weight_buckets()
+
+
+@pytest.mark.parametrize("fails", [None, "begin a weight sync", "load weight bucket 0 of version 7"])
+def test_the_next_bucket_is_exported_while_engines_load_and_all_are_released(fails: str | None) -> None:
+    events: list[str] = []
+
+    def call(*event: Any) -> Callable[[], list[dict[str, Any]]]:
+        events.append(" ".join(map(str, event)))
+        return lambda: [{"path": event[-1]}]  # what an export gives
+
+    def wait(task: str, calls: list[Any]) -> None:
+        call("wait:", task)
+        if task == fails:
+            raise ConnectionError
+
+    student = SimpleNamespace(
+        num_weight_buckets=lambda: 3,
+        export_weight_bucket=partial(call, "export"),
+        release_weight_buckets=partial(call, "release"),
+    )
+    names = ("start_weight_update", "update_weights", "finish_weight_update")
+    engine = SimpleNamespace(**{name: SimpleNamespace(remote=partial(call, name)) for name in names})
+    with pytest.raises(ConnectionError) if fails else nullcontext():
+        send_weights(student, [engine], [(0,)], wait, 7)
+    expected = ["start_weight_update", "export 0", "wait: begin a weight sync"]
+    for index in range(3):
+        expected += [f"update_weights {{'path': {index}}}"] + [f"export {index + 1}"] * (index < 2)
+        expected += [f"wait: load weight bucket {index} of version 7"]
+    end = [] if fails else ["finish_weight_update 7", "wait: finish the weight sync of version 7"]
+    done = expected[: expected.index(f"wait: {fails}") + 1] if fails else expected
+    assert events == [*done, "release", *end]
 
 
 def test_on_cpu_an_engine_reads_the_export_of_its_own_node() -> None:

@@ -2,8 +2,9 @@
 
 ::
 
-    send_weights (driver)        all engines: start_weight_update
-                                 per bucket:  all ranks export ─► all engines load it ─► all ranks release
+    send_weights (driver)        all engines: start_weight_update   all ranks: export bucket 0
+                                 all engines: load bucket i         all ranks: export bucket i + 1, free bucket i - 1
+                                                                    all ranks: free what is left
                                  all engines: finish_weight_update(version); each checks that the whole model came
     WeightExporter (each rank)   gathers the shards of a bucket; shares it with the engines of its machine
     bucket_tensors (engine)      the tensors of a bucket, for ``workers.rollout`` to load; vLLM reads handles itself
@@ -27,6 +28,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -37,6 +40,10 @@ from verl.utils.durable_files import make_owned_folder, remove_abandoned
 
 logger = logging.getLogger(__name__)
 
+DEFAULT_BUCKET_MB = {"cuda": 4096, "cpu": 512}
+"""Size of a bucket by device, where ``rollout.weight_sync_bucket_mb`` names none; two are in memory at once."""
+GATHER_BYTES = 2**25
+"""Most bytes that are gathered in one collective, which takes its time for the smallest tensor too."""
 SHARED_MEMORY = Path("/dev/shm")
 FOLDER_PREFIX = "kai-verl-weights-"
 
@@ -51,7 +58,7 @@ WeightShapes = Mapping[str, tuple[int, ...]]
 def send_weights(
     student: Any, engines: Sequence[Any], ranks_beside: Sequence[Sequence[int]], wait: Callable[..., Any], version: int
 ) -> None:
-    """Send the student's weights to every engine.
+    """Send the student's weights to every engine; while these load a bucket, the ranks export the next one.
 
     Args:
         student: the worker group; its lists have one entry per rank.
@@ -60,18 +67,21 @@ def send_weights(
         wait: ``wait(task, calls)`` waits for calls that were started, one per engine; ``task`` is for its errors.
         version: number of these weights; engines stamp their answers with it.
     """
-    wait("begin a weight sync", [engine.start_weight_update.remote() for engine in engines])
-    for index in range(student.num_weight_buckets()):
-        exports = student.export_weight_bucket(index)
-        try:
-            buckets = [bucket_for(ranks, exports) for ranks in ranks_beside]
-            wait(
-                f"load weight bucket {index} of version {version}",
-                [engine.update_weights.remote(bucket) for engine, bucket in zip(engines, buckets, strict=True)],
-            )
-        finally:
-            # After a failure too: a bucket is GPU memory, or a file in shared memory.
-            student.release_weight_bucket(index)
+    starts = [engine.start_weight_update.remote() for engine in engines]
+    try:
+        exports = student.export_weight_bucket(0)
+        count = student.num_weight_buckets()
+        wait("begin a weight sync", starts)
+        for index in range(count):
+            exported = exports()
+            buckets = [bucket_for(ranks, exported) for ranks in ranks_beside]
+            loads = [engine.update_weights.remote(bucket) for engine, bucket in zip(engines, buckets, strict=True)]
+            if index + 1 < count:
+                exports = student.export_weight_bucket(index + 1)
+            wait(f"load weight bucket {index} of version {version}", loads)
+    finally:
+        # After a failure too: a bucket is GPU memory, or a file in shared memory.
+        student.release_weight_buckets()
     calls = [engine.finish_weight_update.remote(version) for engine in engines]
     wait(f"finish the weight sync of version {version}", calls)
 
@@ -117,7 +127,8 @@ class WeightExporter:
         self._share = self._share_handles if device.type == "cuda" else on_cpu
         self._buckets = _fill_buckets(named_weights(module), dtype.itemsize, bucket_bytes)
         self.num_buckets = len(self._buckets)
-        self._release: dict[int, Callable[[], None]] = {}
+        self._exported: dict[int, Callable[[], None]] = {}
+        """Buckets in memory, with what frees them."""
         if writes_files:
             # A killed run leaves its bucket in memory.
             remove_abandoned(SHARED_MEMORY, FOLDER_PREFIX)
@@ -125,26 +136,47 @@ class WeightExporter:
     def export(self, index: int) -> Bucket | None:
         """Gather a bucket and share it; all ranks together.
 
+        Frees all but the bucket before: the driver asks for one when the engines have loaded those before that.
+
         Returns:
             ``names`` and ``shapes``, with ``path`` on the writing rank of each machine (CPU; None on the others), or
             ``dtype_names`` and ``ipc_handles``, per tensor that of this rank's GPU, on every rank (CUDA).
+
+        Raises:
+            RuntimeError: with the bucket's number and what went wrong.
         """
+        self._free(index - 1)
+        try:
+            tensors = self._gather(self._buckets[index])
+            if self._share is None:
+                return None
+            shapes = [list(tensor.shape) for tensor in tensors.values()]
+            return {"names": list(tensors), "shapes": shapes, **self._share(index, tensors)}
+        except Exception as error:
+            raise RuntimeError(f"weight bucket {index}: {type(error).__name__}: {error}") from error
+
+    def release(self) -> None:
+        """Free every bucket, and give its memory back."""
+        self._free(self.num_buckets)
+        # Not after each bucket: the next would have its memory allocated, and opened by the engines, anew. Torch keeps
+        # a shared block until its readers have let go; `ipc_collect` in here looks for such blocks.
+        release_cached_memory(self._device.type)
+
+    def _free(self, end: int) -> None:
+        for index in [index for index in self._exported if index < end]:
+            self._exported.pop(index)()
+
+    def _gather(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Whole tensors by name, where this rank shares them."""
         weights = named_weights(self._module)
         tensors: dict[str, torch.Tensor] = {}
-        for name in self._buckets[index]:
+        for group in _fill_buckets({name: weights[name] for name in names}, self._dtype.itemsize, GATHER_BYTES):
             # Cast before it is gathered: less travels. Gathering needs every rank, those that keep nothing too.
-            tensor = weights[name].detach().to(device=self._device, dtype=self._dtype)
-            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            shards = [weights[name].detach().to(device=self._device, dtype=self._dtype) for name in group]
+            whole = _gather_together(shards)  # contiguous, for safetensors refuses other layouts
             if self._share:
-                tensors[name] = whole.contiguous()  # safetensors refuses other layouts
-        if self._share is None:
-            return None
-        shapes = [list(tensor.shape) for tensor in tensors.values()]
-        return {"names": list(tensors), "shapes": shapes, **self._share(index, tensors)}
-
-    def release(self, index: int) -> None:
-        """Free a bucket; does nothing where it is not exported."""
-        self._release.pop(index, lambda: None)()
+                tensors |= zip(group, whole, strict=True)
+        return tensors
 
     def _share_file(self, index: int, tensors: dict[str, torch.Tensor]) -> Bucket:
         """In a folder that only this user may read: in shared memory if it fits, else among temporary files."""
@@ -153,7 +185,7 @@ class WeightExporter:
             parent = Path(tempfile.gettempdir())
             logger.warning("%s is too full for %.0f MiB of weights; using %s", SHARED_MEMORY, num_bytes / 2**20, parent)
         folder = make_owned_folder(parent, FOLDER_PREFIX)
-        self._release[index] = folder.remove
+        self._exported[index] = folder.remove
         path = str(folder.path / f"bucket-{index}.safetensors")
         save_file(tensors, path)
         return {"path": path}
@@ -165,13 +197,7 @@ class WeightExporter:
         # [0] is the function that opens it, `rebuild_cuda_tensor`, and [1] its arguments.
         handles = [{gpu: reduce_tensor(tensor)[1]} for tensor in tensors.values()]
         synchronize("cuda")  # engines may read at once
-
-        def release() -> None:
-            tensors.clear()
-            # Torch keeps a shared block until its readers have let go; `ipc_collect` in here looks for such blocks.
-            release_cached_memory("cuda")
-
-        self._release[index] = release
+        self._exported[index] = tensors.clear
         return {"dtype_names": [dtype_name(self._dtype)] * len(tensors), "ipc_handles": handles}
 
 
@@ -187,6 +213,26 @@ def _fill_buckets(weights: dict[str, nn.Parameter], itemsize: int, bucket_bytes:
         buckets[-1].append(name)
         free_bytes -= size  # below 0 after a tensor larger than a bucket
     return buckets
+
+
+def _gather_together(shards: Sequence[Any]) -> list[torch.Tensor]:
+    """Whole tensors, each with memory of its own, from shards as FSDP cuts them, by rows; in one collective."""
+    first = shards[0]
+    if not isinstance(first, DTensor):
+        return [shard.contiguous() for shard in shards]
+    if len(shards) == 1:
+        return [first.full_tensor().contiguous()]  # without a copy
+    ranks = first.device_mesh.size()
+    # Every rank has as many rows but the last ones, which are padded.
+    sizes = [-(-len(shard) // ranks) * (shard.numel() // len(shard)) for shard in shards]
+    local = [shard.to_local().flatten() for shard in shards]
+    mine = torch.cat([F.pad(part, (0, size - len(part))) for part, size in zip(local, sizes, strict=True)])
+    gathered = mine.new_empty(ranks * len(mine))
+    dist.all_gather_single(gathered, mine, first.device_mesh.get_group())
+    parts = gathered.view(ranks, -1).split(sizes, dim=1)
+    return [
+        torch.cat(part.unbind())[: shard.numel()].view(shard.shape) for part, shard in zip(parts, shards, strict=True)
+    ]
 
 
 # ------------------------------------------------------------------ receiving

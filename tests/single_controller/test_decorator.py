@@ -53,6 +53,10 @@ class Arithmetic:
     def only_zero(self, value: int) -> int:
         return value + self.rank
 
+    @register(blocking=False)
+    def later(self, value: int) -> int:
+        return value + self.rank
+
     @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO)
     def double(self, data: DataProto, other: DataProto | None = None, *, scale: int = 2) -> DataProto:
         assert other is None or len(other) == len(data)
@@ -90,6 +94,7 @@ def test_rank_zero_alone_and_one_to_all():
     assert make_group().first(5) == 5
     assert make_group().only_zero(5) == 5
     assert make_group(3).add_rank(5, scale=2) == [10, 12, 14]
+    assert make_group(3).later(5)() == [5, 6, 7]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])

@@ -109,6 +109,7 @@ class Engine:
         shared = [3 + i % 50 for i in range(150)]
         self.prompts = [[*shared, *range(10 + row, 20 + 2 * row)] for row in range(6)]
         sizes = {"prompt_length": 200, "response_length": 24, "max_num_seqs": 16, "cpu_kvcache_space_gb": 0.1}
+        sizes["max_num_batched_tokens"] = 256  # some prompts are read in two parts
         options = {"extend_vocab_start_token": self.vocab_size - 60} | options
         config = RolloutConfig(name=name, dtype="float32", **sizes, **options)
         replica_type = ReplicaProcess if name == "vllm" else LocalReplica

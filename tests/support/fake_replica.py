@@ -63,8 +63,9 @@ class FakeReplica(RolloutReplica):
             Path(update_info["path"]).stat()  # a bucket stays until every engine has loaded it
         self.log(f"load {' '.join(update_info['names'])}")
 
-    async def _finish_update(self) -> None:
+    async def _finish_update(self) -> list[str]:
         self.log("finish")
+        return []
 
     async def _sleep(self) -> None:
         self.log("sleep")

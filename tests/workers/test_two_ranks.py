@@ -35,7 +35,7 @@ def export_weights(worker: StudentWorker) -> tuple[list[str], dict[str, torch.Te
         if bucket is not None:
             paths.append(bucket["path"])
             weights |= load_file(bucket["path"])
-        worker.release_weight_bucket(index)
+    worker.release_weight_buckets()
     return paths, weights
 
 

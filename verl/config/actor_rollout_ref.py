@@ -325,8 +325,9 @@ class RolloutConfig:
     """Seconds without any finished answer after which a replica counts as hanging: its requests go to another replica
     once, and the run ends where that hangs too or there is none. Also the limit of a weight sync. A healthy engine is
     silent for the length of one answer, far below the default; null: no limit."""
-    weight_sync_bucket_mb: Count = 1024
-    """Most weights in flight at once during a weight sync, in MiB."""
+    weight_sync_bucket_mb: Count | None = None
+    """Most weights in a bucket of a weight sync, in MiB; two buckets are in memory at once. null: 4096 on CUDA, 512 on
+    CPU."""
     log_prob_use_dynamic_bsz: bool | None = None
     """Cut the student's log-prob micro-batches by tokens rather than by rows; null: unless rows are given."""
     log_prob_max_token_len_per_gpu: int = 16384

@@ -26,7 +26,7 @@ from verl.single_controller.base.decorator import Dispatch, Execute, register
 from verl.utils.device import max_memory_metrics, release_cached_memory, resolve_dtype
 from verl.utils.tokenizer import hf_tokenizer
 from verl.vocabulary import Vocabulary
-from verl.weight_sync import WeightExporter
+from verl.weight_sync import DEFAULT_BUCKET_MB, WeightExporter
 from verl.workers.actor.dp_actor import SCORED_KEYS, UPDATE_KEYS, DataParallelPPOActor, build_optimizer
 from verl.workers.actor.losses import STUDENT_SCORES, UPDATE_SCORES, Advantage
 from verl.workers.actor.teachers import (
@@ -106,7 +106,7 @@ class StudentWorker(Worker):
             device=self._device,
             writes_files=self.local_rank == 0,
             dtype=resolve_dtype(rollout.dtype, self._device.type),
-            bucket_bytes=rollout.weight_sync_bucket_mb * 2**20,
+            bucket_bytes=(rollout.weight_sync_bucket_mb or DEFAULT_BUCKET_MB[self._device.type]) * 2**20,
         )
         self._move(torch.device("cpu"), optimizer=True)
 
@@ -146,15 +146,15 @@ class StudentWorker(Worker):
         """Buckets of one weight sync."""
         return self._exporter.num_buckets
 
-    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL, blocking=False)
     def export_weight_bucket(self, index: int) -> dict[str, Any] | None:
         """Share a bucket of whole weights with the engines; see `WeightExporter.export`."""
         return self._exporter.export(index)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
-    def release_weight_bucket(self, index: int) -> None:
-        """Free a bucket, once every engine has loaded it."""
-        self._exporter.release(index)
+    def release_weight_buckets(self) -> None:
+        """Free what is exported, once every engine has loaded it."""
+        self._exporter.release()
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def begin_checkpoint(self, local_path: str, global_step: int) -> None:

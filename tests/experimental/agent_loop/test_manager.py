@@ -5,7 +5,7 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,16 +40,17 @@ class Ranks:
     def num_weight_buckets(self) -> int:
         return len(self.names)
 
-    def export_weight_bucket(self, index: int) -> list[dict[str, Any] | None]:
+    def export_weight_bucket(self, index: int) -> Callable[[], list[dict[str, Any] | None]]:
         name, path = self.names[index], self.folder / f"bucket-{index}.safetensors"
         save_file({name: torch.zeros(SHAPES[name])}, path)
         self.events.append(f"export {index}")
         bucket = {"path": str(path), "names": [name], "shapes": [list(SHAPES[name])]}
-        return [bucket] * self.count  # a replica reads what the rank beside it exported
+        return lambda: [bucket] * self.count  # a replica reads what the rank beside it exported
 
-    def release_weight_bucket(self, index: int) -> None:
-        self.events.append(f"release {index}")
-        (self.folder / f"bucket-{index}.safetensors").unlink()
+    def release_weight_buckets(self) -> None:
+        self.events.append("release")
+        for bucket in self.folder.iterdir():
+            bucket.unlink()
 
 
 @dataclass
@@ -128,6 +129,12 @@ def test_replicas_get_the_devices_of_their_ranks(world: World) -> None:
     assert (world.events(0), world.events(1)) == (["launch 4"], ["launch 5"])
 
 
+def test_engines_that_sleep_start_without_weights_and_a_sync_is_due(world: World) -> None:
+    options = world.manager._replicas[1].actor.__ray_call__.remote(lambda engine: engine.config.engine_kwargs["vllm"])
+    assert ray.get(options) == {"load_format": "dummy"}
+    assert world.manager.asleep, "the trainer syncs before it generates"
+
+
 def test_rows_come_back_in_order_with_the_rollouts_keys_alone(world: World) -> None:
     ids = [[10 + row] * (1 + row % 4) for row in range(7)]
     batch = world.generate(*ids)
@@ -152,7 +159,7 @@ def test_a_weight_sync_takes_every_bucket_in_order_and_wakes_the_engines(world: 
         world.generate([1])
     world.manager.update_weights(world.ranks, version=1)
     assert not world.manager.asleep
-    assert world.ranks.events == ["export 0", "release 0", "export 1", "release 1"]
+    assert world.ranks.events == ["export 0", "export 1", "release"]
     for replica in (0, 1):
         assert world.events(replica)[1:] == ["sleep", "wake weights", "start", *LOADS, "finish"]
     world.generate([1], [2])
@@ -212,10 +219,15 @@ def test_a_bucket_is_released_when_loading_it_fails(world: World, monkeypatch: p
     world.ranks.events.clear()
     exported = world.ranks.export_weight_bucket
     broken = {"path": "/no/such/file", "names": ["norm.weight"]}
-    monkeypatch.setattr(world.ranks, "export_weight_bucket", lambda index: [broken for _ in exported(index)])
+
+    def export(index: int) -> Callable[[], list[dict[str, Any]]]:
+        exports = exported(index)
+        return lambda: [broken for _ in exports()]
+
+    monkeypatch.setattr(world.ranks, "export_weight_bucket", export)
     with pytest.raises(RolloutError, match=r"rollout replica \d .* failed to load weight bucket 0 of version 4: "):
         world.manager.update_weights(world.ranks, version=4)
-    assert world.ranks.events == ["export 0", "release 0"]
+    assert world.ranks.events == ["export 0", "export 1", "release"]
     assert not list(world.ranks.folder.iterdir())
     monkeypatch.undo()
     world.manager.update_weights(world.ranks, version=7)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.engines import GREEDY, PLAIN, TRUNCATED, WARM, Engine
+from support.engines import GREEDY, PLAIN, TRUNCATED, WARM, Engine, generate, sync, write_buckets
 
 from verl.workers.rollout.replica import RolloutReplica
 
@@ -42,8 +42,11 @@ def test_log_probs_follow_the_weights_over_syncs(engine: Engine) -> None:
 
 
 @pytest.mark.slow
-def test_experts_follow_the_weights_over_syncs(tiny_tokenizers: tuple[Path, Path], tmp_path: Path) -> None:
-    engine = Engine("vllm", tmp_path, tiny_tokenizers[1], False, "qwen3_moe")
+def test_experts_follow_the_weights_over_syncs_from_none_on(tiny_tokenizers: tuple[Path, Path], tmp_path: Path) -> None:
+    options = {"engine_kwargs": {"vllm": {"load_format": "dummy"}}}
+    engine = Engine("vllm", tmp_path, tiny_tokenizers[1], False, "qwen3_moe", **options)
+    with pytest.raises(RuntimeError, match="cannot generate: it was started without weights"):
+        engine.generate(PLAIN)
     for seed in range(3):
         engine.train_a_little(seed)
         engine.sync()
@@ -69,6 +72,30 @@ def test_a_sync_that_does_not_match_the_model_lists_every_tensor(engine: Engine)
     assert engine.difference(PLAIN) < TOLERANCE
 
 
+async def sync_without(replica: RolloutReplica, layer: str, buckets: list[dict[str, Any]], version: int) -> None:
+    """A sync of all tensors, of which vLLM drops those of a layer, as some models' loaders do with names they lack."""
+    from verl.workers.rollout import vllm_worker
+
+    read = vllm_worker.bucket_tensors
+    vllm_worker.bucket_tensors = lambda *given: (tensor for tensor in read(*given) if layer not in tensor[0])
+    try:
+        await sync(replica, buckets, version)
+    finally:
+        vllm_worker.bucket_tensors = read
+
+
+@pytest.mark.parametrize("engine", [VLLM], indirect=True)
+def test_a_layer_that_the_engine_drops_is_named(engine: Engine, tmp_path: Path) -> None:
+    layer = "model.layers.1.mlp.down_proj"
+    buckets = write_buckets(tmp_path, dict(engine.model.named_parameters()))
+    with pytest.raises(ValueError, match=f"weight sync 50 does not match the model: got no weights: {layer}$"):
+        engine.replica.run(sync_without, layer, buckets, 50)
+    with pytest.raises(RuntimeError, match="cannot generate: weight sync 50 was incomplete"):
+        engine.generate(PLAIN)
+    engine.sync()
+    assert engine.difference(PLAIN) < TOLERANCE
+
+
 def test_ids_without_a_token_are_never_sampled(engine: Engine) -> None:
     outputs = engine.generate(PLAIN, ignore_eos=True)
     assert max(max(output.token_ids) for output in outputs) < engine.vocab_size
@@ -80,6 +107,8 @@ def test_equal_seeds_give_equal_answers(engine: Engine) -> None:
     first, second, other = (engine.generate(PLAIN, seed=seed) for seed in (0, 0, 1000))
     assert [output.token_ids for output in first] == [output.token_ids for output in second]
     assert [output.token_ids for output in first] != [output.token_ids for output in other]
+    [alone] = engine.replica.run(generate, engine.prompts[3:4], {**PLAIN, "seed": 3})
+    assert alone.token_ids == first[3].token_ids
 
 
 def test_answers_stop_where_they_should(engine: Engine) -> None:
@@ -140,9 +169,9 @@ class FakeGPUEngine:
         self.calls: list[tuple[Any, ...]] = []
 
     def __getattr__(self, method: str) -> Any:
-        async def call(*arguments: Any, **options: Any) -> bool:
+        async def call(*arguments: Any, **options: Any) -> Any:
             self.calls.append((method, *arguments, *options.values()))
-            return True
+            return [] if method == "collective_rpc" else True
 
         return call
 
@@ -166,7 +195,7 @@ def test_the_order_of_a_sync_on_a_gpu(engine: Engine) -> None:
     handles = [{"GPU-1": (torch.Tensor, (4,), b"handle")}]
     calls = engine.replica.run(sync_on_gpu, handles)
     assert calls[:3] == [("sleep", 2), ("wake_up", ["weights"]), ("collective_rpc", "start_weight_update", {})]
-    finish = ("collective_rpc", "finish_weight_update", {})
+    finish = ("collective_rpc", "finish_and_find_unloaded", {})
     assert calls[4:] == [finish, ("wake_up", ["kv_cache"]), ("reset_prefix_cache",)]
     *method, kwargs = calls[3]
     bucket = kwargs["update_info"]

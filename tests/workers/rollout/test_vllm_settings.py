@@ -22,7 +22,8 @@ def test_cpu_engine() -> None:
     given = arguments("cpu", seed=40, cpu_kvcache_space_gb=0.5)
     expected = {"seed": 42, "kv_cache_memory_bytes": 2**29, "hf_overrides": {"rope_theta": 5.0}}
     assert given | expected == given and "enable_sleep_mode" not in given
-    assert "logits_processors" not in arguments("cpu", vocab_size=100), "every row has a token"
+    [draws] = arguments("cpu", vocab_size=100)["logits_processors"]
+    assert draws.endswith(":SeededDraws"), "every row has a token"
 
 
 def test_cuda_engine() -> None:
@@ -38,11 +39,20 @@ def test_cuda_engine() -> None:
     assert given | expected == given
 
 
+@pytest.mark.parametrize("has_buffers", [False, True])
+def test_files_are_read_where_they_hold_more_than_a_sync_brings(has_buffers: bool) -> None:
+    info = ModelInfo(90, 100, (7,), 0, {}, has_buffers)
+    config = RolloutConfig(engine_kwargs={"vllm": {"load_format": "dummy"}})
+    assert ("load_format" in engine_arguments(config, MODEL, info, 2, "cuda")) is not has_buffers
+
+
 def test_options_of_vllm_win_null_is_its_default_and_a_dropped_one_gets_a_notice(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    options = {"vllm": {"block_size": 32, "seed": 1, "swap_space": 8, "quantization": None}, "sglang": {"x": 1}}
-    given = arguments("cpu", engine_kwargs=options)
+    own = {"block_size": 32, "seed": 1, "swap_space": 8, "quantization": None, "logits_processors": ["mine:Mine"]}
+    given = arguments("cpu", engine_kwargs={"vllm": own, "sglang": {"x": 1}})
+    processors = [name.rpartition(":")[2] for name in given["logits_processors"]]
+    assert processors == ["SeededDraws", "VocabularyLimit", "Mine"]
     assert (given["block_size"], given["seed"]) == (32, 1)
     assert not {"x", "swap_space", "quantization"} & given.keys()
     assert "engine_kwargs.vllm.swap_space has no effect" in caplog.text

@@ -79,7 +79,7 @@ class AgentLoopManager:
         self.rollout = config.actor_rollout_ref.rollout
         self.device = device
         self.asleep = False
-        """Whether the engines have given up their memory; only a weight sync brings them back."""
+        """Whether the engines have given up their memory, or not read the weights yet; a weight sync is due."""
         self.weight_version: int | None = None
         """Version of the last weight sync; None before the first."""
         self._tokenizer = tokenizer
@@ -96,6 +96,11 @@ class AgentLoopManager:
         """Begin to start engines and workers, all at once; returns at once."""
         replica_class = get_replica_class(self.rollout.name)
         rollout = dataclasses.replace(self.rollout, stop_at_extended_token=self.config.stops_at_extended)
+        if self._frees_memory:
+            # A sync comes before the first answer, and brings all weights: vLLM need not read them.
+            own = rollout.engine_kwargs.get("vllm", {})
+            rollout.engine_kwargs = {**rollout.engine_kwargs, "vllm": {"load_format": "dummy", **own}}
+            self.asleep = True
         for place in self._places:
             name = f"rollout replica {place.index} ({self.rollout.name}, node {place.node_ip})"
             arguments = (rollout, self.config.actor_rollout_ref.model, place.index, self.device)
@@ -178,9 +183,14 @@ class AgentLoopManager:
 
     def sleep(self) -> None:
         """Give the engines' memory to training, where they hold any that training wants; a weight sync wakes them."""
-        if self.device == "cuda" and self.rollout.free_cache_engine:
+        if self._frees_memory:
             self._wait("sleep", [replica.actor.sleep.remote() for replica in self._replicas])
             self.asleep = True
+
+    @property
+    def _frees_memory(self) -> bool:
+        """Whether engines sleep while training runs, so that a weight sync comes before every batch."""
+        return self.device == "cuda" and self.rollout.free_cache_engine
 
     def shutdown(self) -> None:
         """End engines and workers; safe to call at any time, and twice."""

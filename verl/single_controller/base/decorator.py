@@ -62,6 +62,7 @@ class Registration(NamedTuple):
     execute_mode: Execute
     padding: bool = True
     reads: Sequence[str] | None = None
+    blocking: bool = True
 
 
 class Call(NamedTuple):
@@ -81,6 +82,7 @@ def register(
     execute_mode: Execute = Execute.ALL,
     padding: bool = True,
     reads: Sequence[str] | None = None,
+    blocking: bool = True,
 ) -> Callable[[F], F]:
     """Make a worker's method callable on its group.
 
@@ -91,10 +93,11 @@ def register(
             False raises ValueError instead: for methods where a repeated row would count twice.
         reads: with ``DP_COMPUTE_PROTO``, the batch keys that the method reads where they are there; no others travel.
             None: all.
+        blocking: False: the group's method begins the call and returns a function, which waits for the result.
     """
 
     def mark(method: F) -> F:
-        setattr(method, _ATTRIBUTE, Registration(dispatch_mode, execute_mode, padding, reads))
+        setattr(method, _ATTRIBUTE, Registration(dispatch_mode, execute_mode, padding, reads, blocking))
         return method
 
     return mark
@@ -126,8 +129,10 @@ class WorkerGroup(ABC):
         return partial(self._run, name)
 
     def _run(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        calls, collect = plan_calls(method, self._registrations[method], self.world_size, args, kwargs)
-        return collect(self._results(method, calls))
+        registration = self._registrations[method]
+        calls, collect = plan_calls(method, registration, self.world_size, args, kwargs)
+        results = self._results(method, calls)
+        return collect(results) if registration.blocking else partial(collect, results)
 
     @abstractmethod
     def _results(self, method: str, calls: Sequence[Call]) -> Results:

@@ -14,7 +14,6 @@ B sequences of the batch, P padded prompt, V vocabulary rows of the model.
 
 import asyncio
 import math
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -53,9 +52,6 @@ class HFReplica(RolloutReplica):
         self._torch_device = torch.device(self.device, 0)
         self._waiting: list[_Request] = []
         self._batching: asyncio.Task[None] | None = None
-        self._seeds = random.Random(f"{self.config.seed}, {self.replica_rank}")
-        """Of requests that bring none."""
-
         model = transformers.AutoModelForCausalLM.from_pretrained(
             self.model_config.path,
             config=load_hf_config(self.model_config),
@@ -67,9 +63,9 @@ class HFReplica(RolloutReplica):
         self.model = model.to(self._torch_device).eval()
 
     async def _generate(self, prompt: list[int], options: SamplingOptions, request_id: str) -> TokenOutput:
-        seed = self._seeds.getrandbits(63) if options.seed is None else options.seed
+        assert options.seed is not None, "requests that bring none were given one"
         answer: asyncio.Future[TokenOutput] = asyncio.get_running_loop().create_future()
-        self._waiting.append(_Request(prompt, options, seed, answer))
+        self._waiting.append(_Request(prompt, options, options.seed, answer))
         if self._batching is None or self._batching.done():
             self._batching = asyncio.create_task(self._answer_waiting())
         return await answer

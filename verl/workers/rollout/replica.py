@@ -15,6 +15,7 @@ class; the caller may run it in another process.
 import asyncio
 import dataclasses
 import math
+import random
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
@@ -102,6 +103,9 @@ class ModelInfo:
     """Ids that end an answer: those of the tokenizer, the generation config and the config."""
     pad_token_id: int
     weights: WeightShapes
+    """What a weight sync brings."""
+    has_buffers: bool = False
+    """Whether its files hold more than that: buffers, such as the bias of a router."""
 
 
 class RolloutReplica(ABC):
@@ -125,6 +129,8 @@ class RolloutReplica(ABC):
         self.device = device
         self.max_model_len = config.max_model_len or config.prompt_length + config.response_length
         self.weight_version = 0
+        self._seeds = random.Random(f"{config.seed}, {replica_rank}")
+        """Of requests that bring none."""
         self._name = f"{config.name} replica {replica_rank}"
         self._requests = 0
         self._unusable: str | None = None
@@ -193,12 +199,12 @@ class RolloutReplica(ABC):
         """End a weight sync: the engine now writes with weights ``version``, and remembers nothing of older ones.
 
         Raises:
-            ValueError: tensors were missing, unknown, of another shape or sent twice; the message lists them. The
-                replica refuses to generate until a sync succeeds.
+            ValueError: tensors were missing, unknown, of another shape or sent twice, or the engine has layers that no
+                tensor is for; the message lists them. The replica refuses to generate until a sync succeeds.
         """
-        problems = self._received.problems()
         self._unusable = f"weight sync {version} did not finish"
-        await self._finish_update()
+        unloaded = await self._finish_update()
+        problems = self._received.problems() or [f"got no weights: {layer}" for layer in unloaded]
         self._asleep = False
         # Raised only now: vLLM refuses to start a sync while another one is open.
         if problems:
@@ -244,6 +250,7 @@ class RolloutReplica(ABC):
             max_tokens=min(options.max_tokens, remaining),
             stop_token_ids=frozenset([*options.stop_token_ids, *end_ids]),
             stop_from_id=None if options.ignore_eos else options.stop_from_id,
+            seed=self._seeds.getrandbits(63) if options.seed is None else options.seed,
         )
 
     @abstractmethod
@@ -265,8 +272,13 @@ class RolloutReplica(ABC):
     async def _start_update(self) -> None:  # noqa: B027 (nothing to do by default)
         """Get ready for new weights; of an engine that is ``_asleep``, allocate memory for them again (CUDA)."""
 
-    async def _finish_update(self) -> None:  # noqa: B027 (nothing to do by default)
-        """Put the new weights to use, drop what was computed with the old ones, wake what still sleeps."""
+    async def _finish_update(self) -> list[str]:
+        """Put the new weights to use, drop what was computed with the old ones, wake what still sleeps.
+
+        Returns:
+            the engine's layers that got no weights.
+        """
+        return []
 
     async def _sleep(self) -> None:  # noqa: B027 (nothing to do by default)
         """Free weights and cache (CUDA)."""
@@ -283,12 +295,14 @@ def read_model_info(model_config: HFModelConfig) -> ModelInfo:
         generation_eos = None
     with torch.device("meta"):  # without memory for the weights
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=model_config.trust_remote_code)
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     return ModelInfo(
         vocab_size=len(tokenizer),  # `tokenizer.vocab_size` leaves out added tokens
         vocab_rows=config.vocab_size,
         eos_token_ids=listed_ids(tokenizer.eos_token_id, generation_eos, config.eos_token_id),
         pad_token_id=tokenizer.pad_token_id,
         weights=weight_shapes(model),
+        has_buffers=not model.state_dict().keys() <= parameters,
     )
 
 

@@ -52,10 +52,14 @@ class VLLMReplica(RolloutReplica):
         if self.device == "cpu":
             # On import vLLM warns three times that Triton has no CPU backend.
             logging.getLogger("vllm.triton_utils").setLevel(logging.CRITICAL)
+        arguments = self._engine_arguments()
+        if arguments.load_format == "dummy":
+            self._unusable = "it was started without weights (load_format=dummy); sync them first"
         try:
-            await self._start_engine(self._engine_arguments())
+            await self._start_engine(arguments)
         except RuntimeError as error:
             raise RuntimeError(f"{self._name} did not start: {cause_of_death(()) or error}") from error
+        await self._rpc("draw_by_seed")
         # Neither backend has anything to agree on beforehand, but the protocol begins with this call.
         await self._rpc("init_weight_transfer_engine", init_info={})
 
@@ -119,13 +123,14 @@ class VLLMReplica(RolloutReplica):
             bucket["ipc_handles_pickled"] = base64.b64encode(pickled).decode("ascii")
         await self._rpc("update_weights", update_info=bucket)
 
-    async def _finish_update(self) -> None:
-        await self._rpc("finish_weight_update")
+    async def _finish_update(self) -> list[str]:
+        unloaded = await self._rpc("finish_and_find_unloaded")
         if self._asleep:
             await self._guard(self._engine.wake_up(["kv_cache"]))
         # Cached prompts are found by their tokens, so those of the old weights would be taken for the new.
         if not await self._guard(self._engine.reset_prefix_cache()):
             raise RuntimeError(f"{self._name}: vLLM did not empty its prefix cache after a weight sync")
+        return sorted(set().union(*unloaded))  # a list from each process
 
     async def _sleep(self) -> None:
         # Level 1 would copy the weights to host memory, and the next sync brings all of them anyway.
@@ -136,9 +141,9 @@ class VLLMReplica(RolloutReplica):
         if engine is not None:
             await asyncio.to_thread(engine.shutdown)
 
-    async def _rpc(self, method: str, **kwargs: Any) -> None:
-        """Call a method of vLLM's worker, by the name that vLLM's interface gives it."""
-        await self._guard(self._engine.collective_rpc(method, kwargs=kwargs))
+    async def _rpc(self, method: str, **kwargs: Any) -> Any:
+        """Call a method of vLLM's workers, by the name that vLLM's interface gives it; a result from each."""
+        return await self._guard(self._engine.collective_rpc(method, kwargs=kwargs))
 
     async def _guard(self, call: Awaitable[Any]) -> Any:
         """Await a call of the engine; where its processes have died, the error names the cause."""

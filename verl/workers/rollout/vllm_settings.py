@@ -18,8 +18,8 @@ from verl.workers.rollout.replica import ModelInfo, SamplingOptions
 logger = logging.getLogger(__name__)
 
 ROLLOUT_KEY = "actor_rollout_ref.rollout"
-FIRST_STOP, END = "verl_stop_from_id", "verl_end_id"
-"""Entries of a request's ``extra_args``: `SamplingOptions.stop_from_id`, and a token that ends the answer."""
+SEED, FIRST_STOP, END = "verl_seed", "verl_stop_from_id", "verl_end_id"
+"""Entries of a request's ``extra_args``: its seed, `SamplingOptions.stop_from_id`, and a token that ends the answer."""
 RETIRED_OPTIONS = frozenset({"swap_space", "disable_mm_preprocessor_cache"})
 """Engine options that launch lines for verl name, and that no vLLM from 0.24 on has."""
 
@@ -90,12 +90,13 @@ def engine_arguments(
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
     }
-    processors = ["VocabularyLimit"] if info.vocab_size < info.vocab_rows else []
+    processors = ["SeededDraws"]
+    if info.vocab_size < info.vocab_rows:
+        processors.append("VocabularyLimit")
     if config.stop_at_extended_token and config.extend_start is not None:
         processors.append("EndAfterExtended")
-    if processors:
-        arguments["logits_processors"] = [f"verl.workers.rollout.vllm_worker:{name}" for name in processors]
-        arguments["additional_config"] = {"verl_vocab_size": info.vocab_size}
+    processors = [f"verl.workers.rollout.vllm_worker:{name}" for name in processors]
+    arguments["additional_config"] = {"verl_vocab_size": info.vocab_size}
     if device == "cuda":
         arguments["gpu_memory_utilization"] = config.gpu_memory_utilization
         arguments["enforce_eager"] = config.enforce_eager
@@ -107,6 +108,9 @@ def engine_arguments(
     for name in RETIRED_OPTIONS & own.keys():
         logger.warning("%s.engine_kwargs.vllm.%s has no effect: vLLM dropped this option", ROLLOUT_KEY, name)
         del own[name]
+    if own.get("load_format") == "dummy" and info.has_buffers:
+        del own["load_format"]  # they would stay random, since no weight sync brings them
+    own["logits_processors"] = [*processors, *own.get("logits_processors", ())]
     return arguments | own
 
 
@@ -116,13 +120,12 @@ def vllm_sampling_params(options: SamplingOptions) -> Any:
 
     # For `EndAfterExtended`: in a list of thousands of stop tokens vLLM would look at each for every token.
     first, ends = options.stop_from_id, options.stop_token_ids
-    extra = {FIRST_STOP: first, END: min(ends)} if first is not None and ends else None
+    extra = {FIRST_STOP: first, END: min(ends)} if first is not None and ends else {}
     return SamplingParams(
         temperature=options.temperature,
         top_p=options.top_p,
         top_k=options.top_k,
         max_tokens=options.max_tokens,
-        seed=options.seed,
         # 0: the log-prob of the sampled token alone.
         logprobs=options.top_logprobs if options.logprobs or options.top_logprobs else None,
         # The explicit list replaces vLLM's own choice of end tokens.
@@ -130,6 +133,7 @@ def vllm_sampling_params(options: SamplingOptions) -> Any:
         stop_token_ids=sorted(options.stop_token_ids),
         allowed_token_ids=None if options.allowed_token_ids is None else list(options.allowed_token_ids),
         detokenize=False,
-        extra_args=extra,
+        # Not as vLLM's seed: see `SeededDraws`.
+        extra_args=extra | {SEED: (options.seed or 0) % 2**64},
         output_kind=RequestOutputKind.FINAL_ONLY,
     )

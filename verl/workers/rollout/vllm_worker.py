@@ -1,18 +1,22 @@
 """What vLLM loads by name in each of its worker processes.
 
-``WorkerExtension`` is mixed into vLLM's worker class (``worker_extension_cls``), ``VocabularyLimit`` is one of its
-logits processors, and ``SharedMemoryEngine`` receives weights on CPU; on CUDA vLLM's own ``ipc`` engine does.
+``WorkerExtension`` is mixed into vLLM's worker class (``worker_extension_cls``), ``SeededDraws``, ``VocabularyLimit``
+and ``EndAfterExtended`` are logits processors, and ``SharedMemoryEngine`` receives weights on CPU; on CUDA vLLM's own
+``ipc`` engine does.
 
     start_weight_update ─► layers go back to checkpoint layout, on the meta device
     update_weights      ─► tensors are kept until their layer is complete, then converted into place: vLLM's own
                            layout is fused, sharded over tensor-parallel ranks and packed for the CPU kernels
-    finish_weight_update ► what came in part is converted, attention follows, tied heads and experts are packed again
+    finish_weight_update ► what came in part is converted, attention follows, tied heads and experts are packed again;
+                           layers that nothing came for are found
 """
 
 import os
 import select
 import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from vllm.config import VllmConfig
@@ -20,12 +24,15 @@ from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.sampling_params import SamplingParams
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
+from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 
+from verl.ops.seeded_draws import draw_tokens, seeded_uniforms
 from verl.weight_sync import bucket_tensors
-from verl.workers.rollout.vllm_settings import END, FIRST_STOP
+from verl.workers.rollout.vllm_settings import END, FIRST_STOP, SEED
 
 
 class WorkerExtension:
@@ -44,6 +51,71 @@ class WorkerExtension:
             os._exit(1)  # sys.exit would end this thread alone
 
         threading.Thread(target=exit_after, name="exit-with-replica", daemon=True).start()
+
+    def draw_by_seed(self) -> None:
+        """From now on, have `SeededDraws` draw the tokens."""
+        runner = cast(Any, self).model_runner
+        [draws] = [each for each in runner.input_batch.logitsprocs.all if isinstance(each, SeededDraws)]
+        # An attribute, which vLLM itself sets to the function for the device.
+        runner.sampler.topk_topp_sampler.forward = draws.forward
+
+    def finish_and_find_unloaded(self) -> list[str]:
+        """End a weight sync; the names of layers that got no weights."""
+        worker = cast(Any, self)
+        return finish_reload(worker.model_runner.get_model(), worker.finish_weight_update)
+
+
+def finish_reload(model: torch.nn.Module, finish: Callable[[], None]) -> list[str]:
+    """Call ``finish``, which ends a reload of ``model``, and name the layers that got no weights.
+
+    They keep the old ones, or what memory held before, and vLLM logs a warning of their class alone. Layers whose
+    parameters are all another's, such as a tied head, need none.
+    """
+    layers = dict(model.named_modules())
+    infos = {name: get_layerwise_info(layer) for name, layer in layers.items()}
+    # Afterwards the counts are gone, and before it the parameters stand on the meta device, each by itself.
+    empty = [name for name, info in infos.items() if info.can_load() and info.load_numel == 0]
+    finish()
+    held = {name: {id(parameter) for parameter in layer.parameters(recurse=False)} for name, layer in layers.items()}
+    loaded = set().union(*(held[name] for name in layers.keys() - set(empty)))
+    return [name for name in empty if held[name] - loaded]
+
+
+class SeededDraws(LogitsProcessor):
+    """Draws the tokens in place of vLLM's sampler: by a request's seed and the number of tokens that it has written.
+
+    vLLM draws for seeded requests one after the other, and its CPU engine dies where it reads the prompt of one in
+    parts. As a logits processor, which changes nothing, this is told which request is in which row.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
+        self._rows: dict[int, tuple[int, Sequence[int]]] = {}
+        """Place in the batch: the seed, the tokens so far."""
+        # Kept on the CPU, where the system takes large tensors back and clears them for the next step.
+        self._probs = torch.empty(0) if device.type == "cpu" else None
+
+    def is_argmax_invariant(self) -> bool:
+        return True
+
+    def update_state(self, batch_update: BatchUpdate | None) -> None:
+        """Follow the requests that came, went or changed places."""
+        process_dict_updates(
+            self._rows, batch_update, lambda params, _, written: ((params.extra_args or {}).get(SEED, 0), written)
+        )
+
+    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+        """Leave the logits as they are."""
+        return logits
+
+    def forward(
+        self, logits: torch.Tensor, generators: Any, k: torch.Tensor | None, p: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens (N,) and log-probs (N, V) of logits (N, V), with top-k and top-p: as vLLM's ``TopKTopPSampler``."""
+        logits = apply_top_k_top_p(logits, k, p)
+        probs = torch.softmax(logits, -1, out=None if self._probs is None else self._probs.resize_(0))
+        seeds, written = zip(*(self._rows.get(row, (0, ())) for row in range(len(logits))), strict=True)
+        uniforms = seeded_uniforms(seeds, [len(tokens) for tokens in written])
+        return draw_tokens(probs, uniforms.to(logits.device)), logits.log_softmax(-1)
 
 
 class VocabularyLimit(LogitsProcessor):

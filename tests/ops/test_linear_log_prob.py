@@ -7,6 +7,7 @@ import pytest
 import torch
 from support.peak_memory import PeakBytes
 
+from verl.ops import linear_log_prob
 from verl.ops.linear_log_prob import BUFFERS, TokenStats, linear_token_stats, rows_per_chunk
 from verl.vocabulary import Vocabulary
 
@@ -93,11 +94,25 @@ def test_errors_name_the_numbers() -> None:
 def test_rows_of_a_chunk_follow_cache_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = partial(rows_per_chunk, None, 9)
     cpu, cuda, of_qwen = torch.device("cpu"), torch.device("cuda"), 176_247 * 4
-    assert [rows(4 * ids, cpu) for ids in (512, 9216, 176_247)] == [1024, 64, 63]  # 2 MiB a buffer; 64; 384 MiB in all
+    assert [rows(4 * ids, cpu) for ids in (512, 9216, 176_247)] == [
+        512,
+        256,
+        142,
+    ]  # 1 MiB a buffer; 256; 384 MiB
     for free, found in ((10 * 2**30, 640 * 2**20), (2**30, 384 * 2**20), (100 * 2**30, 4 * 2**30)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free, 140 * 2**30))
         assert rows(of_qwen, cuda) == found // (9 * of_qwen)
     assert rows_per_chunk(9 * of_qwen * 5, 9, of_qwen, cpu) == 5 and rows_per_chunk(1, 9, of_qwen, cuda) == 1
+
+
+def test_blocks_of_a_chunk_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, weight, labels = draw(torch.float32)
+    found = []
+    for cached_bytes in (1, 3 * K * 4, 2**20):  # rows of a block: 1, 3, all
+        monkeypatch.setattr(linear_log_prob, "CACHED_BYTES", cached_bytes)
+        stats = linear_token_stats(hidden, weight, labels, temperature=0.7, vocabulary=EXTENDED, with_entropy=True)
+        found.append([*stats, *torch.autograd.grad(mixed_sum(stats), (hidden, weight))])
+    assert all(torch.equal(one, other) for others in found[1:] for one, other in zip(found[0], others, strict=True))
 
 
 @pytest.mark.parametrize("with_entropy", [False, True])

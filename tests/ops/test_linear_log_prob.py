@@ -85,6 +85,36 @@ def test_bf16_weight_gradient_is_summed_in_fp32() -> None:
     torch.testing.assert_close(gradients[0], gradients[1], rtol=2**-7, atol=2**-7)
 
 
+def test_products_in_half_precision_come_out_in_fp32_where_they_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CUDA, with functions in the place of its kernels, that take what these take."""
+    hidden, weight, labels = draw(torch.bfloat16)
+    gradient, exact = torch.randn(N, V).bfloat16(), weight.detach().float()
+
+    def mm(a, b, *, out_dtype=None, out=None):
+        assert a.dtype == b.dtype and (out_dtype, out) in ((torch.float32, None), (None, out))
+        product = (a.float() @ b.float()).to(out_dtype or a.dtype)
+        return product if out is None else out.copy_(product)
+
+    def addmm(total, a, b, *, out_dtype, out):
+        assert a.dtype == b.dtype == torch.bfloat16 and out is total and out_dtype == total.dtype == torch.float32
+        return out.add_(a.float() @ b.float())
+
+    def outcome() -> list[torch.Tensor]:
+        logits, total = linear_log_prob.head_logits(hidden.detach(), weight.detach()), exact.clone()
+        linear_log_prob.add_product(total, gradient, hidden.detach())
+        return [logits, total, *torch.autograd.grad(linear_token_stats(hidden, weight, labels)[0].sum(), weight)]
+
+    right = [hidden.float() @ exact.T, exact + gradient.float().T @ hidden.float()]
+    rounded = outcome()
+    assert all(0 < (found - wanted).abs().max() < 0.05 for found, wanted in zip(rounded, right, strict=False))
+    monkeypatch.setattr(linear_log_prob, "multiplies_into_fp32", lambda tensor: True)
+    monkeypatch.setattr(torch, "mm", mm)
+    monkeypatch.setattr(torch, "addmm", addmm)
+    found = outcome()
+    assert all(torch.equal(value, wanted) for value, wanted in zip(found, right, strict=False))
+    torch.testing.assert_close(found[2], rounded[2], rtol=0.02, atol=0.02)
+
+
 def test_errors_name_the_numbers() -> None:
     for ids, words in ((V + 1, "has 21 ids"), (3, "below 3")):
         with pytest.raises(ValueError, match=words):

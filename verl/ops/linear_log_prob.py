@@ -75,9 +75,17 @@ def aligned_rows(weight: torch.Tensor, ids: int) -> int:
     return min(len(weight), -(-ids // ALIGNED_ROWS) * ALIGNED_ROWS)
 
 
+def multiplies_into_fp32(tensor: torch.Tensor) -> bool:
+    """Whether products of such tensors in half precision can come out in float32."""
+    return tensor.is_cuda and tensor.dtype in (torch.bfloat16, torch.float16)
+
+
 def head_logits(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
     """(C, rows of ``head``) logits, at least float32; memory of its own, which callers overwrite."""
-    # A bf16 product is rounded before the cast: a logit near 30 has steps of 0.125.
+    if multiplies_into_fp32(hidden):
+        return torch.mm(hidden, head.T, out_dtype=torch.float32)
+    # On CPU a bf16 product is rounded before the cast: a logit near 30 has steps of 0.125. In fp32 it takes twice as
+    # long, and so does oneDNN's bf16 arithmetic for fp32 matrices.
     logits = F.linear(hidden, head)
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
@@ -151,14 +159,15 @@ class InputGradients:
 
 
 def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """Add ``left.T @ right`` to ``total`` (K, D), which may be of a higher precision."""
+    """Add ``left.T @ right`` to ``total`` (K, D), which is float32 where these are of half precision."""
     if total.dtype == left.dtype:
         total.addmm_(left.T, right)
-        return
-    # addmm_ takes one dtype: a product in half precision is a tensor of its own first, which stays in the CPU's cache.
-    rows = max(1, CACHED_BYTES // total[0].nbytes) if total.device.type == "cpu" else len(total)
-    for part in row_chunks(len(total), rows):
-        total[part] += left[:, part].T @ right
+    elif multiplies_into_fp32(left):
+        torch.addmm(total, left.T, right, out_dtype=torch.float32, out=total)
+    else:
+        # The product is a tensor of its own first; a part of it stays in the cache until it is added.
+        for rows in row_chunks(len(total), max(1, CACHED_BYTES // total[0].nbytes)):
+            total[rows] += left[:, rows].T @ right
 
 
 class _LinearTokenStats(torch.autograd.Function):

@@ -7,8 +7,9 @@ import pytest
 import torch
 from support.peak_memory import PeakBytes
 
+from verl.ops import linear_log_prob
 from verl.ops.linear_divergence import BUFFERS, DIVERGENCES, DivergenceOptions, linear_divergence
-from verl.ops.linear_log_prob import LinearTeacher, StitchedTeacher, TopLogProbs, score_tokens
+from verl.ops.linear_log_prob import LinearTeacher, StitchedTeacher, TopLogProbs, linear_token_stats, score_tokens
 from verl.vocabulary import Vocabulary
 
 N, D, V, K, E = 13, 6, 20, 17, 11  # positions, hidden, rows of the head, ids in the softmax, first extended id
@@ -188,18 +189,26 @@ def test_lower_precision_is_near(dtype) -> None:
 @pytest.mark.parametrize("kind", DIVERGENCES)
 @pytest.mark.parametrize("support", ["shared", "full"])
 @pytest.mark.parametrize("topk", [False, True])
-def test_memory_is_that_of_a_chunk_however_many_positions(kind: str, support: str, topk: bool) -> None:
+@pytest.mark.parametrize("blocks", [False, True])
+def test_memory_is_that_of_a_chunk_however_many_positions(
+    kind: str, support: str, topk: bool, blocks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a chunk is cut into blocks, two buffers hold all its rows, and the others those of a block."""
     tokens, hidden_size, ids, start, rows = 256, 4, 2048, 1500, 8
     hidden, base_hidden = torch.randn(tokens, hidden_size, requires_grad=True), torch.randn(tokens, hidden_size)
     weight, base_weight = torch.randn(ids, hidden_size, requires_grad=True), torch.randn(ids, hidden_size)
     teacher: Any = LinearTeacher(base_hidden, base_weight, start)
     top = score_tokens(teacher, torch.zeros(tokens, dtype=torch.int64), -100.0, topk=5)[1]
     labels, ones, chunk = torch.zeros(tokens, dtype=torch.int64), torch.ones(tokens), BUFFERS * rows * ids * 4
+    if blocks:
+        monkeypatch.setattr(linear_log_prob, "LEAST_ROWS", 4 * rows)
+        monkeypatch.setattr(linear_log_prob, "CACHED_BYTES", rows // 4 * ids * 4)
     options = DivergenceOptions(kind, support=support, **LEAK)
     with PeakBytes() as peak:
         given = (hidden, weight, ones, top.rows if topk else teacher, options, labels, Vocabulary(ids, start))
-        linear_divergence(*given, chunk_bytes=chunk)[0].backward()
-    assert peak.bytes < chunk + 2 * (weight.nbytes + hidden.nbytes)
+        linear_divergence(*given, chunk_bytes=None if blocks else chunk)[0].backward()
+    most = (2 * 4 + BUFFERS / 4) * rows * ids * 4 if blocks else chunk
+    assert peak.bytes < most + 2 * (weight.nbytes + hidden.nbytes)
 
 
 @pytest.mark.parametrize("kind", DIVERGENCES)
@@ -227,6 +236,27 @@ def test_a_position_that_does_not_count_may_hold_anything_and_an_id_that_is_rule
     torch.testing.assert_close(found[0], right)
     for value, wanted in zip(found[1:], torch.autograd.grad(right, (hidden, weight)), strict=True):
         torch.testing.assert_close(value, wanted)
+
+
+@pytest.mark.parametrize("behind", [math.nan, math.inf, 1e30])
+def test_rows_behind_the_ids_have_no_effect(behind: float) -> None:
+    """A head is multiplied up to 64 or 128 rows; those from K = 70 on may hold anything."""
+    hidden, head, labels = torch.randn(5, 4), torch.randn(70, 4), torch.tensor([0, 69, 3, 4, 60])
+
+    def outcome(rows: int) -> list[torch.Tensor]:
+        weight = torch.cat([head, torch.full((rows - 70, 4), behind)]).requires_grad_()
+        states, vocabulary = hidden.clone().requires_grad_(), Vocabulary(70, 61)
+        teacher = StitchedTeacher(LinearTeacher(hidden + 1, weight, 61), LinearTeacher(hidden * 2, weight, 70))
+        given = states, weight, torch.ones(5), teacher, DivergenceOptions(**LEAK), labels, vocabulary
+        loss, stats = linear_divergence(*given)
+        scores = linear_token_stats(states, weight, labels, vocabulary=vocabulary, with_entropy=True)
+        total = loss + scores.log_probs.sum() + scores.entropy.sum()
+        of_states, of_weight = torch.autograd.grad(total, (states, weight))
+        assert not of_weight[70:].any()
+        return [total, *stats, scores.extend_mass, of_states, of_weight[:70]]
+
+    for found, right in zip(outcome(140), outcome(70), strict=True):
+        torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-5)
 
 
 def test_sizes_that_do_not_fit() -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from support.peak_memory import PeakBytes
 
+from verl.ops import linear_log_prob
 from verl.ops.linear_log_prob import BUFFERS, TokenStats, linear_token_stats, rows_per_chunk
 from verl.vocabulary import Vocabulary
 
@@ -84,6 +85,36 @@ def test_bf16_weight_gradient_is_summed_in_fp32() -> None:
     torch.testing.assert_close(gradients[0], gradients[1], rtol=2**-7, atol=2**-7)
 
 
+def test_products_in_half_precision_come_out_in_fp32_where_they_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CUDA, with functions in the place of its kernels, that take what these take."""
+    hidden, weight, labels = draw(torch.bfloat16)
+    gradient, exact = torch.randn(N, V).bfloat16(), weight.detach().float()
+
+    def mm(a, b, *, out_dtype=None, out=None):
+        assert a.dtype == b.dtype and (out_dtype, out) in ((torch.float32, None), (None, out))
+        product = (a.float() @ b.float()).to(out_dtype or a.dtype)
+        return product if out is None else out.copy_(product)
+
+    def addmm(total, a, b, *, out_dtype, out):
+        assert a.dtype == b.dtype == torch.bfloat16 and out is total and out_dtype == total.dtype == torch.float32
+        return out.add_(a.float() @ b.float())
+
+    def outcome() -> list[torch.Tensor]:
+        logits, total = linear_log_prob.head_logits(hidden.detach(), weight.detach()), exact.clone()
+        linear_log_prob.add_product(total, gradient, hidden.detach())
+        return [logits, total, *torch.autograd.grad(linear_token_stats(hidden, weight, labels)[0].sum(), weight)]
+
+    right = [hidden.float() @ exact.T, exact + gradient.float().T @ hidden.float()]
+    rounded = outcome()
+    assert all(0 < (found - wanted).abs().max() < 0.05 for found, wanted in zip(rounded, right, strict=False))
+    monkeypatch.setattr(linear_log_prob, "multiplies_into_fp32", lambda tensor: True)
+    monkeypatch.setattr(torch, "mm", mm)
+    monkeypatch.setattr(torch, "addmm", addmm)
+    found = outcome()
+    assert all(torch.equal(value, wanted) for value, wanted in zip(found, right, strict=False))
+    torch.testing.assert_close(found[2], rounded[2], rtol=0.02, atol=0.02)
+
+
 def test_errors_name_the_numbers() -> None:
     for ids, words in ((V + 1, "has 21 ids"), (3, "below 3")):
         with pytest.raises(ValueError, match=words):
@@ -93,11 +124,25 @@ def test_errors_name_the_numbers() -> None:
 def test_rows_of_a_chunk_follow_cache_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = partial(rows_per_chunk, None, 9)
     cpu, cuda, of_qwen = torch.device("cpu"), torch.device("cuda"), 176_247 * 4
-    assert [rows(4 * ids, cpu) for ids in (512, 9216, 176_247)] == [1024, 64, 63]  # 2 MiB a buffer; 64; 384 MiB in all
+    assert [rows(4 * ids, cpu) for ids in (512, 9216, 176_247)] == [
+        512,
+        256,
+        142,
+    ]  # 1 MiB a buffer; 256; 384 MiB
     for free, found in ((10 * 2**30, 640 * 2**20), (2**30, 384 * 2**20), (100 * 2**30, 4 * 2**30)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free, 140 * 2**30))
         assert rows(of_qwen, cuda) == found // (9 * of_qwen)
     assert rows_per_chunk(9 * of_qwen * 5, 9, of_qwen, cpu) == 5 and rows_per_chunk(1, 9, of_qwen, cuda) == 1
+
+
+def test_blocks_of_a_chunk_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, weight, labels = draw(torch.float32)
+    found = []
+    for cached_bytes in (1, 3 * K * 4, 2**20):  # rows of a block: 1, 3, all
+        monkeypatch.setattr(linear_log_prob, "CACHED_BYTES", cached_bytes)
+        stats = linear_token_stats(hidden, weight, labels, temperature=0.7, vocabulary=EXTENDED, with_entropy=True)
+        found.append([*stats, *torch.autograd.grad(mixed_sum(stats), (hidden, weight))])
+    assert all(torch.equal(one, other) for others in found[1:] for one, other in zip(found[0], others, strict=True))
 
 
 @pytest.mark.parametrize("with_entropy", [False, True])

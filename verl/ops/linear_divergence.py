@@ -41,17 +41,21 @@ from verl.ops.linear_log_prob import (
     TeacherLogProbs,
     TopLogProbs,
     check_labels,
+    head_logits,
     row_chunks,
     rows_per_chunk,
-    scaled_logits,
+    scaled_blocks,
 )
 from verl.vocabulary import Vocabulary
 
 REVERSE_KL, FORWARD_KL, JSD = "reverse_kl", "forward_kl", "jsd"
 DIVERGENCES = (REVERSE_KL, FORWARD_KL, JSD)
 SHARED, FULL = "shared", "full"
+NEVER = -1e4
+"""A log-prob that is finite, and whose probability is 0."""
 BUFFERS = 9
-"""(C, K) buffers of the logits' precision that live at once, in ``jsd`` over all ids with a leak term."""
+"""(C, K) buffers of the logits' precision that live at once, in ``jsd`` over all ids with a leak term, of which a CPU
+holds most for a block of rows alone."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,7 @@ class DivergenceStats(NamedTuple):
     divergence: torch.Tensor
     """(N,) div, nats."""
     leak: torch.Tensor
-    """(N,) the leak term before its weight, nats; 0 without E."""
+    """(N,) the leak term before its weight, nats; 0 without E or without a weight."""
     log_prob: torch.Tensor
     """(N,) the student's log-prob of the drawn token, over all K, nats."""
     entropy: torch.Tensor
@@ -120,15 +124,17 @@ def linear_divergence(
         chunk_bytes: memory for the buffers of a chunk; changes memory and speed, not the result.
 
     Raises:
-        ValueError: sizes that do not fit each other, or a label outside K.
+        ValueError: sizes that do not fit each other, a label outside K, or an unknown divergence.
     """
+    if options.kind not in DIVERGENCES:
+        raise ValueError(f"there is no divergence {options.kind!r}; use one of {', '.join(DIVERGENCES)}")
     vocabulary = vocabulary or Vocabulary(weight.shape[0])
     vocabulary.check_head(weight.shape[0])
     check_labels(labels, vocabulary.ids)
     bytes_per_row = vocabulary.ids * torch.promote_types(weight.dtype, torch.float32).itemsize
     chunk_rows = rows_per_chunk(chunk_bytes, BUFFERS, bytes_per_row, hidden.device)
-    job = _Job(options, vocabulary.ids, vocabulary.shared_ids(), labels, chunk_rows)
-    loss, *stats = _LinearDivergence.apply(hidden, weight, token_weights, teacher, job)
+    job = _Job(options, vocabulary.ids, vocabulary.shared_ids(), bool((token_weights == 0).any()))
+    loss, *stats = _LinearDivergence.apply(hidden, weight, token_weights, labels, teacher, job, chunk_rows)
     return loss, DivergenceStats(*stats)
 
 
@@ -138,8 +144,8 @@ class _Job(NamedTuple):
     """K."""
     start: int
     """Size of B; K without E."""
-    labels: torch.Tensor
-    chunk_rows: int
+    leaves_out: bool
+    """Whether a position has the weight 0."""
 
 
 class _LinearDivergence(torch.autograd.Function):
@@ -147,23 +153,35 @@ class _LinearDivergence(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, token_weights: torch.Tensor, teacher: Any, job: _Job
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        token_weights: torch.Tensor,
+        labels: torch.Tensor,
+        teacher: Any,
+        job: _Job,
+        chunk_rows: int,
     ) -> tuple[torch.Tensor, ...]:
         rows, dtype = hidden.shape[0], torch.promote_types(hidden.dtype, torch.float32)
         # (fields, N): iterating a tensor gives its rows, so each field is a view (N,) of one buffer.
         stats = DivergenceStats(*torch.zeros(len(DivergenceStats._fields), rows, dtype=dtype, device=hidden.device))
-        gradients, head = InputGradients(hidden, weight, ctx.needs_input_grad), weight[: job.ids]
-        for chunk in row_chunks(rows, job.chunk_rows):
-            logits = scaled_logits(hidden[chunk], head, job.options.temperature)
-            measured, grad = _chunk(logits, teacher(chunk), job.labels[chunk, None], job)
-            for values, into in zip(measured, stats, strict=True):
-                into[chunk] = values
+        gradients = InputGradients(hidden, weight, job.ids, ctx.needs_input_grad)
+        for chunk in row_chunks(rows, chunk_rows):
+            logits = head_logits(hidden[chunk], gradients.head)
+            of_teacher, grad = teacher(chunk), gradients.buffer_for(logits)
+            known = of_teacher.vocab_size if isinstance(of_teacher, TopLogProbs) else of_teacher.shape[1]
+            if known != job.start and known < job.ids:
+                fix = "check extend_vocab_start_token"
+                raise ValueError(f"the teacher scores {known} ids, not {job.start} or {job.ids}: {fix}")
+            for at, block, scores in scaled_blocks(logits[:, : job.ids], job.options.temperature, chunk.start):
+                part = of_teacher.rows(block) if isinstance(of_teacher, TopLogProbs) else of_teacher[block]
+                columns = labels[at, None], token_weights[at, None]
+                measured = _block(scores, part, *columns, grad[block, : job.ids], job)
+                for values, into in zip(measured, stats, strict=True):
+                    into[at] = values
             if any(ctx.needs_input_grad):
-                # The gradient is in s, the product over the temperature: hence one more division.
-                grad = grad.mul_(token_weights[chunk, None] / job.options.temperature).to(weight.dtype)
-                grad.masked_fill_(token_weights[chunk, None] == 0, 0.0)  # 0 times an infinite slope is NaN
                 gradients.add(chunk, grad)
-            del logits, grad  # before the next chunk makes its own
+            del logits, of_teacher, grad, scores, part  # before the next chunk makes its own
         losses = token_weights * (stats.divergence + job.options.leak_coef * stats.leak)
         loss = torch.where(token_weights == 0, 0.0, losses).sum()  # where a weight is 0, NaN and infinity included
         ctx.save_for_backward(*gradients.result())
@@ -175,55 +193,63 @@ class _LinearDivergence(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: torch.Tensor, *_: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         # In place: nobody else holds these, and the head's is large.
         scaled = (None if grad is None else grad.mul_(grad_loss.to(grad.dtype)) for grad in ctx.saved_tensors)
-        return *scaled, None, None, None
+        return *scaled, None, None, None, None, None
 
 
-def _chunk(
-    logits: torch.Tensor, teacher: torch.Tensor | TopLogProbs, labels: torch.Tensor, job: _Job
-) -> tuple[DivergenceStats, torch.Tensor]:
-    """Statistics (C,) of a chunk and its gradient in the logits (C, K), unit weight; overwrites the first two inputs.
+def _block(
+    logits: torch.Tensor,
+    teacher: torch.Tensor | TopLogProbs,
+    labels: torch.Tensor,
+    token_weights: torch.Tensor,
+    grad: torch.Tensor,
+    job: _Job,
+) -> DivergenceStats:
+    """Statistics (C,) of a block of rows; its gradient in the logits goes to ``grad`` (C, K), which may be these.
 
-    ``labels`` is (C, 1).
+    ``labels`` and ``token_weights`` are (C, 1). A pass over (C, K) that selects by a mask is as slow as an exponential
+    (CPU), so that there is none.
     """
-    options, start = job.options, job.start
-    support = start if options.support == SHARED else job.ids
-    known = teacher.vocab_size if isinstance(teacher, TopLogProbs) else teacher.shape[1]
-    if known != start and known < job.ids:
-        raise ValueError(f"the teacher scores {known} ids, not {start} or {job.ids}: check extend_vocab_start_token")
-    base = logits[:, :start].logsumexp(dim=-1)
-    extended = logits[:, start:].logsumexp(dim=-1)  # -inf where E is empty
-    # The sums over B and E add up to that over all ids: no third pass over (C, K).
-    whole = torch.logaddexp(base, extended)
-    log_prob = _pick(logits, labels, 0.0) - whole
-    of_extended = _entropy(logits[:, start:] - extended[:, None]) if support < job.ids else None
+    options, ids, start = job.options, job.ids, job.start
+    support = start if options.support == SHARED else ids
+    has_leak = options.leak_coef != 0 and start < ids
+    log_p = logits[:, :support].log_softmax(dim=-1)
+    p = log_p.exp()
+    entropy = -torch.linalg.vecdot(p, log_p)
+    mass, log_prob = p[:, start:].sum(dim=-1), _pick(log_p, labels, 0.0)
+    if support < ids or has_leak:
+        # Over B alone, what the softmax took off any logit is the sum's logarithm.
+        base = logits[:, :start].logsumexp(dim=-1) if support == ids else logits[:, 0] - log_p[:, 0]
+        extended = logits[:, start:].logsumexp(dim=-1)
+        whole = torch.logaddexp(base, extended)
+    if support < ids:  # entropy of which part it is, and the mean of those within the parts
+        outside, inside = base - whole, extended - whole
+        mass, log_prob = inside.exp(), _pick(logits, labels, 0.0) - whole
+        log_e = logits[:, start:] - extended[:, None]
+        within = torch.where(mass > 0, mass * (-torch.linalg.vecdot(log_e.exp(), log_e) - inside), 0.0)
+        entropy = outside.exp() * (entropy - outside) + within
+    leak, of_leak = _leak(logits, base, extended, job) if has_leak else (torch.zeros_like(mass), None)
 
-    grad = torch.zeros_like(logits)
-    leak = torch.zeros_like(base)
-    if start < job.ids:
-        leak = _leak(logits, base, extended, grad, job)  # before `log_p`, which takes the logits' memory
-    log_p = logits[:, :support].sub_((base if support == start else whole)[:, None])
     if isinstance(teacher, TopLogProbs):
         teacher = teacher.completed(log_p, options.missing_log_prob)
-    # The order matters: `_on_support` overwrites the teacher's log-probs, `_divergence` overwrites `log_q`.
     teacher_log_prob = _pick(teacher, labels, options.missing_log_prob)
-    log_q = _on_support(teacher, support, options)
+    log_q, missing = teacher, -torch.inf
+    if log_q.shape[1] > support:  # it knows E too, and B alone is compared
+        log_q = log_q[:, :support].log_softmax(dim=-1)
     if options.kind == REVERSE_KL:  # an id that the teacher rules out costs as much as one that it lacks
-        log_q.nan_to_num_(nan=math.nan, posinf=math.inf, neginf=options.missing_log_prob)
-    sampled = _pick(log_p, labels, 0.0) - _pick(log_q, labels, 0.0)
-    p, mass = log_p.exp(), (extended - whole).exp()
-    entropy = _entropy(log_p, p)
-    if of_extended is not None:  # entropy of which part it is, and the mean of those within the parts
-        outside = base - whole
-        within = torch.where(mass > 0, mass * (of_extended - (extended - whole)), 0.0)
-        entropy = outside.exp() * (entropy - outside) + within
-    divergence, of_divergence = _divergence(log_p, p, log_q, options)
-    grad[:, :support].add_(of_divergence)
-    return DivergenceStats(divergence, leak, log_prob, entropy, mass, sampled, teacher_log_prob), grad
+        missing = options.missing_log_prob
+        log_q = log_q.nan_to_num(nan=math.nan, posinf=math.inf, neginf=missing)
+    sampled = _pick(log_p, labels, 0.0) - _pick(log_q, labels, missing if support == ids else 0.0)
+    divergence, of_divergence = _divergence(log_p, p, log_q, options)  # overwrites these
 
-
-def _entropy(log_p: torch.Tensor, p: torch.Tensor | None = None) -> torch.Tensor:
-    """(C,) of the distributions with these log-probs (C, S), nats."""
-    return -torch.linalg.vecdot(log_p.exp() if p is None else p, log_p)
+    if of_leak is not None:
+        of_leak[:, :support].add_(of_divergence)
+        of_divergence = of_leak
+    if job.leaves_out:
+        of_divergence.masked_fill_(token_weights == 0, 0.0)  # 0 times an infinite slope is NaN
+    # The gradient is in s, the product over the temperature: hence one more division.
+    grad[:, : of_divergence.shape[1]] = of_divergence.mul_(token_weights / options.temperature)
+    grad[:, of_divergence.shape[1] :] = 0.0
+    return DivergenceStats(divergence, leak, log_prob, entropy, mass, sampled, teacher_log_prob)
 
 
 def _pick(values: torch.Tensor, labels: torch.Tensor, missing: float) -> torch.Tensor:
@@ -233,57 +259,44 @@ def _pick(values: torch.Tensor, labels: torch.Tensor, missing: float) -> torch.T
     return torch.where(known, values.gather(1, labels.where(known, 0)), missing).squeeze(1)
 
 
-def _on_support(teacher: torch.Tensor, support: int, options: DivergenceOptions) -> torch.Tensor:
-    """The teacher's log-probs over S (C, S)."""
-    known = teacher.shape[1]
-    if known < support:  # it knows nothing of E
-        # The reverse KL is infinite where q is 0, so it takes a finite log; the others stay finite there.
-        missing = options.missing_log_prob if options.kind == REVERSE_KL else -torch.inf
-        return torch.nn.functional.pad(teacher, (0, support - known), value=missing)
-    if known > support:  # it knows E too, and B alone is compared
-        teacher = teacher[:, :support]
-        return teacher.sub_(teacher.logsumexp(dim=-1, keepdim=True))
-    return teacher
-
-
 def _divergence(
     log_p: torch.Tensor, p: torch.Tensor, log_q: torch.Tensor, options: DivergenceOptions
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """div (C,), and its gradient in the logits of S (C, S). Overwrites ``p`` and ``log_q``."""
-    if options.kind == FORWARD_KL:
-        q = log_q.exp()
-        # Nothing is divided by p, which may underflow where q has not: the gradient is p - q.
-        value = torch.where(q > 0, q.mul(log_q.sub_(log_p)), 0.0).sum(dim=-1)  # 0 times -inf is NaN
-        return value, p.sub_(q)
+    """div (C,), and its gradient in the logits of S (C, S). Overwrites ``log_p`` and ``p``."""
+    known = log_q.shape[1]
     if options.kind == REVERSE_KL:
-        slope = log_q.neg_().add_(log_p)
+        slope = log_p
+        slope[:, :known].sub_(log_q)
+        slope[:, known:].sub_(options.missing_log_prob)
         value = torch.linalg.vecdot(p, slope)
-        return value, p.mul_(slope.sub_(value[:, None]))
-    if options.kind != JSD:
-        raise ValueError(f"there is no divergence {options.kind!r}; use one of {', '.join(DIVERGENCES)}")
-    beta, q = options.beta, log_q.exp()
-    log_m = torch.lerp(p, q, beta).log_()  # m = p + beta (q - p)
-    # Where q is the smallest there is, the mixture may underflow though q has not.
-    of_teacher = torch.where((q > 0) & log_m.isfinite(), q.mul_(log_q.sub_(log_m)), 0.0).sum(dim=-1)
-    # Where p and m underflow, log m is -inf, and p times the infinite slope would be NaN.
-    slope = torch.where(p > 0, torch.sub(log_p, log_m, out=log_m), 0.0)
+        return value, slope.sub_(value[:, None]).mul_(p)
+    q, log_q = log_q.exp(), log_q.clamp(min=NEVER)  # 0 times -inf is NaN
+    if options.kind == FORWARD_KL:
+        value = torch.linalg.vecdot(q, log_q.sub_(log_p[:, :known]))
+        p[:, :known].sub_(q)
+        return value, p
+    beta, mixture = options.beta, p * (1 - options.beta)
+    mixture[:, :known].add_(q, alpha=beta)
+    # Where both underflow, its logarithm stays finite, because it is multiplied with either.
+    log_m = mixture.clamp_(min=torch.finfo(p.dtype).tiny).log_()
+    of_teacher = torch.linalg.vecdot(q, log_q.sub_(log_m[:, :known]))
+    slope = log_p.sub_(log_m)
     of_student = torch.linalg.vecdot(p, slope)
-    gradient = p.mul_(slope.sub_(of_student[:, None])).mul_(1 - beta)
+    gradient = slope.sub_(of_student[:, None]).mul_(p).mul_(1 - beta)
     return beta * of_teacher + (1 - beta) * of_student, gradient
 
 
 def _leak(
-    logits: torch.Tensor, base: torch.Tensor, extended: torch.Tensor, grad: torch.Tensor, job: _Job
-) -> torch.Tensor:
-    """The leak term (C,); its weighted gradient goes to ``grad``. ``base`` and ``extended`` normalise B and E (C,)."""
+    logits: torch.Tensor, base: torch.Tensor, extended: torch.Tensor, job: _Job
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The leak term (C,), and its weighted gradient (C, K). ``base`` and ``extended`` normalise B and E (C,)."""
     options, start, whole = job.options, job.start, torch.logaddexp(base, extended)
-    delta = options.leak_target
+    delta, grad = options.leak_target, torch.empty_like(logits)
     log_outside, log_inside = base - whole, extended - whole  # log(1 - eps) and log(eps), (C,)
     value = delta * (math.log(delta) - log_inside) + (1 - delta) * (math.log1p(-delta) - log_outside)
-    if options.leak_coef:
-        # P_j - share p(j | part) = (1 - share / mass of the part) P_j, as exponentials so that no mass is divided by.
-        for part, of_part, share in ((slice(0, start), base, 1 - delta), (slice(start, None), extended, delta)):
-            inside = (logits[:, part] - of_part[:, None]).exp_()
-            factor = (of_part - whole).exp() - share
-            grad[:, part] = inside.mul_(options.leak_coef * factor[:, None])
-    return value
+    # P_j - share p(j | part) = (1 - share / mass of the part) P_j, as exponentials so that no mass is divided by.
+    for part, of_part, share in ((slice(0, start), base, 1 - delta), (slice(start, None), extended, delta)):
+        inside = (logits[:, part] - of_part[:, None]).exp_()
+        factor = (of_part - whole).exp() - share
+        grad[:, part] = inside.mul_(options.leak_coef * factor[:, None])
+    return value, grad

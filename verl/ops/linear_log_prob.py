@@ -28,12 +28,16 @@ from verl.vocabulary import Vocabulary
 
 CHUNK_BYTES, MOST_CUDA_CHUNK_BYTES = 384 * 2**20, 4 * 2**30
 """Of all buffers of one chunk together: the least on CUDA and the most on CPU; the most on CUDA."""
-CACHED_BYTES, LEAST_ROWS = 2 * 2**20, 64
-"""Of one buffer of a chunk on CPU, where passes over it wait for memory; the rows at least, for each chunk reads and
-writes the head's gradient once more."""
+LEAST_ROWS, CPU_BUFFERS = 256, 4
+"""Of a chunk on CPU: rows with which products are fast, where memory allows them; (C, K) buffers that hold all of them,
+the student's, those of two teachers, and one of half precision. Element-wise passes take a chunk in blocks of rows."""
+CACHED_BYTES = 2**20
+"""Of one buffer of a block on CPU, where passes over more wait for memory."""
 BUFFERS = 3
 """(C, K) buffers that live at once here: two in fp32, and one of the weights' dtype if that is another. As many of
 (C, T), a teacher's, where it scores tokens."""
+ALIGNED_ROWS = 64
+"""Heads are multiplied in multiples of so many rows: logits in rows of an odd length are slow to write and to read."""
 
 
 def row_chunks(num_rows: int, chunk_rows: int) -> Iterator[slice]:
@@ -45,19 +49,45 @@ def rows_per_chunk(chunk_bytes: int | None, buffers: int, bytes_per_row: int, de
     """Rows whose buffers together take ``chunk_bytes``; None: as many as are fast on the device."""
     if chunk_bytes is None and device.type == "cpu":
         rows = max(LEAST_ROWS, CACHED_BYTES // bytes_per_row)
-        return max(1, min(rows, CHUNK_BYTES // (buffers * bytes_per_row)))
+        return max(1, min(rows, CHUNK_BYTES // (CPU_BUFFERS * bytes_per_row)))
     if chunk_bytes is None:
         free, _ = torch.cuda.mem_get_info(device)
         chunk_bytes = max(CHUNK_BYTES, min(MOST_CUDA_CHUNK_BYTES, free // 16))
     return max(1, chunk_bytes // (buffers * bytes_per_row))
 
 
-def scaled_logits(hidden: torch.Tensor, weight: torch.Tensor, temperature: float) -> torch.Tensor:
-    """(C, K) logits over the temperature, at least float32; memory of its own, which callers overwrite."""
-    # A bf16 product is rounded before the cast: a logit near 30 has steps of 0.125.
-    logits = F.linear(hidden, weight)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return logits if temperature == 1.0 else logits.div_(temperature)
+def scaled_blocks(
+    logits: torch.Tensor, temperature: float, first: int = 0
+) -> Iterator[tuple[slice, slice, torch.Tensor]]:
+    """A chunk (C, K) in blocks whose passes stay in the CPU's cache, and in one piece on CUDA.
+
+    Yields:
+        their rows, counted on from ``first`` and from 0, and the logits there, by now over the temperature.
+    """
+    rows = max(1, CACHED_BYTES // (logits.shape[1] * logits.itemsize)) if logits.device.type == "cpu" else len(logits)
+    for block in row_chunks(len(logits), rows):
+        scores = logits[block] if temperature == 1.0 else logits[block].div_(temperature)
+        yield slice(first + block.start, first + block.stop), block, scores
+
+
+def aligned_rows(weight: torch.Tensor, ids: int) -> int:
+    """Rows of a head (V, D) to multiply with for the logits of its first ``ids``; those behind them mean nothing."""
+    return min(len(weight), -(-ids // ALIGNED_ROWS) * ALIGNED_ROWS)
+
+
+def multiplies_into_fp32(tensor: torch.Tensor) -> bool:
+    """Whether products of such tensors in half precision can come out in float32."""
+    return tensor.is_cuda and tensor.dtype in (torch.bfloat16, torch.float16)
+
+
+def head_logits(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+    """(C, rows of ``head``) logits, at least float32; memory of its own, which callers overwrite."""
+    if multiplies_into_fp32(hidden):
+        return torch.mm(hidden, head.T, out_dtype=torch.float32)
+    # On CPU a bf16 product is rounded before the cast: a logit near 30 has steps of 0.125. In fp32 it takes twice as
+    # long, and so does oneDNN's bf16 arithmetic for fp32 matrices.
+    logits = F.linear(hidden, head)
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def check_labels(labels: torch.Tensor, ids: int) -> None:
@@ -96,29 +126,48 @@ class InputGradients:
     rounded once.
 
     Args:
+        ids: K.
         needed: whether each of the two is.
     """
 
-    def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, needed: Sequence[bool]) -> None:
-        self._hidden, self._weight = hidden, weight
+    def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, ids: int, needed: Sequence[bool]) -> None:
         self._of_hidden = torch.empty_like(hidden) if needed[0] else None  # every row is written, by one chunk
         exact = torch.promote_types(weight.dtype, torch.float32)
         self._of_weight = torch.zeros_like(weight, dtype=exact) if needed[1] else None  # rows from K on stay 0
+        rows = aligned_rows(weight, ids)
+        # The rows from K on are multiplied with gradients of 0, and 0 times infinity is NaN.
+        self._hidden, self._ids, self._dtype = hidden, ids, weight.dtype
+        self.head = weight[: rows if weight[ids:rows].isfinite().all() else ids]
+        """(K, D) and the rows that are multiplied with it."""
+
+    def buffer_for(self, logits: torch.Tensor) -> torch.Tensor:
+        """(C, rows of ``head``) for the gradient in the logits, those themselves where precisions are one."""
+        grad = logits if logits.dtype == self._dtype else torch.empty_like(logits, dtype=self._dtype)
+        grad[:, self._ids :] = 0
+        return grad
 
     def add(self, chunk: slice, grad: torch.Tensor) -> None:
-        """``grad`` (C, K) is that of the chunk's logits, in the dtype of the head."""
-        ids = grad.shape[1]
+        """``grad`` is that of the chunk's logits, as of `buffer_for`."""
         if self._of_hidden is not None:
-            torch.mm(grad, self._weight[:ids], out=self._of_hidden[chunk])
-        if self._of_weight is not None and self._of_weight.dtype == grad.dtype:
-            self._of_weight[:ids].addmm_(grad.T, self._hidden[chunk])
-        elif self._of_weight is not None:
-            # addmm_ takes one dtype: a product in half precision is a (K, D) tensor of its own first.
-            self._of_weight[:ids].add_(grad.T @ self._hidden[chunk])
+            torch.mm(grad, self.head, out=self._of_hidden[chunk])
+        if self._of_weight is not None:
+            add_product(self._of_weight[: grad.shape[1]], grad, self._hidden[chunk])
 
     def result(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Gradients of hidden states and head; None where not needed."""
-        return self._of_hidden, None if self._of_weight is None else self._of_weight.to(self._weight.dtype)
+        return self._of_hidden, None if self._of_weight is None else self._of_weight.to(self._dtype)
+
+
+def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """Add ``left.T @ right`` to ``total`` (K, D), which is float32 where these are of half precision."""
+    if total.dtype == left.dtype:
+        total.addmm_(left.T, right)
+    elif multiplies_into_fp32(left):
+        torch.addmm(total, left.T, right, out_dtype=torch.float32, out=total)
+    else:
+        # The product is a tensor of its own first; a part of it stays in the cache until it is added.
+        for rows in row_chunks(len(total), max(1, CACHED_BYTES // total[0].nbytes)):
+            total[rows] += left[:, rows].T @ right
 
 
 class _LinearTokenStats(torch.autograd.Function):
@@ -135,17 +184,18 @@ class _LinearTokenStats(torch.autograd.Function):
         log_probs, normalizer = (torch.empty(rows, dtype=dtype, device=hidden.device) for _ in range(2))
         entropy = torch.empty_like(log_probs) if options.with_entropy else None
         mass = None if options.extend_start is None else torch.empty_like(log_probs)
-        head = weight[: options.ids]
+        head = weight[: aligned_rows(weight, options.ids)]
         for chunk in row_chunks(rows, options.chunk_rows):
-            log_softmax = scaled_logits(hidden[chunk], head, options.temperature)
-            normalizer[chunk] = log_softmax.logsumexp(dim=-1)  # with it backward makes the softmax again
-            log_softmax.sub_(normalizer[chunk, None])
-            log_probs[chunk] = log_softmax.gather(1, labels[chunk, None]).squeeze(1)
-            if mass is not None:
-                mass[chunk] = log_softmax[:, options.extend_start :].exp().sum(dim=-1)
-            if entropy is not None:
-                entropy[chunk] = log_softmax.exp().mul_(log_softmax).sum(dim=-1).neg_()
-            del log_softmax  # before the next chunk makes its own
+            logits = head_logits(hidden[chunk], head)
+            for at, _, scores in scaled_blocks(logits[:, : options.ids], options.temperature, chunk.start):
+                normalizer[at] = scores.logsumexp(dim=-1)  # with it backward makes the softmax again
+                log_probs[at] = scores.gather(1, labels[at, None]).squeeze(1) - normalizer[at]
+                if mass is not None:
+                    mass[at] = (scores[:, options.extend_start :] - normalizer[at, None]).exp_().sum(dim=-1)
+                if entropy is not None:
+                    log_softmax = scores.sub_(normalizer[at, None])
+                    entropy[at] = torch.linalg.vecdot(log_softmax.exp(), log_softmax).neg_()
+            del logits, scores  # before the next chunk makes its own
         ctx.options = options
         ctx.save_for_backward(hidden, weight, labels, normalizer, entropy)
         if mass is not None:
@@ -161,19 +211,23 @@ class _LinearTokenStats(torch.autograd.Function):
         options: _Options = ctx.options
         if grad_log_probs is None:
             grad_log_probs = torch.zeros_like(normalizer)
-        gradients, head = InputGradients(hidden, weight, ctx.needs_input_grad), weight[: options.ids]
+        gradients = InputGradients(hidden, weight, options.ids, ctx.needs_input_grad)
         for chunk in row_chunks(hidden.shape[0], options.chunk_rows):
-            log_softmax = scaled_logits(hidden[chunk], head, options.temperature).sub_(normalizer[chunk, None])
-            # Both terms but 1[j = y] have the factor p_j, so the others' coefficients are summed first.
-            grad, coefficient = log_softmax.exp(), -grad_log_probs[chunk, None]
-            if grad_entropy is not None:
-                log_softmax.add_(entropy[chunk, None]).mul_(-grad_entropy[chunk, None])
-                coefficient = log_softmax.add_(coefficient)
-            # The term 1[j = y]. The gradient is in s, the product over the temperature: hence one more division.
-            of_labels = grad_log_probs[chunk, None].to(grad.dtype)
-            grad = grad.mul_(coefficient).scatter_add_(1, labels[chunk, None], of_labels).div_(options.temperature)
-            gradients.add(chunk, grad.to(weight.dtype))
-            del log_softmax, grad, coefficient  # before the next chunk makes its own
+            logits = head_logits(hidden[chunk], gradients.head)
+            into = gradients.buffer_for(logits)
+            for at, block, scores in scaled_blocks(logits[:, : options.ids], options.temperature, chunk.start):
+                log_softmax = scores.sub_(normalizer[at, None])
+                # Both terms but 1[j = y] have the factor p_j, so the others' coefficients are summed first.
+                grad, coefficient = log_softmax.exp(), -grad_log_probs[at, None]
+                if grad_entropy is not None:
+                    log_softmax.add_(entropy[at, None]).mul_(-grad_entropy[at, None])
+                    coefficient = log_softmax.add_(coefficient)
+                # The term 1[j = y]. The gradient is in s, the product over the temperature: hence one more division.
+                of_labels = grad_log_probs[at, None].to(grad.dtype)
+                grad = grad.mul_(coefficient).scatter_add_(1, labels[at, None], of_labels).div_(options.temperature)
+                into[block, : options.ids] = grad
+            gradients.add(chunk, into)
+            del logits, into, scores, log_softmax, grad, coefficient  # before the next chunk makes its own
         return *gradients.result(), None, None
 
 
@@ -245,11 +299,10 @@ class TopLogProbs(NamedTuple):
             least: lower bound of the rest.
         """
         # What the student gives the other ids; an id that stands twice is struck out twice and counts once.
-        log_q = log_p[:, : self.vocab_size].scatter(1, self.ids, -torch.inf)
-        rest = log_q.logsumexp(dim=-1)
+        rest = log_p[:, : self.vocab_size].scatter(1, self.ids, -torch.inf).logsumexp(dim=-1)
         # Elsewhere q = p x teacher's rest / student's rest, in logs; a student's rest of 0 has nothing to scale.
         ratio = torch.where(rest > -torch.inf, rest - self.rest.clamp(min=least), 0.0)
-        torch.sub(log_p[:, : self.vocab_size], ratio[:, None], out=log_q)
+        log_q = log_p[:, : self.vocab_size] - ratio[:, None]
         return log_q.scatter_(1, self.ids, self.log_probs.to(log_q.dtype))
 
 
@@ -266,11 +319,13 @@ class LinearTeacher:
         self.vocab_size = vocab_size
         self.hidden_states = (hidden,)
         """(N, D) of each model, the base teacher's first."""
-        self._weight, self._temperature = weight[:vocab_size], temperature
+        self._weight, self._temperature = weight[: aligned_rows(weight, vocab_size)], temperature
 
     def __call__(self, rows: slice) -> torch.Tensor:
-        logits = scaled_logits(self.hidden_states[0][rows], self._weight, self._temperature)
-        return logits.sub_(logits.logsumexp(dim=-1, keepdim=True))
+        logits = head_logits(self.hidden_states[0][rows], self._weight)[:, : self.vocab_size]
+        for _, _, scores in scaled_blocks(logits, self._temperature):
+            scores.copy_(scores.log_softmax(dim=-1))
+        return logits
 
 
 class StitchedTeacher:

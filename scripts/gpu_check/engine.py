@@ -53,7 +53,7 @@ class Beside:
         await self.replica.start_weight_update()
         for index in range(exporter.num_buckets):
             await self.replica.update_weights(exporter.export(index))
-            exporter.release(index)
+        exporter.release()
         await self.replica.finish_weight_update(version)
         self.bench.check(f"{name}: seconds", time.perf_counter() - began, bound, "estimate: 0.2 each")
 

@@ -42,9 +42,9 @@ def share(bench: Bench, module: nn.Module, bucket_mib: int) -> tuple[dict[str, i
         ours.send(exporter.export(index))
         of_bucket, of_kept = ours.recv()
         found, kept = found | of_bucket, kept | of_kept
-        exporter.release(index)
     ours.send(None)
     reader.join()
+    exporter.release()
     return found, kept
 
 

@@ -86,7 +86,8 @@ def test_metrics_and_weights_are_those_of_a_run_that_scores_before(
     assert (called, called_before[0]) == (scoring * STEPS, "actor")
     torch.testing.assert_close(weights, right, rtol=0, atol=tolerance)
     for step, expected in before.items():
-        assert updated[step] == pytest.approx(expected, rel=1e-6, abs=1e-6, nan_ok=True)
+        # The largest engine gap is a difference of log-probs near 8, whose last bit is 1e-6.
+        assert updated[step] == pytest.approx(expected, rel=1e-6, abs=3e-6, nan_ok=True)
     last = updated[STEPS]
     assert last["actor/skipped_updates"] == (values is NOT_FINITE) and last["training/rollout_probs_diff_mean"] > 0
     assert last["actor/entropy"] > 1 and abs(last.get("distill/general/reverse_kl", 1)) > 1e-3

@@ -111,6 +111,7 @@ def test_two_ranks_do_what_one_does(tiny_tokenizers, models: Models, tmp_path: P
         one = workers(config)
         assert first == second == pytest.approx(train(one, batch), rel=1e-3, abs=1e-5)
         for name, value in tiny.weights_of(one).items():
-            torch.testing.assert_close(weights[name], value, rtol=0, atol=2e-4)
+            # Adam makes the rounding of a tiny gradient a part of its step of 1e-3.
+            torch.testing.assert_close(weights[name], value, rtol=0, atol=5e-4)
     with pytest.raises(ValueError, match=f"extend_vocab_start_token={models.ids + 5} leaves no extended row"):
         workers(tiny.worker_config(models.student, extend_start=models.ids + 5))

@@ -1,4 +1,4 @@
-"""vLLM in processes of its own, as on GPUs: here with two ranks on CPU."""
+"""vLLM in processes of its own, as on GPUs: here with two ranks on CPU. And how the engine of one process is driven."""
 
 import asyncio
 import multiprocessing
@@ -8,14 +8,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
 from support.engines import PLAIN, TRUNCATED, Engine
 
 from verl.workers.rollout.replica import RolloutReplica
-from verl.workers.rollout.vllm_replica import unblock_sigterm
+from verl.workers.rollout.vllm_replica import InProcessEngine, unblock_sigterm
 
 
 def ends_on_sigterm() -> bool:
@@ -84,3 +87,46 @@ def test_a_killed_replica_takes_its_engine_with_it(engine: Engine) -> None:
     while any(psutil.pid_exists(pid) for pid in pids) and time.monotonic() < deadline:
         time.sleep(0.2)
     assert not [pid for pid in pids if psutil.pid_exists(pid)]
+
+
+class EngineOfSteps:
+    """Answers a request after as many steps as it asks for; one that asks for none, after another was answered."""
+
+    def __init__(self) -> None:
+        self.steps, self.answered, self.left = 0, 0, dict[str, int]()
+
+    def add_request(self, request_id: str, prompt: None, steps: int) -> None:
+        self.left[request_id] = steps
+
+    def has_unfinished_requests(self) -> bool:
+        return bool(self.left)
+
+    def step(self) -> list[Any]:
+        time.sleep(0.001)
+        self.steps += 1
+        self.left = {name: left - 1 for name, left in self.left.items()}
+        ended = [name for name, left in self.left.items() if left == 0 or (left < 0 and self.answered)]
+        self.answered += len(ended)
+        return [SimpleNamespace(request_id=name, at=self.steps) for name in ended if self.left.pop(name) is not None]
+
+    def reset_prefix_cache(self) -> bool:
+        return True
+
+
+def test_requests_and_other_calls_come_between_the_steps_of_those_that_run() -> None:
+    async def run() -> None:
+        engine = InProcessEngine(of_steps := EngineOfSteps(), ThreadPoolExecutor(1))
+
+        async def answer(steps: int) -> int:
+            async for output in engine.generate(None, steps, "name"):
+                at = output.at
+            return at
+
+        last = asyncio.create_task(answer(0))
+        while of_steps.steps < 3:
+            await asyncio.sleep(0.001)
+        begun = of_steps.steps
+        assert begun < await asyncio.wait_for(answer(5), 10) and await engine.reset_prefix_cache()
+        assert await asyncio.wait_for(last, 10) == of_steps.steps, "no step is made for nobody"
+
+    asyncio.run(run())

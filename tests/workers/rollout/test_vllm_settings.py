@@ -59,7 +59,7 @@ def test_options_of_vllm_win_null_is_its_default_and_a_dropped_one_gets_a_notice
 
 
 @pytest.mark.parametrize(
-    ("omp", "cores", "ranks", "threads"), [("1", 2, 1, 1), ("1", 16, 1, 8), ("1", 16, 4, 2), ("3", 16, 1, 3)]
+    ("omp", "cores", "ranks", "threads"), [("1", 2, 1, 2), ("1", 16, 4, 4), ("1", 2, 4, 1), ("3", 16, 1, 3)]
 )
 def test_threads(monkeypatch: pytest.MonkeyPatch, omp: str, cores: int, ranks: int, threads: int) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", omp)

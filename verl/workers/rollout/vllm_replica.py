@@ -176,6 +176,8 @@ class InProcessEngine:
         self._answers: dict[str, asyncio.Future[Any]] = {}
         self._numbers = itertools.count()
         self._stepping: asyncio.Task[None] | None = None
+        self._calls = 0
+        """Of the engine's thread, under way or waiting for it."""
         self._death: RuntimeError | None = None
 
     @classmethod
@@ -226,7 +228,7 @@ class InProcessEngine:
 
     async def _step_while_requests_last(self) -> None:
         while self._answers:
-            for output in await self._call(self._engine.step):
+            for output in await self._call(self._step_until_needed):
                 answer = self._answers.pop(output.request_id, None)  # None: cancelled meanwhile
                 if answer is not None and not answer.done():
                     answer.set_result(output)
@@ -238,8 +240,20 @@ class InProcessEngine:
                 if not answer.done():
                     answer.set_exception(self._death)
 
+    def _step_until_needed(self) -> list[Any]:
+        """Step on the engine's thread until answers are finished, or another call waits for the thread."""
+        # A way through the event loop for every token would cost a tenth of a small model's step.
+        while True:
+            outputs = self._engine.step()
+            if outputs or self._calls > 1 or not self._engine.has_unfinished_requests():
+                return outputs
+
     async def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
+        self._calls += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
+        finally:
+            self._calls -= 1
 
 
 @contextmanager

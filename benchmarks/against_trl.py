@@ -21,6 +21,7 @@ import sysconfig
 import tempfile
 import time
 import venv
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,40 +82,51 @@ def prompts(count: int) -> list[str]:
     return [" ".join(f"w{2 + (31 * row + 7 * word) % 9_000}" for word in range(PROMPT_WORDS)) for row in range(count)]
 
 
-def our_steps(args: argparse.Namespace, shape: str, models: Path) -> list[float]:
-    """Seconds of each counted step of this project."""
+def our_run(
+    models: Path, prompts_per_step: int, steps: int, overrides: Sequence[str], environment: Mapping[str, str]
+) -> list[dict[str, float]]:
+    """Train ``models/student`` towards ``models/teacher``; the metrics of each step.
+
+    Args:
+        environment: added to that of this process.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    per_step = SHAPES[shape][0]
-    texts = prompts(per_step * args.steps)
+    texts = prompts(prompts_per_step * steps)
     chats = [json.dumps([{"role": "user", "content": text}, {"role": "assistant", "content": "w2"}]) for text in texts]
     columns = {"source": ["bench"] * len(chats), "uuid": [str(row) for row in range(len(chats))], "messages": chats}
     with tempfile.TemporaryDirectory(prefix="against_trl_") as name:
         pq.write_table(pa.table(columns), f"{name}/prompts.parquet")
-        overrides = {
+        settings = {
             "actor_rollout_ref.model.path": models / "student",
             "actor_rollout_ref.ref.model.path": models / "teacher",
             "actor_rollout_ref.rollout.extend_vocab_start_token": "null",
             "actor_rollout_ref.rollout.ignore_eos": True,
-            "actor_rollout_ref.actor.ppo_mini_batch_size": per_step,
+            "actor_rollout_ref.actor.ppo_mini_batch_size": prompts_per_step,
             "actor_rollout_ref.actor.optim.lr": LEARNING_RATE,
             "actor_rollout_ref.model.enable_gradient_checkpointing": False,
             "algorithm.distill.objective": "exact",
             "data.train_files": f"{name}/prompts.parquet",
-            "data.train_batch_size": per_step,
+            "data.train_batch_size": prompts_per_step,
             "data.max_prompt_length": 2 * PROMPT_WORDS,
             "data.max_response_length": RESPONSE_TOKENS,
             "trainer.n_gpus_per_node": len(os.sched_getaffinity(0)),
-            "trainer.total_training_steps": args.steps,
+            "trainer.total_training_steps": steps,
             "trainer.default_local_dir": f"{name}/run",
             "trainer.logger": "[file]",
         }
         command = [sys.executable, "-m", "recipe.onpolicy_distill.main_onpolicy_distill"]
-        command += [f"{key}={value}" for key, value in overrides.items()] + args.overrides
-        subprocess.run(command, cwd=REPO, check=True, stdout=subprocess.DEVNULL)
+        command += [*(f"{key}={value}" for key, value in settings.items()), *overrides]
+        subprocess.run(command, cwd=REPO, check=True, stdout=subprocess.DEVNULL, env={**os.environ, **environment})
         lines = [json.loads(line)["data"] for line in Path(name, "run", "metrics.jsonl").read_text().splitlines()]
-    return [line["timing_s/step"] for line in lines if "timing_s/step" in line][args.warmup :]
+    return [line for line in lines if "timing_s/step" in line]
+
+
+def our_steps(args: argparse.Namespace, shape: str, models: Path) -> list[float]:
+    """Seconds of each counted step of this project."""
+    lines = our_run(models, SHAPES[shape][0], args.steps, args.overrides, {})
+    return [line["timing_s/step"] for line in lines][args.warmup :]
 
 
 def trl_python(folder: Path) -> Path:

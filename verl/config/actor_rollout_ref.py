@@ -302,7 +302,11 @@ class RolloutConfig:
     gpu_memory_utilization: float = 0.5
     """Share of each GPU's memory for the engine (CUDA)."""
     cpu_kvcache_space_gb: float = 1.0
-    """Memory of the KV cache in GiB (CPU)."""
+    """Memory of an engine's KV cache in GiB (CPU)."""
+    cpu_engines: Count = 1
+    """Engines of each machine without GPUs; a step's prompts and the machine's cores are split between them. Two on two
+    cores write a third faster where a model is so small that an engine is busy with its bookkeeping; a larger model is
+    written faster by one engine."""
     enforce_eager: bool = False
     """Skip graph capture and compilation; always so on CPU."""
     free_cache_engine: bool = True

@@ -19,11 +19,11 @@ def ranks(nodes: int, per_node: int, first_gpu: int = 0) -> list[dict]:
     ]
 
 
-def test_cpu_has_one_replica_per_node() -> None:
-    assert plan_replicas(ranks(2, 3), "cpu", 1) == [
-        ReplicaPlace(0, "n0", "10.0.0.0", None, (0, 1, 2)),
-        ReplicaPlace(1, "n1", "10.0.0.1", None, (3, 4, 5)),
-    ]
+@pytest.mark.parametrize("engines", [1, 2])
+def test_cpu_has_so_many_replicas_per_node(engines: int) -> None:
+    nodes = [("n0", "10.0.0.0", None, (0, 1, 2))] * engines + [("n1", "10.0.0.1", None, (3, 4, 5))] * engines
+    expected = [ReplicaPlace(index, *node) for index, node in enumerate(nodes)]
+    assert plan_replicas(ranks(2, 3), "cpu", 1, engines) == expected
 
 
 @pytest.mark.parametrize(

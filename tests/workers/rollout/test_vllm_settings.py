@@ -59,12 +59,13 @@ def test_options_of_vllm_win_null_is_its_default_and_a_dropped_one_gets_a_notice
 
 
 @pytest.mark.parametrize(
-    ("omp", "cores", "ranks", "threads"), [("1", 2, 1, 2), ("1", 16, 4, 4), ("1", 2, 4, 1), ("3", 16, 1, 3)]
+    ("omp", "cores", "engines", "ranks", "threads"),
+    [("1", 2, 1, 1, 2), ("1", 16, 1, 4, 4), ("1", 16, 2, 2, 4), ("1", 2, 2, 4, 1), ("3", 16, 1, 1, 3)],
 )
-def test_threads(monkeypatch: pytest.MonkeyPatch, omp: str, cores: int, ranks: int, threads: int) -> None:
+def test_threads(monkeypatch: pytest.MonkeyPatch, omp: str, cores: int, engines: int, ranks: int, threads: int) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", omp)
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(cores)))
-    assert engine_threads(RolloutConfig(tensor_model_parallel_size=ranks)) == threads
+    assert engine_threads(RolloutConfig(cpu_engines=engines, tensor_model_parallel_size=ranks)) == threads
 
 
 LOG = """\

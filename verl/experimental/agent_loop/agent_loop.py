@@ -87,7 +87,12 @@ class AgentLoopManager:
         self._actors = LocalActors() if in_process else RayActors()
         # In one process nothing but the engine could answer a request, so it has all the time it takes.
         self._request_timeout_s = None if in_process else self.rollout.timeout_s
-        self._places = plan_replicas(worker_group.get_placement(), device, self.rollout.tensor_model_parallel_size)
+        self._places = plan_replicas(
+            worker_group.get_placement(),
+            device,
+            self.rollout.tensor_model_parallel_size,
+            1 if in_process else self.rollout.cpu_engines,
+        )
         self._replicas: list[Remote] = []
         self._workers: list[Remote] = []
         self._starting: dict[Any, Remote] = {}
@@ -232,8 +237,10 @@ class ReplicaPlace:
     """The student's ranks beside it: on CUDA those whose GPUs it uses, on CPU all of the node."""
 
 
-def plan_replicas(placements: Sequence[Mapping[str, Any]], device: str, gpus_per_replica: int) -> list[ReplicaPlace]:
-    """On CPU one replica per node; on CUDA one per ``gpus_per_replica`` consecutive ranks of a node.
+def plan_replicas(
+    placements: Sequence[Mapping[str, Any]], device: str, gpus_per_replica: int, cpu_engines: int = 1
+) -> list[ReplicaPlace]:
+    """On CPU ``cpu_engines`` replicas per node; on CUDA one per ``gpus_per_replica`` consecutive ranks of a node.
 
     Args:
         placements: per rank ``rank``, ``local_rank``, ``node_id``, ``node_ip``, ``cuda_visible_devices``.
@@ -244,9 +251,8 @@ def plan_replicas(placements: Sequence[Mapping[str, Any]], device: str, gpus_per
         nodes.setdefault(placement["node_id"], []).append(placement)
     places: list[ReplicaPlace] = []
     for node_id, ranks in nodes.items():
-        size = len(ranks) if device == "cpu" else gpus_per_replica
-        for first in range(0, len(ranks), size):
-            beside = ranks[first : first + size]
+        neighbours = [ranks[first : first + gpus_per_replica] for first in range(0, len(ranks), gpus_per_replica)]
+        for beside in [ranks] * cpu_engines if device == "cpu" else neighbours:
             numbers = tuple(rank["rank"] for rank in beside)
             gpus = None if device == "cpu" else ",".join(map(_gpu_of, beside))
             places.append(ReplicaPlace(len(places), node_id, beside[0]["node_ip"], gpus, numbers))

@@ -53,14 +53,14 @@ def engine_environment(config: RolloutConfig, device: str) -> dict[str, str]:
 
 
 def engine_threads(config: RolloutConfig) -> int:
-    """Threads of one engine process on CPU: all cores, shared by the tensor-parallel ranks.
+    """Threads of one engine process on CPU: all cores, shared by the machine's engines and their ranks.
 
     The training ranks wait while it generates, as it does while they train. Ray gives actors without CPUs of their own
     ``OMP_NUM_THREADS=1``; any larger value there is the user's and stays.
     """
     threads = int(os.environ.get("OMP_NUM_THREADS", "1").split(",")[0])
     cores = len(os.sched_getaffinity(0))
-    return threads if threads > 1 else max(1, cores // config.tensor_model_parallel_size)
+    return threads if threads > 1 else max(1, cores // (config.cpu_engines * config.tensor_model_parallel_size))
 
 
 def engine_arguments(

@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 import torch
 from support.peak_memory import PeakBytes
+from torch._dynamo.testing import CompileCounterWithBackend
 
+from verl.ops import linear_divergence as linear_divergence_module
 from verl.ops import linear_log_prob
 from verl.ops.linear_divergence import BUFFERS, DIVERGENCES, DivergenceOptions, linear_divergence
 from verl.ops.linear_log_prob import LinearTeacher, StitchedTeacher, TopLogProbs, linear_token_stats, score_tokens
@@ -257,6 +259,53 @@ def test_rows_behind_the_ids_have_no_effect(behind: float) -> None:
 
     for found, right in zip(outcome(140), outcome(70), strict=True):
         torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture
+def compiles(monkeypatch: pytest.MonkeyPatch):
+    """Blocks are compiled, as on CUDA; gives a function that says by what."""
+    monkeypatch.setattr(linear_divergence_module, "_compiles", lambda logits, grad: True)
+    monkeypatch.setattr(linear_divergence_module, "_compiler_errors", [])
+    return lambda compiled: monkeypatch.setattr(linear_divergence_module, "_compiled_block", lambda: compiled)
+
+
+@pytest.mark.parametrize(("kind", "support", "who"), [("reverse_kl", "full", "base"), ("jsd", "shared", "top")])
+def test_blocks_are_compiled_once_and_change_no_bit(kind: str, support: str, who: str, compiles) -> None:
+    """However many rows chunks have, and without a break of the graph."""
+    case, options = Case(torch.bfloat16), DivergenceOptions(kind, support=support, **LEAK)
+    teacher: Any = case.base() if who == "base" else named(case.base(), 3)[0].rows
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(linear_divergence_module._block, backend=counter, fullgraph=True, dynamic=False)
+
+    def outcome(rows: int) -> list[torch.Tensor]:
+        loss, stats = case.loss(teacher, options, rows)
+        return [*stats, *torch.autograd.grad(loss, (case.hidden, case.weight))]
+
+    torch._dynamo.reset()
+    for rows in (30, 24):  # in chunks of 10 and 3, and of 8 and 5
+        compiles(linear_divergence_module._block)
+        right = outcome(rows)
+        compiles(compiled)
+        assert all(torch.equal(found, wanted) for found, wanted in zip(outcome(rows), right, strict=True))
+    assert counter.frame_count == 1
+
+
+def test_without_a_compiler_blocks_run_as_they_are(compiles, caplog: pytest.LogCaptureFixture) -> None:
+    def fails(error: Exception):
+        def compiled(*args):
+            raise error
+
+        return compiled
+
+    case = Case()
+    compiles(fails(torch.OutOfMemoryError("no memory")))
+    with pytest.raises(torch.OutOfMemoryError):
+        case.loss(case.base(), DivergenceOptions())
+    compiles(fails(RuntimeError("Failed to find C compiler")))
+    loss, _ = case.loss(case.base(), DivergenceOptions())
+    assert caplog.text.count("cannot be compiled (Failed to find C compiler); install a C compiler") == 1
+    torch.testing.assert_close(loss, case.loss(case.base(), DivergenceOptions())[0])
+    assert len(caplog.records) == 1
 
 
 def test_sizes_that_do_not_fit() -> None:

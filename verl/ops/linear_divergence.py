@@ -29,8 +29,11 @@ The generalised Jensen-Shannon divergence is that of Agarwal et al., "On-Policy 
 (2024): beta near 0 behaves as reverse, near 1 as forward KL.
 """
 
+import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -47,6 +50,8 @@ from verl.ops.linear_log_prob import (
     scaled_blocks,
 )
 from verl.vocabulary import Vocabulary
+
+logger = logging.getLogger(__name__)
 
 REVERSE_KL, FORWARD_KL, JSD = "reverse_kl", "forward_kl", "jsd"
 DIVERGENCES = (REVERSE_KL, FORWARD_KL, JSD)
@@ -176,7 +181,7 @@ class _LinearDivergence(torch.autograd.Function):
             for at, block, scores in scaled_blocks(logits[:, : job.ids], job.options.temperature, chunk.start):
                 part = of_teacher.rows(block) if isinstance(of_teacher, TopLogProbs) else of_teacher[block]
                 columns = labels[at, None], token_weights[at, None]
-                measured = _block(scores, part, *columns, grad[block, : job.ids], job)
+                measured = _run_block(scores, part, *columns, grad[block, : job.ids], job)
                 for values, into in zip(measured, stats, strict=True):
                     into[at] = values
             if any(ctx.needs_input_grad):
@@ -194,6 +199,45 @@ class _LinearDivergence(torch.autograd.Function):
         # In place: nobody else holds these, and the head's is large.
         scaled = (None if grad is None else grad.mul_(grad_loss.to(grad.dtype)) for grad in ctx.saved_tensors)
         return *scaled, None, None, None, None, None
+
+
+@cache
+def _compiled_block() -> Callable[..., DivergenceStats]:
+    # Fused, the passes read and write a number a few times, not dozens of times.
+    return torch.compile(_block, dynamic=False)
+
+
+_compiler_errors: list[Exception] = []
+"""Of this process; with one of them it compiles no more."""
+
+
+def _compiles(logits: torch.Tensor, grad: torch.Tensor) -> bool:
+    """Whether `_block` is compiled for these: on CUDA, in half precision, where ``grad`` is memory of its own."""
+    return logits.is_cuda and grad.dtype != logits.dtype
+
+
+def _run_block(
+    logits: torch.Tensor,
+    teacher: torch.Tensor | TopLogProbs,
+    labels: torch.Tensor,
+    token_weights: torch.Tensor,
+    grad: torch.Tensor,
+    job: _Job,
+) -> DivergenceStats:
+    """`_block`, compiled where that pays and works."""
+    if _compiles(logits, grad) and not _compiler_errors:
+        of_teacher = teacher[:3] if isinstance(teacher, TopLogProbs) else (teacher,)
+        for tensor in (logits, *of_teacher, labels, token_weights, grad):
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)  # chunks differ in their rows alone, and are compiled once
+        try:
+            return _compiled_block()(logits, teacher, labels, token_weights, grad, job)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # it may have written to ``grad``, and to nothing else
+            _compiler_errors.append(error)
+            fix = "install a C compiler and Python's headers (deploy_env.sh --device cuda looks for them)"
+            logger.warning("exact divergences run slower, because they cannot be compiled (%s); %s", error, fix)
+    return _block(logits, teacher, labels, token_weights, grad, job)
 
 
 def _block(

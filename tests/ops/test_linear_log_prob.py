@@ -130,7 +130,9 @@ def test_rows_of_a_chunk_follow_cache_and_memory(monkeypatch: pytest.MonkeyPatch
         142,
     ]  # 1 MiB a buffer; 256; 384 MiB
     for free, found in ((10 * 2**30, 640 * 2**20), (2**30, 384 * 2**20), (100 * 2**30, 4 * 2**30)):
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free, 140 * 2**30))
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free // 2, 140 * 2**30))
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _, free=free: free // 2 + 7)
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 7)
         assert rows(of_qwen, cuda) == found // (9 * of_qwen)
     assert rows_per_chunk(9 * of_qwen * 5, 9, of_qwen, cpu) == 5 and rows_per_chunk(1, 9, of_qwen, cuda) == 1
 

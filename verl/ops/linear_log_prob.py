@@ -52,18 +52,17 @@ def rows_per_chunk(chunk_bytes: int | None, buffers: int, bytes_per_row: int, de
         return max(1, min(rows, CHUNK_BYTES // (CPU_BUFFERS * bytes_per_row)))
     if chunk_bytes is None:
         free, _ = torch.cuda.mem_get_info(device)
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # what the allocator caches
         chunk_bytes = max(CHUNK_BYTES, min(MOST_CUDA_CHUNK_BYTES, free // 16))
     return max(1, chunk_bytes // (buffers * bytes_per_row))
 
 
-def scaled_blocks(
-    logits: torch.Tensor, temperature: float, first: int = 0
-) -> Iterator[tuple[slice, slice, torch.Tensor]]:
-    """A chunk (C, K) in blocks whose passes stay in the CPU's cache, and in one piece on CUDA.
+Block = tuple[slice, slice, torch.Tensor]
+"""Its rows, counted on from those of the chunk and from 0, and the logits there, by now over the temperature."""
 
-    Yields:
-        their rows, counted on from ``first`` and from 0, and the logits there, by now over the temperature.
-    """
+
+def scaled_blocks(logits: torch.Tensor, temperature: float, first: int = 0) -> Iterator[Block]:
+    """A chunk (C, K), whose rows begin at ``first``, in blocks that stay in the CPU's cache; in one piece on CUDA."""
     rows = max(1, CACHED_BYTES // (logits.shape[1] * logits.itemsize)) if logits.device.type == "cpu" else len(logits)
     for block in row_chunks(len(logits), rows):
         scores = logits[block] if temperature == 1.0 else logits[block].div_(temperature)
@@ -84,8 +83,7 @@ def head_logits(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
     """(C, rows of ``head``) logits, at least float32; memory of its own, which callers overwrite."""
     if multiplies_into_fp32(hidden):
         return torch.mm(hidden, head.T, out_dtype=torch.float32)
-    # On CPU a bf16 product is rounded before the cast: a logit near 30 has steps of 0.125. In fp32 it takes twice as
-    # long, and so does oneDNN's bf16 arithmetic for fp32 matrices.
+    # On CPU a bf16 product is rounded before the cast: a logit near 30 has steps of 0.125.
     logits = F.linear(hidden, head)
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 

@@ -33,9 +33,8 @@ LEAST_ROWS, CPU_BUFFERS = 256, 4
 the student's, those of two teachers, and one of half precision. Element-wise passes take a chunk in blocks of rows."""
 CACHED_BYTES = 2**20
 """Of one buffer of a block on CPU, where passes over more wait for memory."""
-BUFFERS = 3
-"""(C, K) buffers that live at once here: two in fp32, and one of the weights' dtype if that is another. As many of
-(C, T), a teacher's, where it scores tokens."""
+BUFFERS = 4
+"""(C, K) buffers that live at once here, of which one may be of another dtype; of (C, T) where a teacher scores."""
 ALIGNED_ROWS = 64
 """Heads are multiplied in multiples of so many rows: logits in rows of an odd length are slow to write and to read."""
 
@@ -179,23 +178,22 @@ class _LinearTokenStats(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         rows = hidden.shape[0]
         dtype = torch.promote_types(hidden.dtype, torch.float32)
-        log_probs, normalizer = (torch.empty(rows, dtype=dtype, device=hidden.device) for _ in range(2))
+        log_probs = torch.empty(rows, dtype=dtype, device=hidden.device)
         entropy = torch.empty_like(log_probs) if options.with_entropy else None
         mass = None if options.extend_start is None else torch.empty_like(log_probs)
         head = weight[: aligned_rows(weight, options.ids)]
         for chunk in row_chunks(rows, options.chunk_rows):
             logits = head_logits(hidden[chunk], head)
             for at, _, scores in scaled_blocks(logits[:, : options.ids], options.temperature, chunk.start):
-                normalizer[at] = scores.logsumexp(dim=-1)  # with it backward makes the softmax again
-                log_probs[at] = scores.gather(1, labels[at, None]).squeeze(1) - normalizer[at]
+                log_softmax = scores.log_softmax(dim=-1)
+                log_probs[at] = log_softmax.gather(1, labels[at, None]).squeeze(1)
                 if mass is not None:
-                    mass[at] = (scores[:, options.extend_start :] - normalizer[at, None]).exp_().sum(dim=-1)
+                    mass[at] = log_softmax[:, options.extend_start :].exp().sum(dim=-1)
                 if entropy is not None:
-                    log_softmax = scores.sub_(normalizer[at, None])
                     entropy[at] = torch.linalg.vecdot(log_softmax.exp(), log_softmax).neg_()
-            del logits, scores  # before the next chunk makes its own
+            del logits, scores, log_softmax  # before the next chunk makes its own
         ctx.options = options
-        ctx.save_for_backward(hidden, weight, labels, normalizer, entropy)
+        ctx.save_for_backward(hidden, weight, labels, entropy)
         if mass is not None:
             ctx.mark_non_differentiable(mass)
         return log_probs, entropy, mass
@@ -205,16 +203,16 @@ class _LinearTokenStats(torch.autograd.Function):
     def backward(
         ctx: Any, grad_log_probs: torch.Tensor | None, grad_entropy: torch.Tensor | None, _: None
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
-        hidden, weight, labels, normalizer, entropy = ctx.saved_tensors
+        hidden, weight, labels, entropy = ctx.saved_tensors
         options: _Options = ctx.options
         if grad_log_probs is None:
-            grad_log_probs = torch.zeros_like(normalizer)
+            grad_log_probs = torch.zeros(len(hidden), dtype=entropy.dtype, device=hidden.device)
         gradients = InputGradients(hidden, weight, options.ids, ctx.needs_input_grad)
         for chunk in row_chunks(hidden.shape[0], options.chunk_rows):
             logits = head_logits(hidden[chunk], gradients.head)
             into = gradients.buffer_for(logits)
             for at, block, scores in scaled_blocks(logits[:, : options.ids], options.temperature, chunk.start):
-                log_softmax = scores.sub_(normalizer[at, None])
+                log_softmax = scores.log_softmax(dim=-1)
                 # Both terms but 1[j = y] have the factor p_j, so the others' coefficients are summed first.
                 grad, coefficient = log_softmax.exp(), -grad_log_probs[at, None]
                 if grad_entropy is not None:

@@ -45,6 +45,7 @@ def run_student(config: ActorRolloutRefConfig, share: DataProto, other: DataProt
     teacher = TeacherWorker(config=config, device="cpu")
     teacher.init_model()  # a second role in the process joins the group that is there
     seen: dict[str, Any] = {"scores": dict(worker.compute_log_prob(share).batch)}
+    seen["buffers"] = dict(worker._state.module.named_buffers())  # which no file holds
     seen["ref"] = dict(teacher.compute_ref_log_prob(share).batch)
     seen["metrics"] = worker.update_actor(share).meta_info["metrics"]
     seen["gradient"] = tiny.first_gradient(worker)
@@ -118,6 +119,7 @@ def test_two_ranks_do_what_one_does(tiny_tokenizers: tuple[Path, Path], models: 
 
 
 def check_scores(one: dict[str, Any], two: list[dict[str, Any]]) -> None:
+    assert all(torch.equal(one["buffers"][name], value) for seen in two for name, value in seen["buffers"].items())
     for role in ("scores", "ref"):
         for key, value in one[role].items():
             joined = torch.cat([seen[role][key] for seen in two])

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file, save_file
-from support.tiny_workers import load_plain, write_model
+from support.tiny_workers import load_plain, whole, write_model
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
 from verl.config import FSDPConfig, HFModelConfig, MixedPrecisionConfig
@@ -141,6 +141,32 @@ def test_precision_of_stored_weights(
     assert sharded == ["", "causal_lm.model.layers.0", "causal_lm.model.layers.1"]
     causal_lm = module.causal_lm
     assert causal_lm.get_output_embeddings().weight is causal_lm.get_input_embeddings().weight
+
+
+@pytest.mark.parametrize(("tied", "packed"), [(True, True), (False, False)])
+def test_a_model_takes_memory_as_shards_alone(
+    tied: bool, packed: bool, tiny_tokenizers: tuple[Path, Path], mesh: DeviceMesh, monkeypatch, tmp_path: Path
+) -> None:
+    """FSDP is given a model without memory, on rank 0 too; what comes of it is the folder's, buffers included."""
+    given: list[tuple[str, str]] = []
+
+    def shard(module: nn.Module, **options: Any) -> None:
+        given.extend(
+            (name, tensor.device.type) for name, tensor in (*module.named_parameters(), *module.named_buffers())
+        )
+        fully_shard(module, **options)
+
+    monkeypatch.setattr(build_module, "fully_shard", shard)
+    path, settings = write_model(tmp_path, tiny_tokenizers[1], tied=tied), HFModelConfig(use_remove_padding=packed)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [1, 2]}')
+    module = build_model(str(path), settings, FSDPConfig(), mesh, trainable=True)
+    assert {device for _, device in given} == {"meta"} and any("inv_freq" in name for name, _ in given)
+    plain = load_plain(path)
+    right = {**dict(plain.named_parameters()), **dict(plain.named_buffers())}
+    found = {**dict(module.causal_lm.named_parameters()), **dict(module.causal_lm.named_buffers())}
+    assert found.keys() == right.keys() and ("lm_head.weight" in found) != tied
+    assert all(torch.equal(whole(found[name]), value) for name, value in right.items())
+    assert module.causal_lm.generation_config.eos_token_id == [1, 2]
 
 
 def test_training_in_fp16_is_refused(student_model: Path, mesh: DeviceMesh) -> None:

@@ -2,10 +2,9 @@
 
 In:  a worker that knows its rank, a model folder, the model and sharding settings. Out: the rank's device and the mesh
 of all ranks; the model, sharded over the mesh with FSDP2 and holding the folder's weights. Rank 0 alone reads the
-weights; the others get their shards from it, one parameter at a time.
+weights; every rank gets its shards from it, one parameter at a time, and never holds more of the model.
 
-    config ─► rank 0: weights from disk ─┐
-              others: empty skeleton  ───┴─► fully_shard ─► scatter each parameter from rank 0
+    config ─► model without memory ─► fully_shard ─► memory for the shards ─► scatter each parameter from rank 0
 
 Not here: optimizer, roles, tokenizers.
 """
@@ -102,37 +101,41 @@ def load_config(path: str, model: HFModelConfig) -> PretrainedConfig:
     return config
 
 
-def _load_on_rank_zero(path: str, config: PretrainedConfig, trust: bool, **options: Any) -> PreTrainedModel:
-    """The model with its weights on rank 0; on the others, with uninitialised ones, which take no memory yet.
+def _load_on_rank_zero(
+    path: str, config: PretrainedConfig, trust: bool, **options: Any
+) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
+    """The model, which takes no memory yet; on rank 0 its parameters and buffers by name, on the others nothing.
 
     Raises:
         ValueError: the files lack weights of the model.
     """
-    if dist.get_rank() == 0:
-        options |= {"config": config, "trust_remote_code": trust, "output_loading_info": True}
-        model, found = AutoModelForCausalLM.from_pretrained(path, **options)
-        if lost := sorted(found["missing_keys"]):  # transformers draws them at random
-            raise ValueError(f"{path} lacks {len(lost)} weights of its model ({', '.join(lost[:3])}); copy it again")
-        return model
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust, **options)
-    skeleton.to_empty(device="cpu")
-    skeleton.tie_weights()  # to_empty makes two tensors of a shared one
-    return skeleton
+    if dist.get_rank() != 0:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust, **options), {}
+    options |= {"config": config, "trust_remote_code": trust, "output_loading_info": True}
+    model, found = AutoModelForCausalLM.from_pretrained(path, **options)
+    if lost := sorted(found["missing_keys"]):  # transformers draws them at random
+        raise ValueError(f"{path} lacks {len(lost)} weights of its model ({', '.join(lost[:3])}); copy it again")
+    tensors = {name: tensor.detach() for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    model.to("meta")
+    model.tie_weights()  # on another kind of device a shared tensor has become two
+    return model, tensors
 
 
-def _scatter_from_rank_zero(module: torch.nn.Module, weights: dict[str, torch.Tensor], mesh: DeviceMesh) -> None:
-    """Give every rank its shard of rank 0's ``weights``, and rank 0's buffers, which no file holds."""
+def _scatter_from_rank_zero(model: PreTrainedModel, tensors: dict[str, torch.Tensor], mesh: DeviceMesh) -> None:
+    """Give every rank its shard of rank 0's weights, and rank 0's buffers, some of which no file holds."""
     with torch.no_grad():
-        for name, parameter in module.named_parameters():
+        for name, parameter in model.named_parameters():
             assert isinstance(parameter, DTensor), f"{name} is not sharded"
-            # Popped, so that rank 0 frees each whole tensor behind it.
-            whole = weights.pop(name, None)
+            # Popped, so that rank 0 frees each whole tensor behind it; the others' is never read.
+            whole = tensors.pop(name, None)
             if whole is None:
-                whole = torch.empty(parameter.shape, dtype=parameter.dtype)  # never read: rank 0's values are scattered
+                whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=mesh.device_type)
             shard = distribute_tensor(whole.to(mesh.device_type), mesh, parameter.placements)
             parameter.to_local().copy_(shard.to_local())
-        for buffer in module.buffers():
+        for name, buffer in model.named_buffers():
+            if name in tensors:
+                buffer.copy_(tensors[name])
             dist.broadcast(buffer, src=0)
 
 
@@ -192,17 +195,16 @@ def build_model(
     attention, packed = choose_attention(config, model, device_name, compute_dtype)
     disable_progress_bar()  # a worker writes to a log file
     options = {"dtype": storage_dtype, "attn_implementation": attention}
-    causal_lm = _load_on_rank_zero(path, config, model.trust_remote_code, **options)
+    causal_lm, tensors = _load_on_rank_zero(path, config, model.trust_remote_code, **options)
     module = TokenStatsModel(causal_lm, packed, offload_activations=offload)
     module.requires_grad_(trainable)
     if trainable and model.enable_gradient_checkpointing:
         causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs=CHECKPOINTING)
-    # Before `_shard_model`, which leaves every rank its own slices alone.
-    weights = {name: p.detach() for name, p in module.named_parameters()} if dist.get_rank() == 0 else {}
     # Casts where precisions differ, and none where they do not (fp32 on CPU).
     precision = MixedPrecisionPolicy(compute_dtype, resolve_dtype(fsdp.mixed_precision.reduce_dtype, device_name))
     _shard_model(module, mesh, precision, fsdp.reshard_after_forward)
-    _scatter_from_rank_zero(module, weights, mesh)
+    module.to_empty(device=device_name)  # of each parameter the rank's shard
+    _scatter_from_rank_zero(causal_lm, tensors, mesh)
     _require_own_scores(module, path, EXACT if compute_dtype == torch.float32 else ROUNDED)
     return module
 

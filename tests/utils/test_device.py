@@ -42,3 +42,12 @@ def test_auto_dtype_follows_the_device() -> None:
     assert device.dtype_name(torch.bfloat16) == "bfloat16"
     with pytest.raises(ValueError, match="'int8'"):
         device.resolve_dtype("int8", "cpu")
+
+
+def test_a_cpu_without_bf16_is_told_of_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    for has_it in (True, False):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has_it=has_it: {"avx512_f": True, "amx_bf16": has_it})
+        device.warn_of_emulated_bf16.cache_clear()
+        device.warn_of_emulated_bf16()
+        device.warn_of_emulated_bf16()
+        assert caplog.text.count("no bf16 arithmetic") == (not has_it)

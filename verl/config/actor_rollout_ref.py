@@ -78,7 +78,8 @@ class MixedPrecisionConfig:
     """Precision of FSDP2 compute and gradient reduction."""
 
     param_dtype: Precision = "auto"
-    """Precision of the forward and backward pass; ``auto``: bf16 on CUDA, fp32 on CPU."""
+    """Precision of the forward and backward pass; ``auto``: the actor's, and for that bf16 on CUDA, fp32 on CPU. The
+    actor's decides for teachers and engine too, as far as theirs are ``auto``."""
     reduce_dtype: Precision = "fp32"
     """Precision in which gradients are reduced over ranks."""
 
@@ -268,7 +269,7 @@ class RolloutConfig:
     calculate_log_probs: bool = False
     """Keep the engine's log-probs of the sampled tokens (``rollout_log_probs``)."""
     dtype: str = "auto"
-    """Precision of the engine; ``auto``: bfloat16 on CUDA, float32 on CPU."""
+    """Precision of the engine; ``auto``: what the actor computes in (``fsdp_config.mixed_precision.param_dtype``)."""
     gpu_memory_utilization: float = 0.5
     """Share of each GPU's memory for the engine (CUDA)."""
     cpu_kvcache_space_gb: float = 1.0
@@ -352,3 +353,10 @@ class ActorRolloutRefConfig:
     actor: FSDPActorConfig = field(default_factory=FSDPActorConfig)
     ref: RefConfig = field(default_factory=RefConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+
+    def __post_init__(self) -> None:
+        trained, frozen = (role.fsdp_config.mixed_precision for role in (self.actor, self.ref))
+        if frozen.param_dtype == "auto":
+            frozen.param_dtype = trained.param_dtype
+        if self.rollout.dtype == "auto":  # an engine that rounds otherwise than the trainer is another policy
+            self.rollout.dtype = trained.param_dtype

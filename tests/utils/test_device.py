@@ -53,3 +53,12 @@ def test_ranks_share_weights_from_memory_that_engines_may_open(monkeypatch: pyte
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64,expandable_segments:True")
     device.select_device("cuda", 0)
     assert settings == ["expandable_segments:False"] and "expandable segments are off" in caplog.text
+
+
+def test_a_cpu_without_bf16_is_told_of_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    for has_it in (True, False):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has_it=has_it: {"avx512_f": True, "amx_bf16": has_it})
+        device.warn_of_emulated_bf16.cache_clear()
+        device.warn_of_emulated_bf16()
+        device.warn_of_emulated_bf16()
+        assert caplog.text.count("no bf16 arithmetic") == (not has_it)

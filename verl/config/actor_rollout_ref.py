@@ -78,7 +78,8 @@ class MixedPrecisionConfig:
     """Precision of FSDP2 compute and gradient reduction."""
 
     param_dtype: Precision = "auto"
-    """Precision of the forward and backward pass; ``auto``: bf16 on CUDA, fp32 on CPU."""
+    """Precision of the forward and backward pass; ``auto``: the actor's, and for that bf16 on CUDA, fp32 on CPU. The
+    actor's decides for teachers and engine too, as far as theirs are ``auto``."""
     reduce_dtype: Precision = "fp32"
     """Precision in which gradients are reduced over ranks."""
 
@@ -244,9 +245,9 @@ class HorizonConfig:
 
     def __post_init__(self) -> None:
         if None in (self.start, self.end, self.steps) and (self.end is not None or self.steps is not None):
+            found = f"start={self.start}, end={self.end} and steps={self.steps}"
             raise ValueError(
-                f"actor_rollout_ref.rollout.horizon has start={self.start}, end={self.end} and steps={self.steps}; set "
-                "all three, or start alone for one length throughout"
+                f"actor_rollout_ref.rollout.horizon has {found}; set all three, or start alone for one length"
             )
 
     def at(self, step: int) -> int | None:
@@ -298,15 +299,14 @@ class RolloutConfig:
     calculate_log_probs: bool = False
     """Keep the engine's log-probs of the sampled tokens (``rollout_log_probs``)."""
     dtype: str = "auto"
-    """Precision of the engine; ``auto``: bfloat16 on CUDA, float32 on CPU."""
+    """Precision of the engine; ``auto``: what the actor computes in (``fsdp_config.mixed_precision.param_dtype``)."""
     gpu_memory_utilization: float = 0.5
     """Share of each GPU's memory for the engine (CUDA)."""
     cpu_kvcache_space_gb: float = 1.0
     """Memory of an engine's KV cache in GiB (CPU)."""
     cpu_engines: Count = 1
-    """Engines of each machine without GPUs; a step's prompts and the machine's cores are split between them. Two on two
-    cores write a third faster where a model is so small that an engine is busy with its bookkeeping; a larger model is
-    written faster by one engine."""
+    """Engines of each machine without GPUs, which split prompts and cores; two are faster for models so small that an
+    engine is busy with its bookkeeping, and slower for others."""
     enforce_eager: bool = False
     """Skip graph capture and compilation; always so on CPU."""
     free_cache_engine: bool = True
@@ -330,8 +330,7 @@ class RolloutConfig:
     once, and the run ends where that hangs too or there is none. Also the limit of a weight sync. A healthy engine is
     silent for the length of one answer, far below the default; null: no limit."""
     weight_sync_bucket_mb: Count | None = None
-    """Most weights in a bucket of a weight sync, in MiB; two buckets are in memory at once. null: 4096 on CUDA, 512 on
-    CPU."""
+    """Most MiB of weights in a bucket of a sync; two are in memory at once. null: 4096 on CUDA, 512 on CPU."""
     log_prob_use_dynamic_bsz: bool | None = None
     """Cut the student's log-prob micro-batches by tokens rather than by rows; null: unless rows are given."""
     log_prob_max_token_len_per_gpu: int = 16384
@@ -394,3 +393,10 @@ class ActorRolloutRefConfig:
     actor: FSDPActorConfig = field(default_factory=FSDPActorConfig)
     ref: RefConfig = field(default_factory=RefConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+
+    def __post_init__(self) -> None:
+        trained, frozen = (role.fsdp_config.mixed_precision for role in (self.actor, self.ref))
+        if frozen.param_dtype == "auto":
+            frozen.param_dtype = trained.param_dtype
+        if self.rollout.dtype == "auto":  # an engine that rounds otherwise than the trainer is another policy
+            self.rollout.dtype = trained.param_dtype

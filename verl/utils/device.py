@@ -6,6 +6,7 @@ differ between the two.
 
 import logging
 import os
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -71,6 +72,16 @@ def resolve_dtype(setting: str, device_name: str) -> torch.dtype:
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"dtype {setting!r} is not one of auto, fp32, bf16, fp16")
     return dtype
+
+
+@cache
+def warn_of_emulated_bf16() -> None:
+    """Say once that this CPU has no bf16 arithmetic, where it has none."""
+    if not any(has_it for name, has_it in torch.cpu.get_capabilities().items() if name.endswith("bf16")):
+        logger.warning(
+            "this CPU has no bf16 arithmetic (avx512_bf16, amx_bf16; see lscpu), so bf16 is slower than fp32 here: "
+            "leave actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype at auto"
+        )
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -25,7 +25,7 @@ from transformers.utils.logging import disable_progress_bar
 from verl.config import FSDPConfig, HFModelConfig
 from verl.ops.attention import PACKED_SDPA, PACKED_VARLEN
 from verl.single_controller.base import Worker
-from verl.utils.device import get_device_name, resolve_dtype, select_device
+from verl.utils.device import get_device_name, resolve_dtype, select_device, warn_of_emulated_bf16
 from verl.workers.fsdp.token_stats_model import ScoredRows, TokenStatsModel, reshard
 
 logger = logging.getLogger(__name__)
@@ -181,6 +181,8 @@ def build_model(
     compute_dtype = resolve_dtype(fsdp.mixed_precision.param_dtype, device_name)
     if trainable and compute_dtype == torch.float16:
         raise ValueError("actor.fsdp_config.mixed_precision.param_dtype=fp16 cannot be trained; use bf16")
+    if device_name == "cpu" and compute_dtype == torch.bfloat16 and dist.get_rank() == 0:
+        warn_of_emulated_bf16()
     storage_dtype = torch.float32 if trainable else compute_dtype
     if fsdp.model_dtype != "auto":
         storage_dtype = resolve_dtype(fsdp.model_dtype, device_name)

@@ -246,9 +246,7 @@ class HorizonConfig:
     def __post_init__(self) -> None:
         if None in (self.start, self.end, self.steps) and (self.end is not None or self.steps is not None):
             found = f"start={self.start}, end={self.end} and steps={self.steps}"
-            raise ValueError(
-                f"actor_rollout_ref.rollout.horizon has {found}; set all three, or start alone for one length"
-            )
+            raise ValueError(f"actor_rollout_ref.rollout.horizon has {found}; set all three, or start alone")
 
     def at(self, step: int) -> int | None:
         """Most tokens of an answer in a training step, counted from 1; None: no other limit than R."""

@@ -2,9 +2,10 @@
 
 Both sides minimise the exact reverse KL of the answers that the student writes itself, in fp32, one optimizer step a
 batch; no answer ends before its last token. TRL generates with transformers, as it does without a GPU, in one process
-with all cores; this project with its defaults::
+with all cores; this project with its defaults. With ``--bf16`` both multiply in bf16 and keep fp32 weights, each by its
+own setting::
 
-    python benchmarks/against_trl.py [--shape tiny smollm2] [--steps 13] [--warmup 3] [-- HYDRA_OVERRIDES]
+    python benchmarks/against_trl.py [--shape tiny smollm2] [--steps 13] [--warmup 3] [--bf16] [-- HYDRA_OVERRIDES]
 
 The sides take turns, each first once (ours, TRL, TRL, ours), because a machine is rarely as fast later as before. TRL
 is installed into an environment of its own, which shares this one's torch and transformers. Prints a table of the
@@ -41,6 +42,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["tiny"], help="models to compare with")
     parser.add_argument("--steps", type=int, default=13, help="training steps of each run, warm-up included")
     parser.add_argument("--warmup", type=int, default=3, help="first steps that are not counted")
+    parser.add_argument("--bf16", action="store_true", help="both sides in bf16 over fp32 weights")
     parser.add_argument("--trl-env", type=Path, default=REPO / "outputs" / "trl-env", help="where TRL is installed")
     parser.add_argument("--trl-side", nargs=2, type=Path, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", help="Hydra overrides of this project's side, after --")
@@ -125,7 +127,8 @@ def our_run(
 
 def our_steps(args: argparse.Namespace, shape: str, models: Path) -> list[float]:
     """Seconds of each counted step of this project."""
-    lines = our_run(models, SHAPES[shape][0], args.steps, args.overrides, {})
+    precision = ["actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype=bf16"] if args.bf16 else []
+    lines = our_run(models, SHAPES[shape][0], args.steps, [*precision, *args.overrides], {})
     return [line["timing_s/step"] for line in lines][args.warmup :]
 
 
@@ -145,6 +148,7 @@ def trl_steps(args: argparse.Namespace, shape: str, models: Path) -> list[float]
     """Seconds of each counted step of TRL."""
     out = models / "trl.json"
     command = [str(trl_python(args.trl_env)), __file__, "--shape", shape, "--steps", str(args.steps)]
+    command += ["--bf16"] if args.bf16 else []
     subprocess.run([*command, "--trl-side", str(models), str(out)], check=True, stdout=subprocess.DEVNULL)
     return json.loads(out.read_text())[args.warmup :]
 
@@ -171,7 +175,7 @@ def run_trl(args: argparse.Namespace) -> None:
         generation_kwargs={"min_new_tokens": RESPONSE_TOKENS},
         learning_rate=LEARNING_RATE,
         lr_scheduler_type="constant",
-        bf16=False,
+        bf16=args.bf16,
         gradient_checkpointing=False,
         use_cpu=True,
         save_strategy="no",
@@ -211,7 +215,8 @@ def main() -> None:
     for report in reports:
         seconds = report["seconds"]
         print(f"{report['shape']:<10}{seconds['ours']:>16.3f}{seconds['trl']:>16.3f}{report['ratio']:>8.2f}")
-    print(json.dumps({"trl": TRL, "cores": len(os.sched_getaffinity(0)), "reports": reports}))
+    about = {"trl": TRL, "cores": len(os.sched_getaffinity(0)), "bf16": args.bf16, "overrides": args.overrides}
+    print(json.dumps({**about, "reports": reports}))
 
 
 if __name__ == "__main__":

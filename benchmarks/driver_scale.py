@@ -4,8 +4,9 @@
 
 Runs the driver's side of a step on the real code: rows are split by the real workers' registrations, packed and
 unpacked as they are for Ray (pickle protocol 5 with buffers out of band, each copied once into what stands for the
-object store), and joined again. Workers are stand-ins in this process that answer with rows of the right shape.
-Nothing is computed, nothing waits for a network: what is left is the driver's own work.
+object store), and joined again. The step is that of ``sampled`` with one optimizer step a batch: the update scores the
+student. Workers are stand-ins in this process that answer with rows of the right shape. Nothing is computed, nothing
+waits for a network: what is left is the driver's own work.
 
 Prints a table, and one JSON document as the last line. Bytes are exact; seconds are CPU time of one core, and how they
 change from one number of workers to the next is what to look at.
@@ -49,9 +50,8 @@ INT_KEYS = {
 }
 """What the rollout makes, as int64, and its width."""
 ANSWERS = {
-    "compute_log_prob": ("old_log_probs", "entropys", "extend_mass"),
     "compute_ref_log_prob": ("ref_log_prob",),
-    "update_actor": (),
+    "update_actor": ("old_log_probs", "entropys", "extend_mass"),
 }
 """The float32 (rows, R) columns that a worker's method answers with."""
 
@@ -71,9 +71,8 @@ class Sizes:
 
     def answer(self, method: str, rows: int) -> DataProto:
         """What a worker returns for so many rows."""
-        if not ANSWERS[method]:
-            return DataProto(meta_info={"metrics": {f"actor/figure_{number}": 0.5 for number in range(12)}})
-        return DataProto.from_dict({key: torch.zeros(rows, self.widths["R"]) for key in ANSWERS[method]})
+        metrics = {"metrics": {f"actor/figure_{number}": 0.5 for number in range(12)}} if method == "update_actor" else {}
+        return DataProto.from_dict({key: torch.zeros(rows, self.widths["R"]) for key in ANSWERS[method]}, None, metrics)
 
     def prompts(self) -> DataProto:
         """Rows of a data set, a kilobyte of text each."""
@@ -185,7 +184,6 @@ def run_step(workers: int, sizes: Sizes, *, watch_memory: bool = True) -> dict[s
     memory = PeakMemory(watch_memory)
     groups = {
         "generate": Transport(Engines, workers, lambda method, rows: sizes.rollout(rows)),
-        "compute_log_prob": Transport(StudentWorker, workers, sizes.answer),
         "compute_ref_log_prob": Transport(TeacherWorker, workers, sizes.answer),
         "update_actor": Transport(StudentWorker, workers, sizes.answer),
     }
@@ -194,11 +192,8 @@ def run_step(workers: int, sizes: Sizes, *, watch_memory: bool = True) -> dict[s
     with memory:
         batch = batch.union(groups["generate"].generate(batch))
         batch.reorder(order)
-        batch = batch.union(groups["compute_log_prob"].compute_log_prob(batch))
         batch = batch.union(groups["compute_ref_log_prob"].compute_ref_log_prob(batch))
-        advantages = batch.tensor("ref_log_prob") - batch.tensor("old_log_probs")
-        batch = batch.union(DataProto.from_dict({"advantages": advantages, "returns": advantages.clone()}))
-        groups["update_actor"].update_actor(batch)
+        batch = batch.union(groups["update_actor"].update_actor(batch))
     calls = {
         name: {
             "bytes_out": group.bytes_out,
@@ -234,7 +229,7 @@ def add_growth(runs: list[dict[str, Any]]) -> None:
     """What each further worker costs, against the run with the fewest."""
     fewest = runs[0]
     for run in runs[1:]:
-        more = 4 * (run["workers"] - fewest["workers"])  # four calls a step
+        more = 3 * (run["workers"] - fewest["workers"])  # three calls a step
         run["extra_bytes_per_call_and_worker"] = round((run["bytes_per_step"] - fewest["bytes_per_step"]) / more)
         run["extra_microseconds_per_call_and_worker"] = round(
             1e6 * (run["seconds_per_step"] - fewest["seconds_per_step"]) / more

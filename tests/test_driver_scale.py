@@ -20,12 +20,12 @@ def driver_scale() -> ModuleType:
 
 def test_bytes_of_a_step_are_those_of_its_rows_for_any_number_of_workers(driver_scale: ModuleType) -> None:
     runs = [driver_scale.run_step(workers, driver_scale.Sizes(512, 8, 24)) for workers in (2, 32, 512)]
-    # int64 columns: responses, input ids and attention mask; the update takes the response mask and 3 of float32 too.
+    # int64 columns: responses, input ids and attention mask; the update takes the response mask and the teacher's log-probs too.
     scored = 8 * (24 + 2 * 32)
-    trained = scored + (8 + 3 * 4) * 24
-    row_bytes = {"compute_log_prob": scored, "compute_ref_log_prob": scored, "update_actor": trained}
+    trained = scored + (8 + 4) * 24
+    row_bytes = {"compute_ref_log_prob": scored, "update_actor": trained}
     for run in runs:
         for name, of_a_row in row_bytes.items():
             assert 0 <= run["calls"][name]["bytes_out"] - 512 * of_a_row < HEADER_BYTES * run["workers"]
     more = runs[-1]["bytes_per_step"] - runs[0]["bytes_per_step"]
-    assert more / (4 * (512 - 2)) < HEADER_BYTES
+    assert more / (3 * (512 - 2)) < HEADER_BYTES

@@ -171,8 +171,9 @@ class WeightExporter:
         weights = named_weights(self._module)
         tensors: dict[str, torch.Tensor] = {}
         for group in _fill_buckets({name: weights[name] for name in names}, self._dtype.itemsize, GATHER_BYTES):
-            # Cast before it is gathered: less travels. Gathering needs every rank, those that keep nothing too.
-            shards = [weights[name].detach().to(device=self._device, dtype=self._dtype) for name in group]
+            # Cast before it is gathered: less travels; on the device, where offloaded weights are cast far faster than
+            # in host memory. Gathering needs every rank, those that keep nothing too.
+            shards = [weights[name].detach().to(self._device).to(self._dtype) for name in group]
             whole = _gather_together(shards)  # contiguous, for safetensors refuses other layouts
             if self._share:
                 tensors |= zip(group, whole, strict=True)

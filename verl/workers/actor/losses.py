@@ -273,8 +273,7 @@ class DivergenceLoss:
                     hidden[members], weight, weights[members], log_probs, options, labels[members], self._vocabulary
                 )
                 losses.append(loss)
-                # A leak is measured whatever its weight; where it is not trained, it is no part of the metric.
-                measured.append(stats if options.leak_coef else stats._replace(leak=torch.zeros_like(stats.leak)))
+                measured.append(stats)
             columns = zip(*measured, strict=True)
             return torch.stack(losses).sum(), DivergenceStats(*(torch.cat(values)[order] for values in columns))
 

@@ -71,8 +71,10 @@ class Sizes:
 
     def answer(self, method: str, rows: int) -> DataProto:
         """What a worker returns for so many rows."""
-        metrics = {"metrics": {f"actor/figure_{number}": 0.5 for number in range(12)}} if method == "update_actor" else {}
-        return DataProto.from_dict({key: torch.zeros(rows, self.widths["R"]) for key in ANSWERS[method]}, None, metrics)
+        answer = DataProto.from_dict({key: torch.zeros(rows, self.widths["R"]) for key in ANSWERS[method]})
+        if method == "update_actor":
+            answer.meta_info["metrics"] = {f"actor/figure_{number}": 0.5 for number in range(12)}
+        return answer
 
     def prompts(self) -> DataProto:
         """Rows of a data set, a kilobyte of text each."""

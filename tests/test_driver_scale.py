@@ -20,7 +20,8 @@ def driver_scale() -> ModuleType:
 
 def test_bytes_of_a_step_are_those_of_its_rows_for_any_number_of_workers(driver_scale: ModuleType) -> None:
     runs = [driver_scale.run_step(workers, driver_scale.Sizes(512, 8, 24)) for workers in (2, 32, 512)]
-    # int64 columns: responses, input ids and attention mask; the update takes the response mask and the teacher's log-probs too.
+    # int64 columns: responses, input ids and attention mask; the update takes the response mask and the teacher's
+    # log-probs too.
     scored = 8 * (24 + 2 * 32)
     trained = scored + (8 + 4) * 24
     row_bytes = {"compute_ref_log_prob": scored, "update_actor": trained}

@@ -35,7 +35,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="default: outputs/real_model-SIZE")
     parser.add_argument("--data", type=Path, default=DATA, help="purchases and IFEval's prompts; default: %(default)s")
     parser.add_argument("--until", choices=STEPS, default=STEPS[-1], help="last step to make; default: all")
-    bf16 = "compute in bf16; default: where the machine multiplies in it (a GPU, AMX)"
+    bf16 = "compute in bf16; default: where the machine multiplies in it"
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, help=bf16)
     parser.add_argument("overrides", nargs="*", help="Hydra overrides for the distillation")
     args = parser.parse_intermixed_args(argv)

@@ -11,6 +11,7 @@ from experiments.real_model.data import DataConfig, PromptsConfig
 from experiments.real_model.distil import DistilConfig
 from experiments.real_model.judge import JudgeConfig
 from recipe.onpolicy_distill.quickstart.models import TrainingConfig
+from verl.utils.device import cpu_multiplies_in_bf16
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,8 @@ class Sizes:
 
 
 def computes_in_bf16() -> bool:
-    """Whether this machine multiplies in bf16: a GPU, or a CPU with AMX."""
-    return torch.cuda.is_available() or bool(torch.cpu.get_capabilities().get("amx_bf16"))
+    """Whether this machine multiplies in bf16."""
+    return torch.cuda.is_available() or cpu_multiplies_in_bf16()
 
 
 def sizes_of(name: str, seed: int, bf16: bool | None = None) -> Sizes:

@@ -74,10 +74,15 @@ def resolve_dtype(setting: str, device_name: str) -> torch.dtype:
     return dtype
 
 
+def cpu_multiplies_in_bf16() -> bool:
+    """Whether this CPU has bf16 arithmetic, avx512_bf16 or amx_bf16."""
+    return any(has_it for name, has_it in torch.cpu.get_capabilities().items() if name.endswith("bf16"))
+
+
 @cache
 def warn_of_emulated_bf16() -> None:
     """Say once that this CPU has no bf16 arithmetic, where it has none."""
-    if not any(has_it for name, has_it in torch.cpu.get_capabilities().items() if name.endswith("bf16")):
+    if not cpu_multiplies_in_bf16():
         logger.warning(
             "this CPU has no bf16 arithmetic (avx512_bf16, amx_bf16; see lscpu), so bf16 is slower than fp32 here: "
             "leave actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype at auto"

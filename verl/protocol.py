@@ -43,6 +43,7 @@ BATCH_KEYS = {
     "entropys": BatchKey("float32", "(B, R)", "student", "metrics"),
     "extend_mass": BatchKey("float32", "(B, R)", "student", "metrics"),
     "ref_log_prob": BatchKey("float32", "(B, R)", "teacher", "advantage, update (KL term), metrics"),
+    "divergence": BatchKey("float32", "(B, R)", "update", "dumps (exact objectives, where rollouts are dumped)"),
     "teacher_top_ids": BatchKey("int32", "(B, R, K)", "teacher", "update (objective topk)"),
     "teacher_top_log_probs": BatchKey("float32", "(B, R, K)", "teacher", "update (objective topk)"),
     "teacher_rest_log_prob": BatchKey("float32", "(B, R)", "teacher", "update (objective topk)"),
@@ -72,7 +73,7 @@ BATCH_KEYS = {
 
 What the student scores (``old_log_probs``, ``entropys``, ``extend_mass``), the teachers' ``ref_log_prob`` of an exact
 objective, and distillation's part of ``advantages`` and ``returns`` come from the update where its own pass makes them:
-at trained positions, 0 elsewhere.
+at trained positions, 0 elsewhere. So does ``divergence``.
 """
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from support import tiny_workers as tiny
-from support.exact_cases import LEAK, TEMPERATURE, Models, over_support, scored, workers, workers_apart
+from support.exact_cases import LEAK, TEMPERATURE, Models, over_support, reverse_kl, scored, workers, workers_apart
 
 from verl.config import ActorRolloutRefConfig, DistillConfig, TeacherConfig
 from verl.protocol import DataProto
@@ -87,6 +87,19 @@ def test_the_gap_is_the_drawn_tokens_estimate_less_the_exact_divergence(
     assert "distill/sampled_gap" not in other, "the sampled estimate is one of the reverse KL"
 
 
+def test_the_divergence_of_each_token_is_given_where_it_is_asked_for(models: Models) -> None:
+    distill, batch, plain = models.distill(teachers=3, support="shared", **LEAK), models.batch(3), models.plain()
+    with torch.no_grad():
+        log_p = tiny.plain_log_probs(plain.student, batch, models.ids, TEMPERATURE)
+    sizes = (models.extend_start, models.ids, models.ids)
+    log_qs = models.teacher_log_probs(plain, batch).values()
+    by_teacher = torch.stack([reverse_kl(log_p, log_q, size) for log_q, size in zip(log_qs, sizes, strict=True)])
+    right = by_teacher[batch.tensor("teacher"), torch.arange(len(batch))] * batch.tensor("response_mask")
+    student = workers(models.config(actor={"ppo_max_token_len_per_gpu": 24}), distill)
+    batch.meta_info["keeps_divergence"] = True
+    torch.testing.assert_close(student.update_actor(batch).tensor("divergence"), right, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize(("packed", "rows"), [(True, 3), (False, 8)])
 @pytest.mark.parametrize("vocabulary", ["full", "stitched"])
 def test_scores_of_teachers_that_know_all_ids(vocabulary: str, packed: bool, rows: int, models: Models) -> None:
@@ -144,7 +157,7 @@ def test_scores_and_update_are_those_of_a_stage_before(
     scores = {"ref_log_prob": before.tensor("ref_log_prob"), **dict(other.compute_log_prob(batch).batch.items())}
     right = other.update_actor(before)
     assert len(right) == 0, "scores that are there already are not returned again"
-    assert [*updated.batch.keys()] == (["ref_log_prob"] if distill.has_policy_loss else list(UPDATE_SCORES))
+    assert [*updated.batch.keys()] == (["ref_log_prob"] if distill.has_policy_loss else list(UPDATE_SCORES[:4]))
     for key in updated.batch.keys() if "ppo_epochs" not in limits else ["ref_log_prob"]:  # of the student as it was
         expected = scores[key] * batch.tensor("response_mask")
         torch.testing.assert_close(updated.tensor(key), expected, rtol=0, atol=1e-5)

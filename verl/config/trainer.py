@@ -51,7 +51,8 @@ class TrainerConfig:
     default_local_dir: str = ""
     """Folder of the checkpoints and of ``metrics.jsonl``; empty: ``checkpoints/<project_name>/<experiment_name>``."""
     rollout_data_dir: str | None = None
-    """Folder that receives every training rollout as JSONL; null: none."""
+    """Folder that receives every step's answers as ``<step>.jsonl``, and what is known of each of their tokens as
+    ``<step>.tokens.parquet`` (docs/metrics.md, "What a run records of its tokens"); null: none."""
     validation_data_dir: str | None = None
     """The same for validation."""
     max_actor_ckpt_to_keep: Count | None = None

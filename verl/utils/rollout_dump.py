@@ -1,10 +1,12 @@
 """Writes the answers of a batch where a person can read them.
 
-In:  a batch after generation. Out: ``<folder>/<step>.jsonl``, one row a line, which training does not read back, and
-lines on the console, around a progress bar rather than through it.
+In:  a batch after generation. Out: ``<folder>/<step>.jsonl``, one row a line, which training does not read back, with
+the record of its tokens beside it (``token_record``), and lines on the console, around a progress bar rather than
+through it.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from verl.protocol import DataProto
+from verl.utils.token_record import write_token_record
 
 COPIED_COLUMNS = ("uid", "index", "source", "data_source")
 """Object columns that are copied as they are, where the batch has them."""
@@ -70,3 +73,15 @@ def dump_generations(folder: str | Path, step: int, batch: DataProto, tokenizer:
     ]
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     return path
+
+
+def dump_answers(
+    folder: str | Path, step: int, batch: DataProto, tokenizer: PreTrainedTokenizerBase, teachers: Sequence[str]
+) -> None:
+    """Write a batch's answers to ``<folder>/<step>.jsonl`` and their tokens to ``<folder>/<step>.tokens.parquet``.
+
+    Args:
+        teachers: their names, by place.
+    """
+    dump_generations(folder, step, batch, tokenizer)
+    write_token_record(folder, step, batch, tokenizer, teachers)

@@ -121,16 +121,20 @@ class StudentWorker(Worker):
         """Train on a batch; the metrics are in ``meta_info["metrics"]``, the same on every rank.
 
         Its pass gives what scoring would before it: those keys of ``UPDATE_SCORES`` (B, R) that the batch lacks are
-        returned, at trained positions, 0 elsewhere; ``ref_log_prob`` by an exact objective alone.
+        returned, at trained positions, 0 elsewhere; ``ref_log_prob`` by an exact objective alone, and likewise
+        ``divergence``, where ``meta_info["keeps_divergence"]`` asks for it.
         """
         roles = self._distill.roles if self._distill.is_exact else []
         with self._on_device(optimizer=True), ExitStack() as stack:
             metrics, scores = self.actor.update(data, [self._teacher(role, stack) for role in roles])
         metrics |= max_memory_metrics(self._device.type)
         found = dict(zip(UPDATE_SCORES if roles else STUDENT_SCORES, scores, strict=False))
+        divergence = found.pop("divergence", None)
         # Entropy and mass are scored with the log-probs, and are not sent here.
         scored = {key: "ref_log_prob" if key == "ref_log_prob" else "old_log_probs" for key in found}
         new = {key: value for key, value in found.items() if scored[key] not in data.batch}
+        if divergence is not None and data.meta_info.get("keeps_divergence"):
+            new["divergence"] = divergence
         return DataProto.from_dict(new, None, {"metrics": metrics})
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)

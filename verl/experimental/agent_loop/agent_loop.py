@@ -137,7 +137,7 @@ class AgentLoopManager:
                 ``validate`` and, where answers are cut before R tokens, ``horizon``.
 
         Returns:
-            The rollout's new keys, in the order of ``prompts``.
+            The rollout's new keys, in the order of ``prompts``; ``meta_info["weight_version"]`` of what wrote them.
 
         Raises:
             WorkerError: an engine or a worker failed, a prompt or an agent name cannot be used (``by_user``), there is
@@ -166,7 +166,8 @@ class AgentLoopManager:
                 f"the engines sampled from weights of versions {sorted(versions)} after the sync of version "
                 f"{self.weight_version}"
             )
-        generated.meta_info = {"metrics": batch_metrics(measured, self.rollout.multi_turn.tool_config_path is not None)}
+        metrics = batch_metrics(measured, self.rollout.multi_turn.tool_config_path is not None)
+        generated.meta_info = {"metrics": metrics, "weight_version": min(versions)}
         return generated
 
     def update_weights(self, worker_group: WorkerGroup, version: int | None = None) -> None:

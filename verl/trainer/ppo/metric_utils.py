@@ -11,6 +11,7 @@ teacher (``distill_special_token_mask`` 0); E is the extended vocabulary.
 """
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -139,6 +140,12 @@ def compute_throughout_metrics(batch: DataProto, timing_raw: Mapping[str, float]
     if timing_raw.get("gen"):
         metrics["perf/generated_tokens_per_s"] = int(real_response_tokens(batch).sum()) / timing_raw["gen"]
     return metrics
+
+
+def compute_progress_metrics(step: int, epoch: int) -> Metrics:
+    """Where a run is: its step, its epoch, and how often the launch script has started it again."""
+    restarts = int(os.environ.get("RESTART_COUNT", "0"))
+    return {"training/global_step": step, "training/epoch": epoch, "training/restarts": restarts}
 
 
 def rows_by_source(batch: DataProto) -> dict[str, np.ndarray]:

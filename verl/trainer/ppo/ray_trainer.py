@@ -12,7 +12,6 @@ Workers compute on models (``workers``), engines generate (``agent_loop``). B se
 """
 
 import logging
-import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -37,6 +36,7 @@ from verl.trainer.ppo.keep import MixtureControl
 from verl.trainer.ppo.metric_utils import (
     Metrics,
     compute_data_metrics,
+    compute_progress_metrics,
     compute_throughout_metrics,
     compute_timing_metrics,
     reduce_metrics,
@@ -46,7 +46,7 @@ from verl.trainer.ppo.stop_request import StopRequest
 from verl.trainer.ppo.validation_metrics import compute_validation_reward_metrics, join_metrics
 from verl.trainer.ppo.worker_groups import WorkerGroups
 from verl.utils.dataset.rl_dataset import RLHFDataset
-from verl.utils.rollout_dump import dump_generations, show_answers
+from verl.utils.rollout_dump import dump_answers, show_answers
 from verl.utils.seqlen_balancing import balanced_order
 from verl.utils.timing import marked_timer
 from verl.utils.tracking import Tracking, as_numbers
@@ -188,6 +188,7 @@ class RayPPOTrainer:
             "validate": validate,
             "horizon": None if validate else rollout.horizon.at(self.global_steps),
             "temperature": rollout.val_kwargs.temperature if validate else rollout.temperature,
+            "keeps_divergence": self.config.trainer.rollout_data_dir is not None,
         }
         # Copies lie side by side, so that a mini-batch of ppo_mini_batch_size * n rows holds whole prompts.
         return prompts.repeat(n, interleave=True)
@@ -293,13 +294,12 @@ class RayPPOTrainer:
             with marked_timer("update_weights", timing):
                 self.sync_weights()
         if (folder := self.config.trainer.rollout_data_dir) is not None:
-            dump_generations(folder, self.global_steps, batch, self.tokenizer)
+            dump_answers(folder, self.global_steps, batch, self.tokenizer, self.roles[1:])
         metrics = self.stage_metrics | self.step_metrics(batch)
         metrics |= self.engine_gap.check(metrics, self.global_steps)
         metrics |= compute_timing_metrics(batch, timing)
         metrics |= compute_throughout_metrics(batch, timing, self.config.trainer.world_size)
-        place = {"training/global_step": self.global_steps, "training/epoch": self.prompts.epoch}
-        return metrics | place | {"training/restarts": int(os.environ.get("RESTART_COUNT", "0"))}
+        return metrics | compute_progress_metrics(self.global_steps, self.prompts.epoch)
 
     def validate(self) -> Metrics:
         """Answer every validation prompt, of which there have to be some, and measure the answers.
@@ -318,7 +318,7 @@ class RayPPOTrainer:
                 stages.append((len(batch), self.stage_metrics))
         batch, joined = DataProto.concat(answers), join_metrics(stages)
         if (folder := self.config.trainer.validation_data_dir) is not None:
-            dump_generations(folder, self.global_steps, batch, self.tokenizer)
+            dump_answers(folder, self.global_steps, batch, self.tokenizer, self.roles[1:])
         show_answers(batch, self.tokenizer, self.config.trainer.log_val_generations)
         metrics = {f"val_{name}": value for name, value in joined.items() if not name.startswith("timing_s/")}
         metrics |= self.validation_metrics(batch)

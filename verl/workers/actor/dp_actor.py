@@ -43,7 +43,7 @@ COUNTS = ("actor/updates", "actor/skipped_updates")
 """Optimizer steps that were taken, and those that were not because loss or gradient was not finite."""
 
 Update = tuple[dict[str, float], torch.Tensor]
-"""Metrics, and what ``UPDATE_SCORES`` names (4, B, R)."""
+"""Metrics, and what ``UPDATE_SCORES`` names (5, B, R)."""
 
 
 # ------------------------------------------------------------------ optimizer
@@ -238,7 +238,7 @@ class DataParallelPPOActor:
         Returns:
             metrics, the same on every rank: means over the optimizer steps, each over the whole mini-batch of all
             ranks. ``actor/loss`` is the whole loss, with all its terms; those of ``COUNTS`` are counts; drifts are
-            measured after the last step. And (4, B, R) the log-probs and the like that ``UPDATE_SCORES`` names, as they
+            measured after the last step. And (5, B, R) the log-probs and the like that ``UPDATE_SCORES`` names, as they
             were in the last epoch's passes, at trained positions; 0 elsewhere, and where the batch held them.
 
         Raises:

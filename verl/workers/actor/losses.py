@@ -44,8 +44,9 @@ ROW_KEYS = ("teacher", *TOP_TENSORS, HIDDEN_STATE_HANDLES)
 DIVERGENCE_OF = {"exact": "reverse_kl", "forward_kl": "forward_kl", "jsd": "jsd", "topk": "reverse_kl"}
 """The divergence that each exact objective minimises."""
 
-UPDATE_SCORES = ("old_log_probs", "entropys", "extend_mass", "ref_log_prob")
-"""Batch keys (B, R) that the pass of a divergence gives at trained positions, as scoring would before the update."""
+UPDATE_SCORES = ("old_log_probs", "entropys", "extend_mass", "ref_log_prob", "divergence")
+"""Batch keys (B, R) that the pass of a divergence gives at trained positions: the first four as scoring would before
+the update, the last what was minimised there, without leak term and the teacher's weight."""
 STUDENT_SCORES = UPDATE_SCORES[:3]
 """Those that the pass of a policy loss alone gives, where the batch lacks them."""
 
@@ -64,7 +65,7 @@ class MicroLoss(NamedTuple):
     metrics: dict[str, torch.Tensor]
     """0-dim each, shares as the loss."""
     scores: torch.Tensor | None = None
-    """(4, S) of the drawn tokens, in the order of ``UPDATE_SCORES``; (3, S) of a policy loss alone; None where the
+    """(5, S) of the drawn tokens, in the order of ``UPDATE_SCORES``; (3, S) of a policy loss alone; None where the
     batch holds them."""
 
 
@@ -299,5 +300,5 @@ class DivergenceLoss:
         if self._gap_share is not None:
             inside = self._in_support[micro.rows, micro.columns].to(share.device)
             metrics["distill/sampled_gap"] = (inside * (stats.sampled - stats.divergence)).sum() * self._gap_share
-        scores = stats.log_prob, stats.entropy, stats.extend_mass, stats.teacher_log_prob
+        scores = stats.log_prob, stats.entropy, stats.extend_mass, stats.teacher_log_prob, stats.divergence
         return MicroLoss(loss, metrics, torch.stack(scores))

@@ -6,8 +6,8 @@ loss with the weights of all other rows 0, and both add up to that of the batch.
 as it would be otherwise. At the first step rows of items have no gradient: the student still is their teacher.
 
 A line has ``run`` (the fields of `Run`), ``step``, ``general`` and ``items`` (L2 norms over all parameters, before
-clipping, of each part's sum over its own tokens divided by all tokens of the batch), ``cosine`` between the two, null
-where one is 0, and ``item_tokens``, the share of trained tokens that are in rows of items.
+clipping, of the gradient of each part's terms in the loss of the batch), ``cosine`` between the two, null where one is
+0, and ``item_tokens``, the share of trained tokens that are in rows of items.
 """
 
 import json

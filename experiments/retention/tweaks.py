@@ -100,15 +100,22 @@ def items_by(kind: str, loss: DivergenceLoss) -> Compare:
     return linear_divergence
 
 
-def half_of_tokens(loss: DivergenceLoss) -> Compare:
+def half_of_tokens(loss: DivergenceLoss, *, even: bool = False) -> Compare:
     """Half of the general tokens count, those of the largest rank by entropy plus rank by divergence.
 
     The loss is the mean over the tokens that count, general ones and those of items: of them, items have a larger share
     than of all tokens. Metrics are over all tokens, as without the change.
+
+    Args:
+        even: general tokens that count weigh as much together as all of them would; items weigh what they did.
     """
     knows_extended = torch.tensor([teacher.knows_extended for teacher in loss._teachers])[loss._teacher_of]
     trained, general = int(loss._trained.sum()), int(loss._trained[~knows_extended].sum())
-    loss._token_weights = loss._token_weights * (trained / max(1, trained - general // 2))
+    kept = general - general // 2
+    if even:
+        loss._token_weights = torch.where(knows_extended[:, None], 1.0, general / max(1, kept)) * loss._token_weights
+    else:
+        loss._token_weights = loss._token_weights * (trained / max(1, trained - general + kept))
 
     def compare(hidden: torch.Tensor, weight: torch.Tensor, weights: torch.Tensor, *rest: Any) -> Any:
         teacher, options, *others = rest
@@ -251,6 +258,7 @@ TWEAKS: dict[str, Callable[[Any], None]] = {
     "items-forward": _of_loss(partial(items_by, FORWARD_KL)),
     "items-jsd": _of_loss(partial(items_by, JSD)),
     "tokens-half": _of_loss(half_of_tokens),
+    "tokens-half-even": _of_loss(partial(half_of_tokens, even=True)),
     "uncertain-forward": _of_loss(uncertain_by_forward_kl),
     "alternate": lambda trainer: alternate(trainer.prompts),
     "leak-penalty": penalise_leaks,

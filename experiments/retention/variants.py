@@ -101,6 +101,7 @@ VARIANTS: dict[str, Variant] = {
             "items-jsd": "exact + self, JSD on items",
             "alternate": "exact + self, batches alternate",
             "tokens-half": "exact + self, half of general tokens",
+            "tokens-half-even": "exact + self, half of general tokens, even",
             "uncertain-forward": "exact + self, forward KL where uncertain",
         }.items()
     },

@@ -14,9 +14,11 @@ from support.exact_cases import MISSING, TEMPERATURE, Models, Plain, make_models
 
 from experiments.retention.tweaks import LEAK_ADVANTAGE, TWEAKS, upper_half
 from verl.config import AlgoConfig, DataConfig, DistillConfig
+from verl.ops.linear_divergence import linear_divergence
 from verl.protocol import DataProto
 from verl.trainer.data import PromptStream
 from verl.trainer.ppo.advantage import distillation_advantage
+from verl.workers.actor import losses
 from verl.workers.model_workers import StudentWorker
 
 pytestmark = pytest.mark.usefixtures("one_rank")
@@ -45,7 +47,7 @@ def gradient_with(tweak: str, models: Models, distill: DistillConfig, **limits: 
     TWEAKS[tweak](trainer_of(student))
     metrics = student.update_actor(models.batch(2)).meta_info["metrics"]
     assert "actor/distill_loss" in metrics
-    assert ("distill/sampled_gap" in metrics) == (tweak == "tokens-half"), "it is of the reverse KL alone"
+    assert ("distill/sampled_gap" in metrics) == tweak.startswith("tokens"), "it is of the reverse KL alone"
     return tiny.first_gradient(student)
 
 
@@ -82,7 +84,8 @@ def whole(models: Models, plain: Plain) -> tuple[torch.Tensor, torch.Tensor, tor
     return trained & is_general, trained & ~is_general, log_p, models.teacher_log_probs(plain, batch)
 
 
-def test_half_of_the_general_tokens_count_and_divide(models: Models, distill: DistillConfig) -> None:
+@pytest.mark.parametrize("tweak", ["tokens-half", "tokens-half-even"])
+def test_half_of_the_general_tokens_count_and_divide(tweak: str, models: Models, distill: DistillConfig) -> None:
     plain = models.plain()
     general, of_items, log_p, log_q = whole(models, plain)
     divergence, entropy = reverse_kl(log_p, log_q["base"], models.extend_start), -(log_p.exp() * log_p).sum(-1)
@@ -93,9 +96,12 @@ def test_half_of_the_general_tokens_count_and_divide(models: Models, distill: Di
     assert sums[best[kept - 1]] > sums[best[kept]], "this draw has no tie where it matters"
     general_loss = divergence[general][best[:kept]].sum()
     items_loss = 0.6 * reverse_kl(log_p, log_q["full"], models.ids)[of_items].sum()
-    loss = (general_loss + items_loss) / (kept + int(of_items.sum()))
+    if tweak == "tokens-half":
+        loss = (general_loss + items_loss) / (kept + int(of_items.sum()))
+    else:  # general tokens have the share of the mean that all of them would have
+        loss = (general_loss / kept * len(sums) + items_loss) / int((general | of_items).sum())
     right = tiny.plain_gradient(plain.student, loss)
-    tiny.assert_same_gradient(gradient_with("tokens-half", models, distill), right)
+    tiny.assert_same_gradient(gradient_with(tweak, models, distill), right)
 
 
 def test_the_half_is_of_the_largest_sums_of_ranks() -> None:
@@ -125,6 +131,7 @@ def test_forward_kl_is_where_a_teacher_is_uncertain(models: Models, distill: Dis
 def test_what_ranks_all_tokens_refuses_a_part_of_them(tweak: str, models: Models, distill: DistillConfig) -> None:
     with pytest.raises(ValueError, match="ranks all of them"):
         gradient_with(tweak, models, distill, ppo_max_token_len_per_gpu=16)
+    assert losses.linear_divergence is linear_divergence, "other students of this process are left as they are"
 
 
 def test_an_item_token_has_a_small_advantage(models: Models) -> None:

@@ -17,11 +17,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from experiments.retention.results import DONE, read_results
+from experiments.retention.results import DONE, Extras, read_results
 from experiments.retention.study import Budget, Worker, run_study, stages_of
 from experiments.retention.variants import VARIANTS
 
 STEPS = 150
+LEDGER_EVERY = 10
 WORLDS = ("quickstart", "online_retail")
 
 
@@ -48,6 +49,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, help="of training of each run; with --steps: both kinds of runs")
     parser.add_argument("--jobs", type=int, default=2, help="processes side by side; default: %(default)s")
     parser.add_argument("--out", type=Path, default=Path("outputs/retention"), help="default: %(default)s")
+    every = f"take gradients of general rows and of items apart, every N steps; without N: {LEDGER_EVERY}"
+    parser.add_argument("--ledger", type=int, nargs="?", const=LEDGER_EVERY, default=0, metavar="N", help=every)
+    longer = "Recall@K to measure besides; the table has 20 and 64; needs an --out without results that lack it"
+    parser.add_argument("--ks", type=numbers, default=[], metavar="K,...", help=longer)
     parser.add_argument("--report-only", action="store_true", help="write table and plot of what there is")
     args = parser.parse_args(argv)
     args.budgets = [Budget(steps=args.steps)] if args.steps else []
@@ -55,6 +60,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.budgets = args.budgets or [Budget(steps=STEPS)]
     if args.jobs < 1:
         parser.error(f"--jobs {args.jobs} must be at least 1")
+    if args.ledger < 0 or (args.ledger and args.seconds):
+        parser.error(
+            f"--ledger {args.ledger} must be at least 1, and not beside --seconds, of which it would take some"
+        )
+    if any(k < 1 for k in args.ks):
+        parser.error(f"--ks {args.ks} must be at least 1")
     return args
 
 
@@ -73,7 +84,8 @@ def main(argv: list[str] | None = None) -> None:
             except BlockingIOError:
                 sys.exit(f"error: another study writes to {out}; wait for it, or choose another --out")
             try:
-                run_study(stages, results, args.jobs, lambda number: Worker(number, out, args.jobs))
+                extras = Extras(args.ledger, args.ks)
+                run_study(stages, results, args.jobs, lambda number: Worker(number, out, args.jobs, extras))
             except KeyboardInterrupt:
                 have = sum(record["status"] == DONE for record in read_results(results))
                 print(f"interrupted: {have} runs are in {results}; the same command goes on", file=sys.stderr)
@@ -82,7 +94,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def report(out: Path) -> None:
-    """Write table and plot of the results, and show the table."""
+    """Write table and plot of the results, and show the table; with ledgers a table of these too."""
+    from experiments.retention.ledger import ledger_text
     from experiments.retention.plot import plot
     from experiments.retention.table import summarise, table_text
 
@@ -90,6 +103,9 @@ def report(out: Path) -> None:
     text = table_text(summaries)
     (out / "table.md").write_text(text + "\n", encoding="utf-8")
     (out / "retention.svg").write_text(plot(summaries) + "\n", encoding="utf-8")
+    if ledger := ledger_text(out / "runs"):
+        (out / "ledger.md").write_text(ledger + "\n", encoding="utf-8")
+        text = f"{text}\n\n{ledger}"
     print(f"{text}\n\ntable: {out / 'table.md'}\nplot: {out / 'retention.svg'}")
 
 

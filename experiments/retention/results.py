@@ -6,7 +6,7 @@ taken away before the next is written.
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -59,6 +59,16 @@ class Run:
         """A name for folders and messages."""
         parts = [self.world, f"student{self.student_seed}", self.variant]
         return "-".join(parts if self.is_measurement else [*parts, f"seed{self.seed}", self.budget.replace(" ", "")])
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What is measured of runs besides, without a change to them."""
+
+    ledger_every: int = 0
+    """Steps between two lines of ``ledger.jsonl``; 0: none."""
+    recall_at: Sequence[int] = ()
+    """Lengths of recommendation lists besides those that ``evaluate`` measures."""
 
 
 @cache

@@ -9,12 +9,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from experiments.retention.results import DONE, Record, Run, record_of
+from experiments.retention.ledger import LEDGER, keep_ledger
+from experiments.retention.results import DONE, Extras, Record, Run, record_of
+from experiments.retention.tweaks import TWEAKS, replaced, student_of
 from experiments.retention.variants import BEFORE, END_TOKEN, NONE, REHEARSAL_SHARE, TEACHER, VARIANTS, share_of
 from experiments.retention.worlds import Prepared, prepare
 from recipe.onpolicy_distill.main_onpolicy_distill import build_trainer
 from recipe.onpolicy_distill.quickstart.distillation import EXACT_MATCH
 from recipe.onpolicy_distill.quickstart.scoreboard import score
+from recipe.onpolicy_distill.scoreboard import measures
 from verl.config.best_rule import metric_value
 from verl.trainer.launch.checks import check_run
 from verl.trainer.launch.typed import load_config
@@ -27,13 +30,15 @@ ENDLESS = 1_000_000
 """Steps of a run that ends after some seconds."""
 ENGINE_ROWS = 1024
 """Sequences that the scoreboard's engine takes at once; half the time of the default's."""
+NO_EXTRAS = Extras()
 
 
-def execute(run: Run, out: Path) -> Record:
+def execute(run: Run, out: Path, extras: Extras = NO_EXTRAS) -> Record:
     """Train and measure, or measure alone.
 
     Args:
         out: folder of the study; worlds and models are kept below it.
+        extras: what is measured besides.
 
     Raises:
         ValueError: a setting that cannot be used.
@@ -43,19 +48,19 @@ def execute(run: Run, out: Path) -> Record:
     if run.variant == TEACHER:
         return record_of(run, DONE, metrics=scoreboard(prepared, prepared.teacher, rec=False))
     if run.variant == BEFORE:
-        return record_of(run, DONE, metrics=scoreboard(prepared, prepared.student))
+        return record_of(run, DONE, metrics=scoreboard(prepared, prepared.student, extras=extras))
     folder = out / "runs" / run.name
     shutil.rmtree(folder, ignore_errors=True)
-    train(run, prepared, folder, out / "cache" / "data")
+    train(run, prepared, folder, out / "cache" / "data", extras)
     steps, seconds, curve = read_curve(folder / "metrics.jsonl")
     checkpoint = folder / f"global_step_{steps}"
-    metrics = scoreboard(prepared, checkpoint / "actor" / "huggingface")
+    metrics = scoreboard(prepared, checkpoint / "actor" / "huggingface", extras=extras)
     shutil.rmtree(checkpoint)
     return record_of(run, DONE, metrics=metrics, curve=curve, steps=steps, seconds=seconds)
 
 
-def train(run: Run, prepared: Prepared, folder: Path, data_cache: Path) -> None:
-    """Distil into ``folder``: ``metrics.jsonl`` and the last checkpoint."""
+def train(run: Run, prepared: Prepared, folder: Path, data_cache: Path, extras: Extras = NO_EXTRAS) -> None:
+    """Distil into ``folder``: ``metrics.jsonl`` and the last checkpoint, and ``ledger.jsonl`` where it is asked for."""
     settings = trainer_settings(run, prepared, folder, data_cache)
     overrides = [f"{key}={value}" for key, value in settings.items()]
     config = load_config(overrides, "recipe.onpolicy_distill.config", "onpolicy_distill_trainer")
@@ -65,6 +70,10 @@ def train(run: Run, prepared: Prepared, folder: Path, data_cache: Path) -> None:
         end_after(trainer, run.seconds)
     try:
         trainer.init_workers(in_process=True)
+        if tweak := VARIANTS[run.variant].tweak:
+            TWEAKS[tweak](trainer)
+        if extras.ledger_every:  # behind the tweak, so that it takes apart what is trained
+            keep_ledger(student_of(trainer), lambda: trainer.global_steps, run, folder / LEDGER, extras.ledger_every)
         trainer.fit()
     finally:
         trainer.shutdown()
@@ -99,7 +108,7 @@ def trainer_settings(run: Run, prepared: Prepared, folder: Path, data_cache: Pat
         "trainer.default_local_dir": folder,
     }
     variant = VARIANTS[run.variant].all_settings
-    rehearsal = variant.pop("rehearsal")
+    rehearsal, _ = variant.pop("rehearsal"), variant.pop("tweak", None)
     if rehearsal == NONE:
         settings["data.train_files"] = world.general_train
     else:
@@ -138,7 +147,7 @@ def read_curve(path: Path) -> tuple[int, float, list[tuple[int, float]]]:
     return lines[-1]["step"], seconds, curve
 
 
-def scoreboard(prepared: Prepared, model: Path, *, rec: bool = True) -> dict[str, Any]:
+def scoreboard(prepared: Prepared, model: Path, *, rec: bool = True, extras: Extras = NO_EXTRAS) -> dict[str, Any]:
     """The metrics of ``evaluate`` for one model; without recommendation where it has no item tokens."""
     settings: dict[str, Any] = {
         "engine": "hf",
@@ -147,4 +156,5 @@ def scoreboard(prepared: Prepared, model: Path, *, rec: bool = True) -> dict[str
         "max_new_tokens": prepared.max_answer_tokens,
         "rollout": {"max_num_seqs": ENGINE_ROWS},
     }
-    return score(prepared.world, model, prepared.teacher, rec=rec, **settings).metrics
+    with replaced(measures, "KS", (*measures.KS, *extras.recall_at)):
+        return score(prepared.world, model, prepared.teacher, rec=rec, **settings).metrics

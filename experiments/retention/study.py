@@ -26,6 +26,7 @@ from tqdm import tqdm
 from experiments.retention.results import (
     DONE,
     FAILED,
+    Extras,
     Record,
     Run,
     append_result,
@@ -162,10 +163,11 @@ class Worker:
         number: of the process; its log is ``worker-<number>.log``.
         out: folder of the study.
         jobs: processes that share the machine's cores.
+        extras: what is measured besides.
     """
 
-    def __init__(self, number: int, out: Path, jobs: int) -> None:
-        self._out, self._jobs = out, jobs
+    def __init__(self, number: int, out: Path, jobs: int, extras: Extras | None = None) -> None:
+        self._out, self._jobs, self._extras = out, jobs, extras or Extras()
         self._log = out / f"worker-{number}.log"
         self._process: subprocess.Popen[str] | None = None
         self._stopped = False
@@ -212,7 +214,13 @@ class Worker:
         environment.setdefault("GOMP_SPINCOUNT", "10000")
         with open(self._log, "a", encoding="utf-8") as log:
             return subprocess.Popen(
-                [sys.executable, "-m", "experiments.retention.worker", str(self._out)],
+                [
+                    sys.executable,
+                    "-m",
+                    "experiments.retention.worker",
+                    str(self._out),
+                    json.dumps(asdict(self._extras)),
+                ],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,

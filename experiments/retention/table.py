@@ -5,7 +5,7 @@ over before, each run beside its own student; the spread is the sample standard 
 """
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +15,12 @@ from experiments.retention.variants import BEFORE, TEACHER, VARIANTS
 RECOVERED = 0.95
 """Share of the teacher's general accuracy that counts as recovered."""
 
+LONG_LISTS = (20, 64)
+"""Recall@K that is shown where it was measured (``--ks``)."""
 KEPT = {
     "recall_1_kept": "rec_recall_at_1",
     "recall_5_kept": "rec_recall",
+    **{f"recall_{k}_kept": f"rec_recall_at_{k}" for k in LONG_LISTS},
     "free_kept": "free_rate",
     "text_kept": "rec_text_accuracy",
 }
@@ -27,6 +30,7 @@ COLUMNS = {
     "general": "general accuracy",
     "recall_1_kept": "R@1 kept",
     "recall_5_kept": "R@5 kept",
+    **{f"recall_{k}_kept": f"R@{k} kept" for k in LONG_LISTS},
     "free_kept": "free kept",
     "text_kept": "captions kept",
     "item_mass": "item mass",
@@ -86,6 +90,12 @@ class Group:
     students: tuple[int, ...]
     start: Start
     summaries: list[Summary]
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """Those of `COLUMNS` that are shown."""
+        absent = {key for key in (f"recall_{k}_kept" for k in LONG_LISTS) if KEPT[key] not in self.start.before}
+        return {key: label for key, label in COLUMNS.items() if key not in absent}
 
 
 def steps_to_recover(curve: Sequence[tuple[float, float]], teacher: float) -> float | None:
@@ -188,8 +198,8 @@ def table_text(groups: Sequence[Group]) -> str:
 def _group_text(group: Group) -> str:
     seeds = ", ".join(map(str, group.students))
     heading = f"### {group.world}, {group.budget}, student {'seeds' if len(group.students) > 1 else 'seed'} {seeds}"
-    head = ["objective", "runs", *COLUMNS.values(), f"steps to {RECOVERED:.0%}", "steps", "seconds"]
-    rows = [head, ["---"] * len(head), *map(_row, group.summaries)]
+    head = ["objective", "runs", *group.columns.values(), f"steps to {RECOVERED:.0%}", "steps", "seconds"]
+    rows = [head, ["---"] * len(head), *(_row(summary, group.columns) for summary in group.summaries)]
     failed = [f"- {VARIANTS[s.variant].label}: {s.failure}" for s in group.summaries if s.failure]
     table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
     parts = [heading, _start_text(group.start), table]
@@ -202,9 +212,9 @@ def _start_text(start: Start) -> str:
     return f"Teacher: general accuracy {_shown(start.teacher)}.\nStudent before: {before}."
 
 
-def _row(summary: Summary) -> list[str]:
+def _row(summary: Summary, columns: Iterable[str]) -> list[str]:
     cells = [VARIANTS[summary.variant].label, str(summary.runs)]
-    for column in COLUMNS:
+    for column in columns:
         spread = summary.metrics.get(column)
         cells.append("–" if spread is None else _shown(spread, percent=column in KEPT))
     return [*cells, _recovery(summary), *(_whole(summary.metrics.get(name)) for name in ("steps", "seconds"))]

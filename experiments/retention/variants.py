@@ -1,7 +1,8 @@
 """What is compared: objectives, which teacher scores what, learning rates, protection. Data, no code of its own.
 
-A variant is a name, what it is called in the table, Hydra overrides over `COMMON`, and the prompts of the recommender
-that are rehearsed beside the general ones. Add a line to try another.
+A variant is a name, what it is called in the table, Hydra overrides over `COMMON`, the prompts of the recommender that
+are rehearsed beside the general ones, and where no setting does it, a change of the training step (`tweaks`). Add a
+line to try another.
 """
 
 from collections.abc import Mapping
@@ -34,6 +35,7 @@ SELF: Settings = {"++algorithm.distill.teachers.self": "{vocabulary:full,sources
 STITCHED: Settings = {"++algorithm.distill.teachers.stitched": "{vocabulary:stitched,sources:[rec_*]}"}
 LOW_RATE: Settings = {"actor_rollout_ref.actor.optim.lr": 2e-4}
 FROZEN_ROWS: Settings = {"actor_rollout_ref.actor.freeze_extended_rows": True}
+SHORT: Settings = {"actor_rollout_ref.rollout.horizon": 6}
 BAD_SHARES = (0.02, 0.1, 0.6)
 """Of rehearsal, from which a steered share has to find its way."""
 KEEP: Settings = {"trainer.keep": "val/rec_*/reward >= 0.98 of step 0"}
@@ -58,11 +60,14 @@ class Variant:
     """Over `COMMON`."""
     rehearsal: str = NONE
     """Which prompts of the recommender are mixed in."""
+    tweak: str | None = None
+    """A key of `tweaks.TWEAKS`."""
 
     @property
     def all_settings(self) -> dict[str, str | float | bool]:
         """What decides a run's outcome besides its seeds and its length; results are kept with it."""
-        return {**COMMON, **self.settings, "rehearsal": self.rehearsal}
+        tweak = {"tweak": self.tweak} if self.tweak else {}  # results without one have no such key
+        return {**COMMON, **self.settings, "rehearsal": self.rehearsal, **tweak}
 
 
 VARIANTS: dict[str, Variant] = {
@@ -89,5 +94,18 @@ VARIANTS: dict[str, Variant] = {
         for name, label, settings in (("share", "share", {}), ("keep", "steered from share", KEEP))
         for share in BAD_SHARES
     },
+    **{
+        tweak: Variant(label, {**EXACT, **SELF}, HISTORIES, tweak)
+        for tweak, label in {
+            "items-forward": "exact + self, forward KL on items",
+            "items-jsd": "exact + self, JSD on items",
+            "alternate": "exact + self, batches alternate",
+            "tokens-half": "exact + self, half of general tokens",
+            "tokens-half-even": "exact + self, half of general tokens, even",
+            "uncertain-forward": "exact + self, forward KL where uncertain",
+        }.items()
+    },
+    "leak-penalty": Variant("sampled, advantage -1 at an item token", tweak="leak-penalty"),
+    "horizon-6": Variant("exact + self, answers of 6 tokens", {**EXACT, **SELF, **SHORT}, HISTORIES),
 }
 """In the order of the table."""

@@ -7,33 +7,17 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from experiments.retention import worlds
 from experiments.retention.online_retail import OnlineRetailConfig, build
-from experiments.retention.results import DONE, FAILED, Run
+from experiments.retention.results import DONE, FAILED, Extras, Run
 from experiments.retention.runner import execute, trainer_settings
-from experiments.retention.synthetic import PromptShape, synthetic_prompts
+from experiments.retention.tweaks import TWEAKS
 from experiments.retention.variants import HISTORIES, VARIANTS
 from experiments.retention.worker import answer
 from experiments.retention.worlds import Prepared
-from recipe.onpolicy_distill.quickstart.world import World
 from verl.trainer.launch.checks import check_run
 from verl.trainer.launch.typed import load_config
 
 pytestmark = pytest.mark.usefixtures("one_rank")
-
-
-@pytest.fixture(scope="module")
-def prepared(small_world: World, small_models: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Prepared:
-    shape = PromptShape(0, 4, codes_per_level=4, prompts=300)
-    made_up = synthetic_prompts(small_world, shape, tmp_path_factory.mktemp("prompts"))
-    rehearsal = {HISTORIES: small_world.rec_train, **made_up}
-    return Prepared(small_world, *small_models, rehearsal, max_prompt_tokens=64, max_answer_tokens=12)
-
-
-@pytest.fixture
-def small(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The quickstart's world is a small one."""
-    monkeypatch.setitem(worlds.WORLDS, "quickstart", lambda seed, folder: prepared)
 
 
 def test_every_variant_is_a_valid_configuration(prepared: Prepared, tmp_path: Path) -> None:
@@ -43,8 +27,12 @@ def test_every_variant_is_a_valid_configuration(prepared: Prepared, tmp_path: Pa
         config = load_config(overrides, "recipe.onpolicy_distill.config", "onpolicy_distill_trainer")
         check_run(config)
         distill = config.algorithm.distill
-        assert (distill.objective == "exact") == name.startswith(("exact", "stitched")), name
-        assert bool(distill.teachers) == bool(config.data.source_weights) == ("self" in name or name == "stitched")
+        sampled = name.startswith(("public", "sampled", "leak"))
+        assert (distill.objective == "exact") == (not sampled), name
+        rehearsed = "self" in name or VARIANTS[name].rehearsal == HISTORIES
+        assert bool(distill.teachers) == bool(config.data.source_weights) == rehearsed
+        assert config.actor_rollout_ref.rollout.horizon.at(3) == (6 if name == "horizon-6" else None)
+        assert VARIANTS[name].tweak in (None, *TWEAKS)
         assert config.actor_rollout_ref.actor.optim.lr == (2e-4 if "low-lr" in name else 5e-4)
         assert (config.actor_rollout_ref.rollout.seed, config.data.seed) == (1, 1)
 
@@ -61,7 +49,9 @@ def test_a_run_trains_and_measures_and_leaves_its_metrics(tmp_path: Path) -> Non
     assert (folder / "metrics.jsonl").is_file() and not list(folder.glob("global_step_*"))
     timed = execute(Run("quickstart", 0, "sampled", 0, seconds=1e-3), tmp_path)
     assert (timed["status"], timed["steps"]) == (DONE, 1), "it ends with the step that passes its seconds"
-    before = execute(Run("quickstart", 0, "before"), tmp_path)["metrics"]
+    before = execute(Run("quickstart", 0, "before"), tmp_path, Extras(recall_at=[16]))["metrics"]
+    assert before["rec_recall_at_16"] == 1.0, "there are 16 items"
+    assert "rec_recall_at_16" not in record["metrics"]
     assert before["reverse_kl"] != record["metrics"]["reverse_kl"], "it was trained"
 
 
@@ -69,9 +59,9 @@ def test_a_run_trains_and_measures_and_leaves_its_metrics(tmp_path: Path) -> Non
 def test_a_run_that_cannot_start_is_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     unknown = dataclasses.replace(VARIANTS["exact"], settings={"algorithm.distill.no_such_key": 1})
     monkeypatch.setitem(VARIANTS, "exact", unknown)
-    record = answer(Run("quickstart", 0, "exact", 0, steps=2), tmp_path)
+    record = answer(Run("quickstart", 0, "exact", 0, steps=2), tmp_path, Extras())
     assert record["status"] == FAILED and "no_such_key" in record["message"]
-    assert answer(Run("nowhere", 0, "before"), tmp_path)["message"].startswith("ValueError: --world nowhere")
+    assert answer(Run("nowhere", 0, "before"), tmp_path, Extras())["message"].startswith("ValueError: --world nowhere")
 
 
 def test_real_purchases_make_a_world_of_the_same_form(shared_data: Path, tmp_path: Path) -> None:

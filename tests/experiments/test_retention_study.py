@@ -86,9 +86,9 @@ def test_results_of_other_settings_lengths_or_models_are_not_taken_for_these(mon
 def test_a_process_that_dies_is_a_failed_run_and_the_next_run_gets_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    program = "from experiments.retention import worker; import os; worker.answer = lambda run, out: "
+    program = "from experiments.retention import worker; import os; worker.answer = lambda run, out, _: "
     program += "os._exit(7) if run.variant == 'sampled' else print('what libraries print') or [run.name, str(out)]; "
-    command = [sys.executable, "-c", program + "worker.main()", str(tmp_path)]
+    command = [sys.executable, "-c", program + "worker.main()", str(tmp_path), "{}"]
 
     def start(worker: Worker) -> "subprocess.Popen[str]":
         return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -109,6 +109,10 @@ def test_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     args = parse_args(["--variants", "exact,sampled", "--seeds", "0,2", "--steps", "7", "--seconds", "3"])
     assert (args.variants, args.seeds, args.student_seeds) == (["exact", "sampled"], [0, 2], [0])
     assert args.budgets == [Budget(steps=7), Budget(seconds=3.0)]
+    assert (args.ledger, parse_args(["--ledger"]).ledger, parse_args(["--ledger", "4"]).ledger) == (0, 10, 4)
+    with pytest.raises(SystemExit):
+        parse_args(["--ledger", "--seconds", "3"])
+    assert "not beside --seconds" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         parse_args(["--variants", "exct"])
     assert "exct is not one of public-fork, " in capsys.readouterr().err

@@ -8,7 +8,15 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
 from recipe.onpolicy_distill.onpolicy_distill_trainer import RayOnPolicyDistillTrainer
-from support.tiny_workers import draw_rows, load_plain, plain_log_probs, rollouts, with_loss_inputs, worker_config
+from support.tiny_workers import (
+    draw_rows,
+    load_plain,
+    plain_log_probs,
+    rollouts,
+    with_loss_inputs,
+    worker_config,
+    write_model,
+)
 from verl.config import ActorRolloutRefConfig, DistillConfig, PPOConfig, TeacherConfig
 from verl.protocol import DataProto
 from verl.workers.model_workers import StudentWorker, TeacherWorker
@@ -89,6 +97,16 @@ class Models(NamedTuple):
             losses = torch.where(batch.tensor("teacher")[:, None] == place, own, losses)
         mask = batch.tensor("response_mask")
         return (losses * mask).sum() / mask.sum()
+
+
+def make_models(student: Path, tokenizers: tuple[Path, Path], folder: Path) -> Models:
+    """A student with an untied one, and another model with its vocabulary; and a tied teacher, whose padded rows reach
+    past the first extended ids, as the real teacher's do."""
+    extend_start, ids = (len(AutoTokenizer.from_pretrained(tokenizer)) for tokenizer in tokenizers)
+    teacher = write_model(folder / "teacher", tokenizers[0], rows=ids - 10, seed=1)
+    untied = write_model(folder / "untied", tokenizers[1], tied=False)
+    frozen = write_model(folder / "frozen", tokenizers[1], seed=5)
+    return Models(student, untied, teacher, frozen, ids, extend_start)
 
 
 def over_support(log_p: torch.Tensor, log_q: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:

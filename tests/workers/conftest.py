@@ -3,9 +3,8 @@
 from pathlib import Path
 
 import pytest
-from support.exact_cases import Models
+from support.exact_cases import Models, make_models
 from support.tiny_workers import write_model
-from transformers import AutoTokenizer
 
 
 @pytest.fixture(scope="session")
@@ -16,10 +15,5 @@ def student_model(tiny_tokenizers: tuple[Path, Path], tmp_path_factory: pytest.T
 
 @pytest.fixture(scope="session")
 def models(tiny_tokenizers, student_model, tmp_path_factory) -> Models:
-    """That student, an untied one, and another model with its vocabulary; and a tied teacher, whose padded rows reach
-    past the first extended ids, as the real teacher's do."""
-    extend_start, ids = (len(AutoTokenizer.from_pretrained(folder)) for folder in tiny_tokenizers)
-    teacher = write_model(tmp_path_factory.mktemp("teacher"), tiny_tokenizers[0], rows=ids - 10, seed=1)
-    untied = write_model(tmp_path_factory.mktemp("untied"), tiny_tokenizers[1], tied=False)
-    frozen = write_model(tmp_path_factory.mktemp("frozen"), tiny_tokenizers[1], seed=5)
-    return Models(student_model, untied, teacher, frozen, ids, extend_start)
+    """That student with its teachers."""
+    return make_models(student_model, tiny_tokenizers, tmp_path_factory.mktemp("models"))

@@ -8,6 +8,10 @@ line to try another.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import yaml
+
+from recipe.onpolicy_distill.quickstart import distillation
+
 Settings = Mapping[str, str | float | bool]
 """Hydra keys and values."""
 
@@ -42,6 +46,15 @@ KEEP: Settings = {"trainer.keep": "val/rec_*/reward >= 0.98 of step 0"}
 PUBLIC_FORK: Settings = {
     "actor_rollout_ref.rollout.mask_after_extend_token": False,
     "actor_rollout_ref.ref.ref_replace_token_id": END_TOKEN,
+}
+
+
+QUICKSTART: Settings = {
+    **yaml.safe_load(distillation.SETTINGS.read_text(encoding="utf-8")),
+    **distillation.SETTINGS_OF_EXACT,
+    "actor_rollout_ref.actor.optim.lr": distillation.LEARNING_RATES[distillation.EXACT],
+    "trainer.n_gpus_per_node": 1,
+    "trainer.logger": "[file]",
 }
 
 
@@ -84,6 +97,7 @@ VARIANTS: dict[str, Variant] = {
     "exact-self-items": Variant("exact + self, random items", {**EXACT, **SELF}, ITEMS),
     "exact-self-codes": Variant("exact + self, random codes", {**EXACT, **SELF}, CODES),
     "exact-leak-self": Variant("exact + leak + self, histories", {**EXACT, **LEAK, **SELF}, HISTORIES),
+    "quickstart": Variant("the quickstart's default", QUICKSTART, HISTORIES),
     "exact-self-low-lr": Variant("exact + self, histories, lr 2e-4", {**EXACT, **SELF, **LOW_RATE}, HISTORIES),
     "exact-self-frozen": Variant("exact + self, frozen item rows", {**EXACT, **SELF, **FROZEN_ROWS}, HISTORIES),
     "stitched": Variant("exact + stitched, histories", {**EXACT, **STITCHED}, HISTORIES),

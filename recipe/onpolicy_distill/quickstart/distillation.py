@@ -27,15 +27,26 @@ trains on that too, while the teacher reads an end token in place of each item t
 EXACT, SAMPLED = "exact", "sampled"
 OBJECTIVES = (EXACT, SAMPLED)
 """``exact``: the whole reverse KL to the teacher on general prompts, and to the student as it was, frozen, on
-recommendation prompts, a quarter of each batch. ``sampled``: the original method, drawn tokens on general prompts."""
-REHEARSAL_SHARE = 0.25
+recommendation prompts. ``sampled``: the original method, drawn tokens on general prompts."""
+SHARES = {"rec_next": 0.15, "rec_caption": 0.15, "general_*": 0.7}
+"""Of a batch, by source: each family of recommendation prompts has its own, for what is not rehearsed is forgotten."""
+SELF_WEIGHT = 10
+"""Of the tokens that the frozen student scores. At 1 general tokens, far from their teacher, decide the first steps,
+and what those break is mended late."""
 REAL, ITEMS, CODES = "real", "items", "codes"
 REHEARSALS = (REAL, ITEMS, CODES)
 """Recommendation prompts of the objective exact: those that the student learned from, or such prompts with random items
 of the catalogue, or with random codes, in place of histories."""
 SYNTHETIC_PROMPTS = 4000
-LEARNING_RATES = {EXACT: 5e-4, SAMPLED: 1e-3}
-STEPS = {EXACT: 120, SAMPLED: 200}
+SETTINGS_OF_EXACT = {
+    "algorithm.distill.objective": "exact",
+    "algorithm.distill.support": "shared",
+    "algorithm.distill.leak_coef": 1.0,
+    "++algorithm.distill.teachers.self": f"{{vocabulary:full,sources:[rec_*],weight:{SELF_WEIGHT}}}",
+    "data.source_weights": "{" + ",".join(f"{source}:{share}" for source, share in SHARES.items()) + "}",
+}
+LEARNING_RATES = {EXACT: 6e-4, SAMPLED: 1e-3}
+STEPS = {EXACT: 150, SAMPLED: 200}
 """Steps that an objective needs here."""
 EXACT_MATCH = Path(__file__).with_name("exact_match.py")
 SETTINGS = Path(__file__).with_name("distillation.yaml")
@@ -101,31 +112,17 @@ class Distillation:
         return [*command, *(f"{key}={value}" for key, value in settings.items()), *self.overrides]
 
     def _settings_of_objective(self) -> dict[str, Any]:
-        world = self.world
-        if self.objective == SAMPLED:
-            return {"data.train_files": world.general_train}
-        return {
-            "algorithm.distill.objective": "exact",
-            "algorithm.distill.support": "shared",
-            "algorithm.distill.leak_coef": 1.0,
-            "++algorithm.distill.teachers.self": "{vocabulary:full,sources:[rec_*]}",
-            **self._settings_of_rehearsal(),
-        }
-
-    def _settings_of_rehearsal(self) -> dict[str, Any]:
-        """Recommendation prompts and their share; made ones as the world's are, in number of items and of captions."""
+        """Recommendation prompts that are made have the sources and the form of the world's."""
         from recipe.onpolicy_distill.quickstart.world import WorldConfig
 
-        world, general = self.world, f"general_*:{1 - REHEARSAL_SHARE}"
+        world, key = self.world, "data.synthetic_item_prompts"
+        if self.objective == SAMPLED:
+            return {"data.train_files": world.general_train}
         if self.rehearsal == REAL:
-            return {
-                "data.train_files": f"[{world.general_train},{world.rec_train}]",
-                "data.source_weights": f"{{rec_*:{REHEARSAL_SHARE},{general}}}",
-            }
-        captions, key = WorldConfig.caption_share * REHEARSAL_SHARE, "data.synthetic_item_prompts"
+            return {**SETTINGS_OF_EXACT, "data.train_files": f"[{world.general_train},{world.rec_train}]"}
         return {
+            **SETTINGS_OF_EXACT,
             "data.train_files": world.general_train,
-            "data.source_weights": f"{{rec_next:{REHEARSAL_SHARE - captions},rec_caption:{captions},{general}}}",
             f"{key}.count": SYNTHETIC_PROMPTS,
             f"{key}.catalogue": world.catalogue if self.rehearsal == ITEMS else "null",
             f"++{key}.templates": "{next:{user:'history: {history}'},caption:{user:'caption: {item}'}}",

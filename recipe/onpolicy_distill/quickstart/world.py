@@ -58,9 +58,9 @@ class WorldConfig:
     """Recommendation chats to learn."""
     caption_share: float = 0.2
     """Share of captions among them."""
-    test_users: int = 256
+    test_users: int = 512
     """Users to test recommendation on."""
-    test_captions: int = 64
+    test_captions: int = 128
     """Captions to test."""
     items: int = 128
     """Items in the catalogue, a multiple of ``tastes``."""

@@ -33,7 +33,8 @@ def test_every_variant_is_a_valid_configuration(prepared: Prepared, tmp_path: Pa
         assert bool(distill.teachers) == bool(config.data.source_weights) == rehearsed
         assert config.actor_rollout_ref.rollout.horizon.at(3) == (6 if name == "horizon-6" else None)
         assert VARIANTS[name].tweak in (None, *TWEAKS)
-        assert config.actor_rollout_ref.actor.optim.lr == (2e-4 if "low-lr" in name else 5e-4)
+        rate = 2e-4 if "low-lr" in name else 6e-4 if name == "quickstart" else 5e-4
+        assert config.actor_rollout_ref.actor.optim.lr == rate
         assert (config.actor_rollout_ref.rollout.seed, config.data.seed) == (1, 1)
 
 

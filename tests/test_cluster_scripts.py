@@ -5,7 +5,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from support.script_runner import CLUSTER, DEPLOY, LAUNCH, MODELS, RAY_NODE, REPO, executable, run, stand_in
+from support.script_runner import CLUSTER, DEPLOY, LAUNCH, MODELS, RAY_NODE, REPO, executable, read_back, run, stand_in
 
 from verl.trainer.launch.typed import load_config
 from verl.utils.redaction import looks_secret
@@ -178,7 +178,7 @@ def test_variables_are_passed_to_workers_as_they_are_and_without_secrets(hostfil
     names = (*SECRETS, *PLAIN)
     exported = dict.fromkeys(names, "1") | {f"UCX_{i}": value for i, value in enumerate(VALUES)}
     env = {**MODELS, **exported, "DRY_RUN": 1, "CLUSTER_DIR": tmp_path}
-    lines = run(LAUNCH, hostfile("node-a slots=4", "node-b slots=4"), **env).stdout.splitlines()
+    lines = read_back(run(LAUNCH, hostfile("node-a slots=4", "node-b slots=4"), **env).stdout)
     assert {"trainer.n_gpus_per_node=4", "trainer.nnodes=2"} <= {*lines}
     for name, value in exported.items():
         monkeypatch.setenv(name, value)
@@ -200,5 +200,5 @@ def test_fewer_slots_than_gpus_are_named(hostfile, tmp_path):
     env = {"DRY_RUN": 1, "PATH": f"{tmp_path}:{os.environ['PATH']}", **MODELS}
     for slots, notices in ((1, 1), (4, 0), (8, 0)):
         done = run(LAUNCH, hostfile(f"node-a slots={slots}", f"node-b slots={slots}"), **env)
-        assert f"trainer.n_gpus_per_node={slots}\n" in done.stdout
+        assert f"trainer.n_gpus_per_node={slots} \\\n" in done.stdout
         assert done.stderr.count("and this one has 4 GPUs; N_GPUS_PER_NODE=4 uses them all") == notices

@@ -4,7 +4,18 @@ import os
 import subprocess
 
 import pytest
-from support.script_runner import CLUSTER, DEPLOY, LAUNCH, LAUNCH_SMALL, MODELS, RAY_NODE, executable, run, stand_in
+from support.script_runner import (
+    CLUSTER,
+    DEPLOY,
+    LAUNCH,
+    LAUNCH_SMALL,
+    MODELS,
+    RAY_NODE,
+    executable,
+    read_back,
+    run,
+    stand_in,
+)
 from support.tiny_pairs import REPO
 
 
@@ -12,7 +23,7 @@ def launch(*arguments, script=LAUNCH, **env):
     """The command a launch would run, as its list of arguments."""
     done = run(script, *arguments, DRY_RUN=1, **{**MODELS, **env})
     assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
+    return read_back(done.stdout)
 
 
 def settings(*arguments, **env):
@@ -61,8 +72,8 @@ def test_variables_are_read_and_have_defaults():
 
 def test_overrides_come_last_and_unchanged_and_are_not_taken_for_a_hostfile():
     for first in ("data.train_batch_size=4", "++a=b", "~a", "--cfg"):
-        overrides = [first, "trainer.logger=[console, file]", "~x"]
-        assert launch(*overrides)[-3:] == overrides
+        overrides = [first, "trainer.logger=[console, file]", "++a.b='{c: \"d*\"}'", "x=two\nlines", "~x"]
+        assert launch(*overrides)[-5:] == overrides
 
 
 @pytest.mark.parametrize(

@@ -131,6 +131,18 @@ run_with_restarts() {
     done
 }
 
+# A command as a shell reads it back, an argument a line.
+print_command() {
+    local argument end
+    while (($#)); do
+        argument="$1" end=' \'
+        shift
+        [[ "$argument" =~ ^[A-Za-z0-9_./:=,@%+-]+$ ]] || argument="${argument@Q}"
+        (($#)) || end=''
+        printf '%s%s\n' "$argument" "$end"
+    done
+}
+
 main() {
     local hostfile=""
     case "${1:-}" in
@@ -195,7 +207,7 @@ main() {
 
     local command=("$python" -m recipe.onpolicy_distill.main_onpolicy_distill "${settings[@]}" "${connect[@]}" "$@")
     if [[ -n "${DRY_RUN:-}" ]]; then
-        printf '%s\n' "${command[@]}"
+        print_command "${command[@]}"
         exit 0
     fi
     export PYTHONPATH="$REPO${PYTHONPATH:+:$PYTHONPATH}"

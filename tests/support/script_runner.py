@@ -39,3 +39,10 @@ def executable(path, text):
     path.write_text(text)
     path.chmod(0o755)
     return path
+
+
+def read_back(command):
+    """The arguments of a command that was printed, as a shell reads it."""
+    script = f"printf '%s\\0' {command}"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True, timeout=60)
+    return done.stdout.split("\0")[:-1]

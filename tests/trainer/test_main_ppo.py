@@ -10,6 +10,8 @@ from support.launch import read_metrics, write_onerec_parquet
 from support.tiny_pairs import Pair
 
 from verl.config import PPOConfig
+from verl.trainer import main_ppo
+from verl.trainer.checkpoint.layout import NothingToTrain
 from verl.trainer.main_ppo import build_trainer
 
 pytestmark = pytest.mark.usefixtures("one_rank")
@@ -70,3 +72,16 @@ def test_what_is_found_before_anything_starts(tiny_pair: Pair, tmp_path: Path) -
     ):
         with pytest.raises(ValueError, match=expected):
             build_trainer(reward_run(tiny_pair, tmp_path, **{key: value}))
+
+
+def test_a_run_that_has_ended_already_is_no_error(
+    tiny_pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def build(config: PPOConfig) -> Any:
+        raise NothingToTrain("nothing to train: the run ends at step 3")
+
+    monkeypatch.setattr(main_ppo, "to_typed", lambda config: config)
+    monkeypatch.setattr(main_ppo, "keep_to_loopback", lambda: None)  # it changes this process
+    write_onerec_parquet(tmp_path / "train.parquet", 4)
+    main_ppo.start(reward_run(tiny_pair, tmp_path), build)
+    assert capsys.readouterr().out == "nothing to train: the run ends at step 3\n"

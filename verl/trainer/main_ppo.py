@@ -19,6 +19,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from verl.config import PPOConfig
+from verl.trainer.checkpoint.layout import NothingToTrain
 from verl.trainer.launch.checks import check_ranks, check_run, prepare_folders
 from verl.trainer.launch.typed import normalized_argv, to_typed
 from verl.utils.console import escape_unknown_characters
@@ -108,6 +109,9 @@ def start(cfg: DictConfig, build: "Callable[[PPOConfig], RayPPOTrainer]") -> Non
         for notice in check_run(config):
             logger.warning(notice)
         trainer = build(config)
+    except NothingToTrain as end:
+        print(end)
+        return
     except ValueError as error:
         sys.exit(f"error: {error}")
     from verl.trainer.launch.run import run

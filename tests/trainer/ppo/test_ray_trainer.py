@@ -13,6 +13,7 @@ from recipe.onpolicy_distill.onpolicy_distill_trainer import RayOnPolicyDistillT
 from verl.config import PPOConfig, TrainerConfig
 from verl.experimental.agent_loop.base import TEACHER_KNOWS_EXTENDED
 from verl.protocol import DataProto
+from verl.trainer.checkpoint.layout import NothingToTrain
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer
 from verl.utils.tracking import Tracking
 from verl.workers.fsdp.checkpoint import SaveOutcome
@@ -268,7 +269,7 @@ def test_a_run_resumes_where_it_was_saved(tmp_path: Path) -> None:
     seen = [row for batch in first.actor_wg.updated[2:] for row in batch.non_tensor_batch["index"]]
     seen += list(second.actor_wg.updated[0].non_tensor_batch["index"])
     assert sorted(seen) == list(range(8)), "the second epoch continues with the remaining prompts"
-    with pytest.raises(ValueError, match=r"nothing to train: .*global_step_3 is there; .*resume_mode=disable"):
+    with pytest.raises(NothingToTrain, match=r"nothing to train: .*global_step_3 is there; .*resume_mode=disable"):
         make_trainer(make_config(tmp_path, total_training_steps=3))
 
 

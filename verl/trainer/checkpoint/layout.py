@@ -41,6 +41,10 @@ UNMERGED = "its weights are in the shards of a checkpoint; give what the model_m
 _STEP_FOLDER = re.compile(r"global_step_\d+")
 
 
+class NothingToTrain(Exception):
+    """The run has taken all its steps: no error, so that a queue that starts it again is content."""
+
+
 # ------------------------------------------------------------------ names
 
 

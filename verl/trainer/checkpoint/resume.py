@@ -101,8 +101,8 @@ def find_resumable(config: PPOConfig, identity: dict[str, Any], total_steps: int
     First clears what a killed run left half-written.
 
     Raises:
-        ValueError: the checkpoint is not whole, belongs to another run, or leaves this run no step to take; or what a
-            killed run left cannot be removed.
+        layout.NothingToTrain: the checkpoint leaves this run no step to take.
+        ValueError: the checkpoint is not whole, or belongs to another run; or what a killed run left cannot be removed.
     """
     trainer = config.trainer
     if not trainer.val_only:  # validating a run that is still going must not touch what it writes
@@ -118,7 +118,7 @@ def find_resumable(config: PPOConfig, identity: dict[str, Any], total_steps: int
         return None
     require_same_run(folder, config, identity)
     if not trainer.val_only and layout.checkpoint_step(folder) >= total_steps:
-        raise ValueError(
+        raise layout.NothingToTrain(
             f"nothing to train: the run ends at step {total_steps} and {folder} is there; raise "
             "trainer.total_training_steps, or set trainer.resume_mode=disable or another trainer.default_local_dir"
         )

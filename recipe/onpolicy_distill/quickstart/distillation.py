@@ -38,7 +38,7 @@ REHEARSALS = (REAL, ITEMS, CODES)
 """Recommendation prompts of the objective exact: those that the student learned from, or such prompts with random items
 of the catalogue, or with random codes, in place of histories."""
 SYNTHETIC_PROMPTS = 4000
-SETTINGS_OF_EXACT = {
+SETTINGS_OF_EXACT: dict[str, str | float | bool] = {
     "algorithm.distill.objective": "exact",
     "algorithm.distill.support": "shared",
     "algorithm.distill.leak_coef": 1.0,

@@ -65,6 +65,7 @@ SCHEMA = {"type": "function", "function": {"name": "look", "parameters": {}}}
         ("{{ messages[0].content }}<think>", {"enable_think": True}, [], "opens a thought in any case"),
         ("{{ messages[0].content }}<think>", {"enable_think": True, "think_mode": "force_think"}, [], None),
         ("{{ messages[0].content }}<think>", {}, [], None),
+        ("{{ messages[0].content }}", {"enable_think": True}, [], "appends /think or /no_think to questions"),
         (
             "{{ messages[0].content }}{{ 'tools' if tools }}",
             {},

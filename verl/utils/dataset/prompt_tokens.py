@@ -105,6 +105,12 @@ class PromptEncoder:
         if "strftime_now" in template and "date_string" not in self._options:
             date = f"{TEMPLATE_DATE:%d %b %Y}"
             yield f"the chat template writes a date, which is {date} in all prompts; {key}.date_string may change it"
+        if config.enable_think and "think" not in template:
+            switches = " or ".join(switch.strip() for switch in possible_switches(config) if switch)
+            yield (
+                f"data.enable_think=True appends {switches} to questions, which the chat template of "
+                f"{self.tokenizer.name_or_path} does not know; set data.enable_think=False where a model never thinks"
+            )
         if not (config.enable_think or self._tool_schemas):
             return
         question: list[Message] = [{"role": "user", "content": "question"}]

@@ -135,7 +135,7 @@ run_with_restarts() {
 print_command() {
     local argument end
     while (($#)); do
-        argument="$1" end=' \'
+        argument="$1" end=" \\"
         shift
         [[ "$argument" =~ ^[A-Za-z0-9_./:=,@%+-]+$ ]] || argument="${argument@Q}"
         (($#)) || end=''

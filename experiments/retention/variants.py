@@ -47,15 +47,14 @@ PUBLIC_FORK: Settings = {
     "actor_rollout_ref.rollout.mask_after_extend_token": False,
     "actor_rollout_ref.ref.ref_replace_token_id": END_TOKEN,
 }
-
-
+_SETTINGS = yaml.safe_load(distillation.SETTINGS.read_text(encoding="utf-8"))
 QUICKSTART: Settings = {
-    **yaml.safe_load(distillation.SETTINGS.read_text(encoding="utf-8")),
+    # The study has processes, folders and loggers of its own.
+    **{key: value for key, value in _SETTINGS.items() if not key.startswith("trainer.")},
     **distillation.SETTINGS_OF_EXACT,
     "actor_rollout_ref.actor.optim.lr": distillation.LEARNING_RATES[distillation.EXACT],
-    "trainer.n_gpus_per_node": 1,
-    "trainer.logger": "[file]",
 }
+"""What ``make quickstart`` does, but for its length."""
 
 
 def share_of(rehearsal: float) -> Settings:

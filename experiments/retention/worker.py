@@ -1,9 +1,8 @@
 """A process that makes one run after another, with everything it imported kept warm.
 
 In: the study's folder and the fields of `Extras` as arguments, and one line of JSON per run on stdin (the fields of
-`Run`). Out: one line per run on stdout, its record; progress and
-warnings go to stderr. It ends with stdin. A run that cannot start or fails is a record too; a fault of the program
-ends the process.
+`Run`). Out: one line per run on stdout, its record; progress and warnings go to stderr. It ends with stdin. A run that
+cannot start or fails is a record too; a fault of the program ends the process.
 """
 
 import json

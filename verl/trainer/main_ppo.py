@@ -94,7 +94,7 @@ def build_trainer(
 
 
 def start(cfg: DictConfig, build: "Callable[[PPOConfig], RayPPOTrainer]") -> None:
-    """Type and check a composed configuration, read the data, then run.
+    """Type and check a composed configuration, read the data, then run; a run that has ended already says so.
 
     Raises:
         SystemExit: a user's mistake, with its message, or the run did not reach its last step.

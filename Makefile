@@ -6,7 +6,7 @@ PYTEST = $(ENV_DIR)/bin/python -m pytest
 WORKERS ?= 2
 export ENV_DIR
 
-.PHONY: env test test-slow test-all soak quickstart gpu-check lint format clean
+.PHONY: env test test-slow test-all soak quickstart gpu-check lint docs format clean
 
 env:
 	bash deploy_env.sh --dev
@@ -35,6 +35,10 @@ lint: env
 	$(ENV_DIR)/bin/ruff format --check .
 	$(ENV_DIR)/bin/mypy
 	$(ENV_DIR)/bin/shellcheck -x *.sh scripts/*.sh recipe/onpolicy_distill/*.sh .ci/run
+
+# The site of docs/ in build/site; a link or an anchor that leads nowhere is an error.
+docs: env
+	NO_MKDOCS_2_WARNING=1 $(ENV_DIR)/bin/python -m mkdocs build --strict --quiet
 
 format: env
 	$(ENV_DIR)/bin/ruff check --fix .

@@ -92,7 +92,10 @@ def test_the_distillation_s_settings_are_valid(tmp_path):
     overrides = [f"{key}={value}" for key, value in settings(DistilConfig(3, bf16=True), **folders).items()]
     config = load_config(overrides, "recipe.onpolicy_distill.config", "onpolicy_distill_trainer")
     assert config.algorithm.distill.is_exact and config.algorithm.distill.teacher_knows_extended(data.NEXT)
-    assert (config.data.seed, config.data.source_weights) == (3, {"rec_*": 0.25, "general_*": 0.75})
+    assert (config.data.seed, config.data.source_weights) == (
+        3,
+        {"rec_next": 0.1, "rec_title": 0.1, "rec_item": 0.1, "general_*": 0.7},
+    )
     assert sizes_of("full", 2, True).judge.bf16 and sizes_of("small", 2, False).student.learning_rate == 3e-4
 
 

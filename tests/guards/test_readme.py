@@ -10,11 +10,12 @@ from verl.trainer.launch.typed import load_config
 
 REPO = Path(__file__).resolve().parents[2]
 README = (REPO / "README.md").read_text(encoding="utf-8")
+PAGES = [REPO / "README.md", REPO / "CONTRIBUTING.md", *REPO.glob("docs/*.md"), *REPO.glob("experiments/*/*.md")]
 
 
 def tree_paths() -> list[str]:
     """Paths of the README's annotated tree, with their folders put in front by indentation."""
-    block = next(part for part in README.split("```") if "recipe/onpolicy_distill/" in part and "protocol.py" in part)
+    block = README.split("```")[1]
     paths, parent = [], ""
     for line in block.strip().splitlines():
         name = line.split()[0]
@@ -44,13 +45,17 @@ def test_scripts_make_targets_and_modules_that_it_names_exist() -> None:
     assert targets and not [name for name in targets if not re.search(rf"^{name}:", makefile, re.MULTILINE)]
     modules = set(re.findall(r"python -m ([\w.]+)", README))
     assert modules and not [name for name in modules if not (REPO / (name.replace(".", "/") + ".py")).is_file()]
-    links = set(re.findall(r"\]\(([\w/.]+)\)", README))
-    assert links and not [name for name in links if not (REPO / name).is_file()]
+
+
+def test_links_lead_to_files() -> None:
+    links = [(page, link) for page in PAGES for link in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text("utf-8"))]
+    assert len(links) > 50 and not [(page.name, link) for page, link in links if not (page.parent / link).is_file()]
 
 
 @pytest.mark.parametrize("first", ["algorithm.distill.objective=exact", "data.synthetic_item_prompts"])
-def test_settings_that_it_shows_are_accepted(first: str) -> None:
-    block = next(part for part in README.split("\n\n") if part.startswith(f"    {first}"))
+def test_settings_for_rehearsal_are_accepted(first: str) -> None:
+    objectives = (REPO / "docs" / "objectives.md").read_text(encoding="utf-8")
+    block = next(part for part in objectives.split("\n\n") if part.startswith(f"    {first}"))
     # The second block takes the place of some lines of the first.
     others = ["algorithm.distill.objective=exact", "actor_rollout_ref.rollout.extend_vocab_start_token=auto"]
     overrides = [*others, *shlex.split(block.replace("\\\n", " "))]
@@ -60,6 +65,18 @@ def test_settings_that_it_shows_are_accepted(first: str) -> None:
     else:
         assert config.algorithm.distill.is_exact and config.algorithm.distill.teacher_knows_extended("rec_next")
         assert config.data.source_weights == {"rec_*": 0.3, "general_*": 0.7}
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/first_run.md", "docs/quickstart.md"])
+def test_settings_of_launch_lines_are_accepted(page: str) -> None:
+    text = (REPO / page).read_text(encoding="utf-8").replace("\\\n", " ")
+    lines = [line for line in text.splitlines() if re.match(r" {4}.*run_qwen3_distill.sh ", line) and "=exact" in line]
+    assert lines
+    for line in lines:
+        overrides = shlex.split(line.partition("run_qwen3_distill.sh ")[2])
+        overrides.append("actor_rollout_ref.rollout.extend_vocab_start_token=auto")
+        config = load_config(overrides, "recipe.onpolicy_distill.config", "onpolicy_distill_trainer")
+        assert config.algorithm.distill.is_exact and config.trainer.test_freq == 10
 
 
 def test_it_stays_short() -> None:

@@ -149,6 +149,8 @@ def test_metrics_by_hand():
     accuracy = {"general_accuracy": 2 / 3, "general_accuracy_by_task": by_task}
     assert accuracy_metrics("general_", answers) == accuracy
     assert accuracy_metrics("general_", []) == {}
+    unknown = [Answered("chats", "Hello", " "), Answered("chats", "", "")]
+    assert accuracy_metrics("general_", unknown) == {} and accuracy_metrics("general_", answers + unknown) == accuracy
     ranking = [(n, 0, 0) for n in range(10)]
     targets = [frozenset({(0, 0, 0)}), frozenset({(4, 0, 0), (9, 0, 0), (11, 0, 0), (12, 0, 0)})]
     recall = {"rec_recall_at_1": 0.5, "rec_recall": 0.625, "rec_recall_at_10": 0.75}

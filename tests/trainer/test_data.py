@@ -24,10 +24,9 @@ STEPS = PER_EPOCH * EPOCHS
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with chats in ``train.parquet``, the last without an answer."""
+    """A folder with chats in ``train.parquet``, the last without a turn."""
     folder = tmp_path_factory.mktemp("data")
-    unanswered = {"messages": json.dumps([{"role": "user", "content": "q0"}])}
-    write_rows(folder / "train.parquet", [*(chat(f"q{row}") for row in range(ROWS)), unanswered])
+    write_rows(folder / "train.parquet", [*(chat(f"q{row}") for row in range(ROWS)), {"messages": "[]"}])
     return folder
 
 
@@ -136,7 +135,7 @@ def test_dropped_rows_are_recorded(data: Path, tiny_tokenizers: Any, tmp_path: P
     config = config_of(data, val_files=str(data / "train.parquet"), val_max_samples=3)
     train_set, val_set = build_datasets(config, hf_tokenizer(tiny_tokenizers[1]), dropped_rows_folder=tmp_path)
     (line,) = (tmp_path / "dropped_rows.jsonl").read_text().splitlines()
-    assert json.loads(line)["reason"] == "no_assistant_turn"
+    assert json.loads(line)["reason"] == "no_messages"
     assert (tmp_path / "dropped_rows_val.jsonl").read_text() == ""
     assert val_set is not None and (len(train_set), len(val_set)) == (ROWS, 3)
     (batch,) = build_val_loader(val_set, config)

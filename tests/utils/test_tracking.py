@@ -16,13 +16,13 @@ from verl.config import PPOConfig
 from verl.utils.tracking import Tracking
 
 METRICS = {
-    "actor/pg_loss": -0.123456,
+    "actor/distill_loss": -0.123456,
     "distill/reverse_kl": torch.tensor(0.5),
     "distill/extend_seq_ratio": np.float32(0.25),
     "timing_s/step": 3.14159,
     "perf/throughput": 1000,
 }
-LINE = "step 3 | distill/reverse_kl 0.5 | actor/pg_loss -0.1235 | distill/extend_seq_ratio 0.25 | timing_s/step 3.142\n"
+LINE = "step 3 | distill/reverse_kl 0.5 | actor/distill_loss -0.1235 | distill/extend_seq_ratio 0.25 | timing_s/step 3.142\n"
 
 
 def track(folder: Path, *places: str) -> Tracking:

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 MAIN_METRICS = (
     "distill/reverse_kl",
     "critic/rewards/mean",
-    "actor/pg_loss",
+    "actor/distill_loss",
     "response_length/mean",
     "distill/extend_seq_ratio",
     "timing_s/step",

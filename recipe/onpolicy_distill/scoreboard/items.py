@@ -84,7 +84,8 @@ class ItemTrie:
 def _token_id(vocabulary: dict[str, int], token: str) -> int:
     if token not in vocabulary:
         raise ValueError(
-            f"the model's tokenizer does not name {token}, which the catalogue needs; recommendation can be measured "
-            "only on a model with item tokens: leave out the recommendation data for this one"
+            f"the model's tokenizer does not name {token}: items are read as OneRec writes them, such as "
+            "<|sid_begin|><s_a_3><s_b_7><s_c_1><|sid_end|>; for a model without such tokens, or with other names for "
+            "them, leave out the recommendation data"
         )
     return vocabulary[token]

@@ -39,7 +39,11 @@ def is_exact(answered: Answered) -> bool:
 
 
 def accuracy_metrics(prefix: str, answers: Sequence[Answered]) -> dict[str, float | dict[str, float]]:
-    """``<prefix>accuracy``, the share of exact answers, and ``<prefix>accuracy_by_task``, that of each source."""
+    """``<prefix>accuracy``, the share of exact answers, and ``<prefix>accuracy_by_task``, that of each source.
+
+    Questions whose answer is unknown do not count.
+    """
+    answers = [answered for answered in answers if final_answer(answered.wanted)]
     if not answers:
         return {}
     by_task: dict[str, list[bool]] = {}

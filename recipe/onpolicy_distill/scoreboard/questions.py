@@ -1,7 +1,7 @@
 """Held-out rows, ready to be asked.
 
 In:  parquet files in OneRec's layout, the answer as the last assistant message or, in the benchmarks' layout, as
-``metadata.answer``. Out: prompt tokens beside the wanted answer. Rows that cannot be used, and prompts that are too
+``metadata.answer``. Out: prompt tokens beside the wanted answer, which may be unknown. Rows that cannot be used, and prompts that are too
 long or (where these are to be left out) hold extended tokens, are dropped and counted by the data set.
 """
 
@@ -16,7 +16,7 @@ from verl.config import DataConfig
 from verl.utils.dataset.items import Item
 from verl.utils.dataset.onerec_dataset import OneRecDataset
 from verl.utils.dataset.parquet_files import Row
-from verl.utils.dataset.prompt_rows import BadRowError, PromptRow, parse_messages
+from verl.utils.dataset.prompt_rows import PromptRow
 from verl.utils.dataset.prompt_tokens import PromptEncoder
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ class Question:
     prompt_ids: list[int]
     """The whole prompt under the model's chat template, the opening of the answer included."""
     wanted: str
+    """Empty: unknown."""
 
     @property
     def targets(self) -> frozenset[Item]:
@@ -47,19 +48,12 @@ class HeldOutDataset(OneRecDataset):
     """OneRec's chats, those of its benchmarks included."""
 
     def read_prompt(self, row: Row) -> PromptRow:
-        """Split a chat at its last answer, or take the answer from the metadata."""
-        try:
-            return super().read_prompt(row)
-        except BadRowError as bad:
-            if bad.reason != "no_assistant_turn":
-                raise
-            # An empty answer lets the base class read the rest of the row; the wanted one is in the metadata.
-            messages = [*parse_messages(row.get("messages")), {"role": "assistant", "content": ""}]
-            prompt = super().read_prompt(row | {"messages": messages})
-            prompt.ground_truth = prompt.extra_info.get("answer")
-            if not isinstance(prompt.ground_truth, str):
-                raise
-            return prompt
+        """Split a chat at its last answer, or take the answer from the metadata; empty: neither has one."""
+        prompt = super().read_prompt(row)
+        if prompt.ground_truth is None:
+            answer = prompt.extra_info.get("answer")
+            prompt.ground_truth = answer if isinstance(answer, str) else ""
+        return prompt
 
 
 def read_questions(

@@ -88,7 +88,7 @@ def not_utf8(in_lists: bool) -> pa.Array:
 
 TYPED_COLUMNS = [
     # name, column, an outcome per row
-    ("lists", pa.array([CHAT, None, [], CHAT[:1]]), [HI, "no_messages", "no_messages", "no_assistant_turn"]),
+    ("lists", pa.array([CHAT, None, [], CHAT[:1]]), [HI, "no_messages", "no_messages", "user: Hi | => None"]),
     ("dictionary-encoded roles", pa.array([CHAT], pa.list_(CODED_MESSAGE)), [HI]),
     ("lists of texts", pa.array([["Hi", "Hello"]]), ["unreadable_messages"]),
     ("nothing but nulls", pa.nulls(2), ["no_messages", "no_messages"]),

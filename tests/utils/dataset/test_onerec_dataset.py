@@ -197,5 +197,6 @@ def test_real_files(shared_data):
     report = OneRecDataset(folder / "*.parquet", tokenizer, config, extend_vocab_start_token=8218).drop_report
     assert (report.rows, report.kept) == (2000, {"gsm8k_train": 652, "svamp": 200})
     assert report.dropped == {"extended_tokens": 1000, "overlong": 148}
-    with pytest.raises(ValueError, match=r"no usable row in .*eval.*270 no_assistant_turn"):
-        OneRecDataset(folder / "eval", tokenizer, DataConfig(max_prompt_length=4096))
+    benchmarks = OneRecDataset(folder / "eval", tokenizer, DataConfig(max_prompt_length=4096))
+    assert len(benchmarks) == 270 and not benchmarks.drop_report.dropped
+    assert benchmarks[0]["reward_model"]["ground_truth"] is None, "chats without an assistant's turn are prompts"

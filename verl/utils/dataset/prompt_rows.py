@@ -64,16 +64,13 @@ def parse_messages(value: Any) -> list[Message]:
         raise BadRowError("unreadable_messages", "nested too deeply") from error
 
 
-def split_answer(messages: list[Message]) -> tuple[list[Message], str]:
+def split_answer(messages: list[Message]) -> tuple[list[Message], str | None]:
     """Split a chat at its last assistant message: what came before it is the prompt, its content the ground truth.
 
-    Raises:
-        BadRowError: with reason ``no_assistant_turn``.
+    Without such a message all of it is the prompt, and there is no ground truth.
     """
     last = max((place for place, message in enumerate(messages) if message["role"] == "assistant"), default=None)
-    if last is None:
-        raise BadRowError("no_assistant_turn", f"the roles are {', '.join(message['role'] for message in messages)}")
-    return messages[:last], messages[last]["content"]
+    return (messages, None) if last is None else (messages[:last], messages[last]["content"])
 
 
 def mapping_of(value: Any, column: str) -> dict[str, Any]:

@@ -24,7 +24,7 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "quickstart": Command(f"{RECIPE}.quickstart.__main__", "forget, recover, and see what it cost, in minutes on a CPU"),
+    "quickstart": Command(f"{RECIPE}.quickstart.__main__", "forget, recover, and see what it cost, in minutes"),
     "distill": Command(f"{RECIPE}.main_onpolicy_distill", "train a student on its own answers; options are KEY=VALUE"),
     "evaluate": Command(f"{RECIPE}.evaluate", "general accuracy, recall, leaks and reverse KL of a model"),
     "contract": Command("verl.utils.vocab_contract", "what the vocabularies of student and teacher share"),
@@ -41,8 +41,8 @@ COMMANDS = {
 
 def usage() -> str:
     """The table of commands."""
-    lines = [f"  {name:14}{command.summary}" for name, command in COMMANDS.items()]
-    return "\n".join(["usage: kai-verl COMMAND [OPTIONS]", "", *lines, "", "kai-verl COMMAND --help shows its options."])
+    rows = "\n".join(f"  {name:14}{command.summary}" for name, command in COMMANDS.items())
+    return f"usage: kai-verl COMMAND [OPTIONS]\n\n{rows}\n\nkai-verl COMMAND --help shows its options."
 
 
 def main() -> int | None:

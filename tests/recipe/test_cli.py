@@ -117,3 +117,9 @@ def test_bash_completes(bash_script: Path, words: list[str], offered: list[str])
 def test_other_shells_are_offered_the_same(shell: str) -> None:
     words = re.findall(r"[\w.=-]+", completion.script(shell))
     assert {*cli.COMMANDS, "--samples-out", "trainer.nnodes="} <= {*words}
+
+
+def test_the_docs_have_the_same_table() -> None:
+    text = (REPO / "docs" / "cli.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([\w-]+)` \|.*\| `([\w.]+)` \|$", text, re.MULTILINE)
+    assert rows == [(name, command.module.removesuffix(".__main__")) for name, command in cli.COMMANDS.items()]

@@ -5,7 +5,7 @@ items of ``RLHFDataset``: the prompt is everything before the last assistant mes
 ground truth, and ``extra_info`` is the row's metadata. Rows of plain text (``segments``) are
 dropped.
 
-As a command, ``python -m verl.utils.dataset.onerec_dataset``, it is ``data_report``.
+As a command, ``python -m verl.utils.dataset.onerec_dataset``, it prints the report of ``data_report``.
 """
 
 import inspect

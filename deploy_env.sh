@@ -42,10 +42,10 @@ detect_device() {
     fi
 }
 
-# The environment is up to date if it was built from these very requirements by this interpreter.
+# The environment is up to date if it was built from these very requirements and setup.py by this interpreter.
 fingerprint() {
     local device="$1" dev="$2"
-    { cat "$ROOT"/requirements/*.txt; "$PYTHON" --version; echo "$device $dev $ROOT"; } | sha256sum | cut -d' ' -f1
+    { cat "$ROOT"/requirements/*.txt "$ROOT/setup.py"; "$PYTHON" --version; echo "$device $dev $ROOT"; } | sha256sum | cut -d' ' -f1
 }
 
 find_python() {

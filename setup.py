@@ -31,13 +31,17 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["verl", "verl.*", "recipe", "recipe.*"]),
+    # Not the launch scripts: they need the cluster scripts of a checkout.
     package_data={
+        "verl": ["py.typed"],
+        "recipe": ["py.typed"],
         "verl.trainer.config": ["*.yaml"],
         "verl.trainer.checkpoint": ["*.yaml"],
         "verl.utils": ["*.json"],
-        "recipe.onpolicy_distill": ["config/*.yaml", "*.sh", "*.jinja"],
+        "recipe.onpolicy_distill": ["config/*.yaml", "*.jinja"],
         "recipe.onpolicy_distill.quickstart": ["*.html", "*.yaml"],
     },
+    entry_points={"console_scripts": ["kai-verl = recipe.onpolicy_distill.cli:main"]},
     install_requires=requirements("base"),
     extras_require={
         "cpu": requirements("cpu"),

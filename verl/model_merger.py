@@ -16,10 +16,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from verl.utils.console import escape_unknown_characters
-from verl.utils.device import dtype_name, resolve_dtype
+from verl.utils.console import escape_unknown_characters, program_name
 from verl.utils.durable_files import write_durably
-from verl.workers.fsdp.checkpoint import CONFIG, HUGGINGFACE, SHARDS, write_weights
 
 
 def merge(local_dir: Path, target_dir: Path, dtype: str | None = None) -> int:
@@ -36,6 +34,9 @@ def merge(local_dir: Path, target_dir: Path, dtype: str | None = None) -> int:
     Raises:
         ValueError: no whole checkpoint there, an unknown precision, or a target that is a model already.
     """
+    from verl.utils.device import dtype_name, resolve_dtype
+    from verl.workers.fsdp.checkpoint import CONFIG, HUGGINGFACE, SHARDS, write_weights
+
     actor = local_dir / "actor" if (local_dir / "actor").is_dir() else local_dir
     described = actor / HUGGINGFACE
     if any(actor.glob("model_world_size_*")):
@@ -58,12 +59,13 @@ def merge(local_dir: Path, target_dir: Path, dtype: str | None = None) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     escape_unknown_characters()
-    parser = argparse.ArgumentParser(prog="python -m verl.model_merger", description="Export a checkpoint.")
-    command = parser.add_subparsers(required=True).add_parser("merge", help="write a Hugging Face model")
-    command.add_argument("--local_dir", required=True, type=Path, metavar="CKPT", help="a checkpoint, or its actor/")
-    command.add_argument("--target_dir", required=True, type=Path, metavar="OUT", help="folder of the model")
-    command.add_argument("--backend", choices=("fsdp", "fsdp2"), default="fsdp", help="all checkpoints are FSDP2's")
-    command.add_argument("--dtype", help="such as bfloat16; default: as the trainer stores the weights (float32)")
+    description = "Make a Hugging Face model from a checkpoint's shards."
+    parser = argparse.ArgumentParser(prog=program_name("verl.model_merger"), description=description)
+    parser.add_argument("action", choices=("merge",), nargs="?", help="verl's name of what is done; may be left out")
+    parser.add_argument("--local_dir", required=True, type=Path, metavar="CKPT", help="a checkpoint, or its actor/")
+    parser.add_argument("--target_dir", required=True, type=Path, metavar="OUT", help="folder of the model")
+    parser.add_argument("--backend", choices=("fsdp", "fsdp2"), default="fsdp", help="all checkpoints are FSDP2's")
+    parser.add_argument("--dtype", help="such as bfloat16; default: as the trainer stores the weights (float32)")
     args = parser.parse_args(argv)
     try:
         count = merge(args.local_dir, args.target_dir, args.dtype)

@@ -21,13 +21,16 @@ import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
+from verl.utils.console import program_name
 from verl.utils.tokenizer import hf_tokenizer
+
+if TYPE_CHECKING:
+    import torch
 
 ROW_TENSORS = ("model.embed_tokens.weight", "lm_head.weight")
 """What has a row per id, in the names of Hugging Face's decoders."""
@@ -62,6 +65,9 @@ def combine_models(parts: Mapping[Path, float], out: Path, start: int, rows_from
         raise ValueError(
             f"no model has rows of ids from {start} on, or their coefficients add up to 0; use --rows-from"
         )
+    import torch
+    from safetensors.torch import load_file, save_file
+
     shutil.copytree(first, out, ignore=shutil.ignore_patterns("*.safetensors"))
     for file in tqdm(models[first].files, desc="write", unit="file", leave=False):
         tensors = load_file(file)
@@ -76,7 +82,9 @@ def combine_models(parts: Mapping[Path, float], out: Path, start: int, rows_from
 
 def _weighted_sum(
     models: Mapping[Path, "ModelFiles"], coefficients: Mapping[Path, float], name: str, rows: slice
-) -> torch.Tensor:
+) -> "torch.Tensor":
+    import torch
+
     total = torch.zeros(())
     for folder, coefficient in coefficients.items():
         total = total + coefficient * models[folder].tensor(name)[rows].float()
@@ -98,7 +106,7 @@ class ModelFiles:
                     self._file_of[name], self._shapes[name] = file, weights.get_slice(name).get_shape()
         self.names = set(self._shapes)
 
-    def tensor(self, name: str) -> torch.Tensor:
+    def tensor(self, name: str) -> "torch.Tensor":
         """One tensor."""
         with safe_open(self._file_of[name], framework="pt") as weights:
             return weights.get_tensor(name)
@@ -133,8 +141,9 @@ def read_part(text: str) -> tuple[Path, float]:
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    description = str(__doc__).splitlines()[0]
-    parser = argparse.ArgumentParser(prog="python -m recipe.onpolicy_distill.combine_models", description=description)
+    parser = argparse.ArgumentParser(
+        prog=program_name("recipe.onpolicy_distill.combine_models"), description=str(__doc__).splitlines()[0]
+    )
     parser.add_argument("--model", type=read_part, action="append", required=True, metavar="FOLDER=COEFFICIENT")
     parser.add_argument("--rows-from", type=Path, help="folder of the model whose rows of extended ids are taken")
     parser.add_argument("--out", type=Path, required=True, help="folder of the result")

@@ -30,23 +30,23 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from recipe.onpolicy_distill.options import add_options, option
-from recipe.onpolicy_distill.scoreboard import measures, scoring
-from recipe.onpolicy_distill.scoreboard.answers import Answerer
+from recipe.onpolicy_distill.scoreboard import measures
 from recipe.onpolicy_distill.scoreboard.items import ItemTrie
 from recipe.onpolicy_distill.scoreboard.measures import Answered
-from recipe.onpolicy_distill.scoreboard.questions import Question, read_questions
 from recipe.onpolicy_distill.scoreboard.ranking import Ranking
 from verl.config import AlgoConfig, RolloutConfig
-from verl.utils.console import escape_unknown_characters
+from verl.utils.console import escape_unknown_characters, program_name
 from verl.utils.dataset.items import read_catalogue
-from verl.utils.device import get_device_name
 from verl.utils.timing import marked_timer
 from verl.utils.tokenizer import answer_text, hf_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from recipe.onpolicy_distill.scoreboard.questions import Question
 
 ITEM_TOKENS = 6
 """Tokens that an item may take after the longest prompt."""
@@ -117,6 +117,8 @@ def evaluate(config: EvaluationConfig) -> Evaluation:
         ValueError: a file or model that cannot be used, or an item that the tokenizer does not name.
         RuntimeError: the engine failed.
     """
+    from verl.utils.device import get_device_name
+
     timing: dict[str, float] = {}
     samples: list[dict[str, Any]] = []
     with marked_timer("total", timing):
@@ -144,10 +146,11 @@ def evaluate(config: EvaluationConfig) -> Evaluation:
     return Evaluation(metrics, samples)
 
 
-def _read(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[Question]]:
+def _read(config: EvaluationConfig, tokenizer: "PreTrainedTokenizerBase") -> dict[str, list["Question"]]:
     """``general`` prompts, and recommendation prompts whose answer is items (``ranked``) or text (``rec_text``)."""
+    from recipe.onpolicy_distill.scoreboard.questions import read_questions
 
-    def read(path: str | None, extend_start: int | None) -> list[Question]:
+    def read(path: str | None, extend_start: int | None) -> list["Question"]:
         if path is None:
             return []
         return read_questions(
@@ -169,13 +172,15 @@ def _read(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -> dict[
 
 async def _ask(
     config: EvaluationConfig,
-    groups: Mapping[str, list[Question]],
+    groups: Mapping[str, list["Question"]],
     trie: ItemTrie | None,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
     device: str,
     timing: dict[str, float],
 ) -> _Answers:
     """Everything that is generated, by one engine."""
+    from recipe.onpolicy_distill.scoreboard.answers import Answerer
+
     settings: dict[str, Any] = {
         "name": config.engine,
         "prompt_length": config.max_prompt_length,
@@ -203,13 +208,13 @@ async def _ask(
     return _Answers(texts, sampled, rankings, answerer.requests)
 
 
-def opening(tokenizer: PreTrainedTokenizerBase, question: Question) -> str:
+def opening(tokenizer: "PreTrainedTokenizerBase", question: "Question") -> str:
     """The tag of a thought that the prompt opens, so that a thought that never ends is seen to be one."""
     return "<think>" if tokenizer.decode(question.prompt_ids).rstrip().endswith("<think>") else ""
 
 
 def _ranking_metrics(
-    questions: Sequence[Question], answered: Sequence[Answered], rankings: Sequence[Ranking], trie: ItemTrie
+    questions: Sequence["Question"], answered: Sequence[Answered], rankings: Sequence[Ranking], trie: ItemTrie
 ) -> dict[str, Any]:
     """Metrics of the ranked items, and of what the model answers to the same prompts unconstrained."""
     targets = [question.targets for question in questions]
@@ -224,13 +229,15 @@ def _ranking_metrics(
 
 def _score(
     config: EvaluationConfig,
-    questions: Sequence[Question],
+    questions: Sequence["Question"],
     answered: Sequence[Answered],
     sampled: list[list[int]],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
     device: str,
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Metrics of the sampled answers as distillation sees them, and some of them token by token."""
+    from recipe.onpolicy_distill.scoreboard import scoring
+
     settings = scoring.ScoringConfig(
         model=config.model,
         teacher=config.teacher,
@@ -272,7 +279,7 @@ def main(argv: list[str] | None = None) -> None:
     """Command line."""
     escape_unknown_characters()
     parser = argparse.ArgumentParser(
-        prog="python -m recipe.onpolicy_distill.evaluate",
+        prog=program_name("recipe.onpolicy_distill.evaluate"),
         description="Measure a model's general and recommendation abilities on held-out rows in OneRec's layout.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )

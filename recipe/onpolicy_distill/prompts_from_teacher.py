@@ -33,19 +33,18 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from recipe.onpolicy_distill.options import add_options, option
-from recipe.onpolicy_distill.scoreboard.answers import SEED_STEP, with_progress
 from recipe.onpolicy_distill.synthetic_item_prompts import write_chats
 from verl.config import DataConfig, HFModelConfig, RolloutConfig
-from verl.utils.console import escape_unknown_characters
-from verl.utils.dataset.prompt_tokens import PromptEncoder
-from verl.utils.device import get_device_name
+from verl.utils.console import escape_unknown_characters, program_name
 from verl.utils.tokenizer import hf_tokenizer, types_special_tokens
-from verl.workers.rollout.replica import TokenOutput, get_replica_class
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from verl.workers.rollout.replica import TokenOutput
 
 PROBES = tuple(f"{start} k5v1 probe" for start in ("What", "7", "写", "Что"))
 """Texts to find the user's turn with; they begin with letters and digits, which join no sign before them."""
@@ -104,7 +103,7 @@ class UserTurn(NamedTuple):
     """What ends the text where the suffix does not begin with an added token; else empty."""
 
 
-def find_user_turn(tokenizer: PreTrainedTokenizerBase, system: str | None = None) -> UserTurn:
+def find_user_turn(tokenizer: "PreTrainedTokenizerBase", system: str | None = None) -> UserTurn:
     """Where the template puts a user's text.
 
     Args:
@@ -114,6 +113,8 @@ def find_user_turn(tokenizer: PreTrainedTokenizerBase, system: str | None = None
         ValueError: there is no template, it refuses the question, or it does not write it once, as it is, behind tokens
             of its own.
     """
+    from verl.utils.dataset.prompt_tokens import PromptEncoder
+
     encoder = PromptEncoder(tokenizer, DataConfig())
     system_turn = [] if system is None else [{"role": "system", "content": system}]
     texts = [encoder.render([*system_turn, {"role": "user", "content": probe}]) for probe in PROBES]
@@ -133,7 +134,7 @@ def find_user_turn(tokenizer: PreTrainedTokenizerBase, system: str | None = None
     return UserTurn(prefix, suffix, prompt_ids, end_ids, head.strip() and head.strip(" "))
 
 
-def text_of(output: TokenOutput, turn: UserTurn, tokenizer: PreTrainedTokenizerBase) -> tuple[str, bool]:
+def text_of(output: "TokenOutput", turn: UserTurn, tokenizer: "PreTrainedTokenizerBase") -> tuple[str, bool]:
     """The user's text that a model wrote, and whether it came to an end."""
     ended = output.stop_reason == "stop"
     text = _decode(tokenizer, output.token_ids[: len(output.token_ids) - ended])
@@ -141,14 +142,14 @@ def text_of(output: TokenOutput, turn: UserTurn, tokenizer: PreTrainedTokenizerB
     return text.strip(), ended or bool(mark)
 
 
-def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+def _decode(tokenizer: "PreTrainedTokenizerBase", ids: list[int]) -> str:
     return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
 
 class PromptFilter:
     """Keeps texts that are prompts, and counts the others by reason."""
 
-    def __init__(self, config: PromptsConfig, turn: UserTurn, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, config: PromptsConfig, turn: UserTurn, tokenizer: "PreTrainedTokenizerBase") -> None:
         self._config, self._turn, self._tokenizer = config, turn, tokenizer
         self.kept: dict[str, str] = {}
         """Texts, each with a uuid."""
@@ -196,8 +197,12 @@ def script_share(text: str, languages: Sequence[str]) -> float:
     return sum(name.startswith(scripts) for name in letters) / len(letters) if letters else 1.0
 
 
-async def sample_prompts(config: PromptsConfig, turn: UserTurn, tokenizer: PreTrainedTokenizerBase) -> PromptFilter:
+async def sample_prompts(config: PromptsConfig, turn: UserTurn, tokenizer: "PreTrainedTokenizerBase") -> PromptFilter:
     """Sample until as many prompts are kept as wanted, or the samples are used up."""
+    from recipe.onpolicy_distill.scoreboard.answers import SEED_STEP, with_progress
+    from verl.utils.device import get_device_name
+    from verl.workers.rollout.replica import get_replica_class
+
     sizes = {"prompt_length": len(turn.prompt_ids), "response_length": config.max_new_tokens}
     settings: dict[str, Any] = {"name": config.engine, "gpu_memory_utilization": 0.8, **sizes, **(config.rollout or {})}
     rollout, prompts = RolloutConfig(**settings), PromptFilter(config, turn, tokenizer)
@@ -243,9 +248,11 @@ def write_prompts(config: PromptsConfig) -> PromptFilter:
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     escape_unknown_characters()
-    module, summary = "recipe.onpolicy_distill.prompts_from_teacher", str(__doc__).splitlines()[0]
-    parser = argparse.ArgumentParser(f"python -m {module}", description=summary)
-    parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog=program_name("recipe.onpolicy_distill.prompts_from_teacher"),
+        description=str(__doc__).splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     add_options(parser, PromptsConfig)
     try:
         prompts = write_prompts(config := PromptsConfig(**vars(parser.parse_args(argv))))

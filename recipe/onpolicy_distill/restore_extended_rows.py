@@ -15,12 +15,13 @@ import sys
 from pathlib import Path
 
 from recipe.onpolicy_distill.combine_models import combine_models
+from verl.utils.console import program_name
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m recipe.onpolicy_distill.restore_extended_rows", description=str(__doc__).splitlines()[0]
+        prog=program_name("recipe.onpolicy_distill.restore_extended_rows"), description=str(__doc__).splitlines()[0]
     )
     for name, meaning in (("before", "student before distillation"), ("after", "student after it"), ("out", "result")):
         parser.add_argument(f"--{name}", type=Path, required=True, help=f"folder of the {meaning}")

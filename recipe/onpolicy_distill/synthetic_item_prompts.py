@@ -28,12 +28,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from verl.config import DataConfig, PromptTemplateConfig, SyntheticItemPromptsConfig
-from verl.utils.console import escape_unknown_characters
+from verl.utils.console import escape_unknown_characters, program_name
 from verl.utils.dataset.items import ITEM_BEGIN, ITEM_END, LEVELS, Item, item_tokens, read_catalogue
-from verl.utils.dataset.onerec_dataset import get_dataset_class
 from verl.utils.dataset.parquet_files import cached_file, code_digest, expand_data_files, file_digest
-from verl.utils.dataset.rl_dataset import RLHFDataset
 from verl.utils.durable_files import write_durably
+from verl.utils.tokenizer import hf_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -133,6 +132,9 @@ def write_chats(path: Path, prompts: Iterable[tuple[str, str, Chat]], prompt_col
 def make_prompt_file(config: DataConfig, tokenizer: "PreTrainedTokenizerBase") -> Path:
     """The file of ``data.synthetic_item_prompts`` in ``data.cache_dir``, in the layout of ``data.train_files``; errors
     as ``item_sampler``."""
+    from verl.utils.dataset.onerec_dataset import get_dataset_class
+    from verl.utils.dataset.rl_dataset import RLHFDataset
+
     wanted, is_verls = config.synthetic_item_prompts, get_dataset_class(config.train_files or "", config) is RLHFDataset
     prompt_column = config.prompt_key if is_verls else None
     catalogue = [] if wanted.catalogue is None else expand_data_files(wanted.catalogue)
@@ -159,8 +161,6 @@ def write_file(arguments: argparse.Namespace) -> Counter[str]:
         ValueError: settings that make no prompts, a catalogue that cannot be read, or item tokens that the tokenizer
             lacks.
     """
-    from verl.utils.tokenizer import hf_tokenizer
-
     settings = {**vars(arguments)}
     tokenizer, out, templates = (settings.pop(name) for name in ("tokenizer", "out", "templates"))
     try:
@@ -180,7 +180,7 @@ def main(argv: list[str] | None = None) -> None:
     escape_unknown_characters()
     defaults = SyntheticItemPromptsConfig()
     parser = argparse.ArgumentParser(
-        prog="python -m recipe.onpolicy_distill.synthetic_item_prompts", description=str(__doc__).splitlines()[0]
+        prog=program_name("recipe.onpolicy_distill.synthetic_item_prompts"), description=str(__doc__).splitlines()[0]
     )
     parser.add_argument("--tokenizer", required=True, help="the student's tokenizer: folder or hub name")
     parser.add_argument("--count", type=int, required=True, help="prompts")

@@ -26,14 +26,15 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
-from transformers.utils.logging import disable_progress_bar
+from typing import TYPE_CHECKING, Any
 
 from recipe.onpolicy_distill.options import add_options, option
+from verl.utils.console import program_name
 from verl.utils.tokenizer import hf_tokenizer, save_tokenizer
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase, Qwen3ForCausalLM
 
 HEAD_DIM = 32
 """The smallest size of an attention head that vLLM's CPU kernels take."""
@@ -71,6 +72,8 @@ def build_tiny_models(
 
     Raises ValueError where the student's tokenizer does not extend the teacher's, or a row count is too small.
     """
+    import torch
+
     teacher_tok, student_tok = hf_tokenizer(teacher_tokenizer), hf_tokenizer(student_tokenizer)
     _check_extends(teacher_tok, student_tok)
     known = len(teacher_tok)
@@ -88,8 +91,9 @@ def build_tiny_models(
     }
     teacher = new_model(teacher_tok, rows=teacher_rows, **shape)
     student = new_model(student_tok, rows=student_rows, **shape)
-    _fill_teacher(teacher, config, known)
-    _fill_student(student, teacher, config, known)
+    with torch.no_grad():
+        _fill_teacher(teacher, config, known)
+        _fill_student(student, teacher, config, known)
     folders = Path(out_dir) / "teacher", Path(out_dir) / "student"
     for folder, model, tokenizer in zip(folders, (teacher, student), (teacher_tok, student_tok), strict=True):
         model.save_pretrained(folder)
@@ -102,7 +106,7 @@ def round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
-def _check_extends(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> None:
+def _check_extends(teacher: "PreTrainedTokenizerBase", student: "PreTrainedTokenizerBase") -> None:
     student_ids = student.get_vocab()
     for token, token_id in sorted(teacher.get_vocab().items(), key=lambda entry: entry[1]):
         if student_ids.get(token) != token_id:
@@ -113,9 +117,11 @@ def _check_extends(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenize
 
 
 def new_model(
-    tokenizer: PreTrainedTokenizerBase, *, rows: int, hidden: int, layers: int, heads: int, tied: bool, **more: Any
-) -> Qwen3ForCausalLM:
+    tokenizer: "PreTrainedTokenizerBase", *, rows: int, hidden: int, layers: int, heads: int, tied: bool, **more: Any
+) -> "Qwen3ForCausalLM":
     """A small Qwen3 with fresh weights; ``more`` are further entries of its config."""
+    from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+
     pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
     config = Qwen3Config(
         vocab_size=rows,
@@ -138,9 +144,10 @@ def new_model(
     return model
 
 
-@torch.no_grad()
-def _fill_teacher(teacher: Qwen3ForCausalLM, config: TinyPairConfig, known: int) -> None:
+def _fill_teacher(teacher: "Qwen3ForCausalLM", config: TinyPairConfig, known: int) -> None:
     """Draw the teacher's weights; the ids from ``known`` on are padding."""
+    import torch
+
     generator = torch.Generator().manual_seed(config.seed)
     row_std = config.logit_std / math.sqrt(config.hidden)
     offset = torch.randn(config.hidden, generator=generator) * row_std  # (H)
@@ -156,9 +163,10 @@ def _fill_teacher(teacher: Qwen3ForCausalLM, config: TinyPairConfig, known: int)
     norm.copy_(torch.randint(0, 2, norm.shape, generator=generator) * 2.0 - 1.0)
 
 
-@torch.no_grad()
-def _fill_student(student: Qwen3ForCausalLM, teacher: Qwen3ForCausalLM, config: TinyPairConfig, known: int) -> None:
+def _fill_student(student: "Qwen3ForCausalLM", teacher: "Qwen3ForCausalLM", config: TinyPairConfig, known: int) -> None:
     """Copy the teacher's weights with noise; rows from ``known`` on are drawn afresh."""
+    import torch
+
     generator = torch.Generator().manual_seed(config.seed + 1)
     for (_, weight), (_, source) in zip(_row_matrices(student), _row_matrices(teacher), strict=True):
         weight[:known] = _perturbed(source[:known], config.student_noise, generator)
@@ -171,24 +179,28 @@ def _fill_student(student: Qwen3ForCausalLM, teacher: Qwen3ForCausalLM, config: 
     )
 
 
-def _perturbed(weight: torch.Tensor, noise: float, generator: torch.Generator) -> torch.Tensor:
+def _perturbed(weight: "torch.Tensor", noise: float, generator: "torch.Generator") -> "torch.Tensor":
+    import torch
+
     return weight + torch.randn(weight.shape, generator=generator) * weight.std() * noise
 
 
-def _row_matrices(model: Qwen3ForCausalLM) -> Iterator[tuple[str, torch.Tensor]]:
+def _row_matrices(model: "Qwen3ForCausalLM") -> Iterator[tuple[str, "torch.Tensor"]]:
     """The (V, H) matrices: the embedding and, where it is one of its own, the lm head."""
     yield "embed", model.model.embed_tokens.weight
     if not model.config.tie_word_embeddings:
         yield "head", model.lm_head.weight
 
 
-def _block_matrices(model: Qwen3ForCausalLM) -> Iterator[tuple[str, torch.Tensor]]:
+def _block_matrices(model: "Qwen3ForCausalLM") -> Iterator[tuple[str, "torch.Tensor"]]:
     """The matrices of the transformer blocks; norms inside blocks stay 1."""
     return ((name, weight) for name, weight in model.model.layers.named_parameters() if weight.ndim == 2)
 
 
 def describe_pair(teacher_dir: Path, student_dir: Path) -> str:
     """A small table of what was written, with the threshold to train with."""
+    from transformers import Qwen3ForCausalLM
+
     lines = [f"{'':8} {'ids':>8} {'rows':>8} {'padding':>8} {'parameters':>11}  folder"]
     for role, folder in (("teacher", teacher_dir), ("student", student_dir)):
         ids, model = len(hf_tokenizer(folder)), Qwen3ForCausalLM.from_pretrained(folder)
@@ -205,7 +217,7 @@ def describe_pair(teacher_dir: Path, student_dir: Path) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m recipe.onpolicy_distill.tiny_models",
+        prog=program_name("recipe.onpolicy_distill.tiny_models"),
         description="Write a random Qwen3 teacher and a student that extends and perturbs it.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -214,8 +226,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", required=True, type=Path, help="folder that receives teacher/ and student/")
     add_options(parser, TinyPairConfig)
     parser.add_argument("--untied", action="store_false", dest="tied", help="an lm head of its own, as by default")
-    disable_progress_bar()
     settings = vars(parser.parse_args(argv))
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
     teacher, student, out = (settings.pop(name) for name in ("teacher_tokenizer", "student_tokenizer", "out"))
     try:
         folders = build_tiny_models(teacher, student, out, TinyPairConfig(**settings))

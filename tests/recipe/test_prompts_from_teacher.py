@@ -9,6 +9,7 @@ from tokenizers.normalizers import NFC
 from recipe.onpolicy_distill import prompts_from_teacher as module
 from verl.trainer.data import build_datasets
 from verl.utils.tokenizer import hf_tokenizer, render_chat
+from verl.workers.rollout import replica
 from verl.workers.rollout.replica import SamplingOptions, TokenOutput
 
 LOOP = "<bos>{% for m in messages %}"
@@ -112,6 +113,6 @@ def test_samples_that_are_used_up(model, tmp_path, capsys) -> None:
 
 @pytest.mark.parametrize("wrong", ["--count 0", "--max-samples 4", "--temperature 0", "--top-p 1.5", "--out ."])
 def test_a_wrong_option_is_told_before_the_model_is_loaded(model, tmp_path, monkeypatch, wrong) -> None:
-    monkeypatch.setattr(module, "get_replica_class", lambda name: pytest.fail("it is loaded"))
+    monkeypatch.setattr(replica, "get_replica_class", lambda name: pytest.fail("it is loaded"))
     with pytest.raises(SystemExit, match=f"^error: {wrong}"):
         command(model, tmp_path / "prompts.parquet", "5", *wrong.split())

@@ -1,4 +1,4 @@
-"""Text of users on terminals that lack some of its characters."""
+"""What commands share: their name in usage lines, and text of users on terminals that lack some characters."""
 
 import io
 import sys
@@ -11,3 +11,8 @@ def escape_unknown_characters() -> None:
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def program_name(module: str) -> str:
+    """What the usage of a command says: ``kai-verl COMMAND`` where that started it, else ``python -m MODULE``."""
+    return sys.argv[0] if sys.argv[0].startswith("kai-verl ") else f"python -m {module}"

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from verl.utils.console import escape_unknown_characters
+from verl.utils.console import escape_unknown_characters, program_name
 from verl.utils.vocab_models import read_vocabulary, show_ids, to_ranges
 from verl.utils.vocab_rules import VocabContract
 
@@ -119,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     escape_unknown_characters()
     parser = argparse.ArgumentParser(
-        prog="python -m verl.utils.vocab_contract",
+        prog=program_name("verl.utils.vocab_contract"),
         description="Compare the vocabularies of a student and its teacher.",
         epilog="Exit code: 0 sound, 1 unsound, 2 could not be compared.",
     )

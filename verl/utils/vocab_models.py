@@ -8,15 +8,17 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedTokenizerBase
 
 from verl.utils.lfs import describe_damage, read_json
 from verl.utils.tokenizer import hf_tokenizer, listed_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 ROW_TENSORS = ("embed_tokens.weight", "lm_head.weight")
@@ -50,7 +52,7 @@ class ModelVocabulary:
     """Folder or hub name of the model."""
     tokenizer_path: str
     """Folder or hub name of its tokenizer."""
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: "PreTrainedTokenizerBase"
     tokens: dict[int, str]
     """Every token by its id."""
     rows: int | None

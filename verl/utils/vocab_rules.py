@@ -14,12 +14,14 @@ from collections.abc import Iterator
 from dataclasses import InitVar, dataclass, field
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from verl.utils.vocab_models import ModelVocabulary, show_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 START_KEY = "actor_rollout_ref.rollout.extend_vocab_start_token"
 MODEL_KEYS = {"student": "actor_rollout_ref.model", "teacher": "actor_rollout_ref.ref.model"}
@@ -224,7 +226,7 @@ class VocabContract:
 
 
 def compare_texts(
-    student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase
+    student: "PreTrainedTokenizerBase", teacher: "PreTrainedTokenizerBase"
 ) -> tuple[list[Difference], list[str]]:
     """Encode the probe texts, every added token, and texts that test merges which differ.
 
@@ -242,13 +244,13 @@ def compare_texts(
     return [probe for probe in probes if probe.student != probe.teacher], parts
 
 
-def compare_chats(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> list[Difference]:
+def compare_chats(student: "PreTrainedTokenizerBase", teacher: "PreTrainedTokenizerBase") -> list[Difference]:
     """Render the probe chats with both templates and encode the results with the student's tokenizer.
 
     A chat that both templates refuse counts as equal. Both tokenizers need a template.
     """
 
-    def ids_of(tokenizer: PreTrainedTokenizerBase, chat: dict[str, Any]) -> list[int]:
+    def ids_of(tokenizer: "PreTrainedTokenizerBase", chat: dict[str, Any]) -> list[int]:
         options = {"add_generation_prompt": chat.get("add_generation_prompt", True), **chat.get("options", {})}
         try:
             text = tokenizer.apply_chat_template(chat["messages"], tools=chat.get("tools"), tokenize=False, **options)
@@ -261,9 +263,11 @@ def compare_chats(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizer
 
 
 def _compare_definitions(
-    student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase
+    student: "PreTrainedTokenizerBase", teacher: "PreTrainedTokenizerBase"
 ) -> tuple[list[str], list[str]]:
     """Names of the parts that differ, and tokens whose merges differ: first those that one side alone merges."""
+    from transformers import PreTrainedTokenizerFast
+
     backends = [each.backend_tokenizer for each in (student, teacher) if isinstance(each, PreTrainedTokenizerFast)]
     if len(backends) < 2:
         return [], []

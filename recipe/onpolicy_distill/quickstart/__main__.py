@@ -32,6 +32,7 @@ from recipe.onpolicy_distill.quickstart.distillation import (
     STEPS,
     Distillation,
 )
+from verl.utils.console import program_name
 from verl.utils.timing import marked_timer
 
 PHASES = 6
@@ -40,7 +41,7 @@ PHASES = 6
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line; Hydra overrides may stand anywhere in it."""
     parser = argparse.ArgumentParser(
-        prog="python -m recipe.onpolicy_distill.quickstart", description=str(__doc__).splitlines()[0]
+        prog=program_name("recipe.onpolicy_distill.quickstart"), description=str(__doc__).splitlines()[0]
     )
     parser.add_argument("--seed", type=int, default=0, help="of world, models and sampling; default: %(default)s")
     parser.add_argument("--steps", type=int, help=f"of distillation; default: {STEPS[EXACT]}, sampled {STEPS[SAMPLED]}")

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import subprocess
 import sys
 
 import pyarrow as pa
@@ -10,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from support.chat_files import EXTEND_START, chat, write_rows
 
-from verl.utils.dataset.onerec_dataset import main
+from verl.utils.dataset.data_report import main
 
 LIMITS = ["--extend-vocab-start-token", str(EXTEND_START), "--max-prompt-length", "40"]
 
@@ -98,3 +99,16 @@ def test_a_mistake_gives_one_line(report, tmp_path, columns, message):
         report("--files", str(path))
     with pytest.raises(SystemExit, match="error: the tokenizer folder"):
         report("--tokenizer", str(tmp_path / "none"))
+
+
+def test_the_data_set_as_a_command_is_the_report(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "verl.utils.dataset.onerec_dataset",
+        "--files",
+        str(tmp_path / "none"),
+        "--tokenizer",
+    ]
+    done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr[:7], done.stderr.count("\n")) == (1, "error: ", 1), done.stderr

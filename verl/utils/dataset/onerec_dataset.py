@@ -5,41 +5,28 @@ items of ``RLHFDataset``: the prompt is everything before the last assistant mes
 ground truth, and ``extra_info`` is the row's metadata. Rows of plain text (``segments``) are
 dropped.
 
-As a command it prints what the data holds and which rows a run would drop, from a data set as a run would build it::
-
-    python -m verl.utils.dataset.onerec_dataset --files F... --tokenizer T [--extend-vocab-start-token N]
-        [--max-prompt-length N] [--prompt-key COLUMN] [--json]
+As a command, ``python -m verl.utils.dataset.onerec_dataset``, it prints the report of ``data_report``.
 """
 
-import argparse
 import inspect
 import json
-import sys
-from collections.abc import Sequence
-from pathlib import Path
+import runpy
 from typing import Any
 
-import numpy as np
-import pyarrow.compute as pc
 from transformers import PreTrainedTokenizerBase
 
 from verl.config import DataConfig
-from verl.utils.console import escape_unknown_characters
 from verl.utils.dataset.parquet_files import Files, Row, column_names, expand_data_files
 from verl.utils.dataset.prompt_rows import BadRowError, PromptRow, parse_messages, split_answer, text_of
 from verl.utils.dataset.rl_dataset import RLHFDataset
 from verl.utils.import_utils import load_extern_type
-from verl.utils.tokenizer import hf_tokenizer, render_chat
 
-PERCENTILES = (0, 10, 50, 90, 99, 100)
 NEVER_CALLED = {
     "_read_files_and_tokenize": "columns() and read_prompt(row)",
     "_build_messages": "read_prompt(row)",
     "maybe_filter_out_long_prompts": "read_prompt(row), which may raise BadRowError",
 }
 """Methods of verl's data set, and what a subclass overrides here in their place."""
-EXAMPLE_CHARACTERS = 400
-"""Of an example's prompt in the text, half of them from its end."""
 
 
 class OneRecDataset(RLHFDataset):
@@ -113,82 +100,6 @@ def create_rl_dataset(
     return chosen(data_files, tokenizer, config, **options)
 
 
-def describe(dataset: RLHFDataset, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """What the data set holds, as JSON can hold it; counts are rows, ``dropped`` is by reason and source."""
-    drops, checks, tokens = dataset.drop_report, dataset.checks, dataset.checks["tokens"]
-    dropped: dict[str, dict[str, int]] = {}
-    for (reason, source), rows in drops.dropped_by_source.most_common():
-        dropped.setdefault(reason, {})[source] = rows
-    counted = checks.filter(pc.is_valid(tokens))
-    lengths = {"kept": tokens.filter(pc.is_null(checks["reason"])), "all": counted["tokens"]}
-    percentiles = {}
-    for name, column in lengths.items():
-        values = np.percentile(column.to_numpy(), PERCENTILES, method="nearest").tolist()
-        percentiles[name] = {f"p{p}": int(value) for p, value in zip(PERCENTILES, values, strict=True)}
-    examples = []
-    for entry in (dataset[place] for place in sorted({0, len(dataset) // 2, len(dataset) - 1})):
-        path, row = dataset.location(entry["index"])
-        example = {"file": str(path), "row": row, "source": entry["source"], "tokens": tokens[entry["index"]].as_py()}
-        prompt = render_chat(tokenizer, entry["raw_prompt"])
-        examples.append(example | {"prompt": prompt, "ground_truth": entry["reward_model"]["ground_truth"]})
-    return {
-        "files": [str(path) for path in dataset.files],
-        "rows": drops.rows,
-        "kept": dict(drops.kept.most_common()),
-        "dropped": dropped,
-        "prompt_tokens": percentiles,
-        "counted_prompts": len(counted),
-        "with_typed_special_tokens": pc.sum(counted["types_special"]).as_py(),
-        "with_extended_tokens": pc.sum(pc.greater(counted["extended"], 0)).as_py(),
-        "examples": examples,
-    }
-
-
-def render(dataset: RLHFDataset, report: dict[str, Any]) -> str:
-    """The report of ``describe`` as text."""
-    lines = [dataset.drop_report.summary()]
-    for name, values in report["prompt_tokens"].items():
-        lines.append(f"prompt tokens, {name}: " + ", ".join(f"{p} {value:,}" for p, value in values.items()))
-    extended, counted = report["with_extended_tokens"], report["counted_prompts"]
-    share = f"in {extended:,} of {counted:,} prompts" if extended is not None else "not counted without a threshold"
-    lines.append(f"extended tokens: {share}")
-    lines.append(f"special tokens typed as text: in {report['with_typed_special_tokens']:,} of {counted:,} prompts")
-    for example in report["examples"]:
-        prompt, half = example["prompt"], EXAMPLE_CHARACTERS // 2
-        if len(prompt) > EXAMPLE_CHARACTERS:
-            prompt = f"{prompt[:half]} [...] {prompt[-half:]}"
-        place = f"row {example['row']} of {Path(example['file']).name}"
-        lines += ["", f"{example['source']}, {place}, {example['tokens']:,} tokens", f"  | {prompt!r}"]
-        lines.append(f"  = {str(example['ground_truth'])[:half]!r}")
-    return "\n".join(lines)
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command; a mistake goes to stderr as one line."""
-    escape_unknown_characters()
-    parser = argparse.ArgumentParser(
-        prog="python -m verl.utils.dataset.onerec_dataset",
-        description="What a data set holds and which of its rows a run would drop.",
-    )
-    parser.add_argument("--files", nargs="+", required=True, help="parquet files, folders or globs")
-    parser.add_argument("--tokenizer", required=True, help="the student's tokenizer: folder or hub name")
-    parser.add_argument("--extend-vocab-start-token", type=int, help="first extended id; prompts with any are dropped")
-    parser.add_argument("--max-prompt-length", type=int, default=2**31 - 1, help="longer are dropped; default: none")
-    parser.add_argument("--prompt-key", default=DataConfig().prompt_key, help="column of the messages, unless OneRec's")
-    parser.add_argument("--json", action="store_true", help="one JSON document instead of text")
-    args = parser.parse_args(argv)
-    start = {"extend_vocab_start_token": args.extend_vocab_start_token}
-    try:
-        tokenizer = hf_tokenizer(args.tokenizer)
-        # The report is wanted most where nearly all rows are dropped.
-        limits: dict[str, Any] = {"filter_overlong_prompts": True, "max_dropped_fraction": 1.0}
-        config = DataConfig(prompt_key=args.prompt_key, max_prompt_length=args.max_prompt_length, **limits)
-        dataset = create_rl_dataset(args.files, tokenizer, config, **start)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    report = describe(dataset, tokenizer)
-    print(json.dumps(report, default=str) if args.json else render(dataset, report))
-
-
 if __name__ == "__main__":
-    main()
+    # By name, for the report imports this module.
+    runpy.run_module("verl.utils.dataset.data_report", run_name="__main__")

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from verl.experimental.agent_loop.masks import extended_token_mask, trainable_mask
+from verl.experimental.agent_loop.masks import trainable_mask
 from verl.protocol import DataProto
 from verl.utils.rollout_dump import dump_answers
 from verl.utils.tracking import FileBackend
@@ -19,7 +19,11 @@ GENERAL, REC = "general", "rec_next"
 PROMPTS = (
     (GENERAL, "What is 17 + 25?", "17 + 25 is 42.\nSo the answer is 42."),
     (GENERAL, "Sort these letters: g a o f", "In the order of the alphabet:\n\n1. a\n2. f\n3. g\n4. o"),
-    (GENERAL, "Why is the sky blue?", "Air scatters short waves of light more than long ones, so blue reaches us from all sides."),
+    (
+        GENERAL,
+        "Why is the sky blue?",
+        "Air scatters short waves of light more than long ones, so blue reaches us from all sides.",
+    ),
     (REC, "The user liked <s_a_3><s_b_1>. What comes next?", "<s_a_3><s_b_7> fits: it is by the same hand."),
     (GENERAL, f"Escape this: {ODD}", f"As text: {ODD} and a smile {EMOJI}."),
     (REC, "Name an item that goes with tea.", "<s_a_5><s_b_2>, a book about porcelain."),
@@ -70,7 +74,9 @@ def write_run(
             batch = _batch(tokenizer, items, step, len(PROMPTS), 0, generator)
             dump_answers(folder / "answers", step, batch, tokenizer, (TEACHER, ITSELF))
             of = _metrics(batch, None)
-            metrics |= {f"val/{name.split('/')[1]}": of[name] for name in ("distill/reverse_kl", "distill/extend_seq_ratio")}
+            metrics |= {
+                f"val/{name.split('/')[1]}": of[name] for name in ("distill/reverse_kl", "distill/extend_seq_ratio")
+            }
         log.log(metrics, step)
     log.finish()
     run = {"default_local_dir": str(folder), "rollout_data_dir": "rollouts", "validation_data_dir": "answers"}
@@ -106,7 +112,7 @@ def _batch(
     ]
     tensors["attention_mask"] = torch.cat([reals[0].flip(1), reals[1]], dim=1)
     shape = tensors["responses"].shape
-    student = -torch.rand(shape, generator=generator) ** 3 * 4
+    student = -(torch.rand(shape, generator=generator) ** 3) * 4
     gap = torch.randn(shape, generator=generator) ** 3 / (1 + step)
     others = {"old_log_probs": student, "ref_log_prob": student - gap, "entropys": -student / 2}
     others |= {"extend_mass": torch.rand(shape, generator=generator) ** 8, "token_level_scores": torch.zeros(shape)}

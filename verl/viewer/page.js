@@ -10,7 +10,8 @@ const known = (value) => value !== null && value !== undefined && !Number.isNaN(
 /** A number as people read it: four digits, and a dash for one that is not known. */
 function shown(value) {
   if (!known(value)) return "–";
-  return Number.isInteger(value) ? value.toLocaleString("en") : String(Number(value.toPrecision(4)));
+  const text = Number.isInteger(value) ? value.toLocaleString("en") : String(Number(value.toPrecision(4)));
+  return text.replaceAll("-", "−");
 }
 
 /** An element with properties, or attributes where it has no such property, and children. */
@@ -82,6 +83,8 @@ function render(next) {
   if (changed(...FILTERS)) findAnswers();
   if (changed("open")) chosen = Math.max(0, found.indexOf(byKey.get(state.open)));
   if (changed("view", "open", ...FILTERS)) scrollToChosen();
+  byId("previous").disabled = chosen <= 0;
+  byId("next").disabled = chosen >= found.length - 1;
   if (changed("open", "with", "colour")) drawAnswer();
 }
 
@@ -119,11 +122,13 @@ function drawGroups() {
 }
 
 function drawCharts() {
-  const groups = [...grouped(chosenMetrics())];
+  const names = chosenMetrics(), groups = [...grouped(names)];
   for (const chip of byId("groups").children) chip.setAttribute("aria-pressed", String(chip.value === state.metrics));
-  byId("charts").replaceChildren(...groups.flatMap(([prefix, names]) => [
-    make("h2", {}, prefix.replace(/\/$/, "")), make("div", { className: "grid" }, ...names.map(chart))]));
-  if (!groups.length)
+  const grid = (some) => make("div", { className: "grid" }, ...some.map(chart));
+  byId("charts").replaceChildren(...(state.metrics ? // the main ones are few of each group
+    groups.flatMap(([prefix, some]) => [make("h2", {}, prefix.replace(/\/$/, "")), grid(some)]) :
+    [grid(groups.flatMap(([, some]) => some))]));
+  if (!names.length)
     byId("charts").append(make("p", { className: "soft" }, state.metrics ? "No metric has that name." : "There are no metrics."));
 }
 
@@ -150,7 +155,7 @@ function scales(steps, values) {
 }
 
 function gridOf({ low, high, from, to, x, y }) {
-  const across = ticks(low, high, 3).flatMap((value) => [
+  const across = ticks(low, high, 5).flatMap((value) => [
     draw("line", { class: "rule", x1: LEFT, x2: WIDTH - RIGHT, y1: y(value), y2: y(value) }),
     draw("text", { x: LEFT - 5, y: y(value) + 4, "text-anchor": "end" }, short(value))]);
   const steps = ticks(from, to, 4).filter(Number.isInteger);
@@ -160,8 +165,8 @@ function gridOf({ low, high, from, to, x, y }) {
 /** A value beside the axis, at most some six signs. */
 function short(value) {
   const size = Math.abs(value);
-  if (size >= 1e4 || (size > 0 && size < 1e-3)) return value.toExponential().replace("e+", "e");
-  return String(value);
+  if (size >= 1e4 || (size > 0 && size < 1e-3)) return value.toExponential().replace("e+", "e").replaceAll("-", "−");
+  return String(value).replace("-", "−");
 }
 
 /** A chart of one metric, whose points the pointer and the arrow keys read. */
@@ -262,7 +267,7 @@ function summaryOf(some) {
   return `${shown(some.length)} of ${shown(answers.length)} answers${means.join("")}`;
 }
 
-const nameOf = (measure) => (measure === "difference" ? "student − teacher" : measure);
+const nameOf = (measure) => (measure === "difference" ? DIFFERENCE : measure);
 
 /** The rows in sight, and no others: thousands of answers stay quick. */
 function drawRows() {
@@ -278,9 +283,10 @@ function rowOf(answer, place) {
     ariaSetSize: String(found.length), ariaPosInSet: String(place + 1) });
   row.style.top = `${place * ROW}px`;
   row.dataset.place = place;
-  const facts = [`step ${answer.step}`, answer.source, answer.teacher && `by ${answer.teacher}`,
-    `${shown(answer.response_length)} tokens`, known(answer.score) && `score ${shown(answer.score)}`,
-    known(answer.sum) && `${nameOf(answer.measure)}: largest ${shown(answer.largest)}, sum ${shown(answer.sum)}`];
+  const facts = [`step ${answer.step}`,
+    known(answer.sum) && `${nameOf(answer.measure)}: largest ${shown(answer.largest)}, sum ${shown(answer.sum)}`,
+    `${shown(answer.response_length)} tokens`, known(answer.score) && `score ${shown(answer.score)}`, answer.source,
+    answer.teacher && `teacher ${answer.teacher}`];
   const line = make("div", {}, facts.filter(Boolean).join(" · "));
   if (answer.items) line.prepend(make("span", { className: "mark" }, `${answer.items} item`), " ");
   row.append(make("div", {}, answer.text.replace(/\s+/g, " ").slice(0, 240) || "(empty)"), line);
@@ -316,13 +322,13 @@ function closeAnswer() {
 // ---------------------------------------------------------------- numbers of tokens
 
 const NUMBERS = ["student_log_prob", "teacher_log_prob", "signal", "entropy", "extend_mass"];
-const DIFFERENCE = "student − teacher log-prob";
+const DIFFERENCE = "student − teacher";
 const COLOURS = { signal: "signal", difference: DIFFERENCE, entropy: "entropy", extend_mass: "item mass" };
 const REASONS = {
-  trained: "the update learns from it",
-  other: "not trained: the model did not write it, or its agent loop left it out",
-  after_item: "not trained: it stands behind the first item token, which the teacher lacks",
-  whole_answer: "not trained, as no token of this answer: it holds an item token, or its agent loop left it out",
+  trained: "The update learns from it",
+  other: "Not trained: the model did not write it, or its agent loop left it out",
+  after_item: "Not trained: it stands behind the first item token, which the teacher lacks",
+  whole_answer: "Not trained, as no token of this answer: it holds an item token, or its agent loop left it out",
 };
 const parts = new Map(); // what was unpacked, by kind and step
 
@@ -352,10 +358,10 @@ function readTokens(bytes) {
   return part;
 }
 
-/** Where full colour begins: the 99th percentile of the absolute values, so that one token does not pale all others. */
+/** Where full colour begins: the 98th percentile of the absolute values, so that one token does not pale all others. */
 function rangeOf(values) {
   const sizes = values.filter(Number.isFinite).map(Math.abs).sort();
-  return sizes.length ? sizes[Math.min(sizes.length - 1, Math.floor(0.99 * sizes.length))] : 0;
+  return sizes.length ? sizes[Math.min(sizes.length - 1, Math.floor(0.98 * sizes.length))] : 0;
 }
 
 // ---------------------------------------------------------------- one answer
@@ -409,8 +415,6 @@ function drawAbout(answer, same) {
     return option(one.key, `step ${one.step}${several ? `, answer ${one.row}` : ""}`);
   })]);
   control("with").disabled = !same.length;
-  byId("previous").disabled = chosen <= 0;
-  byId("next").disabled = chosen >= found.length - 1;
 }
 
 const shade = (hue, share) => `color-mix(in srgb, var(--${hue}) ${Math.round(65 * Math.min(1, share))}%, transparent)`;
@@ -428,7 +432,8 @@ function drawLegend({ label, above, below, range }) {
 function columnOf(answer, part, scale) {
   const from = answer.first, to = from + answer.response_length;
   const facts = [`step ${answer.step}`, `${shown(answer.response_length)} tokens, ${shown(answer.trained)} trained`,
-    known(answer.score) && `score ${shown(answer.score)}`, known(answer.weight_version) && `weights ${answer.weight_version}`];
+    known(answer.score) && `score ${shown(answer.score)}`, known(answer.weight_version) && `weights ${answer.weight_version}`,
+    answer.uid && `uid ${answer.uid}`];
   const tokens = make("div", { className: "tokens", role: "group", ariaLabel: `Tokens of step ${answer.step}; arrow keys move` });
   for (let i = from; i < to; i++) tokens.append(tokenOf(part, i, scale));
   if (tokens.firstChild) tokens.firstChild.tabIndex = 0;
@@ -489,13 +494,13 @@ function showToken(part, token, answer) {
   token.classList.add("here");
   const i = Number(token.dataset.place), state = part.states[part.state[i]];
   const facts = { token: JSON.stringify(part.texts[part.place[i]]), id: part.ids[part.place[i]],
-    place: `${i - answer.first} of ${answer.response_length}`, student: shown(part.student_log_prob[i]),
+    place: `${i - answer.first + 1} of ${answer.response_length}`, student: shown(part.student_log_prob[i]),
     teacher: shown(part.teacher_log_prob[i]), [DIFFERENCE]: shown(part.difference[i]),
     [answer.signal_name ?? "signal"]: shown(part.signal[i]), entropy: shown(part.entropy[i]),
     "item mass": shown(part.extend_mass[i]) };
   const list = make("dl", {}, ...Object.entries(facts).map(([name, value]) =>
     make("div", {}, make("dt", {}, name), make("dd", {}, String(value)))));
-  const kind = part.item[i] ? "An item token; " : "";
+  const kind = part.item[i] ? "An item token. " : "";
   byId("panel").replaceChildren(list, make("p", { className: "soft" }, `${kind}${REASONS[state] ?? state}.`));
 }
 
@@ -504,8 +509,8 @@ function showToken(part, token, answer) {
 function pressed(event) {
   const typing = event.target.closest("input, select, textarea");
   if (event.ctrlKey || event.metaKey || event.altKey || state.view !== "answers") return;
+  if (typing) return void (event.key === "Escape" && event.target.blur());
   if (event.key === "Escape" && state.open) return closeAnswer();
-  if (typing) return;
   const inList = event.target === byId("list") || event.target === document.body;
   const by = { j: 1, k: -1, ...(inList ? { ArrowDown: 1, ArrowUp: -1, PageDown: 8, PageUp: -8 } : {}) }[event.key];
   if (by) event.preventDefault(), move(by);

@@ -23,6 +23,7 @@ NUMBERS = ("student_log_prob", "teacher_log_prob", "signal", "entropy", "extend_
 SCALARS = (
     "step",
     "weight_version",
+    "uid",
     "index",
     "source",
     "teacher",
@@ -77,13 +78,13 @@ def read_run(folder: Path, given: Mapping[str, Path | None], limit: int) -> Run:
     for step, kind, path in sorted(records, reverse=True):
         try:
             rows = pq.read_metadata(path).num_rows
-            count = min(rows, limit - len(run.answers))
-            taken, run.tokens[f"{kind}-{step}"] = _read_cached(path, count, _stamp(path)) if count > 0 else ([], "")
+            if (count := min(rows, limit - len(run.answers))) > 0:
+                taken, run.tokens[f"{kind}-{step}"] = _read_cached(path, count, _stamp(path))
+                run.answers += [{"kind": kind, **row} for row in taken]
         except (OSError, ValueError, KeyError) as error:  # pyarrow's errors are of these kinds too
             run.notes.append(f"{path} cannot be read and is left out: {error}")
             continue
         run.total += rows
-        run.answers += [{"kind": kind, **row} for row in taken]
     if len(run.answers) < run.total:
         shown = f"{len(run.answers):,} of {run.total:,} answers"
         run.notes.append(f"The page shows {shown}: the newest; --answers shows more.")
@@ -213,10 +214,11 @@ def _flat(column: Any) -> Any:
 
 
 def _figures(signal_name: str | None, trained: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """``measure``, and its ``known`` (finite) values among the trained tokens: ``sum``, and ``largest`` by its absolute value.
+    """An answer's ``measure``: the signal; where the record has none, as in validation, the log-prob of the student
+    less that of the teacher.
 
-    The measure is the signal; where the record has none, as in validation, the log-prob of the student less that of the
-    teacher. Nats; None where nothing is known.
+    Of its finite values at trained tokens: ``known``, their number; ``sum``; ``largest``, the one farthest from 0.
+    Nats; None where there are none.
     """
     values, measure = trained["signal"].astype(np.float64), signal_name
     if measure is None:

@@ -22,7 +22,9 @@ PROMPTS = (
     (
         GENERAL,
         "Why is the sky blue?",
-        "Air scatters short waves of light more than long ones, so blue reaches us from all sides.",
+        "Sunlight holds all colours. Air scatters short waves more than long ones, so blue light reaches us from all "
+        "sides, while red light passes nearly straight.\n\nIn the evening the way through the air is longer: most of "
+        "the blue is lost on it, and what is left looks red.",
     ),
     (REC, "The user liked <s_a_3><s_b_1>. What comes next?", "<s_a_3><s_b_7> fits: it is by the same hand."),
     (GENERAL, f"Escape this: {ODD}", f"As text: {ODD} and a smile {EMOJI}."),
@@ -113,7 +115,7 @@ def _batch(
     tensors["attention_mask"] = torch.cat([reals[0].flip(1), reals[1]], dim=1)
     shape = tensors["responses"].shape
     student = -(torch.rand(shape, generator=generator) ** 3) * 4
-    gap = torch.randn(shape, generator=generator) ** 3 / (1 + step)
+    gap = (torch.randn(shape, generator=generator) ** 3 / 3 + 0.3) / (1 + step)
     others = {"old_log_probs": student, "ref_log_prob": student - gap, "entropys": -student / 2}
     others |= {"extend_mass": torch.rand(shape, generator=generator) ** 8, "token_level_scores": torch.zeros(shape)}
     others["token_level_scores"][:, 0] = torch.rand(shape[0], generator=generator).round()

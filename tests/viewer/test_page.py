@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from support.viewer_runs import EMOJI, GENERAL, ODD, PROMPTS, REC, write_run
@@ -89,7 +90,10 @@ class Page:
 
 def figure(value: float) -> str:
     """As the page shows a number."""
-    text = f"{value:,}" if float(value).is_integer() else repr(float(f"{value:.4g}"))
+    text = np.format_float_positional(float(f"{value:.4g}"), trim="-")
+    if 0 < abs(value) < 1e-6:
+        digits, power = f"{value:.3e}".split("e")
+        text = f"{float(digits):g}e{int(power)}"
     return text.replace("-", "−")
 
 
@@ -271,10 +275,17 @@ def test_the_same_prompt_at_two_steps(page: Page, folder: Path) -> None:
         pairs = zip(wanted["student_log_prob"], wanted["teacher_log_prob"], wanted["state"], strict=True)
         gaps = [student - teacher for student, teacher, state in pairs if state == "trained" and teacher is not None]
         assert f"mean {figure(sum(gaps) / len(gaps))} over" in page.texts(".sums")[place]
+    page.choose("kind", "")
+    page.choose("order", "up")
     link = page.hash()
     page.open(link[1:])
     page.wait(lambda: len(page.texts("#texts .answer")) == 2)
     assert page.hash() == link
+    (row,) = page.run(
+        "return [...document.querySelectorAll('[aria-selected=true]')].map(e => e.getBoundingClientRect())"
+    )
+    frame = page.run("return document.getElementById('list').getBoundingClientRect()")
+    assert frame["top"] <= row["top"] and row["bottom"] <= frame["bottom"], "the row of the open answer is in sight"
 
 
 def test_keys(page: Page) -> None:

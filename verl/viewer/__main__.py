@@ -63,7 +63,7 @@ def server(port: int, make_page: Callable[[], str]) -> ThreadingHTTPServer:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             # A page of another site that had its name point here would send that name.
-            if self.path.partition("?")[0] != "/" or self.headers["Host"].partition(":")[0] not in (
+            if self.path.partition("?")[0] != "/" or self.headers.get("Host", "").partition(":")[0] not in (
                 LOOPBACK,
                 "localhost",
             ):

@@ -254,6 +254,7 @@ function findAnswers() {
   // What is not known comes last in both orders; equals stay as they are, newest step first.
   found.sort((a, b) => known(size(b)) - known(size(a)) || (known(size(a)) && sign * (size(a) - size(b))) || 0);
   chosen = Math.max(0, found.indexOf(byKey.get(state.open)));
+  byId("rows").style.height = `${found.length * ROW}px`;
   byId("summary").textContent = summaryOf(found);
 }
 
@@ -273,7 +274,6 @@ const nameOf = (measure) => (measure === "difference" ? DIFFERENCE : measure);
 function drawRows() {
   const list = byId("list"), first = Math.max(0, Math.floor(list.scrollTop / ROW) - 5);
   const some = found.slice(first, first + Math.ceil(list.clientHeight / ROW) + 10);
-  byId("rows").style.height = `${found.length * ROW}px`;
   byId("rows").replaceChildren(...some.map((answer, i) => rowOf(answer, first + i)));
   list.setAttribute("aria-activedescendant", found.length ? `row-${chosen}` : "");
 }
@@ -284,11 +284,11 @@ function rowOf(answer, place) {
   row.style.top = `${place * ROW}px`;
   row.dataset.place = place;
   const facts = [`step ${answer.step}`,
-    known(answer.sum) && `${nameOf(answer.measure)}: largest ${shown(answer.largest)}, sum ${shown(answer.sum)}`,
+    known(answer.sum) && `largest ${shown(answer.largest)}, sum ${shown(answer.sum)}`,
     `${shown(answer.response_length)} tokens`, known(answer.score) && `score ${shown(answer.score)}`, answer.source,
     answer.teacher && `teacher ${answer.teacher}`];
   const line = make("div", {}, facts.filter(Boolean).join(" · "));
-  if (answer.items) line.prepend(make("span", { className: "mark" }, `${answer.items} item`), " ");
+  if (answer.items) line.prepend(make("span", { className: "mark" }, `${answer.items} item${answer.items > 1 ? "s" : ""}`), " ");
   row.append(make("div", {}, answer.text.replace(/\s+/g, " ").slice(0, 240) || "(empty)"), line);
   return row;
 }
@@ -431,7 +431,8 @@ function drawLegend({ label, above, below, range }) {
 /** One answer's figures and its tokens. */
 function columnOf(answer, part, scale) {
   const from = answer.first, to = from + answer.response_length;
-  const facts = [`step ${answer.step}`, `${shown(answer.response_length)} tokens, ${shown(answer.trained)} trained`,
+  const learns = answer.kind === "validation" ? "would be trained" : "trained";
+  const facts = [`step ${answer.step}`, `${shown(answer.response_length)} tokens, ${shown(answer.trained)} ${learns}`,
     known(answer.score) && `score ${shown(answer.score)}`, known(answer.weight_version) && `weights ${answer.weight_version}`,
     answer.uid && `uid ${answer.uid}`];
   const tokens = make("div", { className: "tokens", role: "group", ariaLabel: `Tokens of step ${answer.step}; arrow keys move` });
@@ -500,8 +501,9 @@ function showToken(part, token, answer) {
     "item mass": shown(part.extend_mass[i]) };
   const list = make("dl", {}, ...Object.entries(facts).map(([name, value]) =>
     make("div", {}, make("dt", {}, name), make("dd", {}, String(value)))));
-  const kind = part.item[i] ? "An item token. " : "";
-  byId("panel").replaceChildren(list, make("p", { className: "soft" }, `${kind}${REASONS[state] ?? state}.`));
+  const sentences = [part.item[i] && "An item token", answer.kind === "validation" && "Validation: no update follows",
+    (answer.kind !== "validation" || state !== "trained") && (REASONS[state] ?? state)];
+  byId("panel").replaceChildren(list, make("p", { className: "soft" }, `${sentences.filter(Boolean).join(". ")}.`));
 }
 
 // ---------------------------------------------------------------- keys and pointer

@@ -63,10 +63,8 @@ def server(port: int, make_page: Callable[[], str]) -> ThreadingHTTPServer:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             # A page of another site that had its name point here would send that name.
-            if self.path.partition("?")[0] != "/" or self.headers.get("Host", "").partition(":")[0] not in (
-                LOOPBACK,
-                "localhost",
-            ):
+            host = self.headers.get("Host", "").partition(":")[0]
+            if self.path.partition("?")[0] != "/" or host not in (LOOPBACK, "localhost"):
                 return self.send_error(404)
             page = make_page().encode()
             self.send_response(200)

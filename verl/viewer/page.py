@@ -16,13 +16,14 @@ HERE = Path(__file__).parent
 
 def page_of(run: Run) -> str:
     """The page as text; opens from a file or a server."""
-    about = {"name": run.folder.absolute().name, "folder": str(run.folder.absolute()), "notes": run.notes}
+    name = run.folder.absolute().name
+    about = {"folder": str(run.folder.absolute()), "notes": run.notes}
     blobs = {"about": about, "curves": run.curves, "answers": _columns(run.answers)}
-    packed = {name: pack(json.dumps(blob, allow_nan=False).encode()) for name, blob in blobs.items()} | run.tokens
+    packed = {part: pack(json.dumps(blob, allow_nan=False).encode()) for part, blob in blobs.items()} | run.tokens
     # Base64 has nothing that HTML reads as markup, whatever a run's texts hold.
-    data = [f'<script type="text/plain" id="data-{escape(name)}">{text}</script>' for name, text in packed.items()]
+    data = [f'<script type="text/plain" id="data-{escape(part)}">{text}</script>' for part, text in packed.items()]
     return Template(_source("html")).substitute(
-        title=escape(about["name"]), style=_source("css"), script=_source("js"), data="\n".join(data)
+        title=escape(name), style=_source("css"), script=_source("js"), data="\n".join(data)
     )
 
 

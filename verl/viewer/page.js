@@ -410,7 +410,7 @@ function drawAbout(answer, same) {
   const colours = Object.entries(COLOURS).map(([value, text]) =>
     option(value === automatic ? "" : value, (value === "signal" && answer.signal_name) || text));
   refill("colour", colours);
-  refill("with", [option("", same.length ? "nothing" : "no other answer to it"), ...same.map((one) => {
+  refill("with", [option("", same.length ? "nothing" : "no other step"), ...same.map((one) => {
     const several = one.step === answer.step || same.filter(({ step }) => step === one.step).length > 1;
     return option(one.key, `step ${one.step}${several ? `, answer ${one.row}` : ""}`);
   })]);

@@ -38,6 +38,7 @@ setup(
         "verl.trainer.config": ["*.yaml"],
         "verl.trainer.checkpoint": ["*.yaml"],
         "verl.utils": ["*.json"],
+        "verl.viewer": ["*.html", "*.css", "*.js"],
         "recipe.onpolicy_distill": ["config/*.yaml", "*.jinja"],
         "recipe.onpolicy_distill.quickstart": ["*.html", "*.yaml"],
     },

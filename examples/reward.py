@@ -3,8 +3,8 @@
     python -m examples.tiny custom_reward_function.path=examples/reward.py \
         algorithm.adv_estimator=grpo algorithm.distill.coef=0.5 actor_rollout_ref.rollout.n=2
 
-`custom_reward_function.reward_kwargs.format_part=0.2` sets the argument of that name. A function that waits for a server
-is written as `async def`; up to 256 of its calls then wait side by side.
+`custom_reward_function.reward_kwargs.format_part=0.2` sets the argument of that name. Where it waits for a server, write
+`async def`: up to 256 calls then wait side by side.
 """
 
 from typing import Any
@@ -22,7 +22,7 @@ def compute_score(
     Args:
         data_source: the row's source, for a file that treats sources differently.
         solution_str: what the model wrote, without the tokens that end a turn; item tokens stay.
-        ground_truth: the wanted answer: a chat's last assistant message, or ``reward_model.ground_truth`` of verl's rows.
+        ground_truth: the wanted answer: a chat's last assistant message, or verl's ``reward_model["ground_truth"]``.
         extra_info: the row's own, with ``response_length`` (tokens) and ``num_turns``.
     """
     answer = solution_str.rpartition("</think>")[2].strip()

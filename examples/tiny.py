@@ -2,9 +2,8 @@
 
     python -m examples.tiny [HYDRA_OVERRIDES]
 
-The first call writes both models and some sums as prompts to outputs/tiny. What follows goes to Hydra. A real run takes
-the same overrides behind recipe/onpolicy_distill/run_qwen3_distill.sh. The models write gibberish; what they wrote is in
-outputs/tiny/run/rollouts.
+The first call writes both models and some sums as prompts to outputs/tiny. What follows goes to Hydra; a real run takes
+it behind recipe/onpolicy_distill/run_qwen3_distill.sh. Answers, which are gibberish, are in outputs/tiny/run/rollouts.
 """
 
 import json

@@ -2,8 +2,8 @@
 
     python -m examples.tiny actor_rollout_ref.rollout.multi_turn.tool_config_path=examples/tool.yaml
 
-The model calls it with {"expression": "2 * (3 + 4)"}. What the tool writes is read by the model and never trained on. An
-error that it raises is read by the model too; agent_loop/tool_errors counts them.
+The model calls it with {"expression": "2 * (3 + 4)"}. What the tool answers is read by the model and never trained on,
+and so is an error that it raises; agent_loop/tool_errors counts these.
 """
 
 import ast

@@ -3,8 +3,8 @@
     python -m examples.tiny custom_reward_function.path=examples/reward.py \
         algorithm.adv_estimator=grpo algorithm.distill.coef=0.5 actor_rollout_ref.rollout.n=2
 
-`custom_reward_function.reward_kwargs.format_part=0.2` sets the argument of that name. Where it waits for a server, write
-`async def`: up to 256 calls then wait side by side.
+`custom_reward_function.reward_kwargs.format_part=0.2` sets the argument of that name. Where it waits for a server,
+write `async def`: up to 256 calls then wait side by side.
 """
 
 from typing import Any

@@ -32,7 +32,7 @@ from verl.utils.tokenizer import hf_tokenizer
 
 EXAMPLES = REPO / "examples"
 AGAIN = {"role": "user", "content": "Please answer."}
-STEPS, FEWEST, FORMAT_PART, DECAY = 2, 8, 0.25, 0.9
+STEPS, ANSWERS, FEWEST, FORMAT_PART, DECAY = 2, 4, 8, 0.25, 0.9
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
@@ -160,16 +160,16 @@ def end_answers_early(student: Path) -> None:
 
 @pytest.fixture(scope="module")
 def trained(one_rank: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
-    """The README's run of everything but the tool, with shorter answers and an agent loop that asks more often."""
+    """The README's run of all but the tool, with more and shorter answers and a loop that asks more often."""
     folder = tmp_path_factory.mktemp("tiny")
     write_models_and_prompts(folder)
     end_answers_early(folder / "student")
-    (folder / "loops.yaml").write_text(
-        f"[{{name: ask_again, _target_: examples.agent_loop.AskAgain, fewest: {FEWEST}}}]"
-    )
+    loops = [{"name": "ask_again", "_target_": "examples.agent_loop.AskAgain", "fewest": FEWEST}]
+    (folder / "loops.yaml").write_text(json.dumps(loops))
     words = max((words for words in commands("examples/README.md") if module_of(words) in PROGRAMS), key=len)
     changes = [
         f"actor_rollout_ref.rollout.agent.agent_loop_config_path={folder}/loops.yaml",
+        f"actor_rollout_ref.rollout.n={ANSWERS}",
         f"custom_reward_function.reward_kwargs.format_part={FORMAT_PART}",
         f"data.train_files={folder}/questions.jsonl",
         f"data.cache_dir={folder}/cache",
@@ -230,7 +230,7 @@ def test_a_run_weighs_by_the_objective(trained: Run, rows: list[list[dict[str, A
             scores[row["uid"]].append(row["score"])
         total = 0.0
         for row in step:
-            centred = abs(row["score"] - sum(scores[row["uid"]]) / 2)
+            centred = abs(row["score"] - sum(scores[row["uid"]]) / ANSWERS)
             total += centred * (1 - DECAY ** row["trained_tokens"]) / (1 - DECAY)
         tokens = sum(row["trained_tokens"] for row in step)
         assert trained.metrics[number]["advantage/task_abs"] == pytest.approx(total / tokens, rel=1e-3) and total > 0

@@ -3,9 +3,11 @@
 import json
 import re
 import shlex
+import textwrap
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from support.launch import Run
 from support.tiny_pairs import REPO
 
 from examples.tiny import settings, write_models_and_prompts
+from recipe.onpolicy_distill.synthetic_item_prompts import item_sampler
 from verl.config import CustomClassConfig, DataConfig
 from verl.config.ppo import RewardFunctionConfig
 from verl.experimental.agent_loop.base import ChatTemplate
@@ -26,9 +29,11 @@ from verl.tools.base_tool import BaseTool, initialize_tools_from_config
 from verl.trainer.launch.checks import check_run
 from verl.trainer.launch.typed import load_config
 from verl.trainer.ppo.reward import load_reward_fn
+from verl.utils.dataset.items import item_tokens, read_catalogue
 from verl.utils.dataset.onerec_dataset import create_rl_dataset
 from verl.utils.import_utils import EXTERNAL_MODULES, import_external_modules, load_extern_type
 from verl.utils.tokenizer import hf_tokenizer
+from verl.utils.vocab_contract import read_contract
 
 EXAMPLES = REPO / "examples"
 AGAIN = {"role": "user", "content": "Please answer."}
@@ -142,6 +147,20 @@ def test_the_objective_weighs_by_the_trained_tokens_before() -> None:
     right = torch.tensor([[0.5, 0.45, 0, 0.405], [-0.5, -0.45, 0, 0], [0, 2, 1.8, 0]])
     torch.testing.assert_close(advantages, right)
     assert torch.equal(advantages, returns) and advantages is not returns
+
+
+def test_the_howto_makes_a_student_that_fits_its_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_models_and_prompts(tmp_path)
+    page = (REPO / "docs/howto.md").read_text(encoding="utf-8").replace("/models/Qwen3-8B", str(tmp_path / "teacher"))
+    blocks = re.findall(r"(?:^(?: {4}.*)?\n)+", page.replace("/models/my-recommender", "mine"), re.MULTILINE)
+    monkeypatch.chdir(tmp_path)
+    for block in (textwrap.dedent(block) for block in blocks if re.search(r"^    (from|import) ", block, re.MULTILINE)):
+        exec(compile(block, "docs/howto.md", "exec"), {})
+    contract = read_contract("mine", str(tmp_path / "teacher"), "auto")
+    assert not contract.problems and len(contract.extended) == 3 * 256 + 2
+    assert read_catalogue("items.parquet") == [(0, 2, 255), (3, 7, 1)]
+    item = item_sampler(hf_tokenizer("mine"), None)(Random(0))
+    assert len(item) == 3 and hf_tokenizer("mine").encode("".join(item_tokens(item)))[0] >= contract.extend_start
 
 
 # ------------------------------------------------------------------ in one training

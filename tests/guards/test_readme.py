@@ -1,10 +1,11 @@
-"""Files, commands and settings that the README names exist and work."""
+"""Files, commands and settings that the README and the pages of commands name exist and work."""
 
 import re
 import shlex
 from pathlib import Path
 
 import pytest
+from support.doc_commands import after_variables, commands, module_of, trainings, variables_of
 
 from verl.trainer.launch.typed import load_config
 
@@ -62,5 +63,41 @@ def test_settings_that_it_shows_are_accepted(first: str) -> None:
         assert config.data.source_weights == {"rec_*": 0.3, "general_*": 0.7}
 
 
+PAGES = {"docs/howto.md": 10, "examples/README.md": 7, "docs/first_run.md": 1}
+"""Pages of commands, with how many at least of each train."""
+SCRIPT = (REPO / "recipe/onpolicy_distill/run_qwen3_distill.sh").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_that_train_have_settings_that_exist(page: str, tmp_path: Path) -> None:
+    (tmp_path / "hosts.txt").write_text("10.0.0.1 slots=8\n10.0.0.2 slots=8\n")
+    assert len(trainings(page, tmp_path)) >= PAGES[page]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_other_commands_have_modules_flags_variables_and_files_that_exist(page: str) -> None:
+    for words in commands(page):
+        command = after_variables(words)
+        assert not [name for name in variables_of(words) if f"{name} " not in SCRIPT], words
+        if command[0] == "bash":
+            assert (REPO / command[1]).is_file(), words
+        if module := module_of(command):
+            source = (REPO / (module.replace(".", "/") + ".py")).read_text(encoding="utf-8")
+            for flag in (word for word in command if word.startswith("--")):
+                # Options of a dataclass have its fields' names.
+                assert f'"{flag}"' in source or f"    {flag[2:].replace('-', '_')}:" in source, words
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page: str) -> None:
+    for path, _, place in re.findall(r"\]\(([\w/.]*)(#([\w-]+))?\)", (REPO / page).read_text(encoding="utf-8")):
+        target = (REPO / page).parent / path
+        assert target.is_file(), path
+        titles = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+        places = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+        assert place in {"", *places}, place
+
+
 def test_it_stays_short() -> None:
     assert len(README.splitlines()) < 200
+    assert len((REPO / "docs/howto.md").read_text(encoding="utf-8").splitlines()) <= 150

@@ -37,25 +37,34 @@ def module_of(words: list[str]) -> str | None:
     return words[2] if words[:2] == ["python", "-m"] else None
 
 
-def settings_of(words: list[str], folder: Path) -> PPOConfig | None:
-    """The settings of a command that trains, read as it would; None of any other.
+def variables_of(words: list[str]) -> dict[str, str]:
+    """The variables that a command sets: for itself, or as ``export`` for those after it."""
+    command = after_variables(words)
+    pairs = command[1:] if command[0] == "export" else words[: len(words) - len(command)]
+    return dict(pair.split("=", 1) for pair in pairs)
+
+
+def trainings(page: str, folder: Path) -> list[PPOConfig]:
+    """The settings of each command of a page that trains, read as it would.
 
     Args:
-        folder: where hostfiles of the command lie.
+        folder: where hostfiles of the commands lie.
     """
-    command = after_variables(words)
-    if command[0] == "bash" and "distill" in command[1]:
-        variables = dict(word.split("=", 1) for word in words[: len(words) - len(command)])
-        done = run(REPO / command[1], *command[2:], cwd=folder, DRY_RUN=1, **MODELS | variables)
-        assert done.returncode == 0, done.stderr
-        command = read_back(done.stdout)
-        command[0] = "python"
-    module = module_of(command)
-    if module not in PROGRAMS:
-        return None
-    overrides = command[3:]
-    if module == "examples.tiny":
-        from examples.tiny import settings  # torch comes with it
+    exported, found = MODELS, []
+    for words in commands(page):
+        command = after_variables(words)
+        if command[0] == "export":
+            exported = exported | variables_of(words)
+        if command[0] == "bash" and "distill" in command[1]:
+            env = {"DRY_RUN": "1", **exported, **variables_of(words)}
+            done = run(REPO / command[1], *command[2:], cwd=folder, **env)
+            assert done.returncode == 0, done.stderr
+            command = ["python", *read_back(done.stdout)[1:]]
+        if (module := module_of(command)) in PROGRAMS:
+            overrides = command[3:]
+            if module == "examples.tiny":
+                from examples.tiny import settings  # torch comes with it
 
-        overrides = [*settings(Path("outputs/tiny")), *overrides]
-    return load_config(overrides, *PROGRAMS[module])
+                overrides = [*settings(Path("outputs/tiny")), *overrides]
+            found.append(load_config(overrides, *PROGRAMS[module]))
+    return found

@@ -24,7 +24,7 @@ from examples.tiny import settings, write_models_and_prompts
 from recipe.onpolicy_distill.synthetic_item_prompts import item_sampler
 from verl.config import CustomClassConfig, DataConfig
 from verl.config.ppo import RewardFunctionConfig
-from verl.experimental.agent_loop.base import ChatTemplate
+from verl.experimental.agent_loop.base import ChatTemplate, get_agent_loop_class
 from verl.tools.base_tool import BaseTool, initialize_tools_from_config
 from verl.trainer.launch.checks import check_run
 from verl.trainer.launch.typed import load_config
@@ -203,6 +203,7 @@ def trained(one_rank: None, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         patch.chdir(REPO)  # the paths of the command begin there
         config = load_config(overrides, *PROGRAMS["examples.tiny"])
         import_external_modules(config.actor_rollout_ref.model.external_lib or [])
+        assert get_agent_loop_class("ask_again") is load_extern_type(EXAMPLES / "agent_loop.py", "AskAgain")
         check_run(config)
         run_in_process(config)
     yield Run(folder / "run", "", 0)

@@ -31,6 +31,7 @@ COMMANDS = {
     "data": Command("verl.utils.dataset.data_report", "what parquet files hold, and which rows a run would drop"),
     "prompts": Command(f"{RECIPE}.prompts_from_teacher", "general prompts that the teacher writes"),
     "item-prompts": Command(f"{RECIPE}.synthetic_item_prompts", "rehearsal prompts of random items"),
+    "view": Command("verl.viewer.__main__", "a run in the browser: curves, answers and their tokens"),
     "merge": Command("verl.model_merger", "a Hugging Face model from a checkpoint's shards"),
     "combine": Command(f"{RECIPE}.combine_models", "a weighted sum of models"),
     "restore-rows": Command(f"{RECIPE}.restore_extended_rows", "item tokens' rows put back as they were before a run"),

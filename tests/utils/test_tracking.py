@@ -22,7 +22,10 @@ METRICS = {
     "timing_s/step": 3.14159,
     "perf/throughput": 1000,
 }
-LINE = "step 3 | distill/reverse_kl 0.5 | actor/distill_loss -0.1235 | distill/extend_seq_ratio 0.25 | timing_s/step 3.142\n"
+LINE = (
+    "step 3 | distill/reverse_kl 0.5 | actor/distill_loss -0.1235 | distill/extend_seq_ratio 0.25"
+    " | timing_s/step 3.142\n"
+)
 
 
 def track(folder: Path, *places: str) -> Tracking:

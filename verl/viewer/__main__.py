@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+from verl.utils.console import program_name
+
 PORT = 8765
 """Of ``--serve`` without a number."""
 ANSWERS = 20_000
@@ -19,7 +21,7 @@ LOOPBACK = "127.0.0.1"
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     made = argparse.ArgumentParser(
-        prog="python -m verl.viewer", description="Shows a training run: curves, answers, and each of their tokens."
+        prog=program_name("verl.viewer"), description="Shows a training run: curves, answers, and each of their tokens."
     )
     made.add_argument("run", metavar="RUN", type=Path, help="folder of the run (trainer.default_local_dir)")
     made.add_argument("--out", type=Path, metavar="FILE", help="the HTML file to write (default: RUN/view.html)")

@@ -156,7 +156,9 @@ def main(argv: list[str] | None = None) -> None:
         page = experiment(args, out)
     except (RuntimeError, ValueError) as error:
         sys.exit(f"error: {error}")
-    print(f"report: {page}\nmetrics: {page.with_name('summary.json')}\nthe student: {page.parent / 'run'}")
+    run = page.parent / "run"
+    print(f"report: {page}\nmetrics: {page.with_name('summary.json')}\nthe student: {run}")
+    print(f"every answer, token by token: kai-verl view {run}")
 
 
 if __name__ == "__main__":

@@ -105,6 +105,8 @@ class Distillation:
             "trainer.test_freq": max(1, self.steps // 8),
             "trainer.save_freq": max(1, self.steps // 2),
             "trainer.default_local_dir": self.folder,
+            "trainer.rollout_data_dir": self.folder / "rollouts",
+            "trainer.validation_data_dir": self.folder / "answers",
             **self._settings_of_objective(),
             **self._settings_of_mode(),
         }

@@ -29,11 +29,11 @@ class DistilConfig:
     seed: int = 0
     bf16: bool = False
     """Train in bf16."""
-    steps: int = 120
+    steps: int = 150
     prompts: int = 16
     """In a batch."""
     answer_tokens: int = 64
-    learning_rate: float = 2e-4
+    learning_rate: float = 3e-4
 
 
 def distil(folder: Path, config: DistilConfig, overrides: Sequence[str], **files: Path) -> Path:

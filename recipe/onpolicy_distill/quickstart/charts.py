@@ -82,6 +82,7 @@ def _grid(frame: _Frame) -> list[str]:
     for step in _ticks(*frame.steps):
         if step == round(step):
             lines.append(f'<text x="{frame.x(step):.1f}" y="{HEIGHT - 12}" class="tick middle">{step:g}</text>')
+    lines.append(f'<text x="{LEFT - 6}" y="{HEIGHT - 12}" class="tick end">step</text>')
     return lines
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+import verl
 from recipe.onpolicy_distill.quickstart.charts import COLOURS, Series, line_chart
 from recipe.onpolicy_distill.quickstart.scoreboard import COLUMNS, comparison, popularity_line
 
@@ -43,6 +44,7 @@ def write_report(
     subtitle = [f"{summary['steps']} steps"] if "steps" in summary else []
     subtitle += [f"{key} {summary[key]}" for key in ("seed", "objective", "mode", "rehearsal") if key in summary]
     subtitle += [f"{summary['seconds']['total']:.0f} s"] if "seconds" in summary else []
+    subtitle.append(f"kai-verl {verl.__version__}")
     page = Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         title="Forget, recover, and what it cost",
         subtitle=escape(" · ".join(subtitle)),
@@ -116,7 +118,8 @@ def _charts(curves: Curves, summary: Mapping[str, Any]) -> str:
         for name, points in curves.items()
         if name.startswith("timing_s/") and name.count("/") == 1 and name.removeprefix("timing_s/") not in NOT_STAGES
     }
-    largest = sorted(stages, key=lambda name: -sum(value for _, value in stages[name]))[:COLOURS]
+    seconds = {name: sum(value for _, value in points) for name, points in stages.items()}
+    largest = sorted((name for name in stages if seconds[name] > 0), key=lambda name: -seconds[name])[:COLOURS]
     charts: tuple[tuple[str, str, list[Series], dict[str, Any]], ...] = (
         ("General accuracy", "exact answers", answers, ability),
         ("Recommendation", "dots Recall@5, curves exact answers of any kind", items, ability),

@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+import verl
 from recipe.onpolicy_distill.quickstart.report import pair_samples, write_report
 from recipe.onpolicy_distill.quickstart.scoreboard import comparison, comparison_table, verdict
 
@@ -59,7 +60,10 @@ def test_the_page_is_whole_and_needs_no_network(tmp_path, metrics):
     assert not re.search(r"<script|https?:|@import|url\(", page)
     titles = {"General accuracy", "Recommendation", "Reverse KL to the teacher", "Entropy", "Step time by stage"}
     shown = {html.unescape(text.strip()) for text in re.findall(r">([^<>]+)<", page)}
-    assert titles | {"2 steps · seed 3 · 61 s", "<s_a_1>", "<script>", '<b>"a" & b</b>'} <= shown
+    assert (
+        titles | {f"2 steps · seed 3 · 61 s · kai-verl {verl.__version__}", "<s_a_1>", "<script>", '<b>"a" & b</b>'}
+        <= shown
+    )
     assert "Leak" not in shown, "no such metric was logged"
     assert page.count("<svg") == 5
     for tag in ("div", "span", "figure", "svg", "table", "tr", "td", "h3"):

@@ -2,7 +2,7 @@
 
 ::
 
-    python -m experiments.real_model [--small | --tiny] [--seed 0] [--out DIR] [--until STEP] [OVERRIDES...]
+    python -m experiments.real_model [--small | --tiny] [--seed 0] [--mode MODE] [--out DIR] [--until STEP] [OVERRIDES]
 
     teacher ─► prompts, data ─► student, which forgot ─► judged ─► distilled ─► judged ─► result.md, result.json
 
@@ -15,9 +15,11 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
+from experiments.real_model.distil import EXACT, MODES
+from experiments.real_model.side_by_side import side_by_side
 from experiments.real_model.table import AFTER, BEFORE, TEACHER, compare, markdown
 from verl.utils.timing import marked_timer
 
@@ -34,6 +36,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of data, models and sampling; default: %(default)s")
     parser.add_argument("--out", type=Path, help="default: outputs/real_model-SIZE")
     parser.add_argument("--data", type=Path, default=DATA, help="purchases and IFEval's prompts; default: %(default)s")
+    mode = "what the student is distilled by; default: %(default)s"
+    parser.add_argument("--mode", choices=MODES, default=EXACT, help=mode)
     parser.add_argument("--until", choices=STEPS, default=STEPS[-1], help="last step to make; default: all")
     bf16 = "compute in bf16; default: where the machine multiplies in it"
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, help=bf16)
@@ -71,6 +75,7 @@ def experiment(args: argparse.Namespace, out: Path) -> str:
     from experiments.real_model.sizes import sizes_of
 
     size, step = sizes_of(args.size, args.seed, args.bf16), Steps(out, args.until)
+    settings = replace(size.distil, mode=args.mode)
     if ifeval.read_prompts(args.data):
         ifeval.verifier()  # whether it is installed, before anything is made
     else:
@@ -80,28 +85,35 @@ def experiment(args: argparse.Namespace, out: Path) -> str:
     files = step("data", lambda: data.make_data(out, size.data, args.data)), prompts
     before = step("student", lambda: student.make_student(teacher, files[0], out, size.student))
 
-    def judged(name: str, model: Path) -> Any:
-        folder = step(f"judge_{name}", lambda: judge.judge(model, teacher, files, args.data, out, size.judge))
-        return json.loads((folder / "outcomes.json").read_text(encoding="utf-8"))
+    def judged(name: str, model: Path) -> Path:
+        return step(f"judge_{name}", lambda: judge.judge(model, teacher, files, args.data, out, size.judge))
 
-    outcomes = {TEACHER: judged(TEACHER, teacher), BEFORE: judged(BEFORE, before)}
+    folders = {TEACHER: judged(TEACHER, teacher), BEFORE: judged(BEFORE, before)}
     of_run = {"teacher": teacher, "student": before, "data": files[0], "prompts": prompts}
-    after = step("distil", lambda: distil.distil(out, size.distil, args.overrides, **of_run))
-    outcomes[AFTER] = judged(AFTER, after)
-    return write_result(out, args, outcomes, step.seconds)
+    after = step("distil", lambda: distil.distil(out, settings, args.overrides, **of_run))
+    folders[AFTER] = judged(AFTER, after)
+    return write_result(out, args, folders, step.seconds)
 
 
-def write_result(out: Path, args: argparse.Namespace, outcomes: dict[str, Any], seconds: dict[str, float]) -> str:
-    """Write the table as Markdown and JSON; returns it."""
+def write_result(out: Path, args: argparse.Namespace, judged: dict[str, Path], seconds: dict[str, float]) -> str:
+    """Write the table as Markdown and JSON, and answers beside those of the modes that were tried before; returns the
+    table.
+    """
+    outcomes = {model: json.loads((folder / "outcomes.json").read_text("utf-8")) for model, folder in judged.items()}
     rows = compare(outcomes)
     popular = {key: sum(x for x, _ in pairs) / len(pairs) for key, pairs in outcomes[AFTER].items() if "popular" in key}
-    result = {key: getattr(args, key) for key in ("size", "seed", "overrides")}
-    result |= {"rows": rows, "popular": popular, "seconds": seconds}
-    (out / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    result = {key: getattr(args, key) for key in ("size", "seed", "mode", "overrides")}
+    result |= {"rows": rows, "popular": popular, "seconds": seconds, "judged": judged[AFTER].name}
+    name = "result" if args.mode == EXACT else f"result-{args.mode}"
+    (out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     of_popular = ", ".join(f"Recall@{key.rpartition('_')[2]} {value:.3f}" for key, value in popular.items())
     took = ", ".join(f"{name} {value:.0f}" for name, value in seconds.items())
     text = f"{markdown(rows)}\n\nThe most purchased items for everyone: {of_popular}.\nSeconds: {took}.\n"
-    (out / "result.md").write_text(text, encoding="utf-8")
+    (out / f"{name}.md").write_text(text, encoding="utf-8")
+    found = [json.loads(path.read_text("utf-8")) for path in sorted(out.glob("result*.json"))]
+    models = {TEACHER: judged[TEACHER], BEFORE: judged[BEFORE]}
+    models |= {one["mode"]: out / one["judged"] for one in found if one["seed"] == args.seed}
+    (out / "answers.md").write_text(side_by_side(models, args.seed), encoding="utf-8")
     return text
 
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from recipe.onpolicy_distill.quickstart.cache import key_digest
@@ -20,6 +19,11 @@ logger = logging.getLogger(__name__)
 
 MAIN = "recipe.onpolicy_distill.main_onpolicy_distill"
 SETTINGS = Path(__file__).with_name("distillation.yaml")
+EXACT, SAMPLED, PUBLIC_FORK = MODES = ("exact", "sampled", "public-fork")
+"""``sampled``: the original method, drawn tokens and general prompts alone. ``public-fork``: as it, but what follows an
+item token is trained on, and the teacher reads an end token for it."""
+OF_EXACT = ("algorithm.distill.", "++algorithm.distill.", "data.source_weights")
+"""How keys begin that the other modes leave as the recipe has them."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,8 @@ class DistilConfig:
     seed: int = 0
     bf16: bool = False
     """Train in bf16."""
+    mode: str = EXACT
+    """One of MODES."""
     steps: int = 150
     prompts: int = 16
     """In a batch."""
@@ -58,7 +64,18 @@ def distil(folder: Path, config: DistilConfig, overrides: Sequence[str], **files
 
 def settings(config: DistilConfig, *, teacher: Path, student: Path, data: Path, prompts: Path) -> dict[str, Any]:
     """The Hydra overrides, but for folders of the run; ``data`` and ``prompts`` are the folders of their files."""
+    import torch
+
+    from verl.utils.tokenizer import hf_tokenizer
+
     values: dict[str, Any] = yaml.safe_load(SETTINGS.read_text(encoding="utf-8"))
+    train_files = f"[{prompts / 'general_train.parquet'},{data / 'rec_train.parquet'}]"
+    if config.mode != EXACT:
+        values = {key: value for key, value in values.items() if not key.startswith(OF_EXACT)}
+        train_files = f"{prompts / 'general_train.parquet'}"
+    if config.mode == PUBLIC_FORK:
+        values["actor_rollout_ref.rollout.mask_after_extend_token"] = False
+        values["actor_rollout_ref.ref.ref_replace_token_id"] = hf_tokenizer(teacher).eos_token_id
     if config.bf16:
         values["actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype"] = "bf16"
     return values | {
@@ -66,7 +83,7 @@ def settings(config: DistilConfig, *, teacher: Path, student: Path, data: Path, 
         "actor_rollout_ref.ref.model.path": teacher,
         "actor_rollout_ref.actor.optim.lr": config.learning_rate,
         "actor_rollout_ref.rollout.seed": config.seed,
-        "data.train_files": f"[{prompts / 'general_train.parquet'},{data / 'rec_train.parquet'}]",
+        "data.train_files": train_files,
         "data.max_response_length": config.answer_tokens,
         "data.train_batch_size": config.prompts,
         "data.seed": config.seed,

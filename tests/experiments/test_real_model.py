@@ -12,7 +12,8 @@ from support.tiny_pairs import REPO
 
 from experiments.real_model import data, ifeval, judge, models
 from experiments.real_model.__main__ import main
-from experiments.real_model.distil import DistilConfig, settings
+from experiments.real_model.distil import MODES, DistilConfig, settings
+from experiments.real_model.side_by_side import side_by_side
 from experiments.real_model.sizes import sizes_of
 from experiments.real_model.table import Estimate, compare, markdown
 from recipe.onpolicy_distill.quickstart.catalogue import all_item_tokens
@@ -88,15 +89,42 @@ def test_users_who_are_tested_are_in_no_training_row(monkeypatch, tmp_path):
 
 
 def test_the_distillation_s_settings_are_valid(tmp_path):
-    folders = dict.fromkeys(("teacher", "student", "data", "prompts"), tmp_path)
-    overrides = [f"{key}={value}" for key, value in settings(DistilConfig(3, bf16=True), **folders).items()]
-    config = load_config(overrides, "recipe.onpolicy_distill.config", "onpolicy_distill_trainer")
-    assert config.algorithm.distill.is_exact and config.algorithm.distill.teacher_knows_extended(data.NEXT)
-    assert (config.data.seed, config.data.source_weights) == (
-        3,
-        {"rec_next": 0.1, "rec_title": 0.1, "rec_item": 0.1, "general_*": 0.7},
-    )
+    models.make_teacher(tmp_path, tiny=True).rename(tmp_path / "teacher")
+
+    def config_of(mode):
+        folders = dict.fromkeys(("student", "data", "prompts"), tmp_path) | {"teacher": tmp_path / "teacher"}
+        values = settings(DistilConfig(3, bf16=True, mode=mode), **folders)
+        overrides = [f"{key}={value}" for key, value in values.items()]
+        return load_config(overrides, "recipe.onpolicy_distill.config", "onpolicy_distill_trainer")
+
+    exact, sampled, fork = map(config_of, MODES)
+    assert exact.algorithm.distill.is_exact and exact.algorithm.distill.teacher_knows_extended(data.NEXT)
+    shares = dict.fromkeys(data.QUESTIONS, 0.1) | {"general_*": 0.7}
+    assert exact.data.seed == 3 and exact.data.source_weights == shares
+    for config in (sampled, fork):
+        assert config.algorithm.distill.objective == "sampled" and not config.algorithm.distill.teachers
+        assert config.data.train_files == [str(tmp_path / "general_train.parquet")] and not config.data.source_weights
+    masks = [config.actor_rollout_ref.rollout.mask_after_extend_token for config in (exact, sampled, fork)]
+    assert masks == [True, True, False]
+    assert fork.actor_rollout_ref.ref.ref_replace_token_id == hf_tokenizer(tmp_path / "teacher").eos_token_id
     assert sizes_of("full", 2, True).judge.bf16 and sizes_of("small", 2, False).student.learning_rate == 3e-4
+
+
+def test_answers_stand_side_by_side(tmp_path):
+    for model, answers in {"before": ["<s_a_1>", "x\ny|z"], "after": ["*Hi*", ""]}.items():
+        lines = [{"source": "ifeval", "prompt": f"q{n}", "answer": text} for n, text in enumerate(answers)]
+        lines.append({"source": "rec_next", "prompt": "q0", "answer": "other"})
+        (tmp_path / model).mkdir()
+        (tmp_path / model / "answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = side_by_side({model: tmp_path / model for model in ("before", "after")}, seed=1)
+    assert text.count("| | answer |") == 2 and "other" not in text
+    for row in (
+        "| before | &lt;s\\_a\\_1> |",
+        "| after | \\*Hi\\* |",
+        "| before | x<br>y\\|z |",
+        "| after | (nothing) |",
+    ):
+        assert row in text
 
 
 def test_a_student_that_only_has_more_ids_is_at_no_distance(tmp_path):

@@ -26,6 +26,8 @@ def compute_score(
         extra_info: the row's own, with ``response_length`` (tokens) and ``num_turns``.
     """
     answer = solution_str.rpartition("</think>")[2].strip()
-    is_right = ground_truth is not None and answer.casefold() == ground_truth.strip().casefold()
+    if ground_truth is None:  # such as a chat: nothing to reward
+        return {"score": 0.0, "acc": 0.0, "one_line": 0.0}
+    is_right = answer.casefold() == ground_truth.strip().casefold()
     is_one_line = bool(answer) and "\n" not in answer
     return {"score": is_right + format_part * is_one_line, "acc": float(is_right), "one_line": float(is_one_line)}

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from support.doc_commands import after_variables, commands, module_of, trainings, variables_of
 
+from recipe.onpolicy_distill.cli import COMMANDS
+from recipe.onpolicy_distill.quickstart.distillation import SELF_WEIGHT, SHARES
 from verl.trainer.launch.typed import load_config
 
 REPO = Path(__file__).resolve().parents[2]
@@ -44,8 +46,13 @@ def test_scripts_make_targets_and_modules_that_it_names_exist() -> None:
     targets = set(re.findall(r"\bmake ([\w-]+)", README + (REPO / "CONTRIBUTING.md").read_text(encoding="utf-8")))
     makefile = (REPO / "Makefile").read_text(encoding="utf-8")
     assert targets and not [name for name in targets if not re.search(rf"^{name}:", makefile, re.MULTILINE)]
-    modules = set(re.findall(r"python -m ([\w.]+)", README))
-    assert modules and not [name for name in modules if not (REPO / (name.replace(".", "/") + ".py")).is_file()]
+    texts = "\n".join(page.read_text(encoding="utf-8") for page in LINKED)
+    modules = set(re.findall(r"python -m\s+((?:verl|recipe|experiments|benchmarks|examples|scripts)[\w.]*)", texts))
+    files = {name: REPO / name.replace(".", "/") for name in modules}
+    missing = [name for name, file in files.items() if not (file.with_suffix(".py").is_file() or file.is_dir())]
+    assert len(modules) > 10 and not missing
+    asked = set(re.findall(r"(?:`|^ {4})kai-verl ([a-z-]+)", texts, re.MULTILINE))
+    assert {"contract", "view"} <= asked <= COMMANDS.keys()
 
 
 def test_links_lead_to_files() -> None:
@@ -66,10 +73,11 @@ def test_settings_for_rehearsal_are_accepted(first: str) -> None:
         assert config.data.synthetic_item_prompts.sources == ["synthetic_rec_next", "synthetic_rec_about"]
     else:
         assert config.algorithm.distill.is_exact and config.algorithm.distill.teacher_knows_extended("rec_next")
-        assert config.data.source_weights == {"rec_*": 0.3, "general_*": 0.7}
+        assert config.data.source_weights == SHARES
+        assert config.algorithm.distill.teachers["self"].weight == SELF_WEIGHT
 
 
-PAGES = {"README.md": 2, "docs/howto.md": 9, "examples/README.md": 7, "docs/first_run.md": 1, "docs/quickstart.md": 1}
+PAGES = {"README.md": 1, "docs/howto.md": 9, "examples/README.md": 7, "docs/first_run.md": 1, "docs/quickstart.md": 1}
 """Pages of commands, with how many at least of each train."""
 SCRIPT = (REPO / "recipe/onpolicy_distill/run_qwen3_distill.sh").read_text(encoding="utf-8")
 

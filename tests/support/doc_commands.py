@@ -17,7 +17,7 @@ PROGRAMS = {
 }
 """Modules that train, each with the folder and the name of its settings."""
 
-COMMAND = re.compile(r" {4}(?:[A-Z_]+=\S* )*(?:python -m|bash|export|vllm|lm_eval|pip) ")
+COMMAND = re.compile(r" {4}(?:[A-Z_]+=\S* +)*(?:python -m|bash|export|vllm|lm_eval|pip) ")
 """How a line begins that a shell reads."""
 
 

@@ -3,6 +3,6 @@
 from typing import Any
 
 
-def compute_score(data_source: str, solution_str: str, ground_truth: str, extra_info: dict[str, Any]) -> float:
-    """1.0 where the answer, stripped, is the ground truth, else 0.0."""
-    return float(solution_str.strip() == ground_truth.strip())
+def compute_score(data_source: str, solution_str: str, ground_truth: str | None, extra_info: dict[str, Any]) -> float:
+    """1.0 where the answer, stripped, is the ground truth, else 0.0; None: it is unknown."""
+    return float(ground_truth is not None and solution_str.strip() == ground_truth.strip())

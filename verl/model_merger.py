@@ -5,8 +5,8 @@
     python -m verl.model_merger merge --local_dir RUN/global_step_N/actor --target_dir OUT
 
 In: a checkpoint of any number of training ranks. Out: weights in safetensors, config, generation config and tokenizer,
-as transformers and vLLM load them. Starts no ranks and holds one file of the model in memory at a time. Takes verl's
-options.
+as transformers and vLLM load them. Starts no ranks and holds one file of the model in memory at a time; where an
+adapter was trained, the whole model that it names, to merge it into that. Takes verl's options.
 """
 
 import argparse
@@ -35,7 +35,14 @@ def merge(local_dir: Path, target_dir: Path, dtype: str | None = None) -> int:
         ValueError: no whole checkpoint there, an unknown precision, or a target that is a model already.
     """
     from verl.utils.device import dtype_name, resolve_dtype
-    from verl.workers.fsdp.checkpoint import CONFIG, HUGGINGFACE, SHARDS, write_weights
+    from verl.workers.fsdp.checkpoint import (
+        ADAPTER_FOLDER,
+        CONFIG,
+        HUGGINGFACE,
+        SHARDS,
+        write_merged_adapter,
+        write_weights,
+    )
 
     actor = local_dir / "actor" if (local_dir / "actor").is_dir() else local_dir
     described = actor / HUGGINGFACE
@@ -46,7 +53,10 @@ def merge(local_dir: Path, target_dir: Path, dtype: str | None = None) -> int:
     if any(target_dir.glob("*.safetensors")):
         raise ValueError(f"--target_dir {target_dir} holds a model already; name another folder")
     precision = None if dtype is None else resolve_dtype(dtype, "cpu")
-    count = write_weights(actor / SHARDS, target_dir, precision)
+    if (actor / ADAPTER_FOLDER).is_dir():
+        count = write_merged_adapter(actor / ADAPTER_FOLDER, target_dir, precision)
+    else:
+        count = write_weights(actor / SHARDS, target_dir, precision)
     shutil.copytree(described, target_dir, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors*", CONFIG))
     config = json.loads((described / CONFIG).read_text(encoding="utf-8"))
     if precision is not None:

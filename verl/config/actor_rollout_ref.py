@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from verl.config.schema import Count, Fraction, IsListed, NonNegativeFloat, NullIsEmpty, Options, PositiveFloat, section
+from verl.config.schema import Count, Fraction, IsListed, NonNegativeFloat, NullIsEmpty, Options, PositiveFloat, Texts, section
 
 KLEstimator = Literal["kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -32,6 +32,14 @@ class HFModelConfig:
     """Recompute each block in backward instead of keeping its activations."""
     enable_activation_offload: bool = False
     """Keep the activations that backward needs in host memory (CUDA only)."""
+    lora_rank: Annotated[int, Field(ge=0)] = 0
+    """Rank of an adapter (LoRA) that is trained in place of the weights, which stay as they are; 0: none, all weights
+    are trained."""
+    lora_alpha: PositiveFloat = 16.0
+    """What the adapter adds counts ``lora_alpha / lora_rank`` times."""
+    target_modules: Texts = field(default_factory=lambda: ["all-linear"])
+    """Linear layers with an adapter, by the ends of their names, such as ``[q_proj,v_proj]``; ``all-linear``: all but
+    the head."""
     override_config: Options = field(default_factory=dict)
     """Entries laid over the model's own config, such as ``attn_implementation``."""
     external_lib: Annotated[list[str], IsListed] | None = None

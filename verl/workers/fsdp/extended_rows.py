@@ -71,7 +71,8 @@ class ExtendedRows:
 
     def __init__(self, module: TokenStatsModel, extend_start: int, frozen: bool = False) -> None:
         ends = (module.causal_lm.get_input_embeddings(), module.causal_lm.get_output_embeddings())
-        weights = dict.fromkeys(end.weight for end in ends)  # one where they are tied
+        # One where they are tied; none beside an adapter, where no row moves.
+        weights = dict.fromkeys(end.weight for end in ends if end.weight.requires_grad)
         self._matrices = [_find_share(weight, extend_start) for weight in weights]
         self._frozen = frozen
 
@@ -95,6 +96,8 @@ class ExtendedRows:
 
     def drift(self) -> dict[str, float]:
         """``||rows - rows at the start|| / ||rows at the start||`` of extended and of shared rows, over all ranks."""
+        if not self._matrices:
+            return {"actor/extended_row_drift": 0.0, "actor/shared_row_drift": 0.0}
         # (2, 2) of each matrix: of extended and of shared rows, the squares of their moves and of their start.
         parts = [torch.stack([m.squares(m.first, len(m.start)), m.squares(0, m.first)]) for m in self._matrices]
         sums = torch.stack(parts).sum(0)

@@ -10,7 +10,7 @@ from support import tiny_workers as tiny
 from support.exact_cases import TEMPERATURE, Models, workers, workers_apart
 
 from verl import model_merger
-from verl.config import ActorRolloutRefConfig, CheckpointConfig, DistillConfig, TeacherConfig
+from verl.config import ActorRolloutRefConfig, CheckpointConfig, DistillConfig, OptimizerConfig, TeacherConfig
 from verl.protocol import DataProto
 from verl.workers.fsdp.adapter import trained_weights
 from verl.workers.fsdp.checkpoint import ADAPTER_FOLDER, HUGGINGFACE, SHARDS
@@ -103,9 +103,7 @@ def test_the_self_teacher_is_the_student_without_its_adapter(models: Models, pac
     other.is_symlink() or other.symlink_to(models.student)
     apart = DistillConfig("exact", teachers={"self": TeacherConfig(str(other), sources=["rec_*"], weight=0.6)})
     limits = {"ppo_max_token_len_per_gpu": 24}
-    one, two = (
-        workers(models.config(packed=packed, model=LORA, actor=limits), distill) for distill in (SELF, apart)
-    )
+    one, two = (workers(models.config(packed=packed, model=LORA, actor=limits), distill) for distill in (SELF, apart))
     assert own_teacher(one).model.module is one.module and own_teacher(two).model.module is not two.module
     for _ in range(3):
         found, right = one.update_actor(batch), two.update_actor(batch)
@@ -123,8 +121,8 @@ def test_teachers_on_other_ranks_are_loaded_there(models: Models) -> None:
     student, teachers = workers_apart(config(models), SELF)
     assert teachers["self"].model.module is not student.module
     beside = workers(config(models), SELF)
-    scores = [worker.compute_ref_log_prob(batch).tensor("ref_log_prob") for worker in (own_teacher(beside), teachers["self"])]
-    assert torch.equal(*scores)
+    own, apart = (t.compute_ref_log_prob(batch).tensor("ref_log_prob") for t in (own_teacher(beside), teachers["self"]))
+    assert torch.equal(own, apart)
 
 
 def resumed_step(settings: ActorRolloutRefConfig, share: DataProto, checkpoint: Path) -> tuple[Any, Any]:
@@ -138,8 +136,11 @@ def run(settings: ActorRolloutRefConfig, batch: DataProto, folder: Path) -> dict
     """On each rank: two steps, a checkpoint between them, and one step that goes on from it."""
     worker = workers(settings, SELF)
     share = batch.chunk(worker.world_size)[worker.rank]
-    seen = {"metrics": worker.update_actor(share).meta_info["metrics"]}
-    seen["trained"], seen["weights"] = adapter_of(worker), export(worker)
+    seen: dict[str, Any] = {"base": export(worker)}
+    seen["metrics"] = worker.update_actor(share).meta_info["metrics"]
+    moments = {name: worker._state.optimizer.state[weight] for name, weight in trained_weights(worker.module).items()}
+    seen["gradient"] = {name: tiny.whole(state["exp_avg"]) / (1 - tiny.ADAM_BETA1) for name, state in moments.items()}
+    seen["adapter"], seen["weights"] = adapter_of(worker), export(worker)
     tiny.save_checkpoint(worker, folder)
     seen["scores"] = log_probs(worker, share)
     seen["next"] = worker.update_actor(share).meta_info["metrics"], adapter_of(worker)
@@ -148,21 +149,55 @@ def run(settings: ActorRolloutRefConfig, batch: DataProto, folder: Path) -> dict
     return seen
 
 
-def assert_same(found: Any, right: Any, atol: float) -> None:
-    torch.testing.assert_close(found, right, rtol=0, atol=atol)
-
-
 def test_a_resumed_run_takes_the_same_step_and_two_ranks_do_what_one_does(models: Models, tmp_path: Path) -> None:
     settings, batch = config(models, lora={"lora_rank": 5}), models.batch(2)  # 5 rows of A do not divide over two ranks
     one = run(settings, batch, tmp_path / "alone")
-    assert_same(one["resumed"], one["next"], 0)
     tiny.run_ranks(2, run, settings, batch, tmp_path / "two")
     two = [torch.load(tmp_path / f"two/seen_{rank}.pt", weights_only=False) for rank in range(2)]
-    for seen in two:
-        assert_same(seen["resumed"], seen["next"], 0)
-        assert_same(seen["metrics"], pytest.approx(one["metrics"], abs=1e-6) and one["metrics"], 1e-5)
-    assert_same(two[0]["weights"], one["weights"], 1e-5)
-    assert_same(torch.cat([seen["scores"] for seen in two]), one["scores"], 1e-4)
+    for seen in (one, *two):
+        torch.testing.assert_close(seen["resumed"], seen["next"], rtol=0, atol=0)
+        assert seen["metrics"] == pytest.approx(one["metrics"], rel=1e-6, abs=1e-6)
+        tiny.assert_same_gradient(seen["gradient"], one["gradient"], atol=1e-6)
+    torch.testing.assert_close(torch.cat([seen["scores"] for seen in two]), one["scores"], rtol=0, atol=1e-4)
+    metrics = resumed_step(settings, batch, tmp_path / "two")[0]  # two ranks, then one
+    assert metrics == pytest.approx(two[0]["next"][0], rel=1e-4, abs=1e-5)
+    for seen in (one, two[0]):  # the rank that writes buckets
+        for name in ("model.layers.0.self_attn.k_proj", "model.layers.1.mlp.down_proj"):
+            first, second = (seen["adapter"][f"base_model.model.{name}.lora_{part}.weight"] for part in "AB")
+            right = seen["base"][f"{name}.weight"] + LORA["lora_alpha"] / 5 * second @ first
+            torch.testing.assert_close(seen["weights"][f"{name}.weight"], right, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_rows_of_extended_ids_are_trained_beside_the_adapter_where_that_is_set(
+    tied: bool, models: Models, tmp_path: Path
+) -> None:
+    from peft import PeftModel
+
+    folder, batch, start = models.student if tied else models.untied, models.batch(2), models.extend_start
+    decays = OptimizerConfig(lr=1e-3, weight_decay=0.5)
+    settings = config(models, folder, lora={"lora_extended_rows": True}, actor={"optim": decays})
+    student, plain = workers(settings, SELF), workers(config(models, folder, actor={"optim": decays}), SELF)
+    assert own_teacher(student).model.module is not student.module, "without the adapter, its rows are others"
+    for worker in (student, plain):
+        worker.update_actor(batch)
+    alone, beside = (worker.update_actor(batch).meta_info["metrics"] for worker in (plain, student))
+    assert alone["actor/extended_row_drift"] == alone["actor/shared_row_drift"] == beside["actor/shared_row_drift"] == 0
+    assert beside["actor/extended_row_drift"] > 1e-3 and beside["actor/grad_norm"] > alone["actor/grad_norm"]
+    tiny.save_checkpoint(student, tmp_path)
+    before, after, right = tiny.weights_of(plain), export(student), log_probs(student, batch)
+    names = ["model.embed_tokens.weight"] if tied else ["model.embed_tokens.weight", "lm_head.weight"]
+    for name in names:
+        assert torch.equal(after[name][:start], before[name][:start])
+        assert not (after[name][start : models.ids] == before[name][start : models.ids]).all()
+    adapted = PeftModel.from_pretrained(tiny.load_plain(folder), tmp_path / ADAPTER_FOLDER)
+    for model in (adapted, tiny.load_plain(tmp_path / HUGGINGFACE)):
+        with torch.no_grad():
+            scores = tiny.of_tokens(tiny.plain_log_probs(model, batch, models.ids, TEMPERATURE), batch)
+        torch.testing.assert_close(scores, right, rtol=0, atol=1e-5)
+    metrics, weights = resumed_step(settings, batch, tmp_path)
+    assert metrics == student.update_actor(batch).meta_info["metrics"]
+    torch.testing.assert_close(weights, adapter_of(student), rtol=0, atol=0)
 
 
 def test_half_precision_is_that_of_the_base_alone(models: Models) -> None:

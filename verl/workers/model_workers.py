@@ -102,7 +102,9 @@ class StudentWorker(Worker):
             mini_batch_rows=actor.ppo_mini_batch_size * rollout.n // self.world_size,
             distill=self._distill,
             advantage_part=self._advantage_part,
-            extended_rows=None if start is None else ExtendedRows(module, start, actor.freeze_extended_rows),
+            extended_rows=None
+            if start is None
+            else ExtendedRows(module, start, actor.freeze_extended_rows, alone=model.lora_extended_rows),
         )
         self._exporter = WeightExporter(
             module,
@@ -290,7 +292,8 @@ class TeacherWorker(Worker):
     def _student(self) -> StudentWorker | None:
         """The student of this process whose model is the teacher once its adapter is switched off."""
         student = self.colocated_roles.get("actor")
-        shares = self.config.model.lora_rank > 0 and self._files[0] == self.config.model.path
+        model = self.config.model
+        shares = model.lora_rank > 0 and not model.lora_extended_rows and self._files[0] == model.path
         return student if shares and isinstance(student, StudentWorker) else None
 
     @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO, reads=SCORED_KEYS)

@@ -2,9 +2,9 @@
 
 ::
 
-    y = W x + (lora_alpha / lora_rank) B A x        W (out, in) is frozen; A (rank, in) is drawn, B (out, rank) starts at 0
+    y = W x + (lora_alpha / lora_rank) B A x     W (out, in) is frozen; A (rank, in) is drawn, B (out, rank) starts at 0
 
-In:  a student that has no memory yet, or one that is sharded. Out: the same with an adapter, and where its values start;
+In:  a student that has no memory yet, or one that is sharded. Out: the same with an adapter, and what that starts from;
 whole weights W + s B A under the names of the model's own files; the model with its adapter switched off, which is the
 student as it was before the run. FSDP cuts B into the rows that W is cut into, so each rank merges its own rows.
 
@@ -32,7 +32,8 @@ ALL_LINEAR = "all-linear"
 
 
 def add_adapter(causal_lm: PreTrainedModel, model: HFModelConfig) -> dict[str, torch.Tensor]:
-    """Put an adapter into a model on the meta device; nothing else of the model wants a gradient from now on.
+    """Put an adapter into a model on the meta device. Nothing else of it is trained then, but embedding and head with
+    ``model.lora_extended_rows``, which are stored in fp32 as the adapter is.
 
     Returns:
         what the adapter's parameters start from, by name, in fp32.
@@ -65,10 +66,12 @@ def add_adapter(causal_lm: PreTrainedModel, model: HFModelConfig) -> dict[str, t
     start = {}
     for name, parameter in causal_lm.named_parameters():
         parameter.requires_grad_(".lora_" in name)
-        if parameter.requires_grad:
+        if ".lora_" in name:
             start[name] = torch.zeros(parameter.shape)
             if ".lora_A." in name:
                 nn.init.kaiming_uniform_(start[name], a=math.sqrt(5))  # as peft draws it
+    for end in ends if model.lora_extended_rows else ():
+        end.float().requires_grad_(True)
     return start
 
 
@@ -79,7 +82,7 @@ def adapted_layers(module: nn.Module) -> dict[str, Any]:
 
 
 def trained_weights(module: nn.Module) -> dict[str, nn.Parameter]:
-    """What training changes, by its name in files: all weights under Hugging Face names, or the adapter under peft's."""
+    """What has a gradient, by its name in files: weights under Hugging Face names, an adapter under peft's."""
     weights = {name: weight for name, weight in named_weights(module).items() if weight.requires_grad}
     for name, parameter in module.named_parameters():
         if ".lora_" in name:

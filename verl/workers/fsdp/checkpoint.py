@@ -86,7 +86,7 @@ def write_file(path: Path, tensors: Tensors, metadata: dict[str, str] | None = N
 
 
 def copy_shard(tensors: Iterable[tuple[str, torch.Tensor]]) -> Shard:
-    """Copy this rank's slices, one after the other. A tensor that is not sharded is the same on all ranks, and rank 0 has it."""
+    """Copy this rank's slices. A tensor that is not sharded is the same on all ranks, and rank 0 has it."""
     copies, places = {}, {}
     for key, tensor in tensors:
         local, offset = tensor, [0] * tensor.dim()
@@ -183,13 +183,18 @@ def write_weights(shards: Path, folder: Path, dtype: torch.dtype | None = None) 
 
 
 def write_adapter(shards: Path, folder: Path, config: Any) -> None:
-    """Write the adapter in ``shards`` as peft loads it beside the model that ``config``, peft's, names."""
+    """Write what ``shards`` hold of a model, the adapter and perhaps embedding and head, as peft loads it.
+
+    Args:
+        config: peft's; it names the model to load that beside.
+    """
     reader = ShardReader(shards)
-    names = [name for name in reader.tensors if name.startswith(FILE_PREFIX)]
-    adapter = {name: torch.empty(reader.tensors[name].size) for name in names}
+    found = {name: entry.size for name, entry in reader.tensors.items() if not name.startswith(OPTIMIZER)}
+    adapter = {name: torch.empty(size) for name, size in found.items()}
     reader.read(adapter)
     config.save_pretrained(folder)
-    write_file(folder / "adapter_model.safetensors", adapter, {"format": "pt"})
+    named = {FILE_PREFIX + name.removeprefix(FILE_PREFIX): value for name, value in adapter.items()}
+    write_file(folder / "adapter_model.safetensors", named, {"format": "pt"})
 
 
 def write_merged_adapter(adapter: Path, folder: Path, dtype: torch.dtype | None = None) -> int:

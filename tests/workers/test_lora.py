@@ -98,12 +98,15 @@ def own_teacher(worker: StudentWorker) -> TeacherWorker:
 
 @pytest.mark.parametrize("packed", [True, False])
 def test_the_self_teacher_is_the_student_without_its_adapter(models: Models, packed: bool) -> None:
-    """Against a frozen copy of the same weights, which is loaded apart because its folder has another name."""
-    batch, other = models.batch(2), models.student.parent / "copy"
+    """Also where it is stitched to the base teacher; against a copy of its folder, which is loaded apart."""
+    batch, other = models.batch(3), models.student.parent / "copy"
     other.is_symlink() or other.symlink_to(models.student)
-    apart = DistillConfig("exact", teachers={"self": TeacherConfig(str(other), sources=["rec_*"], weight=0.6)})
     limits = {"ppo_max_token_len_per_gpu": 24}
-    one, two = (workers(models.config(packed=packed, model=LORA, actor=limits), distill) for distill in (SELF, apart))
+    one, two = (
+        workers(models.config(packed=packed, model=LORA, actor=limits), DistillConfig("exact", teachers=teachers))
+        for path in (None, str(other))
+        for teachers in [{"self": TeacherConfig(path), "mixed": TeacherConfig(path, "stitched", weight=0.6)}]
+    )
     assert own_teacher(one).model.module is one.module and own_teacher(two).model.module is not two.module
     for _ in range(3):
         found, right = one.update_actor(batch), two.update_actor(batch)
@@ -214,6 +217,12 @@ def test_half_precision_is_that_of_the_base_alone(models: Models) -> None:
 def test_chosen_layers_alone_are_adapted(models: Models) -> None:
     student = workers(config(models, lora={"target_modules": ["q_proj", "mlp.up_proj"]}))
     assert {name.split(".")[-3] for name in adapter_of(student)} == {"q_proj", "up_proj"}
+
+
+def test_experts_stay_as_they_are(tiny_tokenizers: tuple[Path, Path], tmp_path: Path) -> None:
+    model = tiny.write_model(tmp_path, tiny_tokenizers[1], family="qwen3_moe")
+    student = workers(tiny.worker_config(model, model=LORA))
+    assert {name.split(".")[-3] for name in adapter_of(student)} == {"q_proj", "k_proj", "v_proj", "o_proj"}
 
 
 @pytest.mark.parametrize(

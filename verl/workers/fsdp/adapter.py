@@ -43,22 +43,24 @@ def add_adapter(causal_lm: PreTrainedModel, model: HFModelConfig) -> dict[str, t
     """
     from peft import LoraConfig, inject_adapter_in_model
 
-    targets = model.target_modules
-    known = [name for name, _ in causal_lm.named_modules()]
-    if missing := [t for t in targets if t != ALL_LINEAR and not any(f".{name}".endswith(f".{t}") for name in known)]:
+    targets, ends = model.target_modules, (causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings())
+    known = dict(causal_lm.named_modules())
+    if targets == [ALL_LINEAR]:  # peft's own meaning of it takes experts too, whose matrices are no linear layers
+        linear = [name for name, layer in known.items() if type(layer) is nn.Linear and layer not in ends]
+        targets = sorted({name.rpartition(".")[2] for name in linear})
+    if missing := [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in known)]:
         raise ValueError(f"actor_rollout_ref.model.target_modules={targets}: the model has no {missing}; correct them")
     config = LoraConfig(
         r=model.lora_rank,
         lora_alpha=model.lora_alpha,
-        target_modules=ALL_LINEAR if targets == [ALL_LINEAR] else targets,
+        target_modules=targets,
         base_model_name_or_path=model.path,
         task_type="CAUSAL_LM",
     )
     inject_adapter_in_model(config, causal_lm, ADAPTER, low_cpu_mem_usage=True)
-    ends = causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()
     for name, layer in adapted_layers(causal_lm).items():
         # A head is read as a matrix, without what stands beside it.
-        if layer in ends or type(layer.get_base_layer()) is not nn.Linear:
+        if layer.get_base_layer() in ends or type(layer.get_base_layer()) is not nn.Linear:
             fix = "name linear layers of the blocks"
             raise ValueError(f"actor_rollout_ref.model.target_modules={targets} adapts {name}; {fix}, or {ALL_LINEAR}")
         layer.lora_A.float()

@@ -1,5 +1,7 @@
 """A student with an adapter: the adapter alone is trained, and without it the model is the student before the run."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +91,12 @@ def test_peft_and_the_merger_make_the_same_model_of_the_adapter(models: Models, 
         with torch.no_grad():
             scores = tiny.of_tokens(tiny.plain_log_probs(model, batch, models.ids, TEMPERATURE), batch)
         torch.testing.assert_close(scores, right, rtol=0, atol=1e-5)
+    shutil.rmtree(tmp_path / "merged")
+    changed = json.loads((tmp_path / ADAPTER_FOLDER / "adapter_config.json").read_text())
+    changed["base_model_name_or_path"] = str(tmp_path / "gone")
+    (tmp_path / ADAPTER_FOLDER / "adapter_config.json").write_text(json.dumps(changed))
+    with pytest.raises(ValueError, match=r"gone, whose .* here lack model\.layers\.0\.mlp\.down_proj\."):
+        model_merger.merge(tmp_path, tmp_path / "merged")
 
 
 def own_teacher(worker: StudentWorker) -> TeacherWorker:
@@ -194,7 +202,8 @@ def test_rows_of_extended_ids_are_trained_beside_the_adapter_where_that_is_set(
         assert torch.equal(after[name][:start], before[name][:start])
         assert not (after[name][start : models.ids] == before[name][start : models.ids]).all()
     adapted = PeftModel.from_pretrained(tiny.load_plain(folder), tmp_path / ADAPTER_FOLDER)
-    for model in (adapted, tiny.load_plain(tmp_path / HUGGINGFACE)):
+    model_merger.merge(tmp_path, tmp_path / "merged")
+    for model in (adapted, *map(tiny.load_plain, (tmp_path / HUGGINGFACE, tmp_path / "merged"))):
         with torch.no_grad():
             scores = tiny.of_tokens(tiny.plain_log_probs(model, batch, models.ids, TEMPERATURE), batch)
         torch.testing.assert_close(scores, right, rtol=0, atol=1e-5)

@@ -197,15 +197,6 @@ def write_adapter(shards: Path, folder: Path, config: Any) -> None:
     write_file(folder / "adapter_model.safetensors", named, {"format": "pt"})
 
 
-def write_merged_adapter(adapter: Path, folder: Path, dtype: torch.dtype | None = None) -> int:
-    """Write the model that an adapter's config names with the adapter in it; otherwise as `write_weights`, in fp32."""
-    from peft import AutoPeftModelForCausalLM
-
-    model = AutoPeftModelForCausalLM.from_pretrained(adapter, dtype=torch.float32).merge_and_unload()
-    model.to(dtype or torch.float32).save_pretrained(folder)
-    return sum(weight.numel() for weight in model.parameters())
-
-
 # ------------------------------------------------------------------ writing a checkpoint
 
 

@@ -13,8 +13,8 @@
 A bucket has ``names`` and ``shapes`` of its tensors and says where they are. On the CPU: ``path`` of a safetensors file
 in shared memory. On CUDA: ``dtype_names`` and ``ipc_handles``, through which an engine on the same GPU reads the
 tensors where they lie. Every rank exports every bucket, in order, because each tensor is gathered from all of them.
-Names are Hugging Face's; a tensor shared by embedding and head appears once, as the embedding. The driver passes
-references to buckets, never weights.
+Names are Hugging Face's; a tensor shared by embedding and head appears once, as the embedding. An adapter is sent as
+part of the weights that it changes. The driver passes references to buckets, never weights.
 
 Not here: how calls are waited for (the caller).
 """
@@ -100,9 +100,18 @@ def bucket_for(ranks: Sequence[int], exports: Sequence[Bucket | None]) -> Bucket
     return {**first, "ipc_handles": [dict(ChainMap(*of_tensor)) for of_tensor in by_tensor]}
 
 
+def hugging_face_name(name: str) -> str:
+    """The name that a parameter of a `TokenStatsModel` has in the model's own files."""
+    return name.removeprefix("causal_lm.").replace(".base_layer.", ".")  # peft's layer holds the one it adapts
+
+
 def named_weights(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters of a `TokenStatsModel` under their Hugging Face names, each once."""
-    return {name.removeprefix("causal_lm."): parameter for name, parameter in module.named_parameters()}
+    """Parameters of a `TokenStatsModel` under their Hugging Face names, each once; without those of an adapter."""
+    return {hugging_face_name(name): weight for name, weight in module.named_parameters() if ".lora_" not in name}
+
+
+def _as_it_is(name: str, weight: torch.Tensor) -> torch.Tensor:
+    return weight
 
 
 class WeightExporter:
@@ -114,12 +123,20 @@ class WeightExporter:
         writes_files: true on one rank of each machine, which writes the files (CPU).
         dtype: the engines' precision.
         bucket_bytes: most bytes of a bucket; a larger tensor is a bucket of its own.
+        merge: gives what is sent from a weight's name and its shards; every rank calls it.
     """
 
     def __init__(
-        self, module: nn.Module, *, device: torch.device, writes_files: bool, dtype: torch.dtype, bucket_bytes: int
+        self,
+        module: nn.Module,
+        *,
+        device: torch.device,
+        writes_files: bool,
+        dtype: torch.dtype,
+        bucket_bytes: int,
+        merge: Callable[[str, torch.Tensor], torch.Tensor] = _as_it_is,
     ) -> None:
-        self._module = module
+        self._module, self._merge = module, merge
         self._device = device
         self._dtype = dtype
         # Every GPU has an engine beside it, so each rank keeps the bucket; one on several GPUs reads several ranks'.
@@ -173,7 +190,8 @@ class WeightExporter:
         for group in _fill_buckets({name: weights[name] for name in names}, self._dtype.itemsize, GATHER_BYTES):
             # Cast before it is gathered: less travels; on the device, where offloaded weights are cast far faster than
             # in host memory. Gathering needs every rank, those that keep nothing too.
-            shards = [weights[name].detach().to(self._device).to(self._dtype) for name in group]
+            on_device = {name: weights[name].detach().to(self._device) for name in group}
+            shards = [self._merge(name, shard).to(self._dtype) for name, shard in on_device.items()]
             whole = _gather_together(shards)  # contiguous, for safetensors refuses other layouts
             if self._share:
                 tensors |= zip(group, whole, strict=True)

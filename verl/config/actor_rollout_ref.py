@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
+from verl.config.model import HFModelConfig, RefModelConfig
 from verl.config.schema import Count, Fraction, IsListed, NonNegativeFloat, NullIsEmpty, Options, PositiveFloat, section
 
 KLEstimator = Literal["kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3"]
@@ -13,40 +14,6 @@ CheckpointParts = Annotated[list[Literal["model", "optimizer", "extra", "hf_mode
 TopP = Annotated[float, Field(gt=0, le=1)]
 # 0 means all as well; with one spelling, top_k == -1 is the whole test.
 TopK = Annotated[int, Field(ge=-1), AfterValidator(lambda count: count or -1)]
-
-
-@section("actor_rollout_ref.model")
-class HFModelConfig:
-    """A causal language model in Hugging Face format."""
-
-    path: str | None = None
-    """Folder (or hub name) of the weights, the config and the tokenizer. Required."""
-    tokenizer_path: str | None = None
-    """Folder of the tokenizer where it is not ``path``."""
-    trust_remote_code: bool = False
-    """Run model code that ships with the weights."""
-    use_remove_padding: bool = True
-    """Compute no padding: rows are packed where the attention implementation can keep them apart,
-    else cut to the longest of each micro-batch."""
-    enable_gradient_checkpointing: bool = True
-    """Recompute each block in backward instead of keeping its activations."""
-    enable_activation_offload: bool = False
-    """Keep the activations that backward needs in host memory (CUDA only)."""
-    override_config: Options = field(default_factory=dict)
-    """Entries laid over the model's own config, such as ``attn_implementation``."""
-    external_lib: Annotated[list[str], IsListed] | None = None
-    """Modules or Python files of the user's own, imported by the driver before it checks the settings and by every
-    process of the run: what they register (estimators, agent loops, models of transformers) can then be named."""
-
-
-@section("actor_rollout_ref.ref.model")
-class RefModelConfig:
-    """The teacher's model; everything but these keys is taken from ``actor_rollout_ref.model``."""
-
-    path: str | None = None
-    """Folder (or hub name) of the teacher; null: the student's own starting weights."""
-    tokenizer_path: str | None = None
-    """Folder of the teacher's tokenizer where it is not ``path``."""
 
 
 @section("actor_rollout_ref.actor.optim")
@@ -393,6 +360,11 @@ class ActorRolloutRefConfig:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
 
     def __post_init__(self) -> None:
+        if self.model.lora_extended_rows and self.actor.freeze_extended_rows:
+            raise ValueError(
+                "actor_rollout_ref.model.lora_extended_rows=True trains the rows that "
+                "actor_rollout_ref.actor.freeze_extended_rows=True freezes; leave one at False"
+            )
         trained, frozen = (role.fsdp_config.mixed_precision for role in (self.actor, self.ref))
         if frozen.param_dtype == "auto":
             frozen.param_dtype = trained.param_dtype

@@ -214,6 +214,7 @@ class PPOConfig:
             return
         settings: list[tuple[str, object, object]] = [
             (f"{_ACTOR}.freeze_extended_rows", actor.freeze_extended_rows, False),
+            ("actor_rollout_ref.model.lora_extended_rows", self.actor_rollout_ref.model.lora_extended_rows, False),
             ("algorithm.distill.leak_coef", distill.leak_coef, 0.0),
             ("algorithm.distill.support", distill.support, "full"),
         ]

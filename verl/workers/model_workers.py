@@ -11,6 +11,7 @@ Letters: B rows of this rank, R response.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +42,14 @@ from verl.workers.actor.teachers import (
     TopKTeacher,
     hidden_states_by_row,
 )
+from verl.workers.fsdp.adapter import adapted_layers, merge
 from verl.workers.fsdp.build import build_model, join_ranks
 from verl.workers.fsdp.checkpoint import CheckpointWriter, SaveOutcome, TrainingState, load_checkpoint
 from verl.workers.fsdp.extended_rows import ExtendedRows
 from verl.workers.fsdp.token_stats_model import (
     BatchSizes,
     ScoredRows,
+    TokenStatsModel,
     move_optimizer_state,
     move_parameters,
     real_response_tokens,
@@ -99,7 +102,9 @@ class StudentWorker(Worker):
             mini_batch_rows=actor.ppo_mini_batch_size * rollout.n // self.world_size,
             distill=self._distill,
             advantage_part=self._advantage_part,
-            extended_rows=None if start is None else ExtendedRows(module, start, actor.freeze_extended_rows),
+            extended_rows=None
+            if start is None
+            else ExtendedRows(module, start, actor.freeze_extended_rows, alone=model.lora_extended_rows),
         )
         self._exporter = WeightExporter(
             module,
@@ -107,8 +112,14 @@ class StudentWorker(Worker):
             writes_files=self.local_rank == 0,
             dtype=resolve_dtype(rollout.dtype, self._device.type),
             bucket_bytes=(rollout.weight_sync_bucket_mb or DEFAULT_BUCKET_MB[self._device.type]) * 2**20,
+            merge=partial(merge, adapted_layers(module)),
         )
-        self._move(torch.device("cpu"), optimizer=True)
+        self.move(torch.device("cpu"), optimizer=True)
+
+    @property
+    def module(self) -> TokenStatsModel:
+        """The model."""
+        return self._state.module
 
     @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO, reads=SCORED_KEYS)
     def compute_log_prob(self, data: DataProto) -> DataProto:
@@ -199,11 +210,11 @@ class StudentWorker(Worker):
     @contextmanager
     def _on_device(self, optimizer: bool = False) -> Iterator[None]:
         """Have the parameters, and with ``optimizer`` its state, on the device for the time of the block."""
-        self._move(self._device, optimizer)
+        self.move(self._device, optimizer)
         yield
-        self._move(torch.device("cpu"), optimizer)
+        self.move(torch.device("cpu"), optimizer)
 
-    def _move(self, device: torch.device, optimizer: bool) -> None:
+    def move(self, device: torch.device, optimizer: bool) -> None:
         """Move the parameters, and the optimizer's state, as far as they are offloaded at all.
 
         What the allocator caches is released in any case: the engine needs it.
@@ -251,7 +262,8 @@ class TeacherWorker(Worker):
         """Model, tokenizer, and whether it knows the extended ids."""
 
     model: ModelTeacher
-    """The frozen model; teachers of one process with the same files and vocabulary share it."""
+    """The frozen model; teachers of one process with the same files and vocabulary share it. A student of this process
+    that has an adapter is, with that switched off, the teacher with its files."""
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def init_model(self) -> None:
@@ -266,7 +278,8 @@ class TeacherWorker(Worker):
         config, ref = self.config, self.config.ref
         path, tokenizer_path, knows_extended = self._files
         tokenizer = hf_tokenizer(tokenizer_path, trust_remote_code=config.model.trust_remote_code)
-        module = build_model(path, config.model, ref.fsdp_config, mesh, trainable=False)
+        student = self._student
+        module = student.module if student else build_model(path, config.model, ref.fsdp_config, mesh, trainable=False)
         ids, replacement = len(tokenizer), None
         if not knows_extended:
             ids = Vocabulary(ids, config.rollout.extend_start).shared_ids()
@@ -274,6 +287,14 @@ class TeacherWorker(Worker):
             replacement = choose_replacement(ref.ref_replace_token_id, likely, ids)
         Vocabulary(ids).check_head(module.num_rows, path)
         return ModelTeacher(module, ids, replacement)
+
+    @property
+    def _student(self) -> StudentWorker | None:
+        """The student of this process whose model is the teacher once its adapter is switched off."""
+        student = self.colocated_roles.get("actor")
+        model = self.config.model
+        shares = model.lora_rank > 0 and not model.lora_extended_rows and self._files[0] == model.path
+        return student if shares and isinstance(student, StudentWorker) else None
 
     @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO, reads=SCORED_KEYS)
     def compute_ref_log_prob(self, data: DataProto) -> DataProto:
@@ -351,7 +372,9 @@ class TeacherWorker(Worker):
 
         What the allocator caches is released in any case: the engine needs it.
         """
-        if self.config.ref.fsdp_config.param_offload and self._device.type == "cuda":
+        if (student := self._student) is not None:
+            student.move(device, optimizer=False)
+        elif self.config.ref.fsdp_config.param_offload and self._device.type == "cuda":
             move_parameters(self.model.module, device)
         release_cached_memory(self._device.type)
 

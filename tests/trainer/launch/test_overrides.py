@@ -114,7 +114,7 @@ def test_a_key_without_effect_is_left_out_with_a_notice(caplog: pytest.LogCaptur
     ("key", "same", "other"),
     [
         ("actor_rollout_ref.rollout.router_config_path", ["null", "None", "''"], "x"),
-        ("actor_rollout_ref.model.lora_rank", ["0", "'0'"], "64"),
+        ("actor_rollout_ref.model.lora.rank", ["0", "'0'"], "64"),
         ("trainer.v1.trainer_mode", ["sync"], "separate_async"),
         ("actor_rollout_ref.actor.strategy", ["fsdp", "fsdp2"], "megatron"),
         ("actor_rollout_ref.hybrid_engine", ["True"], "False"),

@@ -10,7 +10,7 @@ from verl.config import DataConfig, FSDPActorConfig, OptimizerConfig, PPOConfig
 from verl.trainer.launch.typed import load_config, to_typed
 from verl.workers.fsdp.token_stats_model import BatchSizes
 
-ROLLOUT, ACTOR, REF = (f"actor_rollout_ref.{section}" for section in ("rollout", "actor", "ref"))
+ROLLOUT, ACTOR, REF, MODEL = (f"actor_rollout_ref.{section}" for section in ("rollout", "actor", "ref", "model"))
 VAL, DISTILL, TEACHERS = f"{ROLLOUT}.val_kwargs", "algorithm.distill", "algorithm.distill.teachers"
 OPD = "algorithm.adv_estimator=on_policy_distill"
 EXACT = [OPD, f"{DISTILL}.objective=exact"]
@@ -107,6 +107,8 @@ def test_values_become_their_declared_type(monkeypatch: pytest.MonkeyPatch, over
         ("trainer.stop_after_no_better=3", "=3 counts validations that are no better by trainer.best_metric"),
         ("trainer.teacher_nnodes=1", "=1 and trainer.teacher_n_gpus_per_node=None go together"),
         ("trainer.resume_mode=resume_path", "=resume_path needs trainer.resume_from_path"),
+        (f"{MODEL}.lora_rank=-1", "=-1 must be greater than or equal to 0"),
+        (f"{MODEL}.lora_extended_rows=True", "=True has no effect with lora_rank=0"),
         (f"{ROLLOUT}.max_model_len=100", f"=100 is below {ROLLOUT}.prompt_length=512 + "),
     ],
 )
@@ -127,6 +129,10 @@ def test_all_errors_come_at_once() -> None:
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
+        (
+            [f"{MODEL}.lora_rank=8", f"{MODEL}.lora_extended_rows=True", f"{ACTOR}.freeze_extended_rows=True"],
+            f"lora_extended_rows=True trains the rows that {ACTOR}.freeze_extended_rows=True freezes",
+        ),
         (["data.train_batch_size=10"], f"data.train_batch_size=10 is no multiple of {ACTOR}.ppo_mini_batch_size=256"),
         (["trainer.n_gpus_per_node=3"], f"ppo_mini_batch_size=256 x {ROLLOUT}.n=1 rows do not divide over trainer"),
         ([f"{ROLLOUT}.prompt_length=9"], f"data.max_prompt_length=512 differs from {ROLLOUT}.prompt_length=9; set"),
@@ -178,15 +184,17 @@ def test_settings_at_the_edge_are_accepted(settings: list[str]) -> None:
     "setting",
     [
         *(f"{ACTOR}.freeze_extended_rows=True", f"{TEACHERS}.self.vocabulary=stitched"),
+        f"{MODEL}.lora_extended_rows=True",
         *(f"{TEACHERS}.self.prompts=with_items", f"{DISTILL}.leak_coef=1.0", f"{DISTILL}.support=shared"),
     ],
 )
 def test_settings_for_extended_ids_are_refused_without_them(setting: str) -> None:
     """When typed, and when ``auto`` is resolved."""
     expected = re.escape(setting) + " has no effect without extended ids; set .*, or leave it at"
+    used = [*EXACT, f"{MODEL}.lora_rank=8"]
     with pytest.raises(ValueError, match=expected):
-        typed(*EXACT, setting)
-    config = typed(*EXACT, setting, f"{START}=auto")
+        typed(*used, setting)
+    config = typed(*used, setting, f"{START}=auto")
     config.resolve_extend_start(151669)
     assert config.actor_rollout_ref.rollout.extend_start == 151669
     with pytest.raises(ValueError, match=expected):

@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-DISTRIBUTIONS = ("torch", "ray", "vllm", "transformers", "tensordict")
+DISTRIBUTIONS = ("torch", "ray", "vllm", "transformers", "tensordict", "peft")
 """Packages whose versions have to agree; one built for the CPU may be called ``NAME-cpu``."""
 SOURCES = ("verl", "recipe")
 """Packages whose source must equal the driver's."""

@@ -37,7 +37,7 @@ def check_run(config: PPOConfig) -> list[str]:
         *_model_errors(config),
         *_algorithm_errors(config),
         *_data_errors(config),
-        *_engine_errors(config),
+        *_package_errors(config),
         *_output_errors(config),
     ]
     if errors:
@@ -231,10 +231,12 @@ def _data_errors(config: PPOConfig) -> Iterator[str]:
                 yield f"{key}={pattern} matches no parquet file; correct the path"
 
 
-def _engine_errors(config: PPOConfig) -> Iterator[str]:
+def _package_errors(config: PPOConfig) -> Iterator[str]:
     rollout, key = config.actor_rollout_ref.rollout, "actor_rollout_ref.rollout"
     if rollout.name == "vllm" and not is_installed("vllm"):
         yield f"{key}.name=vllm needs vLLM, which is not installed; run deploy_env.sh, or set it to hf"
+    if (rank := config.actor_rollout_ref.model.lora_rank) and not is_installed("peft"):
+        yield f"actor_rollout_ref.model.lora_rank={rank} needs the package peft; run deploy_env.sh, or set it to 0"
 
 
 def _output_errors(config: PPOConfig) -> Iterator[str]:

@@ -160,7 +160,9 @@ def check_nodes(config: PPOConfig, groups: WorkerGroups) -> None:
     Raises:
         ValueError: what is missing or differs, and where.
     """
-    packages = [name for name in DISTRIBUTIONS if name != "vllm" or config.actor_rollout_ref.rollout.name == "vllm"]
+    models = config.actor_rollout_ref
+    is_used = {"vllm": models.rollout.name == "vllm", "peft": models.model.lora_rank > 0}
+    packages = [name for name in DISTRIBUTIONS if is_used.get(name, True)]
     trainer, student = config.trainer, student_paths(config)
     node_ips: dict[str, str] = {}
     needed: dict[str, dict[str, str]] = {}

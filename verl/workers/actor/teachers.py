@@ -19,6 +19,7 @@ import torch
 from verl.ops.linear_log_prob import FullLogProbs, LinearTeacher, StitchedTeacher, TeacherLogProbs, TopLogProbs
 from verl.protocol import DataProto
 from verl.vocabulary import Vocabulary
+from verl.workers.fsdp.adapter import as_frozen
 from verl.workers.fsdp.token_stats_model import MicroBatch, ScoredRows, TokenStatsModel, no_positions
 
 TOP_TENSORS = ("teacher_top_ids", "teacher_top_log_probs", "teacher_rest_log_prob")
@@ -58,7 +59,7 @@ class ModelTeacher:
     """A frozen model of this process.
 
     Args:
-        module: the model.
+        module: the model; or the student's own, whose adapter is switched off for the pass.
         ids: number of ids in its softmax.
         replace_token_id: replaces the ids that it lacks in its input; None: it knows all of the student's ids.
     """
@@ -93,9 +94,9 @@ class ModelTeacher:
         if self._replace_token_id is not None:
             readable = inputs.input_ids.masked_fill(inputs.input_ids >= self.ids, self._replace_token_id)
             inputs = inputs._replace(input_ids=readable)
-        self.module.eval()
-        # A head that computes nothing.
-        return self.module(inputs.to(self.module.device), lambda hidden, weight, labels: (hidden, weight))
+        with as_frozen(self.module):
+            # A head that computes nothing.
+            return self.module(inputs.to(self.module.device), lambda hidden, weight, labels: (hidden, weight))
 
 
 class StitchedModelTeacher:

@@ -26,6 +26,8 @@ from verl.config import FSDPConfig, HFModelConfig
 from verl.ops.attention import PACKED_SDPA, PACKED_VARLEN
 from verl.single_controller.base import Worker
 from verl.utils.device import get_device_name, resolve_dtype, select_device, warn_of_emulated_bf16
+from verl.weight_sync import hugging_face_name
+from verl.workers.fsdp.adapter import add_adapter
 from verl.workers.fsdp.token_stats_model import ScoredRows, TokenStatsModel, reshard
 
 logger = logging.getLogger(__name__)
@@ -128,7 +130,7 @@ def _scatter_from_rank_zero(model: PreTrainedModel, tensors: dict[str, torch.Ten
         for name, parameter in model.named_parameters():
             assert isinstance(parameter, DTensor), f"{name} is not sharded"
             # Popped, so that rank 0 frees each whole tensor behind it; the others' is never read.
-            whole = tensors.pop(name, None)
+            whole = tensors.pop(hugging_face_name(name), None)
             if whole is None:
                 whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=mesh.device_type)
             shard = distribute_tensor(whole.to(mesh.device_type), mesh, parameter.placements)
@@ -164,7 +166,7 @@ def build_model(
     """Load and shard a model; every rank of the mesh takes part.
 
     A trained model is stored in fp32 (``model_dtype=auto``) and computes in ``mixed_precision.param_dtype``. A frozen
-    one is stored in that precision at once, without gradients.
+    one is stored in that precision at once, without gradients; so are the weights beside an adapter, which is in fp32.
 
     Args:
         path: folder or hub name of the weights and the config.
@@ -183,7 +185,8 @@ def build_model(
         raise ValueError("actor.fsdp_config.mixed_precision.param_dtype=fp16 cannot be trained; use bf16")
     if device_name == "cpu" and compute_dtype == torch.bfloat16 and dist.get_rank() == 0:
         warn_of_emulated_bf16()
-    storage_dtype = torch.float32 if trainable else compute_dtype
+    has_adapter = trainable and model.lora_rank > 0
+    storage_dtype = torch.float32 if trainable and not has_adapter else compute_dtype
     if fsdp.model_dtype != "auto":
         storage_dtype = resolve_dtype(fsdp.model_dtype, device_name)
     offload = model.enable_activation_offload and device_name == "cuda"
@@ -200,6 +203,8 @@ def build_model(
     causal_lm, tensors = _load_on_rank_zero(path, config, model.trust_remote_code, **options)
     module = TokenStatsModel(causal_lm, packed, offload_activations=offload)
     module.requires_grad_(trainable)
+    if has_adapter:
+        tensors |= add_adapter(causal_lm, model)
     if trainable and model.enable_gradient_checkpointing:
         causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs=CHECKPOINTING)
     # Casts where precisions differ, and none where they do not (fp32 on CPU).

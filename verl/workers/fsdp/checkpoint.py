@@ -6,6 +6,7 @@ In:  model, optimizer, its steps and a folder. Out, below that folder, in safete
     shards/00002-of-00002.safetensors    where the slice begins; the shard of rank 1
     extra_rank_<r>.safetensors           optimizer steps done, training step, random number generators of rank r
     huggingface/                         config and tokenizer, and with ``hf_model`` the weights, for transformers, vLLM
+    adapter/                             of a student that has one: the adapter in peft's files
 
 `actor.checkpoint` says which of these are written and read. All ranks call `begin` together::
 
@@ -17,7 +18,8 @@ rank's parameters and optimizer state until it is written.
 
 Torch's ``HuggingFaceStorageReader`` reads shards into tensors that are sharded over any number of ranks. Its writer is
 not used: it serializes a rank's file in memory, a second copy that holds the interpreter lock while training goes on.
-A head that is tied to the embedding has no tensor of its own.
+A head that is tied to the embedding has no tensor of its own. The weights beside an adapter never change: ``shards``
+have the adapter alone, and ``huggingface`` the two merged, of shards that are written for this and removed.
 Not here: which checkpoint is the newest, how many stay, whether one is whole, the position in the data.
 """
 
@@ -27,7 +29,7 @@ import logging
 import shutil
 import time
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -48,7 +50,7 @@ from verl.config import CheckpointConfig
 from verl.utils.device import dtype_name, get_rng_states, set_rng_states
 from verl.utils.durable_files import flush, flush_tree, write_durably
 from verl.utils.tokenizer import save_tokenizer
-from verl.weight_sync import named_weights
+from verl.workers.fsdp.adapter import ADAPTER, FILE_PREFIX, adapted_layers, merged_weights, trained_weights
 from verl.workers.fsdp.token_stats_model import TokenStatsModel
 
 logger = logging.getLogger(__name__)
@@ -58,6 +60,7 @@ Shard = tuple[Tensors, dict[str, Any]]
 """A rank's slices of tensors, in host memory, and where each begins, as torch's reader expects it."""
 
 SHARDS, HUGGINGFACE, EXTRA, CONFIG = "shards", "huggingface", "extra_rank_{}.safetensors", "config.json"
+ADAPTER_FOLDER, MERGED = "adapter", "merged_shards"
 OPTIMIZER = "optimizer."
 """Begins the key of every tensor in the shards that is no parameter; parameters have their Hugging Face names."""
 MAX_FILE_BYTES = 2 * 10**9
@@ -82,10 +85,10 @@ def write_file(path: Path, tensors: Tensors, metadata: dict[str, str] | None = N
     flush(path)
 
 
-def copy_shard(tensors: Tensors) -> Shard:
+def copy_shard(tensors: Iterable[tuple[str, torch.Tensor]]) -> Shard:
     """Copy this rank's slices. A tensor that is not sharded is the same on all ranks, and rank 0 has it."""
     copies, places = {}, {}
-    for key, tensor in tensors.items():
+    for key, tensor in tensors:
         local, offset = tensor, [0] * tensor.dim()
         if isinstance(tensor, DTensor):
             # What torch itself asks for a checkpoint: where this shard begins, uneven ones included.
@@ -163,7 +166,7 @@ def write_weights(shards: Path, folder: Path, dtype: torch.dtype | None = None) 
     weights = {
         name: torch.empty(entry.size, dtype=dtype or entry.properties.dtype, device="meta")
         for name, entry in reader.tensors.items()
-        if not name.startswith(OPTIMIZER)
+        if not name.startswith((OPTIMIZER, FILE_PREFIX))
     }
     if not weights:
         raise ValueError(f"{shards} holds no model; it was saved without 'model' in actor.checkpoint.save_contents")
@@ -177,6 +180,21 @@ def write_weights(shards: Path, folder: Path, dtype: torch.dtype | None = None) 
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         write_durably(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
     return sum(weight.numel() for weight in weights.values())
+
+
+def write_adapter(shards: Path, folder: Path, config: Any) -> None:
+    """Write what ``shards`` hold of a model, the adapter and perhaps embedding and head, as peft loads it.
+
+    Args:
+        config: peft's; it names the model to load that beside.
+    """
+    reader = ShardReader(shards)
+    found = {name: entry.size for name, entry in reader.tensors.items() if not name.startswith(OPTIMIZER)}
+    adapter = {name: torch.empty(size) for name, size in found.items()}
+    reader.read(adapter)
+    config.save_pretrained(folder)
+    named = {FILE_PREFIX + name.removeprefix(FILE_PREFIX): value for name, value in adapter.items()}
+    write_file(folder / "adapter_model.safetensors", named, {"format": "pt"})
 
 
 # ------------------------------------------------------------------ writing a checkpoint
@@ -207,7 +225,7 @@ def _named_tensors(state: TrainingState, contents: Collection[str]) -> Tensors:
     Without ``get_state_dict`` of torch: it adds settings of the optimizer, which only a pickle could hold.
     """
     tensors: Tensors = {}
-    for name, parameter in named_weights(state.module).items():
+    for name, parameter in trained_weights(state.module).items():
         if "model" in contents:
             tensors[name] = parameter.detach()
         if "optimizer" in contents:
@@ -236,12 +254,14 @@ class CheckpointWriter:
         began = time.perf_counter()
         # The weights of huggingface/ are made from the shards.
         contents = self._contents | ({"model"} if "hf_model" in self._contents else set())
-        shard = copy_shard(_named_tensors(state, contents))
+        copies = {SHARDS: copy_shard(_named_tensors(state, contents).items())} if contents - {"extra"} else {}
+        if "hf_model" in contents and adapted_layers(state.module):
+            copies[MERGED] = copy_shard(merged_weights(state.module))
         extra: Tensors = {}
         if "extra" in contents:
             extra = {"global_step": torch.tensor(global_step), "optimizer_steps": torch.tensor(optimizer_steps)}
             extra |= {f"rng.{device}": generator for device, generator in get_rng_states().items()}
-        self._writing = self._thread.submit(self._write, state, shard, extra, folder, began)
+        self._writing = self._thread.submit(self._write, state, copies, extra, folder, began)
 
     def outcome(self, wait: bool) -> SaveOutcome:
         """How far the checkpoint is that was begun last; done, without an error, where there is none.
@@ -259,28 +279,35 @@ class CheckpointWriter:
             return SaveOutcome(done=True, error=f"{type(error).__name__}: {error}".splitlines()[0])
         return SaveOutcome(done=True, seconds=writing.result())
 
-    def _write(self, state: TrainingState, shard: Shard, extra: Tensors, folder: Path, began: float) -> float:
+    def _write(
+        self, state: TrainingState, copies: dict[str, Shard], extra: Tensors, folder: Path, began: float
+    ) -> float:
         """Write, in the thread, and return the seconds since ``began``. ``state`` gives config and tokenizer alone."""
         rank, shards, huggingface = dist.get_rank(), folder / SHARDS, folder / HUGGINGFACE
-        if rank == 0:
-            shutil.rmtree(shards, ignore_errors=True)  # of an earlier save, perhaps by more ranks
+        for name in (SHARDS, MERGED) if rank == 0 else ():
+            shutil.rmtree(folder / name, ignore_errors=True)  # of an earlier save, perhaps by more ranks
         dist.barrier(self._group)  # nobody writes before the old files are gone
         failed = torch.ones(1)  # stays so where anything below raises
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if extra:
                 write_file(folder / EXTRA.format(rank), extra)
-            if self._contents - {"extra"}:
-                write_shard(shards, shard)
+            for name, shard in copies.items():
+                write_shard(folder / name, shard)
             failed.zero_()
         finally:
             # Whatever happened: the other ranks wait here.
             dist.all_reduce(failed, group=self._group)
         # Nothing is made of a set that is not whole; the rank that failed reports why.
         if rank == 0 and not failed and {"model", "hf_model"} & self._contents:
-            _write_description(state.module.causal_lm, state.tokenizer, huggingface)
+            causal_lm = state.module.causal_lm
+            _write_description(causal_lm, state.tokenizer, huggingface)
             if "hf_model" in self._contents:
-                write_weights(shards, huggingface)
+                write_weights(folder / (MERGED if MERGED in copies else SHARDS), huggingface)
+            if adapted_layers(causal_lm):
+                write_adapter(shards, folder / ADAPTER_FOLDER, causal_lm.peft_config[ADAPTER])
+                flush_tree(folder / ADAPTER_FOLDER)
+            shutil.rmtree(folder / MERGED, ignore_errors=True)
             if not {"model", "optimizer"} & self._contents:
                 shutil.rmtree(shards)  # they were for the export alone
             flush_tree(huggingface)

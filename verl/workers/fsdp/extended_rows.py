@@ -63,31 +63,35 @@ class ExtendedRows:
     Args:
         module: the sharded student.
         extend_start: first extended id.
-        frozen: whether optimizer steps leave the extended rows alone.
+        frozen: whether optimizer steps leave the extended rows as they are.
+        alone: whether they leave the shared ones as they are.
 
     Raises:
         ValueError: the model has no row of an extended id.
     """
 
-    def __init__(self, module: TokenStatsModel, extend_start: int, frozen: bool = False) -> None:
+    def __init__(self, module: TokenStatsModel, extend_start: int, frozen: bool = False, alone: bool = False) -> None:
         ends = (module.causal_lm.get_input_embeddings(), module.causal_lm.get_output_embeddings())
-        weights = dict.fromkeys(end.weight for end in ends)  # one where they are tied
+        # One where they are tied; none where an adapter alone is trained.
+        weights = dict.fromkeys(end.weight for end in ends if end.weight.requires_grad)
         self._matrices = [_find_share(weight, extend_start) for weight in weights]
-        self._frozen = frozen
+        kept = [slice(m.first, None) if frozen else slice(m.first if alone else 0) for m in self._matrices]
+        self._kept = list(zip(self._matrices, kept, strict=True))
+        """Which rows steps leave as they are."""
 
     def drop_gradient(self) -> None:
-        """Where the rows are frozen, set their gradient to zero; before clipping, so that it is not in the norm."""
-        for matrix in self._matrices if self._frozen else ():
+        """Set the gradient of rows that are frozen to zero; before clipping, so that it is not in the norm."""
+        for matrix, kept in self._kept:
             if isinstance(matrix.parameter.grad, DTensor):
-                matrix.parameter.grad.to_local()[matrix.first :].zero_()
+                matrix.parameter.grad.to_local()[kept].zero_()
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Where the rows are frozen, put them back behind an optimizer step.
+        """Put rows that are frozen back behind an optimizer step.
 
         A zero gradient is not enough: weight decay moves rows of its own accord.
         """
-        held = [matrix.rows[matrix.first :] for matrix in self._matrices] if self._frozen else []
+        held = [matrix.rows[kept] for matrix, kept in self._kept]
         before = [rows.clone() for rows in held]
         yield
         for rows, values in zip(held, before, strict=True):
@@ -95,6 +99,8 @@ class ExtendedRows:
 
     def drift(self) -> dict[str, float]:
         """``||rows - rows at the start|| / ||rows at the start||`` of extended and of shared rows, over all ranks."""
+        if not self._matrices:
+            return {"actor/extended_row_drift": 0.0, "actor/shared_row_drift": 0.0}
         # (2, 2) of each matrix: of extended and of shared rows, the squares of their moves and of their start.
         parts = [torch.stack([m.squares(m.first, len(m.start)), m.squares(0, m.first)]) for m in self._matrices]
         sums = torch.stack(parts).sum(0)

@@ -1,0 +1,59 @@
+"""Models of the student and of the base teacher (``actor_rollout_ref.model``, ``actor_rollout_ref.ref.model``)."""
+
+from dataclasses import field
+from typing import Annotated
+
+from pydantic import Field
+
+from verl.config.schema import Count, IsListed, Options, Texts, section
+
+
+@section("actor_rollout_ref.model")
+class HFModelConfig:
+    """A causal language model in Hugging Face format."""
+
+    path: str | None = None
+    """Folder (or hub name) of the weights, the config and the tokenizer. Required."""
+    tokenizer_path: str | None = None
+    """Folder of the tokenizer where it is not ``path``."""
+    trust_remote_code: bool = False
+    """Run model code that ships with the weights."""
+    use_remove_padding: bool = True
+    """Compute no padding: rows are packed where the attention implementation can keep them apart,
+    else cut to the longest of each micro-batch."""
+    enable_gradient_checkpointing: bool = True
+    """Recompute each block in backward instead of keeping its activations."""
+    enable_activation_offload: bool = False
+    """Keep the activations that backward needs in host memory (CUDA only)."""
+    lora_rank: Annotated[int, Field(ge=0)] = 0
+    """Rank of an adapter (LoRA) that is trained in place of the weights, which stay as they are; 0: none, all weights
+    are trained."""
+    lora_alpha: Count = 16
+    """What the adapter adds counts ``lora_alpha / lora_rank`` times."""
+    target_modules: Texts = field(default_factory=lambda: ["all-linear"])
+    """Linear layers with an adapter, by the ends of their names, such as ``[q_proj,v_proj]``; ``all-linear``: all but
+    the head."""
+    lora_extended_rows: bool = False
+    """Train the rows of extended ids in embedding and head beside the adapter; else no row is trained."""
+    override_config: Options = field(default_factory=dict)
+    """Entries laid over the model's own config, such as ``attn_implementation``."""
+    external_lib: Annotated[list[str], IsListed] | None = None
+    """Modules or Python files of the user's own, imported by the driver before it checks the settings and by every
+    process of the run: what they register (estimators, agent loops, models of transformers) can then be named."""
+
+    def __post_init__(self) -> None:
+        if self.lora_extended_rows and not self.lora_rank:
+            raise ValueError(
+                "actor_rollout_ref.model.lora_extended_rows=True has no effect with lora_rank=0, where all rows are "
+                "trained; set a rank, or leave it at False"
+            )
+
+
+@section("actor_rollout_ref.ref.model")
+class RefModelConfig:
+    """The teacher's model; everything but these keys is taken from ``actor_rollout_ref.model``."""
+
+    path: str | None = None
+    """Folder (or hub name) of the teacher; null: the student's own starting weights."""
+    tokenizer_path: str | None = None
+    """Folder of the teacher's tokenizer where it is not ``path``."""

@@ -4,16 +4,18 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import wandb
 from support.file_faults import full_disk
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tqdm import tqdm
 
 from verl.config import PPOConfig
-from verl.utils.tracking import Tracking
+from verl.utils.tracking import LoggerError, Tracking
 
 METRICS = {
     "actor/distill_loss": -0.123456,
@@ -125,6 +127,18 @@ def test_tensorboard_skips_steps_that_are_taken_again(
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(event.step, event.value) for event in events.Scalars("loss")] == expected, "before the run ends"
     second.finish()
+
+
+def test_a_wandb_run_that_cannot_start_is_one_line_with_a_fix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(**_: Any) -> None:
+        raise wandb.errors.CommError("timed out\nConsider a longer time")
+
+    monkeypatch.setattr(wandb, "init", init)
+    tracking = track(tmp_path, "wandb")
+    with pytest.raises(
+.*: timed out Consider .*; run wandb login"
+    ):
+        tracking.truncate_after(None)
 
 
 def test_wandb_continues_the_run_of_its_folder_and_records_metrics_and_no_secret(

@@ -40,6 +40,10 @@ MAIN_METRICS = (
 Metrics = Mapping[str, float]
 
 
+class LoggerError(RuntimeError):
+    """A place that metrics go to cannot be opened; the message names it, the cause and what may help."""
+
+
 class Backend(ABC):
     """A place that metrics go to."""
 
@@ -165,9 +169,18 @@ class WandbBackend(Backend):
 
         folder.mkdir(parents=True, exist_ok=True)
         place = os.environ.get("WANDB_DIR") or str(folder)
-        self._start = partial(wandb.init, project=project, name=experiment, config=dict(config), dir=place)
+        self._init = partial(wandb.init, project=project, name=experiment, config=dict(config), dir=place)
         self._id_file = folder / "wandb_run_id"
         self._run: Any = None
+
+    def _start(self, **which: str) -> Any:
+        try:
+            return self._init(**which)
+        except Exception as error:  # of its library, its service or its server
+            raise LoggerError(
+                f"trainer.logger has wandb, and Weights & Biases cannot start the run: {' '.join(str(error).split())}; "
+                "run wandb login, or set WANDB_MODE=offline and upload the run later with wandb sync"
+            ) from error
 
     def truncate_after(self, step: int | None, metrics: Metrics | None) -> None:
         """Open the run of this folder; a new one where there is none or training starts afresh."""

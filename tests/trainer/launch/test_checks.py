@@ -320,7 +320,7 @@ def test_ranks_that_fit_or_that_ray_checks(monkeypatch: pytest.MonkeyPatch) -> N
     [
         (
             {"n_gpus_per_node": 16},
-            "'train' asks for 16 rank.* this machine: CPU 2, .* Lower trainer.n_gpus_per_node or",
+            "'train' asks for 16 rank.* this machine: 2 CPU and no GPU. Lower trainer.n_gpus_per_node or",
         ),
         ({"n_gpus_per_node": 4, "teacher_nnodes": 1, "teacher_n_gpus_per_node": 8}, "'train' asks for 4 .*beside 'tea"),
         ({"nnodes": 2}, r"2 rank.* 2 node.* this machine.* add machines \(init_ray_cluster.*address=auto joins"),

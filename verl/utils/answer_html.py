@@ -21,7 +21,8 @@ def answers_as_html(batch: DataProto, tokenizer: PreTrainedTokenizerBase) -> lis
     """One text an answer; tokens are coloured where the batch has ``old_log_probs`` and ``ref_log_prob`` of them."""
     record = token_record(batch, 0, tokenizer, []).select(["text", "student_log_prob", "teacher_log_prob"])
     answers = ["".join(map(_token, *row.values())) for row in record.to_pylist()]
-    return [f'<div style="white-space: pre-wrap; font: 13px sans-serif">{answer}</div>' for answer in answers]
+    style = '<meta charset="utf-8"><div style="white-space: pre-wrap; font: 13px sans-serif">'
+    return [f"{style}{answer}</div>" for answer in answers]
 
 
 def _token(text: str, student: float | None, teacher: float | None) -> str:

@@ -267,7 +267,7 @@ def _output_errors(config: PPOConfig) -> Iterator[str]:
 def _wandb_can_start() -> bool:
     """Whether Weights & Biases is offline or finds a login where it looks: environment, settings, netrc."""
     home, environ = Path.home(), os.environ
-    settings = configparser.ConfigParser()
+    settings = configparser.ConfigParser(interpolation=None)
     with suppress(configparser.Error):
         folder = Path(environ.get("WANDB_CONFIG_DIR") or home / ".config/wandb").expanduser()
         settings.read([folder / "settings", "wandb/settings", ".wandb/settings"])

@@ -4,7 +4,7 @@
 
     start_ray ─► workers, engines ─► fit ─► done                                            0
                                       │─► SIGTERM, Ctrl-C                                   128 + signal
-                                      │─► a user's error, a guard, a save, a rule, a logger   1
+                                      │─► a user's error, a guard, save, rule or logger     1
                                       └─► a worker or an engine failed                      3, or 4 after a checkpoint
 
 In: a trainer. Out: an exit code. Before anything is shut down the cause is reported, in its first line. Whatever ends

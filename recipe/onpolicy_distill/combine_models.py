@@ -70,7 +70,7 @@ def combine_models(parts: Mapping[Path, float], out: Path, start: int, rows_from
     from safetensors.torch import load_file, save_file
 
     shutil.copytree(first, out, ignore=shutil.ignore_patterns("*.safetensors"))
-    for file in tqdm(models[first].files, desc="write", unit="file", leave=False):
+    for file in tqdm(models[first].files, desc="write", unit="file", leave=False, disable=None):
         tensors = load_file(file)
         for name, tensor in tensors.items():
             mixed = _weighted_sum(models, parts, name, slice(start if name in ROW_TENSORS else None))

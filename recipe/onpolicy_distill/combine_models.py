@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from verl.utils.console import program_name
 from verl.utils.tokenizer import hf_tokenizer
+from verl.utils.vocab_contract import THRESHOLD_HELP, resolve_threshold, threshold
 
 if TYPE_CHECKING:
     import torch
@@ -69,7 +70,7 @@ def combine_models(parts: Mapping[Path, float], out: Path, start: int, rows_from
     from safetensors.torch import load_file, save_file
 
     shutil.copytree(first, out, ignore=shutil.ignore_patterns("*.safetensors"))
-    for file in tqdm(models[first].files, desc="write", unit="file", leave=False):
+    for file in tqdm(models[first].files, desc="write", unit="file", leave=False, disable=None):
         tensors = load_file(file)
         for name, tensor in tensors.items():
             mixed = _weighted_sum(models, parts, name, slice(start if name in ROW_TENSORS else None))
@@ -139,6 +140,20 @@ def read_part(text: str) -> tuple[Path, float]:
     return Path(folder), float(coefficient)
 
 
+def add_threshold(parser: argparse.ArgumentParser) -> None:
+    """Add ``--extend-vocab-start-token`` and the ``--teacher`` that its ``auto`` needs."""
+    name = "--extend-vocab-start-token"
+    parser.add_argument(name, type=threshold, metavar="N", required=True, help=THRESHOLD_HELP)
+    parser.add_argument("--teacher", help=f"folder or hub name of the teacher, for {name} auto")
+
+
+def read_threshold(args: argparse.Namespace, student: Path) -> int:
+    """The first extended id; raises ValueError where there is none."""
+    if (start := resolve_threshold(args.extend_vocab_start_token, str(student), args.teacher)) is None:
+        raise ValueError(f"--extend-vocab-start-token: {student} has no id that the teacher lacks; give the id")
+    return start
+
+
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -147,10 +162,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", type=read_part, action="append", required=True, metavar="FOLDER=COEFFICIENT")
     parser.add_argument("--rows-from", type=Path, help="folder of the model whose rows of extended ids are taken")
     parser.add_argument("--out", type=Path, required=True, help="folder of the result")
-    parser.add_argument("--extend-vocab-start-token", type=int, required=True, help="first extended id")
+    add_threshold(parser)
     args = parser.parse_args(argv)
     try:
-        combine_models(dict(args.model), args.out, args.extend_vocab_start_token, args.rows_from)
+        combine_models(dict(args.model), args.out, read_threshold(args, args.model[0][0]), args.rows_from)
     except ValueError as error:
         sys.exit(f"error: {error}")
     print(f"{' + '.join(f'{coefficient:g} x {folder}' for folder, coefficient in args.model)}: {args.out}")

@@ -42,6 +42,7 @@ from verl.utils.console import escape_unknown_characters, program_name
 from verl.utils.dataset.items import read_catalogue
 from verl.utils.timing import marked_timer
 from verl.utils.tokenizer import answer_text, hf_tokenizer
+from verl.utils.vocab_contract import THRESHOLD_HELP, resolve_threshold, threshold
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -61,7 +62,9 @@ class EvaluationConfig:
     rec: str | None = option(None, help="parquet with recommendation prompts; needs --catalogue")
     catalogue: str | None = option(None, help="parquet with a `sid` column, a list of codes per item")
     teacher: str | None = option(None, help="folder of the teacher; none: no reverse KL and no advantages")
-    extend_vocab_start_token: int | None = option(None, type=int, help="first extended id; none: no extension")
+    extend_vocab_start_token: int | None = option(
+        None, type=threshold, metavar="N", help=f"{THRESHOLD_HELP}; none: no extension"
+    )
     engine: str = option("vllm", choices=("vllm", "hf"), help="what generates")
     device: str = option("auto", choices=("auto", "cuda", "cpu"), help="what it runs on")
     max_prompt_length: int = option(1024, help="tokens; longer prompts are left out")
@@ -289,7 +292,8 @@ def main(argv: list[str] | None = None) -> None:
     arguments = vars(parser.parse_args(argv))
     outputs = arguments.pop("out"), arguments.pop("samples_out")
     try:
-        evaluation = evaluate(EvaluationConfig(**arguments))
+        start = resolve_threshold(arguments.pop("extend_vocab_start_token"), arguments["model"], arguments["teacher"])
+        evaluation = evaluate(EvaluationConfig(extend_vocab_start_token=start, **arguments))
     except ValueError as error:
         sys.exit(f"error: {error}")
     for path, content in zip(outputs, (evaluation.metrics, evaluation.samples), strict=True):

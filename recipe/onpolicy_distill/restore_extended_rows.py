@@ -14,7 +14,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from recipe.onpolicy_distill.combine_models import combine_models
+from recipe.onpolicy_distill.combine_models import add_threshold, combine_models, read_threshold
 from verl.utils.console import program_name
 
 
@@ -25,13 +25,14 @@ def main(argv: list[str] | None = None) -> None:
     )
     for name, meaning in (("before", "student before distillation"), ("after", "student after it"), ("out", "result")):
         parser.add_argument(f"--{name}", type=Path, required=True, help=f"folder of the {meaning}")
-    parser.add_argument("--extend-vocab-start-token", type=int, required=True, help="first extended id")
+    add_threshold(parser)
     args = parser.parse_args(argv)
     try:
-        combine_models({args.after: 1.0}, args.out, args.extend_vocab_start_token, rows_from=args.before)
+        start = read_threshold(args, args.before)
+        combine_models({args.after: 1.0}, args.out, start, rows_from=args.before)
     except ValueError as error:
         sys.exit(f"error: {error}")
-    print(f"rows from {args.extend_vocab_start_token} on put back: {args.out}")
+    print(f"rows from {start} on put back: {args.out}")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ H hidden size, V rows of the embedding.
 
 import argparse
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +74,7 @@ def build_tiny_models(
     Raises ValueError where the student's tokenizer does not extend the teacher's, or a row count is too small.
     """
     import torch
+    from transformers.utils.logging import disable_progress_bar
 
     teacher_tok, student_tok = hf_tokenizer(teacher_tokenizer), hf_tokenizer(student_tokenizer)
     _check_extends(teacher_tok, student_tok)
@@ -95,6 +97,8 @@ def build_tiny_models(
         _fill_teacher(teacher, config, known)
         _fill_student(student, teacher, config, known)
     folders = Path(out_dir) / "teacher", Path(out_dir) / "student"
+    if not sys.stderr.isatty():
+        disable_progress_bar()  # it would leave its lines in a log
     for folder, model, tokenizer in zip(folders, (teacher, student), (teacher_tok, student_tok), strict=True):
         model.save_pretrained(folder)
         save_tokenizer(tokenizer, folder)

@@ -30,8 +30,8 @@ def test_student_on_both_nodes_and_a_teacher_of_its_own(tiny_pair: Pair, tmp_pat
     finally:
         cluster.shutdown()
     assert finished.returncode == 0, finished.output[-6000:]
-    assert "pool train: 2 rank(s) on 2 node(s), each rank with CPU 0.25, GPU 0, for actor" in finished.output
-    assert "pool teacher: 1 rank(s) on 1 node(s), each rank with CPU 0.25, GPU 0, for ref" in finished.output
+    assert "pool train: 2 rank(s) on 2 node(s), 0.25 CPU and no GPU each, for actor" in finished.output
+    assert "pool teacher: 1 rank(s) on 1 node(s), 0.25 CPU and no GPU each, for ref" in finished.output
     assert len(finished.series("distill/reverse_kl")) == len(finished.series("actor/distill_loss")) == 2
     assert (finished.folder / "global_step_2").is_dir()
     assert not list(finished.folder.glob(".seen-by-all-nodes-*"))

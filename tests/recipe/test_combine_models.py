@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from recipe.onpolicy_distill.combine_models import ROW_TENSORS, main
+from recipe.onpolicy_distill.restore_extended_rows import main as restore
 
 
 def weights(folder):
@@ -49,6 +50,22 @@ def test_shared_weights_are_summed_and_item_rows_are_of_those_who_know_them(tiny
         rows = start if name in ROW_TENSORS else len(tensor)
         torch.testing.assert_close(tensor[:rows], of_before[name][:rows], rtol=0, atol=0)
         torch.testing.assert_close(tensor[rows:], of_after[name][rows:], rtol=0, atol=0)
+
+
+def test_the_first_extended_id_may_come_from_the_teacher(tiny_pair, tmp_path):
+    student, teacher = tiny_pair.student, tiny_pair.teacher
+    given = combine(tmp_path / "given", tiny_pair.extend_vocab_start_token, (student, 0.5), (teacher, 0.5))
+    found = combine(tmp_path / "found", "auto", (student, 0.5), (teacher, 0.5), teacher=teacher)
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, given[name], rtol=0, atol=0)
+    paths = {"--before": student, "--after": tmp_path / "found", "--out": tmp_path / "restored", "--teacher": teacher}
+    restore([*(str(word) for option in paths.items() for word in option), "--extend-vocab-start-token", "auto"])
+    restored, start = weights(tmp_path / "restored"), tiny_pair.extend_vocab_start_token
+    torch.testing.assert_close(restored[ROW_TENSORS[0]][start:], weights(student)[ROW_TENSORS[0]][start:])
+    with pytest.raises(SystemExit, match="name the teacher's with --teacher, or give the id"):
+        combine(tmp_path / "none", "auto", (student, 1))
+    with pytest.raises(SystemExit, match="has no id that the teacher lacks"):
+        combine(tmp_path / "same", "auto", (student, 1), teacher=student)
 
 
 def test_user_errors(tiny_pair, tmp_path):

@@ -11,7 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from recipe.onpolicy_distill.evaluate import EvaluationConfig, evaluate, main
+from recipe.onpolicy_distill import evaluate as module
+from recipe.onpolicy_distill.evaluate import Evaluation, EvaluationConfig, evaluate, main
 from recipe.onpolicy_distill.scoreboard import answers
 from verl.config import RolloutConfig
 from verl.utils.dataset.items import item_tokens
@@ -149,6 +150,18 @@ def test_on_the_cpu_the_engine_keeps_short_beginnings(monkeypatch):
     for device, own in (("cpu", {}), ("cpu", {"block_size": 64}), ("cuda", {})):
         answers.Answerer("model", RolloutConfig(engine_kwargs={"vllm": own}), device)
     assert [rollout.engine_kwargs["vllm"].get("block_size") for rollout in made] == [32, 64, None]
+
+
+def test_the_first_extended_id_may_come_from_the_teacher(monkeypatch, tiny_pair):
+    seen = []
+    monkeypatch.setattr(module, "evaluate", lambda config: seen.append(config) or Evaluation({}, []))
+    command = ["--model", str(tiny_pair.student), "--general", "g.parquet", "--extend-vocab-start-token", "auto"]
+    main([*command, "--teacher", str(tiny_pair.teacher)])
+    assert [config.extend_vocab_start_token for config in seen] == [tiny_pair.extend_vocab_start_token]
+    with pytest.raises(
+        SystemExit, match="error: --extend-vocab-start-token auto compares two tokenizers; name the tea"
+    ):
+        main(command)
 
 
 def test_command_line(files, tiny_pair, tmp_path, capsys):

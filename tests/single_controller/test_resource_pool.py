@@ -37,10 +37,14 @@ def test_what_fits_passes(cluster: list[dict[str, float]], pools: Any) -> None:
 @pytest.mark.parametrize(
     ("cluster", "pools", "message"),
     [
-        ([CPUS], ([9],), "'train' asks for 9 rank(s) on 1 node(s), each rank with CPU 0.25, GPU 0; the cluster has"),
-        ([GPUS_8], ([1, 1],), "GPU 1; the cluster has node 10.0.0.0: CPU 64, GPU 8. Lower trainer.n_gpus_per_node"),
-        ([GPUS_4, GPUS_4], ([8],), "node 10.0.0.0: CPU 64, GPU 4; node 10.0.0.1: CPU 64, GPU 4."),
-        ([GPUS_8, GPUS_8], ([8, 8], [8]), "CPU 1, GPU 1, beside 'train': 16 rank(s) on 2 node(s)"),
+        ([CPUS], ([9],), "'train' asks for 9 rank(s) on 1 node(s), 0.25 CPU and no GPU each; the cluster has"),
+        (
+            [GPUS_8],
+            ([1, 1],),
+            "1 GPU each; the cluster has node 10.0.0.0: 64 CPU and 8 GPU. Lower trainer.n_gpus_per_node",
+        ),
+        ([GPUS_4, GPUS_4], ([8],), "node 10.0.0.0: 64 CPU and 4 GPU; node 10.0.0.1: 64 CPU and 4 GPU."),
+        ([GPUS_8, GPUS_8], ([8, 8], [8]), "1 CPU and 1 GPU each, beside 'train': 16 rank(s) on 2 node(s)"),
     ],
     ids=["too many ranks", "nodes are machines", "packed", "taken by the other"],
 )

@@ -4,16 +4,18 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import wandb
 from support.file_faults import full_disk
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tqdm import tqdm
 
 from verl.config import PPOConfig
-from verl.utils.tracking import Tracking
+from verl.utils.tracking import LoggerError, Tracking
 
 METRICS = {
     "actor/distill_loss": -0.123456,
@@ -127,12 +129,40 @@ def test_tensorboard_skips_steps_that_are_taken_again(
     second.finish()
 
 
+ANSWERS = [
+    {"uid": "val-0", "input": "1 + 1?", "output": "<b>2\n# two", "score": 1.0, "html": "<p>&lt;b&gt;2</p>"},
+    {"uid": "val-1", "input": "2 + 2?", "output": "5", "html": "<p>5</p>"},
+]
+
+
+def test_tensorboard_shows_answers_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TENSORBOARD_DIR", raising=False)
+    tracking = track(tmp_path, "console", "file", "tensorboard")
+    tracking.log_answers(ANSWERS, 4)
+    tracking.finish()
+    [event] = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Tensors("val/generations/text_summary")
+    text = event.tensor_proto.string_val[0].decode()
+    assert event.step == 4
+    assert text == "    score 1.0\n    1 + 1?<b>2\n    # two\n\n---\n\n    score None\n    2 + 2?5"
+
+
+def test_a_wandb_run_that_cannot_start_is_one_line_with_a_fix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(**_: Any) -> None:
+        raise wandb.errors.CommError("timed out\nConsider a longer time")
+
+    monkeypatch.setattr(wandb, "init", init)
+    tracking = track(tmp_path, "wandb")
+    with pytest.raises(LoggerError, match=r"^trainer\.logger has wandb, .*: timed out Consider .*; run wandb login"):
+        tracking.truncate_after(None)
+
+
 def test_wandb_continues_the_run_of_its_folder_and_records_metrics_and_no_secret(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in {"MODE": "offline", "SILENT": "true", "DISABLE_GIT": "true", "DISABLE_CODE": "true"}.items():
         monkeypatch.setenv(f"WANDB_{name}", value)
     monkeypatch.setenv("WANDB_API_KEY", "a" * 8 + "f0e1d2c3" * 4)
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "data"))
     monkeypatch.delenv("WANDB_DIR", raising=False)
     config = PPOConfig()
     config.ray_kwargs.ray_init = {"runtime_env": {"env_vars": {"WANDB_API_KEY": "b" * 8 + "f0e1d2c3" * 4}}}
@@ -142,16 +172,24 @@ def test_wandb_continues_the_run_of_its_folder_and_records_metrics_and_no_secret
         tracking = Tracking("project", "run", ["wandb"], config=config, local_dir=tmp_path)
         if resumes != "no run":
             tracking.truncate_after(resumes)
+        tracking.log_answers(ANSWERS, step)
         tracking.log({"distill/reverse_kl": 0.015625}, step)
-        tracking.finish()
+        tracking.finish({"best_model": "/runs/a/best/huggingface"})
         recordings += set(tmp_path.glob("wandb/offline-run-*/run-*.wandb")) - set(recordings)
     first, resumed, second, other = (path.stem for path in recordings)
     assert first == resumed and len({first, second, other}) == 3
     assert second == f"run-{(tmp_path / 'wandb_run_id').read_text().strip()}"
     deadline = time.monotonic() + 30  # wandb's service writes the last records a moment after ``finish``
-    while not all(b"0.015625" in path.read_bytes() for path in recordings):
-        assert time.monotonic() < deadline, "the metric is not recorded"
+    awaited = (b"0.015625", b"best_model", b"/runs/a/best/huggingface", b"val/generations")
+    while not all(part in path.read_bytes() for path in recordings for part in awaited):
+        assert time.monotonic() < deadline, "metric, summary or answers are not recorded"
         time.sleep(0.05)
+    [table] = recordings[0].parent.glob("files/media/table/val/*.table.json")
+    content = json.loads(table.read_text())
+    assert content["columns"] == ["step", "input", "output", "score"]
+    assert [(row[0], row[1], row[3]) for row in content["data"]] == [(1, "1 + 1?", 1.0), (1, "2 + 2?", None)]
+    kept = {path.read_text() for path in (tmp_path / "data").rglob("*") if path.is_file()}
+    assert kept >= {answer["html"] for answer in ANSWERS}, "for the upload of the table's artifact"
     assert b"prompt_key" in recordings[0].read_bytes(), "settings whose names resemble secrets stay"
     for path in tmp_path.rglob("*"):
         assert not path.is_file() or b"f0e1d2c3" not in path.read_bytes(), f"the key is in {path.name}"

@@ -27,7 +27,7 @@ from support.vocab_pairs import (
 )
 
 from recipe.onpolicy_distill.quickstart.tokenizers import build_tokenizers
-from verl.utils.vocab_contract import as_dict, main, read_contract, render
+from verl.utils.vocab_contract import as_dict, main, read_contract, render, resolve_threshold
 from verl.utils.vocab_models import ModelVocabulary, read_vocabulary
 from verl.utils.vocab_rules import VocabContract
 
@@ -250,6 +250,17 @@ def test_the_command_line(pair: Folders, capsys: pytest.CaptureFixture[str]) -> 
     assert (values["extended"], values["teacher"]["padded_rows"]) == ([[329, 354]], [[329, 339]])
     assert main([*command, "--extend-vocab-start-token", "null"]) == 1
     assert "UNSOUND" in capsys.readouterr().out
+
+
+def test_a_threshold_for_a_command(pair: Folders) -> None:
+    assert resolve_threshold("auto", str(pair.student), str(pair.teacher)) == 329
+    assert resolve_threshold("auto", str(pair.student), str(pair.student)) is None
+    assert (resolve_threshold(7, "none", None), resolve_threshold(None, "none", None)) == (7, None)
+    with pytest.raises(ValueError, match="name the teacher's with --teacher"):
+        resolve_threshold("auto", str(pair.student), None)
+    next(iter(BROKEN.values()))(pair)
+    with pytest.raises(ValueError, match=r"do not fit; give the id:\n- "):
+        resolve_threshold("auto", str(pair.student), str(pair.teacher))
 
 
 def test_a_folder_without_a_tokenizer_is_one_line(pair: Folders, capsys: pytest.CaptureFixture[str]) -> None:

@@ -111,6 +111,8 @@ class PPOConfig:
             yield f"data.train_batch_size={batch} is no multiple of {mini}; make it one"
         if rows * rollout.n % trainer.world_size:
             ranks = f"trainer.nnodes={trainer.nnodes} x {gpus} ranks"
+            # The mini-batch follows the batch, which is then what the user has set.
+            mini = f"data.train_batch_size={batch}, and with it {mini}" if rows == batch else mini
             yield f"{mini} x {_ROLLOUT}.n={rollout.n} rows do not divide over {ranks}; change one of them"
         if trainer.n_gpus_per_node % (size := rollout.tensor_model_parallel_size):
             yield f"{_ROLLOUT}.tensor_model_parallel_size={size} does not divide {gpus}; change one of them"

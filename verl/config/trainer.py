@@ -106,7 +106,7 @@ class TrainerConfig:
     (``distill/engine_gap``) beyond which a step is reported; null: never. Usual are 0.01 to 0.06 for bf16 engines and
     below 1e-4 for fp32; a head that a sync did not update gave 1.9."""
     log_val_generations: int = 0
-    """Validation answers printed with each validation."""
+    """Validation answers printed with each validation, and shown in TensorBoard and Weights & Biases."""
     ray_timeline_dir: str | None = None
     """Folder that receives Ray's timeline at the end; null: none."""
 

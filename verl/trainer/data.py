@@ -83,7 +83,8 @@ class PromptStream:
                 f"data.train_files={config.train_files}; lower it, or see the data summary for dropped rows"
             )
         self._dataset, self._config = dataset, config
-        self._groups = group_by_weight(dataset.sources, config.source_weights) if config.source_weights else None
+        weights, report = config.source_weights, getattr(dataset, "drop_report", None)  # a user's class may have none
+        self._groups = group_by_weight(dataset.sources, weights, report) if weights else None
         self.mixture = Mixture(config, self._groups) if steered and self._groups else None
         """What may change the shares; None where they stay."""
         self.epoch = 0

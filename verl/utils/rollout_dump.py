@@ -16,6 +16,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from verl.protocol import DataProto
+from verl.utils.answer_html import answers_as_html
 from verl.utils.token_record import write_token_record
 
 COPIED_COLUMNS = ("uid", "index", "source", "data_source")
@@ -52,10 +53,19 @@ def generation_rows(batch: DataProto, tokenizer: PreTrainedTokenizerBase) -> lis
     return rows
 
 
-def show_answers(batch: DataProto, tokenizer: PreTrainedTokenizerBase, count: int) -> None:
-    """Write the first answers of a batch to the console, a line each behind its ``uid``."""
-    for row in generation_rows(batch.slice(0, min(count, len(batch))), tokenizer) if count > 0 else []:
+def show_answers(batch: DataProto, tokenizer: PreTrainedTokenizerBase, count: int) -> list[dict[str, Any]]:
+    """Write the first answers of a batch to the console, a line each behind its ``uid``.
+
+    Returns:
+        Their `generation_rows`, each with ``html``, its output with coloured tokens.
+    """
+    if count < 1:
+        return []
+    shown = batch.slice(0, min(count, len(batch)))
+    rows = generation_rows(shown, tokenizer)
+    for row, row["html"] in zip(rows, answers_as_html(shown, tokenizer), strict=True):
         tqdm.write(f"[{row['uid']}] {row['output']}")
+    return rows
 
 
 def _plain(value: Any) -> Any:

@@ -38,6 +38,11 @@ MAIN_METRICS = (
 """What the console shows of a step, in this order, as far as the step has it."""
 
 Metrics = Mapping[str, float]
+Answers = Sequence[Mapping[str, Any]]
+
+
+class LoggerError(RuntimeError):
+    """A place that metrics go to cannot be opened; the message names it, the cause and what may help."""
 
 
 class Backend(ABC):
@@ -55,8 +60,11 @@ class Backend(ABC):
     def log(self, data: Metrics, step: int) -> None:
         """Record the metrics of a step."""
 
-    def finish(self) -> None:  # noqa: B027 (nothing to do by default)
-        """Write out what is pending."""
+    def log_answers(self, answers: Answers, step: int) -> None:  # noqa: B027 (nothing to do by default)
+        """Record some validation answers, which `rollout_dump.show_answers` describes."""
+
+    def finish(self, summary: Mapping[str, str]) -> None:  # noqa: B027 (nothing to do by default)
+        """Write out what is pending, and what is to be said about the whole run."""
 
 
 class ConsoleBackend(Backend):
@@ -112,7 +120,7 @@ class FileBackend(Backend):
         except OSError as error:  # the disk is full: the line stays in the buffer until the next step
             logger.error("step %d is not yet in %s: %s", step, self._path, error)
 
-    def finish(self) -> None:
+    def finish(self, summary: Mapping[str, str]) -> None:
         """Close the file."""
         self._stream.close()
 
@@ -148,7 +156,13 @@ class TensorboardBackend(Backend):
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
 
-    def finish(self) -> None:
+    def log_answers(self, answers: Answers, step: int) -> None:
+        """Record the answers as one text; it is shown as Markdown, in which indented lines stand as they are."""
+        texts = [f"score {answer.get('score')}\n{answer['input']}{answer['output']}" for answer in answers]
+        blocks = ["\n".join(f"    {line}" for line in text.splitlines()) for text in texts]
+        self._writer.add_text("val/generations", "\n\n---\n\n".join(blocks), step)
+
+    def finish(self, summary: Mapping[str, str]) -> None:
         """Write out pending events."""
         self._writer.close()
 
@@ -165,9 +179,18 @@ class WandbBackend(Backend):
 
         folder.mkdir(parents=True, exist_ok=True)
         place = os.environ.get("WANDB_DIR") or str(folder)
-        self._start = partial(wandb.init, project=project, name=experiment, config=dict(config), dir=place)
+        self._init = partial(wandb.init, project=project, name=experiment, config=dict(config), dir=place)
         self._id_file = folder / "wandb_run_id"
         self._run: Any = None
+
+    def _start(self, **which: Any) -> Any:
+        try:
+            return self._init(**which)
+        except Exception as error:  # of its library, its service or its server
+            raise LoggerError(
+                f"trainer.logger has wandb, and Weights & Biases cannot start the run: {' '.join(str(error).split())}; "
+                "run wandb login, or set WANDB_MODE=offline and upload the run later with wandb sync"
+            ) from error
 
     def truncate_after(self, step: int | None, metrics: Metrics | None) -> None:
         """Open the run of this folder; a new one where there is none or training starts afresh."""
@@ -179,15 +202,23 @@ class WandbBackend(Backend):
         if step is not None and metrics is not None:
             self.log(metrics, step)
 
-    def log(self, data: Metrics, step: int) -> None:
+    def log(self, data: Mapping[str, Any], step: int) -> None:
         """Record the metrics of a step; opens a new run where none was opened before."""
         if self._run is None:
             self._run = self._start()
         self._run.log(dict(data), step=step)
 
-    def finish(self) -> None:
-        """Upload or save what is pending."""
+    def log_answers(self, answers: Answers, step: int) -> None:
+        """Record a table ``val/generations`` of this step, whose outputs have coloured tokens."""
+        from wandb import Html, Table
+
+        rows = [[step, one["input"], Html(one["html"], inject=False), one.get("score")] for one in answers]
+        self.log({"val/generations": Table(["step", "input", "output", "score"], rows)}, step)
+
+    def finish(self, summary: Mapping[str, str]) -> None:
+        """Upload or save what is pending, with a summary of the run."""
         if self._run is not None:
+            self._run.summary.update(dict(summary))
             self._run.finish()
 
 
@@ -255,8 +286,21 @@ class Tracking:
         for backend in self._backends:
             backend.log(metrics, step)
 
-    def finish(self) -> None:
-        """Close every place; nothing can be logged afterwards, and a second call does nothing."""
+    def log_answers(self, answers: Answers, step: int) -> None:
+        """Show some validation answers where a place can: TensorBoard, Weights & Biases; before the step's metrics.
+
+        Args:
+            answers: see `rollout_dump.show_answers`.
+        """
         for backend in self._backends:
-            backend.finish()
+            backend.log_answers(answers, step)
+
+    def finish(self, summary: Mapping[str, str] | None = None) -> None:
+        """Close every place; nothing can be logged afterwards, and a second call does nothing.
+
+        Args:
+            summary: what the run leaves, by name, for Weights & Biases.
+        """
+        for backend in self._backends:
+            backend.finish(summary or {})
         self._backends = []

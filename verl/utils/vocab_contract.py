@@ -115,6 +115,28 @@ def threshold(text: str) -> int | str | None:
     return {AUTO: AUTO, "null": None}[text] if text in (AUTO, "null") else int(text)
 
 
+THRESHOLD_HELP = "first extended id, or auto: the first that the tokenizer of --teacher lacks"
+
+
+def resolve_threshold(given: int | str | None, student: str, teacher: str | None) -> int | None:
+    """The first extended id that a command's ``--extend-vocab-start-token`` stands for; None: there is no extension.
+
+    Raises:
+        ValueError: it is ``auto``, and no teacher is named or the two do not fit together.
+    """
+    if not isinstance(given, str):
+        return given
+    if teacher is None:
+        raise ValueError(
+            "--extend-vocab-start-token auto compares two tokenizers; name the teacher's with --teacher, or give the id"
+        )
+    contract = read_contract(student, teacher)
+    if contract.problems:
+        why = "".join(f"\n- {problem}" for problem in contract.problems)
+        raise ValueError(f"--extend-vocab-start-token auto: {student} and {teacher} do not fit; give the id:{why}")
+    return contract.extend_start
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     escape_unknown_characters()

@@ -84,7 +84,7 @@ class Answerer:
 
 async def with_progress(what: str, calls: Sequence[Awaitable[Result]]) -> list[Result]:
     """All results in order, with a bar on stderr."""
-    with tqdm(total=len(calls), desc=what, unit="prompt", leave=False) as bar:
+    with tqdm(total=len(calls), desc=what, unit="prompt", leave=False, disable=None) as bar:
 
         async def counted(call: Awaitable[Result]) -> Result:
             result = await call

@@ -108,6 +108,17 @@ def test_a_launch_that_fails_is_told_at_once(tmp_path: Path, tokenizer: Any) -> 
     broken.manager.shutdown()
 
 
+def test_the_start_of_the_engines_is_a_line_and_its_end_another(
+    tmp_path: Path, tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "verl.experimental.agent_loop")
+    started = build(tmp_path, tokenizer, Ranks(tmp_path, "", 1), "cpu", in_process=True)
+    assert caplog.messages == ["starting 1 hf engine(s)"]
+    started.manager.wait_ready()
+    assert re.fullmatch(r"the engines are ready, \d+ s after their start began", caplog.messages[-1])
+    started.manager.shutdown()
+
+
 # -------------------------------------------------------------------------------------------- with Ray
 
 

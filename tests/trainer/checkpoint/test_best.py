@@ -63,6 +63,7 @@ def resume_path(folder: Path) -> dict[str, str]:
 
 def test_the_best_that_keeps_the_bound_stays_beside_the_newest(tmp_path: Path) -> None:
     run = Run(tmp_path, save_every=2).start()
+    assert run.saver.written_folders() == {}
     assert run.take(0.5)["training/best_step"] == 1  # no checkpoint is due at step 1
     assert run.checkpoints == [1]
     run.take(0.9, rec=0.44)  # better, but 0.44 is below 0.9 x 0.5
@@ -73,6 +74,8 @@ def test_the_best_that_keeps_the_bound_stays_beside_the_newest(tmp_path: Path) -
     for general in (0.6, 0.7, 0.2):
         assert run.take(general)["training/best_step"] == 3, "of equals the first"
     assert run.checkpoints == [3, 6]
+    left = {"last_checkpoint": f"{tmp_path}/global_step_6", "best_model": f"{tmp_path}/best/huggingface"}
+    assert run.saver.written_folders() == left
     assert_best(run, 3)
     reason = json.loads((tmp_path / "best" / "best.json").read_text())
     assert (reason["checkpoint"], reason["rule"], reason["value"]) == ("global_step_3", RULE, 0.7)

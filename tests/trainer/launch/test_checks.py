@@ -37,6 +37,7 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "no-cache"))
     monkeypatch.setattr(checks, "is_installed", lambda package: True)
+    monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "train.parquet").touch()
     return [
@@ -201,6 +202,50 @@ def test_names_that_weights_and_biases_refuses(run: list[str]) -> None:
     check(*run, wandb, f"trainer.project_name={long[:128]}", "trainer.experiment_name=a/b:c")
 
 
+LOGINS = {"WANDB_API_KEY": "f0e1" * 10, "WANDB_IDENTITY_TOKEN_FILE": "token.jwt", "WANDB_MODE": "disabled"}
+FILES = {
+    ".netrc": "machine api.wandb.ai login user password 1",
+    "_netrc": "machine api.wandb.ai login user password 1",
+    "wandb/settings": "[default]\nmode = offline\n",
+    ".config/wandb/settings": "[default]\napi_key = 1\n",
+}
+
+
+@pytest.fixture
+def nobody_logged_in(run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (*LOGINS, "WANDB_BASE_URL", "WANDB_CONFIG_DIR", "NETRC", "SM_TRAINING_ENV"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+
+@pytest.mark.usefixtures("nobody_logged_in")
+def test_weights_and_biases_needs_a_login(run: list[str], tmp_path: Path) -> None:
+    (tmp_path / ".netrc").write_text("machine example.org login user password 1")
+    message = r"^trainer.logger=\['console', 'wandb'\] needs a login .* run wandb login, set WANDB_API_KEY, or set WAN"
+    with pytest.raises(ValueError, match=message):
+        check(*run, "trainer.logger=[console,wandb]")
+    assert check(*run, "trainer.logger=[console]") == []
+
+
+@pytest.mark.usefixtures("nobody_logged_in")
+@pytest.mark.parametrize("place", [*LOGINS, *FILES, "NETRC", "WANDB_BASE_URL"])
+def test_a_login_is_found_where_weights_and_biases_looks(
+    run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    if place in LOGINS:
+        monkeypatch.setenv(place, LOGINS[place])
+    elif place in FILES:
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / place).write_text(FILES[place])
+    elif place == "NETRC":
+        (tmp_path / "own").write_text(FILES[".netrc"])
+        monkeypatch.setenv("NETRC", "~/own")
+    else:
+        (tmp_path / ".netrc").write_text("machine wandb.example.org:8080 login user password 1")
+        monkeypatch.setenv("WANDB_BASE_URL", "http://wandb.example.org:8080")
+    assert check(*run, "trainer.logger=[wandb]") == []
+
+
 def test_all_errors_come_at_once(run: list[str]) -> None:
     with pytest.raises(ValueError, match="train_files") as caught:
         check(*run, "data.train_files=gone", f"{STUDENT}.path=gone", f"{TEACHER}.path=gone")
@@ -276,7 +321,7 @@ def test_ranks_that_fit_or_that_ray_checks(monkeypatch: pytest.MonkeyPatch) -> N
     [
         (
             {"n_gpus_per_node": 16},
-            "'train' asks for 16 rank.* this machine: CPU 2, .* Lower trainer.n_gpus_per_node or",
+            "'train' asks for 16 rank.* this machine: 2 CPU and no GPU. Lower trainer.n_gpus_per_node or",
         ),
         ({"n_gpus_per_node": 4, "teacher_nnodes": 1, "teacher_n_gpus_per_node": 8}, "'train' asks for 4 .*beside 'tea"),
         ({"nnodes": 2}, r"2 rank.* 2 node.* this machine.* add machines \(init_ray_cluster.*address=auto joins"),

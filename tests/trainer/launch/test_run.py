@@ -17,6 +17,7 @@ from verl.trainer.checkpoint.saver import CheckpointError
 from verl.trainer.launch import run as module
 from verl.trainer.ppo.guards import GuardError
 from verl.trainer.ppo.stop_request import StopRequest
+from verl.utils.tracking import LoggerError
 
 
 class Trainer:
@@ -86,6 +87,7 @@ def test_a_run_that_reaches_its_last_step(end_of: Callable[..., Any], tmp_path: 
         (CheckpointError(DIED), True, 1),
         (GuardError(DIED), True, 1),
         (BestMetricError(DIED), True, 1),
+        (LoggerError(DIED), True, 1),
     ],
 )
 def test_a_failure_is_reported_before_anything_is_shut_down(

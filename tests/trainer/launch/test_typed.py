@@ -117,6 +117,12 @@ def test_a_wrong_value_is_named_with_its_key_and_what_to_write(setting: str, exp
         typed(setting)
 
 
+@pytest.mark.parametrize("key", ["data.max_response_length", "data.max_prompt_length", f"{ROLLOUT}.response_length"])
+def test_a_key_that_follows_another_is_not_named_for_it(key: str) -> None:
+    with pytest.raises(ValueError, match=f"^{key}=0 must be greater than or equal to 1$"):
+        typed(f"{key}=0")
+
+
 def test_all_errors_come_at_once() -> None:
     wrong = ["data.shuffle=no way", "trainer.device=tpu", f"{ACTOR}.ppo_epochs=0", "data.source_weights.a=x"]
     with pytest.raises(ValueError, match=r"ppo_epochs=0(.|\n)*shuffle=(.|\n)*weights\.a='x'(.|\n)*device=") as caught:
@@ -134,6 +140,10 @@ def test_all_errors_come_at_once() -> None:
             f"lora_extended_rows=True trains the rows that {ACTOR}.freeze_extended_rows=True freezes",
         ),
         (["data.train_batch_size=10"], f"data.train_batch_size=10 is no multiple of {ACTOR}.ppo_mini_batch_size=256"),
+        (
+            ["trainer.n_gpus_per_node=2", "data.train_batch_size=3", f"{ACTOR}.ppo_mini_batch_size=3"],
+            f"data.train_batch_size=3, and with it {ACTOR}.ppo_mini_batch_size=3 x {ROLLOUT}.n=1 rows do not",
+        ),
         (["trainer.n_gpus_per_node=3"], f"ppo_mini_batch_size=256 x {ROLLOUT}.n=1 rows do not divide over trainer"),
         ([f"{ROLLOUT}.prompt_length=9"], f"data.max_prompt_length=512 differs from {ROLLOUT}.prompt_length=9; set"),
         ([f"{REF}.log_prob_max_token_len_per_gpu=9"], f"{REF}.log_prob_max_token_len_per_gpu=9 is below {ROLLOUT}.pro"),

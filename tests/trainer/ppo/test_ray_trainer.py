@@ -132,12 +132,16 @@ class Logger:
     def __init__(self) -> None:
         self.lines: list[tuple[int, dict[str, float]]] = []
         self.truncated_after: list[int | None] = []
+        self.answers: list[tuple[int, str]] = []
 
     def truncate_after(self, step: int | None, metrics: dict[str, float] | None) -> None:
         self.truncated_after.append(step)
 
     def log(self, data: dict[str, float], step: int) -> None:
         self.lines.append((step, data))
+
+    def log_answers(self, answers: list[dict[str, Any]], step: int) -> None:
+        self.answers += [(step, answer["uid"]) for answer in answers]
 
 
 def make_config(folder: Path, **trainer: Any) -> PPOConfig:

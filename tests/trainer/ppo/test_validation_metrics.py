@@ -91,6 +91,13 @@ def test_a_validation_logs_the_metrics_of_its_stages(tmp_path: Path) -> None:
     assert not {name for name in metrics if "of_a_step" in name or "timing_s/agent_loop" in name}
 
 
+def test_as_many_answers_as_asked_for_go_to_the_loggers(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, log_val_generations=3)
+    trainer.global_steps = 7
+    trainer.validate()
+    assert trainer.logger.answers == [(7, f"val-{index}") for index in range(3)]
+
+
 def test_the_best_checkpoint_may_be_chosen_by_them(tmp_path: Path) -> None:
     rule = "val_reward_extra/number subject to val_agent_loop/tool_calls <= 10"
     settings = {"test_freq": 1, "save_freq": 5, "total_training_steps": 1}

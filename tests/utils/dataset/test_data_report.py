@@ -34,6 +34,14 @@ def report(tmp_path, tiny_tokenizers, capsys):
     return run
 
 
+def test_the_threshold_may_come_from_the_teacher(report, tiny_tokenizers, capsys):
+    auto = ["--extend-vocab-start-token", "auto", "--json"]
+    found = json.loads(report(*auto, "--teacher", str(tiny_tokenizers[0])))
+    assert found["dropped"]["extended_tokens"] == {"items": 1}
+    with pytest.raises(SystemExit, match="auto compares two tokenizers; name the teacher's with --teacher"):
+        report(*auto)
+
+
 def test_json(report):
     found = json.loads(report(*LIMITS, "--json"))
     assert (found["rows"], found["kept"]) == (10, {"letters": 5})

@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from verl.utils.dataset.rl_dataset import group_by_weight, mixed_order
+from verl.utils.dataset.rl_dataset import DropReport, group_by_weight, mixed_order
 
 SOURCES = ["general_a"] * 60 + ["general_b"] * 20 + ["rec_next"] * 9 + ["rec_caption"] * 11
 
@@ -53,9 +53,16 @@ def test_one_weight_for_all_is_a_permutation_that_the_generator_decides() -> Non
     ("weights", "message"),
     [
         ({"rec_*": 1}, r"matches no source \['general_a', 'general_b'\]"),
-        ({"rec_*": 1, "general*": 1, "video": 1}, r"no usable row has a source like \['video'\]"),
+        (
+            {"rec_*": 1, "general*": 1, "v*": 1},
+            r"no usable row has a source like \['v\*'\]; there are .*\]; 2 dropped as extended_tokens: name a tea.*"
+            "algorithm.distill.teachers.*; 1 dropped as no_user_turn: empty$",
+        ),
     ],
 )
 def test_weights_that_do_not_fit_the_data(weights, message) -> None:
+    reasons = [("extended_tokens", "video"), ("extended_tokens", "vlog"), ("extended_tokens", "rec_x")]
+    reasons += [("no_user_turn", "video"), ("overlong", "general_a")]
+    dropped = [{"reason": reason, "source": source, "detail": "empty"} for reason, source in reasons]
     with pytest.raises(ValueError, match=message):
-        group_by_weight(SOURCES, weights)
+        group_by_weight(SOURCES, weights, DropReport(None, Counter(SOURCES), dropped))

@@ -19,6 +19,7 @@ pools, such as a teacher's, do not come in: their GPUs are their own. The public
 import asyncio
 import dataclasses
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -96,10 +97,13 @@ class AgentLoopManager:
         self._replicas: list[Remote] = []
         self._workers: list[Remote] = []
         self._starting: dict[Any, Remote] = {}
+        self._began_s = 0.0
 
     def start(self) -> None:
         """Begin to start engines and workers, all at once; returns at once."""
         replica_class = get_replica_class(self.rollout.name)
+        self._began_s = time.monotonic()
+        logger.info("starting %d %s engine(s)", len(self._places), self.rollout.name)
         rollout = dataclasses.replace(self.rollout, stop_at_extended_token=self.config.stops_at_extended)
         if self._frees_memory:
             # A sync comes before the first answer, and brings all weights: vLLM need not read them.
@@ -123,6 +127,7 @@ class AgentLoopManager:
             RolloutError: one could not; named, with the cause.
         """
         list(self._actors.as_they_come(self._starting, "start", watch=self._check_run))
+        logger.info("the engines are ready, %.0f s after their start began", time.monotonic() - self._began_s)
 
     def check_alive(self) -> None:
         """Raise ``RolloutError`` where the process of an engine or a worker has died; returns at once."""

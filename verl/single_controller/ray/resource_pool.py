@@ -106,7 +106,7 @@ class RayResourcePool:
     def describe(self) -> str:
         """What the pool asks for, in words."""
         nodes = len(self.process_on_nodes)
-        return f"{self.world_size} rank(s) on {nodes} node(s), each rank with {_describe(self.rank_share)}"
+        return f"{self.world_size} rank(s) on {nodes} node(s), {_describe(self.rank_share)} each"
 
     def slots(self, node: Mapping[str, float]) -> int:
         """The ranks that a node with these resources can hold."""
@@ -155,4 +155,6 @@ def _largest_first(pools: Sequence[RayResourcePool]) -> list[RayResourcePool]:
 
 
 def _describe(resources: Mapping[str, Any]) -> str:
-    return ", ".join(f"{kind} {resources.get(kind, 0.0):g}" for kind in ("CPU", "GPU"))
+    # Not "GPU 0", which could be the name of one.
+    amounts = {kind: resources.get(kind, 0.0) for kind in ("CPU", "GPU")}
+    return " and ".join(f"{amount:g} {kind}" if amount else f"no {kind}" for kind, amount in amounts.items())

@@ -144,6 +144,11 @@ class BestCheckpoint:
         reason = self._rule.describe(self._metrics[self._exported], self._start)
         return f", best {layout.step_folder(self._root, self._exported)} ({reason})"
 
+    @property
+    def model_folder(self) -> Path | None:
+        """The folder with the best student; None: there is none yet."""
+        return None if self._exported is None else self._root / BEST / "huggingface"
+
     # ------------------------------------------------------------------ for the saver
 
     def checkpoint_ended(self, step: int, *, in_place: bool) -> None:

@@ -99,6 +99,13 @@ class CheckpointSaver:
         if self._last_failure:
             raise CheckpointError(self._last_failure)
 
+    def written_folders(self) -> dict[str, str]:
+        """Where models of the run lie: its ``last_checkpoint`` and ``best_model``, as far as they are there."""
+        if self._config.trainer.val_only or not self._config.trainer.saves_checkpoints:
+            return {}
+        folders = {"last_checkpoint": layout.newest_whole(self._root), "best_model": self._best.model_folder}
+        return {name: str(folder.absolute()) for name, folder in folders.items() if folder is not None}
+
     def _failures(self) -> Metrics:
         return {"training/failed_saves": float(self._failed_saves)} if self._config.trainer.saves_checkpoints else {}
 

@@ -6,14 +6,18 @@ the vocabularies (``vocabulary_check``), other machines (``single_controller.ray
 before Ray starts and name their key then: rows, rewards, tools, checkpoints.
 """
 
+import configparser
 import importlib.util
 import json
+import netrc
 import os
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
+from urllib.parse import urlsplit
 
 from verl.config import PPOConfig, RolloutConfig, TrainerConfig
 from verl.trainer.checkpoint.layout import UNMERGED, VERL_SHARDS
@@ -249,12 +253,40 @@ def _output_errors(config: PPOConfig) -> Iterator[str]:
     for name in trainer.logger:
         if name in ("tensorboard", "wandb") and not is_installed(name):
             yield f"trainer.logger={trainer.logger} needs the package {name}; install it, or leave {name} out"
+    if "wandb" in trainer.logger and not _wandb_can_start():
+        yield (
+            f"trainer.logger={trainer.logger} needs a login to Weights & Biases, and none is set; run wandb login, "
+            "set WANDB_API_KEY, or set WANDB_MODE=offline and upload the run later with wandb sync"
+        )
     rollout = config.actor_rollout_ref.rollout
     for key, (names, _) in trainer.rules.items():
         if config.custom_reward_function.path is None and any(name.endswith("/reward") for name in names):
             yield f"{key} needs rewards; set custom_reward_function.path, or take another metric: 'val/reverse_kl min'"
         if not rollout.validates_policy and any(name.endswith("/reverse_kl") for name in names):
             yield f"{key} needs answers of the policy that is trained; {_validation_of_policy(rollout)}"
+
+
+def _wandb_can_start() -> bool:
+    """Whether Weights & Biases is offline or finds a login where it looks: environment, settings, netrc."""
+    home, environ = Path.home(), os.environ
+    settings = configparser.ConfigParser(interpolation=None)
+    with suppress(configparser.Error):
+        folder = Path(environ.get("WANDB_CONFIG_DIR") or home / ".config/wandb").expanduser()
+        settings.read([folder / "settings", "wandb/settings", ".wandb/settings"])
+    saved = dict(settings["default"]) if settings.has_section("default") else {}
+    if (environ.get("WANDB_MODE") or saved.get("mode") or "online") not in ("online", "run"):
+        return True
+    # SageMaker hands a key over in files of its own.
+    if saved.get("api_key") or any(
+        environ.get(name) for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "SM_TRAINING_ENV")
+    ):
+        return True
+    files = [Path(file).expanduser()] if (file := environ.get("NETRC")) else [home / ".netrc", home / "_netrc"]
+    host = urlsplit(environ.get("WANDB_BASE_URL") or saved.get("base_url") or "").netloc
+    with suppress(OSError, netrc.NetrcParseError):
+        logins = netrc.netrc(next((file for file in files if file.exists()), files[0]))
+        return any(logins.authenticators(name) for name in (host, "api.wandb.ai"))
+    return False
 
 
 def _validation_of_policy(rollout: RolloutConfig) -> str:

@@ -4,7 +4,7 @@
 
     start_ray ─► workers, engines ─► fit ─► done                                            0
                                       │─► SIGTERM, Ctrl-C                                   128 + signal
-                                      │─► a user's error, a guard, a save, a wrong rule     1
+                                      │─► a user's error, a guard, save, rule or logger     1
                                       └─► a worker or an engine failed                      3, or 4 after a checkpoint
 
 In: a trainer. Out: an exit code. Before anything is shut down the cause is reported, in its first line. Whatever ends
@@ -26,6 +26,7 @@ from verl.trainer.ppo.ray_trainer import RayPPOTrainer
 from verl.trainer.ppo.stop_request import StopRequest
 from verl.utils.loopback import joins_cluster
 from verl.utils.redaction import save_config
+from verl.utils.tracking import LoggerError
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +72,7 @@ def run_once(trainer: RayPPOTrainer, stop: StopRequest) -> None:
     try:
         start(trainer, stop)
         trainer.fit(stop)
-    except (WorkerError, CheckpointError, GuardError, BestMetricError) as error:
+    except (WorkerError, CheckpointError, GuardError, BestMetricError, LoggerError) as error:
         # Reported before anything is shut down, and before Ray's own account of a death: the cause comes first.
         report(f"error: {error}\n{progress(trainer)}")
         # A worker's ValueError would come again, so no restart; after a signal the signal's own code counts.

@@ -94,7 +94,20 @@ def to_typed(cfg: DictConfig) -> PPOConfig:
     try:
         return TypeAdapter(PPOConfig).validate_python(values)
     except ValidationError as error:
-        raise ValueError("\n".join(error_messages(PPOConfig, error))) from error
+        messages = error_messages(PPOConfig, error)
+        wrong = {message.partition("=")[0] for message in messages}
+        # A key that stands for another, which is wrong too, is not what the user has set.
+        set_by_user = [message for message in messages if _source(cfg, message.partition("=")[0]) not in wrong]
+        raise ValueError("\n".join(set_by_user)) from error
+
+
+def _source(cfg: DictConfig, key: str) -> str | None:
+    """The key that ``key`` takes its value from; None: it has one of its own."""
+    value: Any = OmegaConf.to_container(cfg, resolve=False)
+    for name in key.split("."):
+        value = value.get(name) if isinstance(value, dict) else None
+    found = re.fullmatch(r"\$\{([\w.]+)\}", value) if isinstance(value, str) else None
+    return found[1] if found else None
 
 
 def load_config(

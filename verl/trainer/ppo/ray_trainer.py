@@ -307,8 +307,7 @@ class RayPPOTrainer:
         Metrics of the stages are ``val_<family>/<name>``; below ``val/`` they could be taken for those of a source.
         """
         assert self.val_loader is not None
-        timing: dict[str, float] = {}
-        answers, stages = [], []
+        answers, stages, timing = [], [], dict[str, float]()
         with marked_timer("testing", timing):
             for rows in tqdm(self.val_loader, desc="validate", unit="batch", leave=False, disable=None):
                 self.stage_metrics = {}
@@ -319,7 +318,8 @@ class RayPPOTrainer:
         batch, joined = DataProto.concat(answers), join_metrics(stages)
         if (folder := self.config.trainer.validation_data_dir) is not None:
             dump_answers(folder, self.global_steps, batch, self.tokenizer, self.roles[1:])
-        show_answers(batch, self.tokenizer, self.config.trainer.log_val_generations)
+        if shown := show_answers(batch, self.tokenizer, self.config.trainer.log_val_generations):
+            self.logger.log_answers(shown, self.global_steps)
         metrics = {f"val_{name}": value for name, value in joined.items() if not name.startswith("timing_s/")}
         metrics |= self.validation_metrics(batch)
         noted = self.best.note(self.global_steps, metrics) | self.keep.note(self.global_steps, metrics)
@@ -362,7 +362,7 @@ class RayPPOTrainer:
             self.agent_loop_manager.shutdown()
         self.worker_groups.shutdown()
         if hasattr(self, "logger"):
-            self.logger.finish()
+            self.logger.finish(self.saver.written_folders())
 
     def save_checkpoint(self, metrics: Metrics, is_last: bool) -> Metrics:
         """Begin a checkpoint of model, optimizer, driver and the step's metrics; wait for the last one."""

@@ -3,7 +3,7 @@
 ::
 
     python -m verl.utils.dataset.data_report --files F... --tokenizer T [--extend-vocab-start-token N]
-        [--max-prompt-length N] [--prompt-key COLUMN] [--json]
+        [--teacher T] [--max-prompt-length N] [--prompt-key COLUMN] [--json]
 
 In: parquet files in OneRec's layout or verl's, and the student's tokenizer. Out: counts of rows by source and by reason
 of a drop, lengths of prompts, and a few examples, as text or as JSON.
@@ -22,6 +22,7 @@ import pyarrow.compute as pc
 from verl.config import DataConfig
 from verl.utils.console import escape_unknown_characters, program_name
 from verl.utils.tokenizer import hf_tokenizer, render_chat
+from verl.utils.vocab_contract import THRESHOLD_HELP, resolve_threshold, threshold
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -92,20 +93,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--files", nargs="+", required=True, help="parquet files, folders or globs")
     parser.add_argument("--tokenizer", required=True, help="the student's tokenizer: folder or hub name")
-    parser.add_argument("--extend-vocab-start-token", type=int, help="first extended id; prompts with any are dropped")
+    start_help = f"{THRESHOLD_HELP}; prompts with extended ids are dropped"
+    parser.add_argument("--extend-vocab-start-token", type=threshold, metavar="N", help=start_help)
+    parser.add_argument("--teacher", help="the teacher's tokenizer, for --extend-vocab-start-token auto")
     parser.add_argument("--max-prompt-length", type=int, default=2**31 - 1, help="longer are dropped; default: none")
     parser.add_argument("--prompt-key", default=DataConfig().prompt_key, help="column of the messages, unless OneRec's")
     parser.add_argument("--json", action="store_true", help="one JSON document instead of text")
     args = parser.parse_args(argv)
     from verl.utils.dataset.onerec_dataset import create_rl_dataset
 
-    start = {"extend_vocab_start_token": args.extend_vocab_start_token}
     try:
+        start = resolve_threshold(args.extend_vocab_start_token, args.tokenizer, args.teacher)
         tokenizer = hf_tokenizer(args.tokenizer)
         # The report is wanted most where nearly all rows are dropped.
         limits: dict[str, Any] = {"filter_overlong_prompts": True, "max_dropped_fraction": 1.0}
         config = DataConfig(prompt_key=args.prompt_key, max_prompt_length=args.max_prompt_length, **limits)
-        dataset = create_rl_dataset(args.files, tokenizer, config, **start)
+        dataset = create_rl_dataset(args.files, tokenizer, config, extend_vocab_start_token=start)
     except ValueError as error:
         sys.exit(f"error: {error}")
     report = describe(dataset, tokenizer)

@@ -56,6 +56,12 @@ SOURCE_COLUMNS = ("source", "data_source")
 UNKNOWN_SOURCE = "unknown"
 SOURCES_SHOWN = 12
 """Sources in a summary, the most frequent first."""
+DROP_FIXES = {
+    "overlong": "raise data.max_prompt_length",
+    "extended_tokens": "name a teacher that reads items: ++algorithm.distill.teachers.self="
+    "'{vocabulary: full, sources: [SOURCE]}', or set data.prompt_extend_tokens=replace",
+}
+"""How rows that are dropped for a reason can be kept."""
 TEXT_CHARACTERS = 200
 """How much of a dropped row, and of a reason in a summary, is written down."""
 
@@ -115,6 +121,15 @@ class DropReport:
         counts += "".join(f"; {reason}, first: {detail}" for reason, detail in self.first_details.items())
         where = f"; each dropped row is in {self.path}" if counts and self.path else ""
         return f"{counts or 'none'}{where}"
+
+    def of_sources(self, patterns: Sequence[str]) -> str:
+        """A clause about each reason why rows of sources that a pattern matches were dropped, with how to keep them."""
+        rows: Counter[str] = Counter()
+        for (reason, source), count in self.dropped_by_source.items():
+            if any(fnmatchcase(source, pattern) for pattern in patterns):
+                rows[reason] += count
+        details = {**self.first_details, **DROP_FIXES}
+        return "".join(f"; {count:,} dropped as {reason}: {details[reason]}" for reason, count in rows.items())
 
     def summary(self) -> str:
         """Rows kept and dropped, by reason and source, on one screen."""
@@ -187,7 +202,8 @@ class RLHFDataset(Dataset[dict[str, Any]]):
         if typed := pc.sum(self.checks["types_special"].filter(is_kept)).as_py():
             logger.warning("special tokens that end or frame turns are typed in %d prompts and become real ones", typed)
         if not len(self):
-            raise ValueError(f"no usable row in {files}: dropped are {report.reasons()}")
+            fixes = "".join(f"; {fix}" for reason, fix in DROP_FIXES.items() if reason in report.dropped)
+            raise ValueError(f"no usable row in {files}: dropped are {report.reasons()}{fixes}")
         if report.dropped_fraction > (most := config.max_dropped_fraction):
             raise ValueError(
                 f"{report.dropped_fraction:.1%} of the {report.rows:,} rows of {files} are dropped, more than "
@@ -322,11 +338,14 @@ class RLHFDataset(Dataset[dict[str, Any]]):
         return text_of(row.get("uuid")) or str(uuid.uuid5(uuid.NAMESPACE_URL, f"{path.name}:{number}"))
 
 
-def group_by_weight(sources: Sequence[str], weights: Mapping[str, float]) -> list[tuple[float, np.ndarray]]:
+def group_by_weight(
+    sources: Sequence[str], weights: Mapping[str, float], report: DropReport | None = None
+) -> list[tuple[float, np.ndarray]]:
     """Share and places of each group of rows: those whose source a pattern is the first to match.
 
     Args:
         weights: all above 0, which ``DataConfig`` sees to.
+        report: of the data set, for an error's text.
 
     Raises:
         ValueError: a source that no pattern matches, or a pattern that matches none.
@@ -338,7 +357,8 @@ def group_by_weight(sources: Sequence[str], weights: Mapping[str, float]) -> lis
             f"data.source_weights={dict(weights)} matches no source {unmatched}; add them, or a pattern '*'"
         )
     if empty := [pattern for pattern in weights if pattern not in first.values()]:
-        raise ValueError(f"data.source_weights: no usable row has a source like {empty}; there are {sorted(first)}")
+        message = f"data.source_weights: no usable row has a source like {empty}; there are {sorted(first)}"
+        raise ValueError(f"{message}{report.of_sources(empty) if report else ''}")
     chosen, total = np.array([first[source] for source in sources]), sum(weights.values())
     return [(weight / total, np.flatnonzero(chosen == pattern)) for pattern, weight in weights.items()]
 

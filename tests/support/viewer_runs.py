@@ -80,7 +80,7 @@ def write_run(
                 f"val/{name.split('/')[1]}": of[name] for name in ("distill/reverse_kl", "distill/extend_seq_ratio")
             }
         log.log(metrics, step)
-    log.finish()
+    log.finish({})
     run = {"default_local_dir": str(folder), "rollout_data_dir": "rollouts", "validation_data_dir": "answers"}
     (folder / "config.yaml").write_text("trainer:\n" + "".join(f"  {key}: {value}\n" for key, value in run.items()))
     return folder

@@ -18,7 +18,13 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils import is_flash_attn_2_available
 from transformers.utils.logging import disable_progress_bar
 
@@ -60,7 +66,8 @@ def choose_attention(
 ) -> tuple[str, bool]:
     """Name of the attention in transformers' interface, and whether rows are packed, laid end to end.
 
-    Flash-attention where it is installed, else torch's own kernels; packed where rows can be kept apart.
+    Flash-attention where it is installed, else torch's own kernels, or none where a model has more than they compute;
+    packed where rows can be kept apart.
     ``model.override_config.attn_implementation`` decides where it is set.
     """
     wanted, packed = model.override_config.get("attn_implementation"), model.use_remove_padding
@@ -69,6 +76,10 @@ def choose_attention(
     has_kernels = device_name == "cuda" and compute_dtype in (torch.bfloat16, torch.float16)
     if has_kernels and is_flash_attn_2_available():  # a package flash_attn alone may be flash-attn-4
         return "flash_attention_2", packed
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)  # none of a folder's own code
+    # Torch's kernels have no cap, which transformers drops without a word, and no sinks.
+    if getattr(config, "attn_logit_softcapping", None) or not getattr(model_class, "_supports_sdpa", True):
+        return "eager", False
     # Where every layer attends to all earlier tokens of its row, a mask would only keep rows apart.
     layers = set(getattr(config, "layer_types", None) or ())
     only_causal = layers == {"full_attention"} if layers else getattr(config, "sliding_window", None) is None

@@ -193,7 +193,8 @@ def write_weights(shards: Path, folder: Path, described: Path, dtype: torch.dtyp
         raise ValueError(f"{shards} holds no model; it was saved without 'model' in actor.checkpoint.save_contents")
     folder.mkdir(parents=True, exist_ok=True)
     split = split_torch_state_dict_into_shards(weights, max_shard_size=MAX_FILE_BYTES)
-    config, files = json.loads((described / CONFIG).read_text(encoding="utf-8")), {}
+    config = json.loads((described / CONFIG).read_text(encoding="utf-8"))
+    files: dict[str, str] = {}
     for file, names in split.filename_to_tensors.items():
         part = {name: torch.empty_like(weights[name], device="cpu") for name in names}
         reader.read(part)

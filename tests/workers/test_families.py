@@ -11,14 +11,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support import tiny_workers as tiny
+from support.engines import PLAIN, LocalReplica, generate, largest_difference
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from verl.config import HFModelConfig, RolloutConfig
 from verl.protocol import DataProto
-from verl.weight_sync import ReceivedWeights, weight_shapes
 from verl.workers.model_workers import StudentWorker
+from verl.workers.rollout.replica import RolloutReplica
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
+ENGINE = RolloutConfig(name="hf", dtype="float32", prompt_length=16, response_length=24)
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "max_position_embeddings": 64}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
 ONE_KEY_HEAD = {"head_dim": 16, "num_attention_heads": 4, "num_key_value_heads": 1}
@@ -95,18 +98,18 @@ def plain_scores(model: PreTrainedModel, batch: DataProto) -> torch.Tensor:
     return found
 
 
-def sync(worker: StudentWorker, engine: PreTrainedModel) -> dict[str, torch.Size]:
-    """Load what the engines get into a model of theirs, which has to be all of it; names and shapes."""
-    received = ReceivedWeights(weight_shapes(engine))
-    weights: dict[str, torch.Tensor] = {}
+async def load_buckets(replica: RolloutReplica, worker: StudentWorker) -> dict[str, torch.Size]:
+    """A weight sync; names and shapes of all that was sent."""
+    sent: dict[str, torch.Size] = {}
+    await replica.start_weight_update()
     for index in range(worker.num_weight_buckets()):
         bucket = worker.export_weight_bucket(index)
-        assert bucket is not None and received.add(bucket)
-        weights |= load_file(bucket["path"])
+        assert bucket is not None
+        await replica.update_weights(bucket)
+        sent |= dict(zip(bucket["names"], map(torch.Size, bucket["shapes"]), strict=True))
     worker.release_weight_buckets()
-    assert not received.problems()
-    engine.load_state_dict(weights, strict=False)  # a tied head is not among them
-    return shapes(weights)
+    await replica.finish_weight_update(1)
+    return sent
 
 
 def shapes(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Size]:
@@ -142,13 +145,21 @@ def test_a_family(family: str, batch: DataProto, tiny_tokenizers: tuple[Path, Pa
     tiny.save_checkpoint(student, tmp_path / "step")
     exported = tmp_path / "step/huggingface"
     trained = load(exported)
-    assert (scores(student, batch) - before).abs().max() > 1e-3
-    # Transformers stacks experts in memory, and vLLM takes them so.
-    assert sync(student, plain) == (shapes(dict(plain.named_parameters())) if family in STACKED else files)
+    weights = tiny.weights_of(student)
+    plain.load_state_dict(weights, strict=False)  # a tied head is not among them
     with torch.no_grad():
         torch.testing.assert_close(plain_scores(trained, batch), plain_scores(plain, batch), rtol=0, atol=1e-6)
         torch.testing.assert_close(plain_scores(trained, batch), scores(student, batch), rtol=0, atol=1e-4)
+    assert (scores(student, batch) - before).abs().max() > 1e-3
     assert shapes(load_file(exported / "model.safetensors")) == files
+
+    engine = LocalReplica(ENGINE, HFModelConfig(path=str(folder)))
+    # Transformers stacks experts in memory, and vLLM takes them so.
+    assert engine.run(load_buckets, student) == (shapes(weights) if family in STACKED else files)
+    prompts = [list(range(3, 12)), [5]]
+    answers = engine.run(generate, prompts, PLAIN)
+    assert largest_difference(trained, trained.config.vocab_size, prompts, PLAIN, answers) < 1e-4
+    engine.close()
 
     resumed = start(folder)
     resumed.load_checkpoint(str(tmp_path / "step"))

@@ -18,18 +18,12 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import is_flash_attn_2_available
 from transformers.utils.logging import disable_progress_bar
 
 from verl.config import FSDPConfig, HFModelConfig
-from verl.ops.attention import PACKED_SDPA, PACKED_VARLEN
+from verl.ops.attention import PACKED_SDPA, PACKED_VARLEN, needs_eager
 from verl.single_controller.base import Worker
 from verl.utils.device import get_device_name, resolve_dtype, select_device, warn_of_emulated_bf16
 from verl.weight_sync import hugging_face_name
@@ -76,9 +70,7 @@ def choose_attention(
     has_kernels = device_name == "cuda" and compute_dtype in (torch.bfloat16, torch.float16)
     if has_kernels and is_flash_attn_2_available():  # a package flash_attn alone may be flash-attn-4
         return "flash_attention_2", packed
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)  # none of a folder's own code
-    # Torch's kernels have no cap, which transformers drops without a word, and no sinks.
-    if getattr(config, "attn_logit_softcapping", None) or not getattr(model_class, "_supports_sdpa", True):
+    if needs_eager(config):
         return "eager", False
     # Where every layer attends to all earlier tokens of its row, a mask would only keep rows apart.
     layers = set(getattr(config, "layer_types", None) or ())

@@ -54,7 +54,7 @@ def merge(local_dir: Path, target_dir: Path, dtype: str | None = None) -> int:
     if (actor / ADAPTER_FOLDER).is_dir():
         count = _merge_adapter(actor / ADAPTER_FOLDER, target_dir, precision or resolve_dtype(config["dtype"], "cpu"))
     else:
-        count = write_weights(actor / SHARDS, target_dir, precision)
+        count = write_weights(actor / SHARDS, target_dir, described, precision)
     shutil.copytree(described, target_dir, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors*", CONFIG))
     if precision is not None:
         config["dtype"] = dtype_name(precision)

@@ -201,7 +201,7 @@ def test_a_merge_writes_all_files_of_a_model_in_the_chosen_precision(saved: Path
 def test_large_models_take_several_files(student_model: Path, saved: Path, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(checkpoint, "MAX_FILE_BYTES", 100_000)
     (tmp_path / "config.json").write_text((saved / "actor/huggingface/config.json").read_text())
-    write_weights(saved / "actor/shards", tmp_path)
+    write_weights(saved / "actor/shards", tmp_path, tmp_path)
     files = sorted(tmp_path.glob("*.safetensors"))
     assert len(files) > 2 and files[0].name == f"model-00001-of-{len(files):05d}.safetensors"
     assert same_weights(tmp_path, student_model)

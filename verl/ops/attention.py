@@ -5,7 +5,8 @@ no row sees another and no padding is computed. `packed_sdpa` calls torch's scal
 so it runs wherever torch does; `packed_varlen` calls torch's flash kernel once for all of them, on CUDA in half
 precision. With flash-attention installed the model uses that instead (see ``build``).
 
-Not here: sliding windows, soft caps and attention sinks. They are refused, never ignored.
+Not here: sliding windows, soft caps and attention sinks. They are refused, never ignored; `needs_eager` tells where
+transformers' own attention has to be taken.
 
 Letters: H query heads, G key heads, N tokens of all rows, d size of a head.
 """
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch.nn.attention.varlen import varlen_attn
-from transformers import AttentionInterface
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, PretrainedConfig
 
 PACKED_SDPA, PACKED_VARLEN = "packed_sdpa", "packed_varlen"
 """Names under which models ask for `packed_sdpa_attention` and `packed_varlen_attention`."""
@@ -88,6 +89,13 @@ def packed_varlen_attention(
     causal = (-1, 0)  # all that came before, nothing behind
     output: Any = varlen_attn(q, k, v, *ends, *longest, scale=scaling, window_size=causal, enable_gqa=grouped)
     return output[None], None
+
+
+def needs_eager(config: PretrainedConfig) -> bool:
+    """Whether attention has more than torch's kernels: a cap, which transformers drops without a word, or sinks."""
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)  # none of a folder's own code
+    capped = getattr(config, "attn_logit_softcapping", None) is not None
+    return capped or not getattr(model_class, "_supports_sdpa", True)
 
 
 def _require_causal(attention_mask: torch.Tensor | None, options: Mapping[str, Any]) -> None:

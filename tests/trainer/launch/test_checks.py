@@ -118,6 +118,11 @@ INDEX = "model.safetensors.index.json"
         ),
         ({"quantization_config": {"quant_method": "awq"}}, {}, "quantization_config.quant_method=awq) are not taken"),
         ({}, {"hf_quant_config.json": "{}"}, "quant_method=modelopt) are not taken; give the bf16 model"),
+        (
+            {"final_logit_softcapping": 30.0},
+            {},
+            "its head caps its logits (final_logit_softcapping=30.0); give another",
+        ),
         ({"architectures": ["AForCausalLM"], "text_config": {}}, {}, "['AForCausalLM'] in config.json: only models of"),
         ({"architectures": ["AForConditionalGeneration"]}, {}, "['AForConditionalGeneration'] in config.json: only"),
         ({}, {"config.json": POINTER}, "no config.json can be read: it is a Git LFS pointer"),

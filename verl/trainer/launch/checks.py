@@ -133,6 +133,8 @@ def _model_errors(config: PPOConfig) -> Iterator[str]:
         described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if key == "actor_rollout_ref.model.path":
             described |= student.override_config
+        if cap := described.get("final_logit_softcapping"):
+            yield f"{key}={path}: its head caps its logits (final_logit_softcapping={cap}); give another model"
         yield from _size_errors(key, path, described, config)
 
 

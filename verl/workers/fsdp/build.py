@@ -23,7 +23,7 @@ from transformers.utils import is_flash_attn_2_available
 from transformers.utils.logging import disable_progress_bar
 
 from verl.config import FSDPConfig, HFModelConfig
-from verl.ops.attention import PACKED_SDPA, PACKED_VARLEN
+from verl.ops.attention import PACKED_SDPA, PACKED_VARLEN, needs_eager
 from verl.single_controller.base import Worker
 from verl.utils.device import get_device_name, resolve_dtype, select_device, warn_of_emulated_bf16
 from verl.weight_sync import hugging_face_name
@@ -60,7 +60,8 @@ def choose_attention(
 ) -> tuple[str, bool]:
     """Name of the attention in transformers' interface, and whether rows are packed, laid end to end.
 
-    Flash-attention where it is installed, else torch's own kernels; packed where rows can be kept apart.
+    Flash-attention where it is installed, else torch's own kernels, or none where a model has more than they compute;
+    packed where rows can be kept apart.
     ``model.override_config.attn_implementation`` decides where it is set.
     """
     wanted, packed = model.override_config.get("attn_implementation"), model.use_remove_padding
@@ -69,6 +70,8 @@ def choose_attention(
     has_kernels = device_name == "cuda" and compute_dtype in (torch.bfloat16, torch.float16)
     if has_kernels and is_flash_attn_2_available():  # a package flash_attn alone may be flash-attn-4
         return "flash_attention_2", packed
+    if needs_eager(config):
+        return "eager", False
     # Where every layer attends to all earlier tokens of its row, a mask would only keep rows apart.
     layers = set(getattr(config, "layer_types", None) or ())
     only_causal = layers == {"full_attention"} if layers else getattr(config, "sliding_window", None) is None

@@ -33,6 +33,7 @@ from collections.abc import Collection, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -45,6 +46,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+from transformers.core_model_loading import PrefixChange, revert_weight_conversion
 
 from verl.config import CheckpointConfig
 from verl.utils.device import dtype_name, get_rng_states, set_rng_states
@@ -149,10 +152,28 @@ class ShardReader(dcp.HuggingFaceStorageReader):
             raise ValueError(f"{self.folder} cannot be loaded ({cause}); take a whole one of this model") from error
 
 
-def write_weights(shards: Path, folder: Path, dtype: torch.dtype | None = None) -> int:
+def _to_own_files(tensors: Tensors, config: dict[str, Any]) -> Tensors:
+    """Tensors under the names and in the shapes of the model's own files, from those of its module.
+
+    Transformers stacks experts in memory; other programs, and other versions of it, know them one by one.
+    """
+    if "auto_map" in config:  # a folder's own code, whatever model of transformers it is called after
+        return tensors
+    kinds = config["architectures"][0], config["model_type"]
+    found = next(filter(None, map(get_checkpoint_conversion_mapping, kinds)), ())
+    conversions = [each for each in found if not isinstance(each, PrefixChange)]  # from models of more than text
+    # What is joined from several tensors may lie in several files.
+    if not conversions or any(len(each.target_patterns) > 1 for each in conversions):
+        return tensors
+    model: Any = SimpleNamespace(_weight_conversions=conversions, config=None)  # all that is asked of a model
+    return {name: tensor.contiguous() for name, tensor in revert_weight_conversion(model, tensors).items()}
+
+
+def write_weights(shards: Path, folder: Path, described: Path, dtype: torch.dtype | None = None) -> int:
     """Write the model in ``shards`` as transformers and vLLM load it, with an index where it takes several files.
 
     Args:
+        described: folder of its config.json.
         dtype: precision to write; None: as stored.
 
     Returns:
@@ -172,12 +193,16 @@ def write_weights(shards: Path, folder: Path, dtype: torch.dtype | None = None) 
         raise ValueError(f"{shards} holds no model; it was saved without 'model' in actor.checkpoint.save_contents")
     folder.mkdir(parents=True, exist_ok=True)
     split = split_torch_state_dict_into_shards(weights, max_shard_size=MAX_FILE_BYTES)
+    config = json.loads((described / CONFIG).read_text(encoding="utf-8"))
+    files: dict[str, str] = {}
     for file, names in split.filename_to_tensors.items():
         part = {name: torch.empty_like(weights[name], device="cpu") for name in names}
         reader.read(part)
+        part = _to_own_files(part, config)
+        files |= dict.fromkeys(part, file)
         write_file(folder / file, part, {"format": "pt"})
     if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        index = {"metadata": split.metadata, "weight_map": files}
         write_durably(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
     return sum(weight.numel() for weight in weights.values())
 
@@ -303,7 +328,7 @@ class CheckpointWriter:
             causal_lm = state.module.causal_lm
             _write_description(causal_lm, state.tokenizer, huggingface)
             if "hf_model" in self._contents:
-                write_weights(folder / (MERGED if MERGED in copies else SHARDS), huggingface)
+                write_weights(folder / (MERGED if MERGED in copies else SHARDS), huggingface, huggingface)
             if adapted_layers(causal_lm):
                 write_adapter(shards, folder / ADAPTER_FOLDER, causal_lm.peft_config[ADAPTER])
                 flush_tree(folder / ADAPTER_FOLDER)

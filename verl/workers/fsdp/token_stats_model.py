@@ -188,7 +188,7 @@ class TokenStatsModel(nn.Module):
     """Decoder, then a head at the scored positions.
 
     Args:
-        causal_lm: a Hugging Face causal language model with a linear head without bias.
+        causal_lm: a Hugging Face causal language model with a linear head without bias; it may scale its logits.
         packed: its attention keeps rows apart that are laid end to end; else inputs are padded rows.
         offload_activations: keep what the decoder saves for backward in host memory.
 
@@ -198,15 +198,24 @@ class TokenStatsModel(nn.Module):
 
     def __init__(self, causal_lm: PreTrainedModel, packed: bool = True, offload_activations: bool = False) -> None:
         super().__init__()
-        head = causal_lm.get_output_embeddings()
-        scales = ("final_logit_softcapping", "logit_scale", "logits_scaling")
-        reasons = [name for name in scales if getattr(causal_lm.config, name, None) is not None]
-        if not isinstance(head, nn.Linear) or head.bias is not None or reasons:
-            reason = ", ".join(reasons) or "a bias, or no matrix"
-            raise ValueError(f"{type(causal_lm).__name__} cannot be trained here: its head has more ({reason})")
+        head, config = causal_lm.get_output_embeddings(), causal_lm.config
+        cap, faults = getattr(config, "final_logit_softcapping", None), []
+        if cap is not None:
+            faults.append(f"caps its logits (final_logit_softcapping={cap})")
+        if not isinstance(head, nn.Linear):
+            faults.append(f"is no matrix but {type(head).__name__}")
+        elif head.bias is not None:
+            faults.append("adds a bias")
+        if faults:
+            raise ValueError(
+                f"{type(causal_lm).__name__} can be neither student nor teacher: its head {' and '.join(faults)}, and "
+                "log-probs are computed here from one matrix product; take another model"
+            )
         self.causal_lm: PreTrainedModel = causal_lm
         self.packed: bool = packed
         self.offload_activations: bool = offload_activations
+        # Cohere multiplies its logits, Granite divides them.
+        self._scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
 
     @property
     def device(self) -> torch.device:
@@ -235,6 +244,8 @@ class TokenStatsModel(nn.Module):
             )
         # Outside the block: what a head saves, such as a gradient (V, D), stays on the device.
         hidden = output.last_hidden_state.flatten(0, 1)[inputs.select_index]  # (S, D)
+        if self._scale != 1.0:  # scaled states give scaled logits
+            hidden = hidden * self._scale
         return head(hidden, self.causal_lm.get_output_embeddings().weight, inputs.labels)
 
     def _row_boundaries(self, row_lengths: tuple[int, ...] | None) -> dict[str, object]:

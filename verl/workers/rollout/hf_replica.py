@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import transformers
 
+from verl.ops.attention import needs_eager
 from verl.utils.device import resolve_dtype, synchronize
 from verl.weight_sync import bucket_tensors
 from verl.workers.rollout.replica import RolloutReplica, SamplingOptions, TokenOutput, load_hf_config
@@ -52,11 +53,13 @@ class HFReplica(RolloutReplica):
         self._torch_device = torch.device(self.device, 0)
         self._waiting: list[_Request] = []
         self._batching: asyncio.Task[None] | None = None
+        config = load_hf_config(self.model_config)
         model = transformers.AutoModelForCausalLM.from_pretrained(
             self.model_config.path,
-            config=load_hf_config(self.model_config),
+            config=config,
             dtype=resolve_dtype(self.config.dtype, self.device),
             trust_remote_code=self.model_config.trust_remote_code,
+            **({"attn_implementation": "eager"} if needs_eager(config) else {}),
         )
         # The checkpoint's own sampling defaults must not mix with those of a request.
         model.generation_config = transformers.GenerationConfig()

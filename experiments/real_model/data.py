@@ -62,12 +62,12 @@ class DataConfig:
     """Sizes of the data."""
 
     seed: int = 0
-    items: int = 256
+    items: int = 128
     """Items in the catalogue: the most purchased ones."""
     history: int = 12
     """Purchases before the one to predict."""
     rec_train: int = 20_000
-    about_share: float = 0.25
+    about_share: float = 0.5
     """Share of questions about titles and items among the training rows, half of each."""
     test_users: int = 400
     """At most."""

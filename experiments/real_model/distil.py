@@ -39,7 +39,7 @@ class DistilConfig:
     prompts: int = 16
     """In a batch."""
     answer_tokens: int = 64
-    learning_rate: float = 3e-4
+    learning_rate: float = 2e-4
 
 
 def distil(folder: Path, config: DistilConfig, overrides: Sequence[str], **files: Path) -> Path:

@@ -99,7 +99,7 @@ def test_the_distillation_s_settings_are_valid(tmp_path):
 
     exact, sampled, fork = map(config_of, MODES)
     assert exact.algorithm.distill.is_exact and exact.algorithm.distill.teacher_knows_extended(data.NEXT)
-    shares = dict.fromkeys(data.QUESTIONS, 0.1) | {"general_*": 0.7}
+    shares = dict.fromkeys(data.QUESTIONS, 0.15) | {"general_*": 0.55}
     assert exact.data.seed == 3 and exact.data.source_weights == shares
     for config in (sampled, fork):
         assert config.algorithm.distill.objective == "sampled" and not config.algorithm.distill.teachers

@@ -55,6 +55,15 @@ def test_rows_are_packed_where_attention_is_only_causal(config: PretrainedConfig
     assert choose_attention(config, padded, "cpu", torch.float32) == ("sdpa", False)
 
 
+@pytest.mark.parametrize("kernel", ["sdpa", PACKED_SDPA, PACKED_VARLEN])
+def test_kernels_that_would_drop_a_cap_are_refused(kernel: str) -> None:
+    wanted = HFModelConfig(override_config={"attn_implementation": kernel})
+    with pytest.raises(ValueError, match=f"attn_implementation='{kernel}' drops what attention of Gemma2Config has"):
+        choose_attention(transformers.Gemma2Config(), wanted, "cpu", torch.float32)
+    uncapped = transformers.Gemma2Config(attn_logit_softcapping=None)
+    assert choose_attention(uncapped, wanted, "cpu", torch.float32)[0] == kernel
+
+
 def test_flash_attention_is_taken_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     assert choose_attention(Qwen3Config(), HFModelConfig(), "cuda", torch.bfloat16) == (PACKED_VARLEN, True)

@@ -63,8 +63,16 @@ def choose_attention(
     Flash-attention where it is installed, else torch's own kernels, or none where a model has more than they compute;
     packed where rows can be kept apart.
     ``model.override_config.attn_implementation`` decides where it is set.
+
+    Raises:
+        ValueError: torch's kernels are set for a model that has more than they compute.
     """
     wanted, packed = model.override_config.get("attn_implementation"), model.use_remove_padding
+    if wanted in ("sdpa", PACKED_SDPA, PACKED_VARLEN) and needs_eager(config):
+        raise ValueError(
+            f"actor_rollout_ref.model.override_config.attn_implementation={wanted!r} drops what attention of "
+            f"{type(config).__name__} has beside causality (a cap, sinks); leave it out, or set eager"
+        )
     if wanted is not None:
         return wanted, packed and (wanted.startswith("flash") or wanted in (PACKED_SDPA, PACKED_VARLEN))
     has_kernels = device_name == "cuda" and compute_dtype in (torch.bfloat16, torch.float16)

@@ -85,3 +85,17 @@ def test_a_run_that_has_ended_already_is_no_error(
     write_onerec_parquet(tmp_path / "train.parquet", 4)
     main_ppo.start(reward_run(tiny_pair, tmp_path), build)
     assert capsys.readouterr().out == "nothing to train: the run ends at step 3\n"
+
+
+def test_a_run_that_only_checks_starts_nothing(
+    tiny_pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(main_ppo, "to_typed", lambda config: config)
+    monkeypatch.setattr(main_ppo, "keep_to_loopback", lambda: None)  # it changes this process
+    monkeypatch.setattr("verl.trainer.launch.run.run", lambda trainer: pytest.fail("it runs"))
+    write_onerec_parquet(tmp_path / "train.parquet", 8)
+    main_ppo.start(reward_run(tiny_pair, tmp_path, **{"trainer.check_only": True}), build_trainer)
+    assert capsys.readouterr().out == "checked: 8 prompts; nothing was started\n"
+    wrong = {"trainer.check_only": True, "data.source_weights": "{nowhere: 1.0}"}
+    with pytest.raises(SystemExit, match=r"^error: data\.source_weights=.*matches no source"):
+        main_ppo.start(reward_run(tiny_pair, tmp_path, **wrong), build_trainer)

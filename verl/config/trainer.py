@@ -48,6 +48,8 @@ class TrainerConfig:
     """Validate the starting model; a run that goes on from a checkpoint has done so."""
     val_only: bool = False
     """Validate and stop."""
+    check_only: bool = False
+    """Check settings, models, vocabularies and data as a run does before it starts Ray, and stop."""
     default_local_dir: str = ""
     """Folder of the checkpoints and of ``metrics.jsonl``; empty: ``checkpoints/<project_name>/<experiment_name>``."""
     rollout_data_dir: str | None = None

@@ -94,7 +94,8 @@ def build_trainer(
 
 
 def start(cfg: DictConfig, build: "Callable[[PPOConfig], RayPPOTrainer]") -> None:
-    """Type and check a composed configuration, read the data, then run; a run that has ended already says so.
+    """Type and check a composed configuration, read the data, then run; a run that has ended already says so; one that
+    only checks ends before Ray.
 
     Raises:
         SystemExit: a user's mistake, with its message, or the run did not reach its last step.
@@ -114,6 +115,9 @@ def start(cfg: DictConfig, build: "Callable[[PPOConfig], RayPPOTrainer]") -> Non
         return
     except ValueError as error:
         sys.exit(f"error: {error}")
+    if config.trainer.check_only:
+        print(f"checked: {len(trainer.train_dataset):,} prompts; nothing was started")
+        return
     from verl.trainer.launch.run import run
 
     run(trainer)

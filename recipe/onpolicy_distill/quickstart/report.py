@@ -5,10 +5,9 @@ answers before and after. Out: ``report.html``: table, curves, answers token by 
 is no script. A curve is drawn only where its metrics exist.
 """
 
-import json
-import math
 from collections.abc import Mapping, Sequence
 from html import escape
+from math import isfinite
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import verl
 from recipe.onpolicy_distill.quickstart.charts import COLOURS, Series, line_chart
 from recipe.onpolicy_distill.quickstart.scoreboard import COLUMNS, comparison, popularity_line
+from verl.viewer.run_data import read_curves
 
 TEMPLATE = Path(__file__).with_name("report.html")
 STRONG_ADVANTAGE = 3.0
@@ -50,7 +50,7 @@ def write_report(
         subtitle=escape(" · ".join(subtitle)),
         table=_table(summary),
         popularity=escape(popularity_line(summary)),
-        charts=_charts(read_curves(metrics_jsonl), summary),
+        charts=_charts(finite_curves(Path(metrics_jsonl)), summary),
         strongest=f"{STRONG_ADVANTAGE:g}",
         samples="".join(map(_pair, samples[:SAMPLES_SHOWN])),
     )
@@ -76,21 +76,14 @@ def pair_samples(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[st
     return sorted(pairs, key=lambda pair: not any(token["extended"] for token in pair["before"]))
 
 
-def read_curves(path: str | Path) -> Curves:
-    """Every finite metric of a ``metrics.jsonl`` by step; of a step that comes twice the last value. Reading ends at a
-    line that was not finished.
-    """
-    path = Path(path)
-    by_name: dict[str, dict[float, float]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            break
-        for name, value in record["data"].items():
-            if isinstance(value, int | float) and math.isfinite(value):
-                by_name.setdefault(name, {})[record["step"]] = value
-    return {name: sorted(values.items()) for name, values in by_name.items()}
+def finite_curves(metrics_jsonl: Path) -> Curves:
+    """Every metric that has finite values, without the steps at which it has none."""
+    found: Curves = {}
+    for name, (steps, values) in read_curves(metrics_jsonl).items():
+        points = [(step, value) for step, value in zip(steps, values, strict=True) if value is not None]
+        if finite := [(float(step), value) for step, value in points if isfinite(value)]:
+            found[name] = finite
+    return found
 
 
 def _table(summary: Mapping[str, Any]) -> str:

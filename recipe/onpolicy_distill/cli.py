@@ -63,7 +63,14 @@ def main() -> int | None:
     sys.argv = [f"kai-verl {name}", *sys.argv[2:]]
     if not sys.flags.safe_path:
         sys.path.insert(0, os.getcwd())  # as python -m does: a user's own modules may lie there
-    code: int | None = import_module(COMMANDS[name].module).main()
+    try:
+        code: int | None = import_module(COMMANDS[name].module).main()
+    except ModuleNotFoundError as error:  # of transformers, which imports torchvision wherever it is installed
+        if "torchvision" not in str(error.__cause__):
+            raise
+        fix = "pip uninstall torchvision torchaudio torchcodec (nothing here needs them)"
+        print(f"error: torchvision is of another build than torch ({error.__cause__}); {fix}", file=sys.stderr)
+        return 1
     return code
 
 

@@ -71,6 +71,22 @@ def test_an_unknown_command(
     assert capsys.readouterr() == ("", f"error: kai-verl has no command {word}; {hint}\n")
 
 
+def test_a_torchvision_of_another_build_than_torch_is_one_line_with_the_fix(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = """def main():
+    try:
+        raise RuntimeError("operator torchvision::nms does not exist")
+    except RuntimeError as error:  # as transformers does
+        raise ModuleNotFoundError("Could not import module 'PreTrainedModel'") from error
+"""
+    (tmp_path / "needs_transformers.py").write_text(source, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(cli.COMMANDS, "broken", cli.Command("needs_transformers", ""))
+    assert call(monkeypatch, "broken") == 1
+    assert "pip uninstall torchvision" in capsys.readouterr().err
+
+
 def test_a_command_gets_its_words_and_the_current_folder_and_gives_its_exit_code(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

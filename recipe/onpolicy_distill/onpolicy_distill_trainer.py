@@ -186,9 +186,10 @@ class RayOnPolicyDistillTrainer(RayPPOTrainer):
         if not scores_ahead or batch.meta_info["validate"]:
             return self.role_groups[role].compute_ref_log_prob(batch)
         scores = self.role_groups[role].score_for_update(batch)
-        for name, value in scores.meta_info.pop("metrics", {}).items():  # of a served teacher
-            family = "distill" if role == BASE_TEACHER else f"distill_teacher/{role}"
-            self.stage_metrics[f"{family}/teacher_{name}"] = value
+        measured = scores.meta_info.pop("metrics", {})  # of a served teacher
+        if role != BASE_TEACHER:
+            measured = {f"distill_teacher/{role}/{name.removeprefix('distill/')}": measured[name] for name in measured}
+        self.stage_metrics |= measured
         return scores
 
     def update_actor(self, batch: DataProto) -> DataProto:

@@ -141,7 +141,7 @@ def test_rows_past_the_shared_ids_are_bounded_or_left_out(topk: Any, models: Mod
     distill, batch = DistillConfig("topk", topk=topk), at(models, 1.0)
     right = scored(workers(models.config(), distill).colocated_roles, distill, at(models, 1.0))
     scores = served(models, [server.url], topk).score_for_update(batch)
-    bound = scores.meta_info["metrics"]["log_prob_bound"]
+    bound = scores.meta_info["metrics"]["distill/teacher_log_prob_bound"]
     trained = batch.tensor("response_mask").bool()
     too_low = (right.tensor("ref_log_prob") - scores.tensor("ref_log_prob"))[trained]
     rest = scores.tensor(TOP[2]).double()[trained].exp()
@@ -152,7 +152,7 @@ def test_rows_past_the_shared_ids_are_bounded_or_left_out(topk: Any, models: Mod
     assert too_low.max() > 1e-3, "the model has mass there, or this proves nothing"
     assert (too_low <= -(1 - rest).log() + 1e-5).all()
     assert too_low.mean() <= bound < 3
-    assert scores.meta_info["metrics"]["rest_mass"] == pytest.approx(rest.mean().item(), rel=1e-4)
+    assert scores.meta_info["metrics"]["distill/teacher_rest_mass"] == pytest.approx(rest.mean().item(), rel=1e-4)
 
 
 def test_a_teacher_that_knows_item_tokens_reads_and_scores_them(models: Models) -> None:

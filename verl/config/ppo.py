@@ -1,5 +1,6 @@
 """The whole configuration of a run, and the checks that need more than one section."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import field
 from typing import Annotated, Any
@@ -198,9 +199,11 @@ class PPOConfig:
         stitched = [name for name, teacher in distill.teachers.items() if teacher.is_stitched]
         for role, teacher in self.teachers.items():
             key = teacher_key(role)
+            if teacher.api_key_env and not re.fullmatch("[A-Z_][A-Z0-9_]*", teacher.api_key_env):
+                yield f"{key}.api_key_env must be the name of a variable, in capitals; a key itself is not shown here"
+            elif teacher.api_key_env and not teacher.url:
+                yield f"{key}.api_key_env={teacher.api_key_env} has no effect without {key}.url; set it"
             if not teacher.url:
-                if teacher.api_key_env:
-                    yield f"{key}.api_key_env={teacher.api_key_env} has no effect without {key}.url; set it"
                 continue
             for url in teacher.url:
                 if not url.startswith(("http://", "https://")) or "@" in url:

@@ -57,8 +57,6 @@ def build_trainer(
     from verl.trainer.ppo.reward import load_reward_fn
     from verl.utils.device import get_device_name
     from verl.utils.tokenizer import hf_tokenizer
-    from verl.workers.model_workers import StudentWorker, TeacherWorker
-    from verl.workers.served_teacher import ServedTeacher
 
     algorithm, makes_prompts = config.algorithm, config.data.synthetic_item_prompts.count > 0
     model, rollout = config.actor_rollout_ref.model, config.actor_rollout_ref.rollout
@@ -89,11 +87,19 @@ def build_trainer(
     )
     for name in {name for dataset in datasets if dataset is not None for name in dataset.agent_names}:
         get_agent_loop_class(name)
-    workers = {"actor": StudentWorker, **dict.fromkeys(algorithm.distill.roles, TeacherWorker)}
-    workers |= dict.fromkeys(config.served_roles, ServedTeacher)
+    workers = worker_classes(config)
     fingerprint = contract.fingerprint if contract else None
     options: dict[str, Any] = {"device_name": device_name, "vocab_fingerprint": fingerprint}
     return (trainer_class or RayPPOTrainer)(config, tokenizer, workers, *datasets, reward_fn, **options)
+
+
+def worker_classes(config: PPOConfig) -> dict[str, type]:
+    """What computes each role: workers of the run, or servers."""
+    from verl.workers.model_workers import StudentWorker, TeacherWorker
+    from verl.workers.served_teacher import ServedTeacher
+
+    teachers = dict.fromkeys(config.algorithm.distill.roles, TeacherWorker)
+    return {"actor": StudentWorker, **teachers, **dict.fromkeys(config.served_roles, ServedTeacher)}
 
 
 def start(cfg: DictConfig, build: "Callable[[PPOConfig], RayPPOTrainer]") -> None:

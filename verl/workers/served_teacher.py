@@ -204,8 +204,8 @@ class ServedTeacher:
     def score_for_update(self, data: DataProto) -> DataProto:
         """With ``ref_log_prob`` (B, R) the likeliest ids, at trained positions alone; 0 elsewhere.
 
-        ``meta_info["metrics"]``: ``log_prob_bound``, how much too low the log-probs can be, mean over the positions,
-        nats; ``rest_mass``, the mean mass of all ids beside the likeliest.
+        ``meta_info["metrics"]``: how much too low the log-probs can be, nats, and the mass of all ids beside the
+        likeliest; means over the positions.
         """
         return self._score(data, data.tensor("response_mask").bool(), self._topk)
 
@@ -248,8 +248,10 @@ class ServedTeacher:
         scores["ref_log_prob"].masked_fill_(select & (data.tensor("responses") >= self._ids), self._missing)
         if topk is None or not bounds:
             return DataProto.from_dict(scores)
-        rest = scores[TOP_TENSORS[-1]][select].exp().mean()
-        metrics = {"log_prob_bound": float(torch.cat(bounds).mean()), "rest_mass": float(rest)}
+        metrics = {
+            "distill/teacher_log_prob_bound": float(torch.cat(bounds).mean()),
+            "distill/teacher_rest_mass": float(scores[TOP_TENSORS[-1]][select].exp().mean()),
+        }
         return DataProto.from_dict(scores, meta_info={"metrics": metrics})
 
     async def _entries(self, tokens: list[int], topk: int) -> Entries:

@@ -49,6 +49,7 @@ def flush_server(flush: Models) -> Iterator[FakeServer]:
 @pytest.fixture(autouse=True)
 def short_pulse(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(served_teacher, "PULSE_S", 2.0)
+    monkeypatch.setattr(served_teacher, "PAUSE_S", 0.01)
 
 
 def served(models: Models, urls: list[str], topk: int | None = None, temperature: float = 1.0, **ref: Any) -> Any:
@@ -293,3 +294,6 @@ def test_another_tokenizer_is_found(models: Models, server: FakeServer, monkeypa
     monkeypatch.setattr(server, "_tokenizer", type("Other", (), {"encode": lambda *_, **__: [1, 2]})())
     (fault,) = teacher.find_other_tokens()
     assert server.url in fault and "[1, 2]" in fault
+    monkeypatch.setattr(served_teacher, "TOKENIZE", "/elsewhere")
+    (fault,) = teacher.find_other_tokens()
+    assert f"{server.url} does not say which tokens a text has" in fault and "404" in fault

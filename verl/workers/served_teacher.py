@@ -48,9 +48,12 @@ PULSE_S = 8.0
 """Seconds between looks at whether an endpoint is still there, and for each of them."""
 TRIES = 4
 """Of a row on endpoints that are there."""
+PAUSE_S = 1.0
+"""Before such a try."""
 SAME_SCORES, SAME_MODEL = 1e-3, 0.1
 """Largest difference in nats between endpoints: that is not worth a word, and that can be rounding."""
-PROBE_TOKENS = 128
+PROBE_TOKENS, TURN_TOKENS = 128, 16
+"""Of the text that endpoints are compared on; what a chat template writes around a system message, at most."""
 RESOLUTION = 1e-7
 """Of a mass that is 1 less a sum of float32 numbers."""
 
@@ -179,6 +182,8 @@ class ServedTeacher:
                 f"algorithm.distill.objective=topk set algorithm.distill.topk={self._ids}"
             )
         self._longest = rollout.prompt_length + rollout.response_length
+        if settings.system_prompt:
+            self._longest += len(self._tokenizer.encode(settings.system_prompt)) + TURN_TOKENS
         tokens = self._tokenizer.encode("\n".join(PROBES["texts"]), add_special_tokens=False)
         self._probe = [token for token in tokens if token < self._ids][: min(PROBE_TOKENS, self._longest)]
         self._probe_scores: torch.Tensor | None = None
@@ -287,8 +292,7 @@ class ServedTeacher:
         model = (await self._request(endpoint, MODELS, timeout_s=PULSE_S))["data"][0]
         endpoint.model, length = model["id"], model.get("max_model_len")
         if length is not None and length <= self._longest:
-            what = f"data.max_prompt_length + data.max_response_length = {self._longest}"
-            raise RefusedError(f"it takes {length} tokens, and {what} and one more are needed; raise --max-model-len")
+            raise RefusedError(f"it takes {length} tokens, and the longest row has {self._longest}, and one is written")
         asked = -1 if self._is_whole else self._topk or 0
         entries = await self._complete(endpoint, self._probe, asked)
         found = served_scores(entries[1:], torch.tensor(self._probe[1:]), self._ids, self._topk or 0).drawn
@@ -322,7 +326,11 @@ class ServedTeacher:
             for text in texts:
                 ours = self._tokenizer.encode(text, add_special_tokens=False)
                 body = {"model": endpoint.model, "prompt": text, "add_special_tokens": False}
-                theirs = (await self._request(endpoint, TOKENIZE, body, PULSE_S))["tokens"]
+                try:
+                    theirs = (await self._request(endpoint, TOKENIZE, body, PULSE_S))["tokens"]
+                except (*FAILURES, RefusedError) as error:
+                    faults.append(f"{endpoint.url} does not say which tokens a text has: {describe(error)}")
+                    break
                 if theirs != ours and max(ours) < self._ids:
                     faults.append(f"{endpoint.url} makes other tokens of {text[:40]!r} than the student: {theirs[:8]}")
                     break
@@ -374,6 +382,7 @@ class ServedTeacher:
         try:
             await self._request(endpoint, MODELS, timeout_s=PULSE_S)
             logger.warning("%s failed to score a row, which is tried again: %s", endpoint.url, describe(error))
+            await asyncio.sleep(PAUSE_S)
         except (*FAILURES, RefusedError):
             if endpoint.fault is None:
                 logger.warning("%s does not answer, the others score its rows: %s", endpoint.url, describe(error))

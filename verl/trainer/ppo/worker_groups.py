@@ -206,4 +206,5 @@ def teacher_paths(config: PPOConfig) -> dict[str, str | None]:
         paths |= {"actor_rollout_ref.ref.model.path": model.path}
     if not all(paths.values()):
         paths |= {key: path for key, path in student_paths(config).items() if ".model." in key}
-    return paths | {"actor_rollout_ref.ref.model.tokenizer_path": model.tokenizer_path}
+    served = config.actor_rollout_ref.ref.url  # the driver reads its tokenizer
+    return paths if served else paths | {"actor_rollout_ref.ref.model.tokenizer_path": model.tokenizer_path}

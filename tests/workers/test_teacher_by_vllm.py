@@ -16,13 +16,13 @@ import torch
 from support import tiny_workers as tiny
 from support.exact_cases import scored, workers
 from support.in_process_run import run_in_process, settings
-from support.launch import read_metrics, write_onerec_parquet
+from support.launch import launch, read_metrics, script_env, small_run, write_onerec_parquet
 from support.tiny_pairs import Pair
 
 from verl.config import DistillConfig
 from verl.workers.served_teacher import ServedTeacher
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_rank")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200), pytest.mark.usefixtures("one_rank")]
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def url(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             start_new_session=True,
         )
     try:
-        found, until = f"http://127.0.0.1:{port}", time.monotonic() + 400
+        found, until = f"http://127.0.0.1:{port}", time.monotonic() + 800
         while True:
             try:
                 urllib.request.urlopen(f"{found}/health", timeout=5).close()
@@ -98,3 +98,17 @@ def test_a_run_by_url_is_the_run_with_the_model(pair: Pair, url: str, tmp_path: 
         metrics = read_metrics(tmp_path / name)
         losses.append([metrics[step]["actor/distill_loss"] for step in (1, 2)])
     assert losses[1] == pytest.approx(losses[0], abs=1e-4)
+
+
+def test_a_launched_run_has_no_teacher_beside_it(pair: Pair, url: str, tmp_path: Path) -> None:
+    """Two ranks on Ray, through the launch script; validation and the teacher's probe ask the server too."""
+    prompts = write_onerec_parquet(tmp_path / "train.parquet", 16)
+    changes = {"actor_rollout_ref.ref.url": url, "algorithm.distill.objective": "topk", "data.val_files": prompts}
+    run = launch(
+        tmp_path / "run", small_run("hf", 2, 2, **changes, **{"trainer.test_freq": 2}), script_env(pair, prompts)
+    )
+    assert run.returncode == 0, run.output[-6000:]
+    assert "for actor\n" in run.output, "the pool has the student alone"
+    last = run.metrics[2]
+    assert last["distill/teacher_log_prob_bound"] > 0 and 0 < last["distill/teacher_rest_mass"] < 1
+    assert last["distill/teacher_canary"] < 1e-4 and last["val/reverse_kl"] > 0

@@ -46,6 +46,8 @@ ROWS_AT_ONCE = 16
 """Of one endpoint; a server's answers are large, and it writes them one by one."""
 PULSE_S = 8.0
 """Seconds between looks at whether an endpoint is still there, and for each of them."""
+PROBE_S = 60.0
+"""For the probe, which may be a server's first request."""
 TRIES = 4
 """Of a row on endpoints that are there."""
 PAUSE_S = 1.0
@@ -227,7 +229,7 @@ class ServedTeacher:
             empty = torch.zeros(shape, dtype=torch.int32), torch.zeros(shape), torch.zeros(select.shape)
             scores |= dict(zip(TOP_TENSORS, empty, strict=True))
         asked = -1 if self._is_whole and (topk is not None or temperature != 1) else topk or 0
-        bounds: list[torch.Tensor] = []
+        bounds = torch.zeros(select.shape).double()
 
         async def score_row(row: int) -> None:
             micro = layout.build([row], packed=True)
@@ -240,7 +242,7 @@ class ServedTeacher:
             # `scores` has this order: `ref_log_prob`, then TOP_TENSORS.
             for target, values in zip(scores.values(), found, strict=False):
                 target[micro.rows, micro.columns] = values.to(target.dtype)
-            bounds.append(found.bound)
+            bounds[micro.rows, micro.columns] = found.bound
 
         async def score_rows() -> None:
             for endpoint in self._endpoints:
@@ -251,10 +253,10 @@ class ServedTeacher:
 
         asyncio.run(self._in_session(score_rows()))
         scores["ref_log_prob"].masked_fill_(select & (data.tensor("responses") >= self._ids), self._missing)
-        if topk is None or not bounds:
+        if topk is None or not select.any():
             return DataProto.from_dict(scores)
         metrics = {
-            "distill/teacher_log_prob_bound": float(torch.cat(bounds).mean()),
+            "distill/teacher_log_prob_bound": float(bounds[select].mean()),
             "distill/teacher_rest_mass": float(scores[TOP_TENSORS[-1]][select].exp().mean()),
         }
         return DataProto.from_dict(scores, meta_info={"metrics": metrics})
@@ -293,8 +295,8 @@ class ServedTeacher:
         endpoint.model, length = model["id"], model.get("max_model_len")
         if length is not None and length <= self._longest:
             raise RefusedError(f"it takes {length} tokens, and the longest row has {self._longest}, and one is written")
-        asked = -1 if self._is_whole else self._topk or 0
-        entries = await self._complete(endpoint, self._probe, asked)
+        async with asyncio.timeout(PROBE_S):
+            entries = await self._complete(endpoint, self._probe, -1 if self._is_whole else self._topk or 0)
         found = served_scores(entries[1:], torch.tensor(self._probe[1:]), self._ids, self._topk or 0).drawn
         if self._probe_scores is None:
             self._probe_scores = found

@@ -156,6 +156,18 @@ def test_rows_past_the_shared_ids_are_bounded_or_left_out(topk: Any, models: Mod
     assert scores.meta_info["metrics"]["distill/teacher_rest_mass"] == pytest.approx(rest.mean().item(), rel=1e-4)
 
 
+@pytest.mark.parametrize("topk", [8, 64])
+def test_the_loss_is_at_most_the_whole_divergence_and_the_bound(topk: int, models: Models, server: FakeServer) -> None:
+    """Though the server hides rows past the shared ids, which the model in the process leaves out."""
+    whole, some = (models.distill("topk", topk=k, support="shared") for k in (models.extend_start, topk))
+    exact, _ = distill_loss(models, workers(models.config(), whole).colocated_roles, whole)
+    bucketed, _ = distill_loss(models, workers(models.config(), some).colocated_roles, some)
+    teacher = served(models, [server.url], topk)
+    bound = teacher.score_for_update(at(models, 1.0)).meta_info["metrics"]["distill/teacher_log_prob_bound"]
+    found, _ = distill_loss(models, {"ref": teacher}, some)
+    assert 0 < found <= bucketed + bound and bucketed < exact and abs(found - bucketed) > 1e-4
+
+
 def test_a_teacher_that_knows_item_tokens_reads_and_scores_them(models: Models) -> None:
     fake = FakeServer(models.frozen)
     settings, batch = TeacherConfig(url=[fake.url], sources=["rec_*"]), at(models, 1.0)

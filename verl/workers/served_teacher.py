@@ -5,13 +5,13 @@ likeliest ids. Ids that the teacher lacks are replaced before anything is sent, 
 token. Rows are spread over all endpoints; what fails on one goes to another, and the last one's end ends the run.
 
 A server's softmax runs over all rows of its head, the teacher's here over the shared ids alone. With z the server's
-log-probs, K the ids that it names, and u the mass of all others, of which an unknown part belongs to shared ids::
+log-probs, m the mass of the shared ids that it names, and u that of all ids that it does not name::
 
-    log q(v) = z(v) - log(mass of shared ids in K + u)      is too low, by at most  log(1 + u / mass of shared ids in K)
-    rest     = the same of u                                 and of shared ids in K that are not returned
+    log q(v) = z(v) - log(m + u)      too low by at most log(1 + u / m), for a part of u may not be of shared ids
+    rest     = log(u / (m + u))       of all shared ids that are not named
 
-Where K has all shared ids (``algorithm.distill.topk`` is their number), u is 0 and everything is exact, at any
-temperature. Elsewhere the temperature has to be 1: that of the server. Without likeliest ids, u counts as shared.
+Where all shared ids are named (``algorithm.distill.topk`` is their number), u is 0 and everything is exact, at any
+temperature. Elsewhere the temperature has to be 1: that of the server.
 
 Letters: B rows, R response, S scored positions of a row, W ids that the server names there, K likeliest ids.
 """
@@ -44,14 +44,10 @@ logger = logging.getLogger(__name__)
 MODELS, COMPLETIONS, TOKENIZE = "/v1/models", "/v1/completions", "/tokenize"
 ROWS_AT_ONCE = 16
 """Of one endpoint; a server's answers are large, and it writes them one by one."""
-PULSE_S = 8.0
-"""Seconds between looks at whether an endpoint is still there, and for each of them."""
-PROBE_S = 60.0
-"""For the probe, which may be a server's first request."""
-TRIES = 4
-"""Of a row on endpoints that are there."""
-PAUSE_S = 1.0
-"""Before such a try."""
+PULSE_S, PROBE_S = 8.0, 60.0
+"""Between looks at whether an endpoint is still there, and for each; for the probe, maybe a server's first request."""
+TRIES, PAUSE_S = 4, 1.0
+"""Of a row on endpoints that are there, and between them."""
 SAME_SCORES, SAME_MODEL = 1e-3, 0.1
 """Largest difference in nats between endpoints: that is not worth a word, and that can be rounding."""
 PROBE_TOKENS, TURN_TOKENS = 128, 16
@@ -130,9 +126,8 @@ def served_scores(entries: Entries, sent: torch.Tensor, ids: int, topk: int, tem
     log_q = values - total[:, None]
     drawn = log_q.masked_fill(named != sent[:, None], -torch.inf).amax(dim=1)
     top, rest = log_q[:, :topk], (unseen / total.exp() + log_q[:, topk:].exp().sum(dim=1)).log()
-    found = top > -torch.inf
-    top_ids = torch.where(found, named[:, :topk], named[:, :1])
-    return ServedScores(drawn, top_ids, torch.where(found, top, log_q[:, :1]), rest, total - inside)
+    named, top = (torch.where(top > -torch.inf, each[:, :topk], each[:, :1]) for each in (named, log_q))
+    return ServedScores(drawn, named, top, rest, total - inside)
 
 
 class ServedTeacher:
@@ -174,8 +169,8 @@ class ServedTeacher:
         if teacher is None or not teacher.knows_extended:
             self._ids = vocabulary.shared_ids()
             theirs = hf_tokenizer(own, trust_remote_code=model.trust_remote_code) if own else self._tokenizer
-            likely = [theirs.pad_token_id, theirs.eos_token_id]
-            self._replacement = choose_replacement(ref.ref_replace_token_id, likely, self._ids)
+            stand_ins = [theirs.pad_token_id, theirs.eos_token_id]
+            self._replacement = choose_replacement(ref.ref_replace_token_id, stand_ins, self._ids)
         self._is_whole = topk is not None and topk >= self._ids
         if rollout.temperature != 1 and not self._is_whole:
             raise ValueError(
@@ -333,7 +328,7 @@ class ServedTeacher:
                 except (*FAILURES, RefusedError) as error:
                     faults.append(f"{endpoint.url} does not say which tokens a text has: {describe(error)}")
                     break
-                if theirs != ours and max(ours) < self._ids:
+                if theirs != ours and max(ours, default=0) < self._ids:
                     faults.append(f"{endpoint.url} makes other tokens of {text[:40]!r} than the student: {theirs[:8]}")
                     break
         return faults

@@ -10,15 +10,19 @@ follows both::
 """
 
 import logging
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 
 from verl.config import BASE_TEACHER, PPOConfig
-from verl.experimental.agent_loop.base import TEACHER_KNOWS_EXTENDED
+from verl.config.ppo import teacher_key
+from verl.experimental.agent_loop.base import TEACHER_KNOWS_EXTENDED, ChatTemplate
+from verl.experimental.agent_loop.worker import load_tools
 from verl.protocol import DataProto
+from verl.tools.schemas import schema_dict
 from verl.trainer.ppo.advantage import distillation_advantage
 from verl.trainer.ppo.core_algos import reads_student_scores
 from verl.trainer.ppo.metric_utils import (
@@ -27,6 +31,7 @@ from verl.trainer.ppo.metric_utils import (
     compute_validation_distill_metrics,
 )
 from verl.trainer.ppo.ray_trainer import Metrics, RayPPOTrainer
+from verl.trainer.ppo.teacher_prompt import with_system_prompt
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +48,31 @@ class RayOnPolicyDistillTrainer(RayPPOTrainer):
         super().__init__(config, *parts, **options)
         if config.algorithm.distill.teachers:
             self._check_teachers_have_rows()
+        self._check_system_prompts()
+
+    @cached_property
+    def template(self) -> ChatTemplate:
+        """That of the agent loops."""
+        tools = [
+            schema_dict(tool.get_openai_tool_schema())
+            for tool in load_tools(self.config.actor_rollout_ref.rollout).values()
+        ]
+        return ChatTemplate(self.tokenizer, tools, self.config.data.apply_chat_template_kwargs)
+
+    def _check_system_prompts(self) -> None:
+        ref, rollout = self.config.actor_rollout_ref.ref, self.config.actor_rollout_ref.rollout
+        for role, teacher in self.config.teachers.items():
+            if teacher.system_prompt is None:
+                continue
+            turns, key = [{"role": "system", "content": teacher.system_prompt}], f"{teacher_key(role)}.system_prompt"
+            try:
+                added = len(self.template.encode_prompt([*turns, {"role": "user", "content": ""}], False))
+            except (TemplateError, TypeError, ValueError) as error:
+                raise ValueError(f"{key}: the chat template takes no system message ({error}); leave it out") from error
+            longest, most = rollout.prompt_length + rollout.response_length + added, ref.log_prob_max_token_len_per_gpu
+            if longest > most:
+                what = f"{key} makes rows of up to {longest} tokens"
+                raise ValueError(f"{what}; raise actor_rollout_ref.ref.log_prob_max_token_len_per_gpu={most} to that")
 
     def _check_teachers_have_rows(self) -> None:
         distill, data = self.config.algorithm.distill, self.train_dataset
@@ -150,10 +180,17 @@ class RayOnPolicyDistillTrainer(RayPPOTrainer):
     def score_with(self, role: str, batch: DataProto) -> DataProto:
         """A teacher's ``ref_log_prob`` of its own rows, and what an update needs that cannot run the teacher."""
         scores_ahead = self.config.algorithm.distill.topk_or_none is not None or self.exports_hidden_states
+        if (system_prompt := self.config.teachers[role].system_prompt) is not None:
+            batch = with_system_prompt(batch, system_prompt, self.template)
         # Validation has no update, so nothing is kept for one.
-        if scores_ahead and not batch.meta_info["validate"]:
-            return self.role_groups[role].score_for_update(batch)
-        return self.role_groups[role].compute_ref_log_prob(batch)
+        if not scores_ahead or batch.meta_info["validate"]:
+            return self.role_groups[role].compute_ref_log_prob(batch)
+        scores = self.role_groups[role].score_for_update(batch)
+        measured = scores.meta_info.pop("metrics", {})  # of a served teacher
+        if role != BASE_TEACHER:
+            measured = {f"distill_teacher/{role}/{name.removeprefix('distill/')}": measured[name] for name in measured}
+        self.stage_metrics |= measured
+        return scores
 
     def update_actor(self, batch: DataProto) -> DataProto:
         """As the base class; new keys are also the advantages that it made, in place of the task's alone.

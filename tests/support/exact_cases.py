@@ -155,7 +155,7 @@ def teacher_workers(
 def scored(teachers: Mapping[str, Any], distill: DistillConfig, batch: DataProto, apart: bool = False) -> DataProto:
     """The batch with the scores of each row's teacher, as the trainer joins them; ``teachers``: workers or groups."""
     trainer: Any = object.__new__(RayOnPolicyDistillTrainer)
-    trainer.config, trainer.role_groups = PPOConfig(), teachers
+    trainer.config, trainer.role_groups, trainer.stage_metrics = PPOConfig(), teachers, {}
     trainer.config.algorithm.distill = distill
     number = 1 if apart else None
     trainer.config.trainer.teacher_nnodes = trainer.config.trainer.teacher_n_gpus_per_node = number

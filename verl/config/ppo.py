@@ -1,13 +1,14 @@
 """The whole configuration of a run, and the checks that need more than one section."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import field
 from typing import Annotated, Any
 
 from pydantic import AfterValidator
 
-from verl.config.actor_rollout_ref import ActorRolloutRefConfig
-from verl.config.algorithm import ANY, BASE_TEACHER, ON_POLICY_DISTILL, AlgoConfig
+from verl.config.actor_rollout_ref import ActorRolloutRefConfig, RefConfig
+from verl.config.algorithm import ANY, BASE_TEACHER, ON_POLICY_DISTILL, AlgoConfig, TeacherConfig
 from verl.config.data import CustomClassConfig, DataConfig
 from verl.config.schema import Options, section
 from verl.config.trainer import TrainerConfig
@@ -57,6 +58,8 @@ class PPOConfig:
             self._micro_batch_errors(),
             self._algorithm_errors(),
             self._divergence_errors(),
+            self._server_errors(),
+            self._system_prompt_errors(),
             self._keep_errors(),
             self._prompt_errors(),
             self._vocabulary_errors(),
@@ -86,8 +89,19 @@ class PPOConfig:
 
     def knows_extended(self, role: str) -> bool:
         """Whether a frozen model knows the extended ids: the student's own starting weights do, whatever their role."""
-        is_start = role == BASE_TEACHER and self.actor_rollout_ref.ref.model.path is None
+        ref = self.actor_rollout_ref.ref
+        is_start = role == BASE_TEACHER and ref.model.path is None and not ref.url
         return is_start or self.algorithm.distill.knows_extended(role)
+
+    @property
+    def teachers(self) -> dict[str, RefConfig | TeacherConfig]:
+        """By role, the sections that say where a teacher is and what it reads."""
+        return {BASE_TEACHER: self.actor_rollout_ref.ref, **self.algorithm.distill.teachers}
+
+    @property
+    def served_roles(self) -> list[str]:
+        """Teachers behind a URL, which have no workers."""
+        return [role for role, teacher in self.teachers.items() if teacher.url]
 
     @property
     def scores_without_extended(self) -> bool:
@@ -179,6 +193,44 @@ class PPOConfig:
                 if value:
                     yield f"{key}={value} has no effect with {objective}, a loss without advantages; leave it out"
 
+    def _server_errors(self) -> Iterator[str]:
+        """What a teacher behind a URL cannot do."""
+        distill, base = self.algorithm.distill, self.actor_rollout_ref.ref
+        stitched = [name for name, teacher in distill.teachers.items() if teacher.is_stitched]
+        for role, teacher in self.teachers.items():
+            key = teacher_key(role)
+            if teacher.api_key_env and not re.fullmatch("[A-Z_][A-Z0-9_]*", teacher.api_key_env):
+                yield f"{key}.api_key_env must be the name of a variable, in capitals; a key itself is not shown here"
+            elif teacher.api_key_env and not teacher.url:
+                yield f"{key}.api_key_env={teacher.api_key_env} has no effect without {key}.url; set it"
+            if not teacher.url:
+                continue
+            for url in teacher.url:
+                if not url.startswith(("http://", "https://")) or "@" in url:
+                    yield f"{key}.url={url.split('@')[-1]} must begin with http:// or https:// and hold no password"
+            if distill.needs_full_distribution and self.algorithm.distils:
+                what = f"algorithm.distill.objective={distill.objective} needs whole distributions"
+                yield f"{what}, and servers ({key}.url) give likeliest ids alone; set it to topk or sampled"
+            if isinstance(teacher, TeacherConfig) and teacher.path:
+                yield f"{key}.path={teacher.path} is not read beside {key}.url; leave one out"
+            if stitched and (teacher is base or role in stitched):
+                yield f"{key}.url: {stitched[0]} is vocabulary=stitched and needs both models in the run; give paths"
+
+    def _system_prompt_errors(self) -> Iterator[str]:
+        distill, data, apart = self.algorithm.distill, self.data, self.trainer.teacher_ranks_on_nodes
+        for key in (
+            f"{teacher_key(role)}.system_prompt"
+            for role, each in self.teachers.items()
+            if each.system_prompt is not None
+        ):
+            if not self.algorithm.distils:
+                yield f"{key} has no effect without distillation; leave it out"
+            elif distill.needs_full_distribution and not apart:
+                what = f"with algorithm.distill.objective={distill.objective} teachers read the student's rows"
+                yield f"{key}: {what}; set it to topk, or give teachers ranks: trainer.teacher_n_gpus_per_node"
+            if data.truncation != "error" and not data.filter_overlong_prompts:
+                yield f"{key}: data.truncation={data.truncation} cuts prompts; set data.filter_overlong_prompts=True"
+
     def _keep_errors(self) -> Iterator[str]:
         steered, weights = {group for _, _, group in self.trainer.kept}, self.data.source_weights
         if steered and not steered < weights.keys():
@@ -212,6 +264,9 @@ class PPOConfig:
         key, start = f"{_ROLLOUT}.extend_vocab_start_token", self.actor_rollout_ref.rollout.extend_vocab_start_token
         if start == "auto" and self.trainer.vocab_check == "off":
             yield f"{key}=auto needs the comparison that trainer.vocab_check=off leaves out; set it to warn"
+        if start == "auto" and self.actor_rollout_ref.ref.url and not self.actor_rollout_ref.ref.model.path:
+            fix = "give the number, or a folder with the teacher's tokenizer in actor_rollout_ref.ref.model.path"
+            yield f"{key}=auto compares tokenizers, and that of actor_rollout_ref.ref.url is not here; {fix}"
         if start is not None:  # auto counts as an extension until it is resolved
             return
         settings: list[tuple[str, object, object]] = [
@@ -227,6 +282,11 @@ class PPOConfig:
         for setting, value, default in settings:
             if value != default:
                 yield f"{setting}={value} has no effect without extended ids; set {key}, or leave it at {default}"
+
+
+def teacher_key(role: str) -> str:
+    """The section of a teacher in ``PPOConfig.teachers``."""
+    return "actor_rollout_ref.ref" if role == BASE_TEACHER else f"algorithm.distill.teachers.{role}"
 
 
 def _raise_all(*groups: Iterator[str]) -> None:

@@ -31,6 +31,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 
 IsListed = BeforeValidator(_listed)
 Texts = Annotated[list[str], IsListed]
+Urls = Annotated[Texts, BeforeValidator(lambda value: [] if value is None else value)]
 
 NullIsEmpty = BeforeValidator(lambda value: {} if value is None else value)
 Options = Annotated[dict[str, Any], NullIsEmpty]

@@ -52,12 +52,11 @@ def build_trainer(
     from verl.experimental.agent_loop.worker import load_tools
     from verl.tools.schemas import schema_dict
     from verl.trainer.data import build_datasets
-    from verl.trainer.launch.vocabulary_check import resolve_vocabulary
+    from verl.trainer.launch.vocabulary_check import check_servers, resolve_vocabulary
     from verl.trainer.ppo.ray_trainer import RayPPOTrainer
     from verl.trainer.ppo.reward import load_reward_fn
     from verl.utils.device import get_device_name
     from verl.utils.tokenizer import hf_tokenizer
-    from verl.workers.model_workers import StudentWorker, TeacherWorker
 
     algorithm, makes_prompts = config.algorithm, config.data.synthetic_item_prompts.count > 0
     model, rollout = config.actor_rollout_ref.model, config.actor_rollout_ref.rollout
@@ -72,6 +71,7 @@ def build_trainer(
     get_agent_loop_class(rollout.agent.default_agent_loop)
     # First of what reads the threshold: here auto becomes a number.
     contract = resolve_vocabulary(config)
+    check_servers(config)
     tokenizer = hf_tokenizer(model.tokenizer_path or str(model.path), trust_remote_code=model.trust_remote_code)
     tool_schemas = [schema_dict(tool.get_openai_tool_schema()) for tool in load_tools(rollout).values()]
     # Tools that the chat template does not fit are refused here, before Ray starts.
@@ -87,10 +87,19 @@ def build_trainer(
     )
     for name in {name for dataset in datasets if dataset is not None for name in dataset.agent_names}:
         get_agent_loop_class(name)
-    workers = {"actor": StudentWorker, **dict.fromkeys(algorithm.distill.roles, TeacherWorker)}
+    workers = worker_classes(config)
     fingerprint = contract.fingerprint if contract else None
     options: dict[str, Any] = {"device_name": device_name, "vocab_fingerprint": fingerprint}
     return (trainer_class or RayPPOTrainer)(config, tokenizer, workers, *datasets, reward_fn, **options)
+
+
+def worker_classes(config: PPOConfig) -> dict[str, type]:
+    """What computes each role: workers of the run, or servers."""
+    from verl.workers.model_workers import StudentWorker, TeacherWorker
+    from verl.workers.served_teacher import ServedTeacher
+
+    teachers = dict.fromkeys(config.algorithm.distill.roles, TeacherWorker)
+    return {"actor": StudentWorker, **teachers, **dict.fromkeys(config.served_roles, ServedTeacher)}
 
 
 def start(cfg: DictConfig, build: "Callable[[PPOConfig], RayPPOTrainer]") -> None:

@@ -143,6 +143,19 @@ def test_a_key_that_is_new_in_such_a_map_is_a_difference(folder: Path, run: PPOC
     assert refused_keys(folder, run) == [*keys, "data.apply_chat_template_kwargs", "data.source_weights"]
 
 
+def test_servers_of_a_teacher_may_move(folder: Path, run: PPOConfig) -> None:
+    """But what a teacher reads is part of the run."""
+    teacher = run.algorithm.distill.teachers["far"] = TeacherConfig(sources=["a"], url=["http://one"])
+    run.actor_rollout_ref.ref.url = ["http://one"]
+    reseal(folder, run)
+    run.actor_rollout_ref.ref.url, run.actor_rollout_ref.ref.api_key_env = ["http://two", "http://three"], "KEY"
+    teacher.url, teacher.api_key_env = ["http://two"], "KEY"
+    check(folder, run)
+    run.actor_rollout_ref.ref.system_prompt = teacher.system_prompt = "Be short."
+    key = "algorithm.distill.teachers.far.system_prompt"
+    assert refused_keys(folder, run) == ["actor_rollout_ref.ref.system_prompt", key]
+
+
 def test_teachers_are_the_same_in_the_same_order(folder: Path, run: PPOConfig, tmp_path: Path) -> None:
     mixed = TeacherConfig(path=write_model(tmp_path / "mixed", hidden=12))
     both = run.algorithm.distill.teachers = {"self": TeacherConfig(sources=["rec_*"]), "mixed": mixed}

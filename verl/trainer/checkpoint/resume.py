@@ -30,6 +30,8 @@ RULES = {key: rule for rule in ("refuse", "warn", "ignore") for key in TABLE[rul
 """What becomes of a difference, by key or section."""
 TEACHERS = "algorithm.distill.teachers"
 """A map of the user's own names: the list of names is compared, and every field of each teacher."""
+SERVERS = ("url", "api_key_env")
+"""Fields of a teacher that say where it is."""
 CATALOGUE = "data.synthetic_item_prompts.catalogue"
 VOLATILE = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache"}
 """Entries of a model's config.json that another save of the same model may change."""
@@ -145,7 +147,9 @@ def require_same_run(folder: Path, config: PPOConfig, identity: dict[str, Any]) 
     both_have_rule = any(rules) and not trainer.val_only
     in_both = described.keys() & identity.keys()
     paths = {f"{TEACHERS}.{name.split('.')[1]}.path" for name in in_both if name.startswith("teachers.")}
-    covered = {"data.train_files", CATALOGUE, *paths}
+    # Servers may move; what they score is compared by the teacher's probe.
+    places = {f"{TEACHERS}.{name}.{field}" for name in config.algorithm.distill.teachers for field in SERVERS}
+    covered = {"data.train_files", CATALOGUE, *paths, *places}
     there, here = (
         {key: value for key, value in settings.items() if key not in covered} | entries
         for settings, entries in ((saved, described), (_flatten(public_dict(config)), identity))

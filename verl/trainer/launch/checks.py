@@ -106,7 +106,8 @@ def _model_errors(config: PPOConfig) -> Iterator[str]:
         yield "actor_rollout_ref.model.path is not set; give the student's folder or hub name"
     paths = {
         "actor_rollout_ref.model.path": student.path,
-        "actor_rollout_ref.ref.model.path": teacher.path,
+        # Beside a URL it names a tokenizer, which may come without weights.
+        "actor_rollout_ref.ref.model.path": None if config.actor_rollout_ref.ref.url else teacher.path,
         **{f"algorithm.distill.teachers.{name}.path": t.path for name, t in config.algorithm.distill.teachers.items()},
         "actor_rollout_ref.model.tokenizer_path": student.tokenizer_path,
         "actor_rollout_ref.ref.model.tokenizer_path": teacher.tokenizer_path,
@@ -208,9 +209,11 @@ def _algorithm_errors(config: PPOConfig) -> Iterator[str]:
     estimator = f"algorithm.adv_estimator={algorithm.adv_estimator}"
     if algorithm.adv_estimator not in ADV_ESTIMATOR_REGISTRY:
         yield f"{estimator} is unknown; choose from {', '.join(sorted(ADV_ESTIMATOR_REGISTRY))}"
-    if algorithm.distils and not config.actor_rollout_ref.ref.model.path:
+    ref = config.actor_rollout_ref.ref
+    if algorithm.distils and not ref.model.path and not ref.url:
         why = f"algorithm.distill.coef={coef}" if coef else estimator
-        yield f"actor_rollout_ref.ref.model.path is not set, and {why} learns from a teacher; give its folder or name"
+        key, fix = "actor_rollout_ref.ref.model.path", "give its folder or name, or set actor_rollout_ref.ref.url"
+        yield f"{key} is not set, and {why} learns from a teacher; {fix}"
     if algorithm.learns_from_reward and config.custom_reward_function.path is None:
         yield algorithm.missing_reward
 

@@ -8,8 +8,11 @@ import logging
 from functools import partial
 
 from verl.config import PPOConfig
+from verl.config.ppo import teacher_key
+from verl.single_controller.base import WorkerError
 from verl.utils.vocab_contract import AUTO, enforce, read_contract
 from verl.utils.vocab_rules import VocabContract
+from verl.workers.served_teacher import ServedTeacher
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +67,30 @@ def resolve_vocabulary(config: PPOConfig) -> VocabContract | None:
         if not further.knows_extended:
             _warn_of_stand_in(config, found)
     return contract
+
+
+def check_servers(config: PPOConfig) -> None:
+    """Check that every server of a teacher scores rows as long as the run's, and makes the student's tokens of a text.
+
+    Raises:
+        ValueError: one does not; the tokens only under ``trainer.vocab_check=strict``.
+    """
+    distill, mode = config.algorithm.distill, str(config.trainer.vocab_check)
+    for role in config.served_roles:
+        key = f"{teacher_key(role)}.url"
+        try:
+            server = ServedTeacher(config.actor_rollout_ref, "", distill.teachers.get(role), distill.topk_or_none)
+            server.init_model()
+            found = server.find_other_tokens() if mode != "off" else []
+        except (ValueError, WorkerError) as error:
+            raise ValueError(f"{key}: {error}") from error
+        if found and mode == "strict":
+            fix = (
+                "serve the model that the student's vocabulary extends (trainer.vocab_check=warn goes on all the same)"
+            )
+            raise ValueError("\n- ".join((f"{key}: {fix}:", *found)))
+        if found:
+            logger.warning("trainer.vocab_check=%s lets servers with other tokens pass: %s", mode, found)
 
 
 def _warn_of_stand_in(config: PPOConfig, contract: VocabContract) -> None:

@@ -64,10 +64,12 @@ class WorkerGroups:
 
     def __init__(self, config: PPOConfig, roles: Sequence[str]) -> None:
         self._config = config
+        self._served = [role for role in roles if role in config.served_roles]
+        roles = [role for role in roles if role not in self._served]
         run, teacher = config.trainer, config.trainer.teacher_ranks_on_nodes
         if teacher and len(roles) == 1:
             given = f"teacher_nnodes={run.teacher_nnodes}, teacher_n_gpus_per_node={run.teacher_n_gpus_per_node}"
-            raise ValueError(f"trainer.{given}: this run uses no teacher; set both to null")
+            raise ValueError(f"trainer.{given}: this run uses no teacher of its own; set both to null")
         self.pools = {TRAIN: RayResourcePool([run.n_gpus_per_node] * run.nnodes, name_prefix=TRAIN)}
         """By name; their places are reserved at the start."""
         if teacher:
@@ -104,7 +106,7 @@ class WorkerGroups:
             group = RayWorkerGroup(pool, classes, name_prefix=name)
             self._groups.append(group)
             views |= group.spawn(set(roles))
-        return views
+        return views | {role: worker_classes[role](**arguments_of(role)) for role in self._served}
 
     def start_in_process(
         self, worker_classes: Mapping[str, type], arguments_of: Callable[[str], Mapping[str, Any]], device_name: str
@@ -125,7 +127,8 @@ class WorkerGroups:
         for worker in workers.values():
             # Each keeps its own store: handles are functions here, which any store of the process can call.
             worker.attach(workers, worker.object_store)
-        return {role: LocalWorkerGroup(worker) for role, worker in workers.items()}
+        served = {role: worker_classes[role](**arguments_of(role)) for role in self._served}
+        return {role: LocalWorkerGroup(worker) for role, worker in workers.items()} | served
 
     def places(self, role: str) -> list[RankPlace]:
         """Where each rank of a role will run, in rank order; reserved already."""
@@ -197,8 +200,11 @@ def student_paths(config: PPOConfig) -> dict[str, str | None]:
 def teacher_paths(config: PPOConfig) -> dict[str, str | None]:
     """By setting, what the teachers' ranks read; one without a path is the student's starting weights."""
     model, teachers = config.actor_rollout_ref.ref.model, config.algorithm.distill.teachers
-    paths = {f"algorithm.distill.teachers.{role}.path": teacher.path for role, teacher in teachers.items()}
-    paths |= {"actor_rollout_ref.ref.model.path": model.path}
+    own = {role: teacher for role, teacher in teachers.items() if not teacher.url}
+    paths = {f"algorithm.distill.teachers.{role}.path": teacher.path for role, teacher in own.items()}
+    if not config.actor_rollout_ref.ref.url:
+        paths |= {"actor_rollout_ref.ref.model.path": model.path}
     if not all(paths.values()):
         paths |= {key: path for key, path in student_paths(config).items() if ".model." in key}
-    return paths | {"actor_rollout_ref.ref.model.tokenizer_path": model.tokenizer_path}
+    served = config.actor_rollout_ref.ref.url  # the driver reads its tokenizer
+    return paths if served else paths | {"actor_rollout_ref.ref.model.tokenizer_path": model.tokenizer_path}

@@ -1,0 +1,174 @@
+"""Runs whose teacher is behind a URL, or reads a system prompt of its own, in this process."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support import tiny_workers as tiny
+from support.fake_server import FakeServer
+from support.in_process_run import run_in_process, settings
+from support.launch import read_metrics, write_onerec_parquet
+from support.tiny_pairs import Pair
+
+from recipe.onpolicy_distill.main_onpolicy_distill import build_trainer
+from recipe.onpolicy_distill.onpolicy_distill_trainer import RayOnPolicyDistillTrainer
+from verl.config import PPOConfig
+from verl.experimental.agent_loop.base import ChatTemplate
+from verl.protocol import DataProto
+from verl.single_controller.base import WorkerError
+from verl.trainer.ppo.teacher_prompt import with_system_prompt
+from verl.utils.tokenizer import hf_tokenizer
+from verl.workers.model_workers import TeacherWorker
+
+pytestmark = pytest.mark.usefixtures("one_rank")
+
+REF, DISTILL = "actor_rollout_ref.ref", "algorithm.distill"
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_onerec_parquet(tmp_path_factory.mktemp("prompts") / "train.parquet", 16)
+
+
+def run_of(pair: Pair, prompts: Path, folder: Path, **changes: Any) -> PPOConfig:
+    """Compares all ids that both models know, so that whole distributions come from a server too."""
+    topk = {f"{DISTILL}.objective": "topk", f"{DISTILL}.topk": pair.extend_vocab_start_token}
+    return settings(pair, prompts, folder, **{"trainer.total_training_steps": STEPS, **topk, **changes})
+
+
+def losses(folder: Path) -> list[float]:
+    metrics = read_metrics(folder)
+    return [metrics[step]["actor/distill_loss"] for step in range(1, STEPS + 1)]
+
+
+def test_a_run_by_url_is_the_run_with_the_model_and_goes_on_after_both_servers_died(
+    tiny_pair: Pair, prompts: Path, tmp_path: Path
+) -> None:
+    run_in_process(run_of(tiny_pair, prompts, tmp_path / "model"))
+    servers = [FakeServer(tiny_pair.teacher) for _ in range(3)]
+    run_in_process(run_of(tiny_pair, prompts, tmp_path / "served", **{f"{REF}.url": servers[0].url}))
+    assert losses(tmp_path / "served") == pytest.approx(losses(tmp_path / "model"), rel=1e-4)
+    assert read_metrics(tmp_path / "served")[1]["distill/teacher_log_prob_bound"] < 1e-6
+    urls, broken = f"[{servers[1].url},{servers[2].url}]", tmp_path / "broken"
+    # Each sees its own probe twice, once before the run and once in it, and scores half of the rows of three steps.
+    servers[1].before = lambda number: servers[1].abort() if number == 7 else None
+    servers[2].before = lambda number: servers[2].abort() if number == 14 else None
+    with pytest.raises(WorkerError, match=f"{servers[1].url}.*{servers[2].url}"):
+        run_in_process(run_of(tiny_pair, prompts, broken, **{f"{REF}.url": urls}))
+    assert 0 < len(read_metrics(broken)) < STEPS
+    again = FakeServer(tiny_pair.teacher)
+    run_in_process(run_of(tiny_pair, prompts, broken, **{f"{REF}.url": again.url}))
+    assert losses(broken) == losses(tmp_path / "served")
+    for server in (servers[0], again):
+        server.close()
+
+
+def test_what_a_run_finds_out_before_it_starts(tiny_pair: Pair, prompts: Path, tmp_path: Path) -> None:
+    def build(**changes: Any) -> None:
+        build_trainer(run_of(tiny_pair, prompts, tmp_path, **changes))
+
+    server, other = FakeServer(tiny_pair.teacher), f"++{DISTILL}.teachers.x"
+    with pytest.raises(ValueError, match=r"^actor_rollout_ref\.ref\.url: servers .*--max-logprobs -1 .*\n- http://127"):
+        build(**{f"{REF}.url": "http://127.0.0.1:9"})
+    server._tokenizer = type("Other", (), {"encode": lambda *_, **__: [1, 2]})()
+    with pytest.raises(ValueError, match=r"(?s)^actor_rollout_ref\.ref\.url: serve the model .*other tokens"):
+        build(**{f"{REF}.url": server.url})
+    build(**{f"{REF}.url": server.url, "trainer.vocab_check": "warn"})
+    server.close()
+    for changes, message in (
+        ({f"{REF}.url": "ftp://a"}, "url=ftp://a must begin with http://"),
+        ({f"{REF}.url": "http://me:secret@a/v1"}, "url=a/v1 must begin with http:// or https:// and hold no password"),
+        (
+            {f"{REF}.url": "http://a", f"{DISTILL}.objective": "exact", f"{DISTILL}.topk": 64},
+            "exact needs whole distri",
+        ),
+        ({other: "{url: [http://a], path: b}"}, "x.path=b is not read beside algorithm.distill.teachers.x.url"),
+        ({other: "{url: [http://a], vocabulary: stitched}"}, "x is vocabulary=stitched and needs both"),
+        ({other: "{vocabulary: stitched}", f"{REF}.url": "http://a"}, "actor_rollout_ref.ref.url: x is vocabulary"),
+        ({f"{REF}.api_key_env": "sk-secret"}, "ref.api_key_env must be the name of a variable"),
+        ({f"{REF}.api_key_env": "KEY"}, "api_key_env=KEY has no effect without actor_rollout_ref.ref.url"),
+        (
+            {f"{REF}.system_prompt": "a", f"{DISTILL}.objective": "exact", f"{DISTILL}.topk": 64},
+            "ref.system_prompt: with algorithm.distill.objective=exact teachers read the student's rows",
+        ),
+        ({f"{REF}.system_prompt": "a", "data.truncation": "left"}, "system_prompt: data.truncation=left cuts prompts"),
+        (
+            {
+                f"{REF}.url": "http://a",
+                f"{REF}.model.path": "null",
+                "actor_rollout_ref.rollout.extend_vocab_start_token": "auto",
+            },
+            "=auto compares tokenizers, and that of actor_rollout_ref.ref.url is not here",
+        ),
+    ):
+        with pytest.raises(ValueError) as refused:
+            build(**changes)
+        assert message in str(refused.value) and "secret" not in str(refused.value)
+
+
+# ------------------------------------------------------------------ a system prompt
+
+
+def chats(pair: Pair, systems: list[str | None]) -> DataProto:
+    """Rows with and without a system message, and answers of several lengths."""
+    template = ChatTemplate(hf_tokenizer(pair.student))
+    talks: list[Any] = []
+    for row, system in enumerate(systems):
+        own = [{"role": "system", "content": system}] if system else []
+        talks.append([*own, {"role": "user", "content": "add 1 and " + "2" * row}])
+    prompts = [template.encode_prompt(talk, False) for talk in talks]
+    width, answers = max(map(len, prompts)), [[5 + row, 6, 7][: 1 + row % 3] for row in range(len(talks))]
+    ids, mask = torch.zeros(2, len(talks), width + 4, dtype=torch.int64)
+    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        ids[row, width - len(prompt) : width + len(answer)] = torch.tensor([*prompt, *answer])
+        mask[row, width - len(prompt) : width + len(answer)] = 1
+    tensors = {"input_ids": ids, "attention_mask": mask, "responses": ids[:, width:], "response_mask": mask[:, width:]}
+    raw = np.fromiter(talks, dtype=object, count=len(talks))
+    return DataProto.from_dict(tensors, {"raw_prompt": raw}, {"temperature": 1.0})
+
+
+def test_the_teacher_reads_another_system_message_before_the_same_answer(tiny_pair: Pair) -> None:
+    template = ChatTemplate(hf_tokenizer(tiny_pair.student))
+    student, wanted = (chats(tiny_pair, each) for each in ([None, "list", "be name"], ["be short"] * 3))
+    found = with_system_prompt(student, "be short", template)
+    assert torch.equal(found.tensor("input_ids"), wanted.tensor("input_ids"))
+    assert torch.equal(found.tensor("attention_mask"), wanted.tensor("attention_mask"))
+    assert torch.equal(found.tensor("response_mask"), student.tensor("response_mask"))
+    student.array("raw_prompt")[1] = [{"role": "user", "content": "another one"}]
+    with pytest.raises(ValueError, match="row 1: its agent loop made another prompt"):
+        with_system_prompt(student, "be short", template)
+
+
+def test_the_same_system_message_gives_the_same_scores(tiny_pair: Pair) -> None:
+    config = tiny.worker_config(tiny_pair.student, tiny_pair.teacher, tiny_pair.extend_vocab_start_token)
+    teacher = TeacherWorker(config, "cpu")
+    teacher.init_model()
+    trainer: Any = object.__new__(RayOnPolicyDistillTrainer)
+    trainer.config, trainer.role_groups, trainer.stage_metrics = PPOConfig(), {"ref": teacher}, {}
+    trainer.tokenizer = hf_tokenizer(tiny_pair.student)
+    batch = chats(tiny_pair, ["be short"] * 4)
+    batch.meta_info["validate"] = False
+    plain = trainer.score_with("ref", batch).tensor("ref_log_prob")
+    trainer.config.actor_rollout_ref.ref.system_prompt = "be short"
+    assert torch.equal(trainer.score_with("ref", batch).tensor("ref_log_prob"), plain)
+    trainer.config.actor_rollout_ref.ref.system_prompt = "be long"
+    other = trainer.score_with("ref", batch).tensor("ref_log_prob")
+    assert (other != plain)[batch.tensor("response_mask").bool()].all()
+
+
+def test_a_run_whose_teacher_has_a_system_prompt(tiny_pair: Pair, prompts: Path, tmp_path: Path) -> None:
+    """Served and not, it scores the same rows; without the prompt others."""
+    server = FakeServer(tiny_pair.teacher)
+    told = {f"{REF}.system_prompt": "list all", "trainer.total_training_steps": 2, "trainer.save_freq": -1}
+    run_in_process(run_of(tiny_pair, prompts, tmp_path / "model", **told))
+    run_in_process(run_of(tiny_pair, prompts, tmp_path / "served", **told, **{f"{REF}.url": server.url}))
+    run_in_process(run_of(tiny_pair, prompts, tmp_path / "plain", **told | {f"{REF}.system_prompt": "null"}))
+    server.close()
+    first = [read_metrics(tmp_path / name)[1]["actor/distill_loss"] for name in ("model", "served", "plain")]
+    assert first[0] == pytest.approx(first[1], rel=1e-4) and abs(first[0] - first[2]) > 1e-3
+    with pytest.raises(ValueError, match=r"system_prompt makes rows of up to .* tokens; raise"):
+        limit = {f"{REF}.log_prob_max_token_len_per_gpu": 64 + 8}
+        build_trainer(run_of(tiny_pair, prompts, tmp_path / "long", **told, **limit))

@@ -113,7 +113,8 @@ def frozen_share(shape: ModelShape, fsdp: FSDPConfig, device: str, ranks: int) -
     """Of a teacher (`build.build_model`)."""
     compute = itemsize(fsdp.mixed_precision.param_dtype, device)
     stored = compute if fsdp.model_dtype == "auto" else itemsize(fsdp.model_dtype, device)
-    return RankShare(shape.weights * stored // ranks, 0, 0, 0, shape.ends * compute, shape.block * compute)
+    block = shape.block * compute * (1 if ranks == 1 else 2)  # with the buffer of the collective that brings the next
+    return RankShare(shape.weights * stored // ranks, 0, 0, 0, shape.ends * compute, block)
 
 
 def trained_share(shape: ModelShape, config: PPOConfig, device: str) -> RankShare:
@@ -241,8 +242,10 @@ def head_chunk(shape: ModelShape, scored: int, compute: int, device: str, free: 
         buffers = linear_divergence.BUFFERS if teachers else ops.BUFFERS
         return min(scored * row * buffers, max(ops.CHUNK_BYTES, min(ops.MOST_CUDA_CHUNK_BYTES, (free or 0) // 16)))
     rows = max(1, min(max(ops.LEAST_ROWS, ops.CACHED_BYTES // row), ops.CHUNK_BYTES // (ops.CPU_BUFFERS * row)))
-    blocks = (linear_divergence.BUFFERS if teachers else ops.BUFFERS) * ops.CACHED_BYTES
-    return int(min(scored, rows) * row * (1 + teachers + (0 if compute == FP32 else 0.5))) + blocks
+    whole = min(scored, rows) * row
+    blocks = (linear_divergence.BUFFERS if teachers else ops.BUFFERS) - 1 - teachers  # of a part of the rows
+    half = 0 if compute == FP32 else whole // 2
+    return whole * (1 + teachers) + half + blocks * min(ops.CACHED_BYTES, whole)
 
 
 # ------------------------------------------------------------------ passes of a rank

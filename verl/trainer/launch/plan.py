@@ -138,6 +138,7 @@ class _Rank:
         models, run, distill = config.actor_rollout_ref, config.trainer, config.algorithm.distill
         fsdp, of_ref, is_cuda = models.actor.fsdp_config, models.ref.fsdp_config, device == "cuda"
         self._config, self._device, self._card = config, device, card
+        self._compute = itemsize(fsdp.mixed_precision.param_dtype, device)
         self.shape, self.apart = shapes[str(models.model.path)], sum(run.teacher_ranks_on_nodes)
         self.own = trained_share(self.shape, config, device)
         of_frozen, ranks = [shapes[path] for path in _frozen_models(config)], self.apart or run.world_size
@@ -146,7 +147,9 @@ class _Rank:
         self._met = Teachers(compared=int(config.algorithm.distils and distill.is_exact))
         if self._met.compared and distill.needs_full_distribution:
             stitched = any(teacher.is_stitched for teacher in distill.teachers.values())
-            self._met = Teachers(self._frozen, 1 + stitched, not self.apart)
+            # Of a model on other ranks the head comes alone.
+            heads = [(of, its._replace(ends=of.rows * of.hidden * self._compute)) for of, its in self._frozen]
+            self._met = Teachers(heads if self.apart else self._frozen, 1 + stitched, not self.apart)
         self._moved = is_cuda * fsdp.param_offload * self.own.parameters
         self.moved = self._moved + is_cuda * fsdp.optimizer_offload * self.own.moments
         self.moved_teachers = is_cuda * of_ref.param_offload * self.teachers
@@ -154,12 +157,10 @@ class _Rank:
         self.stays += 0 if self.apart else self.teachers - self.moved_teachers
 
     def _chunk(self, shape: ModelShape, micro: Micro, used: int, compared: int = 0) -> int:
-        compute = itemsize(self._config.actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype, self._device)
-        return head_chunk(shape, micro.scored, compute, self._device, self._card and self._card - used, compared)
+        return head_chunk(shape, micro.scored, self._compute, self._device, self._card and self._card - used, compared)
 
     def _scores(self, shape: ModelShape, share: RankShare, micro: Micro, adapter: int = 0) -> int:
-        compute = itemsize(self._config.actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype, self._device)
-        return peak_of_scoring(shape, share, micro, compute, self._chunk(shape, micro, self.stays), adapter)
+        return peak_of_scoring(shape, share, micro, self._compute, self._chunk(shape, micro, self.stays), adapter)
 
     def student_scores(self) -> int:
         """Beside what stays."""
@@ -167,9 +168,11 @@ class _Rank:
         return self._moved + self._scores(self.shape, self.own, micro, self._config.actor_rollout_ref.model.lora_rank)
 
     def teachers_score(self) -> int:
-        """Beside what stays, one after the other."""
-        micro = largest_micro_batch(self._config, "ref")
-        return self.moved_teachers + max((self._scores(*model, micro) for model in self._frozen), default=0)
+        """Beside what stays, one after the other, with the weights that come for it: both models of a stitched one."""
+        micro, offloads = largest_micro_batch(self._config, "ref"), self.moved_teachers > 0
+        stitched = any(teacher.is_stitched for teacher in self._config.algorithm.distill.teachers.values())
+        come = [self.moved_teachers if stitched else offloads * share.parameters for _, share in self._frozen]
+        return max((more + self._scores(*of, micro) for more, of in zip(come, self._frozen, strict=True)), default=0)
 
     def update(self) -> tuple[int, int]:
         """The most in an update, and the bytes of a chunk of logits in it."""
@@ -200,7 +203,8 @@ def plan_memory(
     engine = plan_engine(config, rank.shape, device, card)
     own, stays, micro = rank.own, rank.stays, largest_micro_batch(config, "update")
     exported = rank.shape.weights * itemsize(rollout.dtype, device)
-    bucket = min(exported, (rollout.weight_sync_bucket_mb or DEFAULT_BUCKET_MB[device]) * 2**20)
+    largest = rank.shape.rows * rank.shape.hidden * exported // rank.shape.weights  # is a bucket of its own, if need be
+    bucket = max(largest, min(exported, (rollout.weight_sync_bucket_mb or DEFAULT_BUCKET_MB[device]) * 2**20))
     # On the CPU a bucket is a file in shared memory, and tensors while it is written.
     buckets = min(exported, 2 * bucket) + (0 if is_cuda else bucket)
     copied = own.parameters + own.moments
@@ -227,7 +231,7 @@ def plan_memory(
         "gradients": own.gradients,
         "moments": own.moments,
         "frozen teachers": 0 if rank.apart else rank.teachers,
-        "start of embedding and head": 0 if is_cuda else own.rows,
+        "copy of embedding and head": 0 if is_cuda else own.rows,
         "gathered weights": own.ends + own.block,
         "saved activations": rank.shape.blocks * kept + again,
         "logits of a chunk": chunk,
@@ -241,7 +245,7 @@ def plan_memory(
             held[TEACHER_RANK] += rank.teachers_score() if stage == "score" else 0
     host = {
         "the largest model, as rank 0 reads it": max(shape.weights for shape in shapes.values()) * FP32,
-        "start of embedding and head": own.rows * run.n_gpus_per_node,
+        "copy of embedding and head": own.rows * run.n_gpus_per_node,
         "offloaded weights and moments": (rank.moved + rank.moved_teachers) * run.n_gpus_per_node,
         "a checkpoint being written": copied * run.n_gpus_per_node,
     }
@@ -277,6 +281,8 @@ def _changes(config: PPOConfig, device: str) -> Iterator[dict[str, Any]]:
     yield {"trainer.n_gpus_per_node": 2 * run.n_gpus_per_node}
     if is_cuda and rollout.gpu_memory_utilization > 0.3:
         yield {"actor_rollout_ref.rollout.gpu_memory_utilization": 0.3}
+    if is_cuda and (rollout.weight_sync_bucket_mb or DEFAULT_BUCKET_MB[device]) > 512:
+        yield {"actor_rollout_ref.rollout.weight_sync_bucket_mb": 512}
     if not run.teacher_ranks_on_nodes:
         yield {"trainer.teacher_nnodes": 1, "trainer.teacher_n_gpus_per_node": 1}
 

@@ -83,22 +83,12 @@ def write_models(folder: Path, spec: dict[str, Any]) -> None:
     from tokenizers.models import WordLevel
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-    sizes = {
-        "model_type": "qwen3",
-        "tie_word_embeddings": True,
-        "head_dim": 64,
-        "num_key_value_heads": 4,
-        **spec["model"],
-    }
-    sizes |= {"num_attention_heads": sizes["hidden_size"] // 64, "max_position_embeddings": 1024}
-    blocks = sizes["num_hidden_layers"]
-    sizes["num_key_value_heads"] = sizes["num_attention_heads"] // 2
+    sizes = {"head_dim": 64, "tie_word_embeddings": True, "max_position_embeddings": 1024, **spec["model"]}
+    kind, heads, blocks = sizes.pop("model_type", "qwen3"), sizes["hidden_size"] // 64, sizes["num_hidden_layers"]
+    sizes |= {"num_attention_heads": heads, "num_key_value_heads": heads // 2}
     for name, ids, layers in (("student", spec["ids"], blocks), ("teacher", spec["ids"] * 9 // 10, blocks // 2)):
-        kind = sizes["model_type"]
-        rest = {key: value for key, value in sizes.items() if key != "model_type"} | {"num_hidden_layers": layers}
-        AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, vocab_size=ids, **rest)).save_pretrained(
-            folder / name
-        )
+        config = AutoConfig.for_model(kind, **{**sizes, "vocab_size": ids, "num_hidden_layers": layers})
+        AutoModelForCausalLM.from_config(config, trust_remote_code=False).save_pretrained(folder / name)
         words = Tokenizer(WordLevel({f"w{number}": number for number in range(ids)}, unk_token="w0"))
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", pad_token="w1", eos_token="w2")
         tokenizer.save_pretrained(folder / name)

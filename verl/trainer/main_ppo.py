@@ -52,7 +52,6 @@ def build_trainer(
     from verl.experimental.agent_loop.worker import load_tools
     from verl.tools.schemas import schema_dict
     from verl.trainer.data import build_datasets
-    from verl.trainer.launch.plan import check_fits
     from verl.trainer.launch.vocabulary_check import resolve_vocabulary
     from verl.trainer.ppo.ray_trainer import RayPPOTrainer
     from verl.trainer.ppo.reward import load_reward_fn
@@ -67,7 +66,6 @@ def build_trainer(
         raise ValueError(f"{what} is for distillation; run python -m recipe.onpolicy_distill.main_onpolicy_distill")
     device_name = get_device_name(config.trainer.device, elsewhere=joins_cluster(config.ray_kwargs.ray_init))
     check_ranks(config, device_name)
-    check_fits(config, device_name)
     prepare_folders(config.trainer)
     reward_fn = load_reward_fn(config.custom_reward_function)
     load_agent_loops(rollout.agent.agent_loop_config_path)

@@ -128,14 +128,11 @@ def trained_share(shape: ModelShape, config: PPOConfig, device: str) -> RankShar
     if not model.lora_rank:
         stored = FP32 if fsdp.model_dtype == "auto" else itemsize(fsdp.model_dtype, device)
         each = shape.weights * stored // ranks
-        return frozen._replace(
-            parameters=each, gradients=each, moments=2 * each, rows=has_rows * ends * stored // ranks
-        )
+        rows = has_rows * ends * stored // ranks
+        return frozen._replace(parameters=each, gradients=each, moments=2 * each, rows=rows)
     targets = {name.rpartition(".")[2] for name in model.target_modules}
-    pairs = [
-        pair for name, all_of in shape.linear.items() if name in targets or "all-linear" in targets for pair in all_of
-    ]
-    adapter = model.lora_rank * sum(inside + outside for inside, outside in pairs)
+    adapted = [pair for name, pairs in shape.linear.items() if targets & {name, "all-linear"} for pair in pairs]
+    adapter = model.lora_rank * sum(inside + outside for inside, outside in adapted)
     trained = adapter + model.lora_extended_rows * ends
     beside = frozen.parameters - model.lora_extended_rows * ends * frozen.parameters // shape.weights
     each = trained * FP32 // ranks
@@ -161,20 +158,13 @@ def largest_micro_batch(config: PPOConfig, stage: str) -> Micro:
     """Of the student in ``update`` or ``score``, or of a teacher (``ref``): rows of the longest prompt and answer
     (`token_stats_model.ScoredRows`)."""
     models = config.actor_rollout_ref
-    actor, rollout, ref = models.actor, models.rollout, models.ref
-    by_tokens, most, max_rows = {
-        "update": (actor.use_dynamic_bsz, actor.ppo_max_token_len_per_gpu, actor.ppo_micro_batch_size_per_gpu),
-        "score": (
-            rollout.log_prob_use_dynamic_bsz,
-            rollout.log_prob_max_token_len_per_gpu,
-            rollout.log_prob_micro_batch_size_per_gpu,
-        ),
-        "ref": (
-            ref.log_prob_use_dynamic_bsz,
-            ref.log_prob_max_token_len_per_gpu,
-            ref.log_prob_micro_batch_size_per_gpu,
-        ),
-    }[stage]
+    actor, rollout = models.actor, models.rollout
+    by_tokens, most = actor.use_dynamic_bsz, actor.ppo_max_token_len_per_gpu
+    max_rows = actor.ppo_micro_batch_size_per_gpu
+    if stage != "update":
+        scoring = rollout if stage == "score" else models.ref
+        by_tokens, most = scoring.log_prob_use_dynamic_bsz, scoring.log_prob_max_token_len_per_gpu
+        max_rows = scoring.log_prob_micro_batch_size_per_gpu
     response = max(filter(None, (rollout.horizon.start, rollout.horizon.end)), default=rollout.response_length)
     rows = max(1, actor.ppo_mini_batch_size * rollout.n // config.trainer.world_size)
     longest = rollout.prompt_length + response - 1  # the last token is predicted and never read

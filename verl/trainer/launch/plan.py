@@ -8,7 +8,7 @@ Not here: the batch in the driver; the half GiB that each process takes of a GPU
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any, NamedTuple
@@ -31,7 +31,6 @@ from verl.trainer.launch.memory import (
     trained_share,
 )
 from verl.utils.device import card_bytes
-from verl.utils.loopback import joins_cluster
 from verl.weight_sync import DEFAULT_BUCKET_MB
 
 GIB = 2**30
@@ -199,18 +198,18 @@ def plan_memory(
         card: bytes of a GPU; None: unknown.
     """
     run, rollout, is_cuda = config.trainer, config.actor_rollout_ref.rollout, device == "cuda"
-    rank = _Rank(config, shapes, device, card)
-    engine = plan_engine(config, rank.shape, device, card)
-    own, stays, micro = rank.own, rank.stays, largest_micro_batch(config, "update")
+    rank, micro = _Rank(config, shapes, device, card), largest_micro_batch(config, "update")
+    own, stays, engine = rank.own, rank.stays, plan_engine(config, rank.shape, device, card)
     exported = rank.shape.weights * itemsize(rollout.dtype, device)
     largest = rank.shape.rows * rank.shape.hidden * exported // rank.shape.weights  # is a bucket of its own, if need be
     bucket = max(largest, min(exported, (rollout.weight_sync_bucket_mb or DEFAULT_BUCKET_MB[device]) * 2**20))
     # On the CPU a bucket is a file in shared memory, and tensors while it is written.
     buckets = min(exported, 2 * bucket) + (0 if is_cuda else bucket)
-    copied = own.parameters + own.moments
-    if config.actor_rollout_ref.model.lora_rank:
-        copied += exported // run.world_size  # the weights merged
+    merged = exported // run.world_size if config.actor_rollout_ref.model.lora_rank else 0
+    copied = own.parameters + own.moments + merged
     updating, chunk = rank.update()
+    # The copy is in host memory; where training goes on meanwhile, it is beside that.
+    saving = stays + rank.moved if is_cuda else copied + (updating if run.async_save else stays)
     kept, again = activations(rank.shape, config, micro.tokens, device)
     whole = engine.weights + engine.cache
     asleep = 0 if is_cuda and rollout.free_cache_engine else whole
@@ -220,12 +219,8 @@ def plan_memory(
         "score": {RANK: stays + max(rank.student_scores(), 0 if rank.apart else rank.teachers_score()), ENGINE: asleep},
         "update": {RANK: updating, ENGINE: asleep},
         "sync": {RANK: stays + buckets, ENGINE: max(asleep, engine.weights)},
-        # Where training goes on meanwhile, the copy is beside it.
-        "save": {RANK: copied + (updating if run.async_save else stays), ENGINE: asleep},
+        "save": {RANK: saving, ENGINE: asleep},
     }
-    if is_cuda:  # there it is in host memory
-        stages["save"][RANK] = stays + rank.moved
-    counts = {RANK: run.n_gpus_per_node, ENGINE: engine.per_node}
     of_rank = {
         "parameters": own.parameters,
         "gradients": own.gradients,
@@ -237,6 +232,7 @@ def plan_memory(
         "logits of a chunk": chunk,
         "buckets of a sync": buckets,
     }
+    counts = {RANK: run.n_gpus_per_node, ENGINE: engine.per_node}
     parts = {RANK: of_rank, ENGINE: {"weights of the engine": engine.weights, "KV cache": engine.cache}}
     if rank.apart:
         counts[TEACHER_RANK], parts[TEACHER_RANK] = run.teacher_n_gpus_per_node or 0, {"frozen teachers": rank.teachers}
@@ -256,35 +252,26 @@ def plan_memory(
 # ------------------------------------------------------------------ what would help
 
 
-def _changes(config: PPOConfig, device: str) -> Iterator[dict[str, Any]]:
-    """Settings that may lower the peak, each as one command line would set them."""
-    models, run, is_cuda = config.actor_rollout_ref, config.trainer, device == "cuda"
-    actor, rollout, longest = (
-        models.actor,
-        models.rollout,
-        models.rollout.prompt_length + models.rollout.response_length,
-    )
-    if not models.model.lora_rank:
-        yield {"actor_rollout_ref.model.lora_rank": 16}
-    if not models.model.enable_gradient_checkpointing:
-        yield {"actor_rollout_ref.model.enable_gradient_checkpointing": True}
-    for key, value in {
-        "actor.fsdp_config.optimizer_offload": actor.fsdp_config.optimizer_offload,
-        "actor.fsdp_config.param_offload": actor.fsdp_config.param_offload,
-        "ref.fsdp_config.param_offload": models.ref.fsdp_config.param_offload,
-        "model.enable_activation_offload": models.model.enable_activation_offload,
-    }.items():
-        if is_cuda and not value:
-            yield {f"actor_rollout_ref.{key}": True}
-    if actor.ppo_max_token_len_per_gpu > longest:
-        yield {f"actor_rollout_ref.{key}": longest for key in MOST_TOKENS}
-    yield {"trainer.n_gpus_per_node": 2 * run.n_gpus_per_node}
-    if is_cuda and rollout.gpu_memory_utilization > 0.3:
-        yield {"actor_rollout_ref.rollout.gpu_memory_utilization": 0.3}
-    if is_cuda and (rollout.weight_sync_bucket_mb or DEFAULT_BUCKET_MB[device]) > 512:
-        yield {"actor_rollout_ref.rollout.weight_sync_bucket_mb": 512}
-    if not run.teacher_ranks_on_nodes:
-        yield {"trainer.teacher_nnodes": 1, "trainer.teacher_n_gpus_per_node": 1}
+def _changes(config: PPOConfig) -> list[dict[str, Any]]:
+    """Settings that may lower a peak, those of a line together; where they are so already they change nothing."""
+    models, gpus = config.actor_rollout_ref, config.trainer.n_gpus_per_node
+    longest = models.rollout.prompt_length + models.rollout.response_length
+    alone = {
+        "model.lora_rank": models.model.lora_rank or 16,
+        "model.enable_gradient_checkpointing": True,
+        "model.enable_activation_offload": True,
+        "actor.fsdp_config.optimizer_offload": True,
+        "actor.fsdp_config.param_offload": True,
+        "ref.fsdp_config.param_offload": True,
+        "rollout.gpu_memory_utilization": 0.3,
+        "rollout.weight_sync_bucket_mb": 512,
+    }
+    together = [
+        {"trainer.n_gpus_per_node": 2 * gpus},
+        {"trainer.teacher_nnodes": 1, "trainer.teacher_n_gpus_per_node": 1},
+    ]
+    tokens = {f"actor_rollout_ref.{key}": longest for key in MOST_TOKENS}
+    return [*({f"actor_rollout_ref.{key}": value} for key, value in alone.items()), tokens, *together]
 
 
 def what_helps(
@@ -293,7 +280,7 @@ def what_helps(
     """Changes of settings, as overrides, and the measure with each of them alone; the lowest first, without those that
     lower it by less than a hundredth."""
     most, found = measure(plan_memory(config, shapes, device, card)), []
-    for values in _changes(config, device):
+    for values in _changes(config):
         other = copy.deepcopy(config)
         for key, value in values.items():
             *sections, name = key.split(".")
@@ -303,18 +290,18 @@ def what_helps(
     return sorted((pair for pair in found if pair[1] < 0.99 * most), key=lambda pair: pair[1])
 
 
-def check_fits(config: PPOConfig, device: str) -> None:
+def check_fits(config: PPOConfig) -> None:
     """Refuse a run on this machine's GPUs whose weights, gradients and moments alone are more than one of them holds.
 
     Raises:
         ValueError: it is such a run; with what would lower that, and to what.
     """
-    if device != "cuda" or joins_cluster(config.ray_kwargs.ray_init) or (card := card_bytes()) is None:
+    if (card := card_bytes()) is None:
         return
     shapes = read_shapes(config)
-    if (least := plan_memory(config, shapes, device, card).least) <= card:
+    if (least := plan_memory(config, shapes, "cuda", card).least) <= card:
         return
-    fixes = what_helps(config, shapes, device, card, lambda plan: plan.least)
+    fixes = what_helps(config, shapes, "cuda", card, lambda plan: plan.least)
     raise ValueError(
         f"actor_rollout_ref.model.path={config.actor_rollout_ref.model.path} does not fit: weights, gradients and "
         f"moments alone are {least / GIB:.1f} GiB on a GPU of {card / GIB:.1f} GiB; set "

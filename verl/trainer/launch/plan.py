@@ -203,16 +203,15 @@ def plan_memory(
     exported = rank.shape.weights * itemsize(rollout.dtype, device)
     largest = rank.shape.rows * rank.shape.hidden * exported // rank.shape.weights  # is a bucket of its own, if need be
     bucket = max(largest, min(exported, (rollout.weight_sync_bucket_mb or DEFAULT_BUCKET_MB[device]) * 2**20))
-    # On the CPU a bucket is a file in shared memory, and tensors while it is written.
-    buckets = min(exported, 2 * bucket) + (0 if is_cuda else bucket)
-    merged = exported // run.world_size if config.actor_rollout_ref.model.lora_rank else 0
-    copied = own.parameters + own.moments + merged
+    buckets = min(exported, 2 * bucket) + (0 if is_cuda else bucket)  # there a file, and tensors while it is written
+    has_adapter = config.actor_rollout_ref.model.lora_rank > 0  # whose merged weights are copied too
+    copied = own.parameters + own.moments + has_adapter * exported // run.world_size
     updating, chunk = rank.update()
     # The copy is in host memory; where training goes on meanwhile, it is beside that.
     saving = stays + rank.moved if is_cuda else copied + (updating if run.async_save else stays)
     kept, again = activations(rank.shape, config, micro.tokens, device)
     whole = engine.weights + engine.cache
-    asleep = 0 if is_cuda and rollout.free_cache_engine else whole
+    asleep = whole * (not (is_cuda and rollout.free_cache_engine))
     stages = {
         "start": {RANK: stays, ENGINE: whole},
         "generate": {RANK: stays, ENGINE: whole},

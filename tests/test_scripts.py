@@ -102,6 +102,16 @@ def test_a_dry_run_can_be_switched_off(tmp_path):
         assert (done.stdout == "started\n") != is_dry
 
 
+def test_a_dry_run_plans_memory_where_the_models_are(tmp_path):
+    python = executable(tmp_path / "bin" / "python", '#!/usr/bin/env bash\necho "$2" "${*: -1}"\n')
+    (tmp_path / "config.json").write_text("{}")
+    env = {**MODELS, "DRY_RUN": 1, "ENV_DIR": tmp_path, "BASE_MODEL": tmp_path}
+    without = run(LAUNCH, "data.seed=3", **env)
+    done = run(LAUNCH, "data.seed=3", **{**env, "TEACHER_MODEL": tmp_path})
+    assert (without.stderr, done.stderr) == ("", "recipe.onpolicy_distill.plan data.seed=3\n")
+    assert read_back(done.stdout)[:3] == [str(python), "-m", "recipe.onpolicy_distill.main_onpolicy_distill"]
+
+
 @pytest.mark.parametrize("script", [LAUNCH, LAUNCH_SMALL, CLUSTER, DEPLOY])
 def test_scripts_run_through_links_and_under_sh(script, tmp_path):
     (tmp_path / "link.sh").symlink_to(script)

@@ -1,4 +1,4 @@
-"""Completion of ``kai-verl`` in a shell: commands, the options of each, the keys of ``distill``, and files.
+"""Completion of ``kai-verl`` in a shell: commands, the options of each, the keys of runs, and files.
 
 ::
 
@@ -26,7 +26,7 @@ BASH = """_kai_verl() {{
     local current="${{COMP_WORDS[COMP_CWORD]}}" before="${{COMP_WORDS[COMP_CWORD - 1]}}" words=""
     case "$COMP_CWORD ${{COMP_WORDS[1]}}" in
         "1 "*) words="{names}" ;;
-        *" distill") [[ "$current" == "=" || "$before" == "=" ]] || words="{keys}" ;;
+        *" distill" | *" plan") [[ "$current" == "=" || "$before" == "=" ]] || words="{keys}" ;;
 {cases}
     esac
     mapfile -t COMPREPLY < <(compgen -W "$words" -- "$current")
@@ -37,12 +37,12 @@ BASH_CASE = """        *" {name}") [[ "$current" != -* ]] || words="{options}" ;
 ZSH = """#compdef kai-verl
 case "$CURRENT $words[2]" in
     "2 "*) compadd -- {names} ;;
-    *" distill") if compset -P '*='; then _files; else compadd -S '' -- {keys}; fi ;;
+    *" distill" | *" plan") if compset -P '*='; then _files; else compadd -S '' -- {keys}; fi ;;
 {cases}
 esac"""
 ZSH_CASE = """    *" {name}") if [[ "$PREFIX" == -* ]]; then compadd -- {options}; else _files; fi ;;"""
 FISH = """complete -c kai-verl -n __fish_use_subcommand -f -a '{names}'
-complete -c kai-verl -n '__fish_seen_subcommand_from distill' -a '{keys}'
+complete -c kai-verl -n '__fish_seen_subcommand_from distill plan' -a '{keys}'
 {cases}"""
 FISH_CASE = """complete -c kai-verl -n '__fish_seen_subcommand_from {name}; \
 and string match -q -- "-*" (commandline -ct)' -f -a '{options}'"""
@@ -59,7 +59,7 @@ def options_of(name: str) -> list[str]:
 def script(shell: str) -> str:
     """The completion script of a shell."""
     whole, case = SHELLS[shell]
-    others = [name for name in COMMANDS if name != "distill"]
+    others = [name for name in COMMANDS if name not in ("distill", "plan")]
     return whole.format(
         names=" ".join(COMMANDS),
         keys=" ".join(f"{key}=" for key in all_keys(PPOConfig) if ".NAME." not in key),

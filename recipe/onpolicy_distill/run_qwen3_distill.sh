@@ -22,7 +22,8 @@
 #   RAY_PORT, CLUSTER_DIR                        as for init_ray_cluster.sh
 #   MAX_RESTARTS                                 times that the same command runs again after a rank, an engine or an
 #                                                agent-loop worker died, raised or hung (default: 0)
-#   DRY_RUN=1                                    print the command and stop
+#   DRY_RUN=1                                    print the command and stop; where this machine has the models, tell
+#                                                what the run would take of memory too (standard error)
 #
 # Variables that begin with NCCL_, GLOO_, UCX_, VLLM_, TORCH_, HF_ or TRANSFORMERS_ go along to all hosts, through Ray's
 # runtime_env; those that look like secrets do not (workers read a hub's token from its own file on their host). Each
@@ -208,6 +209,11 @@ main() {
     local command=("$python" -m recipe.onpolicy_distill.main_onpolicy_distill "${settings[@]}" "${connect[@]}" "$@")
     if [[ -n "${DRY_RUN:-}" ]]; then
         print_command "${command[@]}"
+        # Beside the command, which may be read by a program.
+        if [[ -r "$BASE_MODEL/config.json" && -r "$TEACHER_MODEL/config.json" ]]; then
+            PYTHONPATH="$REPO${PYTHONPATH:+:$PYTHONPATH}" \
+                "$python" -m recipe.onpolicy_distill.plan "${settings[@]}" "$@" >&2 || true
+        fi
         exit 0
     fi
     export PYTHONPATH="$REPO${PYTHONPATH:+:$PYTHONPATH}"

@@ -117,6 +117,7 @@ def bash_script(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["merge", "--local_dir", "x", "--t"], ["--target_dir"]),
         (["evaluate", "--model", ""], []),  # files
         (["distill", "trainer.nn"], ["trainer.nnodes="]),
+        (["plan", "trainer.nn"], ["trainer.nnodes="]),
         (["distill", "trainer.nnodes", "="], []),
         (["distill", "data.train_files", "=", "data"], []),
     ],

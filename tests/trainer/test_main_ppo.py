@@ -99,3 +99,13 @@ def test_a_run_that_only_checks_starts_nothing(
     wrong = {"trainer.check_only": True, "data.source_weights": "{nowhere: 1.0}"}
     with pytest.raises(SystemExit, match=r"^error: data\.source_weights=.*matches no source"):
         main_ppo.start(reward_run(tiny_pair, tmp_path, **wrong), build_trainer)
+
+
+def test_a_model_too_large_for_the_card_is_refused_before_ray(
+    tiny_pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("verl.utils.device.get_device_name", lambda *_, **__: "cuda")
+    monkeypatch.setattr("verl.single_controller.ray.resource_pool.check_capacity", lambda *_: None)
+    monkeypatch.setattr("verl.trainer.launch.plan.card_bytes", lambda: 2**20)
+    with pytest.raises(ValueError, match=r"actor_rollout_ref\.model\.path=.* does not fit: .* set actor_rollout_ref\."):
+        build_trainer(reward_run(tiny_pair, tmp_path))

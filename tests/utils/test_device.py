@@ -62,3 +62,13 @@ def test_a_cpu_without_bf16_is_told_of_once(monkeypatch: pytest.MonkeyPatch, cap
         device.warn_of_emulated_bf16()
         device.warn_of_emulated_bf16()
         assert caplog.text.count("no bf16 arithmetic") == (not has_it)
+
+
+def test_the_largest_gpu_is_asked_of_the_driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert device.card_bytes() is None
+    tool = tmp_path / "nvidia-smi"
+    for answer, expected in (("echo 24564; echo 81559", 81559 * 2**20), ("echo '[N/A]'", None), ("exit 9", None)):
+        tool.write_text(f"#!/bin/sh\n{answer}\n")
+        tool.chmod(0o755)
+        assert device.card_bytes() == expected

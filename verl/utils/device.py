@@ -6,6 +6,7 @@ differ between the two.
 
 import logging
 import os
+import subprocess
 from functools import cache
 from pathlib import Path
 
@@ -38,6 +39,19 @@ def get_device_name(setting: str = "auto", elsewhere: bool = False) -> str:
     if setting == "cuda" and not elsewhere and not has_cuda:
         raise ValueError("trainer.device='cuda', and no CUDA device is visible here; use trainer.device=cpu or auto")
     return setting
+
+
+def card_bytes() -> int | None:
+    """Memory of this machine's largest GPU; None where nothing tells.
+
+    Asked of the driver's own tool: to answer, torch would begin to use a GPU, and take half a GiB of it.
+    """
+    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return max((int(word) * 2**20 for word in answer.split() if word.isdigit()), default=None)
 
 
 def select_device(device_name: str, local_rank: int) -> torch.device:

@@ -50,7 +50,8 @@ def check_run(config: PPOConfig) -> list[str]:
 
 
 def check_ranks(config: PPOConfig, device_name: str) -> None:
-    """Check that this machine can hold all ranks of a run that starts a Ray of its own; Ray checks those of a cluster.
+    """Check that this machine can hold all ranks of a run that starts a Ray of its own, and its GPUs the models; Ray
+    checks the ranks of a cluster.
 
     Raises:
         ValueError: it cannot.
@@ -59,6 +60,7 @@ def check_ranks(config: PPOConfig, device_name: str) -> None:
     import torch
 
     from verl.single_controller.ray.resource_pool import check_capacity
+    from verl.trainer.launch.plan import check_fits
     from verl.trainer.ppo.worker_groups import WorkerGroups
 
     ray_init = config.ray_kwargs.ray_init
@@ -70,6 +72,8 @@ def check_ranks(config: PPOConfig, device_name: str) -> None:
     cores = ray_init.get("num_cpus") or len(os.sched_getaffinity(0))
     resources = {"CPU": cores, "GPU": torch.cuda.device_count()}
     check_capacity(pools, [{"Alive": True, "NodeManagerAddress": "127.0.0.1, this machine", "Resources": resources}])
+    if device_name == "cuda":
+        check_fits(config)
 
 
 def prepare_folders(trainer: TrainerConfig) -> None:

@@ -124,7 +124,7 @@ class MiniBatchLoss:
             return [head(*states) for head in heads]
 
         if router_loss is None:
-            results, balance = run_student(run_heads), None
+            results = run_student(run_heads)
         else:
             results, balance = run_student(run_heads, router_loss.share)
         losses = [part.of(micro, result) for (_, part), result in zip(self._parts, results, strict=True)]

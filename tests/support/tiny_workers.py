@@ -163,6 +163,16 @@ def weights_of(worker: Any) -> dict[str, torch.Tensor]:
     return {name: whole(weight.detach()) for name, weight in named_weights(worker._state.module).items()}
 
 
+def state_of(worker: Any) -> dict[str, torch.Tensor]:
+    """Whole weights of a student, Adam's moments and its count of steps."""
+    optimizer = worker._state.optimizer.state
+    return {
+        f"{name} {what}": whole(value)
+        for name, weight in named_weights(worker._state.module).items()
+        for what, value in {"weight": weight.detach(), **optimizer[weight]}.items()
+    }
+
+
 def save_checkpoint(worker: Any, folder: Path, step: int = 1) -> None:
     """Write a checkpoint of a student and wait for it; raises OSError where it could not be written."""
     worker.begin_checkpoint(str(folder), step)

@@ -19,7 +19,6 @@ from support.file_faults import full_disk
 from verl import model_merger
 from verl.config import ActorRolloutRefConfig
 from verl.protocol import DataProto
-from verl.weight_sync import named_weights
 from verl.workers.model_workers import StudentWorker, TeacherWorker
 
 pytestmark = pytest.mark.usefixtures("one_rank")
@@ -188,16 +187,6 @@ def mini_batches(student_ids: int, key: str, poison: float) -> list[DataProto]:
     return parts
 
 
-def state_of(worker: StudentWorker) -> dict[str, torch.Tensor]:
-    """Weights, Adam's moments and its count of steps."""
-    optimizer = worker._state.optimizer.state
-    return {
-        f"{name} {what}": tiny.whole(value)
-        for name, weight in named_weights(worker._state.module).items()
-        for what, value in {"weight": weight.detach(), **optimizer[weight]}.items()
-    }
-
-
 def skip_program(model: Path, student_ids: int, folder: Path) -> None:
     """Metrics and state with the poisoned mini-batch, and without it."""
     rank, seen = int(os.environ["RANK"]), {}
@@ -206,7 +195,7 @@ def skip_program(model: Path, student_ids: int, folder: Path) -> None:
         for name, used in ((case, parts), (f"{case} left out", parts[::2])):
             worker = workers(tiny.worker_config(model, rows_per_step=STEP_ROWS, actor=actor))
             share = DataProto.concat([part.chunk(2)[rank] for part in used])
-            seen[name] = worker.update_actor(share).meta_info["metrics"], state_of(worker)
+            seen[name] = worker.update_actor(share).meta_info["metrics"], tiny.state_of(worker)
     torch.save(seen, folder / f"seen_{rank}.pt")
 
 

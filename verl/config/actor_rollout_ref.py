@@ -123,6 +123,9 @@ class FSDPActorConfig:
     """Weight of the KL term."""
     kl_loss_type: KLEstimator = "low_var_kl"
     """Estimator of the KL term: ``kl`` (k1), ``abs``, ``mse`` (k2) or ``low_var_kl`` (k3)."""
+    router_aux_loss_coef: NonNegativeFloat = 0.0
+    """Weight of the loss that balances the experts of a mixture, whatever the model's own config says; it takes a
+    further forward pass."""
     grad_clip: PositiveFloat = 1.0
     """Largest gradient norm."""
     ref_log_prob_replace_val: float = -100.0

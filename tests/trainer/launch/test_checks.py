@@ -76,6 +76,7 @@ def test_a_run_in_order_passes_and_makes_nothing(run: list[str], tmp_path: Path)
         (["actor_rollout_ref.ref.ref_replace_token_id=100"], "ref_replace_token_id=100 must be an id below"),
         (["data.max_prompt_length=2000", f"{TEACHER}.path=long"], "=512 = 2512 is above max_position_embeddings=2048"),
         ([f"{STUDENT}.override_config.max_position_embeddings=64"], "is above max_position_embeddings=64 of"),
+        (["actor_rollout_ref.actor.router_aux_loss_coef=0.01"], "router_aux_loss_coef=0.01: config.json in"),
         (["trainer.best_metric=val/kl", "trainer.test_freq=5"], "trainer.best_metric='val/kl' needs data.val_files"),
         (["trainer.val_only=True"], "trainer.val_only=True needs data.val_files"),
         ([*BEST, *KEEP, NO_REWARD], "trainer.keep='val/a/reward >= 1' needs rewards; set custom_reward_function.path"),

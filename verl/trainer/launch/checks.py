@@ -138,6 +138,13 @@ def _model_errors(config: PPOConfig) -> Iterator[str]:
         described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if key == "actor_rollout_ref.model.path":
             described |= student.override_config
+            if (
+                coef := config.actor_rollout_ref.actor.router_aux_loss_coef
+            ) and "router_aux_loss_coef" not in described:
+                yield (
+                    f"actor_rollout_ref.actor.router_aux_loss_coef={coef}: config.json in {path} has no such entry, so "
+                    "it is no mixture of experts with this loss; set it to 0"
+                )
         if cap := described.get("final_logit_softcapping"):
             yield f"{key}={path}: its head caps its logits (final_logit_softcapping={cap}); give another model"
         yield from _size_errors(key, path, described, config)

@@ -30,6 +30,7 @@ from verl.ops.linear_log_prob import TokenStats, linear_token_stats
 from verl.protocol import DataProto
 from verl.vocabulary import Vocabulary
 from verl.workers.actor.losses import POLICY_TENSORS, ROW_KEYS, UPDATE_SCORES, Advantage, MiniBatchLoss, WeightedTeacher
+from verl.workers.actor.router_loss import RouterLoss
 from verl.workers.fsdp.extended_rows import ExtendedRows
 from verl.workers.fsdp.token_stats_model import BatchSizes, ScoredRows, TokenStatsModel, real_response_tokens, reshard
 
@@ -301,8 +302,10 @@ class DataParallelPPOActor:
         rows = ScoredRows(mini.tensor("input_ids"), mini.tensor("attention_mask"), mini_loss.trained)
         scores = torch.zeros(len(UPDATE_SCORES), *mini_loss.trained.shape, device=self.actor_module.device)
         totals: dict[str, torch.Tensor] = {}
-        for micro in rows.micro_batches(sizes, self.actor_module.packed):
-            part = mini_loss(micro, partial(self.actor_module.run, micro))
+        micros, coef = rows.micro_batches(sizes, self.actor_module.packed), config.router_aux_loss_coef
+        router_loss = RouterLoss(self.actor_module, micros, coef) if coef else None
+        for micro in micros:
+            part = mini_loss(micro, partial(self.actor_module.run, micro), router_loss)
             # FSDP shards the gradient in every micro-batch: whole ones, added up, would take a model's memory.
             part.loss.backward()
             values = {**part.metrics, "actor/loss": part.loss.detach()}

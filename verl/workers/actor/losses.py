@@ -34,6 +34,7 @@ from verl.ops.linear_log_prob import TokenStats, linear_token_stats
 from verl.ops.policy_loss import agg_loss, compute_policy_loss_vanilla, count_trained, kl_penalty
 from verl.protocol import DataProto
 from verl.vocabulary import Vocabulary
+from verl.workers.actor.router_loss import RouterLoss
 from verl.workers.actor.teachers import HIDDEN_STATE_HANDLES, TOP_TENSORS, ScoredPositions, Teacher
 from verl.workers.fsdp.token_stats_model import Head, MicroBatch, ScoredRows
 
@@ -106,20 +107,34 @@ class MiniBatchLoss:
         self.is_empty = int(self._parts[0][1].counts[0]) == 0
         """Whether no rank has a trained token in this mini-batch."""
 
-    def __call__(self, micro: MicroBatch, run_student: Callable[[Head], Any]) -> MicroLoss:
+    def __call__(
+        self, micro: MicroBatch, run_student: Callable[..., Any], router_loss: RouterLoss | None = None
+    ) -> MicroLoss:
         """Run teachers and student on a micro-batch.
 
         Args:
             micro: positions of ``trained``.
-            run_student: the student's forward pass over ``micro``, which ends in the given head.
+            run_student: the student's forward pass over ``micro``, which ends in the given heads.
+            router_loss: of the mini-batch, to be added.
         """
         heads = [part.head(micro) for _, part in self._parts]
         # All in one forward pass, and one backward pass for the gradient of their sum.
-        results = run_student(lambda *states: [head(*states) for head in heads])
+
+        def run_heads(*states: torch.Tensor) -> list[Any]:
+            return [head(*states) for head in heads]
+
+        if router_loss is None:
+            results = run_student(run_heads)
+        else:
+            results, balance = run_student(run_heads, router_loss.share)
         losses = [part.of(micro, result) for (_, part), result in zip(self._parts, results, strict=True)]
         total = torch.stack([coef * loss.loss for (coef, _), loss in zip(self._parts, losses, strict=True)]).sum()
+        metrics = dict(ChainMap(*(loss.metrics for loss in losses)))
+        if router_loss is not None:
+            total = total + router_loss.coef * balance
+            metrics["actor/router_aux_loss"] = balance.detach()
         # The divergence, where there is one, is the last part.
-        return MicroLoss(total, dict(ChainMap(*(loss.metrics for loss in losses))), losses[-1].scores)
+        return MicroLoss(total, metrics, losses[-1].scores)
 
 
 class PolicyLoss:

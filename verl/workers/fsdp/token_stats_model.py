@@ -50,6 +50,8 @@ class ModelInputs(NamedTuple):
     """(S,) positions in the flattened ``input_ids`` that predict a scored token."""
     labels: torch.Tensor
     """(S,) the scored tokens."""
+    real: torch.Tensor
+    """Bool, in the shape of ``input_ids``: no padding."""
 
     def to(self, device: torch.device) -> "ModelInputs":
         """The same on another device."""
@@ -152,13 +154,15 @@ class ScoredRows:
         predicting = self._prompt_length + columns - self._starts[chosen] - 1
         select_index, labels = offsets[local_rows] + predicting, self.input_ids[chosen, self._prompt_length + columns]
         row_lengths = tuple(lengths) if packed else None
-        return MicroBatch(ModelInputs(input_ids, position_ids, row_lengths, select_index, labels), chosen, columns)
+        real = torch.ones_like(input_ids, dtype=torch.bool) if packed else position_ids < self.lengths[used][:, None]
+        inputs = ModelInputs(input_ids, position_ids, row_lengths, select_index, labels, real)
+        return MicroBatch(inputs, chosen, columns)
 
 
 def no_positions(packed: bool) -> MicroBatch:
     """A micro-batch of one arbitrary token with nothing to score."""
     token, none = torch.zeros(1, 1, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
-    return MicroBatch(ModelInputs(token, token, (1,) if packed else None, none, none), none, none)
+    return MicroBatch(ModelInputs(token, token, (1,) if packed else None, none, none, token.bool()), none, none)
 
 
 def _rectangles(lengths: list[int], max_tokens: int) -> list[list[int]]:
@@ -182,6 +186,8 @@ def real_response_tokens(data: DataProto) -> torch.Tensor:
 
 Head = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Any]
 """What is computed at the scored positions, from hidden states (S, D), the head's weight (V, D) and labels (S,)."""
+RouterHead = Callable[[list[torch.Tensor]], Any]
+"""What is computed of the routers' logits, (real tokens, experts) of each layer with experts."""
 
 
 class TokenStatsModel(nn.Module):
@@ -227,12 +233,12 @@ class TokenStatsModel(nn.Module):
         """Rows of the lm head."""
         return self.causal_lm.get_output_embeddings().weight.shape[0]
 
-    def run(self, micro: MicroBatch, head: Head) -> Any:
-        """The head's result for a micro-batch."""
-        return self(micro.inputs.to(self.device), head)
+    def run(self, micro: MicroBatch, head: Head, router_head: RouterHead | None = None) -> Any:
+        """The head's result for a micro-batch; with ``router_head`` a pair of both results."""
+        return self(micro.inputs.to(self.device), head, router_head)
 
-    def forward(self, inputs: ModelInputs, head: Head) -> Any:
-        """The head's result for inputs on the device of the parameters."""
+    def forward(self, inputs: ModelInputs, head: Head, router_head: RouterHead | None = None) -> Any:
+        """As `run`, for inputs on the device of the parameters."""
         offloads = self.offload_activations and self.training and torch.is_grad_enabled()
         with save_on_cpu(pin_memory=True) if offloads else nullcontext():
             # No attention mask: rows are causal, and what pads them stands on their right, where nothing looks.
@@ -240,13 +246,17 @@ class TokenStatsModel(nn.Module):
                 input_ids=inputs.input_ids,
                 position_ids=inputs.position_ids,
                 use_cache=False,
+                **({} if router_head is None else {"output_router_logits": True}),
                 **self._row_boundaries(inputs.row_lengths),
             )
         # Outside the block: what a head saves, such as a gradient (V, D), stays on the device.
         hidden = output.last_hidden_state.flatten(0, 1)[inputs.select_index]  # (S, D)
         if self._scale != 1.0:  # scaled states give scaled logits
             hidden = hidden * self._scale
-        return head(hidden, self.causal_lm.get_output_embeddings().weight, inputs.labels)
+        result = head(hidden, self.causal_lm.get_output_embeddings().weight, inputs.labels)
+        if router_head is None:
+            return result
+        return result, router_head([logits.flatten(0, -2)[inputs.real.flatten()] for logits in output.router_logits])
 
     def _row_boundaries(self, row_lengths: tuple[int, ...] | None) -> dict[str, object]:
         """Arguments that tell the attention function where rows begin; flash kernels have their own form."""

@@ -9,12 +9,14 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from support import tiny_workers as tiny
 from support.exact_cases import LEAK, Models, scored, workers
 
-from verl.config import ActorRolloutRefConfig, DistillConfig, FSDPConfig, TeacherConfig
+from verl.config import ActorRolloutRefConfig, DistillConfig, FSDPConfig, OptimizerConfig, TeacherConfig
 from verl.protocol import DataProto
 from verl.workers.actor.losses import UPDATE_SCORES
+from verl.workers.model_workers import StudentWorker
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
@@ -33,10 +35,10 @@ class Case(NamedTuple):
 
     def config(self, models: Models, ranks: int = 1, fsdp_size: int = -1) -> ActorRolloutRefConfig:
         """Settings for groups of so many ranks, whose micro-batches are as large as those of one."""
-        actor = {"ppo_max_token_len_per_gpu": 24, "fsdp_config": FSDPConfig(fsdp_size=fsdp_size), **(self.actor or {})}
+        actor = {"ppo_max_token_len_per_gpu": 24, **(self.actor or {})}
         actor["ppo_max_token_len_per_gpu"] //= ranks
-        ref = {"log_prob_max_token_len_per_gpu": actor["ppo_max_token_len_per_gpu"]}
-        of_both = {"ulysses_sequence_parallel_size": ranks}
+        ref: dict[str, Any] = {"log_prob_max_token_len_per_gpu": actor["ppo_max_token_len_per_gpu"]}
+        of_both = {"ulysses_sequence_parallel_size": ranks, "fsdp_config": FSDPConfig(fsdp_size=fsdp_size)}
         return models.config(
             self.student, actor={**actor, **of_both}, ref={**ref, **of_both}, model={"lora_rank": self.lora_rank}
         )
@@ -114,3 +116,66 @@ def test_ranks_that_share_rows_do_what_one_does(
             assert seen["metrics"] == pytest.approx(one["metrics"], rel=TOLERANCE, abs=TOLERANCE), name
             for part in ("before", "scores", "gradient"):
                 torch.testing.assert_close(seen[part], one[part], rtol=TOLERANCE, atol=TOLERANCE)
+
+
+LAYOUTS = {"all": (1, -1), "hybrid": (1, 2), "hybrid, shared rows": (2, 2), "copies, shared rows": (4, 1)}
+"""Ranks that share rows, and ranks that a model is sharded over."""
+
+
+def hybrid_program(case: Case, models: Models, folder: Path) -> None:
+    """On each of four ranks: two updates in every layout, and checkpoints from one to the other."""
+    students, rank = {}, int(os.environ["RANK"])
+    for name, (ranks, fsdp_size) in LAYOUTS.items():
+        student = students[name] = workers(case.config(models, ranks, fsdp_size), case.distill)
+        share = make_batch(models, case.teachers).chunk(4 // ranks)[rank // ranks]
+        metrics = [student.update_actor(share.select()).meta_info["metrics"] for _ in range(2)]
+        tiny.save_checkpoint(student, folder / name)
+        seen = {"weights": tiny.weights_of(student), "metrics": metrics, "exported": exported_by(student)}
+        torch.save(seen, folder / f"{name}_{rank}.pt")
+    for name, other in (("all", "hybrid"), ("hybrid", "all"), ("hybrid, shared rows", "copies, shared rows")):
+        students[name].load_checkpoint(str(folder / other))
+        torch.save(tiny.weights_of(students[name]), folder / f"{name}_loaded_{rank}.pt")
+
+
+def exported_by(student: StudentWorker) -> dict[str, torch.Tensor]:
+    """What the engines get."""
+    weights: dict[str, torch.Tensor] = {}
+    for index in range(student.num_weight_buckets()):
+        if (bucket := student.export_weight_bucket(index)) is not None:
+            weights |= load_file(bucket["path"])
+    student.release_weight_buckets()
+    return weights
+
+
+def test_hybrid_sharding_does_what_sharding_over_all_ranks_does(models: Models, tmp_path: Path) -> None:
+    # A gradient that is nearly 0 must not decide on a step by its rounding, so eps is large; and it is clipped.
+    optim = OptimizerConfig(lr=1e-2, eps=1e-2, betas=(tiny.ADAM_BETA1, 0.999))
+    frozen = {"freeze_extended_rows": True, "grad_clip": 0.1, "optim": optim}
+    case = Case(models.untied, models.distill(teachers=2, support="shared", **LEAK), 2, frozen)
+    tiny.run_ranks(4, hybrid_program, case, models, tmp_path)
+    right = torch.load(tmp_path / "all_0.pt")
+    start = dict(tiny.load_plain(models.untied).named_parameters())
+    assert max(float((value - start[name]).abs().max()) for name, value in right["weights"].items()) > 1e-3
+    assert right["metrics"][0]["actor/grad_norm"] > 0.1
+    for name in LAYOUTS:
+        for rank in range(4):
+            seen = torch.load(tmp_path / f"{name}_{rank}.pt")
+            torch.testing.assert_close(seen["weights"], right["weights"], rtol=0, atol=TOLERANCE)
+            for step, metrics in enumerate(seen["metrics"]):
+                assert metrics == pytest.approx(right["metrics"][step], rel=1e-5, abs=TOLERANCE), name
+            assert bool(seen["exported"]) == (rank == 0)
+            assert all(torch.equal(value, seen["weights"][key]) for key, value in seen["exported"].items())
+            assert len(seen["exported"]) in (0, len(seen["weights"]))
+        saved = dict(tiny.load_plain(tmp_path / name / "huggingface").named_parameters())
+        assert all(
+            torch.equal(value, saved[key]) for key, value in torch.load(tmp_path / f"{name}_0.pt")["weights"].items()
+        )
+    for name, other in (("all", "hybrid"), ("hybrid", "all"), ("hybrid, shared rows", "copies, shared rows")):
+        expected = torch.load(tmp_path / f"{other}_0.pt")["weights"]
+        for rank in range(4):
+            loaded = torch.load(tmp_path / f"{name}_loaded_{rank}.pt")
+            assert all(torch.equal(value, loaded[key]) for key, value in expected.items())
+    alone = workers(case.config(models))
+    alone.load_checkpoint(str(tmp_path / "hybrid"))
+    expected = torch.load(tmp_path / "hybrid_0.pt")["weights"]
+    assert all(torch.equal(value, expected[key]) for key, value in tiny.weights_of(alone).items())

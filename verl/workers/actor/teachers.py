@@ -29,7 +29,7 @@ HIDDEN_STATE_HANDLES = "teacher_states"
 
 
 class ScoredPositions(NamedTuple):
-    """Positions that one teacher scores: all scored positions of their rows, or this rank's of them (sequence group)."""
+    """Positions that one teacher scores: all scored positions of their rows; of split rows, those of this rank."""
 
     batch: DataProto
     layout: ScoredRows

@@ -57,8 +57,10 @@ def join_ranks(worker: Worker, device_setting: str, seed: int, fsdp_size: int = 
     # With CUDA, tensors on the CPU communicate too: checkpoints need that.
     worker.init_process_group("cpu:gloo,cuda:nccl" if device_name == "cuda" else "gloo")
     torch.manual_seed(seed + worker.rank)
-    ranks = worker.world_size
-    return device, init_device_mesh(device_name, (ranks,) if fsdp_size == -1 else (ranks // fsdp_size, fsdp_size))
+    if fsdp_size == -1:
+        return device, init_device_mesh(device_name, (worker.world_size,))
+    shape = worker.world_size // fsdp_size, fsdp_size
+    return device, init_device_mesh(device_name, shape, mesh_dim_names=("copies", "shards"))
 
 
 def choose_attention(
@@ -96,24 +98,6 @@ def choose_attention(
     return "sdpa", False
 
 
-def require_split(config: PretrainedConfig, attention: str, ranks: int) -> None:
-    """Check that rows of a model can be split over so many ranks, with the attention of `choose_attention`.
-
-    Raises:
-        ValueError: they cannot.
-    """
-    heads = config.num_attention_heads
-    key_heads = getattr(config, "num_key_value_heads", None) or heads
-    if attention not in (PACKED_SDPA, PACKED_VARLEN):
-        fault = f"its attention is {attention!r}, and rows can be split where it is causal and no more, and rows packed"
-    elif heads % ranks or (key_heads % ranks and ranks % key_heads):
-        fault = f"{heads} attention heads with {key_heads} key heads do not divide over the ranks"
-    else:
-        return
-    key = f"actor_rollout_ref.actor.ulysses_sequence_parallel_size={ranks}"
-    raise ValueError(f"{key} cannot split rows of {type(config).__name__}: {fault}; change it, or set it to 1")
-
-
 def load_config(path: str, model: HFModelConfig) -> PretrainedConfig:
     """The model's own config with ``model.override_config`` over it, and without dropout.
 
@@ -137,6 +121,27 @@ def load_config(path: str, model: HFModelConfig) -> PretrainedConfig:
             logger.warning("%s=%s of %s is set to 0: training and scoring must be the same function", name, value, path)
             setattr(config, name, 0.0)
     return config
+
+
+def require_split(path: str, model: HFModelConfig, ranks: int) -> None:
+    """Check that rows of a model can be split over so many ranks.
+
+    Raises:
+        ValueError: they cannot, or `load_config` or `choose_attention` refuse the model.
+    """
+    config = load_config(path, model)
+    # Whatever the device: without flash-attention rows are packed on all kinds of it, or on none.
+    attention, _ = choose_attention(config, model, "cpu", torch.float32)
+    heads = config.num_attention_heads
+    key_heads = getattr(config, "num_key_value_heads", None) or heads
+    if attention not in (PACKED_SDPA, PACKED_VARLEN):
+        fault = f"its attention is {attention!r}, and what splits rows is built for torch's own, to all earlier tokens"
+    elif heads % ranks or (key_heads % ranks and ranks % key_heads):
+        fault = f"{heads} attention heads with {key_heads} key heads do not divide over the ranks"
+    else:
+        return
+    key = f"actor_rollout_ref.actor.ulysses_sequence_parallel_size={ranks}"
+    raise ValueError(f"{key} cannot split rows of {type(config).__name__}: {fault}; change it, or set it to 1")
 
 
 def _load_on_rank_zero(
@@ -242,7 +247,7 @@ def build_model(
         raise ValueError(f"the ranks read different configs of {path}; give a folder that is the same on all nodes")
     attention, packed = choose_attention(config, model, device_name, compute_dtype, split_over > 1)
     if split_over > 1:
-        require_split(config, attention, split_over)
+        require_split(path, model, split_over)
     disable_progress_bar()  # a worker writes to a log file
     options = {"dtype": storage_dtype, "attn_implementation": attention}
     causal_lm, tensors = _load_on_rank_zero(path, config, model.trust_remote_code, **options)

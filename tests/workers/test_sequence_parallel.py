@@ -120,21 +120,13 @@ def test_ranks_that_share_rows_do_what_one_does(
 
 LAYOUTS = {"all": (1, -1), "hybrid": (1, 2), "hybrid, shared rows": (2, 2), "copies, shared rows": (4, 1)}
 """Ranks that share rows, and ranks that a model is sharded over."""
+READ = {"all": "hybrid", "hybrid": "all", "hybrid, shared rows": "copies, shared rows"}
+"""Whose checkpoint a layout goes on from."""
 
 
-def hybrid_program(case: Case, models: Models, folder: Path) -> None:
-    """On each of four ranks: two updates in every layout, and checkpoints from one to the other."""
-    students, rank = {}, int(os.environ["RANK"])
-    for name, (ranks, fsdp_size) in LAYOUTS.items():
-        student = students[name] = workers(case.config(models, ranks, fsdp_size), case.distill)
-        share = make_batch(models, case.teachers).chunk(4 // ranks)[rank // ranks]
-        metrics = [student.update_actor(share.select()).meta_info["metrics"] for _ in range(2)]
-        tiny.save_checkpoint(student, folder / name)
-        seen = {"weights": tiny.weights_of(student), "metrics": metrics, "exported": exported_by(student)}
-        torch.save(seen, folder / f"{name}_{rank}.pt")
-    for name, other in (("all", "hybrid"), ("hybrid", "all"), ("hybrid, shared rows", "copies, shared rows")):
-        students[name].load_checkpoint(str(folder / other))
-        torch.save(tiny.weights_of(students[name]), folder / f"{name}_loaded_{rank}.pt")
+def state_of(student: StudentWorker) -> dict[str, dict[str, torch.Tensor]]:
+    """Whole weights and first moments."""
+    return {"weights": tiny.weights_of(student), "moments": tiny.first_gradient(student)}
 
 
 def exported_by(student: StudentWorker) -> dict[str, torch.Tensor]:
@@ -147,35 +139,49 @@ def exported_by(student: StudentWorker) -> dict[str, torch.Tensor]:
     return weights
 
 
+def hybrid_program(case: Case, models: Models, folder: Path) -> None:
+    """On each of four ranks: two updates and a checkpoint in every layout; then a third, and another's checkpoint."""
+    students, rank = {}, int(os.environ["RANK"])
+    for name, (ranks, fsdp_size) in LAYOUTS.items():
+        student = students[name] = workers(case.config(models, ranks, fsdp_size), case.distill)
+        share = make_batch(models, case.teachers).chunk(4 // ranks)[rank // ranks]
+        metrics = [student.update_actor(share.select()).meta_info["metrics"] for _ in range(2)]
+        tiny.save_checkpoint(student, folder / name)
+        seen = {**state_of(student), "metrics": metrics, "exported": exported_by(student)}
+        student.update_actor(share)
+        torch.save(seen, folder / f"{name}_{rank}.pt")
+    for name, other in READ.items():
+        students[name].load_checkpoint(str(folder / other))
+        torch.save(state_of(students[name]), folder / f"{name}_loaded_{rank}.pt")
+
+
+def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
 def test_hybrid_sharding_does_what_sharding_over_all_ranks_does(models: Models, tmp_path: Path) -> None:
     # A gradient that is nearly 0 must not decide on a step by its rounding, so eps is large; and it is clipped.
     optim = OptimizerConfig(lr=1e-2, eps=1e-2, betas=(tiny.ADAM_BETA1, 0.999))
-    frozen = {"freeze_extended_rows": True, "grad_clip": 0.1, "optim": optim}
+    frozen = {"freeze_extended_rows": True, "grad_clip": 0.1, "optim": optim, "ppo_max_token_len_per_gpu": 12}
     case = Case(models.untied, models.distill(teachers=2, support="shared", **LEAK), 2, frozen)
     tiny.run_ranks(4, hybrid_program, case, models, tmp_path)
-    right = torch.load(tmp_path / "all_0.pt")
-    start = dict(tiny.load_plain(models.untied).named_parameters())
+    seen = {name: [torch.load(tmp_path / f"{name}_{rank}.pt") for rank in range(4)] for name in LAYOUTS}
+    right, start = seen["all"][0], {name: p.detach() for name, p in tiny.load_plain(models.untied).named_parameters()}
     assert max(float((value - start[name]).abs().max()) for name, value in right["weights"].items()) > 1e-3
     assert right["metrics"][0]["actor/grad_norm"] > 0.1
-    for name in LAYOUTS:
-        for rank in range(4):
-            seen = torch.load(tmp_path / f"{name}_{rank}.pt")
-            torch.testing.assert_close(seen["weights"], right["weights"], rtol=0, atol=TOLERANCE)
-            for step, metrics in enumerate(seen["metrics"]):
-                assert metrics == pytest.approx(right["metrics"][step], rel=1e-5, abs=TOLERANCE), name
-            assert bool(seen["exported"]) == (rank == 0)
-            assert all(torch.equal(value, seen["weights"][key]) for key, value in seen["exported"].items())
-            assert len(seen["exported"]) in (0, len(seen["weights"]))
-        saved = dict(tiny.load_plain(tmp_path / name / "huggingface").named_parameters())
-        assert all(
-            torch.equal(value, saved[key]) for key, value in torch.load(tmp_path / f"{name}_0.pt")["weights"].items()
-        )
-    for name, other in (("all", "hybrid"), ("hybrid", "all"), ("hybrid, shared rows", "copies, shared rows")):
-        expected = torch.load(tmp_path / f"{other}_0.pt")["weights"]
-        for rank in range(4):
-            loaded = torch.load(tmp_path / f"{name}_loaded_{rank}.pt")
-            assert all(torch.equal(value, loaded[key]) for key, value in expected.items())
+    for name, of_ranks in seen.items():
+        for rank, found in enumerate(of_ranks):
+            for part in ("weights", "moments"):
+                torch.testing.assert_close(found[part], right[part], rtol=0, atol=TOLERANCE)
+            for metrics, expected in zip(found["metrics"], right["metrics"], strict=True):
+                assert metrics == pytest.approx(expected, rel=1e-5, abs=TOLERANCE), name
+            assert_equal(found["exported"], of_ranks[0]["weights"] if rank == 0 else {})
+        saved = tiny.load_plain(tmp_path / name / "huggingface").named_parameters()
+        assert_equal({name: p.detach() for name, p in saved}, of_ranks[0]["weights"])
+    for name, other in READ.items():
+        for found in (torch.load(tmp_path / f"{name}_loaded_{rank}.pt") for rank in range(4)):
+            for part in ("weights", "moments"):
+                assert_equal(found[part], seen[other][0][part])
     alone = workers(case.config(models))
     alone.load_checkpoint(str(tmp_path / "hybrid"))
-    expected = torch.load(tmp_path / "hybrid_0.pt")["weights"]
-    assert all(torch.equal(value, expected[key]) for key, value in tiny.weights_of(alone).items())
+    assert_equal(tiny.weights_of(alone), seen["hybrid"][0]["weights"])

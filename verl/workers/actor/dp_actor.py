@@ -23,6 +23,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from verl.config import DistillConfig, FSDPActorConfig, OptimizerConfig, RefConfig
@@ -303,7 +304,10 @@ class DataParallelPPOActor:
         rows = ScoredRows(mini.tensor("input_ids"), mini.tensor("attention_mask"), mini_loss.trained)
         scores = torch.zeros(len(UPDATE_SCORES), *mini_loss.trained.shape, device=self.actor_module.device)
         totals: dict[str, torch.Tensor] = {}
-        for micro in rows.micro_batches(sizes, self.actor_module.packed, self.actor_module.group):
+        micros = rows.micro_batches(sizes, self.actor_module.packed, self.actor_module.group)
+        for number, micro in enumerate(micros, 1):
+            if isinstance(self.actor_module, FSDPModule):  # copies of the model add up their gradients once
+                self.actor_module.set_requires_all_reduce(number == len(micros))
             part = mini_loss(micro, partial(self.actor_module.run, micro))
             # FSDP shards the gradient in every micro-batch: whole ones, added up, would take a model's memory.
             part.loss.backward()

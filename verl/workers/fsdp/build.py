@@ -202,13 +202,7 @@ def _shard_model(
 
 
 def build_model(
-    path: str,
-    model: HFModelConfig,
-    fsdp: FSDPConfig,
-    mesh: DeviceMesh,
-    split_over: int = 1,
-    *,
-    trainable: bool,
+    path: str, model: HFModelConfig, fsdp: FSDPConfig, mesh: DeviceMesh, split_over: int = 1, *, trainable: bool
 ) -> TokenStatsModel:
     """Load and shard a model; every rank of the mesh takes part.
 

@@ -193,7 +193,7 @@ def no_positions(packed: bool) -> MicroBatch:
 def _part_of(micro: MicroBatch, group: SequenceGroup, shares: Sequence[int] | None) -> MicroBatch:
     """This rank's part of a micro-batch of packed rows: of the tokens, padded to equal parts, and of the positions."""
     inputs, rank, size = micro.inputs, group.rank, group.size
-    assert inputs.row_lengths is not None, "only packed rows are divided; see `build.split_fault`"
+    assert inputs.row_lengths is not None, "only packed rows are divided; see `build.require_split`"
     each = -(-inputs.input_ids.shape[1] // size)
     padding = each * size - inputs.input_ids.shape[1]
     tokens = (F.pad(values, (0, padding)).split(each, dim=1) for values in (inputs.input_ids, inputs.position_ids))

@@ -241,13 +241,14 @@ def _gather_together(shards: Sequence[Any]) -> list[torch.Tensor]:
         return [shard.contiguous() for shard in shards]
     if len(shards) == 1:
         return [first.full_tensor().contiguous()]  # without a copy
-    ranks = first.device_mesh.size()
+    along = first.device_mesh.ndim - 1  # any other dimension counts copies
+    ranks = first.device_mesh.size(along)
     # Every rank has as many rows but the last ones, which are padded.
     sizes = [-(-len(shard) // ranks) * (shard.numel() // len(shard)) for shard in shards]
     local = [shard.to_local().flatten() for shard in shards]
     mine = torch.cat([F.pad(part, (0, size - len(part))) for part, size in zip(local, sizes, strict=True)])
     gathered = mine.new_empty(ranks * len(mine))
-    dist.all_gather_single(gathered, mine, first.device_mesh.get_group())
+    dist.all_gather_single(gathered, mine, first.device_mesh.get_group(along))
     parts = gathered.view(ranks, -1).split(sizes, dim=1)
     return [
         torch.cat(part.unbind())[: shard.numel()].view(shard.shape) for part, shard in zip(parts, shards, strict=True)

@@ -24,8 +24,8 @@ from verl.single_controller.base.decorator import (
 class LocalGroup(WorkerGroup):
     """Ranks one after the other; remembers what each was called with."""
 
-    def __init__(self, workers: Sequence[Any]) -> None:
-        super().__init__(type(workers[0]), len(workers))
+    def __init__(self, workers: Sequence[Any], ranks_per_share: int = 1) -> None:
+        super().__init__(type(workers[0]), len(workers), ranks_per_share)
         self.workers = workers
         self.calls: list[Call] = []
 
@@ -109,6 +109,20 @@ def test_rows_are_split_as_if_padded_and_come_back_in_order_without_padding(rank
     chunks = pad_dataproto_to_divisor(rows(count), ranks)[0].chunk(ranks)
     assert [call.args[0].batch["x"].tolist() for call in group.calls] == [c.batch["x"].tolist() for c in chunks]
     assert [list(call.args[0].array("uid")) for call in group.calls] == [list(c.array("uid")) for c in chunks]
+
+
+@pytest.mark.parametrize("count", [4, 5])
+def test_ranks_that_share_rows_get_the_same_ones_and_the_first_of_them_answers(count):
+    group = LocalGroup([Arithmetic(rank) for rank in range(6)], ranks_per_share=3)
+    result, share = group.double(rows(count)), -(-count // 2)
+    assert result.batch["doubled"].tolist() == [2 * row for row in range(count)]
+    assert result.non_tensor_batch["rank"].tolist() == [3 * (row // share) for row in range(count)]
+    assert result.meta_info["metrics"] == {"rows": [share] * 2, "of": [0, 3]}
+    assert [call is group.calls[rank // 3 * 3] for rank, call in enumerate(group.calls)] == [True] * 6
+    assert group.count(rows(count)) == [share] * 2 and group.add_rank(5) == [5, 6, 7, 8, 9, 10]
+    assert group.update(rows(4)).meta_info["metrics"] == {"sum": [1, 5]}
+    with pytest.raises(ValueError, match=r"update got 3 rows for 2 groups of 3 ranks; use a .* multiple of 2"):
+        group.update(rows(3))
 
 
 def test_only_what_a_method_reads_travels():

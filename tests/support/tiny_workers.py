@@ -45,11 +45,12 @@ def write_model(
     rows: int = 0,
     seed: int = 0,
     head_dim: int = 16,
+    key_heads: int = 2,
 ) -> Path:
     """Save a random model of two blocks with that tokenizer; ``rows`` of embedding, by default 5 past its ids."""
     ids = AutoTokenizer.from_pretrained(tokenizer)
     heads = {"num_attention_heads": 64 // head_dim} if family == "qwen2" else {"head_dim": head_dim}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2} | heads
+    heads = {"num_attention_heads": 4, "num_key_value_heads": key_heads} | heads
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "max_position_embeddings": 512} | heads
     torch.manual_seed(seed)
     sizes |= EXPERTS if family.endswith("moe") else {}

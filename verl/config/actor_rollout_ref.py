@@ -71,6 +71,9 @@ class FSDPConfig:
     """Keep the optimizer state in host memory between updates (CUDA only)."""
     reshard_after_forward: bool = True
     """Free gathered parameters after each block's forward pass: less memory, one more gather in backward."""
+    fsdp_size: int = -1
+    """Ranks that a model is sharded over: each run of so many holds a copy, and sends the others gradients alone. With
+    the GPUs of a node parameters are gathered within nodes. -1: all ranks."""
     model_dtype: Precision = "auto"
     """Precision of the stored parameters; ``auto``: fp32 for a trained model, that of compute for a frozen one."""
     mixed_precision: MixedPrecisionConfig = field(default_factory=MixedPrecisionConfig)
@@ -99,6 +102,10 @@ class FSDPActorConfig:
     """Cut micro-batches by tokens (``ppo_max_token_len_per_gpu``) rather than by rows; null: unless rows are given."""
     ppo_max_token_len_per_gpu: Count = 16384
     """Most tokens of one micro-batch on one rank."""
+    ulysses_sequence_parallel_size: Count = 1
+    """Ranks that compute the same rows together, each a part of their tokens, so that a row may have that many times
+    ``ppo_max_token_len_per_gpu``; of the student and of teachers. It has to divide the ranks and the model's attention
+    heads, and its key heads or these it. 1: every rank has rows of its own."""
     ppo_epochs: Count = 1
     """Passes over a batch."""
     clip_ratio: float = 0.2
@@ -167,6 +174,8 @@ class RefConfig:
     """Most tokens of one micro-batch on one rank."""
     log_prob_micro_batch_size_per_gpu: Count | None = None
     """Rows of one micro-batch on one rank, where ``log_prob_use_dynamic_bsz`` is off."""
+    ulysses_sequence_parallel_size: Count = 1
+    """Follows ``actor.ulysses_sequence_parallel_size``."""
     fsdp_config: FSDPConfig = field(default_factory=FSDPConfig)
 
 

@@ -14,6 +14,7 @@ from verl.config.schema import Options, section
 from verl.config.trainer import TrainerConfig
 
 _ACTOR, _ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
+_SPLIT = "ulysses_sequence_parallel_size"
 
 
 def _env_vars_to_text(ray_init: dict[str, Any]) -> dict[str, Any]:
@@ -55,6 +56,7 @@ class PPOConfig:
     def __post_init__(self) -> None:
         _raise_all(
             self._size_errors(),
+            self._sharding_errors(),
             self._micro_batch_errors(),
             self._algorithm_errors(),
             self._divergence_errors(),
@@ -77,6 +79,11 @@ class PPOConfig:
         """Whether a batch is one optimizer step, whose pass is then over the weights that wrote the answers."""
         actor = self.actor_rollout_ref.actor
         return actor.ppo_epochs == 1 and actor.ppo_mini_batch_size == self.data.train_batch_size
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Shares into which the student's rows are divided: a sequence group has one."""
+        return self.trainer.world_size // self.actor_rollout_ref.actor.ulysses_sequence_parallel_size
 
     def resolve_extend_start(self, start: int | None) -> None:
         """Put the first extended id in the place of ``extend_vocab_start_token=auto``; None: there is no extension.
@@ -123,8 +130,10 @@ class PPOConfig:
         mini, gpus = f"{_ACTOR}.ppo_mini_batch_size={rows}", f"trainer.n_gpus_per_node={trainer.n_gpus_per_node}"
         if batch % rows:
             yield f"data.train_batch_size={batch} is no multiple of {mini}; make it one"
-        if rows * rollout.n % trainer.world_size:
+        if rows * rollout.n % self.data_parallel_size:
             ranks = f"trainer.nnodes={trainer.nnodes} x {gpus} ranks"
+            if (size := self.actor_rollout_ref.actor.ulysses_sequence_parallel_size) > 1:
+                ranks += f" in groups of {_ACTOR}.{_SPLIT}={size}"
             # The mini-batch follows the batch, which is then what the user has set.
             mini = f"data.train_batch_size={batch}, and with it {mini}" if rows == batch else mini
             yield f"{mini} x {_ROLLOUT}.n={rollout.n} rows do not divide over {ranks}; change one of them"
@@ -137,9 +146,30 @@ class PPOConfig:
             if wanted != found:
                 yield f"data.max_{name}={wanted} differs from {_ROLLOUT}.{name}={found}; set the first alone"
 
+    def _sharding_errors(self) -> Iterator[str]:
+        """Groups of ranks have to be whole, and what splits rows has to work on packed ones of this process."""
+        models, trainer, key = self.actor_rollout_ref, self.trainer, f"{_ACTOR}.{_SPLIT}"
+        split = models.actor.ulysses_sequence_parallel_size
+        ranks = {"actor": trainer.world_size, "ref": sum(trainer.teacher_ranks_on_nodes) or trainer.world_size}
+        for role, count in ranks.items():
+            size, name = getattr(models, role).fsdp_config.fsdp_size, f"actor_rollout_ref.{role}.fsdp_config.fsdp_size"
+            if size != -1 and (size < 1 or count % size):
+                yield f"{name}={size} does not divide the {count} ranks of its model; change it, or set it to -1"
+            if count % split:
+                yield f"{key}={split} does not divide the {count} ranks of actor_rollout_ref.{role}; change one of them"
+        if (other := models.ref.ulysses_sequence_parallel_size) != split:
+            yield f"{key}={split} differs from actor_rollout_ref.ref.{_SPLIT}={other}; set the first alone"
+        if split > 1 and not models.model.use_remove_padding:
+            yield f"{key}={split} splits packed rows; leave actor_rollout_ref.model.use_remove_padding at True"
+        if split > 1 and trainer.teacher_ranks_on_nodes and self.algorithm.distill.needs_full_distribution:
+            objective = f"algorithm.distill.objective={self.algorithm.distill.objective}"
+            fix = "set trainer.teacher_nnodes and teacher_n_gpus_per_node to null, or the objective to topk or sampled"
+            yield f"{key}={split} with {objective} needs the teachers on the student's ranks; {fix}"
+
     def _micro_batch_errors(self) -> Iterator[str]:
-        """A row is never split, so a micro-batch has to hold the longest one."""
+        """A row is never split over micro-batches, so one has to hold the longest."""
         models = self.actor_rollout_ref
+        split = models.actor.ulysses_sequence_parallel_size
         longest = models.rollout.prompt_length + models.rollout.response_length
         for settings, key, infix, prefix in (
             (models.actor, _ACTOR, "", "ppo"),
@@ -151,9 +181,10 @@ class PPOConfig:
             by_tokens, rows = getattr(settings, switch), getattr(settings, rows_key)
             if by_tokens is False and rows is None:
                 yield f"{key}.{switch}=False needs {key}.{rows_key}; set it, or {switch}=True"
-            elif (by_tokens or rows is None) and tokens < longest:
+            elif (by_tokens or rows is None) and tokens * split < longest:
                 row = f"{_ROLLOUT}.prompt_length + response_length = {longest}"
-                yield f"{key}.{tokens_key}={tokens} is below {row}; raise it to that at least"
+                times = f" on each of {split} ranks ({_SPLIT})" if split > 1 else ""
+                yield f"{key}.{tokens_key}={tokens}{times} is below {row}; raise it to {-(-longest // split)} at least"
 
     def _algorithm_errors(self) -> Iterator[str]:
         algorithm, models, best = self.algorithm, self.actor_rollout_ref, self.trainer.best_metric

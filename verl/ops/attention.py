@@ -3,7 +3,8 @@
 In:  queries, keys and values of rows laid end to end in one sequence, and where the rows end. Out: attention in which
 no row sees another and no padding is computed. `packed_sdpa` calls torch's scaled dot-product attention for each row,
 so it runs wherever torch does; `packed_varlen` calls torch's flash kernel once for all of them, on CUDA in half
-precision. With flash-attention installed the model uses that instead (see ``build``).
+precision. With flash-attention installed the model uses that instead (see ``build``). Both also work on a part of the
+tokens, beside other ranks with the rest (``sequence_parallel``).
 
 Not here: sliding windows, soft caps and attention sinks. They are refused, never ignored; `needs_eager` tells where
 transformers' own attention has to be taken.
@@ -18,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.varlen import varlen_attn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, PretrainedConfig
+
+from verl.ops.sequence_parallel import over_heads
 
 PACKED_SDPA, PACKED_VARLEN = "packed_sdpa", "packed_varlen"
 """Names under which models ask for `packed_sdpa_attention` and `packed_varlen_attention`."""
@@ -105,5 +108,5 @@ def _require_causal(attention_mask: torch.Tensor | None, options: Mapping[str, A
 
 
 # Models with them get no mask, which is what the functions expect.
-AttentionInterface.register(PACKED_SDPA, packed_sdpa_attention)
-AttentionInterface.register(PACKED_VARLEN, packed_varlen_attention)
+AttentionInterface.register(PACKED_SDPA, over_heads(packed_sdpa_attention))
+AttentionInterface.register(PACKED_VARLEN, over_heads(packed_varlen_attention))

@@ -42,6 +42,7 @@ def agg_loss(
     dp_size: int = 1,
     batch_num_tokens: Count | None = None,
     global_batch_size: Count | None = None,
+    row_tokens: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Token losses as one number.
 
@@ -61,6 +62,7 @@ def agg_loss(
         dp_size: ranks whose gradients are averaged.
         batch_num_tokens: trained tokens of the whole mini-batch over all ranks.
         global_batch_size: sequences with a trained token, likewise.
+        row_tokens: (B,) trained tokens of each sequence, where ``loss_mask`` holds a part of them; None: it holds all.
 
     Returns:
         0-dim tensor; 0 where nothing is trained.
@@ -75,7 +77,8 @@ def agg_loss(
     elif loss_agg_mode in ("seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"):
         per_sequence = losses.sum(dim=-1)
         if loss_agg_mode == "seq-mean-token-mean":
-            per_sequence = per_sequence / trained.sum(dim=-1).clamp(min=1)  # a row may train nothing
+            tokens = trained.sum(dim=-1) if row_tokens is None else row_tokens
+            per_sequence = per_sequence / tokens.clamp(min=1)  # a row may train nothing
         elif loss_agg_mode == "seq-mean-token-sum-norm":
             per_sequence = per_sequence / losses.shape[-1]
         total, given, local, name = per_sequence.sum(), global_batch_size, local_sequences, "global_batch_size"
@@ -101,6 +104,7 @@ def compute_policy_loss_vanilla(
     dp_size: int = 1,
     batch_num_tokens: Count | None = None,
     global_batch_size: Count | None = None,
+    row_tokens: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Clipped policy-gradient loss of PPO (arXiv:1707.06347) with dual clip (arXiv:1912.09729).
 
@@ -111,7 +115,7 @@ def compute_policy_loss_vanilla(
         old_log_prob, advantages: (B, R) log-probs of the policy that the advantages belong to, and these.
         log_prob: (B, R) of the policy that is trained; gradients flow here.
         response_mask: (B, R) 1 at trained tokens.
-        loss_agg_mode: see `agg_loss`, which also explains the last three arguments.
+        loss_agg_mode: see `agg_loss`, which also explains the last four arguments.
         config: clip_ratio_low, clip_ratio_high, clip_ratio_c.
         rollout_is_weights: (B, R) weight of each token, or None for 1.
 
@@ -145,7 +149,7 @@ def compute_policy_loss_vanilla(
         "actor/pg_clipfrac_lower": mean(is_capped.float()),
         "actor/ppo_kl": mean(-log_ratio),
     }
-    loss = agg_loss(losses, response_mask, loss_agg_mode, dp_size, batch_num_tokens, global_batch_size)
+    loss = agg_loss(losses, response_mask, loss_agg_mode, dp_size, batch_num_tokens, global_batch_size, row_tokens)
     return loss, metrics
 
 

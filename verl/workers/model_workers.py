@@ -83,10 +83,11 @@ class StudentWorker(Worker):
     def init_model(self) -> None:
         """Join the other ranks, load and shard the model, build the optimizer."""
         model, actor, rollout = self.config.model, self.config.actor, self.config.rollout
-        self._device, mesh = join_ranks(self, self._device_setting, seed=rollout.seed)
+        self._device, mesh = join_ranks(self, self._device_setting, rollout.seed, actor.fsdp_config.fsdp_size)
         path, start = str(model.path), rollout.extend_start
         tokenizer = hf_tokenizer(model.tokenizer_path or path, trust_remote_code=model.trust_remote_code)
-        module = build_model(path, model, actor.fsdp_config, mesh, trainable=True)
+        split_over = actor.ulysses_sequence_parallel_size
+        module = build_model(path, model, actor.fsdp_config, mesh, split_over, trainable=True)
         vocabulary = Vocabulary(len(tokenizer), start)
         vocabulary.check_head(module.num_rows, path)
         optimizer = build_optimizer(module, actor.optim)
@@ -99,7 +100,7 @@ class StudentWorker(Worker):
             vocabulary=vocabulary,
             scoring_sizes=BatchSizes.of_scoring(rollout),
             # The setting counts prompts over all ranks; each has n answers.
-            mini_batch_rows=actor.ppo_mini_batch_size * rollout.n // self.world_size,
+            mini_batch_rows=actor.ppo_mini_batch_size * rollout.n * split_over // self.world_size,
             distill=self._distill,
             advantage_part=self._advantage_part,
             extended_rows=None
@@ -268,7 +269,8 @@ class TeacherWorker(Worker):
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def init_model(self) -> None:
         """Join the other ranks, load and shard the model."""
-        self._device, mesh = join_ranks(self, self._device_setting, seed=self.config.rollout.seed)
+        fsdp_size, seed = self.config.ref.fsdp_config.fsdp_size, self.config.rollout.seed
+        self._device, mesh = join_ranks(self, self._device_setting, seed, fsdp_size)
         others = [worker for worker in self.colocated_roles.values() if isinstance(worker, TeacherWorker)]
         same = [worker.model for worker in others if hasattr(worker, "model") and worker._files == self._files]
         self.model = same[0] if same else self._load_model(mesh)
@@ -278,8 +280,9 @@ class TeacherWorker(Worker):
         config, ref = self.config, self.config.ref
         path, tokenizer_path, knows_extended = self._files
         tokenizer = hf_tokenizer(tokenizer_path, trust_remote_code=config.model.trust_remote_code)
+        settings = config.model, ref.fsdp_config, mesh, ref.ulysses_sequence_parallel_size
         student = self._student
-        module = student.module if student else build_model(path, config.model, ref.fsdp_config, mesh, trainable=False)
+        module = student.module if student else build_model(path, *settings, trainable=False)
         ids, replacement = len(tokenizer), None
         if not knows_extended:
             ids = Vocabulary(ids, config.rollout.extend_start).shared_ids()
@@ -324,8 +327,8 @@ class TeacherWorker(Worker):
             scores |= dict(zip(TOP_TENSORS, empty, strict=True))
         handles = np.full(len(data), None)
         with self.on_device() as teacher:
-            for micro in layout.micro_batches(BatchSizes.of_scoring(self.config.ref), teacher.packed):
-                positions = ScoredPositions(data, layout, micro.rows, micro.columns)
+            for micro in layout.micro_batches(BatchSizes.of_scoring(self.config.ref), teacher.packed, teacher.group):
+                positions = ScoredPositions(data, layout, micro.rows, micro.columns, micro.rows_by_rank)
                 log_probs = teacher.log_probs_at(positions, temperature)
                 drawn, top = score_tokens(log_probs, micro.inputs.labels.to(self._device), missing, topk=topk)
                 # `scores` has this order: `ref_log_prob`, then TOP_TENSORS. [:3] leaves out `vocab_size`.
@@ -334,6 +337,8 @@ class TeacherWorker(Worker):
                 if exports_hidden_states:
                     for row, states in hidden_states_by_row(positions, log_probs):
                         handles[row] = self.object_store.put(states)
+            for values in scores.values():
+                teacher.group.add_up(values)
         return DataProto.from_dict(scores, {HIDDEN_STATE_HANDLES: handles} if exports_hidden_states else None)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)

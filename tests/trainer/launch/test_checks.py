@@ -152,6 +152,35 @@ def test_folders_that_are_no_model_of_text_with_its_weights(
     assert expected in str(caught.value) and len(str(caught.value).splitlines()) == 1
 
 
+SPLIT = ["trainer.n_gpus_per_node=4", "actor_rollout_ref.actor.ulysses_sequence_parallel_size=4"]
+HEADS = {"model_type": "llama", "hidden_size": 96, "num_attention_heads": 8, "num_key_value_heads": 2}
+
+
+@pytest.mark.parametrize(
+    ("entries", "fault"),
+    [
+        ({"num_attention_heads": 6}, "6 attention heads with 2 key heads do not divide over the ranks"),
+        ({"num_attention_heads": 12, "num_key_value_heads": 6}, "12 attention heads with 6 key heads do not"),
+        ({"model_type": "mistral", "sliding_window": 64}, "its attention is 'sdpa', and what splits rows is built for"),
+        ({}, None),
+        ({"num_key_value_heads": 8}, None),
+        ({"num_key_value_heads": 1}, None),
+    ],
+)
+def test_models_whose_rows_cannot_be_split(
+    run: list[str], tmp_path: Path, entries: dict[str, Any], fault: str | None
+) -> None:
+    """Each model by itself: here the teacher's heads do not divide."""
+    write_model(tmp_path / "student", vocab_size=120, **HEADS)
+    write_model(tmp_path / "teacher", **{**HEADS, **entries})
+    if fault is None:
+        assert check(*run, *SPLIT) == []
+        return
+    expected = f"{TEACHER}.path={tmp_path / 'teacher'}: {SPLIT[1]} cannot split rows of "
+    with pytest.raises(ValueError, match=f"^{re.escape(expected)}.*{re.escape(fault)}.*, or set it to 1$"):
+        check(*run, *SPLIT)
+
+
 def test_what_a_model_may_bring(run: list[str], tmp_path: Path) -> None:
     write_model(tmp_path / "teacher", architectures=["GPT2LMHeadModel"])
     (tmp_path / "teacher" / INDEX).write_text(TWO_SHARDS)  # left from before its shards became one file

@@ -17,6 +17,9 @@ EXACT = [OPD, f"{DISTILL}.objective=exact"]
 BEST = ["trainer.test_freq=5", "trainer.best_metric=val/g_*/reward subject to val/rec/reward >= 0.98 of step 0"]
 IMPORTANCE, CLIP = "algorithm.rollout_correction.rollout_is=token", "algorithm.distill_adv"
 START = f"{ROLLOUT}.extend_vocab_start_token"
+SPLIT, APART = "ulysses_sequence_parallel_size", ["trainer.teacher_nnodes=1", "trainer.teacher_n_gpus_per_node=4"]
+FOUR = "trainer.n_gpus_per_node=4"
+PAIRS = [FOUR, f"{ACTOR}.{SPLIT}=2", f"{REF}.{SPLIT}=2"]
 TOOLS = [f"{ROLLOUT}.multi_turn.tool_config_path=tools.yaml", "data.truncation=left"]
 
 
@@ -147,6 +150,25 @@ def test_all_errors_come_at_once() -> None:
         (["trainer.n_gpus_per_node=3"], f"ppo_mini_batch_size=256 x {ROLLOUT}.n=1 rows do not divide over trainer"),
         ([f"{ROLLOUT}.prompt_length=9"], f"data.max_prompt_length=512 differs from {ROLLOUT}.prompt_length=9; set"),
         ([f"{REF}.log_prob_max_token_len_per_gpu=9"], f"{REF}.log_prob_max_token_len_per_gpu=9 is below {ROLLOUT}.pro"),
+        ([FOUR, f"{ACTOR}.{SPLIT}=3"], f"{ACTOR}.{SPLIT}=3 does not divide the 4 ranks of {ACTOR}; change one"),
+        ([FOUR, f"{ACTOR}.{SPLIT}=4", *APART, f"{APART[1][:-1]}2"], f"=4 does not divide the 2 ranks of {REF}; change"),
+        ([FOUR, f"{REF}.{SPLIT}=2"], f"{ACTOR}.{SPLIT}=1 differs from {REF}.{SPLIT}=2; set the first alone"),
+        (
+            [*PAIRS, f"{MODEL}.use_remove_padding=False"],
+            f"=2 splits packed rows; leave {MODEL}.use_",
+        ),
+        ([*PAIRS, *APART, *EXACT], f"{ACTOR}.{SPLIT}=2 with {EXACT[1]} needs the teachers on the"),
+        (
+            [*PAIRS, f"{ACTOR}.ppo_max_token_len_per_gpu=511"],
+            f"{ACTOR}.ppo_max_token_len_per_gpu=511 on each of 2 ranks ({SPLIT}) is below "
+            f"{ROLLOUT}.prompt_length + response_length = 1024; raise it to 512 at least",
+        ),
+        (
+            [*PAIRS, "data.train_batch_size=3", f"{ACTOR}.ppo_mini_batch_size=3"],
+            f"rows do not divide over trainer.nnodes=1 x {FOUR} ranks in groups of {ACTOR}.{SPLIT}=2; change one",
+        ),
+        ([FOUR, f"{ACTOR}.fsdp_config.fsdp_size=3"], f"{ACTOR}.fsdp_config.fsdp_size=3 does not divide the 4 ranks"),
+        ([FOUR, f"{REF}.fsdp_config.fsdp_size=0"], f"{REF}.fsdp_config.fsdp_size=0 does not divide the 4 ranks of its"),
         ([f"{ACTOR}.use_dynamic_bsz=False"], f"{ACTOR}.use_dynamic_bsz=False needs {ACTOR}.ppo_micro_batch_size_per_"),
         ([f"{REF}.ref_log_prob_replace_val=-5"], f"replace_val=-100.0 differs from {REF}.ref_log_prob_replace_val=-5."),
         ([f"{ROLLOUT}.tensor_model_parallel_size=2"], "size=2 does not divide trainer.n_gpus_per_node=1"),
@@ -183,6 +205,10 @@ def test_settings_that_exclude_each_other_are_named(settings: list[str], expecte
         [f"{DISTILL}.coef=0.5", EXACT[1], f"{ACTOR}.entropy_coeff=0.1"],
         BEST,
         [BEST[1], "trainer.val_only=True"],
+        # 2 x 512 tokens hold a row of 1,024; three rows do for the one share of four ranks.
+        [*PAIRS, f"{ACTOR}.ppo_max_token_len_per_gpu=512", f"{REF}.fsdp_config.fsdp_size=2"],
+        [*PAIRS, *APART, OPD],
+        [FOUR, f"{ACTOR}.{SPLIT}=4", f"{REF}.{SPLIT}=4", "data.train_batch_size=3", f"{ACTOR}.ppo_mini_batch_size=3"],
     ],
 )
 def test_settings_at_the_edge_are_accepted(settings: list[str]) -> None:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from verl.ops.sequence_parallel import SequenceGroup
 from verl.workers.fsdp.token_stats_model import BatchSizes, ScoredRows
 
 # P = 3, R = 4; . is padding, the scored response positions are marked below.
@@ -31,6 +32,32 @@ def test_packed_rows_stand_end_to_end() -> None:
     # Every rank must run the model as often as the others: a micro-batch with nothing to score has a token.
     _, second = ScoredRows(INPUT_IDS, ATTENTION, ALL_RESPONSE).micro_batches(BatchSizes(0, 3), packed=True)
     assert second.inputs.input_ids.shape == (1, 1) and second.rows.tolist() == []
+
+
+def test_ranks_that_share_rows_take_parts_of_tokens_and_positions() -> None:
+    """Four tokens each of 11 and a padded one; three, three and two of the eight scored positions."""
+    rows = ScoredRows(INPUT_IDS, ATTENTION, ALL_RESPONSE)
+    parts = [rows.micro_batches(BatchSizes(0, 4), True, SequenceGroup(rank, 3))[0] for rank in range(3)]
+    inputs = [part.inputs for part in parts]
+    assert [part.input_ids.tolist() for part in inputs] == [[[11, 12, 21, 22]], [[31, 32, 33, 51]], [[61, 62, 63, 0]]]
+    assert [part.position_ids.tolist() for part in inputs] == [[[0, 1, 2, 3]], [[0, 1, 2, 0]], [[1, 2, 3, 0]]]
+    assert {part.row_lengths for part in inputs} == {(4, 3, 4, 1)}
+    assert [part.labels.tolist() for part in inputs] == [[21, 22, 23], [41, 61, 62], [63, 64]]
+    assert [part.rows.tolist() for part in parts] == [[0, 0, 0], [1, 2, 2], [2, 2]]
+    assert [part.columns.tolist() for part in parts] == [[0, 1, 2], [0, 0, 1], [2, 3]]
+    assert [part.select_index.tolist() for part in inputs] == [[1, 2, 3], [2, 3], [0, 1, 2]]
+    sent, received = zip(*(part.exchanged for part in inputs), strict=True)
+    assert sent == ([3, 0, 0], [0, 2, 0], [0, 1, 2])  # the state that predicts 62 is computed by rank 2
+    assert received == tuple(map(list, zip(*sent, strict=True)))
+    # A teacher of row 2 alone scores the positions of it that each rank has.
+    teachers = [rows.build([2], True, SequenceGroup(rank, 3), shares=[0, 2, 2]) for rank in range(3)]
+    assert [part.inputs.labels.tolist() for part in teachers] == [[], [61, 62], [63, 64]]
+
+
+def test_micro_batches_of_ranks_that_share_rows_hold_as_many_tokens_on_each() -> None:
+    rows, group = ScoredRows(INPUT_IDS, ATTENTION, ALL_RESPONSE), SequenceGroup(0, 2)
+    sizes = [micro.inputs.input_ids.numel() for micro in rows.micro_batches(BatchSizes(4), True, group)]
+    assert sizes == [4, 2], "7 or 8 tokens of two rows, and of the third row 3 or 4"
 
 
 def test_padded_rows_are_cut_to_the_longest() -> None:

@@ -117,8 +117,12 @@ def registered_methods(worker_class: type) -> dict[str, Registration]:
 class WorkerGroup(ABC):
     """Runs a worker class's registered methods on all its ranks."""
 
-    def __init__(self, worker_class: type, world_size: int) -> None:
-        self._registrations = registered_methods(worker_class)
+    def __init__(self, worker_class: type, world_size: int, ranks_per_share: int = 1) -> None:
+        """
+        Args:
+            ranks_per_share: consecutive ranks that get the same rows and give the same result.
+        """
+        self._registrations, self._ranks_per_share = registered_methods(worker_class), ranks_per_share
         self.world_size = world_size
         """Number of ranks."""
 
@@ -130,7 +134,7 @@ class WorkerGroup(ABC):
 
     def _run(self, method: str, *args: Any, **kwargs: Any) -> Any:
         registration = self._registrations[method]
-        calls, collect = plan_calls(method, registration, self.world_size, args, kwargs)
+        calls, collect = plan_calls(method, registration, self.world_size, args, kwargs, self._ranks_per_share)
         results = self._results(method, calls)
         return collect(results) if registration.blocking else partial(collect, results)
 
@@ -140,15 +144,20 @@ class WorkerGroup(ABC):
 
 
 def plan_calls(
-    method: str, registration: Registration, world_size: int, args: Sequence[Any], kwargs: dict[str, Any]
+    method: str,
+    registration: Registration,
+    world_size: int,
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    ranks_per_share: int = 1,
 ) -> tuple[list[Call], Collect]:
-    """The calls of ranks 0, 1, ..., and the function that joins their results.
+    """The calls of ranks 0, 1, ..., and the function that joins their results; of equal results it takes the first.
 
     Raises:
         ValueError: the arguments do not fit the ranks; the message names the method and the numbers.
     """
     if registration.dispatch_mode is Dispatch.DP_COMPUTE_PROTO:
-        return _split_rows(method, registration, world_size, args, kwargs)
+        return _split_rows(method, registration, world_size // ranks_per_share, args, kwargs, ranks_per_share)
     call = Call(tuple(args), kwargs)
     if registration.dispatch_mode is Dispatch.RANK_ZERO or registration.execute_mode is Execute.RANK_ZERO:
         return [call], lambda results: by_rank(results)[0]
@@ -161,37 +170,42 @@ def by_rank(results: Results) -> list[Any]:
 
 
 def _split_rows(
-    method: str, registration: Registration, world_size: int, args: Sequence[Any], kwargs: dict[str, Any]
+    method: str,
+    registration: Registration,
+    shares: int,
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    ranks_per_share: int,
 ) -> tuple[list[Call], Collect]:
     values = [*args, *kwargs.values()]
     sizes = sorted({len(value) for value in values if isinstance(value, DataProto)}) or [0]
     if len(sizes) > 1:
         raise ValueError(f"{method} got batches of {' and '.join(map(str, sizes))} rows; they must be equally long")
     rows = sizes[0]
-    if rows % world_size and not registration.padding:
-        raise ValueError(
-            f"{method} got {rows} rows for {world_size} ranks; use a batch size that is a multiple of {world_size}"
-        )
-    shares = [_row_runs(value, registration.reads, world_size) for value in values]
+    if rows % shares and not registration.padding:
+        ranks = f"{shares} ranks" if ranks_per_share == 1 else f"{shares} groups of {ranks_per_share} ranks"
+        raise ValueError(f"{method} got {rows} rows for {ranks}; use a batch size that is a multiple of {shares}")
+    runs = [_row_runs(value, registration.reads, shares) for value in values]
     calls = []
-    for _, *own in zip(range(world_size), *shares, strict=True):
-        calls.append(Call(tuple(own[: len(args)]), dict(zip(kwargs, own[len(args) :], strict=True))))
-    return calls, lambda results: _join_rows(method, results, rows, -(-rows // world_size))
+    for _, *own in zip(range(shares), *runs, strict=True):
+        call = Call(tuple(own[: len(args)]), dict(zip(kwargs, own[len(args) :], strict=True)))
+        calls += [call] * ranks_per_share
+    return calls, lambda results: _join_rows(method, results, rows, -(-rows // shares), ranks_per_share)
 
 
-def _row_runs(data: Any, reads: Sequence[str] | None, world_size: int) -> list[Any]:
-    """Each rank's part of an argument: the chunks of ``pad_dataproto_to_divisor``'s batch, or the same value for all.
+def _row_runs(data: Any, reads: Sequence[str] | None, shares: int) -> list[Any]:
+    """Each share of an argument: the chunks of ``pad_dataproto_to_divisor``'s batch, or the same value for all.
 
     That batch is never made: only the last runs are copies.
     """
     if not isinstance(data, DataProto):
-        return [data] * world_size
+        return [data] * shares
     if reads is not None:
         tensors = [key for key in reads if data.batch is not None and key in data.batch]
         data = data.select(tensors, [key for key in reads if key in data.non_tensor_batch])
     rows = len(data)
-    share = -(-rows // world_size)
-    bounds = [(rank * share, (rank + 1) * share) for rank in range(world_size)]
+    share = -(-rows // shares)
+    bounds = [(number * share, (number + 1) * share) for number in range(shares)]
     return [
         # Modulo, for with fewer rows than ranks a row is repeated more than once.
         data.slice(start, end) if end <= rows else data.select_idxs(np.arange(start, end) % rows)
@@ -199,7 +213,7 @@ def _row_runs(data: Any, reads: Sequence[str] | None, world_size: int) -> list[A
     ]
 
 
-def _join_rows(method: str, results: Results, rows: int, share: int) -> Any:
+def _join_rows(method: str, results: Results, rows: int, share: int, ranks_per_share: int) -> Any:
     """One ``DataProto`` of all ranks' rows without the padding; each rank's is freed as soon as it is copied.
 
     Results without rows, such as metrics alone, are joined by ``DataProto.concat``; results of other types come back as
@@ -207,8 +221,11 @@ def _join_rows(method: str, results: Results, rows: int, share: int) -> Any:
     """
     buffer, others = RowBuffer(rows), dict[int, Any]()
     for rank, result in results:
-        if isinstance(result, DataProto) and 0 < len(result) == share:
-            buffer.put(rank * share, result)
+        number, is_copy = divmod(rank, ranks_per_share)
+        if is_copy:
+            pass
+        elif isinstance(result, DataProto) and 0 < len(result) == share:
+            buffer.put(number * share, result)
         else:
             others[rank] = result
         del result  # before the next one comes

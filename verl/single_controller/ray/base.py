@@ -87,7 +87,7 @@ class RoleWorkerGroup(WorkerGroup):
     """One role's methods on the processes of a ``RayWorkerGroup``."""
 
     def __init__(self, owner: "RayWorkerGroup", role: str, worker_class: type) -> None:
-        super().__init__(worker_class, owner.world_size)
+        super().__init__(worker_class, owner.world_size, owner.ranks_per_share)
         self._owner, self._role = owner, role
 
     def _results(self, method: str, calls: Sequence[Call]) -> Results:
@@ -106,12 +106,14 @@ class RayWorkerGroup(RoleWorkerGroup):
         resource_pool: RayResourcePool,
         ray_cls_with_init: RayClassWithInitArgs | dict[str, RayClassWithInitArgs],
         name_prefix: str = "",
+        ranks_per_share: int = 1,
     ) -> None:
         """
         Args:
             name_prefix: name of the processes in messages and logs; default: the class or the roles.
+            ranks_per_share: consecutive ranks that get the same rows; of equal results the first is taken.
         """
-        self.world_size = resource_pool.world_size
+        self.world_size, self.ranks_per_share = resource_pool.world_size, ranks_per_share
         if isinstance(ray_cls_with_init, RayClassWithInitArgs):
             worker_class = ray_cls_with_init.cls
             self._roles = {name_prefix or worker_class.__name__: ray_cls_with_init}
@@ -152,10 +154,10 @@ class RayWorkerGroup(RoleWorkerGroup):
             # rank_results is a generator: nothing is waited for, and nothing raised, before it is read.
             list(rank_results(self._ranks, self._building, f"{self._name}.__init__", self.watch))
             self._building = []
-        first, payloads = calls[0], list[Any](calls)
+        repeats, distinct = Counter(map(id, calls)), {id(call): call for call in calls if call.args or call.kwargs}
         with sending(f"{role}.{method}"):
-            if len(calls) > 1 and (first.args or first.kwargs) and all(call is first for call in calls):
-                payloads = [ray.put(first)] * len(calls)
+            stored = {key: ray.put(call) for key, call in distinct.items() if repeats[key] > 1}
+            payloads = [stored.get(id(call), call) for call in calls]
             # There are fewer calls than ranks where rank 0 alone is called.
             to_ranks = zip(self._ranks, payloads, strict=False)
             running = [rank.actor.call.remote(role, method, payload) for rank, payload in to_ranks]

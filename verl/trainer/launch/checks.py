@@ -148,6 +148,7 @@ def _model_errors(config: PPOConfig) -> Iterator[str]:
         if cap := described.get("final_logit_softcapping"):
             yield f"{key}={path}: its head caps its logits (final_logit_softcapping={cap}); give another model"
         yield from _size_errors(key, path, described, config)
+        yield from _split_errors(key, str(folder), config)
 
 
 def _folder_faults(folder: Path, trusts_code: bool, is_whole: bool) -> Iterator[str]:
@@ -209,6 +210,20 @@ def _size_errors(key: str, path: str | None, described: dict[str, Any], config: 
     if not 0 <= replacement < rows:
         wanted = f"an id below vocab_size={rows} of {key}={path}"
         yield f"actor_rollout_ref.ref.ref_replace_token_id={replacement} must be {wanted}, or null for the pad id"
+
+
+def _split_errors(key: str, folder: str, config: PPOConfig) -> Iterator[str]:
+    """Why the rows of a model cannot be split over ranks, where they are to be."""
+    models = config.actor_rollout_ref
+    if (ranks := models.actor.ulysses_sequence_parallel_size) == 1 or not models.model.use_remove_padding:
+        return
+    # torch comes with it, which --help has to do without.
+    from verl.workers.fsdp.build import require_split
+
+    try:
+        require_split(folder, models.model, ranks)
+    except ValueError as error:
+        yield f"{key}={folder}: {error}"
 
 
 def _algorithm_errors(config: PPOConfig) -> Iterator[str]:

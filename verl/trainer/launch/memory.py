@@ -109,8 +109,14 @@ class RankShare(NamedTuple):
     """Weights of a block, gathered."""
 
 
+def shards(fsdp: FSDPConfig, ranks: int) -> int:
+    """Ranks that a model is sharded over."""
+    return ranks if fsdp.fsdp_size == -1 else fsdp.fsdp_size
+
+
 def frozen_share(shape: ModelShape, fsdp: FSDPConfig, device: str, ranks: int) -> RankShare:
     """Of a teacher (`build.build_model`)."""
+    ranks = shards(fsdp, ranks)
     compute = itemsize(fsdp.mixed_precision.param_dtype, device)
     stored = compute if fsdp.model_dtype == "auto" else itemsize(fsdp.model_dtype, device)
     block = shape.block * compute * (1 if ranks == 1 else 2)  # with the buffer of the collective that brings the next
@@ -120,9 +126,9 @@ def frozen_share(shape: ModelShape, fsdp: FSDPConfig, device: str, ranks: int) -
 def trained_share(shape: ModelShape, config: PPOConfig, device: str) -> RankShare:
     """Of the student: FSDP gives a gradient the parameter's precision, AdamW's moments have it too
     (`dp_actor.build_optimizer`); an adapter, and rows trained beside it, are fp32 (`adapter.add_adapter`)."""
-    models, ranks = config.actor_rollout_ref, config.trainer.world_size
+    models = config.actor_rollout_ref
     model, fsdp = models.model, models.actor.fsdp_config
-    ends = shape.ends - shape.hidden
+    ranks, ends = shards(fsdp, config.trainer.world_size), shape.ends - shape.hidden
     frozen = frozen_share(shape, fsdp, device, ranks)
     has_rows = models.rollout.extend_vocab_start_token is not None
     if not model.lora_rank:
@@ -166,11 +172,13 @@ def largest_micro_batch(config: PPOConfig, stage: str) -> Micro:
         by_tokens, most = scoring.log_prob_use_dynamic_bsz, scoring.log_prob_max_token_len_per_gpu
         max_rows = scoring.log_prob_micro_batch_size_per_gpu
     response = max(filter(None, (rollout.horizon.start, rollout.horizon.end)), default=rollout.response_length)
-    rows = max(1, actor.ppo_mini_batch_size * rollout.n // config.trainer.world_size)
+    split = actor.ulysses_sequence_parallel_size
+    rows = max(1, actor.ppo_mini_batch_size * rollout.n // config.data_parallel_size)
     longest = rollout.prompt_length + response - 1  # the last token is predicted and never read
     whole = rows * longest
-    tokens = min(rows, max_rows) * longest if max_rows and not by_tokens else min(most, whole)
-    return Micro(tokens, min(tokens, -(-tokens // longest) * response), tokens == whole)
+    tokens = min(rows, max_rows) * longest if max_rows and not by_tokens else min(most * split, whole)
+    scored = min(tokens, -(-tokens // longest) * response)
+    return Micro(-(-tokens // split), -(-scored // split), tokens == whole)
 
 
 def saved_by_block(shape: ModelShape, tokens: int, compute: int, device: str, adapter: int = 0) -> int:
@@ -274,7 +282,7 @@ def peaks_of_update(
     # In the first micro-batch gradients come block by block, and that of the ends last.
     before, at_end = share.gradients, share.gradients
     if micro.is_only:
-        before, at_end = 0, share.gradients - ends * FP32 // config.trainer.world_size
+        before, at_end = 0, share.gradients - ends * FP32 // shards(fsdp, config.trainer.world_size)
     # Teachers run before the student; their heads and hidden states wait until its own are there.
     asked = [peak_of_scoring(of, its, micro, compute, 0) - its.ends for of, its in teachers.models]
     waiting = sum(micro.scored * of.hidden * compute + its.ends for of, its in teachers.models)

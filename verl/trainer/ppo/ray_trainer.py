@@ -208,7 +208,7 @@ class RayPPOTrainer:
         order = balanced_order(
             lengths if self.config.trainer.balance_batch else [1] * len(lengths),
             mini_batch_rows=models.actor.ppo_mini_batch_size * models.rollout.n,
-            dp_size=self.config.trainer.world_size,
+            dp_size=self.config.data_parallel_size,
         )
         batch.reorder(order)
         return batch

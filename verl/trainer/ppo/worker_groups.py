@@ -103,7 +103,8 @@ class WorkerGroups:
             roles = [role for role, pool_of_role in self.pool_of.items() if pool_of_role == name]
             logger.info("pool %s: %s, for %s", name, pool.describe(), " and ".join(roles))
             classes = {role: RayClassWithInitArgs(worker_classes[role], **arguments_of(role)) for role in roles}
-            group = RayWorkerGroup(pool, classes, name_prefix=name)
+            ranks = self._config.actor_rollout_ref.actor.ulysses_sequence_parallel_size
+            group = RayWorkerGroup(pool, classes, name_prefix=name, ranks_per_share=ranks)
             self._groups.append(group)
             views |= group.spawn(set(roles))
         return views | {role: worker_classes[role](**arguments_of(role)) for role in self._served}

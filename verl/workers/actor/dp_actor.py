@@ -23,6 +23,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from verl.config import DistillConfig, FSDPActorConfig, OptimizerConfig, RefConfig
@@ -209,11 +210,13 @@ class DataParallelPPOActor:
         result = TokenStats(*(torch.zeros(real.shape) for _ in TokenStats._fields))
         rows = ScoredRows(input_ids, data.tensor("attention_mask"), real)
         self.actor_module.eval()
-        for micro in rows.micro_batches(self.scoring_sizes, self.actor_module.packed):
+        for micro in rows.micro_batches(self.scoring_sizes, self.actor_module.packed, self.actor_module.group):
             for values, target in zip(self.actor_module.run(micro, head), result, strict=True):
                 if values is not None and target is not None:
                     target[micro.rows, micro.columns] = values.float().cpu()  # (S,) into (B, R)
         reshard(self.actor_module)
+        for target in (target for target in result if target is not None):
+            self.actor_module.group.add_up(target)
         return result if with_entropy else result._replace(entropy=None)
 
     # ------------------------------------------------------------------ training
@@ -302,9 +305,12 @@ class DataParallelPPOActor:
         rows = ScoredRows(mini.tensor("input_ids"), mini.tensor("attention_mask"), mini_loss.trained)
         scores = torch.zeros(len(UPDATE_SCORES), *mini_loss.trained.shape, device=self.actor_module.device)
         totals: dict[str, torch.Tensor] = {}
-        micros, coef = rows.micro_batches(sizes, self.actor_module.packed), config.router_aux_loss_coef
+        micros = rows.micro_batches(sizes, self.actor_module.packed, self.actor_module.group)
+        coef = config.router_aux_loss_coef
         router_loss = RouterLoss(self.actor_module, micros, coef) if coef else None
-        for micro in micros:
+        for number, micro in enumerate(micros, 1):
+            if isinstance(self.actor_module, FSDPModule):  # copies of the model add up their gradients once
+                self.actor_module.set_requires_all_reduce(number == len(micros))
             part = mini_loss(micro, partial(self.actor_module.run, micro), router_loss)
             # FSDP shards the gradient in every micro-batch: whole ones, added up, would take a model's memory.
             part.loss.backward()
@@ -312,6 +318,7 @@ class DataParallelPPOActor:
             totals = {name: totals[name] + value if totals else value for name, value in values.items()}
             if part.scores is not None:
                 scores[: len(part.scores), micro.rows, micro.columns] = part.scores.float()
+        self.actor_module.group.add_up(scores)
         # By place: all ranks have the same metrics in the same order.
         shares = torch.stack(list(totals.values()))
         dist.all_reduce(shares)

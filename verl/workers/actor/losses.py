@@ -137,6 +137,12 @@ class MiniBatchLoss:
         return MicroLoss(total, metrics, losses[-1].scores)
 
 
+def _add_up(counts: torch.Tensor, config: FSDPActorConfig) -> None:
+    """Counts over all ranks, in place; those of a sequence group have the same rows, which count once."""
+    dist.all_reduce(counts)
+    counts //= config.ulysses_sequence_parallel_size
+
+
 class PolicyLoss:
     """Clipped policy loss, with entropy and KL terms where they are on; arguments as in `MiniBatchLoss`."""
 
@@ -162,7 +168,7 @@ class PolicyLoss:
         if config.use_kl_loss:
             self._known = self._trained & (mini.tensor("ref_log_prob") != config.ref_log_prob_replace_val)
         self.counts = torch.stack([*count_trained(self._trained), *count_trained(self._known)]).to(device)
-        dist.all_reduce(self.counts)
+        _add_up(self.counts, config)
         """Trained tokens, rows with at least one, and the same of those that the reference knows; over all ranks."""
 
     def head(self, micro: MicroBatch) -> Head:
@@ -177,7 +183,7 @@ class PolicyLoss:
     def of(self, micro: MicroBatch, stats: TokenStats) -> MicroLoss:
         """Loss of a micro-batch from the (S,) statistics of its positions."""
         config, device = self._config, stats.log_probs.device
-        # (C,), and (S,) places in it. A row is never split over micro-batches, so its mean can be taken here.
+        # (C,), and (S,) places in it. A row is never split over micro-batches, but over the ranks of a sequence group.
         rows, row_of = micro.rows.unique(return_inverse=True)
         position = (row_of.to(device), micro.columns.to(device))
 
@@ -185,8 +191,12 @@ class PolicyLoss:
             """(S,) to (C, R), 0 elsewhere."""
             return values.new_zeros(len(rows), self._trained.shape[1]).index_put(position, values)
 
+        own = spread(torch.ones_like(stats.log_probs)).bool()
+
         def mean(values: torch.Tensor, mask: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-            return agg_loss(values, mask, config.loss_agg_mode, dist.get_world_size(), *counts)
+            whole = mask[rows].to(device)
+            of_all = (*counts, whole.sum(-1))
+            return agg_loss(values, whole & own, config.loss_agg_mode, dist.get_world_size(), *of_all)
 
         mask, log_prob = self._trained[rows].to(device), spread(stats.log_probs)
         given = {key: values[rows.to(device)] for key, values in self._tensors.items()}
@@ -198,22 +208,24 @@ class PolicyLoss:
             given["old_log_probs"],
             log_prob,
             given["advantages"],
-            mask,
+            own,
             config.loss_agg_mode,
             config,
             given.get("rollout_is_weights"),
             dist.get_world_size(),
-            *self.counts[:2],
+            self.counts[0],
+            self.counts[1],
+            mask.sum(-1),
         )
         metrics["actor/pg_loss"] = loss.detach()
         if config.entropy_coeff != 0:
             assert stats.entropy is not None, "an entropy term needs the entropy"
-            entropy = mean(spread(stats.entropy), mask, self.counts[:2])
+            entropy = mean(spread(stats.entropy), self._trained, self.counts[:2])
             metrics["actor/entropy_loss"] = entropy.detach()
             loss = loss - config.entropy_coeff * entropy
         if config.use_kl_loss:
             divergence = kl_penalty(log_prob, given["ref_log_prob"], config.kl_loss_type)
-            kl_loss = mean(divergence, self._known[rows].to(device), self.counts[2:])
+            kl_loss = mean(divergence, self._known, self.counts[2:])
             metrics["actor/kl_loss"] = kl_loss.detach()
             loss = loss + config.kl_loss_coef * kl_loss
         if not self._gives_scores:
@@ -252,7 +264,7 @@ class DivergenceLoss:
             drawn = mini.tensor("input_ids")[:, -self._trained.shape[1] :]
             self._in_support = self._trained & (~shared[:, None] | (drawn < vocabulary.extend_start))
         self.counts = torch.stack([*count_trained(self._trained), self._in_support.sum()]).to(device)
-        dist.all_reduce(self.counts)
+        _add_up(self.counts, config)
         """Trained tokens, rows with at least one, and trained tokens inside the support; over all ranks."""
         is_reverse_kl = options.kind == REVERSE_KL
         # Times the number of ranks, as the losses: metrics are averaged over ranks at the end.
@@ -270,7 +282,8 @@ class DivergenceLoss:
         groups = []
         for number, (teacher, options) in enumerate(zip(self._teachers, self._options, strict=True)):
             members = self._teacher_of[micro.rows] == number
-            positions = ScoredPositions(self._mini, self._rows, micro.rows[members], micro.columns[members])
+            by_rank = [rows[self._teacher_of[rows] == number] for rows in micro.rows_by_rank]
+            positions = ScoredPositions(self._mini, self._rows, micro.rows[members], micro.columns[members], by_rank)
             # Also without positions: the other ranks' shards of its model wait for this rank.
             log_probs = teacher.log_probs_at(positions, self._temperature)
             groups.append((members.nonzero().flatten().to(self._device), log_probs, options))

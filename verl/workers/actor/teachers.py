@@ -29,7 +29,7 @@ HIDDEN_STATE_HANDLES = "teacher_states"
 
 
 class ScoredPositions(NamedTuple):
-    """Positions that one teacher scores: all scored positions of their rows."""
+    """Positions that one teacher scores: all scored positions of their rows; of split rows, those of this rank."""
 
     batch: DataProto
     layout: ScoredRows
@@ -38,11 +38,13 @@ class ScoredPositions(NamedTuple):
     """(S,) row in the batch."""
     columns: torch.Tensor
     """(S,) position in the response."""
+    rows_by_rank: Sequence[torch.Tensor]
+    """``rows`` of each rank of the sequence group."""
 
     @property
     def distinct_rows(self) -> list[int]:
         """The rows, once each, in the order of the positions, which may differ from that of the batch."""
-        return list(dict.fromkeys(self.rows.tolist()))
+        return list(dict.fromkeys(torch.cat(list(self.rows_by_rank)).tolist()))
 
     @property
     def labels(self) -> torch.Tensor:
@@ -65,7 +67,7 @@ class ModelTeacher:
     """
 
     def __init__(self, module: TokenStatsModel, ids: int, replace_token_id: int | None) -> None:
-        self.module, self.ids, self.packed = module, ids, module.packed
+        self.module, self.ids, self.packed, self.group = module, ids, module.packed, module.group
         self.knows_extended = replace_token_id is None
         self.models = [self]
         """As for a stitched teacher, which has two: the base teacher's first."""
@@ -78,7 +80,8 @@ class ModelTeacher:
 
         The result reads the gathered head: it has to be used before `reshard`.
         """
-        micro = positions.layout.build(positions.distinct_rows, self.packed)
+        shares = [len(rows) for rows in positions.rows_by_rank]
+        micro = positions.layout.build(positions.distinct_rows, self.packed, self.group, shares)
         positions.require_order(micro.rows, micro.columns)
         return LinearTeacher(*self._forward(micro), self.ids, temperature)
 
@@ -105,7 +108,7 @@ class StitchedModelTeacher:
     knows_extended = True
 
     def __init__(self, base: ModelTeacher, own: ModelTeacher) -> None:
-        self.models, self.packed = [base, own], own.packed
+        self.models, self.packed, self.group = [base, own], own.packed, own.group
 
     def log_probs_at(self, positions: ScoredPositions, temperature: float) -> StitchedTeacher:
         """As `ModelTeacher.log_probs_at`."""

@@ -105,7 +105,7 @@ def merge(layers: dict[str, Any], name: str, weight: torch.Tensor) -> torch.Tens
         return weight
     layer = layers[name]
     first, second = (part[ADAPTER].weight.to(weight.device) for part in (layer.lora_A, layer.lora_B))
-    delta: torch.Tensor = second @ first.redistribute(placements=[Replicate()])
+    delta: torch.Tensor = second @ first.redistribute(placements=[Replicate()] * first.device_mesh.ndim)
     return (weight.float() + layer.scaling[ADAPTER] * delta).to(weight.dtype)
 
 

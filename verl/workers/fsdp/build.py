@@ -24,6 +24,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from verl.config import FSDPConfig, HFModelConfig
 from verl.ops.attention import PACKED_SDPA, PACKED_VARLEN, needs_eager
+from verl.ops.sequence_parallel import SequenceGroup
 from verl.single_controller.base import Worker
 from verl.utils.device import get_device_name, resolve_dtype, select_device, warn_of_emulated_bf16
 from verl.weight_sync import hugging_face_name
@@ -38,10 +39,14 @@ EXACT, ROUNDED = 1e-3, 0.1
 """Mean distance in nats, in fp32 and in half precision, up to which log-probs are a model's own."""
 
 
-def join_ranks(worker: Worker, device_setting: str, seed: int) -> tuple[torch.device, DeviceMesh]:
+def join_ranks(worker: Worker, device_setting: str, seed: int, fsdp_size: int = -1) -> tuple[torch.device, DeviceMesh]:
     """Meet the other ranks: this rank's device, and the mesh of all; each gets random numbers of its own from ``seed``.
 
     Roles that share a process share the process group: the first of them makes it.
+
+    Args:
+        fsdp_size: ranks that share the shards of a model, the last dimension of the mesh; the first counts its copies.
+            -1: all, in a mesh of one dimension.
     """
     device_name = get_device_name(device_setting)
     device = select_device(device_name, worker.local_rank)
@@ -52,16 +57,19 @@ def join_ranks(worker: Worker, device_setting: str, seed: int) -> tuple[torch.de
     # With CUDA, tensors on the CPU communicate too: checkpoints need that.
     worker.init_process_group("cpu:gloo,cuda:nccl" if device_name == "cuda" else "gloo")
     torch.manual_seed(seed + worker.rank)
-    return device, init_device_mesh(device_name, (worker.world_size,))
+    if fsdp_size == -1:
+        return device, init_device_mesh(device_name, (worker.world_size,))
+    shape = worker.world_size // fsdp_size, fsdp_size
+    return device, init_device_mesh(device_name, shape, mesh_dim_names=("copies", "shards"))
 
 
 def choose_attention(
-    config: PretrainedConfig, model: HFModelConfig, device_name: str, compute_dtype: torch.dtype
+    config: PretrainedConfig, model: HFModelConfig, device_name: str, compute_dtype: torch.dtype, is_split: bool = False
 ) -> tuple[str, bool]:
     """Name of the attention in transformers' interface, and whether rows are packed, laid end to end.
 
-    Flash-attention where it is installed, else torch's own kernels, or none where a model has more than they compute;
-    packed where rows can be kept apart.
+    Flash-attention where it is installed and rows are not split over ranks, else torch's own kernels, or none where a
+    model has more than they compute; packed where rows can be kept apart.
     ``model.override_config.attn_implementation`` decides where it is set.
 
     Raises:
@@ -76,7 +84,8 @@ def choose_attention(
     if wanted is not None:
         return wanted, packed and (wanted.startswith("flash") or wanted in (PACKED_SDPA, PACKED_VARLEN))
     has_kernels = device_name == "cuda" and compute_dtype in (torch.bfloat16, torch.float16)
-    if has_kernels and is_flash_attn_2_available():  # a package flash_attn alone may be flash-attn-4
+    # A package flash_attn alone may be flash-attn-4.
+    if has_kernels and is_flash_attn_2_available() and not is_split:
         return "flash_attention_2", packed
     if needs_eager(config):
         return "eager", False
@@ -112,6 +121,27 @@ def load_config(path: str, model: HFModelConfig) -> PretrainedConfig:
             logger.warning("%s=%s of %s is set to 0: training and scoring must be the same function", name, value, path)
             setattr(config, name, 0.0)
     return config
+
+
+def require_split(path: str, model: HFModelConfig, ranks: int) -> None:
+    """Check that rows of a model can be split over so many ranks.
+
+    Raises:
+        ValueError: they cannot, or `load_config` or `choose_attention` refuse the model.
+    """
+    config = load_config(path, model)
+    # Whatever the device: without flash-attention rows are packed on all kinds of it, or on none.
+    attention, _ = choose_attention(config, model, "cpu", torch.float32)
+    heads = config.num_attention_heads
+    key_heads = getattr(config, "num_key_value_heads", None) or heads
+    if attention not in (PACKED_SDPA, PACKED_VARLEN):
+        fault = f"its attention is {attention!r}, and what splits rows is built for torch's own, to all earlier tokens"
+    elif heads % ranks or (key_heads % ranks and ranks % key_heads):
+        fault = f"{heads} attention heads with {key_heads} key heads do not divide over the ranks"
+    else:
+        return
+    key = f"actor_rollout_ref.actor.ulysses_sequence_parallel_size={ranks}"
+    raise ValueError(f"{key} cannot split rows of {type(config).__name__}: {fault}; change it, or set it to 1")
 
 
 def _load_on_rank_zero(
@@ -172,7 +202,7 @@ def _shard_model(
 
 
 def build_model(
-    path: str, model: HFModelConfig, fsdp: FSDPConfig, mesh: DeviceMesh, *, trainable: bool
+    path: str, model: HFModelConfig, fsdp: FSDPConfig, mesh: DeviceMesh, split_over: int = 1, *, trainable: bool
 ) -> TokenStatsModel:
     """Load and shard a model; every rank of the mesh takes part.
 
@@ -183,7 +213,8 @@ def build_model(
         path: folder or hub name of the weights and the config.
         model: how to load and run it.
         fsdp: sharding and precision.
-        mesh: the ranks, one dimension; its device is where the model goes.
+        mesh: the ranks, as `join_ranks` gives it; its device is where the model goes.
+        split_over: consecutive ranks that compute the same rows together.
         trainable: whether an optimizer will change it.
 
     Raises:
@@ -208,11 +239,13 @@ def build_model(
     dist.all_gather_object(of_ranks, config.to_json_string())
     if len(set(of_ranks)) > 1:  # a hub's name, of which nodes have other revisions in their caches
         raise ValueError(f"the ranks read different configs of {path}; give a folder that is the same on all nodes")
-    attention, packed = choose_attention(config, model, device_name, compute_dtype)
+    attention, packed = choose_attention(config, model, device_name, compute_dtype, split_over > 1)
+    if split_over > 1:
+        require_split(path, model, split_over)
     disable_progress_bar()  # a worker writes to a log file
     options = {"dtype": storage_dtype, "attn_implementation": attention}
     causal_lm, tensors = _load_on_rank_zero(path, config, model.trust_remote_code, **options)
-    module = TokenStatsModel(causal_lm, packed, offload_activations=offload)
+    module = TokenStatsModel(causal_lm, packed, offload, SequenceGroup.of_size(split_over))
     module.requires_grad_(trainable)
     if has_adapter:
         tensors |= add_adapter(causal_lm, model)
@@ -236,14 +269,16 @@ def _require_own_scores(module: TokenStatsModel, path: str, tolerance: float) ->
     """
     ids, lengths = (torch.arange(12) * 7 % module.num_rows).view(2, 6), (6, 4)
     real = torch.arange(6) < torch.tensor(lengths)[:, None]
-    micro = ScoredRows(ids, real, real[:, 1:]).build([0, 1], module.packed)
+    micro = ScoredRows(ids, real, real[:, 1:]).build([0, 1], module.packed, module.group)
 
     def distance(hidden: torch.Tensor, weight: torch.Tensor, _: torch.Tensor) -> float:
         scores = (hidden.float() @ weight.float().T).log_softmax(dim=-1)
         # Within the forward pass of the root, while FSDP holds the parameters that belong to no block.
         rows = [row[None, :length].to(module.device) for row, length in zip(ids, lengths, strict=True)]
         own = [module.causal_lm(input_ids=row, use_cache=False).logits[0, :-1].float() for row in rows]
-        return float((scores - torch.cat(own).log_softmax(dim=-1)).abs().mean())
+        at = [own[row][column] for row, column in zip(micro.rows, micro.columns, strict=True)]
+        # In a group of more ranks than there are positions some have none.
+        return float((scores - torch.stack(at).log_softmax(dim=-1)).abs().mean()) if at else 0.0
 
     was_training = module.training
     found = module.eval().run(micro, distance)

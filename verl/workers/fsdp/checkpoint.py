@@ -89,11 +89,14 @@ def write_file(path: Path, tensors: Tensors, metadata: dict[str, str] | None = N
 
 
 def copy_shard(tensors: Iterable[tuple[str, torch.Tensor]]) -> Shard:
-    """Copy this rank's slices. A tensor that is not sharded is the same on all ranks, and rank 0 has it."""
+    """Copy this rank's slices; of what several ranks hold, copies of a slice or a whole tensor, the first one does."""
     copies, places = {}, {}
     for key, tensor in tensors:
         local, offset = tensor, [0] * tensor.dim()
         if isinstance(tensor, DTensor):
+            mesh = tensor.device_mesh
+            if mesh.ndim > 1 and mesh.get_local_rank(0) > 0:
+                continue
             # What torch itself asks for a checkpoint: where this shard begins, uneven ones included.
             local, offset = tensor.to_local(), list(tensor.__create_chunk_list__()[0].offsets)
         elif dist.get_rank() > 0:

@@ -110,11 +110,11 @@ class ExtendedRows:
 
 
 def _find_share(parameter: nn.Parameter, extend_start: int) -> _Matrix:
-    assert isinstance(parameter, DTensor) and parameter.placements == (Shard(0),), "student models are sharded by rows"
-    rows = parameter.shape[0]
+    assert isinstance(parameter, DTensor) and parameter.placements[-1] == Shard(0), "student models are sharded by rows"
+    mesh, rows = parameter.device_mesh, parameter.shape[0]
     if not 0 < extend_start < rows:
         raise ValueError(f"extend_vocab_start_token={extend_start} leaves no extended row: the model has {rows} rows")
     # FSDP cuts rows as `torch.chunk` does: equal shares, of which the last ranks may have less or nothing.
-    own, rows_each = parameter.to_local().detach(), -(-rows // parameter.device_mesh.size())
-    first = min(max(extend_start - parameter.device_mesh.get_local_rank() * rows_each, 0), len(own))
+    own, rows_each = parameter.to_local().detach(), -(-rows // mesh.size(mesh.ndim - 1))
+    first = min(max(extend_start - mesh.get_local_rank(mesh.ndim - 1) * rows_each, 0), len(own))
     return _Matrix(parameter, first, own.to("cpu", copy=True))

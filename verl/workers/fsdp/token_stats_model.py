@@ -11,10 +11,17 @@ The head is applied inside the model's forward, so that FSDP2, for which `TokenS
 gathered the parameters that belong to no block: embedding, last norm and head, which may be one tensor with the
 embedding. Blocks are sharded one by one.
 
+Ranks of a sequence group have the same packed rows. On each the decoder gets an equal part of the tokens, wherever rows
+begin, and the head an equal part of the scored positions, whose hidden states are sent to it: its work is shared out
+too where few of many tokens are scored::
+
+    tokens of rank 0  [ prompt        ]          decoder ──┐   ┌─► head at positions 0..S/2
+    tokens of rank 1  [ prompt | s s s s s s ]   decoder ──┴───┴─► head at positions S/2..S
+
 Not here: which positions are scored, which models can take which layout, building the model, optimizer steps.
 
-Letters: B sequences, P prompt, R response, T = P + R, N input tokens of a micro-batch, S scored positions,
-D hidden size.
+Letters: B sequences, P prompt, R response, T = P + R, N input tokens of a micro-batch, S scored positions, in a
+sequence group this rank's own, D hidden size.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,6 +30,7 @@ from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from tensordict import TensorDict
 from torch import nn
 from torch.autograd.graph import save_on_cpu
@@ -31,6 +39,7 @@ from transformers import PreTrainedModel
 
 from verl.config import RefConfig, RolloutConfig
 from verl.ops.attention import PACKED_SDPA
+from verl.ops.sequence_parallel import SequenceGroup
 from verl.protocol import DataProto
 from verl.utils.seqlen_balancing import most_over_ranks, rearrange_micro_batches
 
@@ -45,19 +54,21 @@ class ModelInputs(NamedTuple):
     position_ids: torch.Tensor
     """The same shape; counts from 0 in each row."""
     row_lengths: tuple[int, ...] | None
-    """Tokens of each packed row; None where rows are padded."""
+    """Tokens of each packed row, over all ranks of a sequence group; None where rows are padded."""
     select_index: torch.Tensor
-    """(S,) positions in the flattened ``input_ids`` that predict a scored token."""
+    """(S,) positions in the flattened ``input_ids`` that predict a scored token; in a sequence group any rank's."""
     labels: torch.Tensor
     """(S,) the scored tokens."""
     real: torch.Tensor
     """Bool, in the shape of ``input_ids``: no padding."""
+    exchanged: tuple[list[int], list[int]] | None = None
+    """In a sequence group, how many hidden states go to each rank, and how many come from each."""
 
     def to(self, device: torch.device) -> "ModelInputs":
         """The same on another device."""
-        # In the order of the fields; `row_lengths` alone is no tensor.
-        ids, positions, *rest = (value.to(device) for value in self if isinstance(value, torch.Tensor))
-        return ModelInputs(ids, positions, self.row_lengths, *rest)
+        fields = self._asdict().items()
+        moved: dict[str, Any] = {name: value.to(device) for name, value in fields if isinstance(value, torch.Tensor)}
+        return self._replace(**moved)
 
 
 class MicroBatch(NamedTuple):
@@ -68,10 +79,12 @@ class MicroBatch(NamedTuple):
     """(S,) row in the batch."""
     columns: torch.Tensor
     """(S,) position in the response."""
+    rows_by_rank: Sequence[torch.Tensor]
+    """``rows`` of each rank of the sequence group."""
 
 
 class BatchSizes(NamedTuple):
-    """How large micro-batches may be: by tokens, or else by rows."""
+    """How large micro-batches may be: by tokens, times the ranks of a sequence group, or else by rows."""
 
     max_tokens: int
     max_rows: int | None = None
@@ -82,6 +95,10 @@ class BatchSizes(NamedTuple):
         """Those of passes without training."""
         max_rows = None if config.log_prob_use_dynamic_bsz else config.log_prob_micro_batch_size_per_gpu
         return cls(config.log_prob_max_token_len_per_gpu, max_rows)
+
+
+ALONE = SequenceGroup()
+"""A rank that computes its rows by itself."""
 
 
 class ScoredRows:
@@ -111,7 +128,7 @@ class ScoredRows:
         self.lengths = torch.where(scored, self._prompt_length + last_scored - starts, 0)
         """(B,) input tokens that each row needs; 0 where nothing is scored."""
 
-    def micro_batches(self, sizes: BatchSizes, packed: bool) -> list[MicroBatch]:
+    def micro_batches(self, sizes: BatchSizes, packed: bool, group: SequenceGroup = ALONE) -> list[MicroBatch]:
         """Cut the rows into micro-batches: as many on every rank, because sharded models communicate in each.
 
         A micro-batch with nothing to score, as a rank with few rows may have, holds one arbitrary token. A row longer
@@ -123,14 +140,25 @@ class ScoredRows:
             # (B, T) of as many ones in a row as it needs tokens, which is what the next call counts.
             needed = torch.arange(self.input_ids.shape[1]) < self.lengths[:, None]
             batch = TensorDict({"attention_mask": needed}, batch_size=[len(needed)])
-            parts = rearrange_micro_batches(batch, sizes.max_tokens)[1]
+            parts = rearrange_micro_batches(batch, sizes.max_tokens * group.size)[1]
         else:
             parts = _rectangles(self.lengths.tolist(), sizes.max_tokens)
             parts += [[]] * (most_over_ranks(len(parts)) - len(parts))
-        return [self.build(rows, packed) for rows in parts]
+        return [self.build(rows, packed, group) for rows in parts]
 
-    def build(self, rows: Sequence[int], packed: bool) -> MicroBatch:
-        """The given rows as one micro-batch, in the order given; as in `micro_batches`, never without any token."""
+    def build(
+        self, rows: Sequence[int], packed: bool, group: SequenceGroup = ALONE, shares: Sequence[int] | None = None
+    ) -> MicroBatch:
+        """The given rows as one micro-batch, in the order given; as in `micro_batches`, never without any token.
+
+        Args:
+            group: ranks that have the same rows.
+            shares: scored positions of each rank of it; None: equal shares.
+        """
+        micro = self._build(rows, packed)
+        return micro if group.size == 1 else _part_of(micro, group, shares)
+
+    def _build(self, rows: Sequence[int], packed: bool) -> MicroBatch:
         used = [row for row in rows if self.lengths[row] > 0]
         if not used:
             return no_positions(packed)
@@ -156,13 +184,35 @@ class ScoredRows:
         row_lengths = tuple(lengths) if packed else None
         real = torch.ones_like(input_ids, dtype=torch.bool) if packed else position_ids < self.lengths[used][:, None]
         inputs = ModelInputs(input_ids, position_ids, row_lengths, select_index, labels, real)
-        return MicroBatch(inputs, chosen, columns)
+        return MicroBatch(inputs, chosen, columns, [chosen])
 
 
 def no_positions(packed: bool) -> MicroBatch:
     """A micro-batch of one arbitrary token with nothing to score."""
     token, none = torch.zeros(1, 1, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
-    return MicroBatch(ModelInputs(token, token, (1,) if packed else None, none, none, token.bool()), none, none)
+    inputs = ModelInputs(token, token, (1,) if packed else None, none, none, token.bool())
+    return MicroBatch(inputs, none, none, [none])
+
+
+def _part_of(micro: MicroBatch, group: SequenceGroup, shares: Sequence[int] | None) -> MicroBatch:
+    """This rank's part of a micro-batch of packed rows: of the tokens, padded to equal parts, and of the positions."""
+    inputs, rank, size = micro.inputs, group.rank, group.size
+    assert inputs.row_lengths is not None, "only packed rows are divided; see `build.require_split`"
+    each = -(-inputs.input_ids.shape[1] // size)
+    padding = each * size - inputs.input_ids.shape[1]
+    tokens = (inputs.input_ids, inputs.position_ids, inputs.real)
+    ids, positions, real = (F.pad(values, (0, padding)).split(each, dim=1)[rank] for values in tokens)
+    lengths = (*inputs.row_lengths, padding) if padding else inputs.row_lengths
+    rows_by_rank = micro.rows.tensor_split(size) if shares is None else micro.rows.split(list(shares))
+    # (S of all ranks,): whose token gives a position's hidden state, and whose head takes it. Positions ascend, so both
+    # do, and what comes from all ranks, one after the other, is in order.
+    giver = inputs.select_index // each
+    taker = torch.arange(size).repeat_interleave(torch.tensor([len(rows) for rows in rows_by_rank]))
+    given, taken = giver == rank, taker == rank
+    exchanged = (taker[given].bincount(minlength=size).tolist(), giver[taken].bincount(minlength=size).tolist())
+    select_index = inputs.select_index[given] - rank * each
+    part = ModelInputs(ids, positions, lengths, select_index, inputs.labels[taken], real, exchanged)
+    return MicroBatch(part, micro.rows[taken], micro.columns[taken], rows_by_rank)
 
 
 def _rectangles(lengths: list[int], max_tokens: int) -> list[list[int]]:
@@ -197,12 +247,19 @@ class TokenStatsModel(nn.Module):
         causal_lm: a Hugging Face causal language model with a linear head without bias; it may scale its logits.
         packed: its attention keeps rows apart that are laid end to end; else inputs are padded rows.
         offload_activations: keep what the decoder saves for backward in host memory.
+        group: the ranks that compute the same rows together.
 
     Raises:
         ValueError: the head does more to the hidden states than one matrix product.
     """
 
-    def __init__(self, causal_lm: PreTrainedModel, packed: bool = True, offload_activations: bool = False) -> None:
+    def __init__(
+        self,
+        causal_lm: PreTrainedModel,
+        packed: bool = True,
+        offload_activations: bool = False,
+        group: SequenceGroup = ALONE,
+    ) -> None:
         super().__init__()
         head, config = causal_lm.get_output_embeddings(), causal_lm.config
         cap, faults = getattr(config, "final_logit_softcapping", None), []
@@ -220,6 +277,7 @@ class TokenStatsModel(nn.Module):
         self.causal_lm: PreTrainedModel = causal_lm
         self.packed: bool = packed
         self.offload_activations: bool = offload_activations
+        self.group: SequenceGroup = group
         # Cohere multiplies its logits, Granite divides them.
         self._scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
 
@@ -251,6 +309,8 @@ class TokenStatsModel(nn.Module):
             )
         # Outside the block: what a head saves, such as a gradient (V, D), stays on the device.
         hidden = output.last_hidden_state.flatten(0, 1)[inputs.select_index]  # (S, D)
+        if inputs.exchanged is not None:
+            hidden = self.group.exchange(hidden, *inputs.exchanged)
         if self._scale != 1.0:  # scaled states give scaled logits
             hidden = hidden * self._scale
         result = head(hidden, self.causal_lm.get_output_embeddings().weight, inputs.labels)
@@ -262,12 +322,13 @@ class TokenStatsModel(nn.Module):
         """Arguments that tell the attention function where rows begin; flash kernels have their own form."""
         if row_lengths is None:
             return {}
+        group = {"sequence_group": self.group} if self.group.size > 1 else {}
         if self.causal_lm.config._attn_implementation == PACKED_SDPA:
-            return {"row_lengths": row_lengths}
+            return {"row_lengths": row_lengths, **group}
         # Flash kernels take int32 alone.
         ends = torch.tensor((0, *row_lengths)).cumsum(0).to(device=self.device, dtype=torch.int32)
         longest = max(row_lengths)
-        return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
+        return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest, **group}
 
 
 # ------------------------------------------------------------------ shards

@@ -10,9 +10,9 @@ REPO = Path(__file__).resolve().parents[2]
 FOLDERS = ("verl", "recipe", "experiments", "examples", "benchmarks", "scripts", "tests")
 FILES = sorted(path for top in FOLDERS for path in (REPO / top).rglob("*.py"))
 MAX_LINES, MAX_FUNCTION_LINES = 400, 60
-BUDGETS = {"verl": 10570, "recipe": 2560, "tests": 15670}
+BUDGETS = {"verl": 11950, "recipe": 2670, "tests": 17250}
 """Code lines of each part; a new capability may raise its part's, in the change that adds it."""
-MAX_MODULES = 105
+MAX_MODULES = 110
 """Of ``verl/``."""
 
 

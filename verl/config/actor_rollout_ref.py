@@ -72,8 +72,7 @@ class FSDPConfig:
     reshard_after_forward: bool = True
     """Free gathered parameters after each block's forward pass: less memory, one more gather in backward."""
     fsdp_size: int = -1
-    """Ranks that a model is sharded over: each run of so many holds a copy, and sends the others gradients alone. With
-    the GPUs of a node parameters are gathered within nodes. -1: all ranks."""
+    """Ranks that share a copy of the model, such as those of a node; copies exchange gradients alone. -1: all ranks."""
     model_dtype: Precision = "auto"
     """Precision of the stored parameters; ``auto``: fp32 for a trained model, that of compute for a frozen one."""
     mixed_precision: MixedPrecisionConfig = field(default_factory=MixedPrecisionConfig)
@@ -103,9 +102,8 @@ class FSDPActorConfig:
     ppo_max_token_len_per_gpu: Count = 16384
     """Most tokens of one micro-batch on one rank."""
     ulysses_sequence_parallel_size: Count = 1
-    """Ranks that compute the same rows together, each a part of their tokens, so that a row may have that many times
-    ``ppo_max_token_len_per_gpu``; of the student and of teachers. It has to divide the ranks and the model's attention
-    heads, and its key heads or these it. 1: every rank has rows of its own."""
+    """Ranks that compute the same rows together, each a part of their tokens, in the student and in teachers; divides the
+    ranks and the attention heads, and is divided by the key heads or divides them. 1: every rank has its own rows."""
     ppo_epochs: Count = 1
     """Passes over a batch."""
     clip_ratio: float = 0.2

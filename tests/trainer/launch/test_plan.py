@@ -63,6 +63,8 @@ def test_weights_gradients_and_moments_by_hand(folder: Path) -> None:
     # In fp32 over two ranks, gathered in bf16; a block while the next one's buffer is there.
     half = WEIGHTS * 4 // 2
     assert trained_share(shape, config, "cuda") == RankShare(half, half, 2 * half, 800 * 4 // 2, 808 * 2, 2 * 600 * 2)
+    copies = ["trainer.n_gpus_per_node=4", "actor_rollout_ref.actor.fsdp_config.fsdp_size=2"]
+    assert trained_share(shape, settings(folder, *copies), "cuda") == trained_share(shape, config, "cuda")
     config = settings(folder, "actor_rollout_ref.model.lora_rank=4")
     adapter = 4 * ADAPTED * 4
     assert trained_share(shape, config, "cuda")[:3] == (WEIGHTS * 2 + adapter, adapter, 2 * adapter)
@@ -84,6 +86,9 @@ def test_the_largest_micro_batch(folder: Path) -> None:
         largest_micro_batch(settings(folder, *sizes, *more), "update") for more in ([], ["trainer.n_gpus_per_node=4"])
     ]
     assert of == [(8 * 100, 8 * 41, True), (2 * 100, 2 * 41, True)]
+    shared = ["trainer.n_gpus_per_node=4", "actor_rollout_ref.actor.ulysses_sequence_parallel_size=2"]
+    # Two ranks compute four rows together.
+    assert largest_micro_batch(settings(folder, *sizes, *shared), "update") == (200, 82, True)
     tokens = "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=250"
     rows = "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=2"
     of = [largest_micro_batch(settings(folder, *sizes, word), "update") for word in (tokens, rows)]

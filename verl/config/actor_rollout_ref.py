@@ -102,8 +102,8 @@ class FSDPActorConfig:
     ppo_max_token_len_per_gpu: Count = 16384
     """Most tokens of one micro-batch on one rank."""
     ulysses_sequence_parallel_size: Count = 1
-    """Ranks that compute the same rows together, each a part of their tokens, in the student and in teachers; divides the
-    ranks and the attention heads, and is divided by the key heads or divides them. 1: every rank has its own rows."""
+    """Ranks that compute the same rows together, each a part of their tokens, in student and teachers; it divides ranks
+    and attention heads, and divides the key heads or is divided by them. 1: every rank has rows of its own."""
     ppo_epochs: Count = 1
     """Passes over a batch."""
     clip_ratio: float = 0.2

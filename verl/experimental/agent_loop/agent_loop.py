@@ -21,7 +21,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
@@ -135,18 +135,18 @@ class AgentLoopManager:
             remote.check_alive()
 
     def generate_sequences(self, prompts: DataProto) -> DataProto:
-        """Answer every prompt.
+        """Answer every prompt: `begin` and `collect` in one."""
+        return self.collect(self.begin(prompts))
+
+    def begin(self, prompts: DataProto) -> "Generation":
+        """Have every prompt answered; returns at once. No weight sync may come before ``collect`` has returned.
 
         Args:
             prompts: ``uid`` and ``raw_prompt`` or ``prompt_ids`` per row; ``meta_info`` with ``global_steps``,
                 ``validate`` and, where answers are cut before R tokens, ``horizon``.
 
-        Returns:
-            The rollout's new keys, in the order of ``prompts``; ``meta_info["weight_version"]`` of what wrote them.
-
         Raises:
-            WorkerError: an engine or a worker failed, a prompt or an agent name cannot be used (``by_user``), there is
-                no space for the prompts, or samples come from other weights than the last sync's.
+            WorkerError: there is no space for the prompts.
         """
         seeds = sample_seeds(self.rollout.seed, prompts)
         meta_info = {key: prompts.meta_info.get(key) for key in ("validate", "horizon")}
@@ -158,18 +158,31 @@ class AgentLoopManager:
                 worker.actor.generate_sequences.remote(rows.slice(first, end)): worker
                 for worker, first, end in zip(self._workers, starts, starts[1:], strict=False)
             }
-        buffer = RowBuffer(len(rows))
-        for number, part in self._actors.as_they_come(calls, "generate", watch=self._check_run):
-            buffer.put(starts[number], part)
+        return Generation(calls, starts, self.weight_version)
+
+    def collect(self, generation: "Generation") -> DataProto:
+        """Wait for what `begin` began.
+
+        Returns:
+            The rollout's new keys, in the order of the prompts; ``meta_info["weight_version"]`` of what wrote them.
+
+        Raises:
+            WorkerError: an engine or a worker failed, a prompt or an agent name cannot be used (``by_user``), or
+                samples come from other weights than those of the last sync before they were begun.
+        """
+        buffer = RowBuffer(generation.starts[-1])
+        for number, part in self._actors.as_they_come(generation.calls, "generate", watch=self._check_run):
+            buffer.put(generation.starts[number], part)
             del part  # before the next one comes
         generated = buffer.take()
         measured = generated.meta_info["metrics"]
+        generation.seconds = max(measured["call_s"])
         versions = set(measured["weight_version"])
         # Before the first sync the engines sample from the model that they loaded.
-        if self.weight_version is not None and versions != {self.weight_version}:
+        if generation.version is not None and versions != {generation.version}:
             raise RolloutError(
                 f"the engines sampled from weights of versions {sorted(versions)} after the sync of version "
-                f"{self.weight_version}"
+                f"{generation.version}"
             )
         metrics = batch_metrics(measured, self.rollout.multi_turn.tool_config_path is not None)
         generated.meta_info = {"metrics": metrics, "weight_version": min(versions)}
@@ -225,6 +238,20 @@ class AgentLoopManager:
         """Wait for one call per replica."""
         waiting = dict(zip(calls, self._replicas, strict=True))
         list(self._actors.as_they_come(waiting, task, watch=self._check_run, timeout_s=self.rollout.timeout_s))
+
+
+@dataclass
+class Generation:
+    """A batch that workers are answering."""
+
+    calls: Mapping[Any, Remote]
+    starts: Sequence[int]
+    """First row of each call, and the number of all rows."""
+    version: int | None
+    """Of the weights when it began; None: those that the engines loaded."""
+    began_s: float = field(default_factory=time.time)
+    seconds: float = 0.0
+    """It took so long, by its workers' clocks; known once it is collected."""
 
 
 # ------------------------------------------------------------------ where replicas and workers run

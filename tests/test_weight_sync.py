@@ -105,7 +105,7 @@ def test_the_next_bucket_is_exported_while_engines_load_and_all_are_released(fai
         send_weights(student, [engine], [(0,)], wait, 7)
     expected = ["start_weight_update", "export 0", "wait: begin a weight sync"]
     for index in range(3):
-        expected += [f"update_weights {{'path': {index}}}"] + [f"export {index + 1}"] * (index < 2)
+        expected += [f"update_weights {{'path': {index}}} None"] + [f"export {index + 1}"] * (index < 2)
         expected += [f"wait: load weight bucket {index} of version 7"]
     end = [] if fails else ["finish_weight_update 7", "wait: finish the weight sync of version 7"]
     done = expected[: expected.index(f"wait: {fails}") + 1] if fails else expected

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from support.tiny_workers import load_plain, worker_config, write_model
 
 from verl import weight_sync
-from verl.weight_sync import WeightExporter, bucket_for, send_weights
+from verl.weight_sync import WeightExporter, as_file, bucket_for, send_weights
 from verl.workers.model_workers import StudentWorker
 
 
@@ -61,6 +61,21 @@ def test_buckets_hold_every_tensor_once_and_no_more_than_fits(
     plain = dict(load_plain(folder).named_parameters())
     for name, value in found.items():
         assert torch.equal(value, plain[name].to(dtype)), name
+
+
+def test_engines_apart_read_what_one_rank_has_stored(student: StudentWorker, tmp_path: Path) -> None:
+    """A bucket of theirs, as a file, is that of the engines beside, to the byte."""
+    exporter, stored = student._exporter, list[Any]()
+    beside = exporter.export(0)
+    content = Path(beside.pop("path")).read_bytes()
+    exporter.release()
+    assert exporter.store(0, None) is None, "other ranks take part in gathering alone"
+    apart = exporter.store(0, lambda value: stored.append(value) or "handle")
+    assert apart == beside | {"stored": "handle"}
+    with as_file(apart, stored[0]) as bucket:
+        assert Path(bucket["path"]).read_bytes() == content
+    assert not Path(bucket["path"]).exists()
+    exporter.release()
 
 
 def test_where_shared_memory_is_full_a_file_on_disk_is_used(

@@ -40,7 +40,8 @@ class TrainerConfig:
     rollout_nnodes: Count | None = None
     """Machines of engines with GPUs of their own; null: engines run beside the student's ranks."""
     rollout_n_gpus_per_node: Count | None = None
-    """GPUs of engines on each of these machines (on CPU: engines); goes with ``rollout_nnodes``."""
+    """GPUs of engines on each of these machines (on CPU: engines, in place of ``rollout.cpu_engines``); goes with
+    ``rollout_nnodes``."""
     max_staleness: Annotated[int, Field(ge=0)] = 0
     """How many steps the weights that wrote an answer may be behind those that it trains. 0: engines and ranks take
     turns. 1: engines write the next batch while this one trains. More: they get weights once in so many steps, which

@@ -104,6 +104,7 @@ class AgentLoopManager:
             self.rollout,
             stop_at_extended_token=self.config.stops_at_extended,
             free_cache_engine=self._frees_memory,
+            cpu_engines=self.config.trainer.rollout_n_gpus_per_node or self.rollout.cpu_engines,
         )
         if self._frees_memory:
             # A sync comes before the first answer, and brings all weights: vLLM need not read them.

@@ -82,8 +82,8 @@ class RolloutQueue:
         self._ahead: list[_Batch] = []
         self._metrics: Metrics = {}
         """Of the step so far."""
-        self._free_since = time.time()
-        """When the engines had answered all they were asked."""
+        self._free_since = 0.0
+        """When the engines had answered all they were asked, by ``time.time()``."""
 
     @property
     def is_low(self) -> bool:
@@ -97,7 +97,7 @@ class RolloutQueue:
             done: steps that were taken.
         """
         self._restore(done)
-        stream = self._stream.batches()
+        stream, self._free_since = self._stream.batches(), time.time()
         for step in itertools.count(done + 1):
             if self.is_low:
                 self._add_s("train/wait_s", time.time() - self._free_since)

@@ -125,9 +125,9 @@ def end_after(trainer: RayPPOTrainer, seconds: float) -> None:
     """Let a trainer end with the step in which its steps, validation not counted, have taken this long."""
     train_step, spent = trainer.train_step, 0.0
 
-    def timed_step(prompts: DataProto) -> dict[str, float]:
+    def timed_step(batch: DataProto) -> dict[str, float]:
         nonlocal spent
-        metrics = train_step(prompts)
+        metrics = train_step(batch)
         spent += metrics["timing_s/step"]
         if spent >= seconds:
             trainer.total_steps = trainer.global_steps

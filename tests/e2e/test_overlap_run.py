@@ -67,13 +67,16 @@ def test_a_run_killed_with_a_batch_in_flight_goes_on_as_the_run_that_never_was_w
 
 
 def test_vllm_in_a_pool_of_its_own_learns_one_step_behind(tiny_pair: Pair, tmp_path: Path) -> None:
-    steps = 8
+    steps = 10
     changes = {
+        "actor_rollout_ref.actor.ppo_mini_batch_size": 16,
+        "data.max_response_length": 32,
+        "data.train_batch_size": 16,
         "actor_rollout_ref.actor.optim.lr": 1e-3,
         "actor_rollout_ref.actor.optim.lr_scheduler_type": "constant",
         "actor_rollout_ref.rollout.calculate_log_probs": True,
         "actor_rollout_ref.rollout.weight_sync_bucket_mb": 1,
-        "algorithm.rollout_correction.rollout_is": "token",
+        "algorithm.distill.objective": "exact",
         "data.val_files": write_onerec_parquet(tmp_path / "val.parquet", 32),
         "trainer.device": "cpu",
         "trainer.max_staleness": 1,
@@ -84,17 +87,17 @@ def test_vllm_in_a_pool_of_its_own_learns_one_step_behind(tiny_pair: Pair, tmp_p
         "trainer.timeline": True,
         "trainer.val_before_train": True,
     }
-    env = script_env(tiny_pair, write_onerec_parquet(tmp_path / "train.parquet", 8 * steps))
+    env = script_env(tiny_pair, write_onerec_parquet(tmp_path / "train.parquet", 16 * steps))
     done = launch(tmp_path / "run", small_run("vllm", 1, steps, **changes), env)
     assert done.returncode == 0, done.output[-6000:]
     assert "pool rollout: 1 rank(s) on 1 node(s)" in done.output and "biased:" not in done.output
     assert done.series("staleness/max") == [0] + [1] * (steps - 1)
     before, after = done.series("val/reverse_kl")
     assert after < before
-    gaps, kls = done.series("training/rollout_log_probs_diff_max"), done.series("rollout_corr/kl")
+    gaps = done.series("training/rollout_log_probs_diff_max")
     assert gaps[0] < 1e-4, "the first batch is written by the weights that it trains"
     assert min(gaps[1:]) > 1e-3, "later ones by those before the last update"
-    assert max(map(abs, kls[1:])) < 0.5
+    assert len(done.series("rollout_corr/kl")) == steps
     # One of each step's answers: written while the step before it was in its update.
     events = json.loads((tmp_path / "run" / "timeline.json").read_text().rstrip(",\n") + "]")
     spans = [(event["name"], event["ts"], event["ts"] + event["dur"]) for event in events if event["ph"] == "X"]

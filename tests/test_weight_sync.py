@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from support.tiny_workers import load_plain, worker_config, write_model
 
 from verl import weight_sync
-from verl.weight_sync import WeightExporter, bucket_for, send_weights
+from verl.weight_sync import WeightExporter, as_file, bucket_for, send_weights
 from verl.workers.model_workers import StudentWorker
 
 
@@ -63,6 +63,21 @@ def test_buckets_hold_every_tensor_once_and_no_more_than_fits(
         assert torch.equal(value, plain[name].to(dtype)), name
 
 
+def test_engines_apart_read_what_one_rank_has_stored(student: StudentWorker, tmp_path: Path) -> None:
+    """A bucket of theirs, as a file, is that of the engines beside, to the byte."""
+    exporter, stored = student._exporter, list[Any]()
+    beside = exporter.export(0)
+    content = Path(beside.pop("path")).read_bytes()
+    exporter.release()
+    assert exporter.store(0, None) is None, "other ranks take part in gathering alone"
+    apart = exporter.store(0, lambda value: stored.append(value) or "handle")
+    assert apart == beside | {"stored": "handle"}
+    with as_file(apart, stored[0]) as bucket:
+        assert Path(bucket["path"]).read_bytes() == content
+    assert not Path(bucket["path"]).exists()
+    exporter.release()
+
+
 def test_where_shared_memory_is_full_a_file_on_disk_is_used(
     student: StudentWorker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -105,7 +120,7 @@ def test_the_next_bucket_is_exported_while_engines_load_and_all_are_released(fai
         send_weights(student, [engine], [(0,)], wait, 7)
     expected = ["start_weight_update", "export 0", "wait: begin a weight sync"]
     for index in range(3):
-        expected += [f"update_weights {{'path': {index}}}"] + [f"export {index + 1}"] * (index < 2)
+        expected += [f"update_weights {{'path': {index}}} None"] + [f"export {index + 1}"] * (index < 2)
         expected += [f"wait: load weight bucket {index} of version 7"]
     end = [] if fails else ["finish_weight_update 7", "wait: finish the weight sync of version 7"]
     done = expected[: expected.index(f"wait: {fails}") + 1] if fails else expected

@@ -12,9 +12,11 @@
 
 A bucket has ``names`` and ``shapes`` of its tensors and says where they are. On the CPU: ``path`` of a safetensors file
 in shared memory. On CUDA: ``dtype_names`` and ``ipc_handles``, through which an engine on the same GPU reads the
-tensors where they lie. Every rank exports every bucket, in order, because each tensor is gathered from all of them.
-Names are Hugging Face's; a tensor shared by embedding and head appears once, as the embedding. An adapter is sent as
-part of the weights that it changes. The driver passes references to buckets, never weights.
+tensors where they lie. For engines apart from the ranks: ``stored``, a handle to the content of such a file in Ray's
+object store, which brings it to every node once, where each engine makes a file of it. Every rank exports every bucket,
+in order, because each tensor is gathered from all of them. Names are Hugging Face's; a tensor shared by embedding and
+head appears once, as the embedding. An adapter is sent as part of the weights that it changes. The driver passes
+references to buckets, never weights.
 
 Not here: how calls are waited for (the caller).
 """
@@ -24,19 +26,21 @@ import shutil
 import tempfile
 from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from verl.utils.device import dtype_name, get_device_uuid, release_cached_memory, synchronize
-from verl.utils.durable_files import make_owned_folder, remove_abandoned
+from verl.utils.durable_files import OwnedFolder, make_owned_folder, remove_abandoned
 
 logger = logging.getLogger(__name__)
 
@@ -63,21 +67,27 @@ def send_weights(
     Args:
         student: the worker group; its lists have one entry per rank.
         engines: handles of rollout replicas; as with a Ray actor, ``engine.method.remote(...)`` starts a call.
-        ranks_beside: per engine the ranks whose export it reads: on CUDA those on its GPUs, on CPU all of its node.
+        ranks_beside: per engine the ranks whose export it reads: on CUDA those on its GPUs, on CPU all of its node. All
+            empty: the engines are apart.
         wait: ``wait(task, calls)`` waits for calls that were started, one per engine; ``task`` is for its errors.
         version: number of these weights; engines stamp their answers with it.
     """
+    export = student.export_weight_bucket if any(ranks_beside) else student.store_weight_bucket
     starts = [engine.start_weight_update.remote() for engine in engines]
     try:
-        exports = student.export_weight_bucket(0)
+        exports = export(0)
         count = student.num_weight_buckets()
         wait("begin a weight sync", starts)
         for index in range(count):
             exported = exports()
-            buckets = [bucket_for(ranks, exported) for ranks in ranks_beside]
-            loads = [engine.update_weights.remote(bucket) for engine, bucket in zip(engines, buckets, strict=True)]
+            buckets = [bucket_for(ranks or (0,), exported) for ranks in ranks_beside]
+            loads = [
+                # As an argument of its own a handle becomes its value on the engine's node.
+                engine.update_weights.remote(bucket, bucket.pop("stored", None))
+                for engine, bucket in zip(engines, buckets, strict=True)
+            ]
             if index + 1 < count:
-                exports = student.export_weight_bucket(index + 1)
+                exports = export(index + 1)
             wait(f"load weight bucket {index} of version {version}", loads)
     finally:
         # After a failure too: a bucket is GPU memory, or a file in shared memory.
@@ -94,7 +104,7 @@ def bucket_for(ranks: Sequence[int], exports: Sequence[Bucket | None]) -> Bucket
     """
     first, *others = [export for export in (exports[rank] for rank in ranks) if export is not None]
     if "ipc_handles" not in first:
-        return first
+        return dict(first)
     # Per tensor one mapping from a GPU's uuid to its handle, joined over the ranks.
     by_tensor = zip(first["ipc_handles"], *(export["ipc_handles"] for export in others), strict=True)
     return {**first, "ipc_handles": [dict(ChainMap(*of_tensor)) for of_tensor in by_tensor]}
@@ -162,13 +172,27 @@ class WeightExporter:
         Raises:
             RuntimeError: with the bucket's number and what went wrong.
         """
+        return self._export(index, self._share)
+
+    def store(self, index: int, put: Callable[[Any], Any] | None) -> Bucket | None:
+        """As ``export``, for engines that are apart: the rank with ``put``, of an object store, gives the bucket."""
+
+        def share(index: int, tensors: dict[str, torch.Tensor]) -> Bucket:
+            assert put is not None
+            stored = [put(np.frombuffer(save(tensors), dtype=np.uint8))]  # of an array no engine makes a copy
+            self._exported[index] = stored.clear
+            return {"stored": stored[0]}
+
+        return self._export(index, share if put else None)
+
+    def _export(self, index: int, share: Callable[[int, dict[str, torch.Tensor]], Bucket] | None) -> Bucket | None:
         self._free(index - 1)
         try:
-            tensors = self._gather(self._buckets[index])
-            if self._share is None:
+            tensors = self._gather(self._buckets[index], keeps=share is not None)
+            if share is None:
                 return None
             shapes = [list(tensor.shape) for tensor in tensors.values()]
-            return {"names": list(tensors), "shapes": shapes, **self._share(index, tensors)}
+            return {"names": list(tensors), "shapes": shapes, **share(index, tensors)}
         except Exception as error:
             raise RuntimeError(f"weight bucket {index}: {type(error).__name__}: {error}") from error
 
@@ -183,8 +207,8 @@ class WeightExporter:
         for index in [index for index in self._exported if index < end]:
             self._exported.pop(index)()
 
-    def _gather(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Whole tensors by name, where this rank shares them."""
+    def _gather(self, names: Sequence[str], keeps: bool) -> dict[str, torch.Tensor]:
+        """Whole tensors by name, where this rank ``keeps`` them."""
         weights = named_weights(self._module)
         tensors: dict[str, torch.Tensor] = {}
         for group in _fill_buckets({name: weights[name] for name in names}, self._dtype.itemsize, GATHER_BYTES):
@@ -193,17 +217,12 @@ class WeightExporter:
             on_device = {name: weights[name].detach().to(self._device) for name in group}
             shards = [self._merge(name, shard).to(self._dtype) for name, shard in on_device.items()]
             whole = _gather_together(shards)  # contiguous, for safetensors refuses other layouts
-            if self._share:
+            if keeps:
                 tensors |= zip(group, whole, strict=True)
         return tensors
 
     def _share_file(self, index: int, tensors: dict[str, torch.Tensor]) -> Bucket:
-        """In a folder that only this user may read: in shared memory if it fits, else among temporary files."""
-        num_bytes, parent = sum(tensor.nbytes for tensor in tensors.values()), SHARED_MEMORY
-        if not parent.is_dir() or shutil.disk_usage(parent).free < 1.1 * num_bytes:
-            parent = Path(tempfile.gettempdir())
-            logger.warning("%s is too full for %.0f MiB of weights; using %s", SHARED_MEMORY, num_bytes / 2**20, parent)
-        folder = make_owned_folder(parent, FOLDER_PREFIX)
+        folder = _bucket_folder(sum(tensor.nbytes for tensor in tensors.values()))
         self._exported[index] = folder.remove
         path = str(folder.path / f"bucket-{index}.safetensors")
         save_file(tensors, path)
@@ -218,6 +237,15 @@ class WeightExporter:
         synchronize("cuda")  # engines may read at once
         self._exported[index] = tensors.clear
         return {"dtype_names": [dtype_name(self._dtype)] * len(tensors), "ipc_handles": handles}
+
+
+def _bucket_folder(num_bytes: int) -> OwnedFolder:
+    """A folder that only this user may read: in shared memory if so much fits, else among temporary files."""
+    parent = SHARED_MEMORY
+    if not parent.is_dir() or shutil.disk_usage(parent).free < 1.1 * num_bytes:
+        parent = Path(tempfile.gettempdir())
+        logger.warning("%s is too full for %.0f MiB of weights; using %s", SHARED_MEMORY, num_bytes / 2**20, parent)
+    return make_owned_folder(parent, FOLDER_PREFIX)
 
 
 def _fill_buckets(weights: dict[str, nn.Parameter], itemsize: int, bucket_bytes: int) -> list[list[str]]:
@@ -261,6 +289,21 @@ def _gather_together(shards: Sequence[Any]) -> list[torch.Tensor]:
 def weight_shapes(model: torch.nn.Module) -> WeightShapes:
     """What a sync has to bring for this model."""
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+@contextmanager
+def as_file(bucket: Mapping[str, Any], content: np.ndarray | None) -> Iterator[Mapping[str, Any]]:
+    """A bucket that can be read for the time of the block: with ``content`` (bytes), it names a file that holds it."""
+    if content is None:
+        yield bucket
+        return
+    folder = _bucket_folder(content.nbytes)
+    try:
+        path = folder.path / "bucket.safetensors"
+        content.tofile(path)
+        yield {**bucket, "path": str(path)}
+    finally:
+        folder.remove()
 
 
 def bucket_tensors(update_info: Mapping[str, Any], device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:

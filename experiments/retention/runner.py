@@ -19,6 +19,7 @@ from recipe.onpolicy_distill.quickstart.distillation import EXACT_MATCH
 from recipe.onpolicy_distill.quickstart.scoreboard import score
 from recipe.onpolicy_distill.scoreboard import measures
 from verl.config.best_rule import metric_value
+from verl.protocol import DataProto
 from verl.trainer.launch.checks import check_run
 from verl.trainer.launch.typed import load_config
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer
@@ -124,9 +125,9 @@ def end_after(trainer: RayPPOTrainer, seconds: float) -> None:
     """Let a trainer end with the step in which its steps, validation not counted, have taken this long."""
     train_step, spent = trainer.train_step, 0.0
 
-    def timed_step(rows: dict[str, Any]) -> dict[str, float]:
+    def timed_step(batch: DataProto) -> dict[str, float]:
         nonlocal spent
-        metrics = train_step(rows)
+        metrics = train_step(batch)
         spent += metrics["timing_s/step"]
         if spent >= seconds:
             trainer.total_steps = trainer.global_steps

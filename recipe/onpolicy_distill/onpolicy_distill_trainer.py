@@ -138,9 +138,9 @@ class RayOnPolicyDistillTrainer(RayPPOTrainer):
             # Every rank takes part in gathering a head; rank 0 alone returns it.
             self.actor_wg.fetch_heads({role: self.role_groups[role].export_heads()[0] for role in roles})
 
-    def prepare(self, rows: dict[str, Any], *, n: int, validate: bool = False) -> DataProto:
+    def prepare(self, rows: dict[str, Any], *, n: int, validate: bool = False, step: int | None = None) -> DataProto:
         """As in the base class; with several teachers also which of them each row has (B,)."""
-        batch, distill = super().prepare(rows, n=n, validate=validate), self.config.algorithm.distill
+        batch, distill = super().prepare(rows, n=n, validate=validate, step=step), self.config.algorithm.distill
         if not distill.teachers:
             return batch
         sources = [str(source) for source in batch.array("source")]

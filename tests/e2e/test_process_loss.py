@@ -22,7 +22,7 @@ from support.in_process_run import settings
 from support.launch import metrics_by_step, write_onerec_parquet
 
 from recipe.onpolicy_distill.main_onpolicy_distill import build_trainer
-from verl.experimental.agent_loop import agent_loop as manager_module
+from verl.experimental.agent_loop import actors as actors_module
 from verl.trainer.launch import run as module
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]  # five starts, each a minute on a busy machine
@@ -100,7 +100,7 @@ def test_a_run_that_loses_processes_in_every_stage_names_them_and_goes_on(
         "trainer.total_training_steps": STEPS,
     }
     config = settings(tiny_pair, train, tmp_path / "run", **changes)
-    monkeypatch.setattr(manager_module, "SHUTDOWN_S", 2.0)  # what a stopped engine costs
+    monkeypatch.setattr(actors_module, "SHUTDOWN_S", 2.0)  # what a stopped engine costs
     reported: list[tuple[float, str]] = []
     monkeypatch.setattr(module, "report", lambda text: reported.append((time.monotonic(), text)))
     for restarts, loss in enumerate(LOSSES):

@@ -13,7 +13,7 @@ import pytest
 REPO = Path(__file__).resolve().parents[2]
 FAMILIES = (
     "actor|distill|distill_teacher|advantage|advantage_teacher|critic|val|val-core|reward_extra|val_reward_extra|val_agent_loop"
-    "|training|rollout_corr|agent_loop|perf|timing_s|timing_per_token_ms|response_length|prompt_length|num_turns|rollout|keep"
+    "|training|train|staleness|rollout_corr|agent_loop|perf|timing_s|timing_per_token_ms|response_length|prompt_length|num_turns|rollout|keep"
 )
 METRIC = re.compile(rf"(?:{FAMILIES})(?:/\w+)+")
 BEGINNING = re.compile(rf"(?:{FAMILIES})/[\w/]*")

@@ -120,7 +120,8 @@ def metrics_by_step(folder: Path, steps: int) -> dict[int, dict[str, float]]:
     """A run's metrics, every step once, without timings, restarts, rounding and what only a step that saves has."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, steps + 1))
-    own = ("timing", "perf/", "training/restarts", "distill/teacher_canary", *ROUNDING)
+    waits = ("timing", "perf/", "rollout/wait_s", "train/wait_s")
+    own = (*waits, "training/restarts", "distill/teacher_canary", *ROUNDING)
     return {line["step"]: {k: v for k, v in line["data"].items() if not k.startswith(own)} for line in lines}
 
 

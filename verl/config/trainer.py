@@ -1,6 +1,7 @@
 """The run: resources, steps, logging, checkpoints (``trainer``)."""
 
 from dataclasses import field
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
@@ -36,6 +37,15 @@ class TrainerConfig:
     """Machines of a teacher with GPUs of its own; null: the teacher shares the student's ranks."""
     teacher_n_gpus_per_node: Count | None = None
     """Ranks per machine of a teacher with GPUs of its own; goes with ``teacher_nnodes``."""
+    rollout_nnodes: Count | None = None
+    """Machines of engines with GPUs of their own; null: engines run beside the student's ranks."""
+    rollout_n_gpus_per_node: Count | None = None
+    """GPUs of engines on each of these machines (on CPU: engines, in place of ``rollout.cpu_engines``); goes with
+    ``rollout_nnodes``."""
+    max_staleness: Annotated[int, Field(ge=0)] = 0
+    """How many steps the weights that wrote an answer may be behind those that it trains. 0: engines and ranks take
+    turns. 1: engines write the next batch while this one trains. More: they get weights once in so many steps, which
+    evens out batches that take longer than others; see ``trainer.ppo.rollout_queue``."""
     total_epochs: Count = 1
     """Passes over the training prompts."""
     total_training_steps: Count | None = None
@@ -109,22 +119,28 @@ class TrainerConfig:
     below 1e-4 for fp32; a head that a sync did not update gave 1.9."""
     log_val_generations: int = 0
     """Validation answers printed with each validation, and shown in TensorBoard and Weights & Biases."""
+    timeline: bool = False
+    """Append the driver's stages and the spans in which engines write to ``timeline.json`` in ``default_local_dir``,
+    which https://ui.perfetto.dev shows."""
     ray_timeline_dir: str | None = None
     """Folder that receives Ray's timeline at the end; null: none."""
 
     def __post_init__(self) -> None:
         if not self.default_local_dir:
             self.default_local_dir = f"checkpoints/{self.project_name}/{self.experiment_name}"
-        nodes, ranks = self.teacher_nnodes, self.teacher_n_gpus_per_node
         if self.resume_mode == "resume_path" and not self.resume_from_path:
             raise ValueError(
                 "trainer.resume_mode=resume_path needs trainer.resume_from_path; name a checkpoint's folder"
             )
-        if (nodes is None) != (ranks is None):
-            raise ValueError(
-                f"trainer.teacher_nnodes={nodes} and trainer.teacher_n_gpus_per_node={ranks} go together; set both for "
-                "a teacher with GPUs of its own, or neither"
-            )
+        for whose, nodes, gpus in (
+            ("teacher", self.teacher_nnodes, self.teacher_n_gpus_per_node),
+            ("rollout", self.rollout_nnodes, self.rollout_n_gpus_per_node),
+        ):
+            if (nodes is None) != (gpus is None):
+                raise ValueError(
+                    f"trainer.{whose}_nnodes={nodes} and trainer.{whose}_n_gpus_per_node={gpus} go together; set both "
+                    "for GPUs of its own, or neither"
+                )
         if self.stop_after_no_better is not None and not self.best_metric:
             raise ValueError(
                 f"trainer.stop_after_no_better={self.stop_after_no_better} counts validations that are no better by "
@@ -160,6 +176,11 @@ class TrainerConfig:
         return self.save_freq > 0 or bool(self.best_metric)
 
     @property
+    def timeline_file(self) -> Path | None:
+        """Where ``timeline`` is written; None: nowhere."""
+        return Path(self.default_local_dir, "timeline.json") if self.timeline else None
+
+    @property
     def data_may_change(self) -> bool:
         """Whether a resumed run may start over in other training data: it is allowed, or no step is taken."""
         return self.val_only or any(key.partition(".")[0] == "data" for key in self.resume_allow_changed)
@@ -173,3 +194,8 @@ class TrainerConfig:
     def teacher_ranks_on_nodes(self) -> list[int]:
         """Ranks of a teacher with GPUs of its own, machine by machine; empty where it shares the student's."""
         return [self.teacher_n_gpus_per_node or 0] * (self.teacher_nnodes or 0)
+
+    @property
+    def rollout_gpus_on_nodes(self) -> list[int]:
+        """GPUs of engines with GPUs of their own, machine by machine; empty where they share the student's."""
+        return [self.rollout_n_gpus_per_node or 0] * (self.rollout_nnodes or 0)

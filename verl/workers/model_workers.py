@@ -167,6 +167,11 @@ class StudentWorker(Worker):
         """Share a bucket of whole weights with the engines; see `WeightExporter.export`."""
         return self._exporter.export(index)
 
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL, blocking=False)
+    def store_weight_bucket(self, index: int) -> dict[str, Any] | None:
+        """The same for engines apart from all ranks, by rank 0; see `WeightExporter.store`."""
+        return self._exporter.store(index, None if self.rank else self.object_store.put)
+
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def release_weight_buckets(self) -> None:
         """Free what is exported, once every engine has loaded it."""

@@ -2,7 +2,7 @@
 
 import pytest
 
-from verl.experimental.agent_loop.agent_loop import ReplicaPlace, plan_replicas
+from verl.experimental.agent_loop.actors import ReplicaPlace, plan_replicas
 
 
 def ranks(nodes: int, per_node: int, first_gpu: int = 0) -> list[dict]:

@@ -30,6 +30,7 @@ class EchoServers:
 
     def __init__(self) -> None:
         self.conversations: dict[str, int] = {}
+        self.forgotten: list[str] = []
         self.cancelled = 0
 
     async def generate(self, prompt_ids: list[int], sampling_params: dict[str, Any], request_id: str) -> TokenOutput:
@@ -44,7 +45,8 @@ class EchoServers:
                 raise
         return TokenOutput([prompt_ids[-1], sampling_params["seed"]], [-1.0, -1.0], "stop", 0)
 
-    def forget_conversations(self) -> None: ...
+    def forget(self, request_id: str) -> None:
+        self.forgotten.append(request_id)
 
 
 @pytest.fixture
@@ -69,6 +71,7 @@ async def test_every_row_gets_its_loop_and_seed_in_order(worker: AgentLoopWorker
     assert result.batch["response_mask"].sum(1).tolist() == [2, 4, 2]
     assert result.array("__num_turns__").tolist() == [2, 3, 2]
     assert sorted(worker.servers.conversations.values()) == [1, 1, 2], "a conversation keeps its id over turns"
+    assert sorted(worker.servers.forgotten) == sorted(worker.servers.conversations), "each at its own end"
     metrics = result.meta_info["metrics"]
     assert metrics["weight_version"] == metrics["tool_calls"] == [0] * 3
 

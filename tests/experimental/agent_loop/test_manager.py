@@ -158,6 +158,13 @@ def test_rows_come_back_in_order_with_the_rollouts_keys_alone(world: World) -> N
     assert batch.meta_info["metrics"]["timing_s/agent_loop/generate_sequences/min"] > 0
 
 
+def test_batches_are_begun_side_by_side_and_collected_in_any_order(world: World) -> None:
+    first, second = (world.manager.begin(prompt_rows(prompt_ids=[[n], [n]], uid="ab")) for n in (11, 12))
+    later, earlier = world.manager.collect(second), world.manager.collect(first)
+    assert (earlier.batch["responses"][:, 0].tolist(), later.batch["responses"][:, 0].tolist()) == ([11, 11], [12, 12])
+    assert first.seconds > 0 and second.began_s >= first.began_s
+
+
 def test_samples_depend_on_neither_order_nor_number_of_workers(world: World) -> None:
     together = world.seeds([1], [2], [3], uids="abc")
     assert together == world.seeds([3], [2], [1], uids="cba")[::-1]

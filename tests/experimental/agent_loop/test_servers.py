@@ -69,7 +69,7 @@ async def test_conversations_go_to_the_least_busy_replica_and_stay_there() -> No
     await asyncio.sleep(0)
     tasks.append(await servers.send("a"))
     assert one.request_ids[2:] == ["a-5"], "a has its cache on replica 1"
-    servers.manager.forget_conversations()
+    servers.manager.forget("a")
     tasks.append(await servers.send("a"))
     assert zero.request_ids[2:] == ["a-6"]
     for engine in servers.engines:

@@ -75,9 +75,12 @@ def test_a_run_that_rehearses_on_random_codes_and_holds_their_rows(tiny_pair: An
     assert torch.equal(after[start:], before[start:]) and not torch.equal(after[:start], before[:start])
 
 
-def test_a_run_in_one_process_has_one_rank(tiny_pair: Any, train: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"trainer\.n_gpus_per_node=2"):
-        run_in_process(settings(tiny_pair, train, tmp_path / "run", **{"trainer.n_gpus_per_node": 2}))
+@pytest.mark.parametrize(("key", "value"), [("n_gpus_per_node", 2), ("max_staleness", 1)])
+def test_a_run_in_one_process_has_one_rank_that_takes_turns_with_its_engine(
+    tiny_pair: Any, train: Path, tmp_path: Path, key: str, value: int
+) -> None:
+    with pytest.raises(ValueError, match=rf"trainer\.{key}={value}"):
+        run_in_process(settings(tiny_pair, train, tmp_path / "run", **{f"trainer.{key}": value}))
 
 
 def test_a_run_that_steers_its_mixture(tiny_pair: Any, train: Path, tmp_path: Path) -> None:

@@ -301,6 +301,7 @@ def test_what_passes(run: list[str], tmp_path: Path, files: str) -> None:
     ("overrides", "expected"),
     [
         ([f"{ROLLOUT}.top_p=0.9"], f"biased: {ROLLOUT}.top_p=0.9 and top_k=-1"),
+        (["trainer.max_staleness=1", "trainer.device=cpu"], "biased: with trainer.max_staleness=1 older weights write"),
         ([f"{ROLLOUT}.top_k=20", *WEIGHTS], f"biased: {ROLLOUT}.top_p=1.0 and top_k=20"),
         ([VAL, GREEDY], "validation has no reverse KL, which needs answers of the policy; "),
         ([VAL, f"{ROLLOUT}.val_kwargs.top_p=0.95"], "top_p=0.95 and top_k=-1: set them to"),
@@ -360,6 +361,10 @@ def test_ranks_that_fit_or_that_ray_checks(monkeypatch: pytest.MonkeyPatch) -> N
         ),
         ({"n_gpus_per_node": 4, "teacher_nnodes": 1, "teacher_n_gpus_per_node": 8}, "'train' asks for 4 .*beside 'tea"),
         ({"nnodes": 2}, r"2 rank.* 2 node.* this machine.* add machines \(init_ray_cluster.*address=auto joins"),
+        (
+            {"rollout_nnodes": 1, "rollout_n_gpus_per_node": 12},
+            "'rollout' asks for 12 .* Lower trainer.rollout_n_gpus_per",
+        ),
         (
             {"teacher_nnodes": 2, "teacher_n_gpus_per_node": 1},
             "'teacher' asks for 2 .* Lower trainer.teacher_n_gpus_per",

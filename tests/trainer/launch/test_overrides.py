@@ -132,6 +132,7 @@ def test_only_values_that_mean_what_happens_anyway_are_left_out(key: str, same: 
     ("given", "ours"),
     [
         ("distillation.nnodes=2", "trainer.teacher_nnodes=2"),
+        ("actor_rollout_ref.rollout.nnodes=1", "trainer.rollout_nnodes=1 and trainer.rollout_n_gpus_per_node; without"),
         ("distillation.n_gpus_per_node=4", "trainer.teacher_n_gpus_per_node=4"),
         ("distillation.teacher_models.math.model_path=/m/t", "actor_rollout_ref.ref.model.path=/m/t (a further"),
         ("distillation.teacher_models.math.key=gsm", "++algorithm.distill.teachers.math.sources=[gsm]"),

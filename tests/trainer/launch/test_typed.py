@@ -109,6 +109,8 @@ def test_values_become_their_declared_type(monkeypatch: pytest.MonkeyPatch, over
         ("trainer.best_metric=val/reward", "='val/reward' compares validations; set trainer.test_freq=-1"),
         ("trainer.stop_after_no_better=3", "=3 counts validations that are no better by trainer.best_metric"),
         ("trainer.teacher_nnodes=1", "=1 and trainer.teacher_n_gpus_per_node=None go together"),
+        ("trainer.rollout_nnodes=1", "=1 and trainer.rollout_n_gpus_per_node=None go together"),
+        ("trainer.max_staleness=-1", "=-1 must be greater than or equal to 0"),
         ("trainer.resume_mode=resume_path", "=resume_path needs trainer.resume_from_path"),
         (f"{MODEL}.lora_rank=-1", "=-1 must be greater than or equal to 0"),
         (f"{MODEL}.lora_extended_rows=True", "=True has no effect with lora_rank=0"),
@@ -172,6 +174,18 @@ def test_all_errors_come_at_once() -> None:
         ([f"{ACTOR}.use_dynamic_bsz=False"], f"{ACTOR}.use_dynamic_bsz=False needs {ACTOR}.ppo_micro_batch_size_per_"),
         ([f"{REF}.ref_log_prob_replace_val=-5"], f"replace_val=-100.0 differs from {REF}.ref_log_prob_replace_val=-5."),
         ([f"{ROLLOUT}.tensor_model_parallel_size=2"], "size=2 does not divide trainer.n_gpus_per_node=1"),
+        (
+            [
+                f"{ROLLOUT}.tensor_model_parallel_size=2",
+                "trainer.rollout_nnodes=1",
+                "trainer.rollout_n_gpus_per_node=3",
+            ],
+            "size=2 does not divide trainer.rollout_n_gpus_per_node=3",
+        ),
+        (
+            ["trainer.max_staleness=1"],
+            f"trainer.max_staleness=1 generates while the update runs, and on a GPU {ROLLOUT}",
+        ),
         ([IMPORTANCE], f"{IMPORTANCE} needs the sampler's log-probs; set {ROLLOUT}.calculate_log_probs=True"),
         ([f"{CLIP}_max_clip=-1", f"{CLIP}_min_clip=0"], f"{CLIP}_min_clip=0.0 is above distill_adv_max_clip=-1.0"),
         ([OPD, "algorithm.use_kl_in_reward=True"], f"algorithm.use_kl_in_reward=True has no effect with {OPD}, which"),

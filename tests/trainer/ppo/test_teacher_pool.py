@@ -15,7 +15,7 @@ from support.tiny_pairs import Pair
 
 from recipe.onpolicy_distill.onpolicy_distill_trainer import RayOnPolicyDistillTrainer
 from verl.config import ActorRolloutRefConfig, DistillConfig, PPOConfig, TeacherConfig, TrainerConfig
-from verl.experimental.agent_loop.agent_loop import plan_replicas
+from verl.experimental.agent_loop.actors import plan_replicas
 from verl.protocol import DataProto
 from verl.single_controller.base import Worker
 from verl.single_controller.base.decorator import Dispatch, register

@@ -18,6 +18,8 @@ def test_a_teacher_shares_the_students_ranks_unless_it_has_its_own() -> None:
     assert planned(**student) == ({"train": [4, 4]}, {"actor": "train", "ref": "train"})
     apart = planned(**student, teacher_nnodes=1, teacher_n_gpus_per_node=8)
     assert apart == ({"train": [4, 4], "teacher": [8]}, {"actor": "train", "ref": "teacher"})
+    engines = planned(**student, rollout_nnodes=3, rollout_n_gpus_per_node=8)
+    assert engines == ({"train": [4, 4], "rollout": [8, 8, 8]}, {"actor": "train", "ref": "train"})
 
 
 def planned(**trainer: Any) -> tuple[dict[str, list[int]], dict[str, str]]:
@@ -58,18 +60,21 @@ def held(paths: dict[str, str | None]) -> dict[str, str]:
     return {key: path for key, path in paths.items() if path}
 
 
-@pytest.mark.parametrize(("engine", "save_freq"), [("vllm", -1), ("hf", 1)])
+@pytest.mark.parametrize(("engine", "save_freq", "engines"), [("vllm", -1, None), ("hf", 1, None), ("hf", 1, 1)])
 def test_every_node_is_asked_for_what_its_ranks_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str, save_freq: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str, save_freq: int, engines: int | None
 ) -> None:
     """Ranks that save have to see the driver's file in the run's folder, which is gone afterwards."""
-    config = make_config(tmp_path, save_freq=save_freq)
+    config = make_config(tmp_path, save_freq=save_freq, rollout_nnodes=engines, rollout_n_gpus_per_node=engines)
     config.actor_rollout_ref.rollout.name = engine
     groups = WorkerGroups(config, ROLES)
     group: Any = None
     monkeypatch.setattr(groups, "places", lambda role: [RankPlace(group, 0, f"node of {role}", f"{role}.net")])
 
     def check(needed: dict[str, dict[str, str]], node_ips: dict[str, str], packages: list[str]) -> None:
+        if engines:
+            assert node_ips.pop("node of rollout") == "rollout.net"
+            assert needed["node of rollout"] == STUDENT, "engines alone save nothing"
         assert node_ips == {"node of actor": "actor.net", "node of ref": "ref.net"}
         assert needed["node of ref"] == TEACHER
         student = needed["node of actor"]

@@ -12,25 +12,22 @@ In: prompts as a ``DataProto`` (``uid``, and ``raw_prompt`` or ``prompt_ids``). 
 
 Workers and replicas are Ray actors, or objects of the calling process. Both are called alike:
 ``handle.actor.method.remote(...)`` begins a call, and ``as_they_come`` yields the results of calls. Replicas share the
-devices and nodes of the student's ranks, so they ask Ray for nothing: a node and, on CUDA, device ids. Ranks of other
-pools, such as a teacher's, do not come in: their GPUs are their own. The public names here are verl's.
+devices and nodes of the student's ranks, so they ask Ray for nothing: a node and, on CUDA, device ids. Where they have
+a pool, they ask for its share. Ranks of other pools, such as a teacher's, do not come in: their GPUs are their own. The
+public names here are verl's.
 """
 
-import asyncio
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from types import SimpleNamespace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-import ray
-from ray.exceptions import RayActorError, RayError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from transformers import PreTrainedTokenizerBase
 
 from verl.config import PPOConfig
+from verl.experimental.agent_loop.actors import LocalActors, RayActors, plan_apart, plan_replicas
 from verl.experimental.agent_loop.base import AgentLoopBase, AgentLoopOutput, RolloutError, register
 from verl.experimental.agent_loop.worker import (
     SEED_KEY,
@@ -42,16 +39,14 @@ from verl.experimental.agent_loop.worker import (
 from verl.protocol import DataProto
 from verl.single_controller.base import WorkerGroup
 from verl.single_controller.base.decorator import RowBuffer
-from verl.single_controller.ray.calls import Remote, as_they_come, sending
+from verl.single_controller.ray.calls import Remote, sending
+from verl.single_controller.ray.resource_pool import RayResourcePool
 from verl.weight_sync import send_weights
 from verl.workers.rollout.replica import get_replica_class
 
 __all__ = ["AgentLoopBase", "AgentLoopOutput", "AgentLoopWorker", "AsyncLLMServerManager", "register"]  # verl's names
 
 logger = logging.getLogger(__name__)
-
-SHUTDOWN_S = 10.0
-"""Seconds that all replicas have together to end by themselves."""
 
 
 class AgentLoopManager:
@@ -65,12 +60,13 @@ class AgentLoopManager:
         *,
         device: str,
         watch: Callable[[], None],
+        pool: RayResourcePool | None = None,
         in_process: bool = False,
     ) -> None:
         """Plan the replicas; start nothing.
 
         Args:
-            worker_group: the training ranks, whose nodes and GPUs the replicas share.
+            worker_group: the training ranks, whose nodes and GPUs the replicas share unless they have a ``pool``.
             tokenizer: the student's.
             device: ``cpu`` or ``cuda``.
             watch: called after every half second without a result of engines or workers; what it raises ends the wait.
@@ -88,11 +84,11 @@ class AgentLoopManager:
         self._actors = LocalActors() if in_process else RayActors()
         # In one process nothing but the engine could answer a request, so it has all the time it takes.
         self._request_timeout_s = None if in_process else self.rollout.timeout_s
-        self._places = plan_replicas(
-            worker_group.get_placement(),
-            device,
-            self.rollout.tensor_model_parallel_size,
-            1 if in_process else self.rollout.cpu_engines,
+        gpus, engines = self.rollout.tensor_model_parallel_size, 1 if in_process else self.rollout.cpu_engines
+        self._places = (
+            plan_replicas(worker_group.get_placement(), device, gpus, engines)
+            if pool is None
+            else plan_apart(pool, gpus if device == "cuda" else 1)
         )
         self._replicas: list[Remote] = []
         self._workers: list[Remote] = []
@@ -104,7 +100,12 @@ class AgentLoopManager:
         replica_class = get_replica_class(self.rollout.name)
         self._began_s = time.monotonic()
         logger.info("starting %d %s engine(s)", len(self._places), self.rollout.name)
-        rollout = dataclasses.replace(self.rollout, stop_at_extended_token=self.config.stops_at_extended)
+        rollout = dataclasses.replace(
+            self.rollout,
+            stop_at_extended_token=self.config.stops_at_extended,
+            free_cache_engine=self._frees_memory,
+            cpu_engines=self.config.trainer.rollout_n_gpus_per_node or self.rollout.cpu_engines,
+        )
         if self._frees_memory:
             # A sync comes before the first answer, and brings all weights: vLLM need not read them.
             own = rollout.engine_kwargs.get("vllm", {})
@@ -112,9 +113,8 @@ class AgentLoopManager:
             self.asleep = True
         for place in self._places:
             name = f"rollout replica {place.index} ({self.rollout.name}, node {place.node_ip})"
-            arguments = (rollout, self.config.actor_rollout_ref.model, place.index, self.device)
-            gpus = place.cuda_visible_devices
-            self._replicas.append(self._actors.create(name, place, replica_class, *arguments, gpus=gpus))
+            arguments = (rollout, self.config.actor_rollout_ref.model, place.index, self.device, not place.ranks)
+            self._replicas.append(self._actors.create(name, place, replica_class, *arguments, **place.options))
         self._starting = {replica.actor.launch.remote(): replica for replica in self._replicas}
         count = max(1, min(self.rollout.agent.num_workers, self._actors.max_workers))
         self._workers = [self._create_worker(index, count) for index in range(count)]
@@ -126,6 +126,7 @@ class AgentLoopManager:
         Raises:
             RolloutError: one could not; named, with the cause.
         """
+        logger.info("waiting for the engines")
         list(self._actors.as_they_come(self._starting, "start", watch=self._check_run))
         logger.info("the engines are ready, %.0f s after their start began", time.monotonic() - self._began_s)
 
@@ -135,18 +136,18 @@ class AgentLoopManager:
             remote.check_alive()
 
     def generate_sequences(self, prompts: DataProto) -> DataProto:
-        """Answer every prompt.
+        """Answer every prompt: `begin` and `collect` in one."""
+        return self.collect(self.begin(prompts))
+
+    def begin(self, prompts: DataProto) -> "Generation":
+        """Have every prompt answered; returns at once. No weight sync may come before ``collect`` has returned.
 
         Args:
             prompts: ``uid`` and ``raw_prompt`` or ``prompt_ids`` per row; ``meta_info`` with ``global_steps``,
                 ``validate`` and, where answers are cut before R tokens, ``horizon``.
 
-        Returns:
-            The rollout's new keys, in the order of ``prompts``; ``meta_info["weight_version"]`` of what wrote them.
-
         Raises:
-            WorkerError: an engine or a worker failed, a prompt or an agent name cannot be used (``by_user``), there is
-                no space for the prompts, or samples come from other weights than the last sync's.
+            WorkerError: there is no space for the prompts.
         """
         seeds = sample_seeds(self.rollout.seed, prompts)
         meta_info = {key: prompts.meta_info.get(key) for key in ("validate", "horizon")}
@@ -158,18 +159,31 @@ class AgentLoopManager:
                 worker.actor.generate_sequences.remote(rows.slice(first, end)): worker
                 for worker, first, end in zip(self._workers, starts, starts[1:], strict=False)
             }
-        buffer = RowBuffer(len(rows))
-        for number, part in self._actors.as_they_come(calls, "generate", watch=self._check_run):
-            buffer.put(starts[number], part)
+        return Generation(calls, starts, self.weight_version)
+
+    def collect(self, generation: "Generation") -> DataProto:
+        """Wait for what `begin` began.
+
+        Returns:
+            The rollout's new keys, in the order of the prompts; ``meta_info["weight_version"]`` of what wrote them.
+
+        Raises:
+            WorkerError: an engine or a worker failed, a prompt or an agent name cannot be used (``by_user``), or
+                samples come from other weights than those of the last sync before they were begun.
+        """
+        buffer = RowBuffer(generation.starts[-1])
+        for number, part in self._actors.as_they_come(generation.calls, "generate", watch=self._check_run):
+            buffer.put(generation.starts[number], part)
             del part  # before the next one comes
         generated = buffer.take()
         measured = generated.meta_info["metrics"]
+        generation.seconds = max(measured["call_s"])
         versions = set(measured["weight_version"])
         # Before the first sync the engines sample from the model that they loaded.
-        if self.weight_version is not None and versions != {self.weight_version}:
+        if generation.version is not None and versions != {generation.version}:
             raise RolloutError(
                 f"the engines sampled from weights of versions {sorted(versions)} after the sync of version "
-                f"{self.weight_version}"
+                f"{generation.version}"
             )
         metrics = batch_metrics(measured, self.rollout.multi_turn.tool_config_path is not None)
         generated.meta_info = {"metrics": metrics, "weight_version": min(versions)}
@@ -201,7 +215,7 @@ class AgentLoopManager:
     @property
     def _frees_memory(self) -> bool:
         """Whether engines sleep while training runs, so that a weight sync comes before every batch."""
-        return self.device == "cuda" and self.rollout.free_cache_engine
+        return self.device == "cuda" and self.rollout.free_cache_engine and bool(self._places[0].ranks)
 
     def shutdown(self) -> None:
         """End engines and workers; safe to call at any time, and twice."""
@@ -227,130 +241,15 @@ class AgentLoopManager:
         list(self._actors.as_they_come(waiting, task, watch=self._check_run, timeout_s=self.rollout.timeout_s))
 
 
-# ------------------------------------------------------------------ where replicas and workers run
+@dataclass
+class Generation:
+    """A batch that workers are answering."""
 
-
-@dataclass(frozen=True)
-class ReplicaPlace:
-    """One replica's node and GPUs."""
-
-    index: int
-    node_id: str
-    node_ip: str
-    cuda_visible_devices: str | None
-    """Comma-separated device ids; None on CPU."""
-    ranks: tuple[int, ...]
-    """The student's ranks beside it: on CUDA those whose GPUs it uses, on CPU all of the node."""
-
-
-def plan_replicas(
-    placements: Sequence[Mapping[str, Any]], device: str, gpus_per_replica: int, cpu_engines: int = 1
-) -> list[ReplicaPlace]:
-    """On CPU ``cpu_engines`` replicas per node; on CUDA one per ``gpus_per_replica`` consecutive ranks of a node.
-
-    Args:
-        placements: per rank ``rank``, ``local_rank``, ``node_id``, ``node_ip``, ``cuda_visible_devices``.
-        device: ``cpu`` or ``cuda``.
-    """
-    nodes: dict[str, list[Mapping[str, Any]]] = {}
-    for placement in sorted(placements, key=lambda placement: placement["rank"]):
-        nodes.setdefault(placement["node_id"], []).append(placement)
-    places: list[ReplicaPlace] = []
-    for node_id, ranks in nodes.items():
-        neighbours = [ranks[first : first + gpus_per_replica] for first in range(0, len(ranks), gpus_per_replica)]
-        for beside in [ranks] * cpu_engines if device == "cpu" else neighbours:
-            numbers = tuple(rank["rank"] for rank in beside)
-            gpus = None if device == "cpu" else ",".join(map(_gpu_of, beside))
-            places.append(ReplicaPlace(len(places), node_id, beside[0]["node_ip"], gpus, numbers))
-    return places
-
-
-def _gpu_of(rank: Mapping[str, Any]) -> str:
-    # Several ids: the rank sees all GPUs of its node and uses the one of its local rank.
-    devices: list[str] = rank["cuda_visible_devices"].split(",")
-    return devices[0] if len(devices) == 1 else devices[rank["local_rank"]]
-
-
-class RayActors:
-    """Every object in a process of its own; an error names the process, the cause and its log."""
-
-    as_they_come = staticmethod(as_they_come)
-
-    def __init__(self) -> None:
-        self.max_workers = int(ray.cluster_resources().get("CPU", 1))
-        """As many as the cluster has CPUs."""
-
-    def create(
-        self, name: str, place: ReplicaPlace, made_class: type, *arguments: Any, gpus: str | None = None
-    ) -> Remote:
-        """An actor on the node of ``place`` that sees ``gpus`` (device ids)."""
-        options: dict[str, Any] = {"num_cpus": 0, "num_gpus": 0}
-        if gpus is not None:
-            # The GPUs belong to the training ranks; without the second entry Ray could hide them from the actor.
-            visible = {"CUDA_VISIBLE_DEVICES": gpus, "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
-            options["runtime_env"] = {"env_vars": visible}
-        on_node = NodeAffinitySchedulingStrategy(place.node_id, soft=False)
-        actor_class = ray.remote(made_class).options(scheduling_strategy=on_node, **options)
-        actor = Remote(name, actor_class.remote(*arguments), place.node_ip)
-        actor.ask_for_log()
-        return actor
-
-    def shutdown(self, replicas: Sequence[Remote], workers: Sequence[Remote]) -> None:
-        """Let the replicas end by themselves, then kill everything."""
-        calls = {replica.actor.shutdown.remote(): replica for replica in replicas}
-        done, late = ray.wait(list(calls), num_returns=len(calls), timeout=SHUTDOWN_S) if calls else ([], [])
-        for call in done:
-            try:
-                ray.get(call)
-            except RayError as error:
-                # A run often ends because one is dead, which was reported.
-                level = logging.DEBUG if isinstance(error, RayActorError) else logging.WARNING
-                logger.log(level, "%s failed to shut down: %s", calls[call].name, error)
-        for call in late:
-            logger.warning("%s did not shut down within %.0f s and is killed", calls[call].name, SHUTDOWN_S)
-        for remote in (*workers, *replicas):
-            ray.kill(remote.actor)
-
-
-class LocalActor:
-    """An object called as a Ray actor is: ``actor.method.remote(...)`` begins an async method on the event loop."""
-
-    def __init__(self, target: Any, loop: asyncio.AbstractEventLoop) -> None:
-        self._target, self._loop = target, loop
-
-    def __getattr__(self, method: str) -> Any:
-        function = getattr(self._target, method)
-        # A task runs as soon as the loop does, as a Ray call begins by itself; a bare coroutine waits for its await.
-        return SimpleNamespace(remote=lambda *arguments: self._loop.create_task(function(*arguments)))
-
-
-class LocalActors:
-    """Every object in this process, on one event loop that runs while calls are waited for; an error is the object's
-    own. On CPU alone: on a GPU, engine and training would have to take turns with its memory.
-    """
-
-    max_workers = 1
-
-    def __init__(self) -> None:
-        self._loop = asyncio.new_event_loop()
-
-    def create(
-        self, name: str, place: ReplicaPlace, made_class: type, *arguments: Any, gpus: str | None = None
-    ) -> Remote:
-        """An object of this process; there are no ``gpus``."""
-        return Remote(name, LocalActor(made_class(*arguments), self._loop), place.node_ip)
-
-    def as_they_come(self, calls: Mapping[Any, Remote], doing: str, **options: Any) -> Iterator[tuple[int, Any]]:
-        """Numbers and results of the calls; the first to fail ends the wait with its own error."""
-        for number, call in enumerate(calls):
-            # The loop runs all calls meanwhile, whichever is waited for.
-            yield number, self._loop.run_until_complete(call)
-
-    def shutdown(self, replicas: Sequence[Remote], workers: Sequence[Remote]) -> None:
-        """Stop what still runs, then the engines."""
-        # They end while the loop runs the shutdowns below.
-        for task in asyncio.all_tasks(self._loop):
-            task.cancel()
-        for replica in replicas:
-            self._loop.run_until_complete(replica.actor.shutdown.remote())
-        self._loop.close()
+    calls: Mapping[Any, Remote]
+    starts: Sequence[int]
+    """First row of each call, and the number of all rows."""
+    version: int | None
+    """Of the weights when it began; None: those that the engines loaded."""
+    began_s: float = field(default_factory=time.time)
+    seconds: float = 0.0
+    """It took so long, by its workers' clocks; known once it is collected."""

@@ -97,7 +97,7 @@ class AgentLoopWorker:
             # Loops take their budget from there; rows are padded to the run's own length all the same.
             limited = replace(rollout, response_length=horizon, horizon=HorizonConfig())
             context = replace(context, rollout=limited)
-        self.servers.forget_conversations()
+        began_s = time.monotonic()
         tasks = [
             asyncio.create_task(self._converse(context, sampling, {key: of[row] for key, of in columns.items()}))
             for row in range(len(prompts))
@@ -110,16 +110,20 @@ class AgentLoopWorker:
                 task.cancel()
         pad_token_id: Any = self.context.template.tokenizer.pad_token_id
         tensors = pad_outputs(outputs, rollout.prompt_length, rollout.response_length, pad_token_id)
-        measured = [vars(output.metrics) | {"weight_version": output.weight_version} for output in outputs]
+        of_call = {"call_s": time.monotonic() - began_s}
+        measured = [vars(output.metrics) | of_call | {"weight_version": output.weight_version} for output in outputs]
         metrics = {name: [of_row[name] for of_row in measured] for name in measured[0]}
         return DataProto.from_dict(tensors, {"__num_turns__": [o.num_turns for o in outputs]}, {"metrics": metrics})
 
     async def _converse(
         self, context: AgentLoopContext, sampling: Mapping[str, Any], row: dict[str, Any]
     ) -> AgentLoopOutput:
-        name = row.pop("agent_name", None) or context.rollout.agent.default_agent_loop
-        loop = get_agent_loop_class(name)(context, partial(self.servers.generate, request_id=uuid4().hex))
-        return await loop.run(dict(sampling, seed=row.pop(SEED_KEY)), **row)
+        name, conversation = row.pop("agent_name", None) or context.rollout.agent.default_agent_loop, uuid4().hex
+        loop = get_agent_loop_class(name)(context, partial(self.servers.generate, request_id=conversation))
+        try:
+            return await loop.run(dict(sampling, seed=row.pop(SEED_KEY)), **row)
+        finally:
+            self.servers.forget(conversation)
 
 
 def load_tools(rollout: RolloutConfig) -> dict[str, BaseTool]:
@@ -256,9 +260,9 @@ class AsyncLLMServerManager:
                 silences.append(str(silence))
         raise RolloutError("; ".join(silences))
 
-    def forget_conversations(self) -> None:
-        """Those so far are over."""
-        self._chosen.clear()
+    def forget(self, request_id: str) -> None:
+        """The conversation is over."""
+        self._chosen.pop(request_id, None)
 
     def _avoided(self, replica: int) -> bool:
         return time.monotonic() < self._avoid_until[replica]

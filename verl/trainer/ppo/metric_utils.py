@@ -142,10 +142,12 @@ def compute_throughout_metrics(batch: DataProto, timing_raw: Mapping[str, float]
     return metrics
 
 
-def compute_progress_metrics(step: int, epoch: int) -> Metrics:
-    """Where a run is: its step, its epoch, and how often the launch script has started it again."""
+def compute_pace_metrics(batch: DataProto, timing_raw: Mapping[str, float], n_gpus: int, step: int) -> Metrics:
+    """Timings, speed, and where a run is: step, epoch, and how often the launch script has started it again."""
+    metrics = compute_timing_metrics(batch, timing_raw) | compute_throughout_metrics(batch, timing_raw, n_gpus)
     restarts = int(os.environ.get("RESTART_COUNT", "0"))
-    return {"training/global_step": step, "training/epoch": epoch, "training/restarts": restarts}
+    place = {"training/global_step": step, "training/epoch": batch.meta_info["epoch"]}
+    return metrics | place | {"training/restarts": restarts}
 
 
 def rows_by_source(batch: DataProto) -> dict[str, np.ndarray]:

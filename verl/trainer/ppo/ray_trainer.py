@@ -33,22 +33,16 @@ from verl.trainer.ppo.advantage import apply_kl_penalty, compute_advantage, comp
 from verl.trainer.ppo.core_algos import get_kl_controller, reads_student_scores
 from verl.trainer.ppo.guards import EngineGap, SkippedUpdates, TeacherProbe
 from verl.trainer.ppo.keep import MixtureControl
-from verl.trainer.ppo.metric_utils import (
-    Metrics,
-    compute_data_metrics,
-    compute_progress_metrics,
-    compute_throughout_metrics,
-    compute_timing_metrics,
-    reduce_metrics,
-)
+from verl.trainer.ppo.metric_utils import Metrics, compute_data_metrics, compute_pace_metrics, reduce_metrics
 from verl.trainer.ppo.reward import RewardFn, compute_rewards
+from verl.trainer.ppo.rollout_queue import RolloutQueue
 from verl.trainer.ppo.stop_request import StopRequest
 from verl.trainer.ppo.validation_metrics import compute_validation_reward_metrics, join_metrics
 from verl.trainer.ppo.worker_groups import WorkerGroups
 from verl.utils.dataset.rl_dataset import RLHFDataset
 from verl.utils.rollout_dump import dump_answers, show_answers
 from verl.utils.seqlen_balancing import balanced_order
-from verl.utils.timing import marked_timer
+from verl.utils.timing import Timeline, marked_timer
 from verl.utils.tracking import Tracking, as_numbers
 
 __all__ = ["RayPPOTrainer", "compute_advantage"]
@@ -102,6 +96,9 @@ class RayPPOTrainer:
         self.driver_state = load_driver_state(self.resume_from) if self.resume_from else {}
         if self.driver_state:
             self.prompts.load_state_dict(self.driver_state, config.trainer.data_may_change)
+        self.timeline = Timeline(config.trainer.timeline_file)
+        parts = self.prompts, self.prepare, lambda: self.agent_loop_manager, self.timeline
+        self.rollouts = RolloutQueue(config, *parts, self.total_steps, self.driver_state.get("ahead", []))
         self.keep = MixtureControl(config, self.prompts.mixture, val_dataset, self.driver_state)
         self.best = BestCheckpoint(config.trainer, self.resume_from)
         self.saver = CheckpointSaver(config, identity, self.best)
@@ -175,18 +172,20 @@ class RayPPOTrainer:
 
     # ------------------------------------------------------------------ stages
 
-    def prepare(self, rows: dict[str, Any], *, n: int, validate: bool = False) -> DataProto:
-        """Rows of the data set as a batch of prompts, ``n`` copies each, with one ``uid`` per prompt."""
+    def prepare(self, rows: dict[str, Any], *, n: int, validate: bool = False, step: int | None = None) -> DataProto:
+        """Rows of the data set as a batch of prompts for a step, ``n`` copies each, with one ``uid`` per prompt."""
+        step = self.global_steps if step is None else step
         prompts, rollout = DataProto.from_single_dict(rows), self.config.actor_rollout_ref.rollout
         # Sampling seeds follow from these: training never draws the same ones twice, validation always does.
-        uids = [f"{'val' if validate else self.global_steps}-{index}" for index in prompts.non_tensor_batch["index"]]
+        uids = [f"{'val' if validate else step}-{index}" for index in prompts.non_tensor_batch["index"]]
         prompts.non_tensor_batch["uid"] = np.array(uids, dtype=object)
         if not self.config.scores_without_extended:  # then nothing behind an extended id is masked
             prompts.non_tensor_batch[TEACHER_KNOWS_EXTENDED] = np.full(len(uids), True, dtype=object)
         prompts.meta_info = {
-            "global_steps": 0 if validate else self.global_steps,
+            "global_steps": 0 if validate else step,
+            "epoch": self.prompts.epoch,
             "validate": validate,
-            "horizon": None if validate else rollout.horizon.at(self.global_steps),
+            "horizon": None if validate else rollout.horizon.at(step),
             "temperature": rollout.val_kwargs.temperature if validate else rollout.temperature,
             "keeps_divergence": self.config.trainer.rollout_data_dir is not None,
         }
@@ -197,7 +196,7 @@ class RayPPOTrainer:
         """Answers, their masks and the sampler's log-probs; the engines sleep afterwards where they free memory."""
         if self.agent_loop_manager.asleep:
             self.sync_weights()
-        generated = self.agent_loop_manager.generate_sequences(batch)
+        generated = self.rollouts.answers_to(batch)
         self.stage_metrics |= generated.meta_info.pop("metrics")
         self.agent_loop_manager.sleep()
         return generated
@@ -230,7 +229,8 @@ class RayPPOTrainer:
         return updated
 
     def sync_weights(self) -> None:
-        """Send the student's weights to the engines, which then sample from them."""
+        """Send the student's weights to the engines, once these have answered; they then sample from them."""
+        self.rollouts.drain()
         self.agent_loop_manager.update_weights(self.actor_wg)
 
     # ------------------------------------------------------------------ the loop
@@ -248,9 +248,9 @@ class RayPPOTrainer:
             return
         stop.takes_steps = True
         with tqdm(total=self.total_steps, initial=self.global_steps, desc="train", unit="step", disable=None) as bar:
-            for rows in self.prompts.batches():
+            for prompts in self.rollouts.batches(self.global_steps):
                 self.global_steps += 1
-                metrics = self.train_step(rows)
+                metrics = self.train_step(prompts)
                 try:
                     if self.val_loader is not None and self.is_due(config.test_freq):
                         metrics |= self.validate()
@@ -274,16 +274,15 @@ class RayPPOTrainer:
         every = self.config.trainer.save_freq
         return self.is_due(every) or (is_last and every > 0) or self.best.is_new(self.global_steps)
 
-    def train_step(self, rows: dict[str, Any]) -> Metrics:
-        """One step, one line per stage."""
+    def train_step(self, batch: DataProto) -> Metrics:
+        """One step, one line per stage; ``batch`` has the prompts."""
         timing, self.stage_metrics = dict[str, float](), {}
 
         def stage(name: str, run: Callable[[DataProto], DataProto], batch: DataProto) -> DataProto:
-            with marked_timer(name, timing):
+            with marked_timer(name, timing, self.timeline):
                 return batch.union(run(batch))
 
-        with marked_timer("step", timing):
-            batch = self.prepare(rows, n=self.config.actor_rollout_ref.rollout.n)
+        with marked_timer("step", timing, self.timeline):
             batch = stage("gen", self.generate, batch)
             batch = stage("reward", self.reward, batch) if self.uses_reward else batch
             batch = self.balance(batch)
@@ -291,15 +290,15 @@ class RayPPOTrainer:
             batch = stage("ref", self.ref_log_prob, batch) if self.uses_reference else batch
             batch = stage("adv", self.advantage, batch) if self.uses_advantage else batch
             batch = stage("update_actor", self.update_actor, batch)
-            with marked_timer("update_weights", timing):
-                self.sync_weights()
+            if self.rollouts.is_low or self.is_due(self.config.trainer.test_freq):
+                with marked_timer("update_weights", timing, self.timeline):
+                    self.sync_weights()
         if (folder := self.config.trainer.rollout_data_dir) is not None:
             dump_answers(folder, self.global_steps, batch, self.tokenizer, self.roles[1:])
         metrics = self.stage_metrics | self.step_metrics(batch)
         metrics |= self.engine_gap.check(metrics, self.global_steps)
-        metrics |= compute_timing_metrics(batch, timing)
-        metrics |= compute_throughout_metrics(batch, timing, self.config.trainer.world_size)
-        return metrics | compute_progress_metrics(self.global_steps, self.prompts.epoch)
+        metrics |= compute_pace_metrics(batch, timing, self.config.trainer.world_size, self.global_steps)
+        return metrics | self.rollouts.step_metrics()
 
     def validate(self) -> Metrics:
         """Answer every validation prompt, of which there have to be some, and measure the answers.
@@ -308,7 +307,7 @@ class RayPPOTrainer:
         """
         assert self.val_loader is not None
         answers, stages, timing = [], [], dict[str, float]()
-        with marked_timer("testing", timing):
+        with marked_timer("testing", timing, self.timeline):
             for rows in tqdm(self.val_loader, desc="validate", unit="batch", leave=False, disable=None):
                 self.stage_metrics = {}
                 batch = self.prepare(rows, n=self.config.actor_rollout_ref.rollout.val_kwargs.n, validate=True)
@@ -339,19 +338,19 @@ class RayPPOTrainer:
             ValueError: a model or setting cannot be used, or ``in_process`` with a GPU or several ranks.
         """
         start = self.worker_groups.start_in_process if in_process else self.worker_groups.start
-        groups = start(self.role_worker_mapping, self.worker_arguments, self.device_name)
-        self.role_groups: Mapping[str, WorkerGroup] = groups
+        arguments = self.role_worker_mapping, self.worker_arguments, self.device_name
+        self.role_groups: Mapping[str, WorkerGroup] = start(*arguments)
         self.actor_wg = self.role_groups["actor"]
-        parts, watch = (self.config, self.actor_wg, self.tokenizer), self.worker_groups.check_alive
-        self.agent_loop_manager = AgentLoopManager(*parts, device=self.device_name, watch=watch, in_process=in_process)
-        self.worker_groups.watch(self.agent_loop_manager.check_alive)
+        parts, groups = (self.config, self.actor_wg, self.tokenizer), self.worker_groups
+        options: dict[str, Any] = {"watch": groups.check_alive, "pool": groups.engine_pool, "in_process": in_process}
+        self.agent_loop_manager = AgentLoopManager(*parts, device=self.device_name, **options)
+        groups.watch(self.agent_loop_manager.check_alive)
         if self.device_name == "cpu":
             self.agent_loop_manager.start()
         for role in self.roles:
             self.role_groups[role].init_model()
         if self.device_name != "cpu":
             self.agent_loop_manager.start()
-        logger.info("models are ready, waiting for the engines")
         self.agent_loop_manager.wait_ready()
         run = self.config.trainer
         self.logger = Tracking(run.project_name, run.experiment_name, run.logger, self.config, run.default_local_dir)
@@ -369,6 +368,7 @@ class RayPPOTrainer:
         checked = self.check_teachers()
         state = {
             **self.prompts.state_dict(),
+            "ahead": self.rollouts.state_dict(),
             "kl_coef": self.kl_controller.value,
             "keep": self.keep.state_dict(),
             "teacher_probe": self.teacher_probe.state_dict(),

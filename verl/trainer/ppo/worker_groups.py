@@ -5,15 +5,17 @@
     co-located        pool "train"     rank r: actor + ref          (one process, one process group)
     teacher apart     pool "train"     rank r: actor                (a process group of its own)
                       pool "teacher"   rank s: ref                  (a process group of its own)
+    engines apart     pool "rollout"   rollout engines alone        (no ranks)
 
 In: the settings and the worker class of each role. Out: a group per role, whose methods the trainer calls.
-Rollout engines are placed beside the student's ranks (``agent_loop``); a teacher in its own pool has its GPUs alone.
+Rollout engines are placed beside the student's ranks (``agent_loop``) unless they have a pool; what has a pool of its
+own has its GPUs alone.
 
 Before the first worker starts on a cluster, ``check_nodes`` asks every node for what is read there:
 
 ==================================  ===================================================================
-student's ranks, engines beside     student's model and tokenizer, the checkpoint to resume from
-agent-loop workers (same nodes)     the configuration of tools and agent loops
+student's ranks, engines            student's model and tokenizer, the checkpoint to resume from
+agent-loop workers beside engines   the configuration of tools and agent loops
 teachers' ranks                     the teachers' models and tokenizer
 driver alone                        data files, reward function: checked before Ray starts
 ==================================  ===================================================================
@@ -38,7 +40,7 @@ from verl.utils.loopback import joins_cluster
 
 logger = logging.getLogger(__name__)
 
-TRAIN, TEACHER = "train", "teacher"
+TRAIN, TEACHER, ROLLOUT = "train", "teacher", "rollout"
 
 
 class LocalWorkerGroup(WorkerGroup):
@@ -75,6 +77,9 @@ class WorkerGroups:
         if teacher:
             keys = "trainer.teacher_n_gpus_per_node or trainer.teacher_nnodes"
             self.pools[TEACHER] = RayResourcePool(teacher, name_prefix=TEACHER, settings=keys)
+        if run.rollout_gpus_on_nodes:
+            keys = "trainer.rollout_n_gpus_per_node or trainer.rollout_nnodes"
+            self.pools[ROLLOUT] = RayResourcePool(run.rollout_gpus_on_nodes, name_prefix=ROLLOUT, settings=keys)
         self.pool_of = {role: TEACHER if teacher and role != roles[0] else TRAIN for role in roles}
         """The pool of each role."""
         self._groups: list[RayWorkerGroup] = []
@@ -101,7 +106,9 @@ class WorkerGroups:
         views: dict[str, RoleWorkerGroup] = {}
         for name, pool in self.pools.items():
             roles = [role for role, pool_of_role in self.pool_of.items() if pool_of_role == name]
-            logger.info("pool %s: %s, for %s", name, pool.describe(), " and ".join(roles))
+            logger.info("pool %s: %s, for %s", name, pool.describe(), " and ".join(roles) or "engines")
+            if name == ROLLOUT:
+                continue
             classes = {role: RayClassWithInitArgs(worker_classes[role], **arguments_of(role)) for role in roles}
             ranks = self._config.actor_rollout_ref.actor.ulysses_sequence_parallel_size
             group = RayWorkerGroup(pool, classes, name_prefix=name, ranks_per_share=ranks)
@@ -118,11 +125,13 @@ class WorkerGroups:
             ValueError: the run has a GPU or several ranks.
         """
         run = self._config.trainer
-        if device_name != "cpu" or run.world_size != 1 or run.teacher_ranks_on_nodes:
+        if device_name != "cpu" or run.world_size != 1 or len(self.pools) > 1 or run.max_staleness:
             raise ValueError(
-                f"a run in one process has one rank on the CPU: set trainer.device={device_name} to cpu, "
-                f"trainer.nnodes={run.nnodes} and trainer.n_gpus_per_node={run.n_gpus_per_node} to 1, "
-                f"trainer.teacher_n_gpus_per_node={run.teacher_n_gpus_per_node} to null"
+                f"a run in one process has one rank on the CPU, which takes turns with its engine: set trainer.device="
+                f"{device_name} to cpu, trainer.nnodes={run.nnodes} and trainer.n_gpus_per_node={run.n_gpus_per_node} "
+                f"to 1, trainer.teacher_n_gpus_per_node={run.teacher_n_gpus_per_node} and "
+                f"trainer.rollout_n_gpus_per_node={run.rollout_n_gpus_per_node} to null, "
+                f"trainer.max_staleness={run.max_staleness} to 0"
             )
         workers: dict[str, Worker] = {role: worker_classes[role](**arguments_of(role)) for role in self.pool_of}
         for worker in workers.values():
@@ -132,8 +141,13 @@ class WorkerGroups:
         return {role: LocalWorkerGroup(worker) for role, worker in workers.items()} | served
 
     def places(self, role: str) -> list[RankPlace]:
-        """Where each rank of a role will run, in rank order; reserved already."""
-        return self.pools[self.pool_of[role]].reserve()
+        """Where each rank of a role, or each engine of a pool's, will run, in order; reserved already."""
+        return self.pools[self.pool_of.get(role, role)].reserve()
+
+    @property
+    def engine_pool(self) -> RayResourcePool | None:
+        """Where engines with GPUs of their own run; None: beside the student's ranks."""
+        return self.pools.get(ROLLOUT)
 
     def check_alive(self) -> None:
         """Raise ``WorkerError`` where a process of any group has died; returns at once."""
@@ -167,7 +181,7 @@ def check_nodes(config: PPOConfig, groups: WorkerGroups) -> None:
     models = config.actor_rollout_ref
     is_used = {"vllm": models.rollout.name == "vllm", "peft": models.model.lora_rank > 0}
     packages = [name for name in DISTRIBUTIONS if is_used.get(name, True)]
-    trainer, student = config.trainer, student_paths(config)
+    trainer, student, engines = config.trainer, student_paths(config), student_paths(config)
     node_ips: dict[str, str] = {}
     needed: dict[str, dict[str, str]] = {}
     with ExitStack() as stack:
@@ -178,8 +192,8 @@ def check_nodes(config: PPOConfig, groups: WorkerGroups) -> None:
             # It is deleted when it is closed, so it stays open until every node has answered.
             marker = stack.enter_context(tempfile.NamedTemporaryFile(dir=folder, prefix=".seen-by-all-nodes-"))
             student["trainer.default_local_dir (the driver's file in it)"] = marker.name
-        for role in groups.pool_of:
-            paths = student if role == "actor" else teacher_paths(config)
+        for role in [*groups.pool_of, *([ROLLOUT] if groups.engine_pool else [])]:
+            paths = student if role == "actor" else engines if role == ROLLOUT else teacher_paths(config)
             for place in groups.places(role):
                 node_ips[place.node_id] = place.node_ip
                 needed.setdefault(place.node_id, {}).update({key: path for key, path in paths.items() if path})

@@ -21,13 +21,14 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from verl.config import HFModelConfig, RolloutConfig
 from verl.utils.import_utils import load_extern_type
 from verl.utils.tokenizer import hf_tokenizer, listed_ids
-from verl.weight_sync import ReceivedWeights, WeightShapes, weight_shapes
+from verl.weight_sync import ReceivedWeights, WeightShapes, as_file, weight_shapes
 
 REPLICA_CLASSES = {"hf": "HFReplica", "vllm": "VLLMReplica"}
 MAX_TOP_LOGPROBS = 20
@@ -115,14 +116,21 @@ class RolloutReplica(ABC):
     """Vocabulary, end tokens and tensors of the model; known once launched."""
 
     def __init__(
-        self, config: RolloutConfig, model_config: HFModelConfig, replica_rank: int = 0, device: str = "cpu"
+        self,
+        config: RolloutConfig,
+        model_config: HFModelConfig,
+        replica_rank: int = 0,
+        device: str = "cpu",
+        is_apart: bool = False,
     ) -> None:
         """Set up nothing yet; ``launch`` does.
 
         Args:
             replica_rank: number of this replica, which gives engines seeds of their own.
             device: ``cpu`` or ``cuda``.
+            is_apart: it is beside no rank, so weights come as files on a GPU too.
         """
+        self.is_apart = is_apart
         self.config = config
         self.model_config = model_config
         self.replica_rank = replica_rank
@@ -186,14 +194,15 @@ class RolloutReplica(ABC):
         self._received = ReceivedWeights(self.model_info.weights)
         await self._start_update()
 
-    async def update_weights(self, update_info: Mapping[str, Any]) -> None:
-        """Take one bucket of weights; see ``verl.weight_sync`` for its form.
+    async def update_weights(self, update_info: Mapping[str, Any], content: np.ndarray | None = None) -> None:
+        """Take one bucket of weights; see ``verl.weight_sync`` for its form, ``content`` is what was stored.
 
         A bucket with a tensor that the model does not have, or not in this shape, is not loaded;
         ``finish_weight_update`` reports it. Where loading fails the replica stays unusable.
         """
         if self._received.add(update_info):
-            await self._load_bucket(update_info)
+            with as_file(update_info, content) as bucket:
+                await self._load_bucket(bucket)
 
     async def finish_weight_update(self, version: int) -> None:
         """End a weight sync: the engine now writes with weights ``version``, and remembers nothing of older ones.

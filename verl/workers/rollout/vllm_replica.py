@@ -3,7 +3,7 @@
 In:  checked requests and weight buckets (``replica``). Out: tokens with the sampler's log-probs.
 
 Weights arrive through vLLM's weight-transfer interface: ``start_weight_update``, ``update_weights`` per bucket,
-``finish_weight_update``, with vLLM's ``ipc`` engine on CUDA and ours (``vllm_worker``) on CPU.
+``finish_weight_update``, with vLLM's ``ipc`` engine on the ranks' GPUs and ours (``vllm_worker``) elsewhere.
 
 On CUDA, and with tensor parallelism, vLLM is ``AsyncLLM`` with processes of its own; on CPU it runs in this process
 (``InProcessEngine``). Works with vLLM 0.27.1 to 0.32. ``vllm_settings`` has the options.
@@ -67,7 +67,7 @@ class VLLMReplica(RolloutReplica):
         from vllm.config import WeightTransferConfig
         from vllm.engine.arg_utils import AsyncEngineArgs
 
-        transfer = WeightTransferConfig(backend="ipc" if self.device == "cuda" else "shm")
+        transfer = WeightTransferConfig(backend="ipc" if self.device == "cuda" and not self.is_apart else "shm")
         given = (self.config, self.model_config, self.model_info, self.replica_rank, self.device)
         try:
             return AsyncEngineArgs(**vllm_settings.engine_arguments(*given), weight_transfer_config=transfer)

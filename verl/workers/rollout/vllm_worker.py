@@ -1,8 +1,8 @@
 """What vLLM loads by name in each of its worker processes.
 
 ``WorkerExtension`` is mixed into vLLM's worker class (``worker_extension_cls``), ``SeededDraws``, ``VocabularyLimit``
-and ``EndAfterExtended`` are logits processors, and ``SharedMemoryEngine`` receives weights on CPU; on CUDA vLLM's own
-``ipc`` engine does.
+and ``EndAfterExtended`` are logits processors, and ``SharedMemoryEngine`` receives weights as files; from a rank on the
+same GPU vLLM's own ``ipc`` engine does.
 
     start_weight_update ─► layers go back to checkpoint layout, on the meta device
     update_weights      ─► tensors are kept until their layer is complete, then converted into place: vLLM's own
@@ -202,8 +202,9 @@ class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInitInfo, SharedMemory
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
-        _repack_tied_heads(self.model)
-        _repack_experts(self.model)
+        if next(self.model.parameters()).is_cpu:  # elsewhere layers compute with the weights themselves
+            _repack_tied_heads(self.model)
+            _repack_experts(self.model)
 
     def shutdown(self) -> None:
         """Nothing stays open between buckets."""

@@ -1,0 +1,233 @@
+"""Generation beside training, on engines and an update that take their time: order, staleness, resume, figures."""
+
+import contextlib
+import json
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from support.file_faults import Killed
+from support.loop_fakes import Engines, Prompts, Ranks, make_config, make_trainer
+
+from verl.protocol import DataProto
+
+STEPS = 7
+
+
+class SlowRanks(Ranks):
+    """An update adds 1 to the weights, which a checkpoint keeps."""
+
+    def __init__(self, log: list[str], seconds: float) -> None:
+        super().__init__(log)
+        self.seconds, self.weights, self.seen = seconds, 0, list[Any]()
+
+    def update_actor(self, batch: DataProto) -> DataProto:
+        rows = batch.array("index").tolist(), batch.array("uid").tolist(), batch.tensor("rollout_log_probs").tolist()
+        self.seen.append((self.weights, *rows))
+        time.sleep(self.seconds)
+        self.weights += 1
+        return super().update_actor(batch)
+
+    def load_checkpoint(self, path: str) -> None:
+        super().load_checkpoint(path)
+        self.weights = int((Path(path) / "model").read_text())
+
+
+@dataclass
+class Writing:
+    answers: DataProto
+    version: int
+    ended: threading.Event = field(default_factory=threading.Event)
+    began_s: float = field(default_factory=time.time)
+    seconds: float = 0.0
+
+
+class SlowEngines(Engines):
+    """Answers are begun, and written with the weights of the last sync: log-probs tell them, and the first row."""
+
+    def __init__(self, log: list[str], seconds: float) -> None:
+        super().__init__(log)
+        self.seconds, self.weights, self.running = seconds, 0, 0
+
+    def begin(self, prompts: DataProto) -> Writing:
+        name = "validation" if prompts.meta_info["validate"] else prompts.meta_info["global_steps"]
+        self.log.append(f"begin {name}")
+        written = super().generate_sequences(prompts)
+        assert self.log.pop() == "generate"
+        written.batch["rollout_log_probs"] -= self.weights
+        writing = Writing(written, self.weights)
+        self.running += 1
+
+        def end() -> None:
+            self.running -= 1
+            self.log.append(f"end {name}")
+            writing.ended.set()
+
+        threading.Timer(self.seconds, end).start()
+        return writing
+
+    def collect(self, writing: Writing) -> DataProto:
+        assert writing.ended.wait(60)
+        writing.seconds = self.seconds or 1e-3
+        return writing.answers
+
+    def generate_sequences(self, prompts: DataProto) -> DataProto:
+        return self.collect(self.begin(prompts))
+
+    def update_weights(self, worker_group: Any) -> None:
+        assert not self.running, "weights would change in the middle of an answer"
+        super().update_weights(worker_group)
+        self.weights = worker_group.weights
+
+    def sleep(self) -> None:
+        """They keep their memory."""
+
+
+def trainer_of(
+    folder: Path, max_staleness: int, seconds: tuple[float, float] = (0.0, 0.0), rows: int = 12, **settings: Any
+) -> Any:
+    """A trainer of 7 steps by default, on engines and an update that take so many seconds; three batches an epoch."""
+    settings = {"total_training_steps": STEPS, "max_staleness": max_staleness, "device": "cpu", **settings}
+    config = make_config(folder, **settings)
+    config.actor_rollout_ref.rollout.calculate_log_probs = True
+    trainer, log = make_trainer(config, train_dataset=Prompts(rows), val_dataset=Prompts(2))
+    trainer.agent_loop_manager = SlowEngines(log, seconds[0])
+    trainer.actor_wg = SlowRanks(log, seconds[1])
+    trainer.role_groups = {"actor": trainer.actor_wg, "ref": trainer.actor_wg}
+    trainer.log = log
+    return trainer
+
+
+def logged(trainer: Any, name: str) -> list[float]:
+    return [data[name] for _, data in trainer.logger.lines if name in data]
+
+
+@pytest.mark.parametrize(
+    ("max_staleness", "expected"),
+    [(1, [0, 1, 1, 1, 1, 1, 1]), (2, [0, 1, 2, 1, 2, 1, 2]), (3, [0, 1, 2, 3, 1, 2, 3])],
+)
+def test_engines_write_the_next_batches_while_one_trains(tmp_path: Path, max_staleness: int, expected: Any) -> None:
+    trainer = trainer_of(tmp_path, max_staleness, seconds=(0.1, 0.05))
+    trainer.fit()
+    log = trainer.log
+    updates = [place for place, event in enumerate(log) if event == "update"]
+    begins = [log.index(f"begin {step}") for step in range(1, STEPS + 1)]
+    for step in range(1, STEPS):
+        assert begins[step] < updates[step - 1], "a batch is begun before the update of the one before it ends"
+    for step, begin in enumerate(begins, 1):
+        trained = sum(update < begin for update in updates)
+        assert step - trained - 1 <= max_staleness, "at most so many are ahead of the one that trains"
+    assert logged(trainer, "staleness/max") == logged(trainer, "staleness/mean") == expected
+    for number, (weights, _, _, log_probs) in enumerate(trainer.actor_wg.seen):
+        # -1.5 by the fake engine, and 1 less with each update in its weights.
+        assert weights == number and log_probs[0][0] == -1.5 - (number - expected[number])
+    assert log.count("sync") == (STEPS if max_staleness == 1 else len([s for s in expected if s == 1]) + 1)
+
+
+def test_without_staleness_stages_take_turns(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, 0)
+    trainer.fit()
+    turns = ["begin {}", "end {}", "ref_log_prob", "update", "sync"]
+    assert trainer.log[1:] == [turn.format(step) for step in range(1, STEPS + 1) for turn in turns]
+    assert [log_probs[0][0] for *_, log_probs in trainer.actor_wg.seen] == [-1.5 - step for step in range(STEPS)]
+    assert not {"staleness/max", "rollout/wait_s", "train/wait_s"} & trainer.logger.lines[0][1].keys()
+
+
+def test_validation_waits_for_answers_and_has_the_newest_weights(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, 2, seconds=(0.05, 0.0), test_freq=1)
+    trainer.fit()
+    log, open_batches = trainer.log, 0
+    for place, event in enumerate(log):
+        open_batches += event.startswith("begin") - event.startswith("end")
+        if event == "begin validation":
+            assert open_batches == 1, "of this validation alone"
+            assert "update" not in log[max(i for i in range(place) if log[i] == "sync") : place]
+
+
+@pytest.mark.parametrize(("max_staleness", "test_freq"), [(1, -1), (1, 2), (2, 2), (3, -1)])
+def test_a_run_that_goes_on_with_batches_in_flight_is_the_run_that_never_stopped(
+    tmp_path: Path, max_staleness: int, test_freq: int
+) -> None:
+    settings = {"max_staleness": max_staleness, "save_freq": 1, "test_freq": test_freq, "async_save": False}
+    whole = trainer_of(tmp_path / "whole", **settings)
+    whole.fit()
+    seen, staleness, epochs = list[Any](), list[float](), list[float]()
+    for killed_in in (3, 4, None):
+        run = trainer_of(tmp_path / "run", **settings)
+        with contextlib.suppress(Killed):
+            killed_in_step(run, killed_in).fit()
+        seen += run.actor_wg.seen
+        staleness += logged(run, "staleness/mean")
+        epochs += logged(run, "training/epoch")
+    assert seen == whole.actor_wg.seen
+    assert staleness == logged(whole, "staleness/mean")
+    assert epochs == logged(whole, "training/epoch") == [0, 0, 0, 1, 1, 1, 2], "of the batch that trains"
+
+
+def test_where_settings_may_have_changed_the_same_prompts_are_asked_again(tmp_path: Path) -> None:
+    settings = {"max_staleness": 1, "save_freq": 1, "async_save": False}
+    first = killed_in_step(trainer_of(tmp_path, **settings), 3)
+    with pytest.raises(Killed):
+        first.fit()
+    second = trainer_of(tmp_path, **settings, resume_allow_changed=["algorithm.distill_adv_max_clip"])
+    second.fit()
+    rows = [index for _, index, *_ in (*first.actor_wg.seen, *second.actor_wg.seen)]
+    assert sorted(rows[0] + rows[1] + rows[2]) == list(range(12)), "no prompt is lost or asked twice in an epoch"
+    assert second.actor_wg.seen[0][3][0][0] == -1.5 - 2, "written anew, by the weights of the checkpoint"
+
+
+def killed_in_step(trainer: Any, step: int | None) -> Any:
+    """The trainer, which dies before the update of a step."""
+    update = trainer.update_actor
+
+    def update_or_die(batch: DataProto) -> DataProto:
+        if trainer.global_steps == step:
+            raise Killed
+        return update(batch)
+
+    trainer.update_actor = update_or_die
+    return trainer
+
+
+def test_waits_and_the_timeline_say_who_waited_for_whom(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, 1, seconds=(0.2, 0.0), total_training_steps=3, timeline=True)
+    trainer.fit()
+    waits = logged(trainer, "rollout/wait_s")
+    assert all(wait > 0.1 for wait in waits[:2]) and waits[2] == 0, "nothing is begun behind the last step"
+    assert all(wait >= 0 for wait in logged(trainer, "train/wait_s"))
+    tokens = 4 * 2  # four rows of two tokens
+    assert logged(trainer, "perf/generated_tokens_per_s") == pytest.approx([tokens / 0.2] * 3)
+    text = (tmp_path / "timeline.json").read_text()
+    events = json.loads(text.rstrip(",\n") + "]")
+    spans = {event["name"]: event for event in events if event["ph"] == "X"}
+    assert {"step", "gen", "update_actor", "update_weights", "wait for answers", "answers of step 3"} <= spans.keys()
+    tracks = {event["args"]["name"]: event["tid"] for event in events if event["ph"] == "M"}
+    assert tracks.keys() == {"driver", "engines 0", "engines 1"}
+    assert spans["answers of step 3"]["tid"] == tracks["engines 1"] != tracks["driver"]
+    assert spans["answers of step 3"]["dur"] == 200_000
+
+
+def test_a_timeline_that_cannot_be_written_does_not_end_the_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = trainer_of(tmp_path, 0, total_training_steps=2, timeline=True)
+    (tmp_path / "timeline.json").mkdir()
+    trainer.fit()
+    assert trainer.global_steps == 2
+    assert caplog.text.count("cannot be written") == 1
+
+
+def test_importance_weights_are_those_of_the_version_that_wrote(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, 1, total_training_steps=3)
+    trainer.config.algorithm.rollout_correction = SimpleNamespace(rollout_is="token", rollout_is_threshold=4.0)
+    trainer.fit()
+    for step, batch in enumerate(trainer.actor_wg.updated, 1):
+        # The policy's log-probs are -1 and -2, the sampler's -1.5 and 1 less with each update in its weights.
+        writer = -1.5 - max(0, step - 2)
+        expected = torch.tensor([-1.0 - writer, -2.0 - writer]).exp().clamp(max=4.0)
+        torch.testing.assert_close(batch.batch["rollout_is_weights"][0, :2], expected)

@@ -90,13 +90,12 @@ class StudentWorker(Worker):
         module = build_model(path, model, actor.fsdp_config, mesh, split_over, trainable=True)
         vocabulary = Vocabulary(len(tokenizer), start)
         vocabulary.check_head(module.num_rows, path)
-        optimizer = build_optimizer(module, actor.optim)
-        self._state = TrainingState(module, optimizer, tokenizer)
+        self._state = TrainingState(module, build_optimizer(module, actor.optim), tokenizer)
         self._checkpoint_writer = CheckpointWriter(actor.checkpoint)
         self.actor = DataParallelPPOActor(
             actor,
             module,
-            optimizer,
+            self._state.optimizer,
             vocabulary=vocabulary,
             scoring_sizes=BatchSizes.of_scoring(rollout),
             # The setting counts prompts over all ranks; each has n answers.
@@ -245,8 +244,7 @@ class TeacherWorker(Worker):
         device: ``trainer.device``.
         teacher: a further teacher; None: the one of ``actor_rollout_ref.ref``.
         topk: number of likeliest ids at each trained position that `score_for_update` gives; None: none.
-        exports_hidden_states: `score_for_update` puts hidden states into the object store, for a student on other
-            ranks.
+        exports_hidden_states: `score_for_update` puts hidden states into the object store, for other ranks' student.
     """
 
     def __init__(
@@ -268,8 +266,7 @@ class TeacherWorker(Worker):
         """Model, tokenizer, and whether it knows the extended ids."""
 
     model: ModelTeacher
-    """The frozen model; teachers of one process with the same files and vocabulary share it. A student of this process
-    that has an adapter is, with that switched off, the teacher with its files."""
+    """Shared by a process' teachers of the same files and vocabulary; or its student with the adapter switched off."""
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def init_model(self) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_ray_trainer import Prompts, make_config, make_trainer
+from support.loop_fakes import Prompts, make_config, make_trainer
 
 from verl.trainer.ppo.stop_request import StopRequest
 

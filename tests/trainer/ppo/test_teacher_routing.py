@@ -34,6 +34,7 @@ def trainer_of(teachers: dict[str, TeacherConfig]) -> Any:
     config.algorithm.distill.teachers = teachers
     trainer: Any = object.__new__(RayOnPolicyDistillTrainer)
     trainer.config, trainer.global_steps, trainer.stage_metrics = config, 3, {}
+    trainer.prompts = SimpleNamespace(epoch=0)
     return trainer
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_ray_trainer import Engines, Prompts, make_config, make_trainer
+from support.loop_fakes import Engines, Prompts, make_config, make_trainer
 
 from verl.config.best_rule import BestMetricError
 from verl.protocol import DataProto

@@ -181,7 +181,7 @@ async def _ask(
     device: str,
     timing: dict[str, float],
 ) -> _Answers:
-    """Everything that is generated, by one engine."""
+    """Everything that is generated, by one engine; a line says so, for it takes minutes."""
     from recipe.onpolicy_distill.scoreboard.answers import Answerer
 
     settings: dict[str, Any] = {
@@ -191,6 +191,8 @@ async def _ask(
         "gpu_memory_utilization": 0.8,
     }
     answerer = Answerer(config.model, RolloutConfig(**settings | dict(config.rollout or {})), device)
+    counts = ", ".join(f"{len(questions):,} {name}" for name, questions in groups.items())
+    print(f"answering the prompts ({counts}), then scoring; the metrics come at the end", file=sys.stderr, flush=True)
     # Group by group: the answers are dealt out again below in the same order.
     every = [question for questions in groups.values() for question in questions]
     try:

@@ -101,7 +101,8 @@ def render(contract: VocabContract) -> str:
     lines.append(f"{'shared':12}{len(contract.shared):,} ids name the same token")
     extended, collisions = contract.extended, contract.collisions
     if extended:
-        lines.append(f"{'extended':12}{show_ids(extended)}: {len(extended):,} ids that the teacher lacks")
+        some = ", ".join(map(contract.student.name, dict.fromkeys([*extended[:3], extended[-1]])))
+        lines.append(f"{'extended':12}{show_ids(extended)}: {len(extended):,} ids that the teacher lacks ({some})")
     if collisions:
         where = f"{len(collisions):,} of them ({show_ids(collisions)})"
         lines.append(f"{'':12}{where} fall on padded rows of the teacher")

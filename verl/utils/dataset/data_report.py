@@ -80,7 +80,8 @@ def render(dataset: "RLHFDataset", report: dict[str, Any]) -> str:
             prompt = f"{prompt[:half]} [...] {prompt[-half:]}"
         place = f"row {example['row']} of {Path(example['file']).name}"
         lines += ["", f"{example['source']}, {place}, {example['tokens']:,} tokens", f"  | {prompt!r}"]
-        lines.append(f"  = {str(example['ground_truth'])[:half]!r}")
+        wanted = example["ground_truth"]
+        lines.append("  = (no answer)" if wanted is None else f"  = {str(wanted)[:half]!r}")
     return "\n".join(lines)
 
 

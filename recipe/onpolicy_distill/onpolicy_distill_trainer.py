@@ -69,10 +69,12 @@ class RayOnPolicyDistillTrainer(RayPPOTrainer):
                 added = len(self.template.encode_prompt([*turns, {"role": "user", "content": ""}], False))
             except (TemplateError, TypeError, ValueError) as error:
                 raise ValueError(f"{key}: the chat template takes no system message ({error}); leave it out") from error
-            longest, most = rollout.prompt_length + rollout.response_length + added, ref.log_prob_max_token_len_per_gpu
-            if longest > most:
-                what = f"{key} makes rows of up to {longest} tokens"
-                raise ValueError(f"{what}; raise actor_rollout_ref.ref.log_prob_max_token_len_per_gpu={most} to that")
+            if teacher.url or (ref.log_prob_micro_batch_size_per_gpu and not ref.log_prob_use_dynamic_bsz):
+                continue  # no limit of tokens, or one of the servers
+            longest, split = rollout.prompt_length + rollout.response_length + added, ref.ulysses_sequence_parallel_size
+            if longest > (most := ref.log_prob_max_token_len_per_gpu) * split:
+                fix = f"raise actor_rollout_ref.ref.log_prob_max_token_len_per_gpu={most} to {-(-longest // split)}"
+                raise ValueError(f"{key} makes rows of up to {longest} tokens; {fix}")
 
     def _check_teachers_have_rows(self) -> None:
         distill, data = self.config.algorithm.distill, self.train_dataset

@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_intermixed_args(argv)
     try:
         report(*make_plan(args.overrides, args.card_gib))
-    except (OSError, ValueError) as error:  # of the settings, or of transformers about a folder
+    except (AttributeError, OSError, ValueError) as error:  # of the settings, or of a model that has no such plan
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -98,6 +98,18 @@ def test_the_largest_micro_batch(folder: Path) -> None:
     )
 
 
+def test_servers_and_engines_with_gpus_of_their_own_take_nothing_here(folder: Path, tmp_path: Path) -> None:
+    tokenizer = tmp_path / "tokenizer"
+    tokenizer.mkdir()  # beside a URL a folder may be without a model
+    url = "actor_rollout_ref.ref.url=http://10.0.0.1:8000"
+    served = planned(settings(folder, url, "algorithm.distill.objective=topk", teacher=tokenizer))
+    assert served.parts[RANK]["frozen teachers"] == 0
+    pool = ["trainer.rollout_nnodes=1", "trainer.rollout_n_gpus_per_node=1"]
+    apart = planned(settings(folder, *pool), card=2**30)
+    assert apart.peak("update") == max(apart.stages["update"].values()) == 2**29, "of the engine's GPU"
+    assert apart.least == 16 * WEIGHTS
+
+
 def test_where_frozen_teachers_are(folder: Path, tmp_path: Path) -> None:
     teacher, adapter = tmp_path / "teacher", "actor_rollout_ref.model.lora_rank=4"
     teacher.mkdir()

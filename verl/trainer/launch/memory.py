@@ -73,6 +73,7 @@ def read_shape(path: str, model: HFModelConfig) -> ModelShape:
     size = getattr(config, "head_dim", None) or hidden // heads
     experts, of_expert = getattr(config, "num_experts_per_tok", None), getattr(config, "moe_intermediate_size", None)
     rows = causal_lm.get_output_embeddings().weight.shape[0]
+    inner = getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", None) or 4 * hidden
     return ModelShape(
         weights=sum(weight.numel() for weight in causal_lm.parameters()),
         block=max((sum(weight.numel() for weight in block.parameters()) for block in blocks), default=0),
@@ -82,7 +83,7 @@ def read_shape(path: str, model: HFModelConfig) -> ModelShape:
         queries=heads * size,
         keys=(getattr(config, "num_key_value_heads", None) or heads) * size,
         heads=heads,
-        inner=experts * (of_expert or config.intermediate_size) if experts else config.intermediate_size,
+        inner=experts * (of_expert or inner) if experts else inner,
         tied=bool(config.tie_word_embeddings),
         head_norms=any("q_norm" in name for name, _ in causal_lm.named_parameters()),
         linear=linear,

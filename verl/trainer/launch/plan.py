@@ -8,6 +8,7 @@ Not here: the batch in the driver; the half GiB that each process takes of a GPU
 """
 
 import copy
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import reduce
@@ -32,6 +33,8 @@ from verl.trainer.launch.memory import (
 )
 from verl.utils.device import card_bytes
 from verl.weight_sync import DEFAULT_BUCKET_MB
+
+logger = logging.getLogger(__name__)
 
 GIB = 2**30
 MOST_TOKENS = ("actor.ppo_max_token_len_per_gpu", "rollout.log_prob_max_token_len_per_gpu")
@@ -67,13 +70,17 @@ class MemoryPlan:
     """On CUDA, what the memory of a node holds."""
     least: int
     """Weights, gradients and moments on a GPU, in the stage that has most of them."""
+    engines_apart: bool = False
+    """Whether engines have GPUs, or nodes, of their own."""
 
     def peak(self, stage: str) -> int:
         """Of a GPU, or of a node without GPUs."""
-        held = self.stages[stage]
+        times = dict.fromkeys(self.counts, 1) if self.device == "cuda" else self.counts
+        held = {holder: times[holder] * size for holder, size in self.stages[stage].items()}
+        apart = held.pop(ENGINE) if self.engines_apart else 0
         if self.device == "cuda":
-            return max(held[RANK] + held[ENGINE], held.get(TEACHER_RANK, 0))
-        return sum(self.counts[holder] * size for holder, size in held.items())
+            return max(held[RANK] + held.get(ENGINE, 0), held.get(TEACHER_RANK, 0), apart)
+        return max(sum(held.values()), apart)
 
     @property
     def highest(self) -> str:
@@ -96,7 +103,8 @@ def _paths(config: PPOConfig) -> dict[str, str]:
     has_kl_term = algorithm.use_kl_in_reward or models.actor.use_kl_loss
     own = {BASE_TEACHER: models.ref.model.path, **{name: of.path for name, of in algorithm.distill.teachers.items()}}
     roles = algorithm.distill.roles if algorithm.distils else [BASE_TEACHER] * has_kl_term
-    return {role: str(own.get(role) or models.model.path) for role in ("actor", *roles)}
+    here = [role for role in roles if role not in config.served_roles]  # servers take no memory of the run
+    return {role: str(own.get(role) or models.model.path) for role in ("actor", *here)}
 
 
 def _frozen_models(config: PPOConfig) -> list[str]:
@@ -116,8 +124,9 @@ def plan_engine(config: PPOConfig, shape: ModelShape, device: str, card: int | N
     each, split = itemsize(rollout.dtype, device), rollout.tensor_model_parallel_size
     weights, longest = shape.weights * each // split, rollout.prompt_length + rollout.response_length
     row = 2 * shape.blocks * shape.keys * longest * each // split
-    per_node = rollout.cpu_engines if device == "cpu" else max(1, run.n_gpus_per_node // split)
-    rows = -(-config.data.train_batch_size * rollout.n // (run.nnodes * per_node))
+    gpus, nodes = run.rollout_n_gpus_per_node or run.n_gpus_per_node, run.rollout_nnodes or run.nnodes
+    per_node = (run.rollout_n_gpus_per_node or rollout.cpu_engines) if device == "cpu" else max(1, gpus // split)
+    rows = -(-config.data.train_batch_size * rollout.n // (nodes * per_node))
     cache = min(rows, rollout.max_num_seqs) * row
     if rollout.name == "vllm" and device == "cpu":
         cache = int(rollout.cpu_kvcache_space_gb * GIB)
@@ -190,11 +199,10 @@ class _Rank:
 def plan_memory(
     config: PPOConfig, shapes: Mapping[str, ModelShape], device: str, card: int | None = None
 ) -> MemoryPlan:
-    """The plan of a run.
+    """The plan of a run on ``cuda`` or ``cpu``.
 
     Args:
         shapes: of `read_shapes`.
-        device: ``cuda`` or ``cpu``.
         card: bytes of a GPU; None: unknown.
     """
     run, rollout, is_cuda = config.trainer, config.actor_rollout_ref.rollout, device == "cuda"
@@ -210,8 +218,8 @@ def plan_memory(
     # The copy is in host memory; where training goes on meanwhile, it is beside that.
     saving = stays + rank.moved if is_cuda else copied + (updating if run.async_save else stays)
     kept, again = activations(rank.shape, config, micro.tokens, device)
-    whole = engine.weights + engine.cache
-    asleep = whole * (not (is_cuda and rollout.free_cache_engine))
+    whole, apart = engine.weights + engine.cache, bool(run.rollout_gpus_on_nodes)  # apart they never sleep
+    asleep = whole * (apart or not (is_cuda and rollout.free_cache_engine))
     stages = {
         "start": {RANK: stays, ENGINE: whole},
         "generate": {RANK: stays, ENGINE: whole},
@@ -244,8 +252,9 @@ def plan_memory(
         "offloaded weights and moments": (rank.moved + rank.moved_teachers) * run.n_gpus_per_node,
         "a checkpoint being written": copied * run.n_gpus_per_node,
     }
-    least = max(own.parameters + own.gradients + own.moments + min(asleep, engine.weights), stays + engine.weights)
-    return MemoryPlan(device, counts, micro, engine, parts, stages, host if is_cuda else {}, least)
+    beside = 0 if apart else engine.weights
+    least = max(own.parameters + own.gradients + own.moments + min(asleep, beside), stays + beside)
+    return MemoryPlan(device, counts, micro, engine, parts, stages, host if is_cuda else {}, least, apart)
 
 
 # ------------------------------------------------------------------ what would help
@@ -297,7 +306,11 @@ def check_fits(config: PPOConfig) -> None:
     """
     if (card := card_bytes()) is None:
         return
-    shapes = read_shapes(config)
+    try:
+        shapes = read_shapes(config)
+    except (AttributeError, OSError, ValueError) as error:  # entries that a family lacks, or files
+        logger.warning("no plan of the run's memory: %s", error)
+        return
     if (least := plan_memory(config, shapes, "cuda", card).least) <= card:
         return
     fixes = what_helps(config, shapes, "cuda", card, lambda plan: plan.least)

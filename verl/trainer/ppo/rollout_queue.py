@@ -75,7 +75,12 @@ class RolloutQueue:
         self._timeline, self._total_steps = timeline, total_steps
         if saved and config.trainer.resume_allow_changed:
             # Under other settings there might be other answers: the same prompts are asked again.
+            mixture = stream.mixture
+            shares = mixture.shares if mixture is not None else {}
             stream.load_state_dict(saved[0]["position"], config.trainer.data_may_change)
+            for name, share in shares.items():  # those that the last validation set
+                assert mixture is not None, "it has shares"
+                mixture.state[name]["share"] = share
             saved = []
         self._saved = saved
         self._training: _Batch | None = None

@@ -26,9 +26,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from verl.config import HFModelConfig, RolloutConfig
+from verl.utils.durable_files import remove_abandoned
 from verl.utils.import_utils import load_extern_type
 from verl.utils.tokenizer import hf_tokenizer, listed_ids
-from verl.weight_sync import ReceivedWeights, WeightShapes, as_file, weight_shapes
+from verl.weight_sync import FOLDER_PREFIX, SHARED_MEMORY, ReceivedWeights, WeightShapes, as_file, weight_shapes
 
 REPLICA_CLASSES = {"hf": "HFReplica", "vllm": "VLLMReplica"}
 MAX_TOP_LOGPROBS = 20
@@ -131,6 +132,8 @@ class RolloutReplica(ABC):
             is_apart: it is beside no rank, so weights come as files on a GPU too.
         """
         self.is_apart = is_apart
+        if is_apart:  # no rank on this machine does it
+            remove_abandoned(SHARED_MEMORY, FOLDER_PREFIX)
         self.config = config
         self.model_config = model_config
         self.replica_rank = replica_rank

@@ -19,6 +19,7 @@ main() {
     esac
     exec bash "$HERE/run_qwen3_distill.sh" \
         algorithm.distill.objective=exact \
+        algorithm.distill.support=shared \
         data.max_prompt_length=2048 \
         data.max_response_length=512 \
         actor_rollout_ref.rollout.horizon=256 \

@@ -2,19 +2,17 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.file_faults import Killed
+from support.file_faults import Killed, killed_in_step
 from support.in_process_run import settings
 from support.launch import launch, metrics_by_step, script_env, small_run, write_onerec_parquet
 from support.tiny_pairs import Pair
 
 from recipe.onpolicy_distill.main_onpolicy_distill import build_trainer
 from verl.config import PPOConfig
-from verl.protocol import DataProto
 from verl.trainer.launch.run import run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
@@ -24,15 +22,7 @@ APART = {"trainer.rollout_nnodes": 1, "trainer.rollout_n_gpus_per_node": 2}
 
 
 def train(config: PPOConfig, dies_in_step: int | None = None) -> None:
-    trainer: Any = build_trainer(config)
-    update = trainer.update_actor
-
-    def update_or_die(batch: DataProto) -> DataProto:
-        if trainer.global_steps == dies_in_step:
-            raise Killed
-        return update(batch)
-
-    trainer.update_actor = update_or_die
+    trainer = killed_in_step(build_trainer(config), dies_in_step)
     if dies_in_step is None:
         run(trainer)
         return

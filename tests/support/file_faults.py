@@ -15,6 +15,19 @@ class Killed(BaseException):
     """The process ends here."""
 
 
+def killed_in_step(trainer: Any, step: int | None) -> Any:
+    """The trainer, which dies before the update of a step; None: never."""
+    update = trainer.update_actor
+
+    def update_or_die(batch: Any) -> Any:
+        if trainer.global_steps == step:
+            raise Killed
+        return update(batch)
+
+    trainer.update_actor = update_or_die
+    return trainer
+
+
 @contextmanager
 def killed_at_change(monkeypatch: pytest.MonkeyPatch, number: int) -> Iterator[list[Killed]]:
     """End the block before its n-th rename, link or removal of a folder; what it yields holds the kill afterwards."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.file_faults import Killed
+from support.file_faults import Killed, killed_in_step
 from support.loop_fakes import Engines, Prompts, Ranks, make_config, make_trainer
 
 from verl.protocol import DataProto
@@ -179,19 +179,6 @@ def test_where_settings_may_have_changed_the_same_prompts_are_asked_again(tmp_pa
     rows = [index for _, index, *_ in (*first.actor_wg.seen, *second.actor_wg.seen)]
     assert sorted(rows[0] + rows[1] + rows[2]) == list(range(12)), "no prompt is lost or asked twice in an epoch"
     assert second.actor_wg.seen[0][3][0][0] == -1.5 - 2, "written anew, by the weights of the checkpoint"
-
-
-def killed_in_step(trainer: Any, step: int | None) -> Any:
-    """The trainer, which dies before the update of a step."""
-    update = trainer.update_actor
-
-    def update_or_die(batch: DataProto) -> DataProto:
-        if trainer.global_steps == step:
-            raise Killed
-        return update(batch)
-
-    trainer.update_actor = update_or_die
-    return trainer
 
 
 def test_waits_and_the_timeline_say_who_waited_for_whom(tmp_path: Path) -> None:

@@ -20,9 +20,8 @@ from jinja2 import TemplateError
 from verl.config import BASE_TEACHER, PPOConfig
 from verl.config.ppo import teacher_key
 from verl.experimental.agent_loop.base import TEACHER_KNOWS_EXTENDED, ChatTemplate
-from verl.experimental.agent_loop.worker import load_tools
+from verl.experimental.agent_loop.worker import chat_template, load_tools
 from verl.protocol import DataProto
-from verl.tools.schemas import schema_dict
 from verl.trainer.ppo.advantage import distillation_advantage
 from verl.trainer.ppo.core_algos import reads_student_scores
 from verl.trainer.ppo.metric_utils import (
@@ -53,11 +52,7 @@ class RayOnPolicyDistillTrainer(RayPPOTrainer):
     @cached_property
     def template(self) -> ChatTemplate:
         """That of the agent loops."""
-        tools = [
-            schema_dict(tool.get_openai_tool_schema())
-            for tool in load_tools(self.config.actor_rollout_ref.rollout).values()
-        ]
-        return ChatTemplate(self.tokenizer, tools, self.config.data.apply_chat_template_kwargs)
+        return chat_template(self.config, self.tokenizer, load_tools(self.config.actor_rollout_ref.rollout))
 
     def _check_system_prompts(self) -> None:
         ref, rollout = self.config.actor_rollout_ref.ref, self.config.actor_rollout_ref.rollout

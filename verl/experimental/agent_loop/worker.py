@@ -73,9 +73,7 @@ class AgentLoopWorker:
         rollout = config.actor_rollout_ref.rollout
         tools = load_tools(rollout)
         load_agent_loops(rollout.agent.agent_loop_config_path)
-        schemas = [schema_dict(tool.get_openai_tool_schema()) for tool in tools.values()]
-        template = ChatTemplate(tokenizer, schemas, config.data.apply_chat_template_kwargs)
-        self.context = AgentLoopContext(rollout, template, tools)
+        self.context = AgentLoopContext(rollout, chat_template(config, tokenizer, tools), tools)
         self.servers = servers
         self._stop_from_id = rollout.extend_start if config.stops_at_extended else None
 
@@ -124,6 +122,12 @@ class AgentLoopWorker:
             return await loop.run(dict(sampling, seed=row.pop(SEED_KEY)), **row)
         finally:
             self.servers.forget(conversation)
+
+
+def chat_template(config: PPOConfig, tokenizer: PreTrainedTokenizerBase, tools: Mapping[str, BaseTool]) -> ChatTemplate:
+    """That of all conversations; ValueError where it does not fit the tools."""
+    schemas = [schema_dict(tool.get_openai_tool_schema()) for tool in tools.values()]
+    return ChatTemplate(tokenizer, schemas, config.data.apply_chat_template_kwargs)
 
 
 def load_tools(rollout: RolloutConfig) -> dict[str, BaseTool]:

@@ -3,13 +3,20 @@
 ::
 
     python benchmarks/long_tail.py [--rows 32] [--median 64] [--sigma 1.0] [--longest 512] [--steps 8] [--warmup 3]
+    python benchmarks/long_tail.py --oversample 1 1.25 1.5 2 --rows 64 --median 100 --longest 2000 --steps 30
 
-The lengths are log-normal, as those of chat models are, and the same on both sides: this project's entry point, with an
-agent loop of its own that gives each answer its budget of tokens, and vLLM's ``LLMEngine`` alone (``stages``). Prints a
-table of medians over the steps after the warm-up, and one JSON document as the last line.
+With ``--oversample`` engines write nothing, but take a millisecond for a token (``sleeping_engines``): how long steps
+take that ask more prompts and carry on those whose answers had not ended (``rollout.oversample``), for as many trained
+tokens.
+
+The lengths are log-normal, as those of chat models are. Without ``--oversample`` they are the same on two sides: this
+project's entry point, with an agent loop of its own that gives each answer its budget of tokens, and vLLM's
+``LLMEngine`` alone (``stages``). Prints a table of medians over the steps after the warm-up (of means with it), and
+one JSON document as the last line.
 """
 
 import argparse
+import asyncio
 import json
 import math
 import os
@@ -34,6 +41,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--longest", type=int, default=512, help="tokens of the longest answer")
     parser.add_argument("--steps", type=int, default=8, help="training steps, warm-up included")
     parser.add_argument("--warmup", type=int, default=3, help="first steps that are not counted")
+    parser.add_argument("--oversample", nargs="+", type=float, help="of sleeping engines; the first is compared with")
     parser.add_argument("--bare", nargs=2, type=Path, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", help="Hydra overrides of this project's side, after --")
     args = parser.parse_args()
@@ -114,8 +122,48 @@ def bare_steps(args: argparse.Namespace) -> list[dict[str, float]]:
     return measured
 
 
+def oversampled(args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """By value of ``rollout.oversample``, means over the counted steps on sleeping engines."""
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from benchmarks.sleeping_engines import Steps
+
+    lengths, report = [answer_length(row) for row in range(args.rows * (args.steps + 2))], dict[str, dict[str, float]]()
+    for value in args.oversample:
+        steps = Steps(lengths, args.rows, asyncio.new_event_loop(), token_s=1e-3, oversample=value)
+        taken = list(steps.take(args.steps))[args.warmup :]
+        tokens, seconds = sum(sum(step.lengths) for step in taken), sum(step.seconds for step in taken)
+        report[f"{value:g}"] = {
+            "step_s": seconds / len(taken),
+            "s_per_1000_tokens": 1000 * seconds / tokens,
+            "answer_tokens": tokens / (args.rows * len(taken)),
+            "carried": statistics.mean(step.metrics.get("rollout/carried", 0.0) for step in taken),
+            "staleness": statistics.mean(step.metrics.get("staleness/mean", 0.0) for step in taken),
+        }
+        steps.manager.shutdown()
+    return report
+
+
+def print_oversampled(args: argparse.Namespace) -> None:
+    report = oversampled(args)
+    first = next(iter(report.values()))["s_per_1000_tokens"]
+    names = "step, s", "s/1000 tokens", "less", "answer", "carried", "stale"
+    print(f"\n{'oversample':<12}" + "".join(f"{name:>15}" for name in names))
+    for value, of in report.items():
+        of["less"] = 1 - of["s_per_1000_tokens"] / first
+        print(
+            f"{value:<12}{of['step_s']:>15.3f}{of['s_per_1000_tokens']:>15.4f}{of['less']:>15.0%}"
+            f"{of['answer_tokens']:>15.1f}{of['carried']:>15.1f}{of['staleness']:>15.2f}"
+        )
+    shape = {"rows": args.rows, "median": args.median, "sigma": args.sigma, "longest": args.longest}
+    print(json.dumps(shape | {"oversample": report}))
+
+
 def main() -> None:
     args = parse_args()
+    if args.oversample:
+        os.environ[SHAPE] = f"{args.median},{args.sigma},{args.longest}"
+        print_oversampled(args)
+        return
     if args.bare:
         args.bare[1].write_text(json.dumps(bare_steps(args)))
         return

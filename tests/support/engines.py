@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from support.tiny_workers import load_plain, write_model
 from verl.config import HFModelConfig, RolloutConfig
-from verl.workers.rollout.replica import RolloutReplica, TokenOutput, get_replica_class
+from verl.workers.rollout.replica import ABORTED, RolloutReplica, TokenOutput, get_replica_class
 
 PADDED_ROWS = 40
 START_TIMEOUT_S = 240
@@ -146,6 +146,47 @@ async def generate(replica: RolloutReplica, prompts: list[list[int]], params: di
         for row, prompt in enumerate(prompts)
     ]
     return await asyncio.gather(*calls)
+
+
+def check_carried(engine: Engine) -> None:
+    """An answer that is cut, and carried on by a second request, is the one that is written in one go."""
+    params = {**TRUNCATED, "ignore_eos": True}
+    whole = engine.generate(params)
+    for delay_s in (0.04, 0.01, 0.002, 0.0):  # however fast this machine is
+        cut = engine.replica.run(abort_requests, engine.prompts, params, delay_s)
+        if any(output.stop_reason == ABORTED for output in cut):
+            break
+    assert any(len(output.token_ids) < 24 for output in cut) and {len(output.token_ids) for output in whole} == {24}
+    for parts in (cut, engine.generate(params, max_tokens=9)):
+        rest = engine.replica.run(carry_on, engine.prompts, params, [output.token_ids for output in parts])
+        for full, part, behind in zip(whole, parts, rest, strict=True):
+            assert part.token_ids + behind.token_ids == full.token_ids
+            log_probs = zip((part.log_probs or []) + (behind.log_probs or []), full.log_probs or [], strict=True)
+            assert max(abs(carried - written) for carried, written in log_probs) < 1e-5
+
+
+async def abort_requests(
+    replica: RolloutReplica, prompts: list[list[int]], params: dict[str, Any], delay_s: float
+) -> list[TokenOutput]:
+    """Answers to all prompts, ended after a while; ids are those that `generate` gives."""
+    writing = asyncio.create_task(generate(replica, prompts, params))
+    await asyncio.sleep(delay_s)
+    await replica.abort(["of another caller", *(f"request-{row}" for row in range(len(prompts)))])
+    return await writing
+
+
+async def carry_on(
+    replica: RolloutReplica, prompts: list[list[int]], params: dict[str, Any], written: list[list[int]]
+) -> list[TokenOutput]:
+    """What follows the tokens that are written."""
+
+    async def one(row: int, ids: list[int]) -> TokenOutput:
+        if len(ids) == 24:
+            return TokenOutput([], [], "length", 0)
+        options = {**params, "max_tokens": 24 - len(ids), "logprobs": True, "seed": row, "place": len(ids)}
+        return await replica.generate(prompts[row] + ids, options, f"again-{row}")
+
+    return await asyncio.gather(*(one(row, ids) for row, ids in enumerate(written)))
 
 
 async def sync(replica: RolloutReplica, buckets: list[dict[str, Any]], version: int) -> None:

@@ -262,6 +262,12 @@ class RolloutConfig:
     """Engine: ``vllm``, or ``hf`` (transformers ``generate``) for tests and machines without vLLM."""
     n: Count = 1
     """Answers per prompt."""
+    oversample: Annotated[float, Field(ge=1)] = 1.0
+    """Prompts that are asked for each that a step trains on. Above 1 a step takes those whose answers have all ended
+    first and does not wait for the longest; see ``trainer.ppo.prompt_pool``."""
+    unfinished: Literal["carry", "drop"] = "carry"
+    """What becomes of the other answers: ``carry``, the next batch goes on with them, by its newer weights; ``drop``,
+    they are lost, and with them long answers more often than short ones."""
     temperature: PositiveFloat = 1.0
     """Softmax temperature of the policy, for the sampler, the student's and the teacher's log-probs alike; above 0
     (greedy validation: ``val_kwargs``)."""
@@ -353,6 +359,11 @@ class RolloutConfig:
                     f"{key}.horizon.{name}={most} is above data.max_response_length={self.response_length}, where "
                     "every answer is cut anyway; lower the first or raise the second"
                 )
+
+    @property
+    def carries(self) -> bool:
+        """Whether answers may be written by several batches, each by its own weights."""
+        return self.oversample > 1 and self.unfinished == "carry"
 
     @property
     def validates_policy(self) -> bool:

@@ -148,6 +148,11 @@ class PPOConfig:
                 f"{_ROLLOUT}.free_cache_engine=True frees the engine's memory then; set it to False, give engines GPUs "
                 "of their own (trainer.rollout_nnodes, trainer.rollout_n_gpus_per_node), or set trainer.device=cpu"
             )
+        if rollout.carries and (tools := rollout.multi_turn.tool_config_path):
+            yield (
+                f"{_ROLLOUT}.oversample={rollout.oversample} carries on answers of a single turn, and {_ROLLOUT}."
+                f"multi_turn.tool_config_path={tools} has several; set {_ROLLOUT}.unfinished=drop, or oversample to 1"
+            )
         if rollout.name == "hf" and size > 1:
             yield f"{_ROLLOUT}.tensor_model_parallel_size={size} needs {_ROLLOUT}.name=vllm: hf runs on one device"
         for name in ("prompt_length", "response_length"):

@@ -1,6 +1,7 @@
 """Which replica gets a request, and how one that hangs is sent again: engines that answer on command."""
 
 import asyncio
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,12 +21,17 @@ class Engine:
     def __init__(self) -> None:
         self.calls: list[asyncio.Future[TokenOutput]] = []
         self.request_ids: list[str] = []
+        self.aborted: list[str] = []
         self.generate = self
+        self.abort = SimpleNamespace(remote=self.note_aborted)
 
     def remote(self, prompt_ids: list[int], sampling_params: dict[str, Any], request_id: str) -> Any:
         self.request_ids.append(request_id)
         self.calls.append(asyncio.get_running_loop().create_future())
         return self.calls[-1]
+
+    async def note_aborted(self, request_ids: list[str]) -> None:
+        self.aborted += request_ids
 
     def answer(self, call: int, token: int = 1) -> None:
         self.calls[call].set_result(TokenOutput([token], None, "stop", 0))
@@ -76,6 +82,25 @@ async def test_conversations_go_to_the_least_busy_replica_and_stay_there() -> No
         for call, future in enumerate(engine.calls):
             if not future.done():
                 engine.answer(call)
+    await asyncio.gather(*tasks)
+
+
+async def test_conversations_that_are_cut_short_send_nothing_more() -> None:
+    servers = Servers(2)
+    tasks = [await servers.send(name) for name in "abc"]
+    servers.engines[1].answer(0)
+    await tasks[1]
+    servers.manager.cut_short({"a", "b"})
+    await asyncio.sleep(0)
+    assert [engine.aborted for engine in servers.engines] == [["a-1"], []], "b waits for nothing, c is not meant"
+    for name in "ab":
+        output = await servers.manager.generate([1], {}, name)
+        assert (output.token_ids, output.stop_reason) == ([], "abort")
+        servers.manager.forget(name)
+    assert [len(engine.calls) for engine in servers.engines] == [2, 1]
+    tasks.append(await servers.send("a"))  # another conversation may have the name
+    for engine, call in ((0, 0), (0, 1), (1, 1)):
+        servers.engines[engine].answer(call)
     await asyncio.gather(*tasks)
 
 

@@ -302,6 +302,8 @@ def test_what_passes(run: list[str], tmp_path: Path, files: str) -> None:
     [
         ([f"{ROLLOUT}.top_p=0.9"], f"biased: {ROLLOUT}.top_p=0.9 and top_k=-1"),
         (["trainer.max_staleness=1", "trainer.device=cpu"], "biased: with trainer.max_staleness=1 older weights write"),
+        ([f"{ROLLOUT}.oversample=1.25"], f"biased: with {ROLLOUT}.oversample=1.25 older weights write"),
+        ([f"{ROLLOUT}.oversample=2", f"{ROLLOUT}.unfinished=drop"], f"biased: {ROLLOUT}.unfinished=drop trains on"),
         ([f"{ROLLOUT}.top_k=20", *WEIGHTS], f"biased: {ROLLOUT}.top_p=1.0 and top_k=20"),
         ([VAL, GREEDY], "validation has no reverse KL, which needs answers of the policy; "),
         ([VAL, f"{ROLLOUT}.val_kwargs.top_p=0.95"], "top_p=0.95 and top_k=-1: set them to"),

@@ -111,6 +111,8 @@ def test_values_become_their_declared_type(monkeypatch: pytest.MonkeyPatch, over
         ("trainer.teacher_nnodes=1", "=1 and trainer.teacher_n_gpus_per_node=None go together"),
         ("trainer.rollout_nnodes=1", "=1 and trainer.rollout_n_gpus_per_node=None go together"),
         ("trainer.max_staleness=-1", "=-1 must be greater than or equal to 0"),
+        ("actor_rollout_ref.rollout.oversample=0.5", "=0.5 must be greater than or equal to 1"),
+        ("actor_rollout_ref.rollout.unfinished=keep", "=keep must be 'carry' or 'drop'"),
         ("trainer.resume_mode=resume_path", "=resume_path needs trainer.resume_from_path"),
         (f"{MODEL}.lora_rank=-1", "=-1 must be greater than or equal to 0"),
         (f"{MODEL}.lora_extended_rows=True", "=True has no effect with lora_rank=0"),
@@ -181,6 +183,11 @@ def test_all_errors_come_at_once() -> None:
                 "trainer.rollout_n_gpus_per_node=3",
             ],
             "size=2 does not divide trainer.rollout_n_gpus_per_node=3",
+        ),
+        (
+            [f"{ROLLOUT}.oversample=1.5", f"{ROLLOUT}.multi_turn.tool_config_path=tools.yaml"],
+            f"{ROLLOUT}.oversample=1.5 carries on answers of a single turn, and {ROLLOUT}.multi_turn.tool_config_path="
+            f"tools.yaml has several; set {ROLLOUT}.unfinished=drop, or oversample to 1",
         ),
         (
             ["trainer.max_staleness=1"],

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.engines import GREEDY, PLAIN, TRUNCATED, WARM, Engine, generate, sync, write_buckets
+from support.engines import GREEDY, PLAIN, TRUNCATED, WARM, Engine, check_carried, generate, sync, write_buckets
 
 from verl.workers.rollout.replica import RolloutReplica
 
@@ -160,6 +160,12 @@ async def cancel_requests(replica: RolloutReplica, prompts: list[list[int]]) -> 
         task.cancel()
     outcomes = await asyncio.gather(*tasks, return_exceptions=True)
     return sum(isinstance(outcome, asyncio.CancelledError) for outcome in outcomes)
+
+
+def test_answers_that_are_cut_and_carried_on_are_those_written_in_one_go(engine: Engine) -> None:
+    check_carried(engine)
+    engine.sync()  # refused while a request is under way
+    assert engine.difference(PLAIN) < TOLERANCE
 
 
 class FakeGPUEngine:

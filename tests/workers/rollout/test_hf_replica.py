@@ -68,8 +68,13 @@ async def test_truncation_by_hand(top_k: int, top_p: float, kept: set[int]) -> N
 
 async def test_a_row_stops_at_its_own_token_or_limit_or_where_its_caller_has_gone() -> None:
     batch = [make_request(stop_token_ids={6}), make_request(max_tokens=1), make_request(), make_request()]
-    stops = _RowStops(batch, prompt_width=1)
+    ended: list[tuple[int, list[int]]] = []
+    stops = _RowStops(batch, prompt_width=1, on_end=lambda row, tokens: ended.append((row, tokens)))
     written, scores = torch.tensor([[5, 6]] * 4), torch.zeros(4, 1)
     assert stops(written, scores).tolist() == [True, True, False, False]
     batch[3].answer.cancel()
+    written = torch.tensor([[5, 6, 7]] * 4)
     assert stops(written, scores).tolist() == [True, True, False, True]
+    batch[2].aborted = True
+    assert stops(written, scores).tolist() == [True] * 4
+    assert ended == [(0, [6]), (1, [6]), (3, [6, 7]), (2, [6, 7])], "each once, with its tokens then"

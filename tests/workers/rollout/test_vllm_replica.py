@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
-from support.engines import PLAIN, TRUNCATED, Engine
+from support.engines import PLAIN, TRUNCATED, Engine, check_carried
 
 from verl.workers.rollout.replica import RolloutReplica
 from verl.workers.rollout.vllm_replica import InProcessEngine, unblock_sigterm
@@ -70,6 +70,7 @@ def test_an_engine_with_processes_of_its_own_is_synced_and_names_what_it_died_of
         engine.sync()
         for params in (PLAIN, TRUNCATED):
             assert engine.difference(params) < 1e-4
+    check_carried(engine)
     engine.replica.run(kill_engine_processes)
     with pytest.raises(RuntimeError, match=r"engine is dead: .*was killed by SIGKILL"):
         engine.replica.run(wait_for_death)

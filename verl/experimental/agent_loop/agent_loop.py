@@ -18,12 +18,14 @@ public names here are verl's.
 """
 
 import dataclasses
+import itertools
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from verl.config import PPOConfig
@@ -143,29 +145,41 @@ class AgentLoopManager:
         """Have every prompt answered; returns at once. No weight sync may come before ``collect`` has returned.
 
         Args:
-            prompts: ``uid`` and ``raw_prompt`` or ``prompt_ids`` per row; ``meta_info`` with ``global_steps``,
-                ``validate`` and, where answers are cut before R tokens, ``horizon``.
+            prompts: ``uid`` and ``raw_prompt`` or ``prompt_ids`` per row, and seeds where these were drawn before;
+                ``meta_info`` with ``global_steps``, ``validate`` and, where answers are cut before R tokens,
+                ``horizon``. With ``wanted``, so many prompts of ``n`` rows each are answered, and the others cut short.
 
         Raises:
             WorkerError: there is no space for the prompts.
         """
-        seeds = sample_seeds(self.rollout.seed, prompts)
+        columns, wanted, n = prompts.non_tensor_batch, prompts.meta_info.get("wanted"), self.rollout.n
+        seeds = {SEED_KEY: sample_seeds(self.rollout.seed, prompts)} if SEED_KEY not in columns else {}
         meta_info = {key: prompts.meta_info.get(key) for key in ("validate", "horizon")}
-        rows = DataProto.from_dict(None, {**prompts.non_tensor_batch, SEED_KEY: seeds}, meta_info)
-        busy = min(len(self._workers), len(rows))
-        starts = [len(rows) * index // busy for index in range(busy + 1)]
+        rows = DataProto.from_dict(None, {**columns, **seeds}, meta_info)
+        busy = min(len(self._workers), wanted or len(rows))
+        starts, order = [len(rows) * index // busy for index in range(busy + 1)], None
+        if wanted:
+            # Prompts go round the workers: carried ones come first, and are the longer ones.
+            dealt = [range(index, len(rows) // n, busy) for index in range(busy)]
+            starts = [0, *itertools.accumulate(len(prompts) * n for prompts in dealt)]
+            order = [prompt * n + answer for prompts in dealt for prompt in prompts for answer in range(n)]
+            rows.reorder(order)
+        parts = [rows.slice(first, end) for first, end in itertools.pairwise(starts)]
+        for index, part in enumerate(parts if wanted else ()):
+            part.meta_info["wanted"] = len(range(index, wanted, busy))
         with sending("generate_sequences"):
             calls = {
-                worker.actor.generate_sequences.remote(rows.slice(first, end)): worker
-                for worker, first, end in zip(self._workers, starts, starts[1:], strict=False)
+                worker.actor.generate_sequences.remote(part): worker
+                for worker, part in zip(self._workers, parts, strict=False)
             }
-        return Generation(calls, starts, self.weight_version)
+        return Generation(calls, starts, self.weight_version, order)
 
     def collect(self, generation: "Generation") -> DataProto:
         """Wait for what `begin` began.
 
         Returns:
-            The rollout's new keys, in the order of the prompts; ``meta_info["weight_version"]`` of what wrote them.
+            The rollout's new keys, in the order of the prompts, with ``wanted`` also `TAKEN` and `ENDED`;
+            ``meta_info["weight_version"]`` of what wrote them.
 
         Raises:
             WorkerError: an engine or a worker failed, a prompt or an agent name cannot be used (``by_user``), or
@@ -176,9 +190,11 @@ class AgentLoopManager:
             buffer.put(generation.starts[number], part)
             del part  # before the next one comes
         generated = buffer.take()
+        if generation.order is not None:
+            generated.reorder(np.argsort(generation.order))
         measured = generated.meta_info["metrics"]
         generation.seconds = max(measured["call_s"])
-        versions = set(measured["weight_version"])
+        versions = set(measured["weight_version"]) - {None}
         # Before the first sync the engines sample from the model that they loaded.
         if generation.version is not None and versions != {generation.version}:
             raise RolloutError(
@@ -186,7 +202,7 @@ class AgentLoopManager:
                 f"{generation.version}"
             )
         metrics = batch_metrics(measured, self.rollout.multi_turn.tool_config_path is not None)
-        generated.meta_info = {"metrics": metrics, "weight_version": min(versions)}
+        generated.meta_info = {"metrics": metrics, "weight_version": min(versions, default=generation.version)}
         return generated
 
     def update_weights(self, worker_group: WorkerGroup, version: int | None = None) -> None:
@@ -250,6 +266,8 @@ class Generation:
     """First row of each call, and the number of all rows."""
     version: int | None
     """Of the weights when it began; None: those that the engines loaded."""
+    order: Sequence[int] | None = None
+    """Rows of the prompts in the order of the calls; None: as they come."""
     began_s: float = field(default_factory=time.time)
     seconds: float = 0.0
     """It took so long, by its workers' clocks; known once it is collected."""

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from jinja2 import TemplateError
 from omegaconf import OmegaConf
@@ -24,7 +24,7 @@ from verl.single_controller.base import RolloutError
 from verl.tools.base_tool import BaseTool
 from verl.utils.import_utils import load_extern_type
 from verl.utils.tokenizer import TOOLS_KEY, render_chat
-from verl.workers.rollout.replica import TokenOutput
+from verl.workers.rollout.replica import ABORTED, TokenOutput
 
 Message = Mapping[str, Any]
 Generate = Callable[[list[int], dict[str, Any]], Awaitable[TokenOutput]]
@@ -80,8 +80,33 @@ class AgentLoopOutput:
     num_turns: int
     """Turns of prompt, model and tools together; 2 for a plain answer."""
     metrics: AgentLoopMetrics
-    weight_version: int
-    """Version of the weights that wrote the oldest turn."""
+    weight_version: int | None
+    """Version of the weights that wrote the oldest turn of this batch; None: it wrote nothing."""
+    has_ended: bool = True
+    """False where the answer was cut short, as enough others had ended (``rollout.oversample``)."""
+
+
+WRITTEN = "written"
+"""Key of a row: its `Written`, or None."""
+
+
+@dataclass
+class Written:
+    """What an earlier batch wrote of an answer, or all of one that waits for others to its prompt."""
+
+    token_ids: list[int]
+    log_probs: list[float] | None
+    steps: list[int]
+    """For each token, the step behind which its weights were sent; 0: those of the start."""
+    has_ended: bool
+
+
+class CutShort(Exception):
+    """The engine was told to end the request before the answer's end."""
+
+    def __init__(self, trajectory: "Trajectory") -> None:
+        super().__init__()
+        self.trajectory = trajectory
 
 
 @dataclass
@@ -96,6 +121,16 @@ class Trajectory:
     response_ids: list[int] = field(default_factory=list)
     model_mask: list[int] = field(default_factory=list)
     weight_versions: list[int] = field(default_factory=list)
+    carried: int = 0
+    """Tokens that an earlier batch wrote."""
+    has_ended: bool = False
+    """Whether these are all there will be."""
+
+    def carry_on(self, written: Written) -> None:
+        """Begin with what an earlier batch wrote, as far as the budget goes."""
+        self.carried = min(len(written.token_ids), self.remaining_tokens)
+        self.has_ended = written.has_ended or self.carried == self.remaining_tokens
+        self._append(written.token_ids[: self.carried], 1, (written.log_probs or [])[: self.carried])
 
     def add_model_turn(self, turn: TokenOutput) -> None:
         """Append what the model wrote."""
@@ -224,6 +259,8 @@ class AgentLoopBase(ABC):
     metrics: AgentLoopMetrics = field(default_factory=AgentLoopMetrics)
     teacher_knows_extended: bool = False
     """Whether this row's teacher knows item tokens; the masks then keep what follows them."""
+    writes_one_turn: ClassVar[bool] = False
+    """Whether an answer is one turn of the model, so that one that was cut short can be carried on."""
 
     def __getattr__(self, name: str) -> Any:
         """Called for an attribute that does not exist: the error names what to write in its place."""
@@ -251,14 +288,25 @@ class AgentLoopBase(ABC):
                 f"{rollout.prompt_length}; raise it, or set data.filter_overlong_prompts=True"
             )
         log_probs: list[float] | None = [] if rollout.calculate_log_probs else None
-        return Trajectory(list(prompt_ids), rollout.response_length, log_probs)
+        trajectory = Trajectory(list(prompt_ids), rollout.response_length, log_probs)
+        if (written := row.get(WRITTEN)) is not None:
+            trajectory.carry_on(written)
+        return trajectory
 
     async def write_turn(self, trajectory: Trajectory, sampling_params: Mapping[str, Any]) -> list[int]:
         """Let the model write one turn within what is left of the budget; returns the turn's tokens.
 
-        Every turn of a conversation has a seed of its own.
+        Every turn of a conversation has a seed of its own; of a turn that is carried on, the tokens that come are
+        returned, and none of an answer that has ended.
+
+        Raises:
+            CutShort: enough other answers have ended; a loop lets it through.
         """
+        if trajectory.has_ended:
+            return []
         params = dict(sampling_params, max_tokens=trajectory.remaining_tokens)
+        if trajectory.carried:
+            params["place"] = trajectory.carried
         params["seed"] += len(trajectory.weight_versions)
         if self.teacher_knows_extended:  # what follows an item is trained too
             params["stop_from_id"] = None
@@ -266,7 +314,10 @@ class AgentLoopBase(ABC):
         turn = await self.generate(trajectory.prompt_ids + trajectory.response_ids, params)
         self.metrics.generate_s += time.perf_counter() - started
         self.metrics.retried_requests += turn.retries
-        trajectory.add_model_turn(turn)
+        if turn.stop_reason != ABORTED or turn.token_ids:
+            trajectory.add_model_turn(turn)
+        if turn.stop_reason == ABORTED:
+            raise CutShort(trajectory)
         if self.is_over(turn.token_ids, sampling_params):
             self.metrics.unwritten_tokens += trajectory.remaining_tokens
         return turn.token_ids
@@ -293,7 +344,7 @@ class AgentLoopBase(ABC):
             response_logprobs=trajectory.log_probs,
             num_turns=num_turns,
             metrics=self.metrics,
-            weight_version=min(trajectory.weight_versions),
+            weight_version=min(trajectory.weight_versions, default=None),
         )
 
 

@@ -141,6 +141,8 @@ class ToolSession:
 class SingleTurnAgentLoop(AgentLoopBase):
     """One prompt, one answer: no tools are shown and none are called."""
 
+    writes_one_turn = True
+
     async def run(self, sampling_params: dict[str, Any], **row: Any) -> AgentLoopOutput:
         """Template the messages, let the model answer, and stop."""
         trajectory = self.start(row, with_tools=False)
@@ -151,6 +153,8 @@ class SingleTurnAgentLoop(AgentLoopBase):
 @register("tool_agent")
 class ToolAgentLoop(AgentLoopBase):
     """Turns of the model and of tools, until the model is done. Without tools, a single turn."""
+
+    writes_one_turn = True  # with tools, `PPOConfig` refuses what asks for it
 
     async def run(self, sampling_params: dict[str, Any], **row: Any) -> AgentLoopOutput:
         """Hold the conversation; tools keep their state over its turns and are released at its end."""

@@ -13,7 +13,7 @@ long answer among others does not count.
 
 ::
 
-    send ──► answer
+    send ──► answer (enough prompts are answered: the others' requests are aborted, and answer with what is written)
      └─ nothing for timeout_s ──► cancel, send to another replica ──► answer, counted as retried
                                    │ (there is none)                └─ nothing ──► RolloutError that names both
                                    └──► RolloutError with the request's id
@@ -27,8 +27,8 @@ import itertools
 import logging
 import math
 import time
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -45,6 +45,7 @@ from verl.experimental.agent_loop.base import (
     AgentLoopContext,
     AgentLoopOutput,
     ChatTemplate,
+    CutShort,
     RolloutError,
     get_agent_loop_class,
     load_agent_loops,
@@ -53,12 +54,14 @@ from verl.protocol import DataProto
 from verl.single_controller.ray.calls import Remote, is_by_user
 from verl.tools.base_tool import BaseTool, initialize_tools_from_config
 from verl.tools.schemas import schema_dict
-from verl.workers.rollout.replica import TokenOutput
+from verl.workers.rollout.replica import ABORTED, TokenOutput
 
 logger = logging.getLogger(__name__)
 
 SEED_KEY = "sample_seed"
 """Column that carries the seeds from the manager to the agent-loop workers."""
+TAKEN, ENDED = "taken", "has_ended"
+"""Columns where more prompts are asked than wanted: whether the row's prompt is taken, whether its answer has ended."""
 
 
 class AgentLoopWorker:
@@ -83,8 +86,11 @@ class AgentLoopWorker:
     async def generate_sequences(self, prompts: DataProto) -> DataProto:
         """Hold one conversation per row, all at once; the first failure ends them all.
 
+        With ``meta_info["wanted"]``, once all ``n`` answers to so many prompts have ended, the others are cut short.
+
         Returns:
-            The rollout's keys; ``meta_info["metrics"]`` lists what was measured, and the weight version, row by row.
+            The rollout's keys, with ``wanted`` also `TAKEN` and `ENDED`; ``meta_info["metrics"]`` lists what was
+            measured, and the weight version, row by row.
         """
         rollout, columns = self.context.rollout, prompts.non_tensor_batch
         validate = bool(prompts.meta_info["validate"])
@@ -95,11 +101,22 @@ class AgentLoopWorker:
             # Loops take their budget from there; rows are padded to the run's own length all the same.
             limited = replace(rollout, response_length=horizon, horizon=HorizonConfig())
             context = replace(context, rollout=limited)
-        began_s = time.monotonic()
-        tasks = [
-            asyncio.create_task(self._converse(context, sampling, {key: of[row] for key, of in columns.items()}))
-            for row in range(len(prompts))
-        ]
+        began_s, wanted = time.monotonic(), prompts.meta_info.get("wanted", 0)
+        names, prompt_of = [uuid4().hex for _ in range(len(prompts))], [row // rollout.n for row in range(len(prompts))]
+        under_way, left, taken = set(names), Counter(prompt_of), set[int]()
+
+        async def answer(row: int) -> AgentLoopOutput:
+            output = await self._converse(context, sampling, {key: of[row] for key, of in columns.items()}, names[row])
+            under_way.remove(names[row])
+            if len(taken) < wanted:
+                left[prompt_of[row]] -= output.has_ended
+                if not left[prompt_of[row]]:
+                    taken.add(prompt_of[row])
+                if len(taken) == wanted:
+                    self.servers.cut_short(under_way)
+            return output
+
+        tasks = [asyncio.create_task(answer(row)) for row in range(len(prompts))]
         try:
             outputs = await asyncio.gather(*tasks)
         finally:
@@ -111,15 +128,26 @@ class AgentLoopWorker:
         of_call = {"call_s": time.monotonic() - began_s}
         measured = [vars(output.metrics) | of_call | {"weight_version": output.weight_version} for output in outputs]
         metrics = {name: [of_row[name] for of_row in measured] for name in measured[0]}
-        return DataProto.from_dict(tensors, {"__num_turns__": [o.num_turns for o in outputs]}, {"metrics": metrics})
+        arrays: dict[str, Any] = {"__num_turns__": [output.num_turns for output in outputs]}
+        if wanted:
+            arrays |= {TAKEN: [of in taken for of in prompt_of], ENDED: [output.has_ended for output in outputs]}
+        return DataProto.from_dict(tensors, arrays, {"metrics": metrics})
 
     async def _converse(
-        self, context: AgentLoopContext, sampling: Mapping[str, Any], row: dict[str, Any]
+        self, context: AgentLoopContext, sampling: Mapping[str, Any], row: dict[str, Any], conversation: str
     ) -> AgentLoopOutput:
-        name, conversation = row.pop("agent_name", None) or context.rollout.agent.default_agent_loop, uuid4().hex
+        name = row.pop("agent_name", None) or context.rollout.agent.default_agent_loop
         loop = get_agent_loop_class(name)(context, partial(self.servers.generate, request_id=conversation))
+        if context.rollout.carries and not loop.writes_one_turn:
+            raise ValueError(
+                "actor_rollout_ref.rollout.oversample carries on answers of a single turn, and the agent loop "
+                f"{name!r} does not say that it writes such; set actor_rollout_ref.rollout.unfinished=drop, or "
+                "writes_one_turn = True in its class"
+            )
         try:
             return await loop.run(dict(sampling, seed=row.pop(SEED_KEY)), **row)
+        except CutShort as cut:
+            return replace(loop.finish(cut.trajectory, num_turns=2), has_ended=False)
         finally:
             self.servers.forget(conversation)
 
@@ -240,18 +268,23 @@ class AsyncLLMServerManager:
         self._avoid_until = [0.0] * len(self._replicas)
         """After a hang: no new requests until then, unless the replica answers or all others hang."""
         self._chosen: dict[str, int] = {}
+        self._requests: dict[str, int] = {}
+        """Replica of each request that is under way."""
+        self._cut_short: set[str] = set()
         # Makes a request's id unique: the engine may still be closing the conversation's last turn.
         self._numbers = itertools.count(1)
         self._timeout_s = math.inf if timeout_s is None else timeout_s
 
     async def generate(self, prompt_ids: list[int], sampling_params: dict[str, Any], request_id: str) -> TokenOutput:
-        """One turn of the conversation ``request_id``.
+        """One turn of the conversation ``request_id``; what is written of it once that is `cut_short`.
 
         Raises:
             RolloutError: the replica failed, or two of them hang; names them, the request and the cause.
         """
         left, silences = list(range(len(self._replicas))), []
         for retries in range(min(2, len(left))):
+            if request_id in self._cut_short:
+                return TokenOutput([], [], ABORTED, 0)
             chosen = self._chosen.get(request_id)
             if chosen not in left or self._avoided(chosen):
                 chosen = min(left, key=lambda replica: (self._avoided(replica), self._in_flight[replica]))
@@ -264,9 +297,21 @@ class AsyncLLMServerManager:
                 silences.append(str(silence))
         raise RolloutError("; ".join(silences))
 
+    def cut_short(self, conversations: Set[str]) -> None:
+        """End what is being written for these, and write nothing more for them until they are over."""
+        self._cut_short |= conversations
+        of_replica = defaultdict[int, list[str]](list)
+        for own_id, replica in self._requests.items():
+            if own_id.rpartition("-")[0] in self._cut_short:
+                of_replica[replica].append(own_id)
+        calls = [self._replicas[replica].actor.abort.remote(own_ids) for replica, own_ids in of_replica.items()]
+        # Not waited for: a replica that fails or hangs is named by the requests that it leaves.
+        self._aborts = asyncio.gather(*calls, return_exceptions=True)
+
     def forget(self, request_id: str) -> None:
         """The conversation is over."""
         self._chosen.pop(request_id, None)
+        self._cut_short.discard(request_id)
 
     def _avoided(self, replica: int) -> bool:
         return time.monotonic() < self._avoid_until[replica]
@@ -279,6 +324,7 @@ class AsyncLLMServerManager:
         self._in_flight[chosen] += 1
         own_id = f"{request_id}-{next(self._numbers)}"
         call, sent_at = replica.actor.generate.remote(prompt_ids, sampling_params, own_id), time.monotonic()
+        self._requests[own_id] = chosen
         answer: asyncio.Future[TokenOutput] = asyncio.ensure_future(call)
         try:
             while not answer.done():
@@ -302,6 +348,7 @@ class AsyncLLMServerManager:
             # Reached too where this conversation is cancelled because another one failed.
             answer.cancel()
             self._in_flight[chosen] -= 1
+            del self._requests[own_id]
         self._answered_at[chosen] = time.monotonic()
         self._avoid_until[chosen] = 0.0
         return output

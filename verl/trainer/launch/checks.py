@@ -345,11 +345,18 @@ def _notices(config: PPOConfig) -> Iterator[str]:
     if algorithm.adv_estimator in ("grpo", "rloo", "reinforce_plus_plus_baseline") and rollout.n == 1:
         estimator = f"algorithm.adv_estimator={algorithm.adv_estimator}"
         yield f"{estimator} compares the answers to one prompt, and {key}.n=1 gives it one; set n to 4 or more"
-    if config.trainer.max_staleness and distill.has_policy_loss and not algorithm.rollout_correction.rollout_is:
+    ahead = f"trainer.max_staleness={config.trainer.max_staleness}" if config.trainer.max_staleness else ""
+    older = ahead or (f"{key}.oversample={rollout.oversample}" if rollout.carries else "")
+    if older and distill.has_policy_loss and not algorithm.rollout_correction.rollout_is:
         yield (
-            f"biased: with trainer.max_staleness={config.trainer.max_staleness} older weights write the answers than "
-            f"those whose gradient is taken; correct for it with {key}.calculate_log_probs=True and "
-            "algorithm.rollout_correction.rollout_is=token, or take algorithm.distill.objective=exact"
+            f"biased: with {older} older weights write the answers than those whose gradient is taken; correct for it "
+            f"with {key}.calculate_log_probs=True and algorithm.rollout_correction.rollout_is=token, or take "
+            "algorithm.distill.objective=exact"
+        )
+    if rollout.oversample > 1 and not rollout.carries:
+        yield (
+            f"biased: {key}.unfinished=drop trains on short answers more often than the policy writes them; compare "
+            "rollout/dropped_length/mean with response_length/mean, or set it to carry"
         )
     if rollout.top_p < 1 or rollout.top_k != -1:
         yield (

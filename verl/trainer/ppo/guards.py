@@ -93,8 +93,8 @@ class EngineGap:
 
     - ``distill/engine_gap``: mean |difference| at trained tokens, nats. The same number as
       ``training/rollout_log_probs_diff_mean``, but only where the sampler is the policy (top_p=1, top_k=-1) and has
-      the same weights (max_staleness=0), so that anything beyond rounding is a fault: stale or wrong weights, another
-      temperature, another vocabulary.
+      the same weights (max_staleness=0, nothing carried on), so that anything beyond rounding is a fault: stale or
+      wrong weights, another temperature, another vocabulary.
     - ``distill/engine_gap_exceeded``: 1 in a step whose gap is beyond ``trainer.engine_gap_bound``, else 0; the first
       such step is warned of, and each that doubles the gap of the last warning.
 
@@ -103,7 +103,8 @@ class EngineGap:
 
     def __init__(self, config: PPOConfig) -> None:
         rollout = config.actor_rollout_ref.rollout
-        self._is_defined = rollout.top_p == 1 and rollout.top_k == -1 and not config.trainer.max_staleness
+        is_policy = rollout.top_p == 1 and rollout.top_k == -1
+        self._is_defined = is_policy and not config.trainer.max_staleness and not rollout.carries
         self._bound = config.trainer.engine_gap_bound
         self._warned_of = 0.0
         """Gap of the last warning."""

@@ -5,7 +5,7 @@
               the next step generates with the weights that were just sent  <-----------------------------
 
 A stage takes the batch and returns a ``DataProto`` of its new keys alone (``verl/protocol.py`` lists every key with
-its producer), which ``train_step`` adds; ``balance`` alone reorders rows. A recipe never overrides ``train_step``.
+its producer), which ``train_step`` adds; only ``balance`` and ``generate`` move rows. A recipe never overrides it.
 ``old_log_prob`` has nothing to do where the update's own pass scores the student (``student_scores_in_update``).
 
 Workers compute on models (``workers``), engines generate (``agent_loop``). B sequences, R response tokens.
@@ -98,7 +98,7 @@ class RayPPOTrainer:
             self.prompts.load_state_dict(self.driver_state, config.trainer.data_may_change)
         self.timeline = Timeline(config.trainer.timeline_file)
         parts = self.prompts, self.prepare, lambda: self.agent_loop_manager, self.timeline
-        self.rollouts = RolloutQueue(config, *parts, self.total_steps, self.driver_state.get("ahead", []))
+        self.rollouts = RolloutQueue(config, *parts, self.total_steps, self.driver_state)
         self.keep = MixtureControl(config, self.prompts.mixture, val_dataset, self.driver_state)
         self.best = BestCheckpoint(config.trainer, self.resume_from)
         self.saver = CheckpointSaver(config, identity, self.best)
@@ -193,7 +193,7 @@ class RayPPOTrainer:
         return prompts.repeat(n, interleave=True)
 
     def generate(self, batch: DataProto) -> DataProto:
-        """Answers, their masks and the sampler's log-probs; the engines sleep afterwards where they free memory."""
+        """The rollout's keys; rows that ``rollout.oversample`` leaves out go. Engines sleep where they free memory."""
         if self.agent_loop_manager.asleep:
             self.sync_weights()
         generated = self.rollouts.answers_to(batch)
@@ -368,7 +368,7 @@ class RayPPOTrainer:
         checked = self.check_teachers()
         state = {
             **self.prompts.state_dict(),
-            "ahead": self.rollouts.state_dict(),
+            **self.rollouts.state_dict(),
             "kl_coef": self.kl_controller.value,
             "keep": self.keep.state_dict(),
             "teacher_probe": self.teacher_probe.state_dict(),

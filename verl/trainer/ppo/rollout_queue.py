@@ -11,42 +11,25 @@ steps stale, and which weights write which batch does not depend on how long any
 when its step is, by the weights of the step before.
 
 A checkpoint keeps answers that were not trained on, beside the place of their prompts in the data. Then a run that goes
-on from it equals one that never stopped.
+on from it equals one that never stopped; with ``rollout.oversample``, where it is a matter of time which answers end
+first, it loses no prompt and trains on none twice.
 
-In: a ``PromptStream``, engines. Out: batches of prompts, and the answers to them. Not here: when weights are sent (the
+In: a ``PromptPool``, engines. Out: batches of prompts, and the answers to them. Not here: when weights are sent (the
 trainer asks ``is_low``).
 """
 
 import itertools
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from verl.config import PPOConfig
-from verl.experimental.agent_loop.agent_loop import AgentLoopManager, Generation
+from verl.experimental.agent_loop.agent_loop import AgentLoopManager
 from verl.protocol import DataProto
 from verl.trainer.data import PromptStream
+from verl.trainer.ppo.metric_utils import Metrics
+from verl.trainer.ppo.prompt_pool import Batch, PromptPool
 from verl.utils.timing import Timeline
-
-Metrics = dict[str, float]
-
-
-@dataclass
-class _Batch:
-    prompts: DataProto
-    position: dict[str, Any]
-    """Of the prompts in the data, before these."""
-    step: int
-    """That trains on it."""
-    written_after: int
-    """The step whose weights write its answers; 0: those of the start."""
-    generation: Generation | None = None
-    """None: not begun, or the answers come from a checkpoint."""
-    answers: DataProto | None = None
-    seconds: float = 0.0
-    """The engines took so long, known with the answers."""
 
 
 class RolloutQueue:
@@ -57,7 +40,7 @@ class RolloutQueue:
         prepare: makes a batch of rows, ``n`` answers to each and the number of its ``step``.
         engines: the manager, once there is one.
         total_steps: no batch behind this step is begun.
-        saved: `state_dict` of the checkpoint; empty: the run starts, or nothing was begun.
+        saved: the driver's state in the checkpoint, `state_dict` among it; empty: the run starts.
     """
 
     def __init__(
@@ -68,23 +51,15 @@ class RolloutQueue:
         engines: Callable[[], AgentLoopManager],
         timeline: Timeline,
         total_steps: int,
-        saved: list[dict[str, Any]],
+        saved: Mapping[str, Any],
     ) -> None:
-        self._most_ahead, self._stream, self._engines = config.trainer.max_staleness, stream, engines
-        self._prepare = partial(prepare, n=config.actor_rollout_ref.rollout.n)
+        self._most_ahead, self._engines = config.trainer.max_staleness, engines
+        self._pool, self._saved = PromptPool(config, stream, prepare), saved
         self._timeline, self._total_steps = timeline, total_steps
-        if saved and config.trainer.resume_allow_changed:
-            # Under other settings there might be other answers: the same prompts are asked again.
-            mixture = stream.mixture
-            shares = mixture.shares if mixture is not None else {}
-            stream.load_state_dict(saved[0]["position"], config.trainer.data_may_change)
-            for name, share in shares.items():  # those that the last validation set
-                assert mixture is not None, "it has shares"
-                mixture.state[name]["share"] = share
-            saved = []
-        self._saved = saved
-        self._training: _Batch | None = None
-        self._ahead: list[_Batch] = []
+        self._asks_anew = bool(config.trainer.resume_allow_changed)
+        """Whether answers of the checkpoint are left: under other settings there might be others."""
+        self._training: Batch | None = None
+        self._ahead: list[Batch] = []
         self._metrics: Metrics = {}
         """Of the step so far."""
         self._free_since = 0.0
@@ -102,14 +77,13 @@ class RolloutQueue:
             done: steps that were taken.
         """
         self._restore(done)
-        stream, self._free_since = self._stream.batches(), time.time()
+        self._free_since = time.time()
         for step in itertools.count(done + 1):
             if self.is_low:
                 self._add_s("train/wait_s", time.time() - self._free_since)
                 last = max(step, min(step + self._most_ahead, self._total_steps))
                 for number in range(step + len(self._ahead), last + 1):
-                    position, rows = self._stream.state_dict(), next(stream)
-                    batch = _Batch(self._prepare(rows, step=number), position, number, written_after=step - 1)
+                    batch = self._pool.take(number, written_after=step - 1)
                     if self._most_ahead:
                         batch.generation = self._engines().begin(batch.prompts)
                     self._ahead.append(batch)
@@ -117,15 +91,22 @@ class RolloutQueue:
             yield self._training.prompts
 
     def answers_to(self, prompts: DataProto) -> DataProto:
-        """The answers to the batch that came last, or to others, which are asked now."""
+        """The answers to the batch that came last, or to others, which are asked now.
+
+        With ``rollout.oversample``, ``prompts`` are cut, in place, to those whose answers have ended first.
+        """
         batch = self._training
         if batch is None or batch.prompts is not prompts or not self._most_ahead:
             answers = self._engines().generate_sequences(prompts)
             self._free_since = time.time()
+            if batch is not None and batch.prompts is prompts:
+                batch.answers = answers
+                self._pool.settle(batch)
+                self._metrics |= batch.metrics
             return answers
         answers, staleness = self._answers(batch), float(batch.step - 1 - batch.written_after)
         tokens = answers.tensor("attention_mask")[:, -answers.tensor("responses").shape[1] :].sum()
-        self._metrics |= {"staleness/mean": staleness, "staleness/max": staleness}
+        self._metrics |= {"staleness/mean": staleness, "staleness/max": staleness} | batch.metrics
         self._metrics["perf/generated_tokens_per_s"] = float(tokens) / batch.seconds
         return answers
 
@@ -135,42 +116,47 @@ class RolloutQueue:
             self._answers(batch)
 
     def step_metrics(self) -> Metrics:
-        """What was measured since the last call; nothing without ``max_staleness``."""
-        metrics, self._metrics = {"rollout/wait_s": 0.0, "train/wait_s": 0.0} | self._metrics, {}
-        return metrics if self._most_ahead else {}
+        """What was measured since the last call; nothing without ``max_staleness`` and ``rollout.oversample``."""
+        waits = {"rollout/wait_s": 0.0, "train/wait_s": 0.0} if self._most_ahead else {}
+        metrics, self._metrics = waits | self._metrics, {}
+        return metrics
 
-    def state_dict(self) -> list[dict[str, Any]]:
-        """What a resumed run needs of the batches ahead, whose answers are waited for."""
-        return [
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs of the batches ahead, whose answers are waited for, and of prompts that wait."""
+        ahead = [
             {
-                "position": batch.position,
+                "prompts": self._pool.save(batch.asked),
                 "written_after": batch.written_after,
                 "tensors": dict(answers.batch.items()),
                 "columns": {key: column.tolist() for key, column in answers.non_tensor_batch.items()},
                 "meta_info": answers.meta_info,
                 "seconds": batch.seconds,
+                "metrics": batch.metrics,
             }
             for batch, answers in [(batch, self._answers(batch)) for batch in self._ahead]
         ]
+        return {"ahead": ahead, "pool": self._pool.state_dict()}
 
     def _restore(self, done: int) -> None:
-        """Read the prompts of a checkpoint's batches again, and put its answers to them."""
-        after = self._stream.state_dict()
-        for step, saved in enumerate(self._saved, done + 1):
-            self._stream.load_state_dict(saved["position"])
-            prompts = self._prepare(next(self._stream.batches()), step=step)
-            answers = DataProto.from_dict(saved["tensors"], saved["columns"], saved["meta_info"])
-            facts = saved["position"], step, saved["written_after"]
-            self._ahead.append(_Batch(prompts, *facts, answers=answers, seconds=saved["seconds"]))
-        if self._saved:
-            self._stream.load_state_dict(after)
+        """Read the prompts of a checkpoint again, and put its answers to them."""
+        self._pool.load_state_dict(self._saved.get("pool", {"read": done, "waiting": []}), self._asks_anew)
+        for step, saved in enumerate(self._saved.get("ahead", []), done + 1):
+            prompts = self._pool.load(saved["prompts"])
+            if self._asks_anew:
+                self._pool.wait(prompts)
+                continue
+            batch = self._pool.batch_of(prompts, step, saved["written_after"])
+            batch.answers = DataProto.from_dict(saved["tensors"], saved["columns"], saved["meta_info"])
+            batch.seconds, batch.metrics = saved["seconds"], saved["metrics"]
+            self._ahead.append(batch)
 
-    def _answers(self, batch: _Batch) -> DataProto:
+    def _answers(self, batch: Batch) -> DataProto:
         """The answers of a batch; waits for them."""
         if batch.answers is None:
             assert batch.generation is not None, "a batch without answers was begun"
             asked_at, generation = time.time(), batch.generation
             batch.answers = self._engines().collect(generation)
+            self._pool.settle(batch)
             waited_s, batch.seconds = time.time() - asked_at, generation.seconds
             self._add_s("rollout/wait_s", waited_s)
             self._timeline.add("driver", "wait for answers", asked_at, waited_s)
@@ -181,4 +167,5 @@ class RolloutQueue:
         return batch.answers
 
     def _add_s(self, name: str, seconds: float) -> None:
-        self._metrics[name] = self._metrics.get(name, 0.0) + max(0.0, seconds)
+        if self._most_ahead:
+            self._metrics[name] = self._metrics.get(name, 0.0) + max(0.0, seconds)

@@ -2,9 +2,9 @@
 
 In:  checked requests and weight buckets (``replica``). Out: tokens with the sampler's log-probs.
 
-    requests ──► wait a few ms ──► one left-padded batch ──► generate ──► rows cut at their stop token
-                      ▲                                                        │
-                      └────────────── requests that came meanwhile ◄───────────┘
+    requests ──► wait a few ms ──► one left-padded batch ──► generate ──► each row as it ends
+                      ▲                                         │
+                      └───── requests that came meanwhile ◄─────┘
 
 A batch has one temperature, top-p and top-k; every row has its own random stream and stop tokens, so an answer does not
 depend on what it was batched with. There is no continuous batching and no prefix cache.
@@ -14,8 +14,9 @@ B sequences of the batch, P padded prompt, V vocabulary rows of the model.
 
 import asyncio
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ import transformers
 from verl.ops.attention import needs_eager
 from verl.utils.device import resolve_dtype, synchronize
 from verl.weight_sync import bucket_tensors
-from verl.workers.rollout.replica import RolloutReplica, SamplingOptions, TokenOutput, load_hf_config
+from verl.workers.rollout.replica import ABORTED, RolloutReplica, SamplingOptions, TokenOutput, load_hf_config
 
 GATHER_S = 0.005
 """How long requests are gathered before a batch starts."""
@@ -36,6 +37,8 @@ class _Request:
     options: SamplingOptions
     seed: int
     answer: asyncio.Future[TokenOutput]
+    id: str = ""
+    aborted: bool = False
 
     @property
     def distribution(self) -> tuple[float, float, int]:
@@ -52,6 +55,7 @@ class HFReplica(RolloutReplica):
     async def _launch(self) -> None:
         self._torch_device = torch.device(self.device, 0)
         self._waiting: list[_Request] = []
+        self._running: list[_Request] = []
         self._batching: asyncio.Task[None] | None = None
         config = load_hf_config(self.model_config)
         model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -68,62 +72,67 @@ class HFReplica(RolloutReplica):
     async def _generate(self, prompt: list[int], options: SamplingOptions, request_id: str) -> TokenOutput:
         assert options.seed is not None, "requests that bring none were given one"
         answer: asyncio.Future[TokenOutput] = asyncio.get_running_loop().create_future()
-        self._waiting.append(_Request(prompt, options, options.seed, answer))
+        self._waiting.append(_Request(prompt, options, options.seed, answer, request_id))
         if self._batching is None or self._batching.done():
             self._batching = asyncio.create_task(self._answer_waiting())
         return await answer
 
+    async def abort(self, request_ids: Sequence[str]) -> None:
+        """End these requests: a running one with its next token, which it keeps."""
+        for request in (*self._waiting, *self._running):
+            request.aborted |= request.id in request_ids
+        for request in self._waiting:
+            if request.aborted and not request.answer.done():
+                request.answer.set_result(TokenOutput([], [], ABORTED, self.weight_version))
+
     async def _answer_waiting(self) -> None:
+        answer = partial(asyncio.get_running_loop().call_soon_threadsafe, _answer)
         while self._waiting:
             await asyncio.sleep(GATHER_S)
             waiting = [request for request in self._waiting if not request.answer.done()]  # cancelled meanwhile
             alike = [request for request in waiting if request.distribution == waiting[0].distribution]
-            batch = alike[: self.config.max_num_seqs]
+            self._running = batch = alike[: self.config.max_num_seqs]
             self._waiting = [request for request in waiting if request not in batch]
             if not batch:
                 continue
             outcome: Any
             # An error comes as a value: it is for these requests, and the loop goes on with the others.
-            [outcome] = await asyncio.gather(asyncio.to_thread(self._generate_batch, batch), return_exceptions=True)
-            for index, request in enumerate(batch):
-                if request.answer.done():  # its caller was cancelled
-                    continue
-                if isinstance(outcome, BaseException):
+            writing = asyncio.to_thread(self._generate_batch, batch, answer)
+            [outcome] = await asyncio.gather(writing, return_exceptions=True)
+            for request in batch:
+                if isinstance(outcome, BaseException) and not request.answer.done():
                     request.answer.set_exception(outcome)
-                else:
-                    request.answer.set_result(outcome[index])
 
     @torch.no_grad()
-    def _generate_batch(self, batch: Sequence[_Request]) -> list[TokenOutput]:
+    def _generate_batch(self, batch: Sequence[_Request], answer: Callable[[_Request, TokenOutput], Any]) -> None:
+        """Write the answers of a batch; ``answer`` is called from this thread as each ends."""
         sampler = _Sampler(batch, self.model_info.vocab_size)
         longest = max(len(request.prompt) for request in batch)
         padding = [longest - len(request.prompt) for request in batch]
         pad = self.model_info.pad_token_id
         ids = [[pad] * width + request.prompt for width, request in zip(padding, batch, strict=True)]
         mask = [[0] * width + [1] * (longest - width) for width in padding]
-        sequences = self.model.generate(
+
+        def end(row: int, written: list[int]) -> None:
+            options, (log_probs, top) = batch[row].options, sampler.of_row(row)
+            output = TokenOutput(
+                token_ids=written,
+                log_probs=log_probs if options.logprobs else None,
+                stop_reason=ABORTED if len(written) < options.max_tokens else "length",
+                weight_version=self.weight_version,
+                top_log_probs=top if options.top_logprobs else None,
+            )
+            answer(batch[row], output)
+
+        self.model.generate(
             torch.tensor(ids, device=self._torch_device),
             attention_mask=torch.tensor(mask, device=self._torch_device),
             generation_config=transformers.GenerationConfig(
                 do_sample=False, max_new_tokens=max(request.options.max_tokens for request in batch), pad_token_id=pad
             ),
             logits_processor=transformers.LogitsProcessorList([sampler]),
-            stopping_criteria=transformers.StoppingCriteriaList([_RowStops(batch, longest)]),
+            stopping_criteria=transformers.StoppingCriteriaList([_RowStops(batch, longest, end)]),
         )
-        log_probs = torch.stack(sampler.log_probs, dim=1).tolist()  # B x steps
-        written = sequences[:, longest:].tolist()
-        # A batch goes on until its last row has ended, without padding in the others: `generate` pads ended rows only
-        # where a criterion has `eos_token_id`.
-        return [
-            TokenOutput(
-                token_ids=written[row][: (end := request.options.max_tokens)],
-                log_probs=log_probs[row][:end] if request.options.logprobs else None,
-                stop_reason="length",
-                weight_version=self.weight_version,
-                top_log_probs=[step[row] for step in sampler.top[:end]] if request.options.top_logprobs else None,
-            )
-            for row, request in enumerate(batch)
-        ]
 
     async def _start_update(self) -> None:
         if self._asleep:
@@ -162,6 +171,9 @@ class _Sampler(transformers.LogitsProcessor):
         self._vocab_size = vocab_size
         self._options = [request.options for request in batch]
         self._generators = [torch.Generator().manual_seed(request.seed) for request in batch]
+        for options, generator in zip(self._options, self._generators, strict=True):
+            for _ in range(options.place):  # what the tokens before these were drawn with
+                torch.empty(vocab_size).exponential_(generator=generator)
         temperature, top_p, top_k = batch[0].distribution
         self._warpers = transformers.LogitsProcessorList()
         """None: the most likely token is taken."""
@@ -192,6 +204,15 @@ class _Sampler(transformers.LogitsProcessor):
         self.top.append([_likeliest(*row) for row in zip(log_probs, drawn[:, 0], self._options, strict=True)])
         return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)
 
+    def of_row(self, row: int) -> tuple[list[float], list[dict[int, float]]]:
+        """What `log_probs` and `top` hold of a row."""
+        return torch.stack([step[row] for step in self.log_probs]).tolist(), [step[row] for step in self.top]
+
+
+def _answer(request: _Request, output: TokenOutput) -> None:
+    if not request.answer.done():  # its caller was cancelled
+        request.answer.set_result(output)
+
 
 def _likeliest(log_probs: torch.Tensor, drawn: torch.Tensor, options: SamplingOptions) -> dict[int, float]:
     """The likeliest tokens that a row asks for and the drawn one, with log-probs."""
@@ -200,11 +221,15 @@ def _likeliest(log_probs: torch.Tensor, drawn: torch.Tensor, options: SamplingOp
 
 
 class _RowStops(transformers.StoppingCriteria):
-    """Ends each row at its own stop tokens or token limit, or where its caller has gone."""
+    """Ends each row at its own stop tokens or token limit, where it is aborted or its caller has gone.
 
-    def __init__(self, batch: Sequence[_Request], prompt_width: int) -> None:
-        self._answers = [request.answer for request in batch]
-        self._prompt_width = prompt_width
+    Args:
+        on_end: called once for each row, when it ends, with its number and tokens.
+    """
+
+    def __init__(self, batch: Sequence[_Request], prompt_width: int, on_end: Callable[[int, list[int]], None]) -> None:
+        self._batch, self._prompt_width, self._on_end = batch, prompt_width, on_end
+        self._ended = torch.zeros(len(batch), dtype=torch.bool)
         firsts = (math.inf if r.options.stop_from_id is None else r.options.stop_from_id for r in batch)
         self._stops = [(r.options.stop_token_ids, first) for r, first in zip(batch, firsts, strict=True)]
         self._max_tokens = torch.tensor([request.options.max_tokens for request in batch])
@@ -214,5 +239,9 @@ class _RowStops(transformers.StoppingCriteria):
         last = zip(input_ids[:, -1].tolist(), self._stops, strict=True)
         stopped = torch.tensor([token_id in ids or token_id >= start for token_id, (ids, start) in last])
         full = input_ids.shape[1] - self._prompt_width >= self._max_tokens
-        gone = torch.tensor([answer.done() for answer in self._answers])
-        return (stopped | full | gone).to(input_ids.device)
+        gone = torch.tensor([request.aborted or request.answer.done() for request in self._batch])
+        ended = self._ended | stopped | full | gone
+        for row in (ended & ~self._ended).nonzero()[:, 0].tolist():
+            self._on_end(row, input_ids[row, self._prompt_width :].tolist())
+        self._ended = ended
+        return ended.to(input_ids.device)

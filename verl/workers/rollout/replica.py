@@ -34,6 +34,8 @@ from verl.weight_sync import FOLDER_PREFIX, SHARED_MEMORY, ReceivedWeights, Weig
 REPLICA_CLASSES = {"hf": "HFReplica", "vllm": "VLLMReplica"}
 MAX_TOP_LOGPROBS = 20
 """Most of the likeliest tokens that a request may ask for: vLLM's own limit."""
+ABORTED = "abort"
+"""Stop reason of a request that was ended before its answer was."""
 
 
 @dataclass
@@ -45,7 +47,7 @@ class TokenOutput:
     log_probs: list[float] | None
     """Log-probs with which they were drawn: after temperature, top-p and top-k. None: not requested."""
     stop_reason: str
-    """``stop`` (a stop token) or ``length`` (``max_tokens``)."""
+    """``stop`` (a stop token), ``length`` (``max_tokens``) or ``abort`` (`RolloutReplica.abort`)."""
     weight_version: int
     """Version of the last finished weight sync; 0 before the first."""
     top_log_probs: list[dict[int, float]] | None = None
@@ -68,6 +70,8 @@ class SamplingOptions:
     """Whether an answer goes on after the model's end tokens."""
     seed: int | None = None
     """Random stream of this request; None: the engine's."""
+    place: int = 0
+    """Tokens of the answer that the prompt ends with, written by an earlier request: its stream goes on behind them."""
     logprobs: bool = False
     stop_token_ids: Sequence[int] | Set[int] = ()
     """Tokens that end the answer; ``generate`` adds the model's end tokens unless ``ignore_eos``."""
@@ -184,6 +188,9 @@ class RolloutReplica(ABC):
             return options.cut(await self._generate(prompt, options, request_id))
         finally:
             self._requests -= 1
+
+    async def abort(self, request_ids: Sequence[str]) -> None:  # noqa: B027 (nothing to do by default)
+        """End these requests, as far as they are under way: each returns what was written."""
 
     async def start_weight_update(self) -> None:
         """Begin a weight sync; no request may be under way. Wakes what a sleeping engine needs for it.

@@ -24,6 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -104,6 +105,10 @@ class VLLMReplica(RolloutReplica):
         if options.top_logprobs:
             top = [{token: likely.logprob for token, likely in entry.items()} for entry in answer.logprobs]
         return TokenOutput(token_ids, log_probs, answer.finish_reason, version, top)
+
+    async def abort(self, request_ids: Sequence[str]) -> None:
+        """End these requests: vLLM sends what was written as their finished answers."""
+        await self._guard(self._engine.abort(list(request_ids)))
 
     async def check_alive(self) -> None:
         if self._engine is not None:
@@ -207,6 +212,14 @@ class InProcessEngine:
         finally:
             self._answers.pop(unique_id, None)
 
+    async def abort(self, request_ids: Sequence[str]) -> None:
+        """End these requests: ``generate`` yields what was written."""
+        await self.check_health()
+        wanted = set(request_ids)
+        aborted = [name for name in self._answers if name.rpartition("-")[0] in wanted]
+        for output in await self._call(self._abort, aborted):
+            self._answer(output)
+
     async def check_health(self) -> None:
         """Raise where the engine has died."""
         if self._death is not None:
@@ -229,9 +242,22 @@ class InProcessEngine:
     async def _step_while_requests_last(self) -> None:
         while self._answers:
             for output in await self._call(self._step_until_needed):
-                answer = self._answers.pop(output.request_id, None)  # None: cancelled meanwhile
-                if answer is not None and not answer.done():
-                    answer.set_result(output)
+                self._answer(output)
+
+    def _answer(self, output: Any) -> None:
+        answer = self._answers.pop(output.request_id, None)  # None: cancelled meanwhile
+        if answer is not None and not answer.done():
+            answer.set_result(output)
+
+    def _abort(self, request_ids: list[str]) -> list[Any]:
+        """On the engine's thread; what was written."""
+        processor, outputs = self._engine.output_processor, list[Any]()
+        for request_id in request_ids:
+            for own_id in processor.external_req_ids.get(request_id, ()):
+                # vLLM puts the output of an aborted request into its queue, which `AsyncLLM` alone gives it.
+                processor.request_states[own_id].queue = SimpleNamespace(put=outputs.append)
+        self._engine.abort_request(request_ids)
+        return outputs
 
     def _on_steps_ended(self, steps: asyncio.Task[None]) -> None:
         if not steps.cancelled() and (cause := steps.exception()):

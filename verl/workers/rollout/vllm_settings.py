@@ -18,8 +18,8 @@ from verl.workers.rollout.replica import ModelInfo, SamplingOptions
 logger = logging.getLogger(__name__)
 
 ROLLOUT_KEY = "actor_rollout_ref.rollout"
-SEED, FIRST_STOP, END = "verl_seed", "verl_stop_from_id", "verl_end_id"
-"""Entries of a request's ``extra_args``: its seed, `SamplingOptions.stop_from_id`, and a token that ends the answer."""
+SEED, PLACE, FIRST_STOP, END = "verl_seed", "verl_place", "verl_stop_from_id", "verl_end_id"
+"""Entries of a request's ``extra_args``: its seed, `SamplingOptions.place`, `stop_from_id`, a token that ends it."""
 RETIRED_OPTIONS = frozenset({"swap_space", "disable_mm_preprocessor_cache"})
 """Engine options that launch lines for verl name, and that no vLLM from 0.24 on has."""
 
@@ -135,6 +135,6 @@ def vllm_sampling_params(options: SamplingOptions) -> Any:
         allowed_token_ids=None if options.allowed_token_ids is None else list(options.allowed_token_ids),
         detokenize=False,
         # Not as vLLM's seed: see `SeededDraws`.
-        extra_args=extra | {SEED: (options.seed or 0) % 2**64},
+        extra_args=extra | {SEED: (options.seed or 0) % 2**64, PLACE: options.place},
         output_kind=RequestOutputKind.FINAL_ONLY,
     )

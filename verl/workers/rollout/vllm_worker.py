@@ -32,7 +32,7 @@ from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 
 from verl.ops.seeded_draws import draw_tokens, seeded_uniforms
 from verl.weight_sync import bucket_tensors
-from verl.workers.rollout.vllm_settings import END, FIRST_STOP, SEED
+from verl.workers.rollout.vllm_settings import END, FIRST_STOP, PLACE, SEED
 
 
 class WorkerExtension:
@@ -82,15 +82,15 @@ def finish_reload(model: torch.nn.Module, finish: Callable[[], None]) -> list[st
 
 
 class SeededDraws(LogitsProcessor):
-    """Draws the tokens in place of vLLM's sampler: by a request's seed and the number of tokens that it has written.
+    """Draws the tokens in place of vLLM's sampler: by a request's seed and a token's place in the answer.
 
     vLLM draws for seeded requests one after the other, and its CPU engine dies where it reads the prompt of one in
     parts. As a logits processor, which changes nothing, this is told which request is in which row.
     """
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
-        self._rows: dict[int, tuple[int, Sequence[int]]] = {}
-        """Place in the batch: the seed, the tokens so far."""
+        self._rows: dict[int, tuple[int, int, Sequence[int]]] = {}
+        """Place in the batch: the seed, how many tokens an earlier request wrote, those of this one so far."""
         # Kept on the CPU, where the system takes large tensors back and clears them for the next step.
         self._probs = torch.empty(0) if device.type == "cpu" else None
 
@@ -99,9 +99,12 @@ class SeededDraws(LogitsProcessor):
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
         """Follow the requests that came, went or changed places."""
-        process_dict_updates(
-            self._rows, batch_update, lambda params, _, written: ((params.extra_args or {}).get(SEED, 0), written)
-        )
+
+        def draws(params: SamplingParams, _: list[int] | None, written: list[int]) -> tuple[int, int, list[int]]:
+            given = params.extra_args or {}
+            return given.get(SEED, 0), given.get(PLACE, 0), written
+
+        process_dict_updates(self._rows, batch_update, draws)
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
         """Leave the logits as they are."""
@@ -113,8 +116,8 @@ class SeededDraws(LogitsProcessor):
         """Tokens (N,) and log-probs (N, V) of logits (N, V), with top-k and top-p: as vLLM's ``TopKTopPSampler``."""
         logits = apply_top_k_top_p(logits, k, p)
         probs = torch.softmax(logits, -1, out=None if self._probs is None else self._probs.resize_(0))
-        seeds, written = zip(*(self._rows.get(row, (0, ())) for row in range(len(logits))), strict=True)
-        uniforms = seeded_uniforms(seeds, [len(tokens) for tokens in written])
+        rows = [self._rows.get(row, (0, 0, ())) for row in range(len(logits))]
+        uniforms = seeded_uniforms([seed for seed, *_ in rows], [place + len(tokens) for _, place, tokens in rows])
         return draw_tokens(probs, uniforms.to(logits.device)), logits.log_softmax(-1)
 
 

@@ -34,7 +34,6 @@ from functools import partial
 from typing import Any
 from uuid import uuid4
 
-import ray
 import torch
 from ray.exceptions import RayError
 from transformers import PreTrainedTokenizerBase
@@ -50,6 +49,7 @@ from verl.experimental.agent_loop.base import (
     get_agent_loop_class,
     load_agent_loops,
 )
+from verl.experimental.agent_loop.replica_client import ReplicaClient
 from verl.protocol import DataProto
 from verl.single_controller.ray.calls import Remote, is_by_user
 from verl.tools.base_tool import BaseTool, initialize_tools_from_config
@@ -262,7 +262,7 @@ class AsyncLLMServerManager:
             first: the replica to begin with among equally busy ones; each worker begins with another.
             timeout_s: see the module; None: no limit.
         """
-        self._replicas = [*replicas[first:], *replicas[:first]]
+        self._replicas = [ReplicaClient(replica) for replica in (*replicas[first:], *replicas[:first])]
         self._in_flight = [0] * len(self._replicas)
         self._answered_at = [0.0] * len(self._replicas)
         self._avoid_until = [0.0] * len(self._replicas)
@@ -304,7 +304,7 @@ class AsyncLLMServerManager:
         for own_id, replica in self._requests.items():
             if own_id.rpartition("-")[0] in self._cut_short:
                 of_replica[replica].append(own_id)
-        calls = [self._replicas[replica].actor.abort.remote(own_ids) for replica, own_ids in of_replica.items()]
+        calls = [self._replicas[replica].abort(own_ids) for replica, own_ids in of_replica.items()]
         # Not waited for: a replica that fails or hangs is named by the requests that it leaves.
         self._aborts = asyncio.gather(*calls, return_exceptions=True)
 
@@ -320,18 +320,16 @@ class AsyncLLMServerManager:
         self, chosen: int, prompt_ids: list[int], sampling_params: dict[str, Any], request_id: str
     ) -> TokenOutput:
         """One request to one replica; a TimeoutError that names both where it hangs."""
-        replica = self._replicas[chosen]
+        client, replica = self._replicas[chosen], self._replicas[chosen].remote
         self._in_flight[chosen] += 1
         own_id = f"{request_id}-{next(self._numbers)}"
-        call, sent_at = replica.actor.generate.remote(prompt_ids, sampling_params, own_id), time.monotonic()
+        answer, sent_at = client.ask(prompt_ids, sampling_params, own_id), time.monotonic()
         self._requests[own_id] = chosen
-        answer: asyncio.Future[TokenOutput] = asyncio.ensure_future(call)
         try:
             while not answer.done():
                 left = max(sent_at, self._answered_at[chosen]) + self._timeout_s - time.monotonic()
                 if left <= 0:
-                    # Of an async actor Ray cancels this request's asyncio task; the process goes on.
-                    ray.cancel(call)
+                    client.cancel(own_id)
                     self._avoid_until[chosen] = time.monotonic() + self._timeout_s
                     raise TimeoutError(
                         f"request {own_id} was not answered by {replica.name}, which finished nothing for "

@@ -148,6 +148,8 @@ class RolloutReplica(ABC):
         """Of requests that bring none."""
         self._name = f"{config.name} replica {replica_rank}"
         self._requests = 0
+        self._answers: dict[str, asyncio.Task[TokenOutput]] = {}
+        """To requests that `answers` began, until it gives them."""
         self._unusable: str | None = None
         """Why no request can be answered now."""
         self._asleep = False
@@ -188,6 +190,34 @@ class RolloutReplica(ABC):
             return options.cut(await self._generate(prompt, options, request_id))
         finally:
             self._requests -= 1
+
+    async def answers(self, new: Sequence[tuple[Any, ...]], request_ids: Sequence[str]) -> dict[str, TokenOutput]:
+        """Begin new requests, and wait for the first answers to ``request_ids``; every answer is given once.
+
+        Args:
+            new: arguments of `generate`.
+            request_ids: of these, or of earlier ones; those that were cancelled are passed over.
+
+        Raises:
+            Exception: as `generate`, for the first that fails.
+        """
+        for request in new:
+            self._answers[request[2]] = asyncio.create_task(self.generate(*request))
+        asked = {name: task for name in request_ids if (task := self._answers.get(name)) is not None}
+        if asked:
+            await asyncio.wait(asked.values(), return_when=asyncio.FIRST_COMPLETED)
+        ended = {name: task for name, task in asked.items() if task.done() and self._answers.pop(name, None)}
+        # All of them are looked at: Python reports an error that nobody asked for.
+        for error in [task.exception() for task in ended.values()]:
+            if error is not None:
+                raise error
+        return {name: task.result() for name, task in ended.items()}
+
+    async def cancel(self, request_ids: Sequence[str]) -> None:
+        """Write no more for these, for whom nobody waits."""
+        for name in request_ids:
+            if (task := self._answers.pop(name, None)) is not None:
+                task.cancel()
 
     async def abort(self, request_ids: Sequence[str]) -> None:  # noqa: B027 (nothing to do by default)
         """End these requests, as far as they are under way: each returns what was written."""

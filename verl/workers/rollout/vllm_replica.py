@@ -19,6 +19,7 @@ import pickle
 import re
 import signal
 import warnings
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -169,9 +170,9 @@ class InProcessEngine:
     to it, steps included, is queued on that thread. Made by ``start``. Once dead, its methods raise a RuntimeError with
     the cause.
 
-        generate() ──► add request ─┐                           ┌─► future of the request ──► generate() returns
-                                    ├─► engine thread: step() ──┤
-        collective_rpc(), ... ──────┘     while requests last   └─► an exception: all futures fail, the engine is dead
+        generate() ──► new requests ─┐                           ┌─► future of the request ──► generate() returns
+                                     ├─► engine thread: step() ──┤
+        collective_rpc(), ... ───────┘     while requests last   └─► an exception: all futures fail, the engine is dead
     """
 
     def __init__(self, engine: Any, thread: ThreadPoolExecutor) -> None:
@@ -179,6 +180,8 @@ class InProcessEngine:
         """vLLM's ``LLMEngine``."""
         self._thread = thread
         self._answers: dict[str, asyncio.Future[Any]] = {}
+        self._new = deque[tuple[str, Any, Any]]()
+        """Requests that the engine takes before its next step: id, prompt, sampling parameters."""
         self._numbers = itertools.count()
         self._stepping: asyncio.Task[None] | None = None
         self._calls = 0
@@ -200,13 +203,14 @@ class InProcessEngine:
         unique_id = f"{request_id}-{next(self._numbers)}"
         # Registered before the request is queued: the step loop runs while there are futures.
         answer = self._answers[unique_id] = asyncio.get_running_loop().create_future()
+        self._new.append((unique_id, prompt, sampling_params))
         try:
-            await self._call(self._engine.add_request, unique_id, prompt, sampling_params)
             if self._stepping is None or self._stepping.done():
                 self._stepping = asyncio.create_task(self._step_while_requests_last())
                 self._stepping.add_done_callback(self._on_steps_ended)
             yield await answer
         except asyncio.CancelledError:
+            self._answers.pop(unique_id, None)  # the engine does not take it from now on
             await self._call(self._engine.abort_request, [unique_id])  # it would write on for nobody
             raise
         finally:
@@ -251,6 +255,7 @@ class InProcessEngine:
 
     def _abort(self, request_ids: list[str]) -> list[Any]:
         """On the engine's thread; what was written."""
+        self._take_new()
         processor, outputs = self._engine.output_processor, list[Any]()
         for request_id in request_ids:
             for own_id in processor.external_req_ids.get(request_id, ()):
@@ -270,9 +275,20 @@ class InProcessEngine:
         """Step on the engine's thread until answers are finished, or another call waits for the thread."""
         # A way through the event loop for every token would cost a tenth of a small model's step.
         while True:
+            self._take_new()
             outputs = self._engine.step()
-            if outputs or self._calls > 1 or not self._engine.has_unfinished_requests():
+            if outputs or self._calls > 1 or not (self._new or self._engine.has_unfinished_requests()):
                 return outputs
+
+    def _take_new(self) -> None:
+        """Give the engine, on its thread, the requests that have come."""
+        while self._new:
+            request_id, prompt, sampling_params = self._new.popleft()
+            if (answer := self._answers.get(request_id)) is not None:  # None: cancelled meanwhile
+                try:
+                    self._engine.add_request(request_id, prompt, sampling_params)
+                except Exception as error:  # this request's own: vLLM refuses it
+                    answer.get_loop().call_soon_threadsafe(_refuse, answer, error)
 
     async def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         self._calls += 1
@@ -280,6 +296,11 @@ class InProcessEngine:
             return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
         finally:
             self._calls -= 1
+
+
+def _refuse(answer: asyncio.Future[Any], error: Exception) -> None:
+    if not answer.done():
+        answer.set_exception(error)
 
 
 @contextmanager

@@ -93,7 +93,7 @@ def test_with_settings_that_may_have_changed_prompts_are_asked_anew() -> None:
     [step] = second.take(1)
     check_answers(step, lengths)
     assert len(second.queue._pool._waiting) == waiting - 8 and not set(trained) & set(step.prompts.array("uid"))
-    assert (step.answers.batch["rollout_log_probs"][:, 0] == 0).all(), "by the weights that the engine has now"
+    assert (step.answers.batch["rollout_log_probs"][:, 0] == -2).all(), "by the weights that the engine has now"
 
 
 STEPS, WARMUP, BATCH = 50, 10, 64

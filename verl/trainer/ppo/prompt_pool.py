@@ -97,7 +97,8 @@ class PromptPool:
         batch = self.batch_of(taken, step, written_after)
         if self._asked > self._wanted:
             batch.prompts.meta_info["wanted"] = self._wanted
-            written = [each for prompt in taken for each in prompt.written or [None] * self._n]
+            nothing: list[Written | None] = [None] * self._n
+            written = [each for prompt in taken for each in prompt.written or nothing]
             batch.prompts.non_tensor_batch[WRITTEN] = np.fromiter(written, dtype=object)
         return batch
 

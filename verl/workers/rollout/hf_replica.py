@@ -86,7 +86,8 @@ class HFReplica(RolloutReplica):
                 request.answer.set_result(TokenOutput([], [], ABORTED, self.weight_version))
 
     async def _answer_waiting(self) -> None:
-        answer = partial(asyncio.get_running_loop().call_soon_threadsafe, _answer)
+        loop: Any = asyncio.get_running_loop()
+        answer = partial(loop.call_soon_threadsafe, _answer)
         while self._waiting:
             await asyncio.sleep(GATHER_S)
             waiting = [request for request in self._waiting if not request.answer.done()]  # cancelled meanwhile

@@ -62,7 +62,7 @@ class SleepingReplica(RolloutReplica):
         return TokenOutput(ids, log_probs, reason, self.weight_version)
 
     async def abort(self, request_ids: Sequence[str]) -> None:
-        for request_id in request_ids:
+        for request_id in self._aborts.keys() & set(request_ids):  # others have just ended
             self._aborts[request_id].set()
 
     async def _load_bucket(self, update_info: Mapping[str, Any]) -> None:
@@ -163,6 +163,7 @@ class Steps:
         if saved is not None:
             self.stream.load_state_dict(saved)
             self.done = saved["done"]
+            self._sync(self.done)
         everything = config, self.stream, prepare, lambda: self.manager, Timeline(None)
         self.queue = RolloutQueue(*everything, total_steps=10**9, saved=saved or {})
         self._batches = self.queue.batches(self.done)
@@ -176,11 +177,13 @@ class Steps:
             step = Step(prompts, answers, self._loop.time() - began_s, self.queue.step_metrics())
             if self.queue.is_low:
                 self.queue.drain()
-                version = (self.manager.weight_version or 0) + 1
-                for replica in self.manager._replicas:
-                    replica.actor._target.weight_version = version
-                self.manager.weight_version = version
+                self._sync(self.done)
             yield step
+
+    def _sync(self, version: int) -> None:
+        for replica in self.manager._replicas:
+            replica.actor._target.weight_version = version
+        self.manager.weight_version = version
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint would hold."""

@@ -8,11 +8,11 @@ begins with ``HANG`` is never answered by replica 0, one with ``STALL`` by none,
 
 import asyncio
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from verl.workers.rollout.replica import ModelInfo, RolloutReplica, SamplingOptions, TokenOutput
+from verl.workers.rollout.replica import ABORTED, ModelInfo, RolloutReplica, SamplingOptions, TokenOutput
 
 RAISE, DIE, END, HANG, STALL = 100, 101, 102, 103, 104
 SHAPES = {"embed.weight": (4, 2), "norm.weight": (2,)}
@@ -30,6 +30,7 @@ class FakeReplica(RolloutReplica):
         if self.config.engine_kwargs["fake"].get("fail_launch"):
             raise RuntimeError("no memory for the cache")
         self.model_info = ModelInfo(200, 200, (END,), END, SHAPES)
+        self.stalled: dict[str, asyncio.Event] = {}
         self.log(f"launch {os.environ.get('CUDA_VISIBLE_DEVICES')}")
 
     async def _launch(self) -> None:
@@ -41,14 +42,20 @@ class FakeReplica(RolloutReplica):
         if prompt[0] == RAISE:
             raise RuntimeError("the kernel failed")
         if prompt[0] == STALL or (prompt[0] == HANG and self.replica_rank == 0):
+            self.stalled[request_id] = asyncio.Event()
             try:
-                await asyncio.sleep(1000)
+                await self.stalled[request_id].wait()
+                return TokenOutput([], [], ABORTED, self.weight_version)
             except asyncio.CancelledError:
                 self.log("cancelled")
                 raise
         await asyncio.sleep(0.01)
         ids = [prompt[-1], (options.seed or 0) % 100, self.replica_rank, END][: options.max_tokens]
         return TokenOutput(ids, [-0.5] * len(ids) if options.logprobs else None, "stop", self.weight_version)
+
+    async def abort(self, request_ids: Sequence[str]) -> None:
+        for request_id in request_ids:
+            self.stalled[request_id].set()
 
     async def _start_update(self) -> None:
         if self._asleep:

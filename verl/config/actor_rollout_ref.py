@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from verl.config.model import HFModelConfig, RefModelConfig
+from verl.config.model import FSDPConfig, HFModelConfig, RefModelConfig
 from verl.config.schema import (
     Count,
     Fraction,
@@ -19,7 +19,6 @@ from verl.config.schema import (
 )
 
 KLEstimator = Literal["kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3"]
-Precision = Literal["auto", "fp32", "bf16", "fp16"]
 CheckpointParts = Annotated[list[Literal["model", "optimizer", "extra", "hf_model"]], IsListed]
 TopP = Annotated[float, Field(gt=0, le=1)]
 # 0 means all as well; with one spelling, top_k == -1 is the whole test.
@@ -48,34 +47,6 @@ class OptimizerConfig:
     """AdamW epsilon."""
     total_training_steps: int = -1
     """Optimizer steps of the whole run; negative: ``PPOConfig.resolve_schedule`` fills it in."""
-
-
-@section()
-class MixedPrecisionConfig:
-    """Precision of FSDP2 compute and gradient reduction."""
-
-    param_dtype: Precision = "auto"
-    """Precision of the forward and backward pass; ``auto``: the actor's, and for that bf16 on CUDA, fp32 on CPU. The
-    actor's decides for teachers and engine too, as far as theirs are ``auto``."""
-    reduce_dtype: Precision = "fp32"
-    """Precision in which gradients are reduced over ranks."""
-
-
-@section()
-class FSDPConfig:
-    """Sharding of one model over the training ranks with FSDP2."""
-
-    param_offload: bool = False
-    """Keep the parameters in host memory while the model is idle (CUDA only)."""
-    optimizer_offload: bool = False
-    """Keep the optimizer state in host memory between updates (CUDA only)."""
-    reshard_after_forward: bool = True
-    """Free gathered parameters after each block's forward pass: less memory, one more gather in backward."""
-    fsdp_size: int = -1
-    """Ranks that share a copy of the model, such as those of a node; copies exchange gradients alone. -1: all ranks."""
-    model_dtype: Precision = "auto"
-    """Precision of the stored parameters; ``auto``: fp32 for a trained model, that of compute for a frozen one."""
-    mixed_precision: MixedPrecisionConfig = field(default_factory=MixedPrecisionConfig)
 
 
 @section("actor_rollout_ref.actor.checkpoint")

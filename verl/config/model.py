@@ -1,11 +1,13 @@
-"""Models of the student and of the base teacher (``actor_rollout_ref.model``, ``actor_rollout_ref.ref.model``)."""
+"""Models of the student and of the base teacher (``actor_rollout_ref.model``, ``ref.model``), and their sharding."""
 
 from dataclasses import field
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from verl.config.schema import Count, IsListed, Options, Texts, section
+
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 
 @section("actor_rollout_ref.model")
@@ -57,3 +59,31 @@ class RefModelConfig:
     """Folder (or hub name) of the teacher; null: the student's own starting weights."""
     tokenizer_path: str | None = None
     """Folder of the teacher's tokenizer where it is not ``path``."""
+
+
+@section()
+class MixedPrecisionConfig:
+    """Precision of FSDP2 compute and gradient reduction."""
+
+    param_dtype: Precision = "auto"
+    """Precision of the forward and backward pass; ``auto``: the actor's, and for that bf16 on CUDA, fp32 on CPU. The
+    actor's decides for teachers and engine too, as far as theirs are ``auto``."""
+    reduce_dtype: Precision = "fp32"
+    """Precision in which gradients are reduced over ranks."""
+
+
+@section()
+class FSDPConfig:
+    """Sharding of one model over the training ranks with FSDP2."""
+
+    param_offload: bool = False
+    """Keep the parameters in host memory while the model is idle (CUDA only)."""
+    optimizer_offload: bool = False
+    """Keep the optimizer state in host memory between updates (CUDA only)."""
+    reshard_after_forward: bool = True
+    """Free gathered parameters after each block's forward pass: less memory, one more gather in backward."""
+    fsdp_size: int = -1
+    """Ranks that share a copy of the model, such as those of a node; copies exchange gradients alone. -1: all ranks."""
+    model_dtype: Precision = "auto"
+    """Precision of the stored parameters; ``auto``: fp32 for a trained model, that of compute for a frozen one."""
+    mixed_precision: MixedPrecisionConfig = field(default_factory=MixedPrecisionConfig)

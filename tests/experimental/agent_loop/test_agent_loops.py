@@ -1,6 +1,7 @@
 """Conversations with a scripted engine: its requests, the tokens that come out, and their masks, turn by turn."""
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,7 +21,15 @@ from support.agent_loop_fakes import (
 from support.chat_files import EXTEND_START
 
 from verl.config import MultiTurnConfig
-from verl.experimental.agent_loop.base import TEACHER_KNOWS_EXTENDED, AgentLoopBase, AgentLoopOutput, RolloutError
+from verl.experimental.agent_loop.base import (
+    TEACHER_KNOWS_EXTENDED,
+    WRITTEN,
+    AgentLoopBase,
+    AgentLoopOutput,
+    CutShort,
+    RolloutError,
+    Written,
+)
 from verl.experimental.agent_loop.tool_agent_loop import (
     SingleTurnAgentLoop,
     ToolAgentLoop,
@@ -318,6 +327,35 @@ async def test_calls_beyond_the_limit_are_counted_and_not_run(tokenizer) -> None
     text, metrics = await tool_turn(tokenizer, tool, COUNT * 3, max_parallel_calls=2)
     assert ("count 2" in text, "count 3" in text) == (True, False), "calls of one turn share an instance"
     assert (metrics.tool_calls, metrics.dropped_calls) == (2, 1)
+
+
+@pytest.mark.parametrize("loop", [SingleTurnAgentLoop, ToolAgentLoop])
+async def test_an_answer_that_is_carried_on_has_the_masks_of_one_written_in_one_go(tokenizer, loop) -> None:
+    ids, settings = [5, 6, 7, EXTEND_START, 8], {"loop": loop, "extend_vocab_start_token": EXTEND_START}
+    whole, _ = await converse(tokenizer, [ids], **settings)
+    assert whole.response_mask == [1, 1, 1, 1, 0]
+    written = Written(ids[:2], [-7.0, -8.0], [0, 0], has_ended=False)
+    output, engine = await converse(tokenizer, [ids[2:]], row={WRITTEN: written}, **settings)
+    assert engine.requests == [(whole.prompt_ids + ids[:2], SAMPLING | {"max_tokens": 298, "place": 2})]
+    for name in ("prompt_ids", "response_ids", "response_mask", "distill_special_token_mask", "num_turns"):
+        assert getattr(output, name) == getattr(whole, name), name
+    assert output.response_logprobs == [-7.0, -8.0, 0.0, -1.0, -2.0]
+    ended = Written(ids, whole.response_logprobs, [0] * 5, has_ended=True)
+    output, engine = await converse(tokenizer, [], row={WRITTEN: ended}, **settings)
+    assert not engine.requests and output.weight_version is None
+    assert (output.response_ids, output.response_mask) == (ids, whole.response_mask)
+
+
+async def test_a_conversation_that_is_cut_short_releases_its_tools_and_keeps_what_was_written(tokenizer) -> None:
+    tool, engine = CounterTool({}), ScriptedEngine(tokenizer, [COUNT + END, [5, 6]])
+
+    async def generate(token_ids: list[int], params: dict[str, Any]) -> TokenOutput:
+        turn = await engine(token_ids, params)
+        return replace(turn, stop_reason="abort") if len(engine.requests) == 2 else turn
+
+    with pytest.raises(CutShort) as cut:
+        await ToolAgentLoop(make_context(tokenizer, [tool]), generate).run(dict(SAMPLING), raw_prompt=MESSAGES)
+    assert cut.value.trajectory.response_ids[-2:] == [5, 6] and len(tool.released) == 1
 
 
 async def test_a_tool_keeps_its_state_over_turns_and_is_released(tokenizer) -> None:

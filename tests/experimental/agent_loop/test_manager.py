@@ -22,6 +22,7 @@ from verl.config import PPOConfig
 from verl.experimental.agent_loop import agent_loop
 from verl.experimental.agent_loop.agent_loop import AgentLoopManager
 from verl.experimental.agent_loop.base import RolloutError
+from verl.experimental.agent_loop.worker import ENDED, TAKEN
 from verl.protocol import BATCH_KEYS, DataProto
 
 
@@ -163,6 +164,17 @@ def test_batches_are_begun_side_by_side_and_collected_in_any_order(world: World)
     later, earlier = world.manager.collect(second), world.manager.collect(first)
     assert (earlier.batch["responses"][:, 0].tolist(), later.batch["responses"][:, 0].tolist()) == ([11, 11], [12, 12])
     assert first.seconds > 0 and second.began_s >= first.began_s
+
+
+def test_more_prompts_than_are_wanted_go_round_the_workers_and_the_others_are_cut_short(world: World) -> None:
+    """Worker 0 has the first, third and fifth prompt, worker 1 the others; each has to finish two."""
+    prompts = prompt_rows(prompt_ids=[[11], [STALL], [STALL], [14], [15], [16]], uid="abcdef")
+    prompts.meta_info["wanted"] = 4
+    batch = world.manager.generate_sequences(prompts)
+    ended = [True, False, False, True, True, True]
+    assert batch.array(TAKEN).tolist() == batch.array(ENDED).tolist() == ended
+    assert batch.batch["response_mask"].any(1).tolist() == ended
+    assert batch.batch["responses"][ended, 0].tolist() == [11, 14, 15, 16], "in the order of the prompts"
 
 
 def test_samples_depend_on_neither_order_nor_number_of_workers(world: World) -> None:

@@ -112,7 +112,7 @@ def test_values_become_their_declared_type(monkeypatch: pytest.MonkeyPatch, over
         ("trainer.rollout_nnodes=1", "=1 and trainer.rollout_n_gpus_per_node=None go together"),
         ("trainer.max_staleness=-1", "=-1 must be greater than or equal to 0"),
         ("actor_rollout_ref.rollout.oversample=0.5", "=0.5 must be greater than or equal to 1"),
-        ("actor_rollout_ref.rollout.unfinished=keep", "=keep must be 'carry' or 'drop'"),
+        ("actor_rollout_ref.rollout.unfinished=keep", "='keep' must be 'carry' or 'drop'"),
         ("trainer.resume_mode=resume_path", "=resume_path needs trainer.resume_from_path"),
         (f"{MODEL}.lora_rank=-1", "=-1 must be greater than or equal to 0"),
         (f"{MODEL}.lora_extended_rows=True", "=True has no effect with lora_rank=0"),

@@ -8,6 +8,7 @@ import io
 import math
 import random
 from collections import Counter
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -24,8 +25,18 @@ def log_normal(count: int, median: float, longest: int) -> list[int]:
     return [max(1, min(longest, round(draw.lognormvariate(math.log(median), 1.0)))) for _ in range(count)]
 
 
-def steps_over(lengths: list[int], batch: int, **settings: Any) -> Any:
-    return sleeping.Steps(lengths, batch, sleeping.LoopOfItsOwnTime(), **settings)
+@pytest.fixture
+def steps_over() -> Iterator[Callable[..., Any]]:
+    """Makes steps, and ends their engines behind the test."""
+    made = []
+
+    def make(lengths: list[int], batch: int, **settings: Any) -> Any:
+        made.append(sleeping.Steps(lengths, batch, sleeping.LoopOfItsOwnTime(), **settings))
+        return made[-1]
+
+    yield make
+    for steps in made:
+        steps.manager.shutdown()
 
 
 def check_answers(step: Any, lengths: list[int]) -> None:
@@ -41,7 +52,7 @@ def check_answers(step: Any, lengths: list[int]) -> None:
     assert not batch["distill_special_token_mask"].any()
 
 
-def test_a_step_takes_the_prompts_that_end_first_and_the_next_goes_on_with_the_others() -> None:
+def test_a_step_takes_the_prompts_that_end_first_and_the_next_goes_on_with_the_others(steps_over: Any) -> None:
     """Four of six: the answers of 50 and 9 tokens are cut after 7; the second ends 2 tokens later."""
     lengths = [3, 50, 5, 9, 7, 1, 1, 1, 1, 4, 60, 1, 1, 1, 2, 2]
     steps = steps_over(lengths, 4, oversample=1.5)
@@ -60,7 +71,7 @@ def test_a_step_takes_the_prompts_that_end_first_and_the_next_goes_on_with_the_o
 
 @pytest.mark.parametrize("max_staleness", [0, 1, 2])
 @pytest.mark.parametrize("n", [1, 3])
-def test_nothing_is_lost_or_trained_twice_over_resumes(max_staleness: int, n: int) -> None:
+def test_nothing_is_lost_or_trained_twice_over_resumes(steps_over: Any, max_staleness: int, n: int) -> None:
     lengths, saved, trained = log_normal(40, 8, 60), None, list[str]()
     settings = {"oversample": 1.25, "max_staleness": max_staleness, "n": n}
     for count in (3, 1, 4):
@@ -82,7 +93,7 @@ def test_nothing_is_lost_or_trained_twice_over_resumes(max_staleness: int, n: in
     assert len({*trained, *left}) == len(trained[::n] + left) == 8 * saved["pool"]["read"], "of all that were read"
 
 
-def test_with_settings_that_may_have_changed_prompts_are_asked_anew() -> None:
+def test_with_settings_that_may_have_changed_prompts_are_asked_anew(steps_over: Any) -> None:
     lengths = log_normal(40, 8, 60)
     first = steps_over(lengths, 8, oversample=1.5, max_staleness=1)
     trained = [uid for step in first.take(2) for uid in step.prompts.array("uid")]
@@ -93,13 +104,13 @@ def test_with_settings_that_may_have_changed_prompts_are_asked_anew() -> None:
     [step] = second.take(1)
     check_answers(step, lengths)
     assert len(second.queue._pool._waiting) == waiting - 8 and not set(trained) & set(step.prompts.array("uid"))
-    assert (step.answers.batch["rollout_log_probs"][:, 0] == 0).all(), "by the weights that the engine has now"
+    assert (step.answers.batch["rollout_log_probs"][:, 0] == -2).all(), "by the weights that the engine has now"
 
 
 STEPS, WARMUP, BATCH = 50, 10, 64
 
 
-def run_log_normal(**settings: Any) -> tuple[float, float, list[Any], float]:
+def run_log_normal(steps_over: Any, **settings: Any) -> tuple[float, float, list[Any], float]:
     """Mean seconds of a step, mean trained length, steps, and the mean of the lengths that there are."""
     lengths = log_normal(BATCH * STEPS // 2, 20, 400)
     steps = list(steps_over(lengths, BATCH, **settings).take(WARMUP + STEPS))[WARMUP:]
@@ -107,21 +118,21 @@ def run_log_normal(**settings: Any) -> tuple[float, float, list[Any], float]:
     return sum(s.seconds for s in steps) / STEPS, sum(trained) / len(trained), steps, sum(lengths) / len(lengths)
 
 
-def test_steps_are_shorter_for_as_many_tokens_and_carried_answers_are_as_long_as_answers_are() -> None:
-    whole_s, whole, _, mean = run_log_normal()
+def test_steps_are_shorter_for_as_many_tokens_and_carried_answers_are_as_long_as_any(steps_over: Any) -> None:
+    whole_s, whole, _, mean = run_log_normal(steps_over)
     assert whole == pytest.approx(mean, rel=0.02)
-    carried_s, carried, steps, _ = run_log_normal(oversample=1.25)
+    carried_s, carried, steps, _ = run_log_normal(steps_over, oversample=1.25)
     assert carried == pytest.approx(mean, rel=0.02)
     assert carried_s / carried < 0.7 * whole_s / whole
     assert {step.metrics["rollout/carried"] for step in steps} == {16.0}
-    dropped_s, dropped, steps, _ = run_log_normal(oversample=1.25, unfinished="drop")
+    dropped_s, dropped, steps, _ = run_log_normal(steps_over, oversample=1.25, unfinished="drop")
     assert dropped < 0.8 * mean and dropped_s < whole_s
     for step in steps:
         assert step.metrics["rollout/dropped"] == 16 and step.metrics["staleness/max"] == 0
         assert step.metrics["rollout/dropped_length/mean"] > sum(step.lengths) / BATCH, "the bias shows"
 
 
-def test_an_answer_carried_under_a_shorter_horizon_is_cut_there() -> None:
+def test_an_answer_carried_under_a_shorter_horizon_is_cut_there(steps_over: Any) -> None:
     steps = steps_over([30, 3, 4, 9, 2, 2], 2, oversample=2.0, horizon=HorizonConfig(start=30, end=2, steps=1))
     steps.stream._config.shuffle = False
     first, second = steps.take(2)
@@ -130,7 +141,7 @@ def test_an_answer_carried_under_a_shorter_horizon_is_cut_there() -> None:
     assert second.answers.batch["response_mask"].sum(1).tolist() == [2, 2]
 
 
-def test_carry_refuses_a_loop_of_several_turns_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_carry_refuses_a_loop_of_several_turns_by_name(steps_over: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = steps_over([3, 3, 3], 1, oversample=2.0)
     loop = "verl.experimental.agent_loop.tool_agent_loop.ToolAgentLoop.writes_one_turn"
     monkeypatch.setattr(loop, False)

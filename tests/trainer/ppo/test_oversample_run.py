@@ -17,7 +17,8 @@ ROLLOUT = "actor_rollout_ref.rollout"
 def test_answers_that_are_cut_go_on_over_a_resume_and_validation_is_whole(tiny_pair: Any, tmp_path: Path) -> None:
     train = write_onerec_parquet(tmp_path / "train.parquet", 30)
     changes = {f"{ROLLOUT}.oversample": 1.5, f"{ROLLOUT}.n": 2, f"{ROLLOUT}.calculate_log_probs": True}
-    changes |= {"data.val_files": train, "trainer.test_freq": 2, "data.max_response_length": 24}
+    changes |= {"data.val_files": train, "trainer.test_freq": 2, "trainer.async_save": False}
+    changes["data.max_response_length"] = 24
     # The weights stay, so the trainer's log-probs are those with which each token was drawn, whenever that was.
     config = settings(tiny_pair, train, tmp_path, **changes, **{"actor_rollout_ref.actor.optim.lr": 1e-30})
     trained, validated, carried = list[str](), 0, 0
@@ -47,5 +48,5 @@ def test_answers_that_are_cut_go_on_over_a_resume_and_validation_is_whole(tiny_p
     steps = metrics_by_step(tmp_path, 5)
     for step in steps.values():
         assert step["rollout/carried"] == 4 and step["rollout/dropped"] == 0
-        assert step["training/rollout_log_probs_diff_max"] < 1e-4
+        assert step["training/rollout_probs_diff_max"] < 1e-5
     assert steps[5]["staleness/max"] >= 1

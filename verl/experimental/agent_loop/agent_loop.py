@@ -152,7 +152,7 @@ class AgentLoopManager:
         Raises:
             WorkerError: there is no space for the prompts.
         """
-        columns, wanted, n = prompts.non_tensor_batch, prompts.meta_info.get("wanted"), self.rollout.n
+        columns, wanted, n = prompts.non_tensor_batch, prompts.meta_info.get("wanted", 0), self.rollout.n
         seeds = {SEED_KEY: sample_seeds(self.rollout.seed, prompts)} if SEED_KEY not in columns else {}
         meta_info = {key: prompts.meta_info.get(key) for key in ("validate", "horizon")}
         rows = DataProto.from_dict(None, {**columns, **seeds}, meta_info)
@@ -191,12 +191,12 @@ class AgentLoopManager:
             del part  # before the next one comes
         generated = buffer.take()
         if generation.order is not None:
-            generated.reorder(np.argsort(generation.order))
+            generated.reorder(np.argsort(generation.order).tolist())
         measured = generated.meta_info["metrics"]
         generation.seconds = max(measured["call_s"])
         versions = set(measured["weight_version"]) - {None}
         # Before the first sync the engines sample from the model that they loaded.
-        if generation.version is not None and versions != {generation.version}:
+        if generation.version is not None and not versions <= {generation.version}:
             raise RolloutError(
                 f"the engines sampled from weights of versions {sorted(versions)} after the sync of version "
                 f"{generation.version}"

@@ -97,7 +97,8 @@ class PromptPool:
         batch = self.batch_of(taken, step, written_after)
         if self._asked > self._wanted:
             batch.prompts.meta_info["wanted"] = self._wanted
-            written = [each for prompt in taken for each in prompt.written or [None] * self._n]
+            nothing: list[Written | None] = [None] * self._n
+            written = [each for prompt in taken for each in prompt.written or nothing]
             batch.prompts.non_tensor_batch[WRITTEN] = np.fromiter(written, dtype=object)
         return batch
 
@@ -118,10 +119,10 @@ class PromptPool:
         waiting = [*prompts, *self._waiting]
         self._waiting = sorted(waiting, key=lambda prompt: (prompt.source.number, prompt.place))
 
-    def settle(self, batch: Batch) -> None:
-        """Once its answers have come, cut a batch to the prompts that are taken, in place; the others wait again."""
-        prompts, answers = batch.prompts, batch.answers
-        if answers is None or TAKEN not in answers.non_tensor_batch:
+    def settle(self, batch: Batch, answers: DataProto) -> None:
+        """Cut a batch and its answers to the prompts that are taken, in place; the others wait again."""
+        prompts = batch.prompts
+        if TAKEN not in answers.non_tensor_batch:
             return
         taken, ended = (torch.from_numpy(answers.non_tensor_batch.pop(key).astype(bool)) for key in (TAKEN, ENDED))
         real, steps = real_response_tokens(answers), torch.full_like(answers.tensor("responses"), batch.written_after)
@@ -164,35 +165,29 @@ class PromptPool:
     def load_state_dict(self, state: Mapping[str, Any], asks_anew: bool) -> None:
         """Go on with the prompts of a checkpoint, and where ``asks_anew`` with nothing written."""
         self._number = state["read"]
-        self.wait(self.load([each | {"written": []} for each in state["waiting"]] if asks_anew else state["waiting"]))
+        waiting = self.load(state["waiting"])
+        for prompt in waiting if asks_anew else ():
+            prompt.written = []
+        self.wait(waiting)
 
-    def save(self, prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
-        """Where these are in the data, and what is written; users' objects in them are read again."""
-        return [
-            {
-                "position": prompt.source.position,
-                "number": prompt.source.number,
-                "place": prompt.place,
-                "written": [vars(written) for written in prompt.written],
-            }
-            for prompt in prompts
-        ]
+    def save(self, prompts: Sequence[Prompt]) -> list[tuple[dict[str, Any], int, int, list[dict[str, Any]]]]:
+        """Where each is in the data, and what is written; users' objects in them are read again."""
+        facts = [(prompt, prompt.source) for prompt in prompts]
+        return [(of.position, of.number, each.place, [vars(known) for known in each.written]) for each, of in facts]
 
-    def load(self, saved: Sequence[Mapping[str, Any]]) -> list[Prompt]:
+    def load(self, saved: Sequence[tuple[dict[str, Any], int, int, list[dict[str, Any]]]]) -> list[Prompt]:
         """The prompts that were saved, read again; none where the data are others now."""
-        after, prompts = self._stream.state_dict(), list[Prompt]()
-        mine = [each for each in saved if each["position"]["data"] == after["data"]]
-        for number, group in groupby(mine, key=lambda each: each["number"]):
-            places = {each["place"]: each for each in group}
-            position = next(iter(places.values()))["position"]
-            self._stream.load_state_dict(position)
-            source = self._prompts(next(self._stream.batches()), position, number)
-            for place, each in places.items():
-                written = [Written(**known) for known in each["written"]]
-                # Such an answer has no log-probs for its first tokens: it is begun anew.
-                lacks = self._rollout.calculate_log_probs and any(known.log_probs is None for known in written)
-                source[place].written = [] if lacks else written
-                prompts.append(source[place])
+        after, prompts, read = self._stream.state_dict(), list[Prompt](), dict[int, list[Prompt]]()
+        for position, number, place, known in saved:
+            if position["data"] != after["data"]:
+                continue
+            if number not in read:
+                self._stream.load_state_dict(position)
+                read[number] = self._prompts(next(self._stream.batches()), position, number)
+            prompts.append(read[number][place])
+            # Without log-probs of its first tokens, where the run keeps them, an answer is begun anew.
+            if not (self._rollout.calculate_log_probs and any(each["log_probs"] is None for each in known)):
+                prompts[-1].written = [Written(**each) for each in known]
         self._stream.load_state_dict(after)
         return prompts
 

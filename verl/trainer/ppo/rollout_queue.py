@@ -100,8 +100,7 @@ class RolloutQueue:
             answers = self._engines().generate_sequences(prompts)
             self._free_since = time.time()
             if batch is not None and batch.prompts is prompts:
-                batch.answers = answers
-                self._pool.settle(batch)
+                self._pool.settle(batch, answers)
                 self._metrics |= batch.metrics
             return answers
         answers, staleness = self._answers(batch), float(batch.step - 1 - batch.written_after)
@@ -156,7 +155,7 @@ class RolloutQueue:
             assert batch.generation is not None, "a batch without answers was begun"
             asked_at, generation = time.time(), batch.generation
             batch.answers = self._engines().collect(generation)
-            self._pool.settle(batch)
+            self._pool.settle(batch, batch.answers)
             waited_s, batch.seconds = time.time() - asked_at, generation.seconds
             self._add_s("rollout/wait_s", waited_s)
             self._timeline.add("driver", "wait for answers", asked_at, waited_s)

@@ -51,12 +51,12 @@ class HFReplica(RolloutReplica):
 
     model: Any = None
     """A ``PreTrainedModel``, once launched."""
+    _batching: asyncio.Task[None] | None = None
 
     async def _launch(self) -> None:
         self._torch_device = torch.device(self.device, 0)
         self._waiting: list[_Request] = []
         self._running: list[_Request] = []
-        self._batching: asyncio.Task[None] | None = None
         config = load_hf_config(self.model_config)
         model = transformers.AutoModelForCausalLM.from_pretrained(
             self.model_config.path,
@@ -86,7 +86,8 @@ class HFReplica(RolloutReplica):
                 request.answer.set_result(TokenOutput([], [], ABORTED, self.weight_version))
 
     async def _answer_waiting(self) -> None:
-        answer = partial(asyncio.get_running_loop().call_soon_threadsafe, _answer)
+        loop: Any = asyncio.get_running_loop()
+        answer = partial(loop.call_soon_threadsafe, _answer)
         while self._waiting:
             await asyncio.sleep(GATHER_S)
             waiting = [request for request in self._waiting if not request.answer.done()]  # cancelled meanwhile
@@ -154,6 +155,9 @@ class HFReplica(RolloutReplica):
         torch.cuda.empty_cache()
 
     async def _shutdown(self) -> None:
+        if self._batching is not None:  # the last answers come before its thread has ended
+            self._batching.cancel()
+            await asyncio.wait([self._batching])
         self.model = None
 
 

@@ -13,24 +13,34 @@ when its step is, by the weights of the step before.
 A checkpoint keeps answers that were not trained on, beside the place of their prompts in the data. Then a run that goes
 on from it equals one that never stopped.
 
-In: a ``PromptStream``, engines. Out: batches of prompts, and the answers to them. Not here: when weights are sent (the
-trainer asks ``is_low``).
+Where teachers have ranks of their own, they score the answers of each agent-loop worker as these come (``score``)::
+
+    engines   ─ worker 0's rows ─┬─ worker 1's ─┬─ ...          (of a batch ahead: while another one trains)
+    teachers                     └► score ──────┴► score ► ...  ► the batch's stage finds the scores
+
+In: a ``PromptStream``, engines. Out: batches of prompts, the answers to them, and scores of these. Not here: when
+weights are sent (the trainer asks ``is_low``).
 """
 
 import itertools
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
+
+import torch
 
 from verl.config import PPOConfig
 from verl.experimental.agent_loop.agent_loop import AgentLoopManager, Generation
 from verl.protocol import DataProto
+from verl.single_controller.base.decorator import RowBuffer
 from verl.trainer.data import PromptStream
 from verl.utils.timing import Timeline
 
 Metrics = dict[str, float]
+ANSWER_ROW = "answer_row"
+"""Batch key: the row that an answer had when it came."""
 
 
 @dataclass
@@ -47,6 +57,8 @@ class _Batch:
     answers: DataProto | None = None
     seconds: float = 0.0
     """The engines took so long, known with the answers."""
+    scores: dict[int, Callable[[], DataProto]] = field(default_factory=dict)
+    """By the first of their rows; each waits until it is there."""
 
 
 class RolloutQueue:
@@ -90,6 +102,9 @@ class RolloutQueue:
         self._free_since = 0.0
         """When the engines had answered all they were asked, by ``time.time()``."""
 
+    score: Callable[[DataProto], Callable[[], DataProto]] | None = None
+    """Begins to score answered rows, to have their answers scored as they come; None: they are not."""
+
     @property
     def is_low(self) -> bool:
         """Whether engines are due for new weights: at most the next batch is left."""
@@ -111,7 +126,7 @@ class RolloutQueue:
                     position, rows = self._stream.state_dict(), next(stream)
                     batch = _Batch(self._prepare(rows, step=number), position, number, written_after=step - 1)
                     if self._most_ahead:
-                        batch.generation = self._engines().begin(batch.prompts)
+                        self._begin(batch)
                     self._ahead.append(batch)
             self._training = self._ahead.pop(0)
             yield self._training.prompts
@@ -119,15 +134,39 @@ class RolloutQueue:
     def answers_to(self, prompts: DataProto) -> DataProto:
         """The answers to the batch that came last, or to others, which are asked now."""
         batch = self._training
-        if batch is None or batch.prompts is not prompts or not self._most_ahead:
+        if batch is None or batch.prompts is not prompts or not (self._most_ahead or self.score):
             answers = self._engines().generate_sequences(prompts)
             self._free_since = time.time()
             return answers
+        if batch.generation is None and batch.answers is None:
+            self._begin(batch)
         answers, staleness = self._answers(batch), float(batch.step - 1 - batch.written_after)
         tokens = answers.tensor("attention_mask")[:, -answers.tensor("responses").shape[1] :].sum()
         self._metrics |= {"staleness/mean": staleness, "staleness/max": staleness}
         self._metrics["perf/generated_tokens_per_s"] = float(tokens) / batch.seconds
-        return answers
+        if self.score is None:
+            return answers
+        starts = self._engines().starts(len(answers))
+        for start, end in itertools.pairwise(starts if not batch.scores else []):  # they come from a checkpoint
+            self._score_part(batch, start, answers.slice(start, end))
+        return answers.union(DataProto.from_dict({ANSWER_ROW: torch.arange(len(answers))}))
+
+    def scores_of(self, batch: DataProto) -> DataProto:
+        """The scores of the batch that trains, which has an ``ANSWER_ROW``, in its order; waits for them."""
+        assert self._training is not None and self._training.prompts is batch
+        begun, buffer = self._training.scores, RowBuffer(len(batch))
+        for start in sorted(begun):
+            buffer.put(start, begun.pop(start)())
+        scores = buffer.take()
+        scores.reorder(batch.tensor(ANSWER_ROW))
+        return scores
+
+    def look(self) -> None:
+        """Check that engines live, and have what they have answered of the batches ahead scored; returns at once."""
+        self._engines().check_alive()
+        for generation in [batch.generation for batch in self._ahead if batch.answers is None]:
+            assert generation is not None, "a batch without answers was begun"
+            self._engines().take(generation)
 
     def drain(self) -> None:
         """Wait until the engines have answered all that was begun."""
@@ -164,6 +203,17 @@ class RolloutQueue:
             self._ahead.append(_Batch(prompts, *facts, answers=answers, seconds=saved["seconds"]))
         if self._saved:
             self._stream.load_state_dict(after)
+
+    def _begin(self, batch: _Batch) -> None:
+        batch.generation = self._engines().begin(batch.prompts)
+        if self.score is not None:
+            batch.generation.give_on = partial(self._score_part, batch)
+
+    def _score_part(self, batch: _Batch, start: int, part: DataProto) -> None:
+        """Have the answers from row ``start`` on scored."""
+        assert self.score is not None
+        rows = batch.prompts.slice(start, start + len(part))
+        batch.scores[start] = self.score(rows.union(DataProto(part.batch, part.non_tensor_batch)))
 
     def _answers(self, batch: _Batch) -> DataProto:
         """The answers of a batch; waits for them."""

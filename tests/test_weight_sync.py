@@ -1,6 +1,7 @@
 """Buckets of whole weights, and which export of a bucket each engine reads; the order of a sync: ``test_manager``."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,17 @@ from safetensors.torch import load_file
 from support.tiny_workers import load_plain, worker_config, write_model
 
 from verl import weight_sync
-from verl.weight_sync import WeightExporter, as_file, bucket_for, send_weights
+from verl.single_controller.base.worker import Channel
+from verl.weight_sync import (
+    ReceivedWeights,
+    WeightExporter,
+    as_file,
+    broadcast_weights,
+    bucket_for,
+    bucket_tensors,
+    send_weights,
+    weight_shapes,
+)
 from verl.workers.model_workers import StudentWorker
 
 
@@ -78,6 +89,33 @@ def test_engines_apart_read_what_one_rank_has_stored(student: StudentWorker, tmp
     exporter.release()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_engines_in_a_channel_receive_what_was_described_to_them(
+    student: StudentWorker, folder: Path, dtype: torch.dtype
+) -> None:
+    """Two of them, in threads, over gloo: every tensor of the model once, by name, in shape and precision."""
+    module, device = student._state.module, torch.device("cpu")
+    exporter = WeightExporter(module, device=device, writes_files=False, dtype=dtype, bucket_bytes=50_000)
+    meeting, buckets, plain = student.open_channel(3, 60.0), exporter.describe(), load_plain(folder)
+
+    def receive(rank: int) -> dict[str, torch.Tensor]:
+        channel, received = Channel(meeting, rank, device), ReceivedWeights(weight_shapes(plain))
+        assert all(received.add(bucket) for bucket in buckets) and not received.problems()
+        return {name: tensor for bucket in buckets for name, tensor in bucket_tensors(bucket, device, channel)}
+
+    with ThreadPoolExecutor(2) as engines:
+        found = [engines.submit(receive, rank) for rank in (1, 2)]
+        student.join_channel("cpu")
+        assert student.channel is not None
+        for index in range(len(buckets)):
+            exporter.store(index, student.channel)
+    for weights in (each.result() for each in found):
+        assert weights.keys() == dict(plain.named_parameters()).keys()
+        for name, value in plain.named_parameters():
+            assert weights[name].dtype == dtype and torch.equal(weights[name], value.to(dtype)), name
+    student.channel = None
+
+
 def test_where_shared_memory_is_full_a_file_on_disk_is_used(
     student: StudentWorker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -110,7 +148,7 @@ def test_the_next_bucket_is_exported_while_engines_load_and_all_are_released(fai
             raise ConnectionError
 
     student = SimpleNamespace(
-        num_weight_buckets=lambda: 3,
+        weight_buckets=lambda: [{}] * 3,
         export_weight_bucket=partial(call, "export"),
         release_weight_buckets=partial(call, "release"),
     )
@@ -125,6 +163,33 @@ def test_the_next_bucket_is_exported_while_engines_load_and_all_are_released(fai
     end = [] if fails else ["finish_weight_update 7", "wait: finish the weight sync of version 7"]
     done = expected[: expected.index(f"wait: {fails}") + 1] if fails else expected
     assert events == [*done, "release", *end]
+
+
+@pytest.mark.parametrize("fails", [None, "load weight bucket 1 of version 7"])
+def test_a_bucket_is_broadcast_while_engines_load_it(fails: str | None) -> None:
+    """Where an engine fails, the ranks wait for it, and nobody for them."""
+    events: list[str] = []
+
+    def call(*event: Any) -> Callable[[], None]:
+        events.append(" ".join(map(str, event)))
+        return lambda: events.append(f"{event[-1]} sent")
+
+    def wait(task: str, calls: list[Any]) -> None:
+        call("wait:", task)
+        if task == fails:
+            raise ConnectionError
+
+    student = SimpleNamespace(weight_buckets=lambda: ["first", "second"], store_weight_bucket=partial(call, "store"))
+    names = ("start_weight_update", "update_weights", "finish_weight_update")
+    engine = SimpleNamespace(**{name: SimpleNamespace(remote=partial(call, name)) for name in names})
+    with pytest.raises(ConnectionError) if fails else nullcontext():
+        broadcast_weights(student, [engine, engine], wait, 7)
+    expected = [*["start_weight_update"] * 2, "wait: begin a weight sync", "store 0", "store 1"]
+    for index, bucket in enumerate(["first", "second"]):
+        expected += [f"update_weights {bucket}"] * 2 + [f"wait: load weight bucket {index} of version 7"]
+        expected += [f"{index} sent"]
+    end = [*["finish_weight_update 7"] * 2, "wait: finish the weight sync of version 7"]
+    assert events == (expected[:-1] if fails else [*expected, *end])
 
 
 def test_on_cpu_an_engine_reads_the_export_of_its_own_node() -> None:

@@ -56,6 +56,7 @@ BATCH_KEYS = {
     "returns": BatchKey("float32", "(B, R)", "advantage", "metrics"),
     "teacher": BatchKey("int64", "(B,)", "trainer", "teacher scores, advantage, update, metrics"),
     "teacher_knows_extended": BatchKey("object", "(B,)", "trainer", "rollout (masks), advantage, metrics"),
+    "answer_row": BatchKey("int64", "(B,)", "trainer", "trainer (order of scores that were asked earlier)"),
     "uid": BatchKey("object", "(B,)", "trainer", "rollout (seeds), advantage (groups)"),
     "raw_prompt": BatchKey("object", "(B,)", "dataset", "rollout"),
     "prompt_ids": BatchKey("object", "(B,)", "dataset", "rollout (in place of raw_prompt, where it is there)"),

@@ -18,6 +18,9 @@ in order, because each tensor is gathered from all of them. Names are Hugging Fa
 head appears once, as the embedding. An adapter is sent as part of the weights that it changes. The driver passes
 references to buckets, never weights.
 
+Or (``trainer.rollout_weight_sync=broadcast``) engines apart are in a group with rank 0, a `Channel`: each bucket is
+broadcast while engines load it, and they have its names, shapes and ``dtype_names`` before (`broadcast_weights`).
+
 Not here: how calls are waited for (the caller).
 """
 
@@ -39,6 +42,7 @@ from safetensors.torch import save, save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from verl.single_controller.base.worker import Channel
 from verl.utils.device import dtype_name, get_device_uuid, release_cached_memory, synchronize
 from verl.utils.durable_files import OwnedFolder, make_owned_folder, remove_abandoned
 
@@ -76,7 +80,7 @@ def send_weights(
     starts = [engine.start_weight_update.remote() for engine in engines]
     try:
         exports = export(0)
-        count = student.num_weight_buckets()
+        count = len(student.weight_buckets())
         wait("begin a weight sync", starts)
         for index in range(count):
             exported = exports()
@@ -92,6 +96,24 @@ def send_weights(
     finally:
         # After a failure too: a bucket is GPU memory, or a file in shared memory.
         student.release_weight_buckets()
+    calls = [engine.finish_weight_update.remote(version) for engine in engines]
+    wait(f"finish the weight sync of version {version}", calls)
+
+
+def broadcast_weights(student: Any, engines: Sequence[Any], wait: Callable[..., Any], version: int) -> None:
+    """As `send_weights`, to engines that are in a channel with rank 0.
+
+    The ranks are told all buckets at once: they wait for the engines in the broadcast alone. Where an engine fails,
+    they would wait for ever, and are not waited for.
+    """
+    starts = [engine.start_weight_update.remote() for engine in engines]
+    buckets = student.weight_buckets()
+    wait("begin a weight sync", starts)
+    sent = [student.store_weight_bucket(index) for index in range(len(buckets))]
+    for index, bucket in enumerate(buckets):
+        loads = [engine.update_weights.remote(bucket) for engine in engines]
+        wait(f"load weight bucket {index} of version {version}", loads)
+        sent[index]()
     calls = [engine.finish_weight_update.remote(version) for engine in engines]
     wait(f"finish the weight sync of version {version}", calls)
 
@@ -174,16 +196,33 @@ class WeightExporter:
         """
         return self._export(index, self._share)
 
-    def store(self, index: int, put: Callable[[Any], Any] | None) -> Bucket | None:
-        """As ``export``, for engines that are apart: the rank with ``put``, of an object store, gives the bucket."""
+    def store(self, index: int, to: Callable[[Any], Any] | Channel | None) -> Bucket | None:
+        """As ``export``, for engines that are apart: one rank has where it goes ``to``.
+
+        That is an object store's ``put``, or a channel, from which each engine has to receive the bucket meanwhile.
+        """
 
         def share(index: int, tensors: dict[str, torch.Tensor]) -> Bucket:
-            assert put is not None
-            stored = [put(np.frombuffer(save(tensors), dtype=np.uint8))]  # of an array no engine makes a copy
+            assert to is not None
+            if isinstance(to, Channel):
+                for tensor in tensors.values():
+                    to.broadcast(tensor)
+                synchronize(self._device.type)
+                return {}
+            stored = [to(np.frombuffer(save(tensors), dtype=np.uint8))]  # of an array no engine makes a copy
             self._exported[index] = stored.clear
             return {"stored": stored[0]}
 
-        return self._export(index, share if put else None)
+        return self._export(index, share if to else None)
+
+    def describe(self) -> list[Bucket]:
+        """``names``, ``shapes`` and ``dtype_names`` of each bucket, for those who receive it by a channel."""
+        weights, dtype = named_weights(self._module), dtype_name(self._dtype)
+        shapes = [[list(weights[name].shape) for name in names] for names in self._buckets]
+        return [
+            {"names": names, "shapes": of_bucket, "dtype_names": [dtype] * len(names)}
+            for names, of_bucket in zip(self._buckets, shapes, strict=True)
+        ]
 
     def _export(self, index: int, share: Callable[[int, dict[str, torch.Tensor]], Bucket] | None) -> Bucket | None:
         self._free(index - 1)
@@ -306,11 +345,17 @@ def as_file(bucket: Mapping[str, Any], content: np.ndarray | None) -> Iterator[M
         folder.remove()
 
 
-def bucket_tensors(update_info: Mapping[str, Any], device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of a bucket, one at a time, views of memory that belongs to the training ranks.
+def bucket_tensors(
+    update_info: Mapping[str, Any], device: torch.device, channel: Channel | None = None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a bucket, one at a time, views of memory that belongs to the training ranks, or as they are sent.
 
     A file is mapped, not read; it may be unlinked once all of them are used.
     """
+    if channel is not None:
+        facts = zip(update_info["names"], update_info["shapes"], update_info["dtype_names"], strict=True)
+        yield from ((name, channel.receive(shape, getattr(torch, dtype))) for name, shape, dtype in facts)
+        return
     if "path" in update_info:
         with safe_open(update_info["path"], framework="pt") as bucket:
             yield from ((name, bucket.get_tensor(name)) for name in update_info["names"])

@@ -26,7 +26,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "quickstart": Command(f"{RECIPE}.quickstart.__main__", "forget, recover, and see what it cost, in minutes"),
     "distill": Command(f"{RECIPE}.main_onpolicy_distill", "train a student on its own answers; options are KEY=VALUE"),
-    "plan": Command(f"{RECIPE}.plan", "what a run will take of memory, by stage; options are KEY=VALUE"),
+    "plan": Command(f"{RECIPE}.plan", "what a run will take of memory, by stage, or how to split its GPUs"),
     "evaluate": Command(f"{RECIPE}.evaluate", "general accuracy, recall, leaks and reverse KL of a model"),
     "contract": Command("verl.utils.vocab_contract", "what the vocabularies of student and teacher share"),
     "data": Command("verl.utils.dataset.data_report", "what parquet files hold, and which rows a run would drop"),

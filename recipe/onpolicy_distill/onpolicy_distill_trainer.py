@@ -10,6 +10,7 @@ follows both::
 """
 
 import logging
+from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from typing import Any
 
@@ -30,6 +31,7 @@ from verl.trainer.ppo.metric_utils import (
     compute_validation_distill_metrics,
 )
 from verl.trainer.ppo.ray_trainer import Metrics, RayPPOTrainer
+from verl.trainer.ppo.rollout_queue import ANSWER_ROW
 from verl.trainer.ppo.teacher_prompt import with_system_prompt
 
 logger = logging.getLogger(__name__)
@@ -48,6 +50,8 @@ class RayOnPolicyDistillTrainer(RayPPOTrainer):
         if config.algorithm.distill.teachers:
             self._check_teachers_have_rows()
         self._check_system_prompts()
+        if self.scores_as_they_come:
+            self.rollouts.score = self.begin_scores
 
     @cached_property
     def template(self) -> ChatTemplate:
@@ -123,10 +127,24 @@ class RayOnPolicyDistillTrainer(RayPPOTrainer):
         apart = bool(self.config.trainer.teacher_ranks_on_nodes)
         return apart and self.config.algorithm.distill.needs_full_distribution
 
+    @property
+    def scores_as_they_come(self) -> bool:
+        """Whether teachers score answers as these come: on ranks of their own, which generation leaves free.
+
+        Not hidden states of batches ahead: they would be in the object store beside those of the batch that trains. Nor
+        where more is asked than trained on: which answers are taken shows at the end.
+        """
+        run, rollout = self.config.trainer, self.config.actor_rollout_ref.rollout
+        ahead = run.max_staleness > 0 and self.exports_hidden_states
+        apart = bool(run.teacher_ranks_on_nodes) and not self.config.served_roles
+        return apart and not ahead and rollout.oversample == 1
+
     def init_workers(self, in_process: bool = False) -> None:
         """As the base class; a student whose teachers export hidden states gets their heads."""
         super().init_workers(in_process)
         self.fetch_heads()
+        if self.scores_as_they_come:
+            self.worker_groups.watch(self.rollouts.look)
 
     def fetch_heads(self) -> None:
         """Give the student's ranks the heads that belong to exported hidden states; they never change."""
@@ -160,29 +178,47 @@ class RayOnPolicyDistillTrainer(RayPPOTrainer):
 
     def ref_log_prob(self, batch: DataProto) -> DataProto:
         """``ref_log_prob`` (B, R) and what else an exact objective needs, each row's by its own teacher."""
-        distill = self.config.algorithm.distill
-        if not distill.teachers:
-            return self.score_with(BASE_TEACHER, batch)
-        scores, order = [], []
-        for place, role in enumerate(distill.roles):
+        if ANSWER_ROW in batch.batch:
+            return self.rollouts.scores_of(batch)
+        return joined(*self.each_teacher(batch, self.score_with))
+
+    def begin_scores(self, batch: DataProto) -> Callable[[], DataProto]:
+        """Begin what `ref_log_prob` does, on teachers' ranks; what it returns waits for it."""
+
+        def begin(role: str, rows: DataProto) -> Callable[[], DataProto]:
+            return self.role_groups[role].begin(*self.scoring_call(role, rows))
+
+        begun, places = self.each_teacher(batch, begin)
+        return lambda: joined([scores() for scores in begun], places)
+
+    def each_teacher(
+        self, batch: DataProto, call: Callable[[str, DataProto], Any]
+    ) -> tuple[list[Any], list[torch.Tensor]]:
+        """What ``call`` gives for each teacher that has rows, and these rows' places in the batch."""
+        roles = self.config.algorithm.distill.roles
+        if len(roles) == 1:
+            return [call(BASE_TEACHER, batch)], []
+        results, places = [], []
+        for place, role in enumerate(roles):
             rows = (batch.tensor("teacher") == place).nonzero().flatten()
             if len(rows):
-                scores.append(self.score_with(role, batch.select_idxs(rows)))
-                order.append(rows)
-        joined = DataProto.concat(scores)
-        # argsort of a permutation is its inverse: every row goes back to its place in the batch.
-        joined.reorder(torch.cat(order).argsort())
-        return joined
+                results.append(call(role, batch.select_idxs(rows)))
+                places.append(rows)
+        return results, places
 
-    def score_with(self, role: str, batch: DataProto) -> DataProto:
-        """A teacher's ``ref_log_prob`` of its own rows, and what an update needs that cannot run the teacher."""
+    def scoring_call(self, role: str, batch: DataProto) -> tuple[str, DataProto]:
+        """The method of a teacher that gives what is needed of it, and the rows as it reads them."""
         scores_ahead = self.config.algorithm.distill.topk_or_none is not None or self.exports_hidden_states
         if (system_prompt := self.config.teachers[role].system_prompt) is not None:
             batch = with_system_prompt(batch, system_prompt, self.template)
         # Validation has no update, so nothing is kept for one.
-        if not scores_ahead or batch.meta_info["validate"]:
-            return self.role_groups[role].compute_ref_log_prob(batch)
-        scores = self.role_groups[role].score_for_update(batch)
+        keeps = scores_ahead and not batch.meta_info["validate"]
+        return "score_for_update" if keeps else "compute_ref_log_prob", batch
+
+    def score_with(self, role: str, batch: DataProto) -> DataProto:
+        """A teacher's ``ref_log_prob`` of its own rows, and what an update needs that cannot run the teacher."""
+        method, batch = self.scoring_call(role, batch)
+        scores: DataProto = getattr(self.role_groups[role], method)(batch)
         measured = scores.meta_info.pop("metrics", {})  # of a served teacher
         if role != BASE_TEACHER:
             measured = {f"distill_teacher/{role}/{name.removeprefix('distill/')}": measured[name] for name in measured}
@@ -272,3 +308,13 @@ class RayOnPolicyDistillTrainer(RayPPOTrainer):
         if self.config.actor_rollout_ref.rollout.validates_policy and len(readable):
             metrics |= compute_validation_distill_metrics(readable)
         return metrics
+
+
+def joined(scores: Sequence[DataProto], places: Sequence[torch.Tensor]) -> DataProto:
+    """The rows of several teachers at their places in the batch; of one as they are."""
+    if len(scores) == 1:
+        return scores[0]
+    whole = DataProto.concat(scores)
+    # argsort of a permutation is its inverse: every row goes back to its place.
+    whole.reorder(torch.cat(list(places)).argsort())
+    return whole

@@ -4,16 +4,19 @@
 
     python -m recipe.onpolicy_distill.plan actor_rollout_ref.model.path=STUDENT \\
         actor_rollout_ref.ref.model.path=TEACHER [--card-gib 24] [KEY=VALUE ...]
+    python -m recipe.onpolicy_distill.plan --run RUN
 
 In: the overrides of a run; of the models ``config.json`` is read, and no weights. Out: GiB by part and by stage,
 against what a GPU or this machine has, changes of settings that would lower the peak, and a line of JSON. Nothing is
-started, and data files are not looked at.
+started, and data files are not looked at. With ``--run`` instead: seconds of a step for each way to split a run's GPUs
+between engines and training, from what it has measured.
 """
 
 import argparse
 import json
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from verl.utils.console import escape_unknown_characters, program_name
@@ -86,17 +89,41 @@ def report(plan: "MemoryPlan", there: int | None, helps: list[tuple[str, int]]) 
     print(json.dumps({**document, "helps": dict(helps)}))
 
 
+def report_splits(folder: Path) -> None:
+    """Print a table of the splits of a run's GPUs, and the best as settings.
+
+    Raises:
+        ValueError: there is nothing to split, or nothing measured.
+    """
+    from verl.trainer.launch.split import measure
+
+    measured, splits = measure(folder)
+    names = ("generation", "tail", "training", "sync")
+    print("s, medians:", ", ".join(f"{name} {getattr(measured, name):.2f}" for name in names))
+    print(f"\n{'GPUs of engines':>16}{'of training':>16}{'generation, s':>16}{'training, s':>16}{'a step, s':>16}")
+    for split in splits:
+        print("".join(f"{value:>16}" if isinstance(value, int) else f"{value:>16.2f}" for value in split))
+    best = min(splits, key=lambda split: split.step_s)
+    print(f"\nin turns on all {measured.gpus} GPUs: {measured.in_turns_s:.2f} s a step")
+    where = f"{best.engines} GPUs for engines and {best.training} for training"
+    print(f"side by side (trainer.max_staleness=1), {where}: {best.step_s:.2f} s")
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code, 1 where there can be no plan."""
     parser = argparse.ArgumentParser(
         prog=program_name("recipe.onpolicy_distill.plan"), description=str(__doc__).splitlines()[0]
     )
     parser.add_argument("--card-gib", type=float, help="GiB of a GPU to plan for; default: what is here")
+    parser.add_argument("--run", type=Path, help="a run's folder: how to split its GPUs, by what it measured")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, as of a run")
     escape_unknown_characters()
     args = parser.parse_intermixed_args(argv)
     try:
-        report(*make_plan(args.overrides, args.card_gib))
+        if args.run is not None:
+            report_splits(args.run)
+        else:
+            report(*make_plan(args.overrides, args.card_gib))
     except (AttributeError, OSError, ValueError) as error:  # of the settings, or of a model that has no such plan
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -11,9 +11,19 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
-from support.launch import SCRIPT, read_metrics, script_env, small_run, write_onerec_parquet
+from support.launch import (
+    OVERLAP,
+    SCRIPT,
+    launch,
+    metrics_by_step,
+    read_metrics,
+    script_env,
+    small_run,
+    write_onerec_parquet,
+)
 from support.network_hosts import Host, Network, require_tools
 from support.tiny_pairs import REPO, Pair
 
@@ -52,6 +62,15 @@ class Cluster:
         """Run a script to its end, with both outputs in one."""
         outputs: dict[str, int] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
         return subprocess.run(self.command(script, *arguments), env=self.env(), text=True, timeout=300, **outputs)
+
+    def train(
+        self, folder: Path, hostfile: Path, overrides: list[str], env: dict[str, str]
+    ) -> "subprocess.Popen[bytes]":
+        """Begin a run in ``folder/run``, whose output goes to ``folder/output``."""
+        with (folder / "output").open("w") as output:
+            outputs: dict[str, Any] = {"stdout": output, "stderr": subprocess.STDOUT}
+            own = self.env(**env, OUTPUT_DIR=str(folder / "run"))
+            return subprocess.Popen(self.command(SCRIPT, hostfile, *overrides), env=own, cwd=folder, **outputs)
 
     def ray(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         return self.run("init_ray_cluster.sh", *arguments, self.hostfile)
@@ -160,9 +179,36 @@ def test_a_lost_node_is_found_and_started_again(cluster: Cluster, running: str) 
     assert "joining" in done.stdout and "have 3 of 3 nodes" in done.stdout
 
 
-def ranks_on(host: Host) -> int:
-    """Training ranks that live there."""
-    return sum(title.startswith("ray::WorkerHost") for title in host.processes().values())
+def number_on(host: Host, title: str = "ray::WorkerHost") -> int:
+    """Processes with such a title that live there; by default training ranks."""
+    return sum(own.startswith(title) for own in host.processes().values())
+
+
+def test_engines_on_one_host_and_ranks_on_two_train_as_all_of_them_on_one_machine(
+    cluster: Cluster, running: str, tiny_pair: Pair, tmp_path: Path
+) -> None:
+    folder, steps = tmp_path / "a run", 4
+    folder.mkdir()
+    env = script_env(tiny_pair, write_onerec_parquet(folder / "train.parquet", 8 * steps)) | {"OMP_NUM_THREADS": "1"}
+    changes = {**OVERLAP, "trainer.save_freq": -1}
+    on_two = small_run("hf", 1, steps, **changes, **{"trainer.nnodes": 2})
+    process = cluster.train(folder, cluster.hostfile, on_two, env)
+    try:
+        found = set[tuple[int, int]]()
+        while process.poll() is None:
+            counts = [(number_on(host), number_on(host, "ray::HFReplica")) for host in cluster.hosts]
+            found.update(counts if sum(map(sum, counts)) == 3 else [])
+            time.sleep(0.2)
+    finally:
+        process.kill()
+    assert process.wait() == 0, (folder / "output").read_text()[-6000:]
+    assert found == {(1, 0), (0, 1)}, "ranks and engines of each host"
+    alone = launch(tmp_path / "alone", small_run("hf", 2, steps, **changes), env)
+    assert alone.returncode == 0, alone.output[-6000:]
+    expected, got = metrics_by_step(alone.folder, steps), metrics_by_step(folder / "run", steps)
+    assert {"actor/grad_norm", "actor/pg_loss", "distill/reverse_kl"} <= expected[steps].keys()
+    for step in expected:
+        assert got[step] == pytest.approx(expected[step], rel=1e-5, abs=1e-5), f"step {step}"
 
 
 def test_a_run_on_two_hosts_trains_until_one_is_cut_off_in_the_middle_of_a_step(
@@ -172,18 +218,14 @@ def test_a_run_on_two_hosts_trains_until_one_is_cut_off_in_the_middle_of_a_step(
     folder.mkdir()
     hostfile = folder / "two hosts"
     hostfile.write_text(f"{cluster.hosts[0].address}\nkvhost2\n")
-    env = cluster.env(
-        **script_env(tiny_pair, write_onerec_parquet(folder / "train.parquet", 800)), OUTPUT_DIR=str(folder / "run")
-    )
-    command = cluster.command(SCRIPT, hostfile, *small_run("vllm", 1, 100, **{"trainer.save_freq": 1}))
+    env = script_env(tiny_pair, write_onerec_parquet(folder / "train.parquet", 800))
+    process = cluster.train(folder, hostfile, small_run("vllm", 1, 100, **{"trainer.save_freq": 1}), env)
     deadline = time.monotonic() + 600
-    with (folder / "output").open("w") as output:
-        process = subprocess.Popen(command, env=env, cwd=folder, stdout=output, stderr=subprocess.STDOUT)
     try:
         while "step 3 |" not in (folder / "output").read_text():
             assert process.poll() is None and time.monotonic() < deadline, (folder / "output").read_text()[-6000:]
             time.sleep(0.2)
-        ranks = [ranks_on(host) for host in cluster.hosts]
+        ranks = [number_on(host) for host in cluster.hosts]
         assert sorted(ranks) == [0, 1, 1], "one rank each on two of the three"
         away = cluster.hosts[ranks.index(1, 1)]
         began = time.monotonic()

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 STEPS = 4
 APART = {"trainer.rollout_nnodes": 1, "trainer.rollout_n_gpus_per_node": 2}
+ALL_APART = {**APART, "trainer.teacher_nnodes": 1, "trainer.teacher_n_gpus_per_node": 1}
+ALL_APART |= {"trainer.rollout_weight_sync": "broadcast"}
 
 
 def train(config: PPOConfig, dies_in_step: int | None = None) -> None:
@@ -30,30 +33,38 @@ def train(config: PPOConfig, dies_in_step: int | None = None) -> None:
         run(trainer)
 
 
+@pytest.mark.parametrize(("objective", "pools", "tolerance"), [("exact", APART, 0.0), ("sampled", ALL_APART, 1e-5)])
 def test_a_run_killed_with_a_batch_in_flight_goes_on_as_the_run_that_never_was_wherever_its_engines_are(
-    tiny_pair: Pair, tmp_path: Path
+    tiny_pair: Pair, tmp_path: Path, objective: str, pools: dict[str, Any], tolerance: float
 ) -> None:
-    """The whole run has engines beside its rank; the one that is killed has them in a pool of their own."""
+    """The whole run has engines beside its rank; the one that is killed has them in a pool of their own.
+
+    With weights by gloo, and a teacher in a third, which scores the answers as they come: micro-batches are others, and
+    so is rounding.
+    """
     prompts = write_onerec_parquet(tmp_path / "train.parquet", 9)
     changes = {
         "ray_kwargs.ray_init.num_cpus": 2,
         "trainer.total_training_steps": STEPS,
         "trainer.max_staleness": 1,
         "trainer.async_save": False,
-        "algorithm.distill.objective": "exact",
+        "actor_rollout_ref.rollout.agent.num_workers": 2,
+        "algorithm.distill.objective": objective,
     }
     whole = settings(tiny_pair, prompts, tmp_path / "whole", **changes)
-    stopped = settings(tiny_pair, prompts, tmp_path / "stopped", **changes, **APART)
+    stopped = settings(tiny_pair, prompts, tmp_path / "stopped", **changes, **pools)
     train(whole)
     train(stopped, dies_in_step=3)
     assert (tmp_path / "stopped" / "latest_checkpointed_iteration.txt").read_text() == "2\n"
     train(stopped)
     expected = metrics_by_step(tmp_path / "whole", STEPS)
-    assert metrics_by_step(tmp_path / "stopped", STEPS) == expected
+    got = metrics_by_step(tmp_path / "stopped", STEPS)
+    assert all(got[step] == pytest.approx(expected[step], rel=tolerance, abs=tolerance) for step in expected)
     assert [expected[step]["staleness/max"] for step in expected] == [0, 1, 1, 1]
     last = f"global_step_{STEPS}/actor/huggingface/model.safetensors"
     weights = load_file(tmp_path / "whole" / last)
-    assert all(torch.equal(value, weights[name]) for name, value in load_file(tmp_path / "stopped" / last).items())
+    for name, value in load_file(tmp_path / "stopped" / last).items():
+        torch.testing.assert_close(value, weights[name], rtol=tolerance, atol=tolerance)
 
 
 def test_vllm_in_a_pool_of_its_own_learns_one_step_behind(tiny_pair: Pair, tmp_path: Path) -> None:

@@ -7,7 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.launch import Run, Running, metrics_by_step, processes_of, script_env, small_run, write_onerec_parquet
+from support.launch import (
+    OVERLAP,
+    Run,
+    Running,
+    metrics_by_step,
+    processes_of,
+    script_env,
+    small_run,
+    write_onerec_parquet,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -21,14 +30,15 @@ def env(tiny_pair: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, s
     return script_env(tiny_pair, write_onerec_parquet(tmp_path_factory.mktemp("data") / "train.parquet", 64))
 
 
+@pytest.mark.parametrize("changes", [{}, OVERLAP], ids=["turns", "overlap"])
 def test_a_run_that_loses_a_rank_and_is_stopped_by_signals_goes_on_as_if_nothing_had_been(
-    env: dict[str, str], tmp_path: Path
+    env: dict[str, str], tmp_path: Path, changes: dict[str, int]
 ) -> None:
     """The driver alone heeds signals: sent to all processes, as by schedulers, and to the group, as by terminals.
 
     A data loader's process has a group of its own.
     """
-    overrides = [*OVERRIDES, "data.dataloader_num_workers=1"]
+    overrides = [*small_run("hf", 2, STEPS, **BATCH, **changes), "data.dataloader_num_workers=1"]
     with Running(tmp_path / "whole", overrides, env) as whole:
         assert whole.finish(300).returncode == 0
 

@@ -37,6 +37,15 @@ class LocalGroup(WorkerGroup):
         return reversed(results)  # in another order than they were called
 
 
+def test_any_method_can_be_begun() -> None:
+    group = LocalGroup([Arithmetic(0), Arithmetic(1)])
+    rows = DataProto.from_dict({"x": torch.arange(3)})
+    doubled = group.begin("double", rows, scale=3)
+    assert group.calls[1].kwargs == {"scale": 3}, "before it is waited for"
+    assert group.begin("later", 5)() == group.later(5)() == [5, 6]
+    assert doubled().batch["doubled"].tolist() == [0, 3, 6]
+
+
 class Arithmetic:
     def __init__(self, rank: int) -> None:
         self.rank = rank

@@ -33,12 +33,13 @@ def test_a_metric_and_a_weight_are_mismatches(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_three_kills_cost_steps_and_nothing_else(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kills", "options"), [(3, []), (2, ["--overlap"])])
+def test_kills_cost_steps_and_nothing_else(tmp_path: Path, kills: int, options: list[str]) -> None:
     """KILL_RUN_ENGINE=vllm does it with vLLM."""
     engine = os.environ.get("KILL_RUN_ENGINE", "hf")
-    command = [sys.executable, "-m", "support.kill_run", "--kills", "3", "--steps", "6", "--engine", engine]
+    command = [sys.executable, "-m", "support.kill_run", "--kills", str(kills), "--steps", "6", "--engine", engine]
     done = subprocess.run(
-        [*command, "--folder", str(tmp_path)],
+        [*command, *options, "--folder", str(tmp_path)],
         cwd=REPO,
         env={**os.environ, "PYTHONPATH": f"{REPO}:{REPO / 'tests'}"},
         capture_output=True,
@@ -47,7 +48,7 @@ def test_three_kills_cost_steps_and_nothing_else(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     report = json.loads(done.stdout.splitlines()[-1])
-    assert report["kills_of"] == {"driver": 1, "rank": 1, "engine": 1}
+    assert sum(report["kills_of"].values()) == kills and set(report["kills_of"].values()) == {1}
     assert report["in_save"] >= 1
     assert report["resumes"] >= 1
     assert {report[kind] for kind in kill_run.FAULTS} == {0}

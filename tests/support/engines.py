@@ -7,7 +7,7 @@ back. vLLM runs in a process of its own, as in production; the transformers engi
 import asyncio
 import multiprocessing
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from pathlib import Path
@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from support.tiny_workers import load_plain, write_model
 from verl.config import HFModelConfig, RolloutConfig
+from verl.single_controller.base import Worker
 from verl.workers.rollout.replica import ABORTED, RolloutReplica, TokenOutput, get_replica_class
 
 PADDED_ROWS = 40
@@ -132,6 +133,32 @@ class Engine:
         buckets = write_buckets(self.folder / str(self.version), tensors or dict(self.model.named_parameters()))
         self.replica.run(sync, buckets, self.version)
 
+    def broadcast(self, processes: int = 1) -> None:
+        """Send them by a channel to each of the engine's processes, as rank 0 does."""
+        sender, tensors = Worker(), {name: weight.detach() for name, weight in self.model.named_parameters()}
+        meeting, names = sender.open_channel(1 + processes, 60.0), list(tensors)
+        buckets = [
+            {
+                "names": part,
+                "shapes": [list(tensors[name].shape) for name in part],
+                "dtype_names": ["float32"] * len(part),
+            }
+            for part in (names[:5], names[5:])
+        ]
+
+        def send() -> None:
+            sender.join_channel("cpu")
+            assert sender.channel is not None
+            for tensor in tensors.values():
+                sender.channel.broadcast(tensor)
+
+        self.version += 1
+        with ThreadPoolExecutor(1) as other:
+            sent = other.submit(send)
+            self.replica.run(connect, meeting)
+            self.replica.run(sync, buckets, self.version)
+            sent.result()
+
     def difference(self, params: dict[str, Any], outputs: list[TokenOutput] | None = None) -> float:
         """Largest absolute difference between the log-probs of the engine and of the model."""
         outputs = outputs or self.generate(params)
@@ -189,12 +216,18 @@ async def carry_on(
     return await asyncio.gather(*(one(row, ids) for row, ids in enumerate(written)))
 
 
+async def connect(replica: RolloutReplica, meeting: Mapping[str, Any]) -> None:
+    """Join a channel as the only engine."""
+    await replica.connect(meeting, 1)
+
+
 async def sync(replica: RolloutReplica, buckets: list[dict[str, Any]], version: int) -> None:
     """A weight sync; a bucket's file is gone once it is loaded."""
     await replica.start_weight_update()
     for bucket in buckets:
         await replica.update_weights(bucket)
-        Path(bucket["path"]).unlink()
+        if "path" in bucket:
+            Path(bucket["path"]).unlink()
     await replica.finish_weight_update(version)
 
 

@@ -2,6 +2,7 @@
 
     make soak                                                # 20 kills over 30 steps
     make soak ARGS="--kills 3 --steps 6 --engine vllm"
+    make soak ARGS="--kills 10 --steps 20 --overlap"         # engines apart write the next batch while one trains
 
 A tiny student and teacher on the CPU, two ranks, a checkpoint every step, written while training goes on. Kill k comes
 once step k * steps / (kills + 1) is logged. SIGKILL goes to the driver, a rank and an engine in turn, after a random
@@ -34,7 +35,7 @@ from pytest import approx
 from safetensors.torch import load_file
 
 from recipe.onpolicy_distill.tiny_tokenizers import build_tiny_tokenizers
-from support.launch import Run, Running, metrics_by_step, script_env, small_run, write_onerec_parquet
+from support.launch import OVERLAP, Run, Running, metrics_by_step, script_env, small_run, write_onerec_parquet
 from support.tiny_pairs import Pair, make_pair
 from verl.trainer.checkpoint import layout
 from verl.weight_sync import FOLDER_PREFIX, SHARED_MEMORY
@@ -222,12 +223,12 @@ class Soak:
 # ------------------------------------------------------------------ the command line
 
 
-def make_run(folder: Path, engine: str, steps: int) -> tuple[list[str], dict[str, str]]:
-    """Tiny models and prompts, and the settings of a run on them."""
+def make_run(folder: Path, engine: str, steps: int, overlap: bool) -> tuple[list[str], dict[str, str]]:
+    """Tiny models and prompts, and the settings of a run on them; ``overlap``: see `launch.OVERLAP`."""
     pair: Pair = make_pair(*map(Path, build_tiny_tokenizers(folder / "tokenizers")), folder / "pair")
     train = write_onerec_parquet(folder / "train.parquet", 18)
     changes = {"trainer.save_freq": 1, "trainer.max_actor_ckpt_to_keep": 3, "data.cache_dir": folder / "cache"}
-    changes["actor_rollout_ref.rollout.cpu_kvcache_space_gb"] = 0.1
+    changes |= {"actor_rollout_ref.rollout.cpu_kvcache_space_gb": 0.1} | (OVERLAP if overlap else {})
     return small_run(engine, 2, steps, **changes), script_env(pair, train)
 
 
@@ -237,13 +238,14 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--engine", choices=["hf", "vllm"], default="hf")
+    parser.add_argument("--overlap", action="store_true", help="engines apart write the next batch while one trains")
     parser.add_argument("--seed", type=int, default=0, help="of victims and moments")
     parser.add_argument("--folder", type=Path, help="kept; default: a temporary one, kept on faults")
     args = parser.parse_args()
     began, rng, memory = time.monotonic(), random.Random(args.seed), {*SHARED_MEMORY.glob(f"{FOLDER_PREFIX}*")}
     folder = args.folder or Path(tempfile.mkdtemp(prefix="kill-run-"))
     folder.mkdir(parents=True, exist_ok=True)
-    soak = Soak(folder, *make_run(folder, args.engine, args.steps), rng)
+    soak = Soak(folder, *make_run(folder, args.engine, args.steps, args.overlap), rng)
     whole = soak.leave_alone(WHOLE)
     for kill in plan_kills(args.kills, args.steps, rng):
         soak.kill(kill)
@@ -264,6 +266,7 @@ def main() -> int:
     report |= {kind: len(lines) for kind, lines in soak.faults.items()}
     report |= {
         "engine": args.engine,
+        "overlap": args.overlap,
         "steps": args.steps,
         "seed": args.seed,
         "seconds": round(time.monotonic() - began),

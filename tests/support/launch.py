@@ -14,6 +14,8 @@ from support.chat_files import chat, write_rows
 from support.tiny_pairs import REPO, Pair
 
 SCRIPT = "recipe/onpolicy_distill/run_qwen3_distill.sh"
+OVERLAP = {"trainer.max_staleness": 1, "trainer.rollout_nnodes": 1, "trainer.rollout_n_gpus_per_node": 1}
+"""Settings of a run whose one engine has a pool of its own, and writes the next batch while one trains."""
 WORDS = ["copy", "reverse", "upper", "sort", "add", "count", "name", "list", "draw", "find"]
 
 

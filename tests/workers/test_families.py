@@ -102,7 +102,7 @@ async def load_buckets(replica: RolloutReplica, worker: StudentWorker) -> dict[s
     """A weight sync; names and shapes of all that was sent."""
     sent: dict[str, torch.Size] = {}
     await replica.start_weight_update()
-    for index in range(worker.num_weight_buckets()):
+    for index in range(len(worker.weight_buckets())):
         bucket = worker.export_weight_bucket(index)
         assert bucket is not None
         await replica.update_weights(bucket)

@@ -35,7 +35,7 @@ def adapter_of(worker: StudentWorker) -> dict[str, torch.Tensor]:
 def export(worker: StudentWorker) -> dict[str, torch.Tensor]:
     """What the engines get."""
     weights: dict[str, torch.Tensor] = {}
-    for index in range(worker.num_weight_buckets()):
+    for index in range(len(worker.weight_buckets())):
         if (bucket := worker.export_weight_bucket(index)) is not None:
             weights |= load_file(bucket["path"])
     worker.release_weight_buckets()

@@ -132,7 +132,7 @@ def state_of(student: StudentWorker) -> dict[str, dict[str, torch.Tensor]]:
 def exported_by(student: StudentWorker) -> dict[str, torch.Tensor]:
     """What the engines get."""
     weights: dict[str, torch.Tensor] = {}
-    for index in range(student.num_weight_buckets()):
+    for index in range(len(student.weight_buckets())):
         if (bucket := student.export_weight_bucket(index)) is not None:
             weights |= load_file(bucket["path"])
     student.release_weight_buckets()

@@ -29,7 +29,7 @@ ROWS = 8
 def export_weights(worker: StudentWorker) -> tuple[list[str], dict[str, torch.Tensor]]:
     """Where a rank's buckets lay, and the weights in them."""
     paths, weights = [], {}
-    for index in range(worker.num_weight_buckets()):
+    for index in range(len(worker.weight_buckets())):
         bucket = worker.export_weight_bucket(index)
         if bucket is not None:
             paths.append(bucket["path"])

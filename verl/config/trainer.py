@@ -42,6 +42,9 @@ class TrainerConfig:
     rollout_n_gpus_per_node: Count | None = None
     """GPUs of engines on each of these machines (on CPU: engines, in place of ``rollout.cpu_engines``); goes with
     ``rollout_nnodes``."""
+    rollout_weight_sync: Literal["object_store", "broadcast"] = "object_store"
+    """How weights get to engines with GPUs of their own: through Ray's object store, or from rank 0 by NCCL (by gloo on
+    CPU)."""
     max_staleness: Annotated[int, Field(ge=0)] = 0
     """How many steps the weights that wrote an answer may be behind those that it trains. 0: engines and ranks take
     turns. 1: engines write the next batch while this one trains. More: they get weights once in so many steps, which
@@ -141,6 +144,11 @@ class TrainerConfig:
                     f"trainer.{whose}_nnodes={nodes} and trainer.{whose}_n_gpus_per_node={gpus} go together; set both "
                     "for GPUs of its own, or neither"
                 )
+        if self.rollout_weight_sync == "broadcast" and self.rollout_nnodes is None:
+            raise ValueError(
+                "trainer.rollout_weight_sync=broadcast is for engines with GPUs of their own: set "
+                "trainer.rollout_nnodes and trainer.rollout_n_gpus_per_node, or this to object_store"
+            )
         if self.stop_after_no_better is not None and not self.best_metric:
             raise ValueError(
                 f"trainer.stop_after_no_better={self.stop_after_no_better} counts validations that are no better by "

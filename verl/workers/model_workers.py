@@ -157,9 +157,9 @@ class StudentWorker(Worker):
         self._teacher_heads = {role: [heads[handle] for handle in of_role] for role, of_role in handles.items()}
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL, execute_mode=Execute.RANK_ZERO)
-    def num_weight_buckets(self) -> int:
-        """Buckets of one weight sync."""
-        return self._exporter.num_buckets
+    def weight_buckets(self) -> list[dict[str, Any]]:
+        """The buckets of one weight sync; see `WeightExporter.describe`."""
+        return self._exporter.describe()
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL, blocking=False)
     def export_weight_bucket(self, index: int) -> dict[str, Any] | None:
@@ -169,7 +169,7 @@ class StudentWorker(Worker):
     @register(dispatch_mode=Dispatch.ONE_TO_ALL, blocking=False)
     def store_weight_bucket(self, index: int) -> dict[str, Any] | None:
         """The same for engines apart from all ranks, by rank 0; see `WeightExporter.store`."""
-        return self._exporter.store(index, None if self.rank else self.object_store.put)
+        return self._exporter.store(index, None if self.rank else self.channel or self.object_store.put)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def release_weight_buckets(self) -> None:

@@ -38,8 +38,9 @@ class Ranks:
         node = {"node_id": self.node_id, "node_ip": "10.0.0.1"}
         return [{"rank": i, "local_rank": i, "cuda_visible_devices": str(i + 4), **node} for i in range(self.count)]
 
-    def num_weight_buckets(self) -> int:
-        return len(self.names)
+    def weight_buckets(self) -> list[dict[str, Any]]:
+        dtypes = {"dtype_names": ["float32"]}
+        return [{"names": [name], "shapes": [list(SHAPES[name])], **dtypes} for name in self.names]
 
     def export_weight_bucket(self, index: int) -> Callable[[], list[dict[str, Any] | None]]:
         name, path = self.names[index], self.folder / f"bucket-{index}.safetensors"
@@ -223,8 +224,14 @@ def test_a_prompt_that_cannot_be_used_is_the_users_to_mend(world: World) -> None
 
 
 def test_a_request_that_hangs_is_cancelled_and_answered_elsewhere(world: World) -> None:
-    """The first of its two rows goes to replica 0, which alone hangs."""
-    batch = world.generate([HANG, 7], [1])
+    """The first of its two rows goes to replica 0, which alone hangs; the other worker's answer is given on before."""
+    generation, given = world.manager.begin(prompt_rows(prompt_ids=[[HANG, 7], [1]], uid="ab")), list[Any]()
+    generation.give_on = lambda start, part: given.append((start, part.batch["responses"][:, 0].tolist()))
+    while not given:
+        world.manager.take(generation)
+    assert given == [(1, [1])]
+    batch = world.manager.collect(generation)
+    assert given == [(1, [1]), (0, [7])]
     assert batch.batch["responses"][:, 0].tolist() == [7, 1]
     assert batch.batch["responses"][0, 2] == 1, "the other replica"
     assert batch.meta_info["metrics"]["agent_loop/retried_requests"] == 1.0

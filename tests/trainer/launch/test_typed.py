@@ -109,6 +109,7 @@ def test_values_become_their_declared_type(monkeypatch: pytest.MonkeyPatch, over
         ("trainer.best_metric=val/reward", "='val/reward' compares validations; set trainer.test_freq=-1"),
         ("trainer.stop_after_no_better=3", "=3 counts validations that are no better by trainer.best_metric"),
         ("trainer.teacher_nnodes=1", "=1 and trainer.teacher_n_gpus_per_node=None go together"),
+        ("trainer.rollout_weight_sync=broadcast", "=broadcast is for engines with GPUs of their own: set"),
         ("trainer.rollout_nnodes=1", "=1 and trainer.rollout_n_gpus_per_node=None go together"),
         ("trainer.max_staleness=-1", "=-1 must be greater than or equal to 0"),
         ("actor_rollout_ref.rollout.oversample=0.5", "=0.5 must be greater than or equal to 1"),

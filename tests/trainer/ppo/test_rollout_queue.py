@@ -4,7 +4,9 @@ import contextlib
 import json
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,11 +27,14 @@ class SlowRanks(Ranks):
     def __init__(self, log: list[str], seconds: float) -> None:
         super().__init__(log)
         self.seconds, self.weights, self.seen = seconds, 0, list[Any]()
+        self.watch: Callable[[], None] = lambda: None
 
     def update_actor(self, batch: DataProto) -> DataProto:
         rows = batch.array("index").tolist(), batch.array("uid").tolist(), batch.tensor("rollout_log_probs").tolist()
         self.seen.append((self.weights, *rows))
+        self.watch()
         time.sleep(self.seconds)
+        self.watch()
         self.weights += 1
         return super().update_actor(batch)
 
@@ -45,6 +50,8 @@ class Writing:
     ended: threading.Event = field(default_factory=threading.Event)
     began_s: float = field(default_factory=time.time)
     seconds: float = 0.0
+    given: int = 0
+    give_on: Callable[[int, DataProto], None] = lambda start, part: None
 
 
 class SlowEngines(Engines):
@@ -71,8 +78,22 @@ class SlowEngines(Engines):
         threading.Timer(self.seconds, end).start()
         return writing
 
+    def starts(self, rows: int) -> list[int]:
+        return [0, 1, rows]
+
+    def check_alive(self) -> None:
+        """They live."""
+
+    def take(self, writing: Writing) -> None:
+        """The first row is there at once."""
+        there = 2 if writing.ended.is_set() else 1
+        for start, end in list(pairwise(self.starts(len(writing.answers))))[writing.given : there]:
+            writing.give_on(start, writing.answers.slice(start, end))
+            writing.given += 1
+
     def collect(self, writing: Writing) -> DataProto:
         assert writing.ended.wait(60)
+        self.take(writing)
         writing.seconds = self.seconds or 1e-3
         return writing.answers
 
@@ -218,3 +239,85 @@ def test_importance_weights_are_those_of_the_version_that_wrote(tmp_path: Path) 
         writer = -1.5 - max(0, step - 2)
         expected = torch.tensor([-1.0 - writer, -2.0 - writer]).exp().clamp(max=4.0)
         torch.testing.assert_close(batch.batch["rollout_is_weights"][0, :2], expected)
+
+
+# -------------------------------------------------------------------------------- teachers on ranks of their own
+
+
+class Teacher(Ranks):
+    """Scores a token by its row's number, once it is waited for."""
+
+    def begin(self, method: str, rows: DataProto) -> Callable[[], DataProto]:
+        assert method == "compute_ref_log_prob" and rows.tensor("responses").shape[1] == 3
+        of_row = torch.from_numpy(rows.array("index").astype(float))
+        self.log.append(f"score {rows.meta_info['global_steps']}, {len(rows)} rows")
+
+        def wait() -> DataProto:
+            self.log.append(f"scored {rows.meta_info['global_steps']}")
+            return DataProto.from_dict({"ref_log_prob": -of_row[:, None].expand(-1, 3).float()})
+
+        return wait
+
+
+def trainer_with_teacher(*arguments: Any, **settings: Any) -> Any:
+    apart = {"teacher_nnodes": 1, "teacher_n_gpus_per_node": 1}
+    trainer = trainer_of(*arguments, **settings, **apart)
+    trainer.role_groups["ref"] = Teacher(trainer.log)
+    trainer.actor_wg.watch = trainer.rollouts.look
+    trainer.balance = lambda batch: batch.reorder([2, 0, 3, 1]) or batch
+    return trainer
+
+
+def scores_and_rows(trainer: Any) -> list[tuple[list[float], list[int]]]:
+    batches = trainer.actor_wg.updated
+    return [(batch.tensor("ref_log_prob")[:, 0].tolist(), batch.array("index").tolist()) for batch in batches]
+
+
+@pytest.mark.parametrize("max_staleness", [0, 1, 2])
+def test_answers_are_scored_as_they_come_and_scores_go_with_their_rows(tmp_path: Path, max_staleness: int) -> None:
+    trainer = trainer_with_teacher(tmp_path, max_staleness)
+    trainer.fit()
+    assert len(trainer.actor_wg.updated) == STEPS
+    for scores, rows in scores_and_rows(trainer):
+        assert scores == [-row for row in rows] and len(set(rows)) == 4
+    expected = [event for n in range(1, STEPS + 1) for event in (f"score {n}, 1 rows", f"score {n}, 3 rows")]
+    assert [event for event in trainer.log if event.startswith("score ")] == expected, "in the parts of the workers"
+
+
+def test_the_batch_ahead_is_scored_while_one_trains(tmp_path: Path) -> None:
+    trainer = trainer_with_teacher(tmp_path, 1, seconds=(0.05, 0.1), total_training_steps=4)
+    trainer.fit()
+    log = trainer.log
+    updates = [place for place, event in enumerate(log) if event == "update"]
+    for step in (3, 4):  # the second is written beside the first
+        first, second = log.index(f"score {step}, 1 rows"), log.index(f"score {step}, 3 rows")
+        assert first < log.index(f"end {step}") < second < updates[step - 2], "before the update before it ended"
+        assert log.index(f"scored {step}") > updates[step - 2], "and waited for in its own step"
+
+
+def test_a_run_that_goes_on_scores_answers_of_its_checkpoint_as_the_run_that_never_stopped(tmp_path: Path) -> None:
+    settings = {"max_staleness": 1, "save_freq": 1, "async_save": False}
+    whole = trainer_with_teacher(tmp_path / "whole", **settings)
+    whole.fit()
+    first = killed_in_step(trainer_with_teacher(tmp_path / "run", **settings), 3)
+    with pytest.raises(Killed):
+        first.fit()
+    second = trainer_with_teacher(tmp_path / "run", **settings)
+    second.fit()
+    assert scores_and_rows(first) + scores_and_rows(second) == scores_and_rows(whole)
+    parts = [event for event in second.log if event.startswith("score 3,")]
+    assert parts == ["score 3, 1 rows", "score 3, 3 rows"]
+    assert not [event for event in second.log if event.startswith("begin 3")], "its answers were in the checkpoint"
+
+
+def test_hidden_states_of_batches_ahead_are_not_made(tmp_path: Path) -> None:
+    """They are, within a step, of the batch that trains; and nothing is scored early beside the student."""
+    trainer = trainer_with_teacher(tmp_path, 0)
+    assert trainer.scores_as_they_come
+    trainer.config.algorithm.distill.objective = "exact"
+    assert trainer.exports_hidden_states and trainer.scores_as_they_come
+    trainer.config.trainer.max_staleness = 1
+    assert not trainer.scores_as_they_come
+    trainer.config.algorithm.distill.objective = "topk"
+    assert trainer.scores_as_they_come
+    assert trainer_of(tmp_path, 1).rollouts.score is None

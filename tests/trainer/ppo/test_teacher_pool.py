@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,12 +67,12 @@ class Update(NamedTuple):
     gradient: dict[str, torch.Tensor]
 
 
-def update(trainer: TrainerConfig, config: ActorRolloutRefConfig, distill: DistillConfig, batch: DataProto) -> Update:
-    """One step of the student, as the trainer makes it."""
+@contextmanager
+def started(trainer: TrainerConfig, config: ActorRolloutRefConfig, distill: DistillConfig) -> Iterator[Any]:
+    """A trainer whose ranks have their models."""
     driver: Any = object.__new__(RayOnPolicyDistillTrainer)
-    driver.config, driver.device_name = PPOConfig(), "cpu"
+    driver.config, driver.device_name, driver.stage_metrics = PPOConfig(), "cpu", {}
     driver.config.actor_rollout_ref, driver.config.trainer, driver.config.algorithm.distill = config, trainer, distill
-    batch.meta_info["validate"], driver.stage_metrics = False, {}
     groups = WorkerGroups(driver.config, driver.roles)
     try:
         classes = {"actor": Student, **dict.fromkeys(distill.roles, TeacherWorker)}
@@ -80,6 +81,15 @@ def update(trainer: TrainerConfig, config: ActorRolloutRefConfig, distill: Disti
         for role in driver.roles:
             driver.role_groups[role].init_model()
         driver.fetch_heads()
+        yield driver
+    finally:
+        groups.shutdown()
+
+
+def update(trainer: TrainerConfig, config: ActorRolloutRefConfig, distill: DistillConfig, batch: DataProto) -> Update:
+    """One step of the student, as the trainer makes it."""
+    batch.meta_info["validate"] = False
+    with started(trainer, config, distill) as driver:
         assert driver.uses_reference == driver.exports_hidden_states, "co-located teachers run in the update"
         batch = batch.union(driver.ref_log_prob(batch)) if driver.uses_reference else batch
         assert (HIDDEN_STATE_HANDLES in batch.non_tensor_batch) == driver.exports_hidden_states
@@ -89,8 +99,6 @@ def update(trainer: TrainerConfig, config: ActorRolloutRefConfig, distill: Disti
         batch = batch.union(driver.update_actor(batch))
         assert HIDDEN_STATE_HANDLES not in batch.non_tensor_batch, "hidden states are freed with their handles"
         return Update(driver.stage_metrics, batch.tensor("ref_log_prob"), driver.actor_wg.gradient()[0])
-    finally:
-        groups.shutdown()
 
 
 def test_a_student_learns_from_a_teacher_of_its_own_ranks_what_it_learns_from_one_beside_it(tiny_pair: Pair) -> None:
@@ -109,6 +117,25 @@ def test_a_student_learns_from_a_teacher_of_its_own_ranks_what_it_learns_from_on
     tiny.assert_same_gradient(apart.gradient, beside.gradient)
     torch.testing.assert_close(apart.scores, beside.scores, rtol=0, atol=1e-5)
     assert (beside.scores != 0).equal(batch.tensor("response_mask").flip(0).bool())
+
+
+def test_answers_scored_part_by_part_get_the_scores_of_the_whole_batch(tiny_pair: Pair) -> None:
+    """To the bit where a row is a micro-batch; all are asked before one is waited for, and two ranks share each."""
+    start = tiny_pair.extend_vocab_start_token
+    further = {"self": TeacherConfig(sources=["rec"]), "mixed": TeacherConfig(vocabulary="stitched", sources=["mixed"])}
+    distill = DistillConfig("topk", topk=4, teachers=further)
+    one_row = {"log_prob_use_dynamic_bsz": False, "log_prob_micro_batch_size_per_gpu": 1}
+    config = tiny.worker_config(tiny_pair.student, tiny_pair.teacher, extend_start=start, ref=one_row)
+    batch = tiny.rollouts(tiny.draw_rows(8, start + 20), start, temperature=0.9)
+    batch = batch.union(DataProto.from_dict({"teacher": torch.arange(8) % 3}, None, {"validate": False}))
+    with started(TrainerConfig(teacher_nnodes=1, teacher_n_gpus_per_node=2), config, distill) as driver:
+        begun = [driver.begin_scores(batch.slice(*part)) for part in [(0, 3), (3, 4), (4, 8)]]
+        whole = driver.ref_log_prob(batch)
+        parts = DataProto.concat([scores() for scores in begun])
+    assert {"ref_log_prob", "teacher_top_log_probs"} <= set(whole.batch.keys()) == set(parts.batch.keys())
+    assert whole.tensor("ref_log_prob").any()
+    for key, values in whole.batch.items():
+        assert torch.equal(parts.tensor(key), values), key
 
 
 def test_each_pool_has_gpus_of_its_own_and_replicas_those_of_the_student() -> None:

@@ -210,6 +210,14 @@ def test_the_order_of_a_sync_on_a_gpu(engine: Engine) -> None:
     assert bucket == {"names": ["norm"], "dtype_names": ["float32"], "shapes": [[4]]}
 
 
+def test_weights_that_are_broadcast_arrive(engine: Engine) -> None:
+    """The last sync of this engine: it is in the channel from now on."""
+    engine.train_a_little(7)
+    engine.broadcast()
+    assert engine.difference(PLAIN) < TOLERANCE
+    assert {output.weight_version for output in engine.generate(PLAIN)} == {engine.version}
+
+
 def test_an_engine_that_fails_names_the_cause(engine: Engine) -> None:
     # The last test: vLLM's engine does not survive.
     engine.replica.run(break_engine)

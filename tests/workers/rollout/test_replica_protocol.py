@@ -84,6 +84,14 @@ async def test_a_sync_that_does_not_match_is_finished_reported_and_barred_from_u
         await replica.write()
 
 
+async def test_a_bucket_that_is_broadcast_and_does_not_fit_is_refused_at_once(tmp_path: Path) -> None:
+    """The sender waits until all have received it."""
+    replica = await launch(tmp_path)
+    await replica.load(EMBED)
+    with pytest.raises(ValueError, match=r"vllm replica 3: a weight bucket does not fit: unknown: none"):
+        await replica.update_weights({"names": ["none"], "shapes": [[1]], "dtype_names": ["float32"]})
+
+
 async def test_syncs_and_requests_do_not_overlap(tmp_path: Path) -> None:
     replica = await launch(tmp_path)
     request = asyncio.create_task(replica.write((STALL,)))

@@ -71,6 +71,9 @@ def test_an_engine_with_processes_of_its_own_is_synced_and_names_what_it_died_of
         for params in (PLAIN, TRUNCATED):
             assert engine.difference(params) < 1e-4
     check_carried(engine)
+    engine.train_a_little(2)
+    engine.broadcast(processes=2)
+    assert engine.difference(PLAIN) < 1e-4
     engine.replica.run(kill_engine_processes)
     with pytest.raises(RuntimeError, match=r"engine is dead: .*was killed by SIGKILL"):
         engine.replica.run(wait_for_death)

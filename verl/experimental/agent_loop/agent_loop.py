@@ -21,7 +21,7 @@ import dataclasses
 import itertools
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,9 +41,9 @@ from verl.experimental.agent_loop.worker import (
 from verl.protocol import DataProto
 from verl.single_controller.base import WorkerGroup
 from verl.single_controller.base.decorator import RowBuffer
-from verl.single_controller.ray.calls import Remote, sending
+from verl.single_controller.ray.calls import Remote, finished, sending
 from verl.single_controller.ray.resource_pool import RayResourcePool
-from verl.weight_sync import send_weights
+from verl.weight_sync import broadcast_weights, send_weights
 from verl.workers.rollout.replica import get_replica_class
 
 __all__ = ["AgentLoopBase", "AgentLoopOutput", "AgentLoopWorker", "AsyncLLMServerManager", "register"]  # verl's names
@@ -156,23 +156,38 @@ class AgentLoopManager:
         seeds = {SEED_KEY: sample_seeds(self.rollout.seed, prompts)} if SEED_KEY not in columns else {}
         meta_info = {key: prompts.meta_info.get(key) for key in ("validate", "horizon")}
         rows = DataProto.from_dict(None, {**columns, **seeds}, meta_info)
-        busy = min(len(self._workers), wanted or len(rows))
-        starts, order = [len(rows) * index // busy for index in range(busy + 1)], None
+        starts, order = self.starts(len(rows)), None
         if wanted:
             # Prompts go round the workers: carried ones come first, and are the longer ones.
+            busy = min(len(self._workers), wanted)
             dealt = [range(index, len(rows) // n, busy) for index in range(busy)]
             starts = [0, *itertools.accumulate(len(prompts) * n for prompts in dealt)]
             order = [prompt * n + answer for prompts in dealt for prompt in prompts for answer in range(n)]
             rows.reorder(order)
         parts = [rows.slice(first, end) for first, end in itertools.pairwise(starts)]
         for index, part in enumerate(parts if wanted else ()):
-            part.meta_info["wanted"] = len(range(index, wanted, busy))
+            part.meta_info["wanted"] = len(range(index, wanted, len(parts)))
         with sending("generate_sequences"):
             calls = {
-                worker.actor.generate_sequences.remote(part): worker
-                for worker, part in zip(self._workers, parts, strict=False)
+                worker.actor.generate_sequences.remote(part): (worker, first)
+                for worker, part, first in zip(self._workers, parts, starts, strict=False)
             }
-        return Generation(calls, starts, self.weight_version, order)
+        return Generation(calls, RowBuffer(len(rows)), self.weight_version, order)
+
+    def starts(self, rows: int) -> list[int]:
+        """The first of each worker's rows, and the number of all."""
+        busy = min(len(self._workers), rows)
+        return [rows * index // busy for index in range(busy + 1)]
+
+    def take(self, generation: "Generation", wait: bool = False) -> None:
+        """Take what workers have answered, with ``wait`` all of it, and give it on; errors as of `collect`."""
+        taken = list(generation.calls) if wait else finished(generation.calls)
+        workers = {call: generation.calls[call][0] for call in taken}
+        for number, part in self._actors.as_they_come(workers, "generate", watch=self._check_run):
+            _, start = generation.calls.pop(taken[number])
+            generation.buffer.put(start, part)
+            generation.give_on(start, part)
+            del part  # before the next one comes
 
     def collect(self, generation: "Generation") -> DataProto:
         """Wait for what `begin` began.
@@ -185,11 +200,8 @@ class AgentLoopManager:
             WorkerError: an engine or a worker failed, a prompt or an agent name cannot be used (``by_user``), or
                 samples come from other weights than those of the last sync before they were begun.
         """
-        buffer = RowBuffer(generation.starts[-1])
-        for number, part in self._actors.as_they_come(generation.calls, "generate", watch=self._check_run):
-            buffer.put(generation.starts[number], part)
-            del part  # before the next one comes
-        generated = buffer.take()
+        self.take(generation, wait=True)
+        generated = generation.buffer.take()
         if generation.order is not None:
             generated.reorder(np.argsort(generation.order).tolist())
         measured = generated.meta_info["metrics"]
@@ -218,9 +230,26 @@ class AgentLoopManager:
         """
         version = (self.weight_version or 0) + 1 if version is None else version
         engines = [replica.actor for replica in self._replicas]
-        send_weights(worker_group, engines, [place.ranks for place in self._places], self._wait, version)
+        if self.config.trainer.rollout_weight_sync == "broadcast":
+            if self.weight_version is None:
+                self._connect(worker_group)
+            broadcast_weights(worker_group, engines, self._wait, version)
+        else:
+            send_weights(worker_group, engines, [place.ranks for place in self._places], self._wait, version)
         self.asleep = False
         self.weight_version = version
+
+    def _connect(self, worker_group: WorkerGroup) -> None:
+        """Have rank 0 and the engines' processes meet."""
+        each, timeout_s = self.rollout.tensor_model_parallel_size, self.rollout.timeout_s or 24 * 3600.0
+        meeting = worker_group.open_channel(1 + each * len(self._replicas), timeout_s)
+        firsts = range(1, meeting["size"], each)
+        calls = [
+            replica.actor.connect.remote(meeting, first) for replica, first in zip(self._replicas, firsts, strict=True)
+        ]
+        joined = worker_group.begin("join_channel", self.device)
+        self._wait("meet rank 0 for weights", calls)
+        joined()
 
     def sleep(self) -> None:
         """Give the engines' memory to training, where they hold any that training wants; a weight sync wakes them."""
@@ -261,9 +290,10 @@ class AgentLoopManager:
 class Generation:
     """A batch that workers are answering."""
 
-    calls: Mapping[Any, Remote]
-    starts: Sequence[int]
-    """First row of each call, and the number of all rows."""
+    calls: dict[Any, tuple[Remote, int]]
+    """That have not been taken: the worker, and its first row."""
+    buffer: RowBuffer
+    """What has been taken."""
     version: int | None
     """Of the weights when it began; None: those that the engines loaded."""
     order: Sequence[int] | None = None
@@ -271,3 +301,5 @@ class Generation:
     began_s: float = field(default_factory=time.time)
     seconds: float = 0.0
     """It took so long, by its workers' clocks; known once it is collected."""
+    give_on: Callable[[int, DataProto], None] = lambda start, part: None
+    """Called with each worker's answers as they are taken, and the first of their rows."""

@@ -133,10 +133,14 @@ class WorkerGroup(ABC):
         return partial(self._run, name)
 
     def _run(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        registration = self._registrations[method]
-        calls, collect = plan_calls(method, registration, self.world_size, args, kwargs, self._ranks_per_share)
-        results = self._results(method, calls)
-        return collect(results) if registration.blocking else partial(collect, results)
+        wait = self.begin(method, *args, **kwargs)
+        return wait() if self._registrations[method].blocking else wait
+
+    def begin(self, method: str, *args: Any, **kwargs: Any) -> Callable[[], Any]:
+        """Begin a call of a registered method; what it returns waits for the result. Ranks keep the order of calls."""
+        plan = method, self._registrations[method], self.world_size, args, kwargs, self._ranks_per_share
+        calls, collect = plan_calls(*plan)
+        return partial(collect, self._results(method, calls))
 
     @abstractmethod
     def _results(self, method: str, calls: Sequence[Call]) -> Results:

@@ -7,6 +7,8 @@ Models, devices and the choice of a communication backend belong to the subclass
           └──────────────────── the value ───────────────────┘
 
 A value lives as long as a handle to it does. A handle may travel in a batch, as any Python object.
+
+To processes that are no workers rank 0 sends tensors by a `Channel`.
 """
 
 import os
@@ -15,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from verl.single_controller.base.decorator import Dispatch, register
@@ -32,6 +35,42 @@ class InProcessObjectStore:
     def get(self, handles: Sequence[Callable[[], Any]]) -> list[Any]:
         """The values of handles, wherever these were made; waits for them."""
         return [handle() for handle in handles]
+
+
+class Channel:
+    """A group of rank 0 of the workers, which sends, and of other processes: NCCL on GPUs, gloo on CPUs.
+
+    Each member makes it, and none has it before all have.
+
+    Args:
+        meeting: what `Worker.open_channel` returned.
+        rank: number of this member; 0 sends.
+        store: the sender's, where the others meet.
+    """
+
+    def __init__(
+        self, meeting: Mapping[str, Any], rank: int, device: torch.device, store: dist.TCPStore | None = None
+    ) -> None:
+        self._device, size, timeout = device, meeting["size"], timedelta(seconds=meeting["timeout_s"])
+        store = store or dist.TCPStore(meeting["address"], meeting["port"], is_master=False, timeout=timeout)
+        # By itself: a default group is there already, of other members.
+        self._group, kinds = dist.ProcessGroup(store, rank, size), dist.ProcessGroup.BackendType
+        if device.type == "cuda":
+            options = dist.ProcessGroupNCCL.Options()
+            options._timeout = timeout
+            self._group._register_backend(device, kinds.NCCL, dist.ProcessGroupNCCL(store, rank, size, options))
+        else:
+            self._group._register_backend(device, kinds.GLOO, dist.ProcessGroupGloo(store, rank, size, timeout))
+
+    def broadcast(self, tensor: torch.Tensor) -> None:
+        """Send a contiguous tensor, or receive into it."""
+        self._group.broadcast(tensor.flatten().view(torch.uint8), 0).wait()
+
+    def receive(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """What the sender broadcasts now, a tensor of this shape."""
+        tensor = torch.empty(tuple(shape), dtype=dtype, device=self._device)
+        self.broadcast(tensor)
+        return tensor
 
 
 class Worker:
@@ -54,6 +93,8 @@ class Worker:
         """The scheduler's name of this node."""
         self.node_ip = env.get("VERL_NODE_IP", LOOPBACK)
         """Address of this node."""
+        self.channel: Channel | None = None
+        """To other processes, on rank 0, once it was joined."""
         self.attach({}, InProcessObjectStore())
 
     def attach(self, colocated_roles: Mapping[str, "Worker"], object_store: Any) -> None:
@@ -87,6 +128,23 @@ class Worker:
             address, port, self.world_size, self.rank == 0, timeout, multi_tenant=True, master_listen_fd=listener
         )
         dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world_size, timeout=timeout)
+
+    @register(dispatch_mode=Dispatch.RANK_ZERO)
+    def open_channel(self, size: int, timeout_s: float) -> dict[str, Any]:
+        """Where ``size - 1`` other processes meet rank 0 as a `Channel`, and what each has to know."""
+        server = socket.create_server((self.node_ip, 0))
+        port = server.getsockname()[1]
+        # Torch by itself would listen on all interfaces. Without detach Python would close the socket.
+        options: dict[str, Any] = {"wait_for_workers": False, "master_listen_fd": server.detach()}
+        timeout = timedelta(seconds=timeout_s)
+        self._store = dist.TCPStore(self.node_ip, port, is_master=True, timeout=timeout, **options)
+        self._meeting = {"address": self.node_ip, "port": port, "size": size, "timeout_s": timeout_s}
+        return self._meeting
+
+    @register(dispatch_mode=Dispatch.RANK_ZERO)
+    def join_channel(self, device: str) -> None:
+        """Meet the others, which join the channel now; tensors will be on this kind of device."""
+        self.channel = Channel(self._meeting, 0, torch.device(device), self._store)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def get_placement(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ A call learns nothing of a process that dies elsewhere, so both call ``watch`` n
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -119,6 +119,11 @@ def _in_batches(refs: Iterable[Any], wait_s: Callable[[], float]) -> Iterator[li
         if done:
             done, pending = ray.wait(pending, num_returns=len(pending), timeout=GATHER_S)
         yield done
+
+
+def finished(calls: Collection[Any]) -> list[Any]:
+    """Those of some calls that have finished; returns at once."""
+    return ray.wait(list(calls), num_returns=len(calls), timeout=0)[0] if calls else []
 
 
 def as_they_come(

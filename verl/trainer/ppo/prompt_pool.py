@@ -70,6 +70,8 @@ class Batch:
     """The engines took so long, known with the answers."""
     metrics: Metrics = field(default_factory=dict)
     """Of what was asked and not taken, known with the answers."""
+    scores: dict[int, Callable[[], DataProto]] = field(default_factory=dict)
+    """Of teachers on ranks of their own, by the first of their rows; each waits until it is there."""
 
 
 class PromptPool:

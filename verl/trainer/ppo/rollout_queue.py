@@ -14,22 +14,34 @@ A checkpoint keeps answers that were not trained on, beside the place of their p
 on from it equals one that never stopped; with ``rollout.oversample``, where it is a matter of time which answers end
 first, it loses no prompt and trains on none twice.
 
-In: a ``PromptPool``, engines. Out: batches of prompts, and the answers to them. Not here: when weights are sent (the
-trainer asks ``is_low``).
+Where teachers have ranks of their own, they score the answers of each agent-loop worker as these come (``score``)::
+
+    engines   ─ worker 0's rows ─┬─ worker 1's ─┬─ ...          (of a batch ahead: while another one trains)
+    teachers                     └► score ──────┴► score ► ...  ► the batch's stage finds the scores
+
+In: a ``PromptPool``, engines. Out: batches of prompts, the answers to them, and scores of these. Not here: when
+weights are sent (the trainer asks ``is_low``).
 """
 
 import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
+
+import torch
 
 from verl.config import PPOConfig
 from verl.experimental.agent_loop.agent_loop import AgentLoopManager
 from verl.protocol import DataProto
+from verl.single_controller.base.decorator import RowBuffer
 from verl.trainer.data import PromptStream
 from verl.trainer.ppo.metric_utils import Metrics
 from verl.trainer.ppo.prompt_pool import Batch, PromptPool
 from verl.utils.timing import Timeline
+
+ANSWER_ROW = "answer_row"
+"""Batch key: the row that an answer had when it came."""
 
 
 class RolloutQueue:
@@ -65,6 +77,9 @@ class RolloutQueue:
         self._free_since = 0.0
         """When the engines had answered all they were asked, by ``time.time()``."""
 
+    score: Callable[[DataProto], Callable[[], DataProto]] | None = None
+    """Begins to score answered rows, to have their answers scored as they come; None: they are not."""
+
     @property
     def is_low(self) -> bool:
         """Whether engines are due for new weights: at most the next batch is left."""
@@ -85,7 +100,7 @@ class RolloutQueue:
                 for number in range(step + len(self._ahead), last + 1):
                     batch = self._pool.take(number, written_after=step - 1)
                     if self._most_ahead:
-                        batch.generation = self._engines().begin(batch.prompts)
+                        self._begin(batch)
                     self._ahead.append(batch)
             self._training = self._ahead.pop(0)
             yield self._training.prompts
@@ -96,18 +111,44 @@ class RolloutQueue:
         With ``rollout.oversample``, ``prompts`` are cut, in place, to those whose answers have ended first.
         """
         batch = self._training
-        if batch is None or batch.prompts is not prompts or not self._most_ahead:
+        if batch is None or batch.prompts is not prompts or not (self._most_ahead or self.score):
             answers = self._engines().generate_sequences(prompts)
             self._free_since = time.time()
             if batch is not None and batch.prompts is prompts:
                 self._pool.settle(batch, answers)
                 self._metrics |= batch.metrics
             return answers
+        if batch.generation is None and batch.answers is None:
+            self._begin(batch)
         answers, staleness = self._answers(batch), float(batch.step - 1 - batch.written_after)
-        tokens = answers.tensor("attention_mask")[:, -answers.tensor("responses").shape[1] :].sum()
-        self._metrics |= {"staleness/mean": staleness, "staleness/max": staleness} | batch.metrics
-        self._metrics["perf/generated_tokens_per_s"] = float(tokens) / batch.seconds
-        return answers
+        if self._most_ahead:
+            tokens = answers.tensor("attention_mask")[:, -answers.tensor("responses").shape[1] :].sum()
+            self._metrics |= {"staleness/mean": staleness, "staleness/max": staleness}
+            self._metrics["perf/generated_tokens_per_s"] = float(tokens) / batch.seconds
+        self._metrics |= batch.metrics
+        if self.score is None:
+            return answers
+        starts = self._engines().starts(len(answers))
+        for start, end in itertools.pairwise(starts if not batch.scores else []):  # they come from a checkpoint
+            self._score_part(batch, start, answers.slice(start, end))
+        return answers.union(DataProto.from_dict({ANSWER_ROW: torch.arange(len(answers))}))
+
+    def scores_of(self, batch: DataProto) -> DataProto:
+        """The scores of the batch that trains, which has an ``ANSWER_ROW``, in its order; waits for them."""
+        assert self._training is not None and self._training.prompts is batch
+        begun, buffer = self._training.scores, RowBuffer(len(batch))
+        for start in sorted(begun):
+            buffer.put(start, begun.pop(start)())
+        scores = buffer.take()
+        scores.reorder(batch.tensor(ANSWER_ROW))
+        return scores
+
+    def look(self) -> None:
+        """Check that engines live, and have what they have answered of the batches ahead scored; returns at once."""
+        self._engines().check_alive()
+        for generation in [batch.generation for batch in self._ahead if batch.answers is None]:
+            assert generation is not None, "a batch without answers was begun"
+            self._engines().take(generation)
 
     def drain(self) -> None:
         """Wait until the engines have answered all that was begun."""
@@ -148,6 +189,17 @@ class RolloutQueue:
             batch.answers = DataProto.from_dict(saved["tensors"], saved["columns"], saved["meta_info"])
             batch.seconds, batch.metrics = saved["seconds"], saved["metrics"]
             self._ahead.append(batch)
+
+    def _begin(self, batch: Batch) -> None:
+        batch.generation = self._engines().begin(batch.prompts)
+        if self.score is not None:
+            batch.generation.give_on = partial(self._score_part, batch)
+
+    def _score_part(self, batch: Batch, start: int, part: DataProto) -> None:
+        """Have the answers from row ``start`` on scored."""
+        assert self.score is not None
+        rows = batch.prompts.slice(start, start + len(part))
+        batch.scores[start] = self.score(rows.union(DataProto(part.batch, part.non_tensor_batch)))
 
     def _answers(self, batch: Batch) -> DataProto:
         """The answers of a batch; waits for them."""

@@ -143,7 +143,7 @@ class HFReplica(RolloutReplica):
         @torch.no_grad()
         def copy() -> None:
             parameters = dict(self.model.named_parameters())
-            for name, tensor in bucket_tensors(update_info, self._torch_device):
+            for name, tensor in bucket_tensors(update_info, self._torch_device, self._channel):
                 parameters[name].copy_(tensor)
             # The sender frees its tensors when this returns.
             synchronize(self.device)

@@ -26,10 +26,18 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from verl.config import HFModelConfig, RolloutConfig
+from verl.single_controller.base.worker import Channel
 from verl.utils.durable_files import remove_abandoned
 from verl.utils.import_utils import load_extern_type
 from verl.utils.tokenizer import hf_tokenizer, listed_ids
-from verl.weight_sync import FOLDER_PREFIX, SHARED_MEMORY, ReceivedWeights, WeightShapes, as_file, weight_shapes
+from verl.weight_sync import (
+    FOLDER_PREFIX,
+    SHARED_MEMORY,
+    ReceivedWeights,
+    WeightShapes,
+    as_file,
+    weight_shapes,
+)
 
 REPLICA_CLASSES = {"hf": "HFReplica", "vllm": "VLLMReplica"}
 MAX_TOP_LOGPROBS = 20
@@ -153,6 +161,7 @@ class RolloutReplica(ABC):
         self._unusable: str | None = None
         """Why no request can be answered now."""
         self._asleep = False
+        self._channel: Channel | None = None
         self._received: ReceivedWeights
         """What the last weight sync has brought."""
 
@@ -222,6 +231,10 @@ class RolloutReplica(ABC):
     async def abort(self, request_ids: Sequence[str]) -> None:  # noqa: B027 (nothing to do by default)
         """End these requests, as far as they are under way: each returns what was written."""
 
+    async def connect(self, meeting: Mapping[str, Any], rank: int) -> None:
+        """Join the channel through which weights are broadcast, the first process as number ``rank``."""
+        self._channel = await asyncio.to_thread(Channel, meeting, rank, torch.device(self.device, 0))
+
     async def start_weight_update(self) -> None:
         """Begin a weight sync; no request may be under way. Wakes what a sleeping engine needs for it.
 
@@ -243,6 +256,8 @@ class RolloutReplica(ABC):
         if self._received.add(update_info):
             with as_file(update_info, content) as bucket:
                 await self._load_bucket(bucket)
+        elif "dtype_names" in update_info and "ipc_handles" not in update_info:  # the sender waits for all receivers
+            raise ValueError(f"{self._name}: a weight bucket does not fit: {self._received.problems()[-1]}")
 
     async def finish_weight_update(self, version: int) -> None:
         """End a weight sync: the engine now writes with weights ``version``, and remembers nothing of older ones.

@@ -62,7 +62,7 @@ class VLLMReplica(RolloutReplica):
         except RuntimeError as error:
             raise RuntimeError(f"{self._name} did not start: {cause_of_death(()) or error}") from error
         await self._rpc("draw_by_seed")
-        # Neither backend has anything to agree on beforehand, but the protocol begins with this call.
+        # Nothing has to be agreed on beforehand, but the protocol begins with this call; `connect` repeats it.
         await self._rpc("init_weight_transfer_engine", init_info={})
 
     def _engine_arguments(self) -> Any:
@@ -114,6 +114,9 @@ class VLLMReplica(RolloutReplica):
     async def check_alive(self) -> None:
         if self._engine is not None:
             await self._guard(self._engine.check_health())
+
+    async def connect(self, meeting: Mapping[str, Any], rank: int) -> None:
+        await self._rpc("init_weight_transfer_engine", init_info={"meeting": dict(meeting), "rank": rank})
 
     async def _start_update(self) -> None:
         if self._asleep:

@@ -15,7 +15,7 @@ import os
 import select
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -31,6 +31,7 @@ from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 
 from verl.ops.seeded_draws import draw_tokens, seeded_uniforms
+from verl.single_controller.base.worker import Channel
 from verl.weight_sync import bucket_tensors
 from verl.workers.rollout.vllm_settings import END, FIRST_STOP, PLACE, SEED
 
@@ -176,32 +177,38 @@ class EndAfterExtended(LogitsProcessor):
 
 @dataclass
 class SharedMemoryInitInfo(WeightTransferInitInfo):
-    """Empty: each bucket names its file."""
+    """Empty where each bucket names its file; else what a `Channel` takes, with the first process' rank."""
+
+    meeting: dict[str, Any] | None = None
+    rank: int = 0
 
 
 @dataclass
 class SharedMemoryUpdateInfo(WeightTransferUpdateInfo):
     """One bucket."""
 
-    path: str
     names: list[str]
     shapes: list[list[int]]
+    path: str = ""
+    dtype_names: list[str] = field(default_factory=list)
 
 
 class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInitInfo, SharedMemoryUpdateInfo]):
-    """Reads each bucket from a safetensors file (`weight_sync`), whose tensors are in checkpoint layout."""
+    """Reads each bucket from a safetensors file, or from a channel (`weight_sync`); in checkpoint layout."""
 
     init_info_cls = SharedMemoryInitInfo
     update_info_cls = SharedMemoryUpdateInfo
 
     def init_transfer_engine(self, init_info: SharedMemoryInitInfo) -> None:
-        """Nothing to connect to."""
+        """Join the channel, where there is one."""
+        number, meeting = init_info.rank + self.parallel_config.rank, init_info.meeting
+        self._channel = None if meeting is None else Channel(meeting, number, self.device)
 
     def start_weight_update(self) -> None:
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: SharedMemoryUpdateInfo) -> None:
-        self.model.load_weights(bucket_tensors(vars(update_info), torch.device("cpu")))
+        self.model.load_weights(bucket_tensors(vars(update_info), torch.device("cpu"), self._channel))
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)

@@ -305,7 +305,8 @@ class DataParallelPPOActor:
         rows = ScoredRows(mini.tensor("input_ids"), mini.tensor("attention_mask"), mini_loss.trained)
         scores = torch.zeros(len(UPDATE_SCORES), *mini_loss.trained.shape, device=self.actor_module.device)
         totals: dict[str, torch.Tensor] = {}
-        micros = rows.micro_batches(sizes, self.actor_module.packed, self.actor_module.group)
+        packed, group = self.actor_module.packed, self.actor_module.group
+        micros = rows.micro_batches(sizes, packed, group, mini_loss.teacher_lengths)
         coef = config.router_aux_loss_coef
         router_loss = RouterLoss(self.actor_module, micros, coef) if coef else None
         for number, micro in enumerate(micros, 1):

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from verl.config.actor_rollout_ref import KLEstimator
 from verl.config.model import AnyTeacherConfig
-from verl.config.schema import Count, NonNegativeFloat, NullIsEmpty, PositiveFloat, Texts, section
+from verl.config.schema import Count, Fraction, NonNegativeFloat, NullIsEmpty, PositiveFloat, Texts, section
 
 ON_POLICY_DISTILL = "on_policy_distill"
 """``AdvantageEstimator.ON_POLICY_DISTILL``, for checks that have to do without torch."""
@@ -42,6 +42,9 @@ class TeacherConfig(AnyTeacherConfig):
     prompt holds none (``without_items``)."""
     weight: NonNegativeFloat = 1.0
     """Weight of its rows in the loss."""
+    ema: Fraction | None = None
+    """It follows the student: after each optimizer step its weights are ``ema`` times what they were and ``1 - ema``
+    times the student's; null: it is frozen."""
 
     @property
     def knows_extended(self) -> bool:

@@ -62,6 +62,7 @@ class PPOConfig:
             self._divergence_errors(),
             self._server_errors(),
             self._own_prompt_errors(),
+            self._average_errors(),
             self._keep_errors(),
             self._prompt_errors(),
             self._vocabulary_errors(),
@@ -274,6 +275,22 @@ class PPOConfig:
                 yield f"{own[0]} has no effect without distillation; leave it out"
             if own and data.truncation != "error" and not data.filter_overlong_prompts:
                 yield f"{own[0]}: data.truncation={data.truncation} cuts prompts; set data.filter_overlong_prompts=True"
+
+    def _average_errors(self) -> Iterator[str]:
+        """What a teacher that follows the student cannot do."""
+        model, trainer = self.actor_rollout_ref.model, self.trainer
+        for name, teacher in self.algorithm.distill.teachers.items():
+            key = f"algorithm.distill.teachers.{name}"
+            if teacher.ema is None:
+                continue
+            if place := teacher.path or teacher.url:
+                yield f"{key}.ema={teacher.ema} is an average of the student, and not of {place}; leave one out"
+            if trainer.teacher_ranks_on_nodes:
+                apart = f"trainer.teacher_n_gpus_per_node={trainer.teacher_n_gpus_per_node}"
+                yield f"{key}.ema={teacher.ema} follows the student on its own ranks; set {apart} to null"
+            if model.lora_rank:
+                what = f"actor_rollout_ref.model.lora_rank={model.lora_rank}"
+                yield f"{key}.ema={teacher.ema} averages all weights, and {what} trains an adapter; set it to 0"
 
     def _keep_errors(self) -> Iterator[str]:
         steered, weights = {group for _, _, group in self.trainer.kept}, self.data.source_weights

@@ -16,11 +16,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from jinja2 import TemplateError
 
 from verl.config import BASE_TEACHER, PPOConfig
-from verl.config.ppo import teacher_key
-from verl.experimental.agent_loop.base import TEACHER_KNOWS_EXTENDED, ChatTemplate
+from verl.experimental.agent_loop.base import TEACHER_KNOWS_EXTENDED
 from verl.experimental.agent_loop.worker import chat_template, load_tools
 from verl.protocol import DataProto
 from verl.trainer.ppo.advantage import distillation_advantage
@@ -32,7 +30,7 @@ from verl.trainer.ppo.metric_utils import (
 )
 from verl.trainer.ppo.ray_trainer import Metrics, RayPPOTrainer
 from verl.trainer.ppo.rollout_queue import ANSWER_ROW
-from verl.trainer.ppo.teacher_prompt import with_system_prompt
+from verl.trainer.ppo.teacher_prompt import TeacherPrompts
 
 logger = logging.getLogger(__name__)
 
@@ -49,31 +47,15 @@ class RayOnPolicyDistillTrainer(RayPPOTrainer):
         super().__init__(config, *parts, **options)
         if config.algorithm.distill.teachers:
             self._check_teachers_have_rows()
-        self._check_system_prompts()
+        self.teacher_prompts.check(self.train_dataset, self.teachers_run_in_update)
         if self.scores_as_they_come:
             self.rollouts.score = self.begin_scores
 
     @cached_property
-    def template(self) -> ChatTemplate:
-        """That of the agent loops."""
-        return chat_template(self.config, self.tokenizer, load_tools(self.config.actor_rollout_ref.rollout))
-
-    def _check_system_prompts(self) -> None:
-        ref, rollout = self.config.actor_rollout_ref.ref, self.config.actor_rollout_ref.rollout
-        for role, teacher in self.config.teachers.items():
-            if teacher.system_prompt is None:
-                continue
-            turns, key = [{"role": "system", "content": teacher.system_prompt}], f"{teacher_key(role)}.system_prompt"
-            try:
-                added = len(self.template.encode_prompt([*turns, {"role": "user", "content": ""}], False))
-            except (TemplateError, TypeError, ValueError) as error:
-                raise ValueError(f"{key}: the chat template takes no system message ({error}); leave it out") from error
-            if teacher.url or (ref.log_prob_micro_batch_size_per_gpu and not ref.log_prob_use_dynamic_bsz):
-                continue  # no limit of tokens, or one of the servers
-            longest, split = rollout.prompt_length + rollout.response_length + added, ref.ulysses_sequence_parallel_size
-            if longest > (most := ref.log_prob_max_token_len_per_gpu) * split:
-                fix = f"raise actor_rollout_ref.ref.log_prob_max_token_len_per_gpu={most} to {-(-longest // split)}"
-                raise ValueError(f"{key} makes rows of up to {longest} tokens; {fix}")
+    def teacher_prompts(self) -> TeacherPrompts:
+        """Made with the chat template of the agent loops."""
+        tools = load_tools(self.config.actor_rollout_ref.rollout)
+        return TeacherPrompts(self.config, chat_template(self.config, self.tokenizer, tools))
 
     def _check_teachers_have_rows(self) -> None:
         distill, data = self.config.algorithm.distill, self.train_dataset
@@ -209,8 +191,7 @@ class RayOnPolicyDistillTrainer(RayPPOTrainer):
     def scoring_call(self, role: str, batch: DataProto) -> tuple[str, DataProto]:
         """The method of a teacher that gives what is needed of it, and the rows as it reads them."""
         scores_ahead = self.config.algorithm.distill.topk_or_none is not None or self.exports_hidden_states
-        if (system_prompt := self.config.teachers[role].system_prompt) is not None:
-            batch = with_system_prompt(batch, system_prompt, self.template)
+        batch = self.as_read(batch, [role] * len(batch))
         # Validation has no update, so nothing is kept for one.
         keeps = scores_ahead and not batch.meta_info["validate"]
         return "score_for_update" if keeps else "compute_ref_log_prob", batch
@@ -225,11 +206,23 @@ class RayOnPolicyDistillTrainer(RayPPOTrainer):
         self.stage_metrics |= measured
         return scores
 
+    def as_read(self, batch: DataProto, roles: list[str]) -> DataProto:
+        """The rows as their teachers read them, by the role of each row's; the batch itself where none differs."""
+        own = any(self.config.teachers[role].own_prompt for role in {*roles})
+        return self.teacher_prompts.as_read(batch, roles) if own else batch
+
     def update_actor(self, batch: DataProto) -> DataProto:
         """As the base class; new keys are also the advantages that it made, in place of the task's alone.
 
-        Handles to hidden states are dropped from ``batch`` afterwards, which frees these.
+        What it reads of teachers is dropped from ``batch`` afterwards: hidden states are freed with their handles.
         """
+        read = batch
+        if self.teachers_run_in_update:
+            roles, places = self.config.algorithm.distill.roles, batch.batch.get("teacher", torch.zeros(len(batch)))
+            read = self.as_read(batch, [roles[int(place)] for place in places])
+        if read is not batch:
+            theirs = {f"teacher_{key}": read.tensor(key) for key in ("input_ids", "attention_mask")}
+            batch = batch.select().union(DataProto.from_dict(theirs))
         updated = super().update_actor(batch)
         batch.non_tensor_batch.pop("teacher_states", None)
         if "old_log_probs" not in batch.batch and not self.config.algorithm.distill.is_exact:

@@ -9,6 +9,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from recipe.onpolicy_distill.onpolicy_distill_trainer import RayOnPolicyDistillTrainer
 from support.tiny_workers import (
+    PROMPT,
     draw_rows,
     load_plain,
     plain_log_probs,
@@ -31,6 +32,27 @@ class Plain(NamedTuple):
     student: PreTrainedModel
     base: PreTrainedModel
     frozen: PreTrainedModel
+
+
+def with_own_prompts(batch: DataProto) -> DataProto:
+    """The rows as teachers read them that are told up to three tokens before a prompt, or no more than its end."""
+    told, width = torch.zeros(2, len(batch), 3 + batch.tensor("input_ids").shape[1], dtype=torch.int64), 3 + PROMPT
+    for row in range(len(batch)):
+        for of_row, key in zip(told[:, row], ("input_ids", "attention_mask"), strict=True):
+            of_row[3:] = batch.tensor(key)[row]
+        begin = width - int(told[1, row, :width].sum())
+        if row % 5 == 4:
+            told[:, row, : width - 1] = 0
+        else:
+            told[0, row, begin - row % 4 : begin], told[1, row, begin - row % 4 : begin] = 7 + row, 1
+    kept = {key: batch.tensor(key) for key in ("responses", "response_mask", "teacher")}
+    return DataProto.from_dict({"input_ids": told[0], "attention_mask": told[1], **kept}, meta_info={**batch.meta_info})
+
+
+def read_so(batch: DataProto, told: DataProto) -> DataProto:
+    """The batch for an update whose teachers read rows so."""
+    theirs = {f"teacher_{key}": told.tensor(key) for key in ("input_ids", "attention_mask")}
+    return batch.select().union(DataProto.from_dict(theirs))
 
 
 class Models(NamedTuple):

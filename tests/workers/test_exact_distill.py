@@ -13,7 +13,18 @@ from typing import Any
 import pytest
 import torch
 from support import tiny_workers as tiny
-from support.exact_cases import LEAK, TEMPERATURE, Models, over_support, reverse_kl, scored, workers, workers_apart
+from support.exact_cases import (
+    LEAK,
+    TEMPERATURE,
+    Models,
+    over_support,
+    read_so,
+    reverse_kl,
+    scored,
+    with_own_prompts,
+    workers,
+    workers_apart,
+)
 
 from verl.config import ActorRolloutRefConfig, DistillConfig, TeacherConfig
 from verl.protocol import DataProto
@@ -221,6 +232,28 @@ def test_an_update_is_that_of_teachers_beside_the_student(
     for name in ("actor/distill_loss", "actor/distill_divergence", "actor/leak_loss", "actor/grad_norm"):
         assert metrics[name] == pytest.approx(right[name], rel=1e-5, abs=1e-7), name
     tiny.assert_same_gradient(tiny.first_gradient(student), tiny.first_gradient(beside))
+
+
+@pytest.mark.parametrize(("packed", "tokens"), [(True, 64), (True, 18), (False, 24)])
+def test_teachers_in_the_update_may_read_other_prompts(packed: bool, tokens: int, models: Models) -> None:
+    """Answers stay aligned: what is learned is what teachers on other ranks say of these rows, as others export it."""
+    distill, batch = models.distill(teachers=3, support="shared", **LEAK), models.batch(3)
+    told, config = with_own_prompts(batch), models.config(packed=packed, actor={"ppo_max_token_len_per_gpu": tokens})
+    student, held = workers_apart(models.config(), distill)
+    exported = scored(held, distill, told, apart=True)
+    handles = {HIDDEN_STATE_HANDLES: exported.array(HIDDEN_STATE_HANDLES)}
+    right = student.update_actor(batch.select().union(DataProto.from_dict({}, handles))).meta_info["metrics"]
+    beside = workers(config, distill)
+    updated = beside.update_actor(read_so(batch, told))
+    found, trained = updated.meta_info["metrics"], batch.tensor("response_mask").bool()
+    for name in ("actor/distill_loss", "actor/leak_loss", "actor/grad_norm"):
+        assert found[name] == pytest.approx(right[name], rel=1e-5, abs=1e-7), name
+    tiny.assert_same_gradient(tiny.first_gradient(beside), tiny.first_gradient(student))
+    scores = exported.tensor("ref_log_prob") * trained
+    torch.testing.assert_close(updated.tensor("ref_log_prob"), scores, rtol=0, atol=1e-5)
+    untold, same = (workers(config, distill).update_actor(rows) for rows in (batch.select(), read_so(batch, batch)))
+    assert torch.equal(same.tensor("ref_log_prob"), untold.tensor("ref_log_prob"))
+    assert same.meta_info == untold.meta_info and found != untold.meta_info["metrics"]
 
 
 def test_only_trained_positions_are_exported_and_nothing_stays(models: Models) -> None:

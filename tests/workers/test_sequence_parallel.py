@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support import tiny_workers as tiny
-from support.exact_cases import LEAK, Models, scored, workers
+from support.exact_cases import LEAK, Models, read_so, scored, with_own_prompts, workers
 
 from verl.config import ActorRolloutRefConfig, DistillConfig, FSDPConfig, OptimizerConfig, TeacherConfig
 from verl.protocol import DataProto
@@ -32,6 +32,7 @@ class Case(NamedTuple):
     teachers: int
     actor: dict[str, Any] | None = None
     lora_rank: int = 0
+    own_prompts: bool = False
 
     def config(self, models: Models, ranks: int = 1, fsdp_size: int = -1) -> ActorRolloutRefConfig:
         """Settings for groups of so many ranks, whose micro-batches are as large as those of one."""
@@ -52,6 +53,7 @@ def make_cases(models: Models, folder: Path, tokenizer: Path) -> dict[str, Case]
         "sampled": Case(models.student, models.distill("sampled"), 1, policy),
         "sampled, row by row": Case(one_key_head, models.distill("sampled"), 1, policy | ROW_BY_ROW),
         "exact, three teachers": Case(models.untied, models.distill(teachers=3, support="shared", **LEAK), 3),
+        "exact, other prompts": Case(models.untied, models.distill(teachers=3, **LEAK), 3, own_prompts=True),
         "exact beside a reward, row by row": Case(
             models.student, models.distill(teachers=2, support="full", coef=0.7, **LEAK), 2, ROW_BY_ROW
         ),
@@ -89,6 +91,8 @@ def seen_of(case: Case, models: Models, ranks: int) -> dict[str, Any]:
             scores = student.colocated_roles[role].compute_ref_log_prob(batch)
             seen["before"] |= {role: scores.tensor("ref_log_prob")}
         batch.pop(["old_log_probs"])  # the update's own pass gives them
+    if case.own_prompts:
+        batch = read_so(batch, with_own_prompts(batch))
     batch.meta_info["keeps_divergence"] = True
     updated = student.update_actor(batch)
     parameters = [p for p in student._state.module.parameters() if p.requires_grad]

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from verl.config.model import FSDPConfig, HFModelConfig, RefModelConfig
+from verl.config.model import AnyTeacherConfig, FSDPConfig, HFModelConfig, RefModelConfig
 from verl.config.schema import (
     Count,
     Fraction,
@@ -14,7 +14,6 @@ from verl.config.schema import (
     NullIsEmpty,
     Options,
     PositiveFloat,
-    Urls,
     section,
 )
 
@@ -121,18 +120,10 @@ class FSDPActorConfig:
 
 
 @section("actor_rollout_ref.ref")
-class RefConfig:
-    """The frozen reference: in on-policy distillation, the teacher."""
+class RefConfig(AnyTeacherConfig):
+    """The frozen reference: in on-policy distillation, the teacher. With ``url``, ``model`` is its tokenizer alone."""
 
     model: Annotated[RefModelConfig, NullIsEmpty] = field(default_factory=RefModelConfig)
-    url: Urls = field(default_factory=list)
-    """vLLM servers of the teacher, which share its rows; ``model`` then names no more than its tokenizer. Empty: it is
-    a model of this run."""
-    api_key_env: str | None = None
-    """Environment variable that holds the servers' key; null: they want none."""
-    system_prompt: str | None = None
-    """System message that the teacher reads in place of the prompt's own, if any, and the student does not; null: it
-    reads what the student reads."""
     ref_log_prob_replace_val: float = -100.0
     """The teacher's log-prob at a token that it lacks."""
     ref_replace_token_id: int | None = None

@@ -8,7 +8,8 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from verl.config.actor_rollout_ref import KLEstimator
-from verl.config.schema import Count, NonNegativeFloat, NullIsEmpty, PositiveFloat, Texts, Urls, section
+from verl.config.model import AnyTeacherConfig
+from verl.config.schema import Count, Fraction, NonNegativeFloat, NullIsEmpty, PositiveFloat, Texts, section
 
 ON_POLICY_DISTILL = "on_policy_distill"
 """``AdvantageEstimator.ON_POLICY_DISTILL``, for checks that have to do without torch."""
@@ -25,11 +26,11 @@ OpenFraction = Annotated[float, Field(gt=0, lt=1)]
 
 
 @section()
-class TeacherConfig:
+class TeacherConfig(AnyTeacherConfig):
     """A further teacher."""
 
     path: str | None = None
-    """Folder or hub name; null: the student as it was before the run, frozen."""
+    """Folder or hub name; not read beside ``url``; null: the student as it was before the run, frozen."""
     vocabulary: Literal["base", "full", "stitched"] = "full"
     """``full``: it knows all of the student's ids, item tokens included. ``base``: it knows what the teacher of
     ``actor_rollout_ref.ref`` knows. ``stitched``, for text that mixes both: it knows all ids and decides the
@@ -41,13 +42,9 @@ class TeacherConfig:
     prompt holds none (``without_items``)."""
     weight: NonNegativeFloat = 1.0
     """Weight of its rows in the loss."""
-    url: Urls = field(default_factory=list)
-    """vLLM servers of it, in place of ``path``; they share its rows."""
-    api_key_env: str | None = None
-    """Environment variable that holds the servers' key; null: they want none."""
-    system_prompt: str | None = None
-    """System message that it reads in place of the prompt's own, if any, and the student does not; null: it reads what
-    the student reads."""
+    ema: Fraction | None = None
+    """It follows the student: after each optimizer step its weights are ``ema`` times what they were and ``1 - ema``
+    times the student's; null: it is frozen."""
 
     @property
     def knows_extended(self) -> bool:

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from verl.config.schema import Count, IsListed, Options, Texts, section
+from verl.config.schema import Count, IsListed, Options, Texts, Urls, section
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
@@ -49,6 +49,31 @@ class HFModelConfig:
                 "actor_rollout_ref.model.lora_extended_rows=True has no effect with lora_rank=0, where all rows are "
                 "trained; set a rank, or leave it at False"
             )
+
+
+@section(kw_only=True)
+class AnyTeacherConfig:
+    """Where any teacher is, and what it reads of a prompt."""
+
+    url: Urls = field(default_factory=list)
+    """vLLM servers of it, which share its rows; empty: it is a model of this run."""
+    api_key_env: str | None = None
+    """Environment variable that holds the servers' key; null: they want none."""
+    system_prompt: str | None = None
+    """System message that it reads in place of the prompt's own, if any, and the student does not; null: it reads what
+    the student reads."""
+    system_prompt_column: str | None = None
+    """Column of the data with such a message for each row; a row without one it reads as the student does."""
+    item_text: str | None = None
+    """Catalogue (parquet, columns ``sid``, a list of codes, and ``text``): of items in a prompt it reads these texts;
+    null: it reads what the student reads."""
+
+    @property
+    def own_prompt(self) -> list[str]:
+        """The settings by which it reads another prompt than the student."""
+        return [
+            name for name in ("system_prompt", "system_prompt_column", "item_text") if getattr(self, name) is not None
+        ]
 
 
 @section("actor_rollout_ref.ref.model")

@@ -61,7 +61,8 @@ class PPOConfig:
             self._algorithm_errors(),
             self._divergence_errors(),
             self._server_errors(),
-            self._system_prompt_errors(),
+            self._own_prompt_errors(),
+            self._average_errors(),
             self._keep_errors(),
             self._prompt_errors(),
             self._vocabulary_errors(),
@@ -104,6 +105,11 @@ class PPOConfig:
     def teachers(self) -> dict[str, RefConfig | TeacherConfig]:
         """By role, the sections that say where a teacher is and what it reads."""
         return {BASE_TEACHER: self.actor_rollout_ref.ref, **self.algorithm.distill.teachers}
+
+    @property
+    def hint_columns(self) -> list[str]:
+        """Columns of the data that teachers alone read."""
+        return [teacher.system_prompt_column for teacher in self.teachers.values() if teacher.system_prompt_column]
 
     @property
     def served_roles(self) -> list[str]:
@@ -261,20 +267,35 @@ class PPOConfig:
             if stitched and (teacher is base or role in stitched):
                 yield f"{key}.url: {stitched[0]} is vocabulary=stitched and needs both models in the run; give paths"
 
-    def _system_prompt_errors(self) -> Iterator[str]:
-        distill, data, apart = self.algorithm.distill, self.data, self.trainer.teacher_ranks_on_nodes
-        for key in (
-            f"{teacher_key(role)}.system_prompt"
-            for role, each in self.teachers.items()
-            if each.system_prompt is not None
-        ):
-            if not self.algorithm.distils:
-                yield f"{key} has no effect without distillation; leave it out"
-            elif distill.needs_full_distribution and not apart:
-                what = f"with algorithm.distill.objective={distill.objective} teachers read the student's rows"
-                yield f"{key}: {what}; set it to topk, or give teachers ranks: trainer.teacher_n_gpus_per_node"
-            if data.truncation != "error" and not data.filter_overlong_prompts:
-                yield f"{key}: data.truncation={data.truncation} cuts prompts; set data.filter_overlong_prompts=True"
+    def _own_prompt_errors(self) -> Iterator[str]:
+        data = self.data
+        for role, teacher in self.teachers.items():
+            own = [f"{teacher_key(role)}.{name}" for name in teacher.own_prompt]
+            if teacher.system_prompt is not None and (column := teacher.system_prompt_column) is not None:
+                yield f"{own[0]} is not read beside {own[0]}_column={column}; leave one out"
+            if teacher.item_text and not self.knows_extended(role) and data.prompt_extend_tokens != "replace":
+                drops = f"data.prompt_extend_tokens={data.prompt_extend_tokens} leaves out its prompts with items"
+                yield f"{own[-1]}={teacher.item_text}: {drops}; set it to replace"
+            if own and not self.algorithm.distils:
+                yield f"{own[0]} has no effect without distillation; leave it out"
+            if own and data.truncation != "error" and not data.filter_overlong_prompts:
+                yield f"{own[0]}: data.truncation={data.truncation} cuts prompts; set data.filter_overlong_prompts=True"
+
+    def _average_errors(self) -> Iterator[str]:
+        """What a teacher that follows the student cannot do."""
+        model, trainer = self.actor_rollout_ref.model, self.trainer
+        for name, teacher in self.algorithm.distill.teachers.items():
+            key = f"algorithm.distill.teachers.{name}"
+            if teacher.ema is None:
+                continue
+            if place := teacher.path or teacher.url:
+                yield f"{key}.ema={teacher.ema} is an average of the student, and not of {place}; leave one out"
+            if trainer.teacher_ranks_on_nodes:
+                apart = f"trainer.teacher_n_gpus_per_node={trainer.teacher_n_gpus_per_node}"
+                yield f"{key}.ema={teacher.ema} follows the student on its own ranks; set {apart} to null"
+            if model.lora_rank:
+                what = f"actor_rollout_ref.model.lora_rank={model.lora_rank}"
+                yield f"{key}.ema={teacher.ema} averages all weights, and {what} trains an adapter; set it to 0"
 
     def _keep_errors(self) -> Iterator[str]:
         steered, weights = {group for _, _, group in self.trainer.kept}, self.data.source_weights

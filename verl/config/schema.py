@@ -39,11 +39,11 @@ Options = Annotated[dict[str, Any], NullIsEmpty]
 
 
 @dataclass_transform(field_specifiers=(dataclasses.field, Field))
-def section(key: str = "") -> Callable[[type[Section]], type[Section]]:
+def section(key: str = "", kw_only: bool = False) -> Callable[[type[Section]], type[Section]]:
     """Make a class a dataclass that checks its fields, and names ``key`` in the errors of one that is built in code."""
 
     def as_dataclass(cls: type[Section]) -> type[Section]:
-        checked: Any = dataclass(cls, config=ConfigDict(extra="forbid", coerce_numbers_to_str=True))
+        checked: Any = dataclass(cls, config=ConfigDict(extra="forbid", coerce_numbers_to_str=True), kw_only=kw_only)
         # pydantic builds sections inside a section without __init__, so only the outermost one reports.
         init = checked.__init__
 

@@ -84,12 +84,12 @@ def build_trainer(
         extended_sources=algorithm.distill.extended_sources if config.scores_without_extended else ["*"],
         tool_schemas=tool_schemas,
         dropped_rows_folder=config.trainer.default_local_dir,
+        **({"hint_columns": hints} if (hints := config.hint_columns) else {}),  # classes of users need not take it
     )
     for name in {name for dataset in datasets if dataset is not None for name in dataset.agent_names}:
         get_agent_loop_class(name)
     workers = worker_classes(config)
-    fingerprint = contract.fingerprint if contract else None
-    options: dict[str, Any] = {"device_name": device_name, "vocab_fingerprint": fingerprint}
+    options: dict[str, Any] = {"device_name": device_name, "vocab_fingerprint": contract and contract.fingerprint}
     return (trainer_class or RayPPOTrainer)(config, tokenizer, workers, *datasets, reward_fn, **options)
 
 

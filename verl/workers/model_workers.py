@@ -11,6 +11,7 @@ Letters: B rows of this rank, R response.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,11 +41,12 @@ from verl.workers.actor.teachers import (
     StitchedModelTeacher,
     Teacher,
     TopKTeacher,
+    choose_replacement,
     hidden_states_by_row,
 )
 from verl.workers.fsdp.adapter import adapted_layers, merge
 from verl.workers.fsdp.build import build_model, join_ranks
-from verl.workers.fsdp.checkpoint import CheckpointWriter, SaveOutcome, TrainingState, load_checkpoint
+from verl.workers.fsdp.checkpoint import CheckpointWriter, SaveOutcome, load_checkpoint
 from verl.workers.fsdp.extended_rows import ExtendedRows
 from verl.workers.fsdp.token_stats_model import (
     BatchSizes,
@@ -55,6 +57,7 @@ from verl.workers.fsdp.token_stats_model import (
     real_response_tokens,
     reshard,
 )
+from verl.workers.fsdp.training_state import TrainingState
 
 
 class StudentWorker(Worker):
@@ -90,7 +93,7 @@ class StudentWorker(Worker):
         module = build_model(path, model, actor.fsdp_config, mesh, split_over, trainable=True)
         vocabulary = Vocabulary(len(tokenizer), start)
         vocabulary.check_head(module.num_rows, path)
-        self._state = TrainingState(module, build_optimizer(module, actor.optim), tokenizer)
+        self._state = TrainingState(module, build_optimizer(module, actor.optim), tokenizer, {})
         self._checkpoint_writer = CheckpointWriter(actor.checkpoint)
         self.actor = DataParallelPPOActor(
             actor,
@@ -105,6 +108,7 @@ class StudentWorker(Worker):
             extended_rows=None
             if start is None
             else ExtendedRows(module, start, actor.freeze_extended_rows, alone=model.lora_extended_rows),
+            averages=self._state.averages,
         )
         self._exporter = WeightExporter(
             module,
@@ -233,7 +237,7 @@ class StudentWorker(Worker):
 
 
 class TeacherWorker(Worker):
-    """Scores the student's tokens, as a frozen model.
+    """Scores the student's tokens, as a model that is frozen or, with ``ema``, follows the student.
 
     Its softmax runs over the shared ids alone. Ids that it lacks are replaced in its input, and their log-prob is
     ``ref_log_prob_replace_val``. A teacher with the student's vocabulary (the student's own starting weights) reads and
@@ -262,8 +266,11 @@ class TeacherWorker(Worker):
         ref = config.ref.model if teacher is None else RefModelConfig(path=teacher.path)
         path = str(ref.path or config.model.path)
         tokenizer = ref.tokenizer_path or (path if ref.path else config.model.tokenizer_path or path)
-        self._files = path, tokenizer, not ref.path if teacher is None else teacher.knows_extended
-        """Model, tokenizer, and whether it knows the extended ids."""
+        ema = None if teacher is None else teacher.ema
+        # An average is sharded as the student; in half precision its small steps would be rounded away.
+        self._fsdp = config.ref.fsdp_config if ema is None else replace(config.actor.fsdp_config, model_dtype="fp32")
+        self._files = path, tokenizer, not ref.path if teacher is None else teacher.knows_extended, ema
+        """Model, tokenizer, whether it knows the extended ids, and how it follows the student."""
 
     model: ModelTeacher
     """Shared by a process' teachers of the same files and vocabulary; or its student with the adapter switched off."""
@@ -271,8 +278,7 @@ class TeacherWorker(Worker):
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def init_model(self) -> None:
         """Join the other ranks, load and shard the model."""
-        fsdp_size, seed = self.config.ref.fsdp_config.fsdp_size, self.config.rollout.seed
-        self._device, mesh = join_ranks(self, self._device_setting, seed, fsdp_size)
+        self._device, mesh = join_ranks(self, self._device_setting, self.config.rollout.seed, self._fsdp.fsdp_size)
         others = [worker for worker in self.colocated_roles.values() if isinstance(worker, TeacherWorker)]
         same = [worker.model for worker in others if hasattr(worker, "model") and worker._files == self._files]
         self.model = same[0] if same else self._load_model(mesh)
@@ -280,11 +286,17 @@ class TeacherWorker(Worker):
 
     def _load_model(self, mesh: DeviceMesh) -> ModelTeacher:
         config, ref = self.config, self.config.ref
-        path, tokenizer_path, knows_extended = self._files
+        path, tokenizer_path, knows_extended, ema = self._files
         tokenizer = hf_tokenizer(tokenizer_path, trust_remote_code=config.model.trust_remote_code)
-        settings = config.model, ref.fsdp_config, mesh, ref.ulysses_sequence_parallel_size
-        student = self._student
-        module = student.module if student else build_model(path, *settings, trainable=False)
+        settings = config.model, self._fsdp, mesh, ref.ulysses_sequence_parallel_size
+        build, student = partial(build_model, path, *settings, trainable=False), self._student
+        if ema is not None:
+            followed = self.colocated_roles["actor"]
+            assert isinstance(followed, StudentWorker), "a teacher that follows the student is beside it"
+            averages = followed.actor.averages
+            module = averages.get(ema) or averages.setdefault(ema, build())
+        else:
+            module = student.module if student else build()
         ids, replacement = len(tokenizer), None
         if not knows_extended:
             ids = Vocabulary(ids, config.rollout.extend_start).shared_ids()
@@ -384,17 +396,3 @@ class TeacherWorker(Worker):
         elif self.config.ref.fsdp_config.param_offload and self._device.type == "cuda":
             move_parameters(self.model.module, device)
         release_cached_memory(self._device.type)
-
-
-def choose_replacement(setting: int | None, candidates: list[int | None], shared_ids: int) -> int:
-    """Replacement of ids that the teacher lacks in its input: the setting, or else the first candidate that it knows.
-
-    Raises:
-        ValueError: it does not know that id, or none of the candidates.
-    """
-    for token in candidates if setting is None else [setting]:
-        if token is not None and 0 <= token < shared_ids:
-            return token
-    raise ValueError(
-        f"ref.ref_replace_token_id={setting} (pad, eos: {candidates}) is none of {shared_ids} ids; set one"
-    )

@@ -75,6 +75,21 @@ def test_a_run_that_rehearses_on_random_codes_and_holds_their_rows(tiny_pair: An
     assert torch.equal(after[start:], before[start:]) and not torch.equal(after[:start], before[:start])
 
 
+def test_a_run_whose_teacher_follows_the_student(tiny_pair: Any, train: Path, tmp_path: Path) -> None:
+    changes = {
+        "algorithm.distill.objective": "exact",
+        "++algorithm.distill.teachers.slow": "{ema: 0.5, sources: [sums]}",
+    }
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    run_in_process(settings(tiny_pair, train, whole, **changes))
+    for batch in (3, 4, None):
+        run_in_process(settings(tiny_pair, train, stopped, **changes), dies_in_batch=batch)
+    expected = logged(whole)
+    assert logged(stopped) == expected
+    assert expected[0]["distill/sums/reverse_kl"] != expected[-1]["distill/sums/reverse_kl"]
+    assert all("distill_teacher/slow/teacher_canary" not in step for step in expected)
+
+
 @pytest.mark.parametrize(("key", "value"), [("n_gpus_per_node", 2), ("max_staleness", 1)])
 def test_a_run_in_one_process_has_one_rank_that_takes_turns_with_its_engine(
     tiny_pair: Any, train: Path, tmp_path: Path, key: str, value: int

@@ -35,6 +35,7 @@ WEIGHTS = 100 * 8 + 8 + 2 * (2 * 8 * 8 + 2 * 8 * 4 + 2 * 4 + 3 * 8 * 16 + 2 * 8)
 ADAPTED = 2 * (2 * 16 + 2 * 12 + 3 * 24)
 """In and out features of all linear layers."""
 SELF = "++algorithm.distill.teachers.self={vocabulary: full, sources: [rec_*]}"
+AVERAGE = "++algorithm.distill.teachers.slow={ema: 0.9, sources: [rec_*]}"
 STITCHED = "++algorithm.distill.teachers.mixed={vocabulary: stitched, sources: [rec_*]}"
 EXACT = "algorithm.distill.objective=exact"
 
@@ -122,6 +123,7 @@ def test_where_frozen_teachers_are(folder: Path, tmp_path: Path) -> None:
     assert held().parts[RANK]["frozen teachers"] == base
     assert held(SELF, STITCHED).parts[RANK]["frozen teachers"] == base + own
     assert held(SELF, STITCHED, adapter).parts[RANK]["frozen teachers"] == base
+    assert held(SELF, AVERAGE).parts[RANK]["frozen teachers"] == base + own + WEIGHTS * 4, "in fp32"
     apart = held(SELF, adapter, "trainer.teacher_nnodes=1", "trainer.teacher_n_gpus_per_node=1")
     assert apart.parts[RANK]["frozen teachers"] == 0 and apart.parts[TEACHER_RANK]["frozen teachers"] == base + own
     assert apart.stages["update"][TEACHER_RANK] == base + own < apart.stages["score"][TEACHER_RANK]

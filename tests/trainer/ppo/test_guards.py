@@ -139,14 +139,18 @@ class Teacher:
         return DataProto.from_dict({"ref_log_prob": scores})
 
 
-def make_probe(folder: Path, further: dict[str, str] | None = None, length: int = 512, **trainer: Any) -> TeacherProbe:
+def make_probe(
+    folder: Path, further: dict[str, str] | None = None, length: int = 512, ema: float | None = None, **trainer: Any
+) -> TeacherProbe:
     """A probe of 50 shared ids and 10 item tokens. ``further``: vocabularies of further teachers by name."""
     config = make_config(folder, **{"canary_tolerance": 0.5, **trainer})
     rollout = config.actor_rollout_ref.rollout
     rollout.extend_vocab_start_token, rollout.temperature = 50, 0.7
     rollout.prompt_length = rollout.response_length = length
     config.actor_rollout_ref.ref.model.path = "a teacher that lacks the item tokens"
-    config.algorithm.distill.teachers = {name: TeacherConfig(vocabulary=v) for name, v in (further or {}).items()}
+    config.algorithm.distill.teachers = {
+        name: TeacherConfig(vocabulary=v, ema=ema) for name, v in (further or {}).items()
+    }
     return TeacherProbe(config, 60, make_saver(config))
 
 
@@ -240,6 +244,13 @@ def test_a_teacher_that_scored_other_tokens_starts_over_alone(tmp_path: Path, ca
     ref.error = 0.6
     with pytest.raises(GuardError, match=r"teacher 'ref' at step 50 scores otherwise"):
         second.check({"ref": ref, "self": own}, 50)
+
+
+def test_a_teacher_that_follows_the_student_is_not_probed(tmp_path: Path) -> None:
+    probe, moving = make_probe(tmp_path, {"slow": "full"}, ema=0.5), Teacher()
+    for step in (0, 1):
+        assert probe.check({"ref": Teacher(), "slow": moving}, step) == RIGHT
+    assert not moving.batches and list(probe.state_dict()) == ["ref"]
 
 
 def test_without_a_tolerance_no_teacher_scores(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from verl.config import PPOConfig
 from verl.experimental.agent_loop.base import ChatTemplate
 from verl.protocol import DataProto
 from verl.single_controller.base import WorkerError
-from verl.trainer.ppo.teacher_prompt import with_system_prompt
+from verl.trainer.ppo.teacher_prompt import told, with_prompts
 from verl.utils.tokenizer import hf_tokenizer
 from verl.workers.model_workers import TeacherWorker
 
@@ -90,10 +90,6 @@ def test_what_a_run_finds_out_before_it_starts(tiny_pair: Pair, prompts: Path, t
         ({other: "{vocabulary: stitched}", f"{REF}.url": "http://a"}, "actor_rollout_ref.ref.url: x is vocabulary"),
         ({f"{REF}.api_key_env": "sk-secret"}, "ref.api_key_env must be the name of a variable"),
         ({f"{REF}.api_key_env": "KEY"}, "api_key_env=KEY has no effect without actor_rollout_ref.ref.url"),
-        (
-            {f"{REF}.system_prompt": "a", f"{DISTILL}.objective": "exact", f"{DISTILL}.topk": 64},
-            "ref.system_prompt: with algorithm.distill.objective=exact teachers read the student's rows",
-        ),
         ({f"{REF}.system_prompt": "a", "data.truncation": "left"}, "system_prompt: data.truncation=left cuts prompts"),
         (
             {
@@ -115,31 +111,21 @@ def test_what_a_run_finds_out_before_it_starts(tiny_pair: Pair, prompts: Path, t
 def chats(pair: Pair, systems: list[str | None]) -> DataProto:
     """Rows with and without a system message, and answers of several lengths."""
     template = ChatTemplate(hf_tokenizer(pair.student))
-    talks: list[Any] = []
-    for row, system in enumerate(systems):
-        own = [{"role": "system", "content": system}] if system else []
-        talks.append([*own, {"role": "user", "content": "add 1 and " + "2" * row}])
-    prompts = [template.encode_prompt(talk, False) for talk in talks]
-    width, answers = max(map(len, prompts)), [[5 + row, 6, 7][: 1 + row % 3] for row in range(len(talks))]
-    ids, mask = torch.zeros(2, len(talks), width + 4, dtype=torch.int64)
-    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        ids[row, width - len(prompt) : width + len(answer)] = torch.tensor([*prompt, *answer])
-        mask[row, width - len(prompt) : width + len(answer)] = 1
-    tensors = {"input_ids": ids, "attention_mask": mask, "responses": ids[:, width:], "response_mask": mask[:, width:]}
-    raw = np.fromiter(talks, dtype=object, count=len(talks))
-    return DataProto.from_dict(tensors, {"raw_prompt": raw}, {"temperature": 1.0})
+    turns = [{"role": "user", "content": "add 1 and " + "2" * row} for row in range(len(systems))]
+    return tiny.answered([told([turn], system) for system, turn in zip(systems, turns, strict=True)], template)
 
 
 def test_the_teacher_reads_another_system_message_before_the_same_answer(tiny_pair: Pair) -> None:
     template = ChatTemplate(hf_tokenizer(tiny_pair.student))
     student, wanted = (chats(tiny_pair, each) for each in ([None, "list", "be name"], ["be short"] * 3))
-    found = with_system_prompt(student, "be short", template)
+    chats_of_teacher = [told(chat, "be short") for chat in student.array("raw_prompt")]
+    found = with_prompts(student, chats_of_teacher, template)
     assert torch.equal(found.tensor("input_ids"), wanted.tensor("input_ids"))
     assert torch.equal(found.tensor("attention_mask"), wanted.tensor("attention_mask"))
     assert torch.equal(found.tensor("response_mask"), student.tensor("response_mask"))
     student.array("raw_prompt")[1] = [{"role": "user", "content": "another one"}]
     with pytest.raises(ValueError, match="row 1: its agent loop made another prompt"):
-        with_system_prompt(student, "be short", template)
+        with_prompts(student, chats_of_teacher, template)
 
 
 def test_the_same_system_message_gives_the_same_scores(tiny_pair: Pair) -> None:
@@ -157,6 +143,13 @@ def test_the_same_system_message_gives_the_same_scores(tiny_pair: Pair) -> None:
     trainer.config.actor_rollout_ref.ref.system_prompt = "be long"
     other = trainer.score_with("ref", batch).tensor("ref_log_prob")
     assert (other != plain)[batch.tensor("response_mask").bool()].all()
+    # A column that tells rows different things, or nothing: each row is scored as if all had its own.
+    ref = trainer.config.actor_rollout_ref.ref
+    ref.system_prompt, ref.system_prompt_column = None, "hint"
+    batch.non_tensor_batch["hints"] = np.array([{"hint": hint} for hint in ("be long", "", "be short", "")])
+    batch.array("raw_prompt")[3] = batch.array("raw_prompt")[3][1:]  # not what it was made of, and not looked at
+    mixed = trainer.score_with("ref", batch).tensor("ref_log_prob")
+    assert torch.equal(mixed, torch.cat([other[:1], plain[1:]]))
 
 
 def test_a_run_whose_teacher_has_a_system_prompt(tiny_pair: Pair, prompts: Path, tmp_path: Path) -> None:

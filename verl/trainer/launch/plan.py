@@ -10,11 +10,12 @@ Not here: the batch in the driver; the half GiB that each process takes of a GPU
 import copy
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any, NamedTuple
 
 from verl.config import BASE_TEACHER, PPOConfig
+from verl.config.actor_rollout_ref import Precision
 from verl.trainer.launch.memory import (
     FP32,
     Micro,
@@ -107,14 +108,17 @@ def _paths(config: PPOConfig) -> dict[str, str]:
     return {role: str(own.get(role) or models.model.path) for role in ("actor", *here)}
 
 
-def _frozen_models(config: PPOConfig) -> list[str]:
-    """Path of each frozen model that a rank loads: one that roles share once, and none that is the student without its
-    adapter (`TeacherWorker.init_model`)."""
+def _frozen_models(config: PPOConfig) -> list[tuple[str, Precision]]:
+    """Path and precision of each model that a rank loads and does not train: one that roles share once, and none that
+    is the student without its adapter (`TeacherWorker.init_model`)."""
     (_, student), *frozen = _paths(config).items()
-    model = config.actor_rollout_ref.model
+    model, teachers = config.actor_rollout_ref.model, config.algorithm.distill.teachers
     free = model.lora_rank and not model.lora_extended_rows and not config.trainer.teacher_ranks_on_nodes
-    files = {(path, config.knows_extended(role)) for role, path in frozen if not (free and path == student)}
-    return [path for path, _ in sorted(files)]
+    emas = {role: teachers[role].ema if role in teachers else None for role, _ in frozen}
+    own = [(role, path) for role, path in frozen if not (free and path == student)]
+    files = {(path, config.knows_extended(role), emas[role]) for role, path in own}
+    stored = config.actor_rollout_ref.ref.fsdp_config.model_dtype
+    return [(path, stored if ema is None else "fp32") for path, _, ema in sorted(files, key=str)]
 
 
 def plan_engine(config: PPOConfig, shape: ModelShape, device: str, card: int | None) -> EngineShare:
@@ -149,8 +153,11 @@ class _Rank:
         self._compute = itemsize(fsdp.mixed_precision.param_dtype, device)
         self.shape, self.apart = shapes[str(models.model.path)], sum(run.teacher_ranks_on_nodes)
         self.own = trained_share(self.shape, config, device)
-        of_frozen, ranks = [shapes[path] for path in _frozen_models(config)], self.apart or run.world_size
-        self._frozen = [(shape, frozen_share(shape, of_ref, device, ranks)) for shape in of_frozen]
+        of_frozen, ranks = _frozen_models(config), self.apart or run.world_size
+        self._frozen = [
+            (shapes[path], frozen_share(shapes[path], replace(of_ref, model_dtype=stored), device, ranks))
+            for path, stored in of_frozen
+        ]
         self.teachers = sum(share.parameters for _, share in self._frozen)
         self._met = Teachers(compared=int(config.algorithm.distils and distill.is_exact))
         if self._met.compared and distill.needs_full_distribution:

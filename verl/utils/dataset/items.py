@@ -1,11 +1,13 @@
 """Items as OneRec writes them, and the catalogue of those that exist.
 
-In: a catalogue file (parquet, column ``sid``: one list of codes per item). Out: items as tuples of codes and as text.
+In: a catalogue file (parquet, column ``sid``: one list of codes per item; ``text``, where it is asked for). Out: items
+as tuples of codes and as text.
 
     (3, 7, 1)  ->  <|sid_begin|><s_a_3><s_b_7><s_c_1><|sid_end|>
 """
 
 import operator
+import re
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -15,7 +17,7 @@ from verl.utils.dataset.parquet_files import column_names, expand_data_files
 Item = tuple[int, ...]
 """Codes of an item, first level first."""
 
-SID_COLUMN = "sid"
+SID_COLUMN, TEXT_COLUMN = "sid", "text"
 ITEM_BEGIN, ITEM_END = "<|sid_begin|>", "<|sid_end|>"
 LEVELS = "abcdefgh"
 
@@ -28,6 +30,27 @@ def code_token(level: int, code: int) -> str:
 def item_tokens(item: Item) -> list[str]:
     """The tokens that write an item."""
     return [ITEM_BEGIN, *(code_token(level, code) for level, code in enumerate(item)), ITEM_END]
+
+
+WRITTEN_ITEM = re.compile(rf"{re.escape(ITEM_BEGIN)}(?:<s_[{LEVELS}]_\d+>)+{re.escape(ITEM_END)}")
+"""An item in a text."""
+
+
+def read_item_texts(path: str | Path) -> dict[str, str]:
+    """What the catalogue says of each item, by the item as it is written.
+
+    Raises:
+        ValueError: no such file, a column is missing, or an item without a text or with two.
+    """
+    files, texts = expand_data_files(path), dict[str, str]()
+    if lost := {SID_COLUMN, TEXT_COLUMN} - column_names(files):
+        raise ValueError(f"the catalogue {path} has no column {sorted(lost)[0]!r}; it needs sid, and text of each item")
+    for file in files:
+        for row in pq.ParquetFile(file).read([SID_COLUMN, TEXT_COLUMN]).to_pylist():
+            item, text = "".join(item_tokens(row[SID_COLUMN])), row[TEXT_COLUMN]
+            if not text or texts.setdefault(item, text) != text:
+                raise ValueError(f"the catalogue {path} has no text, or two, of item {row[SID_COLUMN]}; give it one")
+    return texts
 
 
 def read_catalogue(path: str | Path) -> list[Item]:

@@ -177,9 +177,12 @@ class ParquetRows:
         return number, index - self._starts[number]
 
     def distinct(self, column: str) -> set[Any]:
-        """Every value of a column but None."""
+        """Every value of a column but None; ValueError where it holds lists or structs."""
         columns = (table[column] for table in map(self._table, range(len(self.files))) if column in table.column_names)
-        return {value for found in columns for value in found.unique().to_pylist()} - {None}
+        try:
+            return {value for found in columns for value in found.unique().to_pylist()} - {None}
+        except pa.ArrowNotImplementedError as error:
+            raise ValueError(f"the column {column!r} must hold texts ({error}); name another") from error
 
     def _table(self, number: int) -> pa.Table:
         if number not in self._tables:

@@ -10,6 +10,7 @@ one dictionary per prompt:
     has_extended   bool, whether the prompt, before any cut, holds extended tokens
     prompt_ids    list[int] of a cut prompt, None of one that fits; only where data.truncation cuts
     agent_name    str or None; only where the files have that column
+    hints         dict by column, str, "" where a row has none; only where a teacher reads columns of its own
 
 Rows that cannot be used are dropped, counted and recorded when the data set is built, never later. Rows stay on disk;
 their checks are kept in ``data.cache_dir``, so that the next run over the same data starts at once. Order, batches and
@@ -157,6 +158,7 @@ class RLHFDataset(Dataset[dict[str, Any]]):
         dropped_rows_path: JSONL that receives a line per dropped row; None: counts alone.
         tool_schemas: OpenAI function schemas of the tools that the agent loops list in the prompts. They count towards
             a prompt's length, but for rows whose ``agent_name`` is a loop without tools.
+        hint_columns: texts that teachers read and the student does not.
 
     Raises:
         ValueError: files missing or unreadable, the prompt column absent, no row left or more of them dropped than
@@ -176,13 +178,14 @@ class RLHFDataset(Dataset[dict[str, Any]]):
         extended_sources: Sequence[str] = (),
         dropped_rows_path: str | Path | None = None,
         tool_schemas: list[dict[str, Any]] | None = None,
+        hint_columns: Sequence[str] = (),
     ) -> None:
-        self.config, self.tokenizer = config, tokenizer
+        self.config, self.tokenizer, self._hint_columns = config, tokenizer, hint_columns
         self.epoch = 0
         """The epoch that was set last."""
         self._encoder = PromptEncoder(tokenizer, config, tool_schemas)
         self.files = parquet_files.expand_data_files(data_files)
-        self._rows = ParquetRows(self.files, self.columns(), config.cache_dir)
+        self._rows = ParquetRows(self.files, self.columns().union(hint_columns), config.cache_dir)
         self._check_columns()
         if "tools" in parquet_files.column_names(self.files):
             logger.warning("the column tools is not read: tools are those of multi_turn.tool_config_path")
@@ -233,6 +236,8 @@ class RLHFDataset(Dataset[dict[str, Any]]):
         }
         if "agent_name" in self._rows.columns:
             entry["agent_name"] = row.get("agent_name")
+        if self._hint_columns:
+            entry["hints"] = {column: text_of(row.get(column)) for column in self._hint_columns}
         if self.config.truncation != "error" and not self.config.filter_overlong_prompts:
             ids, limit = self._encoder.encode([messages], lists_tools(row))[0], self.config.max_prompt_length
             entry["prompt_ids"] = truncate(ids, limit, self.config.truncation) if len(ids) > limit else None
@@ -256,6 +261,10 @@ class RLHFDataset(Dataset[dict[str, Any]]):
     def has_extended(self) -> list[bool]:
         """Of each item, whether its prompt holds extended tokens."""
         return self._has_extended[self._kept].tolist()
+
+    def texts_of(self, column: str) -> set[str]:
+        """The texts of one of ``hint_columns``, each once; those of rows that are not used too."""
+        return set(map(text_of, self._rows.distinct(column)))
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order and the draws of the think switch. Loader processes see it from their next start on."""

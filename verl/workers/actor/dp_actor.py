@@ -34,6 +34,7 @@ from verl.workers.actor.losses import POLICY_TENSORS, ROW_KEYS, UPDATE_SCORES, A
 from verl.workers.actor.router_loss import RouterLoss
 from verl.workers.fsdp.extended_rows import ExtendedRows
 from verl.workers.fsdp.token_stats_model import BatchSizes, ScoredRows, TokenStatsModel, real_response_tokens, reshard
+from verl.workers.fsdp.training_state import follow
 
 LOSS_KEYS = ("responses", "response_mask", "input_ids", "attention_mask")
 """Batch keys of every update."""
@@ -137,6 +138,7 @@ class DataParallelPPOActor:
         distill: the objective; by default the policy loss alone.
         advantage_part: distillation's part of an advantage, for batches whose ``old_log_probs`` an update gives.
         extended_rows: measures and, where they are frozen, holds the rows of the extended ids.
+        averages: models that follow this one, by decay; some may come later.
     """
 
     config: FSDPActorConfig | RefConfig
@@ -150,6 +152,7 @@ class DataParallelPPOActor:
     distill: DistillConfig = field(default_factory=DistillConfig)
     advantage_part: Advantage | None = None
     extended_rows: ExtendedRows | None = None
+    averages: dict[float, TokenStatsModel] = field(default_factory=dict)
     optimizer_steps: int = 0
     """Taken so far, skipped ones among them: the only state of the learning rate, which follows ``config.optim``."""
 
@@ -295,6 +298,8 @@ class DataParallelPPOActor:
             module, loss = self.actor_module, of_loss["actor/loss"]
             norm, taken = clipped_step(module, self.actor_optimizer, config.grad_clip, loss, self.extended_rows)
             metrics |= {"actor/grad_norm": norm, COUNTS[0 if taken else 1]: 1.0, **of_loss}
+            for decay, average in self.averages.items() if taken else ():
+                follow(average, module, decay)
         self.optimizer_steps += 1
         return metrics, scores
 
@@ -305,7 +310,8 @@ class DataParallelPPOActor:
         rows = ScoredRows(mini.tensor("input_ids"), mini.tensor("attention_mask"), mini_loss.trained)
         scores = torch.zeros(len(UPDATE_SCORES), *mini_loss.trained.shape, device=self.actor_module.device)
         totals: dict[str, torch.Tensor] = {}
-        micros = rows.micro_batches(sizes, self.actor_module.packed, self.actor_module.group)
+        packed, group = self.actor_module.packed, self.actor_module.group
+        micros = rows.micro_batches(sizes, packed, group, mini_loss.teacher_lengths)
         coef = config.router_aux_loss_coef
         router_loss = RouterLoss(self.actor_module, micros, coef) if coef else None
         for number, micro in enumerate(micros, 1):

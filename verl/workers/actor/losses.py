@@ -40,7 +40,9 @@ from verl.workers.fsdp.token_stats_model import Head, MicroBatch, ScoredRows
 
 POLICY_TENSORS = ("old_log_probs", "advantages", "ref_log_prob", "rollout_is_weights")
 """Batch keys (B, R) of the policy loss; the first two unless they are made here, the last two where used."""
-ROW_KEYS = ("teacher", *TOP_TENSORS, HIDDEN_STATE_HANDLES)
+TEACHER_ROWS = ("teacher_input_ids", "teacher_attention_mask")
+"""Rows as teachers of this process read them, where some have prompts of their own; responses are the student's."""
+ROW_KEYS = ("teacher", *TOP_TENSORS, HIDDEN_STATE_HANDLES, *TEACHER_ROWS)
 """Batch keys of the divergence; each only where its teachers need it."""
 DIVERGENCE_OF = {"exact": "reverse_kl", "forward_kl": "forward_kl", "jsd": "jsd", "topk": "reverse_kl"}
 """The divergence that each exact objective minimises."""
@@ -97,11 +99,14 @@ class MiniBatchLoss:
     ) -> None:
         self.trained = mini.tensor("response_mask").bool()
         """(M, R) positions that are scored and trained, on the CPU."""
+        self.teacher_lengths = torch.zeros(len(mini), dtype=torch.int64)
+        """(M,) input tokens that teachers of this process read of each row."""
         self._parts: list[tuple[float, PolicyLoss | DivergenceLoss]] = []
         if distill.has_policy_loss:
             self._parts.append((1.0, PolicyLoss(mini, config, vocabulary, device, distill, advantage_part)))
         if distill.is_exact:
             divergence = DivergenceLoss(mini, config, vocabulary, device, distill, teachers)
+            self.teacher_lengths = divergence.lengths
             # Without a coef distillation stands alone; where a reward is learned from, `config.ppo` refuses 0.
             self._parts.append((distill.coef or 1.0, divergence))
         self.is_empty = int(self._parts[0][1].counts[0]) == 0
@@ -256,7 +261,10 @@ class DivergenceLoss:
         over_all = dataclasses.replace(options, support=FULL, leak_coef=0.0)
         self._options = [over_all if teacher.knows_extended else options for teacher in self._teachers]
         self._teacher_of = mini.batch.get("teacher", torch.zeros(len(mini), dtype=torch.int64))
-        self._rows = ScoredRows(mini.tensor("input_ids"), mini.tensor("attention_mask"), self._trained)
+        read = TEACHER_ROWS if TEACHER_ROWS[0] in mini.batch else ("input_ids", "attention_mask")
+        self._rows = ScoredRows(mini.tensor(read[0]), mini.tensor(read[1]), self._trained)
+        self.lengths = self._rows.lengths
+        """(M,) input tokens of each row as its teacher reads it."""
         self._in_support = self._trained
         """(M, R) bool: trained positions whose drawn token is among the ids that are compared there."""
         if vocabulary.extend_start is not None:

@@ -102,6 +102,20 @@ class ModelTeacher:
             return self.module(inputs.to(self.module.device), lambda hidden, weight, labels: (hidden, weight))
 
 
+def choose_replacement(setting: int | None, candidates: list[int | None], shared_ids: int) -> int:
+    """Replacement of ids that the teacher lacks in its input: the setting, or else the first candidate that it knows.
+
+    Raises:
+        ValueError: it does not know that id, or none of the candidates.
+    """
+    for token in candidates if setting is None else [setting]:
+        if token is not None and 0 <= token < shared_ids:
+            return token
+    raise ValueError(
+        f"ref.ref_replace_token_id={setting} (pad, eos: {candidates}) is none of {shared_ids} ids; set one"
+    )
+
+
 class StitchedModelTeacher:
     """A base teacher on the shared ids and one with the student's vocabulary on the others; both read every row."""
 

@@ -29,7 +29,7 @@ import logging
 import shutil
 import time
 import warnings
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -53,8 +53,8 @@ from verl.config import CheckpointConfig
 from verl.utils.device import dtype_name, get_rng_states, set_rng_states
 from verl.utils.durable_files import flush, flush_tree, write_durably
 from verl.utils.tokenizer import save_tokenizer
-from verl.workers.fsdp.adapter import ADAPTER, FILE_PREFIX, adapted_layers, merged_weights, trained_weights
-from verl.workers.fsdp.token_stats_model import TokenStatsModel
+from verl.workers.fsdp.adapter import ADAPTER, FILE_PREFIX, adapted_layers, merged_weights
+from verl.workers.fsdp.training_state import OPTIMIZER, TrainingState, follow, named_averages, named_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -64,8 +64,6 @@ Shard = tuple[Tensors, dict[str, Any]]
 
 SHARDS, HUGGINGFACE, EXTRA, CONFIG = "shards", "huggingface", "extra_rank_{}.safetensors", "config.json"
 ADAPTER_FOLDER, MERGED = "adapter", "merged_shards"
-OPTIMIZER = "optimizer."
-"""Begins the key of every tensor in the shards that is no parameter; parameters have their Hugging Face names."""
 MAX_FILE_BYTES = 2 * 10**9
 """Of a file of whole weights, which is in memory at once; a larger tensor is a file of its own."""
 WRITE_TIMEOUT = timedelta(hours=2)
@@ -239,29 +237,6 @@ class SaveOutcome(NamedTuple):
     """From the start of the copy to the last byte, where all went well."""
 
 
-class TrainingState(NamedTuple):
-    """What a checkpoint is taken of."""
-
-    module: TokenStatsModel
-    optimizer: torch.optim.Optimizer
-    tokenizer: PreTrainedTokenizerBase
-
-
-def _named_tensors(state: TrainingState, contents: Collection[str]) -> Tensors:
-    """The model's and the optimizer's own tensors by key: loading into them loads into the training state.
-
-    Without ``get_state_dict`` of torch: it adds settings of the optimizer, which only a pickle could hold.
-    """
-    tensors: Tensors = {}
-    for name, parameter in trained_weights(state.module).items():
-        if "model" in contents:
-            tensors[name] = parameter.detach()
-        if "optimizer" in contents:
-            moments = state.optimizer.state[parameter]
-            tensors |= {f"{OPTIMIZER}{key}.{name}": value for key, value in moments.items()}
-    return tensors
-
-
 class CheckpointWriter:
     """Writes one checkpoint at a time, in a thread of its own. All ranks make one together.
 
@@ -282,7 +257,8 @@ class CheckpointWriter:
         began = time.perf_counter()
         # The weights of huggingface/ are made from the shards.
         contents = self._contents | ({"model"} if "hf_model" in self._contents else set())
-        copies = {SHARDS: copy_shard(_named_tensors(state, contents).items())} if contents - {"extra"} else {}
+        own = named_tensors(state, contents) | (named_averages(state) if "model" in contents else {})
+        copies = {SHARDS: copy_shard(own.items())} if own else {}
         if "hf_model" in contents and adapted_layers(state.module):
             copies[MERGED] = copy_shard(merged_weights(state.module))
         extra: Tensors = {}
@@ -367,7 +343,8 @@ def _write_description(causal_lm: PreTrainedModel, tokenizer: PreTrainedTokenize
 
 
 def load_checkpoint(state: TrainingState, config: CheckpointConfig, folder: Path) -> int | None:
-    """Read the parts that ``config.load_contents`` names, on as many ranks as there are now.
+    """Read the parts that ``config.load_contents`` names, on as many ranks as there are now. Models that follow this
+    one, of which the files have none, begin anew at its weights.
 
     Returns:
         Optimizer steps that were done; None where ``extra`` is not among the parts.
@@ -375,9 +352,13 @@ def load_checkpoint(state: TrainingState, config: CheckpointConfig, folder: Path
     Raises:
         ValueError: a part is missing, cannot be read, or belongs to another model.
     """
-    tensors = _named_tensors(state, config.load_contents)
-    if tensors:
-        ShardReader(folder / SHARDS).read(tensors)
+    if tensors := named_tensors(state, config.load_contents):
+        reader, averages = ShardReader(folder / SHARDS), named_averages(state)
+        reader.read(tensors)
+        for average in state.averages.values():
+            follow(average, state.module, 0.0)
+        if found := averages.keys() & reader.tensors.keys() if "model" in config.load_contents else ():
+            reader.read({key: averages[key] for key in found})
     if "extra" not in config.load_contents:
         return None
     own = folder / EXTRA.format(dist.get_rank())

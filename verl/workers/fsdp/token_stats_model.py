@@ -128,21 +128,27 @@ class ScoredRows:
         self.lengths = torch.where(scored, self._prompt_length + last_scored - starts, 0)
         """(B,) input tokens that each row needs; 0 where nothing is scored."""
 
-    def micro_batches(self, sizes: BatchSizes, packed: bool, group: SequenceGroup = ALONE) -> list[MicroBatch]:
+    def micro_batches(
+        self, sizes: BatchSizes, packed: bool, group: SequenceGroup = ALONE, beside: torch.Tensor | None = None
+    ) -> list[MicroBatch]:
         """Cut the rows into micro-batches: as many on every rank, because sharded models communicate in each.
 
         A micro-batch with nothing to score, as a rank with few rows may have, holds one arbitrary token. A row longer
         than one may be, which `PPOConfig` sees to that there is none, raises ValueError or is one of its own.
+
+        Args:
+            beside: (B,) tokens that another model reads of each row in the same micro-batch; the longer count.
         """
+        lengths = self.lengths if beside is None else self.lengths.maximum(beside)
         if sizes.max_rows is not None:  # all ranks have as many rows, so as many micro-batches
             parts = [part.tolist() for part in torch.arange(len(self.lengths)).split(sizes.max_rows)]
         elif packed:
-            # (B, T) of as many ones in a row as it needs tokens, which is what the next call counts.
-            needed = torch.arange(self.input_ids.shape[1]) < self.lengths[:, None]
+            # As many ones in a row as it needs tokens, which is what the next call counts.
+            needed = torch.arange(int(lengths.max())) < lengths[:, None]
             batch = TensorDict({"attention_mask": needed}, batch_size=[len(needed)])
             parts = rearrange_micro_batches(batch, sizes.max_tokens * group.size)[1]
         else:
-            parts = _rectangles(self.lengths.tolist(), sizes.max_tokens)
+            parts = _rectangles(lengths.tolist(), sizes.max_tokens)
             parts += [[]] * (most_over_ranks(len(parts)) - len(parts))
         return [self.build(rows, packed, group) for rows in parts]
 

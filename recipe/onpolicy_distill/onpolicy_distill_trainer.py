@@ -64,7 +64,8 @@ class RayOnPolicyDistillTrainer(RayPPOTrainer):
                 added = len(self.template.encode_prompt([*turns, {"role": "user", "content": ""}], False))
             except (TemplateError, TypeError, ValueError) as error:
                 raise ValueError(f"{key}: the chat template takes no system message ({error}); leave it out") from error
-            if teacher.url or (ref.log_prob_micro_batch_size_per_gpu and not ref.log_prob_use_dynamic_bsz):
+            by_rows = ref.log_prob_micro_batch_size_per_gpu and not ref.log_prob_use_dynamic_bsz
+            if role in self.config.served_roles or by_rows:
                 continue  # no limit of tokens, or one of the servers
             longest, split = rollout.prompt_length + rollout.response_length + added, ref.ulysses_sequence_parallel_size
             if longest > (most := ref.log_prob_max_token_len_per_gpu) * split:

@@ -129,8 +129,7 @@ class FSDPActorConfig:
     kl_loss_type: KLEstimator = "low_var_kl"
     """Estimator of the KL term: ``kl`` (k1), ``abs``, ``mse`` (k2) or ``low_var_kl`` (k3)."""
     router_aux_loss_coef: NonNegativeFloat = 0.0
-    """Weight of the loss that balances the experts of a mixture, whatever the model's own config says; it takes a
-    further forward pass."""
+    """Weight of the loss that balances a mixture's experts, whatever the model's config says; takes a further pass."""
     grad_clip: PositiveFloat = 1.0
     """Largest gradient norm."""
     ref_log_prob_replace_val: float = -100.0
@@ -155,10 +154,13 @@ class RefConfig:
 
     model: Annotated[RefModelConfig, NullIsEmpty] = field(default_factory=RefModelConfig)
     url: Urls = field(default_factory=list)
-    """vLLM servers of the teacher, which share its rows; ``model`` then names no more than its tokenizer. Empty: it is
-    a model of this run."""
+    """vLLM servers of the teacher, which share its rows; ``model`` then names no more than its tokenizer."""
     api_key_env: str | None = None
     """Environment variable that holds the servers' key; null: they want none."""
+    engine: Literal["vllm"] | None = None
+    """``vllm``: the run serves ``model`` itself. Without it and ``url`` the teacher is a model of this run."""
+    engine_kwargs: Options = field(default_factory=dict)
+    """Options of these servers: ``engine_kwargs.tensor_parallel_size=4``."""
     system_prompt: str | None = None
     """System message that the teacher reads in place of the prompt's own, if any, and the student does not; null: it
     reads what the student reads."""
@@ -263,8 +265,7 @@ class RolloutConfig:
     n: Count = 1
     """Answers per prompt."""
     temperature: PositiveFloat = 1.0
-    """Softmax temperature of the policy, for the sampler, the student's and the teacher's log-probs alike; above 0
-    (greedy validation: ``val_kwargs``)."""
+    """Softmax temperature of sampler, student and teacher alike; above 0 (greedy validation: ``val_kwargs``)."""
     top_p: TopP = 1.0
     """Nucleus sampling; below 1 the sampler differs from the policy."""
     top_k: TopK = -1
@@ -346,7 +347,6 @@ class RolloutConfig:
                 f"{key}.max_model_len={self.max_model_len} is below {key}.prompt_length={self.prompt_length} + "
                 f"{key}.response_length={self.response_length}; set it to null"
             )
-
         for name, most in (("start", self.horizon.start), ("end", self.horizon.end)):
             if most is not None and most > self.response_length:
                 raise ValueError(

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from verl.config.actor_rollout_ref import KLEstimator
-from verl.config.schema import Count, NonNegativeFloat, NullIsEmpty, PositiveFloat, Texts, Urls, section
+from verl.config.schema import Count, NonNegativeFloat, NullIsEmpty, Options, PositiveFloat, Texts, Urls, section
 
 ON_POLICY_DISTILL = "on_policy_distill"
 """``AdvantageEstimator.ON_POLICY_DISTILL``, for checks that have to do without torch."""
@@ -45,6 +45,10 @@ class TeacherConfig:
     """vLLM servers of it, in place of ``path``; they share its rows."""
     api_key_env: str | None = None
     """Environment variable that holds the servers' key; null: they want none."""
+    engine: Literal["vllm"] | None = None
+    """``vllm``: the run serves the model of ``path`` itself."""
+    engine_kwargs: Options = field(default_factory=dict)
+    """Options of these servers, as vLLM names them."""
     system_prompt: str | None = None
     """System message that it reads in place of the prompt's own, if any, and the student does not; null: it reads what
     the student reads."""

@@ -1,6 +1,7 @@
 """A teacher stitched of a served base teacher and a model in this process, against both models in this process."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from verl.config import DistillConfig, TeacherConfig
 from verl.ops.linear_log_prob import LinearTeacher, StitchedTeacher, score_tokens
 from verl.protocol import DataProto
 from verl.workers.actor.teachers import TOP_TENSORS, PartlyKnown
+from verl.workers.model_workers import StudentWorker
 from verl.workers.served_teacher import ServedTeacher, StitchedGroup
 
 pytestmark = pytest.mark.usefixtures("one_rank")
@@ -27,21 +29,24 @@ def servers(models: Models) -> Iterator[dict[bool, FakeServer]]:
         server.close()
 
 
-def served_base(models: Models, server: FakeServer, distill: DistillConfig, temperature: float) -> dict[str, Any]:
-    """The teachers by role, of which the base teacher is served and the others are models."""
+def served_base(
+    models: Models, server: FakeServer, distill: DistillConfig, temperature: float, student: StudentWorker | None = None
+) -> dict[str, Any]:
+    """The teachers by role, of which the base teacher is served and the others are models, beside a student."""
     config = models.config(ref={"url": [server.url]}, rollout={"temperature": temperature})
+    config.model = student.config.model if student else config.model
     own = {role: worker for role, worker in teacher_workers(config, distill).items() if role != "ref"}
     base = ServedTeacher(config, topk=distill.topk_or_none)
     base.init_model()
     for worker in own.values():
-        worker.colocated_roles = own
+        worker.colocated_roles = {"actor": student, **own} if student else own
         worker.init_model()
     mixed: Any = own["mixed"]
     return {**own, "ref": base, "mixed": StitchedGroup(base, mixed)}
 
 
-def at(models: Models, temperature: float) -> DataProto:
-    batch = models.batch(3)
+def at(models: Models, temperature: float, teachers: int = 3) -> DataProto:
+    batch = models.batch(teachers)
     batch.meta_info["temperature"] = temperature
     return batch
 
@@ -106,6 +111,21 @@ def distill_loss(models: Models, roles: Any, distill: DistillConfig) -> tuple[An
     student._distill = student.actor.distill = distill
     metrics = student.update_actor(scored(roles, distill, batch)).meta_info["metrics"]
     return metrics["actor/distill_loss"], tiny.first_gradient(student)
+
+
+def test_the_other_part_may_be_the_student_without_its_adapter(
+    models: Models, servers: dict[bool, FakeServer], tmp_path: Path
+) -> None:
+    """Whatever the adapter has become, the scores are those of the student's own files as a model beside it."""
+    copy, found = tmp_path / "copy", []
+    copy.symlink_to(models.untied)
+    for path in (None, str(copy)):
+        distill = DistillConfig("topk", topk=8, teachers={"mixed": TeacherConfig(path, "stitched")})
+        student = workers(models.config(models.untied, model={"lora_rank": 4}))
+        student.update_actor(tiny.with_loss_inputs(models.batch()))
+        found.append(scored(served_base(models, servers[True], distill, 1.0, student), distill, at(models, 1.0, 2)))
+    for key in ("ref_log_prob", *TOP_TENSORS):
+        assert torch.equal(found[0].tensor(key), found[1].tensor(key)) and found[0].tensor(key).any()
 
 
 @pytest.mark.parametrize("topk", [8, "shared"])

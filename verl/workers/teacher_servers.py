@@ -228,7 +228,7 @@ class VLLMServer:
         words = command_line({**self._options, "host": self._host, "port": port})
         with unblock_sigterm():
             process = self._process = subprocess.Popen(
-                [sys.executable, "-c", START, str(os.getpid()), *words], env=environment, process_group=0
+                [sys.executable, "-c", START, str(os.getpid()), *words], stdout=2, env=environment, process_group=0
             )
         url = f"http://{self._host}:{port}"
         async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=PULSE_S)) as session:

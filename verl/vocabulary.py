@@ -33,3 +33,17 @@ class Vocabulary(NamedTuple):
             raise ValueError(
                 f"the tokenizer has {self.ids} ids, the lm head of {model} only {rows} rows; check tokenizer_path"
             )
+
+
+def choose_replacement(setting: int | None, candidates: list[int | None], shared_ids: int) -> int:
+    """Replacement of ids that the teacher lacks in its input: the setting, or else the first candidate that it knows.
+
+    Raises:
+        ValueError: it does not know that id, or none of the candidates.
+    """
+    for token in candidates if setting is None else [setting]:
+        if token is not None and 0 <= token < shared_ids:
+            return token
+    raise ValueError(
+        f"ref.ref_replace_token_id={setting} (pad, eos: {candidates}) is none of {shared_ids} ids; set one"
+    )

@@ -31,14 +31,19 @@ class FakeServer:
         folder: model with its tokenizer.
         key: wanted as a bearer token; None: no key.
         before: called with the number of each scored row, from 1; what it returns, if anything, is the status.
+        rows: of its head, which is cut there; None: all.
     """
 
     def __init__(
-        self, folder: Path, key: str | None = None, before: Callable[[int], int | None] = lambda number: None
+        self,
+        folder: Path,
+        key: str | None = None,
+        before: Callable[[int], int | None] = lambda number: None,
+        rows: int | None = None,
     ) -> None:
         self.rows: list[list[int]] = []
         """Token ids of every request for scores."""
-        self.max_model_len, self.before = 512, before
+        self.max_model_len, self.before, self._head_rows = 512, before, rows
         self._model, self._tokenizer, self._key = load_plain(folder), AutoTokenizer.from_pretrained(folder), key
         self._loop, started = asyncio.new_event_loop(), threading.Event()
         threading.Thread(target=self._serve, args=(started,), daemon=True).start()
@@ -95,6 +100,6 @@ class FakeServer:
         if max(tokens) >= self._model.config.vocab_size:
             return web.Response(status=400, text=f"Token id {max(tokens)} is out of vocabulary")
         with torch.no_grad():
-            log_probs = self._model(torch.tensor([tokens])).logits[0].log_softmax(-1)
+            log_probs = self._model(torch.tensor([tokens])).logits[0, :, : self._head_rows].log_softmax(-1)
         choice = {"text": "x", "prompt_logprobs": vllm_json(log_probs, tokens, topk)}
         return web.Response(body=json.dumps({"choices": [choice]}).encode(), content_type="application/json")

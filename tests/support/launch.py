@@ -97,19 +97,19 @@ def small_run(engine: str, ranks: int, steps: int, **changes: Any) -> list[str]:
     return [f"{key}={value}" for key, value in values.items()]
 
 
-def processes_of(session: int) -> dict[int, str]:
-    """Titles of the processes of a session of this machine, by process id; no zombies.
+def processes_of(session: int, group: bool = False) -> dict[int, str]:
+    """Titles of the processes of a session of this machine, or of a process group, by process id; no zombies.
 
     A process stays in its session when its parent dies, and whatever it does to its title or environment.
     """
     found = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            state, _, _, own_session = (folder / "stat").read_text().rpartition(")")[2].split()[:4]
+            state, _, own_group, own_session = (folder / "stat").read_text().rpartition(")")[2].split()[:4]
             title = (folder / "cmdline").read_text()
         except (FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
             continue
-        if int(own_session) == session and state != "Z":
+        if int(own_group if group else own_session) == session and state != "Z":
             found[int(folder.name)] = title
     return found
 

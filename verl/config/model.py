@@ -59,6 +59,10 @@ class AnyTeacherConfig:
     """vLLM servers of it, which share its rows; empty: it is a model of this run."""
     api_key_env: str | None = None
     """Environment variable that holds the servers' key; null: they want none."""
+    engine: Literal["vllm"] | None = None
+    """``vllm``: the run serves its model itself, in place of ``url``."""
+    engine_kwargs: Options = field(default_factory=dict)
+    """Options of these servers, as vLLM names them: ``engine_kwargs.tensor_parallel_size=4``."""
     system_prompt: str | None = None
     """System message that it reads in place of the prompt's own, if any, and the student does not; null: it reads what
     the student reads."""

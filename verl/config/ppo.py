@@ -14,7 +14,8 @@ from verl.config.schema import Options, section
 from verl.config.trainer import TrainerConfig
 
 _ACTOR, _ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
-_SPLIT = "ulysses_sequence_parallel_size"
+_SPLIT, _PARALLEL = "ulysses_sequence_parallel_size", "tensor_parallel_size"
+_DISTILS = f"algorithm.adv_estimator={ON_POLICY_DISTILL}"
 
 
 def _env_vars_to_text(ray_init: dict[str, Any]) -> dict[str, Any]:
@@ -114,13 +115,32 @@ class PPOConfig:
     @property
     def served_roles(self) -> list[str]:
         """Teachers behind a URL, which have no workers."""
-        return [role for role, teacher in self.teachers.items() if teacher.url]
+        return [role for role, teacher in self.teachers.items() if teacher.url or teacher.engine]
+
+    @property
+    def engine_roles(self) -> list[str]:
+        """Those whose servers the run starts."""
+        return [role for role, teacher in self.teachers.items() if teacher.engine]
+
+    @property
+    def teacher_ranks_on_nodes(self) -> list[int]:
+        """Ranks of the teachers' models with GPUs of their own, machine by machine; none where servers have these."""
+        return [] if self.engine_roles else self.trainer.teacher_ranks_on_nodes
+
+    @property
+    def gpus_per_server(self) -> int:
+        """Of the servers that the run starts, the most that one wants."""
+        return max([int(self.teachers[role].engine_kwargs.get(_PARALLEL, 1)) for role in self.engine_roles], default=1)
 
     @property
     def scores_without_extended(self) -> bool:
         """Whether a model that lacks the extended ids scores rows, so that scores behind one of them mean nothing."""
-        has_kl_term = self.algorithm.use_kl_in_reward or self.actor_rollout_ref.actor.use_kl_loss
-        return self.algorithm.distils or (has_kl_term and not self.knows_extended(BASE_TEACHER))
+        return self.algorithm.distils or (self.has_kl_term and not self.knows_extended(BASE_TEACHER))
+
+    @property
+    def has_kl_term(self) -> bool:
+        """Whether a KL to the reference is in the reward or in the loss."""
+        return self.algorithm.use_kl_in_reward or self.actor_rollout_ref.actor.use_kl_loss
 
     @property
     def stops_at_extended(self) -> bool:
@@ -170,7 +190,7 @@ class PPOConfig:
         """Groups of ranks have to be whole, and what splits rows has to work on packed ones of this process."""
         models, trainer, key = self.actor_rollout_ref, self.trainer, f"{_ACTOR}.{_SPLIT}"
         split = models.actor.ulysses_sequence_parallel_size
-        ranks = {"actor": trainer.world_size, "ref": sum(trainer.teacher_ranks_on_nodes) or trainer.world_size}
+        ranks = {"actor": trainer.world_size, "ref": sum(self.teacher_ranks_on_nodes) or trainer.world_size}
         for role, count in ranks.items():
             size, name = getattr(models, role).fsdp_config.fsdp_size, f"actor_rollout_ref.{role}.fsdp_config.fsdp_size"
             if size != -1 and (size < 1 or count % size):
@@ -245,27 +265,44 @@ class PPOConfig:
                     yield f"{key}={value} has no effect with {objective}, a loss without advantages; leave it out"
 
     def _server_errors(self) -> Iterator[str]:
-        """What a teacher behind a URL cannot do."""
-        distill, base = self.algorithm.distill, self.actor_rollout_ref.ref
-        stitched = [name for name, teacher in distill.teachers.items() if teacher.is_stitched]
+        """What a served teacher cannot do."""
         for role, teacher in self.teachers.items():
             key = teacher_key(role)
             if teacher.api_key_env and not re.fullmatch("[A-Z_][A-Z0-9_]*", teacher.api_key_env):
                 yield f"{key}.api_key_env must be the name of a variable, in capitals; a key itself is not shown here"
             elif teacher.api_key_env and not teacher.url:
                 yield f"{key}.api_key_env={teacher.api_key_env} has no effect without {key}.url; set it"
-            if not teacher.url:
-                continue
+            if teacher.engine_kwargs and not teacher.engine:
+                yield f"{key}.engine_kwargs={teacher.engine_kwargs} has no effect without {key}.engine=vllm; set it"
             for url in teacher.url:
                 if not url.startswith(("http://", "https://")) or "@" in url:
                     yield f"{key}.url={url.split('@')[-1]} must begin with http:// or https:// and hold no password"
-            if distill.needs_full_distribution and self.algorithm.distils:
-                what = f"algorithm.distill.objective={distill.objective} needs whole distributions"
-                yield f"{what}, and servers ({key}.url) give likeliest ids alone; set it to topk or sampled"
-            if isinstance(teacher, TeacherConfig) and teacher.path:
-                yield f"{key}.path={teacher.path} is not read beside {key}.url; leave one out"
-            if stitched and (teacher is base or role in stitched):
-                yield f"{key}.url: {stitched[0]} is vocabulary=stitched and needs both models in the run; give paths"
+            if role in self.served_roles:
+                server = f"{key}.engine={teacher.engine}" if teacher.engine else f"{key}.url"
+                yield from self._served_errors(key, teacher, server)
+        roles, of_nodes, size = self.engine_roles, self.trainer.teacher_ranks_on_nodes, self.gpus_per_server
+        if roles and of_nodes and (of_nodes[0] % size or sum(of_nodes) < size * len(roles)):
+            gpus = f"trainer.teacher_nnodes={len(of_nodes)} x trainer.teacher_n_gpus_per_node={of_nodes[0]}"
+            yield f"{gpus} GPUs do not divide into servers of {_PARALLEL}={size}, one at least for each of {roles}"
+
+    def _served_errors(self, key: str, teacher: RefConfig | TeacherConfig, server: str) -> Iterator[str]:
+        distill = self.algorithm.distill
+        if teacher.engine and teacher.url:
+            yield f"{server} starts servers, and {key}.url names some; leave one out"
+        if not self.algorithm.distils and not self.has_kl_term:
+            yield f"{server} has no effect, for nothing reads a teacher's scores; leave it out, or set {_DISTILS}"
+        if distill.needs_full_distribution and self.algorithm.distils:
+            what = f"algorithm.distill.objective={distill.objective} needs whole distributions"
+            yield f"{what}, and servers ({server}) give likeliest ids alone; set it to topk or sampled"
+        if not isinstance(teacher, TeacherConfig):
+            if any(each.is_stitched and each.system_prompt for each in distill.teachers.values()):
+                yield f"{server} reads no system_prompt of a stitched teacher; leave it out, or let both be models"
+            return
+        if teacher.path and teacher.url:
+            yield f"{key}.path={teacher.path} is not read beside {key}.url; leave one out"
+        if teacher.is_stitched:
+            why = "servers do not tell how much of what they leave unnamed is of item tokens"
+            yield f"{server} with vocabulary=stitched: {why}; let it be a model of the run"
 
     def _own_prompt_errors(self) -> Iterator[str]:
         data = self.data

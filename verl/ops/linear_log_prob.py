@@ -339,7 +339,7 @@ class StitchedTeacher:
 
     def __init__(self, base: LinearTeacher, own: LinearTeacher) -> None:
         self.vocab_size = own.vocab_size
-        self.hidden_states = (*base.hidden_states, *own.hidden_states)
+        self.hidden_states: tuple[torch.Tensor, ...] = (*base.hidden_states, *own.hidden_states)
         self._base, self._own = base, own
 
     def __call__(self, rows: slice) -> torch.Tensor:
@@ -388,7 +388,7 @@ def score_tokens(
         values = log_q.gather(1, chosen[rows]).squeeze(1)
         drawn[rows] = values.where(known[rows], missing).to(drawn.dtype)
         if top is not None:
-            likeliest, ids = log_q.topk(min(topk or 0, size), dim=-1)
+            likeliest, ids = log_q[:, :size].topk(min(topk or 0, size), dim=-1)
             for found, target in ((ids, top.ids[rows]), (likeliest, top.log_probs[rows])):
                 target[:, : found.shape[1]] = found
                 target[:, found.shape[1] :] = found[:, :1]

@@ -42,8 +42,9 @@ def redacted(value: Any, name: str = "") -> Any:
 def public_dict(config: PPOConfig) -> dict[str, Any]:
     """The configuration as nested plain values without secrets, for loggers and saved files."""
     values = dataclasses.asdict(config)
-    rollout = values["actor_rollout_ref"]["rollout"]
-    rollout["engine_kwargs"] = redacted(rollout["engine_kwargs"])
+    models, teachers = values["actor_rollout_ref"], values["algorithm"]["distill"]["teachers"]
+    for section in (models["rollout"], models["ref"], *teachers.values()):
+        section["engine_kwargs"] = redacted(section["engine_kwargs"])
     return values | {key: redacted(values[key]) for key in ("ray_kwargs", "custom_reward_function")}
 
 

@@ -27,21 +27,22 @@ from verl.single_controller.base import Worker
 from verl.single_controller.base.decorator import Dispatch, Execute, register
 from verl.utils.device import max_memory_metrics, release_cached_memory, resolve_dtype
 from verl.utils.tokenizer import hf_tokenizer
-from verl.vocabulary import Vocabulary
+from verl.vocabulary import Vocabulary, choose_replacement
 from verl.weight_sync import DEFAULT_BUCKET_MB, WeightExporter
 from verl.workers.actor.dp_actor import SCORED_KEYS, UPDATE_KEYS, DataParallelPPOActor, build_optimizer
 from verl.workers.actor.losses import STUDENT_SCORES, UPDATE_SCORES, Advantage
 from verl.workers.actor.teachers import (
     HIDDEN_STATE_HANDLES,
+    SCORES_OF_BASE,
     TOP_TENSORS,
     FullTeacher,
     ModelTeacher,
     RemoteTeacher,
     ScoredPositions,
     StitchedModelTeacher,
+    StitchedServedTeacher,
     Teacher,
     TopKTeacher,
-    choose_replacement,
     hidden_states_by_row,
 )
 from verl.workers.fsdp.adapter import adapted_layers, merge
@@ -241,7 +242,7 @@ class TeacherWorker(Worker):
 
     Its softmax runs over the shared ids alone. Ids that it lacks are replaced in its input, and their log-prob is
     ``ref_log_prob_replace_val``. A teacher with the student's vocabulary (the student's own starting weights) reads and
-    scores every id; stitched to the base teacher of its process, it leaves the shared ids to that one.
+    scores every id; stitched to the base teacher, of its process or in the batch, it leaves the shared ids to that.
 
     Args:
         config: ``actor_rollout_ref``; without ``ref.model.path`` the student's own starting weights are the teacher.
@@ -313,12 +314,12 @@ class TeacherWorker(Worker):
         shares = model.lora_rank > 0 and not model.lora_extended_rows and self._files[0] == model.path
         return student if shares and isinstance(student, StudentWorker) else None
 
-    @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO, reads=SCORED_KEYS)
+    @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO, reads=(*SCORED_KEYS, *SCORES_OF_BASE))
     def compute_ref_log_prob(self, data: DataProto) -> DataProto:
         """``ref_log_prob`` (B, R): the teacher's log-probs of the responses."""
         return self._score(data, real_response_tokens(data))
 
-    @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO, reads=(*SCORED_KEYS, "response_mask"))
+    @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO, reads=(*SCORED_KEYS, *SCORES_OF_BASE, "response_mask"))
     def score_for_update(self, data: DataProto) -> DataProto:
         """What a later update compares the student with: the likeliest ids, or handles to hidden states.
 
@@ -376,11 +377,12 @@ class TeacherWorker(Worker):
     def on_device(self) -> Iterator[FullTeacher]:
         """The teacher, on its device for the time of the block; gathered parameters are freed at its end."""
         self._move(self._device)
-        if self._is_stitched:
-            base = self.colocated_roles[BASE_TEACHER]
-            assert isinstance(base, TeacherWorker), "a stitched teacher has the base teacher beside it"
+        base = self.colocated_roles.get(BASE_TEACHER)
+        if self._is_stitched and isinstance(base, TeacherWorker):
             with base.on_device():
                 yield StitchedModelTeacher(base.model, self.model)
+        elif self._is_stitched:
+            yield StitchedServedTeacher(self.model)
         else:
             yield self.model
         reshard(self.model.module)

@@ -1,8 +1,8 @@
-"""A teacher behind URLs: any vLLM server that scores prompts, asked by the driver in place of a worker group.
+"""A teacher that servers are asked for (``teacher_servers``), by the driver, in place of a worker group.
 
 In: rows of a batch. Out: the keys that a `TeacherWorker` gives, from the log-probs of the rows' tokens and of the
 likeliest ids. Ids that the teacher lacks are replaced before anything is sent, and a row ends with its last scored
-token. Rows are spread over all endpoints; what fails on one goes to another, and the last one's end ends the run.
+token.
 
 A server's softmax runs over all rows of its head, the teacher's here over the shared ids alone. With z the server's
 log-probs, m the mass of the shared ids that it names, and u that of all ids that it does not name::
@@ -17,71 +17,44 @@ Letters: B rows, R response, S scored positions of a row, W ids that the server 
 """
 
 import asyncio
-import json
 import logging
 import os
-from collections.abc import Coroutine, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
-from urllib.parse import urlsplit
+from collections.abc import Callable
+from typing import NamedTuple
 
-import aiohttp
 import torch
 
 from verl.config import ActorRolloutRefConfig, TeacherConfig
 from verl.protocol import DataProto
-from verl.single_controller.base import WorkerError
+from verl.single_controller.base.decorator import WorkerGroup
 from verl.utils.tokenizer import hf_tokenizer
 from verl.utils.vocab_rules import PROBES
-from verl.vocabulary import Vocabulary
-from verl.workers.actor.teachers import TOP_TENSORS
+from verl.vocabulary import Vocabulary, choose_replacement
+from verl.workers.actor.teachers import SHARED_IDS, TOP_TENSORS
 from verl.workers.fsdp.token_stats_model import ScoredRows, real_response_tokens
-from verl.workers.model_workers import choose_replacement
+from verl.workers.rollout.vllm_settings import command_line
+from verl.workers.teacher_servers import (
+    FAULTS,
+    MODELS,
+    PULSE_S,
+    TOKENIZE,
+    Endpoint,
+    Entries,
+    RefusedError,
+    TeacherServers,
+    describe,
+)
 
 logger = logging.getLogger(__name__)
 
-MODELS, COMPLETIONS, TOKENIZE = "/v1/models", "/v1/completions", "/tokenize"
-ROWS_AT_ONCE = 16
-"""Of one endpoint; a server's answers are large, and it writes them one by one."""
-PULSE_S, PROBE_S = 8.0, 60.0
-"""Between looks at whether an endpoint is still there, and for each; for the probe, maybe a server's first request."""
-TRIES, PAUSE_S = 4, 1.0
-"""Of a row on endpoints that are there, and between them."""
+PROBE_S = 60.0
+"""For the probe, maybe a server's first request."""
 SAME_SCORES, SAME_MODEL = 1e-3, 0.1
 """Mean difference in nats between endpoints: that is not worth a word, and that can be rounding."""
 PROBE_TOKENS, TURN_TOKENS = 128, 16
 """Of the text that endpoints are compared on; what a chat template writes around a system message, at most."""
 RESOLUTION = 1e-7
 """Of a mass that is 1 less a sum of float32 numbers."""
-
-Entries = Sequence[Mapping[str, Mapping[str, Any]]]
-"""Of each position what a server names: id as a text to ``logprob``."""
-_Result = TypeVar("_Result")
-
-
-class RefusedError(WorkerError):
-    """A server does not serve a request, and would not another time."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message, by_user=True)
-
-
-FAILURES = (aiohttp.ClientError, TimeoutError, OSError)
-"""What another try or another endpoint may not meet."""
-
-
-@dataclass
-class Endpoint:
-    """One server."""
-
-    url: str
-    model: str = ""
-    """Its name for the model."""
-    rows: int = 0
-    """Being scored there now."""
-    fault: str | None = None
-    """Why it is not asked any more; None: it is."""
 
 
 class ServedScores(NamedTuple):
@@ -154,36 +127,45 @@ class ServedTeacher:
     ) -> None:
         settings = config.ref if teacher is None else teacher
         model, ref, rollout = config.model, config.ref, config.rollout
-        self._topk, self._missing, self._timeout_s = topk, ref.ref_log_prob_replace_val, rollout.timeout_s
-        self._endpoints = [Endpoint(url.rstrip("/").removesuffix("/v1")) for url in settings.url]
-        self._headers = {}
-        if (variable := settings.api_key_env) is not None:
-            if not os.environ.get(variable):
-                raise ValueError(f"api_key_env={variable}: this environment variable is not set; export it")
-            self._headers["Authorization"] = f"Bearer {os.environ[variable]}"
+        self._topk, self._missing = topk, ref.ref_log_prob_replace_val
+        if (variable := settings.api_key_env) is not None and not os.environ.get(variable):
+            raise ValueError(f"api_key_env={variable}: this environment variable is not set; export it")
+        self.servers = TeacherServers(settings.url, os.environ.get(variable or ""), rollout.timeout_s)
+        self._wait: Callable[[], TeacherServers] | None = None
         student = model.tokenizer_path or str(model.path)
         own = None if teacher is not None else ref.model.tokenizer_path or ref.model.path
         self._tokenizer = hf_tokenizer(student, trust_remote_code=model.trust_remote_code)
         vocabulary, self._replacement = Vocabulary(len(self._tokenizer), rollout.extend_start), None
-        self._ids = vocabulary.ids
+        self.ids = vocabulary.ids
+        """Number of ids that it knows."""
         if teacher is None or not teacher.knows_extended:
             theirs = hf_tokenizer(own, trust_remote_code=model.trust_remote_code) if own else self._tokenizer
-            self._ids = vocabulary.shared_ids(len(theirs))  # as of a teacher of the run
+            self.ids = vocabulary.shared_ids(len(theirs))  # as of a teacher of the run
             stand_ins = [theirs.pad_token_id, theirs.eos_token_id]
-            self._replacement = choose_replacement(ref.ref_replace_token_id, stand_ins, self._ids)
-        self._is_whole = topk is not None and topk >= self._ids
+            self._replacement = choose_replacement(ref.ref_replace_token_id, stand_ins, self.ids)
+        self._is_whole = topk is not None and topk >= self.ids
         if rollout.temperature != 1 and not self._is_whole:
             raise ValueError(
                 f"actor_rollout_ref.rollout.temperature={rollout.temperature}: a server scores at temperature 1, and "
-                f"another follows from log-probs of all {self._ids} ids alone; set it to 1, or with "
-                f"algorithm.distill.objective=topk set algorithm.distill.topk={self._ids}"
+                f"another follows from log-probs of all {self.ids} ids alone; set it to 1, or with "
+                f"algorithm.distill.objective=topk set algorithm.distill.topk={self.ids}"
             )
         self._longest = rollout.prompt_length + rollout.response_length
         if settings.system_prompt:
             self._longest += len(self._tokenizer.encode(settings.system_prompt)) + TURN_TOKENS
         tokens = self._tokenizer.encode("\n".join(PROBES["texts"]), add_special_tokens=False)
-        self._probe = [token for token in tokens if token < self._ids][: min(PROBE_TOKENS, self._longest)]
+        self._probe = [token for token in tokens if token < self.ids][: min(PROBE_TOKENS, self._longest)]
         self._probe_scores: torch.Tensor | None = None
+
+    @property
+    def limits(self) -> dict[str, int]:
+        """What servers have to be started with, as options of vLLM."""
+        named = {"max_logprobs": -1 if self._is_whole else self._topk} if self._topk else {}
+        return {**named, "max_model_len": self._longest + 1}
+
+    def expect_servers(self, wait: Callable[[], TeacherServers]) -> None:
+        """Have `init_model` ask ``wait`` for servers that the run starts."""
+        self._wait = wait
 
     # ------------------------------------------------------------------ what a worker group has
 
@@ -192,12 +174,15 @@ class ServedTeacher:
 
         Raises:
             ValueError: one of them does not.
+            WorkerError: one that the run starts did not start.
         """
-        asyncio.run(self._in_session(self._connect_all()))
+        if self._wait is not None:
+            self.servers = self._wait()
+        self.servers.run(self._connect_all())
 
     def find_other_tokens(self) -> list[str]:
         """Endpoints whose tokenizer makes other ids of the probe texts than the student's, a line each."""
-        return asyncio.run(self._in_session(self._find_other_tokens()))
+        return self.servers.run(self._find_other_tokens())
 
     def compute_ref_log_prob(self, data: DataProto) -> DataProto:
         """``ref_log_prob`` (B, R): the teacher's log-probs of the responses."""
@@ -216,7 +201,7 @@ class ServedTeacher:
     def _score(self, data: DataProto, select: torch.Tensor, topk: int | None) -> DataProto:
         input_ids, temperature = data.tensor("input_ids"), data.meta_info["temperature"]
         if self._replacement is not None:
-            input_ids = input_ids.masked_fill(input_ids >= self._ids, self._replacement)
+            input_ids = input_ids.masked_fill(input_ids >= self.ids, self._replacement)
         layout = ScoredRows(input_ids, data.tensor("attention_mask"), select)
         scores = {"ref_log_prob": torch.zeros(select.shape)}
         if topk is not None:
@@ -230,9 +215,9 @@ class ServedTeacher:
             micro = layout.build([row], packed=True)
             # The last scored token is predicted and never read; a server has to be sent it all the same.
             tokens = [*micro.inputs.input_ids[0].tolist(), int(micro.inputs.labels[-1])]
-            entries = await self._entries(tokens, asked)
+            entries = await self.servers.score(tokens, asked)
             named = [entries[place + 1] for place in micro.inputs.select_index.tolist()]
-            settings = micro.inputs.labels, self._ids, topk or 0, temperature
+            settings = micro.inputs.labels, self.ids, topk or 0, temperature
             found = await asyncio.to_thread(served_scores, named, *settings)
             # `scores` has this order: `ref_log_prob`, then TOP_TENSORS.
             for target, values in zip(scores.values(), found, strict=False):
@@ -240,14 +225,11 @@ class ServedTeacher:
             bounds[micro.rows, micro.columns] = found.bound
 
         async def score_rows() -> None:
-            for endpoint in self._endpoints:
-                if endpoint.fault is not None:  # perhaps it is back
-                    with suppress(*FAILURES, RefusedError, LookupError, TypeError):
-                        await self._connect(endpoint)
+            await self.servers.reconnect(self._connect)
             await asyncio.gather(*map(score_row, layout.lengths.nonzero().flatten().tolist()))
 
-        asyncio.run(self._in_session(score_rows()))
-        scores["ref_log_prob"].masked_fill_(select & (data.tensor("responses") >= self._ids), self._missing)
+        self.servers.run(score_rows())
+        scores["ref_log_prob"].masked_fill_(select & (data.tensor("responses") >= self.ids), self._missing)
         if topk is None or not select.any():
             return DataProto.from_dict(scores)
         metrics = {
@@ -256,144 +238,77 @@ class ServedTeacher:
         }
         return DataProto.from_dict(scores, meta_info={"metrics": metrics})
 
-    async def _entries(self, tokens: list[int], topk: int) -> Entries:
-        """What is named at each token of a row, by whichever endpoint; nothing at the first.
-
-        Raises:
-            WorkerError: no endpoint answers.
-        """
-        last: Exception | None = None
-        for _ in range(TRIES + len(self._endpoints)):
-            async with self._slots:
-                there = [endpoint for endpoint in self._endpoints if endpoint.fault is None]
-                if not there:
-                    break
-                endpoint = min(there, key=lambda each: each.rows)
-                endpoint.rows += 1
-                try:
-                    return await self._while_there(endpoint, self._complete(endpoint, tokens, topk))
-                except RefusedError as error:
-                    raise RefusedError(f"{endpoint.url}: {error}") from None
-                except FAILURES as error:
-                    last = error
-                    await self._note_failure(endpoint, error)
-                finally:
-                    endpoint.rows -= 1
-        faults = "; ".join(f"{endpoint.url}: {endpoint.fault or describe(last)}" for endpoint in self._endpoints)
-        raise WorkerError(f"no endpoint of a teacher scores any more ({faults}); start them again, and then the run")
-
     # ------------------------------------------------------------------ endpoints
 
     async def _connect(self, endpoint: Endpoint) -> None:
         """See that an endpoint serves the model that the others do, to rows as long as the run's."""
-        model = (await self._request(endpoint, MODELS, timeout_s=PULSE_S))["data"][0]
+        model = (await self.servers.request(endpoint, MODELS, timeout_s=PULSE_S))["data"][0]
         endpoint.model, length = model["id"], model.get("max_model_len")
         if length is not None and length <= self._longest:
             raise RefusedError(f"it takes {length} tokens, and the longest row has {self._longest}, and one is written")
         async with asyncio.timeout(PROBE_S):
-            entries = await self._complete(endpoint, self._probe, -1 if self._is_whole else self._topk or 0)
-        found = served_scores(entries[1:], torch.tensor(self._probe[1:]), self._ids, self._topk or 0).drawn
+            entries = await self.servers.complete(endpoint, self._probe, -1 if self._is_whole else self._topk or 0)
+        found = served_scores(entries[1:], torch.tensor(self._probe[1:]), self.ids, self._topk or 0).drawn
         if self._probe_scores is None:
             self._probe_scores = found
         # The mean: in bf16 single log-probs differ by tenths from GPU to GPU, and another model's differ everywhere.
         difference = float((found - self._probe_scores).abs().mean())
         if not difference <= SAME_MODEL:  # NaN is not
-            raise RefusedError(f"it scores otherwise than {self._endpoints[0].url} did, by {difference:.3g} nats")
+            first = self.servers.endpoints[0].url
+            raise RefusedError(f"it scores otherwise than {first} did, by {difference:.3g} nats")
         if difference > SAME_SCORES:
             logger.warning("%s scores a text otherwise than the first, by %.2g nats", endpoint.url, difference)
         endpoint.fault = None
 
     async def _connect_all(self) -> None:
         faults: list[str] = []
-        for endpoint in self._endpoints:
+        for endpoint in self.servers.endpoints:
             try:
                 await self._connect(endpoint)
-            except (*FAILURES, RefusedError, LookupError, TypeError) as error:
+            except FAULTS as error:
                 faults.append(f"\n- {endpoint.url}: {describe(error)}")
         if faults:
-            most = f"--max-logprobs {-1 if self._is_whole else self._topk} " if self._topk else ""
-            fix = f"start them with vllm serve MODEL {most}--max-model-len {self._longest + 1}"
+            fix = f"start them with vllm serve MODEL {' '.join(command_line(self.limits))}"
             raise ValueError(f"servers of a teacher cannot be used; {fix}{''.join(faults)}")
 
     async def _find_other_tokens(self) -> list[str]:
         faults: list[str] = []
-        for endpoint in self._endpoints:
+        for endpoint in self.servers.endpoints:
             # With the last id that it is said to know.
-            texts = [*PROBES["texts"], self._tokenizer.convert_ids_to_tokens(self._ids - 1)]
+            texts = [*PROBES["texts"], self._tokenizer.convert_ids_to_tokens(self.ids - 1)]
             for text in texts:
                 ours = self._tokenizer.encode(text, add_special_tokens=False)
                 body = {"model": endpoint.model, "prompt": text, "add_special_tokens": False}
                 try:
-                    theirs = (await self._request(endpoint, TOKENIZE, body, PULSE_S))["tokens"]
-                except (*FAILURES, RefusedError) as error:
+                    theirs = (await self.servers.request(endpoint, TOKENIZE, body, PULSE_S))["tokens"]
+                except FAULTS as error:
                     faults.append(f"{endpoint.url} does not say which tokens a text has: {describe(error)}")
                     break
-                if theirs != ours and max(ours, default=0) < self._ids:
+                if theirs != ours and max(ours, default=0) < self.ids:
                     faults.append(f"{endpoint.url} makes other tokens of {text[:40]!r} than the student: {theirs[:8]}")
                     break
         return faults
 
-    async def _complete(self, endpoint: Endpoint, tokens: list[int], topk: int) -> Entries:
-        body = {"model": endpoint.model, "prompt": tokens, "max_tokens": 1, "prompt_logprobs": topk}
-        answer = await self._request(endpoint, COMPLETIONS, body)
-        entries = answer["choices"][0].get("prompt_logprobs")
-        if entries is None or len(entries) != len(tokens):
-            raise RefusedError(f"it gives no prompt_logprobs of {len(tokens)} tokens; is it a vLLM server?")
-        return entries
 
-    async def _request(
-        self, endpoint: Endpoint, path: str, body: Mapping[str, Any] | None = None, timeout_s: float | None = None
-    ) -> Any:
-        """An endpoint's answer.
+class StitchedGroup:
+    """The workers of a stitched teacher whose base teacher is served: with their rows they get its scores of them."""
 
-        Raises:
-            RefusedError: it is an error of ours.
-            OSError, TimeoutError, aiohttp.ClientError: it has none.
-        """
-        limits = aiohttp.ClientTimeout(total=timeout_s or self._timeout_s, sock_connect=PULSE_S)
-        method, url = "GET" if body is None else "POST", endpoint.url + path
-        async with self._session.request(method, url, json=body, timeout=limits) as response:
-            content, status = await response.read(), response.status
-        if status >= 400:
-            message = f"{path} answers {status}: {content[:300].decode(errors='replace')}"
-            # Too many requests, or an error of the server's.
-            raise OSError(message) if status in (408, 429) or status >= 500 else RefusedError(message)
-        try:  # megabytes, for which the other requests should not wait
-            return await asyncio.to_thread(json.loads, content)
-        except ValueError as error:
-            raise OSError(f"{path} answers no JSON: {content[:100].decode(errors='replace')!r}") from error
+    def __init__(self, base: ServedTeacher, own: WorkerGroup) -> None:
+        self._base, self._own = base, own
+        self.init_model = own.init_model
 
-    async def _while_there(self, endpoint: Endpoint, answer: Coroutine[Any, Any, _Result]) -> _Result:
-        """The answer; an error once nothing listens at the endpoint, which an open connection may not show."""
-        parts, task = urlsplit(endpoint.url), asyncio.ensure_future(answer)
-        try:
-            while not (await asyncio.wait({task}, timeout=PULSE_S))[0]:
-                async with asyncio.timeout(PULSE_S):
-                    port = parts.port or (443 if parts.scheme == "https" else 80)
-                    _, writer = await asyncio.open_connection(parts.hostname, port)
-                    writer.close()
-            return task.result()
-        finally:
-            task.cancel()
+    def compute_ref_log_prob(self, data: DataProto) -> DataProto:
+        """As `TeacherWorker.compute_ref_log_prob`."""
+        return self._own.compute_ref_log_prob(self._with(data, self._base.compute_ref_log_prob(data)))
 
-    async def _note_failure(self, endpoint: Endpoint, error: Exception) -> None:
-        """Ask the endpoint no more unless it answers at all."""
-        try:
-            await self._request(endpoint, MODELS, timeout_s=PULSE_S)
-            logger.warning("%s failed to score a row, which is tried again: %s", endpoint.url, describe(error))
-            await asyncio.sleep(PAUSE_S)
-        except (*FAILURES, RefusedError):
-            if endpoint.fault is None:
-                logger.warning("%s does not answer, the others score its rows: %s", endpoint.url, describe(error))
-            endpoint.fault = describe(error)
+    def score_for_update(self, data: DataProto) -> DataProto:
+        """As `ServedTeacher.score_for_update`; the metrics are the base teacher's."""
+        of_base = self._base.score_for_update(data)
+        metrics = of_base.meta_info.pop("metrics", {})
+        scores: DataProto = self._own.score_for_update(self._with(data, of_base))
+        scores.meta_info["metrics"] = metrics
+        return scores
 
-    async def _in_session(self, work: Coroutine[Any, Any, _Result]) -> _Result:
-        self._slots = asyncio.Semaphore(ROWS_AT_ONCE * len(self._endpoints))
-        connector = aiohttp.TCPConnector(limit=0)
-        async with aiohttp.ClientSession(headers=self._headers, connector=connector) as self._session:
-            return await work
-
-
-def describe(error: Exception | None) -> str:
-    """An error in one line; some of them have no text."""
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    def _with(self, data: DataProto, of_base: DataProto) -> DataProto:
+        of_base.meta_info[SHARED_IDS] = self._base.ids
+        return data.select().union(of_base)

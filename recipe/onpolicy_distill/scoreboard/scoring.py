@@ -24,11 +24,10 @@ from verl.trainer.ppo.core_algos import AdvantageEstimator
 from verl.trainer.ppo.metric_utils import compute_on_policy_distill_data_metrics
 from verl.utils.device import release_cached_memory, resolve_dtype, select_device
 from verl.utils.tokenizer import hf_tokenizer
-from verl.vocabulary import Vocabulary
+from verl.vocabulary import Vocabulary, choose_replacement
 from verl.workers.actor.dp_actor import DataParallelPPOActor
 from verl.workers.fsdp.build import choose_attention, load_config
 from verl.workers.fsdp.token_stats_model import BatchSizes, TokenStatsModel
-from verl.workers.model_workers import choose_replacement
 
 MICRO_BATCH_TOKENS = 16384
 

@@ -151,6 +151,9 @@ def test_servers_of_a_teacher_may_move(folder: Path, run: PPOConfig) -> None:
     run.actor_rollout_ref.ref.url, run.actor_rollout_ref.ref.api_key_env = ["http://two", "http://three"], "KEY"
     teacher.url, teacher.api_key_env = ["http://two"], "KEY"
     check(folder, run)
+    for place in (run.actor_rollout_ref.ref, teacher):  # or be the run's own
+        place.url, place.engine, place.engine_kwargs = [], "vllm", {"tensor_parallel_size": 4}
+    check(folder, run)
     run.actor_rollout_ref.ref.system_prompt = teacher.system_prompt = "Be short."
     key = "algorithm.distill.teachers.far.system_prompt"
     assert refused_keys(folder, run) == ["actor_rollout_ref.ref.system_prompt", key]

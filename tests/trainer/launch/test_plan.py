@@ -105,6 +105,9 @@ def test_servers_and_engines_with_gpus_of_their_own_take_nothing_here(folder: Pa
     url = "actor_rollout_ref.ref.url=http://10.0.0.1:8000"
     served = planned(settings(folder, url, "algorithm.distill.objective=topk", teacher=tokenizer))
     assert served.parts[RANK]["frozen teachers"] == 0
+    own, pool = "actor_rollout_ref.ref.engine=vllm", ["trainer.teacher_nnodes=1", "trainer.teacher_n_gpus_per_node=1"]
+    of_run = planned(settings(folder, own, *pool, SELF, "algorithm.distill.objective=topk"))
+    assert of_run.parts[RANK]["frozen teachers"] == 2 * WEIGHTS and TEACHER_RANK not in of_run.parts
     pool = ["trainer.rollout_nnodes=1", "trainer.rollout_n_gpus_per_node=1"]
     apart = planned(settings(folder, *pool), card=2**30)
     assert apart.peak("update") == max(apart.stages["update"].values()) == 2**29, "of the engine's GPU"

@@ -70,7 +70,7 @@ def test_what_a_run_finds_out_before_it_starts(tiny_pair: Pair, prompts: Path, t
     def build(**changes: Any) -> None:
         build_trainer(run_of(tiny_pair, prompts, tmp_path, **changes))
 
-    server, other = FakeServer(tiny_pair.teacher), f"++{DISTILL}.teachers.x"
+    server = FakeServer(tiny_pair.teacher)
     with pytest.raises(ValueError, match=r"^actor_rollout_ref\.ref\.url: servers .*--max-logprobs -1 .*\n- http://127"):
         build(**{f"{REF}.url": "http://127.0.0.1:9"})
     server._tokenizer = type("Other", (), {"encode": lambda *_, **__: [1, 2]})()
@@ -78,16 +78,57 @@ def test_what_a_run_finds_out_before_it_starts(tiny_pair: Pair, prompts: Path, t
         build(**{f"{REF}.url": server.url})
     build(**{f"{REF}.url": server.url, "trainer.vocab_check": "warn"})
     server.close()
-    for changes, message in (
+
+
+OTHER = f"++{DISTILL}.teachers.x"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
         ({f"{REF}.url": "ftp://a"}, "url=ftp://a must begin with http://"),
         ({f"{REF}.url": "http://me:secret@a/v1"}, "url=a/v1 must begin with http:// or https:// and hold no password"),
         (
             {f"{REF}.url": "http://a", f"{DISTILL}.objective": "exact", f"{DISTILL}.topk": 64},
             "exact needs whole distri",
         ),
-        ({other: "{url: [http://a], path: b}"}, "x.path=b is not read beside algorithm.distill.teachers.x.url"),
-        ({other: "{url: [http://a], vocabulary: stitched}"}, "x is vocabulary=stitched and needs both"),
-        ({other: "{vocabulary: stitched}", f"{REF}.url": "http://a"}, "actor_rollout_ref.ref.url: x is vocabulary"),
+        ({OTHER: "{url: [http://a], path: b}"}, "x.path=b is not read beside algorithm.distill.teachers.x.url"),
+        ({OTHER: "{url: [http://a], vocabulary: stitched}"}, "x.url with vocabulary=stitched: servers do not tell"),
+        (
+            {f"{REF}.url": "http://a", f"{REF}.engine": "vllm"},
+            "engine=vllm starts servers, and actor_rollout_ref.ref.url",
+        ),
+        (
+            {f"+{REF}.engine_kwargs.quantization": "fp8"},
+            "'fp8'} has no effect without actor_rollout_ref.ref.engine=vllm",
+        ),
+        (
+            {f"{REF}.engine": "vllm", f"{DISTILL}.objective": "exact", f"{DISTILL}.topk": 64},
+            "servers (actor_rollout_ref",
+        ),
+        ({OTHER: "{engine: vllm, vocabulary: stitched}"}, "x.engine=vllm with vocabulary=stitched: servers do not"),
+        (
+            {OTHER: "{vocabulary: stitched, system_prompt: a}", f"{REF}.url": "http://a"},
+            "ref.url reads no system_prompt of a stitched teacher",
+        ),
+        (
+            {
+                f"{REF}.engine": "vllm",
+                f"+{REF}.engine_kwargs.tensor_parallel_size": 2,
+                "trainer.teacher_nnodes": 1,
+                "trainer.teacher_n_gpus_per_node": 3,
+            },
+            "x trainer.teacher_n_gpus_per_node=3 GPUs do not divide into servers of tensor_parallel_size=2",
+        ),
+        (
+            {
+                f"{REF}.url": "http://a",
+                "algorithm.adv_estimator": "grpo",
+                f"{DISTILL}.objective": "sampled",
+                f"{DISTILL}.topk": 64,
+            },
+            "actor_rollout_ref.ref.url has no effect, for nothing reads",
+        ),
         ({f"{REF}.api_key_env": "sk-secret"}, "ref.api_key_env must be the name of a variable"),
         ({f"{REF}.api_key_env": "KEY"}, "api_key_env=KEY has no effect without actor_rollout_ref.ref.url"),
         ({f"{REF}.system_prompt": "a", "data.truncation": "left"}, "system_prompt: data.truncation=left cuts prompts"),
@@ -99,10 +140,33 @@ def test_what_a_run_finds_out_before_it_starts(tiny_pair: Pair, prompts: Path, t
             },
             "=auto compares tokenizers, and that of actor_rollout_ref.ref.url is not here",
         ),
-    ):
-        with pytest.raises(ValueError) as refused:
-            build(**changes)
-        assert message in str(refused.value) and "secret" not in str(refused.value)
+    ],
+)
+def test_settings_that_no_server_can_follow(
+    changes: dict[str, Any], message: str, tiny_pair: Pair, prompts: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError) as refused:
+        build_trainer(run_of(tiny_pair, prompts, tmp_path, **changes))
+    assert message in str(refused.value) and "secret" not in str(refused.value)
+
+
+@pytest.mark.parametrize("objective", ["topk", "sampled"])
+def test_a_run_with_a_served_base_teacher_stitched_to_the_student_as_it_was(
+    objective: str, tiny_pair: Pair, prompts: Path, tmp_path: Path
+) -> None:
+    """Served, the base teacher has no rows past the shared ids, so that `sampled` loses nothing either."""
+    server = FakeServer(tiny_pair.teacher, rows=tiny_pair.extend_vocab_start_token)
+    changes = {f"++{DISTILL}.teachers.both": "{vocabulary: stitched}", "trainer.total_training_steps": 2}
+    if objective == "sampled":
+        changes |= {f"{DISTILL}.objective": objective, f"{DISTILL}.topk": 64}
+    run_in_process(run_of(tiny_pair, prompts, tmp_path / "model", **changes))
+    run_in_process(run_of(tiny_pair, prompts, tmp_path / "served", **changes, **{f"{REF}.url": server.url}))
+    server.close()
+    name = "actor/distill_loss" if objective == "topk" else "actor/pg_loss"
+    wanted, found = ([read_metrics(tmp_path / each)[step] for step in (1, 2)] for each in ("model", "served"))
+    assert [step[name] for step in found] == pytest.approx([step[name] for step in wanted], rel=1e-4, abs=1e-6)
+    assert all(step[name] for step in wanted)
+    assert "distill_teacher/both/teacher_log_prob_bound" in found[0] or objective == "sampled"
 
 
 # ------------------------------------------------------------------ a system prompt

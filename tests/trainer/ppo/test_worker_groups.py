@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from verl.config import PPOConfig, TeacherConfig, TrainerConfig
+from verl.config import PPOConfig, RefConfig, TeacherConfig, TrainerConfig
 from verl.single_controller.ray.resource_pool import RankPlace
 from verl.trainer.ppo import worker_groups
 from verl.trainer.ppo.worker_groups import WorkerGroups, check_nodes, teacher_paths
@@ -18,12 +18,16 @@ def test_a_teacher_shares_the_students_ranks_unless_it_has_its_own() -> None:
     assert planned(**student) == ({"train": [4, 4]}, {"actor": "train", "ref": "train"})
     apart = planned(**student, teacher_nnodes=1, teacher_n_gpus_per_node=8)
     assert apart == ({"train": [4, 4], "teacher": [8]}, {"actor": "train", "ref": "teacher"})
+    served = planned(**student, teacher_nnodes=1, teacher_n_gpus_per_node=8, teacher=RefConfig(engine="vllm"))
+    assert served == ({"train": [4, 4], "teacher": [8]}, {"actor": "train", "self": "train", "ref": "teacher"})
     engines = planned(**student, rollout_nnodes=3, rollout_n_gpus_per_node=8)
     assert engines == ({"train": [4, 4], "rollout": [8, 8, 8]}, {"actor": "train", "ref": "train"})
 
 
-def planned(**trainer: Any) -> tuple[dict[str, list[int]], dict[str, str]]:
-    groups = WorkerGroups(PPOConfig(trainer=TrainerConfig(**trainer)), ROLES)
+def planned(teacher: RefConfig | None = None, **trainer: Any) -> tuple[dict[str, list[int]], dict[str, str]]:
+    config = PPOConfig(trainer=TrainerConfig(**trainer))
+    config.actor_rollout_ref.ref = teacher or RefConfig()
+    groups = WorkerGroups(config, [*ROLES, "self"] if teacher else ROLES)
     return {name: pool.process_on_nodes for name, pool in groups.pools.items()}, groups.pool_of
 
 

@@ -1,13 +1,14 @@
 """vLLM's options from the rollout config, and the cause in a dead engine's log. vLLM is not imported."""
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
 
-from verl.config import HFModelConfig, RolloutConfig
+from verl.config import ActorRolloutRefConfig, HFModelConfig, RefConfig, RolloutConfig, TeacherConfig
 from verl.workers.rollout.replica import ModelInfo
 from verl.workers.rollout.vllm_replica import LOGGED_EXCEPTION
-from verl.workers.rollout.vllm_settings import engine_arguments, engine_threads
+from verl.workers.rollout.vllm_settings import command_line, engine_arguments, engine_threads, server_options
 
 MODEL = HFModelConfig(path="model", override_config={"attn_implementation": "eager", "rope_theta": 5.0})
 
@@ -80,3 +81,19 @@ ValueError: of somebody else
 def test_exceptions_are_found_in_what_vllm_logs() -> None:
     found = [match[1] for line in LOG.splitlines() if (match := LOGGED_EXCEPTION.match(line))]
     assert found == ["torch.OutOfMemoryError: CUDA out of memory", "RuntimeError: Worker failed"]
+
+
+def test_a_teachers_server() -> None:
+    """Its own options come last; a teacher without a path is the student."""
+    config = ActorRolloutRefConfig(model=MODEL)
+    own = {"quantization": "fp8", "max_model_len": None, "enforce_eager": False, "hf_overrides": {"rope_theta": 5}}
+    limits = {"max_logprobs": 8, "max_model_len": 31}
+    ref = RefConfig(model={"path": "teacher", "tokenizer_path": "ids"}, engine="vllm", engine_kwargs=own)
+    words = command_line(server_options(config, ref, limits, "cpu"))
+    pairs = dict(pairwise(words))
+    assert (pairs["--model"], pairs["--tokenizer"], pairs["--dtype"]) == ("teacher", "ids", "float32")
+    assert (pairs["--max-logprobs"], pairs["--quantization"]) == ("8", "fp8") and "--max-model-len" not in words
+    assert pairs["--hf-overrides"] == '{"rope_theta": 5}'
+    assert "--no-enforce-eager" in words and "--enforce-eager" not in words
+    words = command_line(server_options(config, TeacherConfig(engine="vllm"), limits, "cuda"))
+    assert words[:2] == ["--model", "model"] and "--tokenizer" not in words and "--kv-cache-memory-bytes" not in words

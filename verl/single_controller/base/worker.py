@@ -12,8 +12,10 @@ To processes that are no workers rank 0 sends tensors by a `Channel`.
 """
 
 import os
+import random
 import socket
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -23,6 +25,18 @@ import torch.distributed as dist
 from verl.single_controller.base.decorator import Dispatch, register
 
 LOOPBACK = "127.0.0.1"
+
+
+def find_free_port() -> int:
+    """A port of this machine that nothing listens on.
+
+    Below the range that outgoing connections draw from (32768 on Linux): Ray opens many of those before rank 0 listens.
+    """
+    for port in random.sample(range(20000, 32000), 100):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("", port))
+            return port
+    raise RuntimeError("100 ports tried between 20000 and 32000 are all in use on this machine")
 
 
 class InProcessObjectStore:

@@ -11,18 +11,15 @@ are reported, never restarted.
 """
 
 import os
-import random
-import socket
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from verl.single_controller.base.decorator import Call, Results, WorkerGroup
-from verl.single_controller.base.worker import LOOPBACK, Worker
+from verl.single_controller.base.worker import LOOPBACK, Worker, find_free_port
 from verl.single_controller.ray.calls import Remote, failure_of_ranks, rank_results, sending
 from verl.single_controller.ray.resource_pool import RankPlace, RayResourcePool
 
@@ -57,16 +54,8 @@ class WorkerHost:
         return self._label  # the prefix of this process's lines in the driver's output
 
     def find_free_port(self) -> int:
-        """A port of this machine that nothing listens on.
-
-        Below the range that outgoing connections draw from (32768 on Linux): Ray opens many of those before rank 0
-        listens.
-        """
-        for port in random.sample(range(20000, 32000), 100):
-            with socket.socket() as probe, suppress(OSError):
-                probe.bind(("", port))
-                return port
-        raise RuntimeError("100 ports tried between 20000 and 32000 are all in use on this machine")
+        """See `worker.find_free_port`; of this rank's machine."""
+        return find_free_port()
 
     def build(self, roles: Mapping[str, RayClassWithInitArgs], master_port: int) -> None:
         os.environ["MASTER_PORT"] = str(master_port)

@@ -30,7 +30,7 @@ RULES = {key: rule for rule in ("refuse", "warn", "ignore") for key in TABLE[rul
 """What becomes of a difference, by key or section."""
 TEACHERS = "algorithm.distill.teachers"
 """A map of the user's own names: the list of names is compared, and every field of each teacher."""
-SERVERS = ("url", "api_key_env")
+SERVERS = ("url", "api_key_env", "engine", "engine_kwargs")
 """Fields of a teacher that say where it is."""
 CATALOGUE = "data.synthetic_item_prompts.catalogue"
 VOLATILE = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache"}
@@ -151,7 +151,7 @@ def require_same_run(folder: Path, config: PPOConfig, identity: dict[str, Any]) 
     places = {f"{TEACHERS}.{name}.{field}" for name in config.algorithm.distill.teachers for field in SERVERS}
     covered = {"data.train_files", CATALOGUE, *paths, *places}
     there, here = (
-        {key: value for key, value in settings.items() if key not in covered} | entries
+        {key: value for key, value in settings.items() if not matches(covered, key)} | entries
         for settings, entries in ((saved, described), (_flatten(public_dict(config)), identity))
     )
     refused: dict[str, str] = {}

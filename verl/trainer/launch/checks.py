@@ -19,7 +19,8 @@ from tempfile import TemporaryFile
 from typing import Any
 from urllib.parse import urlsplit
 
-from verl.config import PPOConfig, RolloutConfig, TrainerConfig
+from verl.config import BASE_TEACHER, PPOConfig, RolloutConfig, TrainerConfig
+from verl.config.ppo import teacher_key
 from verl.trainer.checkpoint.layout import UNMERGED, VERL_SHARDS
 from verl.utils.lfs import describe_damage, is_pointer
 from verl.utils.loopback import joins_cluster
@@ -63,6 +64,10 @@ def check_ranks(config: PPOConfig, device_name: str) -> None:
     from verl.trainer.launch.plan import check_fits
     from verl.trainer.ppo.worker_groups import WorkerGroups
 
+    if device_name == "cuda" and config.engine_roles and not config.trainer.teacher_ranks_on_nodes:
+        key = f"{teacher_key(config.engine_roles[0])}.engine=vllm"
+        gpus = "trainer.teacher_nnodes and trainer.teacher_n_gpus_per_node"
+        raise ValueError(f"{key} serves a teacher on GPUs of its own; set {gpus}")
     ray_init = config.ray_kwargs.ray_init
     if joins_cluster(ray_init):
         return
@@ -116,6 +121,8 @@ def _model_errors(config: PPOConfig) -> Iterator[str]:
         "actor_rollout_ref.model.tokenizer_path": student.tokenizer_path,
         "actor_rollout_ref.ref.model.tokenizer_path": teacher.tokenizer_path,
     }
+    # What is in these folders vLLM knows better, such as quantised weights.
+    served = [f"{teacher_key(role)}.{'model.path' * (role == BASE_TEACHER) or 'path'}" for role in config.engine_roles]
     for key, path in paths.items():
         folder = local_model_folder(path)
         # A folder here that is called as an owner on the hub is much likelier meant.
@@ -128,7 +135,7 @@ def _model_errors(config: PPOConfig) -> Iterator[str]:
                 f"{key}={path}: there is no such folder, and it is not in the hub's cache; correct the path, or give a "
                 "hub name (owner/name) without HF_HUB_OFFLINE"
             )
-        if folder is None or key.endswith("tokenizer_path"):
+        if folder is None or key.endswith("tokenizer_path") or key in served:
             continue
         # Of a hub name the rest may not be fetched yet.
         is_whole = constants.HF_HUB_OFFLINE or Path(str(path)).expanduser().is_dir()
@@ -270,6 +277,8 @@ def _package_errors(config: PPOConfig) -> Iterator[str]:
     rollout, key = config.actor_rollout_ref.rollout, "actor_rollout_ref.rollout"
     if rollout.name == "vllm" and not is_installed("vllm"):
         yield f"{key}.name=vllm needs vLLM, which is not installed; run deploy_env.sh, or set it to hf"
+    if config.engine_roles and not is_installed("vllm"):
+        yield f"{teacher_key(config.engine_roles[0])}.engine=vllm needs vLLM, which is not installed; run deploy_env.sh"
     if (rank := config.actor_rollout_ref.model.lora_rank) and not is_installed("peft"):
         yield f"actor_rollout_ref.model.lora_rank={rank} needs the package peft; run deploy_env.sh, or set it to 0"
 

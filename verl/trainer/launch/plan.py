@@ -15,7 +15,7 @@ from functools import reduce
 from typing import Any, NamedTuple
 
 from verl.config import BASE_TEACHER, PPOConfig
-from verl.config.actor_rollout_ref import Precision
+from verl.config.model import Precision
 from verl.trainer.launch.memory import (
     FP32,
     Micro,
@@ -101,9 +101,8 @@ def read_shapes(config: PPOConfig) -> dict[str, ModelShape]:
 def _paths(config: PPOConfig) -> dict[str, str]:
     """Paths of student and frozen models, by role."""
     models, algorithm = config.actor_rollout_ref, config.algorithm
-    has_kl_term = algorithm.use_kl_in_reward or models.actor.use_kl_loss
     own = {BASE_TEACHER: models.ref.model.path, **{name: of.path for name, of in algorithm.distill.teachers.items()}}
-    roles = algorithm.distill.roles if algorithm.distils else [BASE_TEACHER] * has_kl_term
+    roles = algorithm.distill.roles if algorithm.distils else [BASE_TEACHER] * config.has_kl_term
     here = [role for role in roles if role not in config.served_roles]  # servers take no memory of the run
     return {role: str(own.get(role) or models.model.path) for role in ("actor", *here)}
 
@@ -113,7 +112,7 @@ def _frozen_models(config: PPOConfig) -> list[tuple[str, Precision]]:
     is the student without its adapter (`TeacherWorker.init_model`)."""
     (_, student), *frozen = _paths(config).items()
     model, teachers = config.actor_rollout_ref.model, config.algorithm.distill.teachers
-    free = model.lora_rank and not model.lora_extended_rows and not config.trainer.teacher_ranks_on_nodes
+    free = model.lora_rank and not model.lora_extended_rows and not config.teacher_ranks_on_nodes
     emas = {role: teachers[role].ema if role in teachers else None for role, _ in frozen}
     own = [(role, path) for role, path in frozen if not (free and path == student)]
     files = {(path, config.knows_extended(role), emas[role]) for role, path in own}
@@ -151,7 +150,7 @@ class _Rank:
         fsdp, of_ref, is_cuda = models.actor.fsdp_config, models.ref.fsdp_config, device == "cuda"
         self._config, self._device, self._card = config, device, card
         self._compute = itemsize(fsdp.mixed_precision.param_dtype, device)
-        self.shape, self.apart = shapes[str(models.model.path)], sum(run.teacher_ranks_on_nodes)
+        self.shape, self.apart = shapes[str(models.model.path)], sum(config.teacher_ranks_on_nodes)
         self.own = trained_share(self.shape, config, device)
         of_frozen, ranks = _frozen_models(config), self.apart or run.world_size
         self._frozen = [

@@ -80,6 +80,8 @@ def check_servers(config: PPOConfig) -> None:
         key = f"{teacher_key(role)}.url"
         try:
             server = ServedTeacher(config.actor_rollout_ref, "", distill.teachers.get(role), distill.topk_or_none)
+            if role in config.engine_roles:
+                continue  # it is not there yet, and its tokenizer was compared
             server.init_model()
             found = server.find_other_tokens() if mode != "off" else []
         except (ValueError, WorkerError) as error:

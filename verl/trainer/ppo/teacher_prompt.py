@@ -75,7 +75,9 @@ class TeacherPrompts:
             except (TemplateError, TypeError, ValueError) as error:
                 raise ValueError(f"{key}: the chat template takes no system message ({error}); leave it out") from error
             longest = rollout.prompt_length + rollout.response_length + added
-            for name, most in limits.items() if not teacher.url else ():  # servers have limits of their own
+            if role in self._config.served_roles:  # servers have limits of their own
+                continue
+            for name, most in limits.items():
                 if longest > most * split:
                     fix = f"raise actor_rollout_ref.{name}={most} to {-(-longest // split)}"
                     raise ValueError(f"{key} makes rows of up to {longest} tokens; {fix}")

@@ -5,6 +5,7 @@
     co-located        pool "train"     rank r: actor + ref          (one process, one process group)
     teacher apart     pool "train"     rank r: actor                (a process group of its own)
                       pool "teacher"   rank s: ref                  (a process group of its own)
+    teacher served    pool "teacher"   vLLM servers alone           (no ranks; teachers that are models co-located)
     engines apart     pool "rollout"   rollout engines alone        (no ranks)
 
 In: the settings and the worker class of each role. Out: a group per role, whose methods the trainer calls.
@@ -22,21 +23,28 @@ driver alone                        data files, reward function: checked before 
 """
 
 import logging
+import secrets
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from verl.config import PPOConfig
+from verl.config import BASE_TEACHER, PPOConfig
+from verl.experimental.agent_loop.actors import LocalActors, RayActors, ReplicaPlace, plan_apart
 from verl.single_controller.base import Worker
 from verl.single_controller.base.decorator import Call, Results, WorkerGroup
+from verl.single_controller.base.worker import LOOPBACK
 from verl.single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
 from verl.single_controller.ray.base import RoleWorkerGroup
+from verl.single_controller.ray.calls import Remote
 from verl.single_controller.ray.node_check import DISTRIBUTIONS, check_nodes_hold
 from verl.single_controller.ray.resource_pool import RankPlace, reserve_all
 from verl.trainer.checkpoint import layout as checkpoint
 from verl.utils.loopback import joins_cluster
+from verl.workers.rollout.vllm_settings import server_options
+from verl.workers.served_teacher import ServedTeacher, StitchedGroup
+from verl.workers.teacher_servers import TeacherServers, VLLMServer
 
 logger = logging.getLogger(__name__)
 
@@ -64,12 +72,16 @@ class WorkerGroups:
         ValueError: a pool for a teacher that the run does not use.
     """
 
+    _actors: RayActors | LocalActors
+    """Of the servers, once they are started."""
+
     def __init__(self, config: PPOConfig, roles: Sequence[str]) -> None:
         self._config = config
         self._served = [role for role in roles if role in config.served_roles]
+        self._engines = [role for role in roles if role in config.engine_roles]
         roles = [role for role in roles if role not in self._served]
         run, teacher = config.trainer, config.trainer.teacher_ranks_on_nodes
-        if teacher and len(roles) == 1:
+        if teacher and len(roles) == 1 and not self._engines:
             given = f"teacher_nnodes={run.teacher_nnodes}, teacher_n_gpus_per_node={run.teacher_n_gpus_per_node}"
             raise ValueError(f"trainer.{given}: this run uses no teacher of its own; set both to null")
         self.pools = {TRAIN: RayResourcePool([run.n_gpus_per_node] * run.nnodes, name_prefix=TRAIN)}
@@ -80,9 +92,11 @@ class WorkerGroups:
         if run.rollout_gpus_on_nodes:
             keys = "trainer.rollout_n_gpus_per_node or trainer.rollout_nnodes"
             self.pools[ROLLOUT] = RayResourcePool(run.rollout_gpus_on_nodes, name_prefix=ROLLOUT, settings=keys)
-        self.pool_of = {role: TEACHER if teacher and role != roles[0] else TRAIN for role in roles}
-        """The pool of each role."""
+        apart = (self._engines or roles[1:]) if teacher else []  # a server has its GPUs alone
+        self.pool_of = {role: TEACHER if role in apart else TRAIN for role in [*roles, *self._engines]}
+        """The pool of each role that runs here."""
         self._groups: list[RayWorkerGroup] = []
+        self._servers: list[Remote] = []
 
     def start(
         self, worker_classes: Mapping[str, type], arguments_of: Callable[[str], Mapping[str, Any]], device_name: str
@@ -107,14 +121,21 @@ class WorkerGroups:
         for name, pool in self.pools.items():
             roles = [role for role, pool_of_role in self.pool_of.items() if pool_of_role == name]
             logger.info("pool %s: %s, for %s", name, pool.describe(), " and ".join(roles) or "engines")
-            if name == ROLLOUT:
+            roles = [role for role in roles if role not in self._served]
+            if not roles:
                 continue
             classes = {role: RayClassWithInitArgs(worker_classes[role], **arguments_of(role)) for role in roles}
             ranks = self._config.actor_rollout_ref.actor.ulysses_sequence_parallel_size
             group = RayWorkerGroup(pool, classes, name_prefix=name, ranks_per_share=ranks)
             self._groups.append(group)
             views |= group.spawn(set(roles))
-        return views | {role: worker_classes[role](**arguments_of(role)) for role in self._served}
+        places: list[ReplicaPlace] = []
+        if self._engines:
+            self._actors, first = RayActors(), self.pools[TRAIN].reserve()[0]
+            places = [ReplicaPlace(0, first.node_id, first.node_ip, None, ())] * len(self._engines)
+            if TEACHER in self.pools:
+                places = plan_apart(self.pools[TEACHER], self._config.gpus_per_server if device_name == "cuda" else 1)
+        return self._with_served(views, worker_classes, arguments_of, places, device_name)
 
     def start_in_process(
         self, worker_classes: Mapping[str, type], arguments_of: Callable[[str], Mapping[str, Any]], device_name: str
@@ -133,12 +154,52 @@ class WorkerGroups:
                 f"trainer.rollout_n_gpus_per_node={run.rollout_n_gpus_per_node} to null, "
                 f"trainer.max_staleness={run.max_staleness} to 0"
             )
-        workers: dict[str, Worker] = {role: worker_classes[role](**arguments_of(role)) for role in self.pool_of}
+        roles = [role for role in self.pool_of if role not in self._served]
+        workers: dict[str, Worker] = {role: worker_classes[role](**arguments_of(role)) for role in roles}
         for worker in workers.values():
             # Each keeps its own store: handles are functions here, which any store of the process can call.
             worker.attach(workers, worker.object_store)
-        served = {role: worker_classes[role](**arguments_of(role)) for role in self._served}
-        return {role: LocalWorkerGroup(worker) for role, worker in workers.items()} | served
+        groups = {role: LocalWorkerGroup(worker) for role, worker in workers.items()}
+        places = [ReplicaPlace(0, "", LOOPBACK, None, ())] * len(self._engines)
+        if places:
+            self._actors = LocalActors()
+        return self._with_served(groups, worker_classes, arguments_of, places, device_name)
+
+    def _with_served(
+        self,
+        groups: Mapping[str, Any],
+        worker_classes: Mapping[str, type],
+        arguments_of: Callable[[str], Any],
+        places: Sequence[ReplicaPlace],
+        device_name: str,
+    ) -> dict[str, Any]:
+        """The groups, and in their midst what stands for served teachers; servers of the run's own begin to start."""
+        groups = {**groups, **{role: worker_classes[role](**arguments_of(role)) for role in self._served}}
+        for number, role in enumerate(self._engines):
+            self._serve(role, groups[role], places[number :: len(self._engines)], device_name)
+        if BASE_TEACHER in self._served:
+            teachers = self._config.algorithm.distill.teachers.items()
+            base, stitched = groups[BASE_TEACHER], [role for role, teacher in teachers if teacher.is_stitched]
+            groups |= {role: StitchedGroup(base, groups[role]) for role in stitched}
+        return groups
+
+    def _serve(self, role: str, served: ServedTeacher, places: Sequence[ReplicaPlace], device_name: str) -> None:
+        """Begin to start servers of a teacher, which waits for them when it is initialised."""
+        models, key, actors = self._config.actor_rollout_ref, secrets.token_hex(16), self._actors
+        options = server_options(models, self._config.teachers[role], served.limits, device_name)
+        calls: dict[Any, Remote] = {}
+        for place in places:
+            name, arguments = f"server of teacher {role} (node {place.node_ip})", (options, models.rollout, device_name)
+            server = actors.create(name, place, VLLMServer, place.node_ip, *arguments, key, **place.options)
+            self._servers.append(server)
+            calls[server.actor.launch.remote()] = server
+
+        def wait() -> TeacherServers:
+            logger.info("waiting for %d server(s) of teacher %s", len(calls), role)
+            urls = [url for _, url in sorted(actors.as_they_come(calls, "start", watch=self.check_alive))]
+            return TeacherServers(urls, key, models.rollout.timeout_s)
+
+        served.expect_servers(wait)
 
     def places(self, role: str) -> list[RankPlace]:
         """Where each rank of a role, or each engine of a pool's, will run, in order; reserved already."""
@@ -166,6 +227,9 @@ class WorkerGroups:
 
     def shutdown(self) -> None:
         """End the processes and give their places back, used or not; a second call does nothing."""
+        if self._servers:
+            self._actors.shutdown(self._servers, [])
+            self._servers = []
         for group in self._groups:
             group.shutdown()
         for pool in self.pools.values():
@@ -179,7 +243,7 @@ def check_nodes(config: PPOConfig, groups: WorkerGroups) -> None:
         ValueError: what is missing or differs, and where.
     """
     models = config.actor_rollout_ref
-    is_used = {"vllm": models.rollout.name == "vllm", "peft": models.model.lora_rank > 0}
+    is_used = {"vllm": models.rollout.name == "vllm" or bool(config.engine_roles), "peft": models.model.lora_rank > 0}
     packages = [name for name in DISTRIBUTIONS if is_used.get(name, True)]
     trainer, student, engines = config.trainer, student_paths(config), student_paths(config)
     node_ips: dict[str, str] = {}

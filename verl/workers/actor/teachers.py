@@ -5,6 +5,7 @@ a chunk at a time (``ops.linear_log_prob``).
 
     ModelTeacher          a frozen model of this process; one forward pass over the rows of the positions
     StitchedModelTeacher  two of them: one for the shared ids, one for the extended ids
+    StitchedServedTeacher  of these the first is served; what servers know of the positions is part of the batch
     RemoteTeacher         a model on other ranks; its hidden states were computed before the update, and are fetched
     TopKTeacher           its likeliest ids were computed before the update, and are part of the batch
 
@@ -24,8 +25,12 @@ from verl.workers.fsdp.token_stats_model import MicroBatch, ScoredRows, TokenSta
 
 TOP_TENSORS = ("teacher_top_ids", "teacher_top_log_probs", "teacher_rest_log_prob")
 """Batch keys of the teachers' likeliest ids."""
+SCORES_OF_BASE = ("ref_log_prob", *TOP_TENSORS)
+"""Batch keys that workers read of a served base teacher."""
 HIDDEN_STATE_HANDLES = "teacher_states"
 """Batch key of the handles to the teachers' hidden states."""
+SHARED_IDS = "shared_ids"
+"""Entry of ``meta_info``: number of ids that a served base teacher knows."""
 
 
 class ScoredPositions(NamedTuple):
@@ -102,20 +107,6 @@ class ModelTeacher:
             return self.module(inputs.to(self.module.device), lambda hidden, weight, labels: (hidden, weight))
 
 
-def choose_replacement(setting: int | None, candidates: list[int | None], shared_ids: int) -> int:
-    """Replacement of ids that the teacher lacks in its input: the setting, or else the first candidate that it knows.
-
-    Raises:
-        ValueError: it does not know that id, or none of the candidates.
-    """
-    for token in candidates if setting is None else [setting]:
-        if token is not None and 0 <= token < shared_ids:
-            return token
-    raise ValueError(
-        f"ref.ref_replace_token_id={setting} (pad, eos: {candidates}) is none of {shared_ids} ids; set one"
-    )
-
-
 class StitchedModelTeacher:
     """A base teacher on the shared ids and one with the student's vocabulary on the others; both read every row."""
 
@@ -127,6 +118,50 @@ class StitchedModelTeacher:
     def log_probs_at(self, positions: ScoredPositions, temperature: float) -> StitchedTeacher:
         """As `ModelTeacher.log_probs_at`."""
         return StitchedTeacher(*(model.log_probs_at(positions, temperature) for model in self.models))
+
+
+class StitchedServedTeacher:
+    """As `StitchedModelTeacher`, before an update, with a base teacher whose scores of the rows are in the batch."""
+
+    knows_extended = True
+
+    def __init__(self, own: ModelTeacher) -> None:
+        self.models, self.packed, self.group = [own], own.packed, own.group
+
+    def log_probs_at(self, positions: ScoredPositions, temperature: float) -> "PartlyKnown":
+        """As `ModelTeacher.log_probs_at`."""
+        batch, labels, at = positions.batch, positions.labels, (positions.rows, positions.columns)
+        own, drawn = self.models[0].log_probs_at(positions, temperature), batch.tensor("ref_log_prob")[at]
+        known = labels < batch.meta_info[SHARED_IDS]
+        ids, log_probs, rest = labels[:, None][:, :0], drawn[:, None][:, :0], torch.zeros_like(drawn)
+        if TOP_TENSORS[0] in batch.batch:
+            ids, log_probs, rest = (batch.tensor(key)[at] for key in TOP_TENSORS)
+        token = labels.where(known, 0)[:, None], drawn.where(known, -torch.inf)[:, None]
+        # What the token has is no part of the others' mass; in float64, for the difference may be small.
+        is_other = known & (ids != labels[:, None]).all(dim=1)
+        others = (rest.double().exp() - drawn.double().exp()).clamp(min=0).log().to(rest.dtype)
+        parts = *token, ids.long(), log_probs, others.where(is_other, rest)
+        return PartlyKnown(own, batch.meta_info[SHARED_IDS], *(part.to(self.models[0].module.device) for part in parts))
+
+
+class PartlyKnown(StitchedTeacher):
+    """Of the base teacher the token that was drawn and the likeliest ids are known, here (N, 1) and (N, K).
+
+    The mass of its other ids is a column behind those of all ids, whose own columns are -inf.
+    """
+
+    def __init__(self, own: LinearTeacher, shared_ids: int, *known: torch.Tensor) -> None:
+        self.vocab_size, self.hidden_states, self._own, self._shared_ids = own.vocab_size, (), own, shared_ids
+        self._known = known
+
+    def __call__(self, rows: slice) -> torch.Tensor:
+        log_q = self._own(rows)
+        token, of_token, ids, log_probs, others = (part[rows] for part in self._known)
+        shared = log_q[:, : self._shared_ids]  # a view, overwritten below
+        outside = shared.logsumexp(dim=-1, keepdim=True)
+        # The token first: where it is none of the base teacher's, its place is that of another.
+        shared.fill_(-torch.inf).scatter_(1, token, of_token + outside).scatter_(1, ids, log_probs + outside)
+        return torch.cat([log_q, others[:, None] + outside], dim=1)
 
 
 class TopKTeacher:
@@ -190,8 +225,8 @@ class RemoteTeacher:
         return teachers[0] if len(teachers) == 1 else StitchedTeacher(*teachers)
 
 
-FullTeacher = ModelTeacher | StitchedModelTeacher
-"""A teacher of this process, whose whole distributions are computed on demand."""
+FullTeacher = ModelTeacher | StitchedModelTeacher | StitchedServedTeacher
+"""A teacher of this process, which computes distributions on demand."""
 Teacher = FullTeacher | TopKTeacher | RemoteTeacher
 """Scores the rows of an update."""
 

@@ -215,7 +215,9 @@ class RolloutReplica(ABC):
         asked = {name: task for name in request_ids if (task := self._answers.get(name)) is not None}
         if asked:
             await asyncio.wait(asked.values(), return_when=asyncio.FIRST_COMPLETED)
-        ended = {name: task for name, task in asked.items() if task.done() and self._answers.pop(name, None)}
+        ended = {name: task for name, task in asked.items() if task.done() and name in self._answers}
+        for name in ended:
+            del self._answers[name]
         # All of them are looked at: Python reports an error that nobody asked for.
         for error in [task.exception() for task in ended.values()]:
             if error is not None:

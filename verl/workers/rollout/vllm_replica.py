@@ -323,11 +323,15 @@ def cause_of_death(processes: Sequence[BaseProcess]) -> str:
     vLLM tells its client no more than "see the stack trace above". They write to the stderr of this process; it is
     searched where it is a file, as in a Ray actor.
     """
-    log = Path("/proc/self/fd/2")
-    logged = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
-    causes = [found[1] for line in logged if (found := LOGGED_EXCEPTION.match(line))][:1]  # others follow from it
+    causes = [found[1] for line in own_log() if (found := LOGGED_EXCEPTION.match(line))][:1]  # others follow from it
     for process in processes:
         if code := process.exitcode:
             end = f"exited with code {code}" if code > 0 else f"was killed by {signal.Signals(-code).name}"
             causes.append(f"process {process.name} (pid {process.pid}) {end}")
     return "; ".join(causes)
+
+
+def own_log() -> list[str]:
+    """Lines that this process and those below it wrote to stderr, where it is a file."""
+    log = Path("/proc/self/fd/2")
+    return log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []

@@ -1,17 +1,20 @@
 """From the typed rollout config to vLLM's environment, engine options and sampling parameters.
 
 In:  RolloutConfig, HFModelConfig, ModelInfo, the device. Out: environment variables of the replica's process, keyword
-arguments of vLLM's ``AsyncEngineArgs``, the ``SamplingParams`` of a request. Nothing is started.
+arguments of vLLM's ``AsyncEngineArgs``, the ``SamplingParams`` of a request; the command line of a teacher's server.
+Nothing is started.
 
 On CPU the engine runs eagerly, in the replica's own process (``InProcessEngine``), with threads that sleep while they
 wait: they take turns on the cores with the training ranks. What the user set in the environment stays.
 """
 
+import json
 import logging
 import os
+from collections.abc import Mapping
 from typing import Any
 
-from verl.config import HFModelConfig, RolloutConfig
+from verl.config import ActorRolloutRefConfig, HFModelConfig, RefConfig, RolloutConfig, TeacherConfig
 from verl.utils.device import dtype_name, resolve_dtype
 from verl.workers.rollout.replica import ModelInfo, SamplingOptions
 
@@ -138,3 +141,41 @@ def vllm_sampling_params(options: SamplingOptions) -> Any:
         extra_args=extra | {SEED: (options.seed or 0) % 2**64, PLACE: options.place},
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
+
+
+def server_options(
+    config: ActorRolloutRefConfig, teacher: RefConfig | TeacherConfig, limits: Mapping[str, int], device: str
+) -> dict[str, Any]:
+    """Options of a server of a teacher; ``engine_kwargs`` comes last and wins.
+
+    Args:
+        limits: what the run's rows need, as options.
+    """
+    model = teacher.model if isinstance(teacher, RefConfig) else teacher
+    options: dict[str, Any] = {
+        "model": model.path or config.model.path,
+        "tokenizer": getattr(model, "tokenizer_path", None),
+        "trust_remote_code": config.model.trust_remote_code,
+        "dtype": dtype_name(resolve_dtype(config.ref.fsdp_config.mixed_precision.param_dtype, device)),
+        **limits,
+        "generation_config": "vllm",
+        "disable_log_stats": True,
+        "disable_uvicorn_access_log": True,
+        "uvicorn_log_level": "warning",
+    }
+    if device == "cpu":
+        options |= {"enforce_eager": True, "kv_cache_memory_bytes": int(config.rollout.cpu_kvcache_space_gb * 2**30)}
+    return options | dict(teacher.engine_kwargs)
+
+
+def command_line(options: Mapping[str, Any]) -> list[str]:
+    """Options as words of a command line: True and False are switches, null is left out."""
+    words: list[str] = []
+    for name, value in options.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        elif value is not None:
+            listed = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, Mapping) else value]
+            words += [f"--{flag}", *map(str, listed)]
+    return words

@@ -100,7 +100,7 @@ def test_with_settings_that_may_have_changed_prompts_are_asked_anew(steps_over: 
     saved = first.state_dict()
     waiting = len(saved["pool"]["waiting"]) + len(saved["ahead"][0]["prompts"])
     second = steps_over(lengths, 8, saved=saved)
-    second.queue._asks_anew = True
+    second.queue._pool.keeps_answers = False
     [step] = second.take(1)
     check_answers(step, lengths)
     assert len(second.queue._pool._waiting) == waiting - 8 and not set(trained) & set(step.prompts.array("uid"))

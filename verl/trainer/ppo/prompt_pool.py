@@ -88,6 +88,8 @@ class PromptPool:
         self._asked = math.ceil(round(self._rollout.oversample * self._wanted, 6))  # 1.1 x 10 is a little above 11
         self._fresh, self._number = stream.batches(), 0
         self._waiting: list[Prompt] = []
+        self.keeps_answers = not config.trainer.resume_allow_changed
+        """Whether those of a checkpoint are used: under other settings there might be others."""
 
     def take(self, step: int, written_after: int) -> Batch:
         """The next batch, for a step: those that have waited longest."""
@@ -164,13 +166,10 @@ class PromptPool:
         """What a resumed run needs of the prompts that wait."""
         return {"read": self._number, "waiting": self.save(self._waiting)}
 
-    def load_state_dict(self, state: Mapping[str, Any], asks_anew: bool) -> None:
-        """Go on with the prompts of a checkpoint, and where ``asks_anew`` with nothing written."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with the prompts of a checkpoint."""
         self._number = state["read"]
-        waiting = self.load(state["waiting"])
-        for prompt in waiting if asks_anew else ():
-            prompt.written = []
-        self.wait(waiting)
+        self.wait(self.load(state["waiting"]))
 
     def save(self, prompts: Sequence[Prompt]) -> list[tuple[dict[str, Any], int, int, list[dict[str, Any]]]]:
         """Where each is in the data, and what is written; users' objects in them are read again."""
@@ -188,7 +187,8 @@ class PromptPool:
                 read[number] = self._prompts(next(self._stream.batches()), position, number)
             prompts.append(read[number][place])
             # Without log-probs of its first tokens, where the run keeps them, an answer is begun anew.
-            if not (self._rollout.calculate_log_probs and any(each["log_probs"] is None for each in known)):
+            lacks = self._rollout.calculate_log_probs and any(each["log_probs"] is None for each in known)
+            if self.keeps_answers and not lacks:
                 prompts[-1].written = [Written(**each) for each in known]
         self._stream.load_state_dict(after)
         return prompts

@@ -68,8 +68,6 @@ class RolloutQueue:
         self._most_ahead, self._engines = config.trainer.max_staleness, engines
         self._pool, self._saved = PromptPool(config, stream, prepare), saved
         self._timeline, self._total_steps = timeline, total_steps
-        self._asks_anew = bool(config.trainer.resume_allow_changed)
-        """Whether answers of the checkpoint are left: under other settings there might be others."""
         self._training: Batch | None = None
         self._ahead: list[Batch] = []
         self._metrics: Metrics = {}
@@ -179,10 +177,10 @@ class RolloutQueue:
 
     def _restore(self, done: int) -> None:
         """Read the prompts of a checkpoint again, and put its answers to them."""
-        self._pool.load_state_dict(self._saved.get("pool", {"read": done, "waiting": []}), self._asks_anew)
+        self._pool.load_state_dict(self._saved.get("pool", {"read": done, "waiting": []}))
         for step, saved in enumerate(self._saved.get("ahead", []), done + 1):
             prompts = self._pool.load(saved["prompts"])
-            if self._asks_anew:
+            if not self._pool.keeps_answers:
                 self._pool.wait(prompts)
                 continue
             batch = self._pool.batch_of(prompts, step, saved["written_after"])

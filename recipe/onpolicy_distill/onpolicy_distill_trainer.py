@@ -111,15 +111,16 @@ class RayOnPolicyDistillTrainer(RayPPOTrainer):
 
     @property
     def scores_as_they_come(self) -> bool:
-        """Whether teachers score answers as these come: on ranks of their own, which generation leaves free.
+        """Whether teachers score answers as these come: where all are servers, or on ranks of their own.
 
         Not hidden states of batches ahead: they would be in the object store beside those of the batch that trains. Nor
         where more is asked than trained on: which answers are taken shows at the end.
         """
-        run, rollout = self.config.trainer, self.config.actor_rollout_ref.rollout
-        ahead = run.max_staleness > 0 and self.exports_hidden_states
-        apart = bool(run.teacher_ranks_on_nodes) and not self.config.served_roles
-        return apart and not ahead and rollout.oversample == 1
+        config, distill = self.config, self.config.algorithm.distill
+        served, stitched = config.served_roles, any(teacher.is_stitched for teacher in distill.teachers.values())
+        apart = bool(config.teacher_ranks_on_nodes) or {*distill.roles} <= {*served}
+        ahead = config.trainer.max_staleness > 0 and self.exports_hidden_states
+        return apart and not (served and stitched) and not ahead and config.actor_rollout_ref.rollout.oversample == 1
 
     def init_workers(self, in_process: bool = False) -> None:
         """As the base class; a student whose teachers export hidden states gets their heads."""
@@ -161,14 +162,19 @@ class RayOnPolicyDistillTrainer(RayPPOTrainer):
     def ref_log_prob(self, batch: DataProto) -> DataProto:
         """``ref_log_prob`` (B, R) and what else an exact objective needs, each row's by its own teacher."""
         if ANSWER_ROW in batch.batch:
-            return self.rollouts.scores_of(batch)
-        return joined(*self.each_teacher(batch, self.score_with))
+            scores = self.rollouts.scores_of(batch)
+        else:
+            scores = joined(*self.each_teacher(batch, self.score_with))
+        for name, parts in scores.meta_info.pop("metrics", {}).items():
+            self.stage_metrics[name] = sum(total for total, _ in parts) / sum(count for _, count in parts)
+        return scores
 
     def begin_scores(self, batch: DataProto) -> Callable[[], DataProto]:
-        """Begin what `ref_log_prob` does, on teachers' ranks; what it returns waits for it."""
+        """Begin what `ref_log_prob` does, by teachers that the student's ranks leave alone; what it returns waits."""
 
         def begin(role: str, rows: DataProto) -> Callable[[], DataProto]:
-            return self.role_groups[role].begin(*self.scoring_call(role, rows))
+            call = self.role_groups[role].begin(*self.scoring_call(role, rows))
+            return partial(with_sums, call, role, int(rows.tensor("response_mask").sum()))
 
         begun, places = self.each_teacher(batch, begin)
         return lambda: joined([scores() for scores in begun], places)
@@ -198,13 +204,9 @@ class RayOnPolicyDistillTrainer(RayPPOTrainer):
 
     def score_with(self, role: str, batch: DataProto) -> DataProto:
         """A teacher's ``ref_log_prob`` of its own rows, and what an update needs that cannot run the teacher."""
-        method, batch = self.scoring_call(role, batch)
-        scores: DataProto = getattr(self.role_groups[role], method)(batch)
-        measured = scores.meta_info.pop("metrics", {})  # of a served teacher
-        if role != BASE_TEACHER:
-            measured = {f"distill_teacher/{role}/{name.removeprefix('distill/')}": measured[name] for name in measured}
-        self.stage_metrics |= measured
-        return scores
+        method, rows = self.scoring_call(role, batch)
+        call = partial(getattr(self.role_groups[role], method), rows)
+        return with_sums(call, role, int(batch.tensor("response_mask").sum()))
 
     def as_read(self, batch: DataProto, roles: list[str]) -> DataProto:
         """The rows as their teachers read them, by the role of each row's; the batch itself where none differs."""
@@ -301,6 +303,15 @@ class RayOnPolicyDistillTrainer(RayPPOTrainer):
         if self.config.actor_rollout_ref.rollout.validates_policy and len(readable):
             metrics |= compute_validation_distill_metrics(readable)
         return metrics
+
+
+def with_sums(call: Callable[[], DataProto], role: str, positions: int) -> DataProto:
+    """A teacher's scores; the means that a served one measures as sums with the number of positions, by its role."""
+    scores, family = call(), "distill" if role == BASE_TEACHER else f"distill_teacher/{role}"
+    if means := scores.meta_info.pop("metrics", {}):
+        sums = {name.replace("distill", family, 1): [(mean * positions, positions)] for name, mean in means.items()}
+        scores.meta_info["metrics"] = sums
+    return scores
 
 
 def joined(scores: Sequence[DataProto], places: Sequence[torch.Tensor]) -> DataProto:

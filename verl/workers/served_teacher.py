@@ -19,7 +19,9 @@ Letters: B rows, R response, S scored positions of a row, W ids that the server 
 import asyncio
 import logging
 import os
+import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import NamedTuple
 
 import torch
@@ -195,6 +197,20 @@ class ServedTeacher:
         likeliest; means over the positions.
         """
         return self._score(data, data.tensor("response_mask").bool(), self._topk)
+
+    def begin(self, method: str, data: DataProto) -> Callable[[], DataProto]:
+        """Begin one of the two; what it returns waits for the scores."""
+        scores: Future[DataProto] = Future()
+
+        def work() -> None:
+            try:
+                scores.set_result(getattr(self, method)(data))
+            except BaseException as error:  # whoever waits gets it
+                scores.set_exception(error)
+
+        # A thread that the end of a run does not wait for.
+        threading.Thread(target=work, daemon=True).start()
+        return scores.result
 
     # ------------------------------------------------------------------ rows
 

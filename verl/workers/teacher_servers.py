@@ -14,6 +14,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -93,11 +94,13 @@ class TeacherServers:
 
     def __init__(self, urls: Sequence[str], key: str | None, timeout_s: float | None) -> None:
         self.endpoints = [Endpoint(url.rstrip("/").removesuffix("/v1")) for url in urls]
+        self._lock = threading.Lock()
         self._headers, self._timeout_s = {"Authorization": f"Bearer {key}"} if key else {}, timeout_s
 
     def run(self, work: Coroutine[Any, Any, _Result]) -> _Result:
-        """Run what asks them; its requests share connections."""
-        return asyncio.run(self._in_session(work))
+        """Run what asks them, from any thread, one after the other; its requests share connections."""
+        with self._lock:
+            return asyncio.run(self._in_session(work))
 
     async def _in_session(self, work: Coroutine[Any, Any, _Result]) -> _Result:
         self._slots = asyncio.Semaphore(ROWS_AT_ONCE * len(self.endpoints))

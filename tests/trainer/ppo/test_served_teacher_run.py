@@ -1,6 +1,7 @@
 """Runs whose teacher is behind a URL, or reads a system prompt of its own, in this process."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,14 +14,16 @@ from support.launch import read_metrics, write_onerec_parquet
 from support.tiny_pairs import Pair
 
 from recipe.onpolicy_distill.main_onpolicy_distill import build_trainer
-from recipe.onpolicy_distill.onpolicy_distill_trainer import RayOnPolicyDistillTrainer
+from recipe.onpolicy_distill.onpolicy_distill_trainer import RayOnPolicyDistillTrainer, with_sums
 from verl.config import PPOConfig
 from verl.experimental.agent_loop.base import ChatTemplate
 from verl.protocol import DataProto
 from verl.single_controller.base import WorkerError
+from verl.trainer.ppo.rollout_queue import ANSWER_ROW
 from verl.trainer.ppo.teacher_prompt import told, with_prompts
 from verl.utils.tokenizer import hf_tokenizer
 from verl.workers.model_workers import TeacherWorker
+from verl.workers.served_teacher import ServedTeacher
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
@@ -64,6 +67,37 @@ def test_a_run_by_url_is_the_run_with_the_model_and_goes_on_after_both_servers_d
     assert losses(broken) == losses(tmp_path / "served")
     for server in (servers[0], again):
         server.close()
+
+
+def test_answers_are_sent_as_they_come_and_scored_as_they_would_be_together(
+    tiny_pair: Pair, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, begun = FakeServer(tiny_pair.teacher), list[str]()
+    begin = ServedTeacher.begin
+    monkeypatch.setattr(ServedTeacher, "begin", lambda *call: (begun.append(call[1]), begin(*call))[1])
+    served = {f"{REF}.url": server.url, f"{DISTILL}.topk": 8}
+    run_in_process(run_of(tiny_pair, prompts, tmp_path / "come", **served))
+    assert begun == ["score_for_update"] * STEPS
+    monkeypatch.setattr(RayOnPolicyDistillTrainer, "scores_as_they_come", False)
+    run_in_process(run_of(tiny_pair, prompts, tmp_path / "together", **served))
+    server.close()
+    assert len(begun) == STEPS
+    came, together = (read_metrics(tmp_path / name) for name in ("come", "together"))
+    names = ("actor/distill_loss", "actor/grad_norm", "distill/teacher_log_prob_bound", "distill/teacher_rest_mass")
+    for step in range(1, STEPS + 1):
+        assert [came[step][name] for name in names] == [together[step][name] for name in names]
+
+
+def test_means_of_parts_are_weighted_by_their_positions() -> None:
+    trainer: Any = object.__new__(RayOnPolicyDistillTrainer)
+    parts = [({"distill/x": 1.0, "distill/y": 0.0}, 1), ({"distill/x": 3.0, "distill/y": 2.0}, 3), ({}, 0)]
+    rows = [DataProto.from_dict({"ref_log_prob": torch.zeros(1, 1)}, meta_info={"metrics": of}) for of, _ in parts]
+    scores = [with_sums(lambda part=part: part, "b", count) for part, (_, count) in zip(rows, parts, strict=True)]
+    trainer.stage_metrics = {}
+    trainer.rollouts = SimpleNamespace(scores_of=lambda batch: DataProto.concat(scores))
+    batch = DataProto.from_dict({ANSWER_ROW: torch.arange(3)})
+    assert "metrics" not in trainer.ref_log_prob(batch).meta_info
+    assert trainer.stage_metrics == {"distill_teacher/b/x": 2.5, "distill_teacher/b/y": 1.5}
 
 
 def test_what_a_run_finds_out_before_it_starts(tiny_pair: Pair, prompts: Path, tmp_path: Path) -> None:

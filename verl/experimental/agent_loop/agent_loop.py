@@ -3,7 +3,7 @@
 ::
 
     AgentLoopManager (driver) --rows--> AgentLoopWorker 0..W-1 (one asyncio task per conversation)
-            |                                   |  generate(token_ids), to the least busy replica
+            |                                   |  token ids, to the least busy replica
             |  launch, weights, sleep           v
             +---------------------------> RolloutReplica 0..N-1 (one engine each)
 

@@ -61,7 +61,7 @@ class SleepingReplica(RolloutReplica):
         reason = ABORTED if len(ids) < length else "length"
         return TokenOutput(ids, log_probs, reason, self.weight_version)
 
-    async def abort(self, request_ids: Sequence[str]) -> None:
+    async def _abort(self, request_ids: Sequence[str]) -> None:
         for request_id in self._aborts.keys() & set(request_ids):  # others have just ended
             self._aborts[request_id].set()
 

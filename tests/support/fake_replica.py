@@ -53,7 +53,7 @@ class FakeReplica(RolloutReplica):
         ids = [prompt[-1], (options.seed or 0) % 100, self.replica_rank, END][: options.max_tokens]
         return TokenOutput(ids, [-0.5] * len(ids) if options.logprobs else None, "stop", self.weight_version)
 
-    async def abort(self, request_ids: Sequence[str]) -> None:
+    async def _abort(self, request_ids: Sequence[str]) -> None:
         for request_id in request_ids:
             self.stalled[request_id].set()
 

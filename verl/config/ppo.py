@@ -63,6 +63,7 @@ class PPOConfig:
             self._divergence_errors(),
             self._server_errors(),
             self._own_prompt_errors(),
+            self._carried_errors(),
             self._average_errors(),
             self._keep_errors(),
             self._prompt_errors(),
@@ -99,7 +100,7 @@ class PPOConfig:
     def knows_extended(self, role: str) -> bool:
         """Whether a frozen model knows the extended ids: the student's own starting weights do, whatever their role."""
         ref = self.actor_rollout_ref.ref
-        is_start = role == BASE_TEACHER and ref.model.path is None and not ref.url
+        is_start = role == BASE_TEACHER and ref.model.path is None and role not in self.served_roles
         return is_start or self.algorithm.distill.knows_extended(role)
 
     @property
@@ -174,17 +175,24 @@ class PPOConfig:
                 f"{_ROLLOUT}.free_cache_engine=True frees the engine's memory then; set it to False, give engines GPUs "
                 "of their own (trainer.rollout_nnodes, trainer.rollout_n_gpus_per_node), or set trainer.device=cpu"
             )
-        if rollout.carries and (tools := rollout.multi_turn.tool_config_path):
-            yield (
-                f"{_ROLLOUT}.oversample={rollout.oversample} carries on answers of a single turn, and {_ROLLOUT}."
-                f"multi_turn.tool_config_path={tools} has several; set {_ROLLOUT}.unfinished=drop, or oversample to 1"
-            )
         if rollout.name == "hf" and size > 1:
             yield f"{_ROLLOUT}.tensor_model_parallel_size={size} needs {_ROLLOUT}.name=vllm: hf runs on one device"
         for name in ("prompt_length", "response_length"):
             wanted, found = getattr(data, f"max_{name}"), getattr(rollout, name)
             if wanted != found:
                 yield f"data.max_{name}={wanted} differs from {_ROLLOUT}.{name}={found}; set the first alone"
+
+    def _carried_errors(self) -> Iterator[str]:
+        """What answers that several batches write cannot be."""
+        rollout = self.actor_rollout_ref.rollout
+        if not rollout.carries:
+            return
+        carries = f"{_ROLLOUT}.oversample={rollout.oversample} carries on answers"
+        fix = f"set {_ROLLOUT}.unfinished=drop, or oversample to 1"
+        if tools := rollout.multi_turn.tool_config_path:
+            yield f"{carries} of a single turn, and {_ROLLOUT}.multi_turn.tool_config_path={tools} has several; {fix}"
+        if (rollout.horizon.end or 0) > (rollout.horizon.start or 0):
+            yield f"{carries}, of which those that ended at a growing {_ROLLOUT}.horizon would stay as short; {fix}"
 
     def _sharding_errors(self) -> Iterator[str]:
         """Groups of ranks have to be whole, and what splits rows has to work on packed ones of this process."""
@@ -325,9 +333,9 @@ class PPOConfig:
             key = f"algorithm.distill.teachers.{name}"
             if teacher.ema is None:
                 continue
-            if place := teacher.path or teacher.url:
+            if place := teacher.path or teacher.url or teacher.engine:
                 yield f"{key}.ema={teacher.ema} is an average of the student, and not of {place}; leave one out"
-            if trainer.teacher_ranks_on_nodes:
+            if self.teacher_ranks_on_nodes:
                 apart = f"trainer.teacher_n_gpus_per_node={trainer.teacher_n_gpus_per_node}"
                 yield f"{key}.ema={teacher.ema} follows the student on its own ranks; set {apart} to null"
             if model.lora_rank:

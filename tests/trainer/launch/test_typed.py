@@ -191,6 +191,10 @@ def test_all_errors_come_at_once() -> None:
             f"tools.yaml has several; set {ROLLOUT}.unfinished=drop, or oversample to 1",
         ),
         (
+            [f"{ROLLOUT}.oversample=1.5", *(f"{ROLLOUT}.horizon.{key}" for key in ("start=8", "end=16", "steps=4"))],
+            f"{ROLLOUT}.oversample=1.5 carries on answers, of which those that ended at a growing {ROLLOUT}.horizon",
+        ),
+        (
             ["trainer.max_staleness=1"],
             f"trainer.max_staleness=1 generates while the update runs, and on a GPU {ROLLOUT}",
         ),

@@ -8,7 +8,7 @@ import pytest
 from support.fake_replica import END, STALL, FakeReplica
 
 from verl.config import HFModelConfig, RolloutConfig
-from verl.workers.rollout.replica import SamplingOptions, TokenOutput
+from verl.workers.rollout.replica import ABORTED, SamplingOptions, TokenOutput
 
 EMBED, NORM = {"embed.weight": [4, 2]}, {"norm.weight": [2]}
 
@@ -116,3 +116,18 @@ async def test_nothing_is_generated_after_shutdown(tmp_path: Path) -> None:
     await replica.shutdown()
     with pytest.raises(RuntimeError, match="it was shut down"):
         await replica.write()
+
+
+async def test_requests_that_are_begun_together_are_answered_once_cancelled_or_cut_short(tmp_path: Path) -> None:
+    replica, params = await launch(tmp_path), {"max_tokens": 10}
+    new = [((STALL,), params, "cut"), ((STALL,), params, "left"), ((1,), params, "done")]
+    # In the same moment: the request is not with the engine yet.
+    first, _ = await asyncio.gather(replica.answers(new, ["cut", "left", "done"]), replica.abort(["cut"]))
+    assert first["cut"].stop_reason == ABORTED and "left" not in first
+    rest = first if "done" in first else await replica.answers([], ["left", "done"])
+    assert rest["done"].stop_reason == "stop"
+    waiting = asyncio.create_task(replica.answers([], ["left"]))
+    await asyncio.sleep(0)
+    await replica.cancel(["left"])
+    assert await waiting == {} and await replica.answers([], ["left"]) == {}
+    await replica.start_weight_update()  # nothing is under way

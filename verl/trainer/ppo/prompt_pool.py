@@ -68,6 +68,8 @@ class Batch:
     answers: DataProto | None = None
     seconds: float = 0.0
     """The engines took so long, known with the answers."""
+    tokens: int = 0
+    """They wrote so many, known with the answers."""
     metrics: Metrics = field(default_factory=dict)
     """Of what was asked and not taken, known with the answers."""
     scores: dict[int, Callable[[], DataProto]] = field(default_factory=dict)
@@ -125,14 +127,16 @@ class PromptPool:
 
     def settle(self, batch: Batch, answers: DataProto) -> None:
         """Cut a batch and its answers to the prompts that are taken, in place; the others wait again."""
-        prompts = batch.prompts
+        prompts, real = batch.prompts, real_response_tokens(answers)
+        batch.tokens = int(real.sum())
         if TAKEN not in answers.non_tensor_batch:
             return
         taken, ended = (torch.from_numpy(answers.non_tensor_batch.pop(key).astype(bool)) for key in (TAKEN, ENDED))
-        real, steps = real_response_tokens(answers), torch.full_like(answers.tensor("responses"), batch.written_after)
+        steps = torch.full_like(answers.tensor("responses"), batch.written_after)
         for row, written in enumerate(prompts.non_tensor_batch.pop(WRITTEN)):
             if written is not None:
                 steps[row, : len(written.steps)] = torch.tensor(written.steps)
+                batch.tokens -= int(real[row, : len(written.steps)].sum())
         age, lengths = (batch.step - 1 - steps)[taken][real[taken]].double(), real.sum(-1)
         others, carries = lengths[~taken].double(), self._rollout.carries
         batch.metrics = {

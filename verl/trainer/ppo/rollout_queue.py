@@ -120,9 +120,8 @@ class RolloutQueue:
             self._begin(batch)
         answers, staleness = self._answers(batch), float(batch.step - 1 - batch.written_after)
         if self._most_ahead:
-            tokens = answers.tensor("attention_mask")[:, -answers.tensor("responses").shape[1] :].sum()
             self._metrics |= {"staleness/mean": staleness, "staleness/max": staleness}
-            self._metrics["perf/generated_tokens_per_s"] = float(tokens) / batch.seconds
+            self._metrics["perf/generated_tokens_per_s"] = batch.tokens / batch.seconds
         self._metrics |= batch.metrics
         if self.score is None:
             return answers
@@ -169,6 +168,7 @@ class RolloutQueue:
                 "columns": {key: column.tolist() for key, column in answers.non_tensor_batch.items()},
                 "meta_info": answers.meta_info,
                 "seconds": batch.seconds,
+                "tokens": batch.tokens,
                 "metrics": batch.metrics,
             }
             for batch, answers in [(batch, self._answers(batch)) for batch in self._ahead]
@@ -185,7 +185,7 @@ class RolloutQueue:
                 continue
             batch = self._pool.batch_of(prompts, step, saved["written_after"])
             batch.answers = DataProto.from_dict(saved["tensors"], saved["columns"], saved["meta_info"])
-            batch.seconds, batch.metrics = saved["seconds"], saved["metrics"]
+            batch.seconds, batch.tokens, batch.metrics = saved["seconds"], saved["tokens"], saved["metrics"]
             self._ahead.append(batch)
 
     def _begin(self, batch: Batch) -> None:

@@ -77,8 +77,8 @@ class HFReplica(RolloutReplica):
             self._batching = asyncio.create_task(self._answer_waiting())
         return await answer
 
-    async def abort(self, request_ids: Sequence[str]) -> None:
-        """End these requests: a running one with its next token, which it keeps."""
+    async def _abort(self, request_ids: Sequence[str]) -> None:
+        """A running one ends with its next token, which it keeps."""
         for request in (*self._waiting, *self._running):
             request.aborted |= request.id in request_ids
         for request in self._waiting:

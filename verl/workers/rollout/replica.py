@@ -230,8 +230,10 @@ class RolloutReplica(ABC):
             if (task := self._answers.pop(name, None)) is not None:
                 task.cancel()
 
-    async def abort(self, request_ids: Sequence[str]) -> None:  # noqa: B027 (nothing to do by default)
+    async def abort(self, request_ids: Sequence[str]) -> None:
         """End these requests, as far as they are under way: each returns what was written."""
+        await asyncio.sleep(0)  # those that `answers` began just before have reached the engine then
+        await self._abort(request_ids)
 
     async def connect(self, meeting: Mapping[str, Any], rank: int) -> None:
         """Join the channel through which weights are broadcast, the first process as number ``rank``."""
@@ -345,6 +347,9 @@ class RolloutReplica(ABC):
             the engine's layers that got no weights.
         """
         return []
+
+    async def _abort(self, request_ids: Sequence[str]) -> None:  # noqa: B027 (nothing to do by default)
+        """End requests that the engine has."""
 
     async def _sleep(self) -> None:  # noqa: B027 (nothing to do by default)
         """Free weights and cache (CUDA)."""

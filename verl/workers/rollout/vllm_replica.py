@@ -107,8 +107,8 @@ class VLLMReplica(RolloutReplica):
             top = [{token: likely.logprob for token, likely in entry.items()} for entry in answer.logprobs]
         return TokenOutput(token_ids, log_probs, answer.finish_reason, version, top)
 
-    async def abort(self, request_ids: Sequence[str]) -> None:
-        """End these requests: vLLM sends what was written as their finished answers."""
+    async def _abort(self, request_ids: Sequence[str]) -> None:
+        """vLLM sends what was written as their finished answers."""
         await self._guard(self._engine.abort(list(request_ids)))
 
     async def check_alive(self) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from verl.config import DistillConfig, TeacherConfig
+from verl.config import DistillConfig, PPOConfig, TeacherConfig
 
 
 def test_rows_belong_to_the_first_teacher_their_source_matches() -> None:
@@ -57,6 +57,13 @@ def test_sources_with_items_are_those_whose_teacher_knows_items() -> None:
 
 
 ALL_ROWS = {"self": TeacherConfig()}
+def test_a_reference_knows_the_items_where_it_is_the_student_in_this_run() -> None:
+    config = PPOConfig()
+    assert config.knows_extended("ref")
+    config.actor_rollout_ref.ref.engine = "vllm"  # what servers give is of the shared ids
+    assert not config.knows_extended("ref")
+
+
 SPLIT = {"reads": TeacherConfig(prompts="with_items"), "writes": TeacherConfig("w", prompts="without_items")}
 
 

@@ -126,6 +126,7 @@ def test_an_average_that_a_checkpoint_lacks_begins_at_its_student(models: Models
     ("teacher", "trainer", "lora_rank", "message"),
     [
         ({"path": "/models/self"}, {}, 0, "is an average of the student, and not of /models/self; leave one out"),
+        ({"engine": "vllm"}, {}, 0, "is an average of the student, and not of vllm; leave one out"),
         ({"url": ["http://a"]}, {}, 0, "and not of ['http://a']; leave one out"),
         ({}, {"teacher_nnodes": 1, "teacher_n_gpus_per_node": 2}, 0, "; set trainer.teacher_n_gpus_per_node=2 to null"),
         ({}, {}, 4, "all weights, and actor_rollout_ref.model.lora_rank=4 trains an adapter; set it to 0"),

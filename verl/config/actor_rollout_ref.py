@@ -319,6 +319,13 @@ class RolloutConfig:
                     "every answer is cut anyway; lower the first or raise the second"
                 )
 
+        carries = f"{key}.oversample={self.oversample} carries on answers"
+        fix = f"set {key}.unfinished=drop, or oversample to 1"
+        if self.carries and (tools := self.multi_turn.tool_config_path):
+            raise ValueError(f"{carries} of a single turn, and multi_turn.tool_config_path={tools} has several; {fix}")
+        if self.carries and (self.horizon.end or 0) > (self.horizon.start or 0):
+            raise ValueError(f"{carries}, of which those that ended at a growing horizon would stay as short; {fix}")
+
     @property
     def carries(self) -> bool:
         """Whether answers may be written by several batches, each by its own weights."""

@@ -63,7 +63,6 @@ class PPOConfig:
             self._divergence_errors(),
             self._server_errors(),
             self._own_prompt_errors(),
-            self._carried_errors(),
             self._average_errors(),
             self._keep_errors(),
             self._prompt_errors(),
@@ -181,18 +180,6 @@ class PPOConfig:
             wanted, found = getattr(data, f"max_{name}"), getattr(rollout, name)
             if wanted != found:
                 yield f"data.max_{name}={wanted} differs from {_ROLLOUT}.{name}={found}; set the first alone"
-
-    def _carried_errors(self) -> Iterator[str]:
-        """What answers that several batches write cannot be."""
-        rollout = self.actor_rollout_ref.rollout
-        if not rollout.carries:
-            return
-        carries = f"{_ROLLOUT}.oversample={rollout.oversample} carries on answers"
-        fix = f"set {_ROLLOUT}.unfinished=drop, or oversample to 1"
-        if tools := rollout.multi_turn.tool_config_path:
-            yield f"{carries} of a single turn, and {_ROLLOUT}.multi_turn.tool_config_path={tools} has several; {fix}"
-        if (rollout.horizon.end or 0) > (rollout.horizon.start or 0):
-            yield f"{carries}, of which those that ended at a growing {_ROLLOUT}.horizon would stay as short; {fix}"
 
     def _sharding_errors(self) -> Iterator[str]:
         """Groups of ranks have to be whole, and what splits rows has to work on packed ones of this process."""

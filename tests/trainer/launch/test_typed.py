@@ -187,12 +187,12 @@ def test_all_errors_come_at_once() -> None:
         ),
         (
             [f"{ROLLOUT}.oversample=1.5", f"{ROLLOUT}.multi_turn.tool_config_path=tools.yaml"],
-            f"{ROLLOUT}.oversample=1.5 carries on answers of a single turn, and {ROLLOUT}.multi_turn.tool_config_path="
+            f"{ROLLOUT}.oversample=1.5 carries on answers of a single turn, and multi_turn.tool_config_path="
             f"tools.yaml has several; set {ROLLOUT}.unfinished=drop, or oversample to 1",
         ),
         (
             [f"{ROLLOUT}.oversample=1.5", *(f"{ROLLOUT}.horizon.{key}" for key in ("start=8", "end=16", "steps=4"))],
-            f"{ROLLOUT}.oversample=1.5 carries on answers, of which those that ended at a growing {ROLLOUT}.horizon",
+            f"{ROLLOUT}.oversample=1.5 carries on answers, of which those that ended at a growing horizon",
         ),
         (
             ["trainer.max_staleness=1"],

@@ -190,6 +190,8 @@ def test_all_errors_come_at_once() -> None:
             f"{ROLLOUT}.oversample=1.5 carries on answers of a single turn, and {ROLLOUT}.multi_turn.tool_config_path="
             f"tools.yaml has several; set {ROLLOUT}.unfinished=drop, or oversample to 1",
         ),
+        ([f"{ROLLOUT}.unfinished=drop"], f"{ROLLOUT}.unfinished=drop has no effect with {ROLLOUT}.oversample=1; set"),
+        ([f"{ACTOR}.{SPLIT}=4"], f"{ACTOR}.{SPLIT}=4 does not divide the 1 ranks of actor_rollout_ref.actor; change"),
         (
             ["trainer.max_staleness=1"],
             f"trainer.max_staleness=1 generates while the update runs, and on a GPU {ROLLOUT}",

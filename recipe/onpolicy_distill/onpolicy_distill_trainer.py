@@ -47,7 +47,9 @@ class RayOnPolicyDistillTrainer(RayPPOTrainer):
         super().__init__(config, *parts, **options)
         if config.algorithm.distill.teachers:
             self._check_teachers_have_rows()
-        self.teacher_prompts.check(self.train_dataset, self.teachers_run_in_update)
+        scored = self.val_loader if config.actor_rollout_ref.rollout.validates_policy else None
+        held_out: Any = scored and scored.dataset
+        self.teacher_prompts.check(self.train_dataset, held_out, self.teachers_run_in_update)
         if self.scores_as_they_come:
             self.rollouts.score = self.begin_scores
 
@@ -208,10 +210,10 @@ class RayOnPolicyDistillTrainer(RayPPOTrainer):
         call = partial(getattr(self.role_groups[role], method), rows)
         return with_sums(call, role, int(batch.tensor("response_mask").sum()))
 
-    def as_read(self, batch: DataProto, roles: list[str]) -> DataProto:
+    def as_read(self, batch: DataProto, roles: list[str], in_update: bool = False) -> DataProto:
         """The rows as their teachers read them, by the role of each row's; the batch itself where none differs."""
         own = any(self.config.teachers[role].own_prompt for role in {*roles})
-        return self.teacher_prompts.as_read(batch, roles) if own else batch
+        return self.teacher_prompts.as_read(batch, roles, in_update) if own else batch
 
     def update_actor(self, batch: DataProto) -> DataProto:
         """As the base class; new keys are also the advantages that it made, in place of the task's alone.
@@ -221,7 +223,7 @@ class RayOnPolicyDistillTrainer(RayPPOTrainer):
         read = batch
         if self.teachers_run_in_update:
             roles, places = self.config.algorithm.distill.roles, batch.batch.get("teacher", torch.zeros(len(batch)))
-            read = self.as_read(batch, [roles[int(place)] for place in places])
+            read = self.as_read(batch, [roles[int(place)] for place in places], in_update=True)
         if read is not batch:
             theirs = {f"teacher_{key}": read.tensor(key) for key in ("input_ids", "attention_mask")}
             batch = batch.select().union(DataProto.from_dict(theirs))

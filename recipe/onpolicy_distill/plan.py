@@ -119,6 +119,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, as of a run")
     escape_unknown_characters()
     args = parser.parse_intermixed_args(argv)
+    if args.run is not None and (unread := [*args.overrides, *["--card-gib"] * (args.card_gib is not None)]):
+        parser.error(f"--run={args.run} goes by that run's own settings; leave out {' '.join(unread)}")
     try:
         if args.run is not None:
             report_splits(args.run)

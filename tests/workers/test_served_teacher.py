@@ -301,6 +301,17 @@ def test_servers_have_to_fit(models: Models, server: FakeServer, flush_server: F
         served(models, [server.url], None, TEMPERATURE)
 
 
+def test_servers_that_the_run_starts_are_mended_elsewhere(models: Models) -> None:
+    """Nobody starts them by hand, neither at first nor after their end."""
+    servers = TeacherServers(["http://127.0.0.1:9"], None, 5.0, "change x.engine_kwargs")
+    teacher = ServedTeacher(models.config())
+    teacher.expect_servers(lambda: servers)
+    with pytest.raises(ValueError, match=r"cannot be used; change x\.engine_kwargs\n- http"):
+        teacher.init_model()
+    with pytest.raises(WorkerError, match=r"\); change x\.engine_kwargs$"):
+        servers.run(servers.score([1, 2], 0))
+
+
 def test_another_tokenizer_is_found(models: Models, server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
     teacher = served(models, [server.url])
     assert teacher.find_other_tokens() == []

@@ -307,6 +307,9 @@ class RolloutConfig:
                 f"{key}.mask_response_if_have_extend_token=True trains on nothing of a response with extended tokens, "
                 "and mask_after_extend_token=False on all of it; leave one at its default"
             )
+        if self.unfinished != "carry" and self.oversample == 1:
+            what = f"{key}.unfinished={self.unfinished} has no effect with {key}.oversample=1"
+            raise ValueError(f"{what}; set oversample above 1, or leave it at carry")
         if self.max_model_len is not None and self.max_model_len < longest:
             raise ValueError(
                 f"{key}.max_model_len={self.max_model_len} is below {key}.prompt_length={self.prompt_length} + "

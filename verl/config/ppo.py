@@ -156,7 +156,7 @@ class PPOConfig:
         mini, gpus = f"{_ACTOR}.ppo_mini_batch_size={rows}", f"trainer.n_gpus_per_node={trainer.n_gpus_per_node}"
         if batch % rows:
             yield f"data.train_batch_size={batch} is no multiple of {mini}; make it one"
-        if rows * rollout.n % self.data_parallel_size:
+        if rows * rollout.n % max(1, self.data_parallel_size):  # 0: an error of `_sharding_errors`
             ranks = f"trainer.nnodes={trainer.nnodes} x {gpus} ranks"
             if (size := self.actor_rollout_ref.actor.ulysses_sequence_parallel_size) > 1:
                 ranks += f" in groups of {_ACTOR}.{_SPLIT}={size}"
@@ -290,8 +290,8 @@ class PPOConfig:
             what = f"algorithm.distill.objective={distill.objective} needs whole distributions"
             yield f"{what}, and servers ({server}) give likeliest ids alone; set it to topk or sampled"
         if not isinstance(teacher, TeacherConfig):
-            if any(each.is_stitched and each.system_prompt for each in distill.teachers.values()):
-                yield f"{server} reads no system_prompt of a stitched teacher; leave it out, or let both be models"
+            for own in [name for each in distill.teachers.values() if each.is_stitched for name in each.own_prompt]:
+                yield f"{server} reads no {own} of a stitched teacher; leave it out, or let both be models"
             return
         if teacher.path and teacher.url:
             yield f"{key}.path={teacher.path} is not read beside {key}.url; leave one out"
@@ -300,12 +300,12 @@ class PPOConfig:
             yield f"{server} with vocabulary=stitched: {why}; let it be a model of the run"
 
     def _own_prompt_errors(self) -> Iterator[str]:
-        data = self.data
+        data, distill = self.data, self.algorithm.distill
         for role, teacher in self.teachers.items():
             own = [f"{teacher_key(role)}.{name}" for name in teacher.own_prompt]
             if teacher.system_prompt is not None and (column := teacher.system_prompt_column) is not None:
                 yield f"{own[0]} is not read beside {own[0]}_column={column}; leave one out"
-            if teacher.item_text and not self.knows_extended(role) and data.prompt_extend_tokens != "replace":
+            if teacher.item_text and not distill.knows_extended(role) and data.prompt_extend_tokens != "replace":
                 drops = f"data.prompt_extend_tokens={data.prompt_extend_tokens} leaves out its prompts with items"
                 yield f"{own[-1]}={teacher.item_text}: {drops}; set it to replace"
             if own and not self.algorithm.distils:

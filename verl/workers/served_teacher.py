@@ -284,7 +284,7 @@ class ServedTeacher:
             except FAULTS as error:
                 faults.append(f"\n- {endpoint.url}: {describe(error)}")
         if faults:
-            fix = f"start them with vllm serve MODEL {' '.join(command_line(self.limits))}"
+            fix = self.servers.fix or f"start them with vllm serve MODEL {' '.join(command_line(self.limits))}"
             raise ValueError(f"servers of a teacher cannot be used; {fix}{''.join(faults)}")
 
     async def _find_other_tokens(self) -> list[str]:

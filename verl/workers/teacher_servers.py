@@ -90,11 +90,12 @@ class TeacherServers:
         urls: of the servers.
         key: that they want; None: none.
         timeout_s: for an answer.
+        fix: what to do about servers that fail, where the run starts them; None: the user does.
     """
 
-    def __init__(self, urls: Sequence[str], key: str | None, timeout_s: float | None) -> None:
+    def __init__(self, urls: Sequence[str], key: str | None, timeout_s: float | None, fix: str | None = None) -> None:
         self.endpoints = [Endpoint(url.rstrip("/").removesuffix("/v1")) for url in urls]
-        self._lock = threading.Lock()
+        self._lock, self.fix = threading.Lock(), fix
         self._headers, self._timeout_s = {"Authorization": f"Bearer {key}"} if key else {}, timeout_s
 
     def run(self, work: Coroutine[Any, Any, _Result]) -> _Result:
@@ -139,7 +140,8 @@ class TeacherServers:
                 finally:
                     endpoint.rows -= 1
         faults = "; ".join(f"{endpoint.url}: {endpoint.fault or describe(last)}" for endpoint in self.endpoints)
-        raise WorkerError(f"no endpoint of a teacher scores any more ({faults}); start them again, and then the run")
+        fix = self.fix or "start them again, and then the run"
+        raise WorkerError(f"no endpoint of a teacher scores any more ({faults}); {fix}")
 
     async def complete(self, endpoint: Endpoint, tokens: list[int], topk: int) -> Entries:
         """What an endpoint names at each token of a row; raises as `request`."""

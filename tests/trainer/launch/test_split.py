@@ -12,12 +12,12 @@ from verl.trainer.launch.split import ANSWERS, measure
 
 
 def finished_run(
-    folder: Path, steps: list[dict[str, float]], rows: int, tensor_parallel: int = 1, **trainer: Any
+    folder: Path, steps: list[dict[str, float]], rows: int, tensor_parallel: int = 1, group: int = 1, **trainer: Any
 ) -> Path:
     """What a run of so many rows in a mini-batch leaves."""
     run = {"nnodes": 1, "n_gpus_per_node": 8, "rollout_nnodes": None, "rollout_n_gpus_per_node": None}
     rollout = {"n": 2, "tensor_model_parallel_size": tensor_parallel}
-    models = {"actor": {"ppo_mini_batch_size": rows // 2}, "rollout": rollout}
+    models = {"actor": {"ppo_mini_batch_size": rows // 2, "ulysses_sequence_parallel_size": group}, "rollout": rollout}
     config = {"trainer": {**run, "max_staleness": 0, **trainer}, "actor_rollout_ref": models}
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     lines = [json.dumps({"step": step, "data": data}) for step, data in enumerate(steps, 1)]
@@ -64,6 +64,37 @@ def test_several_nodes_are_split_by_nodes_and_one_by_engines(tmp_path: Path) -> 
     assert [split[:2] for split in splits] == [(16, 16), (24, 8)], "64 rows do not divide over 24 ranks"
     _, splits = measure(finished_run(tmp_path, [IN_TURNS], rows=64, tensor_parallel=4))
     assert [split[:2] for split in splits] == [(4, 4)]
+
+
+def test_sequence_groups_stay_whole(tmp_path: Path) -> None:
+    """Of 8 GPUs, 5 hold no groups of 4; in groups of 2, 6 ranks have 3 shares, over which 64 rows do not divide."""
+    _, splits = measure(finished_run(tmp_path, [IN_TURNS], rows=240, group=4))
+    assert [split[:2] for split in splits] == [(4, 4)]
+    _, splits = measure(finished_run(tmp_path, [IN_TURNS], rows=64, group=2))
+    assert [split[:2] for split in splits] == [(4, 4), (6, 2)]
+    with pytest.raises(ValueError, match=r"8 GPU\(s\) cannot be split so that 240 rows divide over groups of 8"):
+        measure(finished_run(tmp_path, [IN_TURNS], rows=240, group=8))
+
+
+def test_a_run_of_another_version_is_named(tmp_path: Path) -> None:
+    run = finished_run(tmp_path, [IN_TURNS], rows=60)
+    whole, line = yaml.safe_load((run / "config.yaml").read_text()), (run / "metrics.jsonl").read_text()
+    whole["trainer"].pop("max_staleness")
+    (run / "config.yaml").write_text(yaml.safe_dump(whole))
+    with pytest.raises(ValueError, match=r"of another version \(KeyError: 'max_staleness'\); give the folder of a run"):
+        measure(run)
+    for other in ('{"step": 2}', "[1]", '{"step": 2, "data": null}'):
+        (run / "metrics.jsonl").write_text(f"{line}{other}\n")
+        with pytest.raises(ValueError, match=r"metrics.jsonl or config.yaml of --run=.* is of another version"):
+            measure(run)
+
+
+def test_what_a_measured_run_does_not_read_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = str(finished_run(tmp_path, [IN_TURNS], rows=60))
+    for unread in (["trainer.nosuchkey=3"], ["--card-gib", "5"]):
+        with pytest.raises(SystemExit, match="2"):
+            command.main(["--run", run, *unread])
+        assert f"goes by that run's own settings; leave out {unread[0]}" in capsys.readouterr().err
 
 
 def test_the_command_prints_a_table_and_the_best(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

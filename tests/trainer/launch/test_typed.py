@@ -190,6 +190,8 @@ def test_all_errors_come_at_once() -> None:
             f"{ROLLOUT}.oversample=1.5 carries on answers of a single turn, and multi_turn.tool_config_path="
             f"tools.yaml has several; set {ROLLOUT}.unfinished=drop, or oversample to 1",
         ),
+        ([f"{ROLLOUT}.unfinished=drop"], f"{ROLLOUT}.unfinished=drop has no effect with {ROLLOUT}.oversample=1; set"),
+        ([f"{ACTOR}.{SPLIT}=4"], f"{ACTOR}.{SPLIT}=4 does not divide the 1 ranks of actor_rollout_ref.actor; change"),
         (
             [f"{ROLLOUT}.oversample=1.5", *(f"{ROLLOUT}.horizon.{key}" for key in ("start=8", "end=16", "steps=4"))],
             f"{ROLLOUT}.oversample=1.5 carries on answers, of which those that ended at a growing horizon",

@@ -146,6 +146,14 @@ OTHER = f"++{DISTILL}.teachers.x"
             "ref.url reads no system_prompt of a stitched teacher",
         ),
         (
+            {OTHER: "{vocabulary: stitched, system_prompt_column: a, item_text: b}", f"{REF}.engine": "vllm"},
+            "ref.engine=vllm reads no item_text of a stitched teacher",
+        ),
+        (
+            {f"{REF}.engine": "vllm", f"{REF}.item_text": "a", f"{REF}.model.path": "null"},
+            "ref.item_text=a: data.prompt_extend_tokens=drop leaves out its prompts with items; set it to replace",
+        ),
+        (
             {
                 f"{REF}.engine": "vllm",
                 f"+{REF}.engine_kwargs.tensor_parallel_size": 2,

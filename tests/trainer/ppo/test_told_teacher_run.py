@@ -3,6 +3,7 @@ it. Student and teacher begin as one model, which answers a letter, and its capi
 """
 
 import re
+from copy import deepcopy
 from pathlib import Path
 from random import Random
 from string import ascii_lowercase
@@ -124,6 +125,31 @@ def test_what_a_column_can_be(tiny_pair: Pair, tmp_path: Path) -> None:
         ValueError, match=r"ref\.item_text=a: data.prompt_extend_tokens=drop leaves .* set it to replace"
     ):
         build(item_text="a", **{"model.path": tiny_pair.teacher})
+    # Also where the base teacher is the student as it was: the data leave out what their teachers do not know by name.
+    with pytest.raises(ValueError, match=r"ref\.item_text=a: data.prompt_extend_tokens=drop leaves"):
+        build(item_text="a")
+    served = {"engine": "vllm", "system_prompt_column": "hint"}
+    with pytest.raises(ValueError, match=r"hint makes rows longer .*; set .*ref\.engine_kwargs\.max_model_len above"):
+        build(**served)
+    with pytest.raises(
+        ValueError, match=r"rows of up to (\d+) tokens; raise .*ref\.engine_kwargs\.max_model_len=69 to"
+    ):
+        build(**served, **{"engine_kwargs": "{max_model_len: 69}"})
+    build(**served, **{"engine_kwargs": "{max_model_len: 512}"})
+
+
+def test_hints_of_scored_validation_rows_are_measured_too(tiny_pair: Pair, tmp_path: Path) -> None:
+    """They are longer than all to train on; validation that scores nothing does not ask for them."""
+    hinted = [chat("name a 1", "A") | {"uuid": "a", "hint": RULE * 20}]
+    values = {f"{REF}.system_prompt_column": "hint", f"{REF}.log_prob_max_token_len_per_gpu": 64 + 4 + 60}
+    config = run_of(tiny_pair.teacher, tmp_path, "a-z", **values)
+    config.data.val_files = [write_rows(tmp_path / "long.parquet", hinted)]
+    sampling = config.actor_rollout_ref.rollout.val_kwargs
+    sampling.do_sample = False
+    build_trainer(config)
+    sampling.do_sample = True
+    with pytest.raises(ValueError, match=r"system_prompt_column=hint makes rows of up to \d+ tokens; raise"):
+        build_trainer(config)
 
 
 # ------------------------------------------------------------------ items as texts
@@ -151,6 +177,14 @@ def test_of_items_in_a_prompt_the_teacher_reads_texts(tiny_pair: Pair, tmp_path:
     read = TeacherPrompts(config, template).as_read(batch, ["ref"] * len(batch))
     for key in ("input_ids", "attention_mask", "responses"):
         assert torch.equal(read.tensor(key), wanted.tensor(key))
+    short, longest = deepcopy(config), int(wanted.tensor("attention_mask").sum(dim=1).max())
+    short.actor_rollout_ref.actor.ppo_max_token_len_per_gpu = longest
+    short.actor_rollout_ref.ref.log_prob_max_token_len_per_gpu = longest - 1
+    short.actor_rollout_ref.ref.log_prob_use_dynamic_bsz = True
+    TeacherPrompts(short, template).as_read(batch, ["ref"] * len(batch), in_update=True)
+    limit = f"actor_rollout_ref.ref.log_prob_max_token_len_per_gpu={longest - 1} to {longest}"
+    with pytest.raises(ValueError, match=rf"ref\.item_text makes rows of up to {longest} tokens; raise {limit}$"):
+        TeacherPrompts(short, template).as_read(batch, ["ref"] * len(batch))
     teacher = TeacherWorker(config.actor_rollout_ref, "cpu")
     teacher.init_model()
     scores, right, as_student = (

@@ -66,6 +66,16 @@ def measure(folder: Path) -> tuple[Measured, list[Split]]:
     Raises:
         ValueError: the folder has no metrics or settings of a run, or there is nothing to split.
     """
+    try:
+        return _measure(folder)
+    except (AttributeError, KeyError, TypeError, yaml.YAMLError) as error:
+        files = (
+            f"metrics.jsonl or config.yaml of --run={folder} is of another version ({type(error).__name__}: {error})"
+        )
+        raise ValueError(f"{files}; give the folder of a run by this one") from error
+
+
+def _measure(folder: Path) -> tuple[Measured, list[Split]]:
     curves, settings = read_curves(folder / "metrics.jsonl"), folder / "config.yaml"
     if "timing_s/step" not in curves or not settings.is_file():
         raise ValueError(f"--run={folder} needs metrics.jsonl with steps, and config.yaml: of trainer.logger=[file]")
@@ -89,7 +99,11 @@ def measure(folder: Path) -> tuple[Measured, list[Split]]:
     rows = models["actor"]["ppo_mini_batch_size"] * models["rollout"]["n"]
     # Over several nodes, whole ones.
     unit = models["rollout"]["tensor_model_parallel_size"] if run["nnodes"] == 1 else run["n_gpus_per_node"]
+    group = models["actor"]["ulysses_sequence_parallel_size"]
     choices = [(number, measured.gpus - number) for number in range(unit, measured.gpus, unit)]
-    if not (splits := [measured.on(*choice) for choice in choices if rows % choice[1] == 0]):
-        raise ValueError(f"--run={folder}: {measured.gpus} GPU(s) cannot be split so that {rows} rows divide")
-    return measured, splits
+    # Groups are whole, and rows divide over them.
+    fitting = [choice for choice in choices if choice[1] % group == 0 and rows % (choice[1] // group) == 0]
+    if not fitting:
+        over = f"over groups of {group}" if group > 1 else ""
+        raise ValueError(f"--run={folder}: {measured.gpus} GPU(s) cannot be split so that {rows} rows divide {over}")
+    return measured, [measured.on(*choice) for choice in fitting]

@@ -6,6 +6,7 @@ rendered again, so that it is what the template makes of other messages, token b
 
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from jinja2 import TemplateError
@@ -18,6 +19,7 @@ from verl.utils.dataset.items import WRITTEN_ITEM, read_item_texts
 from verl.utils.dataset.parquet_files import column_names
 from verl.utils.dataset.rl_dataset import RLHFDataset
 
+SERVED_LENGTH = "engine_kwargs.max_model_len"
 KEPT = ("responses", "response_mask")
 
 Chat = Sequence[Message]
@@ -31,11 +33,11 @@ class TeacherPrompts:
         self._texts: dict[str, dict[str, str]] = {}
         """Of items, by catalogue."""
 
-    def as_read(self, batch: DataProto, roles: Sequence[str]) -> DataProto:
-        """The rows as their teachers read them, by the role of each row's.
+    def as_read(self, batch: DataProto, roles: Sequence[str], in_update: bool = False) -> DataProto:
+        """The rows as their teachers read them, by the role of each row's; in the update, or to be scored.
 
         Raises:
-            ValueError: as `with_prompts`.
+            ValueError: as `with_prompts`, or a row is longer than a micro-batch or a server takes.
         """
         chats = list(batch.array("raw_prompt"))
         for row, teacher in enumerate(self._config.teachers[role] for role in roles):
@@ -43,31 +45,54 @@ class TeacherPrompts:
             chats[row] = told(chats[row], text if column is None else batch.array("hints")[row][column] or None)
             if teacher.item_text is not None:
                 chats[row] = with_texts(chats[row], self._item_texts(teacher.item_text))
-        return with_prompts(batch, chats, self._template)
+        read = with_prompts(batch, chats, self._template)
+        for role, longest in zip(roles, read.tensor("attention_mask").sum(dim=1).tolist(), strict=True):
+            if own := self._config.teachers[role].own_prompt:
+                key = f"{teacher_key(role)}.{' and '.join(own)}"
+                self._check_length(role, key, longest, in_scoring=not in_update, in_update=in_update)
+        return read
 
     def _item_texts(self, path: str) -> dict[str, str]:
         return self._texts.get(path) or self._texts.setdefault(path, read_item_texts(path))
 
-    def check(self, data: RLHFDataset, runs_in_update: bool) -> None:
-        """Check that the chat template, the training data and the limits of micro-batches fit the settings.
+    def _check_length(self, role: str, key: str, longest: int, in_scoring: bool, in_update: bool) -> None:
+        """Raise ``ValueError`` where ``key`` makes rows longer than micro-batches or the run's own servers take."""
+        teacher, models, limits = self._config.teachers[role], self._config.actor_rollout_ref, dict[str, Any]()
+        ref, actor, needed = models.ref, models.actor, -(-longest // models.ref.ulysses_sequence_parallel_size)
+        if role in self._config.served_roles:
+            limits[f"{teacher_key(role)}.{SERVED_LENGTH}"] = teacher.engine_kwargs.get("max_model_len")
+            needed = longest + 1  # one is written
+        else:
+            if in_scoring and (not ref.log_prob_micro_batch_size_per_gpu or ref.log_prob_use_dynamic_bsz):
+                limits["actor_rollout_ref.ref.log_prob_max_token_len_per_gpu"] = ref.log_prob_max_token_len_per_gpu
+            if in_update and actor.use_dynamic_bsz is not False:
+                limits["actor_rollout_ref.actor.ppo_max_token_len_per_gpu"] = actor.ppo_max_token_len_per_gpu
+        for name, most in limits.items():
+            if isinstance(most, int) and 0 <= most < needed:
+                raise ValueError(f"{key} makes rows of up to {longest} tokens; raise {name}={most} to {needed}")
+
+    def check(self, data: RLHFDataset, held_out: RLHFDataset | None, runs_in_update: bool) -> None:
+        """Check that the chat template, the data and the limits of micro-batches and servers fit the settings.
 
         Args:
+            data: to train on.
+            held_out: to validate on.
             runs_in_update: whether teachers read rows in the micro-batches of the update.
 
         Raises:
             ValueError: they do not.
         """
-        models = self._config.actor_rollout_ref
-        rollout, split = models.rollout, models.ref.ulysses_sequence_parallel_size
-        limits = {}
-        if not models.ref.log_prob_micro_batch_size_per_gpu or models.ref.log_prob_use_dynamic_bsz:
-            limits["ref.log_prob_max_token_len_per_gpu"] = models.ref.log_prob_max_token_len_per_gpu
-        if runs_in_update and models.actor.use_dynamic_bsz is not False:
-            limits["actor.ppo_max_token_len_per_gpu"] = models.actor.ppo_max_token_len_per_gpu
+        rollout = self._config.actor_rollout_ref.rollout
         for role, teacher in self._config.teachers.items():
             if teacher.item_text is not None:
                 self._item_texts(teacher.item_text)
-            key, text = self._told_most(role, data)
+            if teacher.engine and "max_model_len" not in teacher.engine_kwargs:
+                for name in teacher.own_prompt:
+                    if name != "system_prompt":  # of which the length is known
+                        what, limit = f"{teacher_key(role)}.{name}", f"{teacher_key(role)}.{SERVED_LENGTH}"
+                        why = f"{what}={getattr(teacher, name)} makes rows longer than the run's own servers take"
+                        raise ValueError(f"{why}; set {limit} above the longest row's tokens")
+            key, text = self._told_most(role, data, held_out)
             if text is None:
                 continue
             try:
@@ -75,28 +100,24 @@ class TeacherPrompts:
             except (TemplateError, TypeError, ValueError) as error:
                 raise ValueError(f"{key}: the chat template takes no system message ({error}); leave it out") from error
             longest = rollout.prompt_length + rollout.response_length + added
-            if role in self._config.served_roles:  # servers have limits of their own
-                continue
-            for name, most in limits.items():
-                if longest > most * split:
-                    fix = f"raise actor_rollout_ref.{name}={most} to {-(-longest // split)}"
-                    raise ValueError(f"{key} makes rows of up to {longest} tokens; {fix}")
+            self._check_length(role, key, longest, in_scoring=True, in_update=runs_in_update)
 
-    def _told_most(self, role: str, data: RLHFDataset) -> tuple[str, str | None]:
+    def _told_most(self, role: str, data: RLHFDataset, held_out: RLHFDataset | None) -> tuple[str, str | None]:
         """The setting of what a teacher is told, and the longest such text; None: it is told nothing."""
         teacher, key = self._config.teachers[role], f"{teacher_key(role)}.system_prompt"
         if (column := teacher.system_prompt_column) is None:
             return key, teacher.system_prompt
-        most, longest, key = 0, None, f"{key}_column={column}"
+        most, longest, key, texts = 0, "", f"{key}_column={column}", data.texts_of(column)
+        if not any(texts):
+            files, there = self._config.data.train_files, ", ".join(sorted(column_names(data.files)))
+            raise ValueError(f"{key} names no column with a text in data.train_files={files}; choose from {there}")
+        texts |= held_out.texts_of(column) if held_out is not None else set()
         # A token has a byte at least, so most texts are too short to be the one of the most tokens.
-        for size, text in sorted(((len(text.encode()), text) for text in data.texts_of(column)), reverse=True):
+        for size, text in sorted(((len(text.encode()), text) for text in texts), reverse=True):
             if size <= most:
                 break
             if (tokens := len(self._template.tokenizer.encode(text, add_special_tokens=False))) > most:
                 most, longest = tokens, text
-        if longest is None:
-            files, there = self._config.data.train_files, ", ".join(sorted(column_names(data.files)))
-            raise ValueError(f"{key} names no column with a text in data.train_files={files}; choose from {there}")
         return key, longest
 
 

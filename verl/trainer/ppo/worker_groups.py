@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from verl.config import BASE_TEACHER, PPOConfig
+from verl.config.ppo import teacher_key
 from verl.experimental.agent_loop.actors import LocalActors, RayActors, ReplicaPlace, plan_apart
 from verl.single_controller.base import Worker
 from verl.single_controller.base.decorator import Call, Results, WorkerGroup
@@ -197,7 +198,8 @@ class WorkerGroups:
         def wait() -> TeacherServers:
             logger.info("waiting for %d server(s) of teacher %s", len(calls), role)
             urls = [url for _, url in sorted(actors.as_they_come(calls, "start", watch=self.check_alive))]
-            return TeacherServers(urls, key, models.rollout.timeout_s)
+            fix = f"the run starts them: see their log, and change {teacher_key(role)}.engine_kwargs if it is these"
+            return TeacherServers(urls, key, models.rollout.timeout_s, fix)
 
         served.expect_servers(wait)
 

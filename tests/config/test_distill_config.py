@@ -57,6 +57,8 @@ def test_sources_with_items_are_those_whose_teacher_knows_items() -> None:
 
 
 ALL_ROWS = {"self": TeacherConfig()}
+
+
 def test_a_reference_knows_the_items_where_it_is_the_student_in_this_run() -> None:
     config = PPOConfig()
     assert config.knows_extended("ref")

@@ -49,7 +49,7 @@ def test_rows_of_three_teachers_get_the_numbers_that_each_gives_alone() -> None:
     reads = batch.non_tensor_batch[TEACHER_KNOWS_EXTENDED].tolist()
     assert reads == [place == 1 for place in batch.tensor("teacher").tolist()]
     responses = torch.arange(12)[:, None].expand(12, 4).clone()
-    batch = batch.union(DataProto.from_dict({"responses": responses}))
+    batch = batch.union(DataProto.from_dict({"responses": responses, "response_mask": torch.ones_like(responses)}))
     scores = trainer.ref_log_prob(batch).tensor("ref_log_prob")
     number_of = torch.tensor([1.0, 10.0, 100.0])[batch.tensor("teacher")]
     torch.testing.assert_close(scores, -number_of[:, None] * responses)
@@ -108,7 +108,8 @@ def test_what_teachers_export_is_there_for_the_update_alone() -> None:
     trainer.config.trainer = TrainerConfig(teacher_nnodes=1, teacher_n_gpus_per_node=1)
     trainer.role_groups = {"ref": TeacherApart(1.0), "self": TeacherApart(10.0)}
     rows = {"source": np.array(SOURCES, dtype=object), "index": np.arange(6)}
-    responses = DataProto.from_dict({"responses": torch.arange(6)[:, None].expand(6, 4).clone()})
+    tokens = torch.arange(6)[:, None].expand(6, 4).clone()
+    responses = DataProto.from_dict({"responses": tokens, "response_mask": torch.ones_like(tokens)})
     batch = trainer.prepare(rows, n=1).union(responses)
     batch = batch.union(trainer.ref_log_prob(batch))
     assert batch.array(HIDDEN_STATE_HANDLES).tolist() == ["10 0", "1 1", "1 2", "10 3", "1 4", "1 5"]

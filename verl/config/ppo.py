@@ -167,13 +167,6 @@ class PPOConfig:
         count, where = next(((n, of_engines) for n in trainer.rollout_gpus_on_nodes), (trainer.n_gpus_per_node, gpus))
         if count % (size := rollout.tensor_model_parallel_size):
             yield f"{_ROLLOUT}.tensor_model_parallel_size={size} does not divide {where}; change one of them"
-        shares = not trainer.rollout_gpus_on_nodes and trainer.device != "cpu" and rollout.free_cache_engine
-        if trainer.max_staleness and shares:
-            yield (
-                f"trainer.max_staleness={trainer.max_staleness} generates while the update runs, and on a GPU "
-                f"{_ROLLOUT}.free_cache_engine=True frees the engine's memory then; set it to False, give engines GPUs "
-                "of their own (trainer.rollout_nnodes, trainer.rollout_n_gpus_per_node), or set trainer.device=cpu"
-            )
         if rollout.name == "hf" and size > 1:
             yield f"{_ROLLOUT}.tensor_model_parallel_size={size} needs {_ROLLOUT}.name=vllm: hf runs on one device"
         for name in ("prompt_length", "response_length"):

@@ -345,6 +345,16 @@ def ranks(ray_init: dict[str, Any], **trainer: Any) -> None:
     check_ranks(config, "cpu")
 
 
+def test_an_engine_that_frees_its_memory_cannot_write_beside_training() -> None:
+    config = PPOConfig(trainer=TrainerConfig(max_staleness=1))
+    config.ray_kwargs.ray_init = {"address": "auto"}
+    check_ranks(config, "cpu")
+    with pytest.raises(ValueError, match=r"^trainer\.max_staleness=1 .*free_cache_engine=True .*set it to False"):
+        check_ranks(config, "cuda")
+    config.actor_rollout_ref.rollout.free_cache_engine = False
+    check_ranks(config, "cuda")
+
+
 def test_ranks_that_fit_or_that_ray_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     ranks({"num_cpus": 2}, n_gpus_per_node=8)
     ranks({"num_cpus": 2}, n_gpus_per_node=4, teacher_nnodes=1, teacher_n_gpus_per_node=4)

@@ -196,10 +196,6 @@ def test_all_errors_come_at_once() -> None:
             [f"{ROLLOUT}.oversample=1.5", *(f"{ROLLOUT}.horizon.{key}" for key in ("start=8", "end=16", "steps=4"))],
             f"{ROLLOUT}.oversample=1.5 carries on answers, of which those that ended at a growing horizon",
         ),
-        (
-            ["trainer.max_staleness=1"],
-            f"trainer.max_staleness=1 generates while the update runs, and on a GPU {ROLLOUT}",
-        ),
         ([IMPORTANCE], f"{IMPORTANCE} needs the sampler's log-probs; set {ROLLOUT}.calculate_log_probs=True"),
         ([f"{CLIP}_max_clip=-1", f"{CLIP}_min_clip=0"], f"{CLIP}_min_clip=0.0 is above distill_adv_max_clip=-1.0"),
         ([OPD, "algorithm.use_kl_in_reward=True"], f"algorithm.use_kl_in_reward=True has no effect with {OPD}, which"),

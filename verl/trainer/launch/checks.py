@@ -51,8 +51,8 @@ def check_run(config: PPOConfig) -> list[str]:
 
 
 def check_ranks(config: PPOConfig, device_name: str) -> None:
-    """Check that this machine can hold all ranks of a run that starts a Ray of its own, and its GPUs the models; Ray
-    checks the ranks of a cluster.
+    """Check that GPUs can do what the run asks of them, and that this machine can hold all ranks of a run that starts a
+    Ray of its own, and its GPUs the models; Ray checks the ranks of a cluster.
 
     Raises:
         ValueError: it cannot.
@@ -68,6 +68,13 @@ def check_ranks(config: PPOConfig, device_name: str) -> None:
         key = f"{teacher_key(config.engine_roles[0])}.engine=vllm"
         gpus = "trainer.teacher_nnodes and trainer.teacher_n_gpus_per_node"
         raise ValueError(f"{key} serves a teacher on GPUs of its own; set {gpus}")
+    run, frees = config.trainer, config.actor_rollout_ref.rollout.free_cache_engine
+    if device_name == "cuda" and run.max_staleness and frees and not run.rollout_gpus_on_nodes:
+        raise ValueError(
+            f"trainer.max_staleness={run.max_staleness} generates while the update runs, and actor_rollout_ref.rollout."
+            "free_cache_engine=True frees the engine's memory then; set it to False, or give engines GPUs of their own "
+            "(trainer.rollout_nnodes, trainer.rollout_n_gpus_per_node)"
+        )
     ray_init = config.ray_kwargs.ray_init
     if joins_cluster(ray_init):
         return

@@ -30,14 +30,7 @@ from verl.single_controller.base.worker import Channel
 from verl.utils.durable_files import remove_abandoned
 from verl.utils.import_utils import load_extern_type
 from verl.utils.tokenizer import hf_tokenizer, listed_ids
-from verl.weight_sync import (
-    FOLDER_PREFIX,
-    SHARED_MEMORY,
-    ReceivedWeights,
-    WeightShapes,
-    as_file,
-    weight_shapes,
-)
+from verl.weight_sync import FOLDER_PREFIX, SHARED_MEMORY, ReceivedWeights, WeightShapes, as_file, weight_shapes
 
 REPLICA_CLASSES = {"hf": "HFReplica", "vllm": "VLLMReplica"}
 MAX_TOP_LOGPROBS = 20

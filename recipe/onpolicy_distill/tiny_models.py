@@ -229,7 +229,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--student-tokenizer", required=True, help="folder; the same ids and more")
     parser.add_argument("--out", required=True, type=Path, help="folder that receives teacher/ and student/")
     add_options(parser, TinyPairConfig)
-    parser.add_argument("--untied", action="store_false", dest="tied", help="an lm head of its own, as by default")
     settings = vars(parser.parse_args(argv))
     from transformers.utils.logging import disable_progress_bar
 

@@ -50,10 +50,6 @@ class Arithmetic:
     def __init__(self, rank: int) -> None:
         self.rank = rank
 
-    @register(dispatch_mode=Dispatch.RANK_ZERO)
-    def first(self, value: int) -> int:
-        return value + self.rank
-
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def add_rank(self, value: int, scale: int = 1) -> int:
         return scale * (value + self.rank)
@@ -100,7 +96,7 @@ def rows(count: int) -> DataProto:
 
 
 def test_rank_zero_alone_and_one_to_all():
-    assert make_group().first(5) == 5
+
     assert make_group().only_zero(5) == 5
     assert make_group(3).add_rank(5, scale=2) == [10, 12, 14]
     assert make_group(3).later(5)() == [5, 6, 7]

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from verl.protocol import DataProto
-from verl.utils.rollout_dump import dump_generations
+from verl.utils.rollout_dump import dump_answers
 
 
 class LetterTokenizer:
@@ -31,8 +31,8 @@ def test_rows_are_written_without_padding(tmp_path: Path) -> None:
     reported = {"acc": np.bool_(True), "far": np.float32(0.5), "seen": np.arange(2), "input": "a key that is taken"}
     arrays["reward_extra"] = [reported, {}]
     batch = DataProto.from_dict({key: torch.tensor(rows) for key, rows in tensors.items()}, arrays)
-    path = dump_generations(tmp_path / "dump", 7, batch, LetterTokenizer())
-    assert path == tmp_path / "dump" / "7.jsonl"
+    dump_answers(tmp_path / "dump", 7, batch, LetterTokenizer(), [])
+    path = tmp_path / "dump" / "7.jsonl"
     text = path.read_text(encoding="utf-8")
     assert "dé" in text, "readable, not escaped"
     first, second = map(json.loads, text.splitlines())
@@ -40,5 +40,5 @@ def test_rows_are_written_without_padding(tmp_path: Path) -> None:
     counts = {"response_tokens": 2, "trained_tokens": 1, "extend_tokens": 1, "num_turns": 2, "score": 1.5}
     assert first == texts | counts | {"acc": True, "far": 0.5, "seen": [0, 1]}
     assert (second["input"], second["output"], second["gts"]) == ("bc", "e", None)
-    dump_generations(tmp_path / "dump", 7, batch[[0]], LetterTokenizer())
+    dump_answers(tmp_path / "dump", 7, batch[[0]], LetterTokenizer(), [])
     assert len(path.read_text().splitlines()) == 1, "a step that is run again replaces its file"

@@ -13,7 +13,7 @@ from verl.config.schema import Count, Fraction, NonNegativeFloat, NullIsEmpty, P
 
 ON_POLICY_DISTILL = "on_policy_distill"
 """``AdvantageEstimator.ON_POLICY_DISTILL``, for checks that have to do without torch."""
-SAMPLED, EXACT, JSD, TOPK = "sampled", "exact", "jsd", "topk"
+SAMPLED, JSD, TOPK = "sampled", "jsd", "topk"
 ANY, WITH_ITEMS, WITHOUT_ITEMS = "any", "with_items", "without_items"
 STITCHED = "stitched"
 BASE_TEACHER = "ref"

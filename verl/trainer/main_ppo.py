@@ -48,9 +48,8 @@ def build_trainer(
     Raises:
         ValueError: settings, files, models or a user's own code that this run cannot work with.
     """
-    from verl.experimental.agent_loop.base import ChatTemplate, get_agent_loop_class, load_agent_loops
-    from verl.experimental.agent_loop.worker import load_tools
-    from verl.tools.schemas import schema_dict
+    from verl.experimental.agent_loop.base import get_agent_loop_class, load_agent_loops
+    from verl.experimental.agent_loop.worker import chat_template, load_tools
     from verl.trainer.data import build_datasets
     from verl.trainer.launch.vocabulary_check import check_servers, resolve_vocabulary
     from verl.trainer.ppo.ray_trainer import RayPPOTrainer
@@ -73,16 +72,15 @@ def build_trainer(
     contract = resolve_vocabulary(config)
     check_servers(config)
     tokenizer = hf_tokenizer(model.tokenizer_path or str(model.path), trust_remote_code=model.trust_remote_code)
-    tool_schemas = [schema_dict(tool.get_openai_tool_schema()) for tool in load_tools(rollout).values()]
     # Tools that the chat template does not fit are refused here, before Ray starts.
-    ChatTemplate(tokenizer, tool_schemas, config.data.apply_chat_template_kwargs)
+    template = chat_template(config, tokenizer, load_tools(rollout))
     datasets = build_datasets(
         config.data,
         tokenizer,
         made=make_prompts(config.data, tokenizer) if make_prompts and makes_prompts else None,
         extend_vocab_start_token=rollout.extend_start,
         extended_sources=algorithm.distill.extended_sources if config.scores_without_extended else ["*"],
-        tool_schemas=tool_schemas,
+        tool_schemas=template.tool_schemas,
         dropped_rows_folder=config.trainer.default_local_dir,
         **({"hint_columns": hints} if (hints := config.hint_columns) else {}),  # classes of users need not take it
     )

@@ -73,25 +73,19 @@ def _plain(value: Any) -> Any:
     return value.tolist() if isinstance(value, np.generic | np.ndarray | torch.Tensor) else str(value)
 
 
-def dump_generations(folder: str | Path, step: int, batch: DataProto, tokenizer: PreTrainedTokenizerBase) -> Path:
-    """Write the rows of a batch to ``<folder>/<step>.jsonl`` and return its path; a file of that step is replaced."""
-    path = Path(folder) / f"{step}.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [
-        json.dumps({"step": step, **row}, ensure_ascii=False, default=_plain)
-        for row in generation_rows(batch, tokenizer)
-    ]
-    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    return path
-
-
 def dump_answers(
     folder: str | Path, step: int, batch: DataProto, tokenizer: PreTrainedTokenizerBase, teachers: Sequence[str]
 ) -> None:
     """Write a batch's answers to ``<folder>/<step>.jsonl`` and their tokens to ``<folder>/<step>.tokens.parquet``.
 
+    Files of that step are replaced.
+
     Args:
         teachers: their names, by place.
     """
-    dump_generations(folder, step, batch, tokenizer)
+    path = Path(folder) / f"{step}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [{"step": step, **row} for row in generation_rows(batch, tokenizer)]
+    lines = [json.dumps(row, ensure_ascii=False, default=_plain) for row in rows]
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     write_token_record(folder, step, batch, tokenizer, teachers)

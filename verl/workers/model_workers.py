@@ -34,7 +34,6 @@ from verl.workers.actor.losses import STUDENT_SCORES, UPDATE_SCORES, Advantage
 from verl.workers.actor.teachers import (
     HIDDEN_STATE_HANDLES,
     SCORES_OF_BASE,
-    TOP_TENSORS,
     FullTeacher,
     ModelTeacher,
     RemoteTeacher,
@@ -43,6 +42,7 @@ from verl.workers.actor.teachers import (
     StitchedServedTeacher,
     Teacher,
     TopKTeacher,
+    empty_scores,
     hidden_states_by_row,
 )
 from verl.workers.fsdp.adapter import adapted_layers, merge
@@ -335,11 +335,7 @@ class TeacherWorker(Worker):
         """``ref_log_prob`` at the selected tokens; with ``topk`` the likeliest ids; handles to hidden states by row."""
         missing, temperature = self.config.ref.ref_log_prob_replace_val, data.meta_info["temperature"]
         layout = ScoredRows(data.tensor("input_ids"), data.tensor("attention_mask"), select)
-        scores = {"ref_log_prob": torch.zeros(select.shape)}
-        if topk is not None:
-            shape = (*select.shape, topk)
-            empty = torch.zeros(shape, dtype=torch.int32), torch.zeros(shape), torch.zeros(select.shape)
-            scores |= dict(zip(TOP_TENSORS, empty, strict=True))
+        scores = empty_scores(select, topk)
         handles = np.full(len(data), None)
         with self.on_device() as teacher:
             for micro in layout.micro_batches(BatchSizes.of_scoring(self.config.ref), teacher.packed, teacher.group):

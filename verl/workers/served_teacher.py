@@ -32,7 +32,7 @@ from verl.single_controller.base.decorator import WorkerGroup
 from verl.utils.tokenizer import hf_tokenizer
 from verl.utils.vocab_rules import PROBES
 from verl.vocabulary import Vocabulary, choose_replacement
-from verl.workers.actor.teachers import SHARED_IDS, TOP_TENSORS
+from verl.workers.actor.teachers import SHARED_IDS, TOP_TENSORS, empty_scores
 from verl.workers.fsdp.token_stats_model import ScoredRows, real_response_tokens
 from verl.workers.rollout.vllm_settings import command_line
 from verl.workers.teacher_servers import (
@@ -219,11 +219,7 @@ class ServedTeacher:
         if self._replacement is not None:
             input_ids = input_ids.masked_fill(input_ids >= self.ids, self._replacement)
         layout = ScoredRows(input_ids, data.tensor("attention_mask"), select)
-        scores = {"ref_log_prob": torch.zeros(select.shape)}
-        if topk is not None:
-            shape = (*select.shape, topk)
-            empty = torch.zeros(shape, dtype=torch.int32), torch.zeros(shape), torch.zeros(select.shape)
-            scores |= dict(zip(TOP_TENSORS, empty, strict=True))
+        scores = empty_scores(select, topk)
         asked = -1 if self._is_whole and (topk is not None or temperature != 1) else topk or 0
         bounds = torch.zeros(select.shape).double()
 

@@ -39,8 +39,6 @@ class RolloutError(WorkerError):
 class Dispatch(Enum):
     """How the arguments of a call reach the ranks, and what the caller gets back."""
 
-    RANK_ZERO = "rank_zero"
-    """Rank 0 alone runs the method; its result comes back."""
     ONE_TO_ALL = "one_to_all"
     """Every rank gets the same arguments; a list of results, by rank, comes back."""
     DP_COMPUTE_PROTO = "dp_compute_proto"
@@ -53,6 +51,7 @@ class Execute(Enum):
 
     ALL = "all"
     RANK_ZERO = "rank_zero"
+    """Rank 0 alone; its result comes back."""
 
 
 class Registration(NamedTuple):
@@ -88,7 +87,7 @@ def register(
 
     Args:
         dispatch_mode: how arguments are split and results joined.
-        execute_mode: ``RANK_ZERO`` runs the method on rank 0 only.
+        execute_mode: with ``ONE_TO_ALL``, ``RANK_ZERO`` runs the method on rank 0 only.
         padding: with ``DP_COMPUTE_PROTO``, repeat rows where they do not divide over the ranks and drop their results.
             False raises ValueError instead: for methods where a repeated row would count twice.
         reads: with ``DP_COMPUTE_PROTO``, the batch keys that the method reads where they are there; no others travel.
@@ -163,7 +162,7 @@ def plan_calls(
     if registration.dispatch_mode is Dispatch.DP_COMPUTE_PROTO:
         return _split_rows(method, registration, world_size // ranks_per_share, args, kwargs, ranks_per_share)
     call = Call(tuple(args), kwargs)
-    if registration.dispatch_mode is Dispatch.RANK_ZERO or registration.execute_mode is Execute.RANK_ZERO:
+    if registration.execute_mode is Execute.RANK_ZERO:
         return [call], lambda results: by_rank(results)[0]
     return [call] * world_size, by_rank
 

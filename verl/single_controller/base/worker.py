@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from verl.single_controller.base.decorator import Dispatch, register
+from verl.single_controller.base.decorator import Dispatch, Execute, register
 
 LOOPBACK = "127.0.0.1"
 
@@ -143,7 +143,7 @@ class Worker:
         )
         dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world_size, timeout=timeout)
 
-    @register(dispatch_mode=Dispatch.RANK_ZERO)
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL, execute_mode=Execute.RANK_ZERO)
     def open_channel(self, size: int, timeout_s: float) -> dict[str, Any]:
         """Where ``size - 1`` other processes meet rank 0 as a `Channel`, and what each has to know."""
         server = socket.create_server((self.node_ip, 0))
@@ -155,7 +155,7 @@ class Worker:
         self._meeting = {"address": self.node_ip, "port": port, "size": size, "timeout_s": timeout_s}
         return self._meeting
 
-    @register(dispatch_mode=Dispatch.RANK_ZERO)
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL, execute_mode=Execute.RANK_ZERO)
     def join_channel(self, device: str) -> None:
         """Meet the others, which join the channel now; tensors will be on this kind of device."""
         self.channel = Channel(self._meeting, 0, torch.device(device), self._store)

@@ -110,7 +110,7 @@ class RayPPOTrainer:
     @property
     def uses_reference(self) -> bool:
         """Whether the reference scores the batch before the update."""
-        return self.config.algorithm.use_kl_in_reward or self.config.actor_rollout_ref.actor.use_kl_loss
+        return self.config.has_kl_term
 
     @property
     def roles(self) -> list[str]:

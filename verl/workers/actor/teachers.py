@@ -33,6 +33,16 @@ SHARED_IDS = "shared_ids"
 """Entry of ``meta_info``: number of ids that a served base teacher knows."""
 
 
+def empty_scores(select: torch.Tensor, topk: int | None) -> dict[str, torch.Tensor]:
+    """Zeros for the scores of rows like ``select`` (B, R): ``ref_log_prob``, and with ``topk`` `TOP_TENSORS`."""
+    scores = {"ref_log_prob": torch.zeros(select.shape)}
+    if topk is not None:
+        shape = (*select.shape, topk)
+        empty = torch.zeros(shape, dtype=torch.int32), torch.zeros(shape), torch.zeros(select.shape)
+        scores |= dict(zip(TOP_TENSORS, empty, strict=True))
+    return scores
+
+
 class ScoredPositions(NamedTuple):
     """Positions that one teacher scores: all scored positions of their rows; of split rows, those of this rank."""
 

@@ -22,7 +22,7 @@ import logging
 import os
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from itertools import islice
 from pathlib import Path
@@ -345,56 +345,3 @@ class RLHFDataset(Dataset[dict[str, Any]]):
         path, number = self._rows.location(index)
         # By name and row, not by path: files that were moved keep the ids that think switches are drawn from.
         return text_of(row.get("uuid")) or str(uuid.uuid5(uuid.NAMESPACE_URL, f"{path.name}:{number}"))
-
-
-def group_by_weight(
-    sources: Sequence[str], weights: Mapping[str, float], report: DropReport | None = None
-) -> list[tuple[float, np.ndarray]]:
-    """Share and places of each group of rows: those whose source a pattern is the first to match.
-
-    Args:
-        weights: all above 0, which ``DataConfig`` sees to.
-        report: of the data set, for an error's text.
-
-    Raises:
-        ValueError: a source that no pattern matches, or a pattern that matches none.
-    """
-    first = {source: next((p for p in weights if fnmatchcase(source, p)), None) for source in set(sources)}
-    unmatched = sorted(source for source, pattern in first.items() if pattern is None)
-    if unmatched:
-        raise ValueError(
-            f"data.source_weights={dict(weights)} matches no source {unmatched}; add them, or a pattern '*'"
-        )
-    if empty := [pattern for pattern in weights if pattern not in first.values()]:
-        message = f"data.source_weights: no usable row has a source like {empty}; there are {sorted(first)}"
-        raise ValueError(f"{message}{report.of_sources(empty) if report else ''}")
-    chosen, total = np.array([first[source] for source in sources]), sum(weights.values())
-    return [(weight / total, np.flatnonzero(chosen == pattern)) for pattern, weight in weights.items()]
-
-
-def mixed_order(
-    groups: Sequence[tuple[float, np.ndarray]], random: np.random.Generator, shuffle: bool, epoch: int = 0
-) -> list[int]:
-    """Places of rows, as many as there are, such that among the first n each group has its share of n, to within a row.
-
-    Rows of a group whose share is larger than it has rows come again, in another order, after all of them have come; of
-    a group whose share is smaller, an epoch holds a part: without ``shuffle`` the rows after those of the epoch before.
-    """
-    length = sum(len(places) for _, places in groups)
-    shares, had = np.array([share for share, _ in groups]), np.zeros(len(groups))
-    turns = np.empty(length, dtype=np.int64)
-    # Each turn goes to the group that is furthest behind its share.
-    for place in range(length):
-        turns[place] = group = int(np.argmax(shares * (place + 1) - had))
-        had[group] += 1
-    order = np.empty(length, dtype=np.int64)
-    for group, (_, places) in enumerate(groups):
-        wanted = np.flatnonzero(turns == group)
-        # A group starts again only after all of it has come, each pass in an order of its own.
-        if shuffle:
-            passes = -(-len(wanted) // len(places))
-            drawn = [random.permutation(places) for _ in range(passes)]
-            order[wanted] = np.concatenate(drawn)[: len(wanted)] if passes else []
-        else:
-            order[wanted] = places[(epoch * len(wanted) + np.arange(len(wanted))) % len(places)]
-    return order.tolist()

@@ -5,7 +5,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from verl.utils.dataset.rl_dataset import DropReport, group_by_weight, mixed_order
+from verl.trainer.data import group_by_weight, mixed_order
+from verl.utils.dataset.rl_dataset import DropReport
 
 SOURCES = ["general_a"] * 60 + ["general_b"] * 20 + ["rec_next"] * 9 + ["rec_caption"] * 11
 

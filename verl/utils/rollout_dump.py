@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from verl.protocol import DataProto
 from verl.utils.answer_html import answers_as_html
 from verl.utils.token_record import write_token_record
+from verl.utils.torch_functional import real_response_tokens
 
 COPIED_COLUMNS = ("uid", "index", "source", "data_source")
 """Object columns that are copied as they are, where the batch has them."""
@@ -31,18 +32,17 @@ def generation_rows(batch: DataProto, tokenizer: PreTrainedTokenizerBase) -> lis
     `COPIED_COLUMNS` where the batch has them; and what the reward function returned beside the score, by its keys, but
     for those that are taken.
     """
-    responses, attention = batch.tensor("responses"), batch.tensor("attention_mask").bool()
-    width = responses.shape[1]
+    responses, written = batch.tensor("responses"), real_response_tokens(batch)
+    in_prompt = batch.tensor("attention_mask")[:, : -responses.shape[1]].bool()
     rows = []
     for row in range(len(batch)):
-        prompt_mask, response_mask = attention[row, :-width], attention[row, -width:]
         columns = {key: batch.non_tensor_batch[key][row] for key in batch.non_tensor_batch}
         described: dict[str, Any] = {key: columns[key] for key in COPIED_COLUMNS if key in columns}
-        described["input"] = tokenizer.decode(batch.tensor("prompts")[row][prompt_mask].tolist())
-        described["output"] = tokenizer.decode(responses[row][response_mask].tolist())
+        described["input"] = tokenizer.decode(batch.tensor("prompts")[row][in_prompt[row]].tolist())
+        described["output"] = tokenizer.decode(responses[row][written[row]].tolist())
         reward_model = columns.get("reward_model")
         described["gts"] = reward_model.get("ground_truth") if isinstance(reward_model, dict) else None
-        described["response_tokens"] = int(response_mask.sum())
+        described["response_tokens"] = int(written[row].sum())
         described["trained_tokens"] = int(batch.tensor("response_mask")[row].sum())
         described["extend_tokens"] = int(batch.tensor("distill_special_token_mask")[row].sum())
         if "__num_turns__" in columns:

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from verl.protocol import DataProto
 from verl.utils.durable_files import write_durably
+from verl.utils.torch_functional import real_response_tokens
 
 STATES = {
     "trained": "The update learns from this token.",
@@ -76,9 +77,8 @@ def token_record(batch: DataProto, step: int, tokenizer: PreTrainedTokenizerBase
         teachers: names, by place among the teachers; the first scores all rows where rows name none.
     """
     trained, unknown_items, void = _masks(batch)
-    width = trained.shape[1]
-    attention = batch.tensor("attention_mask").bool().numpy()
-    in_prompt, real = attention[:, :-width], attention[:, -width:]
+    in_prompt = batch.tensor("attention_mask")[:, : -trained.shape[1]].bool().numpy()
+    real = real_response_tokens(batch).numpy()
     followed = next((key for key in SIGNALS if key in batch.batch), "")
 
     def numbers(column: str) -> pa.Array:

@@ -1,12 +1,12 @@
-"""Masked statistics, log-probs from logits, and padding.
+"""Masks and masked statistics, log-probs from logits, and padding.
 
-In:  tensors. Out: tensors. Everything is differentiable where torch is, and works on any device.
+In:  tensors, or a batch. Out: tensors. Everything is differentiable where torch is, and works on any device.
 Not here: log-probs of large vocabularies straight from hidden states (``verl.ops.linear_log_prob``); the two
 functions on logits below are for small models and tests.
 
 A mask is 0 or 1 and has the shape of the values. What stands where it is 0 never matters, NaN and infinity included:
 values are selected, not multiplied by zero. A mean over nothing is 0.
-Letters: B sequences, T tokens, V vocabulary.
+Letters: B sequences, R response tokens, T tokens, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -14,6 +14,12 @@ from collections.abc import Sequence
 import torch
 
 from verl.ops.policy_loss import zero_outside_mask
+from verl.protocol import DataProto
+
+
+def real_response_tokens(data: DataProto) -> torch.Tensor:
+    """(B, R) bool, True where a response has a token."""
+    return data.tensor("attention_mask")[:, -data.tensor("responses").shape[1] :].bool()
 
 
 def masked_sum(values: torch.Tensor, mask: torch.Tensor, axis: int | tuple[int, ...] | None = None) -> torch.Tensor:

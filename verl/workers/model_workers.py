@@ -27,6 +27,7 @@ from verl.single_controller.base import Worker
 from verl.single_controller.base.decorator import Dispatch, Execute, register
 from verl.utils.device import max_memory_metrics, release_cached_memory, resolve_dtype
 from verl.utils.tokenizer import hf_tokenizer
+from verl.utils.torch_functional import real_response_tokens
 from verl.vocabulary import Vocabulary, choose_replacement
 from verl.weight_sync import DEFAULT_BUCKET_MB, WeightExporter
 from verl.workers.actor.dp_actor import SCORED_KEYS, UPDATE_KEYS, DataParallelPPOActor, build_optimizer
@@ -55,7 +56,6 @@ from verl.workers.fsdp.token_stats_model import (
     TokenStatsModel,
     move_optimizer_state,
     move_parameters,
-    real_response_tokens,
     reshard,
 )
 from verl.workers.fsdp.training_state import TrainingState

@@ -30,10 +30,11 @@ from verl.config import ActorRolloutRefConfig, TeacherConfig
 from verl.protocol import DataProto
 from verl.single_controller.base.decorator import WorkerGroup
 from verl.utils.tokenizer import hf_tokenizer
+from verl.utils.torch_functional import real_response_tokens
 from verl.utils.vocab_rules import PROBES
 from verl.vocabulary import Vocabulary, choose_replacement
 from verl.workers.actor.teachers import SHARED_IDS, TOP_TENSORS, empty_scores
-from verl.workers.fsdp.token_stats_model import ScoredRows, real_response_tokens
+from verl.workers.fsdp.token_stats_model import ScoredRows
 from verl.workers.rollout.vllm_settings import command_line
 from verl.workers.teacher_servers import (
     FAULTS,

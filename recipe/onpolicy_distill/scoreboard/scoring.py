@@ -24,6 +24,7 @@ from verl.trainer.ppo.core_algos import AdvantageEstimator
 from verl.trainer.ppo.metric_utils import compute_on_policy_distill_data_metrics
 from verl.utils.device import release_cached_memory, resolve_dtype, select_device
 from verl.utils.tokenizer import hf_tokenizer
+from verl.utils.torch_functional import real_response_tokens
 from verl.vocabulary import Vocabulary, choose_replacement
 from verl.workers.actor.dp_actor import DataParallelPPOActor
 from verl.workers.fsdp.build import choose_attention, load_config
@@ -114,7 +115,7 @@ def distillation_metrics(batch: DataProto, extended: bool) -> dict[str, float]:
 
 def describe_tokens(batch: DataProto, row: int, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
     """Each token of an answer for a person to look at: text, advantage, log-probs, and how training treats it."""
-    written = int(batch.tensor("attention_mask")[row, -batch.tensor("responses").shape[1] :].sum())
+    written = int(real_response_tokens(batch)[row].sum())
     metrics = {"student_log_prob": "old_log_probs", "teacher_log_prob": "ref_log_prob", "advantage": "advantages"}
     return [
         {

@@ -23,7 +23,7 @@ from verl.experimental.agent_loop.base import TEACHER_KNOWS_EXTENDED
 from verl.ops.policy_loss import zero_outside_mask
 from verl.protocol import DataProto
 from verl.trainer.ppo.advantage import distillation_advantage, known_token_mask
-from verl.workers.fsdp.token_stats_model import real_response_tokens
+from verl.utils.torch_functional import real_response_tokens
 
 Metrics = dict[str, float]
 

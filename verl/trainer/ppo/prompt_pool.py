@@ -29,7 +29,8 @@ from verl.experimental.agent_loop.base import WRITTEN, Written
 from verl.experimental.agent_loop.worker import ENDED, SEED_KEY, TAKEN, sample_seeds
 from verl.protocol import DataProto
 from verl.trainer.data import PromptStream
-from verl.trainer.ppo.metric_utils import Metrics, real_response_tokens
+from verl.trainer.ppo.metric_utils import Metrics
+from verl.utils.torch_functional import real_response_tokens
 
 
 @dataclass(eq=False)

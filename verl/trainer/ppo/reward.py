@@ -23,6 +23,7 @@ from verl.protocol import DataProto
 from verl.utils.import_utils import load_extern_type
 from verl.utils.redaction import redacted
 from verl.utils.tokenizer import answer_text
+from verl.utils.torch_functional import real_response_tokens
 
 RewardFn = Callable[..., Any]
 """Called with the keywords ``data_source``, ``solution_str``, ``ground_truth`` and ``extra_info``; returns a number, or
@@ -100,8 +101,7 @@ def compute_rewards(batch: DataProto, tokenizer: PreTrainedTokenizerBase, reward
     Raises:
         ValueError: the function returned no finite number.
     """
-    responses = batch.tensor("responses")
-    written = batch.tensor("attention_mask")[:, -responses.shape[1] :].bool()
+    responses, written = batch.tensor("responses"), real_response_tokens(batch)
     scores = torch.zeros(responses.shape, dtype=torch.float32)
     lengths = written.sum(dim=-1).tolist()
     results, reported = [], np.empty(len(batch), dtype=object)

@@ -29,11 +29,12 @@ from torch.distributed.tensor import DTensor
 from verl.config import DistillConfig, FSDPActorConfig, OptimizerConfig, RefConfig
 from verl.ops.linear_log_prob import TokenStats, linear_token_stats
 from verl.protocol import DataProto
+from verl.utils.torch_functional import real_response_tokens
 from verl.vocabulary import Vocabulary
 from verl.workers.actor.losses import POLICY_TENSORS, ROW_KEYS, UPDATE_SCORES, Advantage, MiniBatchLoss, WeightedTeacher
 from verl.workers.actor.router_loss import RouterLoss
 from verl.workers.fsdp.extended_rows import ExtendedRows
-from verl.workers.fsdp.token_stats_model import BatchSizes, ScoredRows, TokenStatsModel, real_response_tokens, reshard
+from verl.workers.fsdp.token_stats_model import BatchSizes, ScoredRows, TokenStatsModel, reshard
 from verl.workers.fsdp.training_state import follow
 
 LOSS_KEYS = ("responses", "response_mask", "input_ids", "attention_mask")

@@ -40,7 +40,6 @@ from transformers import PreTrainedModel
 from verl.config import RefConfig, RolloutConfig
 from verl.ops.attention import PACKED_SDPA
 from verl.ops.sequence_parallel import SequenceGroup
-from verl.protocol import DataProto
 from verl.utils.seqlen_balancing import most_over_ranks, rearrange_micro_batches
 
 # ------------------------------------------------------------------ rows as model inputs
@@ -231,11 +230,6 @@ def _rectangles(lengths: list[int], max_tokens: int) -> list[list[int]]:
         else:
             parts.append([row])
     return parts
-
-
-def real_response_tokens(data: DataProto) -> torch.Tensor:
-    """(B, R) bool, True where a response has a token."""
-    return data.tensor("attention_mask")[:, -data.tensor("responses").shape[1] :].bool()
 
 
 # ------------------------------------------------------------------ the model

@@ -5,8 +5,6 @@ about the whole batch in ``meta_info``. A stage takes one and returns one with i
 Pickling a ``DataProto`` sends its own rows only (a slice does not drag the tensor it was cut from along), on the CPU.
 It knows nothing of Ray, models or padding of sequences. B sequences, P prompt, R response, T = P + R, K likeliest ids
 of a teacher. Masks are 1 where a position counts; float tensors are 0 at padding.
-
-``BATCH_KEYS`` lists every key that travels from stage to stage.
 """
 
 import pickle
@@ -70,10 +68,12 @@ BATCH_KEYS = {
     "extra_info": BatchKey("object", "(B,)", "dataset", "reward"),
     "tools_kwargs": BatchKey("object", "(B,)", "dataset", "rollout"),
     "index": BatchKey("object", "(B,)", "dataset", "trainer (uid), rollout, dumps"),
+    "uuid": BatchKey("object", "(B,)", "dataset", "rollout (a user's agent loop)"),
     "has_extended": BatchKey("object", "(B,)", "dataset", "trainer (teacher of a row)"),
     "__num_turns__": BatchKey("object", "(B,)", "rollout", "reward, metrics"),
 }
-"""Every key that travels from stage to stage. Loops write rollout keys, the driver unions what stages return.
+"""Every key that travels from stage to stage: loops write rollout keys, the driver unions what stages return. Columns
+that only the rollout's own processes exchange are in ``agent_loop.base`` and ``agent_loop.worker``.
 
 What the student scores (``old_log_probs``, ``entropys``, ``extend_mass``), the teachers' ``ref_log_prob`` of an exact
 objective, and distillation's part of ``advantages`` and ``returns`` come from the update where its own pass makes them:

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 
 from verl.config import BASE_TEACHER, PPOConfig
-from verl.experimental.agent_loop.base import TEACHER_KNOWS_EXTENDED
 from verl.experimental.agent_loop.worker import chat_template, load_tools
 from verl.protocol import DataProto
 from verl.trainer.ppo.advantage import distillation_advantage
@@ -29,7 +28,6 @@ from verl.trainer.ppo.metric_utils import (
     compute_validation_distill_metrics,
 )
 from verl.trainer.ppo.ray_trainer import Metrics, RayPPOTrainer
-from verl.trainer.ppo.rollout_queue import ANSWER_ROW
 from verl.trainer.ppo.teacher_prompt import TeacherPrompts
 
 logger = logging.getLogger(__name__)
@@ -146,7 +144,7 @@ class RayOnPolicyDistillTrainer(RayPPOTrainer):
         sources = [str(source) for source in batch.array("source")]
         has_extended = batch.array("has_extended") if distill.routes_by_prompt else [False] * len(sources)
         kinds = list(zip(sources, has_extended, strict=True))
-        batch.non_tensor_batch[TEACHER_KNOWS_EXTENDED] = np.array(
+        batch.non_tensor_batch["teacher_knows_extended"] = np.array(
             [distill.teacher_knows_extended(*kind) for kind in kinds]
         )
         places = torch.tensor([distill.teacher_of(*kind) for kind in kinds])
@@ -163,7 +161,7 @@ class RayOnPolicyDistillTrainer(RayPPOTrainer):
 
     def ref_log_prob(self, batch: DataProto) -> DataProto:
         """``ref_log_prob`` (B, R) and what else an exact objective needs, each row's by its own teacher."""
-        if ANSWER_ROW in batch.batch:
+        if "answer_row" in batch.batch:
             scores = self.rollouts.scores_of(batch)
         else:
             scores = joined(*self.each_teacher(batch, self.score_with))
@@ -282,9 +280,9 @@ class RayOnPolicyDistillTrainer(RayPPOTrainer):
 
     def rows_of_lacking_teachers(self, batch: DataProto) -> DataProto:
         """The rows whose teacher lacks the item tokens: all of them where there is one teacher."""
-        if TEACHER_KNOWS_EXTENDED not in batch.non_tensor_batch:
+        if "teacher_knows_extended" not in batch.non_tensor_batch:
             return batch
-        return batch.select_idxs(~batch.non_tensor_batch[TEACHER_KNOWS_EXTENDED].astype(bool))
+        return batch.select_idxs(~batch.non_tensor_batch["teacher_knows_extended"].astype(bool))
 
     def score_validation(self, batch: DataProto) -> DataProto:
         """Log-probs of student and teacher for the held-out reverse KL; rewards where there is a function."""

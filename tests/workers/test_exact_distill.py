@@ -29,7 +29,6 @@ from support.exact_cases import (
 from verl.config import ActorRolloutRefConfig, DistillConfig, TeacherConfig
 from verl.protocol import DataProto
 from verl.workers.actor.losses import UPDATE_SCORES
-from verl.workers.actor.teachers import HIDDEN_STATE_HANDLES
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
@@ -241,7 +240,7 @@ def test_teachers_in_the_update_may_read_other_prompts(packed: bool, tokens: int
     told, config = with_own_prompts(batch), models.config(packed=packed, actor={"ppo_max_token_len_per_gpu": tokens})
     student, held = workers_apart(models.config(), distill)
     exported = scored(held, distill, told, apart=True)
-    handles = {HIDDEN_STATE_HANDLES: exported.array(HIDDEN_STATE_HANDLES)}
+    handles = {"teacher_states": exported.array("teacher_states")}
     right = student.update_actor(batch.select().union(DataProto.from_dict({}, handles))).meta_info["metrics"]
     beside = workers(config, distill)
     updated = beside.update_actor(read_so(batch, told))
@@ -262,14 +261,14 @@ def test_only_trained_positions_are_exported_and_nothing_stays(models: Models) -
     batch = models.batch(3)
     batch.tensor("response_mask")[4] = 0
     batch = scored(held, distill, batch, apart=True)
-    handles, trained = batch.array(HIDDEN_STATE_HANDLES), batch.tensor("response_mask").sum(-1).tolist()
+    handles, trained = batch.array("teacher_states"), batch.tensor("response_mask").sum(-1).tolist()
     assert [0 if handle is None else len(handle()) for handle in handles] == trained and 0 in trained
     stitched = handles[[place == 2 for place in batch.tensor("teacher").tolist()]]
     assert {"hidden_0", "hidden_1"} <= {*stitched[0]().batch.keys()}
     values = [weakref.ref(handle()) for handle in handles if handle is not None]
     student.update_actor(batch)
     del handles, stitched
-    batch.pop(non_tensor_batch_keys=[HIDDEN_STATE_HANDLES])
+    batch.pop(non_tensor_batch_keys=["teacher_states"])
     gc.collect()
     assert [value() for value in values] == [None] * len(values)
 

@@ -33,7 +33,6 @@ from verl.weight_sync import DEFAULT_BUCKET_MB, WeightExporter
 from verl.workers.actor.dp_actor import SCORED_KEYS, UPDATE_KEYS, DataParallelPPOActor, build_optimizer
 from verl.workers.actor.losses import STUDENT_SCORES, UPDATE_SCORES, Advantage
 from verl.workers.actor.teachers import (
-    HIDDEN_STATE_HANDLES,
     SCORES_OF_BASE,
     FullTeacher,
     ModelTeacher,
@@ -350,7 +349,7 @@ class TeacherWorker(Worker):
                         handles[row] = self.object_store.put(states)
             for values in scores.values():
                 teacher.group.add_up(values)
-        return DataProto.from_dict(scores, {HIDDEN_STATE_HANDLES: handles} if exports_hidden_states else None)
+        return DataProto.from_dict(scores, {"teacher_states": handles} if exports_hidden_states else None)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def export_heads(self) -> list[Any]:

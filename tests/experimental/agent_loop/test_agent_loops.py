@@ -22,7 +22,6 @@ from support.chat_files import EXTEND_START
 
 from verl.config import MultiTurnConfig
 from verl.experimental.agent_loop.base import (
-    TEACHER_KNOWS_EXTENDED,
     WRITTEN,
     AgentLoopBase,
     AgentLoopOutput,
@@ -165,7 +164,7 @@ async def test_masks_over_turns(tokenizer, first, tool_text, last, drop_whole) -
 async def test_a_tools_item_ends_what_is_not_trained_behind_it(tokenizer, knows) -> None:
     engine = ScriptedEngine(tokenizer, [call("look") + END, "fine" + END])
     context = make_context(tokenizer, (TextTool({"text": "<s_b_2>"}, schema("look")),))
-    row = {"raw_prompt": MESSAGES, TEACHER_KNOWS_EXTENDED: knows}
+    row = {"raw_prompt": MESSAGES, "teacher_knows_extended": knows}
     output = await ToolAgentLoop(context, engine).run(SAMPLING | {"stop_from_id": EXTEND_START}, **row)
     assert [given["stop_from_id"] for _, given in engine.requests] == ([None, None] if knows else [EXTEND_START])
     assert output.num_turns == (4 if knows else 3)

@@ -10,7 +10,6 @@ from support.file_faults import Killed
 from support.loop_fakes import Prompts, R, make_config, make_trainer
 
 from recipe.onpolicy_distill.onpolicy_distill_trainer import RayOnPolicyDistillTrainer
-from verl.experimental.agent_loop.base import TEACHER_KNOWS_EXTENDED
 from verl.trainer.checkpoint.layout import NothingToTrain
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer
 from verl.utils.tracking import Tracking
@@ -97,7 +96,7 @@ def test_what_follows_an_item_is_masked_where_a_model_that_lacks_items_scores_it
     cls = RayOnPolicyDistillTrainer if config.algorithm.distils else RayPPOTrainer
     trainer, _ = make_trainer(config, cls, reward_fn=lambda **_: 1.0)
     prompts = trainer.prepare(next(trainer.prompts.batches()), n=2)
-    known = prompts.non_tensor_batch.get(TEACHER_KNOWS_EXTENDED)
+    known = prompts.non_tensor_batch.get("teacher_knows_extended")
     assert (known is None) if lacks else known.tolist() == [True] * 8
     assert config.scores_without_extended == lacks
     assert config.knows_extended("ref") == (teacher is None)

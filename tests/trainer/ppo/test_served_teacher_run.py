@@ -19,7 +19,6 @@ from verl.config import PPOConfig
 from verl.experimental.agent_loop.base import ChatTemplate
 from verl.protocol import DataProto
 from verl.single_controller.base import WorkerError
-from verl.trainer.ppo.rollout_queue import ANSWER_ROW
 from verl.trainer.ppo.teacher_prompt import told, with_prompts
 from verl.utils.tokenizer import hf_tokenizer
 from verl.workers.model_workers import TeacherWorker
@@ -95,7 +94,7 @@ def test_means_of_parts_are_weighted_by_their_positions() -> None:
     scores = [with_sums(lambda part=part: part, "b", count) for part, (_, count) in zip(rows, parts, strict=True)]
     trainer.stage_metrics = {}
     trainer.rollouts = SimpleNamespace(scores_of=lambda batch: DataProto.concat(scores))
-    batch = DataProto.from_dict({ANSWER_ROW: torch.arange(3)})
+    batch = DataProto.from_dict({"answer_row": torch.arange(3)})
     assert "metrics" not in trainer.ref_log_prob(batch).meta_info
     assert trainer.stage_metrics == {"distill_teacher/b/x": 2.5, "distill_teacher/b/y": 1.5}
 

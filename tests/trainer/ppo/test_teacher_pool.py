@@ -21,7 +21,6 @@ from verl.protocol import DataProto
 from verl.single_controller.base import Worker
 from verl.single_controller.base.decorator import Dispatch, register
 from verl.trainer.ppo.worker_groups import WorkerGroups
-from verl.workers.actor.teachers import HIDDEN_STATE_HANDLES
 from verl.workers.model_workers import StudentWorker, TeacherWorker
 
 register_pickle_by_value(sys.modules[__name__])  # ranks do not import test modules
@@ -92,12 +91,12 @@ def update(trainer: TrainerConfig, config: ActorRolloutRefConfig, distill: Disti
     with started(trainer, config, distill) as driver:
         assert driver.uses_reference == driver.exports_hidden_states, "co-located teachers run in the update"
         batch = batch.union(driver.ref_log_prob(batch)) if driver.uses_reference else batch
-        assert (HIDDEN_STATE_HANDLES in batch.non_tensor_batch) == driver.exports_hidden_states
+        assert ("teacher_states" in batch.non_tensor_batch) == driver.exports_hidden_states
         largest = max(value.nbytes for value in batch.batch.values())
         assert largest <= batch.tensor("input_ids").nbytes, "what the driver holds does not grow with the hidden size"
         batch.reorder(torch.arange(len(batch)).flip(0))
         batch = batch.union(driver.update_actor(batch))
-        assert HIDDEN_STATE_HANDLES not in batch.non_tensor_batch, "hidden states are freed with their handles"
+        assert "teacher_states" not in batch.non_tensor_batch, "hidden states are freed with their handles"
         return Update(driver.stage_metrics, batch.tensor("ref_log_prob"), driver.actor_wg.gradient()[0])
 
 

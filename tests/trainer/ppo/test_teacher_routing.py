@@ -9,9 +9,7 @@ import torch
 
 from recipe.onpolicy_distill.onpolicy_distill_trainer import RayOnPolicyDistillTrainer
 from verl.config import PPOConfig, TeacherConfig, TrainerConfig
-from verl.experimental.agent_loop.base import TEACHER_KNOWS_EXTENDED
 from verl.protocol import DataProto
-from verl.workers.actor.teachers import HIDDEN_STATE_HANDLES
 
 SOURCES = ["rec_next", "general", "code", "rec_caption", "general", "code"]
 
@@ -46,7 +44,7 @@ def test_rows_of_three_teachers_get_the_numbers_that_each_gives_alone() -> None:
     rows = {"source": np.array(SOURCES, dtype=object), "index": np.arange(6)}
     batch = trainer.prepare(rows, n=2)
     assert batch.tensor("teacher").tolist() == [1, 1, 0, 0, 2, 2, 1, 1, 0, 0, 2, 2]
-    reads = batch.non_tensor_batch[TEACHER_KNOWS_EXTENDED].tolist()
+    reads = batch.non_tensor_batch["teacher_knows_extended"].tolist()
     assert reads == [place == 1 for place in batch.tensor("teacher").tolist()]
     responses = torch.arange(12)[:, None].expand(12, 4).clone()
     batch = batch.union(DataProto.from_dict({"responses": responses, "response_mask": torch.ones_like(responses)}))
@@ -65,7 +63,7 @@ def test_the_prompt_decides_where_a_teacher_asks_for_it() -> None:
     rows["has_extended"] = np.array([True, True, False, False, False, False], dtype=object)
     batch = trainer.prepare(rows, n=1)
     assert batch.tensor("teacher").tolist() == [1, 0, 2, 2, 2, 2]
-    assert batch.non_tensor_batch[TEACHER_KNOWS_EXTENDED].tolist() == [True, False, True, True, True, True]
+    assert batch.non_tensor_batch["teacher_knows_extended"].tolist() == [True, False, True, True, True, True]
     del rows["has_extended"]
     with pytest.raises(KeyError, match=r"has_extended.*dataset"):
         trainer.prepare(rows, n=1)
@@ -98,7 +96,7 @@ class TeacherApart(Teacher):
     def score_for_update(self, batch: DataProto) -> DataProto:
         scores = self.compute_ref_log_prob(batch).tensor("ref_log_prob")
         handles = np.array([f"{self.number:g} {row}" for row in self.seen[-1]], dtype=object)
-        return DataProto.from_dict({"ref_log_prob": scores}, {HIDDEN_STATE_HANDLES: handles})
+        return DataProto.from_dict({"ref_log_prob": scores}, {"teacher_states": handles})
 
 
 def test_what_teachers_export_is_there_for_the_update_alone() -> None:
@@ -112,7 +110,7 @@ def test_what_teachers_export_is_there_for_the_update_alone() -> None:
     responses = DataProto.from_dict({"responses": tokens, "response_mask": torch.ones_like(tokens)})
     batch = trainer.prepare(rows, n=1).union(responses)
     batch = batch.union(trainer.ref_log_prob(batch))
-    assert batch.array(HIDDEN_STATE_HANDLES).tolist() == ["10 0", "1 1", "1 2", "10 3", "1 4", "1 5"]
+    assert batch.array("teacher_states").tolist() == ["10 0", "1 1", "1 2", "10 3", "1 4", "1 5"]
     seen: list[DataProto] = []
 
     def update_actor(batch: DataProto) -> DataProto:
@@ -121,6 +119,6 @@ def test_what_teachers_export_is_there_for_the_update_alone() -> None:
 
     trainer.actor_wg = SimpleNamespace(update_actor=update_actor)
     trainer.update_actor(batch)
-    assert HIDDEN_STATE_HANDLES in seen[0].non_tensor_batch and HIDDEN_STATE_HANDLES not in batch.non_tensor_batch
+    assert "teacher_states" in seen[0].non_tensor_batch and "teacher_states" not in batch.non_tensor_batch
     validation = trainer.prepare(rows, n=1, validate=True).union(responses)
-    assert HIDDEN_STATE_HANDLES not in trainer.ref_log_prob(validation).non_tensor_batch
+    assert "teacher_states" not in trainer.ref_log_prob(validation).non_tensor_batch

@@ -235,10 +235,6 @@ class AgentLoopContext:
     """Tools whose first failure was logged."""
 
 
-TEACHER_KNOWS_EXTENDED = "teacher_knows_extended"
-"""Key of a row, true where its teacher knows item tokens."""
-
-
 IN_PLACE_OF = {
     "server_manager": "trajectory = self.start(row, with_tools), for each turn of the model await self.write_turn("
     "trajectory, sampling_params), for others trajectory.add_other_turn(token_ids), and return self.finish(trajectory, "
@@ -277,7 +273,7 @@ class AgentLoopBase(ABC):
         Raises:
             ValueError: the prompt has more than ``rollout.prompt_length`` tokens.
         """
-        self.teacher_knows_extended = bool(row.get(TEACHER_KNOWS_EXTENDED))
+        self.teacher_knows_extended = bool(row.get("teacher_knows_extended"))
         prompt_ids = row.get("prompt_ids")
         if prompt_ids is None:
             prompt_ids = self.context.template.encode_prompt(row["raw_prompt"], with_tools)

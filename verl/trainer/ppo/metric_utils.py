@@ -19,7 +19,6 @@ import numpy as np
 import torch
 
 from verl.config.algorithm import AlgoConfig
-from verl.experimental.agent_loop.base import TEACHER_KNOWS_EXTENDED
 from verl.ops.policy_loss import zero_outside_mask
 from verl.protocol import DataProto
 from verl.trainer.ppo.advantage import distillation_advantage, known_token_mask
@@ -194,9 +193,9 @@ def _trained_extended(batch: DataProto) -> torch.Tensor:
 
 def _extended_reverse_kl(batch: DataProto) -> Metrics:
     """The reverse KL at tokens of E, over rows whose teacher knows them (elsewhere its log-prob is a stand-in)."""
-    if TEACHER_KNOWS_EXTENDED not in batch.non_tensor_batch:
+    if "teacher_knows_extended" not in batch.non_tensor_batch:
         return {}
-    known = torch.from_numpy(batch.array(TEACHER_KNOWS_EXTENDED).astype(bool))
+    known = torch.from_numpy(batch.array("teacher_knows_extended").astype(bool))
     return _mean("extend_reverse_kl", _gap(batch)[_trained_extended(batch) & known[:, None]])
 
 

@@ -21,7 +21,6 @@ from transformers import PreTrainedTokenizerBase
 
 from verl.config import PPOConfig
 from verl.experimental.agent_loop.agent_loop import AgentLoopManager
-from verl.experimental.agent_loop.base import TEACHER_KNOWS_EXTENDED
 from verl.protocol import DataProto
 from verl.single_controller.base import WorkerGroup
 from verl.trainer.checkpoint.best import BestCheckpoint
@@ -180,7 +179,7 @@ class RayPPOTrainer:
         uids = [f"{'val' if validate else step}-{index}" for index in prompts.non_tensor_batch["index"]]
         prompts.non_tensor_batch["uid"] = np.array(uids, dtype=object)
         if not self.config.scores_without_extended:  # then nothing behind an extended id is masked
-            prompts.non_tensor_batch[TEACHER_KNOWS_EXTENDED] = np.full(len(uids), True, dtype=object)
+            prompts.non_tensor_batch["teacher_knows_extended"] = np.full(len(uids), True, dtype=object)
         prompts.meta_info = {
             "global_steps": 0 if validate else step,
             "epoch": self.prompts.epoch,

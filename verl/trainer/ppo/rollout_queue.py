@@ -40,9 +40,6 @@ from verl.trainer.ppo.metric_utils import Metrics
 from verl.trainer.ppo.prompt_pool import Batch, PromptPool
 from verl.utils.timing import Timeline
 
-ANSWER_ROW = "answer_row"
-"""Batch key: the row that an answer had when it came."""
-
 
 class RolloutQueue:
     """The batches behind the one that trains, as far as they are begun.
@@ -128,16 +125,16 @@ class RolloutQueue:
         starts = self._engines().starts(len(answers))
         for start, end in itertools.pairwise(starts if not batch.scores else []):  # they come from a checkpoint
             self._score_part(batch, start, answers.slice(start, end))
-        return answers.union(DataProto.from_dict({ANSWER_ROW: torch.arange(len(answers))}))
+        return answers.union(DataProto.from_dict({"answer_row": torch.arange(len(answers))}))
 
     def scores_of(self, batch: DataProto) -> DataProto:
-        """The scores of the batch that trains, which has an ``ANSWER_ROW``, in its order; waits for them."""
+        """The scores of the batch that trains, which has an ``answer_row``, in its order; waits for them."""
         assert self._training is not None and self._training.prompts is batch
         begun, buffer = self._training.scores, RowBuffer(len(batch))
         for start in sorted(begun):
             buffer.put(start, begun.pop(start)())
         scores = buffer.take()
-        scores.reorder(batch.tensor(ANSWER_ROW))
+        scores.reorder(batch.tensor("answer_row"))
         return scores
 
     def look(self) -> None:

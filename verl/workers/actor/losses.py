@@ -35,14 +35,14 @@ from verl.ops.policy_loss import agg_loss, compute_policy_loss_vanilla, count_tr
 from verl.protocol import DataProto
 from verl.vocabulary import Vocabulary
 from verl.workers.actor.router_loss import RouterLoss
-from verl.workers.actor.teachers import HIDDEN_STATE_HANDLES, TOP_TENSORS, ScoredPositions, Teacher
+from verl.workers.actor.teachers import TOP_TENSORS, ScoredPositions, Teacher
 from verl.workers.fsdp.token_stats_model import Head, MicroBatch, ScoredRows
 
 POLICY_TENSORS = ("old_log_probs", "advantages", "ref_log_prob", "rollout_is_weights")
 """Batch keys (B, R) of the policy loss; the first two unless they are made here, the last two where used."""
 TEACHER_ROWS = ("teacher_input_ids", "teacher_attention_mask")
 """Rows as teachers of this process read them, where some have prompts of their own; responses are the student's."""
-ROW_KEYS = ("teacher", *TOP_TENSORS, HIDDEN_STATE_HANDLES, *TEACHER_ROWS)
+ROW_KEYS = ("teacher", *TOP_TENSORS, "teacher_states", *TEACHER_ROWS)
 """Batch keys of the divergence; each only where its teachers need it."""
 DIVERGENCE_OF = {"exact": "reverse_kl", "forward_kl": "forward_kl", "jsd": "jsd", "topk": "reverse_kl"}
 """The divergence that each exact objective minimises."""

@@ -27,8 +27,6 @@ TOP_TENSORS = ("teacher_top_ids", "teacher_top_log_probs", "teacher_rest_log_pro
 """Batch keys of the teachers' likeliest ids."""
 SCORES_OF_BASE = ("ref_log_prob", *TOP_TENSORS)
 """Batch keys that workers read of a served base teacher."""
-HIDDEN_STATE_HANDLES = "teacher_states"
-"""Batch key of the handles to the teachers' hidden states."""
 SHARED_IDS = "shared_ids"
 """Entry of ``meta_info``: number of ids that a served base teacher knows."""
 
@@ -216,7 +214,7 @@ class RemoteTeacher:
 
     def log_probs_at(self, positions: ScoredPositions, temperature: float) -> FullLogProbs:
         """As `ModelTeacher.log_probs_at`."""
-        distinct, handles = positions.distinct_rows, positions.batch.array(HIDDEN_STATE_HANDLES)
+        distinct, handles = positions.distinct_rows, positions.batch.array("teacher_states")
         by_row: list[DataProto] = self._fetch([handles[row] for row in distinct])
 
         def joined(key: str, like: torch.Tensor) -> torch.Tensor:

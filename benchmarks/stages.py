@@ -124,7 +124,7 @@ def bare_training(args: argparse.Namespace, models: Path) -> Times:
 
     from verl.ops.attention import PACKED_SDPA
     from verl.ops.linear_divergence import DivergenceOptions, linear_divergence
-    from verl.ops.linear_log_prob import LinearTeacher, linear_token_stats, score_tokens
+    from verl.ops.linear_log_prob import LinearLogProbs, linear_token_stats, score_tokens
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     count, ids = SHAPES[args.shape]
@@ -146,8 +146,8 @@ def bare_training(args: argparse.Namespace, models: Path) -> Times:
         return states.view(count, length, -1)[:, PROMPT_WORDS - 1 :].flatten(0, 1)
 
     @torch.no_grad()
-    def distribution() -> LinearTeacher:
-        return LinearTeacher(hidden(teacher), teacher.lm_head.weight, ids)
+    def distribution() -> LinearLogProbs:
+        return LinearLogProbs(hidden(teacher), teacher.lm_head.weight, ids)
 
     @torch.no_grad()
     def old_log_prob() -> None:

@@ -6,7 +6,10 @@
 The teacher's distribution runs over the shared ids alone, the student's over all ids that its tokenizer names.
 """
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class Vocabulary(NamedTuple):
@@ -35,12 +38,13 @@ class Vocabulary(NamedTuple):
             )
 
 
-def choose_replacement(setting: int | None, candidates: list[int | None], shared_ids: int) -> int:
-    """Replacement of ids that the teacher lacks in its input: the setting, or else the first candidate that it knows.
+def choose_replacement(setting: int | None, tokenizer: "PreTrainedTokenizerBase", shared_ids: int) -> int:
+    """Replacement of ids that the teacher lacks in its input: the setting, or else pad or eos, where it knows these.
 
     Raises:
-        ValueError: it does not know that id, or none of the candidates.
+        ValueError: it does not know that id, or neither of the two.
     """
+    candidates = [tokenizer.pad_token_id, tokenizer.eos_token_id]
     for token in candidates if setting is None else [setting]:
         if token is not None and 0 <= token < shared_ids:
             return token

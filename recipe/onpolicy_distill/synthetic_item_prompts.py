@@ -29,7 +29,7 @@ import pyarrow.parquet as pq
 
 from verl.config import DataConfig, PromptTemplateConfig, SyntheticItemPromptsConfig
 from verl.utils.console import escape_unknown_characters, program_name
-from verl.utils.dataset.items import ITEM_BEGIN, ITEM_END, LEVELS, Item, item_tokens, read_catalogue
+from verl.utils.dataset.items import CODE_TOKEN, ITEM_BEGIN, ITEM_END, LEVELS, Item, item_tokens, read_catalogue
 from verl.utils.dataset.parquet_files import cached_file, code_digest, expand_data_files, file_digest
 from verl.utils.durable_files import write_durably
 from verl.utils.tokenizer import hf_tokenizer
@@ -44,7 +44,6 @@ DrawItem = Callable[[Random], Item]
 
 KEY = "data.synthetic_item_prompts"
 _PLACEHOLDER = re.compile(r"\{(history|item)\}")
-_CODE = re.compile(rf"<s_([{LEVELS}])_(\d+)>")
 
 
 def item_sampler(tokenizer: "PreTrainedTokenizerBase", catalogue: str | None) -> DrawItem:
@@ -76,7 +75,7 @@ def _codes_by_level(vocabulary: dict[str, int]) -> dict[str, list[int]]:
     """The codes that have a token, by the letter of their level."""
     found: dict[str, list[int]] = {}
     for token in vocabulary:
-        if match := _CODE.fullmatch(token):
+        if match := CODE_TOKEN.fullmatch(token):
             found.setdefault(match[1], []).append(int(match[2]))
     return {level: sorted(codes) for level, codes in sorted(found.items())}
 

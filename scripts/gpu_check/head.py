@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from scripts.gpu_check.bench import Bench, apart
 from verl.ops.linear_divergence import DivergenceOptions, linear_divergence
-from verl.ops.linear_log_prob import LinearTeacher, linear_token_stats
+from verl.ops.linear_log_prob import LinearLogProbs, linear_token_stats
 from verl.utils.device import select_device
 from verl.vocabulary import Vocabulary
 
@@ -32,7 +32,7 @@ def dense_sampled(hidden: Any, weight: Any, _: Any, __: Any, labels: Any, words:
 def exact(hidden: Any, weight: Any, states: Any, head: Any, labels: Any, words: Vocabulary) -> torch.Tensor:
     """Mean reverse KL over the teacher's ids, and the leak term."""
     teacher, mean = (
-        LinearTeacher(states, head, words.shared_ids()),
+        LinearLogProbs(states, head, words.shared_ids()),
         torch.full_like(labels, 1 / len(labels), dtype=torch.float32),
     )
     return linear_divergence(hidden, weight, mean, teacher, DivergenceOptions(leak_coef=1.0), labels, words)[0]

@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from verl.ops import linear_divergence as linear_divergence_module
 from verl.ops import linear_log_prob
 from verl.ops.linear_divergence import BUFFERS, DIVERGENCES, DivergenceOptions, linear_divergence
-from verl.ops.linear_log_prob import LinearTeacher, StitchedTeacher, TopLogProbs, linear_token_stats, score_tokens
+from verl.ops.linear_log_prob import LinearLogProbs, StitchedLogProbs, TopLogProbs, linear_token_stats, score_tokens
 from verl.vocabulary import Vocabulary
 
 N, D, V, K, E = 13, 6, 20, 17, 11  # positions, hidden, rows of the head, ids in the softmax, first extended id
@@ -36,14 +36,14 @@ class Case:
         self.token_weights = torch.rand(N, generator=generator, dtype=torch.float64).to(dtype)
         self.token_weights[3] = 0.0
 
-    def base(self, temperature: float = 1.0) -> LinearTeacher:
-        return LinearTeacher(self.base_hidden, self.base_weight, E, temperature)
+    def base(self, temperature: float = 1.0) -> LinearLogProbs:
+        return LinearLogProbs(self.base_hidden, self.base_weight, E, temperature)
 
-    def frozen(self, temperature: float = 1.0) -> LinearTeacher:
-        return LinearTeacher(self.frozen_hidden, self.frozen_weight, K, temperature)
+    def frozen(self, temperature: float = 1.0) -> LinearLogProbs:
+        return LinearLogProbs(self.frozen_hidden, self.frozen_weight, K, temperature)
 
-    def stitched(self, temperature: float = 1.0) -> StitchedTeacher:
-        return StitchedTeacher(self.base(temperature), self.frozen(temperature))
+    def stitched(self, temperature: float = 1.0) -> StitchedLogProbs:
+        return StitchedLogProbs(self.base(temperature), self.frozen(temperature))
 
     def loss(self, teacher, options: DivergenceOptions, rows: int = 4, start: int | None = E, labels=None):
         size = self.hidden.dtype.itemsize
@@ -143,7 +143,7 @@ def test_two_ids_by_hand() -> None:
     # Student 1/4 and 3/4, teacher 1/2 and 1/2: KL(p | q) = 1/4 ln(1/2) + 3/4 ln(3/2).
     hidden = torch.tensor([[1.0]], requires_grad=True)
     weight = torch.tensor([[0.0], [math.log(3.0)]])
-    teacher = LinearTeacher(torch.zeros(1, 1), torch.zeros(2, 1), 2)
+    teacher = LinearLogProbs(torch.zeros(1, 1), torch.zeros(2, 1), 2)
     loss, _ = linear_divergence(hidden, weight, torch.tensor([2.0]), teacher, DivergenceOptions(), DRAWN)
     divergence = 0.25 * math.log(0.5) + 0.75 * math.log(1.5)
     assert loss.item() == pytest.approx(2 * divergence)
@@ -199,7 +199,7 @@ def test_memory_is_that_of_a_chunk_however_many_positions(
     tokens, hidden_size, ids, start, rows = 256, 4, 2048, 1500, 8
     hidden, base_hidden = torch.randn(tokens, hidden_size, requires_grad=True), torch.randn(tokens, hidden_size)
     weight, base_weight = torch.randn(ids, hidden_size, requires_grad=True), torch.randn(ids, hidden_size)
-    teacher: Any = LinearTeacher(base_hidden, base_weight, start)
+    teacher: Any = LinearLogProbs(base_hidden, base_weight, start)
     top = score_tokens(teacher, torch.zeros(tokens, dtype=torch.int64), -100.0, topk=5)[1]
     labels, ones, chunk = torch.zeros(tokens, dtype=torch.int64), torch.ones(tokens), BUFFERS * rows * ids * 4
     if blocks:
@@ -248,7 +248,7 @@ def test_rows_behind_the_ids_have_no_effect(behind: float) -> None:
     def outcome(rows: int) -> list[torch.Tensor]:
         weight = torch.cat([head, torch.full((rows - 70, 4), behind)]).requires_grad_()
         states, vocabulary = hidden.clone().requires_grad_(), Vocabulary(70, 61)
-        teacher = StitchedTeacher(LinearTeacher(hidden + 1, weight, 61), LinearTeacher(hidden * 2, weight, 70))
+        teacher = StitchedLogProbs(LinearLogProbs(hidden + 1, weight, 61), LinearLogProbs(hidden * 2, weight, 70))
         given = states, weight, torch.ones(5), teacher, DivergenceOptions(**LEAK), labels, vocabulary
         loss, stats = linear_divergence(*given)
         scores = linear_token_stats(states, weight, labels, vocabulary=vocabulary, with_entropy=True)
@@ -313,18 +313,18 @@ def test_sizes_that_do_not_fit() -> None:
     empty = case.hidden[:0], case.weight, case.token_weights[:0], case.frozen(), DivergenceOptions(), DRAWN[:0]
     assert linear_divergence(*empty)[0].item() == 0
     with pytest.raises(ValueError, match="the teacher scores 14 ids, not 11 or 17"):
-        case.loss(LinearTeacher(case.base_hidden, case.base_weight, 14), DivergenceOptions())
+        case.loss(LinearLogProbs(case.base_hidden, case.base_weight, 14), DivergenceOptions())
     with pytest.raises(ValueError, match="no divergence 'total_variation'; use one of reverse_kl, forward_kl, jsd"):
         case.loss(case.base(), DivergenceOptions("total_variation"))
     with pytest.raises(ValueError, match="has 15 ids"):
-        LinearTeacher(case.base_hidden, case.base_weight, 15)
+        LinearLogProbs(case.base_hidden, case.base_weight, 15)
     with pytest.raises(ValueError, match="below"):
         linear_divergence(*empty[:5], torch.tensor([len(case.weight)]))
 
 
 def test_the_smallest_probabilities_of_a_teacher_leave_jsd_finite() -> None:
     student, head = torch.tensor([[1.0]], requires_grad=True), torch.tensor([[0.0], [-300.0]])
-    teacher = LinearTeacher(torch.tensor([[1.0]]), torch.tensor([[0.0], [-103.2]]), 2)
+    teacher = LinearLogProbs(torch.tensor([[1.0]]), torch.tensor([[0.0], [-103.2]]), 2)
     for beta in (0.5, 0.1):
         loss, _ = linear_divergence(student, head, torch.ones(1), teacher, DivergenceOptions("jsd", beta=beta), DRAWN)
         assert loss.isfinite()

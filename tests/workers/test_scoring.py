@@ -1,6 +1,8 @@
 """Log-probs of student and teacher workers, entropy and extended mass, against whole logits of transformers."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -151,8 +153,12 @@ def test_a_student_that_is_its_teacher_has_no_advantage(models: Models) -> None:
 
 
 def test_choose_replacement() -> None:
-    assert choose_replacement(7, [1, 2], 10) == 7
-    assert [choose_replacement(None, [first, 2], 10) for first in (1, None, 12)] == [1, 2, 2]
-    for setting, candidates in ((10, [1]), (None, [None, None])):
+    def chosen(setting: int | None, pad: int | None, eos: int | None) -> int:
+        tokenizer: Any = SimpleNamespace(pad_token_id=pad, eos_token_id=eos)
+        return choose_replacement(setting, tokenizer, 10)
+
+    assert chosen(7, 1, 2) == 7
+    assert [chosen(None, pad, 2) for pad in (1, None, 12)] == [1, 2, 2]
+    for setting, pad in ((10, 1), (None, None)):
         with pytest.raises(ValueError, match=rf"ref_replace_token_id={setting} .* is none of 10 ids"):
-            choose_replacement(setting, candidates, 10)
+            chosen(setting, pad, None)

@@ -11,9 +11,9 @@ from support.exact_cases import LEAK, TEMPERATURE, Models, scored, teacher_worke
 from support.fake_server import FakeServer
 
 from verl.config import DistillConfig, TeacherConfig
-from verl.ops.linear_log_prob import LinearTeacher, StitchedTeacher, score_tokens
+from verl.ops.linear_log_prob import LinearLogProbs, StitchedLogProbs, score_tokens
 from verl.protocol import DataProto
-from verl.workers.actor.teachers import TOP_TENSORS, PartlyKnown
+from verl.workers.actor.teachers import TOP_TENSORS, ServedStitchedLogProbs
 from verl.workers.model_workers import StudentWorker
 from verl.workers.served_teacher import ServedTeacher, StitchedGroup
 
@@ -62,15 +62,15 @@ def test_from_the_likeliest_ids_come_those_of_both_models(topk: int) -> None:
     """Every id as the token that was drawn; the others' mass is what is left."""
     draw = torch.Generator().manual_seed(topk)
     hidden, head = torch.randn(40, 5, generator=draw), torch.randn(40, 5, generator=draw)
-    base, own = LinearTeacher(hidden, head, 28), LinearTeacher(hidden.flip(0), head, 40)
+    base, own = LinearLogProbs(hidden, head, 28), LinearLogProbs(hidden.flip(0), head, 40)
     labels = torch.arange(40)
     drawn, top = score_tokens(base, labels, -50.0, topk=topk)
     assert top is not None
     known, is_other = labels < 28, (labels < 28) & (top.ids != labels[:, None]).all(1)
     others = torch.where(is_other, (top.rest.exp() - drawn.exp()).clamp(min=0).log(), top.rest)
     token = labels.where(known, 0)[:, None], drawn.where(known, -torch.inf)[:, None]
-    partly = PartlyKnown(own, 28, *token, top.ids, top.log_probs, others)
-    found, right = (score_tokens(each, labels, -50.0, topk=topk) for each in (partly, StitchedTeacher(base, own)))
+    partly = ServedStitchedLogProbs(own, 28, *token, top.ids, top.log_probs, others)
+    found, right = (score_tokens(each, labels, -50.0, topk=topk) for each in (partly, StitchedLogProbs(base, own)))
     torch.testing.assert_close(found[0], right[0], rtol=0, atol=1e-5)
     assert found[1] is not None and right[1] is not None
     assert torch.equal(found[1].ids, right[1].ids)

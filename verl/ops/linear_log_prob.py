@@ -307,7 +307,7 @@ TeacherLogProbs = Callable[[slice], torch.Tensor | TopLogProbs]
 likeliest ids alone."""
 
 
-class LinearTeacher:
+class LinearLogProbs:
     """Log-probs of a frozen head's first ids: ``log_softmax(hidden @ weight[:vocab_size].T / temperature)``."""
 
     def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, vocab_size: int, temperature: float = 1.0) -> None:
@@ -324,7 +324,7 @@ class LinearTeacher:
         return logits
 
 
-class StitchedTeacher:
+class StitchedLogProbs:
     """One teacher on B, another on E: a proper distribution over all ids of the second.
 
     With d the mass that ``own``, which knows all ids, gives E at a position::
@@ -337,7 +337,7 @@ class StitchedTeacher:
         own: knows all ids.
     """
 
-    def __init__(self, base: LinearTeacher, own: LinearTeacher) -> None:
+    def __init__(self, base: LinearLogProbs, own: LinearLogProbs) -> None:
         self.vocab_size = own.vocab_size
         self.hidden_states: tuple[torch.Tensor, ...] = (*base.hidden_states, *own.hidden_states)
         self._base, self._own = base, own
@@ -350,7 +350,7 @@ class StitchedTeacher:
         return log_q
 
 
-FullLogProbs = LinearTeacher | StitchedTeacher
+FullLogProbs = LinearLogProbs | StitchedLogProbs
 """Teachers whose whole distributions are known."""
 
 

@@ -38,8 +38,8 @@ from verl.workers.actor.teachers import (
     ModelTeacher,
     RemoteTeacher,
     ScoredPositions,
-    StitchedModelTeacher,
     StitchedServedTeacher,
+    StitchedTeacher,
     Teacher,
     TopKTeacher,
     empty_scores,
@@ -300,8 +300,7 @@ class TeacherWorker(Worker):
         ids, replacement = len(tokenizer), None
         if not knows_extended:
             ids = Vocabulary(ids, config.rollout.extend_start).shared_ids()
-            likely = [tokenizer.pad_token_id, tokenizer.eos_token_id]
-            replacement = choose_replacement(ref.ref_replace_token_id, likely, ids)
+            replacement = choose_replacement(ref.ref_replace_token_id, tokenizer, ids)
         Vocabulary(ids).check_head(module.num_rows, path)
         return ModelTeacher(module, ids, replacement)
 
@@ -375,7 +374,7 @@ class TeacherWorker(Worker):
         base = self.colocated_roles.get(BASE_TEACHER)
         if self._is_stitched and isinstance(base, TeacherWorker):
             with base.on_device():
-                yield StitchedModelTeacher(base.model, self.model)
+                yield StitchedTeacher(base.model, self.model)
         elif self._is_stitched:
             yield StitchedServedTeacher(self.model)
         else:

@@ -144,8 +144,7 @@ class ServedTeacher:
         if teacher is None or not teacher.knows_extended:
             theirs = hf_tokenizer(own, trust_remote_code=model.trust_remote_code) if own else self._tokenizer
             self.ids = vocabulary.shared_ids(len(theirs))  # as of a teacher of the run
-            stand_ins = [theirs.pad_token_id, theirs.eos_token_id]
-            self._replacement = choose_replacement(ref.ref_replace_token_id, stand_ins, self.ids)
+            self._replacement = choose_replacement(ref.ref_replace_token_id, theirs, self.ids)
         self._is_whole = topk is not None and topk >= self.ids
         if rollout.temperature != 1 and not self._is_whole:
             raise ValueError(

@@ -12,22 +12,19 @@ import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from verl.utils.dataset.items import ITEM_BEGIN, ITEM_END, LEVELS, Item, code_token
+from verl.utils.dataset.items import CODE_TOKEN, ITEM_BEGIN, LEVELS, WRITTEN_ITEM, Item, code_token
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_CODES = r"(?:<s_[a-h]_\d+>)+"
-_ITEM = re.compile(re.escape(ITEM_BEGIN) + f"({_CODES})" + re.escape(ITEM_END))
-_ITEM_LIST = re.compile(f"(?:{_ITEM.pattern})+")
-_CODE = re.compile(r"<s_([a-h])_(\d+)>")
+_ITEM_LIST = re.compile(f"(?:{WRITTEN_ITEM.pattern})+")
 
 
 def items_in(text: str) -> list[Item]:
     """The items of a text in order, each once; what is not a whole item with its levels in order is passed over."""
     found: dict[Item, None] = {}
-    for match in _ITEM.finditer(text):
-        codes = _CODE.findall(match.group(1))
+    for match in WRITTEN_ITEM.finditer(text):
+        codes = CODE_TOKEN.findall(match.group())
         if "".join(level for level, _ in codes) == LEVELS[: len(codes)]:
             found[tuple(int(code) for _, code in codes)] = None
     return list(found)

@@ -144,7 +144,7 @@ def _load_actor(path: str, config: ScoringConfig, sizes: BatchSizes, *, is_teach
     replacement = None
     if is_teacher:
         vocabulary = vocabulary._replace(ids=vocabulary.shared_ids())
-        replacement = choose_replacement(None, [tokenizer.pad_token_id, tokenizer.eos_token_id], vocabulary.ids)
+        replacement = choose_replacement(None, tokenizer, vocabulary.ids)
     vocabulary.check_head(module.num_rows, path)
     return DataParallelPPOActor(
         RefConfig(),

@@ -32,7 +32,9 @@ def item_tokens(item: Item) -> list[str]:
     return [ITEM_BEGIN, *(code_token(level, code) for level, code in enumerate(item)), ITEM_END]
 
 
-WRITTEN_ITEM = re.compile(rf"{re.escape(ITEM_BEGIN)}(?:<s_[{LEVELS}]_\d+>)+{re.escape(ITEM_END)}")
+CODE_TOKEN = re.compile(rf"<s_([{LEVELS}])_(\d+)>")
+"""A token of `code_token`: the level's letter, and the code."""
+WRITTEN_ITEM = re.compile(rf"{re.escape(ITEM_BEGIN)}(?:{CODE_TOKEN.pattern})+{re.escape(ITEM_END)}")
 """An item in a text."""
 
 

@@ -3,11 +3,11 @@
 In:  positions of a batch, in the order of the student's micro-batch. Out: the teacher's log-probs at these positions,
 a chunk at a time (``ops.linear_log_prob``).
 
-    ModelTeacher          a frozen model of this process; one forward pass over the rows of the positions
-    StitchedModelTeacher  two of them: one for the shared ids, one for the extended ids
+    ModelTeacher           a frozen model of this process; one forward pass over the rows of the positions
+    StitchedTeacher        two of them: one for the shared ids, one for the extended ids
     StitchedServedTeacher  of these the first is served; what servers know of the positions is part of the batch
-    RemoteTeacher         a model on other ranks; its hidden states were computed before the update, and are fetched
-    TopKTeacher           its likeliest ids were computed before the update, and are part of the batch
+    RemoteTeacher          a model on other ranks; its hidden states were computed before the update, and are fetched
+    TopKTeacher            its likeliest ids were computed before the update, and are part of the batch
 
 Letters: B rows of the batch, S positions, D hidden size, V rows of a head.
 """
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from verl.ops.linear_log_prob import FullLogProbs, LinearTeacher, StitchedTeacher, TeacherLogProbs, TopLogProbs
+from verl.ops.linear_log_prob import FullLogProbs, LinearLogProbs, StitchedLogProbs, TeacherLogProbs, TopLogProbs
 from verl.protocol import DataProto
 from verl.vocabulary import Vocabulary
 from verl.workers.fsdp.adapter import as_frozen
@@ -88,7 +88,7 @@ class ModelTeacher:
         """Handles to its head, once it was exported; the head never changes."""
         self._replace_token_id = replace_token_id
 
-    def log_probs_at(self, positions: ScoredPositions, temperature: float) -> LinearTeacher:
+    def log_probs_at(self, positions: ScoredPositions, temperature: float) -> LinearLogProbs:
         """Log-probs at the positions, in their order; every rank has to call it equally often.
 
         The result reads the gathered head: it has to be used before `reshard`.
@@ -96,7 +96,7 @@ class ModelTeacher:
         shares = [len(rows) for rows in positions.rows_by_rank]
         micro = positions.layout.build(positions.distinct_rows, self.packed, self.group, shares)
         positions.require_order(micro.rows, micro.columns)
-        return LinearTeacher(*self._forward(micro), self.ids, temperature)
+        return LinearLogProbs(*self._forward(micro), self.ids, temperature)
 
     def head(self) -> torch.Tensor:
         """(ids, D) the gathered head, to be used before `reshard`; all ranks have to call it."""
@@ -115,7 +115,7 @@ class ModelTeacher:
             return self.module(inputs.to(self.module.device), lambda hidden, weight, labels: (hidden, weight))
 
 
-class StitchedModelTeacher:
+class StitchedTeacher:
     """A base teacher on the shared ids and one with the student's vocabulary on the others; both read every row."""
 
     knows_extended = True
@@ -123,20 +123,20 @@ class StitchedModelTeacher:
     def __init__(self, base: ModelTeacher, own: ModelTeacher) -> None:
         self.models, self.packed, self.group = [base, own], own.packed, own.group
 
-    def log_probs_at(self, positions: ScoredPositions, temperature: float) -> StitchedTeacher:
+    def log_probs_at(self, positions: ScoredPositions, temperature: float) -> StitchedLogProbs:
         """As `ModelTeacher.log_probs_at`."""
-        return StitchedTeacher(*(model.log_probs_at(positions, temperature) for model in self.models))
+        return StitchedLogProbs(*(model.log_probs_at(positions, temperature) for model in self.models))
 
 
 class StitchedServedTeacher:
-    """As `StitchedModelTeacher`, before an update, with a base teacher whose scores of the rows are in the batch."""
+    """As `StitchedTeacher`, before an update, with a base teacher whose scores of the rows are in the batch."""
 
     knows_extended = True
 
     def __init__(self, own: ModelTeacher) -> None:
         self.models, self.packed, self.group = [own], own.packed, own.group
 
-    def log_probs_at(self, positions: ScoredPositions, temperature: float) -> "PartlyKnown":
+    def log_probs_at(self, positions: ScoredPositions, temperature: float) -> "ServedStitchedLogProbs":
         """As `ModelTeacher.log_probs_at`."""
         batch, labels, at = positions.batch, positions.labels, (positions.rows, positions.columns)
         own, drawn = self.models[0].log_probs_at(positions, temperature), batch.tensor("ref_log_prob")[at]
@@ -149,16 +149,18 @@ class StitchedServedTeacher:
         is_other = known & (ids != labels[:, None]).all(dim=1)
         others = (rest.double().exp() - drawn.double().exp()).clamp(min=0).log().to(rest.dtype)
         parts = *token, ids.long(), log_probs, others.where(is_other, rest)
-        return PartlyKnown(own, batch.meta_info[SHARED_IDS], *(part.to(self.models[0].module.device) for part in parts))
+        return ServedStitchedLogProbs(
+            own, batch.meta_info[SHARED_IDS], *(part.to(self.models[0].module.device) for part in parts)
+        )
 
 
-class PartlyKnown(StitchedTeacher):
+class ServedStitchedLogProbs(StitchedLogProbs):
     """Of the base teacher the token that was drawn and the likeliest ids are known, here (N, 1) and (N, K).
 
     The mass of its other ids is a column behind those of all ids, whose own columns are -inf.
     """
 
-    def __init__(self, own: LinearTeacher, shared_ids: int, *known: torch.Tensor) -> None:
+    def __init__(self, own: LinearLogProbs, shared_ids: int, *known: torch.Tensor) -> None:
         self.vocab_size, self.hidden_states, self._own, self._shared_ids = own.vocab_size, (), own, shared_ids
         self._known = known
 
@@ -227,13 +229,13 @@ class RemoteTeacher:
         same_tokens = torch.equal(joined("labels", positions.labels), positions.labels)
         assert same_tokens, "hidden states of other rows were fetched"
         teachers = [
-            LinearTeacher(joined(f"hidden_{part}", head), head, len(head), temperature)
+            LinearLogProbs(joined(f"hidden_{part}", head), head, len(head), temperature)
             for part, head in enumerate(self._heads)
         ]
-        return teachers[0] if len(teachers) == 1 else StitchedTeacher(*teachers)
+        return teachers[0] if len(teachers) == 1 else StitchedLogProbs(*teachers)
 
 
-FullTeacher = ModelTeacher | StitchedModelTeacher | StitchedServedTeacher
+FullTeacher = ModelTeacher | StitchedTeacher | StitchedServedTeacher
 """A teacher of this process, which computes distributions on demand."""
 Teacher = FullTeacher | TopKTeacher | RemoteTeacher
 """Scores the rows of an update."""

@@ -127,7 +127,7 @@ class RayOnPolicyDistillTrainer(RayPPOTrainer):
         super().init_workers(in_process)
         self.fetch_heads()
         if self.scores_as_they_come:
-            self.worker_groups.watch(self.rollouts.look)
+            self.worker_groups.watch(self.rollouts.poll)
 
     def fetch_heads(self) -> None:
         """Give the student's ranks the heads that belong to exported hidden states; they never change."""

@@ -33,8 +33,8 @@ COMPARISONS = {">=": operator.ge, "<=": operator.le}
 Metrics = Mapping[str, float]
 
 
-class BestMetricError(ValueError):
-    """A rule or a bound names a metric that validation does not give."""
+class MetricRuleError(ValueError):
+    """A rule or a bound does not fit the metrics that validation gives."""
 
 
 def matching_values(metrics: Metrics, name: str) -> list[float]:
@@ -50,9 +50,9 @@ def metric_value(metrics: Metrics, name: str) -> float:
 
 
 def require_known(setting: str, names: Iterable[str], metrics: Metrics) -> None:
-    """Raise BestMetricError where a name stands for no metric of a validation."""
+    """Raise MetricRuleError where a name stands for no metric of a validation."""
     if unknown := [name for name in names if not matching_values(metrics, name)]:
-        raise BestMetricError(
+        raise MetricRuleError(
             f"{setting} names {', '.join(unknown)}, which validation does not give; it gives "
             f"{', '.join(sorted(metrics)) or 'nothing'}"
         )

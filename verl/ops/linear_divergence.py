@@ -271,7 +271,7 @@ def _block(
         log_e = logits[:, start:] - extended[:, None]
         within = torch.where(mass > 0, mass * (-torch.linalg.vecdot(log_e.exp(), log_e) - inside), 0.0)
         entropy = outside.exp() * (entropy - outside) + within
-    leak, of_leak = _leak(logits, base, extended, job) if has_leak else (torch.zeros_like(mass), None)
+    leak, leak_grad = _leak(logits, base, extended, job) if has_leak else (torch.zeros_like(mass), None)
 
     if isinstance(teacher, TopLogProbs):
         teacher = teacher.completed(log_p, options.missing_log_prob)
@@ -283,16 +283,16 @@ def _block(
         missing = options.missing_log_prob
         log_q = log_q.nan_to_num(nan=math.nan, posinf=math.inf, neginf=missing)
     sampled = _pick(log_p, labels, 0.0) - _pick(log_q, labels, missing if support == ids else 0.0)
-    divergence, of_divergence = _divergence(log_p, p, log_q, options)  # overwrites these
+    divergence, divergence_grad = _divergence(log_p, p, log_q, options)  # overwrites these
 
-    if of_leak is not None:
-        of_leak[:, :support].add_(of_divergence)
-        of_divergence = of_leak
+    if leak_grad is not None:
+        leak_grad[:, :support].add_(divergence_grad)
+        divergence_grad = leak_grad
     if job.leaves_out:
-        of_divergence.masked_fill_(token_weights == 0, 0.0)  # 0 times an infinite slope is NaN
+        divergence_grad.masked_fill_(token_weights == 0, 0.0)  # 0 times an infinite slope is NaN
     # The gradient is in s, the product over the temperature: hence one more division.
-    grad[:, : of_divergence.shape[1]] = of_divergence.mul_(token_weights / options.temperature)
-    grad[:, of_divergence.shape[1] :] = 0.0
+    grad[:, : divergence_grad.shape[1]] = divergence_grad.mul_(token_weights / options.temperature)
+    grad[:, divergence_grad.shape[1] :] = 0.0
     return DivergenceStats(divergence, leak, log_prob, entropy, mass, sampled, teacher_log_prob)
 
 

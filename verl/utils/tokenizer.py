@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from verl.utils.lfs import read_json
+from verl.utils.broken_files import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

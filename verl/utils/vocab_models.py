@@ -14,7 +14,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 
-from verl.utils.lfs import describe_damage, read_json
+from verl.utils.broken_files import describe_damage, read_json
 from verl.utils.tokenizer import hf_tokenizer, listed_ids
 
 if TYPE_CHECKING:

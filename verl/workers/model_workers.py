@@ -107,7 +107,7 @@ class StudentWorker(Worker):
             advantage_part=self._advantage_part,
             extended_rows=None
             if start is None
-            else ExtendedRows(module, start, actor.freeze_extended_rows, alone=model.lora_extended_rows),
+            else ExtendedRows(module, start, actor.freeze_extended_rows, only_extended=model.lora_extended_rows),
             averages=self._state.averages,
         )
         self._exporter = WeightExporter(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from verl.experimental.agent_loop.actors import ReplicaPlace, plan_replicas
+from verl.experimental.agent_loop.actors import Place, plan_replicas
 
 
 def ranks(nodes: int, per_node: int, first_gpu: int = 0) -> list[dict]:
@@ -22,7 +22,7 @@ def ranks(nodes: int, per_node: int, first_gpu: int = 0) -> list[dict]:
 @pytest.mark.parametrize("engines", [1, 2])
 def test_cpu_has_so_many_replicas_per_node(engines: int) -> None:
     nodes = [("n0", "10.0.0.0", None, (0, 1, 2))] * engines + [("n1", "10.0.0.1", None, (3, 4, 5))] * engines
-    expected = [ReplicaPlace(index, *node) for index, node in enumerate(nodes)]
+    expected = [Place(index, *node) for index, node in enumerate(nodes)]
     assert plan_replicas(ranks(2, 3), "cpu", 1, engines) == expected
 
 

@@ -226,7 +226,7 @@ def test_a_prompt_that_cannot_be_used_is_the_users_to_mend(world: World) -> None
 def test_a_request_that_hangs_is_cancelled_and_answered_elsewhere(world: World) -> None:
     """The first of its two rows goes to replica 0, which alone hangs; the other worker's answer is given on before."""
     generation, given = world.manager.begin(prompt_rows(prompt_ids=[[HANG, 7], [1]], uid="ab")), list[Any]()
-    generation.give_on = lambda start, part: given.append((start, part.batch["responses"][:, 0].tolist()))
+    generation.on_part = lambda start, part: given.append((start, part.batch["responses"][:, 0].tolist()))
     while not given:
         world.manager.take(generation)
     assert given == [(1, [1])]

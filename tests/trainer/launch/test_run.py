@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from verl.config import PPOConfig, TrainerConfig
-from verl.config.best_rule import BestMetricError
+from verl.config.best_rule import MetricRuleError
 from verl.single_controller.base import RolloutError, WorkerError
 from verl.trainer.checkpoint.saver import CheckpointError
 from verl.trainer.launch import run as module
@@ -86,7 +86,7 @@ def test_a_run_that_reaches_its_last_step(end_of: Callable[..., Any], tmp_path: 
         (WorkerError(DIED, by_user=True), True, 1),
         (CheckpointError(DIED), True, 1),
         (GuardError(DIED), True, 1),
-        (BestMetricError(DIED), True, 1),
+        (MetricRuleError(DIED), True, 1),
         (LoggerError(DIED), True, 1),
     ],
 )

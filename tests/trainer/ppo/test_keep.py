@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from verl.config.best_rule import BestMetricError
+from verl.config.best_rule import MetricRuleError
 from verl.trainer.data import Mixture
 from verl.trainer.launch.typed import load_config
 from verl.trainer.ppo.keep import MixtureControl
@@ -118,5 +118,5 @@ def test_what_cannot_be_kept_is_refused_before_anything_starts(changes: dict[str
     ],
 )
 def test_a_first_validation_that_sets_no_bound_ends_the_run(metric: str, message: str) -> None:
-    with pytest.raises(BestMetricError, match=message):
+    with pytest.raises(MetricRuleError, match=message):
         control_of()[0].note(0, {metric: 0.0})

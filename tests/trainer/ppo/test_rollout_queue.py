@@ -51,7 +51,7 @@ class Writing:
     began_s: float = field(default_factory=time.time)
     seconds: float = 0.0
     given: int = 0
-    give_on: Callable[[int, DataProto], None] = lambda start, part: None
+    on_part: Callable[[int, DataProto], None] = lambda start, part: None
 
 
 class SlowEngines(Engines):
@@ -88,7 +88,7 @@ class SlowEngines(Engines):
         """The first row is there at once."""
         there = 2 if writing.ended.is_set() else 1
         for start, end in list(pairwise(self.starts(len(writing.answers))))[writing.given : there]:
-            writing.give_on(start, writing.answers.slice(start, end))
+            writing.on_part(start, writing.answers.slice(start, end))
             writing.given += 1
 
     def collect(self, writing: Writing) -> DataProto:
@@ -263,7 +263,7 @@ def trainer_with_teacher(*arguments: Any, **settings: Any) -> Any:
     apart = {"teacher_nnodes": 1, "teacher_n_gpus_per_node": 1}
     trainer = trainer_of(*arguments, **settings, **apart)
     trainer.role_groups["ref"] = Teacher(trainer.log)
-    trainer.actor_wg.watch = trainer.rollouts.look
+    trainer.actor_wg.watch = trainer.rollouts.poll
     trainer.balance = lambda batch: batch.reorder([2, 0, 3, 1]) or batch
     return trainer
 

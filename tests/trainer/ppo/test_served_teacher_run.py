@@ -19,7 +19,7 @@ from verl.config import PPOConfig
 from verl.experimental.agent_loop.base import ChatTemplate
 from verl.protocol import DataProto
 from verl.single_controller.base import WorkerError
-from verl.trainer.ppo.teacher_prompt import told, with_prompts
+from verl.trainer.ppo.teacher_prompt import with_prompts, with_system_prompt
 from verl.utils.tokenizer import hf_tokenizer
 from verl.workers.model_workers import TeacherWorker
 from verl.workers.served_teacher import ServedTeacher
@@ -217,13 +217,15 @@ def chats(pair: Pair, systems: list[str | None]) -> DataProto:
     """Rows with and without a system message, and answers of several lengths."""
     template = ChatTemplate(hf_tokenizer(pair.student))
     turns = [{"role": "user", "content": "add 1 and " + "2" * row} for row in range(len(systems))]
-    return tiny.answered([told([turn], system) for system, turn in zip(systems, turns, strict=True)], template)
+    return tiny.answered(
+        [with_system_prompt([turn], system) for system, turn in zip(systems, turns, strict=True)], template
+    )
 
 
 def test_the_teacher_reads_another_system_message_before_the_same_answer(tiny_pair: Pair) -> None:
     template = ChatTemplate(hf_tokenizer(tiny_pair.student))
     student, wanted = (chats(tiny_pair, each) for each in ([None, "list", "be name"], ["be short"] * 3))
-    chats_of_teacher = [told(chat, "be short") for chat in student.array("raw_prompt")]
+    chats_of_teacher = [with_system_prompt(chat, "be short") for chat in student.array("raw_prompt")]
     found = with_prompts(student, chats_of_teacher, template)
     assert torch.equal(found.tensor("input_ids"), wanted.tensor("input_ids"))
     assert torch.equal(found.tensor("attention_mask"), wanted.tensor("attention_mask"))

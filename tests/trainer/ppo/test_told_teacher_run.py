@@ -22,7 +22,7 @@ from recipe.onpolicy_distill.quickstart.models import TokenizedChat, TrainingCon
 from recipe.onpolicy_distill.tiny_models import new_model
 from verl.config import PPOConfig
 from verl.experimental.agent_loop.base import ChatTemplate
-from verl.trainer.ppo.teacher_prompt import TeacherPrompts, told
+from verl.trainer.ppo.teacher_prompt import TeacherPrompts, with_system_prompt
 from verl.utils.dataset.items import item_tokens, read_item_texts
 from verl.utils.tokenizer import hf_tokenizer, save_tokenizer
 from verl.workers.model_workers import TeacherWorker
@@ -46,7 +46,7 @@ def model(tiny_tokenizers: tuple[Path, Path], tmp_path_factory: pytest.TempPathF
     for letter in ascii_lowercase:
         for number in KNOWN:
             for rule, answer in ((None, letter), (RULE, letter.upper())):
-                turns = told([{"role": "user", "content": question(letter, number)}], rule)
+                turns = with_system_prompt([{"role": "user", "content": question(letter, number)}], rule)
                 prompt = template.encode_prompt(turns, False)
                 chats.append(TokenizedChat(prompt + tokenizer.encode(answer + tokenizer.eos_token), len(prompt)))
     with torch.random.fork_rng(devices=[]):

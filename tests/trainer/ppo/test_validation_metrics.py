@@ -10,7 +10,7 @@ import pytest
 import torch
 from support.loop_fakes import Engines, Prompts, make_config, make_trainer
 
-from verl.config.best_rule import BestMetricError
+from verl.config.best_rule import MetricRuleError
 from verl.protocol import DataProto
 from verl.trainer.ppo.validation_metrics import answers_metrics, compute_validation_reward_metrics, join_metrics
 
@@ -106,5 +106,5 @@ def test_the_best_checkpoint_may_be_chosen_by_them(tmp_path: Path) -> None:
     [(_, metrics)] = trainer.logger.lines
     assert (metrics["training/best_step"], metrics["training/best_value"]) == (1, 2.0)
     wrong = trainer_of(tmp_path / "other", best_metric="val_reward_extra/nothing", **settings)
-    with pytest.raises(BestMetricError, match=r"it gives .*val_agent_loop/tool_calls.*val_reward_extra/number"):
+    with pytest.raises(MetricRuleError, match=r"it gives .*val_agent_loop/tool_calls.*val_reward_extra/number"):
         wrong.fit()

@@ -27,8 +27,8 @@ SHUTDOWN_S = 10.0
 
 
 @dataclass(frozen=True)
-class ReplicaPlace:
-    """One replica's node and GPUs."""
+class Place:
+    """Node and GPUs of a replica, or of a teacher's server."""
 
     index: int
     node_id: str
@@ -52,7 +52,7 @@ class ReplicaPlace:
 
 def plan_replicas(
     placements: Sequence[Mapping[str, Any]], device: str, gpus_per_replica: int, cpu_engines: int = 1
-) -> list[ReplicaPlace]:
+) -> list[Place]:
     """On CPU ``cpu_engines`` replicas per node; on CUDA one per ``gpus_per_replica`` consecutive ranks of a node.
 
     Args:
@@ -62,17 +62,17 @@ def plan_replicas(
     nodes: dict[str, list[Mapping[str, Any]]] = {}
     for placement in sorted(placements, key=lambda placement: placement["rank"]):
         nodes.setdefault(placement["node_id"], []).append(placement)
-    places: list[ReplicaPlace] = []
+    places: list[Place] = []
     for node_id, ranks in nodes.items():
         neighbours = [ranks[first : first + gpus_per_replica] for first in range(0, len(ranks), gpus_per_replica)]
         for beside in [ranks] * cpu_engines if device == "cpu" else neighbours:
             numbers = tuple(rank["rank"] for rank in beside)
             gpus = None if device == "cpu" else ",".join(map(_gpu_of, beside))
-            places.append(ReplicaPlace(len(places), node_id, beside[0]["node_ip"], gpus, numbers))
+            places.append(Place(len(places), node_id, beside[0]["node_ip"], gpus, numbers))
     return places
 
 
-def plan_apart(pool: RayResourcePool, gpus_per_replica: int) -> list[ReplicaPlace]:
+def plan_apart(pool: RayResourcePool, gpus_per_replica: int) -> list[Place]:
     """Replicas in a pool of their own, one for so many neighbouring places of a node."""
     share = {kind: amount * gpus_per_replica for kind, amount in pool.rank_share.items()}
     options: dict[str, Any] = {"num_cpus": share["CPU"], "num_gpus": share.get("GPU", 0)}
@@ -82,7 +82,7 @@ def plan_apart(pool: RayResourcePool, gpus_per_replica: int) -> list[ReplicaPlac
     for index, place in enumerate(pool.reserve()[::gpus_per_replica]):
         in_bundle = PlacementGroupSchedulingStrategy(place.group, place.bundle_index)
         options_here = options | {"scheduling_strategy": in_bundle}
-        places.append(ReplicaPlace(index, place.node_id, place.node_ip, None, (), options_here))
+        places.append(Place(index, place.node_id, place.node_ip, None, (), options_here))
     return places
 
 
@@ -101,7 +101,7 @@ class RayActors:
         self.max_workers = int(ray.cluster_resources().get("CPU", 1))
         """As many as the cluster has CPUs."""
 
-    def create(self, name: str, place: ReplicaPlace, made_class: type, *arguments: Any, **options: Any) -> Remote:
+    def create(self, name: str, place: Place, made_class: type, *arguments: Any, **options: Any) -> Remote:
         """An actor on the node of ``place``; ``options`` are Ray's."""
         on_node = NodeAffinitySchedulingStrategy(place.node_id, soft=False)
         usual = {"num_cpus": 0, "num_gpus": 0, "scheduling_strategy": on_node}
@@ -149,7 +149,7 @@ class LocalActors:
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
 
-    def create(self, name: str, place: ReplicaPlace, made_class: type, *arguments: Any, **options: Any) -> Remote:
+    def create(self, name: str, place: Place, made_class: type, *arguments: Any, **options: Any) -> Remote:
         """An object of this process; ``options`` are Ray's, and mean nothing here."""
         return Remote(name, LocalActor(made_class(*arguments), self._loop), place.node_ip)
 

@@ -186,7 +186,7 @@ class AgentLoopManager:
         for number, part in self._actors.as_they_come(workers, "generate", watch=self._check_run):
             _, start = generation.calls.pop(taken[number])
             generation.buffer.put(start, part)
-            generation.give_on(start, part)
+            generation.on_part(start, part)
             del part  # before the next one comes
 
     def collect(self, generation: "Generation") -> DataProto:
@@ -301,5 +301,5 @@ class Generation:
     began_s: float = field(default_factory=time.time)
     seconds: float = 0.0
     """It took so long, by its workers' clocks; known once it is collected."""
-    give_on: Callable[[int, DataProto], None] = lambda start, part: None
+    on_part: Callable[[int, DataProto], None] = lambda start, part: None
     """Called with each worker's answers as they are taken, and the first of their rows."""

@@ -25,8 +25,8 @@ from pathlib import Path
 from verl.config import TrainerConfig
 from verl.config.best_rule import KEY, BestRule, Metrics, metric_value, require_known
 from verl.trainer.checkpoint import layout
+from verl.utils.broken_files import read_json
 from verl.utils.durable_files import flush_tree, write_durably
-from verl.utils.lfs import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ class BestCheckpoint:
         """Record a validation; returns step and value of the best one so far as metrics.
 
         Raises:
-            BestMetricError: the first validation lacks a metric that the rule names.
+            MetricRuleError: the first validation lacks a metric that the rule names.
         """
         if not self._is_on:
             return {}

@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 from verl.config import BASE_TEACHER, PPOConfig, RolloutConfig, TrainerConfig
 from verl.config.ppo import teacher_key
 from verl.trainer.checkpoint.layout import UNMERGED, VERL_SHARDS
-from verl.utils.lfs import describe_damage, is_pointer
+from verl.utils.broken_files import describe_damage, is_pointer
 from verl.utils.loopback import joins_cluster
 from verl.utils.tokenizer import local_model_folder
 

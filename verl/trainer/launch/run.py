@@ -16,7 +16,7 @@ import os
 import signal
 import sys
 
-from verl.config.best_rule import BestMetricError
+from verl.config.best_rule import MetricRuleError
 from verl.single_controller.base import WorkerError
 from verl.single_controller.ray.session import cluster_device, end_session, start_session
 from verl.trainer.checkpoint.layout import newest_whole
@@ -72,7 +72,7 @@ def run_once(trainer: RayPPOTrainer, stop: StopRequest) -> None:
     try:
         start(trainer, stop)
         trainer.fit(stop)
-    except (WorkerError, CheckpointError, GuardError, BestMetricError, LoggerError) as error:
+    except (WorkerError, CheckpointError, GuardError, MetricRuleError, LoggerError) as error:
         # Reported before anything is shut down, and before Ray's own account of a death: the cause comes first.
         report(f"error: {error}\n{progress(trainer)}")
         # A worker's ValueError would come again, so no restart; after a signal the signal's own code counts.

@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from verl.config import PPOConfig
-from verl.config.best_rule import BestMetricError, Bound, Metrics, matching_values, metric_value, require_known
+from verl.config.best_rule import Bound, MetricRuleError, Metrics, matching_values, metric_value, require_known
 from verl.trainer.data import Mixture
 from verl.utils.dataset.rl_dataset import RLHFDataset
 
@@ -80,7 +80,7 @@ class MixtureControl:
         """Take a validation, and set the shares of the steps behind it; returns what was done as metrics.
 
         Raises:
-            BestMetricError: a bound is on a metric that the run's first validation does not give, or on a part of 0.
+            MetricRuleError: a bound is on a metric that the run's first validation does not give, or on a part of 0.
         """
         if self._mixture is None or not self._bounds:
             return {}
@@ -90,7 +90,7 @@ class MixtureControl:
             self._start = {bound.name: metric_value(metrics, bound.name) for bound in every}
             if zero := [bound.name for bound in every if bound.of_start and not self._start[bound.name]]:
                 fix = "give the bound as a number"
-                raise BestMetricError(f"{self._setting}: {zero} is 0 at step 0, as is every part of it; {fix}")
+                raise MetricRuleError(f"{self._setting}: {zero} is 0 at step 0, as is every part of it; {fix}")
         logged, odds = dict[str, float](), dict(self._odds)
         for group, bounds in self._bounds.items():
             found = [bound.violation(metrics, self._start) for bound in bounds]

@@ -137,7 +137,7 @@ class RolloutQueue:
         scores.reorder(batch.tensor("answer_row"))
         return scores
 
-    def look(self) -> None:
+    def poll(self) -> None:
         """Check that engines live, and have what they have answered of the batches ahead scored; returns at once."""
         self._engines().check_alive()
         for generation in [batch.generation for batch in self._ahead if batch.answers is None]:
@@ -188,7 +188,7 @@ class RolloutQueue:
     def _begin(self, batch: Batch) -> None:
         batch.generation = self._engines().begin(batch.prompts)
         if self.score is not None:
-            batch.generation.give_on = partial(self._score_part, batch)
+            batch.generation.on_part = partial(self._score_part, batch)
 
     def _score_part(self, batch: Batch, start: int, part: DataProto) -> None:
         """Have the answers from row ``start`` on scored."""

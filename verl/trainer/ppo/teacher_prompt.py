@@ -42,7 +42,9 @@ class TeacherPrompts:
         chats = list(batch.array("raw_prompt"))
         for row, teacher in enumerate(self._config.teachers[role] for role in roles):
             text, column = teacher.system_prompt, teacher.system_prompt_column
-            chats[row] = told(chats[row], text if column is None else batch.array("hints")[row][column] or None)
+            if column is not None:
+                text = batch.array("hints")[row][column] or None
+            chats[row] = with_system_prompt(chats[row], text)
             if teacher.item_text is not None:
                 chats[row] = with_texts(chats[row], self._item_texts(teacher.item_text))
         read = with_prompts(batch, chats, self._template)
@@ -92,17 +94,20 @@ class TeacherPrompts:
                         what, limit = f"{teacher_key(role)}.{name}", f"{teacher_key(role)}.{SERVED_LENGTH}"
                         why = f"{what}={getattr(teacher, name)} makes rows longer than the run's own servers take"
                         raise ValueError(f"{why}; set {limit} above the longest row's tokens")
-            key, text = self._told_most(role, data, held_out)
+            key, text = self._longest_system_prompt(role, data, held_out)
             if text is None:
                 continue
+            shortest = with_system_prompt([{"role": "user", "content": ""}], text)
             try:
-                added = len(self._template.encode_prompt(told([{"role": "user", "content": ""}], text), False))
+                added = len(self._template.encode_prompt(shortest, False))
             except (TemplateError, TypeError, ValueError) as error:
                 raise ValueError(f"{key}: the chat template takes no system message ({error}); leave it out") from error
             longest = rollout.prompt_length + rollout.response_length + added
             self._check_length(role, key, longest, in_scoring=True, in_update=runs_in_update)
 
-    def _told_most(self, role: str, data: RLHFDataset, held_out: RLHFDataset | None) -> tuple[str, str | None]:
+    def _longest_system_prompt(
+        self, role: str, data: RLHFDataset, held_out: RLHFDataset | None
+    ) -> tuple[str, str | None]:
         """The setting of what a teacher is told, and the longest such text; None: it is told nothing."""
         teacher, key = self._config.teachers[role], f"{teacher_key(role)}.system_prompt"
         if (column := teacher.system_prompt_column) is None:
@@ -121,7 +126,7 @@ class TeacherPrompts:
         return key, longest
 
 
-def told(messages: Chat, system_prompt: str | None) -> Chat:
+def with_system_prompt(messages: Chat, system_prompt: str | None) -> Chat:
     """The messages with ``system_prompt`` in place of their own system message, or before the first; None: as it is."""
     if system_prompt is None:
         return messages

@@ -32,7 +32,7 @@ from typing import Any
 
 from verl.config import BASE_TEACHER, PPOConfig
 from verl.config.ppo import teacher_key
-from verl.experimental.agent_loop.actors import LocalActors, RayActors, ReplicaPlace, plan_apart
+from verl.experimental.agent_loop.actors import LocalActors, Place, RayActors, plan_apart
 from verl.single_controller.base import Worker
 from verl.single_controller.base.decorator import Call, Results, WorkerGroup
 from verl.single_controller.base.worker import LOOPBACK
@@ -130,10 +130,10 @@ class WorkerGroups:
             group = RayWorkerGroup(pool, classes, name_prefix=name, ranks_per_share=ranks)
             self._groups.append(group)
             views |= group.spawn(set(roles))
-        places: list[ReplicaPlace] = []
+        places: list[Place] = []
         if self._engines:
             self._actors, first = RayActors(), self.pools[TRAIN].reserve()[0]
-            places = [ReplicaPlace(0, first.node_id, first.node_ip, None, ())] * len(self._engines)
+            places = [Place(0, first.node_id, first.node_ip, None, ())] * len(self._engines)
             if TEACHER in self.pools:
                 places = plan_apart(self.pools[TEACHER], self._config.gpus_per_server if device_name == "cuda" else 1)
         return self._with_served(views, worker_classes, arguments_of, places, device_name)
@@ -161,7 +161,7 @@ class WorkerGroups:
             # Each keeps its own store: handles are functions here, which any store of the process can call.
             worker.attach(workers, worker.object_store)
         groups = {role: LocalWorkerGroup(worker) for role, worker in workers.items()}
-        places = [ReplicaPlace(0, "", LOOPBACK, None, ())] * len(self._engines)
+        places = [Place(0, "", LOOPBACK, None, ())] * len(self._engines)
         if places:
             self._actors = LocalActors()
         return self._with_served(groups, worker_classes, arguments_of, places, device_name)
@@ -171,7 +171,7 @@ class WorkerGroups:
         groups: Mapping[str, Any],
         worker_classes: Mapping[str, type],
         arguments_of: Callable[[str], Any],
-        places: Sequence[ReplicaPlace],
+        places: Sequence[Place],
         device_name: str,
     ) -> dict[str, Any]:
         """The groups, and in their midst what stands for served teachers; servers of the run's own begin to start."""
@@ -184,7 +184,7 @@ class WorkerGroups:
             groups |= {role: StitchedGroup(base, groups[role]) for role in stitched}
         return groups
 
-    def _serve(self, role: str, served: ServedTeacher, places: Sequence[ReplicaPlace], device_name: str) -> None:
+    def _serve(self, role: str, served: ServedTeacher, places: Sequence[Place], device_name: str) -> None:
         """Begin to start servers of a teacher, which waits for them when it is initialised."""
         models, key, actors = self._config.actor_rollout_ref, secrets.token_hex(16), self._actors
         options = server_options(models, self._config.teachers[role], served.limits, device_name)

@@ -23,7 +23,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from verl.utils.lfs import describe_damage
+from verl.utils.broken_files import describe_damage
 
 Row = dict[str, Any]
 Files = str | Path | Sequence[str | Path]

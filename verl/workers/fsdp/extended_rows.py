@@ -64,18 +64,20 @@ class ExtendedRows:
         module: the sharded student.
         extend_start: first extended id.
         frozen: whether optimizer steps leave the extended rows as they are.
-        alone: whether they leave the shared ones as they are.
+        only_extended: whether they leave the shared ones as they are.
 
     Raises:
         ValueError: the model has no row of an extended id.
     """
 
-    def __init__(self, module: TokenStatsModel, extend_start: int, frozen: bool = False, alone: bool = False) -> None:
+    def __init__(
+        self, module: TokenStatsModel, extend_start: int, frozen: bool = False, only_extended: bool = False
+    ) -> None:
         ends = (module.causal_lm.get_input_embeddings(), module.causal_lm.get_output_embeddings())
         # One where they are tied; none where an adapter alone is trained.
         weights = dict.fromkeys(end.weight for end in ends if end.weight.requires_grad)
         self._matrices = [_find_share(weight, extend_start) for weight in weights]
-        kept = [slice(m.first, None) if frozen else slice(m.first if alone else 0) for m in self._matrices]
+        kept = [slice(m.first, None) if frozen else slice(m.first if only_extended else 0) for m in self._matrices]
         self._kept = list(zip(self._matrices, kept, strict=True))
         """Which rows steps leave as they are."""
 

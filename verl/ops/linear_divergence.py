@@ -250,8 +250,8 @@ def _block(
 ) -> DivergenceStats:
     """Statistics (C,) of a block of rows; its gradient in the logits goes to ``grad`` (C, K), which may be these.
 
-    ``labels`` and ``token_weights`` are (C, 1). A pass over (C, K) that selects by a mask is as slow as an exponential
-    (CPU), so that there is none.
+    ``labels`` and ``token_weights`` are (C, 1). On CPU a masked select over (C, K) costs as much as exp, so there is
+    only one, where rows of weight 0 need it.
     """
     options, ids, start = job.options, job.ids, job.start
     support = start if options.support == SHARED else ids

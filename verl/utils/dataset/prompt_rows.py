@@ -95,7 +95,7 @@ def mapping_of(value: Any, column: str) -> dict[str, Any]:
 
 
 def lists_tools(row: Row) -> bool:
-    """Whether the row's agent loop lists the tools in the prompt: but for one, all that it may name are taken to."""
+    """Whether the row's agent loop puts the tools into the prompt. Every loop does except ``single_turn_agent``."""
     return row.get("agent_name") != "single_turn_agent"
 
 

@@ -237,10 +237,10 @@ class DataParallelPPOActor:
 
         Args:
             data: rows with the keys of ``LOSS_KEYS``; ``old_log_probs`` and ``advantages`` unless the loss is a
-                divergence alone. The former may lack where all rows are one step: they are those of its own pass, and
-                ``advantage_part`` is added to the latter. ``ref_log_prob`` for that and for the KL term;
-                ``rollout_is_weights`` (B, R) where token losses are weighted; ``teacher`` (B,), a place among the
-                teachers, where there are several; ``meta_info["temperature"]``.
+                divergence alone. ``old_log_probs`` may be absent if the batch is one optimizer step; the pass's own
+                log-probs are used then, and ``advantage_part`` is added to ``advantages``. ``ref_log_prob`` for that
+                and for the KL term; ``rollout_is_weights`` (B, R) where token losses are weighted; ``teacher`` (B,), a
+                place among the teachers, where there are several; ``meta_info["temperature"]``.
             teachers: of an exact objective, with the weight of each one's rows.
 
         Returns:

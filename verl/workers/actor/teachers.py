@@ -155,9 +155,9 @@ class StitchedServedTeacher:
 
 
 class ServedStitchedLogProbs(StitchedLogProbs):
-    """Of the base teacher the token that was drawn and the likeliest ids are known, here (N, 1) and (N, K).
+    """Only the drawn token (N, 1) and the K likeliest ids (N, K) of the base teacher are known.
 
-    The mass of its other ids is a column behind those of all ids, whose own columns are -inf.
+    Its other ids get -inf, and their total mass is one extra last column.
     """
 
     def __init__(self, own: LinearLogProbs, shared_ids: int, *known: torch.Tensor) -> None:

@@ -72,7 +72,8 @@ class SamplingOptions:
     seed: int | None = None
     """Random stream of this request; None: the engine's."""
     place: int = 0
-    """Tokens of the answer that the prompt ends with, written by an earlier request: its stream goes on behind them."""
+    """How many tokens at the prompt's end are already part of the answer, written by an earlier request. The random
+    stream continues after them."""
     logprobs: bool = False
     stop_token_ids: Sequence[int] | Set[int] = ()
     """Tokens that end the answer; ``generate`` adds the model's end tokens unless ``ignore_eos``."""
@@ -235,7 +236,7 @@ class RolloutReplica(ABC):
     async def start_weight_update(self) -> None:
         """Begin a weight sync; no request may be under way. Wakes what a sleeping engine needs for it.
 
-        After a sync whose finish failed, this one begins anew; vLLM refuses it where the last one has no finish.
+        May follow a sync whose finish failed. vLLM refuses it if the last sync was never finished.
         """
         if self._requests:
             raise RuntimeError(f"{self._name}: a weight sync while {self._requests} requests are under way")

@@ -31,7 +31,7 @@ class OptimizerConfig:
     lr: PositiveFloat = 1e-6
     """Peak learning rate."""
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
-    """``constant``, ``linear`` or ``cosine``, each after the warm-up."""
+    """Course of the learning rate after the warm-up."""
     lr_warmup_steps: int = -1
     """Linear warm-up in optimizer steps; negative: take ``lr_warmup_steps_ratio`` of all steps."""
     lr_warmup_steps_ratio: Fraction = 0.0

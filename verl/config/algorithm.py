@@ -202,7 +202,7 @@ class KLControlConfig:
     """Weight of the KL penalty in the reward."""
 
     type: Literal["fixed", "adaptive"] = "fixed"
-    """``fixed`` or ``adaptive``."""
+    """Whether the weight stays, or moves so that the KL stays near ``target_kl``."""
     kl_coef: float = 0.001
     """Weight, or the weight to start from."""
     horizon: Count = 10000

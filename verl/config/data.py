@@ -110,11 +110,11 @@ class DataConfig:
     filter_overlong_prompts: bool = False
     """Leave out prompts above ``max_prompt_length`` (counted and recorded)."""
     truncation: Literal["error", "left", "right", "middle"] = "error"
-    """What happens to a prompt above the limit: ``error``, ``left``, ``right`` or ``middle``."""
+    """What happens to a prompt above the limit: an error, or which part of it is cut off."""
     enable_think: bool = False
     """Append a think switch to the last user turn."""
     think_mode: Literal["auto", "force_think", "force_nothink"] = "auto"
-    """``auto`` (drawn), ``force_think`` or ``force_nothink``."""
+    """Which switch; ``auto`` draws one, or none, for each row."""
     prompt_extend_tokens: Literal["drop", "replace", "error"] = "drop"
     """Prompts that hold extended tokens: ``drop`` (counted), ``replace`` (for the teacher only) or ``error``."""
     on_bad_row: Literal["drop", "error"] = "drop"

@@ -26,9 +26,9 @@ class TrainerConfig:
     logger: Annotated[list[Literal["console", "wandb", "tensorboard", "file"]], IsListed] = field(
         default_factory=lambda: ["console"]
     )
-    """Any of ``console``, ``wandb``, ``tensorboard``, ``file``."""
+    """Where metrics go."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    """``auto`` (CUDA where there is one, else CPU), ``cuda`` or ``cpu``."""
+    """``auto``: CUDA where there is one, else the CPU."""
     nnodes: Count = 1
     """Machines."""
     n_gpus_per_node: Count = 1

@@ -42,7 +42,7 @@ def test_rows_over_files_with_different_columns(tmp_path):
         write(tmp_path / "other.parquet", unused=[1, 2]),
         write(tmp_path / "three.parquet", x=pa.array(["s"], pa.large_string()), y=pa.nulls(1)),
     ]
-    rows = ParquetRows(files, ["x", "y"])
+    rows = ParquetRows(files, ["x", "y"], tmp_path / "cache")
     expected = [{"x": "p", "y": 1}, {"x": "q", "y": 2}, {"x": "r"}, {}, {}, {"x": "s", "y": None}]
     assert list(rows) == [rows[index] for index in range(6)] == expected
     assert (len(rows), rows.columns) == (6, {"x", "y"})
@@ -50,7 +50,7 @@ def test_rows_over_files_with_different_columns(tmp_path):
     assert [rows.location(index) for index in range(6)] == places
     assert column_names(files) == {"x", "y", "unused"}
     with pytest.raises(ValueError, match=r"none\.parquet: there is not a single row"):
-        ParquetRows([files[2]], ["x"])
+        ParquetRows([files[2]], ["x"], tmp_path / "cache")
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_a_file_that_is_no_parquet_gives_one_clear_line(tmp_path, spoil, message
     path.write_bytes(spoil(path.read_bytes()))
     expected = r"d\.parquet cannot be read as parquet: .*; convert it, or copy it again$"
     with pytest.raises(ValueError, match=expected) as caught:
-        ParquetRows([path], ["x"])
+        ParquetRows([path], ["x"], tmp_path / "cache")
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -74,7 +74,7 @@ def test_a_cell_that_python_cannot_hold_costs_no_other(tmp_path):
     buffers = [None, pa.py_buffer(b"\0\0\0\0\2\0\0\0\3\0\0\0"), pa.py_buffer(b"\xff\xfea")]
     text = pa.Array.from_buffers(pa.string(), 2, buffers)
     date = pa.array([0, 2**50], pa.timestamp("ms"))
-    rows = ParquetRows([write(tmp_path / "d.parquet", x=text, y=date)], ["x", "y"])
+    rows = ParquetRows([write(tmp_path / "d.parquet", x=text, y=date)], ["x", "y"], tmp_path / "cache")
     assert [row["x"] for row in rows] == [b"\xff\xfe", "a"]
     assert isinstance(rows[1]["y"], str)
     assert rows[0]["y"].year == 1970
@@ -109,7 +109,7 @@ def test_a_cached_file_is_there_whole_or_not_at_all(tmp_path):
 
 
 def test_rows_travel_to_another_process_by_path(tmp_path):
-    rows = ParquetRows([write(tmp_path / "a.parquet", x=["a" * 100_000, "b"])], ["x"])
+    rows = ParquetRows([write(tmp_path / "a.parquet", x=["a" * 100_000, "b"])], ["x"], tmp_path / "cache")
     assert rows[1] == {"x": "b"}
     packed = pickle.dumps(rows)
     assert len(packed) < 2000

@@ -30,8 +30,6 @@ from verl.utils.redaction import save_config
 
 logger = logging.getLogger(__name__)
 
-Metrics = dict[str, float]
-
 
 class CheckpointError(RuntimeError):
     """The last checkpoint of a run could not be written."""
@@ -56,7 +54,7 @@ class CheckpointSaver:
         self.saved_any = False
         """Whether a checkpoint of this run is in place."""
 
-    def save(self, ranks: Any, step: int, state: dict[str, Any], *, last: bool) -> Metrics:
+    def save(self, ranks: Any, step: int, state: dict[str, Any], *, last: bool) -> dict[str, float]:
         """Begin the checkpoint of a step, after the one before it is written.
 
         Args:
@@ -85,7 +83,7 @@ class CheckpointSaver:
             metrics |= self._finish_pending(wait=True)
         return metrics | self._failures() | {"timing_s/save_checkpoint": time.perf_counter() - began}
 
-    def poll(self) -> Metrics:
+    def poll(self) -> dict[str, float]:
         """Publish the checkpoint that is being written, if all ranks have finished."""
         return self._finish_pending(wait=False) | self._failures()
 
@@ -106,10 +104,10 @@ class CheckpointSaver:
         folders = {"last_checkpoint": layout.newest_whole(self._root), "best_model": self._best.model_folder}
         return {name: str(folder.absolute()) for name, folder in folders.items() if folder is not None}
 
-    def _failures(self) -> Metrics:
+    def _failures(self) -> dict[str, float]:
         return {"training/failed_saves": float(self._failed_saves)} if self._config.trainer.saves_checkpoints else {}
 
-    def _finish_pending(self, wait: bool) -> Metrics:
+    def _finish_pending(self, wait: bool) -> dict[str, float]:
         """Publish or give up the pending checkpoint once all ranks are done; empty if none is or they are not."""
         if self._pending is None:
             return {}

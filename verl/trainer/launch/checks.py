@@ -243,15 +243,16 @@ def _split_errors(key: str, folder: str, config: PPOConfig) -> Iterator[str]:
 def _algorithm_errors(config: PPOConfig) -> Iterator[str]:
     """The estimator must be known, and what it learns from be given."""
     # torch comes with it, which --help has to do without.
-    from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY
+    from verl.trainer.ppo.core_algos import get_adv_estimator_fn
 
     algorithm, coef = config.algorithm, config.algorithm.distill.coef
-    estimator = f"algorithm.adv_estimator={algorithm.adv_estimator}"
-    if algorithm.adv_estimator not in ADV_ESTIMATOR_REGISTRY:
-        yield f"{estimator} is unknown; choose from {', '.join(sorted(ADV_ESTIMATOR_REGISTRY))}"
+    try:
+        get_adv_estimator_fn(algorithm.adv_estimator)
+    except ValueError as error:
+        yield str(error)
     ref = config.actor_rollout_ref.ref
     if algorithm.distils and not ref.model.path and not ref.url:
-        why = f"algorithm.distill.coef={coef}" if coef else estimator
+        why = f"algorithm.distill.coef={coef}" if coef else f"algorithm.adv_estimator={algorithm.adv_estimator}"
         key, fix = "actor_rollout_ref.ref.model.path", "give its folder or name, or set actor_rollout_ref.ref.url"
         yield f"{key} is not set, and {why} learns from a teacher; {fix}"
     if algorithm.learns_from_reward and config.custom_reward_function.path is None:

@@ -75,7 +75,7 @@ def get_adv_estimator_fn(name_or_enum: str | AdvantageEstimator) -> AdvantageFn:
     name = str(name_or_enum)
     if name not in ADV_ESTIMATOR_REGISTRY:
         known = ", ".join(sorted(ADV_ESTIMATOR_REGISTRY))
-        raise ValueError(f"algorithm.adv_estimator={name!r} is unknown; choose from {known}")
+        raise ValueError(f"algorithm.adv_estimator={name} is unknown; choose from {known}")
     return ADV_ESTIMATOR_REGISTRY[name]
 
 

@@ -22,10 +22,10 @@ from verl.config import PPOConfig
 from verl.protocol import DataProto
 from verl.trainer.checkpoint.resume import matches
 from verl.trainer.checkpoint.saver import CheckpointError, CheckpointSaver
+from verl.trainer.ppo.metric_utils import Metrics
 
 logger = logging.getLogger(__name__)
 
-Metrics = dict[str, float]
 
 RECOVERY_RATIO = 10
 """Updates that make up for a skipped one."""

@@ -28,7 +28,6 @@ from verl.utils.broken_files import describe_damage
 Row = dict[str, Any]
 Files = str | Path | Sequence[str | Path]
 
-DEFAULT_CACHE_DIR = "~/.cache/kai-verl"
 ROWS_PER_BLOCK = 256
 """Rows copied and turned into Python objects at a time."""
 READ_BUFFER_BYTES = 1 << 20
@@ -127,9 +126,7 @@ class ParquetRows:
         ValueError: a file that cannot be read, files without a single row, or a cache that cannot be written.
     """
 
-    def __init__(
-        self, files: Sequence[Path], columns: Iterable[str], cache_dir: str | Path = DEFAULT_CACHE_DIR
-    ) -> None:
+    def __init__(self, files: Sequence[Path], columns: Iterable[str], cache_dir: str | Path) -> None:
         self.files, wanted = list(files), set(columns)
         self.columns: set[str] = set()
         """Those of the wanted columns that any file has."""

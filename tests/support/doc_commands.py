@@ -4,6 +4,7 @@ import re
 import shlex
 from pathlib import Path
 
+from recipe.onpolicy_distill.cli import COMMANDS
 from support.script_runner import MODELS, read_back, run
 from support.tiny_pairs import REPO
 from verl.config import PPOConfig
@@ -17,7 +18,7 @@ PROGRAMS = {
 }
 """Modules that train, each with the folder and the name of its settings."""
 
-COMMAND = re.compile(r" {4}(?:[A-Z_]+=\S* +)*(?:python -m|bash|export|vllm|lm_eval|pip) ")
+COMMAND = re.compile(r" {4}(?:[A-Z_]+=\S* +)*(?:python -m|kai-verl|bash|export|vllm|lm_eval|pip) ")
 """How a line begins that a shell reads."""
 
 
@@ -34,6 +35,8 @@ def after_variables(words: list[str]) -> list[str]:
 
 def module_of(words: list[str]) -> str | None:
     """The module that a command runs."""
+    if words[0] == "kai-verl":
+        return COMMANDS[words[1]].module
     return words[2] if words[:2] == ["python", "-m"] else None
 
 
@@ -61,7 +64,7 @@ def trainings(page: str, folder: Path) -> list[PPOConfig]:
             assert done.returncode == 0, done.stderr
             command = ["python", *read_back(done.stdout)[1:]]
         if (module := module_of(command)) in PROGRAMS:
-            overrides = command[3:]
+            overrides = command[2 if command[0] == "kai-verl" else 3 :]
             if module == "examples.tiny":
                 from examples.tiny import settings  # torch comes with it
 

@@ -282,8 +282,9 @@ class RayOnPolicyDistillTrainer(RayPPOTrainer):
         return super().step_metrics(batch) | measured
 
     def rows_of_lacking_teachers(self, batch: DataProto) -> DataProto:
-        """The rows whose teacher lacks the item tokens: all of them where there is one teacher."""
-        if TEACHER_KNOWS_EXTENDED not in batch.non_tensor_batch:
+        """The rows whose teacher lacks the item tokens: all of them where there is one teacher, or no item token."""
+        no_extension = self.config.actor_rollout_ref.rollout.extend_start is None
+        if no_extension or TEACHER_KNOWS_EXTENDED not in batch.non_tensor_batch:
             return batch
         return batch.select_idxs(~batch.non_tensor_batch[TEACHER_KNOWS_EXTENDED].astype(bool))
 
@@ -302,7 +303,9 @@ class RayOnPolicyDistillTrainer(RayPPOTrainer):
         """
         metrics, readable = super().validation_metrics(batch), self.rows_of_lacking_teachers(batch)
         if (start := self.config.actor_rollout_ref.rollout.extend_start) is not None:
-            readable = readable.select_idxs((readable.tensor("prompts") < start).all(dim=-1))
+            prompts = readable.tensor("prompts")
+            real = readable.tensor("attention_mask")[:, : prompts.shape[1]].bool()  # a pad token may be an extended id
+            readable = readable.select_idxs(((prompts < start) | ~real).all(dim=-1))
         if self.config.actor_rollout_ref.rollout.validates_policy and len(readable):
             metrics |= compute_validation_distill_metrics(readable, self.config.knows_extended(BASE_TEACHER))
         return metrics

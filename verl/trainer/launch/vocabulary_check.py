@@ -16,8 +16,6 @@ from verl.workers.served_teacher import ServedTeacher
 
 logger = logging.getLogger(__name__)
 
-_START = "actor_rollout_ref.rollout.extend_vocab_start_token"
-
 
 def resolve_vocabulary(config: PPOConfig) -> VocabContract | None:
     """Check that the vocabularies fit together, and put the id in the place of ``extend_vocab_start_token=auto``.
@@ -57,7 +55,7 @@ def resolve_vocabulary(config: PPOConfig) -> VocabContract | None:
         key, found = f"algorithm.distill.teachers.{name}", read(further.path, AUTO)
         lacks = found.extend_start
         if lacks not in (None, begins):
-            fix = f"set {_START}={lacks}, or give" if begins is None else "give"
+            fix = "give" if begins else f"set actor_rollout_ref.rollout.extend_vocab_start_token={lacks}, or give"
             found.problems.insert(0, f"{key}.path={further.path} lacks ids from {lacks} on; {fix} another model")
         elif begins is not None and (lacks is None) != further.knows_extended:
             right, verb = ("full", "knows") if lacks is None else ("base", "lacks")
@@ -96,9 +94,7 @@ def check_servers(config: PPOConfig) -> None:
         except (ValueError, WorkerError) as error:
             raise ValueError(f"{key}: {error}") from error
         if found and mode == "strict":
-            fix = (
-                "serve the model that the student's vocabulary extends (trainer.vocab_check=warn goes on all the same)"
-            )
+            fix = "serve the model that the student's vocabulary extends (trainer.vocab_check=warn goes on with it)"
             raise ValueError("\n- ".join((f"{key}: {fix}:", *found)))
         if found:
             logger.warning("trainer.vocab_check=%s lets servers with other tokens pass: %s", mode, found)

@@ -44,8 +44,7 @@ class FakeServer:
         self.rows: list[list[int]] = []
         """Token ids of every request for scores."""
         self.max_model_len, self.before, self._head_rows = 512, before, rows
-        self.shift = 0.0
-        """Is added to all log-probs."""
+        self.shift = 0.0  # is added to all log-probs
         self._model, self._tokenizer, self._key = load_plain(folder), AutoTokenizer.from_pretrained(folder), key
         self._loop, started = asyncio.new_event_loop(), threading.Event()
         threading.Thread(target=self._serve, args=(started,), daemon=True).start()

@@ -187,9 +187,7 @@ def test_other_synthetic_prompts_are_refused(folder: Path, run: PPOConfig, tmp_p
     assert refused_keys(folder, run) == [f"{key}.catalogue"]
 
 
-def test_another_catalogue_of_texts_is_refused_and_a_moved_one_is_not(
-    folder: Path, run: PPOConfig, tmp_path: Path
-) -> None:
+def test_another_catalogue_of_texts_is_refused(folder: Path, run: PPOConfig, tmp_path: Path) -> None:
     ref, catalogue = run.actor_rollout_ref.ref, write_rows(tmp_path / "items.parquet")
     ref.item_text = str(catalogue)
     assert refused_keys(folder, run) == ["actor_rollout_ref.ref.item_text"]

@@ -179,12 +179,12 @@ class ParquetRows:
 
     def distinct(self, column: str, rows: np.ndarray | None = None) -> set[Any]:
         """Every value of a column but None, in all rows or in these; ValueError where it holds lists or structs."""
-        among, values = pa.array(np.isin(np.arange(len(self)), rows) if rows is not None else [True] * len(self)), set()
+        at, found = pa.array(np.isin(np.arange(len(self)), rows) if rows is not None else np.ones(len(self)) > 0), set()
         try:
             for number, (start, end) in enumerate(pairwise(self._starts)):
                 if column in (table := self._table(number)).column_names:
-                    values |= {*table[column].filter(among[start:end]).unique().to_pylist()}
-            return values - {None}
+                    found |= {*table[column].filter(at[start:end]).unique().to_pylist()}
+            return found - {None}
         except pa.ArrowNotImplementedError as error:
             raise ValueError(f"the column {column!r} must hold texts ({error}); name another") from error
 

@@ -22,7 +22,7 @@ class Vocabulary(NamedTuple):
 
     def shared_ids(self, teacher_ids: int | None = None) -> int:
         """Number of ids in the softmax of a teacher whose tokenizer names ``teacher_ids``; None: as many as here."""
-        known = self.ids if teacher_ids is None else teacher_ids
+        known = self.ids if teacher_ids is None else min(teacher_ids, self.ids)
         return known if self.extend_start is None else min(known, self.extend_start)
 
     def check_head(self, rows: int, model: str = "the model") -> None:

@@ -267,10 +267,11 @@ class RayOnPolicyDistillTrainer(RayPPOTrainer):
 
         Overall ``distill/*`` is over rows whose teacher lacks the item tokens, since elsewhere an item is no leak.
         """
-        measured = compute_on_policy_distill_data_metrics(batch, self.config.algorithm)
+        settings = self.config.algorithm, self.config.knows_extended(BASE_TEACHER)
+        measured = compute_on_policy_distill_data_metrics(batch, *settings)
         lacking = self.rows_of_lacking_teachers(batch)
         if len(lacking) < len(batch):
-            overall = compute_on_policy_distill_data_metrics(lacking, self.config.algorithm) if len(lacking) else {}
+            overall = compute_on_policy_distill_data_metrics(lacking, *settings) if len(lacking) else {}
             # distill/NAME is overall; names per source and per teacher have a slash more.
             measured = {name: value for name, value in measured.items() if name.count("/") > 1}
             measured |= {name: value for name, value in overall.items() if name.count("/") == 1}
@@ -279,8 +280,9 @@ class RayOnPolicyDistillTrainer(RayPPOTrainer):
         return super().step_metrics(batch) | measured
 
     def rows_of_lacking_teachers(self, batch: DataProto) -> DataProto:
-        """The rows whose teacher lacks the item tokens: all of them where there is one teacher."""
-        if "teacher_knows_extended" not in batch.non_tensor_batch:
+        """The rows whose teacher lacks the item tokens: all of them where there is one teacher, or no item token."""
+        no_extension = self.config.actor_rollout_ref.rollout.extend_start is None
+        if no_extension or "teacher_knows_extended" not in batch.non_tensor_batch:
             return batch
         return batch.select_idxs(~batch.non_tensor_batch["teacher_knows_extended"].astype(bool))
 
@@ -299,9 +301,11 @@ class RayOnPolicyDistillTrainer(RayPPOTrainer):
         """
         metrics, readable = super().validation_metrics(batch), self.rows_of_lacking_teachers(batch)
         if (start := self.config.actor_rollout_ref.rollout.extend_start) is not None:
-            readable = readable.select_idxs((readable.tensor("prompts") < start).all(dim=-1))
+            prompts = readable.tensor("prompts")
+            real = readable.tensor("attention_mask")[:, : prompts.shape[1]].bool()  # a pad token may be an extended id
+            readable = readable.select_idxs(((prompts < start) | ~real).all(dim=-1))
         if self.config.actor_rollout_ref.rollout.validates_policy and len(readable):
-            metrics |= compute_validation_distill_metrics(readable)
+            metrics |= compute_validation_distill_metrics(readable, self.config.knows_extended(BASE_TEACHER))
         return metrics
 
 

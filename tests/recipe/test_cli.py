@@ -44,6 +44,12 @@ def test_every_command_has_a_help_of_its_own_that_imports_nothing_heavy(tmp_path
         assert text.startswith(f"usage: kai-verl {name} [-h]"), text
 
 
+def test_help_may_be_cut_by_its_reader() -> None:
+    shell = f"{sys.executable} -m recipe.onpolicy_distill.cli distill --help | true; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", shell], cwd=REPO, capture_output=True, text=True, timeout=120)
+    assert (done.stdout, done.stderr) == ("141\n", ""), "as other programs end"
+
+
 def test_python_m_says_the_module(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["/somewhere/completion.py", "--help"])
     with pytest.raises(SystemExit):

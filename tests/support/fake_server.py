@@ -44,6 +44,7 @@ class FakeServer:
         self.rows: list[list[int]] = []
         """Token ids of every request for scores."""
         self.max_model_len, self.before, self._head_rows = 512, before, rows
+        self.shift = 0.0  # is added to all log-probs
         self._model, self._tokenizer, self._key = load_plain(folder), AutoTokenizer.from_pretrained(folder), key
         self._loop, started = asyncio.new_event_loop(), threading.Event()
         threading.Thread(target=self._serve, args=(started,), daemon=True).start()
@@ -101,5 +102,5 @@ class FakeServer:
             return web.Response(status=400, text=f"Token id {max(tokens)} is out of vocabulary")
         with torch.no_grad():
             log_probs = self._model(torch.tensor([tokens])).logits[0, :, : self._head_rows].log_softmax(-1)
-        choice = {"text": "x", "prompt_logprobs": vllm_json(log_probs, tokens, topk)}
+        choice = {"text": "x", "prompt_logprobs": vllm_json(log_probs + self.shift, tokens, topk)}
         return web.Response(body=json.dumps({"choices": [choice]}).encode(), content_type="application/json")

@@ -58,6 +58,12 @@ def test_scores_are_those_of_whole_logits(
     assert (set(batch.batch.keys()), batch.meta_info) == (keys, meta), "the batch is as it was"
 
 
+def test_a_teacher_without_an_extension_scores_the_ids_that_the_student_has_too(models: Models) -> None:
+    worker = TeacherWorker(tiny.worker_config(models.teacher, models.student), "cpu")
+    worker.init_model()
+    assert worker.model.ids == models.extend_start < models.ids
+
+
 def test_models_that_cannot_be_scored(tiny_tokenizers: tuple[Path, Path], models: Models, tmp_path: Path) -> None:
     folder = tiny.write_model(tmp_path, tiny_tokenizers[1], rows=models.ids - 1)
     with pytest.raises(ValueError, match=f"has {models.ids} ids, .* only {models.ids - 1} rows"):

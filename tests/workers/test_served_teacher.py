@@ -287,7 +287,10 @@ def test_a_key_comes_from_the_environment(models: Models, monkeypatch: pytest.Mo
 def test_servers_have_to_fit(models: Models, server: FakeServer, flush_server: FakeServer) -> None:
     with pytest.raises(ValueError, match=f"{flush_server.url}.*scores otherwise than {server.url}"):
         served(models, [server.url, flush_server.url])
-    server.max_model_len = 14
+    server.shift = 9.0  # as logits are
+    with pytest.raises(ValueError, match=r"its log-probs add up to .* raw_logprobs"):
+        served(models, [server.url], 8)
+    server.shift, server.max_model_len = 0.0, 14
     with pytest.raises(ValueError, match=r"--max-model-len 15\n.*takes 14 tokens"):
         served(models, [server.url])
     server.max_model_len = 15

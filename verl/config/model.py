@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from verl.config.schema import Count, IsListed, Options, Texts, Urls, section
+from verl.config.schema import Count, IsListed, Options, Texts, TextsOrNull, section
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
@@ -44,18 +44,17 @@ class HFModelConfig:
     process of the run: what they register (estimators, agent loops, models of transformers) can then be named."""
 
     def __post_init__(self) -> None:
-        if self.lora_extended_rows and not self.lora_rank:
-            raise ValueError(
-                "actor_rollout_ref.model.lora_extended_rows=True has no effect with lora_rank=0, where all rows are "
-                "trained; set a rank, or leave it at False"
-            )
+        for name, default in (("lora_alpha", 16), ("target_modules", ["all-linear"]), ("lora_extended_rows", False)):
+            if (value := getattr(self, name)) != default and not self.lora_rank:
+                what = f"actor_rollout_ref.model.{name}={value} has no effect with lora_rank=0: all weights are trained"
+                raise ValueError(f"{what}; set a rank, or leave it at {default}")
 
 
 @section(kw_only=True)
 class AnyTeacherConfig:
     """Where any teacher is, and what it reads of a prompt."""
 
-    url: Urls = field(default_factory=list)
+    url: TextsOrNull = field(default_factory=list)
     """vLLM servers of it, which share its rows; empty: it is a model of this run."""
     api_key_env: str | None = None
     """Environment variable that holds the servers' key; null: they want none."""

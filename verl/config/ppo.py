@@ -231,6 +231,9 @@ class PPOConfig:
         if weights and not models.rollout.calculate_log_probs:
             key = f"algorithm.rollout_correction.rollout_is={weights}"
             yield f"{key} needs the sampler's log-probs; set {_ROLLOUT}.calculate_log_probs=True"
+        if not weights and (most := algorithm.rollout_correction.rollout_is_threshold) != 2.0:
+            key = f"algorithm.rollout_correction.rollout_is_threshold={most}"
+            yield f"{key} has no effect without rollout_is=token; set it, or leave this at 2.0"
         if best and "hf_model" not in contents:
             key = f"{_ACTOR}.checkpoint.save_contents={contents}"
             yield f"trainer.best_metric={best!r} exports a model that {key} does not write; add hf_model"

@@ -31,7 +31,8 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 
 IsListed = BeforeValidator(_listed)
 Texts = Annotated[list[str], IsListed]
-Urls = Annotated[Texts, BeforeValidator(lambda value: [] if value is None else value)]
+TextsOrNull = Annotated[Texts, BeforeValidator(lambda value: [] if value is None else value)]
+"""null: none."""
 
 NullIsEmpty = BeforeValidator(lambda value: {} if value is None else value)
 Options = Annotated[dict[str, Any], NullIsEmpty]

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field
 
 from verl.config.best_rule import BestRule, Bound, parse_kept
-from verl.config.schema import Count, IsListed, NonNegativeFloat, PositiveFloat, Texts, section
+from verl.config.schema import Count, IsListed, NonNegativeFloat, PositiveFloat, Texts, TextsOrNull, section
 
 VocabCheck = Annotated[
     Literal["strict", "warn", "off"],
@@ -79,7 +79,7 @@ class TrainerConfig:
     ``best/huggingface``. null: no rule."""
     stop_after_no_better: Count | None = None
     """End the run after so many validations in a row that are no better by ``best_metric``; null: never."""
-    keep: Texts = field(default_factory=list)
+    keep: TextsOrNull = field(default_factory=list)
     """Bounds on metrics of validation, ``NAME >= X [of step 0] [by GROUP]``, that training keeps by the mixture of its
     batches: ``val/rec_*/reward >= 0.98 of step 0`` raises the share of ``rec_*``, a group of ``data.source_weights``,
     while the metric is below its bound, and lowers it while it is above; see ``trainer.ppo.keep``. ``by`` is for groups
@@ -129,8 +129,7 @@ class TrainerConfig:
     """Folder that receives Ray's timeline at the end; null: none."""
 
     def __post_init__(self) -> None:
-        if not self.default_local_dir:
-            self.default_local_dir = f"checkpoints/{self.project_name}/{self.experiment_name}"
+        self.default_local_dir = self.default_local_dir or f"checkpoints/{self.project_name}/{self.experiment_name}"
         if self.resume_mode == "resume_path" and not self.resume_from_path:
             raise ValueError(
                 "trainer.resume_mode=resume_path needs trainer.resume_from_path; name a checkpoint's folder"
@@ -149,11 +148,9 @@ class TrainerConfig:
                 "trainer.rollout_weight_sync=broadcast is for engines with GPUs of their own: set "
                 "trainer.rollout_nnodes and trainer.rollout_n_gpus_per_node, or this to object_store"
             )
-        if self.stop_after_no_better is not None and not self.best_metric:
-            raise ValueError(
-                f"trainer.stop_after_no_better={self.stop_after_no_better} counts validations that are no better by "
-                "trainer.best_metric; set both, or neither"
-            )
+        for name, default, rule in (("stop_after_no_better", None, "best_metric"), ("keep_rate", 10.0, "keep")):
+            if (value := getattr(self, name)) != default and not getattr(self, rule):
+                raise ValueError(f"trainer.{name}={value} has no effect without trainer.{rule}; set both, or neither")
         for rule, (_, of_start) in self.rules.items():
             if self.test_freq < 1 and not self.val_only:
                 raise ValueError(

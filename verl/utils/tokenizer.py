@@ -50,6 +50,19 @@ def local_model_folder(model: str | None, file: str = "config.json") -> Path | N
     return Path(cached).parent if isinstance(cached, str) else None
 
 
+def position_limit(described: Mapping[str, Any]) -> float | None:
+    """The positions that a model knows by its config.json, stretched ones included; None: it does not say."""
+    limit = described.get("max_position_embeddings")
+    # transformers 5 writes rope_parameters, of some models by kind of layer; older models have rope_scaling.
+    ropes = [rope for name in ("rope_parameters", "rope_scaling") if isinstance(rope := described.get(name), dict)]
+    ropes += [inner for rope in ropes for inner in rope.values() if isinstance(inner, dict)]
+    for rope in ropes:
+        # Of other types, max_position_embeddings is the stretched length already.
+        if limit is not None and rope.get("rope_type", rope.get("type")) in ("yarn", "linear", "dynamic"):
+            limit = max(limit, rope.get("factor", 1) * (rope.get("original_max_position_embeddings") or limit))
+    return limit
+
+
 def hf_tokenizer(path: str | Path, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
     """Load a tokenizer and give it a pad token (its end token) where it has none.
 

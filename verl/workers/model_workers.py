@@ -287,7 +287,8 @@ class TeacherWorker(Worker):
     def _load_model(self, mesh: DeviceMesh) -> ModelTeacher:
         config, ref = self.config, self.config.ref
         path, tokenizer_path, knows_extended, ema = self._files
-        tokenizer = hf_tokenizer(tokenizer_path, trust_remote_code=config.model.trust_remote_code)
+        read = partial(hf_tokenizer, trust_remote_code=config.model.trust_remote_code)
+        words, students = read(tokenizer_path), read(config.model.tokenizer_path or str(config.model.path))
         settings = config.model, self._fsdp, mesh, ref.ulysses_sequence_parallel_size
         build, student = partial(build_model, path, *settings, trainable=False), self._student
         if ema is not None:
@@ -297,10 +298,10 @@ class TeacherWorker(Worker):
             module = averages.get(ema) or averages.setdefault(ema, build())
         else:
             module = student.module if student else build()
-        ids, replacement = len(tokenizer), None
+        ids, replacement = min(len(words), len(students)), None
         if not knows_extended:
             ids = Vocabulary(ids, config.rollout.extend_start).shared_ids()
-            replacement = choose_replacement(ref.ref_replace_token_id, tokenizer, ids)
+            replacement = choose_replacement(ref.ref_replace_token_id, words, ids)
         Vocabulary(ids).check_head(module.num_rows, path)
         return ModelTeacher(module, ids, replacement)
 

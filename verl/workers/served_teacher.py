@@ -18,6 +18,7 @@ Letters: B rows, R response, S scored positions of a row, W ids that the server 
 
 import asyncio
 import logging
+import math
 import os
 import threading
 from collections.abc import Callable
@@ -260,6 +261,9 @@ class ServedTeacher:
             raise RefusedError(f"it takes {length} tokens, and the longest row has {self._longest}, and one is written")
         async with asyncio.timeout(PROBE_S):
             entries = await self.servers.complete(endpoint, self._probe, -1 if self._is_whole else self._topk or 0)
+        mass = max(sum(math.exp(each["logprob"]) for each in entry.values()) for entry in entries[1:])
+        if mass > 1.001:  # logits in place of log-probs
+            raise RefusedError(f"its log-probs add up to {mass:.3g}; serve it with --logprobs-mode raw_logprobs")
         found = served_scores(entries[1:], torch.tensor(self._probe[1:]), self.ids, self._topk or 0).drawn
         if self._probe_scores is None:
             self._probe_scores = found

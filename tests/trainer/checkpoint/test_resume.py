@@ -187,6 +187,17 @@ def test_other_synthetic_prompts_are_refused(folder: Path, run: PPOConfig, tmp_p
     assert refused_keys(folder, run) == [f"{key}.catalogue"]
 
 
+def test_another_catalogue_of_texts_is_refused(folder: Path, run: PPOConfig, tmp_path: Path) -> None:
+    ref, catalogue = run.actor_rollout_ref.ref, write_rows(tmp_path / "items.parquet")
+    ref.item_text = str(catalogue)
+    assert refused_keys(folder, run) == ["actor_rollout_ref.ref.item_text"]
+    reseal(folder, run)
+    ref.item_text = str(shutil.copy(catalogue, tmp_path / "moved.parquet"))
+    check(folder, run)
+    write_rows(tmp_path / "moved.parquet", 3)
+    assert refused_keys(folder, run) == ["actor_rollout_ref.ref.item_text.content"]
+
+
 # ------------------------------------------------------------------ what validations measure
 
 

@@ -97,6 +97,18 @@ def test_the_vocabulary_of_a_further_teacher(
     resolve_vocabulary(with_teacher(tiny_pair, path, right))
 
 
+def test_a_further_teacher_is_compared_where_the_base_teacher_is_the_start(tiny_pair: "Pair") -> None:
+    start, sound = tiny_pair.extend_vocab_start_token, f"++{HELPER}={{path: {tiny_pair.teacher}, vocabulary: base}}"
+    assert resolve_vocabulary(config_of(tiny_pair.student, None, f"{KEY}={start}", sound)) is None
+    with pytest.raises(ValueError, match=f"set {HELPER}.vocabulary=base, not full"):
+        resolve_vocabulary(config_of(tiny_pair.student, None, f"{KEY}={start}", sound.replace("base}", "full}")))
+    with pytest.raises(ValueError, match=f"lacks ids from {start} on; set {KEY}={start}, or give another model"):
+        resolve_vocabulary(config_of(tiny_pair.student, None, f"{KEY}=auto", sound))
+    topk = ["algorithm.distill.objective=topk", f"algorithm.distill.topk={start + 1}"]
+    with pytest.raises(ValueError, match=rf"topk={start + 1} is more than the {start} ids that student and teacher"):
+        resolve_vocabulary(config_of(tiny_pair.student, None, f"{KEY}={start}", sound, *topk))
+
+
 def test_what_else_is_wrong_with_a_further_teacher_follows_the_advice(tiny_pair: "Pair", tmp_path: Path) -> None:
     other_end = shutil.copytree(tiny_pair.teacher, tmp_path / "other-end")
     settings = other_end / "tokenizer_config.json"

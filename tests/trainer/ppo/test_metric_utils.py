@@ -44,6 +44,8 @@ def batch_of_three() -> DataProto:
 
 
 SCORES = torch.tensor([[0.0, 0, 0, 1], [0, 0, 3, 0], [0, 2, 0, 0]])
+MATH, ITEM = -2 * math.log(0.9 * 0.8), -math.log(0.7)
+"""Nats by which p_student grows at the shared trained tokens of a source, once it is normalised over the shared ids."""
 CLIPS = AlgoConfig(distill_adv_min_clip=-30.0, distill_adv_max_clip=2.5)
 
 
@@ -51,8 +53,9 @@ def test_distillation_metrics_by_hand() -> None:
     metrics = metric_utils.compute_on_policy_distill_data_metrics(batch_of_three(), CLIPS)
     overall = {key: value for key, value in metrics.items() if key.count("/") == 1}
     assert overall == {
-        # student - teacher at shared trained tokens: 1, 0, 0.5, -3 (row 0), 2 (row 1, before E): 0.5 / 5
-        "distill/reverse_kl": pytest.approx(0.1),
+        # student - teacher at shared trained tokens: 1, 0, 0.5, -3 (row 0), 2 (row 1, before E): 0.5 / 5; the student's
+        # shares of the shared ids there are 0.9, 0.8, 0.9, 0.8 and 0.7
+        "distill/reverse_kl": pytest.approx(0.1 + (MATH + ITEM) / 5),
         # |A| after clipping: 1, 0, 0.5, 2.5 (3 clipped) in row 0; 2 and, at the item token, 30 (99.5 clipped) in row 1
         "distill/extend_adv_share": pytest.approx(30 / 36),
         "distill/extend_seq_ratio": pytest.approx(2 / 3),
@@ -68,7 +71,7 @@ def test_distillation_metrics_by_hand() -> None:
         "distill/entropy": pytest.approx(2.0),  # 12 / 6
     }
     per_source = {
-        "reverse_kl": (-0.375, 2.0),  # -1.5 / 4
+        "reverse_kl": (-0.375 + MATH / 4, 2.0 + ITEM),  # -1.5 / 4
         "extend_adv_share": (0.0, 30 / 32),
         "extend_seq_ratio": (0.0, 1.0),
         "extend_mass": (0.15, 0.6),
@@ -106,6 +109,19 @@ def test_a_bound_of_zero_is_counted() -> None:
         config = AlgoConfig(distill_adv_min_clip=low, distill_adv_max_clip=high)
         metrics = metric_utils.compute_on_policy_distill_data_metrics(batch_of_three(), config)
         assert [metrics[f"distill/adv_clipfrac_{name}"] for name in ("low", "high")] == pytest.approx(shares)
+
+
+@pytest.mark.parametrize("mass", [0.0, 0.5, 0.9])
+def test_mass_on_item_tokens_makes_no_student_look_nearer(mass: float) -> None:
+    """Among the ids that both know it is the teacher; one that knows item tokens is compared over all ids."""
+    batch, measure = batch_of_three(), metric_utils.compute_validation_distill_metrics
+    batch.batch["old_log_probs"] = batch.batch["ref_log_prob"] + math.log(1 - mass)
+    batch.batch["extend_mass"] = torch.full_like(batch.batch["old_log_probs"], mass)
+    assert measure(batch)["val/reverse_kl"] == pytest.approx(0.0, abs=1e-6)
+    assert measure(batch, base_knows_extended=True)["val/reverse_kl"] == pytest.approx(math.log(1 - mass))
+    batch.non_tensor_batch["teacher_knows_extended"] = np.array([False, True, False], dtype=object)
+    found = [measure(batch)[f"val/{source}/reverse_kl"] for source in ("math", "item")]
+    assert found == pytest.approx([0.0, math.log(1 - mass)], abs=1e-6)
 
 
 def test_metrics_over_nothing_are_left_out() -> None:
@@ -182,7 +198,8 @@ def test_timing_per_token_and_throughput_per_rank() -> None:
 def test_validation_metrics() -> None:
     batch = batch_of_three()
     metrics = metric_utils.compute_validation_distill_metrics(batch)
-    by_hand = {"reverse_kl": 0.1, "math/reverse_kl": -0.375, "item/reverse_kl": 2.0, "response_length": 3.0}
+    by_hand = {"reverse_kl": 0.1 + (MATH + ITEM) / 5, "math/reverse_kl": -0.375 + MATH / 4}
+    by_hand |= {"item/reverse_kl": 2.0 + ITEM, "response_length": 3.0}
     assert {key: metrics[f"val/{key}"] for key in by_hand} == pytest.approx(by_hand)
     batch.batch["token_level_scores"] = SCORES
     rewards = {"val/reward": 2.0, "val/item/reward": 2.5, "val/math/reward": 1.0}
@@ -234,7 +251,7 @@ def test_metrics_per_teacher() -> None:
     config = AlgoConfig(adv_estimator="on_policy_distill", distill=DistillConfig(teachers=further))
     metrics = metric_utils.compute_on_policy_distill_data_metrics(batch_of_two_teachers(), config)
     by_hand = {
-        "distill_teacher/ref/reverse_kl": -0.375,
+        "distill_teacher/ref/reverse_kl": -0.375 + MATH / 4,
         "distill_teacher/self/reverse_kl": 0.0,  # 2 and -2 at the shared tokens
         "distill_teacher/self/extend_reverse_kl": 2.0,  # -0.5 - -2.5
         "distill/extend_reverse_kl": 2.0,

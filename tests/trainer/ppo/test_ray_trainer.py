@@ -1,6 +1,7 @@
 """The loop on fakes: what each stage gets and gives, in which order, and what is logged, saved and resumed."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,8 @@ def test_validation_measures_held_out_reverse_kl_per_source_where_it_samples_the
     expected = {f"val/{source}reverse_kl": pytest.approx(2.0) for source in ("", "a/", "b/")} if do_sample else {}
     assert {name: value for name, value in metrics.items() if name.endswith("reverse_kl")} == expected
     assert ("ref_log_prob" in log) == do_sample
+    config.actor_rollout_ref.ref.model.path = "base"  # it lacks the item tokens, which the student gives 0.1
+    assert trainer.validate().get("val/reverse_kl") == (pytest.approx(2.0 - math.log(0.9)) if do_sample else None)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """What a run records of its tokens adds up to the metrics of the step."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +55,10 @@ def mean(values: list[float]) -> float:
 
 
 def gaps(tokens: list[dict[str, Any]]) -> list[float]:
-    """Log-probs of student less teacher at trained tokens that every teacher knows."""
+    """Log-probs of student less teacher at trained tokens that every teacher knows, over the ids that its own knows."""
     shared = [token for token in tokens if token["state"] == "trained" and not token["is_item"]]
-    return [token["student_log_prob"] - token["teacher_log_prob"] for token in shared]
+    mass = [math.log1p(-token["extend_mass"]) if token["teacher"] == BASE else 0.0 for token in shared]
+    return [t["student_log_prob"] - log - t["teacher_log_prob"] for t, log in zip(shared, mass, strict=True)]
 
 
 @pytest.mark.parametrize(

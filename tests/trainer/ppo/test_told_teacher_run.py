@@ -7,7 +7,7 @@ from copy import deepcopy
 from pathlib import Path
 from random import Random
 from string import ascii_lowercase
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -185,6 +185,12 @@ def test_of_items_in_a_prompt_the_teacher_reads_texts(tiny_pair: Pair, tmp_path:
     limit = f"actor_rollout_ref.ref.log_prob_max_token_len_per_gpu={longest - 1} to {longest}"
     with pytest.raises(ValueError, match=rf"ref\.item_text makes rows of up to {longest} tokens; raise {limit}$"):
         TeacherPrompts(short, template).as_read(batch, ["ref"] * len(batch))
+    actor = short.actor_rollout_ref.actor
+    actor.ppo_micro_batch_size_per_gpu, actor.ppo_max_token_len_per_gpu = 4, longest - 1  # cut by rows
+    TeacherPrompts(short, template).as_read(batch, ["ref"] * len(batch), in_update=True)
+    short.actor_rollout_ref.model.override_config = {"max_position_embeddings": longest - 1}
+    with pytest.raises(ValueError, match=rf"ref\.item_text makes .* {longest} tokens; shorten it, .* {longest - 1}$"):
+        TeacherPrompts(short, template).as_read(batch, ["ref"] * len(batch), in_update=True)
     teacher = TeacherWorker(config.actor_rollout_ref, "cpu")
     teacher.init_model()
     scores, right, as_student = (
@@ -207,3 +213,27 @@ def test_a_catalogue_without_texts_is_refused(tmp_path: Path) -> None:
     for other in ({**named, "text": "set"}, {"sid": [3, 2, 1], "text": ""}):
         with pytest.raises(ValueError, match=r"has no text, or two, of item \[\d, 2, \d\]; give it one"):
             read(named, other)
+    with pytest.raises(ValueError, match=r"items\.parquet, row 0 has no text, or two, of item \[1, 2, 3\]"):
+        read({**named, "text": 7})
+    for sid in ([1.0, 2.0, 3.0], ["1", "2", "3"], None):  # never written like this in a prompt
+        with pytest.raises(ValueError, match=r"items\.parquet: sid must hold lists of ints"):
+            read({**named, "sid": sid})
+
+
+def test_settings_that_would_change_nothing_are_refused(tiny_pair: Pair, tmp_path: Path) -> None:
+    """Items that no prompt can hold, a template without system messages, hints in rows of another teacher."""
+    path = write_rows(tmp_path / "items.parquet", [{"sid": [10**6, 1, 1], "text": "tea"}])
+    config, tokenizer = PPOConfig(), deepcopy(hf_tokenizer(tiny_pair.student))
+    models = tiny.worker_config(tiny_pair.student, tiny_pair.teacher, tiny_pair.extend_vocab_start_token)
+    config.actor_rollout_ref, unread, ref = models, cast(Any, None), models.ref
+    ref.item_text = str(path)
+    with pytest.raises(ValueError, match=rf"ref\.item_text={path}: the student's tokenizer has not all tokens of any"):
+        TeacherPrompts(config, ChatTemplate(tokenizer)).check(unread, None, False)
+    ref.item_text, ref.system_prompt = None, RULE
+    TeacherPrompts(config, ChatTemplate(tokenizer)).check(unread, None, False)
+    tokenizer.chat_template = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
+    with pytest.raises(ValueError, match=r"ref\.system_prompt: the chat template shows no system message; leave"):
+        TeacherPrompts(config, ChatTemplate(tokenizer)).check(unread, None, False)
+    others = {f"{REF}.system_prompt_column": "hint", "++algorithm.distill.teachers.other": "{sources: [told]}"}
+    with pytest.raises(ValueError, match=r"ref\.system_prompt_column=hint names no column with a text"):
+        build_trainer(run_of(tiny_pair.teacher, tmp_path / "run", "a-m", **others))

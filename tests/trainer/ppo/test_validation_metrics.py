@@ -10,6 +10,7 @@ import pytest
 import torch
 from support.loop_fakes import Engines, Prompts, make_config, make_trainer
 
+from verl.config import TeacherConfig
 from verl.config.best_rule import MetricRuleError
 from verl.protocol import DataProto
 from verl.trainer.ppo.validation_metrics import answers_metrics, compute_validation_reward_metrics, join_metrics
@@ -89,6 +90,33 @@ def test_a_validation_logs_the_metrics_of_its_stages(tmp_path: Path) -> None:
     assert metrics["val_agent_loop/tool_calls"] == 10.0
     assert metrics["val/reward"] == 1.0 and metrics["val/reverse_kl"] == pytest.approx(2.0)
     assert not {name for name in metrics if "of_a_step" in name or "timing_s/agent_loop" in name}
+
+
+class PaddedEngines(Engines):
+    """Prompts are padded on the left with an extended id; every second one holds one too."""
+
+    def generate_sequences(self, prompts: DataProto) -> DataProto:
+        generated = super().generate_sequences(prompts)
+        generated.batch["prompts"][:, 0], generated.batch["attention_mask"][:, 0] = 9, 0
+        generated.batch["prompts"][1::2, 1] = 8
+        return generated
+
+
+def test_padding_with_an_extended_id_is_no_item_in_a_prompt(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path)
+    trainer.agent_loop_manager = PaddedEngines([])
+    trainer.config.actor_rollout_ref.rollout.extend_vocab_start_token = 8
+    assert "val/a/reverse_kl" in (metrics := trainer.validate()) and "val/b/reverse_kl" not in metrics
+
+
+def test_without_an_extension_rows_of_all_teachers_count(tmp_path: Path) -> None:
+    """A further teacher knows all ids of the student, as they all do."""
+    trainer = trainer_of(tmp_path)
+    trainer.config.algorithm.distill.teachers = {"helper": TeacherConfig(sources=["b"])}
+    batch = trainer.prepare({"source": np.array(list("ab")), "index": np.arange(2)}, n=1)
+    assert len(trainer.rows_of_lacking_teachers(batch)) == 2
+    trainer.config.actor_rollout_ref.rollout.extend_vocab_start_token = 8
+    assert trainer.rows_of_lacking_teachers(batch).array("source").tolist() == ["a"]
 
 
 def test_as_many_answers_as_asked_for_go_to_the_loggers(tmp_path: Path) -> None:

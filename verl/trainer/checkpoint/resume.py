@@ -18,6 +18,7 @@ import torch
 from omegaconf import OmegaConf
 
 from verl.config import PPOConfig
+from verl.config.ppo import teacher_key
 from verl.trainer.checkpoint import layout
 from verl.utils.dataset.parquet_files import expand_data_files, file_digest
 from verl.utils.redaction import public_dict
@@ -56,9 +57,12 @@ def run_identity(config: PPOConfig, vocab_fingerprint: str | None = None) -> dic
     for key, files in (("data.train_files", data.train_files), ("data.val_files", data.val_files)):
         if files and not data.custom_cls.path:  # a class of the user's own reads what it likes
             identity[key] = [[path.name, path.stat().st_size] for path in expand_data_files(files)]
+    catalogues = {f"{teacher_key(role)}.item_text.content": each.item_text for role, each in config.teachers.items()}
     if data.synthetic_item_prompts.count:
-        catalogue = data.synthetic_item_prompts.catalogue
-        identity[CATALOGUE] = [file_digest(path) for path in expand_data_files(catalogue)] if catalogue else []
+        catalogues[CATALOGUE] = data.synthetic_item_prompts.catalogue or ""
+    for key, files in catalogues.items():
+        if files is not None:
+            identity[key] = [file_digest(path) for path in expand_data_files(files)] if files else []
     if vocab_fingerprint is not None:
         identity["vocabulary"] = vocab_fingerprint
     return identity
@@ -149,7 +153,7 @@ def require_same_run(folder: Path, config: PPOConfig, identity: dict[str, Any]) 
     paths = {f"{TEACHERS}.{name.split('.')[1]}.path" for name in in_both if name.startswith("teachers.")}
     # Servers may move; what they score is compared by the teacher's probe.
     places = {f"{TEACHERS}.{name}.{field}" for name in config.algorithm.distill.teachers for field in SERVERS}
-    covered = {"data.train_files", CATALOGUE, *paths, *places}
+    covered = {"data.train_files", CATALOGUE, *paths, *places, *(key.removesuffix(".content") for key in in_both)}
     there, here = (
         {key: value for key, value in settings.items() if not matches(covered, key)} | entries
         for settings, entries in ((saved, described), (_flatten(public_dict(config)), identity))

@@ -24,7 +24,7 @@ from verl.config.ppo import teacher_key
 from verl.trainer.checkpoint.layout import UNMERGED, VERL_SHARDS
 from verl.utils.broken_files import describe_damage, is_pointer
 from verl.utils.loopback import joins_cluster
-from verl.utils.tokenizer import local_model_folder
+from verl.utils.tokenizer import local_model_folder, position_limit
 
 HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+")
 
@@ -204,15 +204,8 @@ def _folder_faults(folder: Path, trusts_code: bool, is_whole: bool) -> Iterator[
 
 def _size_errors(key: str, path: str | None, described: dict[str, Any], config: PPOConfig) -> Iterator[str]:
     """What of a run is too large for a model, by its config.json."""
-    rollout, limit = config.actor_rollout_ref.rollout, described.get("max_position_embeddings")
+    rollout, limit = config.actor_rollout_ref.rollout, position_limit(described)
     longest = rollout.prompt_length + rollout.response_length
-    # transformers 5 writes rope_parameters, of some models by kind of layer; older models have rope_scaling.
-    ropes = [rope for name in ("rope_parameters", "rope_scaling") if isinstance(rope := described.get(name), dict)]
-    ropes += [inner for rope in ropes for inner in rope.values() if isinstance(inner, dict)]
-    for rope in ropes:
-        # Of other types, max_position_embeddings is the stretched length already.
-        if limit is not None and rope.get("rope_type", rope.get("type")) in ("yarn", "linear", "dynamic"):
-            limit = max(limit, rope.get("factor", 1) * (rope.get("original_max_position_embeddings") or limit))
     if limit is not None and longest > limit:
         yield (
             f"data.max_prompt_length={rollout.prompt_length} + data.max_response_length={rollout.response_length} = "

@@ -7,7 +7,7 @@ In: the configuration. Out: what student and teacher share, and the id in the pl
 import logging
 from functools import partial
 
-from verl.config import PPOConfig
+from verl.config import DistillConfig, PPOConfig
 from verl.config.ppo import teacher_key
 from verl.single_controller.base import WorkerError
 from verl.utils.vocab_contract import AUTO, enforce, read_contract
@@ -29,10 +29,8 @@ def resolve_vocabulary(config: PPOConfig) -> VocabContract | None:
     model, teacher = config.actor_rollout_ref.model, config.actor_rollout_ref.ref.model
     start, distill = config.actor_rollout_ref.rollout.extend_vocab_start_token, config.algorithm.distill
     mode = str(config.trainer.vocab_check)
-    if not teacher.path:
-        if start == AUTO:
-            config.resolve_extend_start(None)  # the student's own starting weights are the reference
-        return None
+    if not teacher.path and start == AUTO:
+        config.resolve_extend_start(None)  # the student's own starting weights are the reference
     if mode == "off":
         return None
     read = partial(
@@ -42,31 +40,40 @@ def resolve_vocabulary(config: PPOConfig) -> VocabContract | None:
         trust_remote_code=model.trust_remote_code,
         overrides=model.override_config,
     )
-    contract = read(teacher.path, start, teacher_tokenizer=teacher.tokenizer_path)
-    enforce(contract, mode)
-    config.resolve_extend_start(contract.extend_start)
-    _warn_of_stand_in(config, contract)
-    if (distill.topk_or_none or 0) > len(contract.shared):
-        raise ValueError(
-            f"algorithm.distill.topk={distill.topk} is more than the {len(contract.shared)} ids that student and "
-            "teacher share; lower it, or set algorithm.distill.objective=exact for all of them"
-        )
+    contract = None
+    if teacher.path:
+        contract = read(teacher.path, start, teacher_tokenizer=teacher.tokenizer_path)
+        enforce(contract, mode)
+        config.resolve_extend_start(contract.extend_start)
+        _warn_of_stand_in(config, contract)
+        _check_topk(distill, contract)
+    begins = config.actor_rollout_ref.rollout.extend_start
     for name, further in distill.teachers.items():
         if further.path is None:
             continue
         # AUTO: where the ids that this teacher lacks begin, to be compared with the run's threshold.
         key, found = f"algorithm.distill.teachers.{name}", read(further.path, AUTO)
         lacks = found.extend_start
-        if lacks not in (None, contract.extend_start):
-            found.problems.insert(0, f"{key}.path={further.path} lacks ids from {lacks} on; give another model")
-        elif contract.extend_start is not None and (lacks is None) != further.knows_extended:
+        if lacks not in (None, begins):
+            fix = "give" if begins else f"set actor_rollout_ref.rollout.extend_vocab_start_token={lacks}, or give"
+            found.problems.insert(0, f"{key}.path={further.path} lacks ids from {lacks} on; {fix} another model")
+        elif begins is not None and (lacks is None) != further.knows_extended:
             right, verb = ("full", "knows") if lacks is None else ("base", "lacks")
             advice = f"set {key}.vocabulary={right}, not {further.vocabulary}: {further.path} {verb} the item tokens"
             found.problems.insert(0, advice)
         enforce(found, mode, f"student and {key}")
+        _check_topk(distill, found)
         if not further.knows_extended:
             _warn_of_stand_in(config, found)
     return contract
+
+
+def _check_topk(distill: DistillConfig, contract: VocabContract) -> None:
+    if (distill.topk_or_none or 0) > len(contract.shared):
+        raise ValueError(
+            f"algorithm.distill.topk={distill.topk} is more than the {len(contract.shared)} ids that student and "
+            "teacher share; lower it, or set algorithm.distill.objective=exact for all of them"
+        )
 
 
 def check_servers(config: PPOConfig) -> None:
@@ -87,9 +94,7 @@ def check_servers(config: PPOConfig) -> None:
         except (ValueError, WorkerError) as error:
             raise ValueError(f"{key}: {error}") from error
         if found and mode == "strict":
-            fix = (
-                "serve the model that the student's vocabulary extends (trainer.vocab_check=warn goes on all the same)"
-            )
+            fix = "serve the model that the student's vocabulary extends (trainer.vocab_check=warn goes on with it)"
             raise ValueError("\n- ".join((f"{key}: {fix}:", *found)))
         if found:
             logger.warning("trainer.vocab_check=%s lets servers with other tokens pass: %s", mode, found)

@@ -181,9 +181,15 @@ def _gap(batch: DataProto) -> torch.Tensor:
     return batch.tensor("old_log_probs").float() - batch.tensor("ref_log_prob").float()
 
 
-def _reverse_kl(batch: DataProto) -> Metrics:
-    """Mean of log p_student - log p_teacher over shared tokens, nats a token."""
-    return _mean("reverse_kl", _gap(batch)[known_token_mask(batch)])
+def _reverse_kl(batch: DataProto, base_knows_extended: bool) -> Metrics:
+    """Mean of log p_student - log p_teacher over shared tokens, nats a token, both over the ids that both know."""
+    gap = _gap(batch)
+    if "extend_mass" in batch.batch and not base_knows_extended:
+        # Else a student would look the nearer, and beyond 0, the more it gives to ids that its teacher lacks.
+        inside = torch.log1p(-batch.tensor("extend_mass").float().clamp(max=1 - 1e-6))
+        knows = batch.non_tensor_batch.get("teacher_knows_extended", np.zeros(len(batch))).astype(bool)
+        gap = torch.where(torch.from_numpy(knows)[:, None], gap, gap - inside)
+    return _mean("reverse_kl", gap[known_token_mask(batch)])
 
 
 def _trained_extended(batch: DataProto) -> torch.Tensor:
@@ -237,12 +243,15 @@ def _coverage_metrics(batch: DataProto) -> Metrics:
     return metrics
 
 
-def compute_on_policy_distill_data_metrics(batch: DataProto, config: AlgoConfig | None = None) -> Metrics:
+def compute_on_policy_distill_data_metrics(
+    batch: DataProto, config: AlgoConfig | None = None, base_knows_extended: bool = False
+) -> Metrics:
     """The ``distill/*`` family, over all rows, as ``distill/<source>/*`` per data source, and where there are several
     teachers as ``distill_teacher/<role>/*`` over the rows of each.
 
-    - ``reverse_kl``: mean log p_student - log p_teacher over shared tokens, nats.
-    - ``extend_reverse_kl``: the same over tokens of E, of rows whose teacher knows them.
+    - ``reverse_kl``: mean log p_student - log p_teacher over shared tokens, nats; where the teacher lacks E, p_student
+      is normalised over the shared ids too, so that mass on E does not count.
+    - ``extend_reverse_kl``: mean log p_student - log p_teacher over tokens of E, of rows whose teacher knows them.
     - ``extend_adv_share``: share of the summed |advantage| of distillation, after clipping, that lies on tokens of E.
     - ``extend_seq_ratio``, ``extend_token_ratio``: share of sequences, of response tokens, with an id in E.
     - ``extend_mass``: the student's mean probability of E at trained positions.
@@ -257,6 +266,7 @@ def compute_on_policy_distill_data_metrics(batch: DataProto, config: AlgoConfig 
         batch: with ``old_log_probs``, ``ref_log_prob``, ``response_mask``, ``distill_special_token_mask``,
             ``attention_mask``, ``responses``; ``extend_mass`` and ``entropys`` where they were computed.
         config: gives the objective, the bounds of the advantage and the teachers; None: drawn tokens, no bounds.
+        base_knows_extended: whether the teacher ``ref`` knows E, as the student's own start does.
     """
     config = config or AlgoConfig()
     distill, low, high = config.distill, config.distill_adv_min_clip, config.distill_adv_max_clip
@@ -264,7 +274,8 @@ def compute_on_policy_distill_data_metrics(batch: DataProto, config: AlgoConfig 
     weights = [distill.weight_of(role) for role in distill.roles]
 
     def measure(rows: DataProto) -> Metrics:
-        metrics = _reverse_kl(rows) | _extended_reverse_kl(rows) | _extension_metrics(rows) | _coverage_metrics(rows)
+        metrics = _reverse_kl(rows, base_knows_extended) | _extended_reverse_kl(rows)
+        metrics |= _extension_metrics(rows) | _coverage_metrics(rows)
         if not distill.is_exact:
             metrics |= _extended_share(rows, bounds, weights) | _clip_metrics(rows, bounds)
         return metrics
@@ -293,7 +304,7 @@ def compute_advantage_part_metrics(batch: DataProto, config: AlgoConfig) -> Metr
     return overall_and_per_source("advantage", batch, measure, config.distill.roles)
 
 
-def compute_validation_distill_metrics(batch: DataProto) -> Metrics:
+def compute_validation_distill_metrics(batch: DataProto, base_knows_extended: bool = False) -> Metrics:
     """``val/reverse_kl``, ``val/extend_seq_ratio`` and ``val/response_length``, and ``val/<source>/*``.
 
     As in training, but on held-out prompts: the reverse KL is over shared tokens of the student's own answers, of those
@@ -303,7 +314,7 @@ def compute_validation_distill_metrics(batch: DataProto) -> Metrics:
     def measure(rows: DataProto) -> Metrics:
         leaks = rows.tensor("distill_special_token_mask").bool().any(dim=-1)
         length = _mean("response_length", real_response_tokens(rows).sum(dim=-1))
-        return _reverse_kl(rows) | _mean("extend_seq_ratio", leaks) | length
+        return _reverse_kl(rows, base_knows_extended) | _mean("extend_seq_ratio", leaks) | length
 
     return overall_and_per_source("val", batch, measure)
 

@@ -4,25 +4,29 @@ In: a batch, the teacher of each row, the chat template of the run. Out: the key
 rendered again, so that it is what the template makes of other messages, token by token.
 """
 
+import json
 import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
 from jinja2 import TemplateError
 
-from verl.config import PPOConfig
+from verl.config import PPOConfig, TeacherConfig
 from verl.config.ppo import teacher_key
 from verl.experimental.agent_loop.base import ChatTemplate, Message
 from verl.protocol import DataProto
 from verl.utils.dataset.items import WRITTEN_ITEM, read_item_texts
 from verl.utils.dataset.parquet_files import column_names
 from verl.utils.dataset.rl_dataset import RLHFDataset
+from verl.utils.tokenizer import local_model_folder, position_limit
 
 SERVED_LENGTH = "engine_kwargs.max_model_len"
 KEPT = ("responses", "response_mask")
 
 Chat = Sequence[Message]
+EMPTY: Chat = [{"role": "user", "content": ""}]
 
 
 class TeacherPrompts:
@@ -48,7 +52,9 @@ class TeacherPrompts:
             if teacher.item_text is not None:
                 chats[row] = with_texts(chats[row], self._item_texts(teacher.item_text))
         read = with_prompts(batch, chats, self._template)
-        for role, longest in zip(roles, read.tensor("attention_mask").sum(dim=1).tolist(), strict=True):
+        lengths = read.tensor("attention_mask").sum(dim=1).tolist()
+        # Sorted, each teacher's last row is its longest.
+        for role, longest in dict(sorted(zip(roles, lengths, strict=True))).items():
             if own := self._config.teachers[role].own_prompt:
                 key = f"{teacher_key(role)}.{' and '.join(own)}"
                 self._check_length(role, key, longest, in_scoring=not in_update, in_update=in_update)
@@ -67,8 +73,13 @@ class TeacherPrompts:
         else:
             if in_scoring and (not ref.log_prob_micro_batch_size_per_gpu or ref.log_prob_use_dynamic_bsz):
                 limits["actor_rollout_ref.ref.log_prob_max_token_len_per_gpu"] = ref.log_prob_max_token_len_per_gpu
-            if in_update and actor.use_dynamic_bsz is not False:
+            if in_update and (not actor.ppo_micro_batch_size_per_gpu or actor.use_dynamic_bsz):
                 limits["actor_rollout_ref.actor.ppo_max_token_len_per_gpu"] = actor.ppo_max_token_len_per_gpu
+            own = teacher.path if isinstance(teacher, TeacherConfig) else ref.model.path
+            folder = local_model_folder(own or models.model.path)
+            described = json.loads((folder / "config.json").read_text("utf-8")) if folder else {}
+            if (positions := position_limit(described | models.model.override_config) or longest) < longest:
+                raise ValueError(f"{key} makes rows of up to {longest} tokens; shorten it, {folder} takes {positions}")
         for name, most in limits.items():
             if isinstance(most, int) and 0 <= most < needed:
                 raise ValueError(f"{key} makes rows of up to {longest} tokens; raise {name}={most} to {needed}")
@@ -87,7 +98,10 @@ class TeacherPrompts:
         rollout = self._config.actor_rollout_ref.rollout
         for role, teacher in self._config.teachers.items():
             if teacher.item_text is not None:
-                self._item_texts(teacher.item_text)
+                known, texts = self._template.tokenizer.get_vocab().keys(), self._item_texts(teacher.item_text)
+                if not any(known >= {*re.findall(r"<[^>]+>", item)} for item in texts):
+                    what = "the student's tokenizer has not all tokens of any item; give the catalogue of its items"
+                    raise ValueError(f"{teacher_key(role)}.item_text={teacher.item_text}: {what}")
             if teacher.engine and "max_model_len" not in teacher.engine_kwargs:
                 for name in teacher.own_prompt:
                     if name != "system_prompt":  # of which the length is known
@@ -97,12 +111,14 @@ class TeacherPrompts:
             key, text = self._longest_system_prompt(role, data, held_out)
             if text is None:
                 continue
-            shortest = with_system_prompt([{"role": "user", "content": ""}], text)
+            chats = (with_system_prompt(EMPTY, told) for told in (text, f"{text} 1"))
             try:
-                added = len(self._template.encode_prompt(shortest, False))
+                shown, other = (self._template.encode_prompt(chat, False) for chat in chats)
             except (TemplateError, TypeError, ValueError) as error:
                 raise ValueError(f"{key}: the chat template takes no system message ({error}); leave it out") from error
-            longest = rollout.prompt_length + rollout.response_length + added
+            if shown == other:
+                raise ValueError(f"{key}: the chat template shows no system message; leave it out")
+            longest = rollout.prompt_length + rollout.response_length + len(shown)
             self._check_length(role, key, longest, in_scoring=True, in_update=runs_in_update)
 
     def _longest_system_prompt(
@@ -112,11 +128,15 @@ class TeacherPrompts:
         teacher, key = self._config.teachers[role], f"{teacher_key(role)}.system_prompt"
         if (column := teacher.system_prompt_column) is None:
             return key, teacher.system_prompt
-        most, longest, key, texts = 0, "", f"{key}_column={column}", data.texts_of(column)
+        distill = self._config.algorithm.distill
+        own = cache(lambda *kind: distill.roles[distill.teacher_of(*kind)] == role)
+        most, longest, key = 0, "", f"{key}_column={column}"
+        texts = data.texts_of(column, map(own, data.sources, data.has_extended))
         if not any(texts):
             files, there = self._config.data.train_files, ", ".join(sorted(column_names(data.files)))
             raise ValueError(f"{key} names no column with a text in data.train_files={files}; choose from {there}")
-        texts |= held_out.texts_of(column) if held_out is not None else set()
+        if held_out is not None:
+            texts |= held_out.texts_of(column, map(own, held_out.sources, held_out.has_extended))
         # A token has a byte at least, so most texts are too short to be the one of the most tokens.
         for size, text in sorted(((len(text.encode()), text) for text in texts), reverse=True):
             if size <= most:

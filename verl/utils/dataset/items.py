@@ -42,16 +42,17 @@ def read_item_texts(path: str | Path) -> dict[str, str]:
     """What the catalogue says of each item, by the item as it is written.
 
     Raises:
-        ValueError: no such file, a column is missing, or an item without a text or with two.
+        ValueError: as `read_catalogue`, no column ``text``, or an item without a text or with two.
     """
     files, texts = expand_data_files(path), dict[str, str]()
     if lost := {SID_COLUMN, TEXT_COLUMN} - column_names(files):
         raise ValueError(f"the catalogue {path} has no column {sorted(lost)[0]!r}; it needs sid, and text of each item")
+    read_catalogue(path)  # refuses codes that are written otherwise than the tokens
     for file in files:
-        for row in pq.ParquetFile(file).read([SID_COLUMN, TEXT_COLUMN]).to_pylist():
+        for number, row in enumerate(pq.ParquetFile(file).read([SID_COLUMN, TEXT_COLUMN]).to_pylist()):
             item, text = "".join(item_tokens(row[SID_COLUMN])), row[TEXT_COLUMN]
-            if not text or texts.setdefault(item, text) != text:
-                raise ValueError(f"the catalogue {path} has no text, or two, of item {row[SID_COLUMN]}; give it one")
+            if not text or not isinstance(text, str) or texts.setdefault(item, text) != text:
+                raise ValueError(f"{file}, row {number} has no text, or two, of item {row[SID_COLUMN]}; give it one")
     return texts
 
 

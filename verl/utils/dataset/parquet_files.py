@@ -20,6 +20,7 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -173,11 +174,14 @@ class ParquetRows:
         number = bisect_right(self._starts, index) - 1  # the last file that starts here: files before it may be empty
         return number, index - self._starts[number]
 
-    def distinct(self, column: str) -> set[Any]:
-        """Every value of a column but None; ValueError where it holds lists or structs."""
-        columns = (table[column] for table in map(self._table, range(len(self.files))) if column in table.column_names)
+    def distinct(self, column: str, rows: np.ndarray | None = None) -> set[Any]:
+        """Every value of a column but None, in all rows or in these; ValueError where it holds lists or structs."""
+        at, found = pa.array(np.isin(np.arange(len(self)), rows) if rows is not None else np.ones(len(self)) > 0), set()
         try:
-            return {value for found in columns for value in found.unique().to_pylist()} - {None}
+            for number, (start, end) in enumerate(pairwise(self._starts)):
+                if column in (table := self._table(number)).column_names:
+                    found |= {*table[column].filter(at[start:end]).unique().to_pylist()}
+            return found - {None}
         except pa.ArrowNotImplementedError as error:
             raise ValueError(f"the column {column!r} must hold texts ({error}); name another") from error
 

@@ -262,9 +262,9 @@ class RLHFDataset(Dataset[dict[str, Any]]):
         """Of each item, whether its prompt holds extended tokens."""
         return self._has_extended[self._kept].tolist()
 
-    def texts_of(self, column: str) -> set[str]:
-        """The texts of one of ``hint_columns``, each once; those of rows that are not used too."""
-        return set(map(text_of, self._rows.distinct(column)))
+    def texts_of(self, column: str, chosen: Iterable[bool]) -> set[str]:
+        """The texts of one of ``hint_columns`` in the items that are chosen, each once."""
+        return set(map(text_of, self._rows.distinct(column, self._kept[list(chosen)])))
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order and the draws of the think switch. Loader processes see it from their next start on."""

@@ -3,6 +3,7 @@
 Its time is simulated, so which answers end first is known, and nothing waits.
 """
 
+import copy
 import importlib
 import io
 import math
@@ -91,6 +92,24 @@ def test_nothing_is_lost_or_trained_twice_over_resumes(steps_over: Any, max_stal
     left = [f"{prompt.source.rows.array('index')[prompt.place * n]}-{prompt.source.number}" for prompt in prompts]
     assert set(Counter(trained).values()) == {n}
     assert len({*trained, *left}) == len(trained[::n] + left) == 8 * saved["pool"]["read"], "of all that were read"
+
+
+def test_prompts_that_wait_are_read_again_from_older_passes_over_a_group(steps_over: Any) -> None:
+    """Where shares may change, a position is one in a pass over each source: that over the first ten rows is short."""
+
+    def waiting(steps: Any) -> list[tuple[int, int]]:
+        prompts = steps.queue._pool._waiting
+        return [(prompt.source.number, prompt.source.rows.array("index")[prompt.place]) for prompt in prompts]
+
+    settings = {"oversample": 1.5, "source_weights": {"few": 0.4, "many": 0.6}}
+    lengths = [*[1] * 9, 50, *log_normal(50, 8, 300)]
+    steps = steps_over(lengths, 8, **settings)
+    for _ in steps.take(12):
+        again = steps_over(lengths, 8, saved=steps.state_dict(), **settings)
+        again.queue._restore(steps.done)
+        assert waiting(again) == waiting(steps)
+        fresh, expected = (next(copy.deepcopy(each.stream).batches())["index"].tolist() for each in (again, steps))
+        assert fresh == expected
 
 
 def test_with_settings_that_may_have_changed_prompts_are_asked_anew(steps_over: Any) -> None:

@@ -158,8 +158,9 @@ class AgentLoopManager:
         rows = DataProto.from_dict(None, {**columns, **seeds}, meta_info)
         starts, order = self.starts(len(rows)), None
         if wanted:
-            # Prompts go round the workers: carried ones come first, and are the longer ones.
-            busy = min(len(self._workers), wanted)
+            # Prompts go round the workers: carried ones come first, and are the longer ones. Each worker may leave out
+            # one at least; it would wait for its longest answer otherwise.
+            busy = max(1, min(len(self._workers), wanted, len(rows) // n - wanted))
             dealt = [range(index, len(rows) // n, busy) for index in range(busy)]
             starts = [0, *itertools.accumulate(len(prompts) * n for prompts in dealt)]
             order = [prompt * n + answer for prompts in dealt for prompt in prompts for answer in range(n)]

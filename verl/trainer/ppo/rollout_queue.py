@@ -92,6 +92,7 @@ class RolloutQueue:
         self._restore(done)
         self._free_since = time.time()
         for step in itertools.count(done + 1):
+            self._metrics = {}  # a checkpoint behind the last step may have waited for answers, in no step's time
             if self.is_low:
                 self._add_s("train/wait_s", time.time() - self._free_since)
                 last = max(step, min(step + self._most_ahead, self._total_steps))

@@ -111,11 +111,14 @@ class RolloutQueue:
         """
         batch = self._training
         if batch is None or batch.prompts is not prompts or not (self._most_ahead or self.score):
+            began_s = time.time()
             answers = self._engines().generate_sequences(prompts)
             self._free_since = time.time()
             if batch is not None and batch.prompts is prompts:
                 self._pool.settle(batch, answers)
                 self._metrics |= batch.metrics
+                if batch.metrics:  # more was written than is trained on
+                    self._metrics["perf/generated_tokens_per_s"] = batch.tokens / (self._free_since - began_s)
             return answers
         if batch.generation is None and batch.answers is None:
             self._begin(batch)

@@ -92,10 +92,11 @@ class LoopOfItsOwnTime(asyncio.SelectorEventLoop):
 
 
 class Rows(Dataset[dict[str, Any]]):
-    """So many prompts."""
+    """So many prompts, of which the first ten are a source of their own."""
 
     def __init__(self, count: int) -> None:
         self._count = count
+        self.sources = ["few"] * 10 + ["many"] * (count - 10)
 
     def __len__(self) -> int:
         return self._count
@@ -143,10 +144,12 @@ class Steps:
         token_s: float = 1.0,
         saved: Mapping[str, Any] | None = None,
         max_staleness: int = 0,
+        source_weights: dict[str, float] | None = None,
         **rollout: Any,
     ) -> None:
         config, self._loop = PPOConfig(), loop
         config.data.train_batch_size, config.trainer.max_staleness = batch, max_staleness
+        config.data.source_weights = source_weights or {}
         settings = {"name": "hf", "prompt_length": 1, "response_length": max(lengths), "calculate_log_probs": True}
         for name, value in (settings | rollout).items():
             setattr(config.actor_rollout_ref.rollout, name, value)
@@ -159,7 +162,8 @@ class Steps:
         with mock.patch.object(agent_loop, "get_replica_class", lambda name: SleepingReplica):
             self.manager.start()
         self.manager.wait_ready()
-        self.stream, self.done = PromptStream(Rows(len(lengths)), config.data), 0  # type: ignore[arg-type]
+        rows: Any = Rows(len(lengths))
+        self.stream, self.done = PromptStream(rows, config.data, steered=bool(source_weights)), 0
         if saved is not None:
             self.stream.load_state_dict(saved)
             self.done = saved["done"]

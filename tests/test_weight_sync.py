@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from support.tiny_workers import load_plain, worker_config, write_model
 
 from verl import weight_sync
+from verl.single_controller.base.decorator import Begun
 from verl.single_controller.base.worker import Channel
 from verl.weight_sync import (
     ReceivedWeights,
@@ -165,19 +166,25 @@ def test_the_next_bucket_is_exported_while_engines_load_and_all_are_released(fai
     assert events == [*done, "release", *end]
 
 
-@pytest.mark.parametrize("fails", [None, "load weight bucket 1 of version 7"])
+def raise_where(fails: bool) -> None:
+    if fails:
+        raise ConnectionError
+
+
+@pytest.mark.parametrize("fails", [None, "load weight bucket 1 of version 7", "store 1"])
 def test_a_bucket_is_broadcast_while_engines_load_it(fails: str | None) -> None:
-    """Where an engine fails, the ranks wait for it, and nobody for them."""
+    """Where an engine fails, the ranks wait for it, and nobody for them; where a rank does, engines wait."""
     events: list[str] = []
 
-    def call(*event: Any) -> Callable[[], None]:
+    def call(*event: Any) -> Begun:
         events.append(" ".join(map(str, event)))
-        return lambda: events.append(f"{event[-1]} sent")
+        check = partial(raise_where, fails == events[-1])
+        return Begun(lambda _: events.append(f"{event[-1]} sent"), SimpleNamespace(check=check))
 
-    def wait(task: str, calls: list[Any]) -> None:
+    def wait(task: str, calls: list[Any], check: Callable[[], None] = lambda: None) -> None:
         call("wait:", task)
-        if task == fails:
-            raise ConnectionError
+        check()
+        raise_where(task == fails)
 
     student = SimpleNamespace(weight_buckets=lambda: ["first", "second"], store_weight_bucket=partial(call, "store"))
     names = ("start_weight_update", "update_weights", "finish_weight_update")

@@ -101,7 +101,7 @@ def send_weights(
 
 
 def broadcast_weights(student: Any, engines: Sequence[Any], wait: Callable[..., Any], version: int) -> None:
-    """As `send_weights`, to engines that are in a channel with rank 0.
+    """As `send_weights`, to engines that are in a channel with rank 0; ``wait`` takes what it calls now and then, too.
 
     The ranks are told all buckets at once: they wait for the engines in the broadcast alone. Where an engine fails,
     they would wait for ever, and are not waited for.
@@ -112,7 +112,8 @@ def broadcast_weights(student: Any, engines: Sequence[Any], wait: Callable[..., 
     sent = [student.store_weight_bucket(index) for index in range(len(buckets))]
     for index, bucket in enumerate(buckets):
         loads = [engine.update_weights.remote(bucket) for engine in engines]
-        wait(f"load weight bucket {index} of version {version}", loads)
+        # A rank that fails leaves the engines in the broadcast until it times out.
+        wait(f"load weight bucket {index} of version {version}", loads, sent[index].check)
         sent[index]()
     calls = [engine.finish_weight_update.remote(version) for engine in engines]
     wait(f"finish the weight sync of version {version}", calls)

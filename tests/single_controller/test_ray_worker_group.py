@@ -124,6 +124,10 @@ def test_an_exception_names_role_method_rank_node_and_cause(actor):
     assert lines[0] == f"actor.raise_on failed on rank 1 of 2, node {node}: ValueError: the numbers do not add up"
     assert "raise ValueError" in str(caught.value)
     assert caught.value.by_user, "the same again would end the same"
+    begun = actor.begin("raise_on", 1)
+    with pytest.raises(WorkerError, match=r"^actor\.raise_on failed on rank 1 of 2"):
+        while begun.check() is None:
+            time.sleep(0.05)
     assert actor.raise_on(-1) == [0, 1]
 
 

@@ -51,6 +51,22 @@ def test_an_agent_loop_that_a_file_names(tiny_pair: Pair, tmp_path: Path, monkey
     assert 0 <= metrics["critic/score/mean"] <= 2 and not [name for name in metrics if name.startswith("distill/")]
 
 
+def test_answers_of_several_turns_are_not_carried_on(tiny_pair: Pair, tmp_path: Path, monkeypatch: Any) -> None:
+    loop = "verl.experimental.agent_loop.tool_agent_loop.ToolAgentLoop"
+    monkeypatch.setattr(f"{loop}.writes_one_turn", False)
+    (tmp_path / "loops.yaml").write_text(f"- {{name: mine, _target_: {loop}}}\n")
+    table = pq.read_table(write_onerec_parquet(tmp_path / "train.parquet", 8))
+    mine, single = (tmp_path / f"{name}.parquet" for name in ("mine", "single_turn_agent"))
+    for file in (mine, single):
+        pq.write_table(table.append_column("agent_name", [[file.stem] * 8]), file)
+    key = "actor_rollout_ref.rollout"
+    over = {f"{key}.oversample": 2.0, f"{key}.agent.agent_loop_config_path": tmp_path / "loops.yaml"}
+    for name, files in (("mine", {"data.train_files": mine}), ("tool_agent", {})):
+        with pytest.raises(ValueError, match=f"the agent loop '{name}' does not say that it writes such"):
+            build_trainer(reward_run(tiny_pair, tmp_path, **over, **files))
+    build_trainer(reward_run(tiny_pair, tmp_path, **over, **{"data.train_files": single, "data.val_files": mine}))
+
+
 def test_what_is_found_before_anything_starts(tiny_pair: Pair, tmp_path: Path) -> None:
     table = pq.read_table(write_onerec_parquet(tmp_path / "train.parquet", 8))
     pq.write_table(table.append_column("agent_name", [[None] * 7 + ["browser"]]), tmp_path / "train.parquet")

@@ -102,7 +102,8 @@ class TrainerConfig:
     ``teacher``, ``vocabulary``."""
     grace_s: NonNegativeFloat = 120.0
     """Seconds that the run has after SIGTERM or Ctrl-C to finish its step and save it; then, or at a second signal, it
-    ends at once. Ending the processes takes some seconds more."""
+    ends at once. Ending the processes takes some seconds more. With ``max_staleness`` the save waits for the answers of
+    up to so many batches that are begun."""
     vocab_check: VocabCheck = "strict"
     """What to do where the vocabularies of student and teacher do not fit together: ``strict`` (stop), ``warn``, or
     ``off`` (do not compare them)."""

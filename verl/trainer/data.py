@@ -175,8 +175,8 @@ class Mixture:
         names = zip(config.source_weights, groups, strict=True)
         self.state = {name: {"share": share, "behind": 0.0, "given": 0} for name, (share, _) in names}
         """Of each group its share, by how many rows it is behind it, and how many it has given."""
-        self._orders: dict[int, np.ndarray] = {}
-        """Of each group, by number, in its present pass."""
+        self._orders: dict[int, tuple[int, np.ndarray]] = {}
+        """Of each group, by number, the pass it gave its last row in, and its order there."""
 
     @property
     def shares(self) -> dict[str, float]:
@@ -194,10 +194,10 @@ class Mixture:
         places = self._places[group]
         number, place = divmod(int(chosen["given"]), len(places))
         chosen["behind"], chosen["given"] = chosen["behind"] - 1, chosen["given"] + 1
-        if place == 0 or group not in self._orders:
+        if group not in self._orders or self._orders[group][0] != number:  # a position may be set to any pass
             random = np.random.default_rng([self._config.seed, group, number])
-            self._orders[group] = random.permutation(places) if self._config.shuffle else places
-        return int(self._orders[group][place])
+            self._orders[group] = number, random.permutation(places) if self._config.shuffle else places
+        return int(self._orders[group][1][place])
 
 
 def group_by_weight(

@@ -49,7 +49,7 @@ def build_trainer(
         ValueError: settings, files, models or a user's own code that this run cannot work with.
     """
     from verl.experimental.agent_loop.base import get_agent_loop_class, load_agent_loops
-    from verl.experimental.agent_loop.worker import chat_template, load_tools
+    from verl.experimental.agent_loop.worker import chat_template, check_carries, load_tools
     from verl.trainer.data import build_datasets
     from verl.trainer.launch.vocabulary_check import check_servers, resolve_vocabulary
     from verl.trainer.ppo.ray_trainer import RayPPOTrainer
@@ -86,6 +86,8 @@ def build_trainer(
     )
     for name in {name for dataset in datasets if dataset is not None for name in dataset.agent_names}:
         get_agent_loop_class(name)
+    for name in datasets[0].agent_names or {rollout.agent.default_agent_loop}:
+        check_carries(name, rollout)
     workers = worker_classes(config)
     options: dict[str, Any] = {"device_name": device_name, "vocab_fingerprint": contract and contract.fingerprint}
     return (trainer_class or RayPPOTrainer)(config, tokenizer, workers, *datasets, reward_fn, **options)

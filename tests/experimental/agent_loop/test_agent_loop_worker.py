@@ -8,7 +8,7 @@ import pytest
 from support.agent_loop_fakes import prompt_rows
 
 from verl.config import PPOConfig
-from verl.experimental.agent_loop.base import AgentLoopBase, AgentLoopOutput, register
+from verl.experimental.agent_loop.base import WRITTEN, AgentLoopBase, AgentLoopOutput, register
 from verl.experimental.agent_loop.worker import SEED_KEY, AgentLoopWorker
 from verl.protocol import DataProto
 from verl.workers.rollout.replica import TokenOutput
@@ -88,6 +88,16 @@ async def test_the_first_failure_ends_the_other_conversations(worker: AgentLoopW
         await asyncio.wait_for(worker.generate_sequences(rows([9], [0], [9])), timeout=20)
     await asyncio.sleep(0)
     assert worker.servers.cancelled == 2
+
+
+async def test_a_loop_of_several_turns_is_refused_where_answers_are_carried_on(worker: AgentLoopWorker) -> None:
+    """So not in validation."""
+    worker.context.rollout.oversample = 2.0
+    columns = {"agent_name": ["two_turns_for_test"]}
+    validation = await worker.generate_sequences(rows([1], **columns))
+    assert validation.array("__num_turns__").tolist() == [3]
+    with pytest.raises(ValueError, match=r"the agent loop 'two_turns_for_test' does not say .*unfinished=drop"):
+        await worker.generate_sequences(rows([1], **columns, **{WRITTEN: [None]}))
 
 
 def test_tools_come_from_the_yaml(tokenizer, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,12 +19,13 @@ from support.agent_loop_fakes import prompt_rows
 from support.fake_replica import DIE, END, HANG, RAISE, SHAPES, STALL, FakeReplica
 from support.tiny_pairs import REPO
 
-from verl.config import PPOConfig
+from verl.config import PPOConfig, RolloutConfig
 from verl.experimental.agent_loop import agent_loop
 from verl.experimental.agent_loop.agent_loop import AgentLoopManager
 from verl.experimental.agent_loop.base import RolloutError
 from verl.experimental.agent_loop.worker import ENDED, TAKEN
 from verl.protocol import BATCH_KEYS, DataProto
+from verl.single_controller.ray.calls import Remote
 
 
 class Ranks:
@@ -119,6 +121,23 @@ def test_the_start_of_the_engines_is_a_line_and_its_end_another(
     started.manager.wait_ready()
     assert re.fullmatch(r"the engines are ready, \d+ s after their start began", caplog.messages[-1])
     started.manager.shutdown()
+
+
+SHARES = {9: [(9, 8)], 12: [(3, 2)] * 4, 14: [(3, 2)] * 2 + [(2, 1)] * 4, 20: [(3, 2), *[(3, 1)] * 5, (2, 1)]}
+
+
+@pytest.mark.parametrize("asked", SHARES)
+def test_every_worker_with_prompts_may_leave_one_out(asked: int) -> None:
+    """Prompts asked and wanted of each of seven workers, of a batch of eight."""
+    parts: list[DataProto] = []
+    manager: Any = object.__new__(AgentLoopManager)
+    manager.rollout, manager.weight_version = RolloutConfig(n=2), None
+    call = SimpleNamespace(remote=lambda part: parts.append(part) or len(parts))
+    manager._workers = [Remote("worker", SimpleNamespace(generate_sequences=call))] * 7
+    prompts = prompt_rows(uid=[row // 2 for row in range(2 * asked)])
+    prompts.meta_info["wanted"] = 8
+    manager.begin(prompts)
+    assert [(len(part) / 2, part.meta_info["wanted"]) for part in parts] == SHARES[asked]
 
 
 # -------------------------------------------------------------------------------------------- with Ray

@@ -59,6 +59,12 @@ def test_a_run_side_by_side_tells_the_same(tmp_path: Path) -> None:
     assert measure(run)[0].in_turns_s == pytest.approx(44)
 
 
+def test_a_run_whose_batches_are_written_side_by_side_is_refused(tmp_path: Path) -> None:
+    run = finished_run(tmp_path, [IN_TURNS], 60, rollout_nnodes=1, rollout_n_gpus_per_node=3, max_staleness=2)
+    with pytest.raises(ValueError, match=r"trainer\.max_staleness=2 are written side by side, .* measure .* 0 or 1"):
+        measure(run)
+
+
 def test_several_nodes_are_split_by_nodes_and_one_by_engines(tmp_path: Path) -> None:
     _, splits = measure(finished_run(tmp_path, [IN_TURNS], rows=64, nnodes=4))
     assert [split[:2] for split in splits] == [(16, 16), (24, 8)], "64 rows do not divide over 24 ranks"

@@ -3,6 +3,7 @@
 Its time is simulated, so which answers end first is known, and nothing waits.
 """
 
+import copy
 import importlib
 import io
 import math
@@ -16,6 +17,7 @@ import torch
 
 from verl.config import HorizonConfig
 from verl.experimental.agent_loop.base import RolloutError
+from verl.trainer.ppo import rollout_queue
 
 sleeping: Any = importlib.import_module("benchmarks.sleeping_engines")
 
@@ -52,21 +54,38 @@ def check_answers(step: Any, lengths: list[int]) -> None:
     assert not batch["distill_special_token_mask"].any()
 
 
-def test_a_step_takes_the_prompts_that_end_first_and_the_next_goes_on_with_the_others(steps_over: Any) -> None:
+def test_a_step_takes_the_prompts_that_end_first_and_the_next_goes_on_with_the_others(
+    steps_over: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Four of six: the answers of 50 and 9 tokens are cut after 7; the second ends 2 tokens later."""
     lengths = [3, 50, 5, 9, 7, 1, 1, 1, 1, 4, 60, 1, 1, 1, 2, 2]
     steps = steps_over(lengths, 4, oversample=1.5)
     steps.stream._config.shuffle = False
+    monkeypatch.setattr(rollout_queue.time, "time", steps._loop.time)
     taken = list(steps.take(3))
     for step in taken:
         check_answers(step, lengths)
-    assert [step.prompts.array("index").tolist() for step in taken] == [[0, 2, 4, 5], [3, 6, 7, 8], [9, 11, 12, 13]]
+    assert [sorted(step.prompts.array("index")) for step in taken] == [[0, 2, 4, 5], [3, 6, 7, 8], [9, 11, 12, 13]]
     assert [step.seconds for step in taken] == pytest.approx([7, 2, 2])
     assert [step.metrics["rollout/carried"] for step in taken] == [2, 2, 2]
     assert [step.metrics["rollout/unfinished_tokens"] for step in taken] == [14, 11, 13]
     # Of the second step 7 of 9 + 1 + 1 + 1 tokens are those of the weights one step before.
     assert [step.metrics["staleness/mean"] for step in taken] == pytest.approx([0, 7 / 12, 2 / 7])
     assert [step.metrics["staleness/max"] for step in taken] == [0, 1, 1]
+    # What is written for later steps counts: 3 + 7 + 5 + 7 + 7 + 1, then 2 + 2 + 1 + 1 + 1 + 2.
+    assert [step.metrics["perf/generated_tokens_per_s"] for step in taken] == [30 / 7, 9 / 2, 9 / 2]
+
+
+def test_carried_prompts_are_spread_over_the_mini_batches(steps_over: Any) -> None:
+    """In an order that is that of the step, with the answers to a prompt side by side."""
+    lengths, settings = log_normal(200, 20, 400), {"oversample": 1.5, "n": 2}
+    first, second = (list(steps_over(lengths, 32, **settings).take(12)) for _ in range(2))
+    in_order = [step.prompts.array("uid").tolist() for step in first]
+    assert in_order == [step.prompts.array("uid").tolist() for step in second]
+    assert all(uids[::2] == uids[1::2] for uids in in_order)
+    versions = enumerate(-step.answers.batch["rollout_log_probs"][:, 0] for step in first)  # that began each answer
+    places = [place / 64 for now, began in versions for place, version in enumerate(began) if version < now]
+    assert len(places) > 100 and sum(places) / len(places) == pytest.approx(0.5, abs=0.1)
 
 
 @pytest.mark.parametrize("max_staleness", [0, 1, 2])
@@ -91,6 +110,24 @@ def test_nothing_is_lost_or_trained_twice_over_resumes(steps_over: Any, max_stal
     left = [f"{prompt.source.rows.array('index')[prompt.place * n]}-{prompt.source.number}" for prompt in prompts]
     assert set(Counter(trained).values()) == {n}
     assert len({*trained, *left}) == len(trained[::n] + left) == 8 * saved["pool"]["read"], "of all that were read"
+
+
+def test_prompts_that_wait_are_read_again_from_older_passes_over_a_group(steps_over: Any) -> None:
+    """Where shares may change, a position is one in a pass over each source: that over the first ten rows is short."""
+
+    def waiting(steps: Any) -> list[tuple[int, int]]:
+        prompts = steps.queue._pool._waiting
+        return [(prompt.source.number, prompt.source.rows.array("index")[prompt.place]) for prompt in prompts]
+
+    settings = {"oversample": 1.5, "source_weights": {"few": 0.4, "many": 0.6}}
+    lengths = [*[1] * 9, 50, *log_normal(50, 8, 300)]
+    steps = steps_over(lengths, 8, **settings)
+    for _ in steps.take(12):
+        again = steps_over(lengths, 8, saved=steps.state_dict(), **settings)
+        again.queue._restore(steps.done)
+        assert waiting(again) == waiting(steps)
+        fresh, expected = (next(copy.deepcopy(each.stream).batches())["index"].tolist() for each in (again, steps))
+        assert fresh == expected
 
 
 def test_with_settings_that_may_have_changed_prompts_are_asked_anew(steps_over: Any) -> None:
@@ -136,8 +173,8 @@ def test_an_answer_carried_under_a_shorter_horizon_is_cut_there(steps_over: Any)
     steps = steps_over([30, 3, 4, 9, 2, 2], 2, oversample=2.0, horizon=HorizonConfig(start=30, end=2, steps=1))
     steps.stream._config.shuffle = False
     first, second = steps.take(2)
-    assert [step.prompts.array("index").tolist() for step in (first, second)] == [[1, 2], [0, 3]]
-    assert (first.lengths, second.lengths) == ([3, 4], [2, 2]), "both had 4 tokens"
+    assert [sorted(step.prompts.array("index")) for step in (first, second)] == [[1, 2], [0, 3]]
+    assert (sorted(first.lengths), second.lengths) == ([3, 4], [2, 2]), "both had 4 tokens"
     assert second.answers.batch["response_mask"].sum(1).tolist() == [2, 2]
 
 

@@ -159,6 +159,13 @@ def test_without_staleness_stages_take_turns(tmp_path: Path) -> None:
     assert not {"staleness/max", "rollout/wait_s", "train/wait_s"} & trainer.logger.lines[0][1].keys()
 
 
+def test_without_validation_prompts_none_is_waited_for(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, 3, test_freq=1)
+    trainer.val_loader = None
+    trainer.fit()
+    assert trainer.log.count("sync") == 3, "behind steps 1, 4 and 7"
+
+
 def test_validation_waits_for_answers_and_has_the_newest_weights(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, 2, seconds=(0.05, 0.0), test_freq=1)
     trainer.fit()
@@ -218,6 +225,15 @@ def test_waits_and_the_timeline_say_who_waited_for_whom(tmp_path: Path) -> None:
     assert tracks.keys() == {"driver", "engines 0", "engines 1"}
     assert spans["answers of step 3"]["tid"] == tracks["engines 1"] != tracks["driver"]
     assert spans["answers of step 3"]["dur"] == 200_000
+
+
+def test_a_checkpoints_wait_is_in_no_step(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, 2, seconds=(0.2, 0.0), save_freq=1, total_training_steps=4)
+    trainer.fit()
+    names = ("rollout/wait_s", "timing_s/gen", "timing_s/update_weights")
+    waits = [[data.get(name, 0.0) for name in names] for _, data in trainer.logger.lines]
+    # The checkpoint behind the third step has waited for the fourth's answers.
+    assert all(wait <= generation + sync for wait, generation, sync in waits)
 
 
 def test_a_timeline_that_cannot_be_written_does_not_end_the_run(

@@ -69,7 +69,9 @@ def test_every_node_is_asked_for_what_its_ranks_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str, save_freq: int, engines: int | None
 ) -> None:
     """Ranks that save have to see the driver's file in the run's folder, which is gone afterwards."""
-    config = make_config(tmp_path, save_freq=save_freq, rollout_nnodes=engines, rollout_n_gpus_per_node=engines)
+    resumes = {"resume_mode": "resume_path", "resume_from_path": "/there"} if save_freq > 0 else {}
+    apart = {"rollout_nnodes": engines, "rollout_n_gpus_per_node": engines}
+    config = make_config(tmp_path, save_freq=save_freq, **apart, **resumes)
     config.actor_rollout_ref.rollout.name = engine
     groups = WorkerGroups(config, ROLES)
     group: Any = None
@@ -78,12 +80,12 @@ def test_every_node_is_asked_for_what_its_ranks_read(
     def check(needed: dict[str, dict[str, str]], node_ips: dict[str, str], packages: list[str]) -> None:
         if engines:
             assert node_ips.pop("node of rollout") == "rollout.net"
-            assert needed["node of rollout"] == STUDENT, "engines alone save nothing"
+            assert needed["node of rollout"] == STUDENT, "engines alone save nothing, and resume from nothing"
         assert node_ips == {"node of actor": "actor.net", "node of ref": "ref.net"}
         assert needed["node of ref"] == TEACHER
         student = needed["node of actor"]
         folder = student.pop("trainer.default_local_dir (the driver's file in it)", None)
-        assert student == STUDENT
+        assert student == STUDENT | ({"trainer.resume_from_path": "/there"} if resumes else {})
         assert Path(folder).is_file() if folder else save_freq < 0
         assert ("vllm" in packages) == (engine == "vllm"), "counts only where it is used"
 

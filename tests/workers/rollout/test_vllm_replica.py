@@ -98,6 +98,7 @@ class EngineOfSteps:
 
     def __init__(self) -> None:
         self.steps, self.answered, self.left = 0, 0, dict[str, int]()
+        self.engine_core = SimpleNamespace(shutdown=lambda: setattr(self, "ended_at", self.steps))
 
     def add_request(self, request_id: str, prompt: None, steps: int) -> None:
         self.left[request_id] = steps
@@ -132,5 +133,19 @@ def test_requests_and_other_calls_come_between_the_steps_of_those_that_run() -> 
         begun = of_steps.steps
         assert begun < await asyncio.wait_for(answer(5), 10) and await engine.reset_prefix_cache()
         assert await asyncio.wait_for(last, 10) == of_steps.steps, "no step is made for nobody"
+
+    asyncio.run(run())
+
+
+def test_a_shutdown_does_not_wait_for_answers() -> None:
+    async def run() -> None:
+        engine = InProcessEngine(of_steps := EngineOfSteps(), ThreadPoolExecutor(1))
+        answer = asyncio.create_task(anext(engine.generate(None, 2000, "name")))
+        while of_steps.steps < 3:
+            await asyncio.sleep(0.001)
+        await asyncio.to_thread(engine.shutdown)
+        assert of_steps.ended_at == of_steps.steps < 1000, "and no step comes behind it"
+        with pytest.raises(RuntimeError, match="it was shut down"):
+            await asyncio.wait_for(answer, 10)
 
     asyncio.run(run())

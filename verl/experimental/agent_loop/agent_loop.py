@@ -158,8 +158,9 @@ class AgentLoopManager:
         rows = DataProto.from_dict(None, {**columns, **seeds}, meta_info)
         starts, order = self.starts(len(rows)), None
         if wanted:
-            # Prompts go round the workers: carried ones come first, and are the longer ones.
-            busy = min(len(self._workers), wanted)
+            # Prompts go round the workers: carried ones come first, and are the longer ones. Each worker may leave out
+            # one at least; it would wait for its longest answer otherwise.
+            busy = max(1, min(len(self._workers), wanted, len(rows) // n - wanted))
             dealt = [range(index, len(rows) // n, busy) for index in range(busy)]
             starts = [0, *itertools.accumulate(len(prompts) * n for prompts in dealt)]
             order = [prompt * n + answer for prompts in dealt for prompt in prompts for answer in range(n)]
@@ -275,15 +276,16 @@ class AgentLoopManager:
         arguments = (AgentLoopWorker, self.config, self._tokenizer, servers)
         return self._actors.create(f"agent-loop worker {index} (node {place.node_ip})", place, *arguments)
 
-    def _check_run(self) -> None:
+    def _check_run(self, check: Callable[[], None] = lambda: None) -> None:
         """Check engines, workers and the rest of the run, whichever of them is waited for."""
+        check()
         self.check_alive()
         self._watch()
 
-    def _wait(self, task: str, calls: Sequence[Any]) -> None:
-        """Wait for one call per replica."""
-        waiting = dict(zip(calls, self._replicas, strict=True))
-        list(self._actors.as_they_come(waiting, task, watch=self._check_run, timeout_s=self.rollout.timeout_s))
+    def _wait(self, task: str, calls: Sequence[Any], check: Callable[[], None] = lambda: None) -> None:
+        """Wait for one call per replica, and call ``check`` now and then."""
+        waiting, options = dict(zip(calls, self._replicas, strict=True)), {"timeout_s": self.rollout.timeout_s}
+        list(self._actors.as_they_come(waiting, task, watch=lambda: self._check_run(check), **options))
 
 
 @dataclass

@@ -41,6 +41,7 @@ from transformers import PreTrainedTokenizerBase
 import verl.experimental.agent_loop.tool_agent_loop  # noqa: F401 (registers the loops)
 from verl.config import HorizonConfig, PPOConfig, RolloutConfig
 from verl.experimental.agent_loop.base import (
+    WRITTEN,
     AgentLoopContext,
     AgentLoopOutput,
     ChatTemplate,
@@ -137,13 +138,9 @@ class AgentLoopWorker:
         self, context: AgentLoopContext, sampling: Mapping[str, Any], row: dict[str, Any], conversation: str
     ) -> AgentLoopOutput:
         name = row.pop("agent_name", None) or context.rollout.agent.default_agent_loop
+        if WRITTEN in row:
+            check_carries(name, context.rollout)
         loop = get_agent_loop_class(name)(context, partial(self.servers.generate, request_id=conversation))
-        if context.rollout.carries and not loop.writes_one_turn:
-            raise ValueError(
-                "actor_rollout_ref.rollout.oversample carries on answers of a single turn, and the agent loop "
-                f"{name!r} does not say that it writes such; set actor_rollout_ref.rollout.unfinished=drop, or "
-                "writes_one_turn = True in its class"
-            )
         try:
             return await loop.run(dict(sampling, seed=row.pop(SEED_KEY)), **row)
         except CutShort as cut:
@@ -156,6 +153,17 @@ def chat_template(config: PPOConfig, tokenizer: PreTrainedTokenizerBase, tools: 
     """That of all conversations; ValueError where it does not fit the tools."""
     schemas = [schema_dict(tool.get_openai_tool_schema()) for tool in tools.values()]
     return ChatTemplate(tokenizer, schemas, config.data.apply_chat_template_kwargs)
+
+
+def check_carries(name: str, rollout: RolloutConfig) -> None:
+    """ValueError where answers of this agent loop are to be carried on, and it may write several turns."""
+    loop = get_agent_loop_class(name)
+    if rollout.carries and not getattr(loop, "func", loop).writes_one_turn:
+        raise ValueError(
+            f"actor_rollout_ref.rollout.oversample carries on answers of a single turn, and the agent loop {name!r} "
+            "does not say that it writes such; set actor_rollout_ref.rollout.unfinished=drop, or writes_one_turn = "
+            "True in its class"
+        )
 
 
 def load_tools(rollout: RolloutConfig) -> dict[str, BaseTool]:

@@ -113,6 +113,14 @@ def registered_methods(worker_class: type) -> dict[str, Registration]:
     }
 
 
+class Begun(partial[Any]):
+    """A call that was begun; calling it waits for the result."""
+
+    def check(self) -> None:
+        """Raise ``WorkerError`` where a rank of a group on Ray has failed; returns at once."""
+        self.args[0].check()
+
+
 class WorkerGroup(ABC):
     """Runs a worker class's registered methods on all its ranks."""
 
@@ -135,11 +143,11 @@ class WorkerGroup(ABC):
         wait = self.begin(method, *args, **kwargs)
         return wait() if self._registrations[method].blocking else wait
 
-    def begin(self, method: str, *args: Any, **kwargs: Any) -> Callable[[], Any]:
+    def begin(self, method: str, *args: Any, **kwargs: Any) -> Begun:
         """Begin a call of a registered method; what it returns waits for the result. Ranks keep the order of calls."""
         plan = method, self._registrations[method], self.world_size, args, kwargs, self._ranks_per_share
         calls, collect = plan_calls(*plan)
-        return partial(collect, self._results(method, calls))
+        return Begun(collect, self._results(method, calls))
 
     @abstractmethod
     def _results(self, method: str, calls: Sequence[Call]) -> Results:

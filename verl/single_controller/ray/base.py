@@ -20,7 +20,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from verl.single_controller.base.decorator import Call, Results, WorkerGroup
 from verl.single_controller.base.worker import LOOPBACK, Worker, find_free_port
-from verl.single_controller.ray.calls import Remote, failure_of_ranks, rank_results, sending
+from verl.single_controller.ray.calls import RankResults, Remote, failure_of_ranks, sending
 from verl.single_controller.ray.resource_pool import RankPlace, RayResourcePool
 
 
@@ -140,8 +140,7 @@ class RayWorkerGroup(RoleWorkerGroup):
             WorkerError: a rank failed, or neither memory nor disk has space for the arguments.
         """
         if self._building:
-            # rank_results is a generator: nothing is waited for, and nothing raised, before it is read.
-            list(rank_results(self._ranks, self._building, f"{self._name}.__init__", self.watch))
+            list(RankResults(self._ranks, self._building, f"{self._name}.__init__", self.watch))
             self._building = []
         repeats, distinct = Counter(map(id, calls)), {id(call): call for call in calls if call.args or call.kwargs}
         with sending(f"{role}.{method}"):
@@ -150,7 +149,7 @@ class RayWorkerGroup(RoleWorkerGroup):
             # There are fewer calls than ranks where rank 0 alone is called.
             to_ranks = zip(self._ranks, payloads, strict=False)
             running = [rank.actor.call.remote(role, method, payload) for rank, payload in to_ranks]
-        return rank_results(self._ranks, running, f"{role}.{method}", self.watch)
+        return RankResults(self._ranks, running, f"{role}.{method}", self.watch)
 
     def check_alive(self) -> None:
         """Raise ``WorkerError`` where a rank's process has died; returns at once."""

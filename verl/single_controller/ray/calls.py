@@ -163,6 +163,23 @@ def as_they_come(
             raise RolloutError(f"{late} did not {doing} within actor_rollout_ref.rollout.timeout_s={timeout_s:g} s")
 
 
+class RankResults:
+    """What `rank_results` gives; nothing is waited for, and nothing raised, before it is read."""
+
+    def __init__(self, ranks: Sequence[Remote], refs: Sequence[Any], *others: Any) -> None:
+        self._refs, self._given = refs, (ranks, refs, *others)
+
+    def __iter__(self) -> Iterator[tuple[int, Any]]:
+        return rank_results(*self._given)
+
+    def check(self) -> None:
+        """Raise ``WorkerError`` where a rank has failed; fetches what has come."""
+        try:
+            ray.get(finished(self._refs))
+        except RayError:
+            list(self)
+
+
 def rank_results(
     ranks: Sequence[Remote], refs: Sequence[Any], call_name: str, watch: Callable[[], None]
 ) -> Iterator[tuple[int, Any]]:

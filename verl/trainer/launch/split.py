@@ -1,7 +1,8 @@
 """Which of a run's GPUs to give to engines of their own, from what the run has measured.
 
-In: a run's folder, with ``metrics.jsonl`` and ``config.yaml``. Out: the seconds of a step for each split, side by side
-and one after the other. With medians over the steps, ``e`` and ``t`` the GPUs of engines and training::
+In: a run's folder, with ``metrics.jsonl`` and ``config.yaml``, of ``trainer.max_staleness`` 0 or 1. Out: the seconds of
+a step for each split, side by side and one after the other. With medians over the steps, ``e`` and ``t`` the GPUs of
+engines and training::
 
     generation  tail + (generation - tail) x GPUs that generated / e        tail: longest answer - mean answer
     training    training x GPUs that trained / t
@@ -86,9 +87,12 @@ def _measure(folder: Path) -> tuple[Measured, list[Split]]:
 
     config = yaml.safe_load(settings.read_text(encoding="utf-8"))
     run, models = config["trainer"], config["actor_rollout_ref"]
+    if (ahead := run["max_staleness"]) > 1:
+        what = f"batches of trainer.max_staleness={ahead} are written side by side, so none has times of its own"
+        raise ValueError(f"--run={folder}: {what}; measure a run with 0 or 1")
     ranks, apart = run["nnodes"] * run["n_gpus_per_node"], run["rollout_n_gpus_per_node"]
     engines = run["rollout_nnodes"] * apart if apart else ranks
-    longest, is_ahead = median(f"{ANSWERS}/max"), run["max_staleness"] > 0
+    longest, is_ahead = median(f"{ANSWERS}/max"), ahead > 0
     # Beside training, its stage has the waiting alone, and so has the sync.
     waited = median("rollout/wait_s") if is_ahead else median("timing_s/gen")
     sync = max(0.0, median("timing_s/update_weights") - waited * is_ahead)

@@ -87,7 +87,7 @@ class PromptPool:
 
     def __init__(self, config: PPOConfig, stream: PromptStream, prepare: Callable[..., DataProto]) -> None:
         self._rollout, self._stream, self._prepare = config.actor_rollout_ref.rollout, stream, prepare
-        self._wanted, self._n = config.data.train_batch_size, self._rollout.n
+        self._wanted, self._n, self._seed = config.data.train_batch_size, self._rollout.n, config.data.seed
         self._asked = math.ceil(round(self._rollout.oversample * self._wanted, 6))  # 1.1 x 10 is a little above 11
         self._fresh, self._number = stream.batches(), 0
         self._waiting: list[Prompt] = []
@@ -118,7 +118,7 @@ class PromptPool:
             parts.append(part)
         rows = parts[0] if len(parts) == 1 else DataProto.concat(parts)
         of_step = {"global_steps": step, "horizon": self._rollout.horizon.at(step)}
-        rows.meta_info = prompts[-1].source.rows.meta_info | of_step
+        rows.meta_info = max((prompt.source for prompt in prompts), key=lambda of: of.number).rows.meta_info | of_step
         return Batch(rows, prompts, step, written_after)
 
     def wait(self, prompts: Iterable[Prompt]) -> None:
@@ -127,7 +127,7 @@ class PromptPool:
         self._waiting = sorted(waiting, key=lambda prompt: (prompt.source.number, prompt.place))
 
     def settle(self, batch: Batch, answers: DataProto) -> None:
-        """Cut a batch and its answers to the prompts that are taken, in place; the others wait again."""
+        """Cut a batch and its answers to the prompts that are taken, in place, and shuffle these; others wait again."""
         prompts, real = batch.prompts, real_response_tokens(answers)
         batch.tokens = int(real.sum())
         if TAKEN not in answers.non_tensor_batch:
@@ -162,9 +162,12 @@ class PromptPool:
             prompt.written = [] if taken[rows[0]] else [written_of(row) for row in rows]
         if carries:
             self.wait(prompt for prompt in batch.asked if prompt.written)
-        batch.asked = [prompt for prompt in batch.asked if not prompt.written]
+        places = [place for place, prompt in enumerate(batch.asked) if not prompt.written]
+        # Carried ones come first, and are the longer ones: the first mini-batch would have all of them.
+        order = np.random.default_rng([self._seed, batch.step]).permutation(places)
+        batch.asked = [batch.asked[place] for place in order]
         for rows_of in (prompts, answers):
-            rows_of.reorder(taken.nonzero()[:, 0])
+            rows_of.reorder([place * self._n + answer for place in order for answer in range(self._n)])
         del prompts.non_tensor_batch[SEED_KEY], prompts.meta_info["wanted"]
 
     def state_dict(self) -> dict[str, Any]:

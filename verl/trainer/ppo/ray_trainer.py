@@ -289,7 +289,7 @@ class RayPPOTrainer:
             batch = stage("ref", self.ref_log_prob, batch) if self.uses_reference else batch
             batch = stage("adv", self.advantage, batch) if self.uses_advantage else batch
             batch = stage("update_actor", self.update_actor, batch)
-            if self.rollouts.is_low or self.is_due(self.config.trainer.test_freq):
+            if self.rollouts.is_low or (self.val_loader is not None and self.is_due(self.config.trainer.test_freq)):
                 with marked_timer("update_weights", timing, self.timeline):
                     self.sync_weights()
         if (folder := self.config.trainer.rollout_data_dir) is not None:

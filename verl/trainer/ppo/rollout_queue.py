@@ -89,6 +89,7 @@ class RolloutQueue:
         self._restore(done)
         self._free_since = time.time()
         for step in itertools.count(done + 1):
+            self._metrics = {}  # a checkpoint behind the last step may have waited for answers, in no step's time
             if self.is_low:
                 self._add_s("train/wait_s", time.time() - self._free_since)
                 last = max(step, min(step + self._most_ahead, self._total_steps))
@@ -107,11 +108,14 @@ class RolloutQueue:
         """
         batch = self._training
         if batch is None or batch.prompts is not prompts or not (self._most_ahead or self.score):
+            began_s = time.time()
             answers = self._engines().generate_sequences(prompts)
             self._free_since = time.time()
             if batch is not None and batch.prompts is prompts:
                 self._pool.settle(batch, answers)
                 self._metrics |= batch.metrics
+                if batch.metrics:  # more was written than is trained on
+                    self._metrics["perf/generated_tokens_per_s"] = batch.tokens / (self._free_since - began_s)
             return answers
         if batch.generation is None and batch.answers is None:
             self._begin(batch)

@@ -15,7 +15,7 @@ own has its GPUs alone.
 Before the first worker starts on a cluster, ``check_nodes`` asks every node for what is read there:
 
 ==================================  ===================================================================
-student's ranks, engines            student's model and tokenizer, the checkpoint to resume from
+student's ranks, engines            student's model and tokenizer; ranks the checkpoint to resume from
 agent-loop workers beside engines   the configuration of tools and agent loops
 teachers' ranks                     the teachers' models and tokenizer
 driver alone                        data files, reward function: checked before Ray starts
@@ -248,6 +248,7 @@ def check_nodes(config: PPOConfig, groups: WorkerGroups) -> None:
     is_used = {"vllm": models.rollout.name == "vllm" or bool(config.engine_roles), "peft": models.model.lora_rank > 0}
     packages = [name for name in DISTRIBUTIONS if is_used.get(name, True)]
     trainer, student, engines = config.trainer, student_paths(config), student_paths(config)
+    del engines["trainer.resume_from_path"]  # they get weights before they write
     node_ips: dict[str, str] = {}
     needed: dict[str, dict[str, str]] = {}
     with ExitStack() as stack:

@@ -242,7 +242,8 @@ class InProcessEngine:
         return await self._call(self._engine.reset_prefix_cache)
 
     def shutdown(self) -> None:
-        """Stop the engine and its thread."""
+        """Stop the engine and its thread; requests that run fail."""
+        self._death = RuntimeError("it was shut down")
         self._thread.submit(self._engine.engine_core.shutdown).result()
         self._thread.shutdown()
 
@@ -278,6 +279,8 @@ class InProcessEngine:
         """Step on the engine's thread until answers are finished, or another call waits for the thread."""
         # A way through the event loop for every token would cost a tenth of a small model's step.
         while True:
+            if self._death is not None:
+                raise self._death
             self._take_new()
             outputs = self._engine.step()
             if outputs or self._calls > 1 or not (self._new or self._engine.has_unfinished_requests()):

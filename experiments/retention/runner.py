@@ -14,7 +14,9 @@ from experiments.retention.results import DONE, Extras, Record, Run, record_of
 from experiments.retention.tweaks import TWEAKS, replaced, student_of
 from experiments.retention.variants import BEFORE, END_TOKEN, NONE, REHEARSAL_SHARE, TEACHER, VARIANTS, share_of
 from experiments.retention.worlds import Prepared, prepare
+from recipe.onpolicy_distill.combine_models import combine_models
 from recipe.onpolicy_distill.main_onpolicy_distill import build_trainer
+from recipe.onpolicy_distill.quickstart.cache import cached_folder
 from recipe.onpolicy_distill.quickstart.distillation import EXACT_MATCH
 from recipe.onpolicy_distill.quickstart.scoreboard import score
 from recipe.onpolicy_distill.scoreboard import measures
@@ -110,6 +112,9 @@ def trainer_settings(run: Run, prepared: Prepared, folder: Path, data_cache: Pat
     }
     variant = VARIANTS[run.variant].all_settings
     rehearsal, _ = variant.pop("rehearsal"), variant.pop("tweak", None)
+    if share := float(variant.pop("teacher_share", 0.0)):
+        settings["actor_rollout_ref.model.path"] = averaged(prepared, share, data_cache.parent)
+        variant["++algorithm.distill.teachers.self.path"] = str(prepared.student)
     if rehearsal == NONE:
         settings["data.train_files"] = world.general_train
     else:
@@ -119,6 +124,14 @@ def trainer_settings(run: Run, prepared: Prepared, folder: Path, data_cache: Pat
         settings["data.val_files"] = f"[{world.general_test},{world.rec_test}]"
     end_token = hf_tokenizer(world.teacher_tokenizer).eos_token_id
     return settings | {key: end_token if value == END_TOKEN else value for key, value in variant.items()}
+
+
+def averaged(prepared: Prepared, teacher_share: float, folder: Path) -> Path:
+    """The student averaged with the teacher, made or found below ``folder``."""
+    parts = {prepared.student: 1 - teacher_share, prepared.teacher: teacher_share}
+    key = {path.name: share for path, share in parts.items()}
+    start = prepared.world.extend_vocab_start_token
+    return cached_folder(folder, "average", key, lambda made: combine_models(parts, made / "model", start)) / "model"
 
 
 def end_after(trainer: RayPPOTrainer, seconds: float) -> None:

@@ -42,6 +42,8 @@ FROZEN_ROWS: Settings = {"actor_rollout_ref.actor.freeze_extended_rows": True}
 SHORT: Settings = {"actor_rollout_ref.rollout.horizon": 6}
 BAD_SHARES = (0.02, 0.1, 0.6)
 """Of rehearsal, from which a steered share has to find its way."""
+TEACHER_SHARES = (0.25, 0.5, 0.75)
+"""Of the average that a run begins at."""
 KEEP: Settings = {"trainer.keep": "val/rec_*/reward >= 0.98 of step 0"}
 PUBLIC_FORK: Settings = {
     "actor_rollout_ref.rollout.mask_after_extend_token": False,
@@ -74,12 +76,16 @@ class Variant:
     """Which prompts of the recommender are mixed in."""
     tweak: str | None = None
     """A key of `tweaks.TWEAKS`."""
+    teacher_share: float = 0.0
+    """What is distilled is the student averaged with the teacher, of which this is the share. The frozen student stays
+    the one before."""
 
     @property
     def all_settings(self) -> dict[str, str | float | bool]:
         """What decides a run's outcome besides its seeds and its length; results are kept with it."""
-        tweak = {"tweak": self.tweak} if self.tweak else {}  # results without one have no such key
-        return {**COMMON, **self.settings, "rehearsal": self.rehearsal, **tweak}
+        own = {"tweak": self.tweak, "teacher_share": self.teacher_share}
+        used = {key: value for key, value in own.items() if value}  # results without them have no such keys
+        return {**COMMON, **self.settings, "rehearsal": self.rehearsal, **used}
 
 
 VARIANTS: dict[str, Variant] = {
@@ -106,6 +112,15 @@ VARIANTS: dict[str, Variant] = {
         )
         for name, label, settings in (("share", "share", {}), ("keep", "steered from share", KEEP))
         for share in BAD_SHARES
+    },
+    **{
+        f"averaged-{share:.0%}".rstrip("%"): Variant(
+            f"exact + self, begun at an average with {share:.0%} teacher",
+            {**EXACT, **SELF},
+            HISTORIES,
+            teacher_share=share,
+        )
+        for share in TEACHER_SHARES
     },
     **{
         tweak: Variant(label, {**EXACT, **SELF}, HISTORIES, tweak)

@@ -15,6 +15,9 @@ from recipe.onpolicy_distill.quickstart import models, world
 from recipe.onpolicy_distill.quickstart.distillation import MAX_ANSWER_TOKENS, MAX_PROMPT_TOKENS
 from recipe.onpolicy_distill.quickstart.world import World
 
+TEST_USERS = 2048
+"""Of the quickstart's world: with its own 512, one standard error of a run's kept Recall@1 is 2 points."""
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -42,7 +45,7 @@ def prepare(name: str, student_seed: int, folder: Path) -> Prepared:
 
 def _quickstart(seed: int, folder: Path) -> Prepared:
     """Letters and sums; a catalogue of 128 items; the student learned items alone."""
-    config = world.WorldConfig(seed=seed)
+    config = world.WorldConfig(seed=seed, test_users=TEST_USERS)
     built = world.build(folder, config)
     teacher = models.make_teacher(built, folder, models.TeacherConfig(seed=seed))
     student = models.make_student(built, teacher, folder, models.StudentConfig(seed=seed))

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from experiments.retention.online_retail import OnlineRetailConfig, build
 from experiments.retention.results import DONE, FAILED, Extras, Run
@@ -33,9 +35,17 @@ def test_every_variant_is_a_valid_configuration(prepared: Prepared, tmp_path: Pa
         assert bool(distill.teachers) == bool(config.data.source_weights) == rehearsed
         assert config.actor_rollout_ref.rollout.horizon.at(3) == (6 if name == "horizon-6" else None)
         assert VARIANTS[name].tweak in (None, *TWEAKS)
-        rate = 2e-4 if "low-lr" in name else 6e-4 if name == "quickstart" else 5e-4
+        rate = 2e-4 if "low-lr" in name else 5e-4
         assert config.actor_rollout_ref.actor.optim.lr == rate
         assert (config.actor_rollout_ref.rollout.seed, config.data.seed) == (1, 1)
+
+
+def test_a_run_may_begin_at_an_average_and_rehearses_the_student_before(prepared: Prepared, tmp_path: Path) -> None:
+    settings = trainer_settings(Run("quickstart", 0, "averaged-25", steps=3), prepared, tmp_path, tmp_path / "data")
+    folders = (settings["actor_rollout_ref.model.path"], prepared.student, prepared.teacher)
+    begun, student, teacher = (load_file(folder / "model.safetensors")["model.norm.weight"] for folder in folders)
+    torch.testing.assert_close(begun, 0.75 * student + 0.25 * teacher)
+    assert settings["++algorithm.distill.teachers.self.path"] == str(prepared.student)
 
 
 @pytest.mark.usefixtures("small")

@@ -86,11 +86,9 @@ def build_trainer(
     )
     for name in {name for dataset in datasets if dataset is not None for name in dataset.agent_names}:
         get_agent_loop_class(name)
-    for name in datasets[0].agent_names or {rollout.agent.default_agent_loop}:
-        check_carries(name, rollout)
-    workers = worker_classes(config)
+    check_carries(datasets[0].agent_names or {rollout.agent.default_agent_loop}, rollout)
     options: dict[str, Any] = {"device_name": device_name, "vocab_fingerprint": contract and contract.fingerprint}
-    return (trainer_class or RayPPOTrainer)(config, tokenizer, workers, *datasets, reward_fn, **options)
+    return (trainer_class or RayPPOTrainer)(config, tokenizer, worker_classes(config), *datasets, reward_fn, **options)
 
 
 def worker_classes(config: PPOConfig) -> dict[str, type]:

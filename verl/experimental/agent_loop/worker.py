@@ -139,7 +139,7 @@ class AgentLoopWorker:
     ) -> AgentLoopOutput:
         name = row.pop("agent_name", None) or context.rollout.agent.default_agent_loop
         if WRITTEN in row:
-            check_carries(name, context.rollout)
+            check_carries({name}, context.rollout)
         loop = get_agent_loop_class(name)(context, partial(self.servers.generate, request_id=conversation))
         try:
             return await loop.run(dict(sampling, seed=row.pop(SEED_KEY)), **row)
@@ -155,15 +155,16 @@ def chat_template(config: PPOConfig, tokenizer: PreTrainedTokenizerBase, tools: 
     return ChatTemplate(tokenizer, schemas, config.data.apply_chat_template_kwargs)
 
 
-def check_carries(name: str, rollout: RolloutConfig) -> None:
-    """ValueError where answers of this agent loop are to be carried on, and it may write several turns."""
-    loop = get_agent_loop_class(name)
-    if rollout.carries and not getattr(loop, "func", loop).writes_one_turn:
-        raise ValueError(
-            f"actor_rollout_ref.rollout.oversample carries on answers of a single turn, and the agent loop {name!r} "
-            "does not say that it writes such; set actor_rollout_ref.rollout.unfinished=drop, or writes_one_turn = "
-            "True in its class"
-        )
+def check_carries(names: Set[str], rollout: RolloutConfig) -> None:
+    """ValueError where answers of these agent loops are to be carried on, and one may write several turns."""
+    for name in names if rollout.carries else ():
+        loop = get_agent_loop_class(name)
+        if not getattr(loop, "func", loop).writes_one_turn:
+            raise ValueError(
+                f"actor_rollout_ref.rollout.oversample carries on answers of a single turn, and the agent loop {name!r}"
+                " does not say that it writes such; set actor_rollout_ref.rollout.unfinished=drop, or writes_one_turn ="
+                " True in its class"
+            )
 
 
 def load_tools(rollout: RolloutConfig) -> dict[str, BaseTool]:

@@ -158,7 +158,7 @@ def chat_template(config: PPOConfig, tokenizer: PreTrainedTokenizerBase, tools: 
 def check_carries(names: Set[str], rollout: RolloutConfig) -> None:
     """ValueError where answers of these agent loops are to be carried on, and one may write several turns."""
     for name in names if rollout.carries else ():
-        loop = get_agent_loop_class(name)
+        loop: Any = get_agent_loop_class(name)
         if not getattr(loop, "func", loop).writes_one_turn:
             raise ValueError(
                 f"actor_rollout_ref.rollout.oversample carries on answers of a single turn, and the agent loop {name!r}"

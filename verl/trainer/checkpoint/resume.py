@@ -60,9 +60,9 @@ def run_identity(config: PPOConfig, vocab_fingerprint: str | None = None) -> dic
     catalogues = {f"{teacher_key(role)}.item_text.content": each.item_text for role, each in config.teachers.items()}
     if data.synthetic_item_prompts.count:
         catalogues[CATALOGUE] = data.synthetic_item_prompts.catalogue or ""
-    for key, files in catalogues.items():
-        if files is not None:
-            identity[key] = [file_digest(path) for path in expand_data_files(files)] if files else []
+    for key, catalogue in catalogues.items():
+        if catalogue is not None:
+            identity[key] = [file_digest(path) for path in expand_data_files(catalogue)] if catalogue else []
     if vocab_fingerprint is not None:
         identity["vocabulary"] = vocab_fingerprint
     return identity

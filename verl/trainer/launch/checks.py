@@ -360,7 +360,7 @@ def _notices(config: PPOConfig) -> Iterator[str]:
     if older and distill.has_policy_loss and not algorithm.rollout_correction.rollout_is:
         yield (
             f"biased: with {older} older weights write the answers than those whose gradient is taken, and small runs "
-            f"lost every ability that way; correct for it with {key}.calculate_log_probs=True and "
+            f"lost all general ability that way; correct for it with {key}.calculate_log_probs=True and "
             "algorithm.rollout_correction.rollout_is=token, or take algorithm.distill.objective=exact"
         )
     if rollout.oversample > 1 and not rollout.carries:

@@ -63,7 +63,7 @@ def main() -> int | None:
         print(f"error: kai-verl has no command {name}; {hint}", file=sys.stderr)
         return 2
     sys.argv = [f"kai-verl {name}", *sys.argv[2:]]
-    if "--help" in sys.argv:
+    if {"-h", "--help"} & set(sys.argv):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # its reader may be head, which leaves early
     if not sys.flags.safe_path:
         sys.path.insert(0, os.getcwd())  # as python -m does: a user's own modules may lie there

@@ -267,11 +267,10 @@ class RayOnPolicyDistillTrainer(RayPPOTrainer):
 
         Overall ``distill/*`` is over rows whose teacher lacks the item tokens, since elsewhere an item is no leak.
         """
-        settings = self.config.algorithm, self.config.knows_extended(BASE_TEACHER)
-        measured = compute_on_policy_distill_data_metrics(batch, *settings)
+        measured = compute_on_policy_distill_data_metrics(batch, self.config.algorithm)
         lacking = self.rows_of_lacking_teachers(batch)
         if len(lacking) < len(batch):
-            overall = compute_on_policy_distill_data_metrics(lacking, *settings) if len(lacking) else {}
+            overall = compute_on_policy_distill_data_metrics(lacking, self.config.algorithm) if len(lacking) else {}
             # distill/NAME is overall; names per source and per teacher have a slash more.
             measured = {name: value for name, value in measured.items() if name.count("/") > 1}
             measured |= {name: value for name, value in overall.items() if name.count("/") == 1}
@@ -305,7 +304,7 @@ class RayOnPolicyDistillTrainer(RayPPOTrainer):
             real = readable.tensor("attention_mask")[:, : prompts.shape[1]].bool()  # a pad token may be an extended id
             readable = readable.select_idxs(((prompts < start) | ~real).all(dim=-1))
         if self.config.actor_rollout_ref.rollout.validates_policy and len(readable):
-            metrics |= compute_validation_distill_metrics(readable, self.config.knows_extended(BASE_TEACHER))
+            metrics |= compute_validation_distill_metrics(readable)
         return metrics
 
 

@@ -96,7 +96,6 @@ def rows(count: int) -> DataProto:
 
 
 def test_rank_zero_alone_and_one_to_all():
-
     assert make_group().only_zero(5) == 5
     assert make_group(3).add_rank(5, scale=2) == [10, 12, 14]
     assert make_group(3).later(5)() == [5, 6, 7]

@@ -359,9 +359,10 @@ def _notices(config: PPOConfig) -> Iterator[str]:
     older = ahead or (f"{key}.oversample={rollout.oversample}" if rollout.carries else "")
     if older and distill.has_policy_loss and not algorithm.rollout_correction.rollout_is:
         yield (
-            f"biased: with {older} older weights write the answers than those whose gradient is taken, and small runs "
-            f"lost all general ability that way; correct for it with {key}.calculate_log_probs=True and "
-            "algorithm.rollout_correction.rollout_is=token, or take algorithm.distill.objective=exact"
+            f"biased: with {older} older weights write the answers than those whose gradient is taken; drawn tokens "
+            f"lost all general ability so in small runs; correct for it with {key}.calculate_log_probs=True and "
+            "algorithm.rollout_correction.rollout_is=token, at a rate that is not too high, or take "
+            "algorithm.distill.objective=exact"
         )
     if rollout.oversample > 1 and not rollout.carries:
         yield (

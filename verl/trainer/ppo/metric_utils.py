@@ -181,10 +181,10 @@ def _gap(batch: DataProto) -> torch.Tensor:
     return batch.tensor("old_log_probs").float() - batch.tensor("ref_log_prob").float()
 
 
-def _reverse_kl(batch: DataProto, base_knows_extended: bool) -> Metrics:
+def _reverse_kl(batch: DataProto) -> Metrics:
     """Mean of log p_student - log p_teacher over shared tokens, nats a token, both over the ids that both know."""
     gap = _gap(batch)
-    if "extend_mass" in batch.batch and not base_knows_extended:
+    if "extend_mass" in batch.batch:
         # Else a student would look the nearer, and beyond 0, the more it gives to ids that its teacher lacks.
         inside = torch.log1p(-batch.tensor("extend_mass").float().clamp(max=1 - 1e-6))
         knows = batch.non_tensor_batch.get("teacher_knows_extended", np.zeros(len(batch))).astype(bool)
@@ -243,9 +243,7 @@ def _coverage_metrics(batch: DataProto) -> Metrics:
     return metrics
 
 
-def compute_on_policy_distill_data_metrics(
-    batch: DataProto, config: AlgoConfig | None = None, base_knows_extended: bool = False
-) -> Metrics:
+def compute_on_policy_distill_data_metrics(batch: DataProto, config: AlgoConfig | None = None) -> Metrics:
     """The ``distill/*`` family, over all rows, as ``distill/<source>/*`` per data source, and where there are several
     teachers as ``distill_teacher/<role>/*`` over the rows of each.
 
@@ -266,7 +264,6 @@ def compute_on_policy_distill_data_metrics(
         batch: with ``old_log_probs``, ``ref_log_prob``, ``response_mask``, ``distill_special_token_mask``,
             ``attention_mask``, ``responses``; ``extend_mass`` and ``entropys`` where they were computed.
         config: gives the objective, the bounds of the advantage and the teachers; None: drawn tokens, no bounds.
-        base_knows_extended: whether the teacher ``ref`` knows E, as the student's own start does.
     """
     config = config or AlgoConfig()
     distill, low, high = config.distill, config.distill_adv_min_clip, config.distill_adv_max_clip
@@ -274,8 +271,7 @@ def compute_on_policy_distill_data_metrics(
     weights = [distill.weight_of(role) for role in distill.roles]
 
     def measure(rows: DataProto) -> Metrics:
-        metrics = _reverse_kl(rows, base_knows_extended) | _extended_reverse_kl(rows)
-        metrics |= _extension_metrics(rows) | _coverage_metrics(rows)
+        metrics = _reverse_kl(rows) | _extended_reverse_kl(rows) | _extension_metrics(rows) | _coverage_metrics(rows)
         if not distill.is_exact:
             metrics |= _extended_share(rows, bounds, weights) | _clip_metrics(rows, bounds)
         return metrics
@@ -304,7 +300,7 @@ def compute_advantage_part_metrics(batch: DataProto, config: AlgoConfig) -> Metr
     return overall_and_per_source("advantage", batch, measure, config.distill.roles)
 
 
-def compute_validation_distill_metrics(batch: DataProto, base_knows_extended: bool = False) -> Metrics:
+def compute_validation_distill_metrics(batch: DataProto) -> Metrics:
     """``val/reverse_kl``, ``val/extend_seq_ratio`` and ``val/response_length``, and ``val/<source>/*``.
 
     As in training, but on held-out prompts: the reverse KL is over shared tokens of the student's own answers, of those
@@ -314,7 +310,7 @@ def compute_validation_distill_metrics(batch: DataProto, base_knows_extended: bo
     def measure(rows: DataProto) -> Metrics:
         leaks = rows.tensor("distill_special_token_mask").bool().any(dim=-1)
         length = _mean("response_length", real_response_tokens(rows).sum(dim=-1))
-        return _reverse_kl(rows, base_knows_extended) | _mean("extend_seq_ratio", leaks) | length
+        return _reverse_kl(rows) | _mean("extend_seq_ratio", leaks) | length
 
     return overall_and_per_source("val", batch, measure)
 

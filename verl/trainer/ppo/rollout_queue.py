@@ -154,10 +154,9 @@ class RolloutQueue:
             self._answers(batch)
 
     def step_metrics(self) -> Metrics:
-        """What was measured since the last call; nothing without ``max_staleness`` and ``rollout.oversample``."""
+        """What was measured of this step; nothing without ``max_staleness`` and ``rollout.oversample``."""
         waits = {"rollout/wait_s": 0.0, "train/wait_s": 0.0} if self._most_ahead else {}
-        metrics, self._metrics = waits | self._metrics, {}
-        return metrics
+        return waits | self._metrics
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs of the batches ahead, whose answers are waited for, and of prompts that wait."""

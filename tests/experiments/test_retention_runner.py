@@ -16,6 +16,7 @@ from experiments.retention.tweaks import TWEAKS
 from experiments.retention.variants import HISTORIES, VARIANTS
 from experiments.retention.worker import answer
 from experiments.retention.worlds import Prepared
+from recipe.onpolicy_distill.quickstart.distillation import EXACT, LEARNING_RATES
 from verl.trainer.launch.checks import check_run
 from verl.trainer.launch.typed import load_config
 
@@ -35,7 +36,7 @@ def test_every_variant_is_a_valid_configuration(prepared: Prepared, tmp_path: Pa
         assert bool(distill.teachers) == bool(config.data.source_weights) == rehearsed
         assert config.actor_rollout_ref.rollout.horizon.at(3) == (6 if name == "horizon-6" else None)
         assert VARIANTS[name].tweak in (None, *TWEAKS)
-        rate = 2e-4 if "low-lr" in name else 5e-4
+        rate = 2e-4 if "low-lr" in name else LEARNING_RATES[EXACT] if name == "quickstart" else 5e-4
         assert config.actor_rollout_ref.actor.optim.lr == rate
         assert (config.actor_rollout_ref.rollout.seed, config.data.seed) == (1, 1)
 

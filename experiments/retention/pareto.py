@@ -4,8 +4,8 @@
 
     python -m experiments.retention.pareto [--student-seeds 0,1,2] [--steps 150]
 
-In:  a world's teacher and its student before. Out: ``OUT/pareto.jsonl`` (a line per model), ``pareto.md`` and
-``pareto.svg``. Measured are the student before, runs of the variants in `TRAINED`, and weighted sums of their weights
+In:  the quickstart's teachers and students. Out: ``OUT/pareto.jsonl`` (a line per model), ``pareto.md`` and
+``pareto.svg``. Measured are the student before, a run of each variant in `TRAINED`, and weighted sums of weights
 (``recipe.onpolicy_distill.combine_models``)::
 
     before-teacher   (1 - w) before + w teacher          what a team would try first
@@ -13,7 +13,7 @@ In:  a world's teacher and its student before. Out: ``OUT/pareto.jsonl`` (a line
     after-vector     after + w (before - teacher)        task arithmetic: what recommending taught, once more
     after-rows       after, with the rows of item tokens of before
 
-What ``pareto.jsonl`` has is not made again.
+What ``pareto.jsonl`` has of the same settings is not made again. The quickstart's run is as long as the quickstart.
 """
 
 import argparse
@@ -27,15 +27,21 @@ from typing import Any
 
 from tqdm import tqdm
 
-from experiments.retention.__main__ import WORLDS, listed
+from experiments.retention.__main__ import listed
 from experiments.retention.results import Record, Run, append_result, read_lines
 from experiments.retention.runner import scoreboard, train
 from experiments.retention.table import KEPT, Spread
 from experiments.retention.worlds import Prepared, prepare
 from recipe.onpolicy_distill.combine_models import combine_models
+from recipe.onpolicy_distill.quickstart.cache import key_digest
+from recipe.onpolicy_distill.quickstart.distillation import EXACT, STEPS
 
-GENERAL_ONLY = "exact"
-TRAINED = {GENERAL_ONLY: "distilled on general prompts", "exact-leak-self": "distilled, with rehearsal"}
+WORLD, GENERAL_ONLY, QUICKSTART = "quickstart", "exact", "quickstart"
+TRAINED = {
+    GENERAL_ONLY: "distilled on general prompts",
+    "exact-self": "distilled, with rehearsal",
+    QUICKSTART: "the quickstart's default",
+}
 """Variants that are trained, and their labels."""
 BEFORE, TEACHER, AFTER = "before", "teacher", "after"
 SHARES = (0.1, 0.25, 0.5, 0.75, 0.9)
@@ -78,19 +84,30 @@ def weighted_sums() -> Iterator[WeightedSum]:
     yield WeightedSum("after-rows", 1.0, {AFTER: 1.0}, rows_from=BEFORE)
 
 
-def measure(out: Path, world: str, student_seed: int, steps: int) -> None:
+def runs_of(student_seed: int, steps: int) -> list[Run]:
+    """A run of each variant in `TRAINED`."""
+    own_length = {QUICKSTART: STEPS[EXACT]}
+    return [Run(WORLD, student_seed, name, 0, own_length.get(name, steps)) for name in TRAINED]
+
+
+def made_with(steps: int) -> dict[str, Any]:
+    """What a line of ``pareto.jsonl`` says of how it was made, so that those of other settings do not count."""
+    return {"steps": steps, "settings": key_digest([(run.budget, run.settings) for run in runs_of(0, steps)])}
+
+
+def measure(out: Path, student_seed: int, steps: int) -> None:
     """Append to ``pareto.jsonl`` what it lacks of one student."""
-    identity = {"world": world, "student_seed": student_seed, "steps": steps}
+    identity = {"student_seed": student_seed, **made_with(steps)}
     lines = [line for line in read_lines(out / "pareto.jsonl") if identity.items() <= line.items()]
     have = {(line["family"], line["share"]) for line in lines}
-    prepared = prepare(world, student_seed, out / "cache")
+    prepared = prepare(WORLD, student_seed, out / "cache")
 
     def record(family: str, share: float, model: Path) -> None:
         if (family, share) not in have:
             metrics = scoreboard(prepared, model, rec=family != TEACHER)
             append_result(out / "pareto.jsonl", {**identity, "family": family, "share": share, "metrics": metrics})
 
-    after = {name: trained(out, prepared, Run(world, student_seed, name, 0, steps)) for name in TRAINED}
+    after = {run.variant: trained(out, prepared, run) for run in runs_of(student_seed, steps)}
     for family, model in {TEACHER: prepared.teacher, BEFORE: prepared.student, **after}.items():
         record(family, 1.0, model)
     models = {BEFORE: prepared.student, TEACHER: prepared.teacher, AFTER: after[GENERAL_ONLY]}
@@ -106,7 +123,7 @@ def measure(out: Path, world: str, student_seed: int, steps: int) -> None:
 
 def trained(out: Path, prepared: Prepared, run: Run) -> Path:
     """The model of a run, trained where it is not there."""
-    folder = out / "pareto_runs" / run.name
+    folder = out / "pareto_runs" / f"{run.name}-{key_digest(run.settings)}"
     model = folder / f"global_step_{run.steps}" / "actor" / "huggingface"
     if not model.is_dir():
         shutil.rmtree(folder, ignore_errors=True)
@@ -152,7 +169,7 @@ def table_text(summaries: Mapping[tuple[str, float], Mapping[str, Spread]]) -> s
 
 
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM, RIGHT = 760, 460, 60, 20, 50, 250
-COLOURS = ("#555", "#1f77b4", "#2ca02c", "#e8a33d", "#9467bd", "#8c564b", "#d62728")
+COLOURS = ("#555", "#1f77b4", "#2ca02c", "#e8a33d", "#9467bd", "#8c564b", "#17becf", "#d62728")
 STYLE = "text{font:12px system-ui,sans-serif;fill:#222}.mid{text-anchor:middle}.end{text-anchor:end}"
 
 
@@ -192,9 +209,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     description = str(__doc__).splitlines()[0]
     parser = argparse.ArgumentParser(prog="python -m experiments.retention.pareto", description=description)
-    parser.add_argument("--world", choices=WORLDS, default=WORLDS[0], help="default: %(default)s")
     parser.add_argument("--student-seeds", type=partial(listed, int), default=[0, 1, 2], help="default: 0,1,2")
-    parser.add_argument("--steps", type=int, default=150, help="of the runs; default: %(default)s")
+    parser.add_argument("--steps", type=int, default=150, help="of the runs but the quickstart's; default: %(default)s")
     parser.add_argument("--out", type=Path, default=Path("outputs/retention"), help="default: %(default)s")
     return parser.parse_args(argv)
 
@@ -205,8 +221,8 @@ def main(argv: list[str] | None = None) -> None:
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     for student_seed in args.student_seeds:
-        measure(out, args.world, student_seed, args.steps)
-    wanted: dict[str, Any] = {"world": args.world, "steps": args.steps}
+        measure(out, student_seed, args.steps)
+    wanted = made_with(args.steps)
     lines = [line for line in read_lines(out / "pareto.jsonl") if wanted.items() <= line.items()]
     summaries = summarise([line for line in lines if line["student_seed"] in args.student_seeds])
     text = table_text(summaries)

@@ -1,5 +1,6 @@
 """Models that cost no training beside distilled ones: shares by hand, and a picture of all of them."""
 
+from dataclasses import replace
 from xml.etree import ElementTree
 
 from experiments.retention.pareto import (
@@ -7,11 +8,14 @@ from experiments.retention.pareto import (
     FAMILIES,
     GENERAL,
     TEACHER,
+    made_with,
     picture,
+    runs_of,
     summarise,
     table_text,
     weighted_sums,
 )
+from experiments.retention.variants import VARIANTS
 
 
 def line(student, family, share, general, recall):
@@ -50,3 +54,13 @@ def test_coefficients_add_up_to_one():
     sums = list(weighted_sums())
     assert len(sums) == 16 and all(abs(sum(mix.parts.values()) - 1) < 1e-9 for mix in sums)
     assert {mix.family for mix in sums} < set(FAMILIES)
+
+
+def test_lines_of_other_settings_do_not_count(monkeypatch):
+    assert {run.variant: run.steps for run in runs_of(3, 7)} == {"exact": 7, "exact-self": 7, "quickstart": 175}
+    before = made_with(7)
+    assert before != made_with(8)
+    quickstart = VARIANTS["quickstart"]
+    changed = replace(quickstart, settings={**quickstart.settings, "actor_rollout_ref.actor.optim.lr": 1.0})
+    monkeypatch.setitem(VARIANTS, "quickstart", changed)
+    assert made_with(7) != before

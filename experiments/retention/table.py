@@ -183,7 +183,9 @@ def _columns_of(record: Record, before: dict[str, float]) -> dict[str, float]:
     """What one run adds to the columns; a metric that was 0 before cannot be kept."""
     after = record["metrics"]
     metrics = {column: after[name] for column, name in AS_THEY_ARE.items() if name in after}
-    metrics |= {column: after[name] / before[name] for column, name in KEPT.items() if before.get(name)}
+    metrics |= {
+        column: after[name] / before[name] for column, name in KEPT.items() if before.get(name) and name in after
+    }
     return metrics | {"steps": record["steps"], "seconds": record["seconds"]}
 
 

@@ -59,6 +59,15 @@ def test_the_text_has_every_metric_and_what_did_not_run(records: list[Record]) -
     assert "- exact + stitched, histories: ValueError: unknown" in text
 
 
+def test_a_longer_list_that_a_run_did_not_measure_is_left_open(records: list[Record]) -> None:
+    for record in records[2:5]:  # the students before, and one run
+        record["metrics"] = record["metrics"] | {"rec_recall_at_20": 0.5}
+    [with_it, without] = records[4], records[5]
+    text = table_text(summarise([*records[:4], with_it]))
+    assert "| R@20 kept |" in text and " | 100% | " in text
+    assert "| R@20 kept |" in table_text(summarise([*records[:4], without]))
+
+
 def test_only_results_of_these_settings_that_ran_on_all_students_are_compared(records: list[Record]) -> None:
     extra = [trained(0, 0, 0.1, [[20, 0.5]], "exact-leak"), trained(0, 2, 0.1, [[20, 0.5]])]
     extra[1]["settings"]["data.train_batch_size"] = 1

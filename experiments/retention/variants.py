@@ -44,7 +44,7 @@ BAD_SHARES = (0.02, 0.1, 0.6)
 """Of rehearsal, from which a steered share has to find its way."""
 TEACHER_SHARES = (0.25, 0.5, 0.75)
 """Of the average that a run begins at."""
-KEEP: Settings = {"trainer.keep": "val/rec_*/reward >= 0.98 of step 0"}
+KEEP: Settings = {"trainer.keep": "val/rec_*/reward >= 0.9 of step 0"}
 PUBLIC_FORK: Settings = {
     "actor_rollout_ref.rollout.mask_after_extend_token": False,
     "actor_rollout_ref.ref.ref_replace_token_id": END_TOKEN,

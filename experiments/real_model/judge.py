@@ -8,7 +8,9 @@ In: a model, the teacher, data and prompts. Out: a folder with
 
     ifeval_{prompt,instruction}_{strict,loose}   greedy answers; all of a prompt's instructions, or each
     reverse_kl           log p_model - log p_teacher, both over the ids that both know, of the model's own answers to
-                         held-out general prompts, up to the first item token; leak: those that hold one
+                         held-out general prompts, up to the first item token
+    leak, leak_mass      share of more such answers that hold an item token; what the model gives to one, summed over an
+                         answer up to the first: the same share in the mean, even where it is too rare to count
     recall_{1,5,10,20}   items ranked under the catalogue's trie; popular_*: the most purchased ones, for everyone
     free_hit, free_item  unconstrained answers that are the item wanted, any item of the catalogue
     rec_title, rec_item  exact titles of items, items of titles
@@ -58,6 +60,8 @@ class JudgeConfig:
     ifeval_tokens: int = 400
     chat_tokens: int = 96
     """Of the sampled answers that the distance is measured on."""
+    chat_answers: int = 8
+    """To each of these prompts, in which leaks are counted; the distance is of the first."""
     engine: str = "vllm"
 
 
@@ -106,7 +110,7 @@ async def _measure(
     try:
         await answerer.launch()
         greedy = await answerer.greedy(instructed, config.ifeval_tokens) + await answerer.greedy(rec, REC_TOKENS)
-        sampled = await answerer.sampled(chat, config.chat_tokens, 1.0, config.seed)
+        sampled = await answerer.sampled(chat * config.chat_answers, config.chat_tokens, 1.0, config.seed)
         rankings = await answerer.ranked(ranked, ItemTrie(catalogue, tokenizer), max(KS)) if ranked else []
     finally:
         await answerer.shutdown()
@@ -130,22 +134,26 @@ def _ifeval_outcomes(documents: list[dict[str, Any]], texts: list[str]) -> Outco
 
 
 def _distances(model: Path, teacher: Path, questions: list[Question], sampled: list[list[int]]) -> Outcomes:
-    """The reverse KL and leaks of sampled answers; the teacher is at no distance of itself."""
+    """The reverse KL of the first sampled answer to each question, and leaks of all; the teacher has neither."""
     tokenizer = hf_tokenizer(teacher)
-    start = len(tokenizer)
+    start, count = len(tokenizer), len(questions)
     paths = {"model": str(model), "teacher": str(teacher), "device": get_device_name()}
     settings = scoring.ScoringConfig(**paths, extend_vocab_start_token=start, temperature=1.0, algorithm=AlgoConfig())
-    batch = scoring.sampled_batch(questions, sampled, settings, tokenizer.pad_token_id)
+    batch = scoring.sampled_batch(questions, sampled[:count], settings, tokenizer.pad_token_id)
     known = known_token_mask(batch)
-    gap = known * 0.0
+    gap = mass = known * 0.0
     if model != teacher:
         batch = scoring.score(batch, settings)
+        mass = batch.tensor("extend_mass").where(batch.tensor("response_mask").bool(), 0.0)
         # Of tokens that are no items: what the model gives to items must not make it look near.
-        shared_mass = (1 - batch.tensor("extend_mass")).clamp(min=1e-7)
-        gap = batch.tensor("old_log_probs") - shared_mass.log() - batch.tensor("ref_log_prob")
+        gap = batch.tensor("old_log_probs") - (1 - mass).clamp(min=1e-7).log() - batch.tensor("ref_log_prob")
     nats = gap.where(known, 0.0).sum(-1).tolist(), known.sum(-1).float().tolist()
-    leaks = [(float(any(token >= start for token in answer)), 1.0) for answer in sampled]
-    return {"reverse_kl": list(zip(*nats, strict=True)), "leak": leaks}
+    leaks = [[any(token >= start for token in answer) for answer in sampled[first::count]] for first in range(count)]
+    return {
+        "reverse_kl": list(zip(*nats, strict=True)),
+        "leak": [(float(sum(answers)), float(len(answers))) for answers in leaks],
+        "leak_mass": [(summed, 1.0) for summed in mass.sum(-1).tolist()],
+    }
 
 
 def _rec_outcomes(questions: list[Question], texts: list[str], catalogue: set[Item]) -> Outcomes:

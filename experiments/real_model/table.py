@@ -25,6 +25,7 @@ LABELS = {
     "ifeval_instruction_loose": ("IFEval, instructions, loose", "regained"),
     "reverse_kl": ("Reverse KL to the teacher, nats a token", "removed"),
     "leak": ("General answers with an item token", "removed"),
+    "leak_mass": ("Probability of an item token in such an answer", "removed"),
     "recall_1": ("Recall@1", "kept"),
     "recall_5": ("Recall@5", "kept"),
     "recall_10": ("Recall@10", "kept"),

@@ -118,13 +118,8 @@ def test_answers_stand_side_by_side(tmp_path):
         (tmp_path / model / "answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     text = side_by_side({model: tmp_path / model for model in ("before", "after")}, seed=1)
     assert text.count("| | answer |") == 2 and "other" not in text
-    for row in (
-        "| before | &lt;s\\_a\\_1> |",
-        "| after | \\*Hi\\* |",
-        "| before | x<br>y\\|z |",
-        "| after | (nothing) |",
-    ):
-        assert row in text
+    rows = ["before | &lt;s\\_a\\_1>", "after | \\*Hi\\*", "before | x<br>y\\|z", "after | (nothing)"]
+    assert [row for row in rows if f"| {row} |" not in text] == []
 
 
 def test_a_student_that_only_has_more_ids_is_at_no_distance(tmp_path):
@@ -138,6 +133,8 @@ def test_a_student_that_only_has_more_ids_is_at_no_distance(tmp_path):
     outcomes = json.loads((folder / "outcomes.json").read_text())
     assert sum(tokens for _, tokens in outcomes["reverse_kl"]) > 0 < sum(leaks for leaks, _ in outcomes["leak"])
     assert all(abs(nats) < 1e-3 for nats, _ in outcomes["reverse_kl"])
+    counted, summed = (Estimate.of(outcomes[key]).mean for key in ("leak", "leak_mass"))
+    assert summed == pytest.approx(counted, rel=0.5) and len(outcomes["leak"]) == size.prompts.test
 
 
 @pytest.mark.slow
@@ -148,7 +145,7 @@ def test_every_step_on_a_random_model_and_none_of_them_twice(tmp_path, caplog):
         main([*arguments, "--until", "judge_before"])
     subprocess.run([*COMMAND, *arguments], check=True, cwd=REPO, timeout=400)
     metrics = {row["metric"] for row in json.loads((out / "result.json").read_text())["rows"]}
-    assert {"reverse_kl", "leak", "recall_20", "free_item", "rec_title"} <= metrics
+    assert {"reverse_kl", "leak_mass", "recall_20", "free_item", "rec_title"} <= metrics
     caplog.set_level("INFO", "experiments")
     caplog.set_level("INFO", "recipe")
     caplog.clear()

@@ -29,7 +29,7 @@ class AskAgain(AgentLoopBase):
         """Prompt, answer, and where that is too short the question again and a second answer.
 
         Tokens of ``write_turn`` are the model's, so they are trained; those of ``add_other_turn`` are read alone.
-        ``finish`` makes the masks, which end behind the first item token where the row's teacher knows none.
+        ``finish`` makes the masks, which end after the first item token where the row's teacher knows none.
         """
         template = self.context.template
         trajectory = self.start(row, with_tools=False)

@@ -3,7 +3,7 @@
     python -m examples.tiny [HYDRA_OVERRIDES]
 
 The first call writes both models and some sums as prompts to outputs/tiny. What follows goes to Hydra; a real run takes
-it behind recipe/onpolicy_distill/run_qwen3_distill.sh. Answers, which are gibberish, are in outputs/tiny/run/rollouts.
+it after recipe/onpolicy_distill/run_qwen3_distill.sh. Answers, which are gibberish, are in outputs/tiny/run/rollouts.
 """
 
 import json

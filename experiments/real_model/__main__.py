@@ -56,7 +56,7 @@ class Steps:
         self.seconds: dict[str, float] = json.loads(self._path.read_text()) if self._path.is_file() else {}
 
     def __call__(self, name: str, make: Callable[[], Path]) -> Path:
-        """The folder that ``make`` leaves; ends the program behind the last step that is wanted."""
+        """The folder that ``make`` leaves; ends the program after the last step that is wanted."""
         print(f"[{STEPS.index(name) + 1}/{len(STEPS)}] {name}", flush=True)
         try:
             with marked_timer(name, self.seconds):

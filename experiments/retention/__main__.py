@@ -61,9 +61,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.jobs < 1:
         parser.error(f"--jobs {args.jobs} must be at least 1")
     if args.ledger < 0 or (args.ledger and args.seconds):
-        parser.error(
-            f"--ledger {args.ledger} must be at least 1, and not beside --seconds, of which it would take some"
-        )
+        parser.error(f"--ledger {args.ledger} must be at least 1, and not with --seconds, of which it would take some")
     if any(k < 1 for k in args.ks):
         parser.error(f"--ks {args.ks} must be at least 1")
     return args

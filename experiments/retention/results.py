@@ -105,7 +105,7 @@ def read_results(path: Path) -> list[Record]:
 
 
 def append_result(path: Path, record: Record) -> None:
-    """Write a record behind the whole lines of a file."""
+    """Write a record after the whole lines of a file."""
     line = (json.dumps(record) + "\n").encode()
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+b") as file:

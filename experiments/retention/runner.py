@@ -75,7 +75,7 @@ def train(run: Run, prepared: Prepared, folder: Path, data_cache: Path, extras: 
         trainer.init_workers(in_process=True)
         if tweak := VARIANTS[run.variant].tweak:
             TWEAKS[tweak](trainer)
-        if extras.ledger_every:  # behind the tweak, so that it takes apart what is trained
+        if extras.ledger_every:  # after the tweak, so that it takes apart what is trained
             keep_ledger(student_of(trainer), lambda: trainer.global_steps, run, folder / LEDGER, extras.ledger_every)
         trainer.fit()
     finally:

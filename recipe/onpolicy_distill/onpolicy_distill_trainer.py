@@ -98,7 +98,7 @@ class RayOnPolicyDistillTrainer(RayPPOTrainer):
         """The student gets its objective, a teacher its settings and what the objective needs of it."""
         distill, base = self.config.algorithm.distill, super().worker_arguments(role)
         if role == "actor":
-            part = None if distill.is_exact else partial(distillation_advantage, config=self.config.algorithm)
+            part = None if distill.is_divergence else partial(distillation_advantage, config=self.config.algorithm)
             return base | {"distill": distill, "advantage_part": part}
         needed = {"topk": distill.topk_or_none, "exports_hidden_states": self.exports_hidden_states}
         return base | needed | {"teacher": distill.teachers.get(role)}
@@ -160,7 +160,7 @@ class RayOnPolicyDistillTrainer(RayPPOTrainer):
         return self.config.takes_one_step and not (self.uses_advantage and reads)
 
     def ref_log_prob(self, batch: DataProto) -> DataProto:
-        """``ref_log_prob`` (B, R) and what else an exact objective needs, each row's by its own teacher."""
+        """``ref_log_prob`` (B, R) and what else a divergence objective needs, each row's by its own teacher."""
         if "answer_row" in batch.batch:
             scores = self.rollouts.scores_of(batch)
         else:
@@ -216,7 +216,7 @@ class RayOnPolicyDistillTrainer(RayPPOTrainer):
     def update_actor(self, batch: DataProto) -> DataProto:
         """As the base class; new keys are also the advantages that it made, in place of the task's alone.
 
-        What it reads of teachers is dropped from ``batch`` afterwards: hidden states are freed with their handles.
+        Handles of the teachers' hidden states are dropped from ``batch`` afterwards, which frees the states.
         """
         read = batch
         if self.teachers_run_in_update:
@@ -227,7 +227,7 @@ class RayOnPolicyDistillTrainer(RayPPOTrainer):
             batch = batch.select().union(DataProto.from_dict(theirs))
         updated = super().update_actor(batch)
         batch.non_tensor_batch.pop("teacher_states", None)
-        if "old_log_probs" not in batch.batch and not self.config.algorithm.distill.is_exact:
+        if "old_log_probs" not in batch.batch and not self.config.algorithm.distill.is_divergence:
             updated.union(self.add_distillation(batch, batch.select().union(updated)))
         return updated
 
@@ -238,7 +238,7 @@ class RayOnPolicyDistillTrainer(RayPPOTrainer):
 
     @property
     def uses_advantage(self) -> bool:
-        """Whether the update follows an advantage: with an exact objective only that of a task reward beside it."""
+        """Whether the update follows an advantage: with a divergence objective only that of a task reward beside it."""
         return self.config.algorithm.distill.has_policy_loss
 
     def advantage(self, batch: DataProto) -> DataProto:
@@ -259,8 +259,8 @@ class RayOnPolicyDistillTrainer(RayPPOTrainer):
 
     @property
     def adds_advantages(self) -> bool:
-        """Whether the advantage is the sum of a reward's and distillation's; an exact objective is in the loss."""
-        return self.uses_reward and not self.config.algorithm.distill.is_exact
+        """Whether the advantage is the sum of a reward's and distillation's; a divergence is in the loss."""
+        return self.uses_reward and not self.config.algorithm.distill.is_divergence
 
     def step_metrics(self, batch: DataProto) -> Metrics:
         """The base metrics and the ``distill/*`` family; beside a task reward also the share of each part.

@@ -110,7 +110,7 @@ def find_user_turn(tokenizer: "PreTrainedTokenizerBase", system: str | None = No
         system: content of a system message; None: there is none, and the template may put its own.
 
     Raises:
-        ValueError: there is no template, it refuses the question, or it does not write it once, as it is, behind tokens
+        ValueError: there is no template, it refuses the question, or it does not write it once, as it is, after tokens
             of its own.
     """
     from verl.utils.dataset.prompt_tokens import PromptEncoder
@@ -124,7 +124,7 @@ def find_user_turn(tokenizer: "PreTrainedTokenizerBase", system: str | None = No
     # Not compared by white space: some tokenizers write more of it than they read.
     if not prompt_ids or "".join(_decode(tokenizer, prompt_ids).split()) != "".join(prefix.split()):
         raise ValueError(
-            f"the chat template of {tokenizer.name_or_path} does not write the user's text once, as it is and behind "
+            f"the chat template of {tokenizer.name_or_path} does not write the user's text once, as it is and after "
             f"tokens of its own, so its place cannot be found: {texts[0]!r} for {PROBES[0]!r}; use another chat model"
         )
     # Some tokenizers have spaces and new lines among the added tokens.

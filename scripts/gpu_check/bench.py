@@ -54,7 +54,7 @@ class Bench(NamedTuple):
 
     @contextmanager
     def attempt(self, name: str) -> Iterator[None]:
-        """What the block raises is a failed check, and the part goes on behind it."""
+        """What the block raises is a failed check, and the part goes on after it."""
         try:
             yield
         except Exception as error:

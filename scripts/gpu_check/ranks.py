@@ -63,7 +63,7 @@ def build_workers(bench: Bench, rows: int) -> tuple[StudentWorker, TeacherWorker
 
 
 def as_batch(ids: torch.Tensor, mask: torch.Tensor, prompt: int) -> DataProto:
-    """Rows (B, T) of ids, of which those behind the prompt are trained."""
+    """Rows (B, T) of ids, of which those after the prompt are trained."""
     tensors = {"input_ids": ids * mask, "attention_mask": mask, "response_mask": mask[:, prompt:]}
     return DataProto.from_dict({**tensors, "responses": tensors["input_ids"][:, prompt:]}, None, {"temperature": 1.0})
 

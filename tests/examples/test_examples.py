@@ -118,7 +118,7 @@ async def test_the_agent_loop_asks_again_and_trains_what_the_model_wrote(
     expected: list[int] = []
     for turn in engine.turns:
         expected += ([0] * len(question) if expected else []) + [1] * len(turn)
-    if masks.endswith("."):  # the end token behind an item
+    if masks.endswith("."):  # the end token after an item
         expected[-1] = 0
     assert output.response_mask == expected and output.num_turns == (4 if "u" in masks else 2)
     if "u" in masks:

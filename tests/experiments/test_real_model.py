@@ -98,7 +98,7 @@ def test_the_distillation_s_settings_are_valid(tmp_path):
         return load_config(overrides, "recipe.onpolicy_distill.config", "onpolicy_distill_trainer")
 
     exact, sampled, fork = map(config_of, MODES)
-    assert exact.algorithm.distill.is_exact and exact.algorithm.distill.teacher_knows_extended(data.NEXT)
+    assert exact.algorithm.distill.is_divergence and exact.algorithm.distill.teacher_knows_extended(data.NEXT)
     shares = dict.fromkeys(data.QUESTIONS, 0.15) | {"general_*": 0.55}
     assert exact.data.seed == 3 and exact.data.source_weights == shares
     for config in (sampled, fork):

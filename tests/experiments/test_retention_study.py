@@ -112,7 +112,7 @@ def test_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert (args.ledger, parse_args(["--ledger"]).ledger, parse_args(["--ledger", "4"]).ledger) == (0, 10, 4)
     with pytest.raises(SystemExit):
         parse_args(["--ledger", "--seconds", "3"])
-    assert "not beside --seconds" in capsys.readouterr().err
+    assert "not with --seconds" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         parse_args(["--variants", "exct"])
     assert "exct is not one of public-fork, " in capsys.readouterr().err

@@ -72,7 +72,7 @@ def test_settings_for_rehearsal_are_accepted(first: str) -> None:
     if first.startswith("data"):
         assert config.data.synthetic_item_prompts.sources == ["synthetic_rec_next", "synthetic_rec_about"]
     else:
-        assert config.algorithm.distill.is_exact and config.algorithm.distill.teacher_knows_extended("rec_next")
+        assert config.algorithm.distill.is_divergence and config.algorithm.distill.teacher_knows_extended("rec_next")
         assert config.data.source_weights == SHARES
         assert config.algorithm.distill.teachers["self"].weight == SELF_WEIGHT
 

@@ -105,7 +105,7 @@ def test_recall_is_that_of_scoring_every_item(student, tiny_pair):
 def test_right_answers_count_whatever_kind_of_token_items_are(
     files, tiny_pair, tmp_path, monkeypatch, special, opening, rate
 ):
-    """But for those behind a thought that the prompt opens and they do not end."""
+    """But for those after a thought that the prompt opens and they do not end."""
     folder = shutil.copytree(tiny_pair.student, tmp_path / "student")
     tokenizer = hf_tokenizer(folder)
     if special:

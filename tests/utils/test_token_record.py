@@ -29,7 +29,7 @@ class NumberTokenizer:
 def drawn(answers: list[tuple[str, dict[str, bool]]], **scores: Any) -> DataProto:
     """A batch of answers: m, u written by the model or by a tool, M, U items; options of `trainable_mask`.
 
-    Response tokens of a row are 1, 2, ... or 100 more; prompts are 7 and 8, behind padding.
+    Response tokens of a row are 1, 2, ... or 100 more; prompts are 7 and 8, after padding.
     """
     width = max(len(drawing) for drawing, _ in answers) + 1
     tensors: dict[str, list[list[int]]] = {}
@@ -51,12 +51,12 @@ def record(batch: DataProto, folder: Path, teachers: tuple[str, ...] = ("ref",))
 
 ANSWERS = [
     ("mmuumm", {}, "ttoott"),
-    ("mMmuMm", {}, "ttaaaa"),  # behind an item a tool's tokens too
+    ("mMmuMm", {}, "ttaaaa"),  # after an item a tool's tokens too
     ("muUmm", {}, "tooaa"),  # an item in a tool's answer
     ("mMum", {"drop_whole": True}, "wwww"),
     ("mmm", {"drop_whole": True}, "ttt"),  # without an item nothing is left out
     ("mMum", {"keep_rest": True}, "ttot"),  # the teacher knows items
-    ("Mu", {"keep_rest": True}, "to"),  # the same, and nothing trained behind the item
+    ("Mu", {"keep_rest": True}, "to"),  # the same, and nothing trained after the item
     ("", {}, ""),
 ]
 

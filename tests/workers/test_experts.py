@@ -208,7 +208,7 @@ def test_an_export_has_the_names_of_the_model_and_a_resumed_run_goes_on_to_the_b
 def test_log_probs_of_vllm_are_those_of_the_trainer_over_updates(
     tiny_tokenizers: tuple[Path, Path], tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    """Five updates, each on the engine's answers, and a sync in several buckets behind each."""
+    """Five updates, each on the engine's answers, and a sync in several buckets after each."""
     folder = tiny.write_model(tmp_path, tiny_tokenizers[1], family="qwen3_moe", tied=False, head_dim=32)
     sizes = {"prompt_length": tiny.PROMPT, "response_length": tiny.RESPONSE, "max_num_seqs": 16}
     rollout = RolloutConfig(name="vllm", dtype="float32", cpu_kvcache_space_gb=0.1, **sizes)

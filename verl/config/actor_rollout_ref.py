@@ -250,10 +250,10 @@ class RolloutConfig:
     mask_response_if_have_extend_token: bool = False
     """Train on nothing of a response that holds an extended token."""
     mask_after_extend_token: bool = True
-    """Train on nothing behind the first extended token of a response, where the teacher reads replaced tokens. False is
+    """Train on nothing after the first extended token of a response, where the teacher reads replaced tokens. False is
     what the public fork of verl does."""
     stop_at_extended_token: bool = True
-    """End an answer at its first extended token where nothing behind it would be trained; see
+    """End an answer at its first extended token where nothing after it would be trained; see
     ``PPOConfig.stops_at_extended``."""
     calculate_log_probs: bool = False
     """Keep the engine's log-probs of the sampled tokens (``rollout_log_probs``)."""

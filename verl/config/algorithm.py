@@ -30,7 +30,7 @@ class TeacherConfig(AnyTeacherConfig):
     """A further teacher."""
 
     path: str | None = None
-    """Folder or hub name; not read beside ``url``; null: the student as it was before the run, frozen."""
+    """Folder or hub name; not read with ``url``; null: the student as it was before the run, frozen."""
     vocabulary: Literal["base", "full", "stitched"] = "full"
     """``full``: it knows all of the student's ids, item tokens included. ``base``: it knows what the teacher of
     ``actor_rollout_ref.ref`` knows. ``stitched``, for text that mixes both: it knows all ids and decides the
@@ -74,18 +74,20 @@ class DistillConfig:
     topk: Count = 64
     """Likeliest ids of the teacher at each position that ``topk`` compares; all others it knows count as one."""
     beta: OpenFraction = 0.5
-    """Share of the teacher in the mixture of ``jsd``."""
+    """Share of the teacher in the mixture of ``jsd``: near 0 like the forward KL, near 1 like the reverse KL, with
+    a small gradient in both limits."""
     support: Literal["full", "shared"] = "full"
     """``full``: the student's distribution over all its ids. ``shared``: over the ids that the teacher knows, so that
     the mass on item tokens neither counts nor moves."""
     leak_coef: NonNegativeFloat = 0.0
-    """Weight of the term that keeps the student's mass on item tokens at ``leak_target``; needs an exact objective."""
+    """Weight of the term that keeps the student's mass on item tokens at ``leak_target``; needs a divergence
+    objective."""
     leak_target: OpenFraction = 1e-4
     """Mass on item tokens that is aimed at."""
     coef: NonNegativeFloat | None = None
     """Weight of distillation beside a task reward, where ``algorithm.adv_estimator`` is another than
-    ``on_policy_distill``: with ``sampled`` the advantages are added token by token, with an exact objective the losses.
-    null or 0: none."""
+    ``on_policy_distill``: with ``sampled`` the advantages are added token by token, with a divergence objective the
+    losses. null or 0: none."""
     teachers: Annotated[dict[str, TeacherConfig], NullIsEmpty] = field(default_factory=dict)
     """Further teachers by name. A row belongs to the first of them that its source and its prompt match, else to the
     teacher of ``actor_rollout_ref.ref``."""
@@ -106,16 +108,16 @@ class DistillConfig:
     def _check_unused(self) -> None:
         """Settings of an objective or a term that is not used must be at their defaults."""
         # Otherwise a setting that is left over from another objective looks as if it did something.
-        exact, objective = self.is_exact, self.objective
+        whole, objective = self.is_divergence, self.objective
         settings: list[tuple[str, object, object, object, str]] = [
-            ("support", self.support, "full", exact, "objective=exact"),
-            ("leak_coef", self.leak_coef, 0.0, exact, "objective=exact"),
+            ("support", self.support, "full", whole, "objective=exact"),
+            ("leak_coef", self.leak_coef, 0.0, whole, "objective=exact"),
             ("leak_target", self.leak_target, 1e-4, self.leak_coef, "leak_coef above 0"),
             ("topk", self.topk, 64, objective == TOPK, "objective=topk"),
             ("beta", self.beta, 0.5, objective == JSD, "objective=jsd"),
         ]
         for name, teacher in self.teachers.items():
-            settings.append((f"teachers.{name}.weight", teacher.weight, 1.0, exact or self.coef, "objective=exact"))
+            settings.append((f"teachers.{name}.weight", teacher.weight, 1.0, whole or self.coef, "objective=exact"))
         for name, value, default, is_used, fix in settings:
             if value != default and not is_used:
                 raise ValueError(
@@ -143,14 +145,14 @@ class DistillConfig:
                 )
 
     @property
-    def is_exact(self) -> bool:
+    def is_divergence(self) -> bool:
         """Whether distributions are compared, rather than the drawn tokens."""
         return self.objective != SAMPLED
 
     @property
     def has_policy_loss(self) -> bool:
         """Whether the update follows an advantage; a divergence without a task reward beside it does not."""
-        return not self.is_exact or bool(self.coef)
+        return not self.is_divergence or bool(self.coef)
 
     @property
     def topk_or_none(self) -> int | None:
@@ -160,7 +162,7 @@ class DistillConfig:
     @property
     def needs_full_distribution(self) -> bool:
         """Whether the update needs the teachers' whole distributions."""
-        return self.is_exact and self.objective != TOPK
+        return self.is_divergence and self.objective != TOPK
 
     @property
     def roles(self) -> list[str]:
@@ -206,7 +208,7 @@ class KLControlConfig:
     kl_coef: float = 0.001
     """Weight, or the weight to start from."""
     horizon: Count = 10000
-    """Steps over which the adaptive weight moves."""
+    """Answers, not training steps, over which the adaptive weight moves."""
     target_kl: PositiveFloat = 0.1
     """KL that the adaptive weight steers to."""
 

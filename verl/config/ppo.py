@@ -40,7 +40,7 @@ class RewardFunctionConfig(CustomClassConfig):
     """A reward function of the user's own; ``name`` is ``compute_score`` by default."""
 
     reward_kwargs: Options = field(default_factory=dict)
-    """Arguments that every call of the function gets beside the row's."""
+    """Arguments that every call of the function gets in addition to the row's."""
 
 
 @section()
@@ -134,7 +134,7 @@ class PPOConfig:
 
     @property
     def scores_without_extended(self) -> bool:
-        """Whether a model that lacks the extended ids scores rows, so that scores behind one of them mean nothing."""
+        """Whether a model that lacks the extended ids scores rows, so that scores after one of them mean nothing."""
         return self.algorithm.distils or (self.has_kl_term and not self.knows_extended(BASE_TEACHER))
 
     @property
@@ -144,7 +144,7 @@ class PPOConfig:
 
     @property
     def stops_at_extended(self) -> bool:
-        """Whether an answer to train on ends at its first extended token where its teacher lacks these: nothing behind
+        """Whether an answer to train on ends at its first extended token where its teacher lacks these: nothing after
         it is trained, and no task reward reads it."""
         rollout = self.actor_rollout_ref.rollout
         trains_nothing = rollout.mask_after_extend_token or rollout.mask_response_if_have_extend_token
@@ -242,8 +242,8 @@ class PPOConfig:
         """Settings of distillation without distillation, and those of the policy loss without one."""
         algorithm, distill, actor = self.algorithm, self.algorithm.distill, self.actor_rollout_ref.actor
         objective = f"algorithm.distill.objective={distill.objective}"
-        if not algorithm.distils and (distill.is_exact or distill.teachers):
-            what = objective if distill.is_exact else f"algorithm.distill.teachers={list(distill.teachers)}"
+        if not algorithm.distils and (distill.is_divergence or distill.teachers):
+            what = objective if distill.is_divergence else f"algorithm.distill.teachers={list(distill.teachers)}"
             fix = f"set algorithm.distill.coef above 0, or algorithm.adv_estimator={ON_POLICY_DISTILL}"
             yield f"{what} has no effect with algorithm.adv_estimator={algorithm.adv_estimator}; {fix}"
         elif not distill.has_policy_loss:

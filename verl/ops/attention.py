@@ -89,7 +89,7 @@ def packed_varlen_attention(
     q, k, v = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))  # (N, H, d) each
     ends, longest = (cu_seq_lens_q, cu_seq_lens_q), (max_length_q, max_length_q)
     grouped = query.shape[1] != key.shape[1]
-    causal = (-1, 0)  # all that came before, nothing behind
+    causal = (-1, 0)  # all that came before, nothing after
     output: Any = varlen_attn(q, k, v, *ends, *longest, scale=scaling, window_size=causal, enable_gqa=grouped)
     return output[None], None
 

@@ -26,7 +26,8 @@ the student spreads its own, which changes no formula (`TopLogProbs.completed`).
 of the whole one, by the log-sum inequality.
 
 The generalised Jensen-Shannon divergence is that of Agarwal et al., "On-Policy Distillation of Language Models"
-(2024): beta near 0 behaves as reverse, near 1 as forward KL.
+(2024): with beta near 0 its gradient is beta times that of the forward KL, near 1 it is (1 - beta) times that of the
+reverse KL.
 """
 
 import logging
@@ -59,8 +60,8 @@ SHARED, FULL = "shared", "full"
 NEVER = -1e4
 """A log-prob that is finite, and whose probability is 0."""
 BUFFERS = 9
-"""(C, K) buffers of the logits' precision that live at once, in ``jsd`` over all ids with a leak term, of which a CPU
-holds most for a block of rows alone."""
+"""(C, K) buffers of the logits' precision that live at once, in ``jsd`` over all ids with a leak term. On CPU most of
+them exist for one block of rows at a time."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,8 @@ class DivergenceStats(NamedTuple):
     token outside S."""
     teacher_log_prob: torch.Tensor
     """(N,) log q(y) of the drawn token, over all ids that the teacher knows; ``missing_log_prob`` where it lacks y.
-    From likeliest ids alone it is as exact as they are."""
+    With likeliest ids alone, a token outside them gets the student's log-prob, shifted so that all of them
+    together have the teacher's mass: an estimate."""
 
 
 def linear_divergence(

@@ -27,12 +27,12 @@ from torch.autograd.function import once_differentiable
 from verl.vocabulary import Vocabulary
 
 CHUNK_BYTES, MOST_CUDA_CHUNK_BYTES = 384 * 2**20, 4 * 2**30
-"""Of all buffers of one chunk together: the least on CUDA and the most on CPU; the most on CUDA."""
+"""All buffers of one chunk together take at most the first on CPU; on CUDA at least the first, at most the second."""
 LEAST_ROWS, CPU_BUFFERS = 256, 4
-"""Of a chunk on CPU: rows with which products are fast, where memory allows them; (C, K) buffers that hold all of them,
-the student's, those of two teachers, and one of half precision. Element-wise passes take a chunk in blocks of rows."""
+"""On CPU: rows from which products are fast, where memory allows them; (C, K) buffers of a whole chunk: the student's,
+those of two teachers, and one of half precision. Element-wise passes take a chunk in blocks of rows."""
 CACHED_BYTES = 2**20
-"""Of one buffer of a block on CPU, where passes over more wait for memory."""
+"""Size of one buffer of a block on CPU: passes over more wait for memory."""
 BUFFERS = 4
 """(C, K) buffers that live at once here, of which one may be of another dtype; of (C, T) where a teacher scores."""
 ALIGNED_ROWS = 64
@@ -57,11 +57,12 @@ def rows_per_chunk(chunk_bytes: int | None, buffers: int, bytes_per_row: int, de
 
 
 Block = tuple[slice, slice, torch.Tensor]
-"""Its rows, counted on from those of the chunk and from 0, and the logits there, by now over the temperature."""
+"""Its rows among all N, its rows in the chunk, and a view of the logits there, divided by the temperature."""
 
 
 def scaled_blocks(logits: torch.Tensor, temperature: float, first: int = 0) -> Iterator[Block]:
-    """A chunk (C, K), whose rows begin at ``first``, in blocks that stay in the CPU's cache; in one piece on CUDA."""
+    """A chunk (C, K) whose rows begin at ``first``, divided by the temperature in place, in blocks that stay in the
+    CPU's cache; in one piece on CUDA."""
     rows = max(1, CACHED_BYTES // (logits.shape[1] * logits.itemsize)) if logits.device.type == "cpu" else len(logits)
     for block in row_chunks(len(logits), rows):
         scores = logits[block] if temperature == 1.0 else logits[block].div_(temperature)
@@ -69,7 +70,7 @@ def scaled_blocks(logits: torch.Tensor, temperature: float, first: int = 0) -> I
 
 
 def aligned_rows(weight: torch.Tensor, ids: int) -> int:
-    """Rows of a head (V, D) to multiply with for the logits of its first ``ids``; those behind them mean nothing."""
+    """Rows of a head (V, D) to multiply with for the logits of its first ``ids``; those after them mean nothing."""
     return min(len(weight), -(-ids // ALIGNED_ROWS) * ALIGNED_ROWS)
 
 

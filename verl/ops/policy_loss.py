@@ -112,7 +112,8 @@ def compute_policy_loss_vanilla(
     A < 0 at most ``-A c``.
 
     Args:
-        old_log_prob, advantages: (B, R) log-probs of the policy that the advantages belong to, and these.
+        old_log_prob: (B, R) of the policy that the advantages belong to.
+        advantages: (B, R).
         log_prob: (B, R) of the policy that is trained; gradients flow here.
         response_mask: (B, R) 1 at trained tokens.
         loss_agg_mode: see `agg_loss`, which also explains the last four arguments.

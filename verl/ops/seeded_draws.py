@@ -1,10 +1,10 @@
-"""Random draws that depend on a seed and a place alone, for whole batches at once.
+"""Random draws that depend on a seed and a position alone, for whole batches at once.
 
 In:  probabilities of a batch of rows; each row's seed and how many tokens it has drawn. Out: a token per row.
 
 A generator for each row would draw noise for all of its vocabulary, row by row. Here a row has one number in [0, 1),
-a hash of seed and place, and its token is the one in whose part of [0, 1) that lies when the tokens' probabilities are
-laid end to end: exact, whatever the other rows are.
+a hash of seed and position, and its token is the first whose cumulative probability exceeds it (inverse-CDF sampling):
+exact, whatever the other rows are.
 
 Letters: N rows, V tokens.
 """

@@ -78,7 +78,7 @@ Attention = Callable[..., tuple[torch.Tensor, None]]
 def over_heads(attention: Attention) -> Attention:
     """Attention that takes this rank's n tokens of a ``sequence_group``, and gives theirs; without one as it is.
 
-    Where there are fewer key heads than ranks, each is computed with by several of them.
+    Where there are fewer key heads than ranks, each is copied to several of them.
     """
 
     @wraps(attention)

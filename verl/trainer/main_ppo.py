@@ -150,7 +150,7 @@ def run_command_line(module: str, config_name: str, build: "Callable[[PPOConfig]
         hydra.main(version_base=None, config_path="config", config_name=config_name)(hydra_main)()
     except ValueError as error:  # of ours, or of Hydra about flags that exclude each other
         sys.exit(f"error: {error}")
-    # Outside of Hydra, which would report what a run raises behind all overrides and without most of its traceback.
+    # Outside of Hydra, which would report what a run raises after all overrides and without most of its traceback.
     for cfg, of_hydra in composed:
         HydraConfig.instance().cfg = of_hydra  # what ${hydra:...} in it stands for
         start(cfg, build)

@@ -29,7 +29,7 @@ def generation_rows(batch: DataProto, tokenizer: PreTrainedTokenizerBase) -> lis
 
     ``input`` and ``output`` (text with its special and item tokens, padding left out), ``gts`` (the ground truth or
     None), ``response_tokens``, ``trained_tokens``, ``extend_tokens``; ``num_turns``, ``score`` and the columns of
-    `COPIED_COLUMNS` where the batch has them; and what the reward function returned beside the score, by its keys, but
+    `COPIED_COLUMNS` where the batch has them; and what the reward function returned with the score, by its keys, but
     for those that are taken.
     """
     responses, written = batch.tensor("responses"), real_response_tokens(batch)
@@ -54,7 +54,7 @@ def generation_rows(batch: DataProto, tokenizer: PreTrainedTokenizerBase) -> lis
 
 
 def show_answers(batch: DataProto, tokenizer: PreTrainedTokenizerBase, count: int) -> list[dict[str, Any]]:
-    """Write the first answers of a batch to the console, a line each behind its ``uid``.
+    """Write the first answers of a batch to the console, a line each after its ``uid``.
 
     Returns:
         Their `generation_rows`, each with ``html``, its output with coloured tokens.

@@ -23,7 +23,7 @@ from verl.utils.torch_functional import real_response_tokens
 STATES = {
     "trained": "The update learns from this token.",
     "other": "The model did not write it (a tool's output, a user's turn), or its agent loop left it out.",
-    "after_item": "It stands behind the first item token of a row whose teacher lacks these and reads something else.",
+    "after_item": "It stands after the first item token of a row whose teacher lacks these and reads something else.",
     "whole_answer": "No token of the answer is trained: it holds an item token and "
     "rollout.mask_response_if_have_extend_token is on, or its agent loop left it out.",
 }
@@ -56,12 +56,12 @@ def token_states(batch: DataProto) -> np.ndarray:
 
 
 def _masks(batch: DataProto) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(B, R) bool: trained; items that the row's teacher lacks; not trained, and behind the first of these."""
+    """(B, R) bool: trained; items that the row's teacher lacks; not trained, and after the first of these."""
     trained, items = (batch.tensor(key).bool().numpy() for key in ("response_mask", "distill_special_token_mask"))
     if "teacher_knows_extended" in batch.non_tensor_batch:
         items = items & ~batch.array("teacher_knows_extended").astype(bool)[:, None]
     behind = items.cumsum(axis=1) > items
-    # A row with a trained token behind an item keeps them all (`mask_after_extend_token=False`).
+    # A row with a trained token after an item keeps them all (`mask_after_extend_token=False`).
     keeps = (behind & trained).any(axis=1)
     return trained, items, behind & ~keeps[:, None]
 

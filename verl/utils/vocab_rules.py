@@ -91,7 +91,7 @@ class VocabContract:
             self.problems += rule()
         if extended := [token_id for token_id in self.student.think_ids if token_id in self.extended]:
             names = ", ".join(map(self.student.name, extended))
-            self.notes.append(f"the think tokens {names} are extended: nothing behind them is trained")
+            self.notes.append(f"the think tokens {names} are extended: nothing after them is trained")
 
     @property
     def verdict(self) -> str:

@@ -1,8 +1,8 @@
 """One rank of a model: of the student, which is trained, or of a frozen teacher.
 
 In:  batches from the controller, split over the ranks. Out: the student's log-probs, an updated student, its weights
-for the rollout engines, checkpoints; the teachers' log-probs of the student's tokens, for an exact objective also their
-likeliest ids or hidden states. Models live here between calls; with offload they wait in host memory.
+for the rollout engines, checkpoints; the teachers' log-probs of the student's tokens, for a divergence objective also
+their likeliest ids or hidden states. Models live here between calls; with offload they wait in host memory.
 
 Not here: losses (``workers.actor``), sharding and files (``workers.fsdp``).
 
@@ -136,10 +136,10 @@ class StudentWorker(Worker):
         """Train on a batch; the metrics are in ``meta_info["metrics"]``, the same on every rank.
 
         Its pass gives what scoring would before it: those keys of ``UPDATE_SCORES`` (B, R) that the batch lacks are
-        returned, at trained positions, 0 elsewhere; ``ref_log_prob`` by an exact objective alone, and likewise
+        returned, at trained positions, 0 elsewhere; ``ref_log_prob`` by a divergence objective alone, and likewise
         ``divergence``, where ``meta_info["keeps_divergence"]`` asks for it.
         """
-        roles = self._distill.roles if self._distill.is_exact else []
+        roles = self._distill.roles if self._distill.is_divergence else []
         with self._on_device(optimizer=True), ExitStack() as stack:
             metrics, scores = self.actor.update(data, [self._teacher(role, stack) for role in roles])
         metrics |= max_memory_metrics(self._device.type)

@@ -55,7 +55,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--mode",
         choices=MODES,
         default=MASKED,
-        help="masked: nothing behind an answer's first item token is trained on (default); public-fork: all of it is, "
+        help="masked: nothing after an answer's first item token is trained on (default); public-fork: all of it is, "
         "and the teacher reads an end token in place of item tokens, as in the public fork of verl; takes the "
         "objective sampled",
     )

@@ -22,7 +22,7 @@ MAX_PROMPT_TOKENS = 64
 MAX_ANSWER_TOKENS = 12
 MASKED, PUBLIC_FORK = "masked", "public-fork"
 MODES = (MASKED, PUBLIC_FORK)
-"""``masked`` trains on nothing behind an answer's first item token. ``public-fork`` does as the public fork of verl: it
+"""``masked`` trains on nothing after an answer's first item token. ``public-fork`` does as the public fork of verl: it
 trains on that too, while the teacher reads an end token in place of each item token."""
 EXACT, SAMPLED = "exact", "sampled"
 OBJECTIVES = (EXACT, SAMPLED)

@@ -29,7 +29,7 @@ def log_normal(count: int, median: float, longest: int) -> list[int]:
 
 @pytest.fixture
 def steps_over() -> Iterator[Callable[..., Any]]:
-    """Makes steps, and ends their engines behind the test."""
+    """Makes steps, and ends their engines after the test."""
     made = []
 
     def make(lengths: list[int], batch: int, **settings: Any) -> Any:

@@ -163,7 +163,7 @@ def test_without_validation_prompts_none_is_waited_for(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, 3, test_freq=1)
     trainer.val_loader = None
     trainer.fit()
-    assert trainer.log.count("sync") == 3, "behind steps 1, 4 and 7"
+    assert trainer.log.count("sync") == 3, "after steps 1, 4 and 7"
 
 
 def test_validation_waits_for_answers_and_has_the_newest_weights(tmp_path: Path) -> None:
@@ -213,7 +213,7 @@ def test_waits_and_the_timeline_say_who_waited_for_whom(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, 1, seconds=(0.2, 0.0), total_training_steps=3, timeline=True)
     trainer.fit()
     waits = logged(trainer, "rollout/wait_s")
-    assert all(wait > 0.1 for wait in waits[:2]) and waits[2] == 0, "nothing is begun behind the last step"
+    assert all(wait > 0.1 for wait in waits[:2]) and waits[2] == 0, "nothing is begun after the last step"
     assert all(wait >= 0 for wait in logged(trainer, "train/wait_s"))
     tokens = 4 * 2  # four rows of two tokens
     assert logged(trainer, "perf/generated_tokens_per_s") == pytest.approx([tokens / 0.2] * 3)
@@ -232,7 +232,7 @@ def test_a_checkpoints_wait_is_in_no_step(tmp_path: Path) -> None:
     trainer.fit()
     names = ("rollout/wait_s", "timing_s/gen", "timing_s/update_weights")
     waits = [[data.get(name, 0.0) for name in names] for _, data in trainer.logger.lines]
-    # The checkpoint behind the third step has waited for the fourth's answers.
+    # The checkpoint after the third step has waited for the fourth's answers.
     assert all(wait <= generation + sync for wait, generation, sync in waits)
 
 

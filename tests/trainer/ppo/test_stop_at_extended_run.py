@@ -45,6 +45,6 @@ def test_losses_and_weights_are_those_of_masked_answers(
         for name in ("actor/loss", "actor/grad_norm", "distill/trained_tokens", "distill/extend_seq_ratio"):
             assert cut[name] == pytest.approx(whole[name], rel=tolerance), name
         assert cut["distill/general/trained_token_ratio"] == 1.0 > whole["distill/general/trained_token_ratio"]
-        # Those of the frozen self go on behind an item, which it knows.
+        # Those of the frozen self go on after an item, which it knows.
         assert cut["distill/rec_next/trained_token_ratio"] == whole["distill/rec_next/trained_token_ratio"] == 1.0
         assert cut["agent_loop/unwritten_tokens"] > 0 == whole["agent_loop/unwritten_tokens"]

@@ -1,7 +1,7 @@
 """Rows as they are found in the wild, one by one, each with what becomes of it.
 
 An outcome is the reason for which a row is dropped, or what is kept of it: the prompt, one "role: content" per message,
-and the answer behind "=>", joined by " | ". Cells that hold anything at all come last.
+and the answer after "=>", joined by " | ". Cells that hold anything at all come last.
 """
 
 import json

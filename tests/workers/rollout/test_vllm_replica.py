@@ -144,7 +144,7 @@ def test_a_shutdown_does_not_wait_for_answers() -> None:
         while of_steps.steps < 3:
             await asyncio.sleep(0.001)
         await asyncio.to_thread(engine.shutdown)
-        assert of_steps.ended_at == of_steps.steps < 1000, "and no step comes behind it"
+        assert of_steps.ended_at == of_steps.steps < 1000, "and no step comes after it"
         with pytest.raises(RuntimeError, match="it was shut down"):
             await asyncio.wait_for(answer, 10)
 

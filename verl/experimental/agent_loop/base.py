@@ -97,7 +97,7 @@ class Written:
     token_ids: list[int]
     log_probs: list[float] | None
     steps: list[int]
-    """For each token, the step behind which its weights were sent; 0: those of the start."""
+    """For each token, the step after which its weights were sent; 0: those of the start."""
     has_ended: bool
 
 
@@ -208,7 +208,7 @@ class ChatTemplate:
         return self._continuation(messages)[1:]
 
     def shows_unchanged(self, words: str) -> bool:
-        """Whether the template shows an assistant's turn before a tool's as the model wrote it behind the opening."""
+        """Whether the template shows an assistant's turn before a tool's as the model wrote it after the opening."""
         turns = [_QUESTION, {"role": "assistant", "content": words}, _RESULT]
         return self._render(turns, self.tool_schemas).startswith(self._render([_QUESTION], self.tool_schemas) + words)
 
@@ -319,7 +319,7 @@ class AgentLoopBase(ABC):
         return turn.token_ids
 
     def is_over(self, token_ids: Sequence[int], sampling_params: Mapping[str, Any]) -> bool:
-        """Whether nothing behind these tokens, of the model or of a tool, would be trained."""
+        """Whether nothing after these tokens, of the model or of a tool, would be trained."""
         first = sampling_params.get("stop_from_id")
         return first is not None and not self.teacher_knows_extended and max(token_ids, default=-1) >= first
 

@@ -8,7 +8,7 @@ a token that the model wrote and U for one of a tool or user::
 
     written by                   M  M  U  U  M  M  M  U  M
     extended                     0  0  0  0  0  1  0  0  0
-    trainable                    1  1  0  0  1  1  0  0  0     what follows an item is void to the teacher
+    trainable                    1  1  0  0  1  1  0  0  0     after an item the teacher would read replaced tokens
     trainable with drop_whole    0  0  0  0  0  0  0  0  0
     trainable with keep_rest     1  1  0  0  1  1  1  0  1
 """
@@ -32,7 +32,8 @@ def trainable_mask(
         model_mask: 1 for tokens the model wrote, 0 for tokens of tools and users.
         extended_mask: as ``extended_token_mask`` gives it, of the same length.
         drop_whole: train on nothing of a response that holds an extended token.
-        keep_rest: train on what follows the first extended token too, void as the teacher's context is there.
+        keep_rest: train on what follows the first extended token too: of rows whose teacher knows these tokens, and
+            without ``mask_after_extend_token``, where the teacher reads replaced tokens there.
     """
     if 1 not in extended_mask or (keep_rest and not drop_whole):
         return list(model_mask)

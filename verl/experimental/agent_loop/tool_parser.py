@@ -59,7 +59,7 @@ def parse_hermes_tool_calls(text: str) -> list[ToolCall | str]:
 
 
 def _read_calls(text: str, place: int) -> tuple[list[ToolCall | str], int]:
-    """Calls behind an opening tag, and where to read on."""
+    """Calls after an opening tag, and where to read on."""
     calls: list[ToolCall | str] = []
     while True:
         between = _BETWEEN.match(text, place)

@@ -220,7 +220,7 @@ def prune_checkpoints(root: Path, keep: int | None, current: int, protected: Col
     whole = [path for path in own if not find_faults(path)]
     if keep is None or len(whole) < keep:
         return
-    # Cut behind a whole one: broken folders take no place from those that can be resumed.
+    # Cut after a whole one: broken folders take no place from those that can be resumed.
     for folder in own[own.index(whole[keep - 1]) + 1 :]:
         if checkpoint_step(folder) not in protected:
             remove_folder(_move_to_deleted(folder))

@@ -185,7 +185,7 @@ def largest_micro_batch(config: PPOConfig, stage: str) -> Micro:
 def saved_by_block(shape: ModelShape, tokens: int, compute: int, device: str, adapter: int = 0) -> int:
     """Bytes that backward needs of one block: what transformers' decoders of the Llama and Qwen families keep.
 
-    A norm keeps its input in fp32 and, where its weight is trained, the normed input; the layer behind it keeps the
+    A norm keeps its input in fp32 and, where its weight is trained, the normed input; the layer after it keeps the
     norm's output. SiLU keeps its input, the products in the MLP both factors, ``down_proj`` its input. Attention keeps
     queries, keys, values, its output, and a sum for each head; the row-wise kernel's output is joined to another tensor
     (`ops.attention`). Layers with an adapter keep the narrow vector too.
@@ -251,7 +251,7 @@ def head_chunk(shape: ModelShape, scored: int, compute: int, device: str, free: 
 
 
 class Teachers(NamedTuple):
-    """Frozen models as the update of an exact objective meets them."""
+    """Frozen models as the update of a divergence objective meets them."""
 
     models: Sequence[tuple[ModelShape, RankShare]] = ()
     """Those whose whole distributions it needs."""
@@ -264,7 +264,7 @@ class Teachers(NamedTuple):
 def peak_of_scoring(
     shape: ModelShape, share: RankShare, micro: Micro, compute: int, chunk: int, adapter: int = 0
 ) -> int:
-    """The most beside weights in a pass without gradient: in a block, or behind them in the head."""
+    """The most in addition to weights in a pass without gradient: in a block, or after them in the head."""
     states = 2 * micro.scored * shape.hidden * compute
     return share.ends + max(share.block + work_of_forward(shape, micro.tokens, compute, adapter), states + chunk)
 
@@ -272,7 +272,7 @@ def peak_of_scoring(
 def peaks_of_update(
     shape: ModelShape, share: RankShare, config: PPOConfig, micro: Micro, device: str, chunk: int, teachers: Teachers
 ) -> dict[str, int]:
-    """What lives beside parameters and moments, at each moment of a mini-batch that may be its peak."""
+    """What lives in addition to parameters and moments, at each moment of a mini-batch that may be its peak."""
     model, fsdp = config.actor_rollout_ref.model, config.actor_rollout_ref.actor.fsdp_config
     compute = itemsize(fsdp.mixed_precision.param_dtype, device)
     reduced = itemsize(fsdp.mixed_precision.reduce_dtype, device)

@@ -158,7 +158,7 @@ class _Rank:
             for path, stored in of_frozen
         ]
         self.teachers = sum(share.parameters for _, share in self._frozen)
-        self._met = Teachers(compared=int(config.algorithm.distils and distill.is_exact))
+        self._met = Teachers(compared=int(config.algorithm.distils and distill.is_divergence))
         if self._met.compared and distill.needs_full_distribution:
             stitched = any(teacher.is_stitched for teacher in distill.teachers.values())
             # Of a model on other ranks the head comes alone.

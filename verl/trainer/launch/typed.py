@@ -13,7 +13,7 @@
   another key of this project stands for are answered with it;
 - values that Hydra's grammar cannot read, such as paths with ``=`` or brackets, are put in quotes;
 - words with commas between them become a list where one is expected, unless they are a path that exists;
-- flags (``--cfg job``, ``-cn name``) go behind the overrides, unchanged.
+- flags (``--cfg job``, ``-cn name``) go after the overrides, unchanged.
 
 Not here: checks that look at files, models or packages (``checks``).
 """

@@ -228,7 +228,7 @@ def compute_reinforce_plus_plus_outcome_advantage(
     Args:
         token_level_rewards: (B, R); rewards at untrained tokens count towards the trained ones before them.
         response_mask: (B, R) 1 at trained tokens.
-        config: its ``gamma`` goes before the argument.
+        config: its ``gamma`` takes precedence over the argument.
         gamma: discount per trained token.
 
     Returns:
@@ -289,7 +289,7 @@ class AdaptiveKLController:
         self.horizon = horizon
 
     def update(self, current_kl: float, n_steps: int) -> None:
-        """Move the weight after ``n_steps`` sequences with a mean KL of ``current_kl`` nats a token."""
+        """Move the weight after ``n_steps`` (verl's name) answers with a mean KL of ``current_kl`` nats a token."""
         error = min(max(current_kl / self.target - 1.0, -0.2), 0.2)
         self.value *= 1.0 + error * n_steps / self.horizon
 

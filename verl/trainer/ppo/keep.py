@@ -77,7 +77,7 @@ class MixtureControl:
         return {"start": self._start, "duals": self._duals}
 
     def note(self, step: int, metrics: Metrics) -> dict[str, float]:
-        """Take a validation, and set the shares of the steps behind it; returns what was done as metrics.
+        """Take a validation, and set the shares of the steps after it; returns what was done as metrics.
 
         Raises:
             MetricRuleError: a bound is on a metric that the run's first validation does not give, or on a part of 0.

@@ -272,7 +272,7 @@ def compute_on_policy_distill_data_metrics(batch: DataProto, config: AlgoConfig 
 
     def measure(rows: DataProto) -> Metrics:
         metrics = _reverse_kl(rows) | _extended_reverse_kl(rows) | _extension_metrics(rows) | _coverage_metrics(rows)
-        if not distill.is_exact:
+        if not distill.is_divergence:
             metrics |= _extended_share(rows, bounds, weights) | _clip_metrics(rows, bounds)
         return metrics
 
@@ -316,7 +316,7 @@ def compute_validation_distill_metrics(batch: DataProto) -> Metrics:
 
 
 def reported_means(batch: DataProto) -> Metrics:
-    """Mean of each number that the reward function returned beside the score, by key, over the rows that have it."""
+    """Mean of each number that the reward function returned with the score, by key, over the rows that have it."""
     if "reward_extra" not in batch.non_tensor_batch:
         return {}
     numbers: dict[str, list[float]] = {}

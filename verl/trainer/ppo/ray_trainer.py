@@ -5,8 +5,8 @@
               the next step generates with the weights that were just sent  <-----------------------------
 
 A stage takes the batch and returns a ``DataProto`` of its new keys alone (``verl/protocol.py`` lists every key with
-its producer), which ``train_step`` adds; only ``balance`` and ``generate`` move rows. A recipe never overrides it.
-``old_log_prob`` has nothing to do where the update's own pass scores the student (``student_scores_in_update``).
+its producer), which ``train_step`` adds; only ``balance`` and ``generate`` move rows. A recipe overrides stages, never
+``train_step``. ``old_log_prob`` has nothing to do where the update scores the student (``student_scores_in_update``).
 
 Workers compute on models (``workers``), engines generate (``agent_loop``). B sequences, R response tokens.
 """
@@ -178,7 +178,7 @@ class RayPPOTrainer:
         # Sampling seeds follow from these: training never draws the same ones twice, validation always does.
         uids = [f"{'val' if validate else step}-{index}" for index in prompts.non_tensor_batch["index"]]
         prompts.non_tensor_batch["uid"] = np.array(uids, dtype=object)
-        if not self.config.scores_without_extended:  # then nothing behind an extended id is masked
+        if not self.config.scores_without_extended:  # then nothing after an extended id is masked
             prompts.non_tensor_batch["teacher_knows_extended"] = np.full(len(uids), True, dtype=object)
         prompts.meta_info = {
             "global_steps": 0 if validate else step,
@@ -192,7 +192,7 @@ class RayPPOTrainer:
         return prompts.repeat(n, interleave=True)
 
     def generate(self, batch: DataProto) -> DataProto:
-        """The rollout's keys; rows that ``rollout.oversample`` leaves out go. Engines sleep where they free memory."""
+        """The rollout's keys; rows that ``rollout.oversample`` leaves out are removed. Engines sleep to free memory."""
         if self.agent_loop_manager.asleep:
             self.sync_weights()
         generated = self.rollouts.answers_to(batch)
@@ -228,7 +228,7 @@ class RayPPOTrainer:
         return updated
 
     def sync_weights(self) -> None:
-        """Send the student's weights to the engines, once these have answered; they then sample from them."""
+        """Wait until the engines have answered, then send them the student's weights."""
         self.rollouts.drain()
         self.agent_loop_manager.update_weights(self.actor_wg)
 

@@ -42,13 +42,13 @@ from verl.utils.timing import Timeline
 
 
 class RolloutQueue:
-    """The batches behind the one that trains, as far as they are begun.
+    """The batches after the one that trains, as far as they are begun.
 
     Args:
         stream: the training prompts, at the checkpoint's position.
         prepare: makes a batch of rows, ``n`` answers to each and the number of its ``step``.
         engines: the manager, once there is one.
-        total_steps: no batch behind this step is begun.
+        total_steps: no batch after this step is begun.
         saved: the driver's state in the checkpoint, `state_dict` among it; empty: the run starts.
     """
 
@@ -89,7 +89,7 @@ class RolloutQueue:
         self._restore(done)
         self._free_since = time.time()
         for step in itertools.count(done + 1):
-            self._metrics = {}  # a checkpoint behind the last step may have waited for answers, in no step's time
+            self._metrics = {}  # a checkpoint after the last step may have waited for answers, in no step's time
             if self.is_low:
                 self._add_s("train/wait_s", time.time() - self._free_since)
                 last = max(step, min(step + self._most_ahead, self._total_steps))

@@ -57,7 +57,7 @@ def learning_rate(config: OptimizerConfig, step: int) -> float:
     """Learning rate of optimizer step ``step`` (from 0).
 
     Warm-up rises linearly and reaches the peak in its last step; none of its steps is lost at 0. After it the rate is
-    constant, or falls to ``min_lr_ratio`` by the end of the run: linearly, or along half a cosine.
+    constant, or falls to ``min_lr_ratio * lr`` by the end of the run: linearly, or along half a cosine.
     """
     total, warmup, schedule = config.total_training_steps, config.lr_warmup_steps, config.lr_scheduler_type
     if warmup < 0:
@@ -99,13 +99,13 @@ def clipped_step(
     """Clip the gradient to ``max_norm``, take the step, drop the gradient. Every rank returns the same.
 
     Args:
-        loss: of all ranks together, so that all decide alike. Looked at too, for its gradient may be finite where it is
-            not: that of ``x - inf`` is 1.
+        loss: of all ranks together, so that all decide alike. It is checked in addition to the norm, because
+            a loss that is not finite can have a finite gradient: that of ``x - inf`` is 1.
         extended_rows: of the model, which the step leaves alone where they are frozen.
 
     Returns:
-        the norm of the gradient over all parameters and ranks, before clipping, and whether the step was taken. Not
-        where the loss or the norm was not finite: weights and optimizer are as they were, to the bit.
+        the norm of the gradient over all parameters and ranks, before clipping, and whether the step was taken. It is
+        skipped where loss or norm is not finite: weights and optimizer are as they were, to the bit.
     """
     if extended_rows is not None:
         extended_rows.drop_gradient()
@@ -240,14 +240,15 @@ class DataParallelPPOActor:
                 divergence alone. ``old_log_probs`` may be absent if the batch is one optimizer step; the pass's own
                 log-probs are used then, and ``advantage_part`` is added to ``advantages``. ``ref_log_prob`` for that
                 and for the KL term; ``rollout_is_weights`` (B, R) where token losses are weighted; ``teacher`` (B,), a
-                place among the teachers, where there are several; ``meta_info["temperature"]``.
-            teachers: of an exact objective, with the weight of each one's rows.
+                index into ``teachers``, where there are several; ``meta_info["temperature"]``.
+            teachers: of a divergence objective, with the weight of each one's rows.
 
         Returns:
             metrics, the same on every rank: means over the optimizer steps, each over the whole mini-batch of all
             ranks. ``actor/loss`` is the whole loss, with all its terms; those of ``COUNTS`` are counts; drifts are
             measured after the last step. And (5, B, R) the log-probs and the like that ``UPDATE_SCORES`` names, as they
-            were in the last epoch's passes, at trained positions; 0 elsewhere, and where the batch held them.
+            were in the last epoch's passes, at trained positions; 0 elsewhere, and in rows of scores that the loss does
+            not give (`MicroLoss.scores`).
 
         Raises:
             ValueError: a frozen model, or trained padding.
@@ -272,7 +273,7 @@ class DataParallelPPOActor:
         reshard(self.actor_module)
         steps, scores = zip(*updates, strict=True)
         # Named here, so that they are logged, as 0, where no mini-batch has a trained token.
-        own = "actor/distill_loss" if self.distill.is_exact else "actor/pg_loss"
+        own = "actor/distill_loss" if self.distill.is_divergence else "actor/pg_loss"
         names = {own, "actor/loss", "actor/grad_norm"}.union(*steps)
         columns = {name: [step[name] for step in steps if name in step] for name in sorted(names)}
         metrics = {name: sum(values) / max(1, len(values)) for name, values in columns.items()}

@@ -1,8 +1,9 @@
 """The student's loss over one mini-batch, micro-batch by micro-batch.
 
-In:  the rows of one optimizer step that lie on this rank, the teachers of an exact objective; then the micro-batches,
-with a function that runs the student. Out: losses that, summed over micro-batches and averaged over ranks as FSDP does,
-are the loss of the whole mini-batch over all ranks; their metrics; the scores of the drawn tokens (``UPDATE_SCORES``).
+In:  the rows of one optimizer step that lie on this rank, the teachers of a divergence objective; then the
+micro-batches, with a function that runs the student. Out: losses that, summed over micro-batches and averaged over
+ranks as FSDP does, are the loss of the whole mini-batch over all ranks; their metrics; the scores of the drawn tokens
+(``UPDATE_SCORES``).
 
     policy      clipped policy loss - entropy_coeff * entropy + kl_loss_coef * KL(policy || reference)
     divergence  mean over trained tokens of  weight of the row's teacher * (D(student, teacher) + leak_coef * leak)
@@ -45,7 +46,7 @@ TEACHER_ROWS = ("teacher_input_ids", "teacher_attention_mask")
 ROW_KEYS = ("teacher", *TOP_TENSORS, "teacher_states", *TEACHER_ROWS)
 """Batch keys of the divergence; each only where its teachers need it."""
 DIVERGENCE_OF = {"exact": "reverse_kl", "forward_kl": "forward_kl", "jsd": "jsd", "topk": "reverse_kl"}
-"""The divergence that each exact objective minimises."""
+"""The divergence that each of these objectives minimises."""
 
 UPDATE_SCORES = ("old_log_probs", "entropys", "extend_mass", "ref_log_prob", "divergence")
 """Batch keys (B, R) that the pass of a divergence gives at trained positions: the first four as scoring would before
@@ -68,8 +69,8 @@ class MicroLoss(NamedTuple):
     metrics: dict[str, torch.Tensor]
     """0-dim each, shares as the loss."""
     scores: torch.Tensor | None = None
-    """(5, S) of the drawn tokens, in the order of ``UPDATE_SCORES``; (3, S) of a policy loss alone; None where the
-    batch holds them."""
+    """(5, S) of the drawn tokens, in the order of ``UPDATE_SCORES``, of any divergence; (3, S) of a policy loss alone,
+    and None of it where the batch has ``old_log_probs``."""
 
 
 class MiniBatchLoss:
@@ -77,13 +78,13 @@ class MiniBatchLoss:
 
     Args:
         mini: M rows with ``input_ids``, ``attention_mask``, ``response_mask``; the keys of ``POLICY_TENSORS`` for a
-            policy loss, without ``old_log_probs`` where the policy is still the one that wrote; ``teacher`` (M,), a
-            place among the teachers, where there are several; and ``meta_info["temperature"]``.
+            policy loss, without ``old_log_probs`` where the policy is still the one that wrote; ``teacher`` (M,), an
+            index into ``teachers``, where there are several; and ``meta_info["temperature"]``.
         config: the actor's settings.
         vocabulary: the student's.
         device: where the models compute.
         distill: the objective.
-        teachers: of an exact objective.
+        teachers: of a divergence objective.
         advantage_part: is added to ``advantages``, if any, where ``old_log_probs`` are not there.
     """
 
@@ -104,7 +105,7 @@ class MiniBatchLoss:
         self._parts: list[tuple[float, PolicyLoss | DivergenceLoss]] = []
         if distill.has_policy_loss:
             self._parts.append((1.0, PolicyLoss(mini, config, vocabulary, device, distill, advantage_part)))
-        if distill.is_exact:
+        if distill.is_divergence:
             divergence = DivergenceLoss(mini, config, vocabulary, device, distill, teachers)
             self.teacher_lengths = divergence.lengths
             # Without a coef distillation stands alone; where a reward is learned from, `config.ppo` refuses 0.
@@ -162,7 +163,7 @@ class PolicyLoss:
     ) -> None:
         self._config, self._temperature = config, mini.meta_info["temperature"]
         scored = "old_log_probs" in mini.batch
-        self._gives_scores = not scored and not distill.is_exact  # beside a divergence, that gives them
+        self._gives_scores = not scored and not distill.is_divergence  # beside a divergence, that gives them
         self._advantage_part = None if scored else advantage_part
         mini.require("advantages" if self._advantage_part is None else "ref_log_prob")
         # Without its extension, unless the mass on item tokens is to be measured: it is no part of this loss.
@@ -317,7 +318,7 @@ class DivergenceLoss:
         return compare  # a function, because FSDP casts the tensors in a tuple among a forward pass's arguments
 
     def of(self, micro: MicroBatch, compared: tuple[torch.Tensor, DivergenceStats]) -> MicroLoss:
-        """Metrics beside the loss of a micro-batch.
+        """Metrics of a micro-batch other than its loss.
 
         ``distill/sampled_gap``: mean of log p - log q of the drawn tokens over trained tokens inside the support, less
         the mean of the exact reverse KL at the same positions and over the same support; nats. Its mean over tokens

@@ -2,7 +2,7 @@
 
 ::
 
-    loss = E sum_e f_e P_e      over E experts; f_e: mean number of tokens that expert e gets, P_e: its mean probability
+    loss = E sum_e f_e P_e      over E experts; f_e: share of tokens that expert e gets, P_e: its mean probability
 
 Means are over all layers and over the tokens that the update reads on all ranks. f_e counts, so it has no gradient:
 once it is known, the loss is a sum over tokens, and the gradient does not depend on how these fall on ranks and

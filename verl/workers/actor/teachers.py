@@ -42,7 +42,8 @@ def empty_scores(select: torch.Tensor, topk: int | None) -> dict[str, torch.Tens
 
 
 class ScoredPositions(NamedTuple):
-    """Positions that one teacher scores: all scored positions of their rows; of split rows, those of this rank."""
+    """Positions that one teacher scores: all scored positions of their rows, or, where a sequence group splits
+    these, those of this rank."""
 
     batch: DataProto
     layout: ScoredRows
@@ -141,6 +142,7 @@ class StitchedServedTeacher:
         batch, labels, at = positions.batch, positions.labels, (positions.rows, positions.columns)
         own, drawn = self.models[0].log_probs_at(positions, temperature), batch.tensor("ref_log_prob")[at]
         known = labels < batch.meta_info[SHARED_IDS]
+        # Without likeliest ids: no columns, and all of the base teacher's mass (log 1 = 0) is the rest's.
         ids, log_probs, rest = labels[:, None][:, :0], drawn[:, None][:, :0], torch.zeros_like(drawn)
         if TOP_TENSORS[0] in batch.batch:
             ids, log_probs, rest = (batch.tensor(key)[at] for key in TOP_TENSORS)

@@ -170,7 +170,7 @@ def _scatter_from_rank_zero(model: PreTrainedModel, tensors: dict[str, torch.Ten
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             assert isinstance(parameter, DTensor), f"{name} is not sharded"
-            # Popped, so that rank 0 frees each whole tensor behind it; the others' is never read.
+            # Popped, so that rank 0 frees each whole tensor after it; the others' is never read.
             whole = tensors.pop(hugging_face_name(name), None)
             if whole is None:
                 whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=mesh.device_type)

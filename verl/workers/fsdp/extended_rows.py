@@ -89,7 +89,7 @@ class ExtendedRows:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Put rows that are frozen back behind an optimizer step.
+        """Put rows that are frozen back after an optimizer step.
 
         A zero gradient is not enough: weight decay moves rows of its own accord.
         """

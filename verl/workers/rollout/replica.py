@@ -85,7 +85,7 @@ class SamplingOptions:
     """How many of the likeliest tokens are returned with each new token, at most MAX_TOP_LOGPROBS."""
 
     def cut(self, output: TokenOutput) -> TokenOutput:
-        """``output`` up to the token that ends the answer, where there is one: engines may write on behind it."""
+        """``output`` up to the token that ends the answer, where there is one: engines may write on after it."""
         last = math.inf if self.stop_from_id is None else self.stop_from_id
         ends = (n for n, token in enumerate(output.token_ids, 1) if token in self.stop_token_ids or token >= last)
         if (end := next(ends, None)) is None:

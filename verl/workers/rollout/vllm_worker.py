@@ -146,7 +146,7 @@ class VocabularyLimit(LogitsProcessor):
 
 
 class EndAfterExtended(LogitsProcessor):
-    """Allows nothing but an end token behind a token that ends the answer (``SamplingOptions.stop_from_id``)."""
+    """Allows nothing but an end token after a token that ends the answer (``SamplingOptions.stop_from_id``)."""
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
         self._rows: dict[int, tuple[list[int], int, int]] = {}

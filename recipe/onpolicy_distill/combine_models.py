@@ -17,6 +17,7 @@ their place count for nothing.
 """
 
 import argparse
+import json
 import shutil
 import sys
 from collections.abc import Mapping
@@ -33,7 +34,8 @@ from verl.utils.vocab_contract import THRESHOLD_HELP, resolve_threshold, thresho
 if TYPE_CHECKING:
     import torch
 
-ROW_TENSORS = ("model.embed_tokens.weight", "lm_head.weight")
+HEAD = "lm_head.weight"
+ROW_TENSORS = ("model.embed_tokens.weight", HEAD)
 """What has a row per id, in the names of Hugging Face's decoders."""
 
 
@@ -71,7 +73,7 @@ def combine_models(parts: Mapping[Path, float], out: Path, start: int, rows_from
 
     shutil.copytree(first, out, ignore=shutil.ignore_patterns("*.safetensors"))
     for file in tqdm(models[first].files, desc="write", unit="file", leave=False, disable=None):
-        tensors = load_file(file)
+        tensors = {name: tensor for name, tensor in load_file(file).items() if name in models[first].names}
         for name, tensor in tensors.items():
             mixed = _weighted_sum(models, parts, name, slice(start if name in ROW_TENSORS else None))
             if name in ROW_TENSORS:
@@ -105,6 +107,8 @@ class ModelFiles:
             with safe_open(file, framework="pt") as weights:
                 for name in weights.keys():  # noqa: SIM118 (it is no dict)
                     self._file_of[name], self._shapes[name] = file, weights.get_slice(name).get_shape()
+        if json.loads((folder / "config.json").read_text(encoding="utf-8")).get("tie_word_embeddings"):
+            self._shapes.pop(HEAD, None)  # a copy of the embedding, which some folders hold
         self.names = set(self._shapes)
 
     def tensor(self, name: str) -> "torch.Tensor":
@@ -165,6 +169,8 @@ def main(argv: list[str] | None = None) -> None:
     add_threshold(parser)
     args = parser.parse_args(argv)
     try:
+        if len(dict(args.model)) < len(args.model):
+            raise ValueError("a folder is named twice by --model; add up its coefficients")
         combine_models(dict(args.model), args.out, read_threshold(args, args.model[0][0]), args.rows_from)
     except ValueError as error:
         sys.exit(f"error: {error}")

@@ -42,9 +42,6 @@ if TYPE_CHECKING:
 
     from recipe.onpolicy_distill.scoreboard.questions import Question
 
-ITEM_TOKENS = 6
-"""Tokens that an item may take after the longest prompt."""
-
 
 @dataclass(frozen=True)
 class EvaluationConfig:
@@ -82,6 +79,8 @@ class EvaluationConfig:
             raise ValueError("nothing to measure: give --general, --rec, or both")
         if (self.rec is None) != (self.catalogue is None):
             raise ValueError("--rec and --catalogue belong together: recommendations are ranked over the catalogue")
+        if not self.temperature > 0:
+            raise ValueError(f"--temperature {self.temperature} must be above 0; answers to --rec are greedy anyway")
 
 
 @dataclass(frozen=True)
@@ -180,7 +179,7 @@ async def _ask(
     settings: dict[str, Any] = {
         "name": config.engine,
         "prompt_length": config.max_prompt_length,
-        "response_length": max(config.max_new_tokens, ITEM_TOKENS),
+        "response_length": max(config.max_new_tokens, 0 if trie is None else trie.depth + 1),
         "gpu_memory_utilization": 0.8,
     }
     answerer = Answerer(config.model, RolloutConfig(**settings | dict(config.rollout or {})), device)

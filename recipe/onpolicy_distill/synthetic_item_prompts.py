@@ -144,6 +144,7 @@ def make_prompt_file(config: DataConfig, tokenizer: "PreTrainedTokenizerBase") -
         lambda path: write_item_prompts(path, wanted, tokenizer, prompt_column),
         # The catalogue by its content: moved, it makes the same file; changed, another.
         settings=dataclasses.asdict(wanted) | {"catalogue": [file_digest(file) for file in catalogue]},
+        templates=list(wanted.templates),  # in the order in which they take turns, which the key of a map does not hold
         codes=_codes_by_level(tokenizer.get_vocab()),
         prompt_column=prompt_column,
         code=[code_digest(), file_digest(Path(__file__))],

@@ -94,11 +94,7 @@ def test_a_run_that_loses_processes_in_every_stage_names_them_and_goes_on(
 ) -> None:
     """That it ends as a run that lost nothing: ``test_signals_run``, and the kill run in ``tests/soak``."""
     before, train = ray_processes(), write_onerec_parquet(tmp_path / "train.parquet", 10)
-    changes = {
-        "ray_kwargs.ray_init.num_cpus": 2,
-        "trainer.n_gpus_per_node": 2,
-        "trainer.total_training_steps": STEPS,
-    }
+    changes = {"ray_kwargs.ray_init.num_cpus": 2, "trainer.n_gpus_per_node": 2, "trainer.total_training_steps": STEPS}
     config = settings(tiny_pair, train, tmp_path / "run", **changes)
     monkeypatch.setattr(actors_module, "SHUTDOWN_S", 2.0)  # what a stopped engine costs
     reported: list[tuple[float, str]] = []

@@ -124,11 +124,7 @@ def test_errors_name_the_numbers() -> None:
 def test_rows_of_a_chunk_follow_cache_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = partial(rows_per_chunk, None, 9)
     cpu, cuda, of_qwen = torch.device("cpu"), torch.device("cuda"), 176_247 * 4
-    assert [rows(4 * ids, cpu) for ids in (512, 9216, 176_247)] == [
-        512,
-        256,
-        142,
-    ]  # 1 MiB a buffer; 256; 384 MiB
+    assert [rows(4 * ids, cpu) for ids in (512, 9216, 176_247)] == [512, 256, 142]  # 1 MiB a buffer; 256; 384 MiB
     for free, found in ((10 * 2**30, 640 * 2**20), (2**30, 384 * 2**20), (100 * 2**30, 4 * 2**30)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free // 2, 140 * 2**30))
         monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _, free=free: free // 2 + 7)

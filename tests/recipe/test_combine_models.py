@@ -73,6 +73,7 @@ def test_user_errors(tiny_pair, tmp_path):
     for parts, message in (
         ([(student, 0.5), (teacher, 0.4)], "add up to 0.9"),
         ([(student, 0), (teacher, 1)], "coefficients add up to 0; use --rows-from"),
+        ([(student, 1), (student, 0.5), (teacher, 0.5)], "named twice"),
     ):
         with pytest.raises(SystemExit, match=message):
             combine(tmp_path / "out", start, *parts)

@@ -111,6 +111,9 @@ def test_they_are_filtered_by_length_and_not_counted_as_samples_of_the_files(tok
     data = load(tmp_path, tokenizer, synthetic, filter_overlong_prompts=True, train_max_samples=2)
     assert data.sources == SOURCES[1:] * 2 + ["general"] * 2
     assert data.drop_report.dropped_by_source == {("overlong", SOURCES[0]): 2}
+    long = write_rows(tmp_path / "long.parquet", [chat("Why? " * n, source="general") for n in (1, 90, 90, 90)])
+    with pytest.raises(ValueError, match=r"75\.0% of the 4 rows"):
+        load(tmp_path, tokenizer, config_of(60), filter_overlong_prompts=True, train_files=str(long))
 
 
 def test_they_take_the_layout_of_the_files(tokenizer, tmp_path) -> None:
@@ -129,6 +132,8 @@ def test_the_file_is_made_once_for_what_it_depends_on(tokenizer, tmp_path) -> No
     first, other = made("items.parquet", [0, 1, 2]), made("items.parquet", [2, 1, 0])
     assert first == made("items.parquet", [0, 1, 2]) != other == made("moved.parquet", [2, 1, 0])
     assert "2><s_b_1><s_c_0" in pq.read_table(other)["messages"][0].as_py()
+    turned = config_of(3, templates=dict(reversed(config_of().templates.items())))
+    assert load(tmp_path, tokenizer, config_of(3)).sources[:1] != load(tmp_path, tokenizer, turned).sources[:1]
 
 
 def test_settings_that_make_no_prompts() -> None:

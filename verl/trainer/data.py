@@ -52,9 +52,11 @@ def build_datasets(
     build: Any = partial(create_rl_dataset, tokenizer=tokenizer, config=config, **options)
     files: Any = config.train_files
     samples, folder = config.train_max_samples, Path(dropped_rows_folder)
+    own: dict[str, Any] = {}
     if made is not None:
-        files, samples = [made, *expand_data_files(files)], samples if samples < 0 else read_header(made)[1] + samples
-    train = build(files, max_samples=samples, dropped_rows_path=folder / "dropped_rows.jsonl")
+        own["made_rows"] = read_header(made)[1]  # a class of the user's own need not take it otherwise
+        files, samples = [made, *expand_data_files(files)], samples if samples < 0 else own["made_rows"] + samples
+    train = build(files, max_samples=samples, dropped_rows_path=folder / "dropped_rows.jsonl", **own)
     if not config.val_files:
         return train, None
     val_path = folder / "dropped_rows_val.jsonl"

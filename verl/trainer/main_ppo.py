@@ -84,9 +84,10 @@ def build_trainer(
         dropped_rows_folder=config.trainer.default_local_dir,
         **({"hint_columns": hints} if (hints := config.hint_columns) else {}),  # classes of users need not take it
     )
-    for name in {name for dataset in datasets if dataset is not None for name in dataset.agent_names}:
+    loops = [{name or rollout.agent.default_agent_loop for name in read.agent_names} for read in datasets if read]
+    for name in set.union(*loops):
         get_agent_loop_class(name)
-    check_carries(datasets[0].agent_names or {rollout.agent.default_agent_loop}, rollout)
+    check_carries(loops[0], rollout)
     options: dict[str, Any] = {"device_name": device_name, "vocab_fingerprint": contract and contract.fingerprint}
     return (trainer_class or RayPPOTrainer)(config, tokenizer, worker_classes(config), *datasets, reward_fn, **options)
 

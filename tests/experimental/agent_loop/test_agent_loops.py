@@ -21,18 +21,8 @@ from support.agent_loop_fakes import (
 from support.chat_files import EXTEND_START
 
 from verl.config import MultiTurnConfig
-from verl.experimental.agent_loop.base import (
-    WRITTEN,
-    AgentLoopBase,
-    AgentLoopOutput,
-    CutShort,
-    RolloutError,
-    Written,
-)
-from verl.experimental.agent_loop.tool_agent_loop import (
-    SingleTurnAgentLoop,
-    ToolAgentLoop,
-)
+from verl.experimental.agent_loop.base import WRITTEN, AgentLoopBase, AgentLoopOutput, CutShort, RolloutError, Written
+from verl.experimental.agent_loop.tool_agent_loop import SingleTurnAgentLoop, ToolAgentLoop
 from verl.tools.base_tool import BaseTool
 from verl.tools.schemas import OpenAIFunctionToolSchema
 from verl.utils.rollout_trace import rollout_trace_op
@@ -179,11 +169,7 @@ async def test_every_turn_draws_its_own_random_stream_within_what_is_left(tokeni
 
 @pytest.mark.parametrize(
     ("limits", "turns"),
-    [
-        ({"max_assistant_turns": 2}, 4),
-        ({"max_user_turns": 0}, 2),
-        ({"max_user_turns": 2, "max_assistant_turns": 9}, 6),
-    ],
+    [({"max_assistant_turns": 2}, 4), ({"max_user_turns": 0}, 2), ({"max_user_turns": 2, "max_assistant_turns": 9}, 6)],
 )
 async def test_limits_on_turns(tokenizer, limits, turns) -> None:
     output, _ = await converse(tokenizer, [ADD + END] * 5, ADD_TOOL, MultiTurnConfig(**limits))

@@ -134,6 +134,10 @@ def test_steps_that_are_taken_again_are_forgotten(tmp_path: Path) -> None:
     for general in (0.4, 0.6, 0.8):
         first.take(general)
     assert_best(first, 3)
+    (tmp_path / "global_step_3/actor/huggingface/model.safetensors").write_text("what is taken again")
+    again = Run(tmp_path, max_actor_ckpt_to_keep=None, **resume_path(tmp_path / "global_step_2"))
+    assert again.take(0.7)["training/best_step"] == 3
+    assert_best(again, 3)
     second = Run(tmp_path, max_actor_ckpt_to_keep=None, **resume_path(tmp_path / "global_step_2"))
     assert_best(second, 2)
     assert second.take(0.5)["training/best_step"] == 2, "0.8 of the step that was taken before is forgotten"
@@ -141,6 +145,7 @@ def test_steps_that_are_taken_again_are_forgotten(tmp_path: Path) -> None:
     assert not (tmp_path / "best").exists()
     assert (tmp_path / "best_void" / "huggingface" / "model.safetensors").read_text() == "weights of step 2"
     assert third.start().take(0.3)["training/best_step"] == 1
+    assert third.saver.written_folders()["last_checkpoint"] == f"{tmp_path}/global_step_1", "3 is of the run before"
     assert_best(third, 1)
 
 

@@ -78,7 +78,7 @@ def refused_keys(folder: Path, config: PPOConfig) -> list[str]:
 
 
 def test_settings_that_train_the_same_may_differ(folder: Path, run: PPOConfig, tmp_path: Path, caplog: Any) -> None:
-    run.trainer.total_training_steps, run.trainer.save_freq, run.data.cache_dir = 1000, 7, "/elsewhere"
+    run.trainer.total_training_steps, run.data.dataloader_num_workers, run.data.cache_dir = 1000, 7, "/elsewhere"
     check(folder, run, None)  # trainer.vocab_check=off: not compared
     models = run.actor_rollout_ref
     models.model.path = str(shutil.copytree(tmp_path / "student", tmp_path / "moved" / "student"))
@@ -103,6 +103,7 @@ def test_what_changes_the_training_is_refused_and_listed(folder: Path, run: PPOC
     changed = WEIGHTS[:150_000] + b"v" * 40_000 + WEIGHTS[190_000:]
     run.actor_rollout_ref.ref.model.path = write_model(tmp_path / "tuned", hidden=16, weights=changed)
     (tmp_path / "train.parquet").write_bytes(b"other")
+    (tmp_path / "tuned" / "chat_template.jinja").write_text("other")
     lines = refused(folder, run, "contract-2")
     assert {
         'algorithm.adv_estimator: "grpo" in the checkpoint, "rloo" now',
@@ -111,7 +112,15 @@ def test_what_changes_the_training_is_refused_and_listed(folder: Path, run: PPOC
         "student.config.hidden_size: 8 in the checkpoint, 12 now",
         'vocabulary: "contract-1" in the checkpoint, "contract-2" now',
     } < set(lines)
-    assert {"teacher.weights", "data.train_files"} < {line.partition(": ")[0] for line in lines} and len(lines) == 7
+    found = {line.partition(": ")[0] for line in lines}
+    assert {"teacher.weights", "teacher.chat_template", "data.train_files"} < found and len(lines) == 8
+
+
+def test_a_data_set_class_of_ones_own_is_compared_by_the_names_of_its_files(folder: Path, run: PPOConfig) -> None:
+    run.data.custom_cls.path = "mine.py"
+    reseal(folder, run)
+    run.data.train_files = "other.parquet"
+    assert refused_keys(folder, run) == ["data.train_files"]
 
 
 def test_what_is_named_may_change(folder: Path, run: PPOConfig, tmp_path: Path, caplog: Any) -> None:

@@ -163,10 +163,7 @@ def test_all_errors_come_at_once() -> None:
         ([FOUR, f"{ACTOR}.{SPLIT}=3"], f"{ACTOR}.{SPLIT}=3 does not divide the 4 ranks of {ACTOR}; change one"),
         ([FOUR, f"{ACTOR}.{SPLIT}=4", *APART, f"{APART[1][:-1]}2"], f"=4 does not divide the 2 ranks of {REF}; change"),
         ([FOUR, f"{REF}.{SPLIT}=2"], f"{ACTOR}.{SPLIT}=1 differs from {REF}.{SPLIT}=2; set the first alone"),
-        (
-            [*PAIRS, f"{MODEL}.use_remove_padding=False"],
-            f"=2 splits packed rows; leave {MODEL}.use_",
-        ),
+        ([*PAIRS, f"{MODEL}.use_remove_padding=False"], f"=2 splits packed rows; leave {MODEL}.use_"),
         ([*PAIRS, *APART, *EXACT], f"{ACTOR}.{SPLIT}=2 with {EXACT[1]} needs the teachers on the"),
         (
             [*PAIRS, f"{ACTOR}.ppo_max_token_len_per_gpu=511"],

@@ -129,8 +129,7 @@ def logged(trainer: Any, name: str) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    ("max_staleness", "expected"),
-    [(1, [0, 1, 1, 1, 1, 1, 1]), (2, [0, 1, 2, 1, 2, 1, 2]), (3, [0, 1, 2, 3, 1, 2, 3])],
+    ("max_staleness", "expected"), [(1, [0, 1, 1, 1, 1, 1, 1]), (2, [0, 1, 2, 1, 2, 1, 2]), (3, [0, 1, 2, 3, 1, 2, 3])]
 )
 def test_engines_write_the_next_batches_while_one_trains(tmp_path: Path, max_staleness: int, expected: Any) -> None:
     trainer = trainer_of(tmp_path, max_staleness, seconds=(0.1, 0.05))

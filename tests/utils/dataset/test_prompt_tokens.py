@@ -66,12 +66,7 @@ SCHEMA = {"type": "function", "function": {"name": "look", "parameters": {}}}
         ("{{ messages[0].content }}<think>", {"enable_think": True, "think_mode": "force_think"}, [], None),
         ("{{ messages[0].content }}<think>", {}, [], None),
         ("{{ messages[0].content }}", {"enable_think": True}, [], "appends /think or /no_think to questions"),
-        (
-            "{{ messages[0].content }}{{ 'tools' if tools }}",
-            {},
-            [SCHEMA],
-            "not show ['look'], tools of actor_rollou",
-        ),
+        ("{{ messages[0].content }}{{ 'tools' if tools }}", {}, [SCHEMA], "not show ['look'], tools of actor_rollou"),
         ("{{ tools }}", {}, [SCHEMA], None),
     ],
 )

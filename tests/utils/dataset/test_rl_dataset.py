@@ -154,8 +154,9 @@ def test_columns_that_cannot_be_read_are_bad_rows(tokenizer, tmp_path):
 
 
 def test_a_row_without_the_name_of_a_loop_names_none(tokenizer, tmp_path):
-    rows = [verl_row("2 + 2", agent_name=name) for name in ("tool_agent", None, "")]
-    assert RLHFDataset(write_rows(tmp_path / "d.parquet", rows), tokenizer, DataConfig()).agent_names == {"tool_agent"}
+    rows = [verl_row("2 + 2", agent_name=name) for name in ("tool_agent", None, "", "not read")]
+    data = RLHFDataset(write_rows(tmp_path / "d.parquet", rows), tokenizer, DataConfig(), max_samples=3)
+    assert data.agent_names == {"tool_agent", ""}
 
 
 def test_prompts_are_as_long_as_the_agent_loop_makes_them(tokenizer, tmp_path):

@@ -66,7 +66,8 @@ class BestCheckpoint:
         self._metrics = {int(step): metrics for step, metrics in record.items() if int(step) <= last}
         # Another run's checkpoints are no candidates: they are not this run's to protect or to link.
         if layout.is_of_run(resume_from, self._root):
-            self._exported = read_json(self._root / BEST / REASON, FORGET).get("step")
+            exported = read_json(self._root / BEST / REASON, FORGET).get("step")
+            self._exported = exported if exported is not None and exported <= last else None
             whole = [folder for folder in layout.step_folders(self._root) if not layout.find_faults(folder)]
             # The step of best/ stays one without its checkpoint too: hard links keep its model.
             self._candidates = {self._exported, *(step for step in map(layout.checkpoint_step, whole) if step <= last)}

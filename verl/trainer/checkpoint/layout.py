@@ -150,8 +150,10 @@ def find_checkpoint(config: TrainerConfig) -> Path | None:
 
 
 def newest_whole(root: str | Path) -> Path | None:
-    """The newest whole checkpoint of a run folder."""
-    return next((folder for folder in step_folders(root) if not find_faults(folder)), None)
+    """The newest whole checkpoint of a run folder; later ones than the last published are of another run."""
+    text = latest.read_text().strip() if (latest := Path(root) / LATEST).is_file() else ""
+    folders = [folder for folder in step_folders(root) if not text.isdecimal() or checkpoint_step(folder) <= int(text)]
+    return next((folder for folder in folders if not find_faults(folder)), None)
 
 
 def is_of_run(folder: Path, root: str | Path) -> bool:

@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from verl.config import PPOConfig
 from verl.config.ppo import teacher_key
 from verl.trainer.checkpoint import layout
-from verl.utils.dataset.parquet_files import expand_data_files, file_digest
+from verl.utils.dataset.parquet_files import expand_data_files, file_digest, text_digest
 from verl.utils.redaction import public_dict
 from verl.utils.tokenizer import local_model_folder
 
@@ -79,9 +79,14 @@ def model_identity(model: str | None, tokenizer: str | None = None) -> dict[str,
     entries = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     identity = {f"config.{name}": value for name, value in entries.items() if name not in VOLATILE}
     identity["weights"] = _digest_of_samples(sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]))
-    words = (local_model_folder(tokenizer) or folder) / "tokenizer.json"
-    if words.is_file():
-        identity["tokenizer"] = file_digest(words)[:DIGEST_DIGITS]
+    words = local_model_folder(tokenizer) or folder
+    if (words / "tokenizer.json").is_file():
+        identity["tokenizer"] = file_digest(words / "tokenizer.json")[:DIGEST_DIGITS]
+    # As transformers looks for it; a text that is empty where there is none, so that a new one is a difference.
+    settings, template = words / "tokenizer_config.json", words / "chat_template.jinja"
+    within = json.loads(settings.read_text(encoding="utf-8")).get("chat_template") if settings.is_file() else None
+    text = template.read_text(encoding="utf-8") if template.is_file() else json.dumps(within)
+    identity["chat_template"] = text_digest(text)[:DIGEST_DIGITS]
     return identity
 
 
@@ -153,7 +158,7 @@ def require_same_run(folder: Path, config: PPOConfig, identity: dict[str, Any]) 
     paths = {f"{TEACHERS}.{name.split('.')[1]}.path" for name in in_both if name.startswith("teachers.")}
     # Servers may move; what they score is compared by the teacher's probe.
     places = {f"{TEACHERS}.{name}.{field}" for name in config.algorithm.distill.teachers for field in SERVERS}
-    covered = {"data.train_files", CATALOGUE, *paths, *places, *(key.removesuffix(".content") for key in in_both)}
+    covered = {CATALOGUE, *paths, *places, *(key.removesuffix(".content") for key in in_both)}
     there, here = (
         {key: value for key, value in settings.items() if not matches(covered, key)} | entries
         for settings, entries in ((saved, described), (_flatten(public_dict(config)), identity))

@@ -175,13 +175,13 @@ class ParquetRows:
         return number, index - self._starts[number]
 
     def distinct(self, column: str, rows: np.ndarray | None = None) -> set[Any]:
-        """Every value of a column but None, in all rows or in these; ValueError where it holds lists or structs."""
+        """Every value of a column in all rows or in these, None where it lacks; ValueError for lists and structs."""
         at, found = pa.array(np.isin(np.arange(len(self)), rows) if rows is not None else np.ones(len(self)) > 0), set()
         try:
             for number, (start, end) in enumerate(pairwise(self._starts)):
-                if column in (table := self._table(number)).column_names:
-                    found |= {*table[column].filter(at[start:end]).unique().to_pylist()}
-            return found - {None}
+                has_it = column in (table := self._table(number)).column_names
+                found |= {*table[column].filter(at[start:end]).unique().to_pylist()} if has_it else {None}
+            return found
         except pa.ArrowNotImplementedError as error:
             raise ValueError(f"the column {column!r} must hold texts ({error}); name another") from error
 

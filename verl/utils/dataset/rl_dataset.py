@@ -113,8 +113,6 @@ class DropReport:
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
         self.rows = kept.total() + self.dropped.total()
         """Rows kept and dropped."""
-        self.dropped_fraction = self.dropped.total() / max(self.rows, 1)
-        """Share of the rows that was dropped; 0 without rows."""
 
     def reasons(self) -> str:
         """Counts by reason in one line, the first row's detail of each, and where each row is recorded."""
@@ -159,6 +157,7 @@ class RLHFDataset(Dataset[dict[str, Any]]):
         tool_schemas: OpenAI function schemas of the tools that the agent loops list in the prompts. They count towards
             a prompt's length, but for rows whose ``agent_name`` is a loop without tools.
         hint_columns: texts that teachers read and the student does not.
+        made_rows: the first rows, which the run made itself: they do not count towards the share that is dropped.
 
     Raises:
         ValueError: files missing or unreadable, the prompt column absent, no row left or more of them dropped than
@@ -179,6 +178,7 @@ class RLHFDataset(Dataset[dict[str, Any]]):
         dropped_rows_path: str | Path | None = None,
         tool_schemas: list[dict[str, Any]] | None = None,
         hint_columns: Sequence[str] = (),
+        made_rows: int = 0,
     ) -> None:
         self.config, self.tokenizer, self._hint_columns = config, tokenizer, hint_columns
         self.epoch = 0
@@ -207,9 +207,10 @@ class RLHFDataset(Dataset[dict[str, Any]]):
         if not len(self):
             fixes = "".join(f"; {fix}" for reason, fix in DROP_FIXES.items() if reason in report.dropped)
             raise ValueError(f"no usable row in {files}: dropped are {report.reasons()}{fixes}")
-        if report.dropped_fraction > (most := config.max_dropped_fraction):
+        of_files = is_kept.to_numpy()[made_rows:]
+        if (dropped := (~of_files).mean() if len(of_files) else 0.0) > (most := config.max_dropped_fraction):
             raise ValueError(
-                f"{report.dropped_fraction:.1%} of the {report.rows:,} rows of {files} are dropped, more than "
+                f"{dropped:.1%} of the {len(of_files):,} rows of {files} are dropped, more than "
                 f"data.max_dropped_fraction={most}; raise it where this is meant: {report.reasons()}"
             )
 
@@ -254,8 +255,8 @@ class RLHFDataset(Dataset[dict[str, Any]]):
 
     @property
     def agent_names(self) -> set[str]:
-        """The agent loops that rows name."""
-        return self._rows.distinct("agent_name") - {""}
+        """The agent loops that items name; "" for those that name none."""
+        return {name or "" for name in self._rows.distinct("agent_name", self._kept)}
 
     @property
     def has_extended(self) -> list[bool]:
@@ -264,7 +265,7 @@ class RLHFDataset(Dataset[dict[str, Any]]):
 
     def texts_of(self, column: str, chosen: Iterable[bool]) -> set[str]:
         """The texts of one of ``hint_columns`` in the items that are chosen, each once."""
-        return set(map(text_of, self._rows.distinct(column, self._kept[list(chosen)])))
+        return set(map(text_of, self._rows.distinct(column, self._kept[list(chosen)]) - {None}))
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order and the draws of the think switch. Loader processes see it from their next start on."""

@@ -39,6 +39,8 @@ class DistilConfig:
     prompts: int = 16
     """In a batch."""
     answer_tokens: int = 64
+    first_tokens: int | None = None
+    """Where answers are cut at first; the cut moves to ``answer_tokens`` over two thirds of the steps. None: there."""
     learning_rate: float = 2e-4
 
 
@@ -76,6 +78,9 @@ def settings(config: DistilConfig, *, teacher: Path, student: Path, data: Path, 
     if config.mode == PUBLIC_FORK:
         values["actor_rollout_ref.rollout.mask_after_extend_token"] = False
         values["actor_rollout_ref.ref.ref_replace_token_id"] = hf_tokenizer(teacher).eos_token_id
+    if config.first_tokens is not None:
+        growth = f"start:{config.first_tokens},end:{config.answer_tokens},steps:{config.steps * 2 // 3}"
+        values["actor_rollout_ref.rollout.horizon"] = f"{{{growth}}}"
     if config.bf16:
         values["actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype"] = "bf16"
     return values | {

@@ -93,14 +93,15 @@ def test_the_distillation_s_settings_are_valid(tmp_path):
 
     def config_of(mode):
         folders = dict.fromkeys(("student", "data", "prompts"), tmp_path) | {"teacher": tmp_path / "teacher"}
-        values = settings(DistilConfig(3, bf16=True, mode=mode), **folders)
+        values = settings(DistilConfig(3, bf16=True, mode=mode, first_tokens=8), **folders)
         overrides = [f"{key}={value}" for key, value in values.items()]
         return load_config(overrides, "recipe.onpolicy_distill.config", "onpolicy_distill_trainer")
 
     exact, sampled, fork = map(config_of, MODES)
+    shares = dict(zip([*data.QUESTIONS, "general_*"], (0.14, 0.16, 0.08, 0.62), strict=True))
     assert exact.algorithm.distill.is_divergence and exact.algorithm.distill.teacher_knows_extended(data.NEXT)
-    shares = dict.fromkeys(data.QUESTIONS, 0.15) | {"general_*": 0.55}
     assert exact.data.seed == 3 and exact.data.source_weights == shares
+    assert [sampled.actor_rollout_ref.rollout.horizon.at(step) for step in (1, 51, 101, 150)] == [8, 36, 64, 64]
     for config in (sampled, fork):
         assert config.algorithm.distill.objective == "sampled" and not config.algorithm.distill.teachers
         assert config.data.train_files == [str(tmp_path / "general_train.parquet")] and not config.data.source_weights

@@ -248,7 +248,7 @@ def _score(
     samples = [
         {
             **{key: getattr(questions[row], key) for key in ("uuid", "source", "prompt", "wanted")},
-            "exact": measures.is_divergence(answered[row]),
+            "exact": measures.is_exact(answered[row]),
             "tokens": scoring.describe_tokens(batch, row, tokenizer),
         }
         for row in chosen

@@ -88,6 +88,8 @@ class Distillation:
 
     def command(self) -> list[str]:
         """The entry point with the quickstart's settings, then the user's."""
+        import torch  # here, for --help does without it
+
         world = self.world
         settings = {
             **yaml.safe_load(SETTINGS.read_text(encoding="utf-8")),
@@ -101,6 +103,7 @@ class Distillation:
             "data.max_response_length": MAX_ANSWER_TOKENS,
             "data.seed": self.seed,
             "custom_reward_function.path": EXACT_MATCH,
+            "trainer.n_gpus_per_node": min(2, torch.cuda.device_count()) or 2,
             "trainer.total_training_steps": self.steps,
             "trainer.test_freq": max(1, self.steps // 8),
             "trainer.save_freq": max(1, (self.steps + 1) // 2),

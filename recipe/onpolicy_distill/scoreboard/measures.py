@@ -33,7 +33,7 @@ def final_answer(text: str) -> str:
     return _THOUGHTS.sub("", text).strip()
 
 
-def is_divergence(answered: Answered) -> bool:
+def is_exact(answered: Answered) -> bool:
     """Whether the answer is, but for thoughts and outer blanks, the one that was wanted."""
     return final_answer(answered.text) == final_answer(answered.wanted)
 
@@ -48,9 +48,9 @@ def accuracy_metrics(prefix: str, answers: Sequence[Answered]) -> dict[str, floa
         return {}
     by_task: dict[str, list[bool]] = {}
     for answered in answers:
-        by_task.setdefault(answered.source, []).append(is_divergence(answered))
+        by_task.setdefault(answered.source, []).append(is_exact(answered))
     return {
-        f"{prefix}accuracy": fmean(map(is_divergence, answers)),
+        f"{prefix}accuracy": fmean(map(is_exact, answers)),
         f"{prefix}accuracy_by_task": {task: fmean(exact) for task, exact in sorted(by_task.items())},
     }
 

@@ -170,12 +170,14 @@ each_host() {
     fi
     mkdir -p "$LOG_DIR" || die "the folder for logs, $LOG_DIR, cannot be made; set LOG_DIR"
     # What was begun here ends with this script.
-    trap 'kill $(jobs -p) 2>/dev/null || true; exit 130' INT TERM
+    trap 'kill -- "${running[@]/#/-}" 2>/dev/null || true; exit 130' INT TERM
+    set -m # each job is a process group, so that what it started ends with it
     for index in "${AT[@]}"; do
         log="$(host_log "$label" "$index")"
         timed "$command" "$index" "$@" >"$log" 2>&1 </dev/null &
         running[$index]=$!
     done
+    set +m
     for index in "${AT[@]}"; do
         HOST_STATUS[index]=0
         wait "${running[$index]}" || HOST_STATUS[index]=$?

@@ -28,7 +28,7 @@ def test_rows_are_written_without_padding(tmp_path: Path) -> None:
     }
     arrays = {"uid": ["u0", "u1"], "data_source": ["math", "item"], "__num_turns__": [2, 4]}
     arrays["reward_model"] = [{"ground_truth": "d"}, None]
-    reported = {"acc": np.bool_(True), "far": np.float32(0.5), "seen": np.arange(2), "input": "a key that is taken"}
+    reported = {"acc": np.bool_(True), "far": np.float32(0.5), "seen": np.arange(2), "input": "taken", "step": 3}
     arrays["reward_extra"] = [reported, {}]
     batch = DataProto.from_dict({key: torch.tensor(rows) for key, rows in tensors.items()}, arrays)
     dump_answers(tmp_path / "dump", 7, batch, LetterTokenizer(), [])

@@ -8,6 +8,7 @@ import pytest
 from support.vocab_pairs import add_token, edit_json, renumber, write_json
 
 from recipe.onpolicy_distill.tiny_tokenizers import build_tiny_tokenizers
+from verl.config import HFModelConfig, TrainerConfig
 from verl.utils.tokenizer import answer_text, fit_tool_calls, hf_tokenizer, local_model_folder, save_tokenizer
 
 
@@ -132,5 +133,6 @@ def test_the_folder_of_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     (cache / "refs" / "main").write_text("abc")
     assert local_model_folder("owner/name") == cache / "snapshots" / "abc"
     assert local_model_folder(str(own)) == local_model_folder("~/own") == own
+    assert HFModelConfig(path="~/own").path == TrainerConfig(default_local_dir="~/own").default_local_dir == str(own)
     for nothing in (None, "", "owner/other", "no such/na me", str(tmp_path / "absent")):
         assert local_model_folder(nothing) is None, nothing

@@ -94,7 +94,7 @@ def test_a_full_disk_delays_lines_and_loses_none(tmp_path: Path, caplog: pytest.
     tracking = track(tmp_path, "file")
     tracking.log({"loss": 1.0}, 1)
     with full_disk(50):
-        tracking.log({"loss": 2.0}, 2)
+        tracking.log({f"loss/{number}": 2.0 for number in range(900)}, 2)  # more than a text stream's buffer
         tracking.log({"loss": 3.0}, 3)
     assert "step 2 is not yet in" in caplog.text
     tracking.log({"loss": 4.0}, 4)

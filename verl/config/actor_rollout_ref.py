@@ -6,16 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from verl.config.model import AnyTeacherConfig, FSDPConfig, HFModelConfig, RefModelConfig
-from verl.config.schema import (
-    Count,
-    Fraction,
-    IsListed,
-    NonNegativeFloat,
-    NullIsEmpty,
-    Options,
-    PositiveFloat,
-    section,
-)
+from verl.config.schema import Count, Fraction, IsListed, NonNegativeFloat, NullIsEmpty, Options, PositiveFloat, section
 
 KLEstimator = Literal["kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3"]
 CheckpointParts = Annotated[list[Literal["model", "optimizer", "extra", "hf_model"]], IsListed]

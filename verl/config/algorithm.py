@@ -9,7 +9,7 @@ from pydantic import Field
 
 from verl.config.actor_rollout_ref import KLEstimator
 from verl.config.model import AnyTeacherConfig
-from verl.config.schema import Count, Fraction, NonNegativeFloat, NullIsEmpty, PositiveFloat, Texts, section
+from verl.config.schema import Count, Fraction, NonNegativeFloat, NullIsEmpty, PositiveFloat, Texts, UserPath, section
 
 ON_POLICY_DISTILL = "on_policy_distill"
 """``AdvantageEstimator.ON_POLICY_DISTILL``, for checks that have to do without torch."""
@@ -29,7 +29,7 @@ OpenFraction = Annotated[float, Field(gt=0, lt=1)]
 class TeacherConfig(AnyTeacherConfig):
     """A further teacher."""
 
-    path: str | None = None
+    path: UserPath | None = None
     """Folder or hub name; not read with ``url``; null: the student as it was before the run, frozen."""
     vocabulary: Literal["base", "full", "stitched"] = "full"
     """``full``: it knows all of the student's ids, item tokens included. ``base``: it knows what the teacher of

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from verl.config.schema import Count, IsListed, Options, Texts, TextsOrNull, section
+from verl.config.schema import Count, IsListed, Options, Texts, TextsOrNull, UserPath, section
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
@@ -14,9 +14,9 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 class HFModelConfig:
     """A causal language model in Hugging Face format."""
 
-    path: str | None = None
+    path: UserPath | None = None
     """Folder (or hub name) of the weights, the config and the tokenizer. Required."""
-    tokenizer_path: str | None = None
+    tokenizer_path: UserPath | None = None
     """Folder of the tokenizer where it is not ``path``."""
     trust_remote_code: bool = False
     """Run model code that ships with the weights."""
@@ -83,9 +83,9 @@ class AnyTeacherConfig:
 class RefModelConfig:
     """The teacher's model; everything but these keys is taken from ``actor_rollout_ref.model``."""
 
-    path: str | None = None
+    path: UserPath | None = None
     """Folder (or hub name) of the teacher; null: the student's own starting weights."""
-    tokenizer_path: str | None = None
+    tokenizer_path: UserPath | None = None
     """Folder of the teacher's tokenizer where it is not ``path``."""
 
 

@@ -7,10 +7,11 @@ Functions about keys take the ``root`` dataclass that keys start from.
 import dataclasses
 import difflib
 import functools
+import os
 from collections.abc import Callable
 from typing import Annotated, Any, TypeVar, dataclass_transform, get_args, get_origin, get_type_hints
 
-from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 
 Section = TypeVar("Section")
@@ -28,6 +29,9 @@ Count = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+
+UserPath = Annotated[str, AfterValidator(os.path.expanduser)]
+"""A leading ``~`` is the user's home, which a shell does not put there behind ``KEY=``."""
 
 IsListed = BeforeValidator(_listed)
 Texts = Annotated[list[str], IsListed]

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field
 
 from verl.config.best_rule import BestRule, Bound, parse_kept
-from verl.config.schema import Count, IsListed, NonNegativeFloat, PositiveFloat, Texts, TextsOrNull, section
+from verl.config.schema import Count, IsListed, NonNegativeFloat, PositiveFloat, Texts, TextsOrNull, UserPath, section
 
 VocabCheck = Annotated[
     Literal["strict", "warn", "off"],
@@ -63,12 +63,12 @@ class TrainerConfig:
     """Validate and stop."""
     check_only: bool = False
     """Check settings, models, vocabularies and data as a run does before it starts Ray, and stop."""
-    default_local_dir: str = ""
+    default_local_dir: UserPath = ""
     """Folder of the checkpoints and of ``metrics.jsonl``; empty: ``checkpoints/<project_name>/<experiment_name>``."""
-    rollout_data_dir: str | None = None
+    rollout_data_dir: UserPath | None = None
     """Folder that receives every step's answers as ``<step>.jsonl``, and what is known of each of their tokens as
     ``<step>.tokens.parquet`` (docs/metrics.md, "What a run records of its tokens"); null: none."""
-    validation_data_dir: str | None = None
+    validation_data_dir: UserPath | None = None
     """The same for validation."""
     max_actor_ckpt_to_keep: Count | None = None
     """Newest whole checkpoints that stay; null: all. A new one is written before the oldest goes."""
@@ -94,7 +94,7 @@ class TrainerConfig:
     checkpoints stay."""
     resume_mode: Literal["auto", "disable", "resume_path"] = "auto"
     """``auto`` (the newest checkpoint in ``default_local_dir``), ``disable`` or ``resume_path``."""
-    resume_from_path: str | None = None
+    resume_from_path: UserPath | None = None
     """Checkpoint folder for ``resume_mode=resume_path``."""
     resume_allow_changed: Texts = field(default_factory=list)
     """What may differ from the checkpoint that is resumed though it changes what is trained: keys or sections, such as
@@ -126,7 +126,7 @@ class TrainerConfig:
     timeline: bool = False
     """Append the driver's stages and the spans in which engines write to ``timeline.json`` in ``default_local_dir``,
     which https://ui.perfetto.dev shows."""
-    ray_timeline_dir: str | None = None
+    ray_timeline_dir: UserPath | None = None
     """Folder that receives Ray's timeline at the end; null: none."""
 
     def __post_init__(self) -> None:

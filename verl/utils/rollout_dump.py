@@ -85,7 +85,7 @@ def dump_answers(
     """
     path = Path(folder) / f"{step}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = [{"step": step, **row} for row in generation_rows(batch, tokenizer)]
+    rows = [{"step": step} | row | {"step": step} for row in generation_rows(batch, tokenizer)]
     lines = [json.dumps(row, ensure_ascii=False, default=_plain) for row in rows]
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     write_token_record(folder, step, batch, tokenizer, teachers)

@@ -13,8 +13,9 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from io import FileIO
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -86,10 +87,10 @@ class FileBackend(Backend):
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / "metrics.jsonl"
-        self._stream = self._open()
+        self._stream, self._unwritten = self._open(), b""
 
-    def _open(self) -> TextIO:
-        return open(self._path, "a", encoding="utf-8")
+    def _open(self) -> FileIO:
+        return open(self._path, "ab", buffering=0)
 
     def truncate_after(self, step: int | None, metrics: Metrics | None) -> None:
         """Move later and unfinished lines out of the file; add the line of the step if it is missing."""
@@ -112,12 +113,13 @@ class FileBackend(Backend):
             self.log(metrics, step)
 
     def log(self, data: Metrics, step: int) -> None:
-        """Append a line and flush it, so that a run that dies keeps all steps."""
+        """Append a line at once, so that a run that dies keeps all steps."""
         finite = {name: value if math.isfinite(value) else None for name, value in data.items()}
-        self._stream.write(json.dumps({"step": step, "data": finite}, allow_nan=False) + "\n")
+        self._unwritten += f"{json.dumps({'step': step, 'data': finite}, allow_nan=False)}\n".encode()
         try:
-            self._stream.flush()
-        except OSError as error:  # the disk is full: the line stays in the buffer until the next step
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._stream.write(self._unwritten) :]
+        except OSError as error:  # the disk is full: the next step tries again
             logger.error("step %d is not yet in %s: %s", step, self._path, error)
 
     def finish(self, summary: Mapping[str, str]) -> None:

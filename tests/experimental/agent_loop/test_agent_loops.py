@@ -234,6 +234,13 @@ async def test_a_tool_that_hangs_is_cancelled_and_the_model_reads_an_error(token
     assert ("tool count failed to release its instance: TimeoutError" in caplog.text) == (step == "release")
 
 
+async def test_a_plain_function_that_fails_to_release_is_logged(tokenizer, caplog) -> None:
+    tool: Any = CounterTool({})
+    tool.release = lambda instance_id: 1 / 0
+    await tool_turn(tokenizer, tool, COUNT)
+    assert "tool count failed to release its instance: ZeroDivisionError" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("turn", "answer", "counter"),
     [

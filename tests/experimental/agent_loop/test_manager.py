@@ -23,6 +23,7 @@ from verl.config import PPOConfig, RolloutConfig
 from verl.experimental.agent_loop import agent_loop
 from verl.experimental.agent_loop.agent_loop import AgentLoopManager
 from verl.experimental.agent_loop.base import RolloutError
+from verl.experimental.agent_loop.replica_client import ReplicaClient
 from verl.experimental.agent_loop.worker import ENDED, TAKEN
 from verl.protocol import BATCH_KEYS, DataProto
 from verl.single_controller.ray.calls import Remote
@@ -333,3 +334,12 @@ def test_an_engine_that_has_died_is_found_without_a_call(world: World) -> None:
         for _ in range(100):
             world.manager.check_alive()
             time.sleep(0.1)
+
+
+async def test_requests_that_cannot_be_sent_fail_at_once() -> None:
+    def full(*_: Any) -> None:
+        raise ray.exceptions.ObjectStoreFullError("full")
+
+    client = ReplicaClient(Remote("replica", SimpleNamespace(answers=SimpleNamespace(remote=full))))
+    with pytest.raises(ray.exceptions.ObjectStoreFullError):
+        await client.ask([1], {}, "a")

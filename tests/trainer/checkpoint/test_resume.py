@@ -250,6 +250,6 @@ def test_every_entry_of_the_table_names_a_setting_and_the_longest_decides() -> N
 def test_validating_a_run_that_is_going_touches_nothing_of_it(folder: Path, run: PPOConfig) -> None:
     unfinished = folder.with_name("global_step_4.unfinished")
     unfinished.mkdir()
-    for run.trainer.val_only in (True, False):
+    for run.trainer.val_only, run.trainer.check_only in ((True, False), (False, True), (False, False)):
         assert find_resumable(run, run_identity(run), total_steps=3 + (not run.trainer.val_only)) == folder
-        assert unfinished.exists() == run.trainer.val_only
+        assert unfinished.exists() == (run.trainer.val_only or run.trainer.check_only)

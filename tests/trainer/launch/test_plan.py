@@ -94,9 +94,11 @@ def test_the_largest_micro_batch(folder: Path) -> None:
     rows = "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=2"
     of = [largest_micro_batch(settings(folder, *sizes, word), "update") for word in (tokens, rows)]
     assert of == [(250, 3 * 41, False), (200, 82, False)]
-    assert (
-        largest_micro_batch(settings(folder, *sizes, "actor_rollout_ref.rollout.horizon=11"), "score").tokens == 8 * 70
-    )
+    cut = ["actor_rollout_ref.rollout.horizon=11", "actor_rollout_ref.actor.ppo_mini_batch_size=2"]
+    assert largest_micro_batch(settings(folder, *sizes, *cut), "update").tokens == 2 * 70
+    assert largest_micro_batch(settings(folder, *sizes, *cut), "score").tokens == 8 * 70, "a batch whole"
+    cut += ["data.val_files=v.parquet"]
+    assert largest_micro_batch(settings(folder, *sizes, *cut), "score").tokens == 8 * 100, "validation is not cut"
 
 
 def test_servers_and_engines_with_gpus_of_their_own_take_nothing_here(folder: Path, tmp_path: Path) -> None:

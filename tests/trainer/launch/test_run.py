@@ -13,6 +13,7 @@ import pytest
 from verl.config import PPOConfig, TrainerConfig
 from verl.config.best_rule import MetricRuleError
 from verl.single_controller.base import RolloutError, WorkerError
+from verl.single_controller.ray.session import end_session
 from verl.trainer.checkpoint.saver import CheckpointError
 from verl.trainer.launch import run as module
 from verl.trainer.ppo.guards import GuardError
@@ -51,12 +52,12 @@ def end_of(
     """Runs a trainer that ends so; returns its exit code and what it wrote to the console."""
 
     def end_of(
-        sent: int | None = None, error: Exception | None = None, saved_any: bool = False, start: Any = print
+        sent: int | None = None, error: Exception | None = None, saved_any: bool = False, start: Any = print, **run: Any
     ) -> tuple[int, list[str]]:
         monkeypatch.setattr(module, "start_session", start)
         monkeypatch.setattr(module, "progress", lambda trainer: f"step {trainer.global_steps} of 9")
         monkeypatch.setattr(module, "end_session", lambda folder: print("Ray ended", file=sys.stderr))
-        config = PPOConfig(trainer=TrainerConfig(default_local_dir=str(tmp_path)))
+        config = PPOConfig(trainer=TrainerConfig(default_local_dir=str(tmp_path), **run))
         trainer: Any = Trainer(config, sent, error, saved_any)
         code: Any = 0
         try:
@@ -76,6 +77,8 @@ DIED = "actor.update failed on rank 1 of 2, node 10.0.0.1: the process died\nlog
 def test_a_run_that_reaches_its_last_step(end_of: Callable[..., Any], tmp_path: Path) -> None:
     assert end_of() == (0, [])
     assert (tmp_path / "config.yaml").is_file()
+    end_of(val_only=True, total_training_steps=7)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"], "that of the run which is validated"
 
 
 @pytest.mark.parametrize(
@@ -118,6 +121,18 @@ def test_a_cluster_decides_what_the_trainer_runs_on(monkeypatch: pytest.MonkeyPa
     trainer: Any = Trainer(PPOConfig(trainer=TrainerConfig(device="cuda")), None, None, False)
     trainer.config.ray_kwargs.ray_init = {"address": "10.0.0.1:6379"}
     monkeypatch.setattr(module, "start_session", print)
-    monkeypatch.setattr(module, "cluster_device", lambda setting: f"{setting} of the cluster")
+    monkeypatch.setattr(module, "cluster_device", lambda setting: setting)
     module.start(trainer, StopRequest())
-    assert trainer.device_name == "cuda of the cluster"
+    assert trainer.device_name == "cuda"
+    trainer.config.trainer.max_staleness = 1  # with engines that free their memory: refused once the device is known
+    with pytest.raises(SystemExit, match="1"):
+        module.start(trainer, StopRequest())
+
+
+def test_a_timeline_that_cannot_be_written_ends_nothing(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    ended: list[int] = []
+    calls: dict[str, Any] = {"is_initialized": lambda: True, "shutdown": lambda: ended.append(1), "timeline": print}
+    for name, call in calls.items():
+        monkeypatch.setattr(f"verl.single_controller.ray.session.ray.{name}", call)
+    end_session("/dev/null/folder")
+    assert ended == [1] and "Ray's timeline cannot be written to /dev/null/folder" in caplog.text

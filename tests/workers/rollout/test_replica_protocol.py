@@ -98,6 +98,8 @@ async def test_syncs_and_requests_do_not_overlap(tmp_path: Path) -> None:
     await asyncio.sleep(0)
     with pytest.raises(RuntimeError, match="a weight sync while 1 requests are under way"):
         await replica.start_weight_update()
+    with pytest.raises(RuntimeError, match="put to sleep while 1 requests are under way"):
+        await replica.sleep()
     request.cancel()
     await asyncio.wait([request])
     await replica.load(EMBED)

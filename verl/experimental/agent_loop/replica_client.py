@@ -55,10 +55,14 @@ class ReplicaClient:
         new, self._new = self._new, {}
         if not new:
             return
-        call = self.remote.actor.answers.remote([request for request, _ in new.values()], list(new))
-        receiving = self._receive(call, {name: answer for name, (_, answer) in new.items()})
+        waiting = {name: answer for name, (_, answer) in new.items()}
+        try:
+            call = self.remote.actor.answers.remote([request for request, _ in new.values()], list(new))
+        except Exception as error:  # such as a full object store
+            _fail(waiting, error)
+            return
         # An event loop keeps no reference of its own.
-        self._receiving.add(task := asyncio.create_task(receiving))
+        self._receiving.add(task := asyncio.create_task(self._receive(call, waiting)))
         task.add_done_callback(self._receiving.discard)
 
     async def _receive(self, call: Any, waiting: dict[str, asyncio.Future[TokenOutput]]) -> None:
@@ -71,7 +75,12 @@ class ReplicaClient:
                 if not waiting:
                     return
                 call = self.remote.actor.answers.remote([], list(waiting))
-        except Exception as error:  # it is for those who wait
-            for answer in waiting.values():
-                if not answer.done():
-                    answer.set_exception(error)
+        except Exception as error:
+            _fail(waiting, error)
+
+
+def _fail(waiting: Mapping[str, asyncio.Future[TokenOutput]], error: Exception) -> None:
+    """Give an error to those who wait."""
+    for answer in waiting.values():
+        if not answer.done():
+            answer.set_exception(error)

@@ -24,6 +24,7 @@ import math
 import time
 from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import starmap
 from typing import Any, TypeVar
 
 from verl.config import MultiTurnConfig
@@ -76,11 +77,11 @@ class ToolSession:
 
     async def release(self) -> None:
         """Release every instance; a tool that fails to is logged."""
-        releases = [
-            self._in_time(self.tools[name].release(instance_id, **self._options(name, "release")))
-            for name, instance_id in self._instances.items()
-        ]
-        results = await asyncio.gather(*releases, return_exceptions=True)
+
+        async def of(name: str, instance_id: str) -> None:  # so that what a plain function raises is collected too
+            await self._in_time(self.tools[name].release(instance_id, **self._options(name, "release")))
+
+        results = await asyncio.gather(*starmap(of, self._instances.items()), return_exceptions=True)
         for name, result in zip(self._instances, results, strict=True):
             if isinstance(result, BaseException):
                 logger.warning("tool %s failed to release its instance: %r", name, result)

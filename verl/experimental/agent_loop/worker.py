@@ -108,6 +108,8 @@ class AgentLoopWorker:
 
         async def answer(row: int) -> AgentLoopOutput:
             output = await self._converse(context, sampling, {key: of[row] for key, of in columns.items()}, names[row])
+            if not (wanted or output.has_ended):
+                raise RolloutError("an engine ended an answer early, and nobody had asked it to")
             under_way.remove(names[row])
             if len(taken) < wanted:
                 left[prompt_of[row]] -= output.has_ended

@@ -19,14 +19,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
-from ray.exceptions import (
-    GetTimeoutError,
-    ObjectStoreFullError,
-    OutOfDiskError,
-    RayActorError,
-    RayError,
-    RayTaskError,
-)
+from ray.exceptions import GetTimeoutError, ObjectStoreFullError, OutOfDiskError, RayActorError, RayError, RayTaskError
 
 from verl.single_controller.base.decorator import RolloutError, WorkerError
 
@@ -127,11 +120,7 @@ def finished(calls: Collection[Any]) -> list[Any]:
 
 
 def as_they_come(
-    calls: Mapping[Any, Remote],
-    doing: str,
-    *,
-    watch: Callable[[], None] = lambda: None,
-    timeout_s: float | None = None,
+    calls: Mapping[Any, Remote], doing: str, *, watch: Callable[[], None] = lambda: None, timeout_s: float | None = None
 ) -> Iterator[tuple[int, Any]]:
     """Numbers and results of remote calls in the order in which they finish; the first to fail ends the wait.
 

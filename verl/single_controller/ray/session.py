@@ -133,9 +133,12 @@ def end_session(timeline_folder: str | None) -> None:
     Args:
         timeline_folder: receives Ray's timeline first; None: none.
     """
-    if timeline_folder:
-        os.makedirs(timeline_folder, exist_ok=True)
-        ray.timeline(filename=os.path.join(timeline_folder, "timeline.json"))
+    if timeline_folder and ray.is_initialized():
+        try:
+            os.makedirs(timeline_folder, exist_ok=True)
+            ray.timeline(filename=os.path.join(timeline_folder, "timeline.json"))
+        except Exception as error:  # a full disk, a cluster that is gone: the run's own exit code counts
+            logger.warning("Ray's timeline cannot be written to %s: %s", timeline_folder, error)
     # Some of Ray's helpers wait a minute for a Ray that has gone; one whose start was interrupted may leave more.
     started = []
     # Listed before the shutdown, which makes orphans of some: then they are no children of this process.

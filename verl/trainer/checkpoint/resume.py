@@ -116,7 +116,7 @@ def find_resumable(config: PPOConfig, identity: dict[str, Any], total_steps: int
         ValueError: the checkpoint is not whole, or belongs to another run; or what a killed run left cannot be removed.
     """
     trainer = config.trainer
-    if not trainer.val_only:  # validating a run that is still going must not touch what it writes
+    if not (trainer.val_only or trainer.check_only):  # what a run that is still going writes must not be touched
         try:
             layout.clear_leftovers(trainer.default_local_dir)
         except OSError as error:

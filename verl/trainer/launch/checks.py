@@ -64,17 +64,7 @@ def check_ranks(config: PPOConfig, device_name: str) -> None:
     from verl.trainer.launch.plan import check_fits
     from verl.trainer.ppo.worker_groups import WorkerGroups
 
-    if device_name == "cuda" and config.engine_roles and not config.trainer.teacher_ranks_on_nodes:
-        key = f"{teacher_key(config.engine_roles[0])}.engine=vllm"
-        gpus = "trainer.teacher_nnodes and trainer.teacher_n_gpus_per_node"
-        raise ValueError(f"{key} serves a teacher on GPUs of its own; set {gpus}")
-    run, frees = config.trainer, config.actor_rollout_ref.rollout.free_cache_engine
-    if device_name == "cuda" and run.max_staleness and frees and not run.rollout_gpus_on_nodes:
-        raise ValueError(
-            f"trainer.max_staleness={run.max_staleness} generates while the update runs, and actor_rollout_ref.rollout."
-            "free_cache_engine=True frees the engine's memory then; set it to False, or give engines GPUs of their own "
-            "(trainer.rollout_nnodes, trainer.rollout_n_gpus_per_node)"
-        )
+    check_device(config, device_name)
     ray_init = config.ray_kwargs.ray_init
     if joins_cluster(ray_init):
         return
@@ -86,6 +76,21 @@ def check_ranks(config: PPOConfig, device_name: str) -> None:
     check_capacity(pools, [{"Alive": True, "NodeManagerAddress": "127.0.0.1, this machine", "Resources": resources}])
     if device_name == "cuda":
         check_fits(config)
+
+
+def check_device(config: PPOConfig, device_name: str) -> None:
+    """Raise ValueError for settings that need more GPUs on ``cuda``, which a cluster may have and the driver not."""
+    if device_name == "cuda" and config.engine_roles and not config.trainer.teacher_ranks_on_nodes:
+        key = f"{teacher_key(config.engine_roles[0])}.engine=vllm"
+        gpus = "trainer.teacher_nnodes and trainer.teacher_n_gpus_per_node"
+        raise ValueError(f"{key} serves a teacher on GPUs of its own; set {gpus}")
+    run, frees = config.trainer, config.actor_rollout_ref.rollout.free_cache_engine
+    if device_name == "cuda" and run.max_staleness and frees and not run.rollout_gpus_on_nodes:
+        raise ValueError(
+            f"trainer.max_staleness={run.max_staleness} generates while the update runs, and actor_rollout_ref.rollout."
+            "free_cache_engine=True frees the engine's memory then; set it to False, or give engines GPUs of their own "
+            "(trainer.rollout_nnodes, trainer.rollout_n_gpus_per_node)"
+        )
 
 
 def prepare_folders(trainer: TrainerConfig) -> None:

@@ -167,14 +167,16 @@ def largest_micro_batch(config: PPOConfig, stage: str) -> Micro:
     models = config.actor_rollout_ref
     actor, rollout = models.actor, models.rollout
     by_tokens, most = actor.use_dynamic_bsz, actor.ppo_max_token_len_per_gpu
-    max_rows = actor.ppo_micro_batch_size_per_gpu
+    max_rows, prompts = actor.ppo_micro_batch_size_per_gpu, actor.ppo_mini_batch_size
+    response = max(filter(None, (rollout.horizon.start, rollout.horizon.end)), default=rollout.response_length)
     if stage != "update":
         scoring = rollout if stage == "score" else models.ref
         by_tokens, most = scoring.log_prob_use_dynamic_bsz, scoring.log_prob_max_token_len_per_gpu
-        max_rows = scoring.log_prob_micro_batch_size_per_gpu
-    response = max(filter(None, (rollout.horizon.start, rollout.horizon.end)), default=rollout.response_length)
+        max_rows, prompts = scoring.log_prob_micro_batch_size_per_gpu, config.data.train_batch_size
+        if config.data.val_files:  # answers of validation are not cut
+            response = rollout.response_length
     split = actor.ulysses_sequence_parallel_size
-    rows = max(1, actor.ppo_mini_batch_size * rollout.n // config.data_parallel_size)
+    rows = max(1, prompts * rollout.n // config.data_parallel_size)
     longest = rollout.prompt_length + response - 1  # the last token is predicted and never read
     whole = rows * longest
     tokens = min(rows, max_rows) * longest if max_rows and not by_tokens else min(most * split, whole)

@@ -21,6 +21,7 @@ from verl.single_controller.base import WorkerError
 from verl.single_controller.ray.session import cluster_device, end_session, start_session
 from verl.trainer.checkpoint.layout import newest_whole
 from verl.trainer.checkpoint.saver import CheckpointError
+from verl.trainer.launch.checks import check_device
 from verl.trainer.ppo.guards import GuardError
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer
 from verl.trainer.ppo.stop_request import StopRequest
@@ -42,7 +43,9 @@ def run(trainer: RayPPOTrainer) -> None:
         SystemExit: the run did not reach its last step; the reason was reported.
     """
     settings = trainer.config.trainer
-    save_config(trainer.config, os.path.join(settings.default_local_dir, "config.yaml"))
+    path = os.path.join(settings.default_local_dir, "config.yaml")
+    if not (settings.val_only and os.path.isfile(path)):  # the file of the run that is validated
+        save_config(trainer.config, path)
     stop = StopRequest(settings.grace_s)
     stop.listen()
     try:
@@ -100,6 +103,7 @@ def start(trainer: RayPPOTrainer, stop: StopRequest) -> None:
         stop.listen()  # Ray has replaced our handler of SIGTERM
         if joins_cluster(ray_init):
             trainer.device_name = cluster_device(trainer.config.trainer.device)
+            check_device(trainer.config, trainer.device_name)
         trainer.init_workers()
     except ValueError as error:
         logger.debug("where it came from", exc_info=True)

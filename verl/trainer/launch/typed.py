@@ -111,9 +111,7 @@ def _source(cfg: DictConfig, key: str) -> str | None:
 
 
 def load_config(
-    overrides: Sequence[str] = (),
-    config_module: str = "verl.trainer.config",
-    config_name: str = "ppo_trainer",
+    overrides: Sequence[str] = (), config_module: str = "verl.trainer.config", config_name: str = "ppo_trainer"
 ) -> PPOConfig:
     """Compose and type a configuration outside ``hydra.main``, from overrides as they stand on a command line.
 

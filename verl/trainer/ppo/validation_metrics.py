@@ -9,13 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from verl.protocol import DataProto
-from verl.trainer.ppo.metric_utils import (
-    Metrics,
-    as_number,
-    overall_and_per_source,
-    reported_means,
-    rows_by_source,
-)
+from verl.trainer.ppo.metric_utils import Metrics, as_number, overall_and_per_source, reported_means, rows_by_source
 
 RESAMPLES, SEED = 1000, 42
 """verl's, so that the same answers have the same numbers in both."""

@@ -53,7 +53,8 @@ def join_ranks(worker: Worker, device_setting: str, seed: int, fsdp_size: int = 
     if device_name == "cpu":
         # With more threads than cores every small operation waits for threads that do not run: two ranks of two
         # threads on two cores were up to fifty times slower than two ranks of one.
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // worker.local_world_size))
+        share = max(1, len(os.sched_getaffinity(0)) // worker.local_world_size)
+        torch.set_num_threads(min(share, torch.get_num_threads()))  # those are OMP_NUM_THREADS, where it is set
     # With CUDA, tensors on the CPU communicate too: checkpoints need that.
     worker.init_process_group("cpu:gloo,cuda:nccl" if device_name == "cuda" else "gloo")
     torch.manual_seed(seed + worker.rank)

@@ -280,6 +280,8 @@ class RolloutReplica(ABC):
 
         On CUDA, with ``rollout.free_cache_engine``; safe to call twice.
         """
+        if self._requests:  # vLLM would end them with what is written
+            raise RuntimeError(f"{self._name}: put to sleep while {self._requests} requests are under way")
         if not self._asleep:
             await self._sleep()
         self._asleep = True

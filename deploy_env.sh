@@ -138,6 +138,7 @@ deploy_here() {
     if [[ "$(cat "$STAMP" 2>/dev/null)" == "$wanted" ]]; then
         say "up to date"
     else
+        echo unfinished >"$STAMP" # so that a failure leaves no stamp of what was here before
         install_packages "$device" "$dev"
     fi
     check_environment

@@ -14,6 +14,7 @@ status is 1.
 
 import argparse
 import ipaddress
+import itertools
 import os
 import socket
 import subprocess
@@ -109,7 +110,10 @@ def gpu_count() -> int:
         return 0
     count = sum(line.startswith("GPU") for line in listed.splitlines())
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return count if visible is None else min(count, len([device for device in visible.split(",") if device.strip()]))
+    if visible is None:
+        return count
+    devices = (device.strip() for device in visible.split(","))
+    return min(count, len(list(itertools.takewhile(lambda device: device not in ("", "-1"), devices))))
 
 
 def check_port(port: int) -> None:

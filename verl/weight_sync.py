@@ -103,8 +103,8 @@ def send_weights(
 def broadcast_weights(student: Any, engines: Sequence[Any], wait: Callable[..., Any], version: int) -> None:
     """As `send_weights`, to engines that are in a channel with rank 0; ``wait`` takes what it calls now and then, too.
 
-    The ranks are told all buckets at once: they wait for the engines in the broadcast alone. Where an engine fails,
-    they would wait for ever, and are not waited for.
+    The ranks are told all buckets at once: they wait for the engines only inside a broadcast. Where an engine fails,
+    they wait there until the channel times out, and nobody waits for them.
     """
     starts = [engine.start_weight_update.remote() for engine in engines]
     buckets = student.weight_buckets()
@@ -186,7 +186,7 @@ class WeightExporter:
     def export(self, index: int) -> Bucket | None:
         """Gather a bucket and share it; all ranks together.
 
-        Frees all but the bucket before: the driver asks for one when the engines have loaded those before that.
+        Frees all buckets but the one before: when the driver asks for bucket i, the engines have loaded i - 2.
 
         Returns:
             ``names`` and ``shapes``, with ``path`` on the writing rank of each machine (CPU; None on the others), or

@@ -21,6 +21,7 @@ from pathlib import Path
 from experiments.real_model.distil import EXACT, MODES
 from experiments.real_model.side_by_side import side_by_side
 from experiments.real_model.table import AFTER, BEFORE, TEACHER, compare, markdown
+from recipe.onpolicy_distill.quickstart.cache import key_digest
 from verl.utils.timing import marked_timer
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -49,20 +50,26 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 class Steps:
-    """Makes the steps in order up to one of them, and keeps what each took, over all calls of the command."""
+    """Makes the steps in order up to one of them; keeps what each folder took, over all calls of the command."""
 
     def __init__(self, out: Path, last: str) -> None:
-        self._path, self._last = out / "seconds.json", last
-        self.seconds: dict[str, float] = json.loads(self._path.read_text()) if self._path.is_file() else {}
+        self._out, self._last, self._path = out, last, out / "seconds.json"
+        known: dict[str, float] = json.loads(self._path.read_text()) if self._path.is_file() else {}
+        self._known = known
+        """By folder below ``out``; by name of a step what calls took that left none, for the folder to come."""
+        self.seconds: dict[str, float] = {}
+        """Of each step of this call, whenever its folder was made."""
 
     def __call__(self, name: str, make: Callable[[], Path]) -> Path:
         """The folder that ``make`` leaves; ends the program after the last step that is wanted."""
         print(f"[{STEPS.index(name) + 1}/{len(STEPS)}] {name}", flush=True)
         try:
-            with marked_timer(name, self.seconds):
+            with marked_timer(name, self._known):
                 folder = make()
+            place = str(folder.relative_to(self._out))
+            self._known[place] = self.seconds[name] = self._known.get(place, 0.0) + self._known.pop(name)
         finally:
-            self._path.write_text(json.dumps(self.seconds, indent=1) + "\n", encoding="utf-8")
+            self._path.write_text(json.dumps(self._known, indent=1) + "\n", encoding="utf-8")
         if name == self._last != STEPS[-1]:
             print(f"made up to {name}; the same command without --until goes on")
             raise SystemExit(0)
@@ -104,7 +111,8 @@ def write_result(out: Path, args: argparse.Namespace, judged: dict[str, Path], s
     popular = {key: sum(x for x, _ in pairs) / len(pairs) for key, pairs in outcomes[AFTER].items() if "popular" in key}
     result = {key: getattr(args, key) for key in ("size", "seed", "mode", "overrides")}
     result |= {"rows": rows, "popular": popular, "seconds": seconds, "judged": judged[AFTER].name}
-    name = "result" if args.mode == EXACT else f"result-{args.mode}"
+    parts = [args.mode] * (args.mode != EXACT) + [f"seed{args.seed}"] * bool(args.seed)
+    name = "-".join(["result", *parts, *[key_digest(args.overrides)] * bool(args.overrides)])
     (out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     of_popular = ", ".join(f"Recall@{key.rpartition('_')[2]} {value:.3f}" for key, value in popular.items())
     took = ", ".join(f"{name} {value:.0f}" for name, value in seconds.items())
@@ -112,7 +120,8 @@ def write_result(out: Path, args: argparse.Namespace, judged: dict[str, Path], s
     (out / f"{name}.md").write_text(text, encoding="utf-8")
     found = [json.loads(path.read_text("utf-8")) for path in sorted(out.glob("result*.json"))]
     models = {TEACHER: judged[TEACHER], BEFORE: judged[BEFORE]}
-    models |= {one["mode"]: out / one["judged"] for one in found if one["seed"] == args.seed}
+    of_seed = [one for one in found if one["seed"] == args.seed]
+    models |= {" ".join([one["mode"], *one["overrides"]]): out / one["judged"] for one in of_seed}
     (out / "answers.md").write_text(side_by_side(models, args.seed), encoding="utf-8")
     return text
 

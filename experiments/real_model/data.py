@@ -13,7 +13,6 @@ in OneRec's layout. Questions and answers are English; the chat template adds it
 """
 
 import json
-import subprocess
 import sys
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -27,6 +26,7 @@ from experiments.retention import online_retail
 from experiments.retention.online_retail import catalogue_items, item_text, purchase_windows, write_catalogue
 from recipe.onpolicy_distill.quickstart.cache import cached_folder, file_digest
 from recipe.onpolicy_distill.quickstart.catalogue import Catalogue
+from recipe.onpolicy_distill.quickstart.child import run_child
 from recipe.onpolicy_distill.quickstart.general_tasks import TASKS, draw_problem
 from recipe.onpolicy_distill.quickstart.world import Chat, write_chats
 
@@ -40,6 +40,8 @@ QUESTIONS = {
 }
 """By source; the placeholder is a history, an item or a title."""
 CODES_PER_LEVEL = 64
+CODE = file_digest(__file__, str(online_retail.__file__))
+"""Of this start: the files may change while the study runs."""
 TEST_USERS = 1 / 8
 
 
@@ -102,7 +104,7 @@ def _written_by(teacher: Path, path: Path, count: int, config: PromptsConfig) ->
     settings |= {"max-new-tokens": 128, "max-prompt-length": 256, "languages": "latin"}
     settings["rollout"] = json.dumps({"dtype": "bfloat16" if config.bf16 else "float32"})
     arguments = [f"--{name}={value}" for name, value in settings.items()]
-    if code := subprocess.run([sys.executable, "-m", WRITER, *arguments], check=False).returncode:
+    if code := run_child([sys.executable, "-m", WRITER, *arguments]):
         raise RuntimeError(f"{WRITER} ended with code {code}; its own error is above")
     cells = pq.read_table(path, columns=["messages"])["messages"].to_pylist()
     return [json.loads(cell)[0]["content"] for cell in cells]
@@ -110,8 +112,9 @@ def _written_by(teacher: Path, path: Path, count: int, config: PromptsConfig) ->
 
 def make_data(folder: Path, config: DataConfig, shared: Path) -> Path:
     """The folder of purchases, made or found below ``folder``."""
-    real = (shared / "rec" / "online_retail" / "interactions.parquet").is_file()
-    key = {"code": file_digest(__file__, str(online_retail.__file__)), "real": real, **asdict(config)}
+    purchases = online_retail.files(shared)
+    real = all(path.is_file() for path in purchases)
+    key = {"code": CODE, "purchases": file_digest(*purchases) if real else None, **asdict(config)}
 
     def make(target: Path) -> None:
         random = Random(f"{config.seed} real model")

@@ -3,8 +3,8 @@
 In: teacher, student, data, prompts. Out: the folder of the trained model. Settings are in ``distillation.yaml``.
 """
 
+import json
 import logging
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from recipe.onpolicy_distill.quickstart.cache import key_digest
+from recipe.onpolicy_distill.quickstart.child import run_child
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +59,7 @@ def distil(folder: Path, config: DistilConfig, overrides: Sequence[str], **files
     else:
         values |= {"trainer.default_local_dir": run, "data.cache_dir": folder / "data-cache"}
         command = [sys.executable, "-m", MAIN, *(f"{key}={value}" for key, value in values.items()), *overrides]
-        if code := subprocess.run(command, check=False).returncode:
+        if code := run_child(command):
             raise RuntimeError(f"the distillation ended with code {code}; its own first error is above")
         (run / "done").touch()
     return max(run.glob("global_step_*/actor/huggingface"), key=lambda path: int(path.parents[1].name.split("_")[-1]))
@@ -71,7 +72,8 @@ def settings(config: DistilConfig, *, teacher: Path, student: Path, data: Path, 
     from verl.utils.tokenizer import hf_tokenizer
 
     values: dict[str, Any] = yaml.safe_load(SETTINGS.read_text(encoding="utf-8"))
-    train_files = f"[{prompts / 'general_train.parquet'},{data / 'rec_train.parquet'}]"
+    # Quoted, for a folder's name may hold what Hydra's grammar has a use for.
+    train_files = json.dumps([f"{prompts / 'general_train.parquet'}", f"{data / 'rec_train.parquet'}"])
     if config.mode != EXACT:
         values = {key: value for key, value in values.items() if not key.startswith(OF_EXACT)}
         train_files = f"{prompts / 'general_train.parquet'}"

@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 
 from experiments.real_model import ifeval
 from experiments.real_model.data import NEXT
-from recipe.onpolicy_distill.quickstart.cache import cached_folder, file_digest
+from recipe.onpolicy_distill.quickstart.cache import cached_folder, file_digest, key_digest
 from recipe.onpolicy_distill.scoreboard import scoring
 from recipe.onpolicy_distill.scoreboard.answers import Answerer
 from recipe.onpolicy_distill.scoreboard.items import ItemTrie, listed_items
@@ -46,6 +46,8 @@ MAX_PROMPT_TOKENS = 1024
 REC_TOKENS = 24
 """Of an item, or a title."""
 Outcomes = dict[str, list[tuple[float, float]]]
+CODE = file_digest(__file__, str(ifeval.__file__), *sorted(Path(str(scoring.__file__)).parent.glob("*.py")))
+"""Of this start: the files may change while the study runs."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +78,8 @@ def judge(model: Path, teacher: Path, files: Sequence[Path], shared: Path, folde
         RuntimeError: IFEval's verifier is not installed, or the engine failed.
     """
     documents = ifeval.read_prompts(shared, config.ifeval_prompts)
-    key = {"of": [path.name for path in (teacher, *files)], "ifeval": len(documents), **asdict(config)}
-    key |= {"code": file_digest(__file__, str(ifeval.__file__)), "model": file_digest(model / "model.safetensors")}
+    key = {"of": [path.name for path in (teacher, *files)], "ifeval": key_digest(documents), **asdict(config)}
+    key |= {"code": CODE, "model": file_digest(model / "model.safetensors")}
 
     def make(target: Path) -> None:
         outcomes, answers = asyncio.run(_measure(model, teacher, files, documents, config))

@@ -10,6 +10,7 @@ was killed or interrupted goes on where it was.
 
 import argparse
 import fcntl
+import itertools
 import signal
 import sys
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from experiments.retention.results import DONE, Extras, read_results
+from experiments.retention.results import DONE, Extras, read_results, runs_to_do
 from experiments.retention.study import Budget, Worker, run_study, stages_of
 from experiments.retention.variants import VARIANTS
 
@@ -76,6 +77,8 @@ def main(argv: list[str] | None = None) -> None:
     if not args.report_only:
         signal.signal(signal.SIGTERM, _interrupt)
         stages = stages_of(args.world, args.variants, args.seeds, args.student_seeds, args.budgets)
+        if args.ledger and not runs_to_do(itertools.chain(*stages), read_results(results)):
+            sys.exit(f"error: --ledger is taken while runs are made, and {out} has them all; take another --out")
         with open(out / "lock", "w", encoding="utf-8") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

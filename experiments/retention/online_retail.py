@@ -41,7 +41,7 @@ class OnlineRetailConfig:
     """Rows with a next item, and captions."""
     caption_share: float = 0.2
     test_prompts: int = 512
-    """Histories of users who are in no training row."""
+    """Histories of users who are in no training row, one of each; at most."""
     test_captions: int = 64
     test_users: float = 1 / 8
     """Share of users who are tested on."""
@@ -55,13 +55,18 @@ def build(folder: Path, config: OnlineRetailConfig, data: Path = DATA) -> World:
     Raises:
         ValueError: the data are not here.
     """
-    purchases = data / "rec" / "online_retail" / "interactions.parquet"
-    if not purchases.is_file():
-        raise ValueError(f"--world online_retail needs {purchases}, which the project does not ship")
-    key = {"code": file_digest(__file__), "purchases": file_digest(purchases), **asdict(config)}
-    made = cached_folder(folder, "online-retail", key, lambda target: _write(target, config, data))
-    tokenizers = data / "tokenizer"
-    return open_world(made, tokenizers / "mini8k", tokenizers / "mini8k-item256")
+    tokenizers = [data / "tokenizer" / name for name in ("mini8k", "mini8k-item256")]
+    read = [*files(data), *(folder / "tokenizer.json" for folder in tokenizers)]
+    for path in read:
+        if not path.is_file():
+            raise ValueError(f"--world online_retail needs {path}, which the project does not ship")
+    key = {"code": file_digest(__file__), "read": file_digest(*read), **asdict(config)}
+    return open_world(cached_folder(folder, "online-retail", key, lambda made: _write(made, config, data)), *tokenizers)
+
+
+def files(data: Path) -> list[Path]:
+    """Purchases and items."""
+    return [data / "rec" / "online_retail" / f"{name}.parquet" for name in ("interactions", "items")]
 
 
 def _write(folder: Path, config: OnlineRetailConfig, data: Path) -> None:
@@ -78,13 +83,15 @@ def _write(folder: Path, config: OnlineRetailConfig, data: Path) -> None:
     users = sorted(histories)
     random.shuffle(users)
     held_out = round(len(users) * config.test_users)
-    tested, trained = ([w for u in some for w in histories[u]] for some in (users[:held_out], users[held_out:]))
+    trained = [window for user in users[held_out:] for window in histories[user]]
+    # One of each user: windows of the same one share all items but one, and a wholesaler has dozens.
+    tested = [histories[user][-1] for user in users[:held_out] if histories[user]][: config.test_prompts]
     captions = _captions(data, catalogue, config.title_tokens)
     asked_for = round(config.rec_train * config.caption_share)
     rec_train = [_next_chat(w, catalogue) for w in random.sample(trained, config.rec_train - asked_for)]
     rec_train += random.choices(captions, k=asked_for)
     random.shuffle(rec_train)
-    rec_test = [_next_chat(w, catalogue) for w in random.sample(tested, config.test_prompts)]
+    rec_test = [_next_chat(window, catalogue) for window in tested]
     rec_test += random.sample(captions, config.test_captions)
     write_chats(folder, general_train=train, general_test=test, rec_train=rec_train, rec_test=rec_test)
     popularity = Counter(item for window in trained for item in window)
@@ -107,7 +114,7 @@ def _general_chat(task: str, random: Random) -> Chat:
 
 def catalogue_items(data: Path, items: int) -> dict[int, dict[str, Any]]:
     """The most purchased items by number; of those that share an id, the first."""
-    rows = pq.read_table(data / "rec" / "online_retail" / "items.parquet").to_pylist()
+    rows = pq.read_table(files(data)[1]).to_pylist()
     chosen: dict[tuple[int, ...], dict[str, Any]] = {}
     for row in sorted(rows, key=lambda row: (-row["n_purchases"], row["pid"])):
         chosen.setdefault(tuple(row["sid"]), row)
@@ -123,7 +130,7 @@ def item_text(item: dict[str, Any]) -> str:
 
 def purchase_windows(data: Path, catalogue: dict[int, dict[str, Any]], length: int) -> dict[str, list[list[int]]]:
     """Every run of ``length`` purchases of each user, in order of time."""
-    table = pq.read_table(data / "rec" / "online_retail" / "interactions.parquet", columns=["uid", "ts", "pid"])
+    table = pq.read_table(files(data)[0], columns=["uid", "ts", "pid"])
     purchases: dict[str, list[tuple[int, int]]] = defaultdict(list)
     for row in table.to_pylist():
         if row["pid"] in catalogue:

@@ -77,7 +77,7 @@ def makers_digest() -> str:
     quickstart, here = Path(cache_folders.__file__).parent, Path(__file__).parent
     made_by = ("world", "general_tasks", "catalogue", "tokenizers", "models")
     own = (here / f"{name}.py" for name in ("worlds", "online_retail", "synthetic"))
-    tiny = (quickstart.parent / name for name in ("tiny_tokenizers.py", "tiny_chat_template.jinja"))
+    tiny = (quickstart.parent / f"tiny_{name}" for name in ("tokenizers.py", "chat_template.jinja", "models.py"))
     return cache_folders.file_digest(*tiny, *(quickstart / f"{name}.py" for name in made_by), *own)
 
 

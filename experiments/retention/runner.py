@@ -118,10 +118,10 @@ def trainer_settings(run: Run, prepared: Prepared, folder: Path, data_cache: Pat
     if rehearsal == NONE:
         settings["data.train_files"] = world.general_train
     else:
-        settings["data.train_files"] = f"[{world.general_train},{prepared.rehearsal[str(rehearsal)]}]"
+        settings["data.train_files"] = json.dumps([str(world.general_train), str(prepared.rehearsal[str(rehearsal)])])
         settings |= share_of(REHEARSAL_SHARE)
     if "trainer.keep" in variant:  # what is kept has to be validated
-        settings["data.val_files"] = f"[{world.general_test},{world.rec_test}]"
+        settings["data.val_files"] = json.dumps([str(world.general_test), str(world.rec_test)])
     end_token = hf_tokenizer(world.teacher_tokenizer).eos_token_id
     return settings | {key: end_token if value == END_TOKEN else value for key, value in variant.items()}
 

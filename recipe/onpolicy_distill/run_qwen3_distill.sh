@@ -50,6 +50,11 @@ python_of_run() {
 gpus_here() {
     local gpus=0
     if command -v nvidia-smi >/dev/null 2>&1; then gpus="$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)"; fi
+    if [[ -n "${CUDA_VISIBLE_DEVICES+set}" ]]; then # as CUDA reads it: up to the first that is none
+        local visible
+        visible="$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | sed '/^ *\(-1\)\? *$/,$d' | wc -l)"
+        ((visible >= gpus)) || gpus="$visible"
+    fi
     echo "$((gpus > 0 ? gpus : 1))"
 }
 

@@ -10,7 +10,7 @@ REPO = Path(__file__).resolve().parents[2]
 FOLDERS = ("verl", "recipe", "experiments", "examples", "benchmarks", "scripts", "tests")
 FILES = sorted(path for top in FOLDERS for path in (REPO / top).rglob("*.py"))
 MAX_LINES, MAX_FUNCTION_LINES = 400, 60
-BUDGETS = {"verl": 13030, "recipe": 2720, "tests": 18820}
+BUDGETS = {"verl": 13030, "recipe": 2750, "tests": 18860}
 """Code lines of each part; a new capability may raise its part's, in the change that adds it."""
 MAX_MODULES = 114
 """Of ``verl/``."""

@@ -115,10 +115,11 @@ def test_the_newest_answers_are_shown_and_a_cut_is_told(folder: Path) -> None:
 
 
 def test_a_record_that_is_none_is_left_out_and_named(folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "7.tokens.parquet").write_text("no Parquet")
+    (tmp_path / "5.tokens.parquet").write_text("no Parquet")
+    (tmp_path / "6.tokens.parquet").write_text("of a run before, whose steps this one has not taken")
     (tmp_path / "notes.tokens.parquet").write_text("of no step")
     (note,) = read_run(folder, {"training": tmp_path, "validation": None}, 100).notes
-    assert str(tmp_path / "7.tokens.parquet") in note and "left out" in note
+    assert str(tmp_path / "5.tokens.parquet") in note and "left out" in note
 
 
 def test_curves_of_a_file_that_still_grows(tmp_path: Path) -> None:

@@ -229,7 +229,7 @@ class RolloutConfig:
     ignore_eos: bool = False
     """Go on after the end token (benchmarks)."""
     seed: int = 0
-    """Seed of the engines."""
+    """Seed of sampling, and of the ranks' random numbers."""
     prompt_length: Count = 512
     """Tokens of the longest prompt; follows ``data.max_prompt_length``."""
     response_length: Count = 512

@@ -8,6 +8,7 @@ the page.
 import base64
 import gzip
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -74,7 +75,9 @@ def read_run(folder: Path, given: Mapping[str, Path | None], limit: int) -> Run:
     if not run.curves:
         run.notes.append(f"{folder / 'metrics.jsonl'} holds no metrics; trainer.logger needs file for curves.")
     found, run.notes[len(run.notes) :] = answer_folders(folder, given)
-    records = [(step, kind, path) for kind, place in found.items() for step, path in _records(place)]
+    # Records of later steps are of another run in this folder; one step is recorded before it is logged.
+    last = max((steps[-1] + 1 for steps, _ in run.curves.values()), default=math.inf)
+    records = [(step, kind, path) for kind, place in found.items() for step, path in _records(place) if step <= last]
     for step, kind, path in sorted(records, reverse=True):
         try:
             rows = pq.read_metadata(path).num_rows

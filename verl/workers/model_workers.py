@@ -145,7 +145,7 @@ class StudentWorker(Worker):
         metrics |= max_memory_metrics(self._device.type)
         found = dict(zip(UPDATE_SCORES if roles else STUDENT_SCORES, scores, strict=False))
         divergence = found.pop("divergence", None)
-        # Entropy and mass are scored with the log-probs, and are not sent here.
+        # Entropy and mass come with the log-probs but do not travel here: ``old_log_probs`` tells whether they exist.
         scored = {key: "ref_log_prob" if key == "ref_log_prob" else "old_log_probs" for key in found}
         new = {key: value for key, value in found.items() if scored[key] not in data.batch}
         if divergence is not None and data.meta_info.get("keeps_divergence"):

@@ -8,7 +8,7 @@ A server's softmax runs over all rows of its head, the teacher's here over the s
 log-probs, m the mass of the shared ids that it names, and u that of all ids that it does not name::
 
     log q(v) = z(v) - log(m + u)      too low by at most log(1 + u / m), for a part of u may not be of shared ids
-    rest     = log(u / (m + u))       of all shared ids that are not named
+    rest     = log(u / (m + u))       of shared ids that are not named; a sent token beyond the K likeliest adds its q
 
 Where all shared ids are named (``algorithm.distill.topk`` is their number), u is 0 and everything is exact, at any
 temperature. Elsewhere the temperature has to be 1: that of the server.
@@ -52,13 +52,13 @@ from verl.workers.teacher_servers import (
 logger = logging.getLogger(__name__)
 
 PROBE_S = 60.0
-"""For the probe, maybe a server's first request."""
+"""Timeout of the probe, maybe a server's first request."""
 SAME_SCORES, SAME_MODEL = 1e-3, 0.1
-"""Mean difference in nats between endpoints: that is not worth a word, and that can be rounding."""
+"""Mean differences in nats between endpoints: up to the first nothing is logged, above the second one is refused."""
 PROBE_TOKENS, TURN_TOKENS = 128, 16
-"""Of the text that endpoints are compared on; what a chat template writes around a system message, at most."""
+"""Tokens of the text that endpoints are compared on, and most that a chat template writes around a system message."""
 RESOLUTION = 1e-7
-"""Of a mass that is 1 less a sum of float32 numbers."""
+"""Smallest difference that a mass has which is 1 less a sum of float32 numbers."""
 
 
 class ServedScores(NamedTuple):
@@ -258,7 +258,9 @@ class ServedTeacher:
         model = (await self.servers.request(endpoint, MODELS, timeout_s=PULSE_S))["data"][0]
         endpoint.model, length = model["id"], model.get("max_model_len")
         if length is not None and length <= self._longest:
-            raise RefusedError(f"it takes {length} tokens, and the longest row has {self._longest}, and one is written")
+            raise RefusedError(
+                f"its max_model_len={length} is too short: rows have up to {self._longest} tokens, plus 1"
+            )
         async with asyncio.timeout(PROBE_S):
             entries = await self.servers.complete(endpoint, self._probe, -1 if self._is_whole else self._topk or 0)
         mass = max(sum(math.exp(each["logprob"]) for each in entry.values()) for entry in entries[1:])

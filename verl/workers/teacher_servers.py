@@ -33,15 +33,15 @@ logger = logging.getLogger(__name__)
 
 MODELS, COMPLETIONS, TOKENIZE = "/v1/models", "/v1/completions", "/tokenize"
 ROWS_AT_ONCE = 16
-"""Of one endpoint; a server's answers are large, and it writes them one by one."""
+"""Rows scored at once on one endpoint; a server's answers are large, and it writes them one by one."""
 PULSE_S = 8.0
-"""Between looks at whether an endpoint is still there, and for each."""
+"""Seconds between checks that an endpoint is still there, and the timeout of each check."""
 TRIES, PAUSE_S = 4, 1.0
-"""Of a row on endpoints that are there, and between them."""
+"""Attempts at a row on endpoints that still answer, and seconds between them."""
 POLL_S, SHUTDOWN_S = 0.5, 5.0
-"""Between looks at whether a server answers yet, and what it has to end by itself."""
+"""Seconds between checks that a server has started, and seconds that it has to end by itself."""
 WRONG_OPTIONS = 2
-"""Exit code of a program that was called with such."""
+"""Exit code of a program that was called with wrong options."""
 START = """
 import os, select, signal, sys
 ends = [os.pidfd_open(int(sys.argv[1])), os.pidfd_open(os.getpid())]
@@ -65,9 +65,9 @@ class RefusedError(WorkerError):
 
 
 FAILURES = (aiohttp.ClientError, TimeoutError, OSError)
-"""What another try or another endpoint may not meet."""
+"""Errors that another attempt or another endpoint may not meet."""
 FAULTS = (*FAILURES, RefusedError, LookupError, TypeError)
-"""What an endpoint that is looked at may meet, be it a server of another kind."""
+"""Errors that a check of an endpoint may meet, even where a server of another kind answers."""
 
 
 @dataclass
@@ -158,8 +158,8 @@ class TeacherServers:
         """An endpoint's answer.
 
         Raises:
-            RefusedError: it is an error of ours.
-            OSError, TimeoutError, aiohttp.ClientError: it has none.
+            RefusedError: the endpoint refuses the request, and would again.
+            OSError, TimeoutError, aiohttp.ClientError: no usable answer; another attempt may get one.
         """
         limits = aiohttp.ClientTimeout(total=timeout_s or self._timeout_s, sock_connect=PULSE_S)
         method, url = "GET" if body is None else "POST", endpoint.url + path
@@ -167,7 +167,7 @@ class TeacherServers:
             content, status = await response.read(), response.status
         if status >= 400:
             message = f"{path} answers {status}: {content[:300].decode(errors='replace')}"
-            # Too many requests, or an error of the server's.
+            # A timeout (408), too many requests (429) or an error of the server (5xx): worth another attempt.
             raise OSError(message) if status in (408, 429) or status >= 500 else RefusedError(message)
         try:  # megabytes, for which the other requests should not wait
             return await asyncio.to_thread(json.loads, content)
@@ -188,7 +188,7 @@ class TeacherServers:
             task.cancel()
 
     async def _note_failure(self, endpoint: Endpoint, error: Exception) -> None:
-        """Ask the endpoint no more unless it answers at all."""
+        """Stop asking the endpoint, unless it still answers."""
         try:
             await self.request(endpoint, MODELS, timeout_s=PULSE_S)
             logger.warning("%s failed to score a row, which is tried again: %s", endpoint.url, describe(error))

@@ -4,9 +4,9 @@ In: a world, teacher, student, and what the user asked for. Out: the run's folde
 checkpoints. Settings are those of a real run but for their size.
 """
 
+import json
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 if TYPE_CHECKING:
-    from recipe.onpolicy_distill.quickstart.world import World
+    from recipe.onpolicy_distill.quickstart.child import run_child
+from recipe.onpolicy_distill.quickstart.world import World
 
 MAX_PROMPT_TOKENS = 64
 MAX_ANSWER_TOKENS = 12
@@ -77,9 +78,8 @@ class Distillation:
         shutil.rmtree(self.folder, ignore_errors=True)
         # The entry point decides for itself how the threads of its many processes wait.
         environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
-        done = subprocess.run(self.command(), check=False, env=environment)
-        if done.returncode:
-            raise RuntimeError(f"the distillation ended with code {done.returncode}; its own first error is above")
+        if code := run_child(self.command(), environment):
+            raise RuntimeError(f"the distillation ended with code {code}; its own first error is above")
 
     def checkpoints(self) -> list[tuple[int, Path]]:
         """Steps and Hugging Face folders of the students that were kept, oldest first."""
@@ -98,7 +98,7 @@ class Distillation:
             "actor_rollout_ref.actor.optim.lr": LEARNING_RATES[self.objective],
             "actor_rollout_ref.rollout.extend_vocab_start_token": world.extend_vocab_start_token,
             "actor_rollout_ref.rollout.seed": self.seed,
-            "data.val_files": f"[{world.general_test},{world.rec_test}]",
+            "data.val_files": _listed(world.general_test, world.rec_test),
             "data.max_prompt_length": MAX_PROMPT_TOKENS,
             "data.max_response_length": MAX_ANSWER_TOKENS,
             "data.seed": self.seed,
@@ -124,7 +124,7 @@ class Distillation:
         if self.objective == SAMPLED:
             return {"data.train_files": world.general_train}
         if self.rehearsal == REAL:
-            return {**SETTINGS_OF_EXACT, "data.train_files": f"[{world.general_train},{world.rec_train}]"}
+            return {**SETTINGS_OF_EXACT, "data.train_files": _listed(world.general_train, world.rec_train)}
         return {
             **SETTINGS_OF_EXACT,
             "data.train_files": world.general_train,
@@ -146,3 +146,8 @@ class Distillation:
             "actor_rollout_ref.rollout.mask_after_extend_token": False,
             "actor_rollout_ref.ref.ref_replace_token_id": hf_tokenizer(self.world.teacher_tokenizer).eos_token_id,
         }
+
+
+def _listed(*files: Path) -> str:
+    """A list for Hydra, quoted: a folder's name may hold what its grammar has a use for."""
+    return json.dumps([*map(str, files)])

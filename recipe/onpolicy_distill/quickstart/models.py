@@ -47,6 +47,7 @@ ROW_MULTIPLE = 16
 WARM_UP_STEPS = 20
 FINAL_LEARNING_RATE_SHARE = 0.1
 SAVE_S = 120.0
+CODE = file_digest(__file__, Path(__file__).parents[1] / "tiny_models.py")
 IGNORED = -100
 
 
@@ -110,7 +111,7 @@ def make_teacher(world: World, folder: Path, config: TeacherConfig) -> Path:
         train(model, tokenized_chats(world.general_train, tokenizer), config, "teacher", on_questions=False)
         _save(target, model, tokenizer)
 
-    key = {"world": world.folder.name, "code": file_digest(__file__), **dataclasses.asdict(config)}
+    key = {"world": world.folder.name, "code": CODE, **dataclasses.asdict(config)}
     return cached_folder(folder, "teacher", key, make)
 
 
@@ -131,7 +132,7 @@ def make_student(world: World, teacher: Path, folder: Path, config: StudentConfi
     key = {
         "world": world.folder.name,
         "teacher": file_digest(teacher / "config.json", teacher / "model.safetensors"),
-        "code": file_digest(__file__),
+        "code": CODE,
         **dataclasses.asdict(config),
     }
     return cached_folder(folder, "student", key, make)

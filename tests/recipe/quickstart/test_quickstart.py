@@ -1,5 +1,6 @@
 """The experiment as a whole: its command line, its settings, and on a small scale its result."""
 
+import dataclasses
 import json
 import re
 from functools import partial
@@ -34,6 +35,11 @@ def test_arguments():
     assert args.overrides == ["trainer.test_freq=5", "data.seed=1"]
     args = quickstart.parse_args([])
     assert (args.steps, args.objective, args.mode) == (STEPS["exact"], "exact", "masked")
+
+
+def test_folders_with_any_name(small_world):
+    world = dataclasses.replace(small_world, general_test=Path("/a=b (c)/test.parquet"))
+    assert config_of(world).data.val_files[0] == "/a=b (c)/test.parquet"
 
 
 def test_bad_arguments(capsys):

@@ -110,7 +110,7 @@ def of_another_version(folder: Path) -> None:
         (lambda folder: (folder / "actor" / "shard_1").write_bytes(b"x" * 9), "actor/shard_1 has 9 of 10 bytes"),
         (lambda folder: (folder / "actor" / "shard_0").unlink(), "actor/shard_0 is missing"),
         (lambda folder: (folder / "manifest.json").unlink(), r"no manifest\.json, so its writing was never finished"),
-        (of_verl, r"verl wrote it, its weights are in the shards .*; give what .* as actor_rollout_ref\.model\.path"),
+        (of_verl, r"verl wrote it, its weights are shards .*; merge them .* as actor_rollout_ref\.model\.path"),
         (lambda folder: (folder / "manifest.json").write_text('{"step": 4'), r"manifest\.json is damaged"),
         (of_another_version, r"manifest\.json is damaged or of another version"),
         (shutil.rmtree, "it is not there"),

@@ -132,7 +132,7 @@ INDEX = "model.safetensors.index.json"
         ({}, {"model.safetensors": None, INDEX: TWO_SHARDS, "model-1.safetensors": ""}, ": model-2.safetensors miss"),
         ({}, {"model.safetensors": None, INDEX: "{}"}, f"no {INDEX} can be read: 'weight_map'"),
         *(
-            ({}, {"model.safetensors": None, file: ""}, "its weights are in the shards of a checkpoint; give what")
+            ({}, {"model.safetensors": None, file: ""}, "its weights are shards of a checkpoint; merge them with")
             for shard in ("shards/1.safetensors", "model_world_size_2_rank_0.pt")
             for file in (shard, f"../{shard}", f"actor/{shard}")
         ),
@@ -301,8 +301,8 @@ def test_what_passes(run: list[str], tmp_path: Path, files: str) -> None:
     ("overrides", "expected"),
     [
         ([f"{ROLLOUT}.top_p=0.9"], f"biased: {ROLLOUT}.top_p=0.9 and top_k=-1"),
-        (["trainer.max_staleness=1", "trainer.device=cpu"], "biased: with trainer.max_staleness=1 older weights write"),
-        ([f"{ROLLOUT}.oversample=1.25"], f"biased: with {ROLLOUT}.oversample=1.25 older weights write"),
+        (["trainer.max_staleness=1", "trainer.device=cpu"], "biased: with trainer.max_staleness=1 the answers come"),
+        ([f"{ROLLOUT}.oversample=1.25"], f"biased: with {ROLLOUT}.oversample=1.25 the answers come"),
         ([f"{ROLLOUT}.oversample=2", f"{ROLLOUT}.unfinished=drop"], f"biased: {ROLLOUT}.unfinished=drop trains on"),
         ([f"{ROLLOUT}.top_k=20", *WEIGHTS], f"biased: {ROLLOUT}.top_p=1.0 and top_k=20"),
         ([VAL, GREEDY], "validation has no reverse KL, which needs answers of the policy; "),

@@ -97,7 +97,7 @@ def test_the_largest_micro_batch(folder: Path) -> None:
     cut = ["actor_rollout_ref.rollout.horizon=11", "actor_rollout_ref.actor.ppo_mini_batch_size=2"]
     assert largest_micro_batch(settings(folder, *sizes, *cut), "update").tokens == 2 * 70
     assert largest_micro_batch(settings(folder, *sizes, *cut), "score").tokens == 8 * 70, "a batch whole"
-    cut += ["data.val_files=v.parquet"]
+    cut += ["data.val_files=v.parquet", "data.val_batch_size=8"]
     assert largest_micro_batch(settings(folder, *sizes, *cut), "score").tokens == 8 * 100, "validation is not cut"
 
 

@@ -20,7 +20,7 @@ from verl.single_controller.ray.resource_pool import RayResourcePool
 logger = logging.getLogger(__name__)
 
 SEES_ALL_GPUS = "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"
-"""Of Ray: leave CUDA_VISIBLE_DEVICES of actors alone."""
+"""Ray's variable for leaving CUDA_VISIBLE_DEVICES of actors as it is."""
 
 SHUTDOWN_S = 10.0
 """Seconds that all replicas have together to end by themselves."""
@@ -36,7 +36,7 @@ class Place:
     cuda_visible_devices: str | None
     """Comma-separated device ids of ranks; None on CPU, and where Ray gives it GPUs of its own."""
     ranks: tuple[int, ...]
-    """The student's ranks beside it: on CUDA those whose GPUs it uses, on CPU all of the node. None in a pool."""
+    """The student's ranks beside it: on CUDA those whose GPUs it uses, on CPU all of the node. Empty in a pool."""
     share: Mapping[str, Any] = field(default_factory=dict)
     """Ray's options for a replica in a pool: what it takes of which bundle."""
 
@@ -73,7 +73,7 @@ def plan_replicas(
 
 
 def plan_apart(pool: RayResourcePool, gpus_per_replica: int) -> list[Place]:
-    """Replicas in a pool of their own, one for so many neighbouring places of a node."""
+    """Replicas in a pool of their own, one per ``gpus_per_replica`` consecutive places of a node."""
     share = {kind: amount * gpus_per_replica for kind, amount in pool.rank_share.items()}
     options: dict[str, Any] = {"num_cpus": share["CPU"], "num_gpus": share.get("GPU", 0)}
     # Where the user has it set, an actor would see all GPUs of its node.
@@ -154,7 +154,7 @@ class LocalActors:
         return Remote(name, LocalActor(made_class(*arguments), self._loop), place.node_ip)
 
     def as_they_come(self, calls: Mapping[Any, Remote], doing: str, **options: Any) -> Iterator[tuple[int, Any]]:
-        """Numbers and results of the calls; the first to fail ends the wait with its own error."""
+        """Numbers and results of the calls; the first failure ends the wait. ``options`` have no effect here."""
         for number, call in enumerate(calls):
             # The loop runs all calls meanwhile, whichever is waited for.
             yield number, self._loop.run_until_complete(call)

@@ -176,7 +176,7 @@ class AgentLoopManager:
         return Generation(calls, RowBuffer(len(rows)), self.weight_version, order)
 
     def starts(self, rows: int) -> list[int]:
-        """The first of each worker's rows, and the number of all."""
+        """Index of each worker's first row, then the number of rows."""
         busy = min(len(self._workers), rows)
         return [rows * index // busy for index in range(busy + 1)]
 
@@ -269,7 +269,7 @@ class AgentLoopManager:
         self._replicas, self._workers, self._starting = [], [], {}
 
     def _create_worker(self, index: int, count: int) -> Remote:
-        """Workers begin with replicas evenly apart, so that few workers keep many replicas busy, each on its node."""
+        """Workers start at evenly spread replicas, so that few keep many busy, each on the node of its first one."""
         first = index * len(self._places) // count
         place = self._places[first]
         servers = AsyncLLMServerManager(self._replicas, first, self._request_timeout_s)
@@ -293,11 +293,11 @@ class Generation:
     """A batch that workers are answering."""
 
     calls: dict[Any, tuple[Remote, int]]
-    """That have not been taken: the worker, and its first row."""
+    """Calls that have not been taken: the worker, and its first row."""
     buffer: RowBuffer
     """What has been taken."""
     version: int | None
-    """Of the weights when it began; None: those that the engines loaded."""
+    """Version of the weights when it began; None: those that the engines loaded."""
     order: Sequence[int] | None = None
     """Rows of the prompts in the order of the calls; None: as they come."""
     began_s: float = field(default_factory=time.time)

@@ -92,7 +92,7 @@ WRITTEN = "written"
 
 @dataclass
 class Written:
-    """What an earlier batch wrote of an answer, or all of one that waits for others to its prompt."""
+    """What earlier batches wrote of an answer; all of it, where other answers to its prompt have not ended yet."""
 
     token_ids: list[int]
     log_probs: list[float] | None
@@ -124,7 +124,7 @@ class Trajectory:
     carried: int = 0
     """Tokens that an earlier batch wrote."""
     has_ended: bool = False
-    """Whether these are all there will be."""
+    """Whether what earlier batches wrote is already the whole answer."""
 
     def carry_on(self, written: Written) -> None:
         """Begin with what an earlier batch wrote, as far as the budget goes."""
@@ -292,8 +292,8 @@ class AgentLoopBase(ABC):
     async def write_turn(self, trajectory: Trajectory, sampling_params: Mapping[str, Any]) -> list[int]:
         """Let the model write one turn within what is left of the budget; returns the turn's tokens.
 
-        Every turn of a conversation has a seed of its own; of a turn that is carried on, the tokens that come are
-        returned, and none of an answer that has ended.
+        Every turn has its own seed. Of a turn that is carried on, only the new tokens are returned; of an answer that
+        has ended, none.
 
         Raises:
             CutShort: enough other answers have ended; a loop lets it through.

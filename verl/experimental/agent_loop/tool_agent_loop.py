@@ -9,7 +9,7 @@
 
 It ends with the first turn that calls nothing, at ``max_assistant_turns``, at ``max_user_turns``, or where the budget
 of response tokens (model and tool tokens of all turns together) leaves no token to the model. A turn cut off before its
-end-of-turn token calls nothing; such is one that ends at an extended token (``PPOConfig.stops_at_extended``).
+end-of-turn token calls nothing, and so does one that ends at an extended token (``PPOConfig.stops_at_extended``).
 
 How calls are written: `tool_parser`. A tool gets one instance per conversation, made at its first call and released at
 the end, so it may keep state over turns. Nothing that a tool or a call does wrong ends the conversation: the model
@@ -155,7 +155,7 @@ class SingleTurnAgentLoop(AgentLoopBase):
 class ToolAgentLoop(AgentLoopBase):
     """Turns of the model and of tools, until the model is done. Without tools, a single turn."""
 
-    writes_one_turn = True  # with tools, `PPOConfig` refuses what asks for it
+    writes_one_turn = True  # not with tools, but `PPOConfig` refuses to carry answers on with them
 
     async def run(self, sampling_params: dict[str, Any], **row: Any) -> AgentLoopOutput:
         """Hold the conversation; tools keep their state over its turns and are released at its end."""

@@ -95,7 +95,7 @@ class AgentLoopWorker:
         """
         rollout, columns = self.context.rollout, prompts.non_tensor_batch
         validate = bool(prompts.meta_info["validate"])
-        # What is measured is written to its end.
+        # Answers of validation are written to their end: they are measured, not trained.
         sampling = sampling_params(rollout, validate) | {"stop_from_id": None if validate else self._stop_from_id}
         context = self.context
         if horizon := prompts.meta_info.get("horizon"):
@@ -287,7 +287,7 @@ class AsyncLLMServerManager:
         self._timeout_s = math.inf if timeout_s is None else timeout_s
 
     async def generate(self, prompt_ids: list[int], sampling_params: dict[str, Any], request_id: str) -> TokenOutput:
-        """One turn of the conversation ``request_id``; what is written of it once that is `cut_short`.
+        """One turn of the conversation ``request_id``; after `cut_short`, only what was written until then.
 
         Raises:
             RolloutError: the replica failed, or two of them hang; names them, the request and the cause.

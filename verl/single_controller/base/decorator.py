@@ -42,7 +42,7 @@ class Dispatch(Enum):
     ONE_TO_ALL = "one_to_all"
     """Every rank gets the same arguments; a list of results, by rank, comes back."""
     DP_COMPUTE_PROTO = "dp_compute_proto"
-    """Each rank gets its run of the rows of every ``DataProto``, and other arguments as they are; the ``DataProto``
+    """Each rank gets its share of the rows of every ``DataProto``, and other arguments as they are; the ``DataProto``
     results come back as one."""
 
 
@@ -162,7 +162,7 @@ def plan_calls(
     kwargs: dict[str, Any],
     ranks_per_share: int = 1,
 ) -> tuple[list[Call], Collect]:
-    """The calls of ranks 0, 1, ..., and the function that joins their results; of equal results it takes the first.
+    """The calls of ranks 0, 1, ..., and the function that joins their results: one of each ``ranks_per_share`` ranks.
 
     Raises:
         ValueError: the arguments do not fit the ranks; the message names the method and the numbers.

@@ -52,7 +52,7 @@ class InProcessObjectStore:
 
 
 class Channel:
-    """A group of rank 0 of the workers, which sends, and of other processes: NCCL on GPUs, gloo on CPUs.
+    """A process group of rank 0 of the workers, which sends, and other processes: NCCL on GPUs, gloo on CPUs.
 
     Each member makes it, and none has it before all have.
 
@@ -67,7 +67,7 @@ class Channel:
     ) -> None:
         self._device, size, timeout = device, meeting["size"], timedelta(seconds=meeting["timeout_s"])
         store = store or dist.TCPStore(meeting["address"], meeting["port"], is_master=False, timeout=timeout)
-        # By itself: a default group is there already, of other members.
+        # Not by init_process_group: the default group exists already, with other members.
         self._group, kinds = dist.ProcessGroup(store, rank, size), dist.ProcessGroup.BackendType
         if device.type == "cuda":
             options = dist.ProcessGroupNCCL.Options()

@@ -47,10 +47,10 @@ class BestCheckpoint:
     def __init__(self, config: TrainerConfig, resume_from: Path | None) -> None:
         self._root, self._patience = Path(config.default_local_dir), config.stop_after_no_better
         self._is_on = bool(config.best_metric) and not config.val_only
-        # The name stands in where there is no rule; no validation is recorded then, so nothing reads it.
+        # Without a rule this parses the name "none"; no validation is recorded then, so nothing reads it.
         self._rule = BestRule.parse(config.best_metric or "none")
         self._metrics: dict[int, dict[str, float]] = {}
-        """Of every validation, by step."""
+        """Metrics of every validation, by step."""
         self._candidates: set[int | None] = set()
         """Steps whose model is there or being written."""
         self._pending: int | None = None
@@ -160,7 +160,7 @@ class BestCheckpoint:
 
     @property
     def protected(self) -> set[int | None]:
-        """Steps whose checkpoints must stay: the best one, and the one of ``best/``, which a full disk may delay."""
+        """Steps whose checkpoints must stay: the best one, and that of ``best/``, which lags after a full disk."""
         return {self._exported, self._best_of(self._candidates)}
 
     # ------------------------------------------------------------------ choosing

@@ -37,12 +37,12 @@ LATEST, MANIFEST, DRIVER_STATE = "latest_checkpointed_iteration.txt", "manifest.
 EXPORT = "actor/huggingface/"
 UNFINISHED, DELETED = ".unfinished", ".deleted"
 VERL_SHARDS = "model_world_size_*_rank_*.pt"
-UNMERGED = "its weights are in the shards of a checkpoint; give what the model_merger of its program makes of them"
+UNMERGED = "its weights are shards of a checkpoint; merge them with the model_merger of what wrote them, and give that"
 _STEP_FOLDER = re.compile(r"global_step_\d+")
 
 
 class NothingToTrain(Exception):
-    """The run has taken all its steps: no error, so that a queue that starts it again is content."""
+    """The run has taken all its steps; no error, so that a scheduler that starts it again sees success."""
 
 
 # ------------------------------------------------------------------ names

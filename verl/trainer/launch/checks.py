@@ -51,11 +51,11 @@ def check_run(config: PPOConfig) -> list[str]:
 
 
 def check_ranks(config: PPOConfig, device_name: str) -> None:
-    """Check that GPUs can do what the run asks of them, and that this machine can hold all ranks of a run that starts a
-    Ray of its own, and its GPUs the models; Ray checks the ranks of a cluster.
+    """Check that the GPUs can do what the run asks; where the run starts its own Ray, also that this machine holds all
+    ranks and its GPUs hold the models. On a cluster Ray checks the ranks.
 
     Raises:
-        ValueError: it cannot.
+        ValueError: one of these checks fails.
     """
     # torch and Ray come with them, which --help has to do without.
     import torch
@@ -79,7 +79,7 @@ def check_ranks(config: PPOConfig, device_name: str) -> None:
 
 
 def check_device(config: PPOConfig, device_name: str) -> None:
-    """Raise ValueError for settings that need more GPUs on ``cuda``, which a cluster may have and the driver not."""
+    """Raise ValueError for settings that need more GPUs on ``cuda``; ``device_name`` may be the cluster's, not ours."""
     if device_name == "cuda" and config.engine_roles and not config.trainer.teacher_ranks_on_nodes:
         key = f"{teacher_key(config.engine_roles[0])}.engine=vllm"
         gpus = "trainer.teacher_nnodes and trainer.teacher_n_gpus_per_node"
@@ -109,7 +109,7 @@ def prepare_folders(trainer: TrainerConfig) -> None:
                 pass
         except OSError as error:
             raise ValueError(
-                f"trainer.{name}={folder} cannot be written: {error}; name a folder that you may"
+                f"trainer.{name}={folder} cannot be written: {error}; name a folder that can be"
             ) from error
 
 
@@ -133,11 +133,11 @@ def _model_errors(config: PPOConfig) -> Iterator[str]:
         "actor_rollout_ref.model.tokenizer_path": student.tokenizer_path,
         "actor_rollout_ref.ref.model.tokenizer_path": teacher.tokenizer_path,
     }
-    # What is in these folders vLLM knows better, such as quantised weights.
+    # vLLM checks the folders of models that it serves: it takes more, such as quantised weights.
     served = [f"{teacher_key(role)}.{'model.path' * (role == BASE_TEACHER) or 'path'}" for role in config.engine_roles]
     for key, path in paths.items():
         folder = local_model_folder(path)
-        # A folder here that is called as an owner on the hub is much likelier meant.
+        # If a folder here has the owner's name, the user much more likely means a path in it than a hub name.
         if (
             path
             and folder is None
@@ -149,7 +149,7 @@ def _model_errors(config: PPOConfig) -> Iterator[str]:
             )
         if folder is None or key.endswith("tokenizer_path") or key in served:
             continue
-        # Of a hub name the rest may not be fetched yet.
+        # From the hub, the weights may not be downloaded yet.
         is_whole = constants.HF_HUB_OFFLINE or Path(str(path)).expanduser().is_dir()
         if fault := next(_folder_faults(folder, student.trust_remote_code, is_whole), None):
             yield f"{key}={path}: {fault}"
@@ -364,9 +364,9 @@ def _notices(config: PPOConfig) -> Iterator[str]:
     older = ahead or (f"{key}.oversample={rollout.oversample}" if rollout.carries else "")
     if older and distill.has_policy_loss and not algorithm.rollout_correction.rollout_is:
         yield (
-            f"biased: with {older} older weights write the answers than those whose gradient is taken; drawn tokens "
-            f"lost all general ability so in small runs; correct for it with {key}.calculate_log_probs=True and "
-            "algorithm.rollout_correction.rollout_is=token, at a rate that is not too high, or take "
+            f"biased: with {older} the answers come from older weights than those that are trained; in small runs a "
+            f"loss on drawn tokens lost all general ability this way; set {key}.calculate_log_probs=True and "
+            "algorithm.rollout_correction.rollout_is=token, with a learning rate that is not too high, or "
             "algorithm.distill.objective=exact"
         )
     if rollout.oversample > 1 and not rollout.carries:

@@ -173,8 +173,8 @@ def largest_micro_batch(config: PPOConfig, stage: str) -> Micro:
         scoring = rollout if stage == "score" else models.ref
         by_tokens, most = scoring.log_prob_use_dynamic_bsz, scoring.log_prob_max_token_len_per_gpu
         max_rows, prompts = scoring.log_prob_micro_batch_size_per_gpu, config.data.train_batch_size
-        if config.data.val_files:  # answers of validation are not cut
-            response = rollout.response_length
+        if config.data.val_files:  # whose answers are not cut, and whose batches are as large as all of it
+            response, prompts = rollout.response_length, max(prompts, config.data.val_batch_size or most)
     split = actor.ulysses_sequence_parallel_size
     rows = max(1, prompts * rollout.n // config.data_parallel_size)
     longest = rollout.prompt_length + response - 1  # the last token is predicted and never read

@@ -2,7 +2,7 @@
 
 In:  a ``PPOConfig`` and the shapes of its models (``memory``). Out: bytes of each part on a rank and in an engine; the
 most that each stage holds, of a GPU, or of a node without GPUs; changes of settings with what each would save; an error
-for a run that no luck makes fit. Peaks of engines, and all of CUDA, are arithmetic that nothing was held against.
+for a run that cannot fit, whatever its data. Peaks of engines, and all of CUDA, are computed and were never measured.
 
 Not here: the batch in the driver; the half GiB that each process takes of a GPU beside its tensors.
 """
@@ -38,7 +38,8 @@ from verl.weight_sync import DEFAULT_BUCKET_MB
 logger = logging.getLogger(__name__)
 
 GIB = 2**30
-MOST_TOKENS = ("actor.ppo_max_token_len_per_gpu", "rollout.log_prob_max_token_len_per_gpu")
+SCORED = "log_prob_max_token_len_per_gpu"
+MOST_TOKENS = ("actor.ppo_max_token_len_per_gpu", f"rollout.{SCORED}", f"ref.{SCORED}")
 STAGES = ("start", "generate", "score", "update", "sync", "save")
 RANK, ENGINE, TEACHER_RANK = "training rank", "engine", "teacher rank"
 
@@ -75,7 +76,7 @@ class MemoryPlan:
     """Whether engines have GPUs, or nodes, of their own."""
 
     def peak(self, stage: str) -> int:
-        """Of a GPU, or of a node without GPUs."""
+        """Most bytes that a stage holds, on a GPU or on a node without GPUs."""
         times = dict.fromkeys(self.counts, 1) if self.device == "cuda" else self.counts
         held = {holder: times[holder] * size for holder, size in self.stages[stage].items()}
         apart = held.pop(ENGINE) if self.engines_apart else 0
@@ -177,7 +178,7 @@ class _Rank:
         return peak_of_scoring(shape, share, micro, self._compute, self._chunk(shape, micro, self.stays), adapter)
 
     def student_scores(self) -> int:
-        """Beside what stays."""
+        """Bytes in addition to what stays."""
         micro = largest_micro_batch(self._config, "score")
         return self._moved + self._scores(self.shape, self.own, micro, self._config.actor_rollout_ref.model.lora_rank)
 

@@ -108,6 +108,6 @@ def _measure(folder: Path) -> tuple[Measured, list[Split]]:
     # Groups are whole, and rows divide over them.
     fitting = [choice for choice in choices if choice[1] % group == 0 and rows % (choice[1] // group) == 0]
     if not fitting:
-        over = f"over groups of {group}" if group > 1 else ""
+        over = f"over groups of {group}" if group > 1 else "over the training GPUs"
         raise ValueError(f"--run={folder}: {measured.gpus} GPU(s) cannot be split so that {rows} rows divide {over}")
     return measured, [measured.on(*choice) for choice in fitting]

@@ -9,8 +9,8 @@
 - ``+key`` of a key that exists becomes ``++key`` (Hydra refuses to append what is there), likewise keys of open maps
   (``ray_kwargs.ray_init.*``, ``rollout.engine_kwargs.*``, ...);
 - values of ``runtime_env.env_vars`` become texts, and secrets among them move to this process's environment;
-- keys of verl that have no effect here (``config/no_effect.yaml``) are left out, with a notice each, and those that
-  another key of this project stands for are answered with it;
+- keys of verl that have no effect here (``config/no_effect.yaml``) are left out, with a notice each; those that have
+  another name in this project are refused, and the error gives that name;
 - values that Hydra's grammar cannot read, such as paths with ``=`` or brackets, are put in quotes;
 - words with commas between them become a list where one is expected, unless they are a path that exists;
 - flags (``--cfg job``, ``-cn name``) go after the overrides, unchanged.
@@ -96,7 +96,7 @@ def to_typed(cfg: DictConfig) -> PPOConfig:
     except ValidationError as error:
         messages = error_messages(PPOConfig, error)
         wrong = {message.partition("=")[0] for message in messages}
-        # A key that stands for another, which is wrong too, is not what the user has set.
+        # A key that takes its value from another key, which is wrong too: the user set only that one.
         set_by_user = [message for message in messages if _source(cfg, message.partition("=")[0]) not in wrong]
         raise ValueError("\n".join(set_by_user)) from error
 

@@ -101,7 +101,7 @@ def check_servers(config: PPOConfig) -> None:
 
 
 def _warn_of_stand_in(config: PPOConfig, contract: VocabContract) -> None:
-    """Warn where the teacher reads on after ids that it lacks, and an end token, its pad token, stands for them."""
+    """Warn where a pad token that ends texts replaces ids the teacher lacks, and the teacher reads on after it."""
     teacher, models = contract.teacher, config.actor_rollout_ref
     reads_on = config.data.prompt_extend_tokens == "replace" or not models.rollout.mask_after_extend_token
     pad = teacher.tokenizer.pad_token_id

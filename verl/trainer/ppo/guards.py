@@ -144,7 +144,7 @@ class TeacherProbe:
     Args:
         config: ``trainer.canary_tolerance``, and the settings that decide how teachers score.
         vocab_size: ids of the student's tokenizer.
-        saver: knows the newest checkpoint.
+        saver: finishes the checkpoint that is being written before the run is ended.
     """
 
     def __init__(self, config: PPOConfig, vocab_size: int, saver: CheckpointSaver) -> None:

@@ -1,4 +1,4 @@
-"""Keeps bounds on metrics of validation by the mixture of the batches (``trainer.keep``).
+"""Keeps metrics of validation within bounds by moving the shares of sources in the batches (``trainer.keep``).
 
 ::
 
@@ -30,7 +30,7 @@ LOWEST, HIGHEST = math.log(0.01 / 0.99), math.log(0.9 / 0.1)
 LARGEST = 0.1
 """Violation that counts at most, so that no single validation moves a share far."""
 CALMER, CALMEST = 0.7, 0.2
-"""What a change of sign leaves of a rate, and what all of them leave."""
+"""Factor on a rate at each change of sign, and the smallest factor that all changes together make."""
 
 
 class MixtureControl:
@@ -65,12 +65,12 @@ class MixtureControl:
                     raise ValueError(f"trainer.keep={text!r} names no metric of data.val_files: {', '.join(names)}")
         free = sum(weight for group, weight in weights.items() if group not in self._bounds)
         self._odds = {group: weight / free for group, weight in weights.items()} if self._bounds else {}
-        """Of each group against all that are free; at the start, and of those that are free for ever."""
+        """Odds of each group's weight against all free groups together; of a steered group, those at the start."""
         self._duals: dict[str, dict[str, float]] = {
             group: {"lambda": math.log(self._odds[group]) - LOWEST, "rate": self._rate, "last": 0.0}
             for group in self._bounds
         } | saved["duals"]
-        """Of each steered group lambda, its rate by now, and the violation before."""
+        """For each steered group: lambda, its current rate, and the last violation that was not 0."""
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to go on alike."""

@@ -28,7 +28,7 @@ Metrics = dict[str, float]
 
 
 def reduce_metrics(metrics: Mapping[str, Any]) -> Metrics:
-    """Lists of metrics as one metric each: largest for keys named ``max``, smallest for ``min``, else the mean."""
+    """Lists of metrics as one each: the largest if a key's last part holds ``max``, smallest if ``min``, else mean."""
 
     def reduce(key: str, values: Any) -> float:
         last = key.rsplit("/", 1)[-1]
@@ -53,7 +53,7 @@ def compute_data_metrics(batch: DataProto) -> Metrics:
     - ``critic/score``, ``critic/rewards``: sums over a row of ``token_level_scores``, ``token_level_rewards``.
     - ``reward_extra/<key>`` and ``reward_extra/<source>/<key>``: see `reported_means`.
     - ``critic/advantages``, ``critic/returns``: trained tokens. ``actor/entropy``: mean over them, nats.
-    - ``response_length``, ``prompt_length``: tokens; ``clip_ratio``: share of rows of the greatest length, which for
+    - ``response_length``, ``prompt_length``: tokens; ``clip_ratio``: share of rows that reach the limit, which for
       responses is ``rollout/horizon`` where training answers are cut there (``meta_info["horizon"]``).
     - ``num_turns``: turns of the conversation.
     - ``training/rollout_probs_diff_*`` and ``rollout_corr/*``: see `_sampler_metrics`.
@@ -185,7 +185,7 @@ def _reverse_kl(batch: DataProto) -> Metrics:
     """Mean of log p_student - log p_teacher over shared tokens, nats a token, both over the ids that both know."""
     gap = _gap(batch)
     if "extend_mass" in batch.batch:
-        # Else a student would look the nearer, and beyond 0, the more it gives to ids that its teacher lacks.
+        # Without this the estimate falls, even below 0, the more mass a student gives to ids that its teacher lacks.
         inside = torch.log1p(-batch.tensor("extend_mass").float().clamp(max=1 - 1e-6))
         knows = batch.non_tensor_batch.get("teacher_knows_extended", np.zeros(len(batch))).astype(bool)
         gap = torch.where(torch.from_numpy(knows)[:, None], gap, gap - inside)

@@ -61,20 +61,20 @@ class Batch:
     prompts: DataProto
     asked: list[Prompt]
     step: int
-    """That trains on it."""
+    """The step that trains on it."""
     written_after: int
     """The step whose weights write its answers; 0: those of the start."""
     generation: Generation | None = None
     """None: not begun, or the answers come from a checkpoint."""
     answers: DataProto | None = None
     seconds: float = 0.0
-    """The engines took so long, known with the answers."""
+    """How long the engines took; known with the answers."""
     tokens: int = 0
-    """They wrote so many, known with the answers."""
+    """Tokens that this batch wrote, those of tools included; known with the answers."""
     metrics: Metrics = field(default_factory=dict)
-    """Of what was asked and not taken, known with the answers."""
+    """Staleness of the answers that are taken, counts of the others; empty without oversampling."""
     scores: dict[int, Callable[[], DataProto]] = field(default_factory=dict)
-    """Of teachers on ranks of their own, by the first of their rows; each waits until it is there."""
+    """Scores by teachers on ranks of their own, by the first of their rows; each call waits until they are there."""
 
 
 class PromptPool:
@@ -95,7 +95,7 @@ class PromptPool:
         """Whether those of a checkpoint are used: under other settings there might be others."""
 
     def take(self, step: int, written_after: int) -> Batch:
-        """The next batch, for a step: those that have waited longest."""
+        """The next batch, for ``step``: the prompts that have waited longest, then fresh ones."""
         while len(self._waiting) < self._asked:
             position, rows = self._stream.state_dict(), next(self._fresh)
             self._number += 1

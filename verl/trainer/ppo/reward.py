@@ -87,7 +87,7 @@ def compute_rewards(batch: DataProto, tokenizer: PreTrainedTokenizerBase, reward
     The function sees the response as text (`answer_text`), the row's ``data_source`` (None where it has none),
     ``reward_model["ground_truth"]`` (likewise), and a copy of ``extra_info`` with ``num_turns`` and
     ``response_length``, the response's tokens, those of tools included. Calls of an ``async`` function wait side by
-    side; others run one after the other, in the main thread, for some set signals.
+    side; others run one after the other, in the main thread, because some set signal handlers.
 
     Args:
         batch: with ``responses``, ``attention_mask``.

@@ -5,10 +5,10 @@ With 1, each batch is written by the weights of one step before the last::
     engines   answer 1, 2 ─┐ sync ─► answer 3 ───────┐ sync ─► answer 4 ───────┐ sync
     ranks     (wait) train 1        (have 2) train 2          (have 3) train 3
 
-With s, engines get weights once in s steps: all that they were asked is answered then, which is the next batch alone,
-and s more are begun together. So weights never change in the middle of an answer, the batches of a period are 1 to s
-steps stale, and which weights write which batch does not depend on how long anything takes. With 0 a batch is begun
-when its step is, by the weights of the step before.
+With s, engines get weights every s steps, and before a validation. They first answer all that they were asked (at the
+end of a period the next batch alone), then s more begin together. So weights never change in the middle of an answer,
+the batches of a period are 1 to s steps stale, and which weights write which batch does not depend on how long anything
+takes. With 0 a batch is begun when its step is, by the weights of the step before.
 
 A checkpoint keeps answers that were not trained on, beside the place of their prompts in the data. Then a run that goes
 on from it equals one that never stopped; with ``rollout.oversample``, where it is a matter of time which answers end
@@ -68,7 +68,7 @@ class RolloutQueue:
         self._training: Batch | None = None
         self._ahead: list[Batch] = []
         self._metrics: Metrics = {}
-        """Of the step so far."""
+        """Metrics of the step so far."""
         self._free_since = 0.0
         """When the engines had answered all they were asked, by ``time.time()``."""
 
@@ -102,7 +102,7 @@ class RolloutQueue:
             yield self._training.prompts
 
     def answers_to(self, prompts: DataProto) -> DataProto:
-        """The answers to the batch that came last, or to others, which are asked now.
+        """The answers to ``prompts``: those of the batch that `batches` gave last may be begun already, others are not.
 
         With ``rollout.oversample``, ``prompts`` are cut, in place, to those whose answers have ended first.
         """

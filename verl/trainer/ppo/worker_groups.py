@@ -105,7 +105,7 @@ class WorkerGroups:
         """Start every rank of every role; returns while the processes still start.
 
         Args:
-            worker_classes: by role; those without a pool are left out.
+            worker_classes: by role; served teachers are built in this process, roles that the run lacks are left out.
             arguments_of: what each role's workers are built with.
             device_name: ``cuda``: one GPU per rank; or ``cpu``.
 
@@ -144,7 +144,7 @@ class WorkerGroups:
         """One rank of every role in this process, without Ray; arguments as in `start`.
 
         Raises:
-            ValueError: the run has a GPU or several ranks.
+            ValueError: the run has a GPU, several ranks, a second pool, or ``trainer.max_staleness``.
         """
         run = self._config.trainer
         if device_name != "cpu" or run.world_size != 1 or len(self.pools) > 1 or run.max_staleness:
@@ -174,7 +174,7 @@ class WorkerGroups:
         places: Sequence[Place],
         device_name: str,
     ) -> dict[str, Any]:
-        """The groups, and in their midst what stands for served teachers; servers of the run's own begin to start."""
+        """The groups together with the served teachers, by role; the run's own servers begin to start."""
         groups = {**groups, **{role: worker_classes[role](**arguments_of(role)) for role in self._served}}
         for number, role in enumerate(self._engines):
             self._serve(role, groups[role], places[number :: len(self._engines)], device_name)
@@ -204,7 +204,7 @@ class WorkerGroups:
         served.expect_servers(wait)
 
     def places(self, role: str) -> list[RankPlace]:
-        """Where each rank of a role, or each engine of a pool's, will run, in order; reserved already."""
+        """Where each rank of a role, or each engine of the pool ``role``, will run, in order; already reserved."""
         return self.pools[self.pool_of.get(role, role)].reserve()
 
     @property

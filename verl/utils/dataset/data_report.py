@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 PERCENTILES = (0, 10, 50, 90, 99, 100)
 EXAMPLE_CHARACTERS = 400
-"""Of an example's prompt in the text, half of them from its end."""
+"""Characters of an example's prompt in the text, half of them from its end."""
 
 
 def describe(dataset: "RLHFDataset", tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:

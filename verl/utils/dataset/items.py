@@ -60,7 +60,7 @@ def read_catalogue(path: str | Path) -> list[Item]:
     """The items of a catalogue, each once, in order of their codes.
 
     Raises:
-        ValueError: no such file, no column ``sid``, or rows that are not lists of as many codes each.
+        ValueError: no such file, no column ``sid``, or rows that are not lists of equally many codes.
     """
     files = expand_data_files(path)
     if SID_COLUMN not in (columns := column_names(files)):
@@ -73,5 +73,5 @@ def read_catalogue(path: str | Path) -> list[Item]:
         raise ValueError(f"the catalogue {path}: {SID_COLUMN} must hold lists of ints ({error})") from error
     depths = sorted({len(item) for item in items})
     if len(depths) != 1 or not 0 < depths[0] <= len(LEVELS):
-        raise ValueError(f"the catalogue {path} has items of {depths} codes; give all as many, 1 to {len(LEVELS)}")
+        raise ValueError(f"the catalogue {path} has items of {depths} codes; all need equally many, 1 to {len(LEVELS)}")
     return sorted(items)

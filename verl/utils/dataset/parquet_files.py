@@ -32,7 +32,7 @@ Files = str | Path | Sequence[str | Path]
 ROWS_PER_BLOCK = 256
 """Rows copied and turned into Python objects at a time."""
 READ_BUFFER_BYTES = 1 << 20
-"""Of a column that is read from parquet: without a buffer a whole row group would be."""
+"""Buffer of a column that is read from parquet: without one a whole row group would be read."""
 COPY_LAYOUT = 1
 """To be raised where the copies change, so that older ones are made anew."""
 

@@ -176,7 +176,7 @@ def _parse_message(turn: Any, number: int, in_columns: bool) -> Message:
 
 
 def _tool_calls(cell: Any, number: int, in_columns: bool) -> list[Any]:
-    """The calls of a message; a template would write what are none without a word."""
+    """The tool calls of a message; BadRowError for an entry that is none, which a template would write unnoticed."""
     value = _parse_text(cell) if isinstance(cell, str | bytes) else _without_nulls(cell) if in_columns else cell
     calls = value if isinstance(value, list) else [value] if value else []
     for call in calls:

@@ -268,7 +268,7 @@ class RLHFDataset(Dataset[dict[str, Any]]):
         return set(map(text_of, self._rows.distinct(column, self._kept[list(chosen)]) - {None}))
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the order and the draws of the think switch. Loader processes see it from their next start on."""
+        """Choose the epoch whose think switches are drawn. Loader processes see it from their next start on."""
         self.epoch = epoch
 
     def message_column(self) -> str:

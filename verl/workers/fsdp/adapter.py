@@ -27,13 +27,13 @@ from verl.weight_sync import hugging_face_name, named_weights
 ADAPTER = "default"
 """Peft's name of the adapter, of which there is one."""
 FILE_PREFIX = "base_model.model."
-"""Begins the names of tensors in peft's files."""
+"""Prefix of the names of tensors in peft's files."""
 ALL_LINEAR = "all-linear"
 
 
 def add_adapter(causal_lm: PreTrainedModel, model: HFModelConfig) -> dict[str, torch.Tensor]:
-    """Put an adapter into a model on the meta device. Nothing else of it is trained then, but embedding and head with
-    ``model.lora_extended_rows``, which are stored in fp32 as the adapter is.
+    """Put an adapter into a model on the meta device. From then on only the adapter is trained, and with
+    ``model.lora_extended_rows`` embedding and head too; all that is trained is stored in fp32.
 
     Returns:
         what the adapter's parameters start from, by name, in fp32.
@@ -118,7 +118,7 @@ def merged_weights(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 @contextmanager
 def as_frozen(module: nn.Module) -> Iterator[None]:
-    """The model as it is scored by, and without its adapter, if it has one; for passes without gradient."""
+    """Within the block the model runs in eval mode without its adapter, if it has one; for passes without gradient."""
     was_training, layers = module.training, adapted_layers(module).values()
     module.eval()
     for layer in layers:

@@ -69,8 +69,8 @@ def choose_attention(
 ) -> tuple[str, bool]:
     """Name of the attention in transformers' interface, and whether rows are packed, laid end to end.
 
-    Flash-attention where it is installed and rows are not split over ranks, else torch's own kernels, or none where a
-    model has more than they compute; packed where rows can be kept apart.
+    Flash-attention in half precision on CUDA where it is installed and rows are not split over ranks; else eager where
+    attention has a cap or sinks (`needs_eager`), else torch's own kernels. Packed where rows can be kept apart.
     ``model.override_config.attn_implementation`` decides where it is set.
 
     Raises:

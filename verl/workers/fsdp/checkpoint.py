@@ -2,8 +2,8 @@
 
 In:  model, optimizer, its steps and a folder. Out, below that folder, in safetensors, which unpickle nothing::
 
-    shards/00001-of-00002.safetensors    the shard of rank 0: its slice of every parameter and of AdamW's state, and
-    shards/00002-of-00002.safetensors    where the slice begins; the shard of rank 1
+    shards/00001-of-00002.safetensors    rank 0's slice of every parameter and of AdamW's state, and where it begins
+    shards/00002-of-00002.safetensors    the same of rank 1
     extra_rank_<r>.safetensors           optimizer steps done, training step, random number generators of rank r
     huggingface/                         config and tokenizer, and with ``hf_model`` the weights, for transformers, vLLM
     adapter/                             of a student that has one: the adapter in peft's files
@@ -65,7 +65,7 @@ Shard = tuple[Tensors, dict[str, Any]]
 SHARDS, HUGGINGFACE, EXTRA, CONFIG = "shards", "huggingface", "extra_rank_{}.safetensors", "config.json"
 ADAPTER_FOLDER, MERGED = "adapter", "merged_shards"
 MAX_FILE_BYTES = 2 * 10**9
-"""Of a file of whole weights, which is in memory at once; a larger tensor is a file of its own."""
+"""Most bytes of a file of whole weights, which is in memory at once; a larger tensor is a file of its own."""
 WRITE_TIMEOUT = timedelta(hours=2)
 """How long a rank that has written waits for the slowest."""
 _SHARD_NAME = "{:05d}-of-{:05d}.safetensors"
@@ -87,7 +87,7 @@ def write_file(path: Path, tensors: Tensors, metadata: dict[str, str] | None = N
 
 
 def copy_shard(tensors: Iterable[tuple[str, torch.Tensor]]) -> Shard:
-    """Copy this rank's slices; of what several ranks hold, copies of a slice or a whole tensor, the first one does."""
+    """Copy this rank's slices; where several ranks hold the same slice or tensor, only the first of them copies it."""
     copies, places = {}, {}
     for key, tensor in tensors:
         local, offset = tensor, [0] * tensor.dim()
@@ -268,7 +268,7 @@ class CheckpointWriter:
         self._writing = self._thread.submit(self._write, state, copies, extra, folder, began)
 
     def outcome(self, wait: bool) -> SaveOutcome:
-        """How far the checkpoint is that was begun last; done, without an error, where there is none.
+        """Progress of the checkpoint that began last; done, without an error, where none did.
 
         Args:
             wait: until it is written.
@@ -277,11 +277,10 @@ class CheckpointWriter:
             return SaveOutcome(done=True)
         if not wait and not self._writing.done():
             return SaveOutcome(done=False)
-        writing, self._writing = self._writing, None
-        error = writing.exception()
+        error = self._writing.exception()
         if error is not None:
             return SaveOutcome(done=True, error=f"{type(error).__name__}: {error}".splitlines()[0])
-        return SaveOutcome(done=True, seconds=writing.result())
+        return SaveOutcome(done=True, seconds=self._writing.result())
 
     def _write(
         self, state: TrainingState, copies: dict[str, Shard], extra: Tensors, folder: Path, began: float

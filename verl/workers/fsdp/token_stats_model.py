@@ -55,7 +55,7 @@ class ModelInputs(NamedTuple):
     row_lengths: tuple[int, ...] | None
     """Tokens of each packed row, over all ranks of a sequence group; None where rows are padded."""
     select_index: torch.Tensor
-    """(S,) positions in the flattened ``input_ids`` that predict a scored token; in a sequence group any rank's."""
+    """(S,) places in the flattened ``input_ids`` that predict a scored token; in a group those of this rank's part."""
     labels: torch.Tensor
     """(S,) the scored tokens."""
     real: torch.Tensor
@@ -132,8 +132,8 @@ class ScoredRows:
     ) -> list[MicroBatch]:
         """Cut the rows into micro-batches: as many on every rank, because sharded models communicate in each.
 
-        A micro-batch with nothing to score, as a rank with few rows may have, holds one arbitrary token. A row longer
-        than one may be, which `PPOConfig` sees to that there is none, raises ValueError or is one of its own.
+        A micro-batch with nothing to score (a rank may have few rows) holds one arbitrary token. `PPOConfig` refuses
+        limits below the longest row; a longer packed row raises ValueError here, a padded one gets its own micro-batch.
 
         Args:
             beside: (B,) tokens that another model reads of each row in the same micro-batch; the longer count.
@@ -308,7 +308,7 @@ class TokenStatsModel(nn.Module):
                 **self._row_boundaries(inputs.row_lengths),
             )
         # Outside the block: what a head saves, such as a gradient (V, D), stays on the device.
-        hidden = output.last_hidden_state.flatten(0, 1)[inputs.select_index]  # (S, D)
+        hidden = output.last_hidden_state.flatten(0, 1)[inputs.select_index]  # (S, D), in a group before the exchange
         if inputs.exchanged is not None:
             hidden = self.group.exchange(hidden, *inputs.exchanged)
         if self._scale != 1.0:  # scaled states give scaled logits

@@ -42,7 +42,7 @@ class _Request:
 
     @property
     def distribution(self) -> tuple[float, float, int]:
-        """What rows of one batch have in common."""
+        """Temperature, top-p and top-k, which rows of one batch have in common."""
         return self.options.temperature, self.options.top_p, self.options.top_k
 
 
@@ -119,7 +119,7 @@ class HFReplica(RolloutReplica):
             output = TokenOutput(
                 token_ids=written,
                 log_probs=log_probs if options.logprobs else None,
-                stop_reason=ABORTED if len(written) < options.max_tokens else "length",
+                stop_reason=ABORTED if len(written) < options.max_tokens else "length",  # "stop" is set later, by `cut`
                 weight_version=self.weight_version,
                 top_log_probs=top if options.top_logprobs else None,
             )
@@ -180,7 +180,7 @@ class _Sampler(transformers.LogitsProcessor):
                 torch.empty(vocab_size).exponential_(generator=generator)
         temperature, top_p, top_k = batch[0].distribution
         self._warpers = transformers.LogitsProcessorList()
-        """None: the most likely token is taken."""
+        """Empty: the most likely token is taken."""
         if temperature > 0:
             self._warpers.append(transformers.TemperatureLogitsWarper(float(temperature)))
             if top_k != -1:

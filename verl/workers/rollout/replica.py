@@ -147,11 +147,11 @@ class RolloutReplica(ABC):
         self.max_model_len = config.max_model_len or config.prompt_length + config.response_length
         self.weight_version = 0
         self._seeds = random.Random(f"{config.seed}, {replica_rank}")
-        """Of requests that bring none."""
+        """Seeds of requests that bring none."""
         self._name = f"{config.name} replica {replica_rank}"
         self._requests = 0
         self._answers: dict[str, asyncio.Task[TokenOutput]] = {}
-        """To requests that `answers` began, until it gives them."""
+        """Answers to requests that `answers` began, until it gives them."""
         self._unusable: str | None = None
         """Why no request can be answered now."""
         self._asleep = False
@@ -248,8 +248,8 @@ class RolloutReplica(ABC):
     async def update_weights(self, update_info: Mapping[str, Any], content: np.ndarray | None = None) -> None:
         """Take one bucket of weights; see ``verl.weight_sync`` for its form, ``content`` is what was stored.
 
-        A bucket with a tensor that the model does not have, or not in this shape, is not loaded;
-        ``finish_weight_update`` reports it. Where loading fails the replica stays unusable.
+        A bucket with a tensor that the model lacks, or has in another shape, is not loaded; ``finish_weight_update``
+        reports it, and a broadcast one raises ValueError at once. Where loading fails the replica stays unusable.
         """
         if self._received.add(update_info):
             with as_file(update_info, content) as bucket:

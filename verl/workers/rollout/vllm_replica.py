@@ -188,7 +188,7 @@ class InProcessEngine:
         self._numbers = itertools.count()
         self._stepping: asyncio.Task[None] | None = None
         self._calls = 0
-        """Of the engine's thread, under way or waiting for it."""
+        """Calls of the engine's thread, under way or waiting for it."""
         self._death: RuntimeError | None = None
 
     @classmethod

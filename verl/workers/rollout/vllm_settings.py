@@ -56,10 +56,10 @@ def engine_environment(config: RolloutConfig, device: str) -> dict[str, str]:
 
 
 def engine_threads(config: RolloutConfig) -> int:
-    """Threads of one engine process on CPU: all cores, shared by the machine's engines and their ranks.
+    """Threads of one engine process on CPU: the machine's cores, divided by its engines and their parallel processes.
 
-    The training ranks wait while it generates, as it does while they train. Ray gives actors without CPUs of their own
-    ``OMP_NUM_THREADS=1``; any larger value there is the user's and stays.
+    Without ``trainer.max_staleness`` ranks wait while engines generate, and engines while ranks train. Ray gives actors
+    without CPUs of their own ``OMP_NUM_THREADS=1``; any larger value there is the user's and stays.
     """
     threads = int(os.environ.get("OMP_NUM_THREADS", "1").split(",")[0])
     cores = len(os.sched_getaffinity(0))

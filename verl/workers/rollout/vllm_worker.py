@@ -167,7 +167,7 @@ class EndAfterExtended(LogitsProcessor):
         process_dict_updates(self._rows, batch_update, limits)
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
-        """Leave the logits (N, V) of an end token alone where an answer has ended, in place, and return them."""
+        """Set the logits (N, V) of an ended answer to minus infinity except at its end token, in place; return them."""
         for place, (written, first, end) in self._rows.items():
             if written and written[-1] >= first:
                 logits[place] = -torch.inf

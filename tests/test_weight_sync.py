@@ -141,9 +141,9 @@ def test_the_next_bucket_is_exported_while_engines_load_and_all_are_released(fai
 
     def call(*event: Any) -> Callable[[], list[dict[str, Any]]]:
         events.append(" ".join(map(str, event)))
-        return lambda: [{"path": event[-1]}]  # what an export gives
+        return Begun(lambda given: [{"path": given.path}], SimpleNamespace(path=event[-1], check=print))  # of an export
 
-    def wait(task: str, calls: list[Any]) -> None:
+    def wait(task: str, calls: list[Any], check: Callable[[], None] = print) -> None:
         call("wait:", task)
         if task == fails:
             raise ConnectionError
@@ -151,7 +151,7 @@ def test_the_next_bucket_is_exported_while_engines_load_and_all_are_released(fai
     student = SimpleNamespace(
         weight_buckets=lambda: [{}] * 3,
         export_weight_bucket=partial(call, "export"),
-        release_weight_buckets=partial(call, "release"),
+        begin=call,
     )
     names = ("start_weight_update", "update_weights", "finish_weight_update")
     engine = SimpleNamespace(**{name: SimpleNamespace(remote=partial(call, name)) for name in names})
@@ -163,7 +163,7 @@ def test_the_next_bucket_is_exported_while_engines_load_and_all_are_released(fai
         expected += [f"wait: load weight bucket {index} of version 7"]
     end = [] if fails else ["finish_weight_update 7", "wait: finish the weight sync of version 7"]
     done = expected[: expected.index(f"wait: {fails}") + 1] if fails else expected
-    assert events == [*done, "release", *end]
+    assert events == [*done, "release_weight_buckets", *end]
 
 
 def raise_where(fails: bool) -> None:

@@ -20,8 +20,6 @@ references to buckets, never weights.
 
 Or (``trainer.rollout_weight_sync=broadcast``) engines apart are in a group with rank 0, a `Channel`: each bucket is
 broadcast while engines load it, and they have its names, shapes and ``dtype_names`` before (`broadcast_weights`).
-
-Not here: how calls are waited for (the caller).
 """
 
 import logging
@@ -42,6 +40,7 @@ from safetensors.torch import save, save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from verl.single_controller.base import RolloutError, WorkerError
 from verl.single_controller.base.worker import Channel
 from verl.utils.device import dtype_name, get_device_uuid, release_cached_memory, synchronize
 from verl.utils.durable_files import OwnedFolder, make_owned_folder, remove_abandoned
@@ -71,17 +70,16 @@ def send_weights(
     Args:
         student: the worker group; its lists have one entry per rank.
         engines: handles of rollout replicas; as with a Ray actor, ``engine.method.remote(...)`` starts a call.
-        ranks_beside: per engine the ranks whose export it reads: on CUDA those on its GPUs, on CPU all of its node. All
-            empty: the engines are apart.
-        wait: ``wait(task, calls)`` waits for calls that were started, one per engine; ``task`` is for its errors.
+        ranks_beside: per engine the ranks on its GPUs (CUDA) or node (CPU), whose export it reads; all empty: apart.
+        wait: ``wait(task, calls, check)`` waits for a call per engine, and calls ``check`` meanwhile.
         version: number of these weights; engines stamp their answers with it.
     """
     export = student.export_weight_bucket if any(ranks_beside) else student.store_weight_bucket
-    starts = [engine.start_weight_update.remote() for engine in engines]
+    starts, is_sound = [engine.start_weight_update.remote() for engine in engines], True
+    count = len(student.weight_buckets())
     try:
         exports = export(0)
-        count = len(student.weight_buckets())
-        wait("begin a weight sync", starts)
+        wait("begin a weight sync", starts, exports.check)
         for index in range(count):
             exported = exports()
             buckets = [bucket_for(ranks or (0,), exported) for ranks in ranks_beside]
@@ -92,16 +90,21 @@ def send_weights(
             ]
             if index + 1 < count:
                 exports = export(index + 1)
-            wait(f"load weight bucket {index} of version {version}", loads)
+            wait(f"load weight bucket {index} of version {version}", loads, exports.check)
+    except WorkerError as error:
+        is_sound = isinstance(error, RolloutError)
+        raise
     finally:
-        # After a failure too: a bucket is GPU memory, or a file in shared memory.
-        student.release_weight_buckets()
+        # After a failure too: a bucket is GPU memory, or a file in shared memory. Ranks may be stuck in an export then.
+        released = student.begin("release_weight_buckets")
+        if is_sound:
+            released()
     calls = [engine.finish_weight_update.remote(version) for engine in engines]
     wait(f"finish the weight sync of version {version}", calls)
 
 
 def broadcast_weights(student: Any, engines: Sequence[Any], wait: Callable[..., Any], version: int) -> None:
-    """As `send_weights`, to engines that are in a channel with rank 0; ``wait`` takes what it calls now and then, too.
+    """As `send_weights`, to engines that are in a channel with rank 0.
 
     The ranks are told all buckets at once: they wait for the engines only inside a broadcast. Where an engine fails,
     they wait there until the channel times out, and nobody waits for them.
@@ -120,11 +123,8 @@ def broadcast_weights(student: Any, engines: Sequence[Any], wait: Callable[..., 
 
 
 def bucket_for(ranks: Sequence[int], exports: Sequence[Bucket | None]) -> Bucket:
-    """What the engine beside ``ranks`` reads one bucket from.
-
-    A file in a node's shared memory serves as it is. Handles of GPU memory are joined, so that the engine gets those
-    of its own GPUs: all ranks' handles for all engines would grow with the square of the cluster.
-    """
+    """What the engine beside ``ranks`` reads one bucket from: a file in shared memory as it is, or joined handles of
+    its own GPUs' memory: all ranks' handles for all engines would grow with the square of the cluster."""
     first, *others = [export for export in (exports[rank] for rank in ranks) if export is not None]
     if "ipc_handles" not in first:
         return dict(first)

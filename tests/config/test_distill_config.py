@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from verl.config import DistillConfig, PPOConfig, TeacherConfig
+from verl.config import ActorRolloutRefConfig, AlgoConfig, DistillConfig, PPOConfig, RolloutConfig, TeacherConfig
 
 
 def test_rows_belong_to_the_first_teacher_their_source_matches() -> None:
@@ -107,3 +107,18 @@ def test_what_no_row_of_the_data_needs_is_refused_once_they_are_known() -> None:
     with pytest.raises(ValueError, match=r"leak_coef=1.0 has no effect: .* gives all rows to \['mixed'\]"):
         distill.check_base_settings({("a1", True), ("a2", False)})
     DistillConfig("exact", teachers=ALL_ROWS).check_base_settings({("a", True)})
+
+
+@pytest.mark.parametrize(
+    ("rollout", "estimator", "stops"),
+    [
+        ({}, "on_policy_distill", True),
+        ({"mask_after_extend_token": False}, "on_policy_distill", False),
+        ({"mask_response_if_have_extend_token": True}, "on_policy_distill", True),
+        ({"stop_at_extended_token": False}, "on_policy_distill", False),
+        ({}, "grpo", False),
+    ],
+)
+def test_answers_end_at_an_item_where_nothing_reads_on(rollout: dict[str, bool], estimator: str, stops: bool) -> None:
+    settings = ActorRolloutRefConfig(rollout=RolloutConfig(**rollout))
+    assert PPOConfig(actor_rollout_ref=settings, algorithm=AlgoConfig(estimator)).stops_at_extended == stops

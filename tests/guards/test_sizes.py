@@ -10,8 +10,8 @@ REPO = Path(__file__).resolve().parents[2]
 FOLDERS = ("verl", "recipe", "experiments", "examples", "benchmarks", "scripts", "tests")
 FILES = sorted(path for top in FOLDERS for path in (REPO / top).rglob("*.py"))
 MAX_LINES, MAX_FUNCTION_LINES = 400, 60
-BUDGETS = {"verl": 13030, "recipe": 2750, "tests": 18860}
-"""Code lines of each part; a new capability may raise its part's, in the change that adds it."""
+BUDGETS = {"verl": 13050, "recipe": 2750, "tests": 18910}
+"""Code lines of each part; a new capability, or a gap in the tests, may raise its part's in the change that adds it."""
 MAX_MODULES = 114
 """Of ``verl/``."""
 

@@ -14,7 +14,10 @@ from transformers import AutoModelForCausalLM
 from recipe.onpolicy_distill import evaluate as module
 from recipe.onpolicy_distill.evaluate import Evaluation, EvaluationConfig, evaluate, main
 from recipe.onpolicy_distill.scoreboard import answers
-from verl.config import RolloutConfig
+from recipe.onpolicy_distill.scoreboard.answers import Answerer
+from recipe.onpolicy_distill.scoreboard.questions import Question
+from recipe.onpolicy_distill.scoreboard.scoring import ScoringConfig, sampled_batch, score
+from verl.config import AlgoConfig, RolloutConfig
 from verl.utils.dataset.items import item_tokens
 from verl.utils.tokenizer import hf_tokenizer
 
@@ -120,6 +123,34 @@ def test_right_answers_count_whatever_kind_of_token_items_are(
     metrics = evaluate(options(files, folder)).metrics
     names = ("free_rate", "free_valid_rate", "general_accuracy", "rec_text_accuracy")
     assert [metrics[name] for name in names] == [rate] * 4
+
+
+def test_answers_are_scored_at_the_temperature_that_they_were_drawn_at(tiny_pair):
+    start, prompt, answer = tiny_pair.extend_vocab_start_token, [5, 6, 7], [9, 10, 11]
+    folders = {"old_log_probs": tiny_pair.student, "ref_log_prob": tiny_pair.teacher}
+    paths = {"model": str(tiny_pair.student), "teacher": str(tiny_pair.teacher), "device": "cpu"}
+    config = ScoringConfig(**paths, extend_vocab_start_token=start, temperature=0.7, algorithm=AlgoConfig())
+    scored = score(sampled_batch([Question("", "", "", prompt, "")], [answer], config, 0), config)
+    for key, folder in folders.items():
+        model, ids = AutoModelForCausalLM.from_pretrained(folder), len(hf_tokenizer(folder))
+        logits = model(torch.tensor([prompt + answer])).logits[0, 2:-1, :ids] / 0.7
+        expected = logits.log_softmax(-1).gather(-1, torch.tensor(answer)[:, None])[:, 0]
+        torch.testing.assert_close(scored.tensor(key)[0], expected, rtol=0, atol=1e-4)
+
+
+async def test_greedy_answers_are_the_likeliest_tokens_and_a_seed_decides_the_others(tiny_pair):
+    answerer = Answerer(str(tiny_pair.student), RolloutConfig(name="hf", prompt_length=8, response_length=4), "cpu")
+    asked = [Question("", "", "", [5, 6, number], "") for number in range(20, 28)]
+    await answerer.launch()
+    try:
+        greedy = await answerer.greedy(asked, 1)
+        drawn = [await answerer.sampled(asked, 4, 1.0, seed) for seed in (0, 0, 1)]
+    finally:
+        await answerer.shutdown()
+    model, ids = AutoModelForCausalLM.from_pretrained(tiny_pair.student), len(hf_tokenizer(tiny_pair.student))
+    logits = model(torch.tensor([question.prompt_ids for question in asked])).logits[:, -1, :ids]
+    assert [answer[0] for answer in greedy] == logits.argmax(-1).tolist()
+    assert drawn[0] == drawn[1] != drawn[2]
 
 
 def test_samples_carry_what_training_would_see(student, tiny_pair):

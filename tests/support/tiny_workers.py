@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from verl.config import (
@@ -31,7 +32,7 @@ from verl.weight_sync import named_weights
 
 EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 PROMPT, RESPONSE = 6, 8
-ADAM_BETA1 = 0.9
+ADAM_BETA1 = 0.8  # not AdamW's own
 
 Row = tuple[list[int], list[int]]
 """Token ids of a prompt and of a response."""
@@ -76,7 +77,7 @@ def worker_config(
 ) -> ActorRolloutRefConfig:
     """Settings of the workers, with changes of the sections ``actor``, ``model``, ``ref`` and ``rollout``.
 
-    Gradients are not clipped, and Adam's first moment holds a tenth of the gradient.
+    Gradients are not clipped, and Adam's first moment holds a fifth of the gradient.
     """
     optim = OptimizerConfig(lr=1e-3, weight_decay=0.0, betas=(ADAM_BETA1, 0.999))
     actor = {"ppo_mini_batch_size": rows_per_step, "grad_clip": 1e9, "optim": optim, **sections.get("actor", {})}
@@ -193,6 +194,16 @@ def save_checkpoint(worker: Any, folder: Path, step: int = 1) -> None:
     worker.begin_checkpoint(str(folder), step)
     if error := worker.checkpoint_outcome(wait=True).error:
         raise OSError(error)
+
+
+def exported(worker: Any) -> dict[str, torch.Tensor]:
+    """What the engines get, of this rank's buckets."""
+    weights: dict[str, torch.Tensor] = {}
+    for index in range(len(worker.weight_buckets())):
+        if (bucket := worker.export_weight_bucket(index)) is not None:
+            weights |= load_file(bucket["path"])
+    worker.release_weight_buckets()
+    return weights
 
 
 def first_gradient(worker: Any) -> dict[str, torch.Tensor]:

@@ -71,6 +71,10 @@ def test_balanced_order_by_hand() -> None:
         assert sum(seqlens[row] for row in share[2:]) == 10
     assert sorted(first[:2] + second[:2]) == [0, 1, 2, 3]
     assert sorted(first[2:] + second[2:]) == [4, 5, 6, 7]
+    # Two mini-batches of which one pair has 11 and the other 4: each rank gets the fuller pair of one.
+    seqlens = [9, 2, 2, 2] * 2
+    order = balanced_order(seqlens, mini_batch_rows=4, dp_size=2)
+    assert [sum(seqlens[row] for row in share) for share in (order[:4], order[4:])] == [15, 15]
 
 
 @pytest.mark.parametrize("dp_size", [1, 2, 3, 4, 6])

@@ -57,6 +57,19 @@ def test_gradient_is_that_of_the_whole_distributions(
     assert metrics["actor/distill_loss"] == pytest.approx(loss.item(), rel=1e-4)
 
 
+def test_share_of_the_mixture_and_aggregation_are_those_of_the_settings(models: Models) -> None:
+    distill, batch, plain = models.distill("jsd", support="shared", beta=0.3), models.batch(), models.plain()
+    student = workers(models.config(actor={"loss_agg_mode": "seq-mean-token-mean"}), distill)
+    student.update_actor(batch)
+    log_p = tiny.plain_log_probs(plain.student, batch, models.ids, TEMPERATURE)
+    log_p, log_q = over_support(log_p, models.teacher_log_probs(plain, batch)["base"], models.extend_start)
+    log_m = (0.7 * log_p.exp() + 0.3 * log_q.exp()).log()
+    jsd = (0.7 * log_p.exp() * (log_p - log_m) + 0.3 * log_q.exp() * (log_q - log_m)).sum(-1)
+    mask = batch.tensor("response_mask")
+    loss = ((jsd * mask).sum(-1) / mask.sum(-1)).mean()
+    tiny.assert_same_gradient(tiny.first_gradient(student), tiny.plain_gradient(plain.student, loss))
+
+
 def test_beside_a_task_reward_the_losses_add_up(models: Models) -> None:
     """At the first step the policy loss has the gradient of -A x log-prob, whatever the clip."""
     distill, limits = models.distill(teachers=2, support="shared", coef=0.7, **LEAK), {"ppo_max_token_len_per_gpu": 16}

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from support import tiny_workers as tiny
 from support.exact_cases import TEMPERATURE, Models, workers, workers_apart
 
@@ -32,16 +31,6 @@ def adapter_of(worker: StudentWorker) -> dict[str, torch.Tensor]:
     return {name: tiny.whole(weight.detach()) for name, weight in trained_weights(worker.module).items()}
 
 
-def export(worker: StudentWorker) -> dict[str, torch.Tensor]:
-    """What the engines get."""
-    weights: dict[str, torch.Tensor] = {}
-    for index in range(len(worker.weight_buckets())):
-        if (bucket := worker.export_weight_bucket(index)) is not None:
-            weights |= load_file(bucket["path"])
-    worker.release_weight_buckets()
-    return weights
-
-
 def log_probs(worker: StudentWorker, batch: DataProto) -> torch.Tensor:
     return worker.compute_log_prob(batch).tensor("old_log_probs")
 
@@ -50,8 +39,8 @@ def test_a_fresh_adapter_changes_nothing_and_training_changes_the_adapter_alone(
     batch, plain = models.batch(2), workers(models.config())
     student = workers(config(models), SELF)
     assert torch.equal(log_probs(student, batch), log_probs(plain, batch))
-    assert {name: value.shape for name, value in export(student).items()} == {
-        name: value.shape for name, value in export(plain).items()
+    assert {name: value.shape for name, value in tiny.exported(student).items()} == {
+        name: value.shape for name, value in tiny.exported(plain).items()
     }
     fresh, base = adapter_of(student), tiny.weights_of(student)
     assert len(fresh) == 2 * 2 * 7 and all(name.startswith("base_model.model.model.layers.") for name in fresh)
@@ -62,7 +51,7 @@ def test_a_fresh_adapter_changes_nothing_and_training_changes_the_adapter_alone(
     assert all(torch.equal(value, base[name]) for name, value in tiny.weights_of(student).items())
 
     tiny.save_checkpoint(student, tmp_path)
-    exported, saved = export(student), dict(tiny.load_plain(tmp_path / HUGGINGFACE).named_parameters())
+    exported, saved = tiny.exported(student), dict(tiny.load_plain(tmp_path / HUGGINGFACE).named_parameters())
     assert exported.keys() == saved.keys() == base.keys()
     assert all(torch.equal(value, saved[name]) for name, value in exported.items())
     changed = {name.split(".")[-2] for name, value in exported.items() if not torch.equal(value, base[name])}
@@ -147,11 +136,11 @@ def run(settings: ActorRolloutRefConfig, batch: DataProto, folder: Path) -> dict
     """On each rank: two steps, a checkpoint between them, and one step that goes on from it."""
     worker = workers(settings, SELF)
     share = batch.chunk(worker.world_size)[worker.rank]
-    seen: dict[str, Any] = {"base": export(worker)}
+    seen: dict[str, Any] = {"base": tiny.exported(worker)}
     seen["metrics"] = worker.update_actor(share).meta_info["metrics"]
     moments = {name: worker._state.optimizer.state[weight] for name, weight in trained_weights(worker.module).items()}
     seen["gradient"] = {name: tiny.whole(state["exp_avg"]) / (1 - tiny.ADAM_BETA1) for name, state in moments.items()}
-    seen["adapter"], seen["weights"] = adapter_of(worker), export(worker)
+    seen["adapter"], seen["weights"] = adapter_of(worker), tiny.exported(worker)
     tiny.save_checkpoint(worker, folder)
     seen["scores"] = log_probs(worker, share)
     seen["next"] = worker.update_actor(share).meta_info["metrics"], adapter_of(worker)
@@ -196,7 +185,7 @@ def test_rows_of_extended_ids_are_trained_beside_the_adapter_where_that_is_set(
     assert alone["actor/extended_row_drift"] == alone["actor/shared_row_drift"] == beside["actor/shared_row_drift"] == 0
     assert beside["actor/extended_row_drift"] > 1e-3 and beside["actor/grad_norm"] > alone["actor/grad_norm"]
     tiny.save_checkpoint(student, tmp_path)
-    before, after, right = tiny.weights_of(plain), export(student), log_probs(student, batch)
+    before, after, right = tiny.weights_of(plain), tiny.exported(student), log_probs(student, batch)
     names = ["model.embed_tokens.weight"] if tied else ["model.embed_tokens.weight", "lm_head.weight"]
     for name in names:
         assert torch.equal(after[name][:start], before[name][:start])
@@ -220,7 +209,7 @@ def test_half_precision_is_that_of_the_base_alone(models: Models) -> None:
     fresh = adapter_of(student)
     assert student.update_actor(models.batch(2)).meta_info["metrics"]["actor/updates"] == 1
     assert not all(torch.equal(value, fresh[name]) for name, value in adapter_of(student).items())
-    assert {weight.dtype for weight in export(student).values()} == {torch.bfloat16}
+    assert {weight.dtype for weight in tiny.exported(student).values()} == {torch.bfloat16}
 
 
 def test_chosen_layers_alone_are_adapted(models: Models) -> None:

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from support import tiny_workers as tiny
 from support.exact_cases import LEAK, Models, read_so, scored, with_own_prompts, workers
 
@@ -133,16 +132,6 @@ def state_of(student: StudentWorker) -> dict[str, dict[str, torch.Tensor]]:
     return {"weights": tiny.weights_of(student), "moments": tiny.first_gradient(student)}
 
 
-def exported_by(student: StudentWorker) -> dict[str, torch.Tensor]:
-    """What the engines get."""
-    weights: dict[str, torch.Tensor] = {}
-    for index in range(len(student.weight_buckets())):
-        if (bucket := student.export_weight_bucket(index)) is not None:
-            weights |= load_file(bucket["path"])
-    student.release_weight_buckets()
-    return weights
-
-
 def hybrid_program(case: Case, models: Models, folder: Path) -> None:
     """On each of four ranks: two updates and a checkpoint in every layout; then a third, and another's checkpoint."""
     students, rank = {}, int(os.environ["RANK"])
@@ -151,7 +140,7 @@ def hybrid_program(case: Case, models: Models, folder: Path) -> None:
         share = make_batch(models, case.teachers).chunk(4 // ranks)[rank // ranks]
         metrics = [student.update_actor(share.select()).meta_info["metrics"] for _ in range(2)]
         tiny.save_checkpoint(student, folder / name)
-        seen = {**state_of(student), "metrics": metrics, "exported": exported_by(student)}
+        seen = {**state_of(student), "metrics": metrics, "exported": tiny.exported(student)}
         student.update_actor(share)
         torch.save(seen, folder / f"{name}_{rank}.pt")
     for name, other in READ.items():

@@ -147,8 +147,8 @@ class PPOConfig:
         """Whether an answer to train on ends at its first extended token where its teacher lacks these: nothing after
         it is trained, and no task reward reads it."""
         rollout = self.actor_rollout_ref.rollout
-        trains_nothing = rollout.mask_after_extend_token or rollout.mask_response_if_have_extend_token
-        return rollout.stop_at_extended_token and trains_nothing and not self.algorithm.learns_from_reward
+        masks = rollout.stop_at_extended_token and rollout.mask_after_extend_token
+        return masks and not self.algorithm.learns_from_reward
 
     def _size_errors(self) -> Iterator[str]:
         data, trainer, rollout = self.data, self.trainer, self.actor_rollout_ref.rollout

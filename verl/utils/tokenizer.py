@@ -51,15 +51,21 @@ def local_model_folder(model: str | None, file: str = "config.json") -> Path | N
 
 
 def position_limit(described: Mapping[str, Any]) -> float | None:
-    """The positions that a model knows by its config.json, stretched ones included; None: it does not say."""
+    """The positions that a model knows by its config.json, stretched ones included; None: it does not say.
+
+    Not of ropes whose frequencies transformers chooses by the longest row of a pass: scores would depend on the others.
+    """
     limit = described.get("max_position_embeddings")
     # transformers 5 writes rope_parameters, of some models by kind of layer; older models have rope_scaling.
     ropes = [rope for name in ("rope_parameters", "rope_scaling") if isinstance(rope := described.get(name), dict)]
     ropes += [inner for rope in ropes for inner in rope.values() if isinstance(inner, dict)]
     for rope in ropes:
-        # Of other types, max_position_embeddings is the stretched length already.
-        if limit is not None and rope.get("rope_type", rope.get("type")) in ("yarn", "linear", "dynamic"):
-            limit = max(limit, rope.get("factor", 1) * (rope.get("original_max_position_embeddings") or limit))
+        kind, own = rope.get("rope_type", rope.get("type")), "original_max_position_embeddings"
+        if limit is not None and kind in ("yarn", "linear"):
+            # Of other types, max_position_embeddings is the stretched length already.
+            limit = max(limit, rope.get("factor", 1) * (rope.get(own) or limit))
+        elif limit is not None and kind in ("longrope", "dynamic"):
+            limit = min(limit, rope.get(own) or described.get(own) or limit)
     return limit
 
 

@@ -32,8 +32,10 @@ class EchoServers:
         self.conversations: dict[str, int] = {}
         self.forgotten: list[str] = []
         self.cancelled = 0
+        self.stops: list[int | None] = []
 
     async def generate(self, prompt_ids: list[int], sampling_params: dict[str, Any], request_id: str) -> TokenOutput:
+        self.stops.append(sampling_params["stop_from_id"])
         self.conversations[request_id] = self.conversations.get(request_id, 0) + 1
         if prompt_ids == [0]:
             raise RuntimeError("no more")
@@ -81,6 +83,18 @@ async def test_a_horizon_is_the_budget_of_all_turns_together(worker: AgentLoopWo
     prompts.meta_info["horizon"] = 3
     with pytest.raises(RuntimeError, match=r"wrote 2 tokens .* where max_tokens was 1"):
         await worker.generate_sequences(prompts)
+
+
+async def test_answers_of_validation_are_written_to_their_end(tokenizer) -> None:
+    config = PPOConfig()
+    config.algorithm.adv_estimator = "on_policy_distill"
+    config.actor_rollout_ref.rollout.extend_vocab_start_token = 90
+    worker = AgentLoopWorker(config, tokenizer, EchoServers())
+    for validate in (False, True):
+        prompts = rows([1])
+        prompts.meta_info["validate"] = validate
+        await worker.generate_sequences(prompts)
+    assert worker.servers.stops == [90, None]
 
 
 async def test_the_first_failure_ends_the_other_conversations(worker: AgentLoopWorker) -> None:

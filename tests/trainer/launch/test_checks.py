@@ -74,8 +74,8 @@ def test_a_run_in_order_passes_and_makes_nothing(run: list[str], tmp_path: Path)
         ([f"{STUDENT}.tokenizer_path=nowhere"], f"{STUDENT}.tokenizer_path=nowhere: there is no such folder"),
         (["++algorithm.distill.teachers.a.path=x"], "algorithm.distill.teachers.a.path=x: there is no such folder"),
         (["actor_rollout_ref.ref.ref_replace_token_id=100"], "ref_replace_token_id=100 must be an id below"),
-        (["data.max_prompt_length=2000", f"{TEACHER}.path=long"], "=512 = 2512 is above max_position_embeddings=2048"),
-        ([f"{STUDENT}.override_config.max_position_embeddings=64"], "is above max_position_embeddings=64 of"),
+        (["data.max_prompt_length=2000", f"{TEACHER}.path=long"], "=512 = 2512 is above the 2048 positions"),
+        ([f"{STUDENT}.override_config.max_position_embeddings=64"], "is above the 64 positions that"),
         (["actor_rollout_ref.actor.router_aux_loss_coef=0.01"], "router_aux_loss_coef=0.01: config.json in"),
         (["trainer.best_metric=val/kl", "trainer.test_freq=5"], "trainer.best_metric='val/kl' needs data.val_files"),
         (["trainer.val_only=True"], "trainer.val_only=True needs data.val_files"),
@@ -195,7 +195,7 @@ def test_what_a_model_may_bring(run: list[str], tmp_path: Path) -> None:
     [
         ({"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}}, 4096),
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, 4096),
-        ({"rope_parameters": {"full_attention": {"rope_type": "dynamic", "factor": 2.0}}}, 4096),
+        ({"rope_parameters": {"full_attention": {"rope_type": "dynamic", "factor": 2.0}}}, 2048),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, 2048),
         ({"rope_scaling": None, "rope_parameters": {"rope_type": "default"}}, 2048),
     ],
@@ -207,7 +207,7 @@ def test_positions_that_a_model_stretches_its_own_to(
     write_model(tmp_path / "teacher", max_position_embeddings=10_000)
     lengths = [*run, "data.max_response_length=48"]
     assert check(*lengths, f"data.max_prompt_length={longest - 48}") == []
-    with pytest.raises(ValueError, match=f"= {longest + 1} is above max_position_embeddings={longest} of {STUDENT}"):
+    with pytest.raises(ValueError, match=f"= {longest + 1} is above the {longest} positions that {STUDENT}"):
         check(*lengths, f"data.max_prompt_length={longest - 47}")
 
 

@@ -27,7 +27,7 @@ def config(tiny_pair: Any, tmp_path: Path) -> Callable[..., PPOConfig]:
 
     def build(**trainer: Any) -> PPOConfig:
         changes = {f"trainer.{name}": value for name, value in trainer.items()}
-        length = {"trainer.total_training_steps": STEPS, LOG_PROBS: True}
+        length = {"trainer.total_training_steps": STEPS, LOG_PROBS: True, "actor_rollout_ref.rollout.temperature": 0.8}
         return settings(tiny_pair, train, tmp_path / "run", **{**length, **changes})
 
     return build

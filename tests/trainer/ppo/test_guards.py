@@ -60,7 +60,7 @@ def test_ten_updates_make_up_for_one_that_is_skipped(tmp_path: Path) -> None:
         run.take(0, 1)
         run.take(10, 0)
     skips = 0
-    with pytest.raises(GuardError):
+    with pytest.raises(GuardError, match=r"trainer\.max_skipped_updates=2"):
         while skips < 100:
             skips += 1
             run.take(0, 1)
@@ -229,7 +229,7 @@ def test_a_resumed_run_is_compared_with_the_first_start(tmp_path: Path) -> None:
     with pytest.raises(GuardError, match=r"teacher 'ref' at step 30 .*: the 127 log-probs .* 0\.6 nats"):
         resumed(tmp_path, 0.6)
     assert resumed(tmp_path, 3.0, resume_allow_changed=["teacher"]) == RIGHT
-    with pytest.raises(GuardError):  # what is allowed has nothing to do with teachers
+    with pytest.raises(GuardError, match="teacher 'ref'"):  # what is allowed has nothing to do with teachers
         resumed(tmp_path, 3.0, resume_allow_changed=["data.train_files", "actor_rollout_ref.rollout.val_kwargs"])
 
 

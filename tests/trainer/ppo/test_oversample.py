@@ -16,7 +16,6 @@ import pytest
 import torch
 
 from verl.config import HorizonConfig
-from verl.experimental.agent_loop.base import RolloutError
 from verl.trainer.ppo import rollout_queue
 
 sleeping: Any = importlib.import_module("benchmarks.sleeping_engines")
@@ -176,11 +175,3 @@ def test_an_answer_carried_under_a_shorter_horizon_is_cut_there(steps_over: Any)
     assert [sorted(step.prompts.array("index")) for step in (first, second)] == [[1, 2], [0, 3]]
     assert (sorted(first.lengths), second.lengths) == ([3, 4], [2, 2]), "both had 4 tokens"
     assert second.answers.batch["response_mask"].sum(1).tolist() == [2, 2]
-
-
-def test_carry_refuses_a_loop_of_several_turns_by_name(steps_over: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    steps = steps_over([3, 3, 3], 1, oversample=2.0)
-    loop = "verl.experimental.agent_loop.tool_agent_loop.ToolAgentLoop.writes_one_turn"
-    monkeypatch.setattr(loop, False)
-    with pytest.raises((RolloutError, ValueError), match=r"the agent loop 'tool_agent' does not .*unfinished=drop"):
-        list(steps.take(1))

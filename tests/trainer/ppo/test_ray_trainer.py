@@ -11,6 +11,7 @@ from support.file_faults import Killed
 from support.loop_fakes import Prompts, R, make_config, make_trainer
 
 from recipe.onpolicy_distill.onpolicy_distill_trainer import RayOnPolicyDistillTrainer
+from verl.protocol import DataProto
 from verl.trainer.checkpoint.layout import NothingToTrain
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer
 from verl.utils.tracking import Tracking
@@ -54,7 +55,8 @@ def test_engines_that_slept_through_validation_are_synced_before_they_generate(t
     trainer.fit()
     validation = log[log.index("sync", log.index("update")) + 1 :]
     assert validation == ["generate", "sleep", "old_log_prob", "ref_log_prob"]
-    assert [meta["validate"] for meta in trainer.agent_loop_manager.meta] == [False, True]
+    draws = [(meta["validate"], meta["global_steps"]) for meta in trainer.agent_loop_manager.meta]
+    assert draws == [(False, 1), (True, 0)], "every validation draws alike"
     log.clear()
     trainer.generate(trainer.prepare(next(iter(trainer.val_loader)), n=1, validate=True))
     assert log == ["sync", "generate", "sleep"]
@@ -124,6 +126,38 @@ def test_a_run_resumes_where_it_was_saved(tmp_path: Path) -> None:
     assert sorted(seen) == list(range(8)), "the second epoch continues with the remaining prompts"
     with pytest.raises(NothingToTrain, match=r"nothing to train: .*global_step_3 is there; .*resume_mode=disable"):
         make_trainer(make_config(tmp_path, total_training_steps=3))
+
+
+def test_a_run_that_validates_alone_trains_nothing_and_leaves_the_metrics(tmp_path: Path) -> None:
+    make_trainer(make_config(tmp_path, total_training_steps=2, save_freq=1))[0].fit()
+    alone = make_config(tmp_path, total_training_steps=4, val_only=True)
+    trainer, log = make_trainer(alone, val_dataset=Prompts(2))
+    trainer.fit()
+    assert "update" not in log and trainer.logger.truncated_after == []
+    assert [step for step, _ in trainer.logger.lines] == [2]
+
+
+def test_epochs_and_mini_batches_give_the_length_of_run_and_schedule(tmp_path: Path) -> None:
+    config = make_config(tmp_path, total_epochs=3)
+    actor = config.actor_rollout_ref.actor
+    actor.ppo_mini_batch_size, actor.ppo_epochs = 2, 2
+    trainer, _ = make_trainer(config)
+    assert (trainer.total_steps, actor.optim.total_training_steps) == (6, 24)
+
+
+def test_mini_batches_hold_whole_prompts_over_all_ranks(tmp_path: Path) -> None:
+    config = make_config(tmp_path, n_gpus_per_node=2)
+    config.actor_rollout_ref.rollout.n, config.actor_rollout_ref.actor.ppo_mini_batch_size = 2, 2
+    trainer, _ = make_trainer(config)
+    lengths = torch.tensor([9, 2, 2, 2] * 2)
+    for balanced in (True, False):
+        trainer.config.trainer.balance_batch = balanced
+        mask = (torch.arange(9) < lengths[:, None]).long()
+        batch = trainer.balance(DataProto.from_dict({"attention_mask": mask}, {"uid": [*"aabbccdd"]}))
+        uids, tokens = batch.array("uid").tolist(), batch.tensor("attention_mask").sum(1)
+        # A rank has four rows, two of each mini-batch.
+        assert [sorted(uids[at : at + 2] + uids[at + 4 : at + 6]) for at in (0, 2)] == [[*"aabb"], [*"ccdd"]]
+        assert (tokens[:4].sum() == tokens[4:].sum()) == balanced
 
 
 @pytest.mark.parametrize("async_save", [True, False])

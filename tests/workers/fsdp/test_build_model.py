@@ -248,14 +248,3 @@ def test_ranks_have_to_read_one_config(student_model: Path, mesh: DeviceMesh, mo
     monkeypatch.setattr(build_module.dist, "all_gather_object", gather)
     with pytest.raises(ValueError, match=f"the ranks read different configs of {student_model}; give a folder"):
         build_model(str(student_model), HFModelConfig(), FSDPConfig(), mesh, trainable=False)
-
-
-def test_heads_that_are_more_than_a_matrix_are_refused(tiny_tokenizers: tuple[Path, Path], tmp_path: Path) -> None:
-    model = load_plain(write_model(tmp_path, tiny_tokenizers[0], tied=False))
-    model.config.final_logit_softcapping = 30.0
-    with pytest.raises(ValueError, match=r"its head caps its logits \(final_logit_softcapping=30\.0\), and log-probs"):
-        TokenStatsModel(model)
-    model.config.final_logit_softcapping = None
-    model.set_output_embeddings(nn.Linear(64, 10, bias=True))
-    with pytest.raises(ValueError, match="its head adds a bias, and log-probs"):
-        TokenStatsModel(model)

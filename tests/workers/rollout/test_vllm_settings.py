@@ -40,13 +40,6 @@ def test_cuda_engine() -> None:
     assert given | expected == given
 
 
-@pytest.mark.parametrize("has_buffers", [False, True])
-def test_files_are_read_where_they_hold_more_than_a_sync_brings(has_buffers: bool) -> None:
-    info = ModelInfo(90, 100, (7,), 0, {}, has_buffers)
-    config = RolloutConfig(engine_kwargs={"vllm": {"load_format": "dummy"}})
-    assert ("load_format" in engine_arguments(config, MODEL, info, 2, "cuda")) is not has_buffers
-
-
 def test_options_of_vllm_win_null_is_its_default_and_a_dropped_one_gets_a_notice(
     caplog: pytest.LogCaptureFixture,
 ) -> None:

@@ -214,7 +214,8 @@ def _size_errors(key: str, path: str | None, described: dict[str, Any], config: 
     if limit is not None and longest > limit:
         yield (
             f"data.max_prompt_length={rollout.prompt_length} + data.max_response_length={rollout.response_length} = "
-            f"{longest} is above max_position_embeddings={int(limit)} of {key}={path}; shorten one of them"
+            f"{longest} is above the {int(limit)} positions that {key}={path} has by its config.json (of a rope that "
+            "changes with the longest row, the original ones); shorten one of them"
         )
     replacement, rows = config.actor_rollout_ref.ref.ref_replace_token_id, described.get("vocab_size")
     if key != "actor_rollout_ref.ref.model.path" or replacement is None or rows is None:

@@ -280,7 +280,7 @@ class FixedKLController:
 class AdaptiveKLController:
     """A KL weight that steers the KL to a target (arXiv:1909.08593, section 2.2).
 
-    ``value *= 1 + clip(current / target - 1, -0.2, 0.2) * n_steps / horizon``.
+    ``value *= 1 + clip(current / target - 1, -0.2, 0.2) * min(1, n_steps / horizon)``.
     """
 
     def __init__(self, init_kl_coef: float, target_kl: float, horizon: int) -> None:
@@ -291,7 +291,7 @@ class AdaptiveKLController:
     def update(self, current_kl: float, n_steps: int) -> None:
         """Move the weight after ``n_steps`` (verl's name) answers with a mean KL of ``current_kl`` nats a token."""
         error = min(max(current_kl / self.target - 1.0, -0.2), 0.2)
-        self.value *= 1.0 + error * n_steps / self.horizon
+        self.value *= 1.0 + error * min(1.0, n_steps / self.horizon)  # more would change its sign
 
 
 KLController = FixedKLController | AdaptiveKLController

@@ -11,6 +11,7 @@ Not here: optimizer, roles, tokenizers.
 
 import logging
 import os
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 CHECKPOINTING = {"use_reentrant": False, "preserve_rng_state": False}
 """Blocks draw no random numbers, so recomputing one needs no generator's state."""
+LOAD_TIMEOUT = timedelta(hours=6)
 EXACT, ROUNDED = 1e-3, 0.1
 """Mean distance in nats, in fp32 and in half precision, up to which log-probs are a model's own."""
 
@@ -166,6 +168,23 @@ def _load_on_rank_zero(
     return model, tensors
 
 
+def _wait_for_rank_zero(path: str, model: PreTrainedModel, trainable: bool) -> None:
+    """Until it has read the weights, perhaps hundreds of gigabytes from a hub: longer than other collectives wait.
+
+    Raises:
+        ValueError: files of a model to train hold more than parameters.
+    """
+    group = dist.new_group(backend="gloo", timeout=LOAD_TIMEOUT)
+    dist.barrier(group)
+    dist.destroy_process_group(group)
+    held = model.state_dict().keys() - dict(model.named_parameters(remove_duplicate=False)).keys()
+    if trainable and held:
+        raise ValueError(
+            f"{path} cannot be trained: its files hold {len(held)} buffers ({min(held)}), as of a router's bias, that "
+            "neither checkpoints nor weight syncs carry; take another model"
+        )
+
+
 def _scatter_from_rank_zero(model: PreTrainedModel, tensors: dict[str, torch.Tensor], mesh: DeviceMesh) -> None:
     """Give every rank its shard of rank 0's weights, and rank 0's buffers, some of which no file holds."""
     with torch.no_grad():
@@ -175,9 +194,13 @@ def _scatter_from_rank_zero(model: PreTrainedModel, tensors: dict[str, torch.Ten
             whole = tensors.pop(hugging_face_name(name), None)
             if whole is None:
                 whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=mesh.device_type)
-            shard = distribute_tensor(whole.to(mesh.device_type), mesh, parameter.placements)
+            # Rows beside an adapter have become fp32 since rank 0 read them, and all ranks have to send as many bytes.
+            shard = distribute_tensor(whole.to(mesh.device_type, parameter.dtype), mesh, parameter.placements)
             parameter.to_local().copy_(shard.to_local())
+        dtypes = [{name: tensor.dtype for name, tensor in tensors.items()}]
+        dist.broadcast_object_list(dtypes, src=0)
         for name, buffer in model.named_buffers():
+            buffer.data = buffer.to(dtypes[0].get(name, buffer.dtype))
             if name in tensors:
                 buffer.copy_(tensors[name])
             dist.broadcast(buffer, src=0)
@@ -246,6 +269,7 @@ def build_model(
     disable_progress_bar()  # a worker writes to a log file
     options = {"dtype": storage_dtype, "attn_implementation": attention}
     causal_lm, tensors = _load_on_rank_zero(path, config, model.trust_remote_code, **options)
+    _wait_for_rank_zero(path, causal_lm, trainable)
     module = TokenStatsModel(causal_lm, packed, offload, SequenceGroup.of_size(split_over))
     module.requires_grad_(trainable)
     if has_adapter:

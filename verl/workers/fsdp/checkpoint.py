@@ -48,6 +48,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.core_model_loading import PrefixChange, revert_weight_conversion
+from transformers.dynamic_module_utils import custom_object_save
 
 from verl.config import CheckpointConfig
 from verl.utils.device import dtype_name, get_rng_states, set_rng_states
@@ -323,6 +324,8 @@ def _write_description(causal_lm: PreTrainedModel, tokenizer: PreTrainedTokenize
     config = copy.deepcopy(causal_lm.config)
     config.architectures = [type(causal_lm).__name__]
     config.dtype = dtype_name(next(causal_lm.parameters()).dtype)
+    if type(causal_lm)._auto_class is not None:
+        custom_object_save(causal_lm, folder, config=config)  # the model's own code, beside that of its config
     config.save_pretrained(folder)
     values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     rope = values.get("rope_parameters") or {}

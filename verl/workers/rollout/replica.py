@@ -112,8 +112,6 @@ class ModelInfo:
     pad_token_id: int
     weights: WeightShapes
     """What a weight sync brings."""
-    has_buffers: bool = False
-    """Whether its files hold more than that: buffers, such as the bias of a router."""
 
 
 class RolloutReplica(ABC):
@@ -362,14 +360,12 @@ def read_model_info(model_config: HFModelConfig) -> ModelInfo:
         generation_eos = None
     with torch.device("meta"):  # without memory for the weights
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=model_config.trust_remote_code)
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     return ModelInfo(
         vocab_size=len(tokenizer),  # `tokenizer.vocab_size` leaves out added tokens
         vocab_rows=config.vocab_size,
         eos_token_ids=listed_ids(tokenizer.eos_token_id, generation_eos, config.eos_token_id),
         pad_token_id=tokenizer.pad_token_id,
         weights=weight_shapes(model),
-        has_buffers=not model.state_dict().keys() <= parameters,
     )
 
 

@@ -112,8 +112,6 @@ def engine_arguments(
     for name in RETIRED_OPTIONS & own.keys():
         logger.warning("%s.engine_kwargs.vllm.%s has no effect: vLLM dropped this option", ROLLOUT_KEY, name)
         del own[name]
-    if own.get("load_format") == "dummy" and info.has_buffers:
-        del own["load_format"]  # they would stay random, since no weight sync brings them
     own["logits_processors"] = [*processors, *own.get("logits_processors", ())]
     return arguments | own
 

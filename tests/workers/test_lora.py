@@ -234,3 +234,16 @@ def test_experts_stay_as_they_are(tiny_tokenizers: tuple[Path, Path], tmp_path: 
 def test_layers_that_cannot_be_adapted_are_refused(models: Models, targets: list[str], words: str) -> None:
     with pytest.raises(ValueError, match=rf"target_modules=\[.*\].*{words}"):
         workers(config(models, models.untied, lora={"target_modules": targets}))
+
+
+def save_exported(settings: ActorRolloutRefConfig, folder: Path) -> None:
+    student = workers(settings)
+    torch.save(tiny.exported(student), folder / f"rank_{student.rank}.pt")
+
+
+def test_rows_beside_an_adapter_in_half_precision_reach_every_rank(models: Models, tmp_path: Path) -> None:
+    """They are fp32, and what rank 0 has read is not."""
+    half = {"fsdp_config": {"mixed_precision": {"param_dtype": "bf16"}}}
+    tiny.run_ranks(2, save_exported, config(models, lora={"lora_extended_rows": True}, actor=half), tmp_path)
+    rows = torch.load(tmp_path / "rank_0.pt")["model.embed_tokens.weight"].float()
+    torch.testing.assert_close(rows, tiny.load_plain(models.student).get_input_embeddings().weight, rtol=0, atol=1e-2)

@@ -331,3 +331,5 @@ def test_kl_controllers() -> None:
     assert adaptive.value == pytest.approx(0.102)
     adaptive.update(current_kl=0.9, n_steps=10)  # error -0.1: 0.102 * (1 - 0.1 * 10 / 100)
     assert adaptive.value == pytest.approx(0.10098)
+    adaptive.update(current_kl=0.0, n_steps=1000)
+    assert adaptive.value == pytest.approx(0.8 * 0.10098), "never negative"

@@ -248,3 +248,9 @@ def test_ranks_have_to_read_one_config(student_model: Path, mesh: DeviceMesh, mo
     monkeypatch.setattr(build_module.dist, "all_gather_object", gather)
     with pytest.raises(ValueError, match=f"the ranks read different configs of {student_model}; give a folder"):
         build_model(str(student_model), HFModelConfig(), FSDPConfig(), mesh, trainable=False)
+
+
+@pytest.mark.usefixtures("mesh")
+def test_a_student_whose_files_hold_buffers_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"m cannot be trained: its files hold 3 buffers \(num_batches_tracked\)"):
+        build_module._wait_for_rank_zero("m", nn.BatchNorm1d(4), trainable=True)  # type: ignore[arg-type]

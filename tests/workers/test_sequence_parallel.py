@@ -95,7 +95,7 @@ def seen_of(case: Case, models: Models, ranks: int) -> dict[str, Any]:
     batch.meta_info["keeps_divergence"] = True
     updated = student.update_actor(batch)
     parameters = [p for p in student._state.module.parameters() if p.requires_grad]
-    gradient = [tiny.whole(student._state.optimizer.state[p]["exp_avg"]) * 10 for p in parameters]
+    gradient = [tiny.whole(student._state.optimizer.state[p]["exp_avg"]) / (1 - tiny.ADAM_BETA1) for p in parameters]
     seen["scores"] = {key: updated.tensor(key) for key in UPDATE_SCORES if key in updated.batch}
     return seen | {"metrics": updated.meta_info["metrics"], "gradient": dict(enumerate(gradient))}
 

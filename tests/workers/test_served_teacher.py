@@ -291,7 +291,7 @@ def test_servers_have_to_fit(models: Models, server: FakeServer, flush_server: F
     with pytest.raises(ValueError, match=r"its log-probs add up to .* raw_logprobs"):
         served(models, [server.url], 8)
     server.shift, server.max_model_len = 0.0, 14
-    with pytest.raises(ValueError, match=r"--max-model-len 15\n.*takes 14 tokens"):
+    with pytest.raises(ValueError, match=r"--max-model-len 15\n.*max_model_len=14 is too short"):
         served(models, [server.url])
     server.max_model_len = 15
     served(models, [server.url])

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from recipe.onpolicy_distill.quickstart.child import run_child
+
 if TYPE_CHECKING:
-    from recipe.onpolicy_distill.quickstart.child import run_child
-from recipe.onpolicy_distill.quickstart.world import World
+    from recipe.onpolicy_distill.quickstart.world import World
 
 MAX_PROMPT_TOKENS = 64
 MAX_ANSWER_TOKENS = 12

@@ -26,6 +26,7 @@ from verl.experimental.agent_loop.base import RolloutError
 from verl.experimental.agent_loop.replica_client import ReplicaClient
 from verl.experimental.agent_loop.worker import ENDED, TAKEN
 from verl.protocol import BATCH_KEYS, DataProto
+from verl.single_controller.base.decorator import Begun
 from verl.single_controller.ray.calls import Remote
 
 
@@ -45,17 +46,20 @@ class Ranks:
         dtypes = {"dtype_names": ["float32"]}
         return [{"names": [name], "shapes": [list(SHAPES[name])], **dtypes} for name in self.names]
 
-    def export_weight_bucket(self, index: int) -> Callable[[], list[dict[str, Any] | None]]:
+    def export_weight_bucket(self, index: int) -> Begun:
         name, path = self.names[index], self.folder / f"bucket-{index}.safetensors"
         save_file({name: torch.zeros(SHAPES[name])}, path)
         self.events.append(f"export {index}")
         bucket = {"path": str(path), "names": [name], "shapes": [list(SHAPES[name])]}
-        return lambda: [bucket] * self.count  # a replica reads what the rank beside it exported
+        # A replica reads what the rank beside it exported.
+        return Begun(lambda _: [bucket] * self.count, SimpleNamespace(check=lambda: None))
 
-    def release_weight_buckets(self) -> None:
+    def begin(self, method: str) -> Callable[[], None]:
+        assert method == "release_weight_buckets"
         self.events.append("release")
         for bucket in self.folder.iterdir():
             bucket.unlink()
+        return lambda: None
 
 
 @dataclass
@@ -277,9 +281,9 @@ def test_a_bucket_is_released_when_loading_it_fails(world: World, monkeypatch: p
     exported = world.ranks.export_weight_bucket
     broken = {"path": "/no/such/file", "names": ["norm.weight"]}
 
-    def export(index: int) -> Callable[[], list[dict[str, Any]]]:
+    def export(index: int) -> Begun:
         exports = exported(index)
-        return lambda: [broken for _ in exports()]
+        return Begun(lambda of: [broken for _ in exports()], exports.args[0])
 
     monkeypatch.setattr(world.ranks, "export_weight_bucket", export)
     with pytest.raises(RolloutError, match=r"rollout replica \d .* failed to load weight bucket 0 of version 4: "):

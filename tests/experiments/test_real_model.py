@@ -145,7 +145,8 @@ def test_every_step_on_a_random_model_and_none_of_them_twice(tmp_path, caplog):
     with pytest.raises(SystemExit, match="0"):
         main([*arguments, "--until", "judge_before"])
     subprocess.run([*COMMAND, *arguments], check=True, cwd=REPO, timeout=400)
-    metrics = {row["metric"] for row in json.loads((out / "result.json").read_text())["rows"]}
+    (result,) = out.glob("result-*.json")  # named by its override
+    metrics = {row["metric"] for row in json.loads(result.read_text())["rows"]}
     assert {"reverse_kl", "leak_mass", "recall_20", "free_item", "rec_title"} <= metrics
     caplog.set_level("INFO", "experiments")
     caplog.set_level("INFO", "recipe")

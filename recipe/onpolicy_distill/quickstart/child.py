@@ -12,7 +12,7 @@ def run_child(command: Sequence[str | os.PathLike[str]], env: Mapping[str, str] 
     trainer finishes its step and saves.
 
     Raises:
-        SystemExit: a signal came; with the command's exit code.
+        SystemExit: a signal came; with the command's exit code, or that of the signal where it is none.
     """
     child: subprocess.Popen[bytes] | None = None
     came: list[int] = []
@@ -32,5 +32,5 @@ def run_child(command: Sequence[str | os.PathLike[str]], env: Mapping[str, str] 
         for number, handler in before.items():
             signal.signal(number, handler)
     if came:
-        raise SystemExit(code)
+        raise SystemExit(code if code > 0 else 128 + came[0])  # also where it reached its end all the same
     return code

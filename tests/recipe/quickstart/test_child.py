@@ -9,17 +9,19 @@ from support.tiny_pairs import REPO
 
 from recipe.onpolicy_distill.quickstart.child import run_child
 
-CHILD = "import signal, sys, time; signal.signal({0}, lambda *_: sys.exit(7)); print('up', flush=True); time.sleep(60)"
+CHILD = "import signal, sys, time; signal.signal({}, lambda *_: sys.exit({})); print('up', flush=True); time.sleep(60)"
 PARENT = "import sys; from {} import run_child; run_child([sys.executable, '-c', {!r}])"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_is_passed_on_and_the_child_is_waited_for(number: signal.Signals) -> None:
-    code = PARENT.format(run_child.__module__, CHILD.format(int(number)))
+@pytest.mark.parametrize(
+    ("number", "own", "seen"), [(signal.SIGINT, 7, 7), (signal.SIGTERM, 7, 7), (signal.SIGTERM, 0, 143)]
+)
+def test_a_signal_is_passed_on_and_the_child_is_waited_for(number: signal.Signals, own: int, seen: int) -> None:
+    code = PARENT.format(run_child.__module__, CHILD.format(int(number), own))
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=REPO) as process:
         assert process.stdout is not None and process.stdout.readline() == "up\n"
         process.send_signal(number)
-        assert process.wait(20) == 7
+        assert process.wait(20) == seen
 
 
 def test_its_exit_code_and_the_handlers_of_before() -> None:

@@ -250,7 +250,6 @@ def test_ranks_have_to_read_one_config(student_model: Path, mesh: DeviceMesh, mo
         build_model(str(student_model), HFModelConfig(), FSDPConfig(), mesh, trainable=False)
 
 
-@pytest.mark.usefixtures("mesh")
 def test_a_student_whose_files_hold_buffers_is_refused() -> None:
     with pytest.raises(ValueError, match=r"m cannot be trained: its files hold 3 buffers \(num_batches_tracked\)"):
-        build_module._wait_for_rank_zero("m", nn.BatchNorm1d(4), trainable=True)  # type: ignore[arg-type]
+        build_module._require_no_buffers("m", nn.BatchNorm1d(4))

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -150,14 +151,17 @@ def require_split(path: str, model: HFModelConfig, ranks: int) -> None:
 def _load_on_rank_zero(
     path: str, config: PretrainedConfig, trust: bool, **options: Any
 ) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
-    """The model, which takes no memory yet; on rank 0 its parameters and buffers by name, on the others nothing.
+    """The model, which takes no memory yet; on rank 0 its parameters and buffers by name, on the others nothing. All
+    ranks return once rank 0 has read it.
 
     Raises:
         ValueError: the files lack weights of the model.
     """
     if dist.get_rank() != 0:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust, **options), {}
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust, **options)
+        _wait_for_rank_zero()
+        return model, {}
     options |= {"config": config, "trust_remote_code": trust, "output_loading_info": True}
     model, found = AutoModelForCausalLM.from_pretrained(path, **options)
     if lost := sorted(found["missing_keys"]):  # transformers draws them at random
@@ -165,20 +169,20 @@ def _load_on_rank_zero(
     tensors = {name: tensor.detach() for name, tensor in (*model.named_parameters(), *model.named_buffers())}
     model.to("meta")
     model.tie_weights()  # on another kind of device a shared tensor has become two
+    _wait_for_rank_zero()
     return model, tensors
 
 
-def _wait_for_rank_zero(path: str, model: PreTrainedModel, trainable: bool) -> None:
-    """Until it has read the weights, perhaps hundreds of gigabytes from a hub: longer than other collectives wait.
-
-    Raises:
-        ValueError: files of a model to train hold more than parameters.
-    """
+def _wait_for_rank_zero() -> None:
+    """Until it has read the weights, perhaps hundreds of gigabytes from a hub: longer than other collectives wait."""
     group = dist.new_group(backend="gloo", timeout=LOAD_TIMEOUT)
     dist.barrier(group)
     dist.destroy_process_group(group)
-    held = model.state_dict().keys() - dict(model.named_parameters(remove_duplicate=False)).keys()
-    if trainable and held:
+
+
+def _require_no_buffers(path: str, model: nn.Module) -> None:
+    """Raise ValueError where the model's files hold more than parameters."""
+    if held := model.state_dict().keys() - dict(model.named_parameters(remove_duplicate=False)).keys():
         raise ValueError(
             f"{path} cannot be trained: its files hold {len(held)} buffers ({min(held)}), as of a router's bias, that "
             "neither checkpoints nor weight syncs carry; take another model"
@@ -269,7 +273,8 @@ def build_model(
     disable_progress_bar()  # a worker writes to a log file
     options = {"dtype": storage_dtype, "attn_implementation": attention}
     causal_lm, tensors = _load_on_rank_zero(path, config, model.trust_remote_code, **options)
-    _wait_for_rank_zero(path, causal_lm, trainable)
+    if trainable:
+        _require_no_buffers(path, causal_lm)
     module = TokenStatsModel(causal_lm, packed, offload, SequenceGroup.of_size(split_over))
     module.requires_grad_(trainable)
     if has_adapter:

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from recipe.onpolicy_distill.quickstart.cache import cached_folder, file_digest
+from recipe.onpolicy_distill.quickstart.models import extended, save_model
 from recipe.onpolicy_distill.tiny_tokenizers import build_tiny_tokenizers
-from verl.utils.tokenizer import hf_tokenizer, save_tokenizer
+from verl.utils.tokenizer import hf_tokenizer
 
 HERE = Path(__file__).parent
 INSTALL = f"run pip install --no-deps -r {HERE / 'requirements.txt'}"
@@ -53,7 +54,7 @@ def _write_smollm2(folder: Path) -> None:
     model.load_state_dict(source.state_dict())
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf.name)
     gguf.unlink()
-    save(folder, model, tokenizer)
+    save_model(folder, model, tokenizer)
 
 
 def _fetch(folder: Path) -> Path:
@@ -81,25 +82,12 @@ def _write_tiny(folder: Path) -> None:
     shape = json.loads((HERE / "tiny_llama.json").read_text("utf-8"))
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), eos_token_id=end, pad_token_id=end, **shape))
-    save(folder, model, tokenizer)
+    save_model(folder, model, tokenizer)
 
 
-def extend(teacher: Path, tokens: Sequence[str], seed: int) -> tuple[LlamaForCausalLM, Any]:
+def extend(teacher: Path, tokens: Sequence[str], seed: int) -> tuple[PreTrainedModel, Any]:
     """The teacher with rows for further tokens, drawn around the mean row, and its tokenizer with their ids."""
-    disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
     tokenizer = hf_tokenizer(teacher)
     known = len(tokenizer)
     tokenizer.add_tokens(list(tokens))
-    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    with torch.no_grad():
-        rows = model.get_input_embeddings().weight
-        noise = torch.randn(rows[known:].shape, generator=torch.Generator().manual_seed(seed))
-        rows[known:] = rows[:known].mean(0) + 0.5 * rows[:known].std(0) * noise
-    return model, tokenizer
-
-
-def save(folder: Path, model: LlamaForCausalLM, tokenizer: Any) -> None:
-    """Write model and tokenizer."""
-    model.save_pretrained(folder)
-    save_tokenizer(tokenizer, folder)
+    return extended(teacher, known, len(tokenizer), seed), tokenizer

@@ -32,7 +32,7 @@ def make_student(teacher: Path, data: Path, folder: Path, config: TrainingConfig
         model.to(torch.device(get_device_name()))
         chats = tokenized_chats(data / "rec_train.parquet", tokenizer)
         train(model, chats, config, "student", on_questions=True, unfinished=unfinished)
-        models.save(target, model.cpu(), tokenizer)
+        training.save_model(target, model.cpu(), tokenizer)
 
     made = cached_folder(folder, "student", key, make)
     unfinished.unlink(missing_ok=True)

@@ -23,7 +23,6 @@ H hidden size, V rows of the embedding.
 
 import argparse
 import math
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,8 +96,7 @@ def build_tiny_models(
         _fill_teacher(teacher, config, known)
         _fill_student(student, teacher, config, known)
     folders = Path(out_dir) / "teacher", Path(out_dir) / "student"
-    if not sys.stderr.isatty():
-        disable_progress_bar()  # it would leave its lines in a log
+    disable_progress_bar()
     for folder, model, tokenizer in zip(folders, (teacher, student), (teacher_tok, student_tok), strict=True):
         model.save_pretrained(folder)
         save_tokenizer(tokenizer, folder)
@@ -230,9 +228,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", required=True, type=Path, help="folder that receives teacher/ and student/")
     add_options(parser, TinyPairConfig)
     settings = vars(parser.parse_args(argv))
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
     teacher, student, out = (settings.pop(name) for name in ("teacher_tokenizer", "student_tokenizer", "out"))
     try:
         folders = build_tiny_models(teacher, student, out, TinyPairConfig(**settings))

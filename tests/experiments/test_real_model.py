@@ -16,6 +16,7 @@ from experiments.real_model.distil import MODES, DistilConfig, settings
 from experiments.real_model.side_by_side import side_by_side
 from experiments.real_model.sizes import sizes_of
 from experiments.real_model.table import Estimate, compare, markdown
+from recipe.onpolicy_distill.quickstart import models as training
 from recipe.onpolicy_distill.quickstart.catalogue import all_item_tokens
 from verl.trainer.launch.typed import load_config
 from verl.utils.tokenizer import hf_tokenizer
@@ -127,7 +128,7 @@ def test_a_student_that_only_has_more_ids_is_at_no_distance(tmp_path):
     """The teacher gives its tokens more, having nothing else to give to; over the ids of both they are equal."""
     size, teacher = sizes_of("tiny", 0, False), models.make_teacher(tmp_path, tiny=True)
     files = data.make_data(tmp_path, size.data, tmp_path), data.make_prompts(teacher, tmp_path, size.prompts)
-    models.save(tmp_path / "student", *models.extend(teacher, all_item_tokens(64), seed=0))
+    training.save_model(tmp_path / "student", *models.extend(teacher, all_item_tokens(64), seed=0))
     known, extended = hf_tokenizer(teacher).get_vocab(), hf_tokenizer(tmp_path / "student").get_vocab()
     assert known.items() <= extended.items() and len(extended) == len(known) + 2 + 3 * 64
     folder = judge.judge(tmp_path / "student", teacher, files, tmp_path, tmp_path, size.judge)

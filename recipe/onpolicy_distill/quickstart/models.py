@@ -14,7 +14,6 @@ Plain PyTorch on the CPU, where models of this size train fastest. Distillation 
 B sequences, T tokens, H hidden size, V rows of the embedding.
 """
 
-import copy
 import dataclasses
 import math
 import os
@@ -30,7 +29,7 @@ import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, Qwen3ForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from recipe.onpolicy_distill.quickstart.cache import cached_folder, file_digest
@@ -109,7 +108,7 @@ def make_teacher(world: World, folder: Path, config: TeacherConfig) -> Path:
         tokenizer = hf_tokenizer(world.teacher_tokenizer)
         model = _new_model(config, tokenizer)
         train(model, tokenized_chats(world.general_train, tokenizer), config, "teacher", on_questions=False)
-        _save(target, model, tokenizer)
+        save_model(target, model, tokenizer)
 
     key = {"world": world.folder.name, "code": CODE, **dataclasses.asdict(config)}
     return cached_folder(folder, "teacher", key, make)
@@ -120,14 +119,15 @@ def make_student(world: World, teacher: Path, folder: Path, config: StudentConfi
 
     def make(target: Path) -> None:
         tokenizer = hf_tokenizer(world.student_tokenizer)
-        model = _extended(teacher, world.extend_vocab_start_token, tokenizer, config.seed)
+        rows = round_up(len(tokenizer), ROW_MULTIPLE)
+        model = extended(teacher, world.extend_vocab_start_token, rows, config.seed)
         chats = tokenized_chats(world.rec_train, tokenizer)
         if config.mixed_steps:
             both = chats + tokenized_chats(world.general_train, tokenizer)
             mixed = dataclasses.replace(config, steps=config.mixed_steps)
             train(model, both, mixed, "student on both", on_questions=True)
         train(model, chats, config, "student", on_questions=True)
-        _save(target, model, tokenizer)
+        save_model(target, model, tokenizer)
 
     key = {
         "world": world.folder.name,
@@ -154,24 +154,16 @@ def _new_model(config: TeacherConfig, tokenizer: PreTrainedTokenizerBase) -> Qwe
 
 
 @torch.no_grad()
-def _extended(teacher: Path, known: int, tokenizer: PreTrainedTokenizerBase, seed: int) -> Qwen3ForCausalLM:
-    """The teacher with rows for all ids of ``tokenizer``; rows from ``known`` on are drawn around the mean row."""
+def extended(teacher: Path, known: int, rows: int, seed: int) -> PreTrainedModel:
+    """The teacher with ``rows`` rows of embedding and head; those from ``known`` on are drawn around the mean row."""
     disable_progress_bar()
-    source = Qwen3ForCausalLM.from_pretrained(teacher, dtype=torch.float32)
-    config = copy.deepcopy(source.config)
-    config.vocab_size = round_up(len(tokenizer), ROW_MULTIPLE)
-    model = Qwen3ForCausalLM(config)
-    model.generation_config = source.generation_config
+    model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
+    model.resize_token_embeddings(rows, mean_resizing=False)
     generator = torch.Generator().manual_seed(seed)
-    weights = dict(source.named_parameters())
-    for name, weight in model.named_parameters():
-        if weight.shape == weights[name].shape:
-            weight.copy_(weights[name])
-            continue
-        rows = weights[name][:known]
-        weight[:known] = rows
-        noise = torch.randn(weight[known:].shape, generator=generator)
-        weight[known:] = rows.mean(0) + 0.5 * rows.std(0) * noise
+    # One weight where they are tied.
+    for weight in dict.fromkeys([model.get_input_embeddings().weight, model.get_output_embeddings().weight]):
+        shared, noise = weight[:known], torch.randn(weight[known:].shape, generator=generator)
+        weight[known:] = shared.mean(0) + 0.5 * shared.std(0) * noise
     return model
 
 
@@ -295,7 +287,8 @@ def _at_most_threads(number: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _save(folder: Path, model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
+def save_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write model and tokenizer."""
     disable_progress_bar()
     model.save_pretrained(folder)
     save_tokenizer(tokenizer, folder)

@@ -187,11 +187,13 @@ def _draw(count: int, draw: Callable[[], Chat], test_questions: set[str]) -> lis
     """``count`` chats, none of which asks what the test asks."""
     chats: list[Chat] = []
     for _ in range(100 * count):
+        if len(chats) == count:
+            break
         chat = draw()
         if chat.question not in test_questions:
             chats.append(chat)
-        if len(chats) == count:
-            return chats
+    if len(chats) == count:
+        return chats
     raise ValueError(f"after {100 * count} draws only {len(chats)} of {count} questions are not in the test; test less")
 
 

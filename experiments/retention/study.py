@@ -177,6 +177,8 @@ class Worker:
         if self._stopped:
             raise RuntimeError("the study was stopped")
         process = self._process = self._process or self._start()
+        if self._stopped:  # meanwhile, by a caller who found no process to end
+            self.stop()
         assert process.stdin is not None and process.stdout is not None, "both are pipes"
         try:
             process.stdin.write(json.dumps(asdict(run)) + "\n")

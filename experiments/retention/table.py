@@ -56,11 +56,7 @@ class Spread:
 class Summary:
     """One variant in one world at one budget."""
 
-    world: str
-    budget: str
     variant: str
-    students: tuple[int, ...]
-    """Seeds of the students it ran on."""
     runs: int
     metrics: dict[str, Spread]
     """By the keys of `COLUMNS`, and ``steps`` and ``seconds`` of training."""
@@ -144,7 +140,7 @@ def _group(
         Spread.of(teacher), {n: Spread.of([b[n] for b in before]) for n in names if all(n in b for b in before)}
     )
     summaries = [
-        _summary(world, budget, variant, pairs, starts)
+        _summary(world, variant, pairs, starts)
         for variant in VARIANTS
         if (pairs := [pair for pair in own if pair[0].variant == variant])
         and {run.student_seed for run, record in pairs if record["status"] == DONE} in (set(students), set())
@@ -152,9 +148,7 @@ def _group(
     return Group(world, budget, tuple(students), start, summaries)
 
 
-def _summary(
-    world: str, budget: str, variant: str, pairs: list[tuple[Run, Record]], starts: dict[Any, dict[str, float]]
-) -> Summary:
+def _summary(world: str, variant: str, pairs: list[tuple[Run, Record]], starts: dict[Any, dict[str, float]]) -> Summary:
     done = [(run, record) for run, record in pairs if record["status"] == DONE]
     failures = [record["message"] for _, record in pairs if record["status"] == FAILED]
     values: dict[str, list[float]] = {}
@@ -167,10 +161,7 @@ def _summary(
         reached.append(steps_to_recover(record["curve"], teacher))
     got_there = [step for step in reached if step is not None]
     return Summary(
-        world,
-        budget,
         variant,
-        tuple(sorted({run.student_seed for run, _ in done})),
         len(done),
         {column: Spread.of(of_runs) for column, of_runs in values.items()},
         Spread.of(got_there) if got_there else None,

@@ -9,19 +9,19 @@ Letters: N trained tokens of a mini-batch, S positions of one teacher, V ids.
 """
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 
 from verl.ops.linear_divergence import FORWARD_KL, FULL, JSD, DivergenceStats, linear_divergence
 from verl.ops.linear_log_prob import TeacherLogProbs
 from verl.protocol import DataProto
-from verl.trainer.data import PromptStream
+from verl.trainer.data import Mixture, PromptStream
 from verl.workers.actor import losses
 from verl.workers.actor.dp_actor import DataParallelPPOActor
 from verl.workers.actor.losses import DivergenceLoss, MiniBatchLoss
@@ -221,30 +221,24 @@ def penalise_leaks(trainer: Any) -> None:
     trainer.add_distillation = added
 
 
+class Alternating(Mixture):
+    """Batches of one group each: of PERIOD in turn the last is of items, the others are general."""
+
+    def take(self, count: int) -> list[int]:
+        """The places of the next batch."""
+        turn = sum(of["given"] for of in self.state.values()) // count
+        (idle,) = (of for name, of in self.state.items() if name.startswith("rec") != (turn % PERIOD == PERIOD - 1))
+        behind, idle["behind"] = idle["behind"], -math.inf
+        places = super().take(count)
+        idle["behind"] = behind
+        return places
+
+
 def alternate(prompts: PromptStream) -> None:
-    """Batches are of one group each: of PERIOD in turn the last is of items, the others are general.
-
-    Raises:
-        ValueError: nothing is rehearsed.
-    """
-    if prompts._groups is None:
+    """Have the batches alternate; raises ValueError where there are not two groups, of items and of general prompts."""
+    if prompts.mixture is None or len(prompts.mixture.state) != 2:
         raise ValueError("alternate needs data.source_weights with rec_* and general_*")
-    mixed, size, batches = prompts._order, prompts._config.train_batch_size, prompts.batches_per_epoch
-    groups = zip(prompts._config.source_weights, prompts._groups, strict=True)
-    of_items = np.concatenate([places for name, (_, places) in groups if name.startswith("rec")])
-
-    def order() -> list[int]:
-        places = np.array(mixed())
-        is_items = np.isin(places, of_items)
-        taken = (prompts.epoch * batches + np.arange(batches)) % PERIOD == PERIOD - 1
-        # Where an epoch's end cuts a turn, a group may run short by some rows: its first ones come again.
-        turns = {kind: np.resize(places[is_items == kind], (taken == kind).sum() * size) for kind in (False, True)}
-        dealt = np.empty((batches, size), dtype=np.int64)
-        for kind, rows in turns.items():
-            dealt[taken == kind] = rows.reshape(-1, size)
-        return dealt.flatten().tolist()
-
-    prompts._order = order  # type: ignore[method-assign]
+    prompts.mixture.__class__ = Alternating
 
 
 # ------------------------------------------------------------------ by name

@@ -2,24 +2,24 @@
 
 from collections import Counter
 
-import numpy as np
 import pytest
 
-from verl.trainer.data import group_by_weight, mixed_order
+from verl.config import DataConfig
+from verl.trainer.data import Mixture, group_by_weight
 from verl.utils.dataset.rl_dataset import DropReport
 
 SOURCES = ["general_a"] * 60 + ["general_b"] * 20 + ["rec_next"] * 9 + ["rec_caption"] * 11
 
 
-def order_of(weights, seed=0, shuffle=True, epoch=0):
-    return mixed_order(group_by_weight(SOURCES, weights), np.random.default_rng(seed), shuffle, epoch)
+def order_of(weights, seed=0, shuffle=True, count=100):
+    config = DataConfig(source_weights=weights, seed=seed, shuffle=shuffle)
+    return Mixture(config, group_by_weight(SOURCES, weights)).take(count)
 
 
 @pytest.mark.parametrize("weights", [{"rec_*": 0.25, "*": 0.75}, {"general_*": 3, "rec_*": 1}])
 def test_every_stretch_from_the_start_holds_the_shares(weights) -> None:
     order = order_of(weights)
-    assert len(order) == len(SOURCES)
-    for length in range(1, len(order) + 1):
+    for length in range(1, len(SOURCES) + 1):
         items = sum(SOURCES[place].startswith("rec") for place in order[:length])
         assert abs(items - 0.25 * length) <= 1
 
@@ -35,16 +35,14 @@ def test_a_small_group_comes_round_again_only_when_all_of_it_has_come() -> None:
     assert max(others.values()) == 1
 
 
-def test_without_shuffling_an_epoch_goes_on_where_the_last_one_stopped() -> None:
-    """A group that is asked for less than it has would otherwise show the same rows for ever."""
-    epochs = [order_of({"rec_*": 0.6, "*": 0.4}, shuffle=False, epoch=epoch) for epoch in range(4)]
-    taken = [place for order in epochs for place in order if place < 80]
-    assert taken == [*range(80), *range(80)], "40 of 80 in each epoch"
-    items = [place for order in epochs for place in order if place >= 80]
-    assert items == list(range(80, 100)) * 12
+def test_a_group_that_is_asked_for_less_than_it_has_gives_all_of_it_before_any_again() -> None:
+    """An epoch has 40 of 80; without going on where the last one stopped some would come twice, and some never."""
+    others = [[p for p in order_of({"rec_*": 0.6, "*": 0.4}, shuffle=s, count=400) if p < 80] for s in (True, False)]
+    assert others[1] == [*range(80), *range(80)]
+    assert sorted(others[0][:80]) == sorted(others[0][80:]) == [*range(80)] and others[0][:80] != others[0][80:]
 
 
-def test_one_weight_for_all_is_a_permutation_that_the_generator_decides() -> None:
+def test_one_weight_for_all_is_a_permutation_that_the_seed_decides() -> None:
     assert sorted(order_of({"*": 2.5})) == list(range(100))
     assert order_of({"*": 2.5}, shuffle=False) == list(range(100))
     assert order_of({"*": 1}) == order_of({"*": 1}) != order_of({"*": 1}, seed=1)

@@ -66,12 +66,11 @@ def build_datasets(
 class PromptStream:
     """Endless batches of ``data.train_batch_size`` training prompts, and the position in them.
 
-    The order is drawn from ``data.seed`` and the epoch, and nothing else; with ``data.source_weights`` every stretch of
-    it holds each group of sources in its share. So a position is an epoch and a number of batches, and where shares
-    change on the way that of a `Mixture`.
+    The order is drawn from ``data.seed`` and the epoch, and nothing else, so a position is an epoch and a number of
+    batches; with ``data.source_weights`` it is that of a `Mixture`.
 
     Args:
-        steered: whether the shares of ``data.source_weights`` may change, by ``mixture``.
+        steered: whether the shares of ``data.source_weights`` may change, by ``mixture``; a position has them then.
 
     Raises:
         ValueError: fewer usable prompts than one batch.
@@ -85,11 +84,10 @@ class PromptStream:
                 f"data.train_batch_size={config.train_batch_size} is more than the {len(dataset)} usable prompts of "
                 f"data.train_files={config.train_files}; lower it, or see the data summary for dropped rows"
             )
-        self._dataset, self._config = dataset, config
+        self._dataset, self._config, self._steered = dataset, config, steered
         weights, report = config.source_weights, getattr(dataset, "drop_report", None)  # a user's class may have none
-        self._groups = group_by_weight(dataset.sources, weights, report) if weights else None
-        self.mixture = Mixture(config, self._groups) if steered and self._groups else None
-        """What may change the shares; None where they stay."""
+        self.mixture = Mixture(config, group_by_weight(dataset.sources, weights, report)) if weights else None
+        """Whose turn it is; None where sources have no shares."""
         self.epoch = 0
         """Complete passes over the data."""
         self._taken = 0
@@ -119,17 +117,10 @@ class PromptStream:
         if self.mixture is not None:
             ahead = copy.deepcopy(self.mixture)
             return (ahead.take(size) for _ in batches)
-        order = self._order()
-        return [order[batch * size : (batch + 1) * size] for batch in batches]
-
-    def _order(self) -> list[int]:
-        """The places of the data set in the order of this epoch."""
         # The seeds of neighbouring epochs have nothing in common: both numbers go through SeedSequence.
-        random = np.random.default_rng([self._config.seed, self.epoch])
-        if self._groups is not None:
-            return mixed_order(self._groups, random, self._config.shuffle, self.epoch)
-        size = len(self._dataset)
-        return random.permutation(size).tolist() if self._config.shuffle else list(range(size))
+        random, rows = np.random.default_rng([self._config.seed, self.epoch]), len(self._dataset)
+        order = random.permutation(rows).tolist() if self._config.shuffle else list(range(rows))
+        return [order[batch * size : (batch + 1) * size] for batch in batches]
 
     def state_dict(self) -> dict[str, Any]:
         """The position after the batch that was taken last, and what it is a position in."""
@@ -148,8 +139,10 @@ class PromptStream:
         difference = f"saved after {state['data']}, now {self._describe_data()}"
         if state["data"] == self._describe_data():
             self.epoch, self._taken = state["epoch"], state["batches"]
-            if self.mixture is not None and list(state.get("mixture", ())) == list(self.mixture.state):
-                self.mixture.state = copy.deepcopy(state["mixture"])
+            saved = state.get("mixture", {})
+            if self.mixture is not None and list(saved) == list(self.mixture.state):
+                for name, own in self.mixture.state.items():
+                    own |= {key: value for key, value in saved[name].items() if self._steered or key != "share"}
         elif may_start_over:
             logger.warning("the data start over: %s", difference)
         else:
@@ -165,8 +158,10 @@ class PromptStream:
 class Mixture:
     """Places of rows without end, of groups in shares that may change between two batches.
 
-    The next row is one of the group that is furthest behind its share. A group has an order of its own for each pass
-    over it, drawn from ``data.seed``, the group's number and the pass's; so its position is how many rows it has given.
+    The next row is one of the group that is furthest behind its share, so among the first n rows each group has its
+    share of n, to within a row. A group has an order of its own for each pass over it, drawn from ``data.seed``, the
+    group's number and the pass's; so its position is how many rows it has given, and none of them comes again before
+    all have come.
 
     Args:
         groups: share and places of each group of ``data.source_weights``.
@@ -225,34 +220,6 @@ def group_by_weight(
         raise ValueError(f"{message}{report.of_sources(empty) if report else ''}")
     chosen, total = np.array([first[source] for source in sources]), sum(weights.values())
     return [(weight / total, np.flatnonzero(chosen == pattern)) for pattern, weight in weights.items()]
-
-
-def mixed_order(
-    groups: Sequence[tuple[float, np.ndarray]], random: np.random.Generator, shuffle: bool, epoch: int = 0
-) -> list[int]:
-    """Places of rows, as many as there are, such that among the first n each group has its share of n, to within a row.
-
-    Rows of a group whose share is larger than it has rows come again, in another order, after all of them have come; of
-    a group whose share is smaller, an epoch holds a part: without ``shuffle`` the rows after those of the epoch before.
-    """
-    length = sum(len(places) for _, places in groups)
-    shares, had = np.array([share for share, _ in groups]), np.zeros(len(groups))
-    turns = np.empty(length, dtype=np.int64)
-    # Each turn goes to the group that is furthest behind its share.
-    for place in range(length):
-        turns[place] = group = int(np.argmax(shares * (place + 1) - had))
-        had[group] += 1
-    order = np.empty(length, dtype=np.int64)
-    for group, (_, places) in enumerate(groups):
-        wanted = np.flatnonzero(turns == group)
-        # A group starts again only after all of it has come, each pass in an order of its own.
-        if shuffle:
-            passes = -(-len(wanted) // len(places))
-            drawn = [random.permutation(places) for _ in range(passes)]
-            order[wanted] = np.concatenate(drawn)[: len(wanted)] if passes else []
-        else:
-            order[wanted] = places[(epoch * len(wanted) + np.arange(len(wanted))) % len(places)]
-    return order.tolist()
 
 
 def build_val_loader(dataset: RLHFDataset, config: DataConfig) -> DataLoader:

@@ -14,7 +14,7 @@ from support.exact_cases import Models, workers
 
 from verl import model_merger
 from verl.config import AlgoConfig, DistillConfig, OptimizerConfig, PPOConfig, TeacherConfig, TrainerConfig
-from verl.config.algorithm import ON_POLICY_DISTILL
+from verl.config.algorithm import AdvantageEstimator
 from verl.weight_sync import named_weights
 from verl.workers.model_workers import StudentWorker
 
@@ -135,7 +135,7 @@ def test_an_average_that_a_checkpoint_lacks_begins_at_its_student(models: Models
 def test_what_cannot_follow_is_refused(
     teacher: dict[str, Any], trainer: dict[str, Any], lora_rank: int, message: str
 ) -> None:
-    algorithm = AlgoConfig(ON_POLICY_DISTILL)
+    algorithm = AlgoConfig(AdvantageEstimator.ON_POLICY_DISTILL)
     algorithm.distill.teachers["slow"] = TeacherConfig(ema=0.5, **teacher)
     with pytest.raises(ValueError, match=rf"teachers\.slow\.ema=0\.5.*{re.escape(message)}"):
         PPOConfig(

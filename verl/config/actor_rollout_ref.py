@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
+from verl.config import schema
 from verl.config.model import AnyTeacherConfig, FSDPConfig, HFModelConfig, RefModelConfig
 from verl.config.schema import Count, Fraction, IsListed, NonNegativeFloat, NullIsEmpty, Options, PositiveFloat, section
 
@@ -107,6 +108,9 @@ class FSDPActorConfig:
             self.clip_ratio_low = self.clip_ratio
         if self.clip_ratio_high is None:
             self.clip_ratio_high = self.clip_ratio
+        if self.fsdp_config.mixed_precision.param_dtype == "fp16":
+            key = "actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype"
+            raise ValueError(f"{key}=fp16 cannot be trained, which needs loss scaling; use bf16")
 
 
 @section("actor_rollout_ref.ref")
@@ -162,7 +166,7 @@ class MultiTurnConfig:
     tool_timeout_s: PositiveFloat | None = 600.0
     """Seconds that a tool has for a call, and for making or releasing its instance: a call that takes longer is
     cancelled, and the model reads an error. A tool has to await what it waits for. null: no limit."""
-    tool_config_path: str | None = None
+    tool_config_path: schema.UserPath | None = None
     """YAML that names the tools; null: none."""
 
 
@@ -174,7 +178,7 @@ class AgentConfig:
     """Most agent-loop processes; never more than the cluster has CPUs."""
     default_agent_loop: str = "tool_agent"
     """Loop of rows without an ``agent_name``: ``tool_agent``, ``single_turn_agent`` or one of the user's own."""
-    agent_loop_config_path: str | None = None
+    agent_loop_config_path: schema.UserPath | None = None
     """YAML with a list of loops of the user's own, each ``{name, _target_: module.Class}`` and what the class is called
     with beside the conversation; null: none. Those that ``model.external_lib`` registers need no file."""
 

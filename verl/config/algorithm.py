@@ -2,17 +2,17 @@
 
 from collections.abc import Iterable
 from dataclasses import field
+from enum import StrEnum
 from fnmatch import fnmatchcase
 from typing import Annotated, Literal
 
 from pydantic import Field
 
+from verl.config import schema
 from verl.config.actor_rollout_ref import KLEstimator
 from verl.config.model import AnyTeacherConfig
 from verl.config.schema import Count, Fraction, NonNegativeFloat, NullIsEmpty, PositiveFloat, Texts, UserPath, section
 
-ON_POLICY_DISTILL = "on_policy_distill"
-"""``AdvantageEstimator.ON_POLICY_DISTILL``, for checks that have to do without torch."""
 SAMPLED, JSD, TOPK = "sampled", "jsd", "topk"
 ANY, WITH_ITEMS, WITHOUT_ITEMS = "any", "with_items", "without_items"
 STITCHED = "stitched"
@@ -21,6 +21,17 @@ BASE_TEACHER = "ref"
 RESERVED_ROLES = (BASE_TEACHER, "actor")
 ANY_SOURCE = ""
 """A source that only patterns for all sources match."""
+
+
+class AdvantageEstimator(StrEnum):
+    """Names of the built-in advantage estimators."""
+
+    ON_POLICY_DISTILL = "on_policy_distill"
+    GRPO = "grpo"
+    RLOO = "rloo"
+    REINFORCE_PLUS_PLUS = "reinforce_plus_plus"
+    REINFORCE_PLUS_PLUS_BASELINE = "reinforce_plus_plus_baseline"
+
 
 OpenFraction = Annotated[float, Field(gt=0, lt=1)]
 
@@ -109,17 +120,19 @@ class DistillConfig:
         """Settings of an objective or a term that is not used must be at their defaults."""
         # Otherwise a setting that is left over from another objective looks as if it did something.
         whole, objective = self.is_divergence, self.objective
-        settings: list[tuple[str, object, object, object, str]] = [
-            ("support", self.support, "full", whole, "objective=exact"),
-            ("leak_coef", self.leak_coef, 0.0, whole, "objective=exact"),
-            ("leak_target", self.leak_target, 1e-4, self.leak_coef, "leak_coef above 0"),
-            ("topk", self.topk, 64, objective == TOPK, "objective=topk"),
-            ("beta", self.beta, 0.5, objective == JSD, "objective=jsd"),
-        ]
+        used: dict[str, tuple[object, str]] = {
+            "support": (whole, "objective=exact"),
+            "leak_coef": (whole, "objective=exact"),
+            "leak_target": (self.leak_coef, "leak_coef above 0"),
+            "topk": (objective == TOPK, "objective=topk"),
+            "beta": (objective == JSD, "objective=jsd"),
+        }
+        settings = [(name, *values, *used[name]) for name, values in schema.changed(self, *used).items()]
         for name, teacher in self.teachers.items():
-            settings.append((f"teachers.{name}.weight", teacher.weight, 1.0, whole or self.coef, "objective=exact"))
+            for key, values in schema.changed(teacher, "weight").items():
+                settings.append((f"teachers.{name}.{key}", *values, whole or self.coef, "objective=exact"))
         for name, value, default, is_used, fix in settings:
-            if value != default and not is_used:
+            if not is_used:
                 raise ValueError(
                     f"algorithm.distill.{name}={value} has no effect with algorithm.distill.objective={objective}; set "
                     f"algorithm.distill.{fix}, or leave it at {default}"
@@ -136,13 +149,12 @@ class DistillConfig:
         """
         if not all(self.teacher_knows_extended(source, has_extended) for source, has_extended in kinds):
             return
-        for name, value, default in (("support", self.support, "full"), ("leak_coef", self.leak_coef, 0.0)):
-            if value != default:
-                raise ValueError(
-                    f"algorithm.distill.{name}={value} has no effect: it is for teachers without item tokens, and "
-                    f"algorithm.distill.teachers gives all rows to {list(self.teachers)}, which know them; leave it at "
-                    f"{default}, or narrow their sources"
-                )
+        for name, (value, default) in schema.changed(self, "support", "leak_coef").items():
+            raise ValueError(
+                f"algorithm.distill.{name}={value} has no effect: it is for teachers without item tokens, and "
+                f"algorithm.distill.teachers gives all rows to {list(self.teachers)}, which know them; leave it at "
+                f"{default}, or narrow their sources"
+            )
 
     @property
     def is_divergence(self) -> bool:
@@ -257,17 +269,9 @@ class AlgoConfig:
     @property
     def distils(self) -> bool:
         """Whether a teacher is learned from, alone or beside a task reward."""
-        return self.adv_estimator == ON_POLICY_DISTILL or bool(self.distill.coef)
+        return self.adv_estimator == AdvantageEstimator.ON_POLICY_DISTILL or bool(self.distill.coef)
 
     @property
     def learns_from_reward(self) -> bool:
         """Whether advantages are made from a task reward, alone or beside a teacher."""
-        return self.adv_estimator != ON_POLICY_DISTILL
-
-    @property
-    def missing_reward(self) -> str:
-        """The error for a run that learns from a task reward and has no reward function."""
-        return (
-            f"algorithm.adv_estimator={self.adv_estimator} learns from a task reward and none is given; set "
-            "custom_reward_function.path"
-        )
+        return self.adv_estimator != AdvantageEstimator.ON_POLICY_DISTILL

@@ -1,11 +1,11 @@
 """Models of the student and of the base teacher (``actor_rollout_ref.model``, ``ref.model``), and their sharding."""
 
 from dataclasses import field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from verl.config.schema import Count, IsListed, Options, Texts, TextsOrNull, UserPath, section
+from verl.config.schema import Count, IsListed, Options, Texts, TextsOrNull, UserPath, changed, section
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
@@ -44,10 +44,18 @@ class HFModelConfig:
     process of the run: what they register (estimators, agent loops, models of transformers) can then be named."""
 
     def __post_init__(self) -> None:
-        for name, default in (("lora_alpha", 16), ("target_modules", ["all-linear"]), ("lora_extended_rows", False)):
-            if (value := getattr(self, name)) != default and not self.lora_rank:
+        for name, (value, default) in changed(self, "lora_alpha", "target_modules", "lora_extended_rows").items():
+            if not self.lora_rank:
                 what = f"actor_rollout_ref.model.{name}={value} has no effect with lora_rank=0: all weights are trained"
                 raise ValueError(f"{what}; set a rank, or leave it at {default}")
+        if self.enable_activation_offload and not self.enable_gradient_checkpointing:
+            what = "actor_rollout_ref.model.enable_activation_offload=True"
+            raise ValueError(f"{what} needs model.enable_gradient_checkpointing=True")
+
+    @property
+    def config_entries(self) -> dict[str, Any]:
+        """``override_config`` without the attention, which is that of training alone: engines choose their own."""
+        return {name: value for name, value in self.override_config.items() if name != "attn_implementation"}
 
 
 @section(kw_only=True)

@@ -8,14 +8,14 @@ from typing import Annotated, Any
 from pydantic import AfterValidator
 
 from verl.config.actor_rollout_ref import ActorRolloutRefConfig, RefConfig
-from verl.config.algorithm import ANY, BASE_TEACHER, ON_POLICY_DISTILL, AlgoConfig, TeacherConfig
+from verl.config.algorithm import BASE_TEACHER, AdvantageEstimator, AlgoConfig, TeacherConfig
 from verl.config.data import CustomClassConfig, DataConfig
-from verl.config.schema import Options, section
+from verl.config.schema import Options, changed, section
 from verl.config.trainer import TrainerConfig
 
 _ACTOR, _ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
 _SPLIT, _PARALLEL = "ulysses_sequence_parallel_size", "tensor_parallel_size"
-_DISTILS = f"algorithm.adv_estimator={ON_POLICY_DISTILL}"
+_DISTILS = f"algorithm.adv_estimator={AdvantageEstimator.ON_POLICY_DISTILL}"
 
 
 def _env_vars_to_text(ray_init: dict[str, Any]) -> dict[str, Any]:
@@ -244,7 +244,7 @@ class PPOConfig:
         objective = f"algorithm.distill.objective={distill.objective}"
         if not algorithm.distils and (distill.is_divergence or distill.teachers):
             what = objective if distill.is_divergence else f"algorithm.distill.teachers={list(distill.teachers)}"
-            fix = f"set algorithm.distill.coef above 0, or algorithm.adv_estimator={ON_POLICY_DISTILL}"
+            fix = f"set algorithm.distill.coef above 0, or {_DISTILS}"
             yield f"{what} has no effect with algorithm.adv_estimator={algorithm.adv_estimator}; {fix}"
         elif not distill.has_policy_loss:
             for key, value in {
@@ -363,19 +363,18 @@ class PPOConfig:
             yield f"{key}=auto compares tokenizers, and that of actor_rollout_ref.ref.url is not here; {fix}"
         if start is not None:  # auto counts as an extension until it is resolved
             return
-        settings: list[tuple[str, object, object]] = [
-            (f"{_ACTOR}.freeze_extended_rows", actor.freeze_extended_rows, False),
-            ("actor_rollout_ref.model.lora_extended_rows", self.actor_rollout_ref.model.lora_extended_rows, False),
-            ("algorithm.distill.leak_coef", distill.leak_coef, 0.0),
-            ("algorithm.distill.support", distill.support, "full"),
-        ]
+        settings = {
+            _ACTOR: changed(actor, "freeze_extended_rows"),
+            "actor_rollout_ref.model": changed(self.actor_rollout_ref.model, "lora_extended_rows"),
+            "algorithm.distill": changed(distill, "leak_coef", "support"),
+        }
         for name, teacher in distill.teachers.items():
-            settings.append((f"algorithm.distill.teachers.{name}.prompts", teacher.prompts, ANY))
-            if teacher.is_stitched:
-                settings.append((f"algorithm.distill.teachers.{name}.vocabulary", teacher.vocabulary, "full"))
-        for setting, value, default in settings:
-            if value != default:
-                yield f"{setting}={value} has no effect without extended ids; set {key}, or leave it at {default}"
+            of_stitched = ["vocabulary"] if teacher.is_stitched else []
+            settings[f"algorithm.distill.teachers.{name}"] = changed(teacher, "prompts", *of_stitched)
+        for where, fields in settings.items():
+            for name, (value, default) in fields.items():
+                setting = f"{where}.{name}={value}"
+                yield f"{setting} has no effect without extended ids; set {key}, or leave it at {default}"
 
 
 def teacher_key(role: str) -> str:

@@ -65,6 +65,16 @@ def section(key: str = "", kw_only: bool = False) -> Callable[[type[Section]], t
     return as_dataclass
 
 
+def changed(a_section: Any, *names: str) -> dict[str, tuple[Any, Any]]:
+    """Those of these fields that are not at their defaults, which they have: value and default by name."""
+    both = {}
+    for field in dataclasses.fields(a_section):
+        if field.name in names:
+            default = field.default_factory() if callable(field.default_factory) else field.default
+            both[field.name] = getattr(a_section, field.name), default
+    return {name: (value, default) for name, (value, default) in both.items() if value != default}
+
+
 def type_at(root: Any, key: str) -> Any:
     """The declared type of what is at a dotted key; None where no such key can exist.
 

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
+from verl.config import schema
 from verl.config.best_rule import BestRule, Bound, parse_kept
 from verl.config.schema import Count, IsListed, NonNegativeFloat, PositiveFloat, Texts, TextsOrNull, UserPath, section
 
@@ -149,8 +150,9 @@ class TrainerConfig:
                 "trainer.rollout_weight_sync=broadcast is for engines with GPUs of their own: set "
                 "trainer.rollout_nnodes and trainer.rollout_n_gpus_per_node, or this to object_store"
             )
-        for name, default, rule in (("stop_after_no_better", None, "best_metric"), ("keep_rate", 10.0, "keep")):
-            if (value := getattr(self, name)) != default and not getattr(self, rule):
+        rules = {"stop_after_no_better": "best_metric", "keep_rate": "keep"}
+        for name, (value, _) in schema.changed(self, *rules).items():
+            if not getattr(self, rule := rules[name]):
                 raise ValueError(f"trainer.{name}={value} has no effect without trainer.{rule}; set both, or neither")
         for rule, (_, of_start) in self.rules.items():
             if self.test_freq < 1 and not self.val_only:

@@ -122,12 +122,18 @@ def test_values_become_their_declared_type(monkeypatch: pytest.MonkeyPatch, over
         ("trainer.resume_mode=resume_path", "=resume_path needs trainer.resume_from_path"),
         (f"{MODEL}.lora_rank=-1", "=-1 must be greater than or equal to 0"),
         (f"{MODEL}.lora_extended_rows=True", "=True has no effect with lora_rank=0"),
+        ("actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype=fp16", "=fp16 cannot be trained"),
         (f"{ROLLOUT}.max_model_len=100", f"=100 is below {ROLLOUT}.prompt_length=512 + "),
     ],
 )
 def test_a_wrong_value_is_named_with_its_key_and_what_to_write(setting: str, expected: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(setting.split('=')[0] + expected)}"):
         typed(setting)
+
+
+def test_activations_that_are_kept_in_host_memory_have_to_be_recomputed() -> None:
+    with pytest.raises(ValueError, match=f"^{MODEL}.enable_activation_offload=True needs model.enable_gradient_ch"):
+        typed(f"{MODEL}.enable_activation_offload=True", f"{MODEL}.enable_gradient_checkpointing=False")
 
 
 @pytest.mark.parametrize("key", ["data.max_response_length", "data.max_prompt_length", f"{ROLLOUT}.response_length"])

@@ -178,12 +178,6 @@ def test_a_model_takes_memory_as_shards_alone(
     assert module.causal_lm.generation_config.eos_token_id == [1, 2]
 
 
-def test_training_in_fp16_is_refused(student_model: Path, mesh: DeviceMesh) -> None:
-    fp16 = FSDPConfig(mixed_precision=MixedPrecisionConfig(param_dtype="fp16"))
-    with pytest.raises(ValueError, match="fp16 cannot be trained"):
-        build_model(str(student_model), HFModelConfig(), fp16, mesh, trainable=True)
-
-
 SIZES = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_ssm": 64, "mamba_d_state": 8}
 

@@ -13,13 +13,12 @@ included: they are replaced, not multiplied by zero.
 
 import inspect
 from collections.abc import Callable
-from enum import StrEnum
 from typing import Any
 
 import numpy as np
 import torch
 
-from verl.config.algorithm import AlgoConfig, KLControlConfig
+from verl.config.algorithm import AdvantageEstimator, AlgoConfig, KLControlConfig
 from verl.ops.policy_loss import (  # noqa: F401 (verl has them here)
     agg_loss,
     compute_policy_loss_vanilla,
@@ -32,16 +31,6 @@ from verl.utils.torch_functional import masked_whiten
 
 AdvantageFn = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 """An advantage estimator: named inputs to (advantages, returns), both (B, R)."""
-
-
-class AdvantageEstimator(StrEnum):
-    """Names of the built-in advantage estimators."""
-
-    ON_POLICY_DISTILL = "on_policy_distill"
-    GRPO = "grpo"
-    RLOO = "rloo"
-    REINFORCE_PLUS_PLUS = "reinforce_plus_plus"
-    REINFORCE_PLUS_PLUS_BASELINE = "reinforce_plus_plus_baseline"
 
 
 ADV_ESTIMATOR_REGISTRY: dict[str, AdvantageFn] = {}
@@ -267,38 +256,22 @@ def compute_reinforce_plus_plus_baseline_outcome_advantage(
     return advantages, advantages.clone()
 
 
-class FixedKLController:
-    """A KL weight that stays."""
+class KLController:
+    """The weight of the KL penalty in the reward, as ``algorithm.kl_ctrl`` describes it.
 
-    def __init__(self, kl_coef: float) -> None:
-        self.value = kl_coef
-
-    def update(self, current_kl: float, n_steps: int) -> None:
-        """Nothing to do."""
-
-
-class AdaptiveKLController:
-    """A KL weight that steers the KL to a target (arXiv:1909.08593, section 2.2).
-
+    A ``fixed`` one stays; an ``adaptive`` one steers the KL to a target (arXiv:1909.08593, section 2.2):
     ``value *= 1 + clip(current / target - 1, -0.2, 0.2) * min(1, n_steps / horizon)``.
     """
 
-    def __init__(self, init_kl_coef: float, target_kl: float, horizon: int) -> None:
-        self.value = init_kl_coef
-        self.target = target_kl
-        self.horizon = horizon
+    def __init__(self, settings: KLControlConfig) -> None:
+        self.value, self._settings = settings.kl_coef, settings
 
     def update(self, current_kl: float, n_steps: int) -> None:
         """Move the weight after ``n_steps`` (verl's name) answers with a mean KL of ``current_kl`` nats a token."""
-        error = min(max(current_kl / self.target - 1.0, -0.2), 0.2)
-        self.value *= 1.0 + error * min(1.0, n_steps / self.horizon)  # more would change its sign
+        if self._settings.type == "adaptive":
+            error = min(max(current_kl / self._settings.target_kl - 1.0, -0.2), 0.2)
+            self.value *= 1.0 + error * min(1.0, n_steps / self._settings.horizon)  # more would change its sign
 
 
-KLController = FixedKLController | AdaptiveKLController
-
-
-def get_kl_controller(kl_ctrl: KLControlConfig) -> KLController:
-    """The controller that ``algorithm.kl_ctrl`` describes."""
-    if kl_ctrl.type == "adaptive":
-        return AdaptiveKLController(kl_ctrl.kl_coef, kl_ctrl.target_kl, kl_ctrl.horizon)
-    return FixedKLController(kl_ctrl.kl_coef)
+get_kl_controller = KLController
+"""verl's name of it."""

@@ -111,9 +111,7 @@ def load_config(path: str, model: HFModelConfig) -> PretrainedConfig:
         ValueError: an override that this kind of model has no entry for.
     """
     config = AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code)
-    for name, value in model.override_config.items():
-        if name == "attn_implementation":
-            continue
+    for name, value in model.config_entries.items():
         # Setting a misspelt entry would succeed and change nothing.
         if not hasattr(config, name):
             raise ValueError(
@@ -246,13 +244,11 @@ def build_model(
         trainable: whether an optimizer will change it.
 
     Raises:
-        ValueError: fp16 training, which needs loss scaling, or a model whose head or blocks cannot be used here, whose
-            scores would not be its own, or whose config is another one on another rank.
+        ValueError: a model whose head or blocks cannot be used here, whose scores would not be its own, or whose config
+            is another one on another rank.
     """
     device_name = mesh.device_type
     compute_dtype = resolve_dtype(fsdp.mixed_precision.param_dtype, device_name)
-    if trainable and compute_dtype == torch.float16:
-        raise ValueError("actor.fsdp_config.mixed_precision.param_dtype=fp16 cannot be trained; use bf16")
     if device_name == "cpu" and compute_dtype == torch.bfloat16 and dist.get_rank() == 0:
         warn_of_emulated_bf16()
     has_adapter = trainable and model.lora_rank > 0
@@ -260,8 +256,6 @@ def build_model(
     if fsdp.model_dtype != "auto":
         storage_dtype = resolve_dtype(fsdp.model_dtype, device_name)
     offload = model.enable_activation_offload and device_name == "cuda"
-    if offload and not model.enable_gradient_checkpointing:
-        raise ValueError("model.enable_activation_offload=True needs model.enable_gradient_checkpointing=True")
     config = load_config(path, model)
     of_ranks: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(of_ranks, config.to_json_string())

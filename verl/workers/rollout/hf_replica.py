@@ -13,7 +13,6 @@ B sequences of the batch, P padded prompt, V vocabulary rows of the model.
 """
 
 import asyncio
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -234,14 +233,12 @@ class _RowStops(transformers.StoppingCriteria):
     def __init__(self, batch: Sequence[_Request], prompt_width: int, on_end: Callable[[int, list[int]], None]) -> None:
         self._batch, self._prompt_width, self._on_end = batch, prompt_width, on_end
         self._ended = torch.zeros(len(batch), dtype=torch.bool)
-        firsts = (math.inf if r.options.stop_from_id is None else r.options.stop_from_id for r in batch)
-        self._stops = [(r.options.stop_token_ids, first) for r, first in zip(batch, firsts, strict=True)]
         self._max_tokens = torch.tensor([request.options.max_tokens for request in batch])
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """Sequences so far (B, P + steps); returns which rows are done, (B,) bool."""
-        last = zip(input_ids[:, -1].tolist(), self._stops, strict=True)
-        stopped = torch.tensor([token_id in ids or token_id >= start for token_id, (ids, start) in last])
+        last = zip(self._batch, input_ids[:, -1].tolist(), strict=True)
+        stopped = torch.tensor([request.options.ends_with(token_id) for request, token_id in last])
         full = input_ids.shape[1] - self._prompt_width >= self._max_tokens
         gone = torch.tensor([request.aborted or request.answer.done() for request in self._batch])
         ended = self._ended | stopped | full | gone

@@ -14,7 +14,6 @@ class; the caller may run it in another process.
 
 import asyncio
 import dataclasses
-import math
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence, Set
@@ -84,10 +83,13 @@ class SamplingOptions:
     top_logprobs: int = 0
     """How many of the likeliest tokens are returned with each new token, at most MAX_TOP_LOGPROBS."""
 
+    def ends_with(self, token: int) -> bool:
+        """Whether an answer ends with this token."""
+        return token in self.stop_token_ids or (self.stop_from_id is not None and token >= self.stop_from_id)
+
     def cut(self, output: TokenOutput) -> TokenOutput:
         """``output`` up to the token that ends the answer, where there is one: engines may write on after it."""
-        last = math.inf if self.stop_from_id is None else self.stop_from_id
-        ends = (n for n, token in enumerate(output.token_ids, 1) if token in self.stop_token_ids or token >= last)
+        ends = (number for number, token in enumerate(output.token_ids, 1) if self.ends_with(token))
         if (end := next(ends, None)) is None:
             return output
         return dataclasses.replace(
@@ -372,7 +374,7 @@ def read_model_info(model_config: HFModelConfig) -> ModelInfo:
 def load_hf_config(model_config: HFModelConfig) -> Any:
     """The model's config with ``model.override_config`` over it."""
     return AutoConfig.from_pretrained(
-        model_config.path, trust_remote_code=model_config.trust_remote_code, **model_config.override_config
+        model_config.path, trust_remote_code=model_config.trust_remote_code, **model_config.config_entries
     )
 
 

@@ -73,8 +73,7 @@ def engine_arguments(
     arguments: dict[str, Any] = {
         "model": model_config.path,
         "trust_remote_code": model_config.trust_remote_code,
-        # The attention of training means nothing to vLLM.
-        "hf_overrides": {k: v for k, v in model_config.override_config.items() if k != "attn_implementation"},
+        "hf_overrides": model_config.config_entries,
         # The engine sees no text, and every request names its end tokens.
         "skip_tokenizer_init": True,
         "generation_config": "vllm",

@@ -143,10 +143,6 @@ def named_weights(module: nn.Module) -> dict[str, nn.Parameter]:
     return {hugging_face_name(name): weight for name, weight in module.named_parameters() if ".lora_" not in name}
 
 
-def _as_it_is(name: str, weight: torch.Tensor) -> torch.Tensor:
-    return weight
-
-
 class WeightExporter:
     """Gathers the weights of one model and shares them with engines on this machine, bucket by bucket.
 
@@ -167,7 +163,7 @@ class WeightExporter:
         writes_files: bool,
         dtype: torch.dtype,
         bucket_bytes: int,
-        merge: Callable[[str, torch.Tensor], torch.Tensor] = _as_it_is,
+        merge: Callable[[str, torch.Tensor], torch.Tensor] = lambda _, weight: weight,
     ) -> None:
         self._module, self._merge = module, merge
         self._device = device

@@ -29,6 +29,7 @@ from verl.trainer.ppo.metric_utils import (
 )
 from verl.trainer.ppo.ray_trainer import Metrics, RayPPOTrainer
 from verl.trainer.ppo.teacher_prompt import TeacherPrompts
+from verl.utils.torch_functional import knows_extended
 
 logger = logging.getLogger(__name__)
 
@@ -280,10 +281,10 @@ class RayOnPolicyDistillTrainer(RayPPOTrainer):
 
     def rows_of_lacking_teachers(self, batch: DataProto) -> DataProto:
         """The rows whose teacher lacks the item tokens: all of them where there is one teacher, or no item token."""
-        no_extension = self.config.actor_rollout_ref.rollout.extend_start is None
-        if no_extension or "teacher_knows_extended" not in batch.non_tensor_batch:
+        known = knows_extended(batch).numpy()
+        if self.config.actor_rollout_ref.rollout.extend_start is None or not known.any():
             return batch
-        return batch.select_idxs(~batch.non_tensor_batch["teacher_knows_extended"].astype(bool))
+        return batch.select_idxs(~known)
 
     def score_validation(self, batch: DataProto) -> DataProto:
         """Log-probs of student and teacher for the held-out reverse KL; rewards where there is a function."""

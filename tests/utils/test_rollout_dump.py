@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from verl.protocol import DataProto
@@ -17,7 +18,7 @@ class LetterTokenizer:
         return "".join("#abcdefghé"[token] for token in ids)
 
 
-def test_rows_are_written_without_padding(tmp_path: Path) -> None:
+def test_rows_are_written_without_padding(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     tensors = {
         "prompts": [[0, 1], [2, 3]],
         "responses": [[4, 9, 0], [5, 0, 0]],
@@ -42,3 +43,5 @@ def test_rows_are_written_without_padding(tmp_path: Path) -> None:
     assert (second["input"], second["output"], second["gts"]) == ("bc", "e", None)
     dump_answers(tmp_path / "dump", 7, batch[[0]], LetterTokenizer(), [])
     assert len(path.read_text().splitlines()) == 1, "a step that is run again replaces its file"
+    dump_answers(path / "below_a_file", 7, batch, LetterTokenizer(), [])  # an error in the log, and the run goes on
+    assert "the answers of step 7 are not in" in caplog.text

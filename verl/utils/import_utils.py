@@ -25,7 +25,8 @@ def import_external_modules(names: Iterable[str] = ()) -> None:
     """
     known = os.environ.get(EXTERNAL_MODULES, "").split(",")
     # Another process may have another current folder.
-    modules = [os.path.abspath(name) if name.endswith(".py") else name for name in [*known, *names] if name]
+    names = [os.path.abspath(os.path.expanduser(name)) if name.endswith(".py") else name for name in [*known, *names]]
+    modules = [name for name in names if name]
     for name in modules:
         load_module(name)
     os.environ[EXTERNAL_MODULES] = ",".join(dict.fromkeys(modules))

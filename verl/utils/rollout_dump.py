@@ -6,6 +6,7 @@ through it.
 """
 
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from verl.protocol import DataProto
 from verl.utils.answer_html import answers_as_html
 from verl.utils.token_record import write_token_record
 from verl.utils.torch_functional import real_response_tokens
+
+logger = logging.getLogger(__name__)
 
 COPIED_COLUMNS = ("uid", "index", "source", "data_source")
 """Object columns that are copied as they are, where the batch has them."""
@@ -74,18 +77,24 @@ def _plain(value: Any) -> Any:
 
 
 def dump_answers(
-    folder: str | Path, step: int, batch: DataProto, tokenizer: PreTrainedTokenizerBase, teachers: Sequence[str]
+    folder: str | Path | None, step: int, batch: DataProto, tokenizer: PreTrainedTokenizerBase, teachers: Sequence[str]
 ) -> None:
     """Write a batch's answers to ``<folder>/<step>.jsonl`` and their tokens to ``<folder>/<step>.tokens.parquet``.
 
-    Files of that step are replaced.
+    Files of that step are replaced. A folder that cannot be written, a full disk say, is an error in the log.
 
     Args:
+        folder: None: nothing is written.
         teachers: their names, by place.
     """
+    if folder is None:
+        return
     path = Path(folder) / f"{step}.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
     rows = [{"step": step} | row | {"step": step} for row in generation_rows(batch, tokenizer)]
     lines = [json.dumps(row, ensure_ascii=False, default=_plain) for row in rows]
-    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    write_token_record(folder, step, batch, tokenizer, teachers)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        write_token_record(folder, step, batch, tokenizer, teachers)
+    except OSError as error:
+        logger.error("the answers of step %d are not in %s: %s", step, folder, error)

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from verl.protocol import DataProto
 from verl.utils.durable_files import write_durably
-from verl.utils.torch_functional import real_response_tokens
+from verl.utils.torch_functional import knows_extended, real_response_tokens
 
 STATES = {
     "trained": "The update learns from this token.",
@@ -58,8 +58,7 @@ def token_states(batch: DataProto) -> np.ndarray:
 def _masks(batch: DataProto) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(B, R) bool: trained; items that the row's teacher lacks; not trained, and after the first of these."""
     trained, items = (batch.tensor(key).bool().numpy() for key in ("response_mask", "distill_special_token_mask"))
-    if "teacher_knows_extended" in batch.non_tensor_batch:
-        items = items & ~batch.array("teacher_knows_extended").astype(bool)[:, None]
+    items = items & ~knows_extended(batch).numpy()[:, None]
     behind = items.cumsum(axis=1) > items
     # A row with a trained token after an item keeps them all (`mask_after_extend_token=False`).
     keeps = (behind & trained).any(axis=1)
@@ -138,7 +137,6 @@ def write_token_record(
         OSError: the folder cannot be written; a file that was there is unchanged.
     """
     path, sink = Path(folder) / f"{step}.tokens.parquet", pa.BufferOutputStream()
-    path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(
         token_record(batch, step, tokenizer, teachers),
         sink,

@@ -82,7 +82,7 @@ def read_run(folder: Path, given: Mapping[str, Path | None], limit: int) -> Run:
         try:
             rows = pq.read_metadata(path).num_rows
             if (count := min(rows, limit - len(run.answers))) > 0:
-                taken, run.tokens[f"{kind}-{step}"] = _read_cached(path, count, _stamp(path))
+                taken, run.tokens[f"{kind}-{step}"] = read_record(path, count, _stamp(path))
                 run.answers += [{"kind": kind, **row} for row in taken]
         except (OSError, ValueError, KeyError) as error:  # pyarrow's errors are of these kinds too
             run.notes.append(f"{path} cannot be read and is left out: {error}")
@@ -166,13 +166,9 @@ def _lines_beside(path: Path) -> Path:
 
 
 @lru_cache(maxsize=10_000)
-def _read_cached(path: Path, limit: int, stamp: tuple[tuple[int, int], ...]) -> tuple[list[dict[str, Any]], str]:
-    """`read_record`; a file is read again when it has changed, for ``--serve`` asks at each reload."""
-    return read_record(path, limit)
-
-
-def read_record(path: Path, limit: int) -> tuple[list[dict[str, Any]], str]:
-    """The first answers of a record.
+def read_record(path: Path, limit: int, stamp: tuple[tuple[int, int], ...]) -> tuple[list[dict[str, Any]], str]:
+    """The first answers of a record, which is read again where its ``stamp`` has changed: ``--serve`` asks at each
+    reload.
 
     Returns:
         A dict an answer: the record's `SCALARS`, ``row`` (its place in the record), ``first`` (where its
@@ -183,7 +179,8 @@ def read_record(path: Path, limit: int) -> tuple[list[dict[str, Any]], str]:
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    table = pq.read_table(path).slice(0, limit)
+    whole = pq.read_table(path)
+    table = whole.slice(0, limit)
     texts, states = (_flat(table[name]).cast("string") for name in ("text", "state"))
     items = _flat(table["is_item"]).to_numpy(zero_copy_only=False)
     numbers = {name: _flat(table[name]).to_numpy(zero_copy_only=False).astype("<f4") for name in NUMBERS}
@@ -193,7 +190,7 @@ def read_record(path: Path, limit: int) -> tuple[list[dict[str, Any]], str]:
     columns = [places.astype("<u4"), *numbers.values(), states.indices.to_numpy().astype("u1"), items.astype("u1")]
 
     rows = table.select(SCALARS).to_pylist()
-    lines, start = _lines(_lines_beside(path), path), 0
+    lines, start = _lines(_lines_beside(path), whole.num_rows), 0
     for place, row in enumerate(rows):
         end = start + row["response_length"]
         taught = trained[start:end]
@@ -233,13 +230,11 @@ def _figures(signal_name: str | None, trained: Mapping[str, np.ndarray]) -> dict
     return {"measure": measure, "known": len(values), "sum": float(values.sum()), "largest": largest}
 
 
-def _lines(path: Path, record: Path) -> list[dict[str, Any]]:
-    """The lines beside a record; none where they are not those of its rows."""
-    import pyarrow.parquet as pq
-
+def _lines(path: Path, rows: int) -> list[dict[str, Any]]:
+    """The lines beside a record of so many rows; none where there are more or fewer."""
     # Texts hold separators of lines that ``splitlines`` would split at.
     lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
-    return [json.loads(line) for line in lines] if len(lines) == pq.read_metadata(record).num_rows else []
+    return [json.loads(line) for line in lines] if len(lines) == rows else []
 
 
 def _packed(head: Mapping[str, Any], columns: list[np.ndarray]) -> str:

@@ -13,7 +13,14 @@ import pytest
 
 from verl.config import PPOConfig, PromptTemplateConfig, SyntheticItemPromptsConfig, TeacherConfig, TrainerConfig
 from verl.trainer.checkpoint.layout import seal
-from verl.trainer.checkpoint.resume import RULES, find_resumable, require_same_run, rule_of, run_identity
+from verl.trainer.checkpoint.resume import (
+    RULES,
+    find_resumable,
+    model_identity,
+    require_same_run,
+    rule_of,
+    run_identity,
+)
 from verl.utils.redaction import public_dict, save_config
 
 WEIGHTS = b"w" * 300_000
@@ -57,7 +64,7 @@ def folder(run: PPOConfig, tmp_path: Path) -> Path:
 def reseal(folder: Path, run: PPOConfig) -> None:
     """Make the checkpoint one of these settings."""
     save_config(run, folder / "config.yaml")
-    seal(folder, 3, run.trainer.world_size, run_identity(run, "contract-1"))
+    seal(folder, run_identity(run, "contract-1"))
 
 
 def check(folder: Path, config: PPOConfig, vocabulary: str | None = "contract-1") -> None:
@@ -141,6 +148,13 @@ def test_a_key_that_one_version_lacks_is_no_difference(folder: Path, run: PPOCon
 
 
 # ------------------------------------------------------------------ maps of the user's own keys
+
+
+def test_the_tokenizer_of_a_served_teacher_stands_alone(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    alone = model_identity(str(tmp_path))
+    (tmp_path / "config.json").write_text('{"vocab_size": 3}')
+    assert model_identity(str(tmp_path)) == alone | {"config.vocab_size": 3} and "tokenizer" in alone
 
 
 def test_a_key_that_is_new_in_such_a_map_is_a_difference(folder: Path, run: PPOConfig) -> None:

@@ -9,6 +9,7 @@ call of Ray's costs as much time as a small model's token.
 """
 
 import asyncio
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,9 +25,18 @@ class ReplicaClient:
 
     def __init__(self, remote: Remote) -> None:
         self.remote = remote
+        self.in_flight = 0
+        """Requests that are under way."""
+        self.answered_at, self.avoid_until = 0.0, 0.0
+        """After a hang: no new requests until then, unless the replica answers or all others hang."""
         self._new: dict[str, tuple[tuple[Any, ...], asyncio.Future[TokenOutput]]] = {}
         """Requests that are not sent yet: the arguments of ``generate``, and what waits for the answer."""
         self._receiving = set[asyncio.Task[None]]()
+
+    @property
+    def is_avoided(self) -> bool:
+        """Whether a hang is not long ago."""
+        return time.monotonic() < self.avoid_until
 
     def ask(
         self, prompt_ids: list[int], sampling_params: Mapping[str, Any], request_id: str

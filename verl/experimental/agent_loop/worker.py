@@ -274,12 +274,8 @@ class AsyncLLMServerManager:
             timeout_s: see the module; None: no limit.
         """
         self._replicas = [ReplicaClient(replica) for replica in (*replicas[first:], *replicas[:first])]
-        self._in_flight = [0] * len(self._replicas)
-        self._answered_at = [0.0] * len(self._replicas)
-        self._avoid_until = [0.0] * len(self._replicas)
-        """After a hang: no new requests until then, unless the replica answers or all others hang."""
-        self._chosen: dict[str, int] = {}
-        self._requests: dict[str, int] = {}
+        self._chosen: dict[str, ReplicaClient] = {}
+        self._requests: dict[str, ReplicaClient] = {}
         """Replica of each request that is under way."""
         self._cut_short: set[str] = set()
         # Makes a request's id unique: the engine may still be closing the conversation's last turn.
@@ -292,13 +288,13 @@ class AsyncLLMServerManager:
         Raises:
             RolloutError: the replica failed, or two of them hang; names them, the request and the cause.
         """
-        left, silences = list(range(len(self._replicas))), []
+        left, silences = list(self._replicas), []
         for retries in range(min(2, len(left))):
             if request_id in self._cut_short:
                 return TokenOutput([], [], ABORTED, 0)
             chosen = self._chosen.get(request_id)
-            if chosen not in left or self._avoided(chosen):
-                chosen = min(left, key=lambda replica: (self._avoided(replica), self._in_flight[replica]))
+            if chosen is None or chosen not in left or chosen.is_avoided:
+                chosen = min(left, key=lambda client: (client.is_avoided, client.in_flight))
             self._chosen[request_id] = chosen
             left.remove(chosen)
             try:
@@ -311,11 +307,11 @@ class AsyncLLMServerManager:
     def cut_short(self, conversations: Set[str]) -> None:
         """End what is being written for these, and write nothing more for them until they are over."""
         self._cut_short |= conversations
-        of_replica = defaultdict[int, list[str]](list)
-        for own_id, replica in self._requests.items():
+        of_client = defaultdict[ReplicaClient, list[str]](list)
+        for own_id, client in self._requests.items():
             if own_id.rpartition("-")[0] in self._cut_short:
-                of_replica[replica].append(own_id)
-        calls = [self._replicas[replica].abort(own_ids) for replica, own_ids in of_replica.items()]
+                of_client[client].append(own_id)
+        calls = [client.abort(own_ids) for client, own_ids in of_client.items()]
         # Not waited for: a replica that fails or hangs is named by the requests that it leaves.
         self._aborts = asyncio.gather(*calls, return_exceptions=True)
 
@@ -324,24 +320,20 @@ class AsyncLLMServerManager:
         self._chosen.pop(request_id, None)
         self._cut_short.discard(request_id)
 
-    def _avoided(self, replica: int) -> bool:
-        return time.monotonic() < self._avoid_until[replica]
-
     async def _send(
-        self, chosen: int, prompt_ids: list[int], sampling_params: dict[str, Any], request_id: str
+        self, client: ReplicaClient, prompt_ids: list[int], sampling_params: dict[str, Any], request_id: str
     ) -> TokenOutput:
         """One request to one replica; a TimeoutError that names both where it hangs."""
-        client, replica = self._replicas[chosen], self._replicas[chosen].remote
-        self._in_flight[chosen] += 1
-        own_id = f"{request_id}-{next(self._numbers)}"
+        replica, own_id = client.remote, f"{request_id}-{next(self._numbers)}"
+        client.in_flight += 1
         answer, sent_at = client.ask(prompt_ids, sampling_params, own_id), time.monotonic()
-        self._requests[own_id] = chosen
+        self._requests[own_id] = client
         try:
             while not answer.done():
-                left = max(sent_at, self._answered_at[chosen]) + self._timeout_s - time.monotonic()
+                left = max(sent_at, client.answered_at) + self._timeout_s - time.monotonic()
                 if left <= 0:
                     client.cancel(own_id)
-                    self._avoid_until[chosen] = time.monotonic() + self._timeout_s
+                    client.avoid_until = time.monotonic() + self._timeout_s
                     raise TimeoutError(
                         f"request {own_id} was not answered by {replica.name}, which finished nothing for "
                         f"actor_rollout_ref.rollout.timeout_s={self._timeout_s:g} s"
@@ -356,8 +348,7 @@ class AsyncLLMServerManager:
         finally:
             # Reached too where this conversation is cancelled because another one failed.
             answer.cancel()
-            self._in_flight[chosen] -= 1
+            client.in_flight -= 1
             del self._requests[own_id]
-        self._answered_at[chosen] = time.monotonic()
-        self._avoid_until[chosen] = 0.0
+        client.answered_at, client.avoid_until = time.monotonic(), 0.0
         return output

@@ -1,11 +1,11 @@
 """How one call on a worker group becomes one call per rank, and the ranks' results become one result.
 
 ``register`` marks a worker's method with how its arguments and results travel. A ``WorkerGroup``, the driver's handle
-on all ranks of a role, has the marked methods, and ``plan_calls`` carries the mark out. How a call reaches a rank is a
+on all ranks of a role, has the marked methods, and its ``begin`` carries the mark out. How a call reaches a rank is a
 subclass's part.
 
-    group.method(batch) ── plan_calls ──► rank 0: method(rows 0..k)  ──┐
-                                          rank 1: method(rows k..2k) ──┴─ collect ──► one DataProto
+    group.method(batch) ── begin ──► rank 0: method(rows 0..k)  ──┐
+                                     rank 1: method(rows k..2k) ──┴─ collect ──► one DataProto
 """
 
 from abc import ABC, abstractmethod
@@ -145,63 +145,43 @@ class WorkerGroup(ABC):
 
     def begin(self, method: str, *args: Any, **kwargs: Any) -> Begun:
         """Begin a call of a registered method; what it returns waits for the result. Ranks keep the order of calls."""
-        plan = method, self._registrations[method], self.world_size, args, kwargs, self._ranks_per_share
-        calls, collect = plan_calls(*plan)
+        registration = self._registrations[method]
+        if registration.dispatch_mode is Dispatch.DP_COMPUTE_PROTO:
+            calls, collect = self._split_rows(method, registration, args, kwargs)
+        elif registration.execute_mode is Execute.RANK_ZERO:
+            calls, collect = [Call(args, kwargs)], lambda results: by_rank(results)[0]
+        else:
+            calls, collect = [Call(args, kwargs)] * self.world_size, by_rank
         return Begun(collect, self._results(method, calls))
+
+    def _split_rows(
+        self, method: str, registration: Registration, args: Sequence[Any], kwargs: dict[str, Any]
+    ) -> tuple[list[Call], Collect]:
+        """The ranks' calls, and the function that joins their results; raises ValueError for rows that do not fit."""
+        per_share, shares = self._ranks_per_share, self.world_size // self._ranks_per_share
+        values = [*args, *kwargs.values()]
+        sizes = sorted({len(value) for value in values if isinstance(value, DataProto)}) or [0]
+        if len(sizes) > 1:
+            raise ValueError(f"{method} got batches of {' and '.join(map(str, sizes))} rows; they must be equally long")
+        rows = sizes[0]
+        if rows % shares and not registration.padding:
+            ranks = f"{shares} ranks" if per_share == 1 else f"{shares} groups of {per_share} ranks"
+            raise ValueError(f"{method} got {rows} rows for {ranks}; use a batch size that is a multiple of {shares}")
+        runs = [_row_runs(value, registration.reads, shares) for value in values]
+        calls = []
+        for _, *own in zip(range(shares), *runs, strict=True):
+            call = Call(tuple(own[: len(args)]), dict(zip(kwargs, own[len(args) :], strict=True)))
+            calls += [call] * per_share
+        return calls, lambda results: _join_rows(method, results, rows, -(-rows // shares), per_share)
 
     @abstractmethod
     def _results(self, method: str, calls: Sequence[Call]) -> Results:
         """Run call i on rank i: ranks and results as they come, none kept here; raises ``WorkerError``."""
 
 
-def plan_calls(
-    method: str,
-    registration: Registration,
-    world_size: int,
-    args: Sequence[Any],
-    kwargs: dict[str, Any],
-    ranks_per_share: int = 1,
-) -> tuple[list[Call], Collect]:
-    """The calls of ranks 0, 1, ..., and the function that joins their results: one of each ``ranks_per_share`` ranks.
-
-    Raises:
-        ValueError: the arguments do not fit the ranks; the message names the method and the numbers.
-    """
-    if registration.dispatch_mode is Dispatch.DP_COMPUTE_PROTO:
-        return _split_rows(method, registration, world_size // ranks_per_share, args, kwargs, ranks_per_share)
-    call = Call(tuple(args), kwargs)
-    if registration.execute_mode is Execute.RANK_ZERO:
-        return [call], lambda results: by_rank(results)[0]
-    return [call] * world_size, by_rank
-
-
 def by_rank(results: Results) -> list[Any]:
     """The results of ranks 0, 1, ..."""
     return [result for _, result in sorted(results, key=lambda item: item[0])]
-
-
-def _split_rows(
-    method: str,
-    registration: Registration,
-    shares: int,
-    args: Sequence[Any],
-    kwargs: dict[str, Any],
-    ranks_per_share: int,
-) -> tuple[list[Call], Collect]:
-    values = [*args, *kwargs.values()]
-    sizes = sorted({len(value) for value in values if isinstance(value, DataProto)}) or [0]
-    if len(sizes) > 1:
-        raise ValueError(f"{method} got batches of {' and '.join(map(str, sizes))} rows; they must be equally long")
-    rows = sizes[0]
-    if rows % shares and not registration.padding:
-        ranks = f"{shares} ranks" if ranks_per_share == 1 else f"{shares} groups of {ranks_per_share} ranks"
-        raise ValueError(f"{method} got {rows} rows for {ranks}; use a batch size that is a multiple of {shares}")
-    runs = [_row_runs(value, registration.reads, shares) for value in values]
-    calls = []
-    for _, *own in zip(range(shares), *runs, strict=True):
-        call = Call(tuple(own[: len(args)]), dict(zip(kwargs, own[len(args) :], strict=True)))
-        calls += [call] * ranks_per_share
-    return calls, lambda results: _join_rows(method, results, rows, -(-rows // shares), ranks_per_share)
 
 
 def _row_runs(data: Any, reads: Sequence[str] | None, shares: int) -> list[Any]:

@@ -5,7 +5,7 @@ names who failed, at what, why, and where its log is.
 
 =====================  ==============================================================================================
 ``as_they_come``       engines and agent-loop workers: the first failure ends the wait (``RolloutError``)
-``rank_results``       ranks of a group, which wait for each other in collectives: after the first failure the others
+``RankResults``        ranks of a group, which wait for each other in collectives: after the first failure the others
                        get a moment to show theirs, and the likeliest cause is named first (``WorkerError``)
 =====================  ==============================================================================================
 
@@ -153,13 +153,48 @@ def as_they_come(
 
 
 class RankResults:
-    """What `rank_results` gives; nothing is waited for, and nothing raised, before it is read."""
+    """Ranks and results of one call as they come, and nothing more once a rank has failed; nothing is waited for, and
+    nothing raised, before they are read.
 
-    def __init__(self, ranks: Sequence[Remote], refs: Sequence[Any], *others: Any) -> None:
-        self._refs, self._given = refs, (ranks, refs, *others)
+    Args:
+        refs: references of the call, in rank order.
+        call_name: role and method, for the message.
+        watch: called now and then; what it raises ends the wait.
+    """
+
+    def __init__(self, ranks: Sequence[Remote], refs: Sequence[Any], call_name: str, watch: Callable[[], None]) -> None:
+        self._ranks, self._refs, self._call_name, self._watch = ranks, refs, call_name, watch
 
     def __iter__(self) -> Iterator[tuple[int, Any]]:
-        return rank_results(*self._given)
+        """Raises ``WorkerError`` where a rank failed; the others had a moment to report their failures."""
+        numbers = {ref: rank for rank, ref in enumerate(self._refs)}
+        failures: list[tuple[int, RayError]] = []
+
+        def wait_s() -> float:
+            if not failures:
+                return POLL_S
+            return PEER_GRACE_S if _may_be_a_consequence(failures[0][1]) else GRACE_S
+
+        for done in _in_batches(self._refs, wait_s):
+            # The others had their time; one that waits in a collective for a dead rank may never answer.
+            if not done and failures:
+                break
+            if not done:
+                self._watch()
+            for ref in done:
+                try:
+                    result = ray.get(ref)
+                except RayError as error:
+                    failures.append((numbers[ref], error))
+                    # The likeliest cause first: a dead process, then an exception; the first to fail stays first.
+                    failures.sort(
+                        key=lambda each: (not isinstance(each[1], RayActorError), _may_be_a_consequence(each[1]))
+                    )
+                    continue
+                yield numbers[ref], result
+                del result  # before the next one comes
+        if failures:
+            raise failure_of_ranks(self._ranks, failures, self._call_name)
 
     def check(self) -> None:
         """Raise ``WorkerError`` where a rank has failed; fetches what has come."""
@@ -167,47 +202,6 @@ class RankResults:
             ray.get(finished(self._refs))
         except RayError:
             list(self)
-
-
-def rank_results(
-    ranks: Sequence[Remote], refs: Sequence[Any], call_name: str, watch: Callable[[], None]
-) -> Iterator[tuple[int, Any]]:
-    """Ranks and results of ``refs`` as they come; nothing more once a rank has failed.
-
-    Args:
-        refs: references of one call, in rank order.
-        call_name: role and method, for the message.
-        watch: called now and then; what it raises ends the wait.
-
-    Raises:
-        WorkerError: a rank failed; the others had a moment to report their failures.
-    """
-    numbers = {ref: rank for rank, ref in enumerate(refs)}
-    failures: list[tuple[int, RayError]] = []
-
-    def wait_s() -> float:
-        if not failures:
-            return POLL_S
-        return PEER_GRACE_S if _may_be_a_consequence(failures[0][1]) else GRACE_S
-
-    for done in _in_batches(refs, wait_s):
-        # The others had their time; one that waits in a collective for a dead rank may never answer.
-        if not done and failures:
-            break
-        if not done:
-            watch()
-        for ref in done:
-            try:
-                result = ray.get(ref)
-            except RayError as error:
-                failures.append((numbers[ref], error))
-                # The likeliest cause first: a dead process, then an exception; the first to fail stays first.
-                failures.sort(key=lambda item: (not isinstance(item[1], RayActorError), _may_be_a_consequence(item[1])))
-                continue
-            yield numbers[ref], result
-            del result  # before the next one comes
-    if failures:
-        raise failure_of_ranks(ranks, failures, call_name)
 
 
 def failure_of_ranks(ranks: Sequence[Remote], failures: Sequence[tuple[int, RayError]], call_name: str) -> WorkerError:

@@ -69,11 +69,10 @@ def step_folders(root: str | Path) -> list[Path]:
 # ------------------------------------------------------------------ the manifest
 
 
-def seal(folder: Path, step: int, world_size: int, identity: dict[str, Any]) -> None:
+def seal(folder: Path, identity: dict[str, Any]) -> None:
     """Flush all files of a checkpoint to the disk, then write its manifest with their sizes.
 
     Args:
-        world_size: training ranks that wrote the checkpoint.
         identity: models and data of the run; see ``resume.run_identity``.
 
     Raises:
@@ -81,7 +80,7 @@ def seal(folder: Path, step: int, world_size: int, identity: dict[str, Any]) -> 
     """
     # Content before the manifest: after a power cut it must not vouch for files that never reached the disk.
     flush_tree(folder)
-    manifest = {"step": step, "world_size": world_size, "identity": identity, "files": file_sizes(folder)}
+    manifest = {"identity": identity, "files": file_sizes(folder)}
     write_durably(folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
 
 

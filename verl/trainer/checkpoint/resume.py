@@ -20,6 +20,7 @@ from omegaconf import OmegaConf
 from verl.config import PPOConfig
 from verl.config.ppo import teacher_key
 from verl.trainer.checkpoint import layout
+from verl.utils.broken_files import read_json
 from verl.utils.dataset.parquet_files import expand_data_files, file_digest, text_digest
 from verl.utils.redaction import public_dict
 from verl.utils.tokenizer import local_model_folder
@@ -76,16 +77,16 @@ def model_identity(model: str | None, tokenizer: str | None = None) -> dict[str,
     folder = local_model_folder(model)
     if folder is None:
         return {}
-    entries = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    fix = "copy the model again"
+    entries = read_json(folder / "config.json", fix)  # none beside the tokenizer of a served teacher
     identity = {f"config.{name}": value for name, value in entries.items() if name not in VOLATILE}
     identity["weights"] = _digest_of_samples(sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]))
     words = local_model_folder(tokenizer) or folder
     if (words / "tokenizer.json").is_file():
         identity["tokenizer"] = file_digest(words / "tokenizer.json")[:DIGEST_DIGITS]
     # As transformers looks for it; a text that is empty where there is none, so that a new one is a difference.
-    settings, template = words / "tokenizer_config.json", words / "chat_template.jinja"
-    within = json.loads(settings.read_text(encoding="utf-8")).get("chat_template") if settings.is_file() else None
-    text = template.read_text(encoding="utf-8") if template.is_file() else json.dumps(within)
+    template, settings = words / "chat_template.jinja", read_json(words / "tokenizer_config.json", fix)
+    text = template.read_text(encoding="utf-8") if template.is_file() else json.dumps(settings.get("chat_template"))
     identity["chat_template"] = text_digest(text)[:DIGEST_DIGITS]
     return identity
 

@@ -123,7 +123,7 @@ class CheckpointSaver:
                 # An OSError too, so that a rank's failure and the driver's own end alike.
                 raise OSError("; ".join(errors))
             unfinished = layout.step_folder(self._root, step, layout.UNFINISHED)
-            layout.seal(unfinished, step, config.world_size, self._identity)
+            layout.seal(unfinished, self._identity)
             layout.publish(self._root, step)
         except OSError as error:
             self._record_failure(step, str(error))

@@ -255,7 +255,8 @@ def _algorithm_errors(config: PPOConfig) -> Iterator[str]:
         key, fix = "actor_rollout_ref.ref.model.path", "give its folder or name, or set actor_rollout_ref.ref.url"
         yield f"{key} is not set, and {why} learns from a teacher; {fix}"
     if algorithm.learns_from_reward and config.custom_reward_function.path is None:
-        yield algorithm.missing_reward
+        learns = f"algorithm.adv_estimator={algorithm.adv_estimator} learns from a task reward and none is given"
+        yield f"{learns}; set custom_reward_function.path"
 
 
 def _data_errors(config: PPOConfig) -> Iterator[str]:
@@ -281,25 +282,22 @@ def _data_errors(config: PPOConfig) -> Iterator[str]:
 
 
 def _package_errors(config: PPOConfig) -> Iterator[str]:
-    rollout, key = config.actor_rollout_ref.rollout, "actor_rollout_ref.rollout"
-    if rollout.name == "vllm" and not is_installed("vllm"):
-        yield f"{key}.name=vllm needs vLLM, which is not installed; run deploy_env.sh, or set it to hf"
-    if config.engine_roles and not is_installed("vllm"):
+    if is_installed("vllm"):
+        return
+    if config.actor_rollout_ref.rollout.name == "vllm":
+        what = "actor_rollout_ref.rollout.name=vllm needs vLLM, which is not installed"
+        yield f"{what}; run deploy_env.sh, or set it to hf"
+    if config.engine_roles:
         yield f"{teacher_key(config.engine_roles[0])}.engine=vllm needs vLLM, which is not installed; run deploy_env.sh"
-    if (rank := config.actor_rollout_ref.model.lora_rank) and not is_installed("peft"):
-        yield f"actor_rollout_ref.model.lora_rank={rank} needs the package peft; run deploy_env.sh, or set it to 0"
 
 
 def _output_errors(config: PPOConfig) -> Iterator[str]:
-    """Loggers must be installed, and rules read metrics that a validation can give."""
+    """Weights & Biases has to accept the run, and rules read metrics that a validation can give."""
     trainer = config.trainer
     for key, refused in (("project_name", r"[/\\#?%:]|.{129}"), ("experiment_name", ".{129}")):
         if "wandb" in trainer.logger and re.search(refused, name := getattr(trainer, key)):
             limits = "at most 128 characters, in project_name none of / \\ # ? % :"
             yield f"trainer.{key}={name} is refused by Weights & Biases; use {limits}"
-    for name in trainer.logger:
-        if name in ("tensorboard", "wandb") and not is_installed(name):
-            yield f"trainer.logger={trainer.logger} needs the package {name}; install it, or leave {name} out"
     if "wandb" in trainer.logger and not _wandb_can_start():
         yield (
             f"trainer.logger={trainer.logger} needs a login to Weights & Biases, and none is set; run wandb login, "

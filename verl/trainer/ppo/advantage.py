@@ -16,7 +16,7 @@ from verl.ops.policy_loss import LOG_RATIO_LIMIT, zero_outside_mask
 from verl.protocol import DataProto
 from verl.trainer.ppo import core_algos
 from verl.trainer.ppo.core_algos import AdvantageEstimator, KLController, get_adv_estimator_fn
-from verl.utils.torch_functional import masked_mean
+from verl.utils.torch_functional import knows_extended, masked_mean
 
 
 def _with_tensors(data: DataProto, tensors: dict[str, torch.Tensor]) -> DataProto:
@@ -125,10 +125,7 @@ def apply_kl_penalty(
         a new batch with ``token_level_rewards`` (B, R); metrics ``actor/reward_kl_penalty`` (mean over sequences of
         the mean KL of their tokens, nats) and ``actor/reward_kl_penalty_coeff`` (the weight that was used).
     """
-    mask = known_token_mask(data)
-    if "teacher_knows_extended" in data.non_tensor_batch:
-        knows = torch.from_numpy(data.array("teacher_knows_extended").astype(bool))
-        mask = torch.where(knows[:, None], data.tensor("response_mask").bool(), mask)
+    mask = torch.where(knows_extended(data)[:, None], data.tensor("response_mask").bool(), known_token_mask(data))
     kl = core_algos.kl_penalty(data.tensor("old_log_probs"), data.tensor("ref_log_prob"), kl_penalty)
     kl = zero_outside_mask(kl, mask)
     weight = kl_ctrl.value

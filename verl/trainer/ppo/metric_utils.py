@@ -22,7 +22,7 @@ from verl.config.algorithm import AlgoConfig
 from verl.ops.policy_loss import zero_outside_mask
 from verl.protocol import DataProto
 from verl.trainer.ppo.advantage import distillation_advantage, known_token_mask
-from verl.utils.torch_functional import real_response_tokens
+from verl.utils.torch_functional import knows_extended, real_response_tokens
 
 Metrics = dict[str, float]
 
@@ -187,8 +187,7 @@ def _reverse_kl(batch: DataProto) -> Metrics:
     if "extend_mass" in batch.batch:
         # Without this the estimate falls, even below 0, the more mass a student gives to ids that its teacher lacks.
         inside = torch.log1p(-batch.tensor("extend_mass").float().clamp(max=1 - 1e-6))
-        knows = batch.non_tensor_batch.get("teacher_knows_extended", np.zeros(len(batch))).astype(bool)
-        gap = torch.where(torch.from_numpy(knows)[:, None], gap, gap - inside)
+        gap = torch.where(knows_extended(batch)[:, None], gap, gap - inside)
     return _mean("reverse_kl", gap[known_token_mask(batch)])
 
 
@@ -199,10 +198,7 @@ def _trained_extended(batch: DataProto) -> torch.Tensor:
 
 def _extended_reverse_kl(batch: DataProto) -> Metrics:
     """The reverse KL at tokens of E, over rows whose teacher knows them (elsewhere its log-prob is a stand-in)."""
-    if "teacher_knows_extended" not in batch.non_tensor_batch:
-        return {}
-    known = torch.from_numpy(batch.array("teacher_knows_extended").astype(bool))
-    return _mean("extend_reverse_kl", _gap(batch)[_trained_extended(batch) & known[:, None]])
+    return _mean("extend_reverse_kl", _gap(batch)[_trained_extended(batch) & knows_extended(batch)[:, None]])
 
 
 def _extended_share(batch: DataProto, bounds: tuple[float, float], weights: Sequence[float]) -> Metrics:

@@ -73,8 +73,7 @@ class RayPPOTrainer:
             vocab_fingerprint: of the shared vocabulary, which a checkpoint has to match; None: any.
 
         Raises:
-            ValueError: no reward function although this trainer needs one, too few prompts for one batch, or a
-                checkpoint that this run cannot go on from.
+            ValueError: too few prompts for one batch, or a checkpoint that this run cannot go on from.
         """
         self.config, self.tokenizer = config, tokenizer
         self.role_worker_mapping, self.reward_fn = role_worker_mapping, reward_fn
@@ -88,8 +87,6 @@ class RayPPOTrainer:
         self.total_steps = config.trainer.total_training_steps or all_epochs
         """Steps of the whole run."""
         config.resolve_schedule(self.total_steps)
-        if self.uses_reward and reward_fn is None:
-            raise ValueError(config.algorithm.missing_reward)
         self.worker_groups, identity = WorkerGroups(config, self.roles), run_identity(config, vocab_fingerprint)
         self.resume_from = find_resumable(config, identity, self.total_steps)
         self.driver_state = load_driver_state(self.resume_from) if self.resume_from else {}
@@ -141,7 +138,7 @@ class RayPPOTrainer:
 
     def reward(self, batch: DataProto) -> DataProto:
         """``token_level_scores`` (B, R): the task reward at each answer's last token; ``reward_extra`` (B,)."""
-        assert self.reward_fn is not None, "checked at construction"
+        assert self.reward_fn is not None, "`check_run` refuses a run that needs one and has none"
         return compute_rewards(batch, self.tokenizer, self.reward_fn)
 
     def advantage(self, batch: DataProto) -> DataProto:
@@ -292,8 +289,7 @@ class RayPPOTrainer:
             if self.rollouts.is_low or (self.val_loader is not None and self.is_due(self.config.trainer.test_freq)):
                 with marked_timer("update_weights", timing, self.timeline):
                     self.sync_weights()
-        if (folder := self.config.trainer.rollout_data_dir) is not None:
-            dump_answers(folder, self.global_steps, batch, self.tokenizer, self.roles[1:])
+        dump_answers(self.config.trainer.rollout_data_dir, self.global_steps, batch, self.tokenizer, self.roles[1:])
         metrics = self.stage_metrics | self.step_metrics(batch)
         metrics |= self.engine_gap.check(metrics, self.global_steps)
         metrics |= compute_pace_metrics(batch, timing, self.config.trainer.world_size, self.global_steps)
@@ -314,8 +310,7 @@ class RayPPOTrainer:
                 answers.append(batch.union(self.score_validation(batch)))
                 stages.append((len(batch), self.stage_metrics))
         batch, joined = DataProto.concat(answers), join_metrics(stages)
-        if (folder := self.config.trainer.validation_data_dir) is not None:
-            dump_answers(folder, self.global_steps, batch, self.tokenizer, self.roles[1:])
+        dump_answers(self.config.trainer.validation_data_dir, self.global_steps, batch, self.tokenizer, self.roles[1:])
         if shown := show_answers(batch, self.tokenizer, self.config.trainer.log_val_generations):
             self.logger.log_answers(shown, self.global_steps)
         metrics = {f"val_{name}": value for name, value in joined.items() if not name.startswith("timing_s/")}

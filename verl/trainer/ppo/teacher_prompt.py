@@ -175,13 +175,13 @@ def with_prompts(batch: DataProto, chats: Sequence[Chat], template: ChatTemplate
         if chat == messages:
             continue
         # Loops without tools list none in their prompts.
-        listed = [flag for flag in (True, False) if template.encode_prompt(messages, flag) == prompts[row]]
-        if not listed:
+        wanted = (flag for flag in (True, False) if template.encode_prompt(messages, flag) == prompts[row])
+        if (lists_tools := next(wanted, None)) is None:
             raise ValueError(
                 f"row {row}: its agent loop made another prompt than the chat template makes of its messages, so that "
                 "its teacher cannot read another; leave system_prompt and the like out"
             )
-        prompts[row] = template.encode_prompt(chat, listed[0])
+        prompts[row] = template.encode_prompt(chat, lists_tools)
     left, real = torch.zeros(2, len(prompts), max(map(len, prompts)), dtype=input_ids.dtype)
     for row, ids in enumerate(prompts):
         left[row, left.shape[1] - len(ids) :], real[row, left.shape[1] - len(ids) :] = torch.tensor(ids), 1

@@ -143,10 +143,10 @@ class MiniBatchLoss:
         return MicroLoss(total, metrics, losses[-1].scores)
 
 
-def _add_up(counts: torch.Tensor, config: FSDPActorConfig) -> None:
-    """Counts over all ranks, in place; those of a sequence group have the same rows, which count once."""
-    dist.all_reduce(counts)
-    counts //= config.ulysses_sequence_parallel_size
+def _over_ranks(counts: list[torch.Tensor], device: torch.device, config: FSDPActorConfig) -> torch.Tensor:
+    """Counts over all ranks; those of a sequence group have the same rows, which count once."""
+    dist.all_reduce(total := torch.stack(counts).to(device))
+    return total // config.ulysses_sequence_parallel_size
 
 
 class PolicyLoss:
@@ -173,8 +173,7 @@ class PolicyLoss:
         self._trained = self._known = mini.tensor("response_mask").bool()
         if config.use_kl_loss:
             self._known = self._trained & (mini.tensor("ref_log_prob") != config.ref_log_prob_replace_val)
-        self.counts = torch.stack([*count_trained(self._trained), *count_trained(self._known)]).to(device)
-        _add_up(self.counts, config)
+        self.counts = _over_ranks([*count_trained(self._trained), *count_trained(self._known)], device, config)
         """Trained tokens, rows with at least one, and the same of those that the reference knows; over all ranks."""
 
     def head(self, micro: MicroBatch) -> Head:
@@ -272,8 +271,7 @@ class DivergenceLoss:
             shared = torch.tensor([options.support == SHARED for options in self._options])[self._teacher_of]
             drawn = mini.tensor("input_ids")[:, -self._trained.shape[1] :]
             self._in_support = self._trained & (~shared[:, None] | (drawn < vocabulary.extend_start))
-        self.counts = torch.stack([*count_trained(self._trained), self._in_support.sum()]).to(device)
-        _add_up(self.counts, config)
+        self.counts = _over_ranks([*count_trained(self._trained), self._in_support.sum()], device, config)
         """Trained tokens, rows with at least one, and trained tokens inside the support; over all ranks."""
         is_reverse_kl = options.kind == REVERSE_KL
         # Times the number of ranks, as the losses: metrics are averaged over ranks at the end.

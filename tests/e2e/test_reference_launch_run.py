@@ -1,12 +1,11 @@
 """A launch line of verl's distillation recipe starts and makes a step; only paths and sizes are replaced."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 from support.launch import read_metrics, reference_launch, write_onerec_parquet
-from support.tiny_pairs import REPO, Pair
+from support.tiny_pairs import Pair
 
 
 def test_every_reference_key_on_one_command_line(tiny_pair: Pair, tmp_path: Path) -> None:
@@ -35,7 +34,6 @@ def test_every_reference_key_on_one_command_line(tiny_pair: Pair, tmp_path: Path
     done = subprocess.run(
         [sys.executable, "-m", "recipe.onpolicy_distill.main_onpolicy_distill", *arguments],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(REPO)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

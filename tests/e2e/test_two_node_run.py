@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from ray.cluster_utils import Cluster
 from support.launch import launch, script_env, small_run, write_onerec_parquet
-from support.tiny_pairs import REPO, Pair
+from support.tiny_pairs import Pair
 
 pytestmark = pytest.mark.slow
 
@@ -14,10 +14,8 @@ pytestmark = pytest.mark.slow
 @pytest.fixture
 def cluster() -> Iterator[Cluster]:
     """A head and one more node, of a CPU each."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(REPO))
-        made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-        made.add_node(num_cpus=1)
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    made.add_node(num_cpus=1)
     yield made
     made.shutdown()
 

@@ -41,7 +41,6 @@ def test_kills_cost_steps_and_nothing_else(tmp_path: Path, kills: int, options: 
     done = subprocess.run(
         [*command, *options, "--folder", str(tmp_path)],
         cwd=REPO,
-        env={**os.environ, "PYTHONPATH": f"{REPO}:{REPO / 'tests'}"},
         capture_output=True,
         text=True,
         timeout=1100,

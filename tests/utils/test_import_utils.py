@@ -12,8 +12,6 @@ import pytest
 
 from verl.utils.import_utils import EXTERNAL_MODULES, load_extern_type
 
-REPO = Path(__file__).resolve().parents[2]
-
 
 def test_a_file_is_loaded_once(tmp_path: Path) -> None:
     path = tmp_path / "mine.py"
@@ -52,6 +50,6 @@ def test_every_process_imports_the_users_modules(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text("import os\nos.environ['MINE'] = os.environ.get('MINE', '') + 'x'\n")
     probe = "import os, verl.utils.import_utils as utils; utils.import_external_modules(['json', 'mine.py']); "
     probe += "print(os.environ['MINE'], os.environ[utils.EXTERNAL_MODULES])"
-    env = os.environ | {"PYTHONPATH": str(REPO), EXTERNAL_MODULES: "mine.py"}
+    env = os.environ | {EXTERNAL_MODULES: "mine.py"}
     done = subprocess.run([sys.executable, "-c", probe], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.stdout == f"x {tmp_path}/mine.py,json\n", done.stderr

@@ -17,7 +17,6 @@ import torch
 from safetensors.torch import save_file
 from support.agent_loop_fakes import prompt_rows
 from support.fake_replica import DIE, END, HANG, RAISE, SHAPES, STALL, FakeReplica
-from support.tiny_pairs import REPO
 
 from verl.config import PPOConfig, RolloutConfig
 from verl.experimental.agent_loop import agent_loop
@@ -151,8 +150,7 @@ def test_every_worker_with_prompts_may_leave_one_out(asked: int) -> None:
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Iterator[World]:
     """Two replicas and two workers, shared by all tests below, in this order."""
-    paths = os.pathsep.join([str(REPO / "tests"), str(REPO)])
-    ray.init(num_cpus=2, include_dashboard=False, runtime_env={"env_vars": {"PYTHONPATH": paths}})
+    ray.init(num_cpus=2, include_dashboard=False)
     ranks = Ranks(tmp_path_factory.mktemp("buckets"), ray.get_runtime_context().get_node_id(), 2)
     made = build(tmp_path_factory.mktemp("manager"), tokenizer, ranks, "cuda")
     made.manager.wait_ready()

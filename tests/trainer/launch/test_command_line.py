@@ -5,14 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-REPO = Path(__file__).resolve().parents[3]
 MODULE = "recipe.onpolicy_distill.main_onpolicy_distill"
 
 
 def launch(folder: Path, *arguments: str, module: str = MODULE) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(REPO)}
     command = [sys.executable, "-m", module, *arguments]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
 
 
 def test_help_shows_every_key_and_leaves_nothing_behind(tmp_path: Path) -> None:

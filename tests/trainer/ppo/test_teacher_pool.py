@@ -4,7 +4,6 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -27,15 +26,14 @@ register_pickle_by_value(sys.modules[__name__])  # ranks do not import test modu
 
 
 @pytest.fixture(scope="module", autouse=True)
-def cluster(repo: Path) -> Iterator[None]:
+def cluster() -> Iterator[None]:
     """One node of four CPUs that says it has four GPUs, for Ray's accounts alone.
 
     On one core, so that every rank computes with one thread: with more of them sums are rounded differently.
     """
     cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(cores)})
-    env = {"PYTHONPATH": f"{repo}:{repo / 'tests'}"}
-    ray.init(num_cpus=4, num_gpus=4, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": env})
+    ray.init(num_cpus=4, num_gpus=4, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
     os.sched_setaffinity(0, cores)

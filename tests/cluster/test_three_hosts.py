@@ -204,7 +204,6 @@ def test_engines_on_one_host_and_ranks_on_two_train_as_all_of_them_on_one_machin
     assert process.wait() == 0, (folder / "output").read_text()[-6000:]
     assert found == {(1, 0), (0, 1)}, "ranks and engines of each host"
     alone = launch(tmp_path / "alone", small_run("hf", 2, steps, **changes), env)
-    assert alone.returncode == 0, alone.output[-6000:]
     expected, got = metrics_by_step(alone.folder, steps), metrics_by_step(folder / "run", steps)
     assert {"actor/grad_norm", "actor/pg_loss", "distill/reverse_kl"} <= expected[steps].keys()
     for step in expected:

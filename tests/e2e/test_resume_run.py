@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from support.engines import PLAIN, ReplicaProcess, generate, largest_difference
-from support.launch import Run, launch, metrics_by_step, script_env, small_run, write_onerec_parquet
+from support.launch import launch, metrics_by_step, script_env, small_run, write_onerec_parquet
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from verl import model_merger
@@ -22,20 +22,14 @@ def settings(ranks: int, **changes: Any) -> list[str]:
     return small_run("vllm", ranks, STEPS, **changes)
 
 
-def run(folder: Path, overrides: list[str], env: dict[str, str]) -> Run:
-    done = launch(folder, overrides, env)
-    assert done.returncode == 0, done.output[-6000:]
-    return done
-
-
 def test_a_resumed_run_equals_a_whole_one_on_as_many_ranks_or_fewer_and_is_exported(
     tiny_pair: Any, tmp_path: Path
 ) -> None:
     env = script_env(tiny_pair, write_onerec_parquet(tmp_path / "train.parquet", 18))
-    whole = run(tmp_path / "whole", settings(2), env)
-    run(tmp_path / "halves", settings(2, **{"trainer.total_training_steps": 2}), env)
+    whole = launch(tmp_path / "whole", settings(2), env)
+    launch(tmp_path / "halves", settings(2, **{"trainer.total_training_steps": 2}), env)
     shutil.copytree(tmp_path / "halves", tmp_path / "fewer")
-    halves, fewer = run(tmp_path / "halves", settings(2), env), run(tmp_path / "fewer", settings(1), env)
+    halves, fewer = launch(tmp_path / "halves", settings(2), env), launch(tmp_path / "fewer", settings(1), env)
     assert "resumed from" in halves.output
     assert "trainer.n_gpus_per_node: 2 in the checkpoint, 1 now" in fewer.output
     expected, same, near = (metrics_by_step(each.folder, STEPS) for each in (whole, halves, fewer))

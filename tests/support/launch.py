@@ -197,7 +197,10 @@ class Running:
         return Run(self.folder, self.output, returncode)
 
 
-def launch(folder: Path, overrides: list[str], env: dict[str, str], *, timeout_s: int = 600) -> Run:
-    """Run the launch script to its end; whatever it leaves behind, or has started when the time is up, is ended."""
-    with Running(folder, overrides, env) as run:
-        return run.finish(timeout_s)
+def launch(folder: Path, overrides: list[str], env: dict[str, str], *, code: int = 0, timeout_s: int = 600) -> Run:
+    """Run the launch script to its end, which is to have this exit code; whatever it leaves behind, or has started when
+    the time is up, is ended."""
+    with Running(folder, overrides, env) as running:
+        run = running.finish(timeout_s)
+    assert run.returncode == code, run.output[-6000:]
+    return run

@@ -79,7 +79,6 @@ def test_a_launched_run_has_no_teacher_beside_it(pair: Pair, url: str, tmp_path:
     run = launch(
         tmp_path / "run", small_run("hf", 2, 2, **changes, **{"trainer.test_freq": 2}), script_env(pair, prompts)
     )
-    assert run.returncode == 0, run.output[-6000:]
     assert "for actor\n" in run.output, "the pool has the student alone"
     last = run.metrics[2]
     assert last["distill/teacher_log_prob_bound"] > 0 and 0 < last["distill/teacher_rest_mass"] < 1
@@ -100,6 +99,6 @@ def test_a_server_that_a_run_started_ends_with_a_killed_driver(pair: Pair, tmp_p
         running.process.wait()
         assert running.outliving(30, RAY_AGENTS) == []
     changes["+actor_rollout_ref.ref.engine_kwargs.nope"] = 1
-    failed = launch(tmp_path / "failed", small_run("hf", 1, 2, **changes), env)
+    failed = launch(tmp_path / "failed", small_run("hf", 1, 2, **changes), env, code=1)
     why = "ended: api_server.py: error: unrecognized arguments: --nope"
-    assert failed.returncode == 1 and why in failed.output, failed.output[-6000:]
+    assert why in failed.output, failed.output[-6000:]

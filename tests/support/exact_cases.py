@@ -11,6 +11,7 @@ from recipe.onpolicy_distill.onpolicy_distill_trainer import RayOnPolicyDistillT
 from support.tiny_workers import (
     PROMPT,
     draw_rows,
+    first_gradient,
     load_plain,
     plain_log_probs,
     rollouts,
@@ -20,6 +21,7 @@ from support.tiny_workers import (
 )
 from verl.config import ActorRolloutRefConfig, DistillConfig, PPOConfig, TeacherConfig
 from verl.protocol import DataProto
+from verl.workers.actor.teachers import TOP_TENSORS
 from verl.workers.model_workers import StudentWorker, TeacherWorker
 
 ROWS, TEMPERATURE, MISSING = 8, 1.3, -40.0
@@ -74,9 +76,9 @@ class Models(NamedTuple):
         sections["model"] = {"use_remove_padding": packed, **sections.get("model", {})}
         return worker_config(student or self.student, self.teacher, extend_start=self.extend_start, **sections)
 
-    def batch(self, teachers: int = 1) -> DataProto:
+    def batch(self, teachers: int = 1, temperature: float = TEMPERATURE) -> DataProto:
         """Rows of all lengths, some with extended tokens, spread over the teachers in turn."""
-        batch = rollouts(draw_rows(ROWS, self.ids, seed=2), self.extend_start, TEMPERATURE)
+        batch = rollouts(draw_rows(ROWS, self.ids, seed=2), self.extend_start, temperature)
         assert batch.tensor("distill_special_token_mask").any()
         return with_loss_inputs(batch).union(DataProto.from_dict({"teacher": torch.arange(ROWS) % teachers}))
 
@@ -183,3 +185,18 @@ def scored(teachers: Mapping[str, Any], distill: DistillConfig, batch: DataProto
     trainer.config.trainer.teacher_nnodes = trainer.config.trainer.teacher_n_gpus_per_node = number
     batch.meta_info["validate"] = False
     return batch.union(trainer.ref_log_prob(batch))
+
+
+def distill_loss(models: Models, roles: Mapping[str, Any], distill: DistillConfig) -> tuple[Any, Any]:
+    """The loss and gradient of an update, of a student as it was, whose rows are all of the last teacher."""
+    student, batch = workers(models.config(), DistillConfig()), models.batch(temperature=1.0)
+    student._distill = student.actor.distill = distill
+    batch.tensor("teacher")[:] = len(distill.teachers)
+    metrics = student.update_actor(scored(roles, distill, batch)).meta_info["metrics"]
+    return metrics["actor/distill_loss"], first_gradient(student)
+
+
+def dense(batch: DataProto, ids: int) -> torch.Tensor:
+    """(B, R, ids) log-probs of the teachers' likeliest ids, 0 of others."""
+    top_ids, log_probs = batch.tensor(TOP_TENSORS[0]).long(), batch.tensor(TOP_TENSORS[1])
+    return torch.zeros(*top_ids.shape[:2], ids).scatter(-1, top_ids, log_probs)

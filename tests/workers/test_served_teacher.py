@@ -9,19 +9,17 @@ from typing import Any
 import pytest
 import torch
 from support import tiny_workers as tiny
-from support.exact_cases import LEAK, TEMPERATURE, Models, scored, workers
+from support.exact_cases import LEAK, TEMPERATURE, Models, dense, distill_loss, scored, workers
 from support.fake_server import FakeServer
 
 from verl.config import DistillConfig, TeacherConfig
-from verl.protocol import DataProto
 from verl.single_controller.base import WorkerError
 from verl.workers import served_teacher, teacher_servers
+from verl.workers.actor.teachers import TOP_TENSORS
 from verl.workers.served_teacher import ServedTeacher, served_scores
 from verl.workers.teacher_servers import Endpoint, TeacherServers
 
 pytestmark = pytest.mark.usefixtures("one_rank")
-
-TOP = ("teacher_top_ids", "teacher_top_log_probs", "teacher_rest_log_prob")
 
 
 @pytest.fixture(scope="module")
@@ -61,12 +59,6 @@ def served(models: Models, urls: list[str], topk: int | None = None, temperature
     return teacher
 
 
-def at(models: Models, temperature: float) -> DataProto:
-    batch = models.batch()
-    batch.meta_info["temperature"] = temperature
-    return batch
-
-
 # ------------------------------------------------------------------ scores and losses
 
 
@@ -91,37 +83,23 @@ def test_what_is_left_is_no_more_than_ids_as_likely_as_the_last() -> None:
     torch.testing.assert_close(found.drawn.exp(), torch.tensor([0.78 / 0.86]).double())
 
 
-def dense(batch: DataProto, ids: int) -> torch.Tensor:
-    """(B, R, ids) log-probs of the likeliest ids, 0 of others."""
-    top_ids, log_probs = batch.tensor(TOP[0]).long(), batch.tensor(TOP[1])
-    return torch.zeros(*top_ids.shape[:2], ids).scatter(-1, top_ids, log_probs)
-
-
 @pytest.mark.parametrize(("topk", "temperature"), [(None, 1.0), (3, 1.0), (64, 1.0), ("all", TEMPERATURE)])
 def test_scores_are_those_of_the_model_in_the_process(
     topk: Any, temperature: float, flush: Models, flush_server: FakeServer
 ) -> None:
     topk = flush.extend_start if topk == "all" else topk
     distill = DistillConfig("topk", topk=topk) if topk else DistillConfig()
-    right = scored(workers(flush.config(), distill).colocated_roles, distill, at(flush, temperature))
+    right = scored(workers(flush.config(), distill).colocated_roles, distill, flush.batch(1, temperature))
     teacher = served(flush, [flush_server.url], topk, temperature)
-    found = scored({"ref": teacher}, distill, at(flush, temperature))
+    found = scored({"ref": teacher}, distill, flush.batch(1, temperature))
     torch.testing.assert_close(found.tensor("ref_log_prob"), right.tensor("ref_log_prob"), rtol=0, atol=1e-6)
     if topk:
         torch.testing.assert_close(dense(found, flush.ids), dense(right, flush.ids), rtol=0, atol=2e-6)
-        torch.testing.assert_close(found.tensor(TOP[2]), right.tensor(TOP[2]), rtol=0, atol=1e-5)
+        torch.testing.assert_close(found.tensor(TOP_TENSORS[2]), right.tensor(TOP_TENSORS[2]), rtol=0, atol=1e-5)
     # Validation and the probe, at the run's temperature too.
-    again = teacher.compute_ref_log_prob(at(flush, temperature)).tensor("ref_log_prob")
-    right = workers(flush.config(), distill).colocated_roles["ref"].compute_ref_log_prob(at(flush, temperature))
+    again = teacher.compute_ref_log_prob(flush.batch(1, temperature)).tensor("ref_log_prob")
+    right = workers(flush.config(), distill).colocated_roles["ref"].compute_ref_log_prob(flush.batch(1, temperature))
     torch.testing.assert_close(again, right.tensor("ref_log_prob"), rtol=0, atol=1e-6)
-
-
-def distill_loss(models: Models, roles: Any, distill: DistillConfig) -> tuple[Any, Any]:
-    """The loss and gradient of an update, of a student as it was."""
-    student = workers(models.config(), DistillConfig())
-    student._distill = student.actor.distill = distill
-    metrics = student.update_actor(scored(roles, distill, at(models, 1.0))).meta_info["metrics"]
-    return metrics["actor/distill_loss"], tiny.first_gradient(student)
 
 
 @pytest.mark.parametrize("topk", [8, 64, "all"])
@@ -140,13 +118,13 @@ def test_rows_past_the_shared_ids_are_bounded_or_left_out(topk: Any, models: Mod
     """They are not in the distribution; their mass counts as that of shared ids that a server does not name."""
     whole = topk == "all"
     topk = models.extend_start if whole else topk
-    distill, batch = DistillConfig("topk", topk=topk), at(models, 1.0)
-    right = scored(workers(models.config(), distill).colocated_roles, distill, at(models, 1.0))
+    distill, batch = DistillConfig("topk", topk=topk), models.batch(1, 1.0)
+    right = scored(workers(models.config(), distill).colocated_roles, distill, models.batch(1, 1.0))
     scores = served(models, [server.url], topk).score_for_update(batch)
     bound = scores.meta_info["metrics"]["distill/teacher_log_prob_bound"]
     trained = batch.tensor("response_mask").bool()
     too_low = (right.tensor("ref_log_prob") - scores.tensor("ref_log_prob"))[trained]
-    rest = scores.tensor(TOP[2]).double()[trained].exp()
+    rest = scores.tensor(TOP_TENSORS[2]).double()[trained].exp()
     assert too_low.min() > -1e-5, "never too high"
     if whole:
         assert bound < 1e-6 and too_low.max() < 1e-5
@@ -164,14 +142,14 @@ def test_the_loss_is_at_most_the_whole_divergence_and_the_bound(topk: int, model
     exact, _ = distill_loss(models, workers(models.config(), whole).colocated_roles, whole)
     bucketed, _ = distill_loss(models, workers(models.config(), some).colocated_roles, some)
     teacher = served(models, [server.url], topk)
-    bound = teacher.score_for_update(at(models, 1.0)).meta_info["metrics"]["distill/teacher_log_prob_bound"]
+    bound = teacher.score_for_update(models.batch(1, 1.0)).meta_info["metrics"]["distill/teacher_log_prob_bound"]
     found, _ = distill_loss(models, {"ref": teacher}, some)
     assert 0 < found <= bucketed + bound and bucketed < exact and abs(found - bucketed) > 1e-4
 
 
 def test_a_teacher_that_knows_item_tokens_reads_and_scores_them(models: Models) -> None:
     fake = FakeServer(models.frozen)
-    settings, batch = TeacherConfig(url=[fake.url], sources=["rec_*"]), at(models, 1.0)
+    settings, batch = TeacherConfig(url=[fake.url], sources=["rec_*"]), models.batch(1, 1.0)
     teacher = ServedTeacher(models.config(), teacher=settings, topk=models.ids)
     teacher.init_model()
     assert teacher.find_other_tokens() == []
@@ -228,19 +206,19 @@ def test_a_row_ends_with_its_last_trained_token(models: Models, server: FakeServ
 
 
 def test_a_server_that_dies_leaves_its_rows_to_the_other(models: Models) -> None:
-    distill, right = DistillConfig(), at(models, 1.0)
+    distill, right = DistillConfig(), models.batch(1, 1.0)
     staying = FakeServer(models.teacher)
     dying = FakeServer(models.teacher)
     teacher = served(models, [staying.url, dying.url])
     expected = scored({"ref": teacher}, distill, right).tensor("ref_log_prob")
     assert min(len(staying.rows), len(dying.rows)) > 2, "they share the rows"
     dying.before = lambda number: dying.abort()
-    batch = scored({"ref": teacher}, distill, at(models, 1.0))
+    batch = scored({"ref": teacher}, distill, models.batch(1, 1.0))
     assert torch.equal(batch.tensor("ref_log_prob"), expected)
     staying.close()
     started = time.monotonic()
     with pytest.raises(WorkerError) as ended:
-        teacher.compute_ref_log_prob(at(models, 1.0))
+        teacher.compute_ref_log_prob(models.batch(1, 1.0))
     assert staying.url in str(ended.value) and dying.url in str(ended.value)
     assert time.monotonic() - started < 30
 
@@ -248,14 +226,14 @@ def test_a_server_that_dies_leaves_its_rows_to_the_other(models: Models) -> None
 def test_what_fails_once_is_tried_again_and_a_refusal_is_not(models: Models, server: FakeServer) -> None:
     fake = FakeServer(models.teacher, before=lambda number: 503 if number == 3 else None)
     teacher, expected = served(models, [fake.url]), served(models, [server.url])
-    scores = [each.compute_ref_log_prob(at(models, 1.0)).tensor("ref_log_prob") for each in (teacher, expected)]
+    scores = [each.compute_ref_log_prob(models.batch(1, 1.0)).tensor("ref_log_prob") for each in (teacher, expected)]
     assert torch.equal(*scores)
     fake.before = lambda number: 503
     with pytest.raises(WorkerError, match=f"no endpoint .*{fake.url}.*503"):
-        teacher.compute_ref_log_prob(at(models, 1.0))
+        teacher.compute_ref_log_prob(models.batch(1, 1.0))
     fake.before = lambda number: 400
     with pytest.raises(WorkerError, match=f"{fake.url}: /v1/completions answers 400: out of order") as refused:
-        teacher.compute_ref_log_prob(at(models, 1.0))
+        teacher.compute_ref_log_prob(models.batch(1, 1.0))
     assert refused.value.by_user
     fake.close()
 
@@ -265,7 +243,7 @@ def test_a_server_that_comes_back_is_asked_again(models: Models, server: FakeSer
     teacher = served(models, [server.url, fake.url])
     teacher.servers.endpoints[1].fault = "it was away"
     del fake.rows[:]
-    teacher.compute_ref_log_prob(at(models, 1.0))
+    teacher.compute_ref_log_prob(models.batch(1, 1.0))
     assert len(fake.rows) > 2
     fake.close()
 
@@ -277,7 +255,7 @@ def test_a_key_comes_from_the_environment(models: Models, monkeypatch: pytest.Mo
     with pytest.raises(ValueError, match="api_key_env=TEACHER_KEY"):
         served(models, [fake.url], api_key_env="TEACHER_KEY")
     monkeypatch.setenv("TEACHER_KEY", "secret-of-mine")
-    served(models, [f"{fake.url}/v1/"], api_key_env="TEACHER_KEY").compute_ref_log_prob(at(models, 1.0))
+    served(models, [f"{fake.url}/v1/"], api_key_env="TEACHER_KEY").compute_ref_log_prob(models.batch(1, 1.0))
     fake.close()
 
 

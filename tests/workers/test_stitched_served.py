@@ -7,12 +7,11 @@ from typing import Any
 import pytest
 import torch
 from support import tiny_workers as tiny
-from support.exact_cases import LEAK, TEMPERATURE, Models, scored, teacher_workers, workers
+from support.exact_cases import LEAK, TEMPERATURE, Models, dense, distill_loss, scored, teacher_workers, workers
 from support.fake_server import FakeServer
 
 from verl.config import DistillConfig, TeacherConfig
 from verl.ops.linear_log_prob import LinearLogProbs, StitchedLogProbs, score_tokens
-from verl.protocol import DataProto
 from verl.workers.actor.teachers import TOP_TENSORS, ServedStitchedLogProbs
 from verl.workers.model_workers import StudentWorker
 from verl.workers.served_teacher import ServedTeacher, StitchedGroup
@@ -43,18 +42,6 @@ def served_base(
         worker.init_model()
     mixed: Any = own["mixed"]
     return {**own, "ref": base, "mixed": StitchedGroup(base, mixed)}
-
-
-def at(models: Models, temperature: float, teachers: int = 3) -> DataProto:
-    batch = models.batch(teachers)
-    batch.meta_info["temperature"] = temperature
-    return batch
-
-
-def dense(batch: DataProto, ids: int) -> torch.Tensor:
-    """(B, R, ids) log-probs of the likeliest ids, 0 of others."""
-    top_ids, log_probs = batch.tensor(TOP_TENSORS[0]).long(), batch.tensor(TOP_TENSORS[1])
-    return torch.zeros(*top_ids.shape[:2], ids).scatter(-1, top_ids, log_probs)
 
 
 @pytest.mark.parametrize("topk", [1, 4, 30])
@@ -89,28 +76,18 @@ def test_scores_are_those_of_both_models_in_the_process(
     if topk is None:
         further = distill.teachers.items()
         distill = DistillConfig(teachers={name: TeacherConfig(t.path, t.vocabulary, t.sources) for name, t in further})
-    right = scored(workers(models.config(), distill).colocated_roles, distill, at(models, temperature))
+    right = scored(workers(models.config(), distill).colocated_roles, distill, models.batch(3, temperature))
     roles = served_base(models, servers[cut], distill, temperature)
-    found = scored(roles, distill, at(models, temperature))
+    found = scored(roles, distill, models.batch(3, temperature))
     torch.testing.assert_close(found.tensor("ref_log_prob"), right.tensor("ref_log_prob"), rtol=0, atol=1e-4)
     if topk:
         torch.testing.assert_close(dense(found, models.ids), dense(right, models.ids), rtol=0, atol=1e-4)
         rest = [each.tensor(TOP_TENSORS[2])[each.tensor("response_mask").bool()].exp() for each in (found, right)]
         torch.testing.assert_close(*rest, rtol=0, atol=1e-5)
     # Validation and the probe, which score every token.
-    again = roles["mixed"].compute_ref_log_prob(at(models, temperature)).tensor("ref_log_prob")
-    alone = workers(models.config(), distill).colocated_roles["mixed"].compute_ref_log_prob(at(models, temperature))
-    torch.testing.assert_close(again, alone.tensor("ref_log_prob"), rtol=0, atol=1e-4)
-
-
-def distill_loss(models: Models, roles: Any, distill: DistillConfig) -> tuple[Any, Any]:
-    """The loss and gradient of an update, of a student as it was, whose rows are all of the stitched teacher."""
-    batch = at(models, 1.0)
-    batch.tensor("teacher")[:] = 2
-    student = workers(models.config(), DistillConfig())
-    student._distill = student.actor.distill = distill
-    metrics = student.update_actor(scored(roles, distill, batch)).meta_info["metrics"]
-    return metrics["actor/distill_loss"], tiny.first_gradient(student)
+    mixed = workers(models.config(), distill).colocated_roles["mixed"]
+    again, alone = (each.compute_ref_log_prob(models.batch(3, temperature)) for each in (roles["mixed"], mixed))
+    torch.testing.assert_close(again.tensor("ref_log_prob"), alone.tensor("ref_log_prob"), rtol=0, atol=1e-4)
 
 
 def test_the_other_part_may_be_the_student_without_its_adapter(
@@ -123,7 +100,7 @@ def test_the_other_part_may_be_the_student_without_its_adapter(
         distill = DistillConfig("topk", topk=8, teachers={"mixed": TeacherConfig(path, "stitched")})
         student = workers(models.config(models.untied, model={"lora_rank": 4}))
         student.update_actor(tiny.with_loss_inputs(models.batch()))
-        found.append(scored(served_base(models, servers[True], distill, 1.0, student), distill, at(models, 1.0, 2)))
+        found.append(scored(served_base(models, servers[True], distill, 1.0, student), distill, models.batch(2, 1.0)))
     for key in ("ref_log_prob", *TOP_TENSORS):
         assert torch.equal(found[0].tensor(key), found[1].tensor(key)) and found[0].tensor(key).any()
 
@@ -148,7 +125,7 @@ def test_the_loss_is_at_most_the_whole_divergence_and_the_bound(
     whole, some = (models.distill("topk", 3, topk=k, support="shared") for k in (models.ids, topk))
     exact, _ = distill_loss(models, workers(models.config(), whole).colocated_roles, whole)
     roles = served_base(models, servers[False], some, 1.0)
-    scores = roles["mixed"].score_for_update(at(models, 1.0))
+    scores = roles["mixed"].score_for_update(models.batch(3, 1.0))
     bound = scores.meta_info["metrics"]["distill/teacher_log_prob_bound"]
     found, _ = distill_loss(models, roles, some)
     assert 0 < found <= exact + 1.3 * bound and bound > 1e-3

@@ -13,8 +13,6 @@ from verl.trainer.launch.typed import load_config
 
 STEPS = 5
 """Of a run by default."""
-MEASURED = ("timing", "perf/")
-"""Prefixes of metrics that the clock measures."""
 
 
 def settings(pair: Any, train: Path, folder: Path, **changes: Any) -> PPOConfig:

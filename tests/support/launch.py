@@ -43,6 +43,11 @@ def read_metrics(folder: Path) -> dict[int, dict[str, float]]:
     return merged
 
 
+def series(folder: Path, key: str) -> list[float]:
+    """Values of one metric in step order, over the steps that have it."""
+    return [data[key] for _, data in sorted(read_metrics(folder).items()) if key in data]
+
+
 @dataclass
 class Run:
     """A finished run."""
@@ -58,7 +63,7 @@ class Run:
 
     def series(self, key: str) -> list[float]:
         """Values of one metric in step order, over the steps that have it."""
-        return [data[key] for _, data in sorted(self.metrics.items()) if key in data]
+        return series(self.folder, key)
 
 
 def script_env(pair: Pair, train: Path) -> dict[str, str]:
@@ -114,17 +119,21 @@ def processes_of(session: int, group: bool = False) -> dict[int, str]:
     return found
 
 
+MEASURED = ("timing", "perf/")
+"""Prefixes of metrics that the clock measures."""
 ROUNDING = ("training/rollout_log_probs_diff", "distill/engine_gap")
 """Metrics of rounding itself: engines batch requests as they come, and a batch of another size rounds otherwise."""
+OF_ONE_RUN = (*MEASURED, "rollout/wait_s", "train/wait_s", "training/restarts", "distill/teacher_canary", *ROUNDING)
+"""Also waits, restarts and what only a step that saves has."""
 
 
-def metrics_by_step(folder: Path, steps: int) -> dict[int, dict[str, float]]:
-    """A run's metrics, every step once, without timings, restarts, rounding and what only a step that saves has."""
+def metrics_by_step(
+    folder: Path, steps: int, without: tuple[str, ...] = OF_ONE_RUN, first: int = 1
+) -> dict[int, dict[str, float]]:
+    """A run's metrics, every step from the first once, but for those with the prefixes ``without``."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(1, steps + 1))
-    waits = ("timing", "perf/", "rollout/wait_s", "train/wait_s")
-    own = (*waits, "training/restarts", "distill/teacher_canary", *ROUNDING)
-    return {line["step"]: {k: v for k, v in line["data"].items() if not k.startswith(own)} for line in lines}
+    assert [line["step"] for line in lines] == list(range(first, steps + 1))
+    return {line["step"]: {k: v for k, v in line["data"].items() if not k.startswith(without)} for line in lines}
 
 
 class Running:

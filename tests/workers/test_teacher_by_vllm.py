@@ -10,7 +10,7 @@ from support import tiny_workers as tiny
 from support.exact_cases import scored, workers
 from support.in_process_run import run_in_process, settings
 from support.kill_run import RAY_AGENTS
-from support.launch import Running, launch, read_metrics, script_env, small_run, write_onerec_parquet
+from support.launch import Running, launch, script_env, series, small_run, write_onerec_parquet
 from support.tiny_pairs import Pair
 
 from verl.config import DistillConfig, RolloutConfig
@@ -67,8 +67,7 @@ def test_a_run_by_url_is_the_run_with_the_model(pair: Pair, url: str, tmp_path: 
     for name, where in (("own", "url=[]"), ("served", f"url={url}"), ("by_the_run", "engine=vllm")):
         key, _, value = where.partition("=")
         run_in_process(settings(pair, prompts, tmp_path / name, **changes, **{f"actor_rollout_ref.ref.{key}": value}))
-        metrics = read_metrics(tmp_path / name)
-        losses.append([metrics[step]["actor/distill_loss"] for step in (1, 2)])
+        losses.append(series(tmp_path / name, "actor/distill_loss"))
     assert losses[1] == pytest.approx(losses[0], abs=1e-4) and losses[2] == pytest.approx(losses[0], abs=1e-4)
 
 

@@ -7,17 +7,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.in_process_run import MEASURED, STEPS, run_in_process, settings
-from support.launch import write_onerec_parquet
+from support.in_process_run import STEPS, run_in_process, settings
+from support.launch import MEASURED, metrics_by_step, write_onerec_parquet
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
 
 def logged(folder: Path, first: int = 1) -> list[dict[str, Any]]:
     """What was logged of each step, in order, without what the clock says; every step once."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(first, STEPS + 1))
-    return [{k: v for k, v in line["data"].items() if not k.startswith(MEASURED)} for line in lines]
+    return [*metrics_by_step(folder, STEPS, MEASURED, first).values()]
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from support.in_process_run import run_in_process, settings
-from support.launch import Run, write_onerec_parquet
+from support.launch import series, write_onerec_parquet
 
 from verl.config import PPOConfig
 from verl.protocol import DataProto
@@ -28,13 +28,9 @@ def config(tiny_pair: Any, tmp_path: Path) -> Callable[..., PPOConfig]:
     def build(**trainer: Any) -> PPOConfig:
         changes = {f"trainer.{name}": value for name, value in trainer.items()}
         length = {"trainer.total_training_steps": STEPS, LOG_PROBS: True, "actor_rollout_ref.rollout.temperature": 0.8}
-        return settings(tiny_pair, train, tmp_path / "run", **{**length, **changes})
+        return settings(tiny_pair, train, tmp_path, **{**length, **changes})
 
     return build
-
-
-def series(folder: Path, name: str) -> list[float]:
-    return Run(folder / "run", "", 0).series(name)
 
 
 def spoil_advantages(trainer: Any) -> None:
@@ -82,7 +78,7 @@ def test_an_untouched_run_passes_every_guard(config: Any, tmp_path: Path, caplog
 def test_a_run_that_only_skips_ends(config: Any, tmp_path: Path) -> None:
     with pytest.raises(GuardError, match=r"updates of step 3 .*; 4 of this run so far, .*max_skipped_updates=3"):
         run_in_process(config(max_skipped_updates=3), tamper=spoil_advantages)
-    assert (tmp_path / "run/global_step_3/manifest.json").exists(), "the one that was being written"
+    assert (tmp_path / "global_step_3/manifest.json").exists(), "the one that was being written"
     assert series(tmp_path, "actor/skipped_updates") == [0, 2, 2], "the step that ended the run is logged too"
     run_in_process(config(max_skipped_updates=3))
     assert series(tmp_path, "actor/skipped_updates") == [0, 2, 2, 0], "and the run goes on, with a count of its own"
@@ -92,7 +88,7 @@ def test_a_teacher_that_changes_between_checkpoints_ends_the_run(config: Any, tm
     with pytest.raises(GuardError, match=r"^teacher 'ref' at step 3 scores otherwise"):
         run_in_process(config(canary_tolerance=1e-3), tamper=nudge_teacher_in_step_3)
     assert series(tmp_path, "actor/updates") == [2, 2, 2]
-    assert [path.name for path in (tmp_path / "run").glob("global_step_[23]*")] == ["global_step_2"]
+    assert [path.name for path in tmp_path.glob("global_step_[23]*")] == ["global_step_2"]
     with pytest.raises(GuardError, match=r"^teacher 'ref' at step 2 scores otherwise"):
         # The same wrong weights from the start: only the checkpoint knows what is right.
         run_in_process(config(canary_tolerance=1e-3), tamper=nudge_teacher)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from support.in_process_run import run_in_process, settings
-from support.launch import Run, write_onerec_parquet
+from support.launch import series, write_onerec_parquet
 
 from verl.config import ActorRolloutRefConfig
 
@@ -55,6 +55,6 @@ def test_a_student_learns_in_bf16_from_weights_in_fp32(tiny_pair: Any, tmp_path:
     half = {torch.bfloat16}
     assert stored == {"student": {torch.float32}, "teacher": half, "engine": half}
     assert computed == {"student": half, "teacher": half}
-    losses, gaps = map(Run(tmp_path / "run", "", 0).series, ("actor/distill_loss", "distill/engine_gap"))
+    losses, gaps = (series(tmp_path / "run", key) for key in ("actor/distill_loss", "distill/engine_gap"))
     assert sum(losses[-2:]) < 0.8 * sum(losses[:2])
     assert len(gaps) == 6 and all(1e-4 < gap < 0.05 for gap in gaps), "rounding, and no more"

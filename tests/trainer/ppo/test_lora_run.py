@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.in_process_run import MEASURED, run_in_process, settings
-from support.launch import read_metrics, write_onerec_parquet
+from support.in_process_run import run_in_process, settings
+from support.launch import MEASURED, metrics_by_step, series, write_onerec_parquet
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
@@ -30,11 +30,8 @@ def test_the_engine_has_what_was_trained_and_a_resumed_run_is_the_same(tiny_pair
     run_in_process(settings(tiny_pair, prompts, stopped, **CHANGES), dies_in_batch=3)
     run_in_process(settings(tiny_pair, prompts, stopped, **CHANGES))
 
-    expected, found = (
-        {step: {n: v for n, v in of_step.items() if not n.startswith(MEASURED)} for step, of_step in logged.items()}
-        for logged in map(read_metrics, (whole, stopped))
-    )
-    assert found == expected and [*expected] == [1, 2, 3]
+    expected, found = (metrics_by_step(folder, STEPS, MEASURED) for folder in (whole, stopped))
+    assert found == expected
     for logged in expected.values():
         assert logged["distill/engine_gap"] < 1e-4 and logged["actor/updates"] == 2
         assert logged["distill/teacher_canary"] == logged["actor/shared_row_drift"] == 0
@@ -54,5 +51,5 @@ def test_an_engine_without_the_adapter_would_be_seen(tiny_pair: Any, tmp_path: P
     prompts = write_onerec_parquet(tmp_path / "train.parquet", 9, sources=("general", "rec_next"))
     config = settings(tiny_pair, prompts, tmp_path / "run", **CHANGES | {"trainer.total_training_steps": 2})
     run_in_process(config, tamper=send_base_weights)
-    first, second = (read_metrics(tmp_path / "run")[step]["distill/engine_gap"] for step in (1, 2))
+    first, second = series(tmp_path / "run", "distill/engine_gap")
     assert first < 1e-4 and second > 1e-2

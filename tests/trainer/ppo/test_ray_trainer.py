@@ -1,6 +1,5 @@
 """The loop on fakes: what each stage gets and gives, in which order, and what is logged, saved and resumed."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from support.file_faults import Killed
+from support.launch import MEASURED, metrics_by_step
 from support.loop_fakes import Prompts, R, make_config, make_trainer
 
 from recipe.onpolicy_distill.onpolicy_distill_trainer import RayOnPolicyDistillTrainer
@@ -168,11 +168,6 @@ def test_a_kill_between_a_checkpoint_and_its_line_loses_no_metrics(tmp_path: Pat
         made.logger = Tracking("project", "run", ["file"], local_dir=folder)
         return made
 
-    def metrics(folder: Path) -> list[tuple[int, dict[str, float]]]:
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        clock = ("timing", "perf/")
-        return [(at["step"], {k: v for k, v in at["data"].items() if not k.startswith(clock)}) for at in lines]
-
     whole, run = tmp_path / "whole", tmp_path / "run"
     trainer_of(whole).fit()
     killed = trainer_of(run, steps=2)  # the last step waits for its checkpoint
@@ -187,16 +182,16 @@ def test_a_kill_between_a_checkpoint_and_its_line_loses_no_metrics(tmp_path: Pat
     with pytest.raises(Killed):
         killed.fit()
     assert (run / "latest_checkpointed_iteration.txt").read_text() == "2\n"
-    assert [step for step, _ in metrics(run)] == [1]
+    assert [*metrics_by_step(run, 1)] == [1]
     # Its own folder by another name, from which it also takes the checkpoint.
     (tmp_path / "name").symlink_to(run)
     trainer_of(run, resume_mode="resume_path", resume_from_path=f"{tmp_path / 'name'}/global_step_2").fit()
-    assert metrics(run) == metrics(whole)
+    assert metrics_by_step(run, 4, MEASURED) == metrics_by_step(whole, 4, MEASURED)
     trainer_of(run, steps=6).fit()
-    assert [step for step, _ in metrics(run)] == [1, 2, 3, 4, 5, 6], "none is there twice"
+    assert [*metrics_by_step(run, 6)] == [1, 2, 3, 4, 5, 6], "none is there twice"
     elsewhere = tmp_path / "elsewhere"
     trainer_of(elsewhere, resume_mode="resume_path", resume_from_path=str(run / "global_step_2")).fit()
-    assert [step for step, _ in metrics(elsewhere)] == [3, 4], "another run's metrics are not this one's"
+    assert [*metrics_by_step(elsewhere, 4, first=3)] == [3, 4], "another run's metrics are not this one's"
 
 
 def test_old_checkpoints_of_another_run_do_not_cost_a_new_run_its_own(tmp_path: Path) -> None:

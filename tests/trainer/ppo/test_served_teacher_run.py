@@ -10,7 +10,7 @@ import torch
 from support import tiny_workers as tiny
 from support.fake_server import FakeServer
 from support.in_process_run import run_in_process, settings
-from support.launch import read_metrics, write_onerec_parquet
+from support.launch import read_metrics, series, write_onerec_parquet
 from support.tiny_pairs import Pair
 
 from recipe.onpolicy_distill.main_onpolicy_distill import build_trainer
@@ -42,8 +42,7 @@ def run_of(pair: Pair, prompts: Path, folder: Path, **changes: Any) -> PPOConfig
 
 
 def losses(folder: Path) -> list[float]:
-    metrics = read_metrics(folder)
-    return [metrics[step]["actor/distill_loss"] for step in range(1, STEPS + 1)]
+    return series(folder, "actor/distill_loss")
 
 
 def test_a_run_by_url_is_the_run_with_the_model_and_goes_on_after_both_servers_died(

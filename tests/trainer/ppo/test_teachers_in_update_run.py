@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.in_process_run import MEASURED, run_in_process, settings
-from support.launch import read_metrics, write_onerec_parquet
+from support.in_process_run import run_in_process, settings
+from support.launch import MEASURED, metrics_by_step, write_onerec_parquet
 from support.tiny_pairs import make_pair
 
 pytestmark = pytest.mark.usefixtures("one_rank")
@@ -57,8 +57,8 @@ def train(values: dict[str, Any], scores_before: bool, pair: Any, prompts: Path,
 
     run_in_process(settings(pair, prompts, folder, **common | values), tamper=record)
     metrics = {
-        step: {n: math.nan if v is None else v for n, v in logged.items() if not n.startswith(MEASURED)}
-        for step, logged in read_metrics(folder).items()
+        step: {n: math.nan if v is None else v for n, v in logged.items()}
+        for step, logged in metrics_by_step(folder, STEPS, MEASURED).items()
     }
     return metrics, load_file(folder / f"global_step_{STEPS}/actor/huggingface/model.safetensors"), called
 

@@ -27,12 +27,6 @@ os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
 os.environ["PYTHONPATH"] = f"{REPO}{os.pathsep}{REPO / 'tests'}"
 
 
-@pytest.fixture(scope="session")
-def repo() -> Path:
-    """The checkout."""
-    return REPO
-
-
 @pytest.fixture(scope="module")
 def one_rank() -> Iterator[None]:
     """Workers in this process form a group of one, which ends with the module, and use half the machine's cores."""

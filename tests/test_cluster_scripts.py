@@ -5,7 +5,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from support.script_runner import CLUSTER, DEPLOY, LAUNCH, MODELS, RAY_NODE, REPO, executable, read_back, run, stand_in
+from support.script_runner import CLUSTER, DEPLOY, LAUNCH, MODELS, RAY_NODE, executable, read_back, run, stand_in
+from support.tiny_pairs import REPO
 
 from verl.trainer.launch.typed import load_config
 from verl.utils.redaction import looks_secret

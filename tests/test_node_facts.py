@@ -6,7 +6,8 @@ import subprocess
 import sys
 
 import pytest
-from support.script_runner import REPO, executable
+from support.script_runner import executable
+from support.tiny_pairs import REPO
 
 FACTS = REPO / "scripts" / "node_facts.py"
 spec = importlib.util.spec_from_file_location("node_facts", FACTS)

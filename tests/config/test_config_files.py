@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
+from support.tiny_pairs import REPO
 
 from verl.config import PPOConfig
 from verl.config.schema import all_keys, type_at
 from verl.trainer.launch.typed import NO_EFFECT, load_config
 from verl.trainer.ppo.core_algos import AdvantageEstimator
 
-REPO = Path(__file__).resolve().parents[2]
 BASE = REPO / "verl/trainer/config/ppo_trainer.yaml"
 RECIPES = sorted((REPO / "recipe").glob("*/config/*.yaml"))
 DISTILL = ("recipe.onpolicy_distill.config", "onpolicy_distill_trainer")

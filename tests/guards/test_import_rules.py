@@ -14,8 +14,8 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+from support.tiny_pairs import REPO
 
-REPO = Path(__file__).resolve().parents[2]
 SOURCES = sorted(path for top in ("verl", "recipe", "experiments") for path in (REPO / top).rglob("*.py"))
 
 LAYERS = (

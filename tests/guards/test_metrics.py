@@ -6,11 +6,10 @@ timed stages, and the names that ``metric_utils`` puts a family in front of. Eac
 
 import ast
 import re
-from pathlib import Path
 
 import pytest
+from support.tiny_pairs import REPO
 
-REPO = Path(__file__).resolve().parents[2]
 FAMILIES = (
     "actor|distill|distill_teacher|advantage|advantage_teacher|critic|val|val-core|reward_extra|val_reward_extra|val_agent_loop"
     "|training|train|staleness|rollout_corr|agent_loop|perf|timing_s|timing_per_token_ms|response_length|prompt_length|num_turns|rollout|keep"

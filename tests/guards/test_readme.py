@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 from support.doc_commands import after_variables, commands, module_of, trainings, variables_of
+from support.tiny_pairs import REPO
 
 from recipe.onpolicy_distill.cli import COMMANDS
 from recipe.onpolicy_distill.quickstart.distillation import SELF_WEIGHT, SHARES
 from verl.trainer.launch.typed import load_config
 
-REPO = Path(__file__).resolve().parents[2]
 README = (REPO / "README.md").read_text(encoding="utf-8")
 LINKED = [page for folder in (".", "docs", "examples", "experiments/*") for page in REPO.glob(f"{folder}/*.md")]
 

@@ -4,9 +4,9 @@ import ast
 import json
 import subprocess
 import sys
-from pathlib import Path
 
-REPO = Path(__file__).resolve().parents[2]
+from support.tiny_pairs import REPO
+
 FOLDERS = ("verl", "recipe", "experiments", "examples", "benchmarks", "scripts", "tests")
 FILES = sorted(path for top in FOLDERS for path in (REPO / top).rglob("*.py"))
 MAX_LINES, MAX_FUNCTION_LINES = 400, 60

@@ -7,13 +7,12 @@ weights only, and only the two files below unpickle.
 import ast
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
+from support.tiny_pairs import REPO
 
 from verl.trainer.launch.typed import load_config
 
-REPO = Path(__file__).resolve().parents[2]
 SOURCES = sorted(path for top in ("verl", "recipe", "scripts", "benchmarks") for path in (REPO / top).rglob("*.py"))
 UNPICKLERS = {
     "verl/protocol.py": "DataProto.load_from_disk, of a file that this user named",

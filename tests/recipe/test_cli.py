@@ -6,11 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.tiny_pairs import REPO
 
 import verl
 from recipe.onpolicy_distill import cli, completion
 
-REPO = Path(__file__).resolve().parents[2]
 EACH_HELP = """
 import json, sys
 from recipe.onpolicy_distill import cli

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from support.tiny_pairs import REPO
+
 HOST = """
 import sys
 from verl.utils.loopback import keep_to_loopback
@@ -23,10 +25,10 @@ print(GcsClient(address=sys.argv[1]).internal_kv_keys(b"", None, 5))
 WITHOUT_RAY = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
 
 
-def test_ray_is_on_the_loopback_and_serves_who_has_the_token(repo: Path, tmp_path: Path) -> None:
+def test_ray_is_on_the_loopback_and_serves_who_has_the_token(tmp_path: Path) -> None:
     command, home = [sys.executable, "-c", HOST], {"HOME": str(tmp_path)}
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, cwd=repo, env=WITHOUT_RAY | home, stdin=pipe, stdout=pipe, text=True) as process:
+    with subprocess.Popen(command, cwd=REPO, env=WITHOUT_RAY | home, stdin=pipe, stdout=pipe, text=True) as process:
         assert process.stdout is not None
         try:
             address, token = process.stdout.readline().split()

@@ -2,9 +2,9 @@
 
 import os
 import subprocess
-from pathlib import Path
 
-REPO = Path(__file__).resolve().parents[2]
+from support.tiny_pairs import REPO
+
 RECIPE = REPO / "recipe" / "onpolicy_distill"
 LAUNCH = RECIPE / "run_qwen3_distill.sh"
 LAUNCH_SMALL = RECIPE / "run_qwen3_1.7b_distill.sh"

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from support.tiny_pairs import REPO
+
 from verl.utils.durable_files import make_owned_folder, remove_abandoned
 
 OWNER = """
@@ -17,8 +19,8 @@ time.sleep(60)
 """
 
 
-def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path: Path, repo: Path) -> None:
-    owner = subprocess.Popen([sys.executable, "-c", OWNER, str(tmp_path)], cwd=repo, stdout=subprocess.PIPE, text=True)
+def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    owner = subprocess.Popen([sys.executable, "-c", OWNER, str(tmp_path)], cwd=REPO, stdout=subprocess.PIPE, text=True)
     assert owner.stdout is not None
     theirs = Path(owner.stdout.readline().strip())
     (theirs / "bucket").write_bytes(b"w")

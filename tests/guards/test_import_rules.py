@@ -7,7 +7,6 @@ A module imports its own layer and those below it, and no two files or folders i
 """
 
 import ast
-import subprocess
 import sys
 from collections.abc import Iterable
 from graphlib import CycleError, TopologicalSorter
@@ -121,10 +120,3 @@ def test_the_algorithm_and_its_kernels_are_pure_torch() -> None:
     paths = [REPO / "verl/trainer/ppo/core_algos.py", *(REPO / "verl/ops").glob("*.py")]
     names = {name.split(".")[0] for path in paths if path.stem != "attention" for name in imported_names(path)}
     assert len(paths) > 4 and names <= {"torch", "numpy", "verl", *sys.stdlib_module_names}
-
-
-def test_imports_that_help_needs_are_light() -> None:
-    modules = "verl, verl.config, verl.trainer.config, recipe.onpolicy_distill.main_onpolicy_distill"
-    probe = f"import sys, {modules}; print([m for m in ('torch', 'ray', 'vllm', 'transformers') if m in sys.modules])"
-    result = subprocess.run([sys.executable, "-c", probe], cwd=REPO, capture_output=True, text=True, timeout=120)
-    assert result.stdout.strip() == "[]", result.stdout + result.stderr

@@ -1,24 +1,12 @@
 """The driver's cost does not grow with the cluster: rows are views and bytes are those of the batch."""
 
-import importlib
-from types import ModuleType
-
-import pytest
-from support.tiny_pairs import REPO
+from benchmarks import driver_scale
 
 HEADER_BYTES = 2048
 """Most bytes that a call takes besides its rows: names, dtypes, shapes, meta_info."""
 
 
-@pytest.fixture(scope="module")
-def driver_scale() -> ModuleType:
-    """The benchmark as a module."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(REPO / "benchmarks")
-        return importlib.import_module("driver_scale")
-
-
-def test_bytes_of_a_step_are_those_of_its_rows_for_any_number_of_workers(driver_scale: ModuleType) -> None:
+def test_bytes_of_a_step_are_those_of_its_rows_for_any_number_of_workers() -> None:
     runs = [driver_scale.run_step(workers, driver_scale.Sizes(512, 8, 24)) for workers in (2, 32, 512)]
     # int64 columns: responses, input ids and attention mask; the update takes the response mask and the teacher's
     # log-probs too.

@@ -1,18 +1,13 @@
 """Which address a host takes, what it counts, and its errors for a used port and a head that does not answer."""
 
-import importlib.util
 import socket
 import subprocess
 import sys
 
 import pytest
 from support.script_runner import executable
-from support.tiny_pairs import REPO
 
-FACTS = REPO / "scripts" / "node_facts.py"
-spec = importlib.util.spec_from_file_location("node_facts", FACTS)
-node_facts = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(node_facts)
+from scripts import node_facts
 
 OWN = {"127.0.0.1": "lo", "10.0.0.1": "eth0", "fe80::1": "ib0", "2001:db8::7": "ib0", "10.1.0.1": "ib0"}
 
@@ -44,7 +39,8 @@ def test_gpus_are_those_that_are_listed_and_visible(tmp_path, monkeypatch):
 
 
 def facts(*arguments, **env):
-    return subprocess.run([sys.executable, FACTS, *arguments], capture_output=True, text=True, env=env, timeout=60)
+    command = [sys.executable, node_facts.__file__, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=60)
 
 
 def test_a_port_in_use_and_a_head_that_does_not_answer_are_named():

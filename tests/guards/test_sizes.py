@@ -2,10 +2,11 @@
 
 import ast
 import json
-import subprocess
-import sys
 
+import pytest
 from support.tiny_pairs import REPO
+
+from scripts import code_size
 
 FOLDERS = ("verl", "recipe", "experiments", "examples", "benchmarks", "scripts", "tests")
 FILES = sorted(path for top in FOLDERS for path in (REPO / top).rglob("*.py"))
@@ -28,10 +29,9 @@ def too_long(text: str) -> list[str]:
     return found
 
 
-def test_each_part_keeps_its_budget() -> None:
-    script = [sys.executable, str(REPO / "scripts" / "code_size.py")]
-    output = subprocess.run(script, capture_output=True, text=True, check=True, timeout=120).stdout
-    sizes = json.loads(output.splitlines()[-1])
+def test_each_part_keeps_its_budget(capsys: pytest.CaptureFixture[str]) -> None:
+    code_size.main()
+    sizes = json.loads(capsys.readouterr().out.splitlines()[-1])
     over = {part: size for part, size in sizes.items() if size["code_lines"] > BUDGETS.get(part, 1e9)}
     assert not over
     assert 50 < sizes["verl"]["modules"] <= MAX_MODULES

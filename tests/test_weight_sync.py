@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.exact_cases import workers
 from support.tiny_workers import load_plain, worker_config, write_model
 
 from verl import weight_sync
@@ -39,9 +40,7 @@ def folder(
 
 @pytest.fixture(scope="module")
 def student(folder: Path, one_rank: None) -> StudentWorker:
-    worker = StudentWorker(config=worker_config(folder), device="cpu")
-    worker.init_model()
-    return worker
+    return workers(worker_config(folder))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

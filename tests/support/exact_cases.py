@@ -153,6 +153,13 @@ def workers(config: ActorRolloutRefConfig, distill: DistillConfig | None = None)
     return student
 
 
+def lone_teacher(config: ActorRolloutRefConfig) -> TeacherWorker:
+    """The base teacher, without a student beside it."""
+    teacher = TeacherWorker(config, "cpu")
+    teacher.init_model()
+    return teacher
+
+
 def workers_apart(
     config: ActorRolloutRefConfig, distill: DistillConfig, of_teachers: ActorRolloutRefConfig | None = None
 ) -> tuple[StudentWorker, dict[str, TeacherWorker]]:

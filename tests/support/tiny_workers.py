@@ -196,11 +196,12 @@ def save_checkpoint(worker: Any, folder: Path, step: int = 1) -> None:
         raise OSError(error)
 
 
-def exported(worker: Any) -> dict[str, torch.Tensor]:
-    """What the engines get, of this rank's buckets."""
-    weights: dict[str, torch.Tensor] = {}
+def exported(worker: Any, paths: list[str] | None = None) -> dict[str, torch.Tensor]:
+    """What the engines get, of this rank's buckets; ``paths`` takes where these lay."""
+    weights, paths = dict[str, torch.Tensor](), [] if paths is None else paths
     for index in range(len(worker.weight_buckets())):
         if (bucket := worker.export_weight_bucket(index)) is not None:
+            paths.append(bucket["path"])
             weights |= load_file(bucket["path"])
     worker.release_weight_buckets()
     return weights

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from support import tiny_workers as tiny
+from support.exact_cases import workers
 from support.file_faults import full_disk
 from transformers import AutoModelForCausalLM
 
@@ -32,9 +33,7 @@ def student(folder: Path, contents: list[str] | None = None) -> StudentWorker:
     actor = {"optim": OptimizerConfig(lr=1e-2, lr_scheduler_type="linear", total_training_steps=10)}
     if contents is not None:
         actor["checkpoint"] = CheckpointConfig(save_contents=contents, load_contents=contents)
-    worker = StudentWorker(config=tiny.worker_config(folder, actor=actor), device="cpu")
-    worker.init_model()
-    return worker
+    return workers(tiny.worker_config(folder, actor=actor))
 
 
 def same_weights(*models: StudentWorker | Path | dict[str, torch.Tensor]) -> bool:

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from support import tiny_workers as tiny
 from support.engines import PLAIN, LocalReplica, generate, largest_difference
+from support.exact_cases import workers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from verl.config import HFModelConfig, RolloutConfig
@@ -76,9 +77,7 @@ def load(folder: Path) -> PreTrainedModel:
 
 
 def start(folder: Path, **model: Any) -> StudentWorker:
-    worker = StudentWorker(tiny.worker_config(folder, model=model), "cpu")
-    worker.init_model()
-    return worker
+    return workers(tiny.worker_config(folder, model=model))
 
 
 def scores(worker: StudentWorker, batch: DataProto) -> torch.Tensor:

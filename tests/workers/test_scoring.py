@@ -7,14 +7,12 @@ from typing import Any
 import pytest
 import torch
 from support import tiny_workers as tiny
-from support.exact_cases import MISSING, TEMPERATURE, Models, workers
+from support.exact_cases import MISSING, TEMPERATURE, Models, lone_teacher, workers
 from transformers import AutoTokenizer
 
-from verl.config import ActorRolloutRefConfig
 from verl.trainer.ppo.core_algos import compute_on_policy_distill_reverse_kl
 from verl.vocabulary import Vocabulary, choose_replacement
 from verl.workers.actor.dp_actor import DataParallelPPOActor
-from verl.workers.model_workers import TeacherWorker
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
@@ -59,8 +57,7 @@ def test_scores_are_those_of_whole_logits(
 
 
 def test_a_teacher_without_an_extension_scores_the_ids_that_the_student_has_too(models: Models) -> None:
-    worker = TeacherWorker(tiny.worker_config(models.teacher, models.student), "cpu")
-    worker.init_model()
+    worker = lone_teacher(tiny.worker_config(models.teacher, models.student))
     assert worker.model.ids == models.extend_start < models.ids
 
 
@@ -70,12 +67,6 @@ def test_models_that_cannot_be_scored(tiny_tokenizers: tuple[Path, Path], models
         workers(models.config(folder))
 
 
-def teacher(config: ActorRolloutRefConfig) -> TeacherWorker:
-    worker = TeacherWorker(config=config, device="cpu")
-    worker.init_model()
-    return worker
-
-
 @pytest.mark.parametrize("packed", [True, False])
 def test_scores_by_the_definition(packed: bool, models: Models) -> None:
     """Extended ids replaced by the pad token, softmax over B alone, the stand-in at extended tokens, 0 at padding."""
@@ -83,14 +74,14 @@ def test_scores_by_the_definition(packed: bool, models: Models) -> None:
     with_extended = [([5, e, 6], [20, e + 3, 21, 22]), ([e + 1], [e + 2, 30, e + 25])]
     batch = tiny.rollouts(tiny.draw_rows(7, models.ids) + with_extended, e, TEMPERATURE)
     config, plain = models.config(packed=packed, ref={"log_prob_max_token_len_per_gpu": 16}), models.plain()
-    result = teacher(config).compute_ref_log_prob(batch)
+    result = lone_teacher(config).compute_ref_log_prob(batch)
     assert set(result.batch.keys()) == {"ref_log_prob"}
     assert plain.base.config.vocab_size > e  # rows past B, which collide with the first extended ids
     unknown = batch.tensor("distill_special_token_mask").bool()
     right = tiny.of_tokens(models.teacher_log_probs(plain, batch)["base"], batch).masked_fill(unknown, MISSING)
     torch.testing.assert_close(result.tensor("ref_log_prob"), right, rtol=0, atol=1e-5)
     # The same as verl's actor scores it.
-    module, vocabulary = teacher(config).model.module, Vocabulary(models.ids, e)
+    module, vocabulary = lone_teacher(config).model.module, Vocabulary(models.ids, e)
     pad = AutoTokenizer.from_pretrained(models.teacher).pad_token_id
     actor = DataParallelPPOActor(config.ref, module, vocabulary=vocabulary, replace_token_id=pad)
     log_probs, entropy = actor.compute_log_prob(batch, calculate_entropy=True, mask_special_token=True)
@@ -108,7 +99,7 @@ def test_ids_between_the_teachers_tokenizer_and_the_extension_are_unknown_too(mo
     ids = len(AutoTokenizer.from_pretrained(models.teacher))
     batch = tiny.rollouts([([5, 6], [7, ids + 1, ids + 5, 8])], ids + 4)
     config = tiny.worker_config(models.student, models.teacher, extend_start=ids + 4)
-    scores = teacher(config).compute_ref_log_prob(batch).tensor("ref_log_prob")[0]
+    scores = lone_teacher(config).compute_ref_log_prob(batch).tensor("ref_log_prob")[0]
     assert (scores == -100.0).tolist() == [False, True, True, False, *[False] * 4]
     assert scores[3] < 0 and not scores[4:].any()
 
@@ -117,7 +108,7 @@ def test_replacement_and_stand_in_are_settings(models: Models) -> None:
     e, scores = models.extend_start, {}
     batch = tiny.rollouts([([5, e, 6], [7, e + 1, 8])], e)
     for token in (9, 10):
-        worker = teacher(models.config(ref={"ref_replace_token_id": token, "ref_log_prob_replace_val": -7.5}))
+        worker = lone_teacher(models.config(ref={"ref_replace_token_id": token, "ref_log_prob_replace_val": -7.5}))
         scores[token] = worker.compute_ref_log_prob(batch).tensor("ref_log_prob")
         assert scores[token][0, 1] == -7.5
         spelled_out = tiny.rollouts([([5, token, 6], [7, token, 8])], e)
@@ -136,7 +127,7 @@ def test_the_students_own_start_reads_and_scores_every_id(models: Models) -> Non
     batch, config = tiny.rollouts(rows, e, temperature=1.1), models.config()
     config.ref.model.path = None
     old = workers(config).compute_log_prob(batch).tensor("old_log_probs")
-    scores = teacher(config).compute_ref_log_prob(batch).tensor("ref_log_prob")
+    scores = lone_teacher(config).compute_ref_log_prob(batch).tensor("ref_log_prob")
     torch.testing.assert_close(scores, old, rtol=0, atol=0)
     whole = tiny.plain_log_probs(tiny.load_plain(models.student).double(), batch, models.ids, temperature=1.1)
     torch.testing.assert_close(scores.double(), tiny.of_tokens(whole, batch), rtol=0, atol=1e-5)
@@ -150,7 +141,7 @@ def test_a_student_that_is_its_teacher_has_no_advantage(models: Models) -> None:
     ):
         batch = tiny.rollouts(rows, models.extend_start, temperature=1.1)
         old = workers(config).compute_log_prob(batch).tensor("old_log_probs")
-        ref = teacher(config).compute_ref_log_prob(batch).tensor("ref_log_prob")
+        ref = lone_teacher(config).compute_ref_log_prob(batch).tensor("ref_log_prob")
         mask, bounds = batch.tensor("response_mask"), {"distill_adv_max_clip": 5.0, "distill_adv_min_clip": -30.0}
         advantages = compute_on_policy_distill_reverse_kl(old, ref, mask, **bounds)[0]
         if len(rows) == 8:

@@ -11,46 +11,32 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from support import tiny_workers as tiny
-from support.exact_cases import Models, workers
+from support.exact_cases import Models, lone_teacher, workers
 from support.file_faults import full_disk
 
 from verl import model_merger
 from verl.config import ActorRolloutRefConfig
 from verl.protocol import DataProto
-from verl.workers.model_workers import StudentWorker, TeacherWorker
+from verl.workers.model_workers import StudentWorker
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
 ROWS = 8
 
 
-def export_weights(worker: StudentWorker) -> tuple[list[str], dict[str, torch.Tensor]]:
-    """Where a rank's buckets lay, and the weights in them."""
-    paths, weights = [], {}
-    for index in range(len(worker.weight_buckets())):
-        bucket = worker.export_weight_bucket(index)
-        if bucket is not None:
-            paths.append(bucket["path"])
-            weights |= load_file(bucket["path"])
-    worker.release_weight_buckets()
-    return paths, weights
-
-
 def run_student(config: ActorRolloutRefConfig, share: DataProto, other: DataProto, folder: Path) -> dict[str, Any]:
     """Two steps, a checkpoint between them, and everything that can be seen on the way."""
     worker = workers(config)
-    teacher = TeacherWorker(config=config, device="cpu")
-    teacher.init_model()  # a second role in the process joins the group that is there
-    seen: dict[str, Any] = {"scores": dict(worker.compute_log_prob(share).batch)}
+    teacher = lone_teacher(config)  # a second role in the process joins the group that is there
+    seen: dict[str, Any] = {"scores": dict(worker.compute_log_prob(share).batch), "paths": []}
     seen["buffers"] = dict(worker._state.module.named_buffers())  # which no file holds
     seen["ref"] = dict(teacher.compute_ref_log_prob(share).batch)
     seen["metrics"] = worker.update_actor(share).meta_info["metrics"]
     seen["gradient"] = tiny.first_gradient(worker)
     tiny.save_checkpoint(worker, folder / "checkpoint")
     seen["saved_scores"] = worker.compute_log_prob(share).tensor("old_log_probs")
-    seen["paths"], seen["weights"] = export_weights(worker)
+    seen["weights"] = tiny.exported(worker, seen["paths"])
     with full_disk(2_000) if worker.rank == 1 else nullcontext():
         worker.begin_checkpoint(str(folder / "full"), 1)
         seen["failed_save"] = worker.checkpoint_outcome(wait=True)
@@ -65,8 +51,7 @@ def next_step(worker: StudentWorker, share: DataProto) -> dict[str, Any]:
 
 def resumed_step(config: ActorRolloutRefConfig, share: DataProto, checkpoint: Path) -> dict[str, Any]:
     """The second step of a run that goes on from a checkpoint."""
-    worker = StudentWorker(config=config, device="cpu")
-    worker.init_model()
+    worker = workers(config)
     worker.load_checkpoint(str(checkpoint))
     return next_step(worker, share)
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from support import tiny_workers as tiny
+from support.exact_cases import lone_teacher
 from support.fake_server import FakeServer
 from support.in_process_run import run_in_process, settings
 from support.launch import read_metrics, series, write_onerec_parquet
@@ -21,7 +22,6 @@ from verl.protocol import DataProto
 from verl.single_controller.base import WorkerError
 from verl.trainer.ppo.teacher_prompt import with_prompts, with_system_prompt
 from verl.utils.tokenizer import hf_tokenizer
-from verl.workers.model_workers import TeacherWorker
 from verl.workers.served_teacher import ServedTeacher
 
 pytestmark = pytest.mark.usefixtures("one_rank")
@@ -236,8 +236,7 @@ def test_the_teacher_reads_another_system_message_before_the_same_answer(tiny_pa
 
 def test_the_same_system_message_gives_the_same_scores(tiny_pair: Pair) -> None:
     config = tiny.worker_config(tiny_pair.student, tiny_pair.teacher, tiny_pair.extend_vocab_start_token)
-    teacher = TeacherWorker(config, "cpu")
-    teacher.init_model()
+    teacher = lone_teacher(config)
     trainer: Any = object.__new__(RayOnPolicyDistillTrainer)
     trainer.config, trainer.role_groups, trainer.stage_metrics = PPOConfig(), {"ref": teacher}, {}
     trainer.tokenizer = hf_tokenizer(tiny_pair.student)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from support import tiny_workers as tiny
 from support.chat_files import chat, write_rows
+from support.exact_cases import lone_teacher
 from support.in_process_run import run_in_process, settings
 from support.launch import read_metrics
 from support.tiny_pairs import Pair
@@ -25,7 +26,6 @@ from verl.experimental.agent_loop.base import ChatTemplate
 from verl.trainer.ppo.teacher_prompt import TeacherPrompts, with_system_prompt
 from verl.utils.dataset.items import item_tokens, read_item_texts
 from verl.utils.tokenizer import hf_tokenizer, save_tokenizer
-from verl.workers.model_workers import TeacherWorker
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
@@ -191,8 +191,7 @@ def test_of_items_in_a_prompt_the_teacher_reads_texts(tiny_pair: Pair, tmp_path:
     short.actor_rollout_ref.model.override_config = {"max_position_embeddings": longest - 1}
     with pytest.raises(ValueError, match=rf"ref\.item_text makes .* {longest} tokens; shorten it, .* {longest - 1}$"):
         TeacherPrompts(short, template).as_read(batch, ["ref"] * len(batch), in_update=True)
-    teacher = TeacherWorker(config.actor_rollout_ref, "cpu")
-    teacher.init_model()
+    teacher = lone_teacher(config.actor_rollout_ref)
     scores, right, as_student = (
         teacher.compute_ref_log_prob(rows).tensor("ref_log_prob") for rows in (read, wanted, batch)
     )

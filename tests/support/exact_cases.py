@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
-from recipe.onpolicy_distill.onpolicy_distill_trainer import RayOnPolicyDistillTrainer
+from support.loop_fakes import bare_trainer
 from support.tiny_workers import (
     PROMPT,
     draw_rows,
@@ -19,7 +19,7 @@ from support.tiny_workers import (
     worker_config,
     write_model,
 )
-from verl.config import ActorRolloutRefConfig, DistillConfig, PPOConfig, TeacherConfig
+from verl.config import ActorRolloutRefConfig, DistillConfig, TeacherConfig
 from verl.protocol import DataProto
 from verl.workers.actor.teachers import TOP_TENSORS
 from verl.workers.model_workers import StudentWorker, TeacherWorker
@@ -185,8 +185,7 @@ def teacher_workers(
 
 def scored(teachers: Mapping[str, Any], distill: DistillConfig, batch: DataProto, apart: bool = False) -> DataProto:
     """The batch with the scores of each row's teacher, as the trainer joins them; ``teachers``: workers or groups."""
-    trainer: Any = object.__new__(RayOnPolicyDistillTrainer)
-    trainer.config, trainer.role_groups, trainer.stage_metrics = PPOConfig(), teachers, {}
+    trainer = bare_trainer(role_groups=teachers)
     trainer.config.algorithm.distill = distill
     number = 1 if apart else None
     trainer.config.trainer.teacher_nnodes = trainer.config.trainer.teacher_n_gpus_per_node = number

@@ -161,3 +161,12 @@ def make_trainer(
     trainer.role_groups = {"actor": trainer.actor_wg, "ref": trainer.actor_wg}
     trainer.logger = Logger()
     return trainer, log
+
+
+def bare_trainer(
+    config: PPOConfig | None = None, cls: type[RayPPOTrainer] = RayOnPolicyDistillTrainer, **parts: Any
+) -> Any:
+    """A trainer that has its settings and these parts alone."""
+    trainer = object.__new__(cls)
+    vars(trainer).update(config=config or PPOConfig(), stage_metrics={}, **parts)
+    return trainer

@@ -12,6 +12,7 @@ from support.exact_cases import lone_teacher
 from support.fake_server import FakeServer
 from support.in_process_run import run_in_process, settings
 from support.launch import read_metrics, series, write_onerec_parquet
+from support.loop_fakes import bare_trainer
 from support.tiny_pairs import Pair
 
 from recipe.onpolicy_distill.main_onpolicy_distill import build_trainer
@@ -87,12 +88,10 @@ def test_answers_are_sent_as_they_come_and_scored_as_they_would_be_together(
 
 
 def test_means_of_parts_are_weighted_by_their_positions() -> None:
-    trainer: Any = object.__new__(RayOnPolicyDistillTrainer)
     parts = [({"distill/x": 1.0, "distill/y": 0.0}, 1), ({"distill/x": 3.0, "distill/y": 2.0}, 3), ({}, 0)]
     rows = [DataProto.from_dict({"ref_log_prob": torch.zeros(1, 1)}, meta_info={"metrics": of}) for of, _ in parts]
     scores = [with_sums(lambda part=part: part, "b", count) for part, (_, count) in zip(rows, parts, strict=True)]
-    trainer.stage_metrics = {}
-    trainer.rollouts = SimpleNamespace(scores_of=lambda batch: DataProto.concat(scores))
+    trainer = bare_trainer(rollouts=SimpleNamespace(scores_of=lambda batch: DataProto.concat(scores)))
     batch = DataProto.from_dict({"answer_row": torch.arange(3)})
     assert "metrics" not in trainer.ref_log_prob(batch).meta_info
     assert trainer.stage_metrics == {"distill_teacher/b/x": 2.5, "distill_teacher/b/y": 1.5}
@@ -236,10 +235,7 @@ def test_the_teacher_reads_another_system_message_before_the_same_answer(tiny_pa
 
 def test_the_same_system_message_gives_the_same_scores(tiny_pair: Pair) -> None:
     config = tiny.worker_config(tiny_pair.student, tiny_pair.teacher, tiny_pair.extend_vocab_start_token)
-    teacher = lone_teacher(config)
-    trainer: Any = object.__new__(RayOnPolicyDistillTrainer)
-    trainer.config, trainer.role_groups, trainer.stage_metrics = PPOConfig(), {"ref": teacher}, {}
-    trainer.tokenizer = hf_tokenizer(tiny_pair.student)
+    trainer = bare_trainer(role_groups={"ref": lone_teacher(config)}, tokenizer=hf_tokenizer(tiny_pair.student))
     batch = chats(tiny_pair, ["be short"] * 4)
     batch.meta_info["validate"] = False
     plain = trainer.score_with("ref", batch).tensor("ref_log_prob")

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.loop_fakes import bare_trainer
 
 from recipe.onpolicy_distill.onpolicy_distill_trainer import RayOnPolicyDistillTrainer
 from verl.config import AlgoConfig, DistillConfig, PPOConfig, RolloutCorrectionConfig, TeacherConfig, TrainerConfig
@@ -35,10 +36,7 @@ def algorithm(estimator: str = "grpo", coef: float | None = 0.5, weight: float =
 
 
 def trainer_of(settings: AlgoConfig, cls: type[RayPPOTrainer] = RayOnPolicyDistillTrainer) -> Any:
-    trainer: Any = object.__new__(cls)
-    trainer.config = PPOConfig(algorithm=settings)
-    trainer.stage_metrics = {}
-    return trainer
+    return bare_trainer(PPOConfig(algorithm=settings), cls)
 
 
 def close(actual: torch.Tensor, expected: torch.Tensor) -> None:

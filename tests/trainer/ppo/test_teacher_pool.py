@@ -11,9 +11,9 @@ import ray
 import torch
 from ray.cloudpickle import register_pickle_by_value
 from support import tiny_workers as tiny
+from support.loop_fakes import bare_trainer
 from support.tiny_pairs import Pair
 
-from recipe.onpolicy_distill.onpolicy_distill_trainer import RayOnPolicyDistillTrainer
 from verl.config import ActorRolloutRefConfig, DistillConfig, PPOConfig, TeacherConfig, TrainerConfig
 from verl.experimental.agent_loop.actors import plan_replicas
 from verl.protocol import DataProto
@@ -67,8 +67,7 @@ class Update(NamedTuple):
 @contextmanager
 def started(trainer: TrainerConfig, config: ActorRolloutRefConfig, distill: DistillConfig) -> Iterator[Any]:
     """A trainer whose ranks have their models."""
-    driver: Any = object.__new__(RayOnPolicyDistillTrainer)
-    driver.config, driver.device_name, driver.stage_metrics = PPOConfig(), "cpu", {}
+    driver = bare_trainer(device_name="cpu")
     driver.config.actor_rollout_ref, driver.config.trainer, driver.config.algorithm.distill = config, trainer, distill
     groups = WorkerGroups(driver.config, driver.roles)
     try:

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.loop_fakes import bare_trainer
 
-from recipe.onpolicy_distill.onpolicy_distill_trainer import RayOnPolicyDistillTrainer
 from verl.config import PPOConfig, TeacherConfig, TrainerConfig
 from verl.protocol import DataProto
 
@@ -30,10 +30,7 @@ class Teacher:
 def trainer_of(teachers: dict[str, TeacherConfig]) -> Any:
     config = PPOConfig()
     config.algorithm.distill.teachers = teachers
-    trainer: Any = object.__new__(RayOnPolicyDistillTrainer)
-    trainer.config, trainer.global_steps, trainer.stage_metrics = config, 3, {}
-    trainer.prompts = SimpleNamespace(epoch=0)
-    return trainer
+    return bare_trainer(config, global_steps=3, prompts=SimpleNamespace(epoch=0))
 
 
 def test_rows_of_three_teachers_get_the_numbers_that_each_gives_alone() -> None:

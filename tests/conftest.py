@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
+    from support.exact_cases import Models
     from transformers import PreTrainedTokenizerBase
 
     from recipe.onpolicy_distill.quickstart.world import World
@@ -71,6 +72,22 @@ def tiny_pair(tiny_tokenizers: tuple[Path, Path], tmp_path_factory: pytest.TempP
     out = tmp_path_factory.mktemp("pair")
     teacher_tokenizer, student_tokenizer = tiny_tokenizers
     return make_pair(teacher_tokenizer, student_tokenizer, out)
+
+
+@pytest.fixture(scope="session")
+def student_model(tiny_tokenizers: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tied Qwen3 over the extended vocabulary."""
+    from support.tiny_workers import write_model
+
+    return write_model(tmp_path_factory.mktemp("student"), tiny_tokenizers[1])
+
+
+@pytest.fixture(scope="session")
+def models(tiny_tokenizers, student_model, tmp_path_factory) -> "Models":
+    """That student with its teachers."""
+    from support.exact_cases import make_models
+
+    return make_models(student_model, tiny_tokenizers, tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture

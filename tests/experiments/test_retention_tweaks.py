@@ -3,14 +3,13 @@
 from collections.abc import Callable
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from support import tiny_workers as tiny
-from support.exact_cases import MISSING, TEMPERATURE, Models, Plain, make_models, over_support, reverse_kl, workers
+from support.exact_cases import MISSING, TEMPERATURE, Models, Plain, over_support, reverse_kl, workers
 
 from experiments.retention.tweaks import LEAK_ADVANTAGE, TWEAKS, upper_half
 from verl.config import AlgoConfig, DataConfig, DistillConfig
@@ -23,12 +22,6 @@ from verl.workers.model_workers import StudentWorker
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 Divergence = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
-
-
-@pytest.fixture(scope="module")
-def models(tiny_tokenizers: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Models:
-    folder = tmp_path_factory.mktemp("models")
-    return make_models(tiny.write_model(folder / "student", tiny_tokenizers[1]), tiny_tokenizers, folder)
 
 
 @pytest.fixture

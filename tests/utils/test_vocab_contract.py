@@ -7,11 +7,12 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from support.tiny_pairs import Pair
 from support.vocab_pairs import (
     END,
     PAD,
@@ -30,9 +31,6 @@ from recipe.onpolicy_distill.quickstart.tokenizers import build_tokenizers
 from verl.utils.vocab_contract import as_dict, main, read_contract, render, resolve_threshold
 from verl.utils.vocab_models import ModelVocabulary, read_vocabulary
 from verl.utils.vocab_rules import VocabContract
-
-if TYPE_CHECKING:
-    from support.tiny_pairs import Pair
 
 START = "actor_rollout_ref.rollout.extend_vocab_start_token"
 FINGERPRINT = "e78600d0a4a14f54"
@@ -55,7 +53,7 @@ def only_problem(pair: Folders, start: int | str | None = "auto") -> str:
     return problem
 
 
-def test_a_pair_with_weights_is_sound_without_notes(tiny_pair: "Pair") -> None:
+def test_a_pair_with_weights_is_sound_without_notes(tiny_pair: Pair) -> None:
     contract = read_contract(str(tiny_pair.student), str(tiny_pair.teacher), tiny_pair.extend_vocab_start_token)
     assert (contract.verdict, contract.problems, contract.notes) == ("sound", [], [])
     assert contract.shared == list(range(TEACHER_IDS)) and contract.extended == list(range(TEACHER_IDS, 355))

@@ -5,16 +5,13 @@ import logging
 import re
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
+from support.tiny_pairs import Pair
 
 from verl.config import PPOConfig
 from verl.trainer.launch.typed import load_config
 from verl.trainer.launch.vocabulary_check import resolve_vocabulary
-
-if TYPE_CHECKING:
-    from support.tiny_pairs import Pair
 
 KEY = "actor_rollout_ref.rollout.extend_vocab_start_token"
 HELPER = "algorithm.distill.teachers.helper"
@@ -25,7 +22,7 @@ def config_of(student: Path, teacher: Path | None, *overrides: str) -> PPOConfig
     return load_config([*paths, *overrides], "recipe.onpolicy_distill.config", "onpolicy_distill_trainer")
 
 
-def test_auto_becomes_the_id_it_stands_for(tiny_pair: "Pair", caplog: pytest.LogCaptureFixture) -> None:
+def test_auto_becomes_the_id_it_stands_for(tiny_pair: Pair, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     config = config_of(tiny_pair.student, tiny_pair.teacher, f"{KEY}=auto")
     rollout = config.actor_rollout_ref.rollout
@@ -47,7 +44,7 @@ def test_auto_becomes_the_id_it_stands_for(tiny_pair: "Pair", caplog: pytest.Log
     ],
 )
 def test_an_end_token_that_stands_for_items_is_named(
-    tiny_pair: "Pair", caplog: pytest.LogCaptureFixture, overrides: list[str], warns: bool
+    tiny_pair: Pair, caplog: pytest.LogCaptureFixture, overrides: list[str], warns: bool
 ) -> None:
     resolve_vocabulary(config_of(tiny_pair.student, tiny_pair.teacher, f"{KEY}=auto", *overrides))
     found = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
@@ -57,13 +54,13 @@ def test_an_end_token_that_stands_for_items_is_named(
 
 
 @pytest.mark.parametrize("has_teacher", [True, False])
-def test_auto_without_an_extension_is_none(tiny_pair: "Pair", has_teacher: bool) -> None:
+def test_auto_without_an_extension_is_none(tiny_pair: Pair, has_teacher: bool) -> None:
     config = config_of(tiny_pair.student, tiny_pair.student if has_teacher else None, f"{KEY}=auto")
     assert (resolve_vocabulary(config) is not None) == has_teacher
     assert config.actor_rollout_ref.rollout.extend_vocab_start_token is None
 
 
-def test_an_unsound_pair(tiny_pair: "Pair", caplog: pytest.LogCaptureFixture) -> None:
+def test_an_unsound_pair(tiny_pair: Pair, caplog: pytest.LogCaptureFixture) -> None:
     fix = f"set {KEY}={tiny_pair.extend_vocab_start_token}"
     with pytest.raises(ValueError, match=rf"(?s)trainer.vocab_check=warn.*neither shared nor extended; {fix}"):
         resolve_vocabulary(config_of(tiny_pair.student, tiny_pair.teacher))
@@ -76,7 +73,7 @@ def test_an_unsound_pair(tiny_pair: "Pair", caplog: pytest.LogCaptureFixture) ->
     assert resolve_vocabulary(config_of(tiny_pair.student, tiny_pair.teacher, "trainer.vocab_check=off")) is None
 
 
-def with_teacher(pair: "Pair", path: Path, vocabulary: str, *overrides: str) -> PPOConfig:
+def with_teacher(pair: Pair, path: Path, vocabulary: str, *overrides: str) -> PPOConfig:
     further = f"++{HELPER}={{path: {path}, vocabulary: {vocabulary}, sources: [helped_*]}}"
     return config_of(pair.student, pair.teacher, f"{KEY}={pair.extend_vocab_start_token}", further, *overrides)
 
@@ -86,7 +83,7 @@ def with_teacher(pair: "Pair", path: Path, vocabulary: str, *overrides: str) -> 
     [("teacher", "full", "base"), ("teacher", "stitched", "base"), ("student", "base", "full")],
 )
 def test_the_vocabulary_of_a_further_teacher(
-    tiny_pair: "Pair", caplog: pytest.LogCaptureFixture, model: str, vocabulary: str, right: str
+    tiny_pair: Pair, caplog: pytest.LogCaptureFixture, model: str, vocabulary: str, right: str
 ) -> None:
     path, verb = getattr(tiny_pair, model), "lacks" if right == "base" else "knows"
     advice = f"- set {HELPER}.vocabulary={right}, not {vocabulary}: {path} {verb} the item tokens"
@@ -97,7 +94,7 @@ def test_the_vocabulary_of_a_further_teacher(
     resolve_vocabulary(with_teacher(tiny_pair, path, right))
 
 
-def test_a_further_teacher_is_compared_where_the_base_teacher_is_the_start(tiny_pair: "Pair") -> None:
+def test_a_further_teacher_is_compared_where_the_base_teacher_is_the_start(tiny_pair: Pair) -> None:
     start, sound = tiny_pair.extend_vocab_start_token, f"++{HELPER}={{path: {tiny_pair.teacher}, vocabulary: base}}"
     assert resolve_vocabulary(config_of(tiny_pair.student, None, f"{KEY}={start}", sound)) is None
     with pytest.raises(ValueError, match=f"set {HELPER}.vocabulary=base, not full"):
@@ -109,7 +106,7 @@ def test_a_further_teacher_is_compared_where_the_base_teacher_is_the_start(tiny_
         resolve_vocabulary(config_of(tiny_pair.student, None, f"{KEY}={start}", sound, *topk))
 
 
-def test_what_else_is_wrong_with_a_further_teacher_follows_the_advice(tiny_pair: "Pair", tmp_path: Path) -> None:
+def test_what_else_is_wrong_with_a_further_teacher_follows_the_advice(tiny_pair: Pair, tmp_path: Path) -> None:
     other_end = shutil.copytree(tiny_pair.teacher, tmp_path / "other-end")
     settings = other_end / "tokenizer_config.json"
     settings.write_text(json.dumps({**json.loads(settings.read_text()), "eos_token": "!"}))

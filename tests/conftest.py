@@ -1,22 +1,18 @@
 """Fixtures that several test modules share. Nothing here starts an engine or Ray unless a test asks for it."""
 
 import os
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from support.tiny_pairs import REPO, Pair, make_pair
 
 if TYPE_CHECKING:
     from support.exact_cases import Models
     from transformers import PreTrainedTokenizerBase
 
     from recipe.onpolicy_distill.quickstart.world import World
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-from support.tiny_pairs import REPO, Pair, make_pair
 
 # Tests never reach a hub, and thread pools of several processes would fight over a small machine's cores.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

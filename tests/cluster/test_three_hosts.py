@@ -25,6 +25,7 @@ from support.launch import (
     write_onerec_parquet,
 )
 from support.network_hosts import Host, Network, require_tools
+from support.script_runner import executable
 from support.tiny_pairs import REPO, Pair
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
@@ -83,10 +84,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     # Sockets lie below it, so it has to have a short name.
     cluster_dir = Path(f"/tmp/kvt{os.getpid()}")
     environment = network.folder / "my env"
-    (environment / "bin").mkdir(parents=True)
     for name, text in (("python", PYTHON), ("ray", RAY)):
-        (environment / "bin" / name).write_text(text.replace("REAL_PYTHON", sys.executable))
-        (environment / "bin" / name).chmod(0o755)
+        executable(environment / "bin" / name, text.replace("REAL_PYTHON", sys.executable))
     try:
         network.start()
         first, second, third = network.hosts

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from support.file_faults import Killed, killed_in_step
 from support.in_process_run import settings
-from support.launch import launch, metrics_by_step, script_env, small_run, write_onerec_parquet
+from support.launch import OVERLAP, launch, metrics_by_step, script_env, small_run, write_onerec_parquet
 from support.tiny_pairs import Pair
 
 from recipe.onpolicy_distill.main_onpolicy_distill import build_trainer
@@ -80,9 +80,7 @@ def test_vllm_in_a_pool_of_its_own_learns_one_step_behind(tiny_pair: Pair, tmp_p
         "algorithm.distill.objective": "exact",
         "data.val_files": write_onerec_parquet(tmp_path / "val.parquet", 32),
         "trainer.device": "cpu",
-        "trainer.max_staleness": 1,
-        "trainer.rollout_nnodes": 1,
-        "trainer.rollout_n_gpus_per_node": 1,
+        **OVERLAP,
         "trainer.save_freq": -1,
         "trainer.test_freq": steps,
         "trainer.timeline": True,

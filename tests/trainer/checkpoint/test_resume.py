@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
+from support import chat_files
 
 from verl.config import PPOConfig, PromptTemplateConfig, SyntheticItemPromptsConfig, TeacherConfig, TrainerConfig
 from verl.trainer.checkpoint.layout import seal
@@ -36,9 +35,7 @@ def write_model(folder: Path, hidden: int = 8, weights: bytes = WEIGHTS) -> str:
 
 
 def write_rows(path: Path, rows: int = 2) -> str:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.table({"prompt": [str(row) for row in range(rows)]}), path)
-    return str(path)
+    return str(chat_files.write_rows(path, [{"prompt": str(row)} for row in range(rows)]))
 
 
 @pytest.fixture

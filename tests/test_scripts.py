@@ -10,6 +10,7 @@ from support.script_runner import (
     LAUNCH,
     LAUNCH_SMALL,
     MODELS,
+    ONE_CARD,
     RAY_NODE,
     executable,
     read_back,
@@ -31,7 +32,7 @@ def settings(*arguments, **env):
     return dict(argument.split("=", 1) for argument in launch(*arguments, **env)[3:])
 
 
-@pytest.mark.parametrize("script", [LAUNCH, LAUNCH_SMALL, CLUSTER, DEPLOY, RAY_NODE])
+@pytest.mark.parametrize("script", [LAUNCH, LAUNCH_SMALL, ONE_CARD, CLUSTER, DEPLOY, RAY_NODE])
 def test_help_and_syntax(script):
     done = run(script, "--help")
     assert done.returncode == 0 and script.name in done.stdout
@@ -112,7 +113,7 @@ def test_a_dry_run_plans_memory_where_the_models_are(tmp_path):
     assert read_back(done.stdout)[:3] == [str(python), "-m", "recipe.onpolicy_distill.main_onpolicy_distill"]
 
 
-@pytest.mark.parametrize("script", [LAUNCH, LAUNCH_SMALL, CLUSTER, DEPLOY])
+@pytest.mark.parametrize("script", [LAUNCH, LAUNCH_SMALL, ONE_CARD, CLUSTER, DEPLOY])
 def test_scripts_run_through_links_and_under_sh(script, tmp_path):
     (tmp_path / "link.sh").symlink_to(script)
     env = {**os.environ, "DRY_RUN": "1", **MODELS}

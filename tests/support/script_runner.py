@@ -8,6 +8,7 @@ from support.tiny_pairs import REPO
 RECIPE = REPO / "recipe" / "onpolicy_distill"
 LAUNCH = RECIPE / "run_qwen3_distill.sh"
 LAUNCH_SMALL = RECIPE / "run_qwen3_1.7b_distill.sh"
+ONE_CARD = RECIPE / "run_one_card.sh"
 CLUSTER = REPO / "init_ray_cluster.sh"
 DEPLOY = REPO / "deploy_env.sh"
 RAY_NODE = REPO / "scripts" / "ray_node.sh"

@@ -144,14 +144,14 @@ def test_a_key_that_one_version_lacks_is_no_difference(folder: Path, run: PPOCon
     check(folder, run)
 
 
-# ------------------------------------------------------------------ maps of the user's own keys
-
-
 def test_the_tokenizer_of_a_served_teacher_stands_alone(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     alone = model_identity(str(tmp_path))
     (tmp_path / "config.json").write_text('{"vocab_size": 3}')
     assert model_identity(str(tmp_path)) == alone | {"config.vocab_size": 3} and "tokenizer" in alone
+
+
+# ------------------------------------------------------------------ maps of the user's own keys
 
 
 def test_a_key_that_is_new_in_such_a_map_is_a_difference(folder: Path, run: PPOConfig) -> None:

@@ -227,16 +227,19 @@ class Alternating(Mixture):
     def take(self, count: int) -> list[int]:
         """The places of the next batch."""
         turn = sum(of["given"] for of in self.state.values()) // count
-        (idle,) = (of for name, of in self.state.items() if name.startswith("rec") != (turn % PERIOD == PERIOD - 1))
-        behind, idle["behind"] = idle["behind"], -math.inf
+        idle = [of for name, of in self.state.items() if name.startswith("rec") != (turn % PERIOD == PERIOD - 1)]
+        behind = [of["behind"] for of in idle]
+        for of in idle:
+            of["behind"] = -math.inf
         places = super().take(count)
-        idle["behind"] = behind
+        for of, value in zip(idle, behind, strict=True):
+            of["behind"] = value
         return places
 
 
 def alternate(prompts: PromptStream) -> None:
-    """Have the batches alternate; raises ValueError where there are not two groups, of items and of general prompts."""
-    if prompts.mixture is None or len(prompts.mixture.state) != 2:
+    """Have the batches alternate; raises ValueError where there are not both kinds of groups."""
+    if prompts.mixture is None or {name.startswith("rec") for name in prompts.mixture.state} != {True, False}:
         raise ValueError("alternate needs data.source_weights with rec_* and general_*")
     prompts.mixture.__class__ = Alternating
 

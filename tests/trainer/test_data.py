@@ -101,6 +101,18 @@ def test_batches_hold_sources_in_their_shares(tmp_path: Path, stream: Any) -> No
     assert all(list(batch["source"]).count("rec_next") == 1 for batch in islice(weighted.batches(), 11))
 
 
+def test_a_position_in_a_mixture_is_an_epoch_and_a_number_of_batches(tmp_path: Path, stream: Any) -> None:
+    rows = [chat(f"q{number}", source=name) for number, name in enumerate(["a"] * 40 + ["b"] * 5)]
+    write_rows(tmp_path / "train.parquet", rows)
+    first, second = (stream(tmp_path, source_weights={"a": 0.75, "b": 0.25}) for _ in range(2))
+    take(first, 14)  # an epoch are 11
+    state = first.state_dict()
+    assert state.keys() == {"epoch", "batches", "data"}
+    take(second, 5)
+    second.load_state_dict(state)
+    assert take(second, 9) == take(first, 9)
+
+
 @pytest.mark.parametrize("stops", [(), (3,), (1, 11, 12)], ids=str)
 @pytest.mark.parametrize("workers", [0, 2])
 def test_shares_change_behind_a_batch_whatever_was_read_ahead(

@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+import numpy as np
 import pytest
 
 from verl.config import DataConfig
@@ -22,6 +23,16 @@ def test_every_stretch_from_the_start_holds_the_shares(weights) -> None:
     for length in range(1, len(SOURCES) + 1):
         items = sum(SOURCES[place].startswith("rec") for place in order[:length])
         assert abs(items - 0.25 * length) <= 1
+
+
+def test_many_groups_have_their_shares_too() -> None:
+    weights = [1, 40, 8, 3, 40, 1, 5, 1, 13, 40]
+    groups = [(weight / sum(weights), np.full(1, number)) for number, weight in enumerate(weights)]
+    names = {str(number): weight for number, weight in enumerate(weights)}
+    given = Mixture(DataConfig(source_weights=names), groups).take(2000)
+    for length in range(1, 2001):
+        counts = np.bincount(given[:length], minlength=10)
+        assert np.abs(counts - length * np.array(weights) / sum(weights)).max() < 2
 
 
 def test_a_small_group_comes_round_again_only_when_all_of_it_has_come() -> None:

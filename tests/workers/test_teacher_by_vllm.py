@@ -68,6 +68,7 @@ def test_a_run_by_url_is_the_run_with_the_model(pair: Pair, url: str, tmp_path: 
         key, _, value = where.partition("=")
         run_in_process(settings(pair, prompts, tmp_path / name, **changes, **{f"actor_rollout_ref.ref.{key}": value}))
         losses.append(series(tmp_path / name, "actor/distill_loss"))
+    assert len(losses[0]) == 2
     assert losses[1] == pytest.approx(losses[0], abs=1e-4) and losses[2] == pytest.approx(losses[0], abs=1e-4)
 
 

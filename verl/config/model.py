@@ -26,7 +26,7 @@ class HFModelConfig:
     enable_gradient_checkpointing: bool = True
     """Recompute each block in backward instead of keeping its activations."""
     enable_activation_offload: bool = False
-    """Keep the activations that backward needs in host memory (CUDA only)."""
+    """Keep the activations that backward needs in host memory (CUDA only); needs the setting above."""
     lora_rank: Annotated[int, Field(ge=0)] = 0
     """Rank of an adapter (LoRA) that is trained in place of the weights, which stay as they are; 0: none, all weights
     are trained."""
@@ -50,7 +50,7 @@ class HFModelConfig:
                 raise ValueError(f"{what}; set a rank, or leave it at {default}")
         if self.enable_activation_offload and not self.enable_gradient_checkpointing:
             what = "actor_rollout_ref.model.enable_activation_offload=True"
-            raise ValueError(f"{what} needs model.enable_gradient_checkpointing=True")
+            raise ValueError(f"{what} needs actor_rollout_ref.model.enable_gradient_checkpointing=True")
 
     @property
     def config_entries(self) -> dict[str, Any]:

@@ -66,13 +66,13 @@ def section(key: str = "", kw_only: bool = False) -> Callable[[type[Section]], t
 
 
 def changed(a_section: Any, *names: str) -> dict[str, tuple[Any, Any]]:
-    """Those of these fields that are not at their defaults, which they have: value and default by name."""
-    both = {}
-    for field in dataclasses.fields(a_section):
-        if field.name in names:
-            default = field.default_factory() if callable(field.default_factory) else field.default
-            both[field.name] = getattr(a_section, field.name), default
-    return {name: (value, default) for name, (value, default) in both.items() if value != default}
+    """Value and default of those of the named fields that are not at their default; each of them has one."""
+    fields, found = {field.name: field for field in dataclasses.fields(a_section)}, {}
+    for name in names:
+        default = factory() if callable(factory := fields[name].default_factory) else fields[name].default
+        if (value := getattr(a_section, name)) != default:
+            found[name] = value, default
+    return found
 
 
 def type_at(root: Any, key: str) -> Any:

@@ -67,10 +67,10 @@ class PromptStream:
     """Endless batches of ``data.train_batch_size`` training prompts, and the position in them.
 
     The order is drawn from ``data.seed`` and the epoch, and nothing else, so a position is an epoch and a number of
-    batches; with ``data.source_weights`` it is that of a `Mixture`.
+    batches. With ``data.source_weights`` the order is that of a `Mixture`, and an epoch as many batches as without.
 
     Args:
-        steered: whether the shares of ``data.source_weights`` may change, by ``mixture``; a position has them then.
+        steered: whether ``mixture`` may change the shares of ``data.source_weights``; a position holds its state then.
 
     Raises:
         ValueError: fewer usable prompts than one batch.
@@ -89,7 +89,7 @@ class PromptStream:
         self.mixture = Mixture(config, group_by_weight(dataset.sources, weights, report)) if weights else None
         """Whose turn it is; None where sources have no shares."""
         self.epoch = 0
-        """Complete passes over the data."""
+        """Epochs that are over."""
         self._taken = 0
         """Batches of this epoch."""
 
@@ -124,7 +124,7 @@ class PromptStream:
 
     def state_dict(self) -> dict[str, Any]:
         """The position after the batch that was taken last, and what it is a position in."""
-        mixture = {"mixture": copy.deepcopy(self.mixture.state)} if self.mixture is not None else {}
+        mixture = {"mixture": copy.deepcopy(self.mixture.state)} if self.mixture is not None and self._steered else {}
         return {"epoch": self.epoch, "batches": self._taken, "data": self._describe_data(), **mixture}
 
     def load_state_dict(self, state: Mapping[str, Any], may_start_over: bool = False) -> None:
@@ -139,10 +139,11 @@ class PromptStream:
         difference = f"saved after {state['data']}, now {self._describe_data()}"
         if state["data"] == self._describe_data():
             self.epoch, self._taken = state["epoch"], state["batches"]
-            saved = state.get("mixture", {})
-            if self.mixture is not None and list(saved) == list(self.mixture.state):
-                for name, own in self.mixture.state.items():
-                    own |= {key: value for key, value in saved[name].items() if self._steered or key != "share"}
+            batches = self.epoch * self.batches_per_epoch + self._taken
+            if self.mixture is not None and not self._steered:
+                self.mixture.move_to(batches * self._config.train_batch_size)
+            elif self.mixture is not None and list(state.get("mixture", ())) == list(self.mixture.state):
+                self.mixture.state = copy.deepcopy(state["mixture"])
         elif may_start_over:
             logger.warning("the data start over: %s", difference)
         else:
@@ -158,10 +159,10 @@ class PromptStream:
 class Mixture:
     """Places of rows without end, of groups in shares that may change between two batches.
 
-    The next row is one of the group that is furthest behind its share, so among the first n rows each group has its
-    share of n, to within a row. A group has an order of its own for each pass over it, drawn from ``data.seed``, the
-    group's number and the pass's; so its position is how many rows it has given, and none of them comes again before
-    all have come.
+    The next row is one of the group that is furthest behind its share, so that any stretch has the shares, to within a
+    row or two. A group has an order of its own for each pass over it, drawn from ``data.seed``, the group's number and
+    the pass's; so its position is how many rows it has given, and none of them comes again before all have come. Where
+    one pass ends and the next begins, a batch may hold a row twice.
 
     Args:
         groups: share and places of each group of ``data.source_weights``.
@@ -179,6 +180,12 @@ class Mixture:
     def shares(self) -> dict[str, float]:
         """Share of each group in the batches to come."""
         return {name: of["share"] for name, of in self.state.items()}
+
+    def move_to(self, rows: int) -> None:
+        """Go to where so many rows have been given in the shares as they are."""
+        for of in self.state.values():
+            of["behind"], of["given"] = 0.0, 0
+        self.take(rows)
 
     def take(self, count: int) -> list[int]:
         """The next places."""

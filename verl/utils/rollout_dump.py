@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from verl.protocol import DataProto
 from verl.utils.answer_html import answers_as_html
+from verl.utils.durable_files import write_durably
 from verl.utils.token_record import write_token_record
 from verl.utils.torch_functional import real_response_tokens
 
@@ -89,12 +90,14 @@ def dump_answers(
     """
     if folder is None:
         return
-    path = Path(folder) / f"{step}.jsonl"
+    folder = Path(folder)
     rows = [{"step": step} | row | {"step": step} for row in generation_rows(batch, tokenizer)]
     lines = [json.dumps(row, ensure_ascii=False, default=_plain) for row in rows]
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        folder.mkdir(parents=True, exist_ok=True)
         write_token_record(folder, step, batch, tokenizer, teachers)
+        write_durably(folder / f"{step}.jsonl", "".join(f"{line}\n" for line in lines))
     except OSError as error:
+        for path in folder.glob(f"{step}.*"):  # what is there of the step may be of two runs
+            path.unlink(missing_ok=True)
         logger.error("the answers of step %d are not in %s: %s", step, folder, error)

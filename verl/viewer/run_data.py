@@ -167,8 +167,7 @@ def _lines_beside(path: Path) -> Path:
 
 @lru_cache(maxsize=10_000)
 def read_record(path: Path, limit: int, stamp: tuple[tuple[int, int], ...]) -> tuple[list[dict[str, Any]], str]:
-    """The first answers of a record, which is read again where its ``stamp`` has changed: ``--serve`` asks at each
-    reload.
+    """The first answers of a record. ``--serve`` asks at each reload; with another ``stamp`` the file is read again.
 
     Returns:
         A dict an answer: the record's `SCALARS`, ``row`` (its place in the record), ``first`` (where its

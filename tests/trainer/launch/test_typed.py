@@ -132,7 +132,7 @@ def test_a_wrong_value_is_named_with_its_key_and_what_to_write(setting: str, exp
 
 
 def test_activations_that_are_kept_in_host_memory_have_to_be_recomputed() -> None:
-    with pytest.raises(ValueError, match=f"^{MODEL}.enable_activation_offload=True needs model.enable_gradient_ch"):
+    with pytest.raises(ValueError, match=f"^{MODEL}.enable_activation_offload=True needs {MODEL}.enable_gradient_ch"):
         typed(f"{MODEL}.enable_activation_offload=True", f"{MODEL}.enable_gradient_checkpointing=False")
 
 

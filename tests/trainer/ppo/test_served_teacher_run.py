@@ -43,7 +43,9 @@ def run_of(pair: Pair, prompts: Path, folder: Path, **changes: Any) -> PPOConfig
 
 
 def losses(folder: Path) -> list[float]:
-    return series(folder, "actor/distill_loss")
+    values = series(folder, "actor/distill_loss")
+    assert len(values) == STEPS
+    return values
 
 
 def test_a_run_by_url_is_the_run_with_the_model_and_goes_on_after_both_servers_died(

@@ -27,7 +27,8 @@ class ReplicaClient:
         self.remote = remote
         self.in_flight = 0
         """Requests that are under way."""
-        self.answered_at, self.avoid_until = 0.0, 0.0
+        self.answered_at = 0.0
+        self.avoid_until = 0.0
         """After a hang: no new requests until then, unless the replica answers or all others hang."""
         self._new: dict[str, tuple[tuple[Any, ...], asyncio.Future[TokenOutput]]] = {}
         """Requests that are not sent yet: the arguments of ``generate``, and what waits for the answer."""

@@ -37,7 +37,7 @@ class MixtureControl:
     """The steered shares of a run; does nothing where ``trainer.keep`` is empty, or nothing is trained.
 
     Args:
-        mixture: of the training prompts; None where nothing is steered.
+        mixture: of the training prompts; None where sources have no shares, and then nothing is steered.
         val_dataset: validation prompts; None where there are none.
         state: of the driver in the checkpoint that the run goes on from; empty: it starts.
 

@@ -73,7 +73,8 @@ class RayPPOTrainer:
             vocab_fingerprint: of the shared vocabulary, which a checkpoint has to match; None: any.
 
         Raises:
-            ValueError: too few prompts for one batch, or a checkpoint that this run cannot go on from.
+            ValueError: no reward function although this trainer needs one, too few prompts for one batch, or a
+                checkpoint that this run cannot go on from.
         """
         self.config, self.tokenizer = config, tokenizer
         self.role_worker_mapping, self.reward_fn = role_worker_mapping, reward_fn
@@ -87,6 +88,8 @@ class RayPPOTrainer:
         self.total_steps = config.trainer.total_training_steps or all_epochs
         """Steps of the whole run."""
         config.resolve_schedule(self.total_steps)
+        if self.uses_reward and reward_fn is None:
+            raise ValueError(f"{type(self).__name__} learns from a task reward and none is given; give a reward_fn")
         self.worker_groups, identity = WorkerGroups(config, self.roles), run_identity(config, vocab_fingerprint)
         self.resume_from = find_resumable(config, identity, self.total_steps)
         self.driver_state = load_driver_state(self.resume_from) if self.resume_from else {}
@@ -138,7 +141,7 @@ class RayPPOTrainer:
 
     def reward(self, batch: DataProto) -> DataProto:
         """``token_level_scores`` (B, R): the task reward at each answer's last token; ``reward_extra`` (B,)."""
-        assert self.reward_fn is not None, "`check_run` refuses a run that needs one and has none"
+        assert self.reward_fn is not None, "checked at construction"
         return compute_rewards(batch, self.tokenizer, self.reward_fn)
 
     def advantage(self, batch: DataProto) -> DataProto:

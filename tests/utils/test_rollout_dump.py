@@ -45,3 +45,8 @@ def test_rows_are_written_without_padding(tmp_path: Path, caplog: pytest.LogCapt
     assert len(path.read_text().splitlines()) == 1, "a step that is run again replaces its file"
     dump_answers(path / "below_a_file", 7, batch, LetterTokenizer(), [])  # an error in the log, and the run goes on
     assert "the answers of step 7 are not in" in caplog.text
+    caplog.clear()
+    (tmp_path / "dump" / "7.tokens.parquet").unlink()
+    (tmp_path / "dump" / "7.tokens.parquet").mkdir()
+    dump_answers(tmp_path / "dump", 7, batch, LetterTokenizer(), [])
+    assert "the answers of step 7 are not in" in caplog.text

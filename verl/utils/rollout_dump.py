@@ -8,6 +8,7 @@ through it.
 import json
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,7 @@ def dump_answers(
         write_token_record(folder, step, batch, tokenizer, teachers)
         write_durably(folder / f"{step}.jsonl", "".join(f"{line}\n" for line in lines))
     except OSError as error:
-        for path in folder.glob(f"{step}.*"):  # what is there of the step may be of two runs
-            path.unlink(missing_ok=True)
+        with suppress(OSError):  # what is there of the step may be of two runs
+            for path in folder.glob(f"{step}.*"):
+                path.unlink()
         logger.error("the answers of step %d are not in %s: %s", step, folder, error)

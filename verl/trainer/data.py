@@ -139,9 +139,8 @@ class PromptStream:
         difference = f"saved after {state['data']}, now {self._describe_data()}"
         if state["data"] == self._describe_data():
             self.epoch, self._taken = state["epoch"], state["batches"]
-            batches = self.epoch * self.batches_per_epoch + self._taken
             if self.mixture is not None and not self._steered:
-                self.mixture.move_to(batches * self._config.train_batch_size)
+                self.mixture.move_to(self.epoch * self.batches_per_epoch + self._taken)
             elif self.mixture is not None and list(state.get("mixture", ())) == list(self.mixture.state):
                 self.mixture.state = copy.deepcopy(state["mixture"])
         elif may_start_over:
@@ -181,11 +180,12 @@ class Mixture:
         """Share of each group in the batches to come."""
         return {name: of["share"] for name, of in self.state.items()}
 
-    def move_to(self, rows: int) -> None:
-        """Go to where so many rows have been given in the shares as they are."""
+    def move_to(self, batches: int) -> None:
+        """Go to where so many batches have been given in the shares as they are."""
         for of in self.state.values():
             of["behind"], of["given"] = 0.0, 0
-        self.take(rows)
+        for _ in range(batches):
+            self.take(self._config.train_batch_size)
 
     def take(self, count: int) -> list[int]:
         """The next places."""

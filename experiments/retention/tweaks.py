@@ -33,6 +33,8 @@ UNCERTAIN = 0.2
 """Share of positions that ``uncertain-forward`` takes to be those where a teacher is uncertain."""
 LEAK_ADVANTAGE = -1.0
 """Of an item token that the teacher lacks, in ``leak-penalty``."""
+PROMPT_WEIGHT = 0.25
+"""Of a token of a prompt beside one of its answer, in ``prompt-positions``."""
 
 Compare = Callable[..., tuple[torch.Tensor, DivergenceStats]]
 """What is called in place of `linear_divergence`, with its arguments, for the positions of each teacher."""
@@ -200,6 +202,43 @@ def uncertain_by_forward_kl(loss: DivergenceLoss) -> Compare:
     return compare
 
 
+def compare_prompts_too(actor: DataParallelPPOActor) -> None:
+    """Prompts of rows of items count too, from their second token on, PROMPT_WEIGHT as much as a token of an answer.
+
+    Tokens of answers weigh what they did. The divergence in the metrics is the mean over all of these tokens.
+    """
+    update, accumulate = actor._update_mini_batch, actor._accumulate_gradient
+
+    def changed(mini: DataProto, mini_loss: MiniBatchLoss, config: Any) -> Any:
+        mini_loss = copied(mini_loss)
+        loss, answers = mini_loss._parts[-1][1], mini.tensor("answer_mask").bool()
+        assert isinstance(loss, DivergenceLoss), "the objective has no divergence"
+        share = mini_loss.trained.sum() / answers.sum()
+        loss._token_weights = loss._token_weights * torch.where(answers, share, share * PROMPT_WEIGHT)
+        return accumulate(mini, mini_loss, config)
+
+    def with_prompts(mini: DataProto, config: Any, teachers: Any) -> Any:
+        real, answers = mini.tensor("attention_mask"), mini.tensor("response_mask")
+        knows_extended = torch.tensor([teacher.knows_extended for teacher, _ in teachers])[mini.tensor("teacher")]
+        # Rows begin at the left, so that each has its first token, and no more, before what is scored.
+        begins, length = real.argmax(1, keepdim=True), real.shape[1]
+        places = (torch.arange(length) + begins) % length
+        of_prompts = (real.cumsum(1) > 1) & knows_extended[:, None]
+        of_prompts[:, -answers.shape[1] :] = False
+        of_answers = torch.nn.functional.pad(answers, (length - answers.shape[1], 0)).bool()
+        ids, mask, trained, own = (
+            of.gather(1, places) for of in (mini.tensor("input_ids"), real, of_prompts | of_answers, of_answers)
+        )
+        tensors = {"input_ids": ids, "attention_mask": mask, "teacher": mini.tensor("teacher")}
+        tensors |= {"responses": ids[:, 1:], "response_mask": trained[:, 1:].long(), "answer_mask": own[:, 1:]}
+        metrics, scores = update(DataProto.from_dict(tensors, meta_info=mini.meta_info), config, teachers)
+        back = ((torch.arange(length) - begins) % length).expand(len(scores), -1, -1)
+        return metrics, torch.nn.functional.pad(scores, (1, 0)).gather(2, back)[..., -answers.shape[1] :]
+
+    actor._accumulate_gradient = changed  # type: ignore[method-assign]
+    actor._update_mini_batch = with_prompts  # type: ignore[method-assign]
+
+
 # ------------------------------------------------------------------ advantages and prompts
 
 
@@ -257,6 +296,7 @@ TWEAKS: dict[str, Callable[[Any], None]] = {
     "tokens-half": _of_loss(half_of_tokens),
     "tokens-half-even": _of_loss(partial(half_of_tokens, even=True)),
     "uncertain-forward": _of_loss(uncertain_by_forward_kl),
+    "prompt-positions": lambda trainer: compare_prompts_too(student_of(trainer)),
     "alternate": lambda trainer: alternate(trainer.prompts),
     "leak-penalty": penalise_leaks,
 }

@@ -131,6 +131,7 @@ VARIANTS: dict[str, Variant] = {
             "tokens-half": "exact + self, half of general tokens",
             "tokens-half-even": "exact + self, half of general tokens, even",
             "uncertain-forward": "exact + self, forward KL where uncertain",
+            "prompt-positions": "exact + self, prompts' positions too",
         }.items()
     },
     "leak-penalty": Variant("sampled, advantage -1 at an item token", tweak="leak-penalty"),

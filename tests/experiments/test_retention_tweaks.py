@@ -40,7 +40,7 @@ def gradient_with(tweak: str, models: Models, distill: DistillConfig, **limits: 
     TWEAKS[tweak](trainer_of(student))
     metrics = student.update_actor(models.batch(2)).meta_info["metrics"]
     assert "actor/distill_loss" in metrics
-    assert ("distill/sampled_gap" in metrics) == tweak.startswith("tokens"), "it is of the reverse KL alone"
+    assert ("distill/sampled_gap" in metrics) == tweak.startswith(("tokens", "prompt")), "it is of the reverse KL alone"
     return tiny.first_gradient(student)
 
 
@@ -118,6 +118,29 @@ def test_forward_kl_is_where_a_teacher_is_uncertain(models: Models, distill: Dis
     loss = loss / len(ordered)
     right = tiny.plain_gradient(plain.student, loss)
     tiny.assert_same_gradient(gradient_with("uncertain-forward", models, distill), right)
+
+
+@pytest.mark.parametrize("limits", [{}, {"ppo_max_token_len_per_gpu": 16}])
+def test_prompts_of_rows_of_items_count_a_quarter(
+    limits: dict[str, int], models: Models, distill: DistillConfig
+) -> None:
+    plain, batch = models.plain(), models.batch(2)
+    answers, real = batch.tensor("response_mask"), batch.tensor("attention_mask")
+    whole_rows = DataProto.from_dict({**batch.batch, "responses": batch.tensor("input_ids")[:, 1:]})
+    factors = torch.nn.functional.pad(answers, (real.shape[1] - 1 - answers.shape[1], 0)).float()
+    for row in range(1, len(batch), 2):
+        first = int(real[row].argmax())
+        factors[row, first : tiny.PROMPT - 1] = 0.25  # of the token after each of these
+    assert (factors == 0.25).sum() == 10
+    log_p = tiny.plain_log_probs(plain.student, whole_rows, models.ids, TEMPERATURE)
+    log_q = models.teacher_log_probs(plain, whole_rows)
+    general, of_items = (
+        reverse_kl(log_p, log_q["base"], models.extend_start),
+        reverse_kl(log_p, log_q["full"], models.ids),
+    )
+    rows = torch.where(batch.tensor("teacher")[:, None] == 0, general, 0.6 * of_items)
+    right = tiny.plain_gradient(plain.student, (rows * factors).sum() / answers.sum())
+    tiny.assert_same_gradient(gradient_with("prompt-positions", models, distill, **limits), right)
 
 
 @pytest.mark.parametrize("tweak", ["tokens-half", "uncertain-forward"])

@@ -159,7 +159,7 @@ def plain_log_probs(
         input_ids=batch.tensor("input_ids"),
         attention_mask=batch.tensor("attention_mask"),
         position_ids=batch.tensor("position_ids"),
-    ).logits[:, PROMPT - 1 : -1, :vocabulary]
+    ).logits[:, -1 - batch.tensor("responses").shape[1] : -1, :vocabulary]
     return (logits / temperature).log_softmax(dim=-1)
 
 

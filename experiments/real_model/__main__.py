@@ -25,6 +25,8 @@ from recipe.onpolicy_distill.quickstart.cache import key_digest
 from verl.utils.timing import marked_timer
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
+PLAIN = ("popular_", "next_", "constant_")
+"""How metrics begin that no model is needed for."""
 STEPS = ("teacher", "prompts", "data", "student", f"judge_{TEACHER}", f"judge_{BEFORE}", "distil", f"judge_{AFTER}")
 
 
@@ -108,20 +110,23 @@ def write_result(out: Path, args: argparse.Namespace, judged: dict[str, Path], s
     """
     outcomes = {model: json.loads((folder / "outcomes.json").read_text("utf-8")) for model, folder in judged.items()}
     rows = compare(outcomes)
-    popular = {key: sum(x for x, _ in pairs) / len(pairs) for key, pairs in outcomes[AFTER].items() if "popular" in key}
+    plain = {key: pairs for key, pairs in outcomes[AFTER].items() if key.startswith(PLAIN)}
+    means = {key: sum(x for x, _ in pairs) / sum(n for _, n in pairs) for key, pairs in plain.items()}
     result = {key: getattr(args, key) for key in ("size", "seed", "mode", "overrides")}
-    result |= {"rows": rows, "popular": popular, "seconds": seconds, "judged": judged[AFTER].name}
+    result |= {"rows": rows, "plain": means, "seconds": seconds}
+    # The folder of the student before names the student, the prompts and how both were judged.
+    result |= {"judged": judged[AFTER].name, "before": judged[BEFORE].name}
     parts = [args.mode] * (args.mode != EXACT) + [f"seed{args.seed}"] * bool(args.seed)
     name = "-".join(["result", *parts, *[key_digest(args.overrides)] * bool(args.overrides)])
     (out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    of_popular = ", ".join(f"Recall@{key.rpartition('_')[2]} {value:.3f}" for key, value in popular.items())
+    of_plain = ", ".join(f"{key} {value:.3f}" for key, value in means.items())
     took = ", ".join(f"{name} {value:.0f}" for name, value in seconds.items())
-    text = f"{markdown(rows)}\n\nThe most purchased items for everyone: {of_popular}.\nSeconds: {took}.\n"
+    text = f"{markdown(rows)}\n\nWithout a model (judge.py): {of_plain}.\nSeconds: {took}.\n"
     (out / f"{name}.md").write_text(text, encoding="utf-8")
     found = [json.loads(path.read_text("utf-8")) for path in sorted(out.glob("result*.json"))]
     models = {TEACHER: judged[TEACHER], BEFORE: judged[BEFORE]}
-    of_seed = [one for one in found if one["seed"] == args.seed]
-    models |= {" ".join([one["mode"], *one["overrides"]]): out / one["judged"] for one in of_seed}
+    beside = [one for one in found if one.get("before") == result["before"] and (out / one["judged"]).is_dir()]
+    models |= {" ".join([one["mode"], *one["overrides"]]): out / one["judged"] for one in beside}
     (out / "answers.md").write_text(side_by_side(models, args.seed), encoding="utf-8")
     return text
 

@@ -11,16 +11,19 @@ In: a model, the teacher, data and prompts. Out: a folder with
                          held-out general prompts, up to the first item token
     leak, leak_mass      share of more such answers that hold an item token; what the model gives to one, summed over an
                          answer up to the first: the same share in the mean, even where it is too rare to count
-    recall_{1,5,10,20}   items ranked under the catalogue's trie; popular_*: the most purchased ones, for everyone
+    recall_{1,5,10,20}   items ranked under the catalogue's trie. Beside them, without a model: popular_*, the most
+                         purchased ones for everyone, and next_*, what followed a user's last item most often
+    constant_*           what IFEval gives to one title as the answer to everything: no model should be below that
     free_hit, free_item  unconstrained answers that are the item wanted, any item of the catalogue
     rec_title, rec_item  exact titles of items, items of titles
 """
 
 import asyncio
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +34,7 @@ from experiments.real_model.data import NEXT
 from recipe.onpolicy_distill.quickstart.cache import cached_folder, file_digest, key_digest
 from recipe.onpolicy_distill.scoreboard import scoring
 from recipe.onpolicy_distill.scoreboard.answers import Answerer
-from recipe.onpolicy_distill.scoreboard.items import ItemTrie, listed_items
+from recipe.onpolicy_distill.scoreboard.items import ItemTrie, items_in, listed_items
 from recipe.onpolicy_distill.scoreboard.measures import recall_at
 from recipe.onpolicy_distill.scoreboard.questions import Question, read_questions
 from verl.config import AlgoConfig, DataConfig, RolloutConfig
@@ -121,7 +124,11 @@ async def _measure(
     if rec:
         outcomes |= _rec_outcomes(rec, texts[len(asked) :], set(catalogue))
         outcomes |= _recalls("recall", [[item for item, _ in ranking.items] for ranking in rankings], ranked)
-        outcomes |= _recalls("popular", [_most_purchased(data)] * len(ranked), ranked)
+        popular = _most_purchased(data)
+        outcomes |= _recalls("popular", [[item for item, _ in popular]] * len(ranked), ranked)
+        outcomes |= _recalls("next", _usual_next(data, ranked, [item for item, _ in popular]), ranked)
+        constant = _ifeval_outcomes(documents, [popular[0][1]] * len(documents))
+        outcomes |= {f"constant_{metric}": pairs for metric, pairs in constant.items()}
     every = zip([*instructed, *rec], texts, strict=True)
     return outcomes, [{"source": q.source, "prompt": q.prompt, "wanted": q.wanted, "answer": text} for q, text in every]
 
@@ -175,6 +182,19 @@ def _recalls(name: str, lists: Sequence[list[Item]], questions: list[Question]) 
     return {f"{name}_{k}": [(recall_at(items, question.targets, k), 1.0) for items, question in pairs] for k in KS}
 
 
-def _most_purchased(data: Path) -> list[Item]:
-    rows = pq.read_table(data / "catalogue.parquet", columns=["sid", "popularity"]).to_pylist()
-    return [tuple(row["sid"]) for row in sorted(rows, key=lambda row: -row["popularity"])]
+def _most_purchased(data: Path) -> list[tuple[Item, str]]:
+    """All items with their titles, the most purchased ones first."""
+    rows = pq.read_table(data / "catalogue.parquet", columns=["sid", "caption", "popularity"]).to_pylist()
+    return [(tuple(row["sid"]), row["caption"]) for row in sorted(rows, key=lambda row: -row["popularity"])]
+
+
+def _usual_next(data: Path, questions: list[Question], popular: list[Item]) -> list[list[Item]]:
+    """For each user what followed the last item most often in the training rows, then the most purchased items."""
+    after = defaultdict[Item, Counter[Item]](Counter)
+    table = pq.read_table(data / "rec_train.parquet", columns=["source", "messages"])
+    for source, messages in zip(*(column.to_pylist() for column in table.columns), strict=True):
+        bought = items_in(messages) if source == NEXT else []
+        for item, following in pairwise(bought):
+            after[item][following] += 1
+    ranked = ([item for item, _ in after[items_in(q.prompt)[-1]].most_common()] for q in questions)
+    return [list(dict.fromkeys([*items, *popular])) for items in ranked]

@@ -202,3 +202,7 @@ def test_every_fourth_batch_is_of_items_alone() -> None:
     assert all(len(batch["source"]) == 8 for batch in batches)
     first = [int(number) for batch in batches[:7] if "rec_next" in batch["source"] for number in batch["number"]]
     assert len(first) == len(set(first)) > 0, "no row comes again before the others"
+    again = PromptStream(rows, config)  # type: ignore[arg-type]
+    TWEAKS["alternate"](SimpleNamespace(prompts=again))
+    again.load_state_dict({**prompts.state_dict(), "epoch": 0, "batches": 5})
+    assert [list(batch["number"]) for batch in islice(again.batches(), 2)] == [list(b["number"]) for b in batches[5:7]]

@@ -36,6 +36,7 @@ from verl.utils.console import program_name
 from verl.utils.timing import marked_timer
 
 PHASES = 6
+OWN_KEYS = ("trainer.default_local_dir", "trainer.save_freq", "actor_rollout_ref.actor.checkpoint.save_contents")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -77,6 +78,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.steps = STEPS[args.objective] if args.steps is None else args.steps
     if args.steps < 1:
         parser.error(f"--steps {args.steps} must be at least 1")
+    if taken := [text for text in args.overrides if text.lstrip("+").startswith(OWN_KEYS)]:
+        parser.error(f"{' '.join(taken)}: the quickstart finds its checkpoints by these; leave them as they are")
     return args
 
 
@@ -102,6 +105,8 @@ def experiment(args: argparse.Namespace, out: Path) -> Path:
     method = args.objective if args.mode == MASKED else args.mode
     method = method if args.rehearsal == REAL else f"{method}-{args.rehearsal}"
     results = out if method == EXACT else out / method
+    if any(results.glob("run/*")) and not (results / "run" / "config.yaml").is_file():
+        raise ValueError(f"{results / 'run'}, which a new run replaces, holds something else; name another --out")
     asked = {"max_prompt_length": MAX_PROMPT_TOKENS, "max_new_tokens": MAX_ANSWER_TOKENS, "seed": seed}
     asked["rollout"] = {"cpu_kvcache_space_gb": 0.25}
     phase, total = Phases(), dict[str, float]()

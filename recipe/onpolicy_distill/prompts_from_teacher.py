@@ -206,7 +206,7 @@ async def sample_prompts(config: PromptsConfig, turn: UserTurn, tokenizer: "PreT
     sizes = {"prompt_length": len(turn.prompt_ids), "response_length": config.max_new_tokens}
     settings: dict[str, Any] = {"name": config.engine, "gpu_memory_utilization": 0.8, **sizes, **(config.rollout or {})}
     rollout, prompts = RolloutConfig(**settings), PromptFilter(config, turn, tokenizer)
-    replica = get_replica_class(rollout.name)(rollout, HFModelConfig(path=config.model), device=get_device_name())
+    replica = get_replica_class(rollout.name)(rollout, HFModelConfig(path=config.model), 0, get_device_name())
     sampling: dict[str, Any] = {"temperature": config.temperature, "top_p": config.top_p, "top_k": -1}
     sampling |= {"max_tokens": config.max_new_tokens, "stop_token_ids": turn.end_ids}
     seed, start, end = config.seed * SEED_STEP, 0, config.max_samples or 10 * config.count

@@ -50,7 +50,7 @@ class LocalReplica:
 
     def __init__(self, config: RolloutConfig, model_config: HFModelConfig) -> None:
         self._loop = asyncio.new_event_loop()
-        self.replica = get_replica_class(config.name)(config, model_config)
+        self.replica = get_replica_class(config.name)(config, model_config, 0, "cpu")
         self._loop.run_until_complete(self.replica.launch())
 
     def run(self, function: Callable[..., Awaitable[Any]], *arguments: Any) -> Any:

@@ -189,7 +189,7 @@ def model(tmp_path: Path) -> Path:
 @pytest.fixture
 def read(tiny_tokenizers: tuple[Path, Path], model: Path) -> Callable[..., ModelVocabulary]:
     """Reads the files of a model whose tokenizer lies elsewhere and ends answers at END."""
-    return lambda name=model, **changes: read_vocabulary("student", str(name), str(tiny_tokenizers[1]), **changes)
+    return lambda name=model, own=None: read_vocabulary("student", str(name), str(tiny_tokenizers[1]), False, own)
 
 
 def save_rows(path: Path, **rows: int) -> None:
@@ -213,7 +213,7 @@ def test_models_that_say_little(model: Path, read: Callable[..., ModelVocabulary
     assert (read().rows, read().notes) == (12, [note])
     write_json(model / "config.json", {"text_config": {"vocab_size": 7}})
     assert read().rows == 7
-    assert read(overrides={"vocab_size": 9, "eos_token_id": [1, 2]}).end_ids == (END, 1, 2)
+    assert read(own={"vocab_size": 9, "eos_token_id": [1, 2]}).end_ids == (END, 1, 2)
     assert (read("owner/name").rows, read("owner/name").end_ids) == (None, (END,))
 
 
@@ -256,6 +256,8 @@ def test_a_threshold_for_a_command(pair: Folders) -> None:
     assert resolve_threshold("auto", str(pair.student), str(pair.teacher)) == 329
     assert resolve_threshold("auto", str(pair.student), str(pair.student)) is None
     assert (resolve_threshold(7, "none", None), resolve_threshold(None, "none", None)) == (7, None)
+    with pytest.raises(ValueError, match="from 329 on; give --extend-vocab-start-token 329"):
+        resolve_threshold(None, str(pair.student), str(pair.teacher))
     with pytest.raises(ValueError, match="name the teacher's with --teacher"):
         resolve_threshold("auto", str(pair.student), None)
     next(iter(BROKEN.values()))(pair)

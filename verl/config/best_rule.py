@@ -15,7 +15,6 @@ In: the text, and the metrics of validations by name. Out: values, comparisons, 
 """
 
 import math
-import operator
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -27,8 +26,6 @@ KEEP_FORM = "NAME >= X [of step 0] [by GROUP]"
 _OBJECTIVE = re.compile(r"(?P<name>[^\s<>=]+)(?:\s+(?P<direction>max|min))?")
 _NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 _BOUND = re.compile(rf"(?P<name>[^\s<>=]+)\s*(?P<sign>>=|<=)\s*(?P<factor>{_NUMBER})(?P<start>\s+of\s+step\s+0)?")
-
-COMPARISONS = {">=": operator.ge, "<=": operator.le}
 
 Metrics = Mapping[str, float]
 
@@ -75,7 +72,7 @@ class Bound:
 
     def is_met(self, metrics: Metrics, start: Metrics) -> bool:
         """Whether a step keeps the bound."""
-        return COMPARISONS[self.sign](metric_value(metrics, self.name), self.value(start))
+        return self.violation(metrics, start) <= 0
 
     def violation(self, metrics: Metrics, start: Metrics) -> float:
         """By how much a step misses the bound, as a share of it; negative where it keeps it, NaN without the metric."""

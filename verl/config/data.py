@@ -58,13 +58,9 @@ class SyntheticItemPromptsConfig:
     def __post_init__(self) -> None:
         key = "data.synthetic_item_prompts"
         if self.min_history > self.max_history:
-            raise ValueError(
-                f"{key}.min_history={self.min_history} is above {key}.max_history={self.max_history}; swap them"
-            )
+            raise ValueError(f"{key}.min_history={self.min_history} is above max_history={self.max_history}; swap them")
         if self.count and not self.templates:
-            raise ValueError(
-                f"{key}.count={self.count} needs {key}.templates, such as {{next: {{user: '{{history}}'}}}}"
-            )
+            raise ValueError(f"{key}.count={self.count} needs {key}.templates, like {{next: {{user: '{{history}}'}}}}")
         for name, template in self.templates.items():
             if not any(placeholder in template.user for placeholder in PLACEHOLDERS):
                 raise ValueError(

@@ -82,9 +82,7 @@ class AnyTeacherConfig:
     @property
     def own_prompt(self) -> list[str]:
         """The settings by which it reads another prompt than the student."""
-        return [
-            name for name in ("system_prompt", "system_prompt_column", "item_text") if getattr(self, name) is not None
-        ]
+        return list(changed(self, "system_prompt", "system_prompt_column", "item_text"))
 
 
 @section("actor_rollout_ref.ref.model")

@@ -356,12 +356,7 @@ FullLogProbs = LinearLogProbs | StitchedLogProbs
 
 
 def score_tokens(
-    teacher: FullLogProbs,
-    labels: torch.Tensor,
-    missing: float,
-    *,
-    topk: int | None = None,
-    chunk_bytes: int | None = None,
+    teacher: FullLogProbs, labels: torch.Tensor, missing: float, topk: int | None = None, chunk_bytes: int | None = None
 ) -> tuple[torch.Tensor, TopLogProbs | None]:
     """Score the tokens that were drawn, and find the likeliest ids.
 

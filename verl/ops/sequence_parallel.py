@@ -96,18 +96,16 @@ def over_heads(attention: Attention) -> Attention:
             return attention(module, query, key, value, attention_mask, *args, **options)
         size, copies = sequence_group.size, max(1, sequence_group.size // key.shape[1])
 
-        def whole_rows(heads: torch.Tensor) -> torch.Tensor:
-            """(1, H, n, d) to (1, H / ranks, N, d)."""
-            each = [heads.shape[1] // size] * size
-            parts = sequence_group.exchange(heads[0], each, each)
+        def change_places(tensor: torch.Tensor) -> torch.Tensor:
+            """(1, H, n, d) to (1, H / ranks, N, d), and (1, N, H / ranks, d) to (1, n, H, d)."""
+            each = [tensor.shape[1] // size] * size
+            parts = sequence_group.exchange(tensor[0], each, each)  # by the rank that they come from
             return parts.unflatten(0, (size, -1)).transpose(0, 1).flatten(1, 2)[None]
 
         if copies > 1:
             key, value = (heads.repeat_interleave(copies, dim=1) for heads in (key, value))
-        tensors = map(whole_rows, (query, key, value))
+        tensors = map(change_places, (query, key, value))
         output, _ = attention(module, *tensors, attention_mask, *args, **options)
-        each = [query.shape[2]] * size
-        parts = sequence_group.exchange(output[0], each, each)  # (N, H / ranks, d), by the rank of the heads
-        return parts.unflatten(0, (size, -1)).transpose(0, 1).flatten(1, 2)[None], None
+        return change_places(output), None
 
     return of_tokens

@@ -94,11 +94,7 @@ class ModelVocabulary:
 
 
 def read_vocabulary(
-    role: str,
-    model: str,
-    tokenizer_path: str | None = None,
-    trust_remote_code: bool = False,
-    overrides: Mapping[str, Any] | None = None,
+    role: str, model: str, tokenizer_path: str | None, trust_remote_code: bool, overrides: Mapping[str, Any] | None
 ) -> ModelVocabulary:
     """Load a tokenizer and look into a model's files.
 

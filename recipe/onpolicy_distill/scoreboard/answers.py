@@ -36,7 +36,7 @@ class Answerer:
             # request of a ranking would compute its prompt anew.
             options = {"block_size": self.block_tokens, **rollout.engine_kwargs.get("vllm", {})}
             rollout = replace(rollout, engine_kwargs={**rollout.engine_kwargs, "vllm": options})
-        self._replica = get_replica_class(rollout.name)(rollout, HFModelConfig(path=model), device=device)
+        self._replica = get_replica_class(rollout.name)(rollout, HFModelConfig(path=model), 0, device)
         self.requests = 0
         """Requests made so far."""
 

@@ -48,7 +48,7 @@ def test_a_step_clips_to_the_largest_norm() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     before = model.weight.detach().clone()
     model.weight.grad = torch.tensor([[3.0, 4.0]])
-    assert clipped_step(model, optimizer, max_norm=1.0, loss=0.5) == (pytest.approx(5.0), True)
+    assert clipped_step(model, optimizer, max_norm=1.0, loss=0.5, extended_rows=None) == (pytest.approx(5.0), True)
     torch.testing.assert_close(before - model.weight.detach(), torch.tensor([[0.6, 0.8]]))
     assert model.weight.grad is None
 
@@ -58,9 +58,9 @@ def test_a_gradient_or_a_loss_that_is_not_finite_changes_nothing(gradient: float
     model = nn.Linear(2, 1, bias=False)
     optimizer = build_optimizer(model, OptimizerConfig())
     model.weight.grad = torch.tensor([[3.0, 4.0]])
-    assert clipped_step(model, optimizer, max_norm=1.0, loss=0.5)[1]
+    assert clipped_step(model, optimizer, max_norm=1.0, loss=0.5, extended_rows=None)[1]
     before = copy.deepcopy((model.state_dict(), optimizer.state_dict()["state"]))
     model.weight.grad = torch.tensor([[gradient, 4.0]])
-    assert not clipped_step(model, optimizer, max_norm=1.0, loss=loss)[1]
+    assert not clipped_step(model, optimizer, max_norm=1.0, loss=loss, extended_rows=None)[1]
     torch.testing.assert_close((model.state_dict(), optimizer.state_dict()["state"]), before, rtol=0, atol=0)
     assert model.weight.grad is None

@@ -122,7 +122,7 @@ def test_a_config_is_overridden_and_has_no_dropout(student_model: Path, tmp_path
 
 @pytest.mark.parametrize("name", ["flash_attention_2", PACKED_VARLEN])
 def test_flash_kernels_get_the_row_boundaries_in_their_form(name: str, student_model: Path) -> None:
-    model = TokenStatsModel(load_plain(student_model))
+    model = TokenStatsModel(load_plain(student_model), packed=True)
     assert model._row_boundaries(None) == {}
     model.causal_lm.config._attn_implementation = name
     arguments = model._row_boundaries((3, 1, 4))

@@ -20,7 +20,7 @@ PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14], [15, 16]]
 async def replica(tiny_tokenizers: tuple[Path, Path], tmp_path: Path) -> AsyncIterator[HFReplica]:
     save_tiny_model(tmp_path, tiny_tokenizers[1], tied=True)
     config = RolloutConfig(name="hf", prompt_length=16, response_length=12, dtype="float32")
-    made = HFReplica(config, HFModelConfig(path=str(tmp_path)))
+    made = HFReplica(config, HFModelConfig(path=str(tmp_path)), 0, "cpu")
     await made.launch()
     yield made
     await made.shutdown()

@@ -90,11 +90,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
 
 
 def clipped_step(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    max_norm: float,
-    loss: float,
-    extended_rows: ExtendedRows | None = None,
+    model: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float, loss: float, extended_rows: ExtendedRows | None
 ) -> tuple[float, bool]:
     """Clip the gradient to ``max_norm``, take the step, drop the gradient. Every rank returns the same.
 

@@ -73,43 +73,40 @@ class MicroLoss(NamedTuple):
     and None of it where the batch has ``old_log_probs``."""
 
 
+@dataclasses.dataclass(eq=False)
 class MiniBatchLoss:
-    """Loss of the micro-batches of one mini-batch. Every rank must construct it: counts are summed over ranks.
+    """Loss of the micro-batches of one mini-batch. Every rank must construct it: counts are summed over ranks."""
 
-    Args:
-        mini: M rows with ``input_ids``, ``attention_mask``, ``response_mask``; the keys of ``POLICY_TENSORS`` for a
-            policy loss, without ``old_log_probs`` where the policy is still the one that wrote; ``teacher`` (M,), an
-            index into ``teachers``, where there are several; and ``meta_info["temperature"]``.
-        config: the actor's settings.
-        vocabulary: the student's.
-        device: where the models compute.
-        distill: the objective.
-        teachers: of a divergence objective.
-        advantage_part: is added to ``advantages``, if any, where ``old_log_probs`` are not there.
-    """
+    mini: DataProto
+    """M rows with ``input_ids``, ``attention_mask``, ``response_mask``; the keys of ``POLICY_TENSORS`` for a policy
+    loss, without ``old_log_probs`` where the policy is still the one that wrote; ``teacher`` (M,), an index into
+    ``teachers``, where there are several; and ``meta_info["temperature"]``."""
+    config: FSDPActorConfig
+    """The actor's settings."""
+    vocabulary: Vocabulary
+    """The student's."""
+    device: torch.device
+    """Where the models compute."""
+    distill: DistillConfig
+    """The objective."""
+    teachers: Sequence[WeightedTeacher]
+    """Of a divergence objective."""
+    advantage_part: Advantage | None
+    """Is added to ``advantages``, if any, where ``old_log_probs`` are not there."""
 
-    def __init__(
-        self,
-        mini: DataProto,
-        config: FSDPActorConfig,
-        vocabulary: Vocabulary,
-        device: torch.device,
-        distill: DistillConfig,
-        teachers: Sequence[WeightedTeacher],
-        advantage_part: Advantage | None = None,
-    ) -> None:
-        self.trained = mini.tensor("response_mask").bool()
+    def __post_init__(self) -> None:
+        self.trained = self.mini.tensor("response_mask").bool()
         """(M, R) positions that are scored and trained, on the CPU."""
-        self.teacher_lengths = torch.zeros(len(mini), dtype=torch.int64)
+        self.teacher_lengths = torch.zeros(len(self.mini), dtype=torch.int64)
         """(M,) input tokens that teachers of this process read of each row."""
         self._parts: list[tuple[float, PolicyLoss | DivergenceLoss]] = []
-        if distill.has_policy_loss:
-            self._parts.append((1.0, PolicyLoss(mini, config, vocabulary, device, distill, advantage_part)))
-        if distill.is_divergence:
-            divergence = DivergenceLoss(mini, config, vocabulary, device, distill, teachers)
+        if self.distill.has_policy_loss:
+            self._parts.append((1.0, PolicyLoss(self)))
+        if self.distill.is_divergence:
+            divergence = DivergenceLoss(self)
             self.teacher_lengths = divergence.lengths
             # Without a coef distillation stands alone; where a reward is learned from, `config.ppo` refuses 0.
-            self._parts.append((distill.coef or 1.0, divergence))
+            self._parts.append((self.distill.coef or 1.0, divergence))
         self.is_empty = int(self._parts[0][1].counts[0]) == 0
         """Whether no rank has a trained token in this mini-batch."""
 
@@ -150,30 +147,23 @@ def _over_ranks(counts: list[torch.Tensor], device: torch.device, config: FSDPAc
 
 
 class PolicyLoss:
-    """Clipped policy loss, with entropy and KL terms where they are on; arguments as in `MiniBatchLoss`."""
+    """Clipped policy loss, with entropy and KL terms where they are on."""
 
-    def __init__(
-        self,
-        mini: DataProto,
-        config: FSDPActorConfig,
-        vocabulary: Vocabulary,
-        device: torch.device,
-        distill: DistillConfig,
-        advantage_part: Advantage | None,
-    ) -> None:
+    def __init__(self, whole: MiniBatchLoss) -> None:
+        mini, config, vocabulary, distill = whole.mini, whole.config, whole.vocabulary, whole.distill
         self._config, self._temperature = config, mini.meta_info["temperature"]
         scored = "old_log_probs" in mini.batch
         self._gives_scores = not scored and not distill.is_divergence  # beside a divergence, that gives them
-        self._advantage_part = None if scored else advantage_part
+        self._advantage_part = None if scored else whole.advantage_part
         mini.require("advantages" if self._advantage_part is None else "ref_log_prob")
         # Without its extension, unless the mass on item tokens is to be measured: it is no part of this loss.
         self._vocabulary = vocabulary if self._gives_scores else Vocabulary(vocabulary.ids)
         keys = [key for key in (*POLICY_TENSORS, "teacher") if key in mini.batch]
-        self._tensors = {key: mini.tensor(key).to(device) for key in keys}
+        self._tensors = {key: mini.tensor(key).to(whole.device) for key in keys}
         self._trained = self._known = mini.tensor("response_mask").bool()
         if config.use_kl_loss:
             self._known = self._trained & (mini.tensor("ref_log_prob") != config.ref_log_prob_replace_val)
-        self.counts = _over_ranks([*count_trained(self._trained), *count_trained(self._known)], device, config)
+        self.counts = _over_ranks([*count_trained(self._trained), *count_trained(self._known)], whole.device, config)
         """Trained tokens, rows with at least one, and the same of those that the reference knows; over all ranks."""
 
     def head(self, micro: MicroBatch) -> Head:
@@ -209,18 +199,10 @@ class PolicyLoss:
         if self._advantage_part is not None:
             data = DataProto.from_dict({**given, "response_mask": mask})
             given["advantages"] = given.get("advantages", 0.0) + self._advantage_part(data)
+        old, advantages, weights = given["old_log_probs"], given["advantages"], given.get("rollout_is_weights")
+        of_all = (*self.counts[:2], mask.sum(-1))
         loss, metrics = compute_policy_loss_vanilla(
-            given["old_log_probs"],
-            log_prob,
-            given["advantages"],
-            own,
-            config.loss_agg_mode,
-            config,
-            given.get("rollout_is_weights"),
-            dist.get_world_size(),
-            self.counts[0],
-            self.counts[1],
-            mask.sum(-1),
+            old, log_prob, advantages, own, config.loss_agg_mode, config, weights, dist.get_world_size(), *of_all
         )
         metrics["actor/pg_loss"] = loss.detach()
         if config.entropy_coeff != 0:
@@ -241,20 +223,13 @@ class PolicyLoss:
 
 
 class DivergenceLoss:
-    """Divergence from the teachers, each row from its own; arguments as in `MiniBatchLoss`."""
+    """Divergence from the teachers, each row from its own."""
 
-    def __init__(
-        self,
-        mini: DataProto,
-        config: FSDPActorConfig,
-        vocabulary: Vocabulary,
-        device: torch.device,
-        distill: DistillConfig,
-        teachers: Sequence[WeightedTeacher],
-    ) -> None:
-        self._mini, self._vocabulary, self._device = mini, vocabulary, device
+    def __init__(self, whole: MiniBatchLoss) -> None:
+        mini, config, vocabulary, distill = whole.mini, whole.config, whole.vocabulary, whole.distill
+        self._mini, self._vocabulary, self._device = mini, vocabulary, whole.device
         self._trained, self._temperature = mini.tensor("response_mask").bool(), mini.meta_info["temperature"]
-        self._teachers = [teacher for teacher, _ in teachers]
+        self._teachers = [teacher for teacher, _ in whole.teachers]
         kind, missing = DIVERGENCE_OF[distill.objective], config.ref_log_prob_replace_val
         settings = {name: getattr(distill, name) for name in ("beta", "support", "leak_coef", "leak_target")}
         options = DivergenceOptions(kind, temperature=self._temperature, missing_log_prob=missing, **settings)
@@ -271,7 +246,7 @@ class DivergenceLoss:
             shared = torch.tensor([options.support == SHARED for options in self._options])[self._teacher_of]
             drawn = mini.tensor("input_ids")[:, -self._trained.shape[1] :]
             self._in_support = self._trained & (~shared[:, None] | (drawn < vocabulary.extend_start))
-        self.counts = _over_ranks([*count_trained(self._trained), self._in_support.sum()], device, config)
+        self.counts = _over_ranks([*count_trained(self._trained), self._in_support.sum()], whole.device, config)
         """Trained tokens, rows with at least one, and trained tokens inside the support; over all ranks."""
         is_reverse_kl = options.kind == REVERSE_KL
         # Times the number of ranks, as the losses: metrics are averaged over ranks at the end.
@@ -281,7 +256,8 @@ class DivergenceLoss:
         total = agg_loss(losses, self._trained, config.loss_agg_mode, dist.get_world_size(), *self.counts[:2].cpu())
         self._token_share = torch.autograd.grad(total, losses)[0]
         # (M, R) times (M, 1), the weight of each row's teacher.
-        self._token_weights = self._token_share * torch.tensor([w for _, w in teachers])[self._teacher_of][:, None]
+        weights = torch.tensor([weight for _, weight in whole.teachers])[self._teacher_of]
+        self._token_weights = self._token_share * weights[:, None]
 
     def head(self, micro: MicroBatch) -> Head:
         """Run the teachers; what the student computes of a micro-batch: its divergence from them."""

@@ -46,9 +46,8 @@ class _Matrix(NamedTuple):
     def squares(self, begin: int, end: int) -> torch.Tensor:
         """(2,) float64: sums of the squares of what rows ``begin`` to ``end`` moved by, and of their start."""
         sums = torch.zeros(2, dtype=torch.float64, device=self.rows.device)
-        for now, start in zip(
-            self.rows[begin:end].split(ROWS_AT_ONCE), self.start[begin:end].split(ROWS_AT_ONCE), strict=True
-        ):
+        parts = (rows[begin:end].split(ROWS_AT_ONCE) for rows in (self.rows, self.start))
+        for now, start in zip(*parts, strict=True):
             before = start.to(now.device).float()
             moved = now.float() - before
             sums += torch.stack([part.square().sum(dtype=torch.float64) for part in (moved, before)])
@@ -70,9 +69,7 @@ class ExtendedRows:
         ValueError: the model has no row of an extended id.
     """
 
-    def __init__(
-        self, module: TokenStatsModel, extend_start: int, frozen: bool = False, only_extended: bool = False
-    ) -> None:
+    def __init__(self, module: TokenStatsModel, extend_start: int, frozen: bool, only_extended: bool) -> None:
         ends = (module.causal_lm.get_input_embeddings(), module.causal_lm.get_output_embeddings())
         # One where they are tied; none where an adapter alone is trained.
         weights = dict.fromkeys(end.weight for end in ends if end.weight.requires_grad)

@@ -254,11 +254,7 @@ class TokenStatsModel(nn.Module):
     """
 
     def __init__(
-        self,
-        causal_lm: PreTrainedModel,
-        packed: bool = True,
-        offload_activations: bool = False,
-        group: SequenceGroup = ALONE,
+        self, causal_lm: PreTrainedModel, packed: bool, offload_activations: bool = False, group: SequenceGroup = ALONE
     ) -> None:
         super().__init__()
         head, config = causal_lm.get_output_embeddings(), causal_lm.config
@@ -275,9 +271,7 @@ class TokenStatsModel(nn.Module):
                 "log-probs are computed here from one matrix product; take another model"
             )
         self.causal_lm: PreTrainedModel = causal_lm
-        self.packed: bool = packed
-        self.offload_activations: bool = offload_activations
-        self.group: SequenceGroup = group
+        self.packed, self.offload_activations, self.group = packed, offload_activations, group
         # Cohere multiplies its logits, Granite divides them.
         self._scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
 

@@ -53,6 +53,7 @@ find_python() {
         PYTHON="$("${CONDA_EXE:-conda}" run -n "$CONDA_ENV_NAME" python -c 'import sys; print(sys.executable)')" ||
             die "conda has no environment $CONDA_ENV_NAME with a Python (CONDA_ENV_NAME; CONDA_EXE names conda itself)"
     fi
+    CHOSEN="${PYTHON:-}"
     PYTHON="${PYTHON:-python3}"
     command -v "$PYTHON" >/dev/null || die "no $PYTHON here; install Python 3.11 or newer, or set PYTHON"
     "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
@@ -64,6 +65,9 @@ create_venv() {
         say "creating $ENV_DIR with $("$PYTHON" --version)"
         echo unfinished >"$STAMP"
         "$PYTHON" -m venv "$ENV_DIR" || die "$PYTHON cannot create an environment; is its venv module installed?"
+    elif [[ -n "$CHOSEN" && "$("$ENV_DIR/bin/python" --version)" != "$("$PYTHON" --version)" ]]; then
+        die "$ENV_DIR has $("$ENV_DIR/bin/python" --version), and $PYTHON is $("$PYTHON" --version); remove $ENV_DIR" \
+            "first, or leave out PYTHON and CONDA_ENV_NAME"
     fi
 }
 
@@ -148,14 +152,17 @@ deploy_here() {
 
 # This folder to the same path on one host; what is only there stays, except below the folders of the package.
 copy_to() {
-    local target="${HOST_TARGETS[$1]}" SSH_COMMAND=() shell
+    local target="${HOST_TARGETS[$1]}" SSH_COMMAND=() shell folder exact=()
+    for folder in benchmarks docs examples experiments recipe requirements scripts tests verl; do
+        exact+=(--filter "R /$folder/***")
+    done
     [[ -n "$target" ]] || { echo "this is the machine that holds $ROOT"; return 0; }
     ssh_command "$1"
     shell="$(printf "'%s' " "${SSH_COMMAND[@]}")"
     [[ "${target#*@}" != *:* ]] || target="${target%"${target#*@}"}[${target#*@}]"
-    local command=(rsync --archive --protect-args --mkpath --delete --filter 'P /*' --exclude .git --exclude __pycache__
-        --exclude '.*_cache' --exclude /.venv --exclude /outputs --exclude "/${ENV_DIR#"$ROOT/"}" --rsh "$shell"
-        "$ROOT/" "$target:$ROOT/")
+    local command=(rsync --archive --protect-args --mkpath --delete "${exact[@]}" --filter 'P *' --exclude .git
+        --exclude __pycache__ --exclude '.*_cache' --exclude /.venv --exclude /outputs --exclude /checkpoints
+        --exclude /wandb --exclude "/${ENV_DIR#"$ROOT/"}" --rsh "$shell" "$ROOT/" "$target:$ROOT/")
     if [[ -n "$DRY_RUN" ]]; then show "$1" "${command[@]}"; else "${command[@]}"; fi
 }
 

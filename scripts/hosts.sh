@@ -13,7 +13,8 @@
 # Work goes to a host over ssh's standard input, so that nothing shows on a command line or depends on a login shell.
 
 DEFAULT_HOSTFILE=/etc/mpi/hostfile
-LOG_DIR="${LOG_DIR:-$ROOT/outputs/cluster}"
+# Clusters on ports of their own have logs of their own, for what they say is read.
+LOG_DIR="${LOG_DIR:-$ROOT/outputs/cluster${RAY_PORT:+-$RAY_PORT}}"
 DRY_RUN="${DRY_RUN:-}"
 case "${DRY_RUN,,}" in 0 | no | false | off) DRY_RUN="" ;; esac
 

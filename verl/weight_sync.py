@@ -176,8 +176,7 @@ class WeightExporter:
         self._exported: dict[int, Callable[[], None]] = {}
         """Buckets in memory, with what frees them."""
         if writes_files:
-            # A killed run leaves its bucket in memory.
-            remove_abandoned(SHARED_MEMORY, FOLDER_PREFIX)
+            remove_abandoned_buckets()
 
     def export(self, index: int) -> Bucket | None:
         """Gather a bucket and share it; all ranks together.
@@ -273,6 +272,12 @@ class WeightExporter:
         synchronize("cuda")  # engines may read at once
         self._exported[index] = tensors.clear
         return {"dtype_names": [dtype_name(self._dtype)] * len(tensors), "ipc_handles": handles}
+
+
+def remove_abandoned_buckets() -> None:
+    """Remove what killed runs of this user left, where `_bucket_folder` makes folders."""
+    for parent in (SHARED_MEMORY, Path(tempfile.gettempdir())):
+        remove_abandoned(parent, FOLDER_PREFIX)
 
 
 def _bucket_folder(num_bytes: int) -> OwnedFolder:

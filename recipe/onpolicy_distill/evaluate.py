@@ -23,6 +23,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from recipe.onpolicy_distill.options import add_options, option
@@ -120,6 +121,9 @@ def evaluate(config: EvaluationConfig) -> Evaluation:
         device, tokenizer = get_device_name(config.device), hf_tokenizer(config.model)
         trie = None if config.catalogue is None else ItemTrie(read_catalogue(config.catalogue), tokenizer)
         groups = _read(config, tokenizer)
+        wanted = {item for question in groups["ranked"] for item in question.targets}
+        if trie is not None and wanted and not any(item in trie for item in wanted):
+            raise ValueError(f"--catalogue {config.catalogue} has none of the items that the prompts of --rec want")
         answers = asyncio.run(_ask(config, groups, trie, tokenizer, device, timing))
         # In the order in which _read names the groups.
         general, ranked, rec_text = (
@@ -218,6 +222,7 @@ def _ranking_metrics(
     lists = [[item for item, _ in ranking.items] for ranking in rankings]
     return {
         **measures.ranking_metrics(lists, targets),
+        "rec_targets_in_catalogue": fmean(item in trie for items in targets for item in items),
         "rec_recall_by_task": measures.recall_by_task(lists, targets, [question.source for question in questions]),
         "rec_exact_rankings": sum(ranking.exact for ranking in rankings) / len(rankings),
         **measures.free_metrics([answer.text for answer in answered], targets, trie),
@@ -286,15 +291,17 @@ def main(argv: list[str] | None = None) -> None:
     arguments = vars(parser.parse_args(argv))
     outputs = arguments.pop("out"), arguments.pop("samples_out")
     try:
+        for path in filter(None, outputs):  # known before anything is measured
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.open("a").close()
         start = resolve_threshold(arguments.pop("extend_vocab_start_token"), arguments["model"], arguments["teacher"])
         evaluation = evaluate(EvaluationConfig(extend_vocab_start_token=start, **arguments))
-    except ValueError as error:
+    except (ValueError, RuntimeError, OSError) as error:
         sys.exit(f"error: {error}")
+    print(metrics_table(evaluation.metrics))
     for path, content in zip(outputs, (evaluation.metrics, evaluation.samples), strict=True):
         if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    print(metrics_table(evaluation.metrics))
 
 
 if __name__ == "__main__":

@@ -48,7 +48,8 @@ class RayOnPolicyDistillTrainer(RayPPOTrainer):
             self._check_teachers_have_rows()
         scored = self.val_loader if config.actor_rollout_ref.rollout.validates_policy else None
         held_out: Any = scored and scored.dataset
-        self.teacher_prompts.check(self.train_dataset, held_out, self.teachers_run_in_update)
+        if any(teacher.own_prompt for teacher in config.teachers.values()):
+            self.teacher_prompts.check(self.train_dataset, held_out, self.teachers_run_in_update)
         if self.scores_as_they_come:
             self.rollouts.score = self.begin_scores
 

@@ -104,6 +104,8 @@ def test_copying_brings_the_tree_and_leaves_what_is_only_there(cluster: Cluster)
     own = cluster.network.folder / "own checkout"
     (own / "verl").mkdir(parents=True)
     (own / "mine.txt").write_text("kept")
+    (own / ".ci").mkdir()
+    (own / ".ci" / "mine").write_text("kept in a folder that both have")
     (own / "verl" / "stale.py").write_text("")
     second, environment = cluster.hosts[1].inside(), Path(sys.prefix)
     if environment.is_relative_to(REPO):  # it stays in sight
@@ -117,7 +119,7 @@ def test_copying_brings_the_tree_and_leaves_what_is_only_there(cluster: Cluster)
     finally:
         subprocess.run([*second, "umount", "--recursive", REPO], check=True)
     assert done.returncode == 0, done.stdout
-    assert (own / "mine.txt").read_text() == "kept"
+    assert (own / "mine.txt").read_text() == "kept" and (own / ".ci" / "mine").is_file()
     assert (own / "verl" / "protocol.py").is_file() and not (own / "verl" / "stale.py").exists()
     assert not (own / ".git").exists()
 

@@ -72,6 +72,7 @@ def test_the_metrics_are_all_there(student):
         "rec_text_accuracy": {"rec_caption"},
     }
     assert {name: set(metrics[f"{name}_by_task"]) for name in tasks} == tasks
+    assert metrics["rec_targets_in_catalogue"] == 1.0
     shares = ("general_accuracy", "rec_recall", "rec_recall_at_1", "rec_pass_at_10", "free_rate", "leak_rate")
     assert all(0 <= metrics[name] <= 1 for name in shares)
     assert 0 < metrics["extend_mass"] < 0.2
@@ -177,7 +178,7 @@ def test_a_teacher_has_no_items_to_recommend(files, tiny_pair):
 
 def test_on_the_cpu_the_engine_keeps_short_beginnings(monkeypatch):
     made = []
-    monkeypatch.setattr(answers, "get_replica_class", lambda name: lambda rollout, model, device: made.append(rollout))
+    monkeypatch.setattr(answers, "get_replica_class", lambda name: lambda rollout, *_: made.append(rollout))
     for device, own in (("cpu", {}), ("cpu", {"block_size": 64}), ("cuda", {})):
         answers.Answerer("model", RolloutConfig(engine_kwargs={"vllm": own}), device)
     assert [rollout.engine_kwargs["vllm"].get("block_size") for rollout in made] == [32, 64, None]
@@ -204,6 +205,8 @@ def test_command_line(files, tiny_pair, tmp_path, capsys):
     assert metrics["rows"]["general"] == 2 and "reverse_kl" not in metrics
     assert "advantage" not in json.loads(samples.read_text())[0]["tokens"][0]
     assert "general_accuracy_by_task\n  general_copy" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"error: .*Is a directory"):
+        main([*command, "--out", str(tmp_path)])
     with pytest.raises(SystemExit, match=r"error: --temperature 0\.0 must be above 0"):
         main([*command, "--temperature", "0"])
     with pytest.raises(SystemExit, match="error: --rec and --catalogue belong together"):

@@ -104,13 +104,17 @@ def test_batches_hold_sources_in_their_shares(tmp_path: Path, stream: Any) -> No
 def test_a_position_in_a_mixture_is_an_epoch_and_a_number_of_batches(tmp_path: Path, stream: Any) -> None:
     rows = [chat(f"q{number}", source=name) for number, name in enumerate(["a"] * 40 + ["b"] * 5)]
     write_rows(tmp_path / "train.parquet", rows)
-    first, second = (stream(tmp_path, source_weights={"a": 0.75, "b": 0.25}) for _ in range(2))
-    take(first, 14)  # an epoch are 11
+    weights = {"source_weights": {"a": 0.75, "b": 0.25}}
+    first, second, steered, other = (stream(tmp_path, steered=turn == 2, **weights) for turn in range(4))
+    begin = take(first, 14)  # an epoch are 11
     state = first.state_dict()
     assert state.keys() == {"epoch", "batches", "data"}
     take(second, 5)
-    second.load_state_dict(state)
-    assert take(second, 9) == take(first, 9)
+    for later in (second, steered):  # steering may begin at a resume
+        later.load_state_dict(state)
+    assert take(second, 9) == take(steered, 9) == take(first, 9)
+    other.load_state_dict(state | {"other_files": True}, may_start_over=True)
+    assert take(other, 14) == begin, "other files with as many prompts"
 
 
 @pytest.mark.parametrize("stops", [(), (3,), (1, 11, 12)], ids=str)

@@ -7,7 +7,7 @@ from omegaconf import OmegaConf
 
 from verl.config import PPOConfig
 from verl.trainer.launch.typed import load_config, to_typed
-from verl.utils.redaction import public_dict, save_config
+from verl.utils.redaction import public_dict, redacted, save_config
 
 ENV = "ray_kwargs.ray_init.runtime_env.env_vars"
 
@@ -31,6 +31,8 @@ def test_it_holds_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     config = load_config([f"{ENV}.NCCL_DEBUG=INFO", *(f"{key}=hunter2" for key in secrets)])
     save_config(config, tmp_path / "config.yaml")
     text = (tmp_path / "config.yaml").read_text()
+    numbers = {"password": 123456, "api_key": 7, "num_key_value_heads": 8, "max_token": 9}
+    assert redacted(numbers) == numbers | {"password": "***", "api_key": "***"}
     assert "hunter2" not in text and "NCCL_DEBUG: INFO" in text
     assert "hunter2" not in str(public_dict(config))
     assert config.ray_kwargs.ray_init["runtime_env"]["env_vars"]["HF_TOKEN"] == "hunter2"

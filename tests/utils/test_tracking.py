@@ -5,6 +5,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -127,6 +128,21 @@ def test_tensorboard_skips_steps_that_are_taken_again(
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(event.step, event.value) for event in events.Scalars("loss")] == expected, "before the run ends"
     second.finish()
+
+
+def test_a_step_that_tensorboard_cannot_write_is_lost_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("TENSORBOARD_DIR", str(tmp_path))
+    tracking = track(tmp_path, "tensorboard")
+    with monkeypatch.context() as full:
+        full.setattr("torch.utils.tensorboard.SummaryWriter.flush", Mock(side_effect=OSError("No space left")))
+        tracking.log({"loss": 1.0}, 1)
+    assert "step 1 is not in TensorBoard: No space left" in caplog.text
+    tracking.log({"loss": 2.0}, 2)
+    tracking.finish()
+    files = [EventAccumulator(str(path)).Reload() for path in tmp_path.glob("events*")]
+    assert len(files) == 2 and max(file.Scalars("loss")[0].step for file in files if file.Tags()["scalars"]) == 2
 
 
 ANSWERS = [

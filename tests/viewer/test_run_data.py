@@ -148,6 +148,11 @@ def test_folders_are_found_from_where_the_run_was_started(tmp_path: Path, monkey
     assert answer_folders(run, NONE) == ({**found, "validation": run / "val"}, [])
     (run / "config.yaml").write_text(json.dumps({"trainer": config | {"default_local_dir": "/a/run"}}))
     assert answer_folders(run, NONE)[0]["training"].resolve() == elsewhere / "rollouts"
+    (run / "rollouts").mkdir()
+    for old, named in ((elsewhere, elsewhere / "rollouts"), ("old/run", "old/run/rollouts")):
+        moved = {"default_local_dir": str(old), "rollout_data_dir": str(named)}
+        (run / "config.yaml").write_text(json.dumps({"trainer": moved}))
+        assert answer_folders(run, NONE)[0] == {"training": run / "rollouts"}, "not those of a run at the old place"
     given = {"training": tmp_path / "project" / "moved", "validation": None}
     assert answer_folders(run, given)[0]["training"] == given["training"]
     with pytest.raises(ValueError, match=r"training answers, .*none, does not exist"):

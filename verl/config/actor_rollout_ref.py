@@ -10,6 +10,8 @@ from verl.config.model import AnyTeacherConfig, FSDPConfig, HFModelConfig, RefMo
 from verl.config.schema import Count, Fraction, IsListed, NonNegativeFloat, NullIsEmpty, Options, PositiveFloat, section
 
 KLEstimator = Literal["kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3"]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+LossMode = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
 CheckpointParts = Annotated[list[Literal["model", "optimizer", "extra", "hf_model"]], IsListed]
 TopP = Annotated[float, Field(gt=0, le=1)]
 # 0 means all as well; with one spelling, top_k == -1 is the whole test.
@@ -30,11 +32,11 @@ class OptimizerConfig:
     """Warm-up as a share of all optimizer steps, used where ``lr_warmup_steps`` is negative."""
     min_lr_ratio: Fraction = 0.0
     """Learning rate at the end of a ``linear`` or ``cosine`` schedule, as a share of ``lr``."""
-    weight_decay: float = 0.01
+    weight_decay: NonNegativeFloat = 0.01
     """AdamW weight decay, applied to matrices only (not to norms and biases)."""
-    betas: Annotated[tuple[float, float], IsListed] = (0.9, 0.999)
+    betas: Annotated[tuple[Beta, Beta], IsListed] = (0.9, 0.999)
     """AdamW betas."""
-    eps: float = 1e-8
+    eps: NonNegativeFloat = 1e-8
     """AdamW epsilon."""
     total_training_steps: int = -1
     """Optimizer steps of the whole run; negative: ``PPOConfig.resolve_schedule`` fills it in."""
@@ -76,9 +78,7 @@ class FSDPActorConfig:
     """Upper PPO clip bound: the ratio is held below ``1 + clip_ratio_high``."""
     clip_ratio_c: Annotated[float, Field(gt=1)] = 3.0
     """Dual clip: bound of the ratio for negative advantages, above 1."""
-    loss_agg_mode: Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"] = (
-        "token-mean"
-    )
+    loss_agg_mode: LossMode = "token-mean"
     """How token losses become one number, over the whole mini-batch and all ranks:
     ``token-mean``, ``seq-mean-token-sum``, ``seq-mean-token-mean`` or ``seq-mean-token-sum-norm``, which divides the
     second by ``data.max_response_length``."""
@@ -108,9 +108,11 @@ class FSDPActorConfig:
             self.clip_ratio_low = self.clip_ratio
         if self.clip_ratio_high is None:
             self.clip_ratio_high = self.clip_ratio
-        if self.fsdp_config.mixed_precision.param_dtype == "fp16":
-            key = "actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype"
-            raise ValueError(f"{key}=fp16 cannot be trained, which needs loss scaling; use bf16")
+        key, mixed = "actor_rollout_ref.actor.fsdp_config", self.fsdp_config.mixed_precision
+        trained = {"model_dtype": self.fsdp_config.model_dtype, "mixed_precision.param_dtype": mixed.param_dtype}
+        for name, dtype in (trained | {"mixed_precision.reduce_dtype": mixed.reduce_dtype}).items():
+            if dtype == "fp16":
+                raise ValueError(f"{key}.{name}=fp16 cannot be trained, which needs loss scaling; use bf16 or fp32")
 
 
 @section("actor_rollout_ref.ref")
@@ -254,9 +256,9 @@ class RolloutConfig:
     """Keep the engine's log-probs of the sampled tokens (``rollout_log_probs``)."""
     dtype: str = "auto"
     """Precision of the engine; ``auto``: what the actor computes in (``fsdp_config.mixed_precision.param_dtype``)."""
-    gpu_memory_utilization: float = 0.5
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.5
     """Share of each GPU's memory for the engine (CUDA)."""
-    cpu_kvcache_space_gb: float = 1.0
+    cpu_kvcache_space_gb: PositiveFloat = 1.0
     """Memory of an engine's KV cache in GiB (CPU)."""
     cpu_engines: Count = 1
     """Engines of each machine without GPUs, which split prompts and cores; two are faster for models so small that an
@@ -310,6 +312,12 @@ class RolloutConfig:
                 f"{key}.max_model_len={self.max_model_len} is below {key}.prompt_length={self.prompt_length} + "
                 f"{key}.response_length={self.response_length}; set it to null"
             )
+        least = max(self.max_num_seqs, 0 if self.enable_chunked_prefill else self.max_model_len or longest)
+        # The engine's own options may change any of these.
+        if self.name == "vllm" and self.max_num_batched_tokens < least and "vllm" not in self.engine_kwargs:
+            what = f"{key}.max_num_batched_tokens={self.max_num_batched_tokens} is below {least}"
+            why = "max_num_seqs, or with enable_chunked_prefill=False the longest sequence"
+            raise ValueError(f"{what}, which vLLM has to take at once ({why}); raise it")
         for name, most in (("start", self.horizon.start), ("end", self.horizon.end)):
             if most is not None and most > self.response_length:
                 raise ValueError(

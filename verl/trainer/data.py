@@ -131,18 +131,20 @@ class PromptStream:
         """Continue from a saved position.
 
         Args:
+            state: with ``other_files`` it belongs to other data, whatever their rows add up to.
             may_start_over: where it belongs to other data, warn and start over.
 
         Raises:
             ValueError: it belongs to other data, where it would repeat some prompts and leave others out.
         """
         difference = f"saved after {state['data']}, now {self._describe_data()}"
-        if state["data"] == self._describe_data():
+        if state["data"] == self._describe_data() and not state.get("other_files"):
             self.epoch, self._taken = state["epoch"], state["batches"]
-            if self.mixture is not None and not self._steered:
+            steered = state.get("mixture", {}) if self._steered else {}
+            if self.mixture is not None and list(steered) == list(self.mixture.state):
+                self.mixture.state = copy.deepcopy(steered)
+            elif self.mixture is not None:
                 self.mixture.move_to(self.epoch * self.batches_per_epoch + self._taken)
-            elif self.mixture is not None and list(state.get("mixture", ())) == list(self.mixture.state):
-                self.mixture.state = copy.deepcopy(state["mixture"])
         elif may_start_over:
             logger.warning("the data start over: %s", difference)
         else:

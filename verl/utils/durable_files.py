@@ -8,6 +8,7 @@ folder that can be locked is therefore abandoned, and the next process removes i
 nobody else would free.
 """
 
+import errno
 import fcntl
 import logging
 import os
@@ -56,6 +57,30 @@ def flush_tree(folder: Path) -> None:
 def file_sizes(folder: Path) -> dict[str, int]:
     """Bytes of every file below a folder, by its relative path, sorted."""
     return {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+# ------------------------------------------------------------------ folders of a process
+
+_HELD: dict[Path, int] = {}
+"""Descriptors of locked files, open until this process ends: closing any of them would give up its lock."""
+
+
+def hold_folder(folder: str | Path) -> bool:
+    """Take a folder for this process, until it ends; made where it is not there. False: another process has it.
+
+    The lock is of the kind that children do not inherit. A file system without locks refuses nobody.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    if (path := Path(folder).resolve() / ".lock") not in _HELD:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _HELD[path] = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.lockf(_HELD[path], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EACCES, errno.EAGAIN)
+    return True
 
 
 # ------------------------------------------------------------------ temporary folders

@@ -19,6 +19,8 @@ _SECRET = re.compile(
     r"(?<![A-Z0-9])(KEY|APIKEY|TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|[A-Z0-9]*CREDENTIALS?)(?![A-Z0-9])"
     r"|[A-Z0-9][^A-Z0-9]+(PASS|PWD|AUTH)[^A-Z0-9]*$"
 )
+_NEVER_A_COUNT = re.compile(r"APIKEY|SECRET|PASS(WORD|WD|PHRASE)|_KEY$")
+"""Of secret names those of which a number is a secret too; ``num_key_value_heads`` is none."""
 REDACTED = "***"
 
 
@@ -31,12 +33,13 @@ def looks_secret(name: str) -> bool:
 
 
 def redacted(value: Any, name: str = "") -> Any:
-    """A copy of nested mappings and lists with the texts of secret names replaced by ``***``."""
+    """A copy of nested mappings and lists with the texts, or numbers, of secret names replaced by ``***``."""
     if isinstance(value, dict):
         return {key: redacted(item, str(key)) for key, item in value.items()}
     if isinstance(value, list):
         return [redacted(item, name) for item in value]
-    return REDACTED if isinstance(value, str) and looks_secret(name) else value
+    is_number = type(value) in (int, float) and _NEVER_A_COUNT.search(name.upper())
+    return REDACTED if (isinstance(value, str) or is_number) and looks_secret(name) else value
 
 
 def public_dict(config: PPOConfig) -> dict[str, Any]:

@@ -11,7 +11,8 @@ import numbers
 import os
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from io import FileIO
 from pathlib import Path
@@ -142,7 +143,7 @@ class TensorboardBackend(Backend):
         from torch.utils.tensorboard import SummaryWriter
 
         self._open = partial(SummaryWriter, os.environ.get("TENSORBOARD_DIR") or str(folder / "tensorboard"))
-        self._writer = self._open()
+        self._writer: Any = self._open()
 
     def truncate_after(self, step: int | None, metrics: Metrics | None) -> None:
         """Have readers skip events of later steps; write those of the step anew where its metrics are known."""
@@ -152,21 +153,34 @@ class TensorboardBackend(Backend):
         if step is not None and metrics is not None:
             self.log(metrics, step)
 
+    @contextmanager
+    def _writing(self, step: int) -> Iterator[Any]:
+        """Give the writer, then flush, so that a run that dies keeps all steps; a full disk loses this step alone."""
+        try:
+            self._writer = self._writer or self._open()
+            yield self._writer
+            self._writer.flush()
+        except OSError as error:  # a writer that failed raises it again each time
+            logger.error("step %d is not in TensorBoard: %s", step, error)
+            self._writer = None
+
     def log(self, data: Metrics, step: int) -> None:
-        """Record one scalar a metric, and flush them, so that a run that dies keeps all steps."""
-        for name, value in data.items():
-            self._writer.add_scalar(name, value, step)
-        self._writer.flush()
+        """Record one scalar a metric."""
+        with self._writing(step) as writer:
+            for name, value in data.items():
+                writer.add_scalar(name, value, step)
 
     def log_answers(self, answers: Answers, step: int) -> None:
         """Record the answers as one text; it is shown as Markdown, in which indented lines stand as they are."""
         texts = [f"score {answer.get('score')}\n{answer['input']}{answer['output']}" for answer in answers]
         blocks = ["\n".join(f"    {line}" for line in text.splitlines()) for text in texts]
-        self._writer.add_text("val/generations", "\n\n---\n\n".join(blocks), step)
+        with self._writing(step) as writer:
+            writer.add_text("val/generations", "\n\n---\n\n".join(blocks), step)
 
     def finish(self, summary: Mapping[str, str]) -> None:
         """Write out pending events."""
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()
 
 
 class WandbBackend(Backend):

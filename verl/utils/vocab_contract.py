@@ -123,8 +123,13 @@ def resolve_threshold(given: int | str | None, student: str, teacher: str | None
     """The first extended id that a command's ``--extend-vocab-start-token`` stands for; None: there is no extension.
 
     Raises:
-        ValueError: it is ``auto``, and no teacher is named or the two do not fit together.
+        ValueError: it is ``auto``, and no teacher is named or the two do not fit together; or it is not given, and the
+            teacher lacks ids of the student.
     """
+    if given is None and teacher and (found := read_contract(student, teacher).extend_start) is not None:
+        raise ValueError(
+            f"{teacher} lacks the ids of {student} from {found} on; give --extend-vocab-start-token {found}"
+        )
     if not isinstance(given, str):
         return given
     if teacher is None:

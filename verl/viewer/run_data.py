@@ -140,13 +140,15 @@ def answer_folders(run: Path, given: Mapping[str, Path | None]) -> tuple[dict[st
 def _places(run: Path, named: Path, run_as_set: Path) -> list[Path]:
     """Where a folder of the settings may be: from where the run was started, from here, and around the run."""
     run = run.absolute()
+    # First beside the metrics, for a run that was moved, and another one at the old place.
+    moved = [run / named.relative_to(run_as_set)] if named.is_relative_to(run_as_set) else []
     if named.is_absolute():
-        return [named, run / named.name, run.parent / named.name]
+        return [*moved, named, run / named.name, run.parent / named.name]
     parts = run_as_set.parts
     started_in = (
         [run.parents[len(parts) - 1]] if not run_as_set.is_absolute() and run.parts[-len(parts) :] == parts else []
     )
-    return [place / named for place in (*started_in, Path(), run, *run.parents)]
+    return [*moved, *(place / named for place in (*started_in, Path(), run, *run.parents))]
 
 
 def _records(folder: Path) -> list[tuple[int, Path]]:

@@ -4,6 +4,7 @@ import asyncio
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 from support.agent_loop_fakes import (
     END,
@@ -271,7 +272,7 @@ class OlderTool(BaseTool):
 
     @rollout_trace_op
     async def execute(self, instance_id, parameters, **kwargs):
-        return f"{instance_id} {await self.calc_reward(instance_id)}", 0.5, {}
+        return f"{instance_id} {await self.calc_reward(instance_id)}", np.float64(0.5), {}
 
 
 async def note(tool, options):
@@ -295,6 +296,7 @@ async def test_options_of_a_row_reach_a_tool_in_the_form_it_takes(tokenizer, cre
     output, _ = await converse(tokenizer, turns, (tool, *ADD_TOOL), row={"tools_kwargs": kwargs})
     assert tool.seen == seen and "mine 0.0" in tokenizer.decode(output.response_ids)
     assert output.metrics.tool_reward == 0.5, "the call of add lacks its arguments"
+    assert type(output.metrics.tool_reward) is float, "a checkpoint reads no scalar of NumPy"
 
 
 @pytest.mark.parametrize(

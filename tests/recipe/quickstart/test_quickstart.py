@@ -48,6 +48,16 @@ def test_bad_arguments(capsys):
         with pytest.raises(SystemExit, match="2"):
             quickstart.parse_args(argv)
         assert f"{argv[0]} {argv[1]}" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        quickstart.parse_args(["trainer.save_freq=-1"])
+    assert "trainer.save_freq=-1: the quickstart finds its checkpoints" in capsys.readouterr().err
+
+
+def test_a_folder_of_something_else_is_not_replaced(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "mine").write_text("kept")
+    with pytest.raises(SystemExit, match=r"error: .*run, which a new run replaces, holds something else"):
+        quickstart.main(["--out", str(tmp_path)])
 
 
 def test_the_modes_differ_in_the_mask_and_in_what_the_teacher_reads(small_world):

@@ -70,14 +70,15 @@ def test_a_checkpoint_holds_manifest_settings_and_driver_state(tmp_path: Path) -
     assert manifest["identity"] == {"model": "m"}
     export = "actor/huggingface/model.safetensors"
     assert manifest["files"].keys() == {"actor/shard_0", "actor/shard_1", "config.yaml", "data.pt", export}
-    assert load_driver_state(step_folder(tmp_path, 4)) == DRIVER_STATE | {"metrics": {"training/failed_saves": 0.0}}
+    found = DRIVER_STATE | {"metrics": {"training/failed_saves": 0.0}, "other_files": False}
+    assert load_driver_state(step_folder(tmp_path, 4), {}) == found
 
 
 def test_a_saved_driver_state_runs_no_code(tmp_path: Path) -> None:
     save_steps(tmp_path, 4)
     torch.save({"loader": PPOConfig()}, step_folder(tmp_path, 4) / "data.pt")
     with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
-        load_driver_state(step_folder(tmp_path, 4))
+        load_driver_state(step_folder(tmp_path, 4), {})
 
 
 def test_the_newest_whole_checkpoints_stay(tmp_path: Path) -> None:
@@ -136,6 +137,9 @@ def test_an_export_may_be_moved_and_a_checkpoint_not_be_renamed(tmp_path: Path) 
     config = TrainerConfig(resume_mode="resume_path", resume_from_path=str(tmp_path))
     with pytest.raises(ValueError, match="it is not named global_step_N"):
         find_checkpoint(config)
+    unread = TrainerConfig(resume_from_path=str(tmp_path), default_local_dir=str(tmp_path / "new"))
+    with pytest.raises(ValueError, match=r"is read with trainer.resume_mode=resume_path, and .* has no checkpoint"):
+        find_checkpoint(unread)
 
 
 @pytest.mark.parametrize("step", [4, 2], ids=["a new step", "a step that is there already"])

@@ -219,6 +219,11 @@ def test_vllm_has_to_be_installed_where_it_is_used(run: list[str], monkeypatch: 
     check(*run, f"{ROLLOUT}.name=hf")
 
 
+def test_a_resume_has_to_read_weights(run: list[str]) -> None:
+    with pytest.raises(ValueError, match=r"load_contents=\['hf_model', 'extra'\] reads no weights, so a resumed run"):
+        check(*run, "actor_rollout_ref.actor.checkpoint.load_contents=[hf_model,extra]")
+
+
 def test_names_that_weights_and_biases_refuses(run: list[str]) -> None:
     wandb, long = "trainer.logger=[console,wandb]", "a" * 129
     for name in ("project_name=team/opd", "project_name=opd:v2", f"project_name={long}", f"experiment_name={long}"):
@@ -300,6 +305,7 @@ def test_what_passes(run: list[str], tmp_path: Path, files: str) -> None:
         ([VAL, f"{ROLLOUT}.val_kwargs.top_p=0.95"], "top_p=0.95 and top_k=-1: set them to"),
         ([VAL, f"{ROLLOUT}.temperature=0.7"], "temperature=1.0, top_p=1.0 and top_k=-1: set"),
         (["algorithm.adv_estimator=rloo"], f"compares the answers to one prompt, and {ROLLOUT}.n=1 gives it one"),
+        (["actor_rollout_ref.actor.fsdp_config.model_dtype=bf16"], "most steps round away; leave it at auto"),
         (BY_TOKENS, "ppo_micro_batch_size_per_gpu=2 has no effect with use_dynamic_bsz=True; set"),
         ([*GRPO, "algorithm.distill.coef=0.5"], "no teacher knows item tokens, so an answer is trained up to its"),
     ],

@@ -120,15 +120,24 @@ def test_values_become_their_declared_type(monkeypatch: pytest.MonkeyPatch, over
         ("actor_rollout_ref.rollout.oversample=0.5", "=0.5 must be greater than or equal to 1"),
         ("actor_rollout_ref.rollout.unfinished=keep", "='keep' must be 'carry' or 'drop'"),
         ("trainer.resume_mode=resume_path", "=resume_path needs trainer.resume_from_path"),
+        (f"{ROLLOUT}.gpu_memory_utilization=70", "=70 must be less than or equal to 1"),
+        (f"{ACTOR}.optim.betas=[0.9,1.0]", "=1.0 must be less than 1"),
         (f"{MODEL}.lora_rank=-1", "=-1 must be greater than or equal to 0"),
         (f"{MODEL}.lora_extended_rows=True", "=True has no effect with lora_rank=0"),
         ("actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype=fp16", "=fp16 cannot be trained"),
+        ("actor_rollout_ref.actor.fsdp_config.model_dtype=fp16", "=fp16 cannot be trained"),
         (f"{ROLLOUT}.max_model_len=100", f"=100 is below {ROLLOUT}.prompt_length=512 + "),
+        (f"{ROLLOUT}.max_num_batched_tokens=100", "=100 is below 256, which vLLM has to take at once"),
     ],
 )
 def test_a_wrong_value_is_named_with_its_key_and_what_to_write(setting: str, expected: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(setting.split('=')[0] + expected)}"):
         typed(setting)
+
+
+def test_prompts_that_are_not_split_have_to_fit_an_engine_step() -> None:
+    with pytest.raises(ValueError, match="max_num_batched_tokens=8192 is below 9512, "):
+        load_config([f"{ROLLOUT}.enable_chunked_prefill=False", "data.max_prompt_length=9000"])
 
 
 def test_activations_that_are_kept_in_host_memory_have_to_be_recomputed() -> None:

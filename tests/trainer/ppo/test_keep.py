@@ -80,6 +80,14 @@ def test_each_move_by_hand() -> None:
     assert sum(mixture.shares.values()) == pytest.approx(1.0)
 
 
+def test_a_rate_that_was_changed_counts_after_a_resume() -> None:
+    dual = {"lambda": math.log(11), "calm": 0.5, "last": 0.1}
+    saved = {"start": {"val/rec_*/reward": 0.5}, "duals": {"rec_*": dual}}
+    control, mixture = control_of({"keep": saved}, trainer__keep_rate=4)
+    control.note(10, {"val/rec_next/reward": 0.36})  # 4 x .5 x .1 for lambda, and as much beside
+    assert mixture.shares["rec_*"] == pytest.approx(share_of(math.exp(0.4) / 9))
+
+
 def test_several_groups_and_the_worst_of_several_bounds() -> None:
     keep = "['val/rec/reward >= 0.5','val/rec/reverse_kl <= 2 by rec','val/code/reward >= 0']"
     weights = "{rec: 2, code: 2, a: 4.5, b: 1.5}"

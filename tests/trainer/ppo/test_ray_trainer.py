@@ -3,6 +3,7 @@
 import math
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from support.loop_fakes import Prompts, R, make_config, make_trainer
 from recipe.onpolicy_distill.onpolicy_distill_trainer import RayOnPolicyDistillTrainer
 from verl.protocol import DataProto
 from verl.trainer.checkpoint.layout import NothingToTrain
+from verl.trainer.ppo import ray_trainer as module
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer
 from verl.utils.tracking import Tracking
 
@@ -108,13 +110,19 @@ def test_what_follows_an_item_is_masked_where_a_model_that_lacks_items_scores_it
 
 
 def test_a_run_resumes_where_it_was_saved(tmp_path: Path) -> None:
-    first, log = make_trainer(make_config(tmp_path, total_training_steps=3, save_freq=1, max_actor_ckpt_to_keep=1))
-    first.kl_controller.value = 0.25  # as an adaptive one would have set it
+    configs = [
+        make_config(tmp_path, total_training_steps=3, save_freq=1, max_actor_ckpt_to_keep=1),
+        make_config(tmp_path, total_training_steps=4),
+    ]
+    for config in configs:
+        config.algorithm.kl_ctrl.type = "adaptive"
+    first, log = make_trainer(configs[0])
+    first.kl_controller.value = 0.25
     first.fit()
     assert [entry for entry in log if entry.startswith("save")] == ["save 1", "save 2", "save 3"]
     assert [path.name for path in tmp_path.glob("global_step_*")] == ["global_step_3"]
 
-    second, log = make_trainer(make_config(tmp_path, total_training_steps=4))
+    second, log = make_trainer(configs[1])
     second.fit()
     expected = ["sleep", "ref_log_prob", "load 3", "sync", "generate"]
     assert log[:5] == expected, "loading needs the memory that an engine may hold"
@@ -125,7 +133,7 @@ def test_a_run_resumes_where_it_was_saved(tmp_path: Path) -> None:
     seen += list(second.actor_wg.updated[0].non_tensor_batch["index"])
     assert sorted(seen) == list(range(8)), "the second epoch continues with the remaining prompts"
     with pytest.raises(NothingToTrain, match=r"nothing to train: .*global_step_3 is there; .*resume_mode=disable"):
-        make_trainer(make_config(tmp_path, total_training_steps=3))
+        make_trainer(configs[0])
 
 
 def test_a_run_that_validates_alone_trains_nothing_and_leaves_the_metrics(tmp_path: Path) -> None:
@@ -206,6 +214,7 @@ def test_old_checkpoints_of_another_run_do_not_cost_a_new_run_its_own(tmp_path: 
 
 def test_data_may_be_exchanged_where_that_is_meant(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     first, _ = make_trainer(make_config(tmp_path, total_training_steps=1, save_freq=1))
+    first.kl_controller.value = 0.25  # a fixed one is as the settings have it
     first.fit()
     with pytest.raises(ValueError, match="saved after 8 prompts in batches of 4, now 12 prompts"):
         make_trainer(make_config(tmp_path, total_training_steps=2), train_dataset=Prompts(12))
@@ -213,7 +222,19 @@ def test_data_may_be_exchanged_where_that_is_meant(tmp_path: Path, caplog: pytes
     second, _ = make_trainer(config, train_dataset=Prompts(12))
     second.fit()
     assert "the data start over: saved after 8 prompts" in caplog.text
-    assert second.train_dataset.epochs == [0]
+    assert second.train_dataset.epochs == [0] and second.kl_controller.value == config.algorithm.kl_ctrl.kl_coef
+
+
+def test_other_files_of_as_many_prompts_start_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    for steps, name in enumerate(("a", "b", "b"), 1):  # the last goes on in its own files, under the same command
+        monkeypatch.setattr(module, "run_identity", lambda *_, name=name: {"data.train_files": name})
+        allowed = {"resume_allow_changed": ["data.train_files"]}
+        trainer, _ = make_trainer(make_config(tmp_path, total_training_steps=steps, save_freq=1, **allowed))
+        trainer.fit()
+        assert trainer.prompts.state_dict()["batches"] == (1, 1, 2)[steps - 1]
+    assert caplog.text.count("the data start over") == 1
 
 
 @pytest.mark.parametrize("cls", [RayOnPolicyDistillTrainer, RayPPOTrainer])
@@ -227,3 +248,14 @@ def test_every_estimator_corrects_for_the_sampler_where_asked(tmp_path: Path, cl
     expected = torch.tensor([[0.5, -0.5, 0.0]]).exp() * torch.tensor([1.0, 1.0, 0.0])
     weights = trainer.actor_wg.updated[0].batch["rollout_is_weights"]
     torch.testing.assert_close(weights, expected.expand(4, R))
+
+
+def test_every_part_is_closed_whatever_another_raises(tmp_path: Path) -> None:
+    trainer, _ = make_trainer(make_config(tmp_path))
+    engines, ranks, log = Mock(), Mock(), Mock()
+    trainer.agent_loop_manager, trainer.worker_groups, trainer.logger = engines, ranks, log
+    engines.shutdown.side_effect = OSError
+    with pytest.raises(OSError):
+        trainer.shutdown()
+    ranks.shutdown.assert_called_once()
+    log.finish.assert_called_once()

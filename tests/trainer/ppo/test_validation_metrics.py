@@ -59,12 +59,15 @@ def test_metrics_of_answers_are_means_over_the_prompts_of_a_source() -> None:
 
 
 class CountingEngines(Engines):
-    """Every response calls two tools and takes a second."""
+    """Every response calls two tools and takes a second; every batch finds weights that were just sent."""
+
+    version = 0
 
     def generate_sequences(self, prompts: DataProto) -> DataProto:
         generated = super().generate_sequences(prompts)
         calls = {"agent_loop/tool_calls": 2.0 * len(prompts), "timing_s/agent_loop/tool_calls/max": 1.0}
-        generated.meta_info["metrics"] = calls
+        self.version += 1
+        generated.meta_info |= {"metrics": calls, "weight_version": self.version}
         return generated
 
 

@@ -52,6 +52,7 @@ TEXT_CELLS = [
     ("lone surrogate in the question", user(r'"\ud83d"'), "unencodable_text"),
     ("lone surrogate in a name", user(r'"Hi", "name": "\ud83d"'), "unencodable_text"),
     ("several turns", roles("user assistant user assistant"), "user: 1 | assistant: 2 | user: 3 | => 4"),
+    ("a last question", roles("user assistant user"), "user: 1 | assistant: 2 | user: 3 | => None"),
     ("assistant alone", roles("assistant"), "no_user_turn"),
     ("role in another case", roles("System USER Assistant"), "system: 1 | user: 2 | => 3"),
     ("unknown role", asked_by('"developer"'), "unknown_role"),

@@ -103,8 +103,7 @@ def read(turns, layout):
             raise Defect("blank_user_turn" if text != "\ud83d" else "unencodable_text")
         found.append((role, text, [(call["name"], call["arguments"]) for call in calls], turn))
     if layout == "messages":
-        answers = [place for place, (role, *_) in enumerate(found) if role == "assistant"]
-        found = found[: answers[-1]] if answers else found
+        found = found[:-1] if found and found[-1][0] == "assistant" else found
     if all(role != "user" for role, *_ in found):
         raise Defect("no_user_turn")
     return found

@@ -89,4 +89,5 @@ def test_a_teachers_server() -> None:
     assert pairs["--hf-overrides"] == '{"rope_theta": 5}'
     assert "--no-enforce-eager" in words and "--enforce-eager" not in words
     words = command_line(server_options(config, TeacherConfig(engine="vllm"), limits, "cuda"))
+    assert dict(pairwise(words))["--hf-overrides"] == '{"rope_theta": 5.0}', "as the models of the run have it"
     assert words[:2] == ["--model", "model"] and "--tokenizer" not in words and "--kv-cache-memory-bytes" not in words

@@ -249,7 +249,7 @@ class AgentLoopManager:
             replica.actor.connect.remote(meeting, first) for replica, first in zip(self._replicas, firsts, strict=True)
         ]
         joined = worker_group.begin("join_channel", self.device)
-        self._wait("meet rank 0 for weights", calls)
+        self._wait("meet rank 0 for weights", calls, joined.check)
         joined()
 
     def sleep(self) -> None:

@@ -102,7 +102,7 @@ class ToolSession:
                 self._instances[call.name] = created if isinstance(created, str) else created[0]
         executed = tool.execute(self._instances[call.name], call.arguments, **self._options(call.name, "execute"))
         response, reward, _ = await self._in_time(executed)
-        self.metrics.tool_reward += reward or 0.0
+        self.metrics.tool_reward += float(reward or 0.0)  # a checkpoint reads no scalar of NumPy
         return self._shortened((response if isinstance(response, str) else response.text) or "")
 
     async def _in_time(self, task: Coroutine[Any, Any, T]) -> T:

@@ -5,6 +5,7 @@
     default_local_dir/
         latest_checkpointed_iteration.txt      step of the newest checkpoint
         best/                                  where trainer.best_metric is set (``best``)
+        .lock                                  held by the process that trains here
         global_step_N/actor/                   model and optimizer, written by the training workers
         global_step_N/data.pt                  state of the driver, such as the position in the training data
         global_step_N/config.yaml              settings of the run, without secrets
@@ -118,8 +119,8 @@ def find_checkpoint(config: TrainerConfig) -> Path | None:
     one before it.
 
     Raises:
-        ValueError: ``resume_from_path`` is not a whole checkpoint, there are checkpoints and all are damaged, or the
-            file that names the latest holds no step.
+        ValueError: ``resume_from_path`` is not a whole checkpoint, or stands there without the mode that reads it;
+            there are checkpoints and all are damaged, or the file that names the latest holds no step.
     """
     latest, candidates = Path(config.default_local_dir) / LATEST, []
     if config.resume_mode == "resume_path":
@@ -141,6 +142,9 @@ def find_checkpoint(config: TrainerConfig) -> Path | None:
             return folder
         damage.append(f"- {folder} is not whole: {', '.join(faults[:5])}")
     if not damage:
+        if config.resume_mode == "auto" and config.resume_from_path:
+            what = f"trainer.resume_from_path={config.resume_from_path} is read with trainer.resume_mode=resume_path"
+            raise ValueError(f"{what}, and {config.default_local_dir} has no checkpoint; set the mode, or leave it out")
         return None
     raise ValueError(
         f"trainer.resume_mode={config.resume_mode} finds no whole checkpoint; name one in trainer.resume_from_path, or "

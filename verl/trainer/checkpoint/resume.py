@@ -22,6 +22,7 @@ from verl.config.ppo import teacher_key
 from verl.trainer.checkpoint import layout
 from verl.utils.broken_files import read_json
 from verl.utils.dataset.parquet_files import expand_data_files, file_digest, text_digest
+from verl.utils.durable_files import hold_folder
 from verl.utils.redaction import public_dict
 from verl.utils.tokenizer import local_model_folder
 
@@ -110,15 +111,21 @@ def _digest_of_samples(files: Iterable[Path]) -> str:
 def find_resumable(config: PPOConfig, identity: dict[str, Any], total_steps: int) -> Path | None:
     """The checkpoint that the run will continue from; None: it starts afresh.
 
-    First clears what a killed run left half-written.
+    First takes the run's folder for this process, and clears what a killed run left half-written there.
 
     Raises:
         layout.NothingToTrain: the checkpoint leaves this run no step to take.
-        ValueError: the checkpoint is not whole, or belongs to another run; or what a killed run left cannot be removed.
+        ValueError: another process trains in the folder; what a killed run left cannot be removed; the checkpoint is
+            not whole, or belongs to another run.
     """
     trainer = config.trainer
     if not (trainer.val_only or trainer.check_only):  # what a run that is still going writes must not be touched
         try:
+            if not hold_folder(trainer.default_local_dir):
+                what = (
+                    f"trainer.default_local_dir={trainer.default_local_dir} is the folder of a run that still goes on"
+                )
+                raise ValueError(f"{what}; wait for its end, or give this one a folder of its own")
             layout.clear_leftovers(trainer.default_local_dir)
         except OSError as error:
             raise ValueError(
@@ -137,9 +144,13 @@ def find_resumable(config: PPOConfig, identity: dict[str, Any], total_steps: int
     return folder
 
 
-def load_driver_state(folder: Path) -> dict[str, Any]:
-    """What the trainer kept in a checkpoint: position in the data, KL weight, teacher probe, metrics of the step."""
-    return torch.load(folder / layout.DRIVER_STATE, weights_only=True)
+def load_driver_state(folder: Path, identity: dict[str, Any]) -> dict[str, Any]:
+    """What the trainer kept in a checkpoint: position in the data, KL weight, teacher probe, metrics of the step.
+
+    ``other_files`` says whether its training data were other files than those of this run's identity.
+    """
+    state, files = torch.load(folder / layout.DRIVER_STATE, weights_only=True), "data.train_files"
+    return state | {"other_files": layout.read_manifest(folder)["identity"].get(files) != identity.get(files)}
 
 
 # ------------------------------------------------------------------ comparing

@@ -292,8 +292,11 @@ def _package_errors(config: PPOConfig) -> Iterator[str]:
 
 
 def _output_errors(config: PPOConfig) -> Iterator[str]:
-    """Weights & Biases has to accept the run, and rules read metrics that a validation can give."""
-    trainer = config.trainer
+    """A resume has to read weights, Weights & Biases to accept the run, and a validation to give what rules read."""
+    trainer, parts = config.trainer, config.actor_rollout_ref.actor.checkpoint.load_contents
+    if "model" not in parts:
+        key = f"actor_rollout_ref.actor.checkpoint.load_contents={parts}"
+        yield f"{key} reads no weights, so a resumed run would begin anew at a later step; add model"
     for key, refused in (("project_name", r"[/\\#?%:]|.{129}"), ("experiment_name", ".{129}")):
         if "wandb" in trainer.logger and re.search(refused, name := getattr(trainer, key)):
             limits = "at most 128 characters, in project_name none of / \\ # ? % :"
@@ -350,6 +353,9 @@ def _notices(config: PPOConfig) -> Iterator[str]:
     if actor.use_dynamic_bsz and (rows := actor.ppo_micro_batch_size_per_gpu):
         name = "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu"
         yield f"{name}={rows} has no effect with use_dynamic_bsz=True; set that to False to have these rows per pass"
+    if actor.fsdp_config.model_dtype == "bf16" and not config.actor_rollout_ref.model.lora_rank:
+        name = "actor_rollout_ref.actor.fsdp_config.model_dtype"
+        yield f"{name}=bf16 stores weights and AdamW's moments so, and most steps round away; leave it at auto (fp32)"
     if distill.coef and rollout.extend_vocab_start_token is not None and not distill.extended_sources:
         yield (
             f"algorithm.distill.coef={distill.coef}: no teacher knows item tokens, so an answer is trained up to its "

@@ -58,8 +58,10 @@ def run(trainer: RayPPOTrainer) -> None:
     finally:
         stop.leave()
         try:
-            # Whatever shutting the trainer down raises, Ray's processes have to end.
+            # Whatever shutting the trainer down raises, the exit code stays and Ray's processes have to end.
             trainer.shutdown()
+        except Exception:
+            logger.exception("the run has ended, but not all of its parts could be closed")
         finally:
             end_session(settings.ray_timeline_dir)
             stop.restore()

@@ -266,6 +266,11 @@ class KLController:
     def __init__(self, settings: KLControlConfig) -> None:
         self.value, self._settings = settings.kl_coef, settings
 
+    def load(self, value: float) -> None:
+        """Go on from a saved weight; a fixed one is as the settings have it, which may have changed."""
+        if self._settings.type == "adaptive":
+            self.value = value
+
     def update(self, current_kl: float, n_steps: int) -> None:
         """Move the weight after ``n_steps`` (verl's name) answers with a mean KL of ``current_kl`` nats a token."""
         if self._settings.type == "adaptive":

@@ -67,10 +67,11 @@ class MixtureControl:
         self._odds = {group: weight / free for group, weight in weights.items()} if self._bounds else {}
         """Odds of each group's weight against all free groups together; of a steered group, those at the start."""
         self._duals: dict[str, dict[str, float]] = {
-            group: {"lambda": math.log(self._odds[group]) - LOWEST, "rate": self._rate, "last": 0.0}
+            group: {"lambda": math.log(self._odds[group]) - LOWEST, "calm": 1.0, "last": 0.0}
+            | saved["duals"].get(group, {})
             for group in self._bounds
-        } | saved["duals"]
-        """For each steered group: lambda, its current rate, and the last violation that was not 0."""
+        }
+        """For each steered group: lambda, the factor on its rate, and the last violation that was not 0."""
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to go on alike."""
@@ -106,8 +107,8 @@ class MixtureControl:
         """Move lambda; returns the log-odds of the share above the lowest."""
         counted = max(-LARGEST, min(LARGEST, violation))
         if counted * dual["last"] < 0:
-            dual["rate"] = max(dual["rate"] * CALMER, self._rate * CALMEST)
+            dual["calm"] = max(dual["calm"] * CALMER, CALMEST)
         dual["last"] = counted or dual["last"]
-        change, most = dual["rate"] * counted, HIGHEST - LOWEST
+        change, most = self._rate * dual["calm"] * counted, HIGHEST - LOWEST
         dual["lambda"] = max(0.0, min(most, dual["lambda"] + change))
         return max(0.0, min(most, dual["lambda"] + change))

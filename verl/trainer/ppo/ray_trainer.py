@@ -13,6 +13,7 @@ Workers compute on models (``workers``), engines generate (``agent_loop``). B se
 
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -82,17 +83,16 @@ class RayPPOTrainer:
         self.prompts = PromptStream(train_dataset, config.data, steered=bool(config.trainer.keep))
         self.val_loader = build_val_loader(val_dataset, config.data) if val_dataset is not None else None
         self.kl_controller = get_kl_controller(config.algorithm.kl_ctrl)
-        self.stage_metrics: Metrics = {}
-        self.global_steps = 0
-        all_epochs = self.prompts.batches_per_epoch * config.trainer.total_epochs
-        self.total_steps = config.trainer.total_training_steps or all_epochs
+        self.global_steps, self.stage_metrics = 0, Metrics()
+        epochs = config.trainer.total_epochs
+        self.total_steps = config.trainer.total_training_steps or self.prompts.batches_per_epoch * epochs
         """Steps of the whole run."""
         config.resolve_schedule(self.total_steps)
         if self.uses_reward and reward_fn is None:
             raise ValueError(f"{type(self).__name__} learns from a task reward and none is given; give a reward_fn")
         self.worker_groups, identity = WorkerGroups(config, self.roles), run_identity(config, vocab_fingerprint)
         self.resume_from = find_resumable(config, identity, self.total_steps)
-        self.driver_state = load_driver_state(self.resume_from) if self.resume_from else {}
+        self.driver_state = load_driver_state(self.resume_from, identity) if self.resume_from else {}
         if self.driver_state:
             self.prompts.load_state_dict(self.driver_state, config.trainer.data_may_change)
         self.timeline = Timeline(config.trainer.timeline_file)
@@ -304,12 +304,14 @@ class RayPPOTrainer:
         Metrics of the stages are ``val_<family>/<name>``; below ``val/`` they could be taken for those of a source.
         """
         assert self.val_loader is not None
-        answers, stages, timing = [], [], dict[str, float]()
+        answers, stages, timing = list[DataProto](), [], dict[str, float]()
         with marked_timer("testing", timing, self.timeline):
             for rows in tqdm(self.val_loader, desc="validate", unit="batch", leave=False, disable=None):
                 self.stage_metrics = {}
                 batch = self.prepare(rows, n=self.config.actor_rollout_ref.rollout.val_kwargs.n, validate=True)
                 batch = batch.union(self.generate(batch))
+                # Where engines wake for each batch, the same weights come as another version.
+                batch.meta_info["weight_version"] = (answers or [batch])[0].meta_info.get("weight_version")
                 answers.append(batch.union(self.score_validation(batch)))
                 stages.append((len(batch), self.stage_metrics))
         batch, joined = DataProto.concat(answers), join_metrics(stages)
@@ -353,12 +355,13 @@ class RayPPOTrainer:
         self.logger = Tracking(run.project_name, run.experiment_name, run.logger, self.config, run.default_local_dir)
 
     def shutdown(self) -> None:
-        """End engines, workers and loggers; safe to call after a failure anywhere."""
-        if hasattr(self, "agent_loop_manager"):
-            self.agent_loop_manager.shutdown()
-        self.worker_groups.shutdown()
-        if hasattr(self, "logger"):
-            self.logger.finish(self.saver.written_folders())
+        """End engines, workers and loggers, each whatever the others raise; safe to call after a failure anywhere."""
+        with ExitStack() as last_first:
+            if hasattr(self, "logger"):
+                last_first.callback(lambda: self.logger.finish(self.saver.written_folders()))
+            last_first.callback(self.worker_groups.shutdown)
+            if hasattr(self, "agent_loop_manager"):
+                last_first.callback(self.agent_loop_manager.shutdown)
 
     def save_checkpoint(self, metrics: Metrics, is_last: bool) -> Metrics:
         """Begin a checkpoint of model, optimizer, driver and the step's metrics; wait for the last one."""
@@ -383,7 +386,7 @@ class RayPPOTrainer:
         config, folder, step, logged = self.config.trainer, self.resume_from, None, None
         if folder is not None:
             self.global_steps = step = checkpoint_step(folder)
-            self.kl_controller.value = self.driver_state["kl_coef"]
+            self.kl_controller.load(self.driver_state["kl_coef"])
             self.teacher_probe.load_state_dict(self.driver_state["teacher_probe"])
             # A kill between a checkpoint and the log line of its step loses the line; another run's log is not ours.
             logged = (self.driver_state["metrics"] or None) if is_of_run(folder, config.default_local_dir) else None

@@ -106,12 +106,12 @@ class RolloutQueue:
 
         With ``rollout.oversample``, ``prompts`` are cut, in place, to those whose answers have ended first.
         """
-        batch = self._training
-        if batch is None or batch.prompts is not prompts or not (self._most_ahead or self.score):
+        batch = self._training if self._training and self._training.prompts is prompts else None
+        if batch is None or not (self._most_ahead or self.score):
             began_s = time.time()
             answers = self._engines().generate_sequences(prompts)
             self._free_since = time.time()
-            if batch is not None and batch.prompts is prompts:
+            if batch is not None:
                 self._pool.settle(batch, answers)
                 self._metrics |= batch.metrics
                 if batch.metrics:  # more was written than is trained on

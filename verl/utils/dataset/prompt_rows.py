@@ -65,12 +65,12 @@ def parse_messages(value: Any) -> list[Message]:
 
 
 def split_answer(messages: list[Message]) -> tuple[list[Message], str | None]:
-    """Split a chat at its last assistant message: what came before it is the prompt, its content the ground truth.
+    """Split off the assistant's message that ends a chat: its content is the ground truth, what came before the prompt.
 
-    Without such a message all of it is the prompt, and there is no ground truth.
+    A chat that does not end with one is the prompt as it is, without ground truth.
     """
-    last = max((place for place, message in enumerate(messages) if message["role"] == "assistant"), default=None)
-    return (messages, None) if last is None else (messages[:last], messages[last]["content"])
+    is_answered = bool(messages) and messages[-1]["role"] == "assistant"
+    return (messages[:-1], messages[-1]["content"]) if is_answered else (messages, None)
 
 
 def mapping_of(value: Any, column: str) -> dict[str, Any]:

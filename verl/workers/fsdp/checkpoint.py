@@ -250,7 +250,7 @@ class CheckpointWriter:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         # Not the training's own group: two threads of a rank must not mix their messages.
         self._group = dist.new_group(backend="gloo", timeout=WRITE_TIMEOUT)
-        self._writing: Future[float] | None = None
+        self._writing: Future[SaveOutcome] | None = None
 
     def begin(self, state: TrainingState, folder: Path, global_step: int, optimizer_steps: int) -> None:
         """Copy the state and start to write it; waits for a checkpoint that is still being written."""
@@ -266,7 +266,7 @@ class CheckpointWriter:
         if "extra" in contents:
             extra = {"global_step": torch.tensor(global_step), "optimizer_steps": torch.tensor(optimizer_steps)}
             extra |= {f"rng.{device}": generator for device, generator in get_rng_states().items()}
-        self._writing = self._thread.submit(self._write, state, copies, extra, folder, began)
+        self._writing = self._thread.submit(self._save, state, copies, extra, folder, began)
 
     def outcome(self, wait: bool) -> SaveOutcome:
         """Progress of the checkpoint that began last; done, without an error, where none did.
@@ -278,10 +278,14 @@ class CheckpointWriter:
             return SaveOutcome(done=True)
         if not wait and not self._writing.done():
             return SaveOutcome(done=False)
-        error = self._writing.exception()
-        if error is not None:
+        return self._writing.result()
+
+    def _save(self, *what: Any) -> SaveOutcome:
+        # An error that is kept would keep the copies too, which its traceback holds.
+        try:
+            return SaveOutcome(done=True, seconds=self._write(*what))
+        except Exception as error:
             return SaveOutcome(done=True, error=f"{type(error).__name__}: {error}".splitlines()[0])
-        return SaveOutcome(done=True, seconds=self._writing.result())
 
     def _write(
         self, state: TrainingState, copies: dict[str, Shard], extra: Tensors, folder: Path, began: float

@@ -26,10 +26,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from verl.config import HFModelConfig, RolloutConfig
 from verl.single_controller.base.worker import Channel
-from verl.utils.durable_files import remove_abandoned
 from verl.utils.import_utils import load_extern_type
 from verl.utils.tokenizer import hf_tokenizer, listed_ids
-from verl.weight_sync import FOLDER_PREFIX, SHARED_MEMORY, ReceivedWeights, WeightShapes, as_file, weight_shapes
+from verl.weight_sync import ReceivedWeights, WeightShapes, as_file, remove_abandoned_buckets, weight_shapes
 
 REPLICA_CLASSES = {"hf": "HFReplica", "vllm": "VLLMReplica"}
 MAX_TOP_LOGPROBS = 20
@@ -123,12 +122,7 @@ class RolloutReplica(ABC):
     """Vocabulary, end tokens and tensors of the model; known once launched."""
 
     def __init__(
-        self,
-        config: RolloutConfig,
-        model_config: HFModelConfig,
-        replica_rank: int = 0,
-        device: str = "cpu",
-        is_apart: bool = False,
+        self, config: RolloutConfig, model_config: HFModelConfig, replica_rank: int, device: str, is_apart: bool = False
     ) -> None:
         """Set up nothing yet; ``launch`` does.
 
@@ -137,13 +131,10 @@ class RolloutReplica(ABC):
             device: ``cpu`` or ``cuda``.
             is_apart: it is beside no rank, so weights come as files on a GPU too.
         """
-        self.is_apart = is_apart
         if is_apart:  # no rank on this machine does it
-            remove_abandoned(SHARED_MEMORY, FOLDER_PREFIX)
-        self.config = config
-        self.model_config = model_config
-        self.replica_rank = replica_rank
-        self.device = device
+            remove_abandoned_buckets()
+        self.config, self.model_config = config, model_config
+        self.replica_rank, self.device, self.is_apart = replica_rank, device, is_apart
         self.max_model_len = config.max_model_len or config.prompt_length + config.response_length
         self.weight_version = 0
         self._seeds = random.Random(f"{config.seed}, {replica_rank}")

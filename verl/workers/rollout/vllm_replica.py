@@ -272,8 +272,7 @@ class InProcessEngine:
         if not steps.cancelled() and (cause := steps.exception()):
             self._death = RuntimeError(f"its engine is dead: {type(cause).__name__}: {cause}")
             for answer in self._answers.values():  # every request that waits has to end
-                if not answer.done():
-                    answer.set_exception(self._death)
+                _refuse(answer, self._death)
 
     def _step_until_needed(self) -> list[Any]:
         """Step on the engine's thread until answers are finished, or another call waits for the thread."""

@@ -153,6 +153,7 @@ def server_options(
         "model": model.path or config.model.path,
         "tokenizer": getattr(model, "tokenizer_path", None),
         "trust_remote_code": config.model.trust_remote_code,
+        "hf_overrides": config.model.config_entries or None,
         "dtype": dtype_name(resolve_dtype(config.ref.fsdp_config.mixed_precision.param_dtype, device)),
         **limits,
         "generation_config": "vllm",

@@ -158,9 +158,7 @@ class EndAfterExtended(LogitsProcessor):
     def update_state(self, batch_update: BatchUpdate | None) -> None:
         """Follow the requests that came, went or changed places."""
 
-        def limits(
-            params: SamplingParams, _: list[int] | None, written: list[int]
-        ) -> tuple[list[int], int, int] | None:
+        def limits(params: SamplingParams, _: Any, written: list[int]) -> tuple[list[int], int, int] | None:
             given = params.extra_args or {}
             return (written, given[FIRST_STOP], given[END]) if FIRST_STOP in given else None
 

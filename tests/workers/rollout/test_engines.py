@@ -184,7 +184,7 @@ class FakeGPUEngine:
 
 async def sync_on_gpu(replica: RolloutReplica, handles: list[Any]) -> list[Any]:
     """What a replica on a GPU has vLLM do, from sleep to the end of a sync."""
-    on_gpu = type(replica)(replica.config, replica.model_config, device="cuda")
+    on_gpu = type(replica)(replica.config, replica.model_config, 0, "cuda")
     on_gpu.model_info = dataclasses.replace(replica.model_info, weights={"norm": (4,)})
     on_gpu._engine = FakeGPUEngine()
     await on_gpu.sleep()

@@ -22,7 +22,7 @@ def compute_score(
     Args:
         data_source: the row's source, for a file that treats sources differently.
         solution_str: what the model wrote, without the tokens that end a turn; item tokens stay.
-        ground_truth: the wanted answer: a chat's last assistant message, or verl's ``reward_model["ground_truth"]``.
+        ground_truth: the wanted answer: the assistant's, at a chat's end, or verl's ``reward_model["ground_truth"]``.
         extra_info: the row's own, with ``response_length`` (tokens) and ``num_turns``.
     """
     answer = solution_str.rpartition("</think>")[2].strip()

@@ -24,6 +24,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from recipe.onpolicy_distill.options import add_options, option
@@ -293,7 +294,10 @@ def main(argv: list[str] | None = None) -> None:
     try:
         for path in filter(None, outputs):  # known before anything is measured
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.open("a").close()
+            with TemporaryFile(dir=path.parent):
+                pass
+            if path.is_dir():
+                raise ValueError(f"{path} is a folder; name a file")
         start = resolve_threshold(arguments.pop("extend_vocab_start_token"), arguments["model"], arguments["teacher"])
         evaluation = evaluate(EvaluationConfig(extend_vocab_start_token=start, **arguments))
     except (ValueError, RuntimeError, OSError) as error:

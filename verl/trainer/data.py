@@ -137,8 +137,9 @@ class PromptStream:
         Raises:
             ValueError: it belongs to other data, where it would repeat some prompts and leave others out.
         """
-        difference = f"saved after {state['data']}, now {self._describe_data()}"
-        if state["data"] == self._describe_data() and not state.get("other_files"):
+        others = " of other files" if state.get("other_files") else ""
+        difference = f"saved after {state['data']}, now {self._describe_data()}{others}"
+        if state["data"] == self._describe_data() and not others:
             self.epoch, self._taken = state["epoch"], state["batches"]
             steered = state.get("mixture", {}) if self._steered else {}
             if self.mixture is not None and list(steered) == list(self.mixture.state):

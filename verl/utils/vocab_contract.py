@@ -127,9 +127,7 @@ def resolve_threshold(given: int | str | None, student: str, teacher: str | None
             teacher lacks ids of the student.
     """
     if given is None and teacher and (found := read_contract(student, teacher).extend_start) is not None:
-        raise ValueError(
-            f"{teacher} lacks the ids of {student} from {found} on; give --extend-vocab-start-token {found}"
-        )
+        raise ValueError(f"{teacher} lacks ids of {student} from {found} on; give --extend-vocab-start-token {found}")
     if not isinstance(given, str):
         return given
     if teacher is None:

@@ -1,6 +1,6 @@
 """Held-out rows, ready to be asked.
 
-In:  parquet files in OneRec's layout, the answer as the last assistant message or, in the benchmarks' layout, as
+In:  parquet files in OneRec's layout, the answer as the assistant message at the end or, in the benchmarks' layout, as
 ``metadata.answer``. Out: prompt tokens beside the wanted answer, which may be unknown. Rows that cannot be used, and
 prompts that are too long or (where these are to be left out) hold extended tokens, are dropped and counted by the data
 set.

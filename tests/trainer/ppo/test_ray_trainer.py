@@ -234,7 +234,7 @@ def test_other_files_of_as_many_prompts_start_over(
         trainer, _ = make_trainer(make_config(tmp_path, total_training_steps=steps, save_freq=1, **allowed))
         trainer.fit()
         assert trainer.prompts.state_dict()["batches"] == (1, 1, 2)[steps - 1]
-    assert caplog.text.count("the data start over") == 1
+    assert caplog.text.count("in batches of 4, now 8 prompts in batches of 4 of other files") == 1
 
 
 @pytest.mark.parametrize("cls", [RayOnPolicyDistillTrainer, RayPPOTrainer])

@@ -1,7 +1,7 @@
 """Prompts from OneRec's parquet files, and the choice between this layout, verl's and a user's own class.
 
 In: rows with ``messages`` (a chat, the reference answer last where there is one), ``source``, ``uuid`` and
-``metadata``. Out: the items of ``RLHFDataset``: the prompt is everything before the last assistant message, that
+``metadata``. Out: the items of ``RLHFDataset``: the prompt is everything before the assistant message at its end, that
 message's content is the ground truth, and ``extra_info`` is the row's metadata. Rows of plain text (``segments``) are
 dropped.
 

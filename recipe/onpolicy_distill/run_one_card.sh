@@ -3,9 +3,10 @@
 # of its memory (docs/plan.md; not run on one): an adapter in place of all weights, so that the teacher `self` is the
 # student without it and takes nothing; a teacher that waits in the machine's memory; short prompts and answers.
 #
-#   BASE_MODEL=... TEACHER_MODEL=... DATASET_PARQUET=... bash run_one_card.sh [HYDRA_OVERRIDES...]
+#   BASE_MODEL=... TEACHER_MODEL=... DATASET_PARQUET=... EXTEND_VOCAB_START_TOKEN=auto \
+#       bash run_one_card.sh [HYDRA_OVERRIDES...]
 #
-# Environment as there.
+# Environment as there; EXTEND_VOCAB_START_TOKEN (an id, or auto) is needed.
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # started with sh
 set -euo pipefail
 

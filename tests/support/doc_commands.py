@@ -23,8 +23,10 @@ COMMAND = re.compile(r" {4}(?:[A-Z_]+=\S* +)*(?:python -m|kai-verl|bash|export|v
 
 
 def commands(page: str) -> list[list[str]]:
-    """The words of each command of a page's indented blocks; comments are left out."""
+    """The words of each command of a page's indented blocks, arrays put in; comments are left out."""
     text = (REPO / page).read_text(encoding="utf-8").replace("\\\n", " ")
+    for name, words in re.findall(r"^ {4}([A-Z]+)=\((.*?)\)$", text, re.MULTILINE | re.DOTALL):
+        text = text.replace(f'"${{{name}[@]}}"', words.replace("\n", " "))
     return [shlex.split(line, comments=True) for line in text.splitlines() if COMMAND.match(line)]
 
 

@@ -55,9 +55,9 @@ class TrainerConfig:
     total_training_steps: Count | None = None
     """Steps of the run; null: ``total_epochs`` times the steps of an epoch."""
     save_freq: int = -1
-    """Steps between checkpoints; -1: none."""
+    """Steps between checkpoints; -1: none, but the best ones of ``best_metric``."""
     test_freq: int = -1
-    """Steps between validations; -1: none."""
+    """Steps between validations, one after the last step too; -1: none, but that of ``val_before_train``."""
     val_before_train: bool = True
     """Validate the starting model; a run that goes on from a checkpoint has done so."""
     val_only: bool = False

@@ -31,8 +31,8 @@ def test_it_holds_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     config = load_config([f"{ENV}.NCCL_DEBUG=INFO", *(f"{key}=hunter2" for key in secrets)])
     save_config(config, tmp_path / "config.yaml")
     text = (tmp_path / "config.yaml").read_text()
-    numbers = {"password": 123456, "api_key": 7, "num_key_value_heads": 8, "max_token": 9}
-    assert redacted(numbers) == numbers | {"password": "***", "api_key": "***"}
+    given = {"password": 123456, "api_key": 7, "num_key_value_heads": 8, "max_token": 9, "a": [{"HF_TOKEN": "x"}]}
+    assert redacted(given) == given | {"password": "***", "api_key": "***", "a": [{"HF_TOKEN": "***"}]}
     assert "hunter2" not in text and "NCCL_DEBUG: INFO" in text
     assert "hunter2" not in str(public_dict(config))
     assert config.ray_kwargs.ray_init["runtime_env"]["env_vars"]["HF_TOKEN"] == "hunter2"

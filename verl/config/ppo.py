@@ -264,7 +264,7 @@ class PPOConfig:
             elif teacher.api_key_env and not teacher.url:
                 yield f"{key}.api_key_env={teacher.api_key_env} has no effect without {key}.url; set it"
             if teacher.engine_kwargs and not teacher.engine:
-                yield f"{key}.engine_kwargs={teacher.engine_kwargs} has no effect without {key}.engine=vllm; set it"
+                yield f"{key}.engine_kwargs ({list(teacher.engine_kwargs)}) need {key}.engine=vllm; set it"
             for url in teacher.url:
                 if not url.startswith(("http://", "https://")) or "@" in url:
                     yield f"{key}.url={url.split('@')[-1]} must begin with http:// or https:// and hold no password"

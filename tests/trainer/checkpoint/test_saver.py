@@ -177,6 +177,13 @@ def test_a_file_of_the_latest_step_that_holds_none_is_named(tmp_path: Path) -> N
         auto(tmp_path)
 
 
+def test_without_the_file_of_the_latest_step_the_newest_whole_one_is_taken(tmp_path: Path) -> None:
+    save_steps(tmp_path, 2, 4)
+    (tmp_path / LATEST).unlink()  # as where the folders alone were copied
+    assert auto(tmp_path) == step_folder(tmp_path, 4)
+    assert find_checkpoint(TrainerConfig(default_local_dir=str(tmp_path), resume_mode="disable")) is None
+
+
 def test_leftovers_are_removed_and_nothing_else(tmp_path: Path) -> None:
     save_steps(tmp_path, 2)
     others = ["global_step_3.old", "my_global_step_3.unfinished", "metrics.jsonl"]

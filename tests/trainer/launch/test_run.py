@@ -26,7 +26,8 @@ class Trainer:
 
     def __init__(self, config: PPOConfig, sent: int | None, error: Exception | None, saved_any: bool) -> None:
         self.config, self.sent, self.error = config, sent, error
-        self.saver = SimpleNamespace(saved_any=saved_any)
+        self.saver = SimpleNamespace(saved_any=saved_any, finish=lambda: self.finished.append(self.global_steps))
+        self.finished: list[int] = []
         self.global_steps, self.total_steps = 0, 9
 
     def init_workers(self) -> None:
@@ -100,6 +101,21 @@ def test_a_failure_is_reported_before_anything_is_shut_down(
     """3 and 4 are for what may go well another time."""
     cause, log = DIED.splitlines()
     assert end_of(error=error, saved_any=saved_any) == (code, [f"error: {cause}", log, "step 9 of 9"])
+
+
+@pytest.mark.parametrize("error", [WorkerError(DIED), RolloutError(DIED), LoggerError(DIED), TypeError("no score")])
+def test_a_checkpoint_that_is_being_written_is_finished_where_ranks_are_well(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception
+) -> None:
+    monkeypatch.setattr(module, "start", print)
+    monkeypatch.setattr(module, "progress", lambda trainer: f"step 9, newest checkpoint {trainer.finished}")
+    trainer: Any = Trainer(PPOConfig(), None, error, False)
+    ends = TypeError if isinstance(error, TypeError) else SystemExit
+    with pytest.raises(ends):
+        module.run_once(trainer, StopRequest())
+    shown = "TypeError: no score" if ends is TypeError else f"error: {DIED}"
+    newest = [] if type(error) is WorkerError else [9]
+    assert capsys.readouterr().err == f"{shown}\nstep 9, newest checkpoint {newest}\n"
 
 
 def test_what_the_cluster_or_a_setting_does_not_allow(end_of: Callable[..., Any]) -> None:

@@ -208,6 +208,17 @@ def test_where_settings_may_have_changed_the_same_prompts_are_asked_again(tmp_pa
     assert second.actor_wg.seen[0][3][0][0] == -1.5 - 2, "written anew, by the weights of the checkpoint"
 
 
+def test_of_other_files_no_prompt_is_asked_in_place_of_one_that_was_ahead(tmp_path: Path) -> None:
+    settings = {"max_staleness": 1, "save_freq": 1, "async_save": False}
+    with pytest.raises(Killed):
+        killed_in_step(trainer_of(tmp_path, **settings), 3).fit()
+    second = trainer_of(tmp_path, **settings)
+    assert second.driver_state["ahead"]
+    second.driver_state["other_files"] = True
+    second.rollouts._restore(2)
+    assert second.rollouts._ahead == [] == second.rollouts._pool.state_dict()["waiting"]
+
+
 def test_waits_and_the_timeline_say_who_waited_for_whom(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, 1, seconds=(0.2, 0.0), total_training_steps=3, timeline=True)
     trainer.fit()

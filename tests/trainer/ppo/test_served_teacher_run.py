@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from support import tiny_workers as tiny
+from support.agent_loop_fakes import schema
 from support.exact_cases import lone_teacher
 from support.fake_server import FakeServer
 from support.in_process_run import run_in_process, settings
@@ -133,7 +134,7 @@ OTHER = f"++{DISTILL}.teachers.x"
         ),
         (
             {f"+{REF}.engine_kwargs.quantization": "fp8"},
-            "'fp8'} has no effect without actor_rollout_ref.ref.engine=vllm",
+            "(['quantization']) need actor_rollout_ref.ref.engine=vllm",
         ),
         (
             {f"{REF}.engine": "vllm", f"{DISTILL}.objective": "exact", f"{DISTILL}.topk": 64},
@@ -268,3 +269,13 @@ def test_a_run_whose_teacher_has_a_system_prompt(tiny_pair: Pair, prompts: Path,
     with pytest.raises(ValueError, match=r"system_prompt makes rows of up to .* tokens; raise"):
         limit = {f"{REF}.log_prob_max_token_len_per_gpu": 64 + 8}
         build_trainer(run_of(tiny_pair, prompts, tmp_path / "long", **told, **limit))
+
+
+def test_a_prompt_that_lists_tools_lists_them_for_the_teacher_too(tiny_pair: Pair) -> None:
+    template = ChatTemplate(hf_tokenizer(tiny_pair.student), [schema("add")])
+    chat = [{"role": "user", "content": "add 1 and 2"}]
+    told, ids = with_system_prompt(chat, "be short"), torch.tensor([[*template.encode_prompt(chat, True), 5, 6]])
+    tensors = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "responses": ids[:, -2:]}
+    batch = DataProto.from_dict(tensors, {"raw_prompt": [chat]})
+    found = with_prompts(batch, [told], template).tensor("input_ids")[0].tolist()
+    assert found == [*template.encode_prompt(told, True), 5, 6]

@@ -115,8 +115,8 @@ def find_faults(folder: Path) -> list[str]:
 def find_checkpoint(config: TrainerConfig) -> Path | None:
     """The checkpoint to resume from, or None for a fresh start.
 
-    ``resume_mode=auto`` takes the one that was finished last; if that is damaged, it warns and takes the newest whole
-    one before it.
+    ``resume_mode=auto`` takes the one that was finished last, by its file or else the newest; if that is damaged, it
+    warns and takes the newest whole one before it.
 
     Raises:
         ValueError: ``resume_from_path`` is not a whole checkpoint, or stands there without the mode that reads it;
@@ -125,7 +125,9 @@ def find_checkpoint(config: TrainerConfig) -> Path | None:
     latest, candidates = Path(config.default_local_dir) / LATEST, []
     if config.resume_mode == "resume_path":
         candidates = [Path(str(config.resume_from_path))]
-    elif config.resume_mode == "auto" and latest.is_file():
+    elif config.resume_mode == "auto" and not latest.is_file():
+        candidates = step_folders(latest.parent)
+    elif config.resume_mode == "auto":
         text = latest.read_text().strip()
         if not text.isdecimal():
             raise ValueError(f"{latest} holds {text!r}, not a step; write the step of the newest checkpoint into it")

@@ -47,7 +47,7 @@ def check_run(config: PPOConfig) -> list[str]:
     ]
     if errors:
         raise ValueError("\n".join(errors))
-    return list(_notices(config))
+    return [*_update_notices(config), *_notices(config)]
 
 
 def check_ranks(config: PPOConfig, device_name: str) -> None:
@@ -346,16 +346,28 @@ def _validation_of_policy(rollout: RolloutConfig) -> str:
     )
 
 
-def _notices(config: PPOConfig) -> Iterator[str]:
-    """Settings that are allowed and seldom meant."""
-    algorithm, rollout, key = config.algorithm, config.actor_rollout_ref.rollout, "actor_rollout_ref.rollout"
-    distill, actor = algorithm.distill, config.actor_rollout_ref.actor
+def _update_notices(config: PPOConfig) -> Iterator[str]:
+    """Settings of the update and of checkpoints that are allowed and seldom meant."""
+    actor = config.actor_rollout_ref.actor
     if actor.use_dynamic_bsz and (rows := actor.ppo_micro_batch_size_per_gpu):
         name = "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu"
         yield f"{name}={rows} has no effect with use_dynamic_bsz=True; set that to False to have these rows per pass"
     if actor.fsdp_config.model_dtype == "bf16" and not config.actor_rollout_ref.model.lora_rank:
         name = "actor_rollout_ref.actor.fsdp_config.model_dtype"
         yield f"{name}=bf16 stores weights and AdamW's moments so, and most steps round away; leave it at auto (fp32)"
+    if (optim := actor.optim).min_lr_ratio and optim.lr_scheduler_type == "constant":
+        name = "actor_rollout_ref.actor.optim.min_lr_ratio"
+        yield f"{name}={optim.min_lr_ratio} has no effect with lr_scheduler_type=constant; set that to cosine or linear"
+    saved, read = actor.checkpoint.save_contents, actor.checkpoint.load_contents
+    if config.trainer.saves_checkpoints and (lost := [part for part in read if part not in saved]):
+        what = f"actor_rollout_ref.actor.checkpoint.save_contents={saved} leaves out {' and '.join(lost)}"
+        yield f"{what}, which a resumed run reads: this one cannot go on from its checkpoints; add them to have that"
+
+
+def _notices(config: PPOConfig) -> Iterator[str]:
+    """Other settings that are allowed and seldom meant."""
+    algorithm, rollout, key = config.algorithm, config.actor_rollout_ref.rollout, "actor_rollout_ref.rollout"
+    distill = algorithm.distill
     if distill.coef and rollout.extend_vocab_start_token is not None and not distill.extended_sources:
         yield (
             f"algorithm.distill.coef={distill.coef}: no teacher knows item tokens, so an answer is trained up to its "

@@ -15,9 +15,10 @@ import logging
 import os
 import signal
 import sys
+from contextlib import suppress
 
 from verl.config.best_rule import MetricRuleError
-from verl.single_controller.base import WorkerError
+from verl.single_controller.base import RolloutError, WorkerError
 from verl.single_controller.ray.session import cluster_device, end_session, start_session
 from verl.trainer.checkpoint.layout import newest_whole
 from verl.trainer.checkpoint.saver import CheckpointError
@@ -73,13 +74,21 @@ def run_once(trainer: RayPPOTrainer, stop: StopRequest) -> None:
     Raises:
         SystemExit: the last step was not reached.
         KeyboardInterrupt: a signal ended it at once.
+        Exception: an error of the run's or the user's code, reported as the others are.
     """
     try:
         start(trainer, stop)
         trainer.fit(stop)
-    except (WorkerError, CheckpointError, GuardError, MetricRuleError, LoggerError) as error:
+    except Exception as error:
+        known = isinstance(error, WorkerError | CheckpointError | GuardError | MetricRuleError | LoggerError)
         # Reported before anything is shut down, and before Ray's own account of a death: the cause comes first.
-        report(f"error: {error}\n{progress(trainer)}")
+        report(f"{'error' if known else type(error).__name__}: {error}")
+        if isinstance(error, RolloutError) or not isinstance(error, WorkerError):  # the ranks that train are well
+            with suppress(CheckpointError, WorkerError):
+                trainer.saver.finish()
+        report(progress(trainer))
+        if not known:
+            raise
         # A worker's ValueError would come again, so no restart; after a signal the signal's own code counts.
         if not isinstance(error, WorkerError) or (error.by_user and not stop.requested):
             raise SystemExit(1) from None

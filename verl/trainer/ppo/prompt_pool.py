@@ -56,7 +56,7 @@ class Prompt:
 
 @dataclass(eq=False)
 class Batch:
-    """A batch of prompts on its way; once it is settled, those that are trained on."""
+    """A batch of prompts on its way; after `PromptPool.keep_finished` those that are trained on."""
 
     prompts: DataProto
     asked: list[Prompt]
@@ -126,8 +126,11 @@ class PromptPool:
         waiting = [*prompts, *self._waiting]
         self._waiting = sorted(waiting, key=lambda prompt: (prompt.source.number, prompt.place))
 
-    def settle(self, batch: Batch, answers: DataProto) -> None:
-        """Cut a batch and its answers to the prompts that are taken, in place, and shuffle these; others wait again."""
+    def keep_finished(self, batch: Batch, answers: DataProto) -> None:
+        """Cut a batch and its answers, in place, to the prompts whose answers were taken, and shuffle these.
+
+        The others wait again with what is written, or are dropped (``rollout.unfinished``).
+        """
         prompts, real = batch.prompts, real_response_tokens(answers)
         batch.tokens = int(real.sum())
         if TAKEN not in answers.non_tensor_batch:

@@ -73,7 +73,7 @@ class RolloutQueue:
         """When the engines had answered all they were asked, by ``time.time()``."""
 
     score: Callable[[DataProto], Callable[[], DataProto]] | None = None
-    """Begins to score answered rows, to have their answers scored as they come; None: they are not."""
+    """Begins to score finished rows, and returns what waits for the scores; None: `ref` scores the whole batch."""
 
     @property
     def is_low(self) -> bool:
@@ -112,7 +112,7 @@ class RolloutQueue:
             answers = self._engines().generate_sequences(prompts)
             self._free_since = time.time()
             if batch is not None:
-                self._pool.settle(batch, answers)
+                self._pool.keep_finished(batch, answers)
                 self._metrics |= batch.metrics
                 if batch.metrics:  # more was written than is trained on
                     self._metrics["perf/generated_tokens_per_s"] = batch.tokens / (self._free_since - began_s)
@@ -176,9 +176,10 @@ class RolloutQueue:
         return {"ahead": ahead, "pool": self._pool.state_dict()}
 
     def _restore(self, done: int) -> None:
-        """Read the prompts of a checkpoint again, and put its answers to them."""
-        self._pool.load_state_dict(self._saved.get("pool", {"read": done, "waiting": []}))
-        for step, saved in enumerate(self._saved.get("ahead", []), done + 1):
+        """Read the prompts of a checkpoint again, and put its answers to them; not from other files."""
+        pool, others = self._saved.get("pool", {"read": done, "waiting": []}), self._saved.get("other_files")
+        self._pool.load_state_dict(pool | {"waiting": []} if others else pool)
+        for step, saved in enumerate([] if others else self._saved.get("ahead", []), done + 1):
             prompts = self._pool.load(saved["prompts"])
             if not self._pool.keeps_answers:
                 self._pool.wait(prompts)
@@ -205,7 +206,7 @@ class RolloutQueue:
             assert batch.generation is not None, "a batch without answers was begun"
             asked_at, generation = time.time(), batch.generation
             batch.answers = self._engines().collect(generation)
-            self._pool.settle(batch, batch.answers)
+            self._pool.keep_finished(batch, batch.answers)
             waited_s, batch.seconds = time.time() - asked_at, generation.seconds
             self._add_s("rollout/wait_s", waited_s)
             self._timeline.add("driver", "wait for answers", asked_at, waited_s)

@@ -266,7 +266,8 @@ class CheckpointWriter:
         if "extra" in contents:
             extra = {"global_step": torch.tensor(global_step), "optimizer_steps": torch.tensor(optimizer_steps)}
             extra |= {f"rng.{device}": generator for device, generator in get_rng_states().items()}
-        self._writing = self._thread.submit(self._save, state, copies, extra, folder, began)
+        dtype = dtype_name(next(state.module.causal_lm.parameters()).dtype)  # the next forward pass has others
+        self._writing = self._thread.submit(self._save, state, dtype, copies, extra, folder, began)
 
     def outcome(self, wait: bool) -> SaveOutcome:
         """Progress of the checkpoint that began last; done, without an error, where none did.
@@ -288,7 +289,7 @@ class CheckpointWriter:
             return SaveOutcome(done=True, error=f"{type(error).__name__}: {error}".splitlines()[0])
 
     def _write(
-        self, state: TrainingState, copies: dict[str, Shard], extra: Tensors, folder: Path, began: float
+        self, state: TrainingState, dtype: str, copies: dict[str, Shard], extra: Tensors, folder: Path, began: float
     ) -> float:
         """Write, in the thread, and return the seconds since ``began``. ``state`` gives config and tokenizer alone."""
         rank, shards, huggingface = dist.get_rank(), folder / SHARDS, folder / HUGGINGFACE
@@ -309,7 +310,7 @@ class CheckpointWriter:
         # Nothing is made of a set that is not whole; the rank that failed reports why.
         if rank == 0 and not failed and {"model", "hf_model"} & self._contents:
             causal_lm = state.module.causal_lm
-            _write_description(causal_lm, state.tokenizer, huggingface)
+            _write_description(causal_lm, dtype, state.tokenizer, huggingface)
             if "hf_model" in self._contents:
                 write_weights(folder / (MERGED if MERGED in copies else SHARDS), huggingface, huggingface)
             if adapted_layers(causal_lm):
@@ -322,12 +323,14 @@ class CheckpointWriter:
         return time.perf_counter() - began
 
 
-def _write_description(causal_lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write all of a Hugging Face model but its weights."""
+def _write_description(
+    causal_lm: PreTrainedModel, dtype: str, tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> None:
+    """Write all of a Hugging Face model but its weights, which are stored in ``dtype``."""
     folder.mkdir(parents=True, exist_ok=True)
     config = copy.deepcopy(causal_lm.config)
     config.architectures = [type(causal_lm).__name__]
-    config.dtype = dtype_name(next(causal_lm.parameters()).dtype)
+    config.dtype = dtype
     if type(causal_lm)._auto_class is not None:
         custom_object_save(causal_lm, folder, config=config)  # the model's own code, beside that of its config
     config.save_pretrained(folder)

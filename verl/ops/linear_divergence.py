@@ -39,6 +39,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import logsigmoid
 
 from verl.ops.linear_log_prob import (
     InputGradients,
@@ -336,13 +337,14 @@ def _leak(
     logits: torch.Tensor, base: torch.Tensor, extended: torch.Tensor, job: _Job
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The leak term (C,), and its weighted gradient (C, K). ``base`` and ``extended`` normalise B and E (C,)."""
-    options, start, whole = job.options, job.start, torch.logaddexp(base, extended)
+    options, start, gap = job.options, job.start, extended - base
     delta, grad = options.leak_target, torch.empty_like(logits)
-    log_outside, log_inside = base - whole, extended - whole  # log(1 - eps) and log(eps), (C,)
+    # log(1 - eps) and log(eps), (C,). In fp32 a difference of two normalisers has an error of the size of delta.
+    log_outside, log_inside = logsigmoid(-gap), logsigmoid(gap)
     value = delta * (math.log(delta) - log_inside) + (1 - delta) * (math.log1p(-delta) - log_outside)
-    # P_j - share p(j | part) = (1 - share / mass of the part) P_j, as exponentials so that no mass is divided by.
-    for part, of_part, share in ((slice(0, start), base, 1 - delta), (slice(start, None), extended, delta)):
+    # P_j - share p(j | part) = (mass of the part - share) p(j | part), which of B is what it is of E, negated.
+    excess = options.leak_coef * (log_inside.exp() - delta)
+    for part, of_part, factor in ((slice(0, start), base, -excess), (slice(start, None), extended, excess)):
         inside = (logits[:, part] - of_part[:, None]).exp_()
-        factor = (of_part - whole).exp() - share
-        grad[:, part] = inside.mul_(options.leak_coef * factor[:, None])
+        grad[:, part] = inside.mul_(factor[:, None])
     return value, grad

@@ -35,11 +35,11 @@ ROOT="$(cd "$(dirname "$SELF")" && pwd)"
 SCRIPT=ray_cluster
 NODE="$ROOT/scripts/ray_node.sh"
 ENV_DIR="$(realpath --canonicalize-missing "${ENV_DIR:-$ROOT/.venv}")"
-RAY_PORT="${RAY_PORT:-6379}"
 PASSED=(ENV_DIR RAY_PORT CLUSTER_DIR NODE_IP NUM_CPUS NUM_GPUS DASHBOARD_HOST DASHBOARD_PORT RAY_START_OPTIONS START_S STOP_S
     GLOO_SOCKET_IFNAME NCCL_SOCKET_IFNAME RAY_TOKEN)
 # shellcheck source=SCRIPTDIR/scripts/hosts.sh
 source "$ROOT/scripts/hosts.sh"
+RAY_PORT="${RAY_PORT:-6379}"
 
 # Ask every host; ends here, with nothing started, if one cannot be asked or has other versions.
 look() {

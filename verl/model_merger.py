@@ -9,7 +9,6 @@ as transformers and vLLM load them. Starts no ranks and holds one file of the mo
 put into the weights of the model that it names. Takes verl's options.
 """
 
-import argparse
 import json
 import shutil
 import sys
@@ -17,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from verl.utils.console import escape_unknown_characters, program_name
+from verl.utils.console import command_parser, escape_unknown_characters
 from verl.utils.durable_files import write_durably
 
 if TYPE_CHECKING:
@@ -102,8 +101,7 @@ def _merge_adapter(adapter: Path, target_dir: Path, dtype: "torch.dtype") -> int
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     escape_unknown_characters()
-    description = "Make a Hugging Face model from a checkpoint's shards."
-    parser = argparse.ArgumentParser(prog=program_name("verl.model_merger"), description=description)
+    parser = command_parser("verl.model_merger", "Make a Hugging Face model from a checkpoint's shards.")
     parser.add_argument("action", choices=("merge",), nargs="?", help="verl's name of what is done; may be left out")
     parser.add_argument("--local_dir", required=True, type=Path, metavar="CKPT", help="a checkpoint, or its actor/")
     parser.add_argument("--target_dir", required=True, type=Path, metavar="OUT", help="folder of the model")

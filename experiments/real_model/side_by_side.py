@@ -31,7 +31,7 @@ def side_by_side(judged: Mapping[str, Path], seed: int, count: int = 20) -> str:
 
 def _answers(folder: Path) -> dict[str, str]:
     """By prompt."""
-    lines = (folder / "answers.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (folder / "answers.jsonl").read_text(encoding="utf-8").split("\n")[:-1]  # no splitlines: for texts
     asked = (json.loads(line) for line in lines)
     return {line["prompt"]: line["answer"] for line in asked if line["source"] == "ifeval"}
 

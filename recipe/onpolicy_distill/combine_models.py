@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 from safetensors import safe_open
 from tqdm import tqdm
 
-from verl.utils.console import program_name
+from verl.utils.console import command_parser
 from verl.utils.tokenizer import hf_tokenizer
 from verl.utils.vocab_contract import THRESHOLD_HELP, resolve_threshold, threshold
 
@@ -71,7 +71,9 @@ def combine_models(parts: Mapping[Path, float], out: Path, start: int, rows_from
     import torch
     from safetensors.torch import load_file, save_file
 
-    shutil.copytree(first, out, ignore=shutil.ignore_patterns("*.safetensors"))
+    unfinished = out.with_name(f"{out.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    shutil.copytree(first, unfinished, ignore=shutil.ignore_patterns("*.safetensors"))
     for file in tqdm(models[first].files, desc="write", unit="file", leave=False, disable=None):
         tensors = {name: tensor for name, tensor in load_file(file).items() if name in models[first].names}
         for name, tensor in tensors.items():
@@ -80,7 +82,8 @@ def combine_models(parts: Mapping[Path, float], out: Path, start: int, rows_from
                 of_items = _weighted_sum(models, knowing, name, slice(start, None)) / share
                 mixed = torch.cat([mixed, of_items])
             tensors[name] = mixed.to(tensor.dtype)
-        save_file(tensors, out / file.name, metadata={"format": "pt"})
+        save_file(tensors, unfinished / file.name, metadata={"format": "pt"})
+    unfinished.rename(out)
 
 
 def _weighted_sum(
@@ -160,9 +163,7 @@ def read_threshold(args: argparse.Namespace, student: Path) -> int:
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog=program_name("recipe.onpolicy_distill.combine_models"), description=str(__doc__).splitlines()[0]
-    )
+    parser = command_parser("recipe.onpolicy_distill.combine_models", __doc__)
     parser.add_argument("--model", type=read_part, action="append", required=True, metavar="FOLDER=COEFFICIENT")
     parser.add_argument("--rows-from", type=Path, help="folder of the model whose rows of extended ids are taken")
     parser.add_argument("--out", type=Path, required=True, help="folder of the result")
@@ -172,7 +173,7 @@ def main(argv: list[str] | None = None) -> None:
         if len(dict(args.model)) < len(args.model):
             raise ValueError("a folder is named twice by --model; add up its coefficients")
         combine_models(dict(args.model), args.out, read_threshold(args, args.model[0][0]), args.rows_from)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     print(f"{' + '.join(f'{coefficient:g} x {folder}' for folder, coefficient in args.model)}: {args.out}")
 

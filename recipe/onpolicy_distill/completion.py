@@ -10,7 +10,6 @@ In: the commands' own help, and the declared settings. Out: a script that starts
 needs a new one.
 """
 
-import argparse
 import io
 import re
 from contextlib import redirect_stdout, suppress
@@ -19,7 +18,7 @@ from importlib import import_module
 from recipe.onpolicy_distill.cli import COMMANDS
 from verl.config import PPOConfig
 from verl.config.schema import all_keys
-from verl.utils.console import program_name
+from verl.utils.console import command_parser
 
 # What follows "=" is a word of its own to bash.
 BASH = """_kai_verl() {{
@@ -69,9 +68,7 @@ def script(shell: str) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog=program_name("recipe.onpolicy_distill.completion"), description=str(__doc__).splitlines()[0]
-    )
+    parser = command_parser("recipe.onpolicy_distill.completion", __doc__)
     parser.add_argument("shell", choices=SHELLS)
     print(script(parser.parse_args(argv).shell))
 

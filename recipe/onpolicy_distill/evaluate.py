@@ -33,7 +33,7 @@ from recipe.onpolicy_distill.scoreboard.items import ItemTrie
 from recipe.onpolicy_distill.scoreboard.measures import Answered
 from recipe.onpolicy_distill.scoreboard.ranking import Ranking
 from verl.config import AlgoConfig, RolloutConfig
-from verl.utils.console import escape_unknown_characters, program_name
+from verl.utils.console import command_parser, escape_unknown_characters
 from verl.utils.dataset.items import read_catalogue
 from verl.utils.timing import marked_timer
 from verl.utils.tokenizer import answer_text, hf_tokenizer
@@ -281,9 +281,9 @@ def _shown(value: float) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
     escape_unknown_characters()
-    parser = argparse.ArgumentParser(
-        prog=program_name("recipe.onpolicy_distill.evaluate"),
-        description="Measure a model's general and recommendation abilities on held-out rows in OneRec's layout.",
+    parser = command_parser(
+        "recipe.onpolicy_distill.evaluate",
+        "Measure a model's general and recommendation abilities on held-out rows in OneRec's layout.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add_options(parser, EvaluationConfig)

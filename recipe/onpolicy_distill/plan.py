@@ -12,14 +12,13 @@ started, and data files are not looked at. With ``--run`` instead: seconds of a 
 between engines and training, from what it has measured.
 """
 
-import argparse
 import json
 import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from verl.utils.console import escape_unknown_characters, program_name
+from verl.utils.console import command_parser, escape_unknown_characters
 
 if TYPE_CHECKING:
     from verl.trainer.launch.plan import MemoryPlan
@@ -111,9 +110,7 @@ def report_splits(folder: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code, 1 where there can be no plan."""
-    parser = argparse.ArgumentParser(
-        prog=program_name("recipe.onpolicy_distill.plan"), description=str(__doc__).splitlines()[0]
-    )
+    parser = command_parser("recipe.onpolicy_distill.plan", __doc__)
     parser.add_argument("--card-gib", type=float, help="GiB of a GPU to plan for; default: what is here")
     parser.add_argument("--run", type=Path, help="a run's folder: how to split its GPUs, by what it measured")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, as of a run")

@@ -38,7 +38,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from recipe.onpolicy_distill.options import add_options, option
 from recipe.onpolicy_distill.synthetic_item_prompts import write_chats
 from verl.config import DataConfig, HFModelConfig, RolloutConfig
-from verl.utils.console import escape_unknown_characters, program_name
+from verl.utils.console import command_parser, escape_unknown_characters
 from verl.utils.tokenizer import hf_tokenizer, types_special_tokens
 
 if TYPE_CHECKING:
@@ -197,7 +197,9 @@ def script_share(text: str, languages: Sequence[str]) -> float:
     return sum(name.startswith(scripts) for name in letters) / len(letters) if letters else 1.0
 
 
-async def sample_prompts(config: PromptsConfig, turn: UserTurn, tokenizer: "PreTrainedTokenizerBase") -> PromptFilter:
+async def sample_prompts(
+    config: PromptsConfig, turn: UserTurn, tokenizer: "PreTrainedTokenizerBase", prompts: PromptFilter
+) -> None:
     """Sample until as many prompts are kept as wanted, or the samples are used up."""
     from recipe.onpolicy_distill.scoreboard.answers import SEED_STEP, with_progress
     from verl.utils.device import get_device_name
@@ -205,7 +207,7 @@ async def sample_prompts(config: PromptsConfig, turn: UserTurn, tokenizer: "PreT
 
     sizes = {"prompt_length": len(turn.prompt_ids), "response_length": config.max_new_tokens}
     settings: dict[str, Any] = {"name": config.engine, "gpu_memory_utilization": 0.8, **sizes, **(config.rollout or {})}
-    rollout, prompts = RolloutConfig(**settings), PromptFilter(config, turn, tokenizer)
+    rollout = RolloutConfig(**settings)
     replica = get_replica_class(rollout.name)(rollout, HFModelConfig(path=config.model), 0, get_device_name())
     sampling: dict[str, Any] = {"temperature": config.temperature, "top_p": config.top_p, "top_k": -1}
     sampling |= {"max_tokens": config.max_new_tokens, "stop_token_ids": turn.end_ids}
@@ -221,7 +223,6 @@ async def sample_prompts(config: PromptsConfig, turn: UserTurn, tokenizer: "PreT
                     prompts.add(f"{config.source}-{config.seed}-{number}", *text_of(output, turn, tokenizer))
     finally:
         await replica.shutdown()
-    return prompts
 
 
 def write_prompts(config: PromptsConfig) -> PromptFilter:
@@ -237,31 +238,33 @@ def write_prompts(config: PromptsConfig) -> PromptFilter:
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.is_dir() or not os.access(out.parent, os.W_OK):
         raise ValueError(f"--out {out}: no file can be written there; name another")
-    prompts = asyncio.run(sample_prompts(config, turn, tokenizer))
+    prompts = PromptFilter(config, turn, tokenizer)
+    try:
+        asyncio.run(sample_prompts(config, turn, tokenizer, prompts))
+    finally:  # what there is, where the engine failed or the user stopped it
+        if prompts.kept:
+            rows = ((config.source, uuid, [{"role": "user", "content": text}]) for text, uuid in prompts.kept.items())
+            write_chats(out, rows)
+            print(f"{len(prompts.kept):,} of the {config.count:,} prompts wanted in {out}: {config.source}")
     if not prompts.kept:
         raise ValueError(f"none of {prompts.dropped.total():,} samples is a prompt to keep: {dict(prompts.dropped)}")
-    rows = ((config.source, uuid, [{"role": "user", "content": text}]) for text, uuid in prompts.kept.items())
-    write_chats(out, rows)
     return prompts
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     escape_unknown_characters()
-    parser = argparse.ArgumentParser(
-        prog=program_name("recipe.onpolicy_distill.prompts_from_teacher"),
-        description=str(__doc__).splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    parser = command_parser(
+        "recipe.onpolicy_distill.prompts_from_teacher", __doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add_options(parser, PromptsConfig)
     try:
-        prompts = write_prompts(config := PromptsConfig(**vars(parser.parse_args(argv))))
-    except (OSError, ValueError) as error:
+        prompts = write_prompts(PromptsConfig(**vars(parser.parse_args(argv))))
+    except (OSError, RuntimeError, ValueError) as error:
         raise SystemExit(f"error: {error}") from None
     rows, dropped = len(prompts.kept), prompts.dropped
     for name, number in [("samples", rows + dropped.total()), *dropped.most_common(), ("prompts", rows)]:
         print(f"{name:16}{number:>10,}{number / (rows + dropped.total()):>8.1%}")
-    print(f"{rows:,} of the {config.count:,} prompts wanted in {config.out}: {config.source}")
 
 
 if __name__ == "__main__":

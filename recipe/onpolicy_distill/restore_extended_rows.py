@@ -10,19 +10,16 @@ extended id on, and those of the lm head where it is a matrix of its own, taken 
 where the two are tied, and little where they are not; with rehearsal (``algorithm.distill.teachers``) it is not needed.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 from recipe.onpolicy_distill.combine_models import add_threshold, combine_models, read_threshold
-from verl.utils.console import program_name
+from verl.utils.console import command_parser
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog=program_name("recipe.onpolicy_distill.restore_extended_rows"), description=str(__doc__).splitlines()[0]
-    )
+    parser = command_parser("recipe.onpolicy_distill.restore_extended_rows", __doc__)
     for name, meaning in (("before", "student before distillation"), ("after", "student after it"), ("out", "result")):
         parser.add_argument(f"--{name}", type=Path, required=True, help=f"folder of the {meaning}")
     add_threshold(parser)
@@ -30,7 +27,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         start = read_threshold(args, args.before)
         combine_models({args.after: 1.0}, args.out, start, rows_from=args.before)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     print(f"rows from {start} on put back: {args.out}")
 

@@ -28,7 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from verl.config import DataConfig, PromptTemplateConfig, SyntheticItemPromptsConfig
-from verl.utils.console import escape_unknown_characters, program_name
+from verl.utils.console import command_parser, escape_unknown_characters
 from verl.utils.dataset.items import CODE_TOKEN, ITEM_BEGIN, ITEM_END, LEVELS, Item, item_tokens, read_catalogue
 from verl.utils.dataset.parquet_files import cached_file, code_digest, expand_data_files, file_digest
 from verl.utils.durable_files import write_durably
@@ -179,9 +179,7 @@ def main(argv: list[str] | None = None) -> None:
     """The command line."""
     escape_unknown_characters()
     defaults = SyntheticItemPromptsConfig()
-    parser = argparse.ArgumentParser(
-        prog=program_name("recipe.onpolicy_distill.synthetic_item_prompts"), description=str(__doc__).splitlines()[0]
-    )
+    parser = command_parser("recipe.onpolicy_distill.synthetic_item_prompts", __doc__)
     parser.add_argument("--tokenizer", required=True, help="the student's tokenizer: folder or hub name")
     parser.add_argument("--count", type=int, required=True, help="prompts")
     parser.add_argument("--out", type=Path, required=True, help="parquet file to write, in OneRec's layout")

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recipe.onpolicy_distill.options import add_options, option
-from verl.utils.console import program_name
+from verl.utils.console import command_parser
 from verl.utils.tokenizer import hf_tokenizer, save_tokenizer
 
 if TYPE_CHECKING:
@@ -218,9 +218,9 @@ def describe_pair(teacher_dir: Path, student_dir: Path) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        prog=program_name("recipe.onpolicy_distill.tiny_models"),
-        description="Write a random Qwen3 teacher and a student that extends and perturbs it.",
+    parser = command_parser(
+        "recipe.onpolicy_distill.tiny_models",
+        "Write a random Qwen3 teacher and a student that extends and perturbs it.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--teacher-tokenizer", required=True, help="folder")

@@ -5,7 +5,9 @@ import math
 import subprocess
 import sys
 from random import Random
+from types import SimpleNamespace
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from support.tiny_pairs import REPO
@@ -19,6 +21,7 @@ from experiments.real_model.table import Estimate, compare, markdown
 from recipe.onpolicy_distill.quickstart import models as training
 from recipe.onpolicy_distill.quickstart.catalogue import all_item_tokens
 from verl.trainer.launch.typed import load_config
+from verl.utils.dataset.items import item_tokens
 from verl.utils.tokenizer import hf_tokenizer
 
 COMMAND = [sys.executable, "-m", "experiments.real_model"]
@@ -60,6 +63,18 @@ def test_the_verifier_of_ifeval():
     assert ifeval.verdicts(document, "Dr. Smith left, I hear. Yes.")["strict"] == [False, False, False]
     loose = ifeval.verdicts(document, "Sure, here it is:\nI go. You go. The USA is the END.")
     assert (loose["strict"], loose["loose"]) == ([False, True, True], [True, True, True])
+
+
+def test_what_usually_follows_an_item_counts_every_purchase(tmp_path):
+    a, b, c = ("".join(item_tokens((number, 0, 0))) for number in range(3))
+    rows = [{"source": judge.NEXT, "messages": text} for text in (a + b + b + a, b + b + c)]
+    pq.write_table(
+        pa.Table.from_pylist([*rows, {"source": "rec_item", "messages": a + c}]), tmp_path / "rec_train.parquet"
+    )
+    users = [SimpleNamespace(prompt=f"bought {text}") for text in (a + b + a, a + b)]
+    # After a: b once. After b: b twice, a and c once.
+    following = judge._usual_next(tmp_path, users, popular := [(2, 0, 0), (0, 0, 0), (1, 0, 0)])
+    assert following == [[(1, 0, 0), *popular[:2]], [(1, 0, 0), (0, 0, 0), (2, 0, 0)]]
 
 
 @pytest.mark.parametrize("real", [True, False])

@@ -62,10 +62,18 @@ def test_the_first_extended_id_may_come_from_the_teacher(tiny_pair, tmp_path):
     restore([*(str(word) for option in paths.items() for word in option), "--extend-vocab-start-token", "auto"])
     restored, start = weights(tmp_path / "restored"), tiny_pair.extend_vocab_start_token
     torch.testing.assert_close(restored[ROW_TENSORS[0]][start:], weights(student)[ROW_TENSORS[0]][start:])
-    with pytest.raises(SystemExit, match="name the teacher's with --teacher, or give the id"):
-        combine(tmp_path / "none", "auto", (student, 1))
     with pytest.raises(SystemExit, match="has no id that the teacher lacks"):
         combine(tmp_path / "same", "auto", (student, 1), teacher=student)
+
+
+def test_a_disk_that_is_full_leaves_no_model(tiny_pair, tmp_path, monkeypatch):
+    start, student = tiny_pair.extend_vocab_start_token, tiny_pair.student
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="error: no space left"):
+        patch.setattr("safetensors.torch.save_file", lambda *_, **__: (_ for _ in ()).throw(OSError("no space left")))
+        combine(tmp_path / "out", start, (student, 1))
+    assert not (tmp_path / "out").exists()
+    assert combine(tmp_path / "out", start, (student, 1)).keys() == weights(student).keys()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_user_errors(tiny_pair, tmp_path):

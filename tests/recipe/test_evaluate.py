@@ -16,8 +16,9 @@ from recipe.onpolicy_distill.evaluate import Evaluation, EvaluationConfig, evalu
 from recipe.onpolicy_distill.scoreboard import answers
 from recipe.onpolicy_distill.scoreboard.answers import Answerer
 from recipe.onpolicy_distill.scoreboard.questions import Question
-from recipe.onpolicy_distill.scoreboard.scoring import ScoringConfig, sampled_batch, score
+from recipe.onpolicy_distill.scoreboard.scoring import ScoringConfig, distillation_metrics, sampled_batch, score
 from verl.config import AlgoConfig, RolloutConfig
+from verl.protocol import DataProto
 from verl.utils.dataset.items import item_tokens
 from verl.utils.tokenizer import hf_tokenizer
 
@@ -190,10 +191,6 @@ def test_the_first_extended_id_may_come_from_the_teacher(monkeypatch, tiny_pair)
     command = ["--model", str(tiny_pair.student), "--general", "g.parquet", "--extend-vocab-start-token", "auto"]
     main([*command, "--teacher", str(tiny_pair.teacher)])
     assert [config.extend_vocab_start_token for config in seen] == [tiny_pair.extend_vocab_start_token]
-    with pytest.raises(
-        SystemExit, match="error: --extend-vocab-start-token auto compares two tokenizers; name the tea"
-    ):
-        main(command)
 
 
 def test_command_line(files, tiny_pair, tmp_path, capsys):
@@ -211,3 +208,33 @@ def test_command_line(files, tiny_pair, tmp_path, capsys):
         main([*command, "--temperature", "0"])
     with pytest.raises(SystemExit, match="error: --rec and --catalogue belong together"):
         main([*command, "--rec", str(files / "rec.parquet")])
+
+
+def test_the_leak_rate_is_a_share_of_answers():
+    ones, items = torch.ones(2, 4), torch.tensor([[0, 1, 0, 0], [0, 0, 0, 0]])
+    tensors = {"responses": 5 * ones.long(), "attention_mask": torch.ones(2, 6, dtype=torch.int64)}
+    tensors |= {"response_mask": torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]]), "distill_special_token_mask": items}
+    tensors |= {"old_log_probs": -ones, "entropys": ones, "extend_mass": 0.25 * ones}
+    metrics = distillation_metrics(DataProto.from_dict(tensors), extended=True)
+    assert metrics == {"entropy": 1.0, "leak_rate": 0.5, "extend_mass": 0.25}
+
+
+def test_template_options_reach_the_prompts(files, tiny_pair):
+    changes = {"rec": None, "catalogue": None, "chat_template_kwargs": {"enable_thinking": False}}
+    tokenizer = hf_tokenizer(tiny_pair.student)
+    asked = module._read(options(files, tiny_pair.student, **changes), tokenizer)["general"]
+    endings = [tokenizer.decode(question.prompt_ids).endswith("<think>\n\n</think>\n\n") for question in asked]
+    assert endings and all(endings)
+
+
+async def test_sampled_answers_have_the_temperature_and_seeds_of_their_own(monkeypatch):
+    asked = []
+
+    async def write(self, prompt, sampling):
+        asked.append((sampling["temperature"], sampling["seed"] % 2**32))
+        return [5]
+
+    monkeypatch.setattr(Answerer, "_write", write)
+    for seed in (0, 1):
+        await object.__new__(Answerer).sampled([Question("", "", "", [5], "")] * 3, 4, 0.7, seed)
+    assert {temperature for temperature, _ in asked} == {0.7} and len({seed for _, seed in asked}) == 6

@@ -125,7 +125,7 @@ def test_an_item_that_the_tokenizer_does_not_name_is_an_error():
 
 
 def test_items_in_texts():
-    assert items_in(f"buy {text(3, 7, 1)}{text(0, 0, 2)} or {text(3, 7, 1)}") == [(3, 7, 1), (0, 0, 2)]
+    assert items_in(f"buy {text(3, 7, 1)}{text(0, 0, 2)} or {text(3, 7, 1)}") == [(3, 7, 1), (0, 0, 2), (3, 7, 1)]
     assert items_in("<|sid_begin|><s_b_1><s_a_2><s_c_0><|sid_end|> <|sid_begin|><s_a_1>") == []
     assert listed_items(f" {text(1, 2, 3)}{text(4, 5, 6)}\n") == [(1, 2, 3), (4, 5, 6)]
     assert listed_items(f"{text(1, 2, 3)} yes") == []

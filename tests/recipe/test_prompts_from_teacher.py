@@ -94,7 +94,7 @@ def command(model, out, *more: str) -> list[str]:
 def test_what_it_writes_a_run_reads_and_it_is_the_same_again(model, tokenizer, tmp_path, capsys, monkeypatch) -> None:
     out, again = tmp_path / "new" / "prompts.parquet", tmp_path / "again.parquet"
     texts = command(model, out, "6", "--seed", "3")
-    counts = {line.split()[0]: int(line.split()[1]) for line in capsys.readouterr().out.splitlines()[:-1]}
+    counts = {line.split()[0]: int(line.split()[1]) for line in capsys.readouterr().out.splitlines()[1:]}
     assert counts.pop("samples") == sum(counts.values()) and counts["prompts"] == 6
     data = build_datasets(module.DataConfig(train_files=str(out)), tokenizer, dropped_rows_folder=tmp_path)[0]
     assert data.sources == ["synthetic_general"] * 6 and not data.drop_report.dropped
@@ -105,10 +105,23 @@ def test_what_it_writes_a_run_reads_and_it_is_the_same_again(model, tokenizer, t
 
 def test_samples_that_are_used_up(model, tmp_path, capsys) -> None:
     rows = len(command(model, out := tmp_path / "prompts.parquet", "60", "--max-samples", "64"))
-    assert 0 < rows < 60 and f"\n{rows} of the 60 prompts wanted in {out}: " in capsys.readouterr().out
+    assert 0 < rows < 60 and f"{rows} of the 60 prompts wanted in {out}: " in capsys.readouterr().out
     with pytest.raises(SystemExit, match=r"error: none of 64 samples is a prompt to keep: .*'language'"):
         command(model, tmp_path / "none.parquet", "60", "--max-samples", "64", "--languages", "thai")
     assert [*tmp_path.iterdir()] == [out]
+
+
+def test_what_was_kept_is_written_where_the_engine_dies(model, tmp_path, capsys, monkeypatch) -> None:
+    def text_of(*_):
+        if not numbers:
+            raise RuntimeError("the engine is dead")
+        return f"Question {numbers.pop()}", True
+
+    numbers = [1, 2, 3]
+    monkeypatch.setattr(module, "text_of", text_of)
+    with pytest.raises(SystemExit, match=r"^error: the engine is dead$"):
+        command(model, out := tmp_path / "prompts.parquet", "60")
+    assert pq.read_table(out).num_rows == 3 and f"3 of the 60 prompts wanted in {out}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("wrong", ["--count 0", "--max-samples 4", "--temperature 0", "--top-p 1.5", "--out ."])

@@ -256,9 +256,13 @@ def test_a_threshold_for_a_command(pair: Folders) -> None:
     assert resolve_threshold("auto", str(pair.student), str(pair.teacher)) == 329
     assert resolve_threshold("auto", str(pair.student), str(pair.student)) is None
     assert (resolve_threshold(7, "none", None), resolve_threshold(None, "none", None)) == (7, None)
-    with pytest.raises(ValueError, match="from 329 on; give --extend-vocab-start-token 329"):
-        resolve_threshold(None, str(pair.student), str(pair.teacher))
-    with pytest.raises(ValueError, match="name the teacher's with --teacher"):
+    assert resolve_threshold(329, str(pair.student), str(pair.teacher)) == 329
+    assert resolve_threshold(400, str(pair.teacher), str(pair.teacher)) == 400, "a teacher has none of the ids"
+    for wrong in (None, 328, 330, 400):
+        shown = "null" if wrong is None else wrong
+        with pytest.raises(ValueError, match=rf"token {shown}: the ids below it .* apart; 329 would be right"):
+            resolve_threshold(wrong, str(pair.student), str(pair.teacher))
+    with pytest.raises(ValueError, match="auto compares two tokenizers; name the teacher's with --teacher"):
         resolve_threshold("auto", str(pair.student), None)
     next(iter(BROKEN.values()))(pair)
     with pytest.raises(ValueError, match=r"do not fit; give the id:\n- "):

@@ -1,7 +1,9 @@
-"""What commands share: their name in usage lines, and text of users on terminals that lack some characters."""
+"""What commands share: their parser, and text of users on terminals that lack some characters."""
 
+import argparse
 import io
 import sys
+from typing import Any
 
 
 def escape_unknown_characters() -> None:
@@ -13,6 +15,10 @@ def escape_unknown_characters() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
-def program_name(module: str) -> str:
-    """What the usage of a command says: ``kai-verl COMMAND`` where that started it, else ``python -m MODULE``."""
-    return sys.argv[0] if sys.argv[0].startswith("kai-verl ") else f"python -m {module}"
+def command_parser(module: str, description: str | None, **options: Any) -> argparse.ArgumentParser:
+    """A parser for a command, with the first line of its description.
+
+    Its usage says ``kai-verl COMMAND`` where that started it, else ``python -m MODULE``. ``options`` go to argparse.
+    """
+    name = sys.argv[0] if sys.argv[0].startswith("kai-verl ") else f"python -m {module}"
+    return argparse.ArgumentParser(prog=name, description=str(description).splitlines()[0], **options)

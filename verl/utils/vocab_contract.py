@@ -10,14 +10,13 @@ tokens, and the rows of the embeddings. Weights are not loaded, only the headers
 in ``vocab_rules``.
 """
 
-import argparse
 import json
 import logging
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from verl.utils.console import escape_unknown_characters, program_name
+from verl.utils.console import command_parser, escape_unknown_characters
 from verl.utils.vocab_models import read_vocabulary, show_ids, to_ranges
 from verl.utils.vocab_rules import VocabContract
 
@@ -123,30 +122,32 @@ def resolve_threshold(given: int | str | None, student: str, teacher: str | None
     """The first extended id that a command's ``--extend-vocab-start-token`` stands for; None: there is no extension.
 
     Raises:
-        ValueError: it is ``auto``, and no teacher is named or the two do not fit together; or it is not given, and the
-            teacher lacks ids of the student.
+        ValueError: it is ``auto``, and no teacher is named or the two do not fit together; or the ids below it are not
+            those that the student shares with the teacher that is named.
     """
-    if given is None and teacher and (found := read_contract(student, teacher).extend_start) is not None:
-        raise ValueError(f"{teacher} lacks ids of {student} from {found} on; give --extend-vocab-start-token {found}")
-    if not isinstance(given, str):
-        return given
+    option = f"--extend-vocab-start-token {'null' if given is None else given}"
     if teacher is None:
-        raise ValueError(
-            "--extend-vocab-start-token auto compares two tokenizers; name the teacher's with --teacher, or give the id"
-        )
+        if given == AUTO:
+            raise ValueError(f"{option} compares two tokenizers; name the teacher's with --teacher, or give the id")
+        return None if given is None else int(given)
     contract = read_contract(student, teacher)
-    if contract.problems:
+    if given == AUTO and contract.problems:
         why = "".join(f"\n- {problem}" for problem in contract.problems)
-        raise ValueError(f"--extend-vocab-start-token auto: {student} and {teacher} do not fit; give the id:{why}")
-    return contract.extend_start
+        raise ValueError(f"{option}: {student} and {teacher} do not fit; give the id:{why}")
+    start = contract.extend_start if given == AUTO else given
+    below = (token_id for token_id in contract.student.tokens if start is None or token_id < int(start))
+    if differing := set(below).symmetric_difference(contract.shared):
+        where = f"the two tell {contract.student.name(min(differing))} apart; {contract.extend_start} would be right"
+        raise ValueError(f"{option}: the ids below it have to be those that {student} and {teacher} share, and {where}")
+    return None if start is None else int(start)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     escape_unknown_characters()
-    parser = argparse.ArgumentParser(
-        prog=program_name("verl.utils.vocab_contract"),
-        description="Compare the vocabularies of a student and its teacher.",
+    parser = command_parser(
+        "verl.utils.vocab_contract",
+        "Compare the vocabularies of a student and its teacher.",
         epilog="Exit code: 0 sound, 1 unsound, 2 could not be compared.",
     )
     for role in ("student", "teacher"):

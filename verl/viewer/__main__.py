@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from verl.utils.console import program_name
+from verl.utils.console import command_parser
 
 PORT = 8765
 """Of ``--serve`` without a number."""
@@ -20,19 +20,11 @@ LOOPBACK = "127.0.0.1"
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(
-        prog=program_name("verl.viewer"), description="Shows a training run: curves, answers, and each of their tokens."
-    )
+    made = command_parser("verl.viewer", "Shows a training run: curves, answers, and each of their tokens.")
     made.add_argument("run", metavar="RUN", type=Path, help="folder of the run (trainer.default_local_dir)")
     made.add_argument("--out", type=Path, metavar="FILE", help="the HTML file to write (default: RUN/view.html)")
-    made.add_argument(
-        "--serve",
-        type=int,
-        nargs="?",
-        const=PORT,
-        metavar="PORT",
-        help=f"serve the page on {LOOPBACK} instead; a reload shows the run as it goes on (default: {PORT}; 0: any)",
-    )
+    serve_help = f"serve the page on {LOOPBACK} instead; a reload shows the run as it goes on (default: {PORT}; 0: any)"
+    made.add_argument("--serve", type=int, nargs="?", const=PORT, metavar="PORT", help=serve_help)
     made.add_argument("--rollouts", type=Path, metavar="DIR", help="training answers (default: as the run was set)")
     made.add_argument("--validation", type=Path, metavar="DIR", help="validation answers (default: as the run was set)")
     made.add_argument("--answers", type=int, default=ANSWERS, metavar="N", help="most answers (default: %(default)s)")

@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from recipe.onpolicy_distill.quickstart.distillation import (
+    COMMAND,
     EXACT,
     MASKED,
     MAX_ANSWER_TOKENS,
@@ -32,18 +33,19 @@ from recipe.onpolicy_distill.quickstart.distillation import (
     STEPS,
     Distillation,
 )
-from verl.utils.console import program_name
+from verl.utils.console import command_parser
 from verl.utils.timing import marked_timer
 
 PHASES = 6
-OWN_KEYS = ("trainer.default_local_dir", "trainer.save_freq", "actor_rollout_ref.actor.checkpoint.save_contents")
+OWN_KEYS = (
+    *("trainer.default_local_dir", "trainer.save_freq", "trainer.check_only", "trainer.val_only"),
+    "actor_rollout_ref.actor.checkpoint.save_contents",
+)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line; Hydra overrides may stand anywhere in it."""
-    parser = argparse.ArgumentParser(
-        prog=program_name("recipe.onpolicy_distill.quickstart"), description=str(__doc__).splitlines()[0]
-    )
+    parser = command_parser("recipe.onpolicy_distill.quickstart", __doc__)
     parser.add_argument("--seed", type=int, default=0, help="of world, models and sampling; default: %(default)s")
     parser.add_argument("--steps", type=int, help=f"of distillation; default: {STEPS[EXACT]}, sampled {STEPS[SAMPLED]}")
     parser.add_argument(
@@ -105,7 +107,7 @@ def experiment(args: argparse.Namespace, out: Path) -> Path:
     method = args.objective if args.mode == MASKED else args.mode
     method = method if args.rehearsal == REAL else f"{method}-{args.rehearsal}"
     results = out if method == EXACT else out / method
-    if any(results.glob("run/*")) and not (results / "run" / "config.yaml").is_file():
+    if any(results.glob("run/*")) and not (results / "run" / COMMAND).is_file():
         raise ValueError(f"{results / 'run'}, which a new run replaces, holds something else; name another --out")
     asked = {"max_prompt_length": MAX_PROMPT_TOKENS, "max_new_tokens": MAX_ANSWER_TOKENS, "seed": seed}
     asked["rollout"] = {"cpu_kvcache_space_gb": 0.25}

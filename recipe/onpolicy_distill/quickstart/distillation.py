@@ -6,6 +6,7 @@ checkpoints. Settings are those of a real run but for their size.
 
 import json
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Sequence
@@ -52,6 +53,8 @@ STEPS = {EXACT: 175, SAMPLED: 200}
 """Steps that an objective needs here."""
 EXACT_MATCH = Path(__file__).with_name("exact_match.py")
 SETTINGS = Path(__file__).with_name("distillation.yaml")
+COMMAND = "command.sh"
+"""A file of the run's folder, by which the quickstart knows it as its own."""
 
 
 @dataclass(frozen=True)
@@ -77,9 +80,11 @@ class Distillation:
     def run(self) -> None:
         """Train; raises RuntimeError where the run fails."""
         shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True)
+        (self.folder / COMMAND).write_text(f"{shlex.join(command := self.command())}\n", encoding="utf-8")
         # The entry point decides for itself how the threads of its many processes wait.
         environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
-        if code := run_child(self.command(), environment):
+        if code := run_child(command, environment):
             raise RuntimeError(f"the distillation ended with code {code}; its own first error is above")
 
     def checkpoints(self) -> list[tuple[int, Path]]:

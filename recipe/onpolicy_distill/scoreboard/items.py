@@ -21,13 +21,10 @@ _ITEM_LIST = re.compile(f"(?:{WRITTEN_ITEM.pattern})+")
 
 
 def items_in(text: str) -> list[Item]:
-    """The items of a text in order, each once; what is not a whole item with its levels in order is passed over."""
-    found: dict[Item, None] = {}
-    for match in WRITTEN_ITEM.finditer(text):
-        codes = CODE_TOKEN.findall(match.group())
-        if "".join(level for level, _ in codes) == LEVELS[: len(codes)]:
-            found[tuple(int(code) for _, code in codes)] = None
-    return list(found)
+    """The items of a text in order; what is not a whole item with its levels in order is passed over."""
+    found = [CODE_TOKEN.findall(match.group()) for match in WRITTEN_ITEM.finditer(text)]
+    whole = (codes for codes in found if "".join(level for level, _ in codes) == LEVELS[: len(codes)])
+    return [tuple(int(code) for _, code in codes) for codes in whole]
 
 
 def listed_items(text: str) -> list[Item]:

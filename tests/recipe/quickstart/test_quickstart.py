@@ -11,7 +11,7 @@ import pytest
 from support.small_world import SHORT_STUDENT, SHORT_TEACHER, SMALL
 
 from recipe.onpolicy_distill.quickstart import __main__ as quickstart
-from recipe.onpolicy_distill.quickstart import models, scoreboard, world
+from recipe.onpolicy_distill.quickstart import distillation, models, scoreboard, world
 from recipe.onpolicy_distill.quickstart.distillation import STEPS, Distillation
 from recipe.onpolicy_distill.quickstart.scoreboard import popularity_line, popularity_metrics
 from recipe.onpolicy_distill.synthetic_item_prompts import make_prompt_file
@@ -57,6 +57,15 @@ def test_a_folder_of_something_else_is_not_replaced(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "mine").write_text("kept")
     with pytest.raises(SystemExit, match=r"error: .*run, which a new run replaces, holds something else"):
+        quickstart.main(["--out", str(tmp_path)])
+
+
+def test_the_folder_of_a_run_that_did_not_start_is_replaced(small_world, tmp_path, monkeypatch):
+    monkeypatch.setattr(distillation, "run_child", lambda *_: 1)
+    with pytest.raises(RuntimeError, match="the distillation ended with code 1"):
+        Distillation(small_world, Path("/t"), Path("/s"), tmp_path / "run", steps=8, seed=3).run()
+    monkeypatch.setattr(world, "build", lambda *_: (_ for _ in ()).throw(RuntimeError("it goes on")))
+    with pytest.raises(SystemExit, match=r"^error: it goes on"):
         quickstart.main(["--out", str(tmp_path)])
 
 

@@ -9,7 +9,6 @@ In: parquet files in OneRec's layout or verl's, and the student's tokenizer. Out
 of a drop, lengths of prompts, and a few examples, as text or as JSON.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from verl.config import DataConfig
-from verl.utils.console import escape_unknown_characters, program_name
+from verl.utils.console import command_parser, escape_unknown_characters
 from verl.utils.tokenizer import hf_tokenizer, render_chat
 from verl.utils.vocab_contract import THRESHOLD_HELP, resolve_threshold, threshold
 
@@ -88,9 +87,8 @@ def render(dataset: "RLHFDataset", report: dict[str, Any]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """The command; a mistake goes to stderr as one line."""
     escape_unknown_characters()
-    parser = argparse.ArgumentParser(
-        prog=program_name("verl.utils.dataset.data_report"),
-        description="What a data set holds and which of its rows a run would drop.",
+    parser = command_parser(
+        "verl.utils.dataset.data_report", "What a data set holds and which of its rows a run would drop."
     )
     parser.add_argument("--files", nargs="+", required=True, help="parquet files, folders or globs")
     parser.add_argument("--tokenizer", required=True, help="the student's tokenizer: folder or hub name")

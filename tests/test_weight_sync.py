@@ -96,10 +96,10 @@ def test_engines_in_a_channel_receive_what_was_described_to_them(
     """Two of them, in threads, over gloo: every tensor of the model once, by name, in shape and precision."""
     module, device = student._state.module, torch.device("cpu")
     exporter = WeightExporter(module, device=device, writes_files=False, dtype=dtype, bucket_bytes=50_000)
-    meeting, buckets, plain = student.open_channel(3, 60.0), exporter.describe(), load_plain(folder)
+    rendezvous, buckets, plain = student.open_channel(3, 60.0), exporter.describe(), load_plain(folder)
 
     def receive(rank: int) -> dict[str, torch.Tensor]:
-        channel, received = Channel(meeting, rank, device), ReceivedWeights(weight_shapes(plain))
+        channel, received = Channel(rendezvous, rank, device), ReceivedWeights(weight_shapes(plain))
         assert all(received.add(bucket) for bucket in buckets) and not received.problems()
         return {name: tensor for bucket in buckets for name, tensor in bucket_tensors(bucket, device, channel)}
 
@@ -147,11 +147,7 @@ def test_the_next_bucket_is_exported_while_engines_load_and_all_are_released(fai
         if task == fails:
             raise ConnectionError
 
-    student = SimpleNamespace(
-        weight_buckets=lambda: [{}] * 3,
-        export_weight_bucket=partial(call, "export"),
-        begin=call,
-    )
+    student = SimpleNamespace(weight_buckets=lambda: [{}] * 3, export_weight_bucket=partial(call, "export"), begin=call)
     names = ("start_weight_update", "update_weights", "finish_weight_update")
     engine = SimpleNamespace(**{name: SimpleNamespace(remote=partial(call, name)) for name in names})
     with pytest.raises(ConnectionError) if fails else nullcontext():

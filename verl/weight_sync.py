@@ -193,9 +193,10 @@ class WeightExporter:
         return self._export(index, self._share)
 
     def store(self, index: int, to: Callable[[Any], Any] | Channel | None) -> Bucket | None:
-        """As ``export``, for engines that are apart: one rank has where it goes ``to``.
+        """As ``export``, for engines that share no GPU or machine with the ranks.
 
-        That is an object store's ``put``, or a channel, from which each engine has to receive the bucket meanwhile.
+        All ranks gather the bucket; rank 0 alone is given ``to``, an object store's ``put`` or a channel, and sends it
+        there. From a channel each engine has to receive it meanwhile.
         """
 
         def share(index: int, tensors: dict[str, torch.Tensor]) -> Bucket:
@@ -214,10 +215,9 @@ class WeightExporter:
     def describe(self) -> list[Bucket]:
         """``names``, ``shapes`` and ``dtype_names`` of each bucket, for those who receive it by a channel."""
         weights, dtype = named_weights(self._module), dtype_name(self._dtype)
-        shapes = [[list(weights[name].shape) for name in names] for names in self._buckets]
         return [
-            {"names": names, "shapes": of_bucket, "dtype_names": [dtype] * len(names)}
-            for names, of_bucket in zip(self._buckets, shapes, strict=True)
+            {"names": names, "shapes": [list(weights[n].shape) for n in names], "dtype_names": [dtype] * len(names)}
+            for names in self._buckets
         ]
 
     def _export(self, index: int, share: Callable[[int, dict[str, torch.Tensor]], Bucket] | None) -> Bucket | None:

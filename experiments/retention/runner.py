@@ -8,10 +8,11 @@ import json
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from experiments.retention.ledger import LEDGER, keep_ledger
 from experiments.retention.results import DONE, Extras, Record, Run, record_of
-from experiments.retention.tweaks import TWEAKS, replaced, student_of
+from experiments.retention.tweaks import TWEAKS, student_of
 from experiments.retention.variants import BEFORE, END_TOKEN, NONE, REHEARSAL_SHARE, TEACHER, VARIANTS, share_of
 from experiments.retention.worlds import Prepared, prepare
 from recipe.onpolicy_distill.combine_models import combine_models
@@ -170,5 +171,5 @@ def scoreboard(prepared: Prepared, model: Path, *, rec: bool = True, extras: Ext
         "max_new_tokens": prepared.max_answer_tokens,
         "rollout": {"max_num_seqs": ENGINE_ROWS},
     }
-    with replaced(measures, "KS", (*measures.KS, *extras.recall_at)):
+    with patch.object(measures, "KS", (*measures.KS, *extras.recall_at)):
         return score(prepared.world, model, prepared.teacher, rec=rec, **settings).metrics

@@ -10,11 +10,11 @@ Letters: N trained tokens of a mini-batch, S positions of one teacher, V ids.
 
 import copy
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -50,17 +50,6 @@ def student_of(trainer: Any) -> DataParallelPPOActor:
     return trainer.actor_wg._worker.actor
 
 
-@contextmanager
-def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Have an attribute be another one for the time of the block."""
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
-
-
 def copied(mini_loss: MiniBatchLoss) -> MiniBatchLoss:
     """The loss with parts of its own, whose attributes may be replaced."""
     mini_loss = copy.copy(mini_loss)
@@ -77,7 +66,7 @@ def change_divergence(actor: DataParallelPPOActor, change: Change) -> None:
         loss = mini_loss._parts[-1][1]  # where there is a divergence, it is the last part
         assert isinstance(loss, DivergenceLoss), "the objective has no divergence"
         # `DivergenceLoss.head` looks it up in its module when the forward pass reaches the head.
-        with replaced(losses, "linear_divergence", change(loss)):
+        with patch.object(losses, "linear_divergence", change(loss)):
             return accumulate(mini, mini_loss, config)
 
     actor._accumulate_gradient = changed  # type: ignore[method-assign]

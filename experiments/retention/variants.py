@@ -42,6 +42,8 @@ FROZEN_ROWS: Settings = {"actor_rollout_ref.actor.freeze_extended_rows": True}
 SHORT: Settings = {"actor_rollout_ref.rollout.horizon": 6}
 BAD_SHARES = (0.02, 0.1, 0.6)
 """Of rehearsal, from which a steered share has to find its way."""
+WEIGHTS = (3, 10)
+"""Of a rehearsed token beside a general one."""
 TEACHER_SHARES = (0.25, 0.5, 0.75)
 """Of the average that a run begins at."""
 KEEP: Settings = {"trainer.keep": "val/rec_*/reward >= 0.9 of step 0"}
@@ -112,6 +114,14 @@ VARIANTS: dict[str, Variant] = {
         )
         for name, label, settings in (("share", "share", {}), ("keep", "steered from share", KEEP))
         for share in BAD_SHARES
+    },
+    **{
+        f"exact-self-weight-{weight}": Variant(
+            f"exact + self, weight {weight}",
+            {**EXACT, "++algorithm.distill.teachers.self": f"{{vocabulary:full,sources:[rec_*],weight:{weight}}}"},
+            HISTORIES,
+        )
+        for weight in WEIGHTS
     },
     **{
         f"averaged-{share:.0%}".rstrip("%"): Variant(

@@ -3,28 +3,23 @@
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from experiments.retention.ledger import ledger_text
-from experiments.retention.results import Extras, Run
+from experiments.retention.results import Extras, Run, read_lines
 from experiments.retention.runner import train
 from experiments.retention.worlds import Prepared
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
 
-def lines_of(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def assert_adds_up(folder: Path) -> None:
     """The two parts of every line have a sum of the norm that the update measured."""
-    norms = {line["step"]: line["data"].get("actor/grad_norm") for line in lines_of(folder / "metrics.jsonl")}
-    for line in lines_of(folder / "ledger.jsonl"):
+    norms = {line["step"]: line["data"].get("actor/grad_norm") for line in read_lines(folder / "metrics.jsonl")}
+    for line in read_lines(folder / "ledger.jsonl"):
         general, items = line["general"], line["items"]
         mixed = 2 * general * items * (line["cosine"] or 0.0)
         assert math.sqrt(general**2 + items**2 + mixed) == pytest.approx(norms[line["step"]], rel=1e-4)
@@ -38,7 +33,7 @@ def test_a_run_is_the_same_to_the_bit_with_and_without_a_ledger(prepared: Prepar
         weights.append(load_file(folder / "global_step_3" / "actor" / "huggingface" / "model.safetensors"))
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
     assert not (tmp_path / "0" / "ledger.jsonl").exists()
-    lines = lines_of(tmp_path / "1" / "ledger.jsonl")
+    lines = read_lines(tmp_path / "1" / "ledger.jsonl")
     assert [line["step"] for line in lines] == [1, 2, 3]
     assert_adds_up(tmp_path / "1")
     for line in lines[1:]:
@@ -54,7 +49,7 @@ def test_parts_add_up_whatever_the_loss_and_the_batches(
 ) -> None:
     run = Run("quickstart", 0, variant, 0, steps=len(shares))
     train(run, prepared, tmp_path, tmp_path / "cache", Extras(1))
-    lines = lines_of(tmp_path / "ledger.jsonl")
+    lines = read_lines(tmp_path / "ledger.jsonl")
     for line, share in zip(lines, shares, strict=True):
         assert share is None or (line["item_tokens"], line["general"] == 0) == (share, share == 1)
         if line["step"] > 1:  # where the student is still the frozen one, rows of items have no gradient

@@ -136,7 +136,7 @@ class Engine:
     def broadcast(self, processes: int = 1) -> None:
         """Send them by a channel to each of the engine's processes, as rank 0 does."""
         sender, tensors = Worker(), {name: weight.detach() for name, weight in self.model.named_parameters()}
-        meeting, names = sender.open_channel(1 + processes, 60.0), list(tensors)
+        rendezvous, names = sender.open_channel(1 + processes, 60.0), list(tensors)
         buckets = [
             {
                 "names": part,
@@ -155,7 +155,7 @@ class Engine:
         self.version += 1
         with ThreadPoolExecutor(1) as other:
             sent = other.submit(send)
-            self.replica.run(connect, meeting)
+            self.replica.run(connect, rendezvous)
             self.replica.run(sync, buckets, self.version)
             sent.result()
 
@@ -216,9 +216,9 @@ async def carry_on(
     return await asyncio.gather(*(one(row, ids) for row, ids in enumerate(written)))
 
 
-async def connect(replica: RolloutReplica, meeting: Mapping[str, Any]) -> None:
+async def connect(replica: RolloutReplica, rendezvous: Mapping[str, Any]) -> None:
     """Join a channel as the only engine."""
-    await replica.connect(meeting, 1)
+    await replica.connect(rendezvous, 1)
 
 
 async def sync(replica: RolloutReplica, buckets: list[dict[str, Any]], version: int) -> None:

@@ -160,7 +160,7 @@ class Running:
 
     def __exit__(self, *_: object) -> None:
         """End whatever is left, so that a test that fails leaves nothing behind."""
-        for pid in self.left():
+        for pid in processes_of(self.process.pid):  # the driver among them
             try:
                 os.kill(pid, 9)
             except ProcessLookupError:
@@ -171,10 +171,6 @@ class Running:
     def output(self) -> str:
         """Its output so far."""
         return self._log.read_text()
-
-    def left(self) -> set[int]:
-        """Its processes, the driver among them."""
-        return set(processes_of(self.process.pid))
 
     def processes(self, title: str) -> set[int]:
         """Those of its processes whose title begins so, as Ray's workers' do with their class."""

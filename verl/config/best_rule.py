@@ -70,10 +70,6 @@ class Bound:
         """The bound as a number."""
         return self.factor * metric_value(start, self.name) if self.of_start else self.factor
 
-    def is_met(self, metrics: Metrics, start: Metrics) -> bool:
-        """Whether a step keeps the bound."""
-        return self.violation(metrics, start) <= 0
-
     def violation(self, metrics: Metrics, start: Metrics) -> float:
         """By how much a step misses the bound, as a share of it; negative where it keeps it, NaN without the metric."""
         bound = self.value(start)
@@ -147,7 +143,7 @@ class BestRule:
 
     def qualifies(self, metrics: Metrics, start: Metrics) -> bool:
         """Whether a step has the metric and keeps all bounds."""
-        return math.isfinite(self.value(metrics)) and all(bound.is_met(metrics, start) for bound in self.bounds)
+        return math.isfinite(self.value(metrics)) and all(bound.violation(metrics, start) <= 0 for bound in self.bounds)
 
     def is_better(self, metrics: Metrics, than: Metrics) -> bool:
         """Whether a step is strictly better than another; of equals the first stays."""

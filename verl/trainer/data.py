@@ -174,7 +174,7 @@ class Mixture:
         self._config, self._places = config, [places for _, places in groups]
         names = zip(config.source_weights, groups, strict=True)
         self.state = {name: {"share": share, "behind": 0.0, "given": 0} for name, (share, _) in names}
-        """Of each group its share, by how many rows it is behind it, and how many it has given."""
+        """Of each group its share of a batch, how many rows it lags behind that, and how many it has given."""
         self._orders: dict[int, tuple[int, np.ndarray]] = {}
         """Of each group, by number, the pass it gave its last row in, and its order there."""
 

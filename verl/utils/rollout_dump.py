@@ -5,8 +5,10 @@ the record of its tokens beside it (``token_record``), and lines on the console,
 through it.
 """
 
+import html
 import json
 import logging
+import math
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -18,15 +20,17 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from verl.protocol import DataProto
-from verl.utils.answer_html import answers_as_html
 from verl.utils.durable_files import write_durably
-from verl.utils.token_record import write_token_record
+from verl.utils.token_record import token_record, write_token_record
 from verl.utils.torch_functional import real_response_tokens
 
 logger = logging.getLogger(__name__)
 
 COPIED_COLUMNS = ("uid", "index", "source", "data_source")
 """Object columns that are copied as they are, where the batch has them."""
+ABOVE, BELOW = "217, 72, 15", "47, 125, 225"
+"""Orange where the student gives a token more than the teacher does, blue where it gives less."""
+FULL_COLOUR_NATS = 4.0
 
 
 def generation_rows(batch: DataProto, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
@@ -71,6 +75,23 @@ def show_answers(batch: DataProto, tokenizer: PreTrainedTokenizerBase, count: in
     for row, row["html"] in zip(rows, answers_as_html(shown, tokenizer), strict=True):
         tqdm.write(f"[{row['uid']}] {row['output']}")
     return rows
+
+
+def answers_as_html(batch: DataProto, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """One text an answer; tokens are coloured where the batch has ``old_log_probs`` and ``ref_log_prob`` of them."""
+    record = token_record(batch, 0, tokenizer, []).select(["text", "student_log_prob", "teacher_log_prob"])
+    answers = ["".join(map(_token, *row.values())) for row in record.to_pylist()]
+    style = '<meta charset="utf-8"><div style="white-space: pre-wrap; font: 13px sans-serif">'
+    return [f"{style}{answer}</div>" for answer in answers]
+
+
+def _token(text: str, student: float | None, teacher: float | None) -> str:
+    shown = html.escape(text)
+    if student is None or teacher is None or not math.isfinite(gap := student - teacher):
+        return shown
+    share = 0.65 * min(1.0, abs(gap) / FULL_COLOUR_NATS)
+    colour = f"rgba({ABOVE if gap > 0 else BELOW}, {share:.2f})"
+    return f'<span style="background: {colour}" title="student {student:.3f}, teacher {teacher:.3f}">{shown}</span>'
 
 
 def _plain(value: Any) -> Any:

@@ -56,7 +56,7 @@ def token_states(batch: DataProto) -> np.ndarray:
 
 
 def _masks(batch: DataProto) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(B, R) bool: trained; items that the row's teacher lacks; not trained, and after the first of these."""
+    """(B, R) bool: trained tokens; items that the row's teacher lacks; untrained tokens after the first such item."""
     trained, items = (batch.tensor(key).bool().numpy() for key in ("response_mask", "distill_special_token_mask"))
     items = items & ~knows_extended(batch).numpy()[:, None]
     behind = items.cumsum(axis=1) > items

@@ -21,19 +21,6 @@ FOLDERS = {"training": ("rollout_data_dir", "--rollouts"), "validation": ("valid
 """Kinds of answers, and the setting of ``trainer`` and the option that name the folder of each."""
 NUMBERS = ("student_log_prob", "teacher_log_prob", "signal", "entropy", "extend_mass")
 """Columns of float32 over an answer's tokens; unknown is NaN."""
-SCALARS = (
-    "step",
-    "weight_version",
-    "uid",
-    "index",
-    "source",
-    "teacher",
-    "prompt_length",
-    "response_length",
-    "score",
-    "signal_name",
-)
-"""Columns of a record that the page shows as they are."""
 SUFFIX = ".tokens.parquet"
 
 Curves = dict[str, tuple[list[int], list[float | None]]]
@@ -172,11 +159,12 @@ def read_record(path: Path, limit: int, stamp: tuple[tuple[int, int], ...]) -> t
     """The first answers of a record. ``--serve`` asks at each reload; with another ``stamp`` the file is read again.
 
     Returns:
-        A dict an answer: the record's `SCALARS`, ``row`` (its place in the record), ``first`` (where its
+        A dict an answer: the record's columns of one value, ``row`` (its place in the record), ``first`` (where its
         tokens begin among the record's), ``items`` and ``trained`` (numbers of tokens), what `_figures` gives,
         ``prompt``, ``expected`` and ``text`` (of the lines beside it; None where these are not there, for ``text`` the
         tokens joined). And the numbers of the tokens, as `_packed` describes.
     """
+    import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
@@ -190,15 +178,15 @@ def read_record(path: Path, limit: int, stamp: tuple[tuple[int, int], ...]) -> t
     head = {"ids": ids.tolist(), "texts": texts.take(first).to_pylist(), "states": states.dictionary.to_pylist()}
     columns = [places.astype("<u4"), *numbers.values(), states.indices.to_numpy().astype("u1"), items.astype("u1")]
 
-    rows = table.select(SCALARS).to_pylist()
+    rows = table.drop_columns([each.name for each in table.schema if pa.types.is_list(each.type)]).to_pylist()
     lines, start = _lines(_lines_beside(path), whole.num_rows), 0
     for place, row in enumerate(rows):
         end = start + row["response_length"]
-        taught = trained[start:end]
+        mask = trained[start:end]
         line = lines[place] if place < len(lines) else {"output": "".join(texts[start:end].to_pylist())}
-        row |= {"row": place, "first": start, "trained": int(taught.sum()), "items": int(items[start:end].sum())}
+        row |= {"row": place, "first": start, "trained": int(mask.sum()), "items": int(items[start:end].sum())}
         row |= {"prompt": line.get("input"), "expected": _as_text(line.get("gts")), "text": line["output"]}
-        row |= _figures(row["signal_name"], {name: values[start:end][taught] for name, values in numbers.items()})
+        row |= _figures(row["signal_name"], {name: values[start:end][mask] for name, values in numbers.items()})
         start = end
     return rows, _packed(head, columns)
 

@@ -172,7 +172,7 @@ class StudentWorker(Worker):
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL, blocking=False)
     def store_weight_bucket(self, index: int) -> dict[str, Any] | None:
-        """The same for engines apart from all ranks, by rank 0; see `WeightExporter.store`."""
+        """Send a bucket to engines with GPUs of their own, from rank 0; see `WeightExporter.store`."""
         return self._exporter.store(index, None if self.rank else self.channel or self.object_store.put)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)

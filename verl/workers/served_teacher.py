@@ -200,7 +200,7 @@ class ServedTeacher:
         return self._score(data, data.tensor("response_mask").bool(), self._topk)
 
     def begin(self, method: str, data: DataProto) -> Callable[[], DataProto]:
-        """Begin one of the two; what it returns waits for the scores."""
+        """Call ``compute_ref_log_prob`` or ``score_for_update`` in a thread; what it returns waits for the result."""
         scores: Future[DataProto] = Future()
 
         def work() -> None:
@@ -309,7 +309,7 @@ class ServedTeacher:
 
 
 class StitchedGroup:
-    """The workers of a stitched teacher whose base teacher is served: with their rows they get its scores of them."""
+    """Worker group of a stitched teacher whose base teacher is served: workers get its scores with their rows."""
 
     def __init__(self, base: ServedTeacher, own: WorkerGroup) -> None:
         self._base, self._own = base, own

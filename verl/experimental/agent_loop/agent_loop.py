@@ -243,10 +243,11 @@ class AgentLoopManager:
     def _connect(self, worker_group: WorkerGroup) -> None:
         """Have rank 0 and the engines' processes meet."""
         each, timeout_s = self.rollout.tensor_model_parallel_size, self.rollout.timeout_s or 24 * 3600.0
-        meeting = worker_group.open_channel(1 + each * len(self._replicas), timeout_s)
-        firsts = range(1, meeting["size"], each)
+        rendezvous = worker_group.open_channel(1 + each * len(self._replicas), timeout_s)
+        firsts = range(1, rendezvous["size"], each)
         calls = [
-            replica.actor.connect.remote(meeting, first) for replica, first in zip(self._replicas, firsts, strict=True)
+            replica.actor.connect.remote(rendezvous, first)
+            for replica, first in zip(self._replicas, firsts, strict=True)
         ]
         joined = worker_group.begin("join_channel", self.device)
         self._wait("meet rank 0 for weights", calls, joined.check)

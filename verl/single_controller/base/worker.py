@@ -52,21 +52,21 @@ class InProcessObjectStore:
 
 
 class Channel:
-    """A process group of rank 0 of the workers, which sends, and other processes: NCCL on GPUs, gloo on CPUs.
+    """A process group for weights: rank 0 of the workers broadcasts, engines receive. NCCL on GPUs, gloo on CPUs.
 
-    Each member makes it, and none has it before all have.
+    The constructor returns once every member has called it.
 
     Args:
-        meeting: what `Worker.open_channel` returned.
+        rendezvous: what `Worker.open_channel` returned.
         rank: number of this member; 0 sends.
         store: the sender's, where the others meet.
     """
 
     def __init__(
-        self, meeting: Mapping[str, Any], rank: int, device: torch.device, store: dist.TCPStore | None = None
+        self, rendezvous: Mapping[str, Any], rank: int, device: torch.device, store: dist.TCPStore | None = None
     ) -> None:
-        self._device, size, timeout = device, meeting["size"], timedelta(seconds=meeting["timeout_s"])
-        store = store or dist.TCPStore(meeting["address"], meeting["port"], is_master=False, timeout=timeout)
+        self._device, size, timeout = device, rendezvous["size"], timedelta(seconds=rendezvous["timeout_s"])
+        store = store or dist.TCPStore(rendezvous["address"], rendezvous["port"], is_master=False, timeout=timeout)
         # Not by init_process_group: the default group exists already, with other members.
         self._group, kinds = dist.ProcessGroup(store, rank, size), dist.ProcessGroup.BackendType
         if device.type == "cuda":
@@ -152,13 +152,13 @@ class Worker:
         options: dict[str, Any] = {"wait_for_workers": False, "master_listen_fd": server.detach()}
         timeout = timedelta(seconds=timeout_s)
         self._store = dist.TCPStore(self.node_ip, port, is_master=True, timeout=timeout, **options)
-        self._meeting = {"address": self.node_ip, "port": port, "size": size, "timeout_s": timeout_s}
-        return self._meeting
+        self._rendezvous = {"address": self.node_ip, "port": port, "size": size, "timeout_s": timeout_s}
+        return self._rendezvous
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL, execute_mode=Execute.RANK_ZERO)
     def join_channel(self, device: str) -> None:
         """Meet the others, which join the channel now; tensors will be on this kind of device."""
-        self.channel = Channel(self._meeting, 0, torch.device(device), self._store)
+        self.channel = Channel(self._rendezvous, 0, torch.device(device), self._store)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def get_placement(self) -> dict[str, Any]:

@@ -53,9 +53,9 @@ class Remote:
         self._log = self._sign = self.actor.__ray_call__.remote(lambda _: os.readlink("/proc/self/fd/2"))
 
     def find_death(self) -> RayError | None:
-        """What Ray knows of its death; None while it lives. Returns at once.
+        """The error that its death raises; None while it lives. Returns at once.
 
-        One question at a time is under way, which a busy process answers when it is done.
+        One call of ``check_alive`` is always pending, which a busy process answers when it is free.
         """
         if self._sign is None:  # an object of this process, which lives as long as its caller
             return None

@@ -109,8 +109,8 @@ def _paths(config: PPOConfig) -> dict[str, str]:
 
 
 def _frozen_models(config: PPOConfig) -> list[tuple[str, Precision]]:
-    """Path and precision of each model that a rank loads and does not train: one that roles share once, and none that
-    is the student without its adapter (`TeacherWorker.init_model`)."""
+    """Path and precision of each frozen model that a rank loads: one that roles share once; the student with its
+    adapter switched off is none (`TeacherWorker.init_model`)."""
     (_, student), *frozen = _paths(config).items()
     model, teachers = config.actor_rollout_ref.model, config.algorithm.distill.teachers
     free = model.lora_rank and not model.lora_extended_rows and not config.teacher_ranks_on_nodes
@@ -183,7 +183,9 @@ class _Rank:
         return self._moved + self._scores(self.shape, self.own, micro, self._config.actor_rollout_ref.model.lora_rank)
 
     def teachers_score(self) -> int:
-        """Beside what stays, one after the other, with the weights that come for it: both models of a stitched one."""
+        """Bytes in addition to what stays: the most of one teacher, its offloaded weights with it (of a stitched one
+        those of both models), for they score one after the other.
+        """
         micro, offloads = largest_micro_batch(self._config, "ref"), self.moved_teachers > 0
         stitched = any(teacher.is_stitched for teacher in self._config.algorithm.distill.teachers.values())
         come = [self.moved_teachers if stitched else offloads * share.parameters for _, share in self._frozen]

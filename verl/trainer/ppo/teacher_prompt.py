@@ -34,11 +34,14 @@ class TeacherPrompts:
 
     def __init__(self, config: PPOConfig, template: ChatTemplate) -> None:
         self._config, self._template = config, template
-        self._texts: dict[str, dict[str, str]] = {}
-        """Of items, by catalogue."""
+        self._item_texts = cache(read_item_texts)
 
     def as_read(self, batch: DataProto, roles: Sequence[str], in_update: bool = False) -> DataProto:
-        """The rows as their teachers read them, by the role of each row's; in the update, or to be scored.
+        """The rows with the prompts that their teachers read.
+
+        Args:
+            roles: of each row's teacher.
+            in_update: whether lengths are held to the limits of the update, and not to those of scoring.
 
         Raises:
             ValueError: as `with_prompts`, or a row is longer than a micro-batch or a server takes.
@@ -59,9 +62,6 @@ class TeacherPrompts:
                 key = f"{teacher_key(role)}.{' and '.join(own)}"
                 self._check_length(role, key, longest, in_scoring=not in_update, in_update=in_update)
         return read
-
-    def _item_texts(self, path: str) -> dict[str, str]:
-        return self._texts.get(path) or self._texts.setdefault(path, read_item_texts(path))
 
     def _check_length(self, role: str, key: str, longest: int, in_scoring: bool, in_update: bool) -> None:
         """Raise ``ValueError`` where ``key`` makes rows longer than micro-batches or the run's own servers take."""

@@ -52,7 +52,7 @@ UPDATE_SCORES = ("old_log_probs", "entropys", "extend_mass", "ref_log_prob", "di
 """Batch keys (B, R) that the pass of a divergence gives at trained positions: the first four as scoring would before
 the update, the last what was minimised there, without leak term and the teacher's weight."""
 STUDENT_SCORES = UPDATE_SCORES[:3]
-"""Those that the pass of a policy loss alone gives, where the batch lacks them."""
+"""Those that the pass of a policy loss alone gives, where the batch has no ``old_log_probs``."""
 
 Advantage = Callable[[DataProto], torch.Tensor]
 """Rows with ``old_log_probs``, ``ref_log_prob``, ``response_mask``, and ``teacher`` where there are several, to what
@@ -69,8 +69,8 @@ class MicroLoss(NamedTuple):
     metrics: dict[str, torch.Tensor]
     """0-dim each, shares as the loss."""
     scores: torch.Tensor | None = None
-    """(5, S) of the drawn tokens, in the order of ``UPDATE_SCORES``, of any divergence; (3, S) of a policy loss alone,
-    and None of it where the batch has ``old_log_probs``."""
+    """Of the drawn tokens, in the order of ``UPDATE_SCORES``: (5, S) with a divergence; (3, S) of a policy loss alone,
+    or None where the batch has ``old_log_probs``."""
 
 
 @dataclasses.dataclass(eq=False)

@@ -220,9 +220,9 @@ class RolloutReplica(ABC):
         await asyncio.sleep(0)  # those that `answers` began just before have reached the engine then
         await self._abort(request_ids)
 
-    async def connect(self, meeting: Mapping[str, Any], rank: int) -> None:
+    async def connect(self, rendezvous: Mapping[str, Any], rank: int) -> None:
         """Join the channel through which weights are broadcast, the first process as number ``rank``."""
-        self._channel = await asyncio.to_thread(Channel, meeting, rank, torch.device(self.device, 0))
+        self._channel = await asyncio.to_thread(Channel, rendezvous, rank, torch.device(self.device, 0))
 
     async def start_weight_update(self) -> None:
         """Begin a weight sync; no request may be under way. Wakes what a sleeping engine needs for it.

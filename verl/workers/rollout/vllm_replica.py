@@ -115,8 +115,8 @@ class VLLMReplica(RolloutReplica):
         if self._engine is not None:
             await self._guard(self._engine.check_health())
 
-    async def connect(self, meeting: Mapping[str, Any], rank: int) -> None:
-        await self._rpc("init_weight_transfer_engine", init_info={"meeting": dict(meeting), "rank": rank})
+    async def connect(self, rendezvous: Mapping[str, Any], rank: int) -> None:
+        await self._rpc("init_weight_transfer_engine", init_info={"rendezvous": dict(rendezvous), "rank": rank})
 
     async def _start_update(self) -> None:
         if self._asleep:

@@ -14,7 +14,7 @@ same GPU vLLM's own ``ipc`` engine does.
 import os
 import select
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -61,25 +61,20 @@ class WorkerExtension:
         runner.sampler.topk_topp_sampler.forward = draws.forward
 
     def finish_and_find_unloaded(self) -> list[str]:
-        """End a weight sync; the names of layers that got no weights."""
+        """End a weight sync; the names of layers that got no weights.
+
+        They keep the old ones, or what memory held before, and vLLM logs a warning of their class alone. Layers whose
+        parameters are all another's, such as a tied head, need none.
+        """
         worker = cast(Any, self)
-        return finish_reload(worker.model_runner.get_model(), worker.finish_weight_update)
-
-
-def finish_reload(model: torch.nn.Module, finish: Callable[[], None]) -> list[str]:
-    """Call ``finish``, which ends a reload of ``model``, and name the layers that got no weights.
-
-    They keep the old ones, or what memory held before, and vLLM logs a warning of their class alone. Layers whose
-    parameters are all another's, such as a tied head, need none.
-    """
-    layers = dict(model.named_modules())
-    infos = {name: get_layerwise_info(layer) for name, layer in layers.items()}
-    # Afterwards the counts are gone, and before it the parameters stand on the meta device, each by itself.
-    empty = [name for name, info in infos.items() if info.can_load() and info.load_numel == 0]
-    finish()
-    held = {name: {id(parameter) for parameter in layer.parameters(recurse=False)} for name, layer in layers.items()}
-    loaded = set().union(*(held[name] for name in layers.keys() - set(empty)))
-    return [name for name in empty if held[name] - loaded]
+        layers: dict[str, torch.nn.Module] = dict(worker.model_runner.get_model().named_modules())
+        infos = {name: get_layerwise_info(layer) for name, layer in layers.items()}
+        # Afterwards the counts are gone, and before it the parameters stand on the meta device, each by itself.
+        empty = [name for name, info in infos.items() if info.can_load() and info.load_numel == 0]
+        worker.finish_weight_update()
+        held = {name: {id(each) for each in layer.parameters(recurse=False)} for name, layer in layers.items()}
+        loaded = set().union(*(held[name] for name in layers.keys() - set(empty)))
+        return [name for name in empty if held[name] - loaded]
 
 
 class SeededDraws(LogitsProcessor):
@@ -177,7 +172,7 @@ class EndAfterExtended(LogitsProcessor):
 class SharedMemoryInitInfo(WeightTransferInitInfo):
     """Empty where each bucket names its file; else what a `Channel` takes, with the first process' rank."""
 
-    meeting: dict[str, Any] | None = None
+    rendezvous: dict[str, Any] | None = None
     rank: int = 0
 
 
@@ -199,8 +194,8 @@ class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInitInfo, SharedMemory
 
     def init_transfer_engine(self, init_info: SharedMemoryInitInfo) -> None:
         """Join the channel, where there is one."""
-        number, meeting = init_info.rank + self.parallel_config.rank, init_info.meeting
-        self._channel = None if meeting is None else Channel(meeting, number, self.device)
+        number, rendezvous = init_info.rank + self.parallel_config.rank, init_info.rendezvous
+        self._channel = None if rendezvous is None else Channel(rendezvous, number, self.device)
 
     def start_weight_update(self) -> None:
         initialize_layerwise_reload(self.model)

@@ -11,7 +11,7 @@ from scripts import code_size
 FOLDERS = ("verl", "recipe", "experiments", "examples", "benchmarks", "scripts", "tests")
 FILES = sorted(path for top in FOLDERS for path in (REPO / top).rglob("*.py"))
 MAX_LINES, MAX_FUNCTION_LINES = 400, 60
-BUDGETS = {"verl": 12990, "recipe": 2750, "tests": 18950}
+BUDGETS = {"verl": 12990, "recipe": 2750, "tests": 19100}
 """Code lines of each part; a new capability, or a gap in the tests, may raise its part's in the change that adds it."""
 MAX_MODULES = 114
 """Of ``verl/``."""

@@ -294,3 +294,12 @@ def test_states_of_other_positions_are_noticed(models: Models) -> None:
     batch.tensor("response_mask")[row, column] = 0
     with pytest.raises(AssertionError, match="other positions"):
         student.update_actor(batch)
+
+
+def test_the_logged_divergence_is_without_the_teachers_weights(models: Models) -> None:
+    batch, plain, weighed = models.batch(2), models.plain(), models.distill(teachers=2, support="shared")
+    even = {"kept": TeacherConfig(path=str(models.frozen), sources=["rec_*"])}
+    right = models.expected_loss(plain, batch, DistillConfig("exact", support="shared", teachers=even)).item()
+    metrics = workers(models.config(), weighed).update_actor(batch).meta_info["metrics"]
+    assert metrics["actor/distill_divergence"] == pytest.approx(right, rel=1e-4)
+    assert metrics["actor/distill_loss"] < 0.99 * right, "those rows weigh 0.6"

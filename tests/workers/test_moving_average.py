@@ -141,3 +141,13 @@ def test_what_cannot_follow_is_refused(
         PPOConfig(
             tiny.worker_config(Path("s"), model={"lora_rank": lora_rank}), algorithm, trainer=TrainerConfig(**trainer)
         )
+
+
+def test_an_average_is_fp32_beside_a_student_that_computes_in_bf16(models: Models) -> None:
+    """In bf16 a thousandth of a step would be rounded away."""
+    half = {"fsdp_config": {"mixed_precision": {"param_dtype": "bf16"}}}
+    student = workers(models.config(actor=half), distill_of(slow=0.999))
+    start = average_of(student)
+    assert {value.dtype for value in start.values()} == {torch.float32}
+    student.update_actor(models.batch(2))
+    assert not same(average_of(student), start)

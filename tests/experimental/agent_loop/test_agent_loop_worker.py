@@ -121,3 +121,11 @@ def test_tools_come_from_the_yaml(tokenizer, tmp_path: Path) -> None:
     context = AgentLoopWorker(config, tokenizer, EchoServers()).context
     assert list(context.tools) == ["add"]
     assert context.template.end_of_turn_id == tokenizer.convert_tokens_to_ids("<|im_end|>")
+
+
+def test_template_options_of_the_data_reach_the_conversations(tokenizer) -> None:
+    config = PPOConfig()
+    config.data.apply_chat_template_kwargs = {"enable_thinking": False}
+    template = AgentLoopWorker(config, tokenizer, EchoServers()).context.template
+    ending = tokenizer.encode("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+    assert template.encode_prompt([{"role": "user", "content": "Why?"}], False)[-len(ending) :] == ending

@@ -23,7 +23,7 @@ from verl.experimental.agent_loop import agent_loop
 from verl.experimental.agent_loop.agent_loop import AgentLoopManager
 from verl.experimental.agent_loop.base import RolloutError
 from verl.experimental.agent_loop.replica_client import ReplicaClient
-from verl.experimental.agent_loop.worker import ENDED, TAKEN
+from verl.experimental.agent_loop.worker import ENDED, SEED_KEY, TAKEN
 from verl.protocol import BATCH_KEYS, DataProto
 from verl.single_controller.base.decorator import Begun
 from verl.single_controller.ray.calls import Remote
@@ -345,3 +345,14 @@ async def test_requests_that_cannot_be_sent_fail_at_once() -> None:
     client = ReplicaClient(Remote("replica", SimpleNamespace(answers=SimpleNamespace(remote=full))))
     with pytest.raises(ray.exceptions.ObjectStoreFullError):
         await client.ask([1], {}, "a")
+
+
+def test_runs_of_other_seeds_draw_other_samples() -> None:
+    found: list[list[int]] = []
+    call = SimpleNamespace(remote=lambda part: found.append(part.array(SEED_KEY).tolist()) or len(found))
+    for seed in (0, 1):
+        manager: Any = object.__new__(AgentLoopManager)
+        manager.rollout, manager.weight_version = RolloutConfig(seed=seed), None
+        manager._workers = [Remote("worker", SimpleNamespace(generate_sequences=call))]
+        manager.begin(prompt_rows(uid="ab"))
+    assert not set(found[0]) & set(found[1])

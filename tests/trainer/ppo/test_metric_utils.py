@@ -291,3 +291,9 @@ def test_parts_of_a_summed_advantage() -> None:
         "advantage_teacher/ref/distill_abs": 1.75 / 4,
     }
     assert {key: metrics[key] for key in by_hand} == pytest.approx(by_hand)
+
+
+def test_leaks_of_validation_are_a_share_of_answers() -> None:
+    metrics = metric_utils.compute_validation_distill_metrics(batch_of_three())
+    by_hand = {"extend_seq_ratio": 2 / 3, "math/extend_seq_ratio": 0.0, "item/extend_seq_ratio": 1.0}
+    assert {key: metrics[f"val/{key}"] for key in by_hand} == pytest.approx(by_hand)

@@ -9,8 +9,9 @@ from support.loop_fakes import bare_trainer
 
 from recipe.onpolicy_distill.onpolicy_distill_trainer import RayOnPolicyDistillTrainer
 from verl.config import AlgoConfig, DistillConfig, PPOConfig, RolloutCorrectionConfig, TeacherConfig, TrainerConfig
+from verl.config.algorithm import KLControlConfig
 from verl.protocol import DataProto
-from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY
+from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY, get_kl_controller
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer
 
 NAN = float("nan")
@@ -99,3 +100,12 @@ def test_what_needs_the_students_scores_before_the_update_has_them(
             actor = trainer.config.actor_rollout_ref.actor
             actor.ppo_epochs, trainer.config.data.train_batch_size = epochs, steps * actor.ppo_mini_batch_size
             assert trainer.student_scores_in_update == (expected and (changed, epochs, steps) == (cls, 1, 1))
+
+
+def test_the_penalty_in_the_reward_is_of_the_estimator_that_is_set() -> None:
+    settings = AlgoConfig("grpo", use_kl_in_reward=True, kl_penalty="abs", kl_ctrl=KLControlConfig(kl_coef=0.1))
+    trainer = trainer_of(settings, RayPPOTrainer)
+    trainer.kl_controller = get_kl_controller(settings.kl_ctrl)
+    rewards = trainer.advantage(batch_of([0.0] * 4)).tensor("token_level_rewards")
+    # Student less teacher in row 1: -0.5, 0 and -2.
+    close(rewards[1], torch.tensor([-0.05, 0.0, -0.2]))

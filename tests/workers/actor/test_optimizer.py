@@ -64,3 +64,13 @@ def test_a_gradient_or_a_loss_that_is_not_finite_changes_nothing(gradient: float
     assert not clipped_step(model, optimizer, max_norm=1.0, loss=loss, extended_rows=None)[1]
     torch.testing.assert_close((model.state_dict(), optimizer.state_dict()["state"]), before, rtol=0, atol=0)
     assert model.weight.grad is None
+
+
+def test_both_betas_are_those_of_the_settings() -> None:
+    model = nn.Linear(2, 1, bias=False)
+    optimizer = build_optimizer(model, OptimizerConfig(betas=(0.5, 0.75)))
+    model.weight.grad = torch.tensor([[3.0, 4.0]])
+    optimizer.step()
+    moments = optimizer.state[model.weight]
+    torch.testing.assert_close(moments["exp_avg"], torch.tensor([[1.5, 2.0]]))
+    torch.testing.assert_close(moments["exp_avg_sq"], torch.tensor([[2.25, 4.0]]))

@@ -247,3 +247,16 @@ def test_ranks_have_to_read_one_config(student_model: Path, mesh: DeviceMesh, mo
 def test_a_student_whose_files_hold_buffers_is_refused() -> None:
     with pytest.raises(ValueError, match=r"m cannot be trained: its files hold 3 buffers \(num_batches_tracked\)"):
         build_module._require_no_buffers("m", nn.BatchNorm1d(4))
+
+
+def test_gradients_are_reduced_in_the_precision_that_is_set(student_model: Path, mesh: DeviceMesh, monkeypatch) -> None:
+    seen: list[Any] = []
+
+    def shard(module: nn.Module, **options: Any) -> None:
+        seen.append(options["mp_policy"])
+        fully_shard(module, **options)
+
+    monkeypatch.setattr(build_module, "fully_shard", shard)
+    half = FSDPConfig(mixed_precision=MixedPrecisionConfig(param_dtype="bf16"))
+    build_model(str(student_model), HFModelConfig(), half, mesh, trainable=True)
+    assert {(each.param_dtype, each.reduce_dtype) for each in seen} == {(torch.bfloat16, torch.float32)}

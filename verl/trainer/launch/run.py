@@ -15,6 +15,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 from contextlib import suppress
 
 from verl.config.best_rule import MetricRuleError
@@ -84,8 +85,9 @@ def run_once(trainer: RayPPOTrainer, stop: StopRequest) -> None:
         # Reported before anything is shut down, and before Ray's own account of a death: the cause comes first.
         report(f"{'error' if known else type(error).__name__}: {error}")
         if isinstance(error, RolloutError) or not isinstance(error, WorkerError):  # the ranks that train are well
-            with suppress(CheckpointError, WorkerError):
-                trainer.saver.finish()
+            saving = threading.Thread(target=finish_save, args=[trainer], daemon=True)
+            saving.start()
+            saving.join(trainer.config.trainer.grace_s)  # not for ever: a rank may hang all the same
         report(progress(trainer))
         if not known:
             raise
@@ -99,6 +101,12 @@ def run_once(trainer: RayPPOTrainer, stop: StopRequest) -> None:
         report(f"stopped by {stop.name}: {progress(trainer)}")
         raise SystemExit(stop.exit_code)
     logger.info("done: %s", progress(trainer))
+
+
+def finish_save(trainer: RayPPOTrainer) -> None:
+    """Wait for the checkpoint that is being written, if any."""
+    with suppress(CheckpointError, WorkerError):
+        trainer.saver.finish()
 
 
 def start(trainer: RayPPOTrainer, stop: StopRequest) -> None:

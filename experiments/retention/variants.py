@@ -105,7 +105,6 @@ VARIANTS: dict[str, Variant] = {
     "exact-self-codes": Variant("exact + self, random codes", {**EXACT, **SELF}, CODES),
     "exact-leak-self": Variant("exact + leak + self, histories", {**EXACT, **LEAK, **SELF}, HISTORIES),
     "quickstart": Variant("the quickstart's default", QUICKSTART, HISTORIES),
-    "quickstart-prompts": Variant("the same, prompts' positions too", QUICKSTART, HISTORIES, "prompt-positions"),
     "exact-self-low-lr": Variant("exact + self, histories, lr 2e-4", {**EXACT, **SELF, **LOW_RATE}, HISTORIES),
     "exact-self-frozen": Variant("exact + self, frozen item rows", {**EXACT, **SELF, **FROZEN_ROWS}, HISTORIES),
     "stitched": Variant("exact + stitched, histories", {**EXACT, **STITCHED}, HISTORIES),

@@ -260,7 +260,7 @@ def test_a_threshold_for_a_command(pair: Folders) -> None:
     assert resolve_threshold(400, str(pair.teacher), str(pair.teacher)) == 400, "a teacher has none of the ids"
     for wrong in (None, 328, 330, 400):
         shown = "null" if wrong is None else wrong
-        with pytest.raises(ValueError, match=rf"token {shown}: the ids below it .* apart; 329 would be right"):
+        with pytest.raises(ValueError, match=rf"token {shown}: the ids .* on the wrong side; 329 would be right"):
             resolve_threshold(wrong, str(pair.student), str(pair.teacher))
     with pytest.raises(ValueError, match="auto compares two tokenizers; name the teacher's with --teacher"):
         resolve_threshold("auto", str(pair.student), None)

@@ -1,8 +1,8 @@
 """Writes the answers of a batch where a person can read them.
 
 In:  a batch after generation. Out: ``<folder>/<step>.jsonl``, one row a line, which training does not read back, with
-the record of its tokens beside it (``token_record``), and lines on the console, around a progress bar rather than
-through it.
+the record of its tokens beside it (``token_record``); lines on the console, around a progress bar rather than through
+it; and for a table of Weights & Biases each answer as HTML, its tokens in the colours of the viewer (``verl.viewer``).
 """
 
 import html

@@ -137,8 +137,8 @@ def resolve_threshold(given: int | str | None, student: str, teacher: str | None
     start = contract.extend_start if given == AUTO else given
     below = (token_id for token_id in contract.student.tokens if start is None or token_id < int(start))
     if differing := set(below).symmetric_difference(contract.shared):
-        where = f"the two tell {contract.student.name(min(differing))} apart; {contract.extend_start} would be right"
-        raise ValueError(f"{option}: the ids below it have to be those that {student} and {teacher} share, and {where}")
+        where = f"{contract.student.name(min(differing))} is on the wrong side; {contract.extend_start} would be right"
+        raise ValueError(f"{option}: the ids below it have to be those that {student} and {teacher} share; {where}")
     return None if start is None else int(start)
 
 
